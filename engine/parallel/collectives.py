@@ -1,0 +1,109 @@
+"""Collectives over one axis of the mesh, and the conjugate pairs that tensor parallelism is made of.
+
+Every function returns its input where the axis has size 1, so callers never ask. The pairs f and g follow Megatron-LM
+(https://arxiv.org/abs/1909.08053, section 3): f copies forward and all-reduces backward, g the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..mesh import Axis
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# torch 2.13 renamed both; the old names warn.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(tensor: Tensor, axis: Axis, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
+    """Reduces in place over the axis and returns the same tensor."""
+    if axis.size > 1:
+        dist.all_reduce(tensor, _OPS[op], group=axis.group)
+    return tensor
+
+
+def all_gather(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Concatenates every rank's tensor (all of one shape, one dim at least) along `dim`, in axis order."""
+    if axis.size == 1:
+        return tensor
+    gathered = tensor.new_empty((axis.size, *tensor.shape))
+    _all_gather_single(gathered.flatten(0, 1), tensor.contiguous(), group=axis.group)
+    return torch.cat(gathered.unbind(0), dim)
+
+
+def all_gather_shards(whole: Tensor, shard: Tensor, axis: Axis) -> None:
+    """Fills the flat `whole` [size * n] from every rank's `shard` [n], which may be a view of it."""
+    if axis.size > 1:
+        # gloo copies the input after it has begun to write the output: an aliased shard must be a copy there.
+        source = shard.clone() if shard.device.type == "cpu" else shard
+        _all_gather_single(whole, source, group=axis.group)
+
+
+def reduce_scatter(shard: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None:
+    """Starts summing the flat `whole` [size * n] over the axis into this rank's `shard` [n]; wait on the result.
+
+    Returns None where there is nothing to wait for: with one rank `shard` is a view of `whole`.
+    """
+    if axis.size == 1:
+        assert shard.data_ptr() == whole.data_ptr()
+        return None
+    return _reduce_scatter_single(shard, whole, group=axis.group, async_op=True)
+
+
+def broadcast(tensor: Tensor, axis: Axis, src: int = 0) -> Tensor:
+    """Overwrites `tensor` with that of the rank at place `src` of the axis and returns it."""
+    if axis.size > 1:
+        dist.broadcast(tensor, axis.ranks[src], group=axis.group)
+    return tensor
+
+
+def gather_objects(value: Any, axis: Axis) -> list[Any]:
+    """Every rank's picklable value, in axis order, on every rank."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def barrier(axis: Axis) -> None:
+    """Waits until every rank of the axis is here."""
+    if axis.size > 1:
+        dist.barrier(group=axis.group)
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0].contiguous(), ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.mark_dirty(x)
+        return all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def copy_to_region(x: Tensor, axis: Axis) -> Tensor:
+    """Megatron's f: identity forward, all-reduce of the gradient backward."""
+    return x if axis.size == 1 else _CopyTo.apply(x, axis)
+
+
+def reduce_from_region(x: Tensor, axis: Axis) -> Tensor:
+    """Megatron's g: all-reduce forward (in place), identity backward."""
+    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)

@@ -1,0 +1,117 @@
+"""Layers built sharded over the tensor axis: Megatron-LM's column, row and vocabulary cuts.
+
+Weights are [out, in] as in torch. Each parameter says by its `shard` which rectangle of the whole it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.linear_logprob import linear_logprob
+from ..mesh import Axis, Mesh
+from .collectives import all_reduce, copy_to_region, reduce_from_region
+from .shard import Piece, Shard
+
+
+def sharded_parameter(shard: Shard, *, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """An uninitialised parameter that holds the shard's pieces, stacked along dim 0."""
+    shape = (sum(piece.shape[0] for piece in shard.pieces), *shard.pieces[0].shape[1:])
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    parameter.shard = shard  # pyright: ignore[reportAttributeAccessIssue]
+    return parameter
+
+
+def whole(*shape: int) -> Shard:
+    """A parameter that every rank of the tensor axis holds whole."""
+    return Shard((Piece("", shape, (0,) * len(shape), shape),))
+
+
+def cut(axis: Axis, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
+    """This rank's equal share of a tensor of `shape`, cut along `dim`."""
+    share = shape[dim] // axis.size
+    assert share * axis.size == shape[dim], f"{shape}[{dim}] does not divide by {axis.name}={axis.size}"
+    offset = tuple(axis.rank * share if d == dim else 0 for d in range(len(shape)))
+    return Piece(part, shape, offset, tuple(share if d == dim else n for d, n in enumerate(shape)))
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x Wᵀ with the output features cut over tp. Fused parts (q, k, v or gate, up) are each cut, then stacked.
+
+    [tokens, in] -> [tokens, sum(out)/tp]; the input is whole on every rank.
+    """
+
+    def __init__(self, in_size: int, out_sizes: Mapping[str, int], mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.axis = mesh.tp
+        pieces = tuple(cut(mesh.tp, 0, (out, in_size), part) for part, out in out_sizes.items())
+        self.weight = sharded_parameter(Shard(pieces, "tp"), dtype=dtype, device=mesh.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(copy_to_region(x, self.axis), self.weight)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x Wᵀ with the input features cut over tp: [tokens, in/tp] -> [tokens, out], summed over tp."""
+
+    def __init__(self, in_size: int, out_size: int, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.axis = mesh.tp
+        piece = cut(mesh.tp, 1, (out_size, in_size))
+        self.weight = sharded_parameter(Shard((piece,), "tp"), dtype=dtype, device=mesh.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce_from_region(F.linear(x, self.weight), self.axis)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the vocabulary cut over tp: token ids [tokens] -> [tokens, hidden]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.axis = mesh.tp
+        piece = cut(mesh.tp, 0, (vocab_size, hidden_size))
+        self.start, self.rows = piece.offset[0], piece.shape[0]
+        self.weight = sharded_parameter(Shard((piece,), "tp"), dtype=dtype, device=mesh.device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.start
+        elsewhere = (local < 0) | (local >= self.rows)
+        embedded = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_region(embedded.masked_fill(elsewhere[:, None], 0), self.axis)
+
+
+def parallel_logprob(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mesh: Mesh, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy, from a head whose vocabulary is cut over tp.
+
+    Args:
+        hidden: [tokens, hidden], whole on every rank of tp.
+        weight: [vocab/tp, hidden], this rank's rows.
+        labels: [tokens] global token ids.
+        scale: 1/temperature; multiplies the logits.
+
+    Returns:
+        logprob and entropy, both [tokens] fp32, equal on every rank of tp.
+    """
+
+    def merge(stats: Tensor) -> Tensor:  # [4, tokens]: max, Σ exp, Σ exp·logit, label logit, of one shard
+        largest = all_reduce(stats[0].clone(), mesh.tp, "max")
+        factor = torch.exp(stats[0] - largest)
+        sums = torch.stack((stats[1] * factor, stats[2] * factor, stats[3]))
+        return torch.cat((largest[None], all_reduce(sums, mesh.tp)))
+
+    return linear_logprob(
+        copy_to_region(hidden, mesh.tp),
+        weight,
+        labels,
+        scale,
+        merge=merge if mesh.tp.size > 1 else None,
+        vocab_start=mesh.tp.rank * weight.shape[0],
+    )

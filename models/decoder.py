@@ -1,0 +1,176 @@
+"""The decoder of the LLaMA family, in the paper's order, for one pipeline stage of a mesh.
+
+Attention itself is an argument: training passes packed attention, the generator its paged cache, so both run this one
+forward. Parameters are uninitialised until models/hf.py fills them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..engine.mesh import Mesh
+from ..engine.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    cut,
+    sharded_parameter,
+    whole,
+)
+from ..engine.parallel.shard import Shard
+from ..kernels.rms_norm import add_rms_norm, rms_norm
+from ..kernels.rope import rope
+from ..kernels.swiglu import swiglu
+from .config import ModelConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(local layer, q [n, heads/tp, d], k [n, kv/tp, d], v [n, kv/tp, d]) -> [n, heads/tp, d]."""
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, https://arxiv.org/abs/1910.07467; the weight is whole on every rank of tp."""
+
+    def __init__(self, size: int, eps: float, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.weight = sharded_parameter(whole(size), dtype=dtype, device=mesh.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.heads, self.kv_heads = config.num_heads // mesh.tp.size, config.num_kv_heads // mesh.tp.size
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = ColumnParallelLinear(config.hidden_size, {"q": q, "k": kv, "v": kv}, mesh, dtype)
+        self.output = RowParallelLinear(q, config.hidden_size, mesh, dtype)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [tokens, (heads + 2 kv)/tp, d]
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        q, k = rope(qk, cos, sin).split([self.heads, self.kv_heads], 1)
+        return self.output(attend(q, k, v).reshape(x.shape[0], -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        sizes = {"gate": config.ffn_size, "up": config.ffn_size}
+        self.gate_up = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype)
+        self.down = RowParallelLinear(config.ffn_size, config.hidden_size, mesh, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
+        self.attention = Attention(config, mesh, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
+        self.mlp = MLP(config, mesh, dtype)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        attended = self.attention(self.attention_norm(x), cos, sin, attend)
+        normed, x = add_rms_norm(attended, x, self.mlp_norm.weight, self.mlp_norm.eps)
+        return x + self.mlp(normed)
+
+
+class Head(nn.Module):
+    """The last projection: rows of the vocabulary cut over tp ("lm"), or one whole row ("score")."""
+
+    def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.weight = sharded_parameter(shard, dtype=dtype, device=mesh.device)
+
+
+class Decoder(nn.Module):
+    """One pipeline stage: the embedding on the first, its share of the layers, norm and head on the last.
+
+    Args:
+        head: "lm" predicts tokens; "score" gives one number a token (critic, reward model).
+        recompute: keep only each layer's input and run its forward again in the backward.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype,
+        head: Literal["lm", "score"] = "lm",
+        recompute: bool = False,
+    ):
+        super().__init__()
+        self.config, self.mesh, self.dtype, self.recompute, self.kind = config, mesh, dtype, recompute, head
+        share = config.num_layers // mesh.pp.size
+        numbers = range(mesh.pp.rank * share, (mesh.pp.rank + 1) * share)
+        vocab_by_hidden = (config.vocab_size, config.hidden_size)
+        self.embedding = VocabParallelEmbedding(*vocab_by_hidden, mesh, dtype) if mesh.is_first_stage else None
+        self.layers = nn.ModuleDict({str(i): Layer(config, mesh, dtype) for i in numbers})
+        self.norm = self.head = None
+        if mesh.is_last_stage:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
+            tied = head == "lm" and config.tie_embeddings
+            rows = Shard((cut(mesh.tp, 0, vocab_by_hidden),), "tp", duplicate=tied)
+            self.head = Head(rows if head == "lm" else whole(1, config.hidden_size), mesh, dtype)
+            if tied and self.embedding is not None:
+                self.head.weight = self.embedding.weight
+        inverse = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+        self.register_buffer("inverse_frequencies", inverse.float().to(mesh.device), persistent=False)
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """What a key/value cache of this stage holds: (local layers, key/value heads / tp, head_dim)."""
+        return len(self.layers), self.config.num_kv_heads // self.mesh.tp.size, self.config.head_dim
+
+    def tied_parameter(self) -> nn.Parameter | None:
+        """The weight this stage shares with the other end of the pipeline, if it does."""
+        if self.kind != "lm" or not self.config.tie_embeddings or self.mesh.embedding.size == 1:
+            return None
+        module = self.embedding if self.embedding is not None else self.head
+        assert module is not None
+        return module.weight
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Runs this stage.
+
+        Args:
+            x: token ids [tokens] on the first stage, else hidden states [tokens, hidden] of the stage before.
+            positions: [tokens], each token's place in its own document.
+
+        Returns:
+            hidden states [tokens, hidden], after the final norm on the last stage.
+        """
+        if self.embedding is not None:
+            x = self.embedding(x)
+        angles = positions[:, None] * self.inverse_frequencies  # [tokens, head_dim/2] fp32
+        cos, sin = angles.cos(), angles.sin()
+        for i, layer in enumerate(self.layers.values()):
+            if self.recompute and torch.is_grad_enabled():
+                # preserve_rng_state: there is no dropout, so no random state to put back.
+                x = checkpoint(layer, x, cos, sin, partial(attend, i), use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, partial(attend, i))
+        return x if self.norm is None else self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens, vocab/tp]: this rank's part of the vocabulary; last stage only."""
+        assert self.head is not None and self.kind == "lm"
+        return F.linear(hidden, self.head.weight)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens] fp32, of a "score" head; last stage only."""
+        assert self.head is not None and self.kind == "score"
+        return F.linear(hidden.float(), self.head.weight.float()).squeeze(-1)
