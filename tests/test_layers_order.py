@@ -1,0 +1,118 @@
+"""The laws of the tree: who may import whom, how long a file may be, what no folder may hold; and links lead somewhere."""
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = ("kernels", "engine", "models", "algorithms")  # each imports from itself and from those before it
+SCRIPTS = ("launch", "benchmarks", "tests")  # nothing imports these, except tests their own helpers by bare name
+SOURCES = sorted(path for folder in (*PACKAGES, *SCRIPTS) for path in (ROOT / folder).rglob("*.py"))
+TEXTS = sorted(
+    [*ROOT.glob("*.md"), *(path for folder in ("docs", *PACKAGES, *SCRIPTS) for path in (ROOT / folder).rglob("*.md"))]
+)
+
+
+def imports(path: Path, source: str) -> Iterator[tuple[int, str, bool]]:
+    """Each import in `source`, the text of the file `path` (from the root): line, absolute name, written relative?"""
+    package = ("trialign", *path.parent.parts)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, False
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}", node.level > 0
+
+
+def faults(path: Path, source: str) -> list[str]:
+    """What `source` imports against the law, as file:line: reason."""
+    folder = path.parts[0]
+    found = []
+    for line, name, relative in imports(path, source):
+        root, target = (*name.split("."), "", "")[:2]
+        reason = None
+        if root in (*PACKAGES, *SCRIPTS):
+            reason = f"imports {name}: nothing may import the scripts, and the packages go by trialign.*"
+        elif folder in PACKAGES and root == "trialign" and not relative:
+            reason = f"imports {name} by its absolute name; inside the packages imports are relative"
+        elif folder in PACKAGES and root == "trialign":
+            allowed = PACKAGES[: PACKAGES.index(folder) + 1]
+            if target not in allowed:
+                reason = f"imports {name}; {folder}/ may import from {', '.join(allowed)} only"
+        elif folder in SCRIPTS and relative:
+            reason = f"imports {name} by a relative name; scripts are no package"
+        if reason:
+            found.append(f"{path}:{line} {reason}")
+    return found
+
+
+def test_imports_follow_the_order_of_the_folders():
+    found = [fault for path in SOURCES for fault in faults(path.relative_to(ROOT), path.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "lawful"),
+    [
+        ("engine/parallel/layers.py", "from ...kernels.rope import rope", True),
+        ("engine/parallel/layers.py", "from ..mesh import Mesh", True),
+        ("algorithms/ppo.py", "from ..models.decoder import Decoder", True),
+        ("launch/ppo.py", "from trialign.engine.mesh import Mesh", True),
+        ("tests/test_rope.py", "from harness import run_ranks", True),
+        ("kernels/rope.py", "from ..engine.mesh import Mesh", False),
+        ("engine/mesh.py", "def late():\n    from .. import models", False),
+        ("models/decoder.py", "import trialign.engine.mesh", False),
+        ("models/decoder.py", "from engine.mesh import Mesh", False),
+        ("algorithms/ppo.py", "from launch.ppo import main", False),
+        ("benchmarks/bench_ppo.py", "import launch.ppo", False),
+        ("launch/ppo.py", "from .sft import main", False),
+        ("launch/ppo.py", "import kernels", False),
+    ],
+)
+def test_the_import_law_tells_right_from_wrong(path: str, source: str, lawful: bool):
+    assert (not faults(Path(path), source)) == lawful
+
+
+def test_no_file_passes_500_lines():
+    long = {str(path.relative_to(ROOT)): n for path in SOURCES if (n := len(path.read_text().splitlines())) > 500}
+    assert not long
+
+
+def test_no_init_files():
+    """With one, transformers would import our kernels/ as the Hub's package of that name; PEP 420 folders it ignores."""
+    assert not [str(path.relative_to(ROOT)) for path in SOURCES if path.name == "__init__.py"]
+
+
+def test_no_script_is_named_after_a_module():
+    """A script's folder comes first on sys.path: launch/profile.py would stand in for the profile module."""
+    scripts = [path for path in SOURCES if path.parent.name in ("launch", "benchmarks")]
+    assert not [path.name for path in scripts if importlib.util.find_spec(path.stem)]
+
+
+def anchors(text: str) -> set[str]:
+    """The names GitHub gives the headings of a Markdown text."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_in_the_texts_lead_somewhere():
+    broken = []
+    for text in TEXTS:
+        links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text.read_text())
+        for link in (first or second for first, second in links):
+            if re.match(r"[a-z]+:", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (text.parent / name) if name else text
+            if not target.exists():
+                broken.append(f"{text.relative_to(ROOT)}: {link}")
+            elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text()):
+                broken.append(f"{text.relative_to(ROOT)}: {link} (no such heading)")
+    assert not broken, "\n".join(broken)
