@@ -1,0 +1,168 @@
+"""Roles: a decoder on its mesh with the passes PPO asks of it. Frozen ones only score; a Learner also updates.
+
+A pass works on this data rank's micro-batches and leaves one number a target on the last pipeline stage; `collect` puts
+the numbers of all data ranks in place in the whole batch, on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..engine.mesh import Axis, Mesh
+from ..engine.optimizer import ShardedAdamW
+from ..engine.parallel.collectives import all_reduce, gather_objects
+from ..engine.parallel.layers import parallel_logprob
+from ..engine.pipeline.runner import run_forward, run_forward_backward
+from ..kernels.attention import packed_attention
+from ..models.decoder import Decoder
+from .batch import Batch
+
+Share = list[int]
+"""Sample numbers of one micro-batch."""
+
+Read = Callable[[Batch, Tensor], Tensor]
+"""(micro-batch, hidden states [tokens, hidden] of the last stage) -> what is wanted of them."""
+
+
+def micro_batches(samples: Sequence[int], lengths: Sequence[int], *, size: int, tokens: int = 0) -> list[Share]:
+    """Cuts samples into micro-batches of `size` samples, or of at most `tokens` tokens where that is above 0."""
+    shares: list[Share] = [[]]
+    for sample in samples:
+        last = shares[-1]
+        full = sum(lengths[i] for i in last) + lengths[sample] > tokens if tokens else len(last) == size
+        if last and full:
+            shares.append(last := [])
+        last.append(sample)
+    return shares
+
+
+def my_part(samples: Sequence[int], dp: Axis) -> Sequence[int]:
+    """This data rank's equal, contiguous part of the samples."""
+    part = len(samples) // dp.size
+    assert part * dp.size == len(samples), f"{len(samples)} samples do not divide by dp={dp.size}"
+    return samples[dp.rank * part : (dp.rank + 1) * part]
+
+
+def stage_forward(model: Decoder, batch: Batch, x: Tensor | None) -> Tensor:
+    """This stage's hidden states [tokens, hidden] of a packed batch, attending within each sample only."""
+    scale = model.config.head_dim**-0.5
+
+    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, scale)
+
+    return model(batch.tokens if x is None else x, batch.positions, attend)
+
+
+def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of the distribution each response token was chosen from, both [targets] fp32."""
+    assert model.head is not None
+    rows = hidden[batch.response - 1]  # [targets, hidden]: what predicts each response token
+    return parallel_logprob(rows, model.head.weight, batch.tokens[batch.response], model.mesh, 1 / temperature)
+
+
+class Role:
+    """A decoder that scores. `temperature` divides its logits, as it does when it samples."""
+
+    def __init__(self, model: Decoder, temperature: float = 1.0):
+        self.model, self.mesh, self.temperature = model, model.mesh, temperature
+
+    def logprobs(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """[total] fp32: each response token's log-probability, 0 elsewhere."""
+        read: Read = lambda part, hidden: target_logprobs(self.model, part, hidden, self.temperature)[0]  # noqa: E731
+        return self._pass(batch, shares, read, lambda part: part.response)
+
+    def values(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """[total] fp32: the value of the state each response token was chosen in, 0 elsewhere."""
+        read: Read = lambda part, hidden: self.model.scores(hidden[part.response - 1])  # noqa: E731
+        return self._pass(batch, shares, read, lambda part: part.response)
+
+    def scores(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """[samples] fp32: a reward model's score, read at each sample's last token."""
+        read: Read = lambda part, hidden: self.model.scores(hidden[last_token(part)])  # noqa: E731
+        return self._pass(batch, shares, read, last_token)[last_token(batch)]
+
+    def _pass(self, batch: Batch, shares: Sequence[Share], read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
+        parts = [batch.select(share) for share in shares]
+
+        def forward(i: int, x: Tensor | None) -> Tensor:
+            hidden = stage_forward(self.model, parts[i], x)
+            return read(parts[i], hidden) if self.mesh.is_last_stage else hidden
+
+        results = run_forward(self.mesh, shapes(self.model, parts), self.model.dtype, forward)
+        whole = torch.zeros(len(batch.tokens), device=self.mesh.device)  # [total]
+        for share, part, result in zip(shares, parts, results, strict=False):
+            whole[batch.rows(share)[where(part)]] = result
+        # Every other rank holds zeros at these places: the sum only moves numbers, it rounds nothing.
+        return all_reduce(all_reduce(whole, self.mesh.dp), self.mesh.pp)
+
+
+def last_token(batch: Batch) -> Tensor:
+    """[samples] int64: where each sample ends."""
+    return batch.cu_seqlens[1:].long() - 1
+
+
+def shapes(model: Decoder, parts: Sequence[Batch]) -> list[tuple[int, ...]]:
+    """Shape of each micro-batch's hidden states between stages."""
+    return [(len(part.tokens), model.config.hidden_size) for part in parts]
+
+
+class Stats:
+    """Sums and maxima over targets, gathered where the loss is and reduced over the mesh once an update."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[Tensor]] = {}
+        self.maxima: dict[str, list[Tensor]] = {}
+
+    def add(self, **values: Tensor) -> None:
+        """Adds the sum of each tensor."""
+        for name, value in values.items():
+            self.sums.setdefault(name, []).append(value.detach().sum())
+
+    def largest(self, **values: Tensor) -> None:
+        """Takes the maximum of each tensor."""
+        for name, value in values.items():
+            self.maxima.setdefault(name, []).append(value.detach().max())
+
+    def reduce(self, mesh: Mesh) -> dict[str, float]:
+        """The same numbers on every rank. Collective over dp and pp."""
+        mine = {name: torch.stack(values).sum().item() for name, values in self.sums.items()}
+        mine |= {name: torch.stack(values).max().item() for name, values in self.maxima.items()}
+        over_dp = gather_objects(mine, mesh.dp)
+        merged = {n: (max if n in self.maxima else sum)(rank[n] for rank in over_dp) for n in mine}
+        return gather_objects(merged, mesh.pp)[-1]
+
+
+class Learner(Role):
+    """A role that learns: optimizer and learning-rate schedule beside the decoder."""
+
+    def __init__(
+        self, model: Decoder, optimizer: ShardedAdamW, lr_at: Callable[[int], float], temperature: float = 1.0
+    ):
+        super().__init__(model, temperature)
+        self.optimizer, self.lr_at = optimizer, lr_at
+
+    def step(self, parts: Sequence[tuple[Batch, Read]]) -> dict[str, float]:
+        """One optimizer step over micro-batches, each with the loss to read off its hidden states.
+
+        Returns:
+            grad_norm and lr.
+        """
+        batches = [part for part, _ in parts]
+
+        def forward(i: int, x: Tensor | None) -> Tensor:
+            part, loss = parts[i]
+            hidden = stage_forward(self.model, part, x)
+            return loss(part, hidden) if self.mesh.is_last_stage else hidden
+
+        run_forward_backward(
+            self.mesh,
+            shapes(self.model, batches),
+            self.model.dtype,
+            forward,
+            before_last_backward=self.optimizer.expect_last_backward,
+        )
+        lr = self.lr_at(self.optimizer.steps)
+        return {"grad_norm": self.optimizer.step(lr), "lr": lr}

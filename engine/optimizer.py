@@ -1,0 +1,230 @@
+"""AdamW over flat buckets, sharded over the data axis (ZeRO-1, https://arxiv.org/abs/1910.02054).
+
+Each bucket holds whole parameters back to back. Gradients are summed over micro-batches in fp32, reduce-scattered bucket
+by bucket while the last backward still runs, clipped by the norm over the whole mesh, applied to this rank's share of
+the fp32 masters, and the new weights are gathered back. One data rank is the same code with shares that are everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..kernels.adamw import adamw_
+from .checkpoint import Entry, flat_rectangles
+from .mesh import Mesh
+from .parallel.collectives import all_gather_shards, all_reduce, reduce_scatter
+from .parallel.shard import shard_of
+
+BUCKET_ELEMENTS = 25_000_000
+ALIGNMENT = 64  # elements: every rank's share begins on a cache line in fp32 and bf16
+
+
+class _Bucket:
+    """Some parameters of one kind, flat: weights in the compute dtype, gradients and this rank's share in fp32."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], mesh: Mesh, *, counted: bool, decayed: bool, ema: bool):
+        self.named, self.mesh, self.counted, self.decayed = named, mesh, counted, decayed
+        used = sum(p.numel() for _, p in named)
+        unit = mesh.dp.size * ALIGNMENT
+        size = -(-used // unit) * unit
+        dtype = named[0][1].dtype
+        self.weights = torch.zeros(size, dtype=dtype, device=mesh.device)
+        self.grads = torch.zeros(size, dtype=torch.float32, device=mesh.device)
+        self.starts: list[int] = []
+        self.fresh: set[nn.Parameter] = set()  # parameters whose gradient of this step has not arrived yet
+        self.reduction: dist.Work | None = None
+        self.reduced, self.waiting = False, len(named)  # waiting: gradients still to come in the last backward
+        start = 0
+        for _, p in named:
+            view = self.weights[start : start + p.numel()].view(p.shape)
+            view.copy_(p.data)
+            p.data = view
+            self.starts.append(start)
+            start += p.numel()
+        share = size // mesh.dp.size
+        self.mine = slice(mesh.dp.rank * share, (mesh.dp.rank + 1) * share)
+        mine = self.weights[self.mine]
+        # Under fp32 compute the weights are their own masters.
+        self.states = {"master": mine if dtype == torch.float32 else mine.float()}
+        self.states |= {"exp_avg": torch.zeros_like(self.states["master"])}
+        self.states |= {"exp_avg_sq": torch.zeros_like(self.states["master"])}
+        if ema:
+            self.states["ema"] = self.states["master"].clone()
+
+    def grad_views(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for (_, p), start in zip(self.named, self.starts, strict=True):
+            yield p, self.grads[start : start + p.numel()].view(p.shape)
+
+    def start_reduction(self) -> None:
+        for p, view in self.grad_views():
+            if p in self.fresh:  # the loss did not reach it
+                view.zero_()
+        self.reduction = reduce_scatter(self.grads[self.mine], self.grads, self.mesh.dp)
+        self.reduced = True
+
+    def gather_weights(self) -> None:
+        """Weights of all data ranks from their masters' shares."""
+        mine = self.weights[self.mine]
+        if mine.dtype != torch.float32:
+            mine.copy_(self.states["master"])
+        all_gather_shards(self.weights, mine, self.mesh.dp)
+
+
+class ShardedAdamW:
+    """AdamW (https://arxiv.org/abs/1711.05101) with clipping over the mesh, for one model on one mesh.
+
+    Args:
+        model: its parameters move into flat buckets; each must carry a shard description.
+        tied: the parameter shared with the other end of the pipeline (its gradients are summed), or None.
+        weight_decay: applied to matrices only; norm weights and biases are not decayed.
+        max_grad_norm: global L2 norm the gradient is clipped to; 0 turns clipping off.
+        ema_decay: keeps an exponential moving average of the masters when above 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        *,
+        tied: nn.Parameter | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        ema_decay: float = 0.0,
+    ):
+        self.mesh, self.tied = mesh, tied
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.steps = 0
+        self._last_backward = False
+        kinds: dict[tuple[bool, bool, bool], list[list[tuple[str, nn.Parameter]]]] = {}
+        # Gradients arrive from the last layer to the first: buckets fill in that order.
+        for name, p in reversed(list(model.named_parameters())):
+            shard = shard_of(p)
+            counted = not shard.duplicate and (shard.axis is not None or mesh.tp.rank == 0)
+            buckets = kinds.setdefault((counted, p.dim() > 1, p is tied), [[]])
+            if buckets[-1] and sum(q.numel() for _, q in buckets[-1]) + p.numel() > BUCKET_ELEMENTS:
+                buckets.append([])
+            buckets[-1].append((name, p))
+        self.buckets = [
+            _Bucket(named, mesh, counted=counted, decayed=decayed, ema=ema_decay > 0)
+            for (counted, decayed, _), lists in kinds.items()
+            for named in lists
+        ]
+        for bucket in self.buckets:
+            for p, view in bucket.grad_views():
+                p.register_post_accumulate_grad_hook(self._accumulate(bucket, view))
+        self.zero_grad()
+
+    def _accumulate(self, bucket: _Bucket, view: Tensor) -> Callable[[nn.Parameter], None]:
+        tied_bucket = any(p is self.tied for _, p in bucket.named)
+
+        def hook(p: nn.Parameter) -> None:
+            assert p.grad is not None and not bucket.reduced, "a backward after the gradients were reduced"
+            if p in bucket.fresh:
+                view.copy_(p.grad)
+                bucket.fresh.discard(p)
+            else:
+                view.add_(p.grad)
+            p.grad = None
+            if self._last_backward:
+                bucket.waiting -= 1
+                if not bucket.waiting and not tied_bucket:
+                    bucket.start_reduction()
+
+        return hook
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients: the next backward of each parameter overwrites its own."""
+        self._last_backward = False
+        for bucket in self.buckets:
+            bucket.fresh = {p for _, p in bucket.named}
+            bucket.waiting, bucket.reduced, bucket.reduction = len(bucket.named), False, None
+
+    def expect_last_backward(self) -> None:
+        """From now on a bucket is reduced over the data axis as soon as all its gradients have arrived."""
+        self._last_backward = True
+
+    def _finish_reduction(self) -> None:
+        if self.tied is not None:
+            view = next(view for b in self.buckets for p, view in b.grad_views() if p is self.tied)
+            all_reduce(view, self.mesh.embedding)
+        for bucket in self.buckets:
+            if not bucket.reduced:
+                bucket.start_reduction()
+        for bucket in self.buckets:
+            if bucket.reduction is not None:
+                bucket.reduction.wait()
+
+    def step(self, lr: float) -> float:
+        """Reduces what is not reduced yet, clips, updates and gathers the weights. Collective over the mesh.
+
+        Returns:
+            the L2 norm of the whole gradient before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; weights and optimizer state are as before.
+        """
+        self._finish_reduction()
+        squares = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
+        for bucket in self.buckets:
+            if bucket.counted:
+                squares += torch.linalg.vector_norm(bucket.grads[bucket.mine]).double() ** 2
+        norm = math.sqrt(all_reduce(squares, self.mesh.world).item())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm of optimizer step {self.steps + 1} is {norm}")
+        scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
+        self.steps += 1
+        for bucket in self.buckets:
+            state, mine = bucket.states, bucket.weights[bucket.mine]
+            adamw_(
+                state["master"],
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                bucket.grads[bucket.mine],
+                None if mine.dtype == torch.float32 else mine,
+                lr,
+                *self.betas,
+                self.eps,
+                self.weight_decay if bucket.decayed else 0.0,
+                self.steps,
+                scale,
+            )
+            if "ema" in state:
+                state["ema"].lerp_(state["master"], 1 - self.ema_decay)
+            all_gather_shards(bucket.weights, mine, self.mesh.dp)
+        self.zero_grad()
+        return norm
+
+    def entries(self, role: str, hf_name: Callable[[str, str], str]) -> Iterator[Entry]:
+        """This rank's share of masters and moments as rectangles of whole tensors, named `role/kind/hf name`.
+
+        Args:
+            hf_name: (parameter name, part) -> the whole tensor's name.
+        """
+        for bucket in self.buckets:
+            for (name, p), start in zip(bucket.named, bucket.starts, strict=True):
+                shard = shard_of(p)
+                for piece in shard.pieces:
+                    stop = start + math.prod(piece.shape)
+                    low, high = max(start, bucket.mine.start), min(stop, bucket.mine.stop)
+                    if low < high:
+                        whole = hf_name(name, piece.part)
+                        for offset, shape, at in flat_rectangles(piece.shape, piece.offset, low - start, high - start):
+                            begin = start + at - bucket.mine.start
+                            for kind, state in bucket.states.items():
+                                view = state[begin : begin + math.prod(shape)].view(shape)
+                                yield Entry(f"{role}/{kind}/{whole}", piece.global_shape, offset, view, bucket.counted)
+                    start = stop
+
+    def loaded(self, steps: int) -> None:
+        """After a checkpoint filled the entries: takes over the step count and makes the weights from the masters."""
+        self.steps = steps
+        for bucket in self.buckets:
+            bucket.gather_weights()
