@@ -1,0 +1,228 @@
+"""The batch: packed samples and what PPO learns about each of their tokens.
+
+Convention: per-token tensors are aligned to the PREDICTED token. Entry t speaks of `tokens[t]`: its logprob under some
+policy, the value of the state it was chosen in, the reward for choosing it. What predicts tokens[t] is the model's
+output at t - 1, so `batch.response` (where the answers' tokens are) names the targets, `batch.response - 1` the rows of
+hidden states that predict them, and `batch.spread` puts per-target numbers back in place. Entries outside `mask`
+(prompts) are 0.
+
+Every rank holds the same whole batch; ranks differ in which samples they compute, so statistics over a batch are plain
+local sums and the same in every layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt out of a dataset. `index` counts the prompts drawn in a run; `source` says where it was read."""
+
+    index: int
+    tokens: list[int]
+    text: str  # what a reward function gets: the user's words, without the chat template
+    fields: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer. `tokens` ends with the end of sequence where `finish` is "stop"."""
+
+    prompt: Prompt
+    tokens: list[int]
+    logprobs: list[float]  # of the sampler, after temperature and truncation
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed samples: prompt and response of each, end to end, no padding. See the module for the alignment."""
+
+    tokens: Tensor  # [total] int64
+    lengths: tuple[int, ...]  # tokens of each sample
+    prompt_lengths: tuple[int, ...]  # how many of them are the prompt's, at least 1
+    sampling_logprobs: Tensor | None = None  # [total] fp32: the sampler's
+    logprobs: Tensor | None = None  # [total] fp32: the actor's before the update ("old")
+    ref_logprobs: Tensor | None = None  # [total] fp32: the reference's
+    values: Tensor | None = None  # [total] fp32: the critic's before the update
+    rewards: Tensor | None = None  # [total] fp32
+    advantages: Tensor | None = None  # [total] fp32
+    returns: Tensor | None = None  # [total] fp32
+    cu_seqlens: Tensor = field(init=False)  # [samples + 1] int32: sample i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]]
+    positions: Tensor = field(init=False)  # [total] int64: place within the sample
+    mask: Tensor = field(init=False)  # [total] bool: the response's tokens
+    response: Tensor = field(init=False)  # [targets] int64: where mask holds
+
+    def __post_init__(self) -> None:
+        total = sum(self.lengths)
+        assert len(self.lengths) == len(self.prompt_lengths) > 0, "a batch without samples"
+        assert all(0 < p <= n for p, n in zip(self.prompt_lengths, self.lengths, strict=True)), (
+            "a sample without a prompt"
+        )
+        for name in _PER_TOKEN:
+            value = getattr(self, name)
+            assert value is None or value.shape == (total,), f"{name} is {tuple(value.shape)}, not ({total},)"
+        device = self.tokens.device
+        lengths = torch.tensor(self.lengths)  # [samples]
+        ends = lengths.cumsum(0)
+        positions = torch.arange(total) - (ends - lengths).repeat_interleave(lengths)
+        mask = positions >= torch.tensor(self.prompt_lengths).repeat_interleave(lengths)
+        derived = {
+            "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
+            "positions": positions,
+            "mask": mask,
+            "response": mask.nonzero().squeeze(1),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value.to(device))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest sample."""
+        return max(self.lengths)
+
+    def with_(self, **changes: Any) -> Batch:
+        """The same samples with some per-token tensors replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`."""
+        return self.with_(**{name: value.to(device) for name, value in self.per_token().items()})
+
+    def per_token(self) -> dict[str, Tensor]:
+        """The per-token tensors that are known so far, by name."""
+        return {name: value for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
+
+    def select(self, samples: Sequence[int]) -> Batch:
+        """The samples with these indices, packed again in the order given."""
+        ends = list(accumulate(self.lengths))
+        rows = torch.cat([torch.arange(ends[i] - self.lengths[i], ends[i]) for i in samples]).to(self.tokens.device)
+        return Batch(
+            lengths=tuple(self.lengths[i] for i in samples),
+            prompt_lengths=tuple(self.prompt_lengths[i] for i in samples),
+            **{name: value[rows] for name, value in self.per_token().items()},
+        )
+
+    def spread(self, targets: Tensor) -> Tensor:
+        """`targets` [targets], one number for each response token, in their places among all: [total], 0 elsewhere."""
+        return targets.new_zeros(self.tokens.shape).index_copy(0, self.response, targets)
+
+    @property
+    def labels(self) -> Tensor:
+        """[targets] int64: the response's tokens, which the outputs at `response - 1` predict."""
+        return self.tokens[self.response]
+
+    @property
+    def last(self) -> Tensor:
+        """[samples] int64: where each sample's last token is, which gets the score."""
+        return self.cu_seqlens[1:].long() - 1
+
+
+_PER_TOKEN = (
+    "tokens",
+    "sampling_logprobs",
+    "logprobs",
+    "ref_logprobs",
+    "values",
+    "rewards",
+    "advantages",
+    "returns",
+)
+
+
+def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None) -> Batch:
+    """A batch of token sequences. Without prompt lengths all tokens but each first one are targets (plain text)."""
+    return Batch(
+        tokens=torch.tensor([token for sequence in sequences for token in sequence]),
+        lengths=tuple(len(sequence) for sequence in sequences),
+        prompt_lengths=tuple(prompt_lengths) if prompt_lengths is not None else (1,) * len(sequences),
+    )
+
+
+def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
+    """The batch of these answers, with the sampler's logprobs in place.
+
+    Raises:
+        ValueError: an answer without tokens, or without as many logprobs.
+    """
+    for rollout in rollouts:
+        if not rollout.tokens or len(rollout.tokens) != len(rollout.logprobs):
+            counts = f"{len(rollout.tokens)} tokens and {len(rollout.logprobs)} logprobs"
+            raise ValueError(f"the answer to {rollout.prompt.source or rollout.prompt.text!r} has {counts}")
+    batch = pack([r.prompt.tokens + r.tokens for r in rollouts], [len(r.prompt.tokens) for r in rollouts])
+    sampling = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], dtype=torch.float32)
+    return batch.with_(sampling_logprobs=batch.spread(sampling))
+
+
+def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Deals sample indices to `parts` ranks: equally many each, about equally many tokens (longest first, to the rank
+    with the fewest so far). Depends on the lengths alone, so every rank gets the same answer.
+
+    Raises:
+        ValueError: the samples do not divide by the parts.
+    """
+    if len(lengths) % parts:
+        raise ValueError(f"{len(lengths)} samples do not divide by {parts} data-parallel ranks")
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
+    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        open_ranks = [rank for rank in range(parts) if len(hands[rank]) < len(lengths) // parts]
+        rank = min(open_ranks, key=lambda rank: (tokens[rank], rank))
+        hands[rank].append(sample)
+        tokens[rank] += lengths[sample]
+    return [sorted(hand) for hand in hands]
+
+
+def micro_batches(samples: Sequence[int], lengths: Sequence[int], size: int, max_tokens: int = 0) -> list[list[int]]:
+    """Cuts `samples` into micro-batches of `size` samples, or, if `max_tokens` is given, of at most so many tokens.
+
+    Samples are taken longest first, so that those of one micro-batch are about equally long.
+
+    Args:
+        samples: indices into `lengths`.
+
+    Raises:
+        ValueError: a sample alone has more tokens than `max_tokens`.
+    """
+    ordered = sorted(samples, key=lambda i: (-lengths[i], i))
+    if not max_tokens:
+        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    cuts: list[list[int]] = []
+    room = 0
+    for sample in ordered:
+        if lengths[sample] > max_tokens:
+            raise ValueError(f"a sample of {lengths[sample]} tokens does not fit micro-batches of {max_tokens} tokens")
+        if lengths[sample] > room:
+            cuts.append([])
+            room = max_tokens
+        cuts[-1].append(sample)
+        room -= lengths[sample]
+    return cuts
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` [total] where `mask` [total] holds: a scalar, 0 where nothing does."""
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / deviation over the entries where `mask` holds, 0 elsewhere; statistics in float64.
+
+    The population's variance with a floor of 1e-8, as OpenRLHF has it: a lone entry, or equal ones, become 0.
+    """
+    wide = torch.where(mask, x, 0).double()
+    mean = masked_mean(wide, mask)
+    variance = masked_mean((wide - mean).square(), mask)
+    return torch.where(mask, (wide - mean) * variance.clamp(min=1e-8).rsqrt(), 0).to(x.dtype)

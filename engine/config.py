@@ -1,0 +1,186 @@
+"""Configs: frozen dataclasses, filled from a TOML file, overridden on the command line, refused before anything loads.
+
+A section is a dataclass; a field is a bool, int, float, str, Literal, tuple of those, or another section, with a
+docstring under it that `--help` shows. None is not used (TOML has none): 0 or "" says "off".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, quiet: bool = False) -> Config:
+    """The config that `argv` asks for: `--config FILE.toml` gives defaults, `--section.key value` overrides them.
+
+    With `--resume RUN` and no `--config`, the defaults are those the run was started with: RUN/config.toml.
+
+    Args:
+        cls: a dataclass whose every field has a default.
+        quiet: print nothing (for all ranks but one).
+
+    Raises:
+        SystemExit: code 2 after a message on stderr that names the key, its file and what is allowed; 0 for --help.
+    """
+    try:
+        path, rest = _take(list(argv), "--config")
+        if not path and (run := _take(rest, "--resume")[0]):
+            path = str(Path(run) / "config.toml")
+        default = load(cls, path) if path else cls()
+    except ValueError as error:
+        if not quiet:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return tyro.cli(
+        cls,
+        args=rest,
+        default=default,
+        prog=prog,
+        description=f"{(cls.__doc__ or '').strip()}\n\n--config FILE.toml gives defaults; options override them.",
+        use_underscores=True,
+        console_outputs=not quiet,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def load(cls: type[Config], path: str | Path) -> Config:
+    """A config from a TOML file; keys it does not name keep their defaults.
+
+    Raises:
+        ValueError: no such file, malformed TOML, an unknown key, a wrong type or an impossible value; names the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise ValueError(f"config file {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path}: not valid TOML: {error}") from None
+    try:
+        return _build(cls, table, "")
+    except ValueError as error:
+        raise ValueError(f"config file {path}: {error}") from None
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Writes every key of `config` as TOML, so that `load` gives it back."""
+    Path(path).write_text(to_toml(config), encoding="utf-8")
+
+
+def to_toml(config: Any, prefix: str = "") -> str:
+    """`config` as TOML text: the plain keys first, then one table a section."""
+    fields = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    plain = [(name, value) for name, value in fields if not dataclasses.is_dataclass(value)]
+    text = "".join(f"{name} = {_literal(value)}\n" for name, value in plain)
+    if prefix and plain:
+        text = f"[{prefix}]\n{text}\n"
+    sections = [(name, value) for name, value in fields if dataclasses.is_dataclass(value)]
+    return text + "".join(to_toml(value, f"{prefix}.{name}" if prefix else name) for name, value in sections)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for loggers."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        flat |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
+    return flat
+
+
+def suggest(name: str, allowed: Sequence[str]) -> str:
+    """The tail of a message about an unknown name: a near miss if there is one, and what is allowed."""
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}allowed: {', '.join(allowed)}"
+
+
+def _take(argv: list[str], flag: str) -> tuple[str, list[str]]:
+    """The value of `flag VALUE` or `flag=VALUE` ("" where it is not given), and the arguments without it."""
+    places = [i for i, argument in enumerate(argv) if argument == flag or argument.startswith(f"{flag}=")]
+    if not places:
+        return "", argv
+    if len(places) > 1:
+        raise ValueError(f"{flag} is given twice")
+    (i,) = places
+    joined = argv[i] != flag
+    value = argv[i].removeprefix(f"{flag}=") if joined else "".join(argv[i + 1 : i + 2])
+    if not value or value.startswith("--"):
+        raise ValueError(f"{flag} needs a path")
+    return value, argv[:i] + argv[i + (1 if joined else 2) :]
+
+
+def _build(cls: Any, table: dict[str, Any], prefix: str) -> Any:
+    """`cls` from a parsed TOML table. `prefix` is the dotted path to it, for messages."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    values = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if key not in names:
+            raise ValueError(f"unknown key {name!r}: {suggest(key, names)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} is a section: write [{name}], not {name} = {_literal(value)}")
+            values[key] = _build(hints[key], value, f"{name}.")
+        else:
+            values[key] = _convert(hints[key], value, name)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"[{prefix[:-1]}] {error}" if prefix else str(error)) from None
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` from TOML as the type `hint`; an int will do for a float, nothing else is bent."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if value not in arguments:
+            allowed = [str(argument) for argument in arguments]
+            raise ValueError(f"{name} = {_literal(value)}: not a choice; {suggest(str(value), allowed)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} = {_literal(value)}: must be a list")
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(value) != len(arguments):
+            raise ValueError(f"{name} = {_literal(value)}: must be a list of {len(arguments)} values, not {len(value)}")
+        pairs = enumerate(zip(arguments, value, strict=True))
+        return tuple(_convert(kind, item, f"{name}[{i}]") for i, (kind, item) in pairs)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:  # bool is an int to isinstance, and 1 is not a switch
+        raise ValueError(f"{name} = {_literal(value)}: must be {_KIND[hint]}, not {_KIND.get(type(value), 'a table')}")
+    return value
+
+
+_KIND = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "a table",
+}
+
+
+def _literal(value: Any) -> str:
+    """A TOML literal."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return repr(value)
