@@ -1,4 +1,4 @@
-"""The laws of the tree: who may import whom, how long a file may be, what no folder may hold; and links lead somewhere."""
+"""The laws of the tree: who imports whom, how long a file may be, what no folder may hold, that links lead somewhere."""
 
 import ast
 import importlib.util
@@ -86,7 +86,7 @@ def test_no_file_passes_500_lines():
 
 
 def test_no_init_files():
-    """With one, transformers would import our kernels/ as the Hub's package of that name; PEP 420 folders it ignores."""
+    """With one, transformers would import kernels/ as the Hub's package of that name; it ignores PEP 420 folders."""
     assert not [str(path.relative_to(ROOT)) for path in SOURCES if path.name == "__init__.py"]
 
 
