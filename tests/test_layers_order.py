@@ -1,4 +1,4 @@
-"""The laws of the tree: who imports whom, how long a file may be, what no folder may hold, that links lead somewhere."""
+"""The laws of the tree: who imports whom, how long a file is, what no folder may hold, and that links lead somewhere."""
 
 import ast
 import importlib.util
