@@ -1,4 +1,4 @@
-"""The laws of the tree: who imports whom, how long a file is, what no folder may hold, and that links lead somewhere."""
+"""The laws of the tree: who imports whom, how long a file is, what no folder holds; and links lead somewhere."""
 
 import ast
 import importlib.util
