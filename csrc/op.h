@@ -1,0 +1,59 @@
+// What an op file needs to be part of trialign._C.
+// To add an op: put csrc/cpu/<op>.cpp with its code in an anonymous namespace and `TRIALIGN_OPS(ops) { ops.add("<schema>", TORCH_BOX(&fn)); }`.
+// The file is compiled once per SIMD level (simd.h has the level's vector width); only the level the machine runs registers its ops.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+
+namespace trialign {
+
+// Collects ops of the namespace `trialign`: the schema and its CPU implementation.
+class Ops {
+ public:
+  void add(const char* schema, void (*boxed)(StableIValue*, uint64_t, uint64_t));
+
+ private:
+  torch::stable::detail::StableLibrary schemas_{
+      torch::stable::detail::StableLibrary::Kind::FRAGMENT, "trialign", nullptr, __FILE__, __LINE__};
+  torch::stable::detail::StableLibrary cpu_{
+      torch::stable::detail::StableLibrary::Kind::IMPL, "trialign", "CPU", __FILE__, __LINE__};
+};
+
+struct Registration {
+  Registration(int level, void (*fill)(Ops&));
+};
+
+}  // namespace trialign
+
+#define TRIALIGN_OPS(ops)                                                            \
+  static void trialign_fill_ops(trialign::Ops& ops);                                 \
+  static const trialign::Registration trialign_registration(TRIALIGN_LEVEL, &trialign_fill_ops); \
+  static void trialign_fill_ops(trialign::Ops& ops)
+
+// Anonymous: every level has its own copy of what follows.
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A fresh uninitialised tensor on the device of `like`.
+[[maybe_unused]] Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+// fn(begin, end) over [0, n) on torch's own threads; `cost` is the work of one item in elements touched.
+template <class F>
+void parallel(int64_t n, int64_t cost, const F& fn) {
+  constexpr int64_t worth_a_thread = 32768;
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, cost));
+  if (n > 0) torch::stable::parallel_for(0, n, grain, fn);
+}
+
+}  // namespace

@@ -1,0 +1,82 @@
+// trialign._C: registers the ops of csrc/cpu at the SIMD level this machine has, and carries the facts a stale build is told by.
+#include <Python.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#define TRIALIGN_LEVEL 0
+#include "op.h"
+
+namespace trialign {
+namespace {
+
+struct Pending {
+  int level;
+  void (*fill)(Ops&);
+};
+
+std::vector<Pending>& pending() {
+  static std::vector<Pending> list;
+  return list;
+}
+
+constexpr const char* level_names[] = {"baseline", "avx2", "avx512"};
+
+int machine_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+  return avx512 ? 2 : avx2 ? 1 : 0;
+#else
+  return 0;
+#endif
+}
+
+// TRIALIGN_KERNELS=baseline|avx2 asks for less than the machine has (to test those levels); see kernels/dispatch.py.
+int chosen_level() {
+  const int best = machine_level();
+  const char* asked = std::getenv("TRIALIGN_KERNELS");
+  for (int level = 0; asked && level < best; ++level)
+    if (!std::strcmp(asked, level_names[level])) return level;
+  return best;
+}
+
+Ops& ops() {
+  static Ops instance;  // lives as long as the process: its libraries hold the registrations
+  return instance;
+}
+
+}  // namespace
+
+Registration::Registration(int level, void (*fill)(Ops&)) { pending().push_back({level, fill}); }
+
+void Ops::add(const char* schema, void (*boxed)(StableIValue*, uint64_t, uint64_t)) {
+  schemas_.def(schema);
+  const std::string name(schema, std::strcspn(schema, "("));
+  cpu_.impl(name.c_str(), boxed);
+}
+
+}  // namespace trialign
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "The compiled ops of trialign.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (!module) return nullptr;
+  const int level = trialign::chosen_level();
+  try {
+    for (const auto& entry : trialign::pending())
+      if (entry.level == level) entry.fill(trialign::ops());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    Py_DECREF(module);
+    return nullptr;
+  }
+  PyModule_AddStringConstant(module, "source_hash", TRIALIGN_SOURCES);
+  PyModule_AddStringConstant(module, "torch_version", TRIALIGN_TORCH);
+  PyModule_AddStringConstant(module, "simd_level", trialign::level_names[level]);
+  return module;
+}

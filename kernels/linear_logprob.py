@@ -1,0 +1,77 @@
+"""Log-probability and entropy straight from hidden states: the head's matmul and the softmax in chunks of the vocabulary.
+
+logits = hidden weight^T is never whole: forward keeps (m, s, t, y) of kernels/logprob.py, backward computes each chunk again,
+turns it into d logits in place, and sums d hidden = sum_c dlogits_c weight_c in fp32, d weight_c = dlogits_c^T hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .dispatch import choose
+from .logprob import Merge, finish, gradient_ref, join, logprob_ref, merged, stats_ref
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits held at a time: what a last-level cache takes in bf16."""
+
+
+def linear_logprob_ref(hidden, weight, labels, scale=1.0):
+    """The whole logits, then `logprob_ref`. Shapes as in `linear_logprob`."""
+    return logprob_ref(hidden @ weight.T, labels, scale)
+
+
+def _chunks(rows: int, vocab: int) -> list[tuple[int, int]]:
+    size = max(1024, CHUNK_ELEMENTS // max(rows, 1) // 256 * 256)
+    return [(start, min(start + size, vocab)) for start in range(0, vocab, size)]
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, scale, merge, vocab_start):
+        stats = None
+        for start, end in _chunks(*_sizes(hidden, weight)):
+            logits = hidden @ weight[start:end].T  # [n, chunk]
+            piece = stats_ref(logits, labels, scale, vocab_start + start)
+            stats = piece if stats is None else join(stats, piece)
+        assert stats is not None, "a head with no rows"
+        stats = merged(stats, merge)
+        ctx.save_for_backward(hidden, weight, labels, stats)
+        ctx.scale, ctx.vocab_start = scale, vocab_start
+        ctx.set_materialize_grads(False)
+        return finish(stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        hidden, weight, labels, stats = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=stats.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for start, end in _chunks(*_sizes(hidden, weight)):
+            logits = hidden @ weight[start:end].T  # [n, chunk]
+            logits = gradient_ref(logits, labels, stats, *grads, ctx.scale, ctx.vocab_start + start)
+            if grad_hidden is not None:
+                grad_hidden += logits @ weight[start:end]
+            if grad_weight is not None:
+                torch.mm(logits.T, hidden, out=grad_weight[start:end])
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+
+
+def _sizes(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
+    return hidden.shape[0], weight.shape[0]
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float = 1.0,
+    merge: Merge | None = None,
+    vocab_start: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logprob` of hidden [n, h] @ weight [v, h]^T without ever holding the logits [n, v].
+
+    Returns (logprob [n], entropy [n]) fp32, both differentiable in hidden and weight. With `merge`, weight is one shard of the
+    vocabulary that starts at `vocab_start`, labels stay global, and d hidden is this shard's part only (the caller sums them).
+    """
+    return _LinearLogprob.apply(hidden, weight, labels, scale, merge, vocab_start)
