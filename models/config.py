@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,9 @@ class ModelConfig:
         if head_dim % 2:
             raise ValueError(f"head_dim={head_dim}: rotary embeddings need an even number")
         eos = values.get("eos_token_id")
+        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if not all(isinstance(i, int) and i >= 0 for i in eos_ids):
+            raise ValueError(f"eos_token_id={eos!r}: expected a token id or a list of them")
         return cls(
             architecture=names[0],
             vocab_size=_whole(values, "vocab_size"),
@@ -113,7 +117,7 @@ class ModelConfig:
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
             initializer_range=_positive(values, "initializer_range", 0.02),
             bos_id=values.get("bos_token_id"),
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_ids=eos_ids,
             pad_id=values.get("pad_token_id"),
         )
 
@@ -187,14 +191,14 @@ def check_layout(config: ModelConfig, tp: int, pp: int) -> None:
     Raises:
         ValueError: naming the size that does not divide and the sizes that would.
     """
-    cuts = (
-        ("num_heads", config.num_heads, "tp", tp),
-        ("num_kv_heads", config.num_kv_heads, "tp", tp),
-        ("ffn_size", config.ffn_size, "tp", tp),
-        ("vocab_size", config.vocab_size, "tp", tp),
-        ("num_layers", config.num_layers, "pp", pp),
-    )
-    for name, size, axis, parts in cuts:
-        if parts < 1 or size % parts:
-            allowed = ", ".join(str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0)
-            raise ValueError(f"{name}={size} does not divide by {axis}={parts}; allowed {axis}: {allowed}")
+    cuts = {
+        ("tp", tp): ("num_heads", "num_kv_heads", "ffn_size", "vocab_size"),
+        ("pp", pp): ("num_layers",),
+    }
+    for (axis, parts), names in cuts.items():
+        sizes = {name: getattr(config, name) for name in names}
+        for name, size in sizes.items():
+            if parts < 1 or size % parts:
+                largest = math.gcd(*sizes.values())
+                allowed = ", ".join(str(n) for n in range(1, min(largest, 1024) + 1) if largest % n == 0)
+                raise ValueError(f"{name}={size} does not divide by {axis}={parts}; allowed {axis}: {allowed}")

@@ -1,0 +1,62 @@
+"""Writes a safetensors file as a stream: one tensor at a time on the host, the checksum made on the way.
+
+The library's save_file turns every tensor into bytes before it writes the first. The format: 8 bytes of header length,
+a JSON header (name -> dtype, shape, byte range), then the numbers (https://huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CHUNK = 1 << 20  # bytes, so that what is hashed is still in the cache when it is written
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes `tensors` to `path`, fsynced, and returns the file's SHA-256 in hex.
+
+    SHA-256 because it is as strong as one can ask, anyone can check it with `sha256sum`, and with the instructions that
+    CPUs have had for it since about 2019 it runs at 1.7 GB/s a core, faster than a disk takes the file.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for part in (len(head).to_bytes(8, "little"), head):
+            digest.update(part)
+            file.write(part)
+        for tensor in tensors.values():
+            numbers = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            for begin in range(0, len(numbers), _CHUNK):
+                digest.update(numbers[begin : begin + _CHUNK])
+                file.write(numbers[begin : begin + _CHUNK])
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
