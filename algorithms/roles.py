@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..engine.mesh import Axis, Mesh
+from ..engine.mesh import Mesh
 from ..engine.optimizer import ShardedAdamW
 from ..engine.parallel.collectives import all_reduce, gather_objects
 from ..engine.parallel.layers import parallel_logprob
@@ -25,25 +25,6 @@ Share = list[int]
 
 Read = Callable[[Batch, Tensor], Tensor]
 """(micro-batch, hidden states [tokens, hidden] of the last stage) -> what is wanted of them."""
-
-
-def micro_batches(samples: Sequence[int], lengths: Sequence[int], *, size: int, tokens: int = 0) -> list[Share]:
-    """Cuts samples into micro-batches of `size` samples, or of at most `tokens` tokens where that is above 0."""
-    shares: list[Share] = [[]]
-    for sample in samples:
-        last = shares[-1]
-        full = sum(lengths[i] for i in last) + lengths[sample] > tokens if tokens else len(last) == size
-        if last and full:
-            shares.append(last := [])
-        last.append(sample)
-    return shares
-
-
-def my_part(samples: Sequence[int], dp: Axis) -> Sequence[int]:
-    """This data rank's equal, contiguous part of the samples."""
-    part = len(samples) // dp.size
-    assert part * dp.size == len(samples), f"{len(samples)} samples do not divide by dp={dp.size}"
-    return samples[dp.rank * part : (dp.rank + 1) * part]
 
 
 def stage_forward(model: Decoder, batch: Batch, x: Tensor | None) -> Tensor:
@@ -60,7 +41,7 @@ def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: f
     """Log-probability and entropy of the distribution each response token was chosen from, both [targets] fp32."""
     assert model.head is not None
     rows = hidden[batch.response - 1]  # [targets, hidden]: what predicts each response token
-    return parallel_logprob(rows, model.head.weight, batch.tokens[batch.response], model.mesh, 1 / temperature)
+    return parallel_logprob(rows, model.head.weight, batch.labels, model.mesh, 1 / temperature)
 
 
 class Role:
@@ -81,8 +62,8 @@ class Role:
 
     def scores(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
         """[samples] fp32: a reward model's score, read at each sample's last token."""
-        read: Read = lambda part, hidden: self.model.scores(hidden[last_token(part)])  # noqa: E731
-        return self._pass(batch, shares, read, last_token)[last_token(batch)]
+        read: Read = lambda part, hidden: self.model.scores(hidden[part.last])  # noqa: E731
+        return self._pass(batch, shares, read, lambda part: part.last)[batch.last]
 
     def _pass(self, batch: Batch, shares: Sequence[Share], read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
         parts = [batch.select(share) for share in shares]
@@ -97,11 +78,6 @@ class Role:
             whole[batch.rows(share)[where(part)]] = result
         # Every other rank holds zeros at these places: the sum only moves numbers, it rounds nothing.
         return all_reduce(all_reduce(whole, self.mesh.dp), self.mesh.pp)
-
-
-def last_token(batch: Batch) -> Tensor:
-    """[samples] int64: where each sample ends."""
-    return batch.cu_seqlens[1:].long() - 1
 
 
 def shapes(model: Decoder, parts: Sequence[Batch]) -> list[tuple[int, ...]]:

@@ -55,7 +55,9 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(config.hidden_size, {"q": q, "k": kv, "v": kv}, mesh, dtype)
         self.output = RowParallelLinear(q, config.hidden_size, mesh, dtype)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [tokens, (heads + 2 kv)/tp, d]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         q, k = rope(qk, cos, sin).split([self.heads, self.kv_heads], 1)
@@ -81,7 +83,9 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
         self.mlp = MLP(config, mesh, dtype)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
         attended = self.attention(self.attention_norm(x), cos, sin, attend)
         normed, x = add_rms_norm(attended, x, self.mlp_norm.weight, self.mlp_norm.eps)
         return x + self.mlp(normed)

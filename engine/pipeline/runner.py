@@ -38,9 +38,7 @@ class _Transfers:
         self.outbox.clear()
 
 
-def run_forward(
-    mesh: Mesh, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, forward: Forward
-) -> list[Tensor]:
+def run_forward(mesh: Mesh, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, forward: Forward) -> list[Tensor]:
     """Runs every micro-batch forward through all stages, without gradients.
 
     Args:

@@ -1,0 +1,235 @@
+"""Proximal policy optimization (https://arxiv.org/abs/1707.06347) as RLHF uses it (https://arxiv.org/abs/2203.02155).
+
+One batch: `plan` says who computes what, `score` fills in what the frozen models and the critic think of it,
+`with_advantages` turns that into advantages, `update` into new weights. Everything that is a statistic of the batch is
+a local computation, for every rank holds the whole batch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine.mesh import Mesh
+from ..kernels.gae import gae
+from ..kernels.ppo_loss import kl_estimate, policy_loss, value_loss
+from .batch import Batch, deal, micro_batches, pack, whiten
+from .config import PPOConfig
+from .roles import Learner, Role, Share, Stats, target_logprobs
+
+
+class Minibatch(NamedTuple):
+    """What one optimizer step learns from."""
+
+    samples: list[int]  # of all data ranks
+    shares: list[Share]  # this data rank's, cut into micro-batches
+
+
+def plan(batch: Batch, config: PPOConfig, mesh: Mesh, seed: int) -> list[list[Minibatch]]:
+    """The minibatches of each epoch: the batch shuffled and cut, each part dealt to the data ranks and cut again.
+
+    Which samples make up a minibatch depends on the seed alone, not on the layout.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = len(batch) // config.ppo.minibatches
+    assert size * config.ppo.minibatches == len(batch)
+
+    def minibatch(samples: list[int]) -> Minibatch:
+        hand = deal([batch.lengths[i] for i in samples], mesh.dp.size)[mesh.dp.rank]
+        mine = [samples[i] for i in hand]
+        sizes = (config.ppo.micro_batch_size, config.ppo.micro_batch_tokens)
+        return Minibatch(samples, micro_batches(mine, batch.lengths, *sizes))
+
+    epochs = []
+    for _ in range(config.ppo.epochs):
+        order = torch.randperm(len(batch), generator=generator).tolist()
+        epochs.append([minibatch(order[i : i + size]) for i in range(0, len(batch), size)])
+    return epochs
+
+
+def one_pass(config: PPOConfig) -> bool:
+    """True where the weights do not change before the last use of the batch: old and new logprobs are one forward."""
+    return config.ppo.epochs == config.ppo.minibatches == 1
+
+
+@dataclass
+class Roles:
+    """Who takes part; `rewards` are the reward models, in the order of the config."""
+
+    actor: Learner
+    critic: Learner
+    reference: Role
+    rewards: list[Role] = field(default_factory=list)
+
+
+def score(batch: Batch, roles: Roles, config: PPOConfig, shares: Sequence[Share]) -> Batch:
+    """Fills in reference logprobs, values and the actor's own logprobs, in the very micro-batches of the update.
+
+    The actor's pass is left out where one pass over the batch makes old and new logprobs equal by definition; the KL
+    penalty then takes the sampler's, which are of the same weights. Where top-k or top-p cut the sampler's distribution
+    those would not do, and the pass is run.
+    """
+    batch = batch.with_(
+        ref_logprobs=roles.reference.logprobs(batch, shares),
+        values=roles.critic.values(batch, shares),
+    )
+    truncated = config.rollout.top_k > 0 or config.rollout.top_p < 1
+    if one_pass(config) and not truncated and not config.ppo.importance_cap:
+        return batch
+    return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
+
+
+def with_advantages(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float) -> tuple[Batch, dict[str, float]]:
+    """Token rewards, advantages and returns.
+
+    r_t = −β·kl_t + 1[t is the last token]·score; advantages by GAE, whitened over the batch's response tokens.
+
+    Args:
+        scores: [samples] fp32, one reward for each answer.
+        kl_coef: β.
+    """
+    assert batch.ref_logprobs is not None and batch.values is not None and batch.sampling_logprobs is not None
+    logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
+    mask = batch.mask
+    kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl) * mask  # [total]
+    rewards = -kl_coef * kl
+    rewards[batch.last] += scores
+    advantages, returns = gae(rewards, batch.values, mask, batch.cu_seqlens, config.ppo.gamma, config.ppo.lam)
+    residual = (returns - batch.values)[batch.response]
+    spread = returns[batch.response].var(correction=0)
+    k1 = (logprobs - batch.ref_logprobs)[batch.response]
+    metrics = {
+        "kl": kl.sum().item() / len(batch),  # nats a sequence, by the chosen estimator
+        "kl_per_token": k1.mean().item(),
+        "kl_coef": kl_coef,
+        "value_mean": batch.values[batch.response].mean().item(),
+        "return_mean": returns[batch.response].mean().item(),
+        "explained_variance": (1 - residual.var(correction=0) / spread.clamp_min(1e-8)).item(),
+    }
+    if batch.logprobs is not None:
+        difference = (batch.logprobs - batch.sampling_logprobs)[batch.response].abs()
+        metrics |= {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
+    if config.ppo.whiten:
+        advantages = whiten(advantages, mask)
+    return batch.with_(rewards=rewards, advantages=advantages, returns=returns), metrics
+
+
+def update(
+    roles: Roles,
+    batch: Batch,
+    epochs: Sequence[Sequence[Minibatch]],
+    config: PPOConfig,
+    *,
+    train_actor: bool = True,
+    ptx: Sequence[Sequence[int]] = (),
+) -> dict[str, float]:
+    """All epochs and minibatches of one batch; returns the means of their metrics (extremes of extremes).
+
+    Losses are means over the response tokens of the whole minibatch, so micro-batches and layout do not change them.
+
+    Args:
+        train_actor: False while only the critic learns.
+        ptx: documents of the pretraining mix, the same on every rank; they join every minibatch.
+
+    Raises:
+        RuntimeError: a ratio before the first step of the update is not exactly 1.
+    """
+    history: list[dict[str, float]] = []
+    for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
+        parts = [batch.select(share) for share in minibatch.shares]
+        targets = sum(batch.lengths[i] - batch.prompt_lengths[i] for i in minibatch.samples)
+        metrics = critic_step(roles.critic, parts, targets, config)
+        if train_actor:
+            metrics |= actor_step(roles.actor, parts, targets, config, ptx, first=not history)
+        history.append(metrics)
+    reduce = {"ratio_max": max, "ratio_min": min}
+    named = {name: [metrics[name] for metrics in history if name in metrics] for name in history[0]}
+    return {name: reduce.get(name, statistics.fmean)(values) for name, values in named.items()}
+
+
+def critic_step(critic: Learner, parts: Sequence[Batch], targets: int, config: PPOConfig) -> dict[str, float]:
+    """One step on the clipped value loss. `targets` counts the response tokens of all data ranks."""
+    stats = Stats()
+
+    def loss(part: Batch, hidden: Tensor) -> Tensor:
+        assert part.values is not None and part.returns is not None
+        at = part.response
+        values = critic.model.scores(hidden[at - 1])
+        losses, clipped = value_loss(values, part.values[at], part.returns[at], config.critic.value_clip or None)
+        stats.add(value_loss=losses, value_clip_fraction=clipped)
+        return losses.sum() / targets
+
+    step = critic.step([(part, loss) for part in parts])
+    means = {name: value / targets for name, value in stats.reduce(critic.mesh).items()}
+    return means | {f"critic_{name}": value for name, value in step.items()}
+
+
+def actor_step(
+    actor: Learner,
+    parts: Sequence[Batch],
+    targets: int,
+    config: PPOConfig,
+    ptx: Sequence[Sequence[int]] = (),
+    *,
+    first: bool,
+) -> dict[str, float]:
+    """One step on the clipped policy loss, the entropy bonus and the pretraining mix.
+
+    Args:
+        targets: response tokens of all data ranks.
+        first: no step of this update has been made yet, so every ratio must be exactly 1.
+    """
+    stats = Stats()
+
+    def loss(part: Batch, hidden: Tensor) -> Tensor:
+        assert part.advantages is not None and part.sampling_logprobs is not None
+        at = part.response
+        logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
+        old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
+        sampled = part.sampling_logprobs[at]
+        losses, ratio, clipped = policy_loss(
+            logprobs,
+            old,
+            part.advantages[at],
+            config.actor.clip_low,
+            config.actor.clip_high,
+            config.actor.dual_clip or None,
+        )
+        if config.ppo.importance_cap:  # truncated importance sampling: the sampler is not quite the actor
+            losses = losses * torch.exp(old - sampled).clamp_max(config.ppo.importance_cap)
+        stats.add(policy_loss=losses, clip_fraction=clipped, entropy=entropy, approx_kl=old - logprobs)
+        stats.largest(ratio_max=ratio, ratio_min=-ratio)
+        if part.logprobs is None:
+            stats.add(sampler_mismatch=(logprobs - sampled).abs())
+            stats.largest(sampler_mismatch_max=(logprobs - sampled).abs())
+        return (losses - config.actor.entropy_coef * entropy).sum() / targets
+
+    def ptx_loss(part: Batch, hidden: Tensor) -> Tensor:
+        logprobs, _ = target_logprobs(actor.model, part, hidden, temperature=1.0)
+        stats.add(ptx_loss=-logprobs)
+        return -config.actor.ptx_coef * logprobs.sum() / ptx_targets
+
+    work = [(part, loss) for part in parts]
+    if ptx:
+        documents = pack(ptx).to(actor.mesh.device)
+        ptx_targets = len(documents.response)
+        mine = deal(documents.lengths, actor.mesh.dp.size)[actor.mesh.dp.rank]
+        shares = micro_batches(mine, documents.lengths, config.ppo.micro_batch_size, config.ppo.micro_batch_tokens)
+        work += [(documents.select(share), ptx_loss) for share in shares]
+
+    step = actor.step(work)
+    sums = stats.reduce(actor.mesh)
+    extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
+    extremes["ratio_min"] *= -1
+    means = {name: value / (ptx_targets if name == "ptx_loss" else targets) for name, value in sums.items()}
+    if first and (extremes["ratio_max"] != 1 or extremes["ratio_min"] != 1):
+        raise RuntimeError(
+            f"the ratios before the first step of an update lie in [{extremes['ratio_min']}, {extremes['ratio_max']}],"
+            " not at exactly 1: old logprobs are not those of the actor in the micro-batches of the update"
+        )
+    return means | extremes | {f"actor_{name}": value for name, value in step.items()}
