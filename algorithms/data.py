@@ -1,0 +1,313 @@
+"""Prompts and text: read and checked whole before the run, then drawn endlessly in an order the seed alone decides.
+
+Every rank reads the same rows and draws the same prompts, in any layout. A stream's place is a small dict; given back
+with the same data it goes on exactly there.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import Prompt
+from .config import DataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = tuple[str, dict[str, Any]]
+"""(where it was read, as prompts.jsonl:12, and its columns)."""
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of a .jsonl or .parquet file, a folder written by `datasets`, or a data set on the hub (name:split).
+
+    Raises:
+        ValueError: it does not exist, cannot be read, or a line is not a JSON object; names the file and the line.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        yield from _read_jsonl(path)
+    elif path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif path.is_file() or path.suffix in (".json", ".csv", ".txt"):
+        raise ValueError(f"data source {source}: must be a .jsonl or .parquet file, a folder or a name on the hub")
+    else:
+        yield from _read_datasets(source)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}:{number}: must be an object such as {{...}}, not {type(row).__name__}")
+                yield f"{path}:{number}", row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data source {path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"data source {path}: {error.strerror or error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for part in file.iter_batches() for row in part.to_pylist())
+            yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"data source {path}: not a parquet file: {error}") from None
+    except OSError as error:
+        raise ValueError(f"data source {path}: {error.strerror or error}") from None
+
+
+def _read_datasets(source: str) -> Iterator[Row]:
+    import datasets
+
+    name, _, split = source.partition(":")
+    try:
+        if Path(name).is_dir():
+            loaded = datasets.load_from_disk(name)
+            if isinstance(loaded, datasets.DatasetDict):
+                splits = ", ".join(f"{name}:{key}" for key in loaded)
+                if split not in loaded:
+                    raise ValueError(f"has splits, name one: {splits}")
+                loaded = loaded[split]
+        else:
+            loaded = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError) as error:
+        hub = "" if Path(name).is_dir() else "no such file or folder, and not to be had from the Hugging Face hub: "
+        raise ValueError(f"data source {source}: {hub}{error}") from None
+    for number in range(len(loaded)):
+        yield f"{source}:{number + 1}", loaded[number]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A prompt before it is drawn."""
+
+    tokens: array
+    text: str
+    fields: dict[str, Any]
+    where: str
+
+
+class PromptDataset:
+    """An endless, seeded stream of prompts out of one or more sources.
+
+    Without probabilities all rows form one pool, met once an epoch in shuffled order; with them each source is a pool
+    with epochs of its own, and each draw picks a pool by chance.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; its chat template wraps the prompts unless the config says no.
+
+    Raises:
+        ValueError: a source is missing, empty or malformed, or no prompt is short enough; names file, row and key.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
+        if config.chat_template and not tokenizer.chat_template:
+            raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
+        read = [_load_prompts(source, config, tokenizer) for source in config.sources]
+        self.rows = sum(len(items) for items in read)
+        kept = [[item for item in items if len(item.tokens) <= config.max_prompt_tokens] for items in read]
+        self.dropped = self.rows - sum(len(items) for items in kept)
+        self.limit = config.max_prompt_tokens
+        self.weights = config.weights()
+        for source, items, short in zip(config.sources, read, kept, strict=True):
+            if not short and (self.weights or self.dropped == self.rows):
+                shortest = min(len(item.tokens) for item in items)
+                raise ValueError(
+                    f"data source {source}: all {len(items)} prompts are longer than"
+                    f" data.max_prompt_tokens={self.limit}; the shortest has {shortest} tokens"
+                )
+        self._pools = kept if self.weights else [[item for items in kept for item in items]]
+        self._order = [_Order(len(pool), (seed, number)) for number, pool in enumerate(self._pools)]
+        self._seed = seed
+        self._drawn = 0
+
+    def __str__(self) -> str:
+        dropped = f", {self.dropped} dropped for more than {self.limit} tokens" if self.dropped else ""
+        return f"{self.rows - self.dropped} prompts{dropped}"
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        return [self._draw() for _ in range(count)]
+
+    def _draw(self) -> Prompt:
+        pool = 0
+        if self.weights:  # keyed by the draw, so that going on needs no generator's state
+            pool = int(np.random.default_rng((self._seed, self._drawn)).choice(len(self.weights), p=self.weights))
+        item = self._pools[pool][self._order[pool].next()]
+        prompt = Prompt(self._drawn, item.tokens.tolist(), item.text, item.fields, item.where)
+        self._drawn += 1
+        return prompt
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for a checkpoint."""
+        return {"drawn": self._drawn, "positions": [order.position for order in self._order], "rows": self._sizes()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            ValueError: the data is not what it was then.
+        """
+        if state["rows"] != self._sizes():
+            raise ValueError(
+                f"the prompts have changed since the checkpoint: {state['rows']} rows, now {self._sizes()}"
+            )
+        self._drawn = state["drawn"]
+        for order, position in zip(self._order, state["positions"], strict=True):
+            order.position = position
+
+    def _sizes(self) -> list[int]:
+        return [len(pool) for pool in self._pools]
+
+
+class _Order:
+    """Endless shuffled indices below `size`: each epoch is a permutation of its own, found from seed and epoch."""
+
+    def __init__(self, size: int, seed: tuple[int, ...]):
+        self.size, self.seed, self.position = size, seed, 0
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def next(self) -> int:
+        epoch, place = divmod(self.position, self.size)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, np.random.default_rng((*self.seed, epoch)).permutation(self.size)
+        self.position += 1
+        return int(self._permutation[place])
+
+
+def _load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[_Item]:
+    """All prompts of a source, over-long ones too, tokenised."""
+    rows = list(read_rows(source))
+    if not rows:
+        raise ValueError(f"data source {source}: holds no prompts")
+    chats = [_messages(where, row, config) for where, row in rows]
+    if config.chat_template:
+        rendered = [_render(where, chat, tokenizer) for (where, _), chat in zip(rows, chats, strict=True)]
+        tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template writes its own
+    else:
+        tokens = tokenizer([chat[-1]["content"] for chat in chats])["input_ids"]
+    return [
+        _Item(array("i", ids), _users_words(chat), {k: v for k, v in row.items() if k != config.prompt_key}, where)
+        for (where, row), chat, ids in zip(rows, chats, tokens, strict=True)
+    ]
+
+
+def _messages(where: str, row: dict[str, Any], config: DataConfig) -> list[dict[str, str]]:
+    """The prompt of a row as chat messages."""
+    prompt = _column(where, row, config.prompt_key, "data.prompt_key")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{where}: {config.prompt_key!r} is empty")
+        prompt = [{"role": "user", "content": prompt}]
+    elif not (isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)):
+        allowed = "a string or a list of {role, content} messages"
+        raise ValueError(f"{where}: {config.prompt_key!r} must be {allowed}, not {_brief(prompt)}")
+    elif not config.chat_template:
+        raise ValueError(f"{where}: {config.prompt_key!r} is a list of messages: needs data.chat_template=true")
+    if config.system_prompt and config.chat_template and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
+    return prompt
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _users_words(chat: list[dict[str, str]]) -> str:
+    """The last thing the user said."""
+    return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
+
+
+def _render(where: str, chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
+    assert isinstance(text, str)
+    return text
+
+
+def _column(where: str, row: dict[str, Any], key: str, knob: str) -> Any:
+    if key not in row:
+        raise ValueError(f"{where}: no column {key!r} ({knob}); it has: {', '.join(map(repr, row)) or 'none'}")
+    return row[key]
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class TextDataset:
+    """An endless, seeded stream of packed text for the pretraining mix: documents in shuffled order, an end of sequence
+    after each, cut into sequences of equal length.
+
+    Args:
+        length: tokens of a sequence.
+
+    Raises:
+        ValueError: the source is missing, empty or malformed, or has less text than one sequence.
+    """
+
+    def __init__(self, source: str, key: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
+        rows = list(read_rows(source))
+        texts = [_column(where, row, key, "data.ptx_key") for where, row in rows]
+        for (where, _), text in zip(rows, texts, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {key!r} must be a string, not {_brief(text)}")
+        documents: Sequence[list[int]] = tokenizer(texts)["input_ids"] if texts else []
+        self._documents = [np.array([*document, tokenizer.eos_token_id], np.int64) for document in documents]
+        self.tokens = sum(len(document) for document in self._documents)
+        if self.tokens < length:
+            raise ValueError(f"data source {source}: {self.tokens} tokens are less than one sequence of {length}")
+        self.length, self._seed, self._position = length, seed, 0
+        self._epoch, self._stream = -1, np.empty(0, np.int64)
+
+    def next(self, count: int) -> Tensor:
+        """The next sequences: [count, length] int64."""
+        return torch.from_numpy(np.stack([self._draw() for _ in range(count)]))
+
+    def _draw(self) -> np.ndarray:
+        epoch, place = divmod(self._position, self.tokens // self.length)  # an epoch's last, short sequence is left out
+        if epoch != self._epoch:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._documents))
+            self._epoch, self._stream = epoch, np.concatenate([self._documents[i] for i in order])
+        self._position += 1
+        return self._stream[place * self.length : (place + 1) * self.length]
+
+    def state(self) -> dict[str, int]:
+        """Where the stream is, for a checkpoint."""
+        return {"position": self._position, "tokens": self.tokens}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            ValueError: the text is not what it was then.
+        """
+        if state["tokens"] != self.tokens:
+            raise ValueError(f"the text has changed since the checkpoint: {state['tokens']} tokens, now {self.tokens}")
+        self._position = state["position"]

@@ -1,0 +1,44 @@
+"""Small inputs the tests share: a tokenizer of whole words with a chat template, and JSONL files."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = [
+    "<unk>",
+    "<eos>",
+    "<user>",
+    "<system>",
+    "<assistant>",
+    "say",
+    "hello",
+    "you",
+    "be",
+    "kind",
+    "brief",
+    "a",
+    "b",
+    "c",
+]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['user', 'system', 'assistant'] %}{{ raise_exception('no such role') }}"
+    "{% endif %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
+    """One token a word; w0 to w19 are words too."""
+    words = WORDS + [f"w{i}" for i in range(20)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE if template else None
+    return fast
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
