@@ -105,10 +105,14 @@ class Batch:
         """The per-token tensors that are known so far, by name."""
         return {name: value for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
 
+    def rows(self, samples: Sequence[int]) -> Tensor:
+        """Where the tokens of these samples are: [their total] int64."""
+        ends = list(accumulate(self.lengths))
+        return torch.cat([torch.arange(ends[i] - self.lengths[i], ends[i]) for i in samples]).to(self.tokens.device)
+
     def select(self, samples: Sequence[int]) -> Batch:
         """The samples with these indices, packed again in the order given."""
-        ends = list(accumulate(self.lengths))
-        rows = torch.cat([torch.arange(ends[i] - self.lengths[i], ends[i]) for i in samples]).to(self.tokens.device)
+        rows = self.rows(samples)
         return Batch(
             lengths=tuple(self.lengths[i] for i in samples),
             prompt_lengths=tuple(self.prompt_lengths[i] for i in samples),
