@@ -1,0 +1,148 @@
+"""The process a reward function runs in: `python -P reward_worker.py path/to/file.py:function`. Standard library only.
+
+It answers pickled requests (prompts, completions, sources, fields) on stdin with one JSON object each,
+{"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def load(spec: str) -> Callable[..., Any]:
+    """The function that `path/to/file.py:function` or `module:function` names.
+
+    Raises:
+        ValueError: no such file, module or function, or importing it failed.
+    """
+    place, _, name = spec.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            if not os.path.isfile(place):
+                raise ValueError(f"no file {place}")
+            sys.path.insert(0, os.path.dirname(os.path.abspath(place)))
+            module_spec = importlib.util.spec_from_file_location("reward_function", place)
+            assert module_spec is not None and module_spec.loader is not None
+            module = importlib.util.module_from_spec(module_spec)
+            sys.modules["reward_function"] = module
+            module_spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(place)
+    except ValueError:
+        raise
+    except BaseException as error:
+        raise ValueError(f"cannot import {place}: {brief(error)}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        named = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
+        raise ValueError(f"{place} has no function {name!r}; it has: {', '.join(named) or 'none'}")
+    return function
+
+
+def brief(error: BaseException) -> str:
+    """An exception in a line, with the line of the file it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def score(function: Callable[..., Any], request: dict[str, Any]) -> list[float]:
+    """Calls the function and checks what it gives.
+
+    Raises:
+        ValueError: it raised, or gave no finite number for some row; names the row.
+    """
+    prompts, completions, sources = request["prompts"], request["completions"], request["sources"]
+    parameters = inspect.signature(function).parameters.values()
+    fields = request["fields"]
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        fields = {key: fields[key] for key in fields if key in {parameter.name for parameter in parameters}}
+    try:
+        given = function(prompts, completions, **fields)
+    except Exception as error:
+        raise ValueError(
+            f"raised {brief(error)} for {culprit(function, prompts, completions, sources, fields)}"
+        ) from None
+    try:
+        given = list(given)
+    except TypeError:
+        raise ValueError(f"returned {given!r:.60}: must be one float for each completion") from None
+    if len(given) != len(completions):
+        raise ValueError(f"returned {len(given)} scores for {len(completions)} completions")
+    numbers = []
+    for value, source, prompt in zip(given, sources, prompts, strict=True):
+        number = as_number(value)
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"returned {value!r:.60} for {source} (prompt {prompt!r:.80}): must be a finite number")
+        numbers.append(float(number))
+    return numbers
+
+
+def as_number(value: Any) -> Any:
+    """The Python number in a NumPy or torch scalar; anything else as it is."""
+    try:
+        return value.item()
+    except Exception:  # whatever it is, the caller refuses what is no number
+        return value
+
+
+def culprit(function: Any, prompts: list, completions: list, sources: list, fields: dict[str, list]) -> str:
+    """Finds the row that fails when it is alone; a function that is stateful or random may hide it."""
+    for i, source in enumerate(sources):
+        try:
+            function(
+                prompts[i : i + 1], completions[i : i + 1], **{key: value[i : i + 1] for key, value in fields.items()}
+            )
+        except Exception:
+            return f"{source} (prompt {prompts[i]!r:.80}, completion {completions[i]!r:.80})"
+    return f"the {len(sources)} rows from {sources[0]} to {sources[-1]}, but for none of them alone"
+
+
+def die_with_parent() -> None:
+    """Ends this process when the one that started it is gone, even in the middle of a call."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the function prints must not get between the answers
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor is it to read the requests
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
+    def answer(**message: Any) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
+    try:
+        function = load(sys.argv[1])
+    except ValueError as error:
+        answer(error=str(error))
+        return
+    answer(scores=[])
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer(scores=score(function, request))
+        except ValueError as error:
+            answer(error=str(error))
+
+
+if __name__ == "__main__":
+    main()

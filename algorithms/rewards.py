@@ -1,0 +1,204 @@
+"""Rewards: functions of the user's in processes of their own, and what is done to scores before they are rewards.
+
+A function that raises, hangs, dies or gives nonsense stops the run with the row named: a reward of 0 in its place
+would teach the model something nobody meant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .batch import Prompt
+from .config import RewardConfig
+
+
+class RewardFunction:
+    """A Python function `(prompts, completions, **fields) -> one float each` in a process of its own.
+
+    The process starts once and stays, so that what the function loads stays loaded; a call that takes longer than the
+    limit ends with the process and all its children killed. The process imports neither torch nor this package.
+
+    Args:
+        spec: path/to/file.py:function or module:function (modules are looked for in the working directory too).
+        time_limit: seconds for importing the file, and for each call.
+
+    Raises:
+        ValueError: the file, module or function is not there or cannot be imported.
+    """
+
+    def __init__(self, spec: str, time_limit: float = 60.0):
+        self.spec, self.time_limit = spec, time_limit
+        worker = Path(__file__).with_name("reward_worker.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(worker), spec],  # -P: the worker's own folder is not to shadow modules
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a process group of its own, killed whole
+        )
+        self._answer("while it was imported")
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        """One finite score for each completion. A column that a row lacks is None there.
+
+        Raises:
+            ValueError: the function raised, took too long, died, or did not return a finite number for each row;
+                names the rows. After a time limit or a death the object is of no more use.
+        """
+        columns = dict.fromkeys(key for prompt in prompts for key in prompt.fields)
+        request = {
+            "prompts": [prompt.text for prompt in prompts],
+            "completions": list(completions),
+            "sources": [prompt.source or f"prompt {prompt.index}" for prompt in prompts],
+            "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
+        }
+        stdin = self._process.stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died between calls: the missing answer tells
+            pickle.dump(request, stdin)
+            stdin.flush()
+        sources = request["sources"]
+        more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
+        return self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
+
+    def close(self) -> None:
+        """Ends the process and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                assert pipe is not None
+                pipe.close()
+
+    def __enter__(self) -> RewardFunction:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self, doing: str) -> list[float]:
+        """Waits for the next answer; `doing` says in messages what it is the answer to."""
+        line = self._line(doing)
+        if not line.endswith(b"\n"):
+            code = self._process.wait()
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            self.close()
+            raise ValueError(f"reward function {self.spec}: its process ended ({how}) {doing}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            if doing.startswith("while"):
+                self.close()
+            raise ValueError(f"reward function {self.spec}: {answer['error']}")
+        return answer["scores"]
+
+    def _line(self, doing: str) -> bytes:
+        """The next line of the process, or what there is of it when it ends."""
+        stdout = self._process.stdout
+        assert stdout is not None
+        line, deadline = b"", time.monotonic() + self.time_limit
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    self.close()
+                    limit = f"reward.time_limit={self.time_limit:g} seconds"
+                    raise ValueError(f"reward function {self.spec}: took longer than {limit} {doing}")
+                part = os.read(stdout.fileno(), 1 << 16)
+                if not part:
+                    break
+                line += part
+        return line
+
+
+def combine(scores: Mapping[str, Sequence[float]], weights: Sequence[float] = ()) -> list[float]:
+    """The weighted sum of several rewards, sample by sample.
+
+    Args:
+        scores: by name (a function's spec, a model's folder), in the order of the weights; one float each sample.
+        weights: none: 1 each.
+
+    Raises:
+        ValueError: a score is not finite; names the reward and the sample.
+    """
+    for name, values in scores.items():
+        for sample, value in enumerate(values):
+            if not math.isfinite(value):
+                raise ValueError(f"reward {name}: {value} for sample {sample} of the batch")
+    factors = weights or [1.0] * len(scores)
+    columns = zip(*scores.values(), strict=True)
+    return [sum(w * v for w, v in zip(factors, column, strict=True)) for column in columns]
+
+
+class RewardShaper:
+    """From combined scores to rewards: normalised by all that came before, clipped, less the penalty for no end.
+
+    In this order, so that the penalty is in units of the final reward and neither moves the statistics nor is clipped.
+    """
+
+    def __init__(self, config: RewardConfig):
+        self.config = config
+        self.moments = RunningMoments()
+
+    def __call__(self, scores: Sequence[float], finished: Sequence[bool]) -> list[float]:
+        """One reward for each sample.
+
+        Args:
+            scores: of the whole global batch.
+            finished: the answer ended by itself (end of sequence), rather than at max_new_tokens.
+        """
+        rewards = list(scores)
+        if self.config.normalise:
+            self.moments.update(rewards)
+            rewards = [(reward - self.moments.mean) / self.moments.deviation for reward in rewards]
+        if self.config.clip:
+            rewards = [max(-self.config.clip, min(self.config.clip, reward)) for reward in rewards]
+        penalty = self.config.missing_eos_penalty
+        return [reward - (0.0 if end else penalty) for reward, end in zip(rewards, finished, strict=True)]
+
+    def state(self) -> dict[str, float]:
+        """The running statistics, for a checkpoint."""
+        return self.moments.state()
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        self.moments.load_state(state)
+
+
+class RunningMoments:
+    """Mean and deviation of all numbers seen so far, batch by batch (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, values: Sequence[float]) -> None:
+        count = len(values)
+        mean = math.fsum(values) / count
+        squares = math.fsum((value - mean) ** 2 for value in values)
+        total = self.count + count
+        apart = mean - self.mean
+        self.squares += squares + apart**2 * self.count * count / total
+        self.mean += apart * count / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """Of the population; 1 while all numbers are equal, which leaves them at 0."""
+        deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return deviation if deviation > 1e-8 else 1.0
+
+    def state(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        self.count, self.mean, self.squares = int(state["count"]), state["mean"], state["squares"]
