@@ -4,7 +4,7 @@ Ranks are processes forked from a server that has torch loaded already, and they
 so a call costs hundredths of a second. What one call could leave for the next is set anew for every call: the process
 group, the random state, the environment, sys.path and the working directory (taken from the caller, so
 monkeypatch.setenv reaches the ranks), torch's default dtype and grad mode. A test that changes anything else in its
-process asks for `fresh=True`. After a failure every rank is killed, never reused.
+process, or sets what is read when a module is imported, asks for `fresh=True`. After a failure no rank is used again.
 """
 
 import contextlib
