@@ -342,7 +342,7 @@ class _Run:
         return broadcast(torch.stack((tokens.double(), logprobs.double())), self.mesh.tp)
 
     def exchange(self, number: int, made: Tensor | None) -> Tensor | None:
-        """Moves what stages need of each other after this one ran step `number`; returns the next step's hidden states."""
+        """Meets the other stages after this one ran step `number`; returns the next step's hidden states."""
         pp, operations, hidden = self.mesh.pp, [], None
         last = pp.size - 1
         if made is not None and pp.rank < last:

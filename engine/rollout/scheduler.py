@@ -34,7 +34,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: one token of each of the `decoding` sequences that `lane` runs, then the `admitted` prompts, whole."""
+    """One forward: a token of each of the `decoding` sequences that `lane` runs, then the `admitted` prompts, whole."""
 
     lane: int
     decoding: int
@@ -86,8 +86,8 @@ class Scheduler:
         for sequence in self.sequences:
             if self.blocks_of(sequence) > pool.num_blocks:
                 raise ValueError(
-                    f"prompt {sequence.index} has {len(sequence.prompt)} tokens and may grow by {max_new_tokens}: that takes "
-                    f"{self.blocks_of(sequence)} cache blocks of {block_size}, but the pool has {pool.num_blocks}"
+                    f"prompt {sequence.index} has {len(sequence.prompt)} tokens and may grow by {max_new_tokens}: "
+                    f"{self.blocks_of(sequence)} cache blocks of {block_size} needed, the pool has {pool.num_blocks}"
                 )
         self.waiting = deque(self.sequences)
         self.running: list[list[Sequence]] = [[] for _ in range(lanes)]
