@@ -1,0 +1,52 @@
+"""Small real models for tests: folders made by transformers, and whole tensors put together from many ranks."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from trialign.engine.checkpoint import Entry
+from trialign.engine.mesh import Axis
+from trialign.engine.parallel.collectives import gather_objects
+
+VOCAB = 96
+
+
+def tiny_llama(folder: Path, *, tied: bool = True, seed: int = 0, score: bool = False, **changes) -> Path:
+    """A random LLaMA with 4 layers, 4 heads and 2 key/value heads as a Hugging Face folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "bos_token_id": 1,
+    }
+    torch.manual_seed(seed)
+    if score:
+        config = LlamaConfig(**(sizes | changes), num_labels=1)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    else:
+        config = LlamaConfig(**(sizes | changes), tie_word_embeddings=tied)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def assemble(entries: Iterable[Entry], world: Axis) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's owned rectangles; each element must come from exactly one rank."""
+    mine = [(e.name, e.global_shape, e.offset, e.tensor.detach().clone()) for e in entries if e.owned]
+    wholes: dict[str, torch.Tensor] = {}
+    for name, shape, offset, tensor in (entry for rank in gather_objects(mine, world) for entry in rank):
+        whole = wholes.setdefault(name, torch.full(shape, float("nan")))
+        place = tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))
+        assert whole[place].isnan().all(), f"{name}: two ranks own the same numbers"
+        whole[place] = tensor
+    for name, whole in wholes.items():
+        assert not whole.isnan().any(), f"{name}: numbers that no rank owns"
+    return wholes
