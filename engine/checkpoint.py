@@ -267,9 +267,9 @@ def _sums(path: Path) -> dict[str, str]:
 
 def _check_file(path: Path, name: str, sums: Mapping[str, str]) -> None:
     if not (path / name).is_file():
-        raise ValueError(f"{name} is missing")
+        raise ValueError(f"{path / name} is missing")
     if sha256(path / name) != sums.get(name):
-        raise ValueError(f"{name} does not match its checksum")
+        raise ValueError(f"{path / name} does not match its checksum")
 
 
 def _check(path: Path, names: Iterable[str] | None, mesh: Mesh) -> None:
@@ -345,7 +345,7 @@ def _plan(reader: Reader, entries: list[Entry]) -> dict[str, list[Copy]]:
 class Reader:
     """Reads whole tensors of one checkpoint without ranks, checking each file before its first use.
 
-    Raises (here and in `read`):
+    Raises (here, in `check` and in `read`):
         ValueError: no checkpoint there, a damaged or missing file, no tensor of that name.
     """
 
@@ -353,8 +353,14 @@ class Reader:
         if not path.is_dir():
             raise ValueError(f"{path}: no such checkpoint")
         self.path, self.sums, self.checked = path, _sums(path), set[str]()
-        _check_file(path, "index.json", self.sums)
+        self.check("index.json")
         self.tensors: Index = json.loads((path / "index.json").read_text(encoding="utf-8"))["tensors"]
+
+    def check(self, file: str) -> None:
+        """Compares a file with its checksum, once."""
+        if file not in self.checked:
+            _check_file(self.path, file, self.sums)
+            self.checked.add(file)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `role/kind/weight`, on the host."""
@@ -363,9 +369,7 @@ class Reader:
         whole = torch.empty(0)
         described = self.tensors[name]
         for file, key, offset, shape in described["rectangles"]:
-            if file not in self.checked:
-                _check_file(self.path, file, self.sums)
-                self.checked.add(file)
+            self.check(file)
             with safe_open(self.path / file, "pt") as source:
                 part = source.get_tensor(key)
             if not whole.numel():

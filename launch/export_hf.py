@@ -1,0 +1,51 @@
+"""Writes the weights of a checkpoint as a Hugging Face folder.
+
+    python launch/export_hf.py --checkpoint RUN/checkpoints/step_N --output DIR
+
+The folder loads with transformers' from_pretrained and in vLLM; tokenizer, chat template and generation config come
+along. One process, no GPU, a few GB of memory at most: tensors are read one by one, each file checked by its checksum.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from trialign.models.hf import export_checkpoint
+
+
+@dataclass(frozen=True)
+class Export:
+    checkpoint: Path
+    """A checkpoint of a run: RUN/checkpoints/step_N."""
+    output: Path
+    """The folder to write: a new or an empty one."""
+    role: Literal["actor", "critic"] = "actor"
+    """The policy (AutoModelForCausalLM), or the critic (AutoModelForSequenceClassification with one score a token)."""
+    weights: Literal["master", "ema"] = "master"
+    """The trained weights, or their moving average where the run kept one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """The masters are float32; bfloat16 rounds them."""
+
+
+def main(config: Export) -> None:
+    export_checkpoint(
+        config.checkpoint,
+        config.output,
+        role=config.role,
+        weights=config.weights,
+        dtype=getattr(torch, config.dtype),
+    )
+    print(f"{config.output}: {config.role}, {config.weights}, {config.dtype}")
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Export, description=__doc__)
+    try:
+        main(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"export_hf: {error}")

@@ -1,0 +1,327 @@
+"""Hugging Face folders: one table says which of their tensors a parameter's piece is; load and export both read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..engine.checkpoint import Reader
+from ..engine.parallel.shard import Piece, shard_of
+from ..engine.safetensors_io import DTYPES, fsync, write_tensors
+from .config import HeadKind, ModelConfig
+from .decoder import Decoder
+
+INDEX = "model.safetensors.index.json"
+
+
+# Numbers of a config that change the computation, most of them without changing every tensor's shape.
+_COMPUTED = "vocab_size hidden_size ffn_size num_layers num_heads num_kv_heads head_dim rope_theta norm_eps".split()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight: our parameter and part of it, Hugging Face's name, the whole tensor's dims as keys of `_sizes`."""
+
+    ours: str
+    part: str
+    theirs: str
+    shape: str
+
+
+LLAMA = (
+    Row("embedding.weight", "", "model.embed_tokens.weight", "vocab hidden"),
+    Row("layers.{i}.attention_norm.weight", "", "model.layers.{i}.input_layernorm.weight", "hidden"),
+    Row("layers.{i}.attention.qkv.weight", "q", "model.layers.{i}.self_attn.q_proj.weight", "q hidden"),
+    Row("layers.{i}.attention.qkv.weight", "k", "model.layers.{i}.self_attn.k_proj.weight", "kv hidden"),
+    Row("layers.{i}.attention.qkv.weight", "v", "model.layers.{i}.self_attn.v_proj.weight", "kv hidden"),
+    Row("layers.{i}.attention.output.weight", "", "model.layers.{i}.self_attn.o_proj.weight", "hidden q"),
+    Row("layers.{i}.mlp_norm.weight", "", "model.layers.{i}.post_attention_layernorm.weight", "hidden"),
+    Row("layers.{i}.mlp.gate_up.weight", "gate", "model.layers.{i}.mlp.gate_proj.weight", "ffn hidden"),
+    Row("layers.{i}.mlp.gate_up.weight", "up", "model.layers.{i}.mlp.up_proj.weight", "ffn hidden"),
+    Row("layers.{i}.mlp.down.weight", "", "model.layers.{i}.mlp.down_proj.weight", "hidden ffn"),
+    Row("norm.weight", "", "model.norm.weight", "hidden"),
+)
+HEADS: dict[HeadKind, Row] = {
+    "lm": Row("head.weight", "", "lm_head.weight", "vocab hidden"),
+    "score": Row("head.weight", "", "score.weight", "one hidden"),
+}
+TIED = LLAMA[0].theirs  # a tied head is this tensor and has none of its own
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "q": config.num_heads * config.head_dim,
+        "kv": config.num_kv_heads * config.head_dim,
+        "ffn": config.ffn_size,
+        "one": 1,
+    }
+
+
+@cache
+def _names(config: ModelConfig, head: HeadKind) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
+    """(our parameter, part) -> (Hugging Face's name, whole shape), the table written out for all layers."""
+    sizes, names = _sizes(config), {}
+    for row in (*LLAMA, HEADS[head]):
+        shape = tuple(sizes[dim] for dim in row.shape.split())
+        for i in range(config.num_layers if "{i}" in row.ours else 1):
+            names[row.ours.format(i=i), row.part] = row.theirs.format(i=i), shape
+    if head == "lm" and config.tie_embeddings:
+        names[HEADS["lm"].ours, ""] = names[LLAMA[0].ours, ""]
+    return names
+
+
+def hf_name(parameter: str, part: str, config: ModelConfig, head: HeadKind = "lm") -> str:
+    """Hugging Face's name of a part of our parameter; a tied head's is the embedding's."""
+    return _names(config, head)[parameter, part][0]
+
+
+def hf_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[int, ...]]:
+    """Every tensor of a folder with this config and head, in the table's order: name -> shape."""
+    return dict(_names(config, head).values())
+
+
+def pieces(model: Decoder) -> Iterator[tuple[str, Piece, Tensor]]:
+    """Every piece of every parameter of this stage: (Hugging Face's name, rectangle, view of the parameter).
+
+    A tied head that is a copy (pp > 1) comes under the embedding's name too.
+    """
+    for name, parameter in model.named_parameters():
+        begin = 0
+        for piece in shard_of(parameter).pieces:
+            view = parameter.data[begin : begin + piece.shape[0]]
+            yield hf_name(name, piece.part, model.config, cast("HeadKind", model.kind)), piece, view
+            begin += piece.shape[0]
+
+
+def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "zero", "normal"] = "refuse") -> None:
+    """Fills the model's parameters, each rank reading only its slices, converted to the parameters' dtype.
+
+    Args:
+        folder: config.json and safetensors, one file or several with an index.
+        new_head: how a "score" head begins when the folder holds a causal language model: "refuse", "zero", or
+            "normal" with standard deviation 1/sqrt(hidden + 1) (https://arxiv.org/abs/2009.01325), equal on all ranks.
+
+    Raises:
+        ValueError: before any parameter is changed: a file or tensor that is missing, truncated, of another shape or
+            not of the model; a config.json that disagrees with the model's; a head that is not there.
+    """
+    folder = Path(folder)
+    config = ModelConfig.from_hf(folder)
+    _same_sizes(config, model.config, folder)
+    if model.kind == "lm" and config.head == "score":
+        raise ValueError(f"{folder}: {config.architecture} has a score head; a language model needs lm_head.weight")
+    fresh = model.kind == "score" and config.head == "lm"
+    if fresh and new_head == "refuse":
+        raise ValueError(
+            f"{folder}: {config.architecture} has no score.weight; expected LlamaForSequenceClassification"
+        )
+    found = _tensors(folder)
+    _same_tensors(found, config, folder)
+
+    todo: dict[str, list[tuple[str, Piece, Tensor]]] = {}
+    for name, piece, view in pieces(model):
+        if not (fresh and name == HEADS["score"].theirs):
+            todo.setdefault(found[name][0], []).append((name, piece, view))
+        elif new_head == "zero":
+            view.zero_()
+        else:
+            draws = torch.randn(view.shape, generator=torch.Generator().manual_seed(0))
+            view.copy_(draws / (config.hidden_size + 1) ** 0.5)
+    for file, parts in todo.items():
+        with safe_open(folder / file, "pt") as source:
+            for name, piece, view in parts:
+                cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+                view.copy_(source.get_slice(name)[cut])
+
+
+def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None:
+    both_lm = found.head == expected.head == "lm"
+    for key in (*_COMPUTED, *(["tie_embeddings"] if both_lm else [])):
+        if getattr(found, key) != getattr(expected, key):
+            raise ValueError(f"{folder}: {key}={getattr(found, key)}, the model has {getattr(expected, key)}")
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name -> (file, shape), from the headers of all files."""
+    if (folder / "model.safetensors").is_file():
+        files, promised = ["model.safetensors"], {}
+    elif (folder / INDEX).is_file():
+        try:
+            promised = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
+        files = sorted(set(promised.values()))
+    else:
+        others = sorted(p.name for suffix in ("bin", "pt", "pth", "gguf") for p in folder.glob(f"*.{suffix}"))
+        only = f" (only safetensors are read, found {', '.join(others)})" if others else ""
+        raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{only}")
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file}: missing, {INDEX} names it")
+        try:
+            with safe_open(folder / file, "pt") as source:
+                for name in source.keys():
+                    view = source.get_slice(name)
+                    if view.get_dtype() not in DTYPES.values():
+                        raise ValueError(
+                            f"{folder / file}: {name} is {view.get_dtype()}; allowed: {[*DTYPES.values()]}"
+                        )
+                    found[name] = file, tuple(view.get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file}: damaged or truncated: {error}") from None
+    for name, file in promised.items():
+        if name not in found:
+            raise ValueError(f"{folder / file}: no tensor {name}, {INDEX} promises it")
+    return found
+
+
+def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, folder: Path) -> None:
+    """The folder holds exactly the tensors of its own config."""
+    expected = hf_shapes(config, config.head)
+    tied = config.head == "lm" and config.tie_embeddings
+    head = HEADS["lm"].theirs
+    missing = [name for name in expected if name not in found]
+    # Old files carry the rotary frequencies, which follow from rope_theta.
+    extra = [
+        n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq") and not (tied and n == head)
+    ]
+    for what, names in (("lacks", missing), ("holds what the model has no place for:", extra)):
+        if names:
+            raise ValueError(
+                f"{folder} {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+            )
+    for name, shape in expected.items():
+        if found[name][1] != shape:
+            raise ValueError(f"{folder}: {name} has shape {list(found[name][1])}, config.json asks for {list(shape)}")
+    if tied and head in found:
+        with safe_open(folder / found[head][0], "pt") as one, safe_open(folder / found[TIED][0], "pt") as other:
+            if not torch.equal(one.get_tensor(head), other.get_tensor(TIED)):
+                raise ValueError(f"{folder}: config.json ties the embeddings, but {head} differs from {TIED}")
+
+
+def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
+    """Name -> path of what belongs to a folder's model beside its weights: configs, tokenizer, chat template."""
+    kept = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+    found = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.suffix in kept)
+    return {prefix + p.name: p for p in found if not p.name.endswith(".index.json")}
+
+
+def export_hf(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    asset_folder: Path,
+    *,
+    head: HeadKind = "lm",
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = 5 << 30,
+) -> None:
+    """Writes a folder that transformers and vLLM load: whole, or not at all.
+
+    Args:
+        folder: must not exist, or be empty.
+        tensors: (Hugging Face's name, whole tensor) in any order; one file's worth is held at a time.
+        asset_folder: where tokenizer, chat template and generation config come from.
+
+    Raises:
+        ValueError: the folder is not empty; a tensor is missing, unknown, twice or of another shape.
+        OSError: the disk is full.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not an empty folder")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    aside.mkdir(parents=True)
+    try:
+        sizes: list[dict[str, int]] = []  # by file: tensor -> bytes
+        for shard in _shards(tensors, hf_shapes(config, head), dtype, shard_bytes):
+            write_tensors(aside / f"{len(sizes)}", shard)
+            sizes.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
+        if len(sizes) == 1:
+            (aside / "0").rename(aside / "model.safetensors")
+        else:
+            names = [f"model-{i + 1:05d}-of-{len(sizes):05d}.safetensors" for i in range(len(sizes))]
+            for i, name in enumerate(names):
+                (aside / f"{i}").rename(aside / name)
+            places = {tensor: file for file, held in zip(names, sizes, strict=True) for tensor in held}
+            total = sum(sum(held.values()) for held in sizes)
+            _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        for name, source in assets(asset_folder).items():
+            shutil.copyfile(source, aside / name)
+        _write_json(aside / "config.json", config.to_hf_dict(head, str(dtype).removeprefix("torch.")))
+        for path in (*aside.iterdir(), aside):
+            fsync(path)
+        aside.rename(folder)  # replaces an empty folder
+        fsync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(
+    tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors in groups of at most `shard_bytes` (or one tensor); a group is emptied before the next is filled."""
+    shard: dict[str, Tensor] = {}
+    filled = 0
+    for name, tensor in tensors:
+        shape = shapes.pop(name, None)
+        if shape != tuple(tensor.shape):
+            expected = "not a tensor of this model, or twice" if shape is None else f"expected {list(shape)}"
+            raise ValueError(f"{name} {list(tensor.shape)}: {expected}")
+        size = tensor.numel() * dtype.itemsize
+        if shard and filled + size > shard_bytes:
+            yield shard
+            shard.clear()
+            filled = 0
+        shard[name] = tensor.to(dtype)
+        filled += size
+    if shapes:
+        raise ValueError(f"{len(shapes)} tensors are missing: {', '.join(list(shapes)[:3])}")
+    yield shard
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    role: Literal["actor", "critic"] = "actor",
+    weights: Literal["master", "ema"] = "master",
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Streams one role's weights out of a checkpoint into a Hugging Face folder, without a process group.
+
+    The checkpoint's assets must hold `{role}/config.json` and what else belongs to the model.
+
+    Raises:
+        ValueError: no such checkpoint, role or weights in it, a damaged file, a folder that is not empty.
+        OSError: the disk is full.
+    """
+    reader = Reader(checkpoint)
+    prefix = f"{role}/{weights}/"
+    held = {name.removeprefix(prefix) for name in reader.tensors if name.startswith(prefix)}
+    if not held:
+        kinds = sorted({name.rpartition("/")[0] for name in reader.tensors})
+        raise ValueError(f"{checkpoint}: no {prefix.rstrip('/')} weights; it holds {', '.join(kinds)}")
+    for name in (name for name in reader.sums if name.startswith(f"assets/{role}/")):
+        reader.check(name)
+    asset_folder = checkpoint / "assets" / role
+    config, head = ModelConfig.from_hf(asset_folder), "score" if HEADS["score"].theirs in held else "lm"
+    tensors = ((name, reader.read(prefix + name)) for name in hf_shapes(config, head) if name in held)
+    export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype)
