@@ -1,0 +1,99 @@
+"""docs/ppo.md holds the table of all knobs as the config has them. `python tests/test_docs.py` writes it anew."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from pathlib import Path
+
+from trialign.algorithms.config import PPOConfig
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "ppo.md"
+BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
+
+
+def docs_of(cls: type) -> dict[str, str]:
+    """Field -> the string under it."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    found = {}
+    for field, text in zip(node.body, node.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = ast.literal_eval(text.value)
+    return found
+
+
+def written(value: object) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "(none)"
+    return (
+        {"": '""', True: "True", False: "False"}.get(value, str(value)) if isinstance(value, str | bool) else f"{value}"
+    )
+
+
+def table(config: object, prefix: str) -> str:
+    """The rows of a section, and of the sections in it."""
+    hints, docs = typing.get_type_hints(type(config)), docs_of(type(config))
+    rows = ""
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value, name = getattr(config, field.name), f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            rows += table(value, name)
+            continue
+        default = written(value)
+        choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+        text = docs[field.name].replace("|", "\\|")
+        if choices:
+            text += f" ({', '.join(f'`{choice}`' for choice in choices)})"
+        rows += f"| `{name}` | `{default}` | {text} |\n"
+    return rows
+
+
+def tables() -> str:
+    """All sections."""
+    config, parts = PPOConfig(), []
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        what = (inspect.getdoc(type(section)) or "").splitlines()[0]
+        rows = table(section, field.name)
+        parts.append(f"### {field.name}\n\n{what}\n\n| knob | default | |\n|---|---|---|\n{rows}")
+    return "\n".join(parts)
+
+
+def with_tables(page: str) -> str:
+    """`page` with the tables between its marks."""
+    head, _, rest = page.partition(BEGIN)
+    return f"{head}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}"
+
+
+def test_the_page_on_ppo_lists_the_knobs_as_they_are():
+    page = PAGE.read_text()
+    assert page == with_tables(page), "docs/ppo.md is behind algorithms/config.py: python tests/test_docs.py"
+
+
+def test_the_formulas_name_knobs_that_exist():
+    page = PAGE.read_text().partition(BEGIN)[0]
+    sections = "|".join(field.name for field in dataclasses.fields(PPOConfig))
+    named = set(re.findall(rf"`((?:{sections})\.\w+)`", page))
+    known = set(re.findall(r"^\| `([\w.]+)`", tables(), re.M))
+    assert named and named <= known, named - known
+
+
+def test_every_knob_is_explained():
+    def missing(cls: type) -> list[str]:
+        hints, docs = typing.get_type_hints(cls), docs_of(cls)
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        sections = [hints[field.name] for field in fields if dataclasses.is_dataclass(hints[field.name])]
+        plain = [f"{cls.__name__}.{f.name}" for f in fields if not dataclasses.is_dataclass(hints[f.name])]
+        return [name for name in plain if name.split(".")[1] not in docs] + [
+            name for section in sections for name in missing(section)
+        ]
+
+    assert not missing(PPOConfig)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))
