@@ -120,13 +120,17 @@ def _together(mesh: Mesh, work: Callable[[], T], path: Path) -> list[T]:
         result = work()
     except Exception as error:  # not hidden: raised again below, once every rank knows
         failure = error
-    kind = next((k for k in (OSError, ValueError) if isinstance(failure, k)), RuntimeError)
-    outcomes = gather_objects((result, failure and (kind, str(failure) or repr(failure))), mesh.world)
-    failures = [(rank, *reason) for rank, (_, reason) in enumerate(outcomes) if reason]
+    reason = None
+    if failure is not None:
+        kind = next((k for k in (OSError, ValueError) if isinstance(failure, k)), RuntimeError)
+        reason = kind, str(failure) or repr(failure)
+    outcomes = gather_objects((result, reason), mesh.world)
+    failures = [(rank, reason) for rank, (_, reason) in enumerate(outcomes) if reason]
     if failures:
-        ranks = "" if mesh.world.size == 1 else f"rank {failures[0][0]}: "
+        rank, (kind, text) = failures[0]
+        which = "" if mesh.world.size == 1 else f"rank {rank}: "
         more = "" if len(failures) == 1 else f" (and {len(failures) - 1} more ranks)"
-        raise failures[0][1](f"{path}: {ranks}{failures[0][2]}{more}") from failure
+        raise kind(f"{path}: {which}{text}{more}") from failure
     return [value for value, _ in outcomes]
 
 

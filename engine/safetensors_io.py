@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_CHUNK = 1 << 20  # bytes, so that what is hashed is still in the cache when it is written
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -33,18 +34,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for part in (len(head).to_bytes(8, "little"), head):
-            digest.update(part)
+
+    # A second thread hashes what this one writes; both let go of the interpreter's lock meanwhile.
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
+        for part in chain((len(head).to_bytes(8, "little"), head), map(_numbers, tensors.values())):
+            hashed = hasher.submit(digest.update, part)
             file.write(part)
-        for tensor in tensors.values():
-            numbers = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            for begin in range(0, len(numbers), _CHUNK):
-                digest.update(numbers[begin : begin + _CHUNK])
-                file.write(numbers[begin : begin + _CHUNK])
+            hashed.result()
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _numbers(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def sha256(path: Path) -> str:
