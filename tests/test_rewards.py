@@ -28,8 +28,8 @@ def function(tmp_path: Path, body: str, signature: str = "prompts, completions, 
 
 
 def test_a_function_gets_prompts_completions_and_columns(tmp_path):
-    spec = function(tmp_path, "return [len(p) + 10 * len(c) + a for p, c, a in zip(prompts, completions, answer)]",
-                    "prompts, completions, answer")  # fmt: skip
+    body = "return [len(p) + 10 * len(c) + a for p, c, a in zip(prompts, completions, answer)]"
+    spec = function(tmp_path, body, "prompts, completions, answer")
     with RewardFunction(spec) as reward:
         assert reward.score(PROMPTS, ["x", "yy"]) == [14.0, 28.0]
         assert reward.score(PROMPTS[1:], [""]) == [8.0]
