@@ -126,6 +126,10 @@ class Generator:
         self.block_size, self.max_running = block_size, max_running
         self.prefill_tokens, self.cache_bytes = prefill_tokens, cache_bytes
 
+    def load(self, model: Model) -> None:
+        """Samples from this model's weights from now on. It runs on the very shards, so nothing is copied."""
+        self.model = model
+
     def generate(self, prompts: list[list[int]], sample_ids: list[int], params: SamplingParams) -> list[Completion]:
         """One completion a prompt, in the order of the prompts.
 
