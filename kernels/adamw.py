@@ -39,7 +39,7 @@ def adamw_(
     """One AdamW step in place.
 
     master, exp_avg, exp_avg_sq, grad: fp32 [m]; param_out: [m] of the compute dtype, receives the cast of the new
-    master (None when master is the parameter itself). step counts from 1. grad_scale multiplies the gradient (clipping, loss
-    scale); grad itself is left alone.
+    master (None when master is the parameter itself). step counts from 1. grad_scale multiplies the gradient
+    (clipping, loss scale); grad itself is left alone.
     """
     adamw_ref_(master, exp_avg, exp_avg_sq, grad, param_out, lr, beta1, beta2, eps, weight_decay, step, grad_scale)

@@ -8,10 +8,14 @@ Backward, with D_i = sum_d do_i o_i:
 Query heads share key/value heads in groups of heads // kv_heads (GQA).
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
 import torch.nn.functional as F
+
+from .dispatch import choose, register
 
 
 def packed_attention_ref(
@@ -51,70 +55,20 @@ def position_bias(length: int, alibi_slopes: torch.Tensor | None, window: int | 
     return bias.masked_fill(hidden, -math.inf)
 
 
-def buckets(lengths: list[int], waste: float = 1.25) -> list[list[int]]:
-    """Groups documents whose padding to the longest of the group costs at most `waste` times their own area.
-
-    Attention costs the square of the length, so areas are compared. Returns lists of document indices; documents
-    without tokens are left out.
-    """
-    groups: list[list[int]] = []
-    own = 0
-    for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i]):
-        area = lengths[i] ** 2
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] ** 2 <= waste * (own + area):
-            groups[-1].append(i)
-            own += area
-        else:
-            groups.append([i])
-            own = area
-    return groups
-
-
-def _sdpa(q, k, v, scale, alibi_slopes, window):
-    """q [n, length, heads, d], k and v [n, length, kv, d] -> [n, length, heads, d]."""
-    bias = None
-    if alibi_slopes is not None or window is not None:
-        bias = position_bias(q.shape[1], alibi_slopes, window, q)[None]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=bias,
-        is_causal=bias is None,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
-
-
-def padded_attention(q, k, v, cu_seqlens, scale, alibi_slopes=None, window=None):
-    """Right-pads documents of like length into batches for torch's fused attention.
-
-    Under the causal mask padding needs no mask of its own: padded keys come after every real query.
-    """
+def sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes=None, window=None):
+    """torch's fused attention, document by document: what serves without a compiled kernel."""
+    outputs = []
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-    if lengths and min(lengths) == max(lengths) > 0:
-        shape = (len(lengths), lengths[0])
-        batched = (t.unflatten(0, shape) for t in (q, k, v))
-        return _sdpa(*batched, scale, alibi_slopes, window).flatten(0, 1)
-    rows, outputs = [], []
-    for group in buckets(lengths):
-        longest = lengths[group[0]]
-        start = torch.tensor([bounds[i] for i in group], device=q.device)
-        length = torch.tensor([lengths[i] for i in group], device=q.device)
-        step = torch.arange(longest, device=q.device)
-        # Padded positions read the document's last token again: any finite value will do.
-        index = start[:, None] + torch.minimum(step[None], length[:, None] - 1)  # [n, longest]
-        real = (step[None] < length[:, None]).flatten()
-        batched = (t[index] for t in (q, k, v))
-        outputs.append(_sdpa(*batched, scale, alibi_slopes, window).flatten(0, 1)[real])
-        rows.append(index.flatten()[real])
-    if not outputs:
-        return torch.empty_like(q)
-    order = torch.empty(q.shape[0], dtype=torch.int64, device=q.device)
-    order[torch.cat(rows)] = torch.arange(q.shape[0], device=q.device)
-    return torch.cat(outputs)[order]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        query, key, value = (t[start:end].transpose(0, 1)[None] for t in (q, k, v))  # [1, heads, length, d]
+        bias = None
+        if alibi_slopes is not None or window is not None:
+            bias = position_bias(end - start, alibi_slopes, window, q)[None]
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
 def packed_attention(
@@ -135,4 +89,45 @@ def packed_attention(
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} key/value heads")
-    return padded_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
+    if choose("attention", q) == "cpp":
+        q, k, v = (_token_rows(t) for t in (q, k, v))
+        return torch.ops.trialign.attention(q, k, v, cu_seqlens.long(), scale, alibi_slopes, window)[0]
+    return sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
+
+
+def _token_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [total, heads, d] with each token's heads side by side in memory, as slices of a fused projection have them."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, ctx.scale, alibi_slopes, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, output[1], cu_seqlens, alibi_slopes)
+
+
+def _backward(ctx, grad, _):
+    q, k, v, stats, cu_seqlens, alibi_slopes = ctx.saved_tensors
+    grads = torch.ops.trialign.attention_backward(
+        grad.contiguous(), q, k, v, stats, cu_seqlens, ctx.scale, alibi_slopes, ctx.window
+    )
+    return *grads, None, None, None, None
+
+
+# stats [total, heads, 2] fp32: each query's largest score and the reciprocal of its sum of exponentials.
+register(
+    "attention",
+    lambda q, k, v, cu_seqlens, scale, alibi_slopes, window: (
+        q.new_empty(q.shape),
+        q.new_empty(*q.shape[:2], 2, dtype=torch.float32),
+    ),
+    _save,
+    _backward,
+)
+register(
+    "attention_backward",
+    lambda grad, q, k, v, stats, cu_seqlens, scale, alibi_slopes, window: (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+    ),
+)

@@ -4,7 +4,11 @@ Position p of sequence i lives in row p % block of block block_tables[i, p // bl
     S_j = scale * q . k_j + slope * (j - (length - 1)),   o = sum_j softmax_j(S) v_j,   0 <= j < length
 """
 
+from __future__ import annotations
+
 import torch
+
+from .dispatch import choose, register
 
 
 def write_kv_ref(k, v, k_cache, v_cache, slots) -> None:
@@ -36,7 +40,10 @@ def paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor):
     """Writes k and v [n, kv, d] into the caches [blocks, block, kv, d] at slots [n] int64, in place."""
-    write_kv_ref(k, v, k_cache, v_cache, slots)
+    if choose("write_kv", k) == "cpp":
+        torch.ops.trialign.write_kv(k, v, k_cache, v_cache, slots)
+    else:
+        write_kv_ref(k, v, k_cache, v_cache, slots)
 
 
 def paged_attention(
@@ -51,7 +58,16 @@ def paged_attention(
     """Attention of one query a sequence over its cached keys and values.
 
     q [b, heads, d], caches [blocks, block, kv, d], block_tables [b, max_blocks] int32, lengths [b] int32 (>= 1, the
-    token just written included), alibi_slopes [heads] fp32. Entries of block_tables past a sequence's length must still be
-    valid block numbers. Returns [b, heads, d].
+    token just written included), alibi_slopes [heads] fp32. Entries of block_tables past a sequence's length must
+    still be valid block numbers. Returns [b, heads, d].
     """
+    if choose("paged_attention", q) == "cpp":
+        return torch.ops.trialign.paged_attention(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes)
     return paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes)
+
+
+register("write_kv", lambda k, v, k_cache, v_cache, slots: None)
+register(
+    "paged_attention",
+    lambda q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes: q.new_empty(q.shape),
+)

@@ -1,0 +1,207 @@
+// Decode attention over a paged key/value cache, and the write into it. See kernels/paged_attention.py.
+#include <algorithm>
+#include <vector>
+
+#include "../op.h"
+#include "../simd.h"
+
+namespace {
+
+struct Paged {
+  int64_t heads, kv_heads, d, block;
+  float scale;
+  const float* slopes;       // [heads] or null
+};
+
+INLINE vf interleave_low(vf a, vf b) {
+  vi mask;
+  for (int i = 0; i < VW; ++i) mask[i] = i / 2 + (i % 2) * VW;
+  return __builtin_shuffle(a, b, mask);
+}
+INLINE vf interleave_high(vf a, vf b) {
+  vi mask;
+  for (int i = 0; i < VW; ++i) mask[i] = VW / 2 + i / 2 + (i % 2) * VW;
+  return __builtin_shuffle(a, b, mask);
+}
+
+// Lane i of the result is the sum of x[i]'s lanes. Each round adds halves and interleaves two vectors into one.
+INLINE vf row_sums(vf* x) {
+  for (int width = VW / 2; width >= 1; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = interleave_low(x[i], x[i + width]) + interleave_high(x[i], x[i + width]);
+  return x[0];
+}
+
+template <typename T>
+INLINE vf load_part(const T* p, int64_t n) {
+  float lanes[VW] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = get(p + i);
+  return load(lanes);
+}
+
+// rows[p]: where key (or value) p starts, in elements. S[g][p] = Q[g] . key p for G queries; written up to a multiple of VW.
+template <int G, typename T>
+void dots(const T* cache, const int64_t* rows, int64_t length, int64_t d, int64_t dp, const float* Q, float* S, int64_t lds) {
+  for (int64_t p0 = 0; p0 < length; p0 += VW) {
+    vf part[G][VW];
+    for (int r = 0; r < VW; ++r) {
+      const T* key = cache + rows[std::min(p0 + r, length - 1)];
+      vf sum[G];
+      for (int g = 0; g < G; ++g) sum[g] = splat(0.f);
+      int64_t c = 0;
+      for (; c + VW <= d; c += VW) {
+        const vf x = load(key + c);
+        for (int g = 0; g < G; ++g) sum[g] += x * load(Q + g * dp + c);
+      }
+      if (c < d) {
+        const vf x = load_part(key + c, d - c);
+        for (int g = 0; g < G; ++g) sum[g] += x * load(Q + g * dp + c);
+      }
+      for (int g = 0; g < G; ++g) part[g][r] = sum[g];
+    }
+    for (int g = 0; g < G; ++g) store(S + g * lds + p0, row_sums(part[g]));
+  }
+}
+
+// O[g][c..c + N * VW) = sum_p S[g][p] value p
+template <int G, int N, typename T>
+void mix(const T* cache, const int64_t* rows, int64_t length, const float* S, int64_t lds, float* O, int64_t dp) {
+  vf acc[G][N];
+  for (int g = 0; g < G; ++g)
+    for (int n = 0; n < N; ++n) acc[g][n] = splat(0.f);
+  for (int64_t p = 0; p < length; ++p) {
+    const T* value = cache + rows[p];
+    for (int n = 0; n < N; ++n) {
+      const vf x = load(value + n * VW);
+      for (int g = 0; g < G; ++g) acc[g][n] += splat(S[g * lds + p]) * x;
+    }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int n = 0; n < N; ++n) store(O + g * dp + n * VW, acc[g][n]);
+}
+
+template <int G, typename T>
+void mix_all(const T* cache, const int64_t* rows, int64_t length, int64_t d, int64_t dp, const float* S, int64_t lds, float* O) {
+  int64_t c = 0;
+  for (; c + 4 * VW <= d; c += 4 * VW) mix<G, 4>(cache + c, rows, length, S, lds, O + c, dp);
+  for (; c + VW <= d; c += VW) mix<G, 1>(cache + c, rows, length, S, lds, O + c, dp);
+  if (c == d) return;
+  for (int g = 0; g < G; ++g) {
+    vf acc = splat(0.f);
+    for (int64_t p = 0; p < length; ++p) acc += splat(S[g * lds + p]) * load_part(cache + rows[p] + c, d - c);
+    store(O + g * dp + c, acc);
+  }
+}
+
+// G query heads that share one key/value head; q and out point to the first of them.
+template <int G, typename T>
+void decode(const Paged& a, const T* q, const T* k_cache, const T* v_cache, const int64_t* rows, int64_t length, const float* slopes, T* out,
+            std::vector<float>& scratch) {
+  const int64_t d = a.d, dp = (d + VW - 1) / VW * VW, lds = (length + VW - 1) / VW * VW;
+  scratch.resize(G * (2 * dp + lds));
+  float *Q = scratch.data(), *O = Q + G * dp, *S = O + G * dp;
+  for (int g = 0; g < G; ++g)
+    for (int64_t c = 0; c < dp; ++c) Q[g * dp + c] = c < d ? get(q + g * d + c) * a.scale : 0.f;
+  dots<G>(k_cache, rows, length, d, dp, Q, S, lds);
+  float inverse[G];
+  for (int g = 0; g < G; ++g) {
+    float* s = S + g * lds;
+    if (slopes)
+      for (int64_t p = 0; p < length; ++p) s[p] += slopes[g] * float(p - (length - 1));
+    for (int64_t p = length; p < lds; ++p) s[p] = -INFINITY;
+    vf top = splat(-INFINITY);
+    for (int64_t p = 0; p < lds; p += VW) top = vmax(top, load(s + p));
+    const float peak = hmax(top);
+    vf sum = splat(0.f);
+    for (int64_t p = 0; p < lds; p += VW) {
+      const vf x = load(s + p);
+      const vf e = x == splat(-INFINITY) ? splat(0.f) : vexp(vmax(x - peak, splat(exp_low)));
+      store(s + p, e);
+      sum += e;
+    }
+    inverse[g] = 1.f / hsum(sum);
+  }
+  mix_all<G>(v_cache, rows, length, d, dp, S, lds, O);
+  for (int g = 0; g < G; ++g)
+    for (int64_t c = 0; c < d; ++c) put(out + g * d + c, O[g * dp + c] * inverse[g]);
+}
+
+template <typename T>
+void decode_group(const Paged& a, const T* q, const T* k_cache, const T* v_cache, const int64_t* rows, int64_t length, int64_t head, T* out,
+                  std::vector<float>& scratch) {
+  int64_t left = a.heads / a.kv_heads;
+  while (left > 0) {
+    const float* slopes = a.slopes ? a.slopes + head : nullptr;
+    const T* query = q + head * a.d;
+    T* o = out + head * a.d;
+    const int64_t taken = std::min<int64_t>(left, 4);
+    if (taken == 4) decode<4>(a, query, k_cache, v_cache, rows, length, slopes, o, scratch);
+    if (taken == 3) decode<3>(a, query, k_cache, v_cache, rows, length, slopes, o, scratch);
+    if (taken == 2) decode<2>(a, query, k_cache, v_cache, rows, length, slopes, o, scratch);
+    if (taken == 1) decode<1>(a, query, k_cache, v_cache, rows, length, slopes, o, scratch);
+    left -= taken;
+    head += taken;
+  }
+}
+
+template <typename T>
+void decode_batch(const Paged& a, const T* q, int64_t q_stride, const T* k_cache, const T* v_cache, const int32_t* tables, int64_t table_stride,
+                  const int32_t* lengths, int64_t batch, T* out) {
+  int64_t positions = 0;
+  for (int64_t b = 0; b < batch; ++b) positions += lengths[b];
+  parallel(batch * a.kv_heads, batch ? 2 * positions / batch * a.d : 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch;
+    std::vector<int64_t> rows;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / a.kv_heads, kv = task % a.kv_heads, length = lengths[b];
+      rows.resize(length);
+      for (int64_t p = 0; p < length; ++p)
+        rows[p] = ((tables[b * table_stride + p / a.block] * a.block + p % a.block) * a.kv_heads + kv) * a.d;
+      decode_group(a, q + b * q_stride, k_cache, v_cache, rows.data(), length, kv * (a.heads / a.kv_heads), out + b * a.heads * a.d, scratch);
+    }
+  });
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables, const Tensor& lengths, double scale,
+                       const std::optional<Tensor>& slopes) {
+  const int64_t batch = q.size(0), blocks = k_cache.size(0);
+  const Paged a{q.size(1), k_cache.size(2), q.size(2), k_cache.size(1), float(scale), slopes ? slopes->const_data_ptr<float>() : nullptr};
+  const int32_t *tables = block_tables.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>();
+  const int64_t stride = block_tables.stride(0);
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(length[b] >= 1 && length[b] <= block_tables.size(1) * a.block, "sequence ", b, " has length ", length[b], ", its table holds 1 to ",
+                    block_tables.size(1) * a.block);
+    for (int64_t i = 0; i * a.block < length[b]; ++i)
+      STD_TORCH_CHECK(tables[b * stride + i] >= 0 && tables[b * stride + i] < blocks, "sequence ", b, " names block ", tables[b * stride + i],
+                      ", the cache has ", blocks);
+  }
+  Tensor out = fresh(q, {batch, a.heads, a.d}, q.scalar_type());
+  const auto run = [&]<typename T>(T*) {
+    decode_batch(a, static_cast<const T*>(q.const_data_ptr()), q.stride(0), static_cast<const T*>(k_cache.const_data_ptr()),
+                 static_cast<const T*>(v_cache.const_data_ptr()), tables, stride, length, batch, static_cast<T*>(out.mutable_data_ptr()));
+  };
+  q.scalar_type() == ScalarType::Float ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
+  return out;
+}
+
+void write_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slots) {
+  const int64_t n = k.size(0), width = k.size(1) * k.size(2) * k.element_size(), capacity = k_cache.size(0) * k_cache.size(1);
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i) STD_TORCH_CHECK(slot[i] >= 0 && slot[i] < capacity, "slot ", slot[i], " of row ", i, " is outside the cache's ", capacity);
+  const char *from_k = static_cast<const char*>(k.const_data_ptr()), *from_v = static_cast<const char*>(v.const_data_ptr());
+  char *to_k = static_cast<char*>(k_cache.mutable_data_ptr()), *to_v = static_cast<char*>(v_cache.mutable_data_ptr());
+  const int64_t k_stride = k.stride(0) * k.element_size(), v_stride = v.stride(0) * v.element_size();
+  parallel(n, width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      memcpy(to_k + slot[i] * width, from_k + i * k_stride, width);
+      memcpy(to_v + slot[i] * width, from_v + i * v_stride, width);
+    }
+  });
+}
+
+}  // namespace
+
+TRIALIGN_OPS(ops) {
+  ops.add("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor lengths, float scale, Tensor? alibi_slopes) -> Tensor",
+          TORCH_BOX(&paged_attention));
+  ops.add("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()", TORCH_BOX(&write_kv));
+}
