@@ -1,10 +1,12 @@
 """Maps the four folders to trialign.* and builds trialign._C out of csrc/ where a C++ compiler and torch are at hand.
 
-The wheel of an environment without them is pure Python: the torch references serve, and kernels/dispatch.py says so once.
+An environment without them gets pure Python: the torch references serve, and kernels/dispatch.py says so once.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import runpy
@@ -35,12 +37,10 @@ ABI = "0x020d000000000000"  # torch 2.13, the oldest this extension loads into
 
 def torch_paths() -> tuple[str, Path] | None:
     """(version, folder) of the torch to build against, without importing it; None where there is none."""
-    script = "import importlib.util as u, importlib.metadata as m; print(m.version('torch')); print(u.find_spec('torch').origin)"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    if run.returncode:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         return None
-    version, origin = run.stdout.split()
-    return version, Path(origin).parent
+    return importlib.metadata.version("torch"), Path(spec.origin).parent
 
 
 class Build(build_ext):

@@ -8,9 +8,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <utility>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "simd.h"
 
 namespace trialign {
 
@@ -43,9 +49,19 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A fresh uninitialised tensor on the device of `like`.
+// A fresh uninitialised tensor on the device of `like`. A big one asks for huge pages: faulting in 4 KB pages would cost
+// as much as the arithmetic of an elementwise op.
 [[maybe_unused]] Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  Tensor made = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const size_t bytes = size_t(made.numel()) * made.element_size();
+  if (bytes >= 4 * page) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(made.data_ptr()), first = (start + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(first), (start + bytes) / page * page - first, MADV_HUGEPAGE);  // only a hint
+  }
+#endif
+  return made;
 }
 
 // fn(begin, end) over [0, n) on torch's own threads; `cost` is the work of one item in elements touched.
@@ -55,5 +71,30 @@ void parallel(int64_t n, int64_t cost, const F& fn) {
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, cost));
   if (n > 0) torch::stable::parallel_for(0, n, grain, fn);
 }
+
+// Runs the lambda with T = float or bf16 (simd.h).
+#define BY_DTYPE(tensor, T, ...)                                                             \
+  do {                                                                                       \
+    const ScalarType dtype_ = (tensor).scalar_type();                                        \
+    if (dtype_ == ScalarType::Float) {                                                       \
+      using T = float;                                                                       \
+      __VA_ARGS__();                                                                         \
+    } else {                                                                                 \
+      STD_TORCH_CHECK(dtype_ == ScalarType::BFloat16, "trialign: float32 or bfloat16 needed"); \
+      using T = bf16;                                                                        \
+      __VA_ARGS__();                                                                         \
+    }                                                                                        \
+  } while (0)
+
+template <class T>
+const T* in(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* out(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+#define CHECK_CONTIGUOUS(tensor) STD_TORCH_CHECK((tensor).is_contiguous(), "trialign: " #tensor " must be contiguous")
+#define CHECK_SAME_DTYPE(a, b) STD_TORCH_CHECK((a).scalar_type() == (b).scalar_type(), "trialign: " #a " and " #b " differ in dtype")
 
 }  // namespace

@@ -65,21 +65,58 @@ INLINE float hmax(vf v) {
   return s;
 }
 constexpr float exp_low = -87.3f;  // exp of it is the smallest normal float
-// About 2 ulp for x in [exp_low, 88]; the caller clamps from below.
+constexpr float exp_high = 88.0f;
+// About 1 ulp for x in [exp_low, exp_high]: x = n ln2 + r, a polynomial for e^r, n added to the exponent bits.
 INLINE vf vexp(vf x) {
-  constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const vf k = x * 1.44269504f + magic;
-  const vi n = (vi)k - (vi)splat(magic);
-  const vf kf = k - magic;
-  vf r = x - kf * 0.693145752f;
-  r = r - kf * 1.42860677e-6f;
-  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  return (vf)((vi)p + (n << 23));
+  const vf n = k - magic;
+  vf r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  vf p = r * 1.3814598788e-3f + 8.3687165752e-3f;
+  p = p * r + 4.1668388993e-2f;
+  p = p * r + 1.6666521132e-1f;
+  p = p * r + 4.9999994040e-1f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  return (vf)((vi)p + ((vi)k << 23));  // the bits of magic itself shift out
+}
+
+// A row in whole vectors and one rest: sweep(n, f) calls f(i, Full{}) and f(i, Rest{count}); load and store take either.
+struct Full {};
+struct Rest {
+  int count;
+};
+template <class T>
+INLINE vf load(const T* p, Full) {
+  return load(p);
+}
+template <class T>
+INLINE vf load(const T* p, Rest rest) {  // lanes past the end are 0
+  T row[VW] = {};
+  memcpy(row, p, size_t(rest.count) * sizeof(T));
+  return load(row);
+}
+template <class T>
+INLINE void store(T* p, vf v, Full) {
+  store(p, v);
+}
+template <class T>
+INLINE void store(T* p, vf v, Rest rest) {
+  T row[VW];
+  store(row, v);
+  memcpy(p, row, size_t(rest.count) * sizeof(T));
+}
+INLINE vf keep(vf v, float, Full) { return v; }
+INLINE vf keep(vf v, float other, Rest rest) {  // `other` in the lanes past the end
+  for (int i = rest.count; i < VW; ++i) v[i] = other;
+  return v;
+}
+template <class F>
+INLINE void sweep(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + VW <= n; i += VW) f(i, Full{});
+  if (i < n) f(i, Rest{int(n - i)});
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: C++ on the CPU, Triton on CUDA, the torch reference elsewhere.
 
 TRIALIGN_KERNELS is the one switch, read when this module is imported: `auto` (the default), `reference` (plain torch
-everywhere), or `avx2` / `baseline` (the C++ of a lesser machine, for tests). A missing or stale trialign._C is said once,
-and the references serve.
+everywhere), or `avx2` / `baseline` (the C++ of a lesser machine, for tests). A missing or stale trialign._C is said
+once, and the references serve.
 """
 
 from __future__ import annotations

@@ -29,17 +29,23 @@ def gae_ref(rewards, values, mask, cu_seqlens, gamma, lam):
     return advantages, returns
 
 
+register(
+    "gae",
+    lambda rewards, values, mask, cu_seqlens, gamma, lam: (torch.empty_like(rewards), torch.empty_like(rewards)),
+)
+
+
 @torch.no_grad()
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages, returns), each [total] fp32 and 0 where the mask is False. Not differentiable.
 
-    rewards, values [total] fp32, mask [total] bool, cu_seqlens [n + 1] int: sequence i is [cu_seqlens[i], cu_seqlens[i + 1]).
+    rewards, values [total] fp32, mask [total] bool, cu_seqlens [n + 1] int: sequence i is tokens
+    cu_seqlens[i] : cu_seqlens[i + 1].
     """
-    return gae_ref(rewards, values, mask, cu_seqlens, gamma, lam)
-
-
-register(
-    "gae", lambda rewards, values, mask, cu_seqlens, gamma, lam: (torch.empty_like(rewards), torch.empty_like(rewards))
-)
+    if values.dtype != rewards.dtype or choose("gae", rewards) == "reference":
+        return gae_ref(rewards, values, mask, cu_seqlens, gamma, lam)
+    return torch.ops.trialign.gae(
+        rewards.contiguous(), values.contiguous(), mask.contiguous(), cu_seqlens.long().contiguous(), gamma, lam
+    )

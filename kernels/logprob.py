@@ -1,10 +1,10 @@
-"""Log-probability of one label per row and entropy of the row, from logits: one pass, also over a vocabulary cut in shards.
+"""Log-probability of one label per row and entropy of the row, in one pass over the logits, whole or cut in shards.
 
 z = scale * logits,   m = max z,   s = sum_k e^(z_k - m),   t = sum_k e^(z_k - m) (z_k - m),   y = z_label
 logprob = (y - m) - log s,   entropy H = log s - t / s
 d logits_k = scale * (g (1[k = label] - p_k) - g_H p_k (log p_k + H)),   p_k = e^(z_k - m - log s)
-(m, s, t, y) of pieces of the vocabulary merge into those of the whole, so no piece ever needs the others' logits. Sums are
-relative to m: with logits of 1e4 an absolute log-sum-exp would cost 3 digits.
+(m, s, t, y) of pieces of the vocabulary merge into those of the whole, so no piece ever needs the others' logits. Sums
+are relative to m: with logits of 1e4 an absolute log-sum-exp would cost 3 digits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .dispatch import choose, register
 
 Merge = Callable[[torch.Tensor], torch.Tensor]
-"""stats [4, n] (max, sum of exp, sum of exp * logit, label logit or 0) of one vocabulary shard -> those of all shards."""
+"""stats [4, n] (max, sum of exp, sum of exp * logit, label logit or 0) of one vocabulary shard -> of all shards."""
 
 
 def logprob_ref(logits, labels, scale=1.0):
@@ -70,7 +70,7 @@ def merged(stats: torch.Tensor, merge: Merge | None) -> torch.Tensor:
         return stats
     m, s, t, y = stats
     m, s, t, y = merge(torch.stack((m, s, torch.where(s == 0, 0, t + m * s), y)))
-    return torch.stack((m, s, t - m * s, y))
+    return torch.stack((m, s, t - m * s, y)).contiguous()
 
 
 def finish(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,14 +80,53 @@ def finish(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return y - m - log_s, log_s - t / s
 
 
+register(
+    "logprob_stats",
+    lambda logits, labels, scale, vocab_start: logits.new_empty(4, logits.shape[0], dtype=torch.float32),
+)
+register("logprob_update_", lambda *_: None)
+register("logprob_backward", lambda logits, *_: logits.new_empty(logits.shape))
+register("logprob_backward_", lambda *_: None)
+
+
 def piece_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float, vocab_start: int) -> torch.Tensor:
     """`stats_ref` by the fastest implementation."""
-    return stats_ref(logits, labels, scale, vocab_start)
+    if choose("logprob_stats", logits) == "reference":
+        return stats_ref(logits, labels, scale, vocab_start)
+    return torch.ops.trialign.logprob_stats(logits.contiguous(), labels.contiguous(), scale, vocab_start)
+
+
+def add_piece_(
+    stats: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, scale: float, vocab_start: int
+) -> torch.Tensor:
+    """The stats joined with those of one more piece of the vocabulary; `stats` itself is given up."""
+    if choose("logprob_update_", logits) == "reference":
+        return join(stats, stats_ref(logits, labels, scale, vocab_start))
+    torch.ops.trialign.logprob_update_(stats, logits, labels, scale, vocab_start)
+    return stats
 
 
 def piece_gradient(logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start) -> torch.Tensor:
     """`gradient_ref` by the fastest implementation."""
-    return gradient_ref(logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start)
+    if choose("logprob_backward", logits) == "reference":
+        return gradient_ref(logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start)
+    grads = _contiguous(grad_logprob), _contiguous(grad_entropy)
+    return torch.ops.trialign.logprob_backward(
+        logits.contiguous(), labels.contiguous(), stats.contiguous(), *grads, scale, vocab_start
+    )
+
+
+def piece_gradient_(logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start) -> torch.Tensor:
+    """`piece_gradient` that may overwrite the logits, which must be contiguous."""
+    if choose("logprob_backward_", logits) == "reference":
+        return gradient_ref(logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start)
+    grads = _contiguous(grad_logprob), _contiguous(grad_entropy)
+    torch.ops.trialign.logprob_backward_(logits, labels, stats, *grads, scale, vocab_start)
+    return logits
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 class _Logprob(torch.autograd.Function):
@@ -117,5 +156,8 @@ def logprob(
 
     logits [n, v], labels [n] int64. With `merge`, logits are one shard of the vocabulary that starts at `vocab_start`,
     labels stay global, and the gradient is that of this shard's logits. Without it every label must lie in [0, v).
+    ValueError for a scale that is not positive.
     """
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     return _Logprob.apply(logits, labels, scale, merge, vocab_start)

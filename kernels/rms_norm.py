@@ -25,13 +25,55 @@ def add_rms_norm_ref(x, residual, weight, eps):
     return rms_norm_ref(total, weight, eps), total
 
 
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _backward(ctx, grad, _grad_rstd):
+    x, weight, rstd = ctx.saved_tensors
+    return *torch.ops.trialign.rms_norm_backward(grad.contiguous(), x, weight, rstd, None), None
+
+
+def _save_total(ctx, inputs, output):
+    ctx.save_for_backward(output[1], inputs[2], output[2])
+
+
+def _backward_total(ctx, grad, grad_total, _grad_rstd):
+    total, weight, rstd = ctx.saved_tensors
+    through = None if grad_total is None else grad_total.contiguous()
+    grad_x, grad_weight = torch.ops.trialign.rms_norm_backward(grad.contiguous(), total, weight, rstd, through)
+    return grad_x, grad_x, grad_weight, None
+
+
+def _rstd(x):
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+register("rms_norm", lambda x, weight, eps: (torch.empty_like(x), _rstd(x)), _save, _backward)
+register(
+    "add_rms_norm",
+    lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x), _rstd(x)),
+    _save_total,
+    _backward_total,
+)
+register(
+    "rms_norm_backward",
+    lambda grad, x, weight, rstd, grad_total: (torch.empty_like(x), torch.empty_like(weight)),
+)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [n, h] times its inverse root mean square over h, times weight [h]. Returns [n, h] in x's dtype."""
-    return rms_norm_ref(x, weight, eps)
+    if x.dtype != weight.dtype or choose("rms_norm", x) == "reference":
+        return rms_norm_ref(x, weight, eps)
+    return torch.ops.trialign.rms_norm(x.contiguous(), weight, eps)[0]
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual) in one pass. x, residual [n, h], weight [h]."""
-    return add_rms_norm_ref(x, residual, weight, eps)
+    if not x.dtype == residual.dtype == weight.dtype or choose("add_rms_norm", x) == "reference":
+        return add_rms_norm_ref(x, residual, weight, eps)
+    normed, total, _ = torch.ops.trialign.add_rms_norm(x.contiguous(), residual.contiguous(), weight, eps)
+    return normed, total

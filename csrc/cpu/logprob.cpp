@@ -1,0 +1,144 @@
+// Online softmax statistics (m, s, t, y) of logits, and the gradient from them. Formulas: kernels/logprob.py.
+#include <limits>
+
+#include "../op.h"
+
+namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr int64_t block = 2048;  // columns read twice (maximum, then sums): they stay in the first cache
+
+struct Stats {
+  float m, s, t;
+};
+
+// Stats of two disjoint parts of a row together.
+INLINE Stats join(Stats a, Stats b) {
+  if (a.s == 0) return b;
+  if (b.s == 0) return a;
+  const float m = a.m > b.m ? a.m : b.m, da = a.m - m, db = b.m - m, fa = std::exp(da), fb = std::exp(db);
+  return {m, a.s * fa + b.s * fb, (a.t + da * a.s) * fa + (b.t + db * b.s) * fb};
+}
+
+template <class T>
+INLINE Stats block_stats(const T* x, int64_t n, float scale) {
+  vf top = splat(-infinity);
+  sweep(n, [&](int64_t j, auto lanes) { top = vmax(keep(load(x + j, lanes), -infinity, lanes), top); });
+  const float m = hmax(top) * scale;
+  const float base = m == -infinity ? 0.f : m;
+  vf s = {}, t = {};
+  sweep(n, [&](int64_t j, auto lanes) {
+    // -inf becomes a probability of 1e-38. The maximum passes NaN over, this does not: it reaches t.
+    const vf d = vmax(splat(exp_low), load(x + j, lanes) * scale - base), p = keep(vexp(d), 0.f, lanes);
+    s += p;
+    t += p * keep(d, 0.f, lanes);
+  });
+  const float total = hsum(t);
+  if (total != total) return {m, total, total};
+  return m == -infinity ? Stats{m, 0, 0} : Stats{m, hsum(s), total};
+}
+
+void logprob_update_(const Tensor& stats, const Tensor& logits, const Tensor& labels, double scale, int64_t vocab_start) {
+  CHECK_CONTIGUOUS(stats);
+  CHECK_CONTIGUOUS(labels);
+  const int64_t n = logits.size(0), v = logits.size(1), row = logits.stride(0);
+  STD_TORCH_CHECK(v == 0 || logits.stride(1) == 1, "trialign: logits rows must be contiguous");
+  STD_TORCH_CHECK(scale > 0, "trialign: scale must be positive");
+  STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Float && labels.scalar_type() == ScalarType::Long, "trialign: stats are float32, labels int64");
+  float* state = out<float>(stats);
+  const int64_t* label = in<int64_t>(labels);
+  BY_DTYPE(logits, T, [&] {
+    const T* x = in<T>(logits);
+    parallel(n, 4 * v, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Stats all{state[i], state[n + i], state[2 * n + i]};
+        const T* xi = x + i * row;
+        for (int64_t j = 0; j < v; j += block) all = join(all, block_stats(xi + j, std::min(block, v - j), float(scale)));
+        state[i] = all.m;
+        state[n + i] = all.s;
+        state[2 * n + i] = all.t;
+        const int64_t local = label[i] - vocab_start;
+        if (local >= 0 && local < v) state[3 * n + i] += get(xi + local) * float(scale);
+      }
+    });
+  });
+}
+
+Tensor logprob_stats(const Tensor& logits, const Tensor& labels, double scale, int64_t vocab_start) {
+  const int64_t n = logits.size(0);
+  Tensor stats = fresh(logits, {4, n}, ScalarType::Float);
+  float* state = out<float>(stats);
+  std::fill(state, state + n, -infinity);
+  std::fill(state + n, state + 4 * n, 0.f);
+  logprob_update_(stats, logits, labels, scale, vocab_start);
+  return stats;
+}
+
+// to may be from: each element is read before it is written, the label's too.
+template <class T>
+void gradient(const T* from, T* to, int64_t n, int64_t v, int64_t row, const int64_t* label, const float* stats, const float* grad_logprob,
+              const float* grad_entropy, float scale, int64_t vocab_start) {
+  parallel(n, 3 * v, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float m = stats[i], s = stats[n + i], t = stats[2 * n + i], log_s = std::log(s), entropy = log_s - t / s;
+      const float g = grad_logprob ? grad_logprob[i] : 0.f, ge = grad_entropy ? grad_entropy[i] : 0.f;
+      const float constant = -(g + ge * entropy) * scale, slope = -ge * scale;
+      const T* x = from + i * row;
+      T* y = to + i * v;
+      const int64_t local = label[i] - vocab_start;
+      float at_label = 0;
+      if (local >= 0 && local < v) {
+        const float d = std::max(get(x + local) * scale - m - log_s, -1e30f);  // a label at -inf has p = 0, not NaN
+        at_label = g * scale + std::exp(d) * (constant + slope * d);
+      }
+      sweep(v, [&](int64_t j, auto lanes) {
+        const vf d = vmax(splat(exp_low), load(x + j, lanes) * scale - m - log_s);
+        store(y + j, vexp(d) * (constant + slope * d), lanes);
+      });
+      if (local >= 0 && local < v) put(y + local, at_label);
+    }
+  });
+}
+
+void check_gradient(const Tensor& logits, const Tensor& labels, const Tensor& stats, const std::optional<Tensor>& grad_logprob,
+                    const std::optional<Tensor>& grad_entropy) {
+  CHECK_CONTIGUOUS(stats);
+  CHECK_CONTIGUOUS(labels);
+  STD_TORCH_CHECK(logits.size(1) == 0 || logits.stride(1) == 1, "trialign: logits rows must be contiguous");
+  if (grad_logprob) CHECK_CONTIGUOUS(*grad_logprob);
+  if (grad_entropy) CHECK_CONTIGUOUS(*grad_entropy);
+}
+
+Tensor logprob_backward(const Tensor& logits, const Tensor& labels, const Tensor& stats, std::optional<Tensor> grad_logprob,
+                        std::optional<Tensor> grad_entropy, double scale, int64_t vocab_start) {
+  check_gradient(logits, labels, stats, grad_logprob, grad_entropy);
+  const int64_t n = logits.size(0), v = logits.size(1);
+  Tensor result = fresh(logits, {n, v}, logits.scalar_type());
+  BY_DTYPE(logits, T, [&] {
+    gradient(in<T>(logits), out<T>(result), n, v, logits.stride(0), in<int64_t>(labels), in<float>(stats),
+             grad_logprob ? in<float>(*grad_logprob) : nullptr, grad_entropy ? in<float>(*grad_entropy) : nullptr, float(scale), vocab_start);
+  });
+  return result;
+}
+
+void logprob_backward_(const Tensor& logits, const Tensor& labels, const Tensor& stats, std::optional<Tensor> grad_logprob,
+                       std::optional<Tensor> grad_entropy, double scale, int64_t vocab_start) {
+  check_gradient(logits, labels, stats, grad_logprob, grad_entropy);
+  CHECK_CONTIGUOUS(logits);
+  const int64_t n = logits.size(0), v = logits.size(1);
+  BY_DTYPE(logits, T, [&] {
+    gradient(in<T>(logits), out<T>(logits), n, v, v, in<int64_t>(labels), in<float>(stats), grad_logprob ? in<float>(*grad_logprob) : nullptr,
+             grad_entropy ? in<float>(*grad_entropy) : nullptr, float(scale), vocab_start);
+  });
+}
+
+}  // namespace
+
+TRIALIGN_OPS(ops) {
+  ops.add("logprob_stats(Tensor logits, Tensor labels, float scale, int vocab_start) -> Tensor", TORCH_BOX(&logprob_stats));
+  ops.add("logprob_update_(Tensor(a!) stats, Tensor logits, Tensor labels, float scale, int vocab_start) -> ()", TORCH_BOX(&logprob_update_));
+  ops.add("logprob_backward(Tensor logits, Tensor labels, Tensor stats, Tensor? grad_logprob, Tensor? grad_entropy, float scale, int vocab_start) -> Tensor",
+          TORCH_BOX(&logprob_backward));
+  ops.add("logprob_backward_(Tensor(a!) logits, Tensor labels, Tensor stats, Tensor? grad_logprob, Tensor? grad_entropy, float scale, int vocab_start) -> ()",
+          TORCH_BOX(&logprob_backward_));
+}
