@@ -164,7 +164,7 @@ def _run(job: bytes) -> tuple[bool, bytes]:
         torch.manual_seed(0)
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, world),
+            init_method=f"file://{store}",
             rank=rank,
             world_size=world,
             timeout=datetime.timedelta(seconds=timeout),
