@@ -1,0 +1,52 @@
+"""The picture and the table at the end of a run."""
+
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("report", LAUNCH / "report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_curves_are_drawn_even_where_steps_lack_a_metric(report, tmp_path):
+    steps = [{"step": i, "reward": i / 10, "kl": 0.1 * i, "value_loss": 1 / (i + 1)} for i in range(9)]
+    steps[3]["entropy"] = 2.0
+    report.plot(steps, tmp_path / "run.png", "a title")
+    header = (tmp_path / "run.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", header[16:24]) == (1440, 900)
+    report.plot([], tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size > 1000
+
+
+def test_smoothing_is_a_centred_mean(report):
+    assert report.smooth([0.0, 3.0, 6.0, 0.0], span=3) == [1.5, 3.0, 3.0, 3.0]
+
+
+def test_the_table_shows_answers_as_they_are(report):
+    table = report.completions_table(
+        ["How was it?"], [report.Answer("It was [bold]bad[/bold].", -0.5)], [report.Answer("Great!\n", 0.75)]
+    )
+    console = Console(width=140, record=True, quiet=True)
+    console.print(table)
+    text = console.export_text()
+    for part in ("How was it?", "It was [bold]bad[/bold].", "-0.50", "Great!", "+0.75"):
+        assert part in text
+
+
+def test_the_demo_s_prompts_are_many_short_and_distinct():
+    rows = [json.loads(line) for line in (LAUNCH / "data" / "prompts.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["prompt"] for row in rows}) == 300
+    assert all(set(row) == {"prompt", "topic"} and len(row["prompt"].split()) <= 20 for row in rows)
+    assert len({row["topic"] for row in rows}) >= 10
