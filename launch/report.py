@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import ROUNDED
 from rich.table import Table
@@ -38,7 +38,7 @@ def plot(steps: Sequence[Mapping[str, float]], path: Path | str, title: str = ""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 9.5,
         "axes.titlesize": 11,
         "axes.titleweight": "bold",

@@ -1,6 +1,7 @@
 """The picture and the table at the end of a run."""
 
 import importlib.util
+import io
 import json
 import struct
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_the_table_shows_answers_as_they_are(report):
     table = report.completions_table(
         ["How was it?"], [report.Answer("It was [bold]bad[/bold].", -0.5)], [report.Answer("Great!\n", 0.75)]
     )
-    console = Console(width=140, record=True, quiet=True)
+    console = Console(width=140, file=io.StringIO(), record=True)
     console.print(table)
     text = console.export_text()
     for part in ("How was it?", "It was [bold]bad[/bold].", "-0.50", "Great!", "+0.75"):
