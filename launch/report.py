@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
+from trialign.engine.logging import read_metrics
 
 CURVES = (
     ("reward", "Reward", "mean over the batch", "#0f766e"),
@@ -19,20 +20,16 @@ CURVES = (
 """(metric, title, unit, colour)."""
 
 
-class Answer(NamedTuple):
-    """A completion and its reward."""
-
-    text: str
-    reward: float
+Answer = tuple[str, str, float]
+"""(prompt, completion, reward)."""
 
 
-def plot(steps: Sequence[Mapping[str, float]], path: Path | str, title: str = "") -> None:
-    """Draws the curves over steps as a PNG.
+def plot(metrics: Path, picture: Path, title: str = "") -> Path:
+    """Draws the curves over the steps of a metrics.jsonl as a PNG, and returns its path.
 
-    Args:
-        steps: metrics of each step, as engine.logging.read_metrics gives them; a step may lack some (the actor's while
-            only the critic learns).
+    A step may lack a metric (the actor's, while only the critic learns).
     """
+    steps = read_metrics(metrics)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,8 +79,9 @@ def plot(steps: Sequence[Mapping[str, float]], path: Path | str, title: str = ""
             axis.xaxis.get_major_locator().set_params(integer=True)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, color="#475569")
-        figure.savefig(path, dpi=150)
+        figure.savefig(picture, dpi=150)
         plt.close(figure)
+    return picture
 
 
 def smooth(values: Sequence[float], span: int = 5) -> list[float]:
@@ -93,21 +91,17 @@ def smooth(values: Sequence[float], span: int = 5) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def completions_table(prompts: Sequence[str], before: Sequence[Answer], after: Sequence[Answer]) -> Table:
-    """Answers of the model before and after the run, side by side, each with its reward."""
+def completion_table(before: Sequence[Answer], after: Sequence[Answer]) -> Table:
+    """Answers to the same prompts before and after the run, side by side, each with its reward."""
     table = Table(box=ROUNDED, show_lines=True, header_style="bold", border_style="bright_black", expand=True)
     table.add_column("prompt", ratio=2, style="cyan")
     table.add_column("before", ratio=4)
     table.add_column("reward", justify="right", no_wrap=True)
     table.add_column("after", ratio=4)
     table.add_column("reward", justify="right", no_wrap=True)
-    for prompt, old, new in zip(prompts, before, after, strict=True):
-        change = "green" if new.reward > old.reward else "red" if new.reward < old.reward else "default"
-        table.add_row(
-            Text(prompt.strip()),  # Text: what a model writes is not to be read as markup
-            Text(old.text.strip()),
-            f"{old.reward:+.2f}",
-            Text(new.text.strip()),
-            f"[{change}]{new.reward:+.2f}[/]",
-        )
+    for (prompt, old, low), (_, new, high) in zip(before, after, strict=True):
+        change = "green" if high > low else "red" if high < low else "default"
+        # Text: what a model writes is not to be read as markup.
+        words = [Text(text.strip()) for text in (prompt, old, new)]
+        table.add_row(words[0], words[1], f"{low:+.2f}", words[2], f"[{change}]{high:+.2f}[/]")
     return table

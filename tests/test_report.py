@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from samples import write_jsonl
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 
@@ -24,11 +25,12 @@ def report():
 def test_curves_are_drawn_even_where_steps_lack_a_metric(report, tmp_path):
     steps = [{"step": i, "reward": i / 10, "kl": 0.1 * i, "value_loss": 1 / (i + 1)} for i in range(9)]
     steps[3]["entropy"] = 2.0
-    report.plot(steps, tmp_path / "run.png", "a title")
-    header = (tmp_path / "run.png").read_bytes()[:24]
+    metrics = write_jsonl(tmp_path / "metrics.jsonl", steps)
+    picture = report.plot(metrics, tmp_path / "run.png", "a title")
+    header = picture.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", header[16:24]) == (1440, 900)
-    report.plot([], tmp_path / "empty.png")
-    assert (tmp_path / "empty.png").stat().st_size > 1000
+    nothing = write_jsonl(tmp_path / "nothing.jsonl", [])
+    assert report.plot(nothing, tmp_path / "empty.png").stat().st_size > 1000
 
 
 def test_smoothing_is_a_centred_mean(report):
@@ -36,9 +38,8 @@ def test_smoothing_is_a_centred_mean(report):
 
 
 def test_the_table_shows_answers_as_they_are(report):
-    table = report.completions_table(
-        ["How was it?"], [report.Answer("It was [bold]bad[/bold].", -0.5)], [report.Answer("Great!\n", 0.75)]
-    )
+    before, after = ("How was it?", "It was [bold]bad[/bold].", -0.5), ("How was it?", "Great!\n", 0.75)
+    table = report.completion_table([before], [after])
     console = Console(width=140, file=io.StringIO(), record=True)
     console.print(table)
     text = console.export_text()
