@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,12 +19,25 @@ from .config import OptimizerConfig, PPOConfig
 from .ppo import Roles
 from .roles import Learner, Role
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def read_shapes(config: PPOConfig, vocabulary: int) -> dict[str, ModelConfig]:
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelConfig) -> None:
+    """Refuses a tokenizer that knows tokens the model has no row for.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    if len(tokenizer) > shape.vocab_size:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer knows {len(tokenizer)} tokens,"
+            f" the model only vocab_size={shape.vocab_size}"
+        )
+
+
+def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
     """The shape of every folder the roles come from, checked against the layout and each other.
-
-    Args:
-        vocabulary: number of tokens the tokenizer knows.
 
     Raises:
         ValueError: a folder is missing or unsupported, a size does not divide, or vocabularies differ.
@@ -33,10 +47,6 @@ def read_shapes(config: PPOConfig, vocabulary: int) -> dict[str, ModelConfig]:
     actor = shapes[config.model.path]
     if actor.head != "lm":
         raise ValueError(f"model.path={config.model.path} holds a {actor.architecture}: the actor must predict tokens")
-    if vocabulary > actor.vocab_size:
-        raise ValueError(
-            f"{config.model.path}: the tokenizer knows {vocabulary} tokens, the model only vocab_size={actor.vocab_size}"
-        )
     for folder, shape in shapes.items():
         try:
             check_layout(shape, tp=config.parallel.tp, pp=config.parallel.pp)

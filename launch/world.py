@@ -26,6 +26,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def rank_prefix() -> str:
+    """What other ranks than the first put before their messages."""
+    return "" if is_main() else f"rank {os.environ['RANK']}: "
+
+
 def pick_device(wanted: str) -> torch.device:
     """The device of this rank.
 
@@ -41,15 +46,16 @@ def pick_device(wanted: str) -> torch.device:
 
 @contextmanager
 def mesh_of(parallel: ParallelConfig) -> Iterator[Mesh]:
-    """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh and leaves the group at the end."""
+    """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh and leaves the group at the end.
+
+    After an error it is not left: that would wait for ranks which may be stuck. The launcher ends them.
+    """
     device = pick_device(parallel.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size() > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
-    try:
-        yield build_mesh(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, device=device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield build_mesh(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, device=device)
+    if dist.is_initialized():
+        dist.destroy_process_group()

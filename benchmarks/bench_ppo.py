@@ -1,0 +1,129 @@
+"""Whole PPO iterations with all four roles on random prompts: seconds, samples/s, tokens/s, seconds by phase.
+
+    python benchmarks/bench_ppo.py --model DIR --prompts 16 --prompt-tokens 32 --new-tokens 48 --iters 4 --dtype bfloat16
+    torchrun --nproc-per-node N benchmarks/bench_ppo.py --model DIR --tp 2
+
+The reward is a model with a scalar head (the given model's body, a random head); no answer stops early; one epoch of one
+minibatch. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from trialign.algorithms.batch import Prompt, from_rollouts
+from trialign.algorithms.build import build_roles, read_shapes
+from trialign.algorithms.config import (
+    AlgorithmConfig,
+    DataConfig,
+    ModelPaths,
+    ParallelConfig,
+    PPOConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from trialign.algorithms.ppo import plan, score, update, with_advantages
+from trialign.algorithms.roles import Role
+from trialign.algorithms.rollout import sample, sampling_params
+from trialign.engine.mesh import build_mesh
+from trialign.engine.phases import Phases, forward_flops, matmul_peak
+from trialign.engine.rollout.generate import Generator
+from trialign.models.decoder import Decoder
+from trialign.models.hf import load_hf
+
+
+@dataclass(frozen=True)
+class Bench:
+    model: str
+    """folder in Hugging Face format"""
+    prompts: int = 16
+    """prompts of an iteration"""
+    prompt_tokens: int = 32
+    """random tokens of a prompt"""
+    new_tokens: int = 48
+    """tokens of an answer"""
+    iters: int = 4
+    """iterations; the first is left out of the median"""
+    micro: int = 16
+    """samples of a micro-batch"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """compute type; masters are float32"""
+    tp: int = 1
+    """tensor-parallel size"""
+    pp: int = 1
+    """pipeline stages"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where to run"""
+
+
+def main(bench: Bench) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if bench.device == "cuda" else "gloo")
+    config = PPOConfig(
+        model=ModelPaths(path=bench.model, dtype=bench.dtype),
+        data=DataConfig(max_prompt_tokens=bench.prompt_tokens),
+        rollout=RolloutConfig(max_new_tokens=bench.new_tokens),
+        parallel=ParallelConfig(tp=bench.tp, pp=bench.pp),
+        ppo=AlgorithmConfig(micro_batch_size=bench.micro),
+        run=RunConfig(steps=bench.iters, prompts_per_step=bench.prompts),
+    )
+    mesh = build_mesh(tp=bench.tp, pp=bench.pp, device=bench.device)
+    shapes = read_shapes(config)
+    shape = shapes[bench.model]
+    roles = build_roles(config, shapes, mesh)
+    dtype = roles.actor.model.dtype
+    reward = Decoder(shape, mesh, dtype=dtype, head="score").requires_grad_(False)
+    load_hf(reward, bench.model, new_head="normal")
+    roles.rewards.append(Role(reward))
+    generator = Generator(roles.actor.model, mesh)
+    params = sampling_params(config, stop_ids=())  # no early stop
+    random = torch.Generator().manual_seed(0)
+    phases = Phases(mesh.device, mesh.world.size, peak=matmul_peak(dtype, mesh.device))
+    history = []
+    for step in range(bench.iters):
+        tokens = torch.randint(1000, shape.vocab_size, (bench.prompts, bench.prompt_tokens), generator=random).tolist()
+        prompts = [Prompt(step * bench.prompts + i, row, "") for i, row in enumerate(tokens)]
+        with phases("rollout") as phase:
+            batch = from_rollouts(sample(generator, prompts, params)).to(mesh.device)
+            epochs = plan(batch, config, mesh, seed=step)
+            shares = [share for minibatch in epochs[0] for share in minibatch.shares]
+            phase.flops = forward = forward_flops(shape, batch.lengths, len(batch.response))
+        with phases("score") as phase:
+            scores = roles.rewards[0].scores(batch, shares)
+            batch = score(batch, roles, config, shares)
+            body = forward_flops(shape, batch.lengths)
+            phase.flops = forward + 2 * body
+        with phases("update") as phase:
+            batch, metrics = with_advantages(batch, scores, config, config.ppo.kl_coef)
+            metrics |= update(roles, batch, epochs, config)
+            phase.flops = 3 * (forward + body)
+        with phases("sync"):
+            generator.load(roles.actor.model)
+        history.append(phases.take())
+        if mesh.is_main:
+            print(f"iteration {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in history[-1].items() if "mem" not in k))
+    if mesh.is_main:
+        medians = {name: statistics.median(h[name] for h in history[1:] or history) for name in history[0]}
+        seconds = medians["seconds/step"]
+        result = {
+            "s_per_iter": round(seconds, 3),
+            "samples_per_s": round(bench.prompts / seconds, 3),
+            "tokens_per_s": round(bench.prompts * (bench.prompt_tokens + bench.new_tokens) / seconds, 1),
+            "phases": {name: round(medians[f"seconds/{name}"], 3) for name in ("rollout", "score", "update", "sync")},
+            "mfu": round(medians["mfu/step"], 3),
+        }
+        print(json.dumps(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))
