@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import tyro
-
 from trialign.algorithms.batch import Prompt, from_rollouts
 from trialign.algorithms.build import build_roles, read_shapes
 from trialign.algorithms.config import (

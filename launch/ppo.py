@@ -19,14 +19,12 @@ from pathlib import Path
 import torch
 from report import completion_table, plot
 from transformers import AutoTokenizer
-from world import is_main, mesh_of, rank_prefix, world_size
-
 from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.build import build_roles, check_tokenizer, read_shapes, trained_entries
 from trialign.algorithms.config import PPOConfig, check
 from trialign.algorithms.data import PromptDataset, TextDataset
 from trialign.algorithms.kl import KLController
-from trialign.algorithms.ppo import Roles, one_pass, plan, score, update, with_advantages
+from trialign.algorithms.ppo import Roles, plan, score, update, with_advantages
 from trialign.algorithms.rewards import RewardShaper, combine
 from trialign.algorithms.rollout import Scorer, sample, sampling_params
 from trialign.engine import checkpoint
@@ -38,6 +36,7 @@ from trialign.engine.phases import Phases, forward_flops, matmul_peak
 from trialign.engine.rollout.generate import Generator
 from trialign.models.config import ModelConfig
 from trialign.models.hf import assets, export_checkpoint
+from world import is_main, mesh_of, rank_prefix, world_size
 
 
 class Run:

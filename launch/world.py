@@ -9,7 +9,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
 from trialign.algorithms.config import ParallelConfig
 from trialign.engine.mesh import Mesh, build_mesh
 
