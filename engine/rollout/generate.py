@@ -13,15 +13,17 @@ is safe for NCCL, and every rank plans each step from the same results, so shape
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.attention import packed_attention
+from ...kernels.linear import pack
 from ...kernels.paged_attention import paged_attention, write_kv
 from ...kernels.sampling import sample
 from ..mesh import Mesh
@@ -44,6 +46,8 @@ class Model(Protocol):
     ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ class Completion:
 class Generator:
     """Samples from `model`, this rank's shard of the policy.
 
-    It keeps nothing between calls but the reference to the model: the cache lives as long as a call, so its memory is
-    the update's in between.
+    Its weights are the policy's own parameters, read afresh in every call, so there is nothing to load after an update.
+    It keeps nothing between calls: the cache and packed copies of weights live as long as a call, and in between their
+    memory is the update's.
 
     Args:
         block_size: tokens in a cache block.
@@ -164,7 +169,8 @@ class Generator:
                 self.model.kv_shape, num_blocks, self.block_size, dtype=self.model.dtype, device=self.mesh.device
             )
             keys = [sample_key(params.seed, sample_id) for sample_id in sample_ids]
-            _Run(self.model, self.mesh, scheduler, cache, keys, params, longest).run()
+            with packed_weights(self.model, params.max_new_tokens):
+                _Run(self.model, self.mesh, scheduler, cache, keys, params, longest).run()
         return [Completion(s.tokens, s.logprobs, s.finish) for s in scheduler.sequences]
 
     def _num_blocks(self, wanted: int) -> int:
@@ -192,6 +198,20 @@ class Generator:
                     f"prompt {index} of {len(prompt)} tokens with max_new_tokens={params.max_new_tokens} "
                     f"passes the model's {positions} positions"
                 )
+
+
+@contextmanager
+def packed_weights(model: Model, steps: int) -> Iterator[None]:
+    """Within, layers with a place for it (`packed`) multiply by a packed copy of their weight, where that pays."""
+    # Packing takes about as long as it saves in 8 steps of 32 rows (benchmarks/bench_generate.py).
+    layers = [module for module in model.modules() if hasattr(module, "packed")] if steps >= 10 else []
+    try:
+        for layer in layers:
+            layer.packed = pack(layer.get_parameter("weight"))
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
 
 
 def sample_key(seed: int, sample_id: int) -> int:
