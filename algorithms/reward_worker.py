@@ -29,7 +29,7 @@ def load(spec: str) -> Callable[..., Any]:
     try:
         if place.endswith(".py"):
             if not os.path.isfile(place):
-                raise ValueError(f"no file {place}")
+                raise FileNotFoundError("no such file")
             sys.path.insert(0, os.path.dirname(os.path.abspath(place)))
             module_spec = importlib.util.spec_from_file_location("reward_function", place)
             assert module_spec is not None and module_spec.loader is not None
@@ -39,8 +39,6 @@ def load(spec: str) -> Callable[..., Any]:
         else:
             sys.path.insert(0, os.getcwd())
             module = importlib.import_module(place)
-    except ValueError:
-        raise
     except BaseException as error:
         raise ValueError(f"cannot import {place}: {brief(error)}") from None
     function = getattr(module, name, None)
@@ -55,7 +53,7 @@ def brief(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
 
 
 def score(function: Callable[..., Any], request: dict[str, Any]) -> list[float]:
