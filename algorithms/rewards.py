@@ -47,6 +47,7 @@ class RewardFunction:
             stdout=subprocess.PIPE,
             start_new_session=True,  # a process group of its own, killed whole
         )
+        self._closed = False
         self._answer("while it was imported")
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
@@ -64,7 +65,7 @@ class RewardFunction:
             "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
         }
         stdin = self._process.stdin
-        assert stdin is not None
+        assert stdin is not None and not self._closed
         with contextlib.suppress(BrokenPipeError):  # it died between calls: the missing answer tells
             pickle.dump(request, stdin)
             stdin.flush()
@@ -73,7 +74,10 @@ class RewardFunction:
         return self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
 
     def close(self) -> None:
-        """Ends the process and everything it started."""
+        """Ends the process and everything it started; may be called twice."""
+        if self._closed:  # its number may be another process's by now
+            return
+        self._closed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -92,8 +96,12 @@ class RewardFunction:
         """Waits for the next answer; `doing` says in messages what it is the answer to."""
         line = self._line(doing)
         if not line.endswith(b"\n"):
-            code = self._process.wait()
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=1)
+            code = self._process.poll()
+            how = "it closed its output" if code is None else f"exit code {code}"
+            if code is not None and code < 0:
+                how = f"killed by {signal.Signals(-code).name}"
             self.close()
             raise ValueError(f"reward function {self.spec}: its process ended ({how}) {doing}")
         answer: dict[str, Any] = json.loads(line)

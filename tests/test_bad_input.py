@@ -327,6 +327,10 @@ ANSWERS = {
         "returned None for a.jsonl:1 (prompt 'prompt 0'): must be a finite number",
     ),
     "exits": ("sys.exit(3)", "its process ended (exit code 3) for 3 rows: a.jsonl:1, a.jsonl:2, a.jsonl:3"),
+    "closes everything": (
+        "os.closerange(0, 100); time.sleep(60)",
+        "its process ended (it closed its output) for 3 rows: a.jsonl:1",
+    ),
     "is killed": (
         "os.kill(os.getpid(), signal.SIGKILL)",
         "its process ended (killed by SIGKILL) for 3 rows: a.jsonl:1",
@@ -345,7 +349,8 @@ def test_reward_function_that_fails(case, tmp_path):
 
 def test_reward_function_past_its_time_limit_is_killed_with_its_children(tmp_path):
     mark = tmp_path / "pid"
-    body = f"from subprocess import Popen; p = Popen(['sleep', '60']); open({str(mark)!r}, 'w').write(str(p.pid)); p.wait()"
+    start_child = "from subprocess import Popen; child = Popen(['sleep', '60'])"
+    body = f"{start_child}; open({str(mark)!r}, 'w').write(str(child.pid)); child.wait()"
     spec = reward(tmp_path, body)
     start = time.monotonic()
     with RewardFunction(spec, time_limit=2) as function, pytest.raises(ValueError) as error:
