@@ -90,12 +90,12 @@ def packed_attention(
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} key/value heads")
     if choose("attention", q) == "cpp":
-        q, k, v = (_token_rows(t) for t in (q, k, v))
+        q, k, v = (token_rows(t) for t in (q, k, v))
         return torch.ops.trialign.attention(q, k, v, cu_seqlens.long(), scale, alibi_slopes, window)[0]
     return sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
 
 
-def _token_rows(x: torch.Tensor) -> torch.Tensor:
+def token_rows(x: torch.Tensor) -> torch.Tensor:
     """x [total, heads, d] with each token's heads side by side in memory, as slices of a fused projection have them."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 

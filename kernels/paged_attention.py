@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .attention import token_rows
 from .dispatch import choose, register
 
 
@@ -41,7 +42,7 @@ def paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi
 def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor):
     """Writes k and v [n, kv, d] into the caches [blocks, block, kv, d] at slots [n] int64, in place."""
     if choose("write_kv", k) == "cpp":
-        torch.ops.trialign.write_kv(k, v, k_cache, v_cache, slots)
+        torch.ops.trialign.write_kv(token_rows(k), token_rows(v), k_cache, v_cache, slots)
     else:
         write_kv_ref(k, v, k_cache, v_cache, slots)
 
@@ -62,7 +63,9 @@ def paged_attention(
     still be valid block numbers. Returns [b, heads, d].
     """
     if choose("paged_attention", q) == "cpp":
-        return torch.ops.trialign.paged_attention(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes)
+        return torch.ops.trialign.paged_attention(
+            token_rows(q), k_cache, v_cache, block_tables, lengths, scale, alibi_slopes
+        )
     return paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes)
 
 

@@ -89,6 +89,7 @@ def sample(
     Raises ValueError when a row holds NaN or +inf, or nothing but -inf.
     """
     draw = torch.ops.trialign.sample if choose("sample", logits) == "cpp" else sample_ref
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tokens, logprobs = draw(logits, temperature, top_k, top_p, keys, counters)
     if bool((tokens < 0).any()):
         row = int((tokens < 0).nonzero()[0])

@@ -253,6 +253,9 @@ void for_each_task(const int64_t* starts, int64_t documents, int64_t kv_heads, c
 
 AttentionShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale, const std::optional<Tensor>& slopes,
                         std::optional<int64_t> window) {
+  for (const Tensor* t : {&q, &k, &v})
+    STD_TORCH_CHECK(t->stride(2) == 1 && t->stride(1) == t->size(2) && t->size(0) == q.size(0) && t->scalar_type() == q.scalar_type(),
+                    "q, k and v must have one dtype and length, and each token's heads side by side");
   const int64_t* starts = cu_seqlens.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(starts[0] == 0 && starts[cu_seqlens.numel() - 1] == q.size(0), "cu_seqlens must run from 0 to ", q.size(0));
   for (int64_t i = 0; i + 1 < cu_seqlens.numel(); ++i) STD_TORCH_CHECK(starts[i] <= starts[i + 1], "cu_seqlens falls at ", i);

@@ -161,12 +161,19 @@ void decode_batch(const Paged& a, const T* q, int64_t q_stride, const T* k_cache
   });
 }
 
+// [n, heads, d] whose heads follow each other in memory
+bool is_token_rows(const Tensor& x) { return x.stride(2) == 1 && x.stride(1) == x.size(2); }
+
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables, const Tensor& lengths, double scale,
                        const std::optional<Tensor>& slopes) {
   const int64_t batch = q.size(0), blocks = k_cache.size(0);
   const Paged a{q.size(1), k_cache.size(2), q.size(2), k_cache.size(1), float(scale), slopes ? slopes->const_data_ptr<float>() : nullptr};
   const int32_t *tables = block_tables.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>();
   const int64_t stride = block_tables.stride(0);
+  STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous() && lengths.is_contiguous() && block_tables.stride(1) == 1 && is_token_rows(q),
+                  "caches and lengths must be contiguous, and so must each query and each table");
+  STD_TORCH_CHECK(k_cache.scalar_type() == q.scalar_type() && v_cache.scalar_type() == q.scalar_type(), "caches and queries must have one dtype");
+  STD_TORCH_CHECK(lengths.numel() == batch && block_tables.size(0) == batch, "one length and one table for each of ", batch, " queries");
   for (int64_t b = 0; b < batch; ++b) {
     STD_TORCH_CHECK(length[b] >= 1 && length[b] <= block_tables.size(1) * a.block, "sequence ", b, " has length ", length[b], ", its table holds 1 to ",
                     block_tables.size(1) * a.block);
@@ -185,6 +192,10 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
 
 void write_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slots) {
   const int64_t n = k.size(0), width = k.size(1) * k.size(2) * k.element_size(), capacity = k_cache.size(0) * k_cache.size(1);
+  STD_TORCH_CHECK(is_token_rows(k) && is_token_rows(v) && k_cache.is_contiguous() && v_cache.is_contiguous() && slots.is_contiguous(),
+                  "caches and slots must be contiguous, and so must each token's keys and values");
+  STD_TORCH_CHECK(k.scalar_type() == k_cache.scalar_type() && v.scalar_type() == v_cache.scalar_type() && slots.numel() == n,
+                  "keys, values and caches must have one dtype, and slots one entry a token");
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < n; ++i) STD_TORCH_CHECK(slot[i] >= 0 && slot[i] < capacity, "slot ", slot[i], " of row ", i, " is outside the cache's ", capacity);
   const char *from_k = static_cast<const char*>(k.const_data_ptr()), *from_v = static_cast<const char*>(v.const_data_ptr());

@@ -177,6 +177,9 @@ void draw(const T* logits, int64_t v, float temperature, int64_t k, double p, in
 std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p, const Tensor& keys,
                                   const Tensor& counters) {
   const int64_t batch = logits.size(0), v = logits.size(1), stride = logits.stride(0);
+  STD_TORCH_CHECK(logits.stride(1) == 1, "the logits of a row must be contiguous");
+  for (const Tensor* t : {&temperature, &top_k, &top_p, &keys, &counters})
+    STD_TORCH_CHECK(t->is_contiguous() && t->numel() == batch, "every setting must be a contiguous vector of ", batch);
   Tensor tokens = fresh(logits, {batch}, ScalarType::Long), logprobs = fresh(logits, {batch}, ScalarType::Float);
   const float *t = temperature.const_data_ptr<float>(), *p = top_p.const_data_ptr<float>();
   const int32_t* k = top_k.const_data_ptr<int32_t>();
