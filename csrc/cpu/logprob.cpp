@@ -20,22 +20,38 @@ INLINE Stats join(Stats a, Stats b) {
   return {m, a.s * fa + b.s * fb, (a.t + da * a.s) * fa + (b.t + db * b.s) * fb};
 }
 
+// Adds e^d and e^d d of one vector, d = x * scale - base.
+INLINE void add(vf x, float scale, float base, vf& s, vf& t) {
+  // -inf becomes a probability of 1e-38. The maximum of the block passes a NaN over, this does not: it reaches t.
+  const vf d = vmax(splat(exp_low), x * scale - base), p = vexp(d);
+  s += p;
+  t += p * d;
+}
+
 template <class T>
 INLINE Stats block_stats(const T* x, int64_t n, float scale) {
-  vf top = splat(-infinity);
-  sweep(n, [&](int64_t j, auto lanes) { top = vmax(keep(load(x + j, lanes), -infinity, lanes), top); });
-  const float m = hmax(top) * scale;
-  const float base = m == -infinity ? 0.f : m;
-  vf s = {}, t = {};
-  sweep(n, [&](int64_t j, auto lanes) {
-    // -inf becomes a probability of 1e-38. The maximum passes NaN over, this does not: it reaches t.
-    const vf d = vmax(splat(exp_low), load(x + j, lanes) * scale - base), p = keep(vexp(d), 0.f, lanes);
-    s += p;
-    t += p * keep(d, 0.f, lanes);
+  vf top[2] = {splat(-infinity), splat(-infinity)}, s[2] = {}, t[2] = {};
+  const int64_t whole = n / (2 * VW) * (2 * VW);
+  for (int64_t j = 0; j < whole; j += 2 * VW) {
+    vf a, b;
+    load_two(x + j, a, b);
+    top[0] = vmax(a, top[0]);
+    top[1] = vmax(b, top[1]);
+  }
+  sweep(n - whole, [&](int64_t j, auto lanes) { top[0] = vmax(keep(load(x + whole + j, lanes), -infinity, lanes), top[0]); });
+  const float m = hmax(vmax(top[0], top[1])) * scale, base = m == -infinity ? 0.f : m;
+  for (int64_t j = 0; j < whole; j += 2 * VW) {
+    vf a, b;
+    load_two(x + j, a, b);
+    add(a, scale, base, s[0], t[0]);
+    add(b, scale, base, s[1], t[1]);
+  }
+  sweep(n - whole, [&](int64_t j, auto lanes) {
+    add(keep(load(x + whole + j, lanes), -infinity, lanes), scale, base, s[0], t[0]);
   });
-  const float total = hsum(t);
+  const float total = hsum(t[0] + t[1]);
   if (total != total) return {m, total, total};
-  return m == -infinity ? Stats{m, 0, 0} : Stats{m, hsum(s), total};
+  return m == -infinity ? Stats{m, 0, 0} : Stats{m, hsum(s[0] + s[1]), total};
 }
 
 void logprob_update_(const Tensor& stats, const Tensor& logits, const Tensor& labels, double scale, int64_t vocab_start) {
