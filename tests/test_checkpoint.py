@@ -22,7 +22,7 @@ from trialign.engine import optimizer
 from trialign.engine.checkpoint import Entry, Reader, flat_rectangles, latest, load, save
 from trialign.engine.mesh import Axis, Mesh, build_mesh
 from trialign.engine.optimizer import ShardedAdamW
-from trialign.models.config import ModelConfig
+from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf import hf_name, hf_shapes
 
@@ -40,8 +40,18 @@ CONFIG = ModelConfig(
     max_positions=64,
     tie_embeddings=True,
 )
+ROLES: list[tuple[str, HeadKind]] = [("actor", "lm"), ("critic", "score")]
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 3), (2, 2, 2), (2, 4, 1), (1, 4, 5), (2, 1, 7)]  # tp, pp, dp
+LAYOUTS: list[tuple[int, int, int]] = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 2, 1),
+    (1, 1, 3),
+    (2, 2, 2),
+    (2, 4, 1),
+    (1, 4, 5),
+    (2, 1, 7),
+]  # tp, pp, dp
 
 
 def mesh_of(tp: int, pp: int, dp: int, rank: int) -> Mesh:
@@ -66,7 +76,7 @@ def mesh_of(tp: int, pp: int, dp: int, rank: int) -> Mesh:
 def entries_of(mesh: Mesh) -> list[Entry]:
     """What one rank's optimizers of actor and critic hold."""
     entries = []
-    for role, head in (("actor", "lm"), ("critic", "score")):
+    for role, head in ROLES:
         model = Decoder(CONFIG, mesh, dtype=torch.float32, head=head)
         adam = ShardedAdamW(model, mesh, tied=model.tied_parameter(), ema_decay=0.9)
         entries += adam.entries(role, partial(hf_name, config=CONFIG, head=head))
@@ -76,7 +86,7 @@ def entries_of(mesh: Mesh) -> list[Entry]:
 def unique_numbers() -> dict[str, Tensor]:
     """Every tensor of a checkpoint, no number twice, all exact in fp32."""
     wholes, begin = {}, 1
-    for role, head in (("actor", "lm"), ("critic", "score")):
+    for role, head in ROLES:
         for kind in KINDS:
             for name, shape in hf_shapes(CONFIG, head).items():
                 wholes[f"{role}/{kind}/{name}"] = torch.arange(begin, begin + math.prod(shape)).view(shape).float()
@@ -155,7 +165,7 @@ def saved(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Path]]:
 
 
 @pytest.mark.parametrize("target", LAYOUTS, ids=str)
-def test_every_layout_loads_from_every_other(saved, target, alone):
+def test_every_layout_loads_from_every_other(saved, target: tuple[int, int, int], alone):
     entries = [e for rank in range(math.prod(target)) for e in entries_of(mesh_of(*target, rank))]
     for step, path in enumerate(saved.values()):
         for entry in entries:
