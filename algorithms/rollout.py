@@ -83,6 +83,8 @@ class Scorer:
         mine = rollouts[my_part(len(rollouts), self.mesh.dp)]
 
         def call() -> list[list[float]]:
+            if not mine:  # fewer samples than data ranks
+                return [[] for _ in self.functions]
             completions = [self.tokenizer.decode(rollout.tokens, skip_special_tokens=True) for rollout in mine]
             return [function.score([r.prompt for r in mine], completions) for function in self.functions]
 

@@ -1,10 +1,10 @@
 """Whole PPO iterations with all four roles on random prompts: seconds, samples/s, tokens/s, seconds by phase.
 
-    python benchmarks/bench_ppo.py --model DIR --prompts 16 --prompt-tokens 32 --new-tokens 48 --iters 4 --dtype bfloat16
+    python benchmarks/bench_ppo.py --model DIR --prompts 16 --prompt-tokens 32 --new-tokens 48 --iters 4
     torchrun --nproc-per-node N benchmarks/bench_ppo.py --model DIR --tp 2
 
-The reward is a model with a scalar head (the given model's body, a random head); no answer stops early; one epoch of one
-minibatch. The last line is one JSON object.
+The reward is a model with a scalar head (the given model's body, a random head); no answer stops early; one epoch of
+one minibatch. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from trialign.algorithms.data import PromptDataset, TextDataset
 from trialign.algorithms.kl import KLController
 from trialign.algorithms.ppo import Roles, plan, score, update, with_advantages
 from trialign.algorithms.rewards import RewardShaper, combine
-from trialign.algorithms.rollout import Scorer, sample, sampling_params
+from trialign.algorithms.rollout import Scorer, my_part, sample, sampling_params
 from trialign.engine import checkpoint
 from trialign.engine.config import flatten, parse
 from trialign.engine.config import save as save_config
@@ -98,7 +98,8 @@ class Run:
         greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
         rollouts = sample(self.generator, prompts, greedy)
         batch = from_rollouts(rollouts).to(self.mesh.device)
-        scores = combine(self.scorer(rollouts, batch, [list(range(len(batch)))]), self.config.reward.weights)
+        mine = list(range(len(batch))[my_part(len(batch), self.mesh.dp)])
+        scores = combine(self.scorer(rollouts, batch, [mine] if mine else []), self.config.reward.weights)
         texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
         return [(prompt.text, text, s) for prompt, text, s in zip(prompts, texts, scores, strict=True)]
 

@@ -38,6 +38,31 @@ def tiny_llama(folder: Path, *, tied: bool = True, seed: int = 0, score: bool = 
     return folder
 
 
+def tiny_tokenizer(folder: Path) -> Path:
+    """A tokenizer of single bytes with a chat template, 259 tokens; end of sequence is 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytes_only = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_chat_model(folder: Path, **changes) -> Path:
+    """`tiny_llama` with `tiny_tokenizer`: all that launch/ppo.py asks of a folder."""
+    return tiny_tokenizer(tiny_llama(folder, **({"vocab_size": 260} | changes)))
+
+
 def assemble(entries: Iterable[Entry], world: Axis) -> dict[str, torch.Tensor]:
     """Whole tensors from every rank's owned rectangles; each element must come from exactly one rank."""
     mine = [(e.name, e.global_shape, e.offset, e.tensor.detach().clone()) for e in entries if e.owned]

@@ -1,0 +1,152 @@
+"""A run that is killed and resumed ends with the weights of one that was not: bit for bit, or within 1e-5 elsewhere."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_chat_model
+from trialign.engine.checkpoint import Reader
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """A folder with a tiny chat model, prompts, a reward and a config with every piece of state that a run can have."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_chat_model(folder / "model")
+    rows = [{"prompt": f"say {i} words", "goal": i % 7} for i in range(20)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"plain text {i} " * 5}) + "\n" for i in range(40)))
+    (folder / "reward.py").write_text(
+        "def length(prompts, completions, goal, **fields):\n"
+        "    return [-abs(len(c) - g) / 10 for c, g in zip(completions, goal)]\n"
+    )
+    (folder / "config.toml").write_text(f"""
+[model]
+path = "{folder}/model"
+dtype = "float32"
+[data]
+sources = ["{folder}/prompts.jsonl"]
+max_prompt_tokens = 96
+ptx_source = "{folder}/text.jsonl"
+[rollout]
+max_new_tokens = 8
+samples_per_prompt = 2
+[reward]
+functions = ["{folder}/reward.py:length"]
+normalise = true
+[actor]
+ema_decay = 0.9
+ptx_coef = 0.1
+entropy_coef = 0.01
+[actor.optimizer]
+lr = 1e-3
+eps = 1e-5
+[critic.optimizer]
+lr = 1e-3
+eps = 1e-5
+[ppo]
+kl_target = 0.1
+kl_horizon = 100
+minibatches = 2
+micro_batch_size = 2
+[run]
+steps = {STEPS}
+prompts_per_step = 4
+save_every = 1
+show = 1
+log = []
+""")
+    return folder
+
+
+def command(*arguments: str, ranks: int = 1) -> list[str]:
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    return [sys.executable, *launcher, str(ROOT / "launch" / "ppo.py"), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str, ranks: int = 1) -> None:
+    done = subprocess.run(
+        command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every tensor file of the last checkpoint."""
+    last = folder / "checkpoints" / f"step_{STEPS}"
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*.safetensors"))}
+
+
+def state(folder: Path) -> dict:
+    return json.loads((folder / "checkpoints" / f"step_{STEPS}" / "state.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(setting) -> Path:
+    """The run that nothing interrupts."""
+    run("--config", f"{setting}/config.toml", "--run.output", f"{setting}/whole")
+    return setting / "whole"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_a_random_point_and_resumed_it_ends_bit_for_bit_the_same(setting, whole, seed):
+    """The kill falls at a random moment after the first checkpoint, twice in a row: mid-rollout, mid-update, mid-save."""
+    folder = setting / f"killed{seed}"
+    chance = random.Random(seed)
+    arguments = ["--config", f"{setting}/config.toml", "--run.output", str(folder)]
+    for _ in range(2):
+        process = subprocess.Popen(
+            command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        before = len(list(folder.glob("checkpoints/step_*")))
+        deadline = time.monotonic() + 120
+        while not (now := sorted(folder.glob("checkpoints/step_*"))) or len(now) == before < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.7))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        arguments = ["--resume", str(folder)]
+    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
+    run(*arguments)
+    assert digests(folder) == digests(whole)
+    assert state(folder) == state(whole)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["step"], m["reward"], m["kl"]) for m in metrics] == [(m["step"], m["reward"], m["kl"]) for m in expected]
+
+
+@pytest.mark.parametrize(
+    "layout", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout)
+)
+def test_resumed_in_another_layout_it_ends_the_same_within_rounding(setting, whole, layout):
+    """The last two steps in another layout than the first four."""
+    tp, pp, dp = layout
+    folder = setting / f"moved-{tp}{pp}{dp}"
+    run("--config", f"{setting}/config.toml", "--run.output", str(folder), "--run.keep", "6")
+    for step in (5, 6):
+        shutil.rmtree(folder / "checkpoints" / f"step_{step}")
+    sizes = ["--parallel.tp", str(tp), "--parallel.pp", str(pp), "--parallel.dp", str(dp)]
+    run("--resume", str(folder), *sizes, ranks=tp * pp * dp)
+    ours, theirs = (Reader(run_ / "checkpoints" / f"step_{STEPS}") for run_ in (folder, whole))
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name in (name for name in theirs.tensors if "/master/" in name or "/ema/" in name):
+        expected = theirs.read(name)
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(ours.read(name), expected, rtol=0, atol=1e-5 * largest, msg=name)
