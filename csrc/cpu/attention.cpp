@@ -207,11 +207,11 @@ void attention_backward_task(const AttentionShape& a, const T* q, const T* k, co
         const Row row = visible(i, a.window);
         const int64_t stop = std::min(round_up(end, VW), round_up(length, VW)) - lo;   // dk and dv read every key up to the block's end
         const float* stat = stats + ((start + i) * a.heads + h) * 2;
-        for (int64_t j = row.first - lo; j < row.end - lo; j += VW) store(p + j, vexp(vmax(load(p + j) - stat[0], splat(exp_low))) * stat[1]);
+        const int64_t from = (row.first - lo) / VW * VW;   // aligned: a row must not write into the next
+        for (int64_t j = from; j < row.end - lo; j += VW) store(p + j, vexp(vmax(load(p + j) - stat[0], splat(exp_low))) * stat[1]);
         for (int64_t j = 0; j < row.first - lo; ++j) p[j] = ds[j] = 0.f;
         for (int64_t j = row.end - lo; j < stop; ++j) p[j] = ds[j] = 0.f;
         vf sum = splat(0.f);
-        const int64_t from = (row.first - lo) / VW * VW;
         for (int64_t j = from; j < row.end - lo; j += VW) sum += load(p + j) * load(ds + j);
         const float delta = hsum(sum);   // D_i as sum_j P_ij dP_ij: exact where dP is constant, and the output need not be kept
         for (int64_t j = from; j < row.end - lo; j += VW) store(ds + j, load(p + j) * (load(ds + j) - delta));
