@@ -169,6 +169,7 @@ def _run(job: bytes) -> tuple[bool, bytes]:
             world_size=world,
             timeout=datetime.timedelta(seconds=timeout),
         )
+        dist.barrier()  # a rank that has little to do must not be gone before the others have connected
         fn = getattr(importlib.import_module(module), name)
         return True, pickle.dumps(fn(rank, world, *args))
     except BaseException:  # a rank's SystemExit is a failure of the test too, and the caller must see it
