@@ -147,7 +147,13 @@ def test_the_peak_is_about_what_a_matrix_product_reaches():
 
 
 def test_flops_equal_torch_s_own_count():
-    sizes: dict[str, Any] = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 16}
+    sizes: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+    }
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     config._attn_implementation = "eager"
     values = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
