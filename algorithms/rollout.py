@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from ..engine.mesh import Axis, Mesh
 from ..engine.parallel.collectives import gather_objects
 from ..engine.rollout.generate import Generator, SamplingParams
 from .batch import Batch, Prompt, Rollout
-from .config import PPOConfig
+from .config import PPOConfig, RewardConfig
 from .rewards import RewardFunction
 from .roles import Role, Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 def my_part(count: int, dp: Axis) -> slice:
@@ -56,42 +58,46 @@ def sample(
 
 
 class Scorer:
-    """All rewards of a run: functions in processes of their own on one rank of each data rank, models on the mesh.
+    """All rewards of a run: functions in processes of their own, models on the mesh.
+
+    A function is called once a step, on the first rank, with the whole batch: one that looks across its rows (a rank, a
+    diversity bonus) means the same in every layout.
 
     Raises:
         ValueError: a function cannot be loaded; on every rank.
     """
 
-    def __init__(self, config: PPOConfig, models: Sequence[Role], tokenizer: PreTrainedTokenizerBase, mesh: Mesh):
-        self.config, self.models, self.tokenizer, self.mesh = config, models, tokenizer, mesh
+    def __init__(self, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh):
+        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.functions: list[RewardFunction] = []
-        self._leads = mesh.tp.rank == 0 and mesh.pp.rank == 0
 
-        def start() -> list[list[float]]:
-            for spec in config.reward.functions:
-                self.functions.append(RewardFunction(spec, config.reward.time_limit))
-            return []
+        def start() -> None:
+            for spec in config.functions:
+                self.functions.append(RewardFunction(spec, config.time_limit))
 
-        self._on_leaders(start)
+        self._on_first_rank(start)
 
-    def __call__(self, rollouts: Sequence[Rollout], batch: Batch, shares: Sequence[Share]) -> dict[str, list[float]]:
+    def __call__(
+        self, rollouts: Sequence[Rollout], batch: Batch, models: Sequence[Role], shares: Sequence[Share]
+    ) -> dict[str, list[float]]:
         """Every reward's name -> its scores, one a sample, in the order of the config's weights.
+
+        Args:
+            models: the reward models, in the order of the config.
+            shares: this data rank's micro-batches of `batch`.
 
         Raises:
             ValueError: a function failed, on every rank; names function and rows.
         """
-        mine = rollouts[my_part(len(rollouts), self.mesh.dp)]
 
         def call() -> list[list[float]]:
-            if not mine:  # fewer samples than data ranks
-                return [[] for _ in self.functions]
-            completions = [self.tokenizer.decode(rollout.tokens, skip_special_tokens=True) for rollout in mine]
-            return [function.score([r.prompt for r in mine], completions) for function in self.functions]
+            prompts = [rollout.prompt for rollout in rollouts]
+            texts = self.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
+            return [function.score(prompts, texts) for function in self.functions]
 
-        parts = self._on_leaders(call)
-        by_function = [[score for part in parts for score in part[i]] for i in range(len(self.config.reward.functions))]
-        by_model = [model.scores(batch, shares).tolist() for model in self.models]
-        names = (*self.config.reward.functions, *self.config.reward.models)
+        by_function = self._on_first_rank(call)
+        by_model = [model.scores(batch, shares).tolist() for model in models]
+        names = (*self.config.functions, *self.config.models)
         return dict(zip(names, by_function + by_model, strict=True))
 
     def close(self) -> None:
@@ -99,17 +105,16 @@ class Scorer:
         for function in self.functions:
             function.close()
 
-    def _on_leaders(self, work) -> list[list[list[float]]]:
-        """Runs `work` on one rank of each data rank and gives all results; where one fails, every rank raises."""
-        result, failure = None, None
-        if self._leads:
+    def _on_first_rank(self, work: Callable[[], T]) -> T:
+        """What `work` gives there, on every rank; where it raises, every rank does."""
+        outcome: tuple[T | None, str | None] = None, None
+        if self.mesh.is_main:
             try:
-                result = work()
+                outcome = work(), None
             except ValueError as error:
-                failure = str(error)
-        outcomes = gather_objects((result, failure), self.mesh.world)
-        for _, reason in outcomes:
-            if reason is not None:
                 self.close()
-                raise ValueError(reason)
-        return [done for done, _ in outcomes if done is not None]
+                outcome = None, str(error)
+        result, failure = gather_objects(outcome, self.mesh.world)[0]
+        if failure is not None:
+            raise ValueError(failure)
+        return result

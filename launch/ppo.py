@@ -51,8 +51,8 @@ class Run:
         if config.actor.ptx_coef:
             length = config.rollout.max_new_tokens
             self.text = TextDataset(config.data.ptx_source, config.data.ptx_key, tokenizer, length, config.run.seed)
+        self.scorer = Scorer(config.reward, tokenizer, mesh)
         self.roles: Roles = build_roles(config, shapes, mesh)
-        self.scorer = Scorer(config, self.roles.rewards, tokenizer, mesh)
         self.shaper = RewardShaper(config.reward)
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
         self.generator = Generator(
@@ -99,9 +99,10 @@ class Run:
         rollouts = sample(self.generator, prompts, greedy)
         batch = from_rollouts(rollouts).to(self.mesh.device)
         mine = list(range(len(batch))[my_part(len(batch), self.mesh.dp)])
-        scores = combine(self.scorer(rollouts, batch, [mine] if mine else []), self.config.reward.weights)
+        scores = self.scorer(rollouts, batch, self.roles.rewards, [mine] if mine else [])
+        combined = combine(scores, self.config.reward.weights)
         texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
-        return [(prompt.text, text, s) for prompt, text, s in zip(prompts, texts, scores, strict=True)]
+        return [(prompt.text, text, s) for prompt, text, s in zip(prompts, texts, combined, strict=True)]
 
 
 def train(run: Run, phases: Phases, log: MetricLog, progress: Progress) -> None:
@@ -119,7 +120,7 @@ def train(run: Run, phases: Phases, log: MetricLog, progress: Progress) -> None:
             phase.flops = forward = forward_flops(run.shape, batch.lengths, len(batch.response))
 
         with phases("score") as phase:  # rollout -> rewards, reference logprobs, values
-            scores = run.scorer(rollouts, batch, shares)
+            scores = run.scorer(rollouts, batch, roles.rewards, shares)
             combined = combine(scores, config.reward.weights)
             rewards = run.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
             batch = score(batch, roles, config, shares)
