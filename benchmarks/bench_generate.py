@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -52,7 +53,7 @@ def ours(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[int], Non
 
 
 def hugging_face(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[int], None]:
-    model = AutoModelForCausalLM.from_pretrained(str(args.model), dtype=getattr(torch, args.dtype)).to(args.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(args.model), dtype=getattr(torch, args.dtype)).to(args.device)
     # A config of our own, for the folder's may set top-p or other processors that would slow it down.
     model.generation_config = GenerationConfig(pad_token_id=0)
     settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=args.new_tokens, pad_token_id=0)

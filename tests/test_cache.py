@@ -15,7 +15,7 @@ def test_blocks_for_rounds_up(tokens, blocks):
 def test_pool_gives_all_or_nothing():
     pool = BlockPool(5)
     first = pool.allocate(3)
-    assert first == [0, 1, 2]
+    assert first is not None and first == [0, 1, 2]
     assert pool.allocate(3) is None
     assert pool.free_blocks == 2, "a refused request must take nothing"
     pool.free(first)
@@ -26,6 +26,7 @@ def test_pool_gives_all_or_nothing():
 def test_pool_notices_a_double_free():
     pool = BlockPool(2)
     blocks = pool.allocate(2)
+    assert blocks is not None
     pool.free(blocks)
     with pytest.raises(AssertionError, match="freed twice"):
         pool.free(blocks)

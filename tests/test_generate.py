@@ -3,18 +3,19 @@
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_ranks
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trialign.engine.mesh import build_mesh
-from trialign.engine.parallel.shard import shard_of
 from trialign.engine.rollout.generate import Completion, Generator, SamplingParams, sample_key
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
+from trialign.models.hf import pieces
 
 VOCAB, LAYERS = 96, 4
 LENGTHS = [1, 7, 3, 16, 2, 17, 5, 1, 9, 4]
@@ -35,7 +36,6 @@ def reference() -> LlamaForCausalLM:
         max_position_embeddings=128,
         tie_word_embeddings=False,
         initializer_range=0.2,
-        attn_implementation="eager",
     )
     return LlamaForCausalLM(config).eval()
 
@@ -48,40 +48,22 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
 PROMPTS = prompts_of(LENGTHS)
 
 
-def build(tp: int = 1, pp: int = 1) -> Decoder:
+def build(tp: int = 1, pp: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:
     """The reference's weights in this rank's shards."""
     config = reference().config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    return filled(ModelConfig.from_hf_dict(config), reference().state_dict(), tp, pp)
+    return filled(ModelConfig.from_hf_dict(config), reference().state_dict(), tp, pp, dtype)
 
 
-def filled(config: ModelConfig, state: dict[str, torch.Tensor], tp: int, pp: int) -> Decoder:
-    decoder = Decoder(config, build_mesh(tp=tp, pp=pp), dtype=torch.float32)
-    if config.tie_embeddings:
-        state = state | {"lm_head.weight": state["model.embed_tokens.weight"]}
-    for name, parameter in decoder.named_parameters():
-        parts = []
-        for piece in shard_of(parameter).pieces:
-            part = state[hf_name(name, piece.part)]
-            for dim, (start, size) in enumerate(zip(piece.offset, piece.shape, strict=True)):
-                part = part.narrow(dim, start, size)
-            parts.append(part)
-        with torch.no_grad():
-            parameter.copy_(torch.cat(parts))
+def filled(
+    config: ModelConfig, state: dict[str, torch.Tensor], tp: int, pp: int, dtype: torch.dtype = torch.float32
+) -> Decoder:
+    decoder = Decoder(config, build_mesh(tp=tp, pp=pp), dtype=dtype)
+    for name, piece, view in pieces(decoder):
+        part = state[name]
+        for dim, (start, size) in enumerate(zip(piece.offset, piece.shape, strict=True)):
+            part = part.narrow(dim, start, size)
+        view.copy_(part)
     return decoder
-
-
-def hf_name(name: str, part: str) -> str:
-    for ours, theirs in (
-        ("embedding.", "embed_tokens."),
-        ("attention_norm", "input_layernorm"),
-        ("mlp_norm", "post_attention_layernorm"),
-        ("attention.output", "self_attn.o_proj"),
-        ("attention.qkv", f"self_attn.{part}_proj"),
-        ("mlp.gate_up", f"mlp.{part}_proj"),
-        ("mlp.down", "mlp.down_proj"),
-    ):
-        name = name.replace(ours, theirs)
-    return "lm_head.weight" if name == "head.weight" else f"model.{name}"
 
 
 def greedy_by_hand(prompt: list[int], count: int, banned: int | None = None, ban_for: int = 0) -> list[int]:
@@ -152,12 +134,40 @@ def test_samples_do_not_depend_on_the_layout(tp, pp):
         assert got.logprobs == pytest.approx(expected.logprobs, abs=2e-5)
 
 
+def rank_slice(rank: int, world: int) -> list[list[int]]:
+    decoder = build(tp=2)
+    mesh = decoder.mesh
+    mine = slice(0, 3) if mesh.dp.rank == 0 else slice(3, None)
+    completions = Generator(decoder, mesh).generate(
+        PROMPTS[mine], list(range(10))[mine], SamplingParams(max_new_tokens=9, seed=4)
+    )
+    return [c.tokens for c in completions]
+
+
+def test_data_parallel_ranks_generate_their_own_slices():
+    whole = [c.tokens for c in generate(max_new_tokens=9, seed=4)]
+    assert run_ranks(rank_slice, 4) == [whole[:3], whole[:3], whole[3:], whole[3:]]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_sampling_logprobs_are_the_full_forwards(temperature):
     for prompt, c in zip(PROMPTS, generate(temperature=temperature, max_new_tokens=15, seed=3), strict=True):
         table = forward_logprobs(prompt, c.tokens, temperature)
         got = torch.tensor(c.logprobs, dtype=torch.float64)
         torch.testing.assert_close(got, table[range(15), c.tokens], atol=3e-5, rtol=0)
+
+
+def test_bf16_logprobs_are_near_the_exact_ones():
+    """Decode's cache and products of few rows, against the fp32 model on the bf16 model's own tokens."""
+    decoder = build(dtype=torch.bfloat16)
+    result = Generator(decoder, decoder.mesh, block_size=4, max_running=4).generate(
+        PROMPTS, list(range(10)), SamplingParams(max_new_tokens=30, seed=3)
+    )
+    errors = []
+    for prompt, c in zip(PROMPTS, result, strict=True):
+        exact = forward_logprobs(prompt, c.tokens)[range(30), c.tokens]
+        errors.append((torch.tensor(c.logprobs, dtype=torch.float64) - exact).abs())
+    assert torch.cat(errors).mean() < 0.03 and torch.cat(errors).max() < 0.2
 
 
 def test_samples_follow_the_distribution():
@@ -220,9 +230,8 @@ def test_stop_ends_a_response_and_min_new_tokens_bans_it():
     free = greedy_by_hand(prompt, 10)
     stop = free[4]
     cut = free.index(stop) + 1
-    assert generate([prompt], temperature=0, max_new_tokens=10, stop_ids=(stop,)) == [
-        Completion(free[:cut], pytest.approx(forward_logprobs(prompt, free)[range(cut), free[:cut]].tolist()), "stop")
-    ]
+    stopped = generate([prompt], temperature=0, max_new_tokens=10, stop_ids=(stop,))[0]
+    assert (stopped.tokens, stopped.finish, len(stopped.logprobs)) == (free[:cut], "stop", cut)
     banned = generate([prompt], temperature=0, max_new_tokens=10, min_new_tokens=7, stop_ids=(stop,))[0]
     expected = greedy_by_hand(prompt, 10, stop, 7)
     assert stop not in banned.tokens[:7]
@@ -291,7 +300,7 @@ def test_smollm2_greedy_is_transformers():
     """The real weights in fp32: the same 64 greedy tokens in one process, over tp=3 and over pp=2."""
     tokenizer = AutoTokenizer.from_pretrained(str(SMOLLM2))
     prompts = [tokenizer(question).input_ids for question in QUESTIONS]
-    peer = LlamaForCausalLM.from_pretrained(str(SMOLLM2), dtype=torch.float32).eval()
+    peer: Any = AutoModelForCausalLM.from_pretrained(str(SMOLLM2), dtype=torch.float32).eval()
     peer.generation_config.eos_token_id = None  # both run on past the end of the answer
     settings = GenerationConfig(do_sample=False, max_new_tokens=64)
     expected = []

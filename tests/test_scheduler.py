@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trialign.engine.rollout.cache import BlockPool, blocks_for
-from trialign.engine.rollout.scheduler import Scheduler
+from trialign.engine.rollout.scheduler import Scheduler, Step
 
 STOP = 7
 
@@ -12,6 +12,12 @@ STOP = 7
 def make(lengths, blocks=100, block_size=4, **kwargs):
     options = {"max_new_tokens": 5, "stop_ids": (STOP,), "max_running": 4, "prefill_tokens": 1000, **kwargs}
     return Scheduler([[0] * n for n in lengths], BlockPool(blocks), block_size, **options)
+
+
+def planned(scheduler, lane=0) -> Step:
+    step = scheduler.plan(lane)
+    assert step is not None
+    return step
 
 
 def drive(scheduler, token=lambda sequence, place: 1):
@@ -55,10 +61,10 @@ def check(scheduler):
 
 def test_a_finished_sequence_is_replaced_in_the_next_step():
     scheduler = make([2, 2, 2], max_running=2)
-    first = scheduler.plan(0)
+    first = planned(scheduler)
     assert (first.decoding, [s.index for s in first.admitted], first.tokens) == (0, [0, 1], 4)
     assert scheduler.commit(first, [STOP, 1], [-1.0, -2.0]) == [1]
-    second = scheduler.plan(0)
+    second = planned(scheduler)
     assert (second.decoding, [s.index for s in second.admitted], second.tokens) == (1, [2], 3)
     done = scheduler.sequences[0]
     assert (done.tokens, done.logprobs, done.finish, done.blocks) == ([STOP], [-1.0], "stop", [])
@@ -98,7 +104,7 @@ def test_a_prompt_that_can_never_fit_is_refused():
 
 def test_lanes_are_filled_evenly():
     scheduler = make([1] * 5, max_running=100, lanes=2)
-    assert (scheduler.plan(0).rows, scheduler.plan(1).rows) == (3, 2)
+    assert (planned(scheduler, 0).rows, planned(scheduler, 1).rows) == (3, 2)
 
 
 def test_no_prompts_is_finished():

@@ -204,10 +204,10 @@ class Generator:
 def packed_weights(model: Model, steps: int) -> Iterator[None]:
     """Within, layers with a place for it (`packed`) multiply by a packed copy of their weight, where that pays."""
     # Packing takes about as long as it saves in 8 steps of 32 rows (benchmarks/bench_generate.py).
-    layers = [module for module in model.modules() if hasattr(module, "packed")] if steps >= 10 else []
+    layers: list[Any] = [module for module in model.modules() if steps >= 10 and hasattr(module, "packed")]
     try:
         for layer in layers:
-            layer.packed = pack(layer.get_parameter("weight"))
+            layer.packed = pack(layer.weight)
         yield
     finally:
         for layer in layers:
@@ -272,9 +272,9 @@ class _Run:
         rows, device = scheduler.lane_size, mesh.device
         self.lanes = [_Lane(rows, max_blocks, device) for _ in range(mesh.pp.size)]
         self.rows = torch.arange(rows, device=device)
-        self.temperature = torch.full((rows,), params.temperature, device=device)
+        self.temperature = torch.full((rows,), params.temperature, dtype=torch.float32, device=device)
         self.top_k = torch.full((rows,), params.top_k, dtype=torch.int32, device=device)
-        self.top_p = torch.full((rows,), params.top_p, device=device)
+        self.top_p = torch.full((rows,), params.top_p, dtype=torch.float32, device=device)
         self.min_new_tokens = params.min_new_tokens if params.stop_ids else 0
         self.stop_ids = torch.tensor(params.stop_ids, dtype=torch.int64, device=device)
         self.steps: dict[int, Step] = {}  # planned and not yet committed, by number; empty turns are left out
