@@ -25,6 +25,7 @@ from ..engine.parallel.layers import (
     whole,
 )
 from ..engine.parallel.shard import Shard
+from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import swiglu
@@ -94,6 +95,8 @@ class Layer(nn.Module):
 class Head(nn.Module):
     """The last projection: rows of the vocabulary cut over tp ("lm"), or one whole row ("score")."""
 
+    packed: Tensor | None = None
+
     def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype):
         super().__init__()
         self.weight = sharded_parameter(shard, dtype=dtype, device=mesh.device)
@@ -131,8 +134,10 @@ class Decoder(nn.Module):
             self.head = Head(rows if head == "lm" else whole(1, config.hidden_size), mesh, dtype)
             if tied and self.embedding is not None:
                 self.head.weight = self.embedding.weight
-        inverse = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-        self.register_buffer("inverse_frequencies", inverse.float().to(mesh.device), persistent=False)
+        # In fp32 as the published models were trained: at large positions float64 would turn by other angles.
+        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        inverse = (1.0 / config.rope_theta**exponents).to(mesh.device)
+        self.register_buffer("inverse_frequencies", inverse, persistent=False)  # [head_dim/2]
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -172,7 +177,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab/tp]: this rank's part of the vocabulary; last stage only."""
         assert self.head is not None and self.kind == "lm"
-        return F.linear(hidden, self.head.weight)
+        return linear(hidden, self.head.weight, self.head.packed)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens] fp32, of a "score" head; last stage only."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear import linear
 from ...kernels.linear_logprob import linear_logprob
 from ..mesh import Axis, Mesh
 from .collectives import all_reduce, copy_to_region, reduce_from_region
@@ -44,6 +45,8 @@ class ColumnParallelLinear(nn.Module):
     [tokens, in] -> [tokens, sum(out)/tp]; the input is whole on every rank.
     """
 
+    packed: Tensor | None = None  # the generator's, while the weight does not change (kernels/linear.py)
+
     def __init__(self, in_size: int, out_sizes: Mapping[str, int], mesh: Mesh, dtype: torch.dtype):
         super().__init__()
         self.axis = mesh.tp
@@ -51,11 +54,13 @@ class ColumnParallelLinear(nn.Module):
         self.weight = sharded_parameter(Shard(pieces, "tp"), dtype=dtype, device=mesh.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(copy_to_region(x, self.axis), self.weight)
+        return linear(copy_to_region(x, self.axis), self.weight, self.packed)
 
 
 class RowParallelLinear(nn.Module):
     """y = x Wᵀ with the input features cut over tp: [tokens, in/tp] -> [tokens, out], summed over tp."""
+
+    packed: Tensor | None = None
 
     def __init__(self, in_size: int, out_size: int, mesh: Mesh, dtype: torch.dtype):
         super().__init__()
@@ -64,7 +69,7 @@ class RowParallelLinear(nn.Module):
         self.weight = sharded_parameter(Shard((piece,), "tp"), dtype=dtype, device=mesh.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from_region(F.linear(x, self.weight), self.axis)
+        return reduce_from_region(linear(x, self.weight, self.packed), self.axis)
 
 
 class VocabParallelEmbedding(nn.Module):
