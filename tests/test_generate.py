@@ -12,7 +12,8 @@ from harness import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trialign.engine.mesh import build_mesh
-from trialign.engine.rollout.generate import Completion, Generator, SamplingParams, sample_key
+from trialign.engine.rollout.generate import Completion, Generator, SamplingParams, packed_weights, sample_key
+from trialign.kernels.linear import pack
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf import pieces
@@ -252,6 +253,20 @@ def test_weights_are_read_afresh_in_every_call():
     fresh = Generator(decoder, decoder.mesh).generate(PROMPTS, list(range(10)), params)
     assert after == fresh and after != before
     assert all(p.requires_grad and not p.is_inference() for p in decoder.parameters())
+
+
+@pytest.mark.skipif(pack(torch.zeros(8, 8).bfloat16()) is None, reason="this processor has no bf16 in oneDNN")
+def test_packed_copies_live_as_long_as_a_call():
+    decoder = build(dtype=torch.bfloat16)
+
+    def packed() -> int:
+        return sum(getattr(module, "packed", None) is not None for module in decoder.modules())
+
+    with packed_weights(decoder, 64):
+        assert packed() == 4 * LAYERS + 1, "qkv, output, gate_up and down of each layer, and the head"
+    assert packed() == 0
+    with packed_weights(decoder, 2):
+        assert packed() == 0, "two steps do not pay for packing"
 
 
 def test_no_prompts_no_completions():
