@@ -49,7 +49,7 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         found, compiler = torch_paths(), os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if found is None or compiler is None:
-            missing = "torch" if found is None else "a C++ compiler"
+            missing = "torch" if found is None else "C++ compiler"
             print(f"trialign: no {missing} here, installing without trialign._C", file=sys.stderr)
             return
         version, torch = found

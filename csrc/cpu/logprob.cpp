@@ -20,10 +20,10 @@ INLINE Stats join(Stats a, Stats b) {
   return {m, a.s * fa + b.s * fb, (a.t + da * a.s) * fa + (b.t + db * b.s) * fb};
 }
 
-// Adds e^d and e^d d of one vector, d = x * scale - base.
+// Adds e^d and e^d d of one vector, d = (x - base) * scale: in this order it is exactly 0 at the maximum.
 INLINE void add(vf x, float scale, float base, vf& s, vf& t) {
   // -inf becomes a probability of 1e-38. The maximum of the block passes a NaN over, this does not: it reaches t.
-  const vf d = vmax(splat(exp_low), x * scale - base), p = vexp(d);
+  const vf d = vmax(splat(exp_low), (x - base) * scale), p = vexp(d);
   s += p;
   t += p * d;
 }
@@ -39,7 +39,7 @@ INLINE Stats block_stats(const T* x, int64_t n, float scale) {
     top[1] = vmax(b, top[1]);
   }
   sweep(n - whole, [&](int64_t j, auto lanes) { top[0] = vmax(keep(load(x + whole + j, lanes), -infinity, lanes), top[0]); });
-  const float m = hmax(vmax(top[0], top[1])) * scale, base = m == -infinity ? 0.f : m;
+  const float raw = hmax(vmax(top[0], top[1])), m = raw * scale, base = raw == -infinity ? 0.f : raw;
   for (int64_t j = 0; j < whole; j += 2 * VW) {
     vf a, b;
     load_two(x + j, a, b);

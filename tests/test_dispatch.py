@@ -1,0 +1,77 @@
+"""The choice of implementation: by device, dtype and the switch; what is said of a missing or stale extension."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from trialign.kernels import dispatch
+
+PRINT = "import trialign.kernels.dispatch as d, torch; print(d.choose('gae', torch.zeros(1)))"
+
+
+def run(mode: str | None, script: str = PRINT, **environment) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRIALIGN_KERNELS"}
+    env |= ({"TRIALIGN_KERNELS": mode} if mode else {}) | environment
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+
+
+def test_by_device_and_dtype():
+    built = dispatch.has_op("gae")
+    assert dispatch.choose("gae", torch.zeros(1)) == ("cpp" if built else "reference")
+    assert dispatch.choose("gae", torch.zeros(1, dtype=torch.float64)) == "reference"
+    assert dispatch.choose("gae", torch.zeros(1, device="meta")) == "reference"
+    assert dispatch.choose("no_such_op", torch.zeros(1)) == "reference"
+
+
+def test_the_switch():
+    result = run("reference")
+    assert result.stdout == "reference\n" and result.stderr == ""
+
+
+def test_an_unknown_mode_is_refused():
+    result = run("fast")
+    assert result.returncode != 0
+    assert "TRIALIGN_KERNELS='fast': allowed are auto, reference, avx2, baseline" in result.stderr
+
+
+@pytest.mark.skipif(not dispatch.EXTENSION, reason="trialign._C is not built")
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_a_lesser_simd_level_can_be_asked_for(level):
+    result = run(level, "import trialign.kernels.dispatch, trialign._C as c; print(c.simd_level)")
+    # A machine below the level asked for gives what it has.
+    assert result.stdout.strip() in {"baseline": ["baseline"], "avx2": ["avx2", "baseline"]}[level]
+
+
+HIDE = """
+import importlib.util as u
+find = u.find_spec
+u.find_spec = lambda name, *rest: None if name == "trialign._C" else find(name, *rest)
+"""
+
+
+def test_a_missing_extension_is_said_once_and_the_references_serve():
+    result = run(None, HIDE + PRINT + "; import trialign.kernels.gae, trialign.kernels.logprob")
+    assert result.stdout == "reference\n"
+    assert result.stderr.count("trialign._C is not built: plain torch serves instead") == 1
+    assert run(None, HIDE + PRINT, RANK="3").stderr == ""  # one rank says it
+
+
+def test_a_stale_extension_is_told(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "op.cpp").write_text("int one;")
+    built = dispatch.source_hash(tmp_path)
+    assert dispatch.why_unusable(built, torch.__version__, tmp_path) is None
+    assert (
+        dispatch.why_unusable(built, "2.1.0", tmp_path)
+        == f"was built for torch 2.1.0, this is torch {torch.__version__}"
+    )
+    (tmp_path / "cpu" / "op.cpp").write_text("int two;")
+    assert (
+        dispatch.why_unusable(built, torch.__version__, tmp_path) == "was built from other sources than those in csrc/"
+    )
+
+
+def test_an_installed_wheel_has_no_sources_to_compare(tmp_path):
+    assert dispatch.why_unusable("any", torch.__version__, tmp_path) is None

@@ -1,0 +1,90 @@
+"""GAE against a float64 walk written out here: packing, gaps, empty and fully masked sequences."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trialign.kernels.dispatch import has_op
+from trialign.kernels.gae import gae, gae_ref
+
+
+def walk(rewards, values, mask, cu_seqlens, gamma, lam):
+    """One token after another, in Python floats."""
+    advantages, returns = [0.0] * len(rewards), [0.0] * len(rewards)
+    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        tokens = [t for t in range(start, end) if mask[t]]
+        for place in reversed(range(len(tokens))):
+            t = tokens[place]
+            last = place == len(tokens) - 1
+            value_after = 0.0 if last else values[tokens[place + 1]]
+            advantage_after = 0.0 if last else advantages[tokens[place + 1]]
+            advantages[t] = rewards[t] + gamma * value_after - values[t] + gamma * lam * advantage_after
+            returns[t] = advantages[t] + values[t]
+    return advantages, returns
+
+
+def case(lengths, seed, kept=0.7):
+    generator = torch.Generator().manual_seed(seed)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    total = int(cu_seqlens[-1])
+    rewards, values = torch.randn(2, total, generator=generator)
+    return rewards, values, torch.rand(total, generator=generator) < kept, cu_seqlens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    st.integers(0, 10**6),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.95, 1.0]),
+)
+def test_any_packing(lengths, seed, kept, gamma, lam):
+    inputs = case(lengths, seed, kept)
+    truth = walk(*(x.tolist() for x in inputs), gamma, lam)
+    for fn in (gae, gae_ref):
+        for mine, theirs in zip(fn(*inputs, gamma, lam), truth, strict=True):
+            torch.testing.assert_close(mine.double(), torch.tensor(theirs).double(), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64])
+def test_error_is_within_the_law(cu_dtype):
+    rewards, values, mask, cu_seqlens = case([512, 1, 300, 0, 47], 3, 1.0)
+    truth = gae_ref(rewards.double(), values.double(), mask, cu_seqlens, 1.0, 0.95)
+    ours = gae(rewards, values, mask, cu_seqlens.to(cu_dtype), 1.0, 0.95)
+    plain = gae_ref(rewards, values, mask, cu_seqlens, 1.0, 0.95)
+    for a, b, c in zip(ours, plain, truth, strict=True):
+        assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 1e-6 * c.abs().max()
+
+
+def test_gamma_and_lambda_one_is_reward_to_go():
+    rewards, values, mask, cu_seqlens = case([5, 9], 0)
+    advantages, returns = gae(rewards, values, mask, cu_seqlens, 1.0, 1.0)
+    for start, end in ((0, 5), (5, 14)):
+        to_go = (rewards * mask)[start:end].flip(0).cumsum(0).flip(0) * mask[start:end]
+        torch.testing.assert_close(returns[start:end], to_go)
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+def test_values_at_masked_tokens_do_not_matter():
+    rewards, values, mask, cu_seqlens = case([20, 30], 1, 0.5)
+    clean = gae(rewards, values, mask, cu_seqlens, 0.9, 0.8)
+    garbage = gae(rewards, torch.where(mask, values, torch.nan), mask, cu_seqlens, 0.9, 0.8)
+    assert torch.equal(clean[0], garbage[0]) and torch.equal(clean[1], garbage[1])
+
+
+def test_fully_masked_and_empty():
+    rewards, values, mask, cu_seqlens = case([4, 0, 3], 2, 0.0)
+    assert all((x == 0).all() for x in gae(rewards, values, mask, cu_seqlens, 1.0, 0.95))
+    empty = torch.empty(0)
+    assert gae(empty, empty, empty.bool(), torch.tensor([0]), 1.0, 0.95)[0].shape == (0,)
+
+
+def test_no_gradient_flows():
+    rewards, values, mask, cu_seqlens = case([4], 2)
+    assert not gae(rewards, values.requires_grad_(), mask, cu_seqlens, 1.0, 0.95)[0].requires_grad
+
+
+@pytest.mark.skipif(not has_op("gae"), reason="trialign._C is not built")
+def test_opcheck():
+    torch.library.opcheck(torch.ops.trialign.gae, (*case([4, 5], 2), 1.0, 0.95))

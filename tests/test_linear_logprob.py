@@ -1,0 +1,119 @@
+"""The fused head: the law over chunks, shards of the vocabulary, memory, frozen inputs."""
+
+import pytest
+import torch
+from law import check_law
+from test_logprob import merge_of
+from trialign.kernels import linear_logprob as L
+from trialign.kernels.linear_logprob import linear_logprob, linear_logprob_ref
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(L, "CHUNK_ELEMENTS", 1)  # chunks of 1024, the least
+
+
+def draw(n, h, v, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=generator).to(dtype)
+    weight = (torch.randn(v, h, generator=generator) * 2 * h**-0.5).to(dtype)
+    return hidden, weight, torch.randint(0, v, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n,h,v", [(1, 1, 1), (5, 64, 1024), (13, 65, 5003), (3, 16, 2049), (0, 8, 30)])
+def test_law(small_chunks, n, h, v, dtype):
+    hidden, weight, labels = draw(n, h, v, dtype)
+    check_law(
+        lambda x, w: linear_logprob(x, w, labels, 0.7),
+        lambda x, w: linear_logprob_ref(x, w, labels, 0.7),
+        (hidden, weight),
+        (0, 1),
+    )
+
+
+@pytest.mark.parametrize("n,v,count", [(1, 1, 1), (1, 49152, 1), (512, 49152, 6), (1 << 22, 3000, 3), (0, 10, 1)])
+def test_chunks_cover_the_vocabulary_once(n, v, count):
+    chunks = L._chunks(n, v)
+    assert chunks[0][0] == 0 and chunks[-1][1] == v and len(chunks) == count
+    assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:], strict=False))
+
+
+@pytest.mark.parametrize("cuts", [[0, 1500], [0, 1030, 1031]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vocabulary_shards_make_the_whole(small_chunks, cuts, dtype):
+    hidden, weight, labels = draw(11, 24, 3001, dtype)
+    hidden.requires_grad_(), weight.requires_grad_()
+    upstream = list(torch.randn(2, 11, dtype=dtype))
+    whole = linear_logprob(hidden, weight, labels, 0.8)
+    grad_hidden, grad_weight = torch.autograd.grad(whole, (hidden, weight), upstream)
+    parts = [weight[a:b].detach().requires_grad_() for a, b in zip(cuts, [*cuts[1:], 3001], strict=True)]
+    met: list[torch.Tensor] = []
+    for part, start in zip(parts, cuts, strict=True):
+        linear_logprob(hidden, part, labels, 0.8, merge=lambda s: met.append(s) or s, vocab_start=start)
+    merged, partial = merge_of(met), torch.zeros_like(hidden)
+    for part, start, cut in zip(parts, cuts, grad_weight.split([len(p) for p in parts]), strict=True):
+        outputs = linear_logprob(hidden, part, labels, 0.8, merge=lambda _: merged, vocab_start=start)
+        torch.testing.assert_close(outputs, whole, rtol=1e-5, atol=1e-5)
+        d_hidden, d_weight = torch.autograd.grad(outputs, (hidden, part), upstream)
+        partial += d_hidden
+        torch.testing.assert_close(d_weight, cut, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(partial, grad_hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_equals_logprob_of_the_logits(small_chunks):
+    hidden, weight, labels = draw(40, 32, 4000)
+    torch.testing.assert_close(
+        linear_logprob(hidden, weight, labels), linear_logprob_ref(hidden, weight, labels), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_gets_no_gradient(small_chunks, frozen):
+    hidden, weight, labels = draw(4, 8, 1500)
+    leaf = (weight if frozen == "hidden" else hidden).requires_grad_()
+    logp, entropy = linear_logprob(hidden, weight, labels)
+    (logp + entropy).sum().backward()
+    truth = linear_logprob_ref(hidden, weight, labels)
+    torch.testing.assert_close(leaf.grad, torch.autograd.grad(truth[0].sum() + truth[1].sum(), leaf)[0])
+    assert (hidden if frozen == "hidden" else weight).grad is None
+
+
+def test_gradcheck(small_chunks):
+    hidden, weight, labels = draw(3, 4, 11, torch.float64)
+    inputs = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, w: linear_logprob(x, w, labels, 1.4), inputs)
+
+
+def test_no_logits_are_kept_for_backward():
+    """What autograd saves and the work buffer are far below the logits."""
+    hidden, weight, labels = draw(512, 16, 40_000)
+    hidden.requires_grad_()
+    saved = 0
+
+    def pack(tensor):
+        nonlocal saved
+        saved += tensor.numel() if tensor.data_ptr() not in (hidden.data_ptr(), weight.data_ptr()) else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        linear_logprob(hidden, weight, labels)
+    assert saved < 512 * 40_000 / 1000
+    assert max((b - a) * 512 for a, b in L._chunks(512, 40_000)) <= L.CHUNK_ELEMENTS
+
+
+def test_scale_is_checked():
+    with pytest.raises(ValueError, match="positive, got -1"):
+        linear_logprob(*draw(1, 2, 3), scale=-1.0)
+
+
+def test_fake_and_meta_runs():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
+        logp, entropy = linear_logprob(hidden, weight, torch.zeros(4, dtype=torch.long))
+        (logp.sum() + entropy.sum()).backward()
+        assert weight.grad is not None and weight.grad.shape == (5000, 8)
+    meta = torch.empty(20_000, 64, device="meta"), torch.empty(151_936, 64, device="meta")
+    assert linear_logprob(*meta, torch.zeros(20_000, dtype=torch.long, device="meta"))[0].shape == (20_000,)
