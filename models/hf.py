@@ -111,7 +111,7 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
     Args:
         folder: config.json and safetensors, one file or several with an index.
         new_head: how a "score" head begins when the folder holds a causal language model: "refuse", "zero", or
-            "normal" with standard deviation 1/sqrt(hidden + 1) (https://arxiv.org/abs/2009.01325), equal on all ranks.
+            "normal" with standard deviation 1/(hidden + 1), so that values begin near 0; equal on all ranks.
 
     Raises:
         ValueError: before any parameter is changed: a file or tensor that is missing, truncated, of another shape or
@@ -138,7 +138,7 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
             view.zero_()
         else:
             draws = torch.randn(view.shape, generator=torch.Generator().manual_seed(0))
-            view.copy_(draws / (config.hidden_size + 1) ** 0.5)
+            view.copy_(draws / (config.hidden_size + 1))
     for file, parts in todo.items():
         with safe_open(folder / file, "pt") as source:
             for name, piece, view in parts:
