@@ -1,0 +1,117 @@
+"""What the roles' folders are refused for, before any weight is read; and the schedule of the learning rate."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny import tiny_chat_model, tiny_llama
+from transformers import AutoTokenizer
+from trialign.algorithms.build import build_roles, check_tokenizer, read_shapes, trained_entries
+from trialign.algorithms.config import DataConfig, ModelPaths, ParallelConfig, PPOConfig, RewardConfig, RolloutConfig
+from trialign.algorithms.kl import KLController
+from trialign.engine.lr import lr_at
+from trialign.engine.mesh import build_mesh
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    tiny_chat_model(root / "actor")
+    tiny_llama(root / "reward", score=True, vocab_size=260)
+    tiny_llama(root / "other_vocabulary", score=True, vocab_size=128)
+    return root
+
+
+def config(folders, **changes) -> PPOConfig:
+    base = PPOConfig(
+        model=ModelPaths(path=str(folders / "actor"), dtype="float32"),
+        data=DataConfig(max_prompt_tokens=100),
+        rollout=RolloutConfig(max_new_tokens=50),
+        reward=RewardConfig(models=(str(folders / "reward"),)),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def test_all_roles_are_built(folders):
+    settings = config(folders)
+    roles = build_roles(settings, read_shapes(settings), build_mesh())
+    assert [len(roles.rewards), roles.actor.model.kind, roles.critic.model.kind] == [1, "lm", "score"]
+    assert not any(p.requires_grad for role in (roles.reference, *roles.rewards) for p in role.model.parameters())
+    assert {entry.name.split("/")[0] for entry in trained_entries(roles)} == {"actor", "critic"}
+
+
+def test_critic_starts_from_a_reward_model(folders):
+    settings = config(
+        folders, model=ModelPaths(str(folders / "actor"), critic=str(folders / "reward"), dtype="float32")
+    )
+    roles = build_roles(settings, read_shapes(settings), build_mesh())
+    assert torch.equal(roles.critic.model.head.weight, roles.rewards[0].model.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"path": "nowhere"}}, "nowhere: no such folder"),
+        ({"model": {"path": "reward"}}, "the actor must predict tokens"),
+        ({"model": {"critic": "other_vocabulary"}}, "vocab_size=128, but the actor's is 260"),
+        ({"reward": {"models": "other_vocabulary"}}, "vocab_size=128, but the actor's is 260"),
+        ({"reward": {"models": "actor"}}, "a score head is needed"),
+        ({"parallel": {"tp": 3}}, "num_heads=4 does not divide by tp=3; allowed tp: 1, 2"),
+        ({"parallel": {"pp": 3}}, "num_layers=4 does not divide by pp=3; allowed pp: 1, 2, 4"),
+        ({"rollout": {"max_new_tokens": 200}}, "= 300: .* has positions for 256"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused(folders, changes, message):
+    settings = config(folders)
+    if "model" in changes:
+        paths = {key: str(folders / name) for key, name in changes["model"].items()}
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **paths))
+    if "reward" in changes:
+        settings = config(folders, reward=RewardConfig(models=(str(folders / changes["reward"]["models"]),)))
+    if "parallel" in changes:
+        settings = config(folders, parallel=ParallelConfig(**changes["parallel"]))
+    if "rollout" in changes:
+        settings = config(folders, rollout=RolloutConfig(**changes["rollout"]))
+    with pytest.raises(ValueError, match=message):
+        read_shapes(settings)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):
+    tiny_chat_model(tmp_path, vocab_size=200)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    shape = read_shapes(config(folders, model=ModelPaths(str(tmp_path)), reward=RewardConfig(functions=("a:b",))))
+    with pytest.raises(ValueError, match="knows 259 tokens, the model only vocab_size=200"):
+        check_tokenizer(tokenizer, shape[str(tmp_path)])
+
+
+def test_broken_config_json_is_named(folders, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel.*allowed: LlamaForCausalLM"):
+        read_shapes(config(folders, model=ModelPaths(str(tmp_path))))
+
+
+def test_warm_up_then_cosine_to_the_floor():
+    rates = [lr_at(step, 100, peak=2.0, schedule="cosine", warmup_ratio=0.1, min_lr_ratio=0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(2 / 11) and rates[9] == pytest.approx(20 / 11)
+    assert rates[10] == 2.0 == max(rates)
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    middle = lr_at(50, 101, peak=1.0, schedule="cosine", warmup_ratio=0, min_lr_ratio=0.0)
+    assert middle == pytest.approx(0.5)
+
+
+def test_linear_and_constant_schedules():
+    assert lr_at(5, 11, peak=1.0, schedule="linear", warmup_ratio=0, min_lr_ratio=0.2) == pytest.approx(0.6)
+    assert lr_at(10, 11, peak=1.0, schedule="constant", warmup_ratio=0.1, min_lr_ratio=0.2) == 1.0
+
+
+def test_adaptive_kl_moves_toward_its_target_and_no_faster_than_a_fifth():
+    controller = KLController(0.1, target=6.0, horizon=1000)
+    controller.update(60.0, samples=100)
+    assert controller.coef == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    controller.update(5.4, samples=100)
+    assert controller.coef == pytest.approx(0.102 * (1 - 0.1 * 0.1))
+    fixed = KLController(0.1)
+    fixed.update(60.0, samples=100)
+    assert fixed.coef == 0.1
