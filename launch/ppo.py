@@ -35,7 +35,7 @@ from trialign.engine.mesh import Mesh
 from trialign.engine.phases import Phases, forward_flops, matmul_peak
 from trialign.engine.rollout.generate import Generator
 from trialign.models.config import ModelConfig
-from trialign.models.hf import assets, export_checkpoint
+from trialign.models.hf import assets, export_checkpoint, stop_ids
 from world import is_main, mesh_of, rank_prefix, world_size
 
 
@@ -58,7 +58,7 @@ class Run:
         self.generator = Generator(
             self.roles.actor.model, mesh, block_size=config.rollout.kv_block, max_running=config.rollout.max_running
         )
-        self.sampling = sampling_params(config, self.shape.eos_ids)
+        self.sampling = sampling_params(config, stop_ids(config.model.path, self.shape))
         self.step = 0
 
     def save(self) -> None:

@@ -212,6 +212,14 @@ def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: Mode
                 raise ValueError(f"{folder}: config.json ties the embeddings, but {head} differs from {TIED}")
 
 
+def stop_ids(folder: Path | str, config: ModelConfig) -> tuple[int, ...]:
+    """The tokens that end an answer: those of config.json and, as chat models have more, of generation_config.json."""
+    path = Path(folder) / "generation_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    more = named if isinstance(named, list) else [] if named is None else [named]
+    return tuple(sorted({*config.eos_ids, *more}))
+
+
 def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
     """Name -> path of what belongs to a folder's model beside its weights: configs, tokenizer, chat template."""
     kept = {".json", ".jinja", ".txt", ".model", ".tiktoken"}

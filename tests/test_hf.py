@@ -15,7 +15,7 @@ from torch import Tensor
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig, check_layout
 from trialign.models.decoder import Decoder
-from trialign.models.hf import hf_name, hf_shapes, load_hf, pieces
+from trialign.models.hf import hf_name, hf_shapes, load_hf, pieces, stop_ids
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)]  # tp, pp
 
@@ -145,6 +145,14 @@ def test_config_that_is_no_config(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             ModelConfig.from_hf(tmp_path)
+
+
+def test_stop_ids_are_those_of_both_configs(tmp_path):
+    config = ModelConfig.from_hf(tiny_llama(tmp_path, eos_token_id=5))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 5]}))
+    assert stop_ids(tmp_path, config) == (5, 9)
+    (tmp_path / "generation_config.json").unlink()
+    assert stop_ids(tmp_path, config) == (5,)
 
 
 def test_check_layout(folders):
