@@ -75,6 +75,11 @@ def has_op(op: str) -> bool:
     return EXTENSION and hasattr(torch.ops.trialign, op)
 
 
+def has_cuda(op: str) -> bool:
+    """True when the op has an implementation for CUDA tensors: CUDA C++ of trialign._C, or Triton's once registered."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"trialign::{op}", "CUDA")
+
+
 @functools.cache
 def has_triton() -> bool:
     """True when Triton can be imported."""
@@ -88,16 +93,25 @@ def choose(op: str, tensor: torch.Tensor) -> Implementation:
         return "reference"
     if device == "cpu":
         return "cpp"
-    return "triton" if has_triton() else "reference"
+    return "triton" if has_cuda(op) else "reference"
 
 
-def register(op: str, fake: Callable, setup_context: Callable | None = None, backward: Callable | None = None) -> None:
-    """Gives torch.ops.trialign.`op` its shapes for FakeTensor and meta runs and, if differentiable, its gradient.
+def register(
+    op: str,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    triton: Callable | None = None,
+) -> None:
+    """Gives torch.ops.trialign.`op` its shapes for FakeTensor and meta runs, its gradient and its Triton launcher.
 
-    The schema and the CPU implementation come from csrc/; without a usable trialign._C there is nothing to register.
+    The schema, the CPU implementation and, where nvcc was found, CUDA C++ ones come from csrc/ (those go before
+    Triton's); without a usable trialign._C there is nothing to register.
     """
     if not has_op(op):
         return
     torch.library.register_fake(f"trialign::{op}", fake)
+    if triton is not None and has_triton() and not has_cuda(op):
+        torch.library.impl(f"trialign::{op}", "CUDA")(triton)
     if backward is not None:
         torch.library.register_autograd(f"trialign::{op}", backward, setup_context=setup_context)

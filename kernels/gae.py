@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ._rt import Spec, jit, tl
 from .dispatch import choose, register
 
 
@@ -29,9 +30,73 @@ def gae_ref(rewards, values, mask, cu_seqlens, gamma, lam):
     return advantages, returns
 
 
+@jit
+def _compose(c_later, o_later, c, o):
+    """x -> c (c_later x + o_later) + o: the map of a token after that of the tokens behind it."""
+    return c * c_later, c * o_later + o
+
+
+@jit
+def _scan(rewards, values, mask, cu_seqlens, advantages, returns, gamma, lam, BLOCK: tl.constexpr):
+    """One sequence a program, from its end, a block at a time.
+
+    What a token sees of its future (the next value, the next advantage) is an affine map of what the block's end sees;
+    a masked token's map is the identity. Both recursions are then reverse scans of maps.
+    """
+    sequence = tl.program_id(0)
+    start, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+    later_value, later_advantage = 0.0, 0.0
+    for block in range(tl.cdiv(end - start, BLOCK)):
+        low = end - (block + 1) * BLOCK  # may lie before the start: those lanes are masked
+        token = low + tl.arange(0, BLOCK)
+        here = token >= start
+        kept = tl.load(mask + token, here, 0) != 0
+        # The token behind: its value is what this token sees, unless it is masked. The block's last one is the carry's.
+        behind = (tl.arange(0, BLOCK) < BLOCK - 1) & (token + 1 >= start)
+        kept_behind = tl.load(mask + token + 1, behind, 0) != 0
+        value_behind = tl.load(values + token + 1, kept_behind, 0.0)
+        pass_on, given = tl.associative_scan((tl.where(kept_behind, 0.0, 1.0), value_behind), 0, _compose, reverse=True)
+        next_value = pass_on * later_value + given
+        value = tl.load(values + token, kept, 0.0)
+        delta = tl.load(rewards + token, kept, 0.0) + gamma * next_value - value
+        slope, offset = tl.where(kept, gamma * lam, 1.0), tl.where(kept, delta, 0.0)
+        slope, offset = tl.associative_scan((slope, offset), 0, _compose, reverse=True)
+        advantage = slope * later_advantage + offset
+        tl.store(advantages + token, tl.where(kept, advantage, 0.0), here)
+        tl.store(returns + token, tl.where(kept, advantage + value, 0.0), here)
+        first = tl.arange(0, BLOCK) == 0
+        later_advantage = tl.sum(tl.where(first, advantage, 0.0), 0)
+        later_value = tl.sum(tl.where(first, tl.where(kept, value, next_value), 0.0), 0)
+
+
+def gae_triton(rewards, values, mask, cu_seqlens, gamma, lam):
+    """(advantages, returns) by Triton; arguments as those of torch.ops.trialign.gae."""
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    if len(cu_seqlens) > 1:
+        _scan[(len(cu_seqlens) - 1,)](
+            rewards, values, mask.view(torch.uint8), cu_seqlens, advantages, returns, gamma, lam, BLOCK, num_warps=4
+        )
+    return advantages, returns
+
+
+BLOCK = 512
+SPECS = {
+    "scan": Spec(
+        _scan,
+        {
+            **dict.fromkeys(("rewards", "values", "advantages", "returns"), "*fp32"),
+            **{"mask": "*u8", "cu_seqlens": "*i64", "gamma": "fp32", "lam": "fp32"},
+        },
+        ({"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3},),
+        traffic="read 14 (the values and mask behind from cache), write 8 bytes a token; least 9 and 8",
+    ),
+}
+
+
 register(
     "gae",
     lambda rewards, values, mask, cu_seqlens, gamma, lam: (torch.empty_like(rewards), torch.empty_like(rewards)),
+    triton=gae_triton,
 )
 
 

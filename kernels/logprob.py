@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
+from ._rt import Spec, cdiv, jit, tl
 from .dispatch import choose, register
 
 Merge = Callable[[torch.Tensor], torch.Tensor]
@@ -80,13 +81,128 @@ def finish(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return y - m - log_s, log_s - t / s
 
 
+@jit
+def _update(stats, logits, labels, n, v, stride, vocab_start, scale, BLOCK: tl.constexpr):
+    """One row a program, a block at a time: its stats joined with those already there."""
+    row = tl.program_id(0).to(tl.int64)
+    m, s, t = tl.load(stats + row), tl.load(stats + n + row), tl.load(stats + 2 * n + row)
+    for start in range(0, v, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + row * stride + column, column < v, -float("inf")).to(tl.float32) * scale
+        new = tl.maximum(m, tl.max(z, 0))
+        base = tl.where(new == -float("inf"), 0.0, new)
+        drop = tl.where(s == 0.0, 0.0, m - base)  # before the first block m is -inf
+        factor = tl.exp(drop)
+        d = z - base
+        p = tl.exp(d)
+        t = (t + drop * s) * factor + tl.sum(tl.where(p == 0.0, 0.0, p * d), 0)
+        s = s * factor + tl.sum(p, 0)
+        m = new
+    tl.store(stats + row, m)
+    tl.store(stats + n + row, s)
+    tl.store(stats + 2 * n + row, t)
+    local = tl.load(labels + row) - vocab_start
+    inside = (local >= 0) & (local < v)
+    label = tl.load(logits + row * stride + local, inside, 0.0).to(tl.float32) * scale
+    tl.store(stats + 3 * n + row, tl.load(stats + 3 * n + row) + label)
+
+
+@jit
+def _gradient(
+    logits, out, labels, stats, grad_logprob, grad_entropy, n, v, stride, vocab_start, scale,
+    LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one row a program; out may be logits itself, every element is read by the program that writes it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m, s, t = tl.load(stats + row), tl.load(stats + n + row), tl.load(stats + 2 * n + row)
+    log_s = tl.log(s)
+    d = tl.load(logits + row * stride + column, column < v, 0.0).to(tl.float32) * scale - m - log_s
+    p = tl.exp(d)
+    g = 0.0
+    if LOGPROB:
+        g = tl.load(grad_logprob + row)
+    factor = d * 0.0 - g
+    if ENTROPY:
+        factor -= tl.load(grad_entropy + row) * (d + log_s - t / s)
+    local = tl.load(labels + row) - vocab_start
+    gradient = tl.where(p == 0.0, 0.0, p * factor) + tl.where(column == local, g, 0.0)
+    tl.store(out + row * v + column, gradient * scale, column < v)
+
+
+def logprob_update_triton_(stats, logits, labels, scale, vocab_start):
+    """Joins the logits' stats into `stats` by Triton; arguments as those of torch.ops.trialign.logprob_update_."""
+    n, v = logits.shape
+    if n:
+        _update[(n,)](stats, logits, labels, n, v, logits.stride(0), vocab_start, scale, BLOCK, num_warps=8)
+
+
+def logprob_stats_triton(logits, labels, scale, vocab_start):
+    """stats [4, n] by Triton; arguments as those of torch.ops.trialign.logprob_stats."""
+    stats = logits.new_zeros(4, logits.shape[0], dtype=torch.float32)
+    stats[0] = -torch.inf
+    logprob_update_triton_(stats, logits, labels, scale, vocab_start)
+    return stats
+
+
+def _launch_gradient(out, logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start):
+    n, v = logits.shape
+    if logits.numel():
+        _gradient[(n, cdiv(v, BLOCK))](
+            logits, out, labels, stats,
+            stats if grad_logprob is None else grad_logprob, stats if grad_entropy is None else grad_entropy,
+            n, v, logits.stride(0), vocab_start, scale, grad_logprob is not None, grad_entropy is not None, BLOCK,
+            num_warps=8,
+        )  # fmt: skip
+
+
+def logprob_backward_triton(logits, *rest):
+    """d logits by Triton; arguments as those of torch.ops.trialign.logprob_backward."""
+    out = logits.new_empty(logits.shape)
+    _launch_gradient(out, logits, *rest)
+    return out
+
+
+def logprob_backward_triton_(logits, *rest):
+    """d logits in the logits' place by Triton; arguments as those of torch.ops.trialign.logprob_backward_."""
+    _launch_gradient(logits, logits, *rest)
+
+
+BLOCK = 4096
+_NUMBERS = {**dict.fromkeys(("n", "v", "stride", "vocab_start"), "i32"), "scale": "fp32"}
+SPECS = {
+    "update": Spec(
+        _update,
+        {"stats": "*fp32", "logits": "*bf16", "labels": "*i64", **_NUMBERS},
+        ({"BLOCK": BLOCK, "num_warps": 8, "num_stages": 3},),
+        traffic="read 2 bytes a logit (bf16): once",
+        unaligned=("n", "vocab_start"),
+    ),
+    "gradient": Spec(
+        _gradient,
+        {
+            **{"logits": "*bf16", "out": "*bf16", "labels": "*i64"},
+            **dict.fromkeys(("stats", "grad_logprob", "grad_entropy"), "*fp32"),
+            **_NUMBERS,
+        },
+        tuple(
+            {"LOGPROB": True, "ENTROPY": entropy, "BLOCK": BLOCK, "num_warps": 8, "num_stages": 3}
+            for entropy in (False, True)
+        ),
+        traffic="read 2, write 2 bytes a logit (bf16): once",
+        unaligned=("n", "vocab_start"),
+    ),
+}
+
+
 register(
     "logprob_stats",
     lambda logits, labels, scale, vocab_start: logits.new_empty(4, logits.shape[0], dtype=torch.float32),
+    triton=logprob_stats_triton,
 )
-register("logprob_update_", lambda *_: None)
-register("logprob_backward", lambda logits, *_: logits.new_empty(logits.shape))
-register("logprob_backward_", lambda *_: None)
+register("logprob_update_", lambda *_: None, triton=logprob_update_triton_)
+register("logprob_backward", lambda logits, *_: logits.new_empty(logits.shape), triton=logprob_backward_triton)
+register("logprob_backward_", lambda *_: None, triton=logprob_backward_triton_)
 
 
 def piece_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float, vocab_start: int) -> torch.Tensor:

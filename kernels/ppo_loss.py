@@ -1,6 +1,6 @@
 """The per-token losses of PPO (Schulman et al. 2017) and the KL estimators (Schulman 2020). No masks, no means here.
 
-rho = exp(logp - old_logp), the exponent held at 88 so that a wild ratio stays finite in fp32 (and 0 advantage gives 0)
+rho = exp(logp - old_logp), the exponent held at 80 so that a wild ratio times its advantage stays finite in fp32
 policy: L = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high));  dual clip (Ye et al. 2020), A < 0: L = min(L, -A c)
 value:  L = 1/2 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)
 KL, d = logp - logp_ref:  k1 = d,  k2 = d^2 / 2,  k3 = e^-d - 1 + d
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 
+from ._rt import Spec, cdiv, jit, tl
 from .dispatch import choose, register
 
 KL_KINDS = ("k1", "k2", "k3")
-LOG_RATIO_MAX = 88.0
+LOG_RATIO_MAX = 80.0
 
 
 def kl_estimate_ref(logp, logp_ref, kind):
@@ -45,6 +46,130 @@ def value_loss_ref(values, old_values, returns, clip=None):
     return 0.5 * torch.maximum(free, held), (held > free).to(free.dtype)
 
 
+@jit
+def _policy(
+    logp, old_logp, advantages, loss, ratio, clipped, slope, n, low, high, dual, DUAL: tl.constexpr, BLOCK: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    d = tl.load(logp + i, inside, 0.0) - tl.load(old_logp + i, inside, 0.0)
+    a = tl.load(advantages + i, inside, 0.0)
+    r = tl.exp(tl.where(d > 80.0, 80.0, d))  # not tl.minimum, which would swallow a NaN
+    kept = tl.where(r < low, low, tl.where(r > high, high, r))
+    free, held = -a * r, -a * kept
+    value = tl.where(free >= held, free, held)
+    grad = tl.where((free >= held) & (d <= 80.0), free, 0.0)
+    if DUAL:
+        bound = -a * dual
+        beyond = (a < 0.0) & (value > bound)
+        value = tl.where(beyond, bound, value)
+        grad = tl.where(beyond, 0.0, grad)
+    tl.store(loss + i, value, inside)
+    tl.store(ratio + i, r, inside)
+    tl.store(clipped + i, tl.where(held > free, 1.0, 0.0), inside)
+    tl.store(slope + i, grad, inside)
+
+
+@jit
+def _value(values, old_values, returns, loss, clipped, slope, n, clip, CLIP: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    v, old = tl.load(values + i, inside, 0.0), tl.load(old_values + i, inside, 0.0)
+    target = tl.load(returns + i, inside, 0.0)
+    step, free = v - old, v - target
+    near = v
+    if CLIP:
+        near = old + tl.where(step < -clip, -clip, tl.where(step > clip, clip, step))
+    held = near - target
+    free_wins = free * free >= held * held
+    tl.store(loss + i, 0.5 * tl.where(free_wins, free * free, held * held), inside)
+    tl.store(clipped + i, tl.where(held * held > free * free, 1.0, 0.0), inside)
+    tl.store(slope + i, tl.where(free_wins, free, tl.where(tl.abs(step) <= clip, held, 0.0)), inside)
+
+
+@jit
+def _kl(logp, logp_ref, estimate, slope, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    d = tl.load(logp + i, inside, 0.0) - tl.load(logp_ref + i, inside, 0.0)
+    if KIND == 1:
+        value, grad = d, d * 0.0 + 1.0
+    elif KIND == 2:
+        value, grad = 0.5 * d * d, d
+    else:
+        e = tl.exp(-d)
+        # Near 0 the direct form cancels: d^2 q(-d) with the series of (e^x - 1 - x) / x^2.
+        q = 0.5 - d * (1.6666667e-1 - d * (4.1666667e-2 - d * (8.3333333e-3 - d * (1.3888889e-3 - d * 1.984127e-4))))
+        small = tl.abs(d) < 0.5
+        value = tl.where(small, d * d * q, e - 1.0 + d)
+        grad = tl.where(small, d - d * d * q, 1.0 - e)
+    tl.store(estimate + i, value, inside)
+    tl.store(slope + i, grad, inside)
+
+
+def _launch(kernel, outputs: int, *arguments):
+    """Runs an elementwise kernel over tensors (the leading arguments), then numbers; returns its fresh outputs."""
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    made = tuple(torch.empty_like(tensors[0]) for _ in range(outputs))
+    n = tensors[0].numel()
+    if n:
+        kernel[(cdiv(n, BLOCK),)](*tensors, *made, n, *arguments[len(tensors) :], BLOCK, num_warps=4)
+    return made
+
+
+def policy_loss_triton(logp, old_logp, advantages, clip_low, clip_high, dual_clip):
+    """(loss, ratio, clipped, slope) by Triton; arguments as those of torch.ops.trialign.policy_loss."""
+    dual = (dual_clip or 0.0, dual_clip is not None)
+    return _launch(_policy, 4, logp, old_logp, advantages, 1 - clip_low, 1 + clip_high, *dual)
+
+
+def value_loss_triton(values, old_values, returns, clip):
+    """(loss, clipped, slope) by Triton; arguments as those of torch.ops.trialign.value_loss."""
+    return _launch(_value, 3, values, old_values, returns, clip or 0.0, clip is not None)
+
+
+def kl_estimate_triton(logp, logp_ref, kind):
+    """(estimate, slope) by Triton; arguments as those of torch.ops.trialign.kl_estimate."""
+    return _launch(_kl, 2, logp, logp_ref, kind)
+
+
+BLOCK = 1024
+
+
+def _spec(kernel, tensors: tuple[str, ...], numbers: tuple[str, ...], choice: str, values: tuple, traffic: str) -> Spec:
+    configs = tuple({choice: value, "BLOCK": BLOCK, "num_warps": 4, "num_stages": 3} for value in values)
+    signature = {**dict.fromkeys(tensors, "*fp32"), "n": "i32", **dict.fromkeys(numbers, "fp32")}
+    return Spec(kernel, signature, configs, traffic=traffic, unaligned=("n",))
+
+
+SPECS = {
+    "policy": _spec(
+        _policy,
+        ("logp", "old_logp", "advantages", "loss", "ratio", "clipped", "slope"),
+        ("low", "high", "dual"),
+        "DUAL",
+        (False, True),
+        "read 12, write 16 bytes a token: each tensor once",
+    ),
+    "value": _spec(
+        _value,
+        ("values", "old_values", "returns", "loss", "clipped", "slope"),
+        ("clip",),
+        "CLIP",
+        (False, True),
+        "read 12, write 12 bytes a token: each tensor once",
+    ),
+    "kl": _spec(
+        _kl,
+        ("logp", "logp_ref", "estimate", "slope"),
+        (),
+        "KIND",
+        (1, 2, 3),
+        "read 8, write 8 bytes a token: each once",
+    ),
+}
+
+
 def _save(ctx, inputs, output):
     """The op has computed d loss / d first input already: its last output."""
     ctx.save_for_backward(output[-1])
@@ -61,9 +186,9 @@ def _fakes(count: int):
     return lambda first, *_: tuple(torch.empty_like(first) for _ in range(count))
 
 
-register("policy_loss", _fakes(4), _save, _backward)
-register("value_loss", _fakes(3), _save, _backward)
-register("kl_estimate", _fakes(2), _save, _backward)
+register("policy_loss", _fakes(4), _save, _backward, policy_loss_triton)
+register("value_loss", _fakes(3), _save, _backward, value_loss_triton)
+register("kl_estimate", _fakes(2), _save, _backward, kl_estimate_triton)
 
 
 def _compiled(op: str, *tensors: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ._rt import Spec, cdiv, jit, power_of_2, tl
 from .dispatch import choose, register
 
 
@@ -23,6 +24,120 @@ def add_rms_norm_ref(x, residual, weight, eps):
     """The formula in plain torch. Shapes as in `add_rms_norm`."""
     total = x + residual
     return rms_norm_ref(total, weight, eps), total
+
+
+@jit
+def _forward(x, residual, weight, y, total, rstd, h, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < h
+    v = tl.load(x + row * h + column, inside, 0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(residual + row * h + column, inside, 0.0).to(tl.float32)
+        v = v.to(total.dtype.element_ty)  # the norm is that of the rounded sum, as the next layer sees it
+        tl.store(total + row * h + column, v, inside)
+        v = v.to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / h + eps)
+    tl.store(rstd + row, r)
+    w = tl.load(weight + column, inside, 0.0).to(tl.float32)
+    tl.store(y + row * h + column, v * r * w, inside)
+
+
+@jit
+def _gradient(
+    grad, x, weight, rstd, through, grad_x, partial, n, h, ROWS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """ROWS rows a program, which leaves its share of d weight in partial[program]: no atomics, so sums repeat."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < h
+    w = tl.load(weight + column, inside, 0.0).to(tl.float32)
+    share = tl.zeros([BLOCK], tl.float32)
+    for i in range(ROWS):
+        row = program * ROWS + i
+        mask = inside & (row < n)
+        g = tl.load(grad + row * h + column, mask, 0.0).to(tl.float32)
+        v = tl.load(x + row * h + column, mask, 0.0).to(tl.float32)
+        r = tl.load(rstd + row, row < n, 0.0)
+        share += g * v * r
+        d = r * (g * w - v * (r * r / h * tl.sum(g * w * v, 0)))
+        if ADD:
+            d += tl.load(through + row * h + column, mask, 0.0).to(tl.float32)
+        tl.store(grad_x + row * h + column, d, mask)
+    tl.store(partial + program * h + column, share, inside)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def rms_norm_triton(x, weight, eps):
+    """(y, rstd) by Triton; arguments as those of torch.ops.trialign.rms_norm."""
+    y, rstd = torch.empty_like(x), _rstd(x)
+    block = power_of_2(x.shape[1])
+    if len(x):
+        _forward[(len(x),)](x, x, weight, y, y, rstd, x.shape[1], eps, False, block, num_warps=_warps(block))
+    return y, rstd
+
+
+def add_rms_norm_triton(x, residual, weight, eps):
+    """(y, total, rstd) by Triton; arguments as those of torch.ops.trialign.add_rms_norm."""
+    y, total, rstd = torch.empty_like(x), torch.empty_like(x), _rstd(x)
+    block = power_of_2(x.shape[1])
+    if len(x):
+        _forward[(len(x),)](x, residual, weight, y, total, rstd, x.shape[1], eps, True, block, num_warps=_warps(block))
+    return y, total, rstd
+
+
+def rms_norm_backward_triton(grad, x, weight, rstd, grad_total):
+    """(d x, d weight) by Triton; arguments as those of torch.ops.trialign.rms_norm_backward."""
+    n, h = x.shape
+    programs, block = cdiv(n, ROWS), power_of_2(h)
+    grad_x, partial = torch.empty_like(x), x.new_empty(programs, h, dtype=torch.float32)
+    through = grad if grad_total is None else grad_total
+    if n:
+        _gradient[(programs,)](
+            grad, x, weight, rstd, through, grad_x, partial, n, h, ROWS, grad_total is not None, block,
+            num_warps=_warps(block),
+        )  # fmt: skip
+    return grad_x, partial.sum(0).to(weight.dtype)
+
+
+ROWS = 16
+_BLOCKS = (64, 1024, 4096, 8192)
+SPECS = {
+    "forward": Spec(
+        _forward,
+        {
+            **dict.fromkeys(("x", "residual", "weight", "y", "total"), "*bf16"),
+            "rstd": "*fp32",
+            "h": "i32",
+            "eps": "fp32",
+        },
+        tuple(
+            {"ADD": add, "BLOCK": block, "num_warps": _warps(block), "num_stages": 3}
+            for block in _BLOCKS
+            for add in (False, True)
+        ),
+        traffic="read 2, write 2 bytes an element (bf16); with the residual 4 and 4: each tensor once",
+    ),
+    "gradient": Spec(
+        _gradient,
+        {
+            **dict.fromkeys(("grad", "x", "weight", "through", "grad_x"), "*bf16"),
+            **dict.fromkeys(("rstd", "partial"), "*fp32"),
+            **dict.fromkeys(("n", "h"), "i32"),
+        },
+        tuple(
+            {"ROWS": ROWS, "ADD": add, "BLOCK": block, "num_warps": _warps(block), "num_stages": 3}
+            for block in _BLOCKS
+            for add in (False, True)
+        ),
+        traffic="read 4, write 2 bytes an element (bf16), plus 4 / ROWS for d weight",
+        unaligned=("n",),
+    ),
+}
 
 
 def _save(ctx, inputs, output):
@@ -49,16 +164,18 @@ def _rstd(x):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-register("rms_norm", lambda x, weight, eps: (torch.empty_like(x), _rstd(x)), _save, _backward)
+register("rms_norm", lambda x, weight, eps: (torch.empty_like(x), _rstd(x)), _save, _backward, rms_norm_triton)
 register(
     "add_rms_norm",
     lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x), _rstd(x)),
     _save_total,
     _backward_total,
+    add_rms_norm_triton,
 )
 register(
     "rms_norm_backward",
     lambda grad, x, weight, rstd, grad_total: (torch.empty_like(x), torch.empty_like(weight)),
+    triton=rms_norm_backward_triton,
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ._rt import Spec, cdiv, jit, power_of_2, tl
 from .dispatch import choose, register
 
 
@@ -18,6 +19,64 @@ def rope_ref(x, cos, sin, interleaved=False):
     a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)  # [n, heads, d/2] each
     turned = (a * cos - b * sin, b * cos + a * sin)
     return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
+
+
+@jit
+def _turn(
+    x, cos, sin, y, heads, half, row_stride, head_stride, sign,
+    INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of one token a program; x may be strided, y is packed."""
+    row = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    j = tl.arange(0, HALF)
+    c = tl.load(cos + row * half + j, j < half, 0.0)[None, :]
+    s = tl.load(sin + row * half + j, j < half, 0.0)[None, :] * sign
+    j = j[None, :]
+    inside = (head < heads) & (j < half)
+    if INTERLEAVED:
+        first, second = 2 * j, 2 * j + 1
+    else:
+        first, second = j, j + half
+    source = x + row * row_stride + head * head_stride
+    target = y + row * heads * half * 2 + head * half * 2
+    a = tl.load(source + first, inside, 0.0).to(tl.float32)
+    b = tl.load(source + second, inside, 0.0).to(tl.float32)
+    tl.store(target + first, a * c - b * s, inside)
+    tl.store(target + second, b * c + a * s, inside)
+
+
+def rope_triton(x, cos, sin, interleaved, inverse):
+    """The turned x by Triton; arguments as those of torch.ops.trialign.rope."""
+    n, heads, d = x.shape
+    y = x.new_empty(x.shape)
+    if x.numel():
+        _turn[(n, cdiv(heads, HEADS))](
+            x, cos, sin, y, heads, d // 2, x.stride(0), x.stride(1), -1.0 if inverse else 1.0,
+            interleaved, HEADS, power_of_2(d // 2), num_warps=2,
+        )  # fmt: skip
+    return y
+
+
+HEADS = 8
+SPECS = {
+    "turn": Spec(
+        _turn,
+        {
+            **dict.fromkeys(("x", "y"), "*bf16"),
+            **dict.fromkeys(("cos", "sin"), "*fp32"),
+            **dict.fromkeys(("heads", "half", "row_stride", "head_stride"), "i32"),
+            "sign": "fp32",
+        },
+        tuple(
+            {"INTERLEAVED": interleaved, "HEADS": HEADS, "HALF": half, "num_warps": 2, "num_stages": 3}
+            for half in (32, 64, 128)
+            for interleaved in (False, True)
+        ),
+        traffic="read 2, write 2 bytes an element (bf16), cos and sin once per 8 heads",
+        unaligned=("heads",),
+    ),
+}
 
 
 def _save(ctx, inputs, output):
@@ -36,7 +95,7 @@ def _backward(ctx, grad):
     )
 
 
-register("rope", lambda x, cos, sin, interleaved, inverse: x.new_empty(x.shape), _save, _backward)
+register("rope", lambda x, cos, sin, interleaved, inverse: x.new_empty(x.shape), _save, _backward, rope_triton)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float log_ratio_max = 80.f;  // a ratio times its advantage stays finite
 
 INLINE vf abs_of(vf x) { return x < 0.f ? -x : x; }
 
@@ -30,11 +31,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(const Tensor& logp, const
     sweep(end - begin, [&](int64_t j, auto lanes) {
       const int64_t i = begin + j;
       const vf d = load(lp + i, lanes) - load(old + i, lanes), a = load(advantage + i, lanes), zero = {};
-      const vf r = vexp(vmin(splat(exp_high), vmax(splat(exp_low), d)));
+      const vf r = vexp(vmin(splat(log_ratio_max), vmax(splat(exp_low), d)));
       const vf kept = d == d ? r : d;
       const vf held = -a * vmin(splat(high), vmax(splat(low), kept)), free = -a * kept;
       vf value = free >= held ? free : held;
-      vf slope = (free >= held) & (d <= exp_high) ? free : zero;
+      vf slope = (free >= held) & (d <= log_ratio_max) ? free : zero;
       if (dual_clip) {
         const vf bound = -a * dual;
         const auto beyond = (a < 0.f) & (value > bound);

@@ -1,0 +1,59 @@
+"""What the Triton kernels share: the import that may be missing, and the table each kernel is described by.
+
+Triton reads TRITON_INTERPRET when it is imported and when a kernel is decorated; the kernels themselves are the same in
+both modes. Without Triton a kernel stays a plain function that nobody calls.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None  # the references and the C++ ops serve
+
+
+def jit(fn: Callable) -> Any:
+    """triton.jit, or the function itself where Triton is not installed."""
+    return fn if triton is None else triton.jit(fn)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One Triton kernel as it ships: the tests compile each config of it ahead of time for every architecture.
+
+    signature: {argument: "*bf16" | "*fp32" | "*i64" | "i32" | "fp32" ...} of the arguments known at run time;
+    configs: every set of compile-time values, `num_warps` and `num_stages` included, that a launch may use;
+    dot: it has to use the matrix units; traffic: bytes moved per element, as text, against the least possible.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    configs: tuple[dict[str, Any], ...]
+    dot: bool = False
+    traffic: str = ""
+    unaligned: tuple[str, ...] = field(default=())  # arguments that need not be multiples of 16
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int, least: int = 16) -> int:
+    """The smallest power of two >= n and >= least (tl.arange and tl.dot want one; tl.dot at least 16)."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: fp32 is multiplied as fp32, as torch does by default, never as TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,0 +1,24 @@
+"""Where the tests of the Triton kernels run: interpreted on the CPU (TRITON_INTERPRET=1), or compiled on a GPU.
+
+Interpreting and compiling need processes of their own, so a plain `pytest` skips these tests on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRET else "cuda"
+
+if INTERPRET:
+    import interp_shim
+
+    interp_shim.install()
+
+needs_triton = [
+    pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU"),
+    *([] if INTERPRET else [pytest.mark.gpu]),
+]
