@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .dispatch import MODE
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 try:
@@ -32,16 +34,28 @@ class Spec:
     """One Triton kernel as it ships: the tests compile each config of it ahead of time for every architecture.
 
     signature: {argument: "*bf16" | "*fp32" | "*i64" | "i32" | "fp32" ...} of the arguments known at run time;
-    configs: every set of compile-time values, `num_warps` and `num_stages` included, that a launch may use;
+    configs: every set of compile-time values, `num_warps` and `num_stages` included, that a launch may use, and
+    hip_configs those of AMD where they differ;
     dot: it has to use the matrix units; traffic: bytes moved per element, as text, against the least possible.
     """
 
     kernel: Any
     signature: dict[str, str]
     configs: tuple[dict[str, Any], ...]
+    hip_configs: tuple[dict[str, Any], ...] | None = None
     dot: bool = False
     traffic: str = ""
     unaligned: tuple[str, ...] = field(default=())  # arguments that need not be multiples of 16
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """True where an op without a C++ form runs its Triton kernel on `tensor`."""
+    return tensor.is_cuda and triton is not None and MODE != "reference"
+
+
+def vendor() -> str:
+    """Whose GPUs this torch drives: "hip" or "cuda"."""
+    return "hip" if torch.version.hip else "cuda"
 
 
 def cdiv(a: int, b: int) -> int:

@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ._rt import Spec, cdiv, jit, power_of_2, precision, tl, vendor
 from .dispatch import choose, register
 
 
@@ -71,6 +72,249 @@ def sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes=None, window=None):
     return torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
+@jit
+def _scores(
+    q, k, rows, keys, length, slope, scale, window, ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr
+):
+    """Scores [rows, keys] with -inf where a key is hidden."""
+    scores = tl.dot(q, tl.trans(k), input_precision=DOT) * scale
+    distance = rows[:, None] - keys[None, :]
+    if ALIBI:
+        scores -= slope * distance.to(tl.float32)
+    hidden = (distance < 0) | (keys[None, :] >= length)
+    if WINDOW:
+        hidden = hidden | (distance >= window)
+    return tl.where(hidden, float("-inf"), scores)
+
+
+@jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, bounds_ptr, slopes_ptr, scale, window, q_stride, k_stride, v_stride, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head of one document; online softmax over the blocks of keys."""
+    block, head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(bounds_ptr + document)
+    length = (tl.load(bounds_ptr + document + 1) - start).to(tl.int32)
+    if block * BLOCK_M >= length:
+        return
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    real = (rows[:, None] < length) & (columns[None, :] < D)
+    q = tl.load(q_ptr + (start + rows)[:, None] * q_stride + head * D + columns[None, :], mask=real, other=0.0)
+    slope = tl.load(slopes_ptr + head) if ALIBI else 0.0
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first = tl.maximum(block * BLOCK_M - window + 1, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
+    for n in range(first, tl.minimum(length, (block + 1) * BLOCK_M), BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        there = (keys[:, None] < length) & (columns[None, :] < D)
+        offset = (start + keys)[:, None]
+        k = tl.load(k_ptr + offset * k_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
+        v = tl.load(v_ptr + offset * v_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
+        scores = _scores(q, k, rows, keys, length, slope, scale, window, ALIBI, WINDOW, DOT)
+        risen = tl.maximum(peak, tl.max(scores, 1))
+        level = tl.where(risen == float("-inf"), 0.0, risen)  # a window can hide a whole block from a row
+        weights = tl.exp(scores - level[:, None])
+        shrink = tl.exp(peak - level)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=DOT)
+        peak = risen
+    inverse = 1.0 / tl.where(rows < length, total, 1.0)  # rows behind the document may have seen nothing
+    token = (start + rows) * heads + head
+    tl.store(
+        out_ptr + token[:, None] * D + columns[None, :],
+        (acc * inverse[:, None]).to(out_ptr.dtype.element_ty),
+        mask=real,
+    )
+    tl.store(stats_ptr + token * 2, peak, mask=rows < length)
+    tl.store(stats_ptr + token * 2 + 1, inverse, mask=rows < length)
+
+
+@jit
+def _weights(scores, peak, inverse):
+    """The forward's softmax weights again, from its stored maximum and 1 / sum."""
+    return tl.exp(scores - peak[:, None]) * inverse[:, None]
+
+
+@jit
+def _dq_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, dq_ptr, delta_ptr, bounds_ptr, slopes_ptr, scale, window,
+    q_stride, k_stride, v_stride, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dq of one block of queries, and delta = rowsum(do * o) for the kernel below."""
+    block, head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(bounds_ptr + document)
+    length = (tl.load(bounds_ptr + document + 1) - start).to(tl.int32)
+    if block * BLOCK_M >= length:
+        return
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    real = (rows[:, None] < length) & (columns[None, :] < D)
+    token = (start + rows) * heads + head
+    q = tl.load(q_ptr + (start + rows)[:, None] * q_stride + head * D + columns[None, :], mask=real, other=0.0)
+    grad = tl.load(grad_ptr + token[:, None] * D + columns[None, :], mask=real, other=0.0)
+    out = tl.load(out_ptr + token[:, None] * D + columns[None, :], mask=real, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + token, delta, mask=rows < length)
+    peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=0.0)
+    inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)
+    slope = tl.load(slopes_ptr + head) if ALIBI else 0.0
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first = tl.maximum(block * BLOCK_M - window + 1, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
+    for n in range(first, tl.minimum(length, (block + 1) * BLOCK_M), BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        there = (keys[:, None] < length) & (columns[None, :] < D)
+        offset = (start + keys)[:, None]
+        k = tl.load(k_ptr + offset * k_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
+        v = tl.load(v_ptr + offset * v_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
+        weights = _weights(_scores(q, k, rows, keys, length, slope, scale, window, ALIBI, WINDOW, DOT), peak, inverse)
+        ds = weights * (tl.dot(grad, tl.trans(v), input_precision=DOT) - delta[:, None])
+        acc += tl.dot(ds.to(k.dtype), k, input_precision=DOT)
+    tl.store(dq_ptr + token[:, None] * D + columns[None, :], (acc * scale).to(dq_ptr.dtype.element_ty), mask=real)
+
+
+@jit
+def _dkv_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, bounds_ptr, slopes_ptr, scale, window,
+    q_stride, k_stride, v_stride, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys of one key/value head: sums over its query heads and the queries that see it."""
+    block, kv_head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(bounds_ptr + document)
+    length = (tl.load(bounds_ptr + document + 1) - start).to(tl.int32)
+    if block * BLOCK_N >= length:
+        return
+    keys, columns = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    there = (keys[:, None] < length) & (columns[None, :] < D)
+    k = tl.load(k_ptr + (start + keys)[:, None] * k_stride + kv_head * D + columns[None, :], mask=there, other=0.0)
+    v = tl.load(v_ptr + (start + keys)[:, None] * v_stride + kv_head * D + columns[None, :], mask=there, other=0.0)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    last = tl.minimum(length, (block + 1) * BLOCK_N + window - 1) if WINDOW else length
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+        slope = tl.load(slopes_ptr + head) if ALIBI else 0.0
+        for m in range(block * BLOCK_N // BLOCK_M * BLOCK_M, last, BLOCK_M):
+            rows = m + tl.arange(0, BLOCK_M)
+            real = (rows[:, None] < length) & (columns[None, :] < D)
+            token = (start + rows) * heads + head
+            q = tl.load(q_ptr + (start + rows)[:, None] * q_stride + head * D + columns[None, :], mask=real, other=0.0)
+            grad = tl.load(grad_ptr + token[:, None] * D + columns[None, :], mask=real, other=0.0)
+            delta = tl.load(delta_ptr + token, mask=rows < length, other=0.0)
+            peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=0.0)
+            inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)  # 0: padded rows weigh nothing
+            weights = _weights(
+                _scores(q, k, rows, keys, length, slope, scale, window, ALIBI, WINDOW, DOT), peak, inverse
+            )
+            dv += tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision=DOT)
+            ds = weights * (tl.dot(grad, tl.trans(v), input_precision=DOT) - delta[:, None])
+            dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=DOT)
+    token = (start + keys) * (heads // GROUP) + kv_head
+    tl.store(dk_ptr + token[:, None] * D + columns[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=there)
+    tl.store(dv_ptr + token[:, None] * D + columns[None, :], dv.to(dv_ptr.dtype.element_ty), mask=there)
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) up to head dims 64, 128, 256: the largest blocks that the ahead-of-time
+# compiler fits into registers and shared memory on every architecture of the vendor.
+_BLOCKS = {
+    "cuda": {
+        "forward": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+        "dq": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+        "dkv": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+    },
+    "hip": {
+        "forward": ((64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 8, 1)),
+        "dq": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+        "dkv": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
+    },
+}
+MAX_HEAD_DIM = 256
+
+
+def _constants(kernel: str, d: int, group: int, alibi: bool, window: bool, dtype: torch.dtype, gpu: str) -> dict:
+    block_d = power_of_2(d)
+    if block_d > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {d}: the attention kernels go up to {MAX_HEAD_DIM}")
+    m, n, warps, stages = _BLOCKS[gpu][kernel][(block_d > 64) + (block_d > 128)]
+    if dtype == torch.float32:  # no matrix units: the products live in registers
+        m, n, stages = min(m, 32), min(n, 32), 1
+    return {
+        "GROUP": group, "D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "ALIBI": alibi, "WINDOW": window,
+        "DOT": precision(dtype), "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def _constants_for(kernel: str, q, k, alibi_slopes, window) -> dict:
+    group = q.shape[1] // k.shape[1]
+    return _constants(kernel, q.shape[2], group, alibi_slopes is not None, window is not None, q.dtype, vendor())
+
+
+def attention_triton(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window):
+    """(out, stats) as torch.ops.trialign.attention gives them."""
+    constants = _constants_for("forward", q, k, alibi_slopes, window)
+    out = q.new_empty(q.shape)
+    stats = q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
+    grid = (cdiv(max_seqlen, constants["BLOCK_M"]), q.shape[1], len(cu_seqlens) - 1)
+    if min(grid) > 0:
+        _forward_kernel[grid](
+            q, k, v, out, stats, cu_seqlens, alibi_slopes, scale, window or 0, q.stride(0), k.stride(0), v.stride(0),
+            q.shape[1], **constants,
+        )  # fmt: skip
+    return out, stats
+
+
+def attention_backward_triton(grad, q, k, v, out, stats, cu_seqlens, max_seqlen, scale, alibi_slopes, window):
+    """(dq, dk, dv) as torch.ops.trialign.attention_backward gives them."""
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    delta = stats.new_empty(q.shape[:2])
+    documents = len(cu_seqlens) - 1
+    rest = (cu_seqlens, alibi_slopes, scale, window or 0, q.stride(0), k.stride(0), v.stride(0), q.shape[1])
+    if max_seqlen and documents:
+        constants = _constants_for("dq", q, k, alibi_slopes, window)
+        grid = (cdiv(max_seqlen, constants["BLOCK_M"]), q.shape[1], documents)
+        _dq_kernel[grid](grad, q, k, v, out, stats, dq, delta, *rest, **constants)
+        constants = _constants_for("dkv", q, k, alibi_slopes, window)
+        grid = (cdiv(max_seqlen, constants["BLOCK_N"]), k.shape[1], documents)
+        _dkv_kernel[grid](grad, q, k, v, stats, delta, dk, dv, *rest, **constants)
+    return dq, dk, dv
+
+
+def _spec(name: str, kernel, tensors: str) -> Spec:
+    types = {"stats_ptr": "*fp32", "delta_ptr": "*fp32", "bounds_ptr": "*i64", "slopes_ptr": "*fp32"}
+    numbers = {
+        "scale": "fp32",
+        "window": "i32",
+        "q_stride": "i64",
+        "k_stride": "i64",
+        "v_stride": "i64",
+        "heads": "i32",
+    }
+    cuda, hip = (
+        tuple(
+            _constants(name, d, 3, extras, extras, torch.bfloat16, gpu)
+            for d, extras in ((64, False), (64, True), (128, True), (256, True))
+        )
+        for gpu in ("cuda", "hip")
+    )
+    signature = {tensor: types.get(tensor, "*bf16") for tensor in tensors.split()} | numbers
+    return Spec(kernel, signature, cuda, hip, dot=True, unaligned=("window", "heads"))
+
+
+SPECS = {
+    "forward": _spec("forward", _forward_kernel, "q_ptr k_ptr v_ptr out_ptr stats_ptr bounds_ptr slopes_ptr"),
+    "dq": _spec(
+        "dq", _dq_kernel, "grad_ptr q_ptr k_ptr v_ptr out_ptr stats_ptr dq_ptr delta_ptr bounds_ptr slopes_ptr"
+    ),
+    "dkv": _spec(
+        "dkv", _dkv_kernel, "grad_ptr q_ptr k_ptr v_ptr stats_ptr delta_ptr dk_ptr dv_ptr bounds_ptr slopes_ptr"
+    ),
+}
+
+
 def packed_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -89,9 +333,9 @@ def packed_attention(
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} key/value heads")
-    if choose("attention", q) == "cpp":
+    if choose("attention", q) != "reference":
         q, k, v = (token_rows(t) for t in (q, k, v))
-        return torch.ops.trialign.attention(q, k, v, cu_seqlens.long(), scale, alibi_slopes, window)[0]
+        return torch.ops.trialign.attention(q, k, v, cu_seqlens.long(), max_seqlen, scale, alibi_slopes, window)[0]
     return sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
 
 
@@ -101,33 +345,35 @@ def token_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.scale, alibi_slopes, ctx.window = inputs
-    ctx.save_for_backward(q, k, v, output[1], cu_seqlens, alibi_slopes)
+    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale, alibi_slopes, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, alibi_slopes)
 
 
 def _backward(ctx, grad, _):
-    q, k, v, stats, cu_seqlens, alibi_slopes = ctx.saved_tensors
+    q, k, v, out, stats, cu_seqlens, alibi_slopes = ctx.saved_tensors
     grads = torch.ops.trialign.attention_backward(
-        grad.contiguous(), q, k, v, stats, cu_seqlens, ctx.scale, alibi_slopes, ctx.window
+        grad.contiguous(), q, k, v, out, stats, cu_seqlens, ctx.max_seqlen, ctx.scale, alibi_slopes, ctx.window
     )
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 # stats [total, heads, 2] fp32: each query's largest score and the reciprocal of its sum of exponentials.
 register(
     "attention",
-    lambda q, k, v, cu_seqlens, scale, alibi_slopes, window: (
+    lambda q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window: (
         q.new_empty(q.shape),
         q.new_empty(*q.shape[:2], 2, dtype=torch.float32),
     ),
     _save,
     _backward,
+    triton=attention_triton,
 )
 register(
     "attention_backward",
-    lambda grad, q, k, v, stats, cu_seqlens, scale, alibi_slopes, window: (
+    lambda grad, q, k, v, out, stats, cu_seqlens, max_seqlen, scale, alibi_slopes, window: (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
     ),
+    triton=attention_backward_triton,
 )

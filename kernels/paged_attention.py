@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ._rt import Spec, jit, power_of_2, precision, tl
 from .attention import token_rows
 from .dispatch import choose, register
 
@@ -39,9 +40,150 @@ def paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi
     return torch.einsum("bkgs,bskd->bkgd", weights, value).flatten(1, 2).to(q.dtype)
 
 
+@jit
+def _write_kernel(
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, k_stride, v_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One token's keys and values into its slot."""
+    token, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    slot, real = tl.load(slots_ptr + token), column < WIDTH
+    tl.store(k_cache_ptr + slot * WIDTH + column, tl.load(k_ptr + token * k_stride + column, mask=real), mask=real)
+    tl.store(v_cache_ptr + slot * WIDTH + column, tl.load(v_ptr + token * v_stride + column, mask=real), mask=real)
+
+
+@jit
+def _decode_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, lengths_ptr, slopes_ptr, part_ptr, peaks_ptr, totals_ptr,
+    scale, q_stride, table_stride, kv_heads,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One share of one sequence's keys for the query heads of one key/value head: unnormalised sum, maximum, total."""
+    sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths_ptr + sequence)
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    row, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)  # tl.dot wants at least 16 rows, a group is often smaller
+    head = kv_head * GROUP + row
+    real = (row[:, None] < GROUP) & (columns[None, :] < D)
+    q = tl.load(q_ptr + sequence * q_stride + head[:, None] * D + columns[None, :], mask=real, other=0.0)
+    slope = tl.load(slopes_ptr + head, mask=row < GROUP, other=0.0) if ALIBI else tl.zeros([ROWS], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for n in range(split * share, tl.minimum(length, (split + 1) * share), BLOCK_N):
+        position = n + tl.arange(0, BLOCK_N)
+        there = position < length
+        page = tl.load(tables_ptr + sequence * table_stride + position // PAGE, mask=there, other=0).to(tl.int64)
+        offset = ((page * PAGE + position % PAGE) * kv_heads + kv_head)[:, None] * D + columns[None, :]
+        mask = there[:, None] & (columns[None, :] < D)
+        k = tl.load(k_cache_ptr + offset, mask=mask, other=0.0)
+        v = tl.load(v_cache_ptr + offset, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=DOT) * scale
+        if ALIBI:
+            scores += slope[:, None] * (position - (length - 1)).to(tl.float32)[None, :]
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        risen = tl.maximum(peak, tl.max(scores, 1))  # finite: every block holds at least one key
+        weights = tl.exp(scores - risen[:, None])
+        shrink = tl.exp(peak - risen)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=DOT)
+        peak = risen
+    place = (sequence * kv_heads * GROUP + head) * SPLITS + split
+    tl.store(part_ptr + place[:, None] * D + columns[None, :], acc, mask=real)
+    tl.store(peaks_ptr + place, peak, mask=row < GROUP)
+    tl.store(totals_ptr + place, total, mask=row < GROUP)
+
+
+@jit
+def _combine_kernel(
+    part_ptr, peaks_ptr, totals_ptr, out_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr
+):
+    """The shares of one query head into its output. Shares without keys have maximum -inf and total 0."""
+    head, split, columns = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    peaks = tl.load(peaks_ptr + head * SPLITS + split)
+    weights = tl.exp(peaks - tl.max(peaks, 0))
+    total = tl.sum(weights * tl.load(totals_ptr + head * SPLITS + split), 0)
+    place = (head * SPLITS + split)[:, None] * D + columns[None, :]
+    part = tl.load(part_ptr + place, mask=columns[None, :] < D, other=0.0)
+    out = tl.sum(part * weights[:, None], 0) / total
+    tl.store(out_ptr + head * D + columns, out.to(out_ptr.dtype.element_ty), mask=columns < D)
+
+
+def write_kv_triton(k, v, k_cache, v_cache, slots) -> None:
+    """torch.ops.trialign.write_kv on a GPU."""
+    width = k.shape[1] * k.shape[2]
+    if len(k):
+        _write_kernel[(len(k),)](
+            k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), WIDTH=width, BLOCK=power_of_2(width), num_warps=4
+        )
+
+
+def _decode_constants(group: int, d: int, page: int, alibi: bool, dtype: torch.dtype) -> dict:
+    block_d = power_of_2(d)
+    return {
+        "GROUP": group, "ROWS": power_of_2(group), "D": d, "BLOCK_D": block_d, "PAGE": page, "ALIBI": alibi,
+        "BLOCK_N": 64 if block_d <= 64 else 32, "DOT": precision(dtype), "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+
+
+SPLITS = 8  # shares of a sequence's keys that run side by side, where batch and heads alone do not fill a GPU
+
+
+def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes):
+    """torch.ops.trialign.paged_attention on a GPU."""
+    batch, heads, d = q.shape
+    page, kv_heads = k_cache.shape[1:3]
+    splits = 1 if batch * kv_heads >= 256 else SPLITS
+    constants = _decode_constants(heads // kv_heads, d, page, alibi_slopes is not None, q.dtype)
+    part = q.new_empty(batch, heads, splits, d, dtype=torch.float32)
+    peaks, totals = (q.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
+    out = q.new_empty(q.shape)
+    if batch:
+        _decode_kernel[(batch, kv_heads, splits)](
+            q, k_cache, v_cache, block_tables, lengths, alibi_slopes, part, peaks, totals, scale, q.stride(0),
+            block_tables.stride(0), kv_heads, SPLITS=splits, **constants,
+        )  # fmt: skip
+        _combine_kernel[(batch * heads,)](
+            part, peaks, totals, out, D=d, BLOCK_D=constants["BLOCK_D"], SPLITS=splits, num_warps=2
+        )
+    return out
+
+
+SPECS = {
+    "write": Spec(
+        _write_kernel,
+        dict.fromkeys(("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
+        | {"slots_ptr": "*i64", "k_stride": "i64", "v_stride": "i64"},
+        tuple({"WIDTH": w, "BLOCK": power_of_2(w), "num_warps": 4, "num_stages": 1} for w in (192, 1024)),
+        traffic="4 bytes of 4 per bf16 element",
+    ),
+    "decode": Spec(
+        _decode_kernel,
+        dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
+        | dict.fromkeys(("slopes_ptr", "part_ptr", "peaks_ptr", "totals_ptr"), "*fp32")
+        | {"tables_ptr": "*i32", "lengths_ptr": "*i32", "scale": "fp32"}
+        | {"q_stride": "i64", "table_stride": "i64", "kv_heads": "i32"},
+        tuple(
+            _decode_constants(group, d, 16, alibi, torch.bfloat16) | {"SPLITS": splits}
+            for group, d, alibi, splits in ((3, 64, False, 1), (8, 128, True, SPLITS))
+        ),
+        dot=True,
+        traffic="each cached key and value read once",
+        unaligned=("kv_heads", "table_stride"),
+    ),
+    "combine": Spec(
+        _combine_kernel,
+        {"part_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32", "out_ptr": "*bf16"},
+        tuple(
+            {"D": d, "BLOCK_D": d, "SPLITS": s, "num_warps": 2, "num_stages": 1} for d, s in ((64, 1), (128, SPLITS))
+        ),
+    ),
+}
+
+
 def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor):
     """Writes k and v [n, kv, d] into the caches [blocks, block, kv, d] at slots [n] int64, in place."""
-    if choose("write_kv", k) == "cpp":
+    if choose("write_kv", k) != "reference":
         torch.ops.trialign.write_kv(token_rows(k), token_rows(v), k_cache, v_cache, slots)
     else:
         write_kv_ref(k, v, k_cache, v_cache, slots)
@@ -62,15 +204,16 @@ def paged_attention(
     token just written included), alibi_slopes [heads] fp32. Entries of block_tables past a sequence's length must
     still be valid block numbers. Returns [b, heads, d].
     """
-    if choose("paged_attention", q) == "cpp":
+    if choose("paged_attention", q) != "reference":
         return torch.ops.trialign.paged_attention(
             token_rows(q), k_cache, v_cache, block_tables, lengths, scale, alibi_slopes
         )
     return paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes)
 
 
-register("write_kv", lambda k, v, k_cache, v_cache, slots: None)
+register("write_kv", lambda k, v, k_cache, v_cache, slots: None, triton=write_kv_triton)
 register(
     "paged_attention",
     lambda q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes: q.new_empty(q.shape),
+    triton=paged_attention_triton,
 )

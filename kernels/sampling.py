@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from ._rt import Spec, jit, tl
 from .dispatch import choose, register
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
@@ -73,6 +74,160 @@ def sample_ref(logits, temperature, top_k, top_p, keys, counters):
     return torch.where(total[:, 0].isfinite(), tokens, -1), logprobs
 
 
+@jit
+def _scaled(logits_ptr, i, v, peak, temperature):
+    """z = (logit - max) / temperature of lanes i; -inf behind the vocabulary."""
+    logits = tl.load(logits_ptr + i, mask=i < v, other=float("-inf")).to(tl.float32)
+    return (logits - peak) / temperature
+
+
+@jit
+def _kept_mass(logits_ptr, v, peak, temperature, key, index, BLOCK: tl.constexpr):
+    """(count, mass) of the candidates up to `key`, those of exactly `key` up to `index`. The key of z <= 0 is the bit
+    pattern of -z: non-negative integers, smaller for larger z."""
+    count = 0
+    mass = tl.full([], 0.0, tl.float64)
+    for start in range(0, v, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        z = _scaled(logits_ptr, i, v, peak, temperature)
+        own = (0.0 - z).to(tl.int32, bitcast=True)
+        kept = ((own < key) | ((own == key) & (i <= index))) & (i < v)
+        count += tl.sum(kept.to(tl.int32), 0)
+        mass += tl.sum(tl.where(kept, tl.exp(z), 0.0), 0).to(tl.float64)
+    return count, mass
+
+
+@jit
+def _sample_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, keys_ptr, counters_ptr, tokens_ptr, logprobs_ptr, v, stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row. The cut of top-k and top-p is found by bisection over the candidates' keys, then over their indices."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    temperature, top_k, top_p = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    greedy = temperature == 0
+    temperature = tl.where(greedy, 1.0, temperature)
+    peak = float("-inf")
+    bad = 0
+    for start in range(0, v, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + i, mask=i < v, other=float("-inf")).to(tl.float32)
+        bad += tl.sum(((x != x) | (x == float("inf"))).to(tl.int32), 0)
+        peak = tl.maximum(peak, tl.max(x, 0))
+    if (bad > 0) | (peak == float("-inf")):
+        tl.store(tokens_ptr + row, -1)
+        tl.store(logprobs_ptr + row, float("nan"))
+        return
+    cut_key, cut_index = 0x7FFFFFFF, 0x7FFFFFFF
+    limit = v
+    if (top_k > 0) & (greedy == 0):
+        limit = tl.minimum(top_k, v)
+    _, mass = _kept_mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
+    if (limit < v) & (greedy == 0):
+        low, high = 0, 0x7FFFFFFF  # the least key up to which `limit` candidates lie
+        while low < high:
+            middle = low + (high - low) // 2
+            count, _ = _kept_mass(logits_ptr, v, peak, temperature, middle, 0x7FFFFFFF, BLOCK)
+            if count >= limit:
+                high = middle
+            else:
+                low = middle + 1
+        cut_key = low
+        low, high = 0, v - 1  # among the equals of that key, the least index that completes them
+        while low < high:
+            middle = low + (high - low) // 2
+            count, _ = _kept_mass(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK)
+            if count >= limit:
+                high = middle
+            else:
+                low = middle + 1
+        cut_index = low
+        _, mass = _kept_mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
+    if (top_p < 1) & (greedy == 0):
+        # The nucleus of the top-k candidates is never larger than they are: the same search, over mass.
+        goal = mass * top_p.to(tl.float64)
+        low, high = 0, cut_key
+        while low < high:
+            middle = low + (high - low) // 2
+            _, mass = _kept_mass(logits_ptr, v, peak, temperature, middle, 0x7FFFFFFF, BLOCK)
+            if mass >= goal:
+                high = middle
+            else:
+                low = middle + 1
+        old_key, old_index = cut_key, cut_index
+        cut_key = low
+        low, high = 0, v - 1
+        if cut_key == old_key:
+            high = tl.minimum(high, old_index)
+        while low < high:
+            middle = low + (high - low) // 2
+            count, mass = _kept_mass(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK)
+            if (mass >= goal) & (count > 0):
+                high = middle
+            else:
+                low = middle + 1
+        cut_index = low
+        _, mass = _kept_mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
+    key, counter = tl.load(keys_ptr + row), tl.load(counters_ptr + row)
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = c0 * 0
+    word0, word1, _, _ = tl.philox(key.to(tl.uint64, bitcast=True), c0, c1, zero, zero)
+    bits = ((word0 >> 5).to(tl.int64) << 26) + (word1 >> 6).to(tl.int64)
+    target = bits.to(tl.float64) * 1.1102230246251565e-16 * mass  # 2^-53
+    before = mass * 0.0
+    token, last, settled = -1, 0, 0
+    for start in range(0, v, BLOCK):
+        if settled == 0:
+            i = start + tl.arange(0, BLOCK)
+            z = _scaled(logits_ptr, i, v, peak, temperature)
+            own = (0.0 - z).to(tl.int32, bitcast=True)
+            kept = ((own < cut_key) | ((own == cut_key) & (i <= cut_index))) & (i < v)
+            weights = tl.where(kept, tl.exp(z), 0.0)
+            if greedy:
+                chosen = (z == 0.0) & (i < v)
+            else:
+                chosen = (before + tl.cumsum(weights, 0).to(tl.float64) > target) & (weights > 0)
+            first = tl.min(tl.where(chosen, i, v), 0)
+            token = tl.where(first < v, first, token)
+            settled = (first < v).to(tl.int32)
+            last = tl.maximum(last, tl.max(tl.where(weights > 0, i, 0), 0))
+            before += tl.sum(weights, 0).to(tl.float64)
+    token = tl.where(token < 0, last, token)  # rounding brought the target to the total
+    z = (tl.load(logits_ptr + token).to(tl.float32) - peak) / temperature
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logprobs_ptr + row, z - tl.log(mass.to(tl.float32)))
+
+
+def sample_triton(logits, temperature, top_k, top_p, keys, counters):
+    """torch.ops.trialign.sample on a GPU: the same law and the same random words as the reference."""
+    tokens, logprobs = torch.empty_like(keys), torch.empty_like(temperature)
+    if len(logits):
+        _sample_kernel[(len(logits),)](
+            logits, temperature, top_k, top_p, keys, counters, tokens, logprobs, logits.shape[1], logits.stride(0),
+            BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+    return tokens, logprobs
+
+
+SPECS = {
+    "sample": Spec(
+        _sample_kernel,
+        {
+            "logits_ptr": "*bf16",
+            "temperature_ptr": "*fp32",
+            "top_k_ptr": "*i32",
+            "top_p_ptr": "*fp32",
+            "keys_ptr": "*i64",
+        }
+        | {"counters_ptr": "*i64", "tokens_ptr": "*i64", "logprobs_ptr": "*fp32", "v": "i32", "stride": "i64"},
+        ({"BLOCK": 4096, "num_warps": 8, "num_stages": 1},),
+        traffic="a row three times (maximum, mass, draw), from the second time on out of the L2 cache",
+        unaligned=("v",),
+    )
+}
+
+
 def sample(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -88,7 +243,7 @@ def sample(
     temperature and renormalisation; for greedy rows the log-softmax of the raw logits).
     Raises ValueError when a row holds NaN or +inf, or nothing but -inf.
     """
-    draw = torch.ops.trialign.sample if choose("sample", logits) == "cpp" else sample_ref
+    draw = torch.ops.trialign.sample if choose("sample", logits) != "reference" else sample_ref
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tokens, logprobs = draw(logits, temperature, top_k, top_p, keys, counters)
     if bool((tokens < 0).any()):
@@ -102,4 +257,5 @@ def sample(
 register(
     "sample",
     lambda logits, temperature, top_k, top_p, keys, counters: (torch.empty_like(keys), torch.empty_like(temperature)),
+    triton=sample_triton,
 )

@@ -17,7 +17,7 @@ OPTIONS = {
 def compiled(q, k, v, cu_seqlens, scale, **options):
     if not has_op("attention"):
         pytest.skip("trialign._C is not usable")
-    return packed_attention(q, k, v, cu_seqlens, 0, scale, **options)
+    return packed_attention(q, k, v, cu_seqlens, q.shape[0], scale, **options)
 
 
 def inputs(lengths, heads, kv_heads, d, dtype, seed=0):
@@ -106,6 +106,8 @@ def test_refusals():
         q, k, v, _, _ = inputs([4], 4, 4, 8, torch.float32)
         with pytest.raises(RuntimeError, match="must run from 0 to 4"):
             packed_attention(q, k, v, torch.tensor([0, 5]), 4, 1.0)
+        with pytest.raises(RuntimeError, match="document 0 has 4 tokens, allowed are 0 to 3"):
+            packed_attention(q, k, v, torch.tensor([0, 4]), 3, 1.0)
 
 
 @pytest.mark.skipif(not has_op("attention"), reason="trialign._C is not usable")
@@ -113,5 +115,5 @@ def test_refusals():
 def test_opcheck(dtype):
     q, k, v, _, cu = inputs([3, 4], 4, 2, 8, dtype)
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(torch.ops.trialign.attention.default, (*leaves, cu, 0.5, None, None))
-    torch.library.opcheck(torch.ops.trialign.attention.default, (*leaves, cu, 0.5, torch.rand(4), 2))
+    torch.library.opcheck(torch.ops.trialign.attention.default, (*leaves, cu, 4, 0.5, None, None))
+    torch.library.opcheck(torch.ops.trialign.attention.default, (*leaves, cu, 4, 0.5, torch.rand(4), 2))

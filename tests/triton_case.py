@@ -1,6 +1,6 @@
 """Where the tests of the Triton kernels run: interpreted on the CPU (TRITON_INTERPRET=1), or compiled on a GPU.
 
-Interpreting and compiling need processes of their own, so a plain `pytest` skips these tests on a machine without a GPU.
+Interpreting and compiling need processes of their own: a plain `pytest` on a machine without a GPU skips these tests.
 """
 
 from __future__ import annotations

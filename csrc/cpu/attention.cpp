@@ -251,23 +251,25 @@ void for_each_task(const int64_t* starts, int64_t documents, int64_t kv_heads, c
   });
 }
 
-AttentionShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale, const std::optional<Tensor>& slopes,
+AttentionShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t max_seqlen, double scale, const std::optional<Tensor>& slopes,
                         std::optional<int64_t> window) {
   for (const Tensor* t : {&q, &k, &v})
     STD_TORCH_CHECK(t->stride(2) == 1 && t->stride(1) == t->size(2) && t->size(0) == q.size(0) && t->scalar_type() == q.scalar_type(),
                     "q, k and v must have one dtype and length, and each token's heads side by side");
   const int64_t* starts = cu_seqlens.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(starts[0] == 0 && starts[cu_seqlens.numel() - 1] == q.size(0), "cu_seqlens must run from 0 to ", q.size(0));
-  for (int64_t i = 0; i + 1 < cu_seqlens.numel(); ++i) STD_TORCH_CHECK(starts[i] <= starts[i + 1], "cu_seqlens falls at ", i);
+  for (int64_t i = 0; i + 1 < cu_seqlens.numel(); ++i)
+    STD_TORCH_CHECK(starts[i] <= starts[i + 1] && starts[i + 1] - starts[i] <= max_seqlen, "document ", i, " has ", starts[i + 1] - starts[i],
+                    " tokens, allowed are 0 to ", max_seqlen);
   return {q.size(1), k.size(1), q.size(2), q.stride(0), k.stride(0), v.stride(0), float(scale),
           slopes ? slopes->const_data_ptr<float>() : nullptr, window.value_or(INT64_MAX / 4)};
 }
 
 const void* data(const Tensor& t) { return t.const_data_ptr(); }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
                                              const std::optional<Tensor>& slopes, std::optional<int64_t> window) {
-  const AttentionShape a = shape_of(q, k, v, cu_seqlens, scale, slopes, window);
+  const AttentionShape a = shape_of(q, k, v, cu_seqlens, max_seqlen, scale, slopes, window);
   Tensor out = fresh(q, {q.size(0), a.heads, a.d}, q.scalar_type()), stats = fresh(q, {q.size(0), a.heads, 2}, ScalarType::Float);
   const int64_t* starts = cu_seqlens.const_data_ptr<int64_t>();
   const auto run = [&]<typename T>(T*) {
@@ -283,9 +285,9 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      const Tensor& stats, const Tensor& cu_seqlens, double scale, const std::optional<Tensor>& slopes,
+                                                      const Tensor& /* out: the GPU kernels need it */, const Tensor& stats, const Tensor& cu_seqlens, int64_t max_seqlen, double scale, const std::optional<Tensor>& slopes,
                                                       std::optional<int64_t> window) {
-  const AttentionShape a = shape_of(q, k, v, cu_seqlens, scale, slopes, window);
+  const AttentionShape a = shape_of(q, k, v, cu_seqlens, max_seqlen, scale, slopes, window);
   Tensor dq = fresh(q, {q.size(0), a.heads, a.d}, q.scalar_type());
   Tensor dk = fresh(q, {q.size(0), a.kv_heads, a.d}, q.scalar_type()), dv = fresh(q, {q.size(0), a.kv_heads, a.d}, q.scalar_type());
   const int64_t* starts = cu_seqlens.const_data_ptr<int64_t>();
@@ -305,9 +307,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
 }  // namespace
 
 TRIALIGN_OPS(ops) {
-  ops.add("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, Tensor? alibi_slopes, int? window) -> (Tensor, Tensor)",
+  ops.add("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float scale, Tensor? alibi_slopes, int? window) -> (Tensor, Tensor)",
           TORCH_BOX(&attention_forward));
-  ops.add("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor stats, Tensor cu_seqlens, float scale, "
+  ops.add("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor cu_seqlens, int max_seqlen, float scale, "
           "Tensor? alibi_slopes, int? window) -> (Tensor, Tensor, Tensor)",
           TORCH_BOX(&attention_backward));
 }

@@ -1,0 +1,99 @@
+"""The checks on interpreted kernels bite: planted faults are caught, bf16 is right, good kernels pass."""
+
+import pytest
+import torch
+from triton_case import DEVICE, INTERPRET, needs_triton
+
+pytestmark = [*needs_triton, pytest.mark.skipif(not INTERPRET, reason="about the interpreter")]
+
+if INTERPRET:
+    import triton
+    import triton.language as tl
+
+    # Triton 3.9 wraps what an interpreted kernel raises, 3.7 does not.
+    FAULT = (getattr(triton.runtime.errors, "InterpreterError", ValueError), IndexError, RuntimeError, ValueError)
+
+    @triton.jit
+    def shifted_copy(x, y, n, shift, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y + i, tl.load(x + i + shift, mask=i < n), mask=i < n)
+
+    @triton.jit
+    def same_address(y, BLOCK: tl.constexpr):
+        tl.store(y + tl.arange(0, BLOCK) // 2, tl.arange(0, BLOCK))
+
+    @triton.jit
+    def everyone_stores(y):
+        tl.store(y, tl.program_id(0))
+
+    @triton.jit
+    def reads_its_neighbour(y, BLOCK: tl.constexpr):
+        i = tl.program_id(0)
+        tl.store(y + i, tl.load(y + (i + 1) % BLOCK) + 1)
+
+    @triton.jit
+    def everyone_adds(y):
+        tl.atomic_add(y, 1.0)
+
+    @triton.jit
+    def bf16_sum(x, y, total, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        a = tl.load(x + i)
+        tl.store(y + i, a + a * a)
+        tl.store(total, tl.sum(a.to(tl.float32)))
+
+    @triton.jit
+    def bf16_dot(a, b, c, BLOCK: tl.constexpr):
+        i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+        tl.store(c + i * BLOCK + j, tl.dot(tl.load(a + i * BLOCK + j), tl.load(b + i * BLOCK + j)))
+
+
+def test_a_good_kernel_passes():
+    x, y = torch.randn(100), torch.zeros(100)
+    shifted_copy[(4,)](x, y, 100, 0, 32)
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_out_of_bounds_by_one_element(shift):
+    with pytest.raises(FAULT, match="load of 4 bytes out of bounds"):
+        shifted_copy[(4,)](torch.randn(100), torch.zeros(100), 100, shift, 32)
+
+
+def test_two_lanes_at_one_address():
+    with pytest.raises(FAULT, match="two lanes of program"):
+        same_address[(1,)](torch.zeros(16, dtype=torch.int32), 16)
+
+
+def test_two_programs_store_to_one_address():
+    with pytest.raises(FAULT, match="stores to an address that another one also stores to"):
+        everyone_stores[(3,)](torch.zeros(1, dtype=torch.int32))
+
+
+def test_a_program_reads_what_another_writes():
+    with pytest.raises(FAULT, match="another one"):
+        reads_its_neighbour[(4,)](torch.zeros(4), 4)
+
+
+def test_atomics_are_no_race():
+    y = torch.zeros(1)
+    everyone_adds[(5,)](y)
+    assert y.item() == 5
+
+
+def test_the_grid_stops_where_cuda_stops():
+    with pytest.raises(FAULT, match="axes 1 and 2 stop at 65535"):
+        everyone_adds[(1, 65536)](torch.zeros(1))
+
+
+def test_bf16_arithmetic_rounds_to_nearest():
+    x = torch.randn(64).bfloat16()
+    y, total = torch.empty_like(x), torch.zeros(1)
+    bf16_sum[(1,)](x, y, total, 64)
+    exact = x.double() + x.double() ** 2
+    assert ((y.double() - exact).abs() <= 2**-7 * exact.abs() + 2**-7 * (x.double() ** 2)).all()
+    assert torch.allclose(total, x.float().sum(), atol=1e-5)
+    a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+    c = torch.empty(16, 16, device=DEVICE)
+    bf16_dot[(1,)](a, b, c, 16)
+    assert torch.allclose(c, a.float() @ b.float(), atol=1e-5)

@@ -1,0 +1,51 @@
+"""The Triton kernels of packed attention against float64, forward and backward; documents of every awkward length."""
+
+import pytest
+import torch
+from kernel_law import assert_law
+from trialign.kernels.attention import attention_backward_triton, attention_triton, packed_attention_ref
+from triton_case import DEVICE, needs_triton
+
+pytestmark = needs_triton
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alibi, window", [(False, None), (True, None), (False, 3), (True, 20)])
+@pytest.mark.parametrize("lengths, heads, kv_heads, d", [([33, 1, 0, 20], 2, 1, 16), ([70], 3, 3, 20)])
+def test_law(dtype, alibi, window, lengths, heads, kv_heads, d):
+    torch.manual_seed(0)
+    total, scale = sum(lengths), d**-0.5
+    cu = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    q, k, v, grad = (torch.randn(total, h, d, device=DEVICE).to(dtype) for h in (heads, kv_heads, kv_heads, heads))
+    slopes = 2.0 ** -torch.arange(1, heads + 1, device=DEVICE) if alibi else None
+
+    def reference(*tensors):
+        *leaves, upstream = (t.clone().requires_grad_() for t in tensors)
+        out = packed_attention_ref(*leaves, cu, max(lengths), scale, slopes, window)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    exact = reference(*(t.double() for t in (q, k, v, grad)))
+    eager = reference(q, k, v, grad)
+    out, stats = attention_triton(q, k, v, cu, max(lengths), scale, slopes, window)
+    grads = attention_backward_triton(grad, q, k, v, out, stats, cu, max(lengths), scale, slopes, window)
+    for name, got, plain, right in zip(("out", "dq", "dk", "dv"), (out, *grads), eager, exact, strict=True):
+        # delta comes from the rounded output, as in every flash attention: twice eager's error, and that rounding
+        assert_law(got, plain, right, name, 4e-6 if dtype == torch.float32 else 8e-3)
+
+
+def test_slices_of_a_fused_projection():
+    torch.manual_seed(0)
+    qkv = torch.randn(12, 4, 16, device=DEVICE)
+    q, k, v = qkv.split((2, 1, 1), 1)
+    cu = torch.tensor([0, 5, 12], device=DEVICE)
+    sliced = attention_triton(q, k, v, cu, 7, 0.25, None, None)
+    copied = attention_triton(q.contiguous(), k.contiguous(), v.contiguous(), cu, 7, 0.25, None, None)
+    assert torch.equal(sliced[0], copied[0])
+
+
+def test_nothing_to_do():
+    empty = torch.empty(0, 2, 16, device=DEVICE)
+    out, stats = attention_triton(
+        empty, empty, empty, torch.zeros(1, dtype=torch.int64, device=DEVICE), 0, 1.0, None, None
+    )
+    assert out.shape == (0, 2, 16) and stats.shape == (0, 2, 2)

@@ -1,0 +1,45 @@
+"""The Triton kernels of the paged cache: decode attention under the law, whole and split, and the write."""
+
+import pytest
+import torch
+from kernel_law import assert_law
+from trialign.kernels import paged_attention as module
+from trialign.kernels.paged_attention import paged_attention_ref, paged_attention_triton, write_kv_ref, write_kv_triton
+from triton_case import DEVICE, needs_triton
+
+pytestmark = needs_triton
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("lengths, heads, kv_heads, d, page", [([1, 70], 3, 1, 20, 4), ([130], 2, 2, 16, 16)])
+def test_law(dtype, splits, lengths, heads, kv_heads, d, page, monkeypatch):
+    monkeypatch.setattr(module, "SPLITS", splits)
+    torch.manual_seed(0)
+    width = max(-(-n // page) for n in lengths)
+    blocks = len(lengths) * width
+    tables = torch.randperm(blocks).view(len(lengths), width).int()
+    k_cache, v_cache = (torch.full((blocks, page, kv_heads, d), torch.nan, dtype=dtype) for _ in range(2))
+    for row, n in zip(tables.tolist(), lengths, strict=True):
+        for p in range(n):
+            k_cache[row[p // page], p % page] = torch.randn(kv_heads, d).to(dtype)
+            v_cache[row[p // page], p % page] = torch.randn(kv_heads, d).to(dtype)
+    q = torch.randn(len(lengths), heads, d).to(dtype)
+    q, k_cache, v_cache, tables = (t.to(DEVICE) for t in (q, k_cache, v_cache, tables))
+    n = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    for slopes in (None, 2.0 ** -torch.arange(1.0, heads + 1, device=DEVICE)):
+        exact = paged_attention_ref(q.double(), k_cache.double(), v_cache.double(), tables, n, 0.3, slopes)
+        eager = paged_attention_ref(q, k_cache, v_cache, tables, n, 0.3, slopes)
+        got = paged_attention_triton(q, k_cache, v_cache, tables, n, 0.3, slopes)
+        # eager keeps the weights in fp32, the kernel rounds them for the matrix unit
+        assert_law(got, eager, exact, f"alibi {slopes is not None}", 2e-6 if dtype == torch.float32 else 8e-3)
+
+
+def test_write_kv():
+    qkv = torch.randn(5, 4, 20, device=DEVICE)
+    k, v = qkv.split((2, 2), 1)
+    slots = torch.tensor([0, 7, 3, 11, 8], device=DEVICE)
+    ours, right = ([torch.zeros(3, 4, 2, 20, device=DEVICE) for _ in range(2)] for _ in range(2))
+    write_kv_triton(k, v, *ours, slots)
+    write_kv_ref(k, v, *right, slots)
+    assert torch.equal(ours[0], right[0]) and torch.equal(ours[1], right[1])

@@ -1,0 +1,44 @@
+"""The Triton sampler draws what the reference draws, and refuses what it refuses."""
+
+import math
+
+import pytest
+import torch
+from trialign.kernels.sampling import sample_ref, sample_triton
+from triton_case import DEVICE, needs_triton
+
+pytestmark = needs_triton
+
+
+def check(logits, temperature, top_k, top_p, seed=0):
+    rows = len(logits)
+    args = (
+        logits.to(DEVICE),
+        torch.tensor(temperature, device=DEVICE),
+        torch.tensor(top_k, dtype=torch.int32, device=DEVICE),
+        torch.tensor(top_p, device=DEVICE),
+        torch.arange(rows, device=DEVICE) * 2**40 - 5 + seed,
+        torch.arange(rows, device=DEVICE) + 2**35,
+    )
+    tokens, logprobs = sample_triton(*args)
+    right, right_logprobs = sample_ref(*args)
+    assert torch.equal(tokens, right)
+    known = right >= 0
+    assert torch.allclose(logprobs[known], right_logprobs[known], atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("v", [1, 37, 5000])
+def test_draws_what_the_reference_draws(dtype, v):
+    torch.manual_seed(0)
+    logits = (torch.randn(6, v) * 3).to(dtype)
+    check(logits, [1.0, 0.0, 0.7, 1.3, 1.0, 0.5], [0, 0, 5, 0, 9, 3], [1.0, 1.0, 1.0, 0.8, 0.6, 1.0])
+
+
+def test_equals_and_infinities():
+    logits = torch.zeros(5, 40)
+    logits[1, 3:] = -math.inf
+    logits[2] = -math.inf
+    logits[3, 7] = math.nan
+    logits[4, 7] = math.inf
+    check(logits, [1.0] * 5, [3, 5, 0, 0, 0], [0.5, 0.9, 1.0, 1.0, 1.0])
