@@ -82,19 +82,33 @@ def _scaled(logits_ptr, i, v, peak, temperature):
 
 
 @jit
-def _kept_mass(logits_ptr, v, peak, temperature, key, index, BLOCK: tl.constexpr):
-    """(count, mass) of the candidates up to `key`, those of exactly `key` up to `index`. The key of z <= 0 is the bit
-    pattern of -z: non-negative integers, smaller for larger z."""
+def _kept(z, i, v, key, index):
+    """Which lanes are candidates up to `key`, those of exactly `key` up to `index`. The key of z <= 0 is the bit pattern
+    of -z: non-negative integers, smaller for larger z."""
+    own = (0.0 - z).to(tl.int32, bitcast=True)
+    return ((own < key) | ((own == key) & (i <= index))) & (i < v)
+
+
+@jit
+def _count(logits_ptr, v, peak, temperature, key, index, BLOCK: tl.constexpr):
+    """The number of candidates up to (key, index)."""
     count = 0
+    for start in range(0, v, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        z = _scaled(logits_ptr, i, v, peak, temperature)
+        count += tl.sum(_kept(z, i, v, key, index).to(tl.int32), 0)
+    return count
+
+
+@jit
+def _mass(logits_ptr, v, peak, temperature, key, index, BLOCK: tl.constexpr):
+    """The sum of e^z over the candidates up to (key, index), in fp64."""
     mass = tl.full([], 0.0, tl.float64)
     for start in range(0, v, BLOCK):
         i = start + tl.arange(0, BLOCK)
         z = _scaled(logits_ptr, i, v, peak, temperature)
-        own = (0.0 - z).to(tl.int32, bitcast=True)
-        kept = ((own < key) | ((own == key) & (i <= index))) & (i < v)
-        count += tl.sum(kept.to(tl.int32), 0)
-        mass += tl.sum(tl.where(kept, tl.exp(z), 0.0), 0).to(tl.float64)
-    return count, mass
+        mass += tl.sum(tl.where(_kept(z, i, v, key, index), tl.exp(z), 0.0), 0).to(tl.float64)
+    return mass
 
 
 @jit
@@ -123,12 +137,12 @@ def _sample_kernel(
     limit = v
     if (top_k > 0) & (greedy == 0):
         limit = tl.minimum(top_k, v)
-    _, mass = _kept_mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
+    mass = _mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
     if (limit < v) & (greedy == 0):
         low, high = 0, 0x7FFFFFFF  # the least key up to which `limit` candidates lie
         while low < high:
             middle = low + (high - low) // 2
-            count, _ = _kept_mass(logits_ptr, v, peak, temperature, middle, 0x7FFFFFFF, BLOCK)
+            count = _count(logits_ptr, v, peak, temperature, middle, 0x7FFFFFFF, BLOCK)
             if count >= limit:
                 high = middle
             else:
@@ -137,21 +151,20 @@ def _sample_kernel(
         low, high = 0, v - 1  # among the equals of that key, the least index that completes them
         while low < high:
             middle = low + (high - low) // 2
-            count, _ = _kept_mass(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK)
+            count = _count(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK)
             if count >= limit:
                 high = middle
             else:
                 low = middle + 1
         cut_index = low
-        _, mass = _kept_mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
+        mass = _mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
     if (top_p < 1) & (greedy == 0):
         # The nucleus of the top-k candidates is never larger than they are: the same search, over mass.
         goal = mass * top_p.to(tl.float64)
         low, high = 0, cut_key
         while low < high:
             middle = low + (high - low) // 2
-            _, mass = _kept_mass(logits_ptr, v, peak, temperature, middle, 0x7FFFFFFF, BLOCK)
-            if mass >= goal:
+            if _mass(logits_ptr, v, peak, temperature, middle, 0x7FFFFFFF, BLOCK) >= goal:
                 high = middle
             else:
                 low = middle + 1
@@ -162,13 +175,13 @@ def _sample_kernel(
             high = tl.minimum(high, old_index)
         while low < high:
             middle = low + (high - low) // 2
-            count, mass = _kept_mass(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK)
-            if (mass >= goal) & (count > 0):
+            reached = _mass(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK) >= goal
+            if reached & (_count(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK) > 0):
                 high = middle
             else:
                 low = middle + 1
         cut_index = low
-        _, mass = _kept_mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
+        mass = _mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
     key, counter = tl.load(keys_ptr + row), tl.load(counters_ptr + row)
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = c0 * 0
@@ -181,9 +194,7 @@ def _sample_kernel(
         if settled == 0:
             i = start + tl.arange(0, BLOCK)
             z = _scaled(logits_ptr, i, v, peak, temperature)
-            own = (0.0 - z).to(tl.int32, bitcast=True)
-            kept = ((own < cut_key) | ((own == cut_key) & (i <= cut_index))) & (i < v)
-            weights = tl.where(kept, tl.exp(z), 0.0)
+            weights = tl.where(_kept(z, i, v, cut_key, cut_index), tl.exp(z), 0.0)
             if greedy:
                 chosen = (z == 0.0) & (i < v)
             else:
