@@ -123,6 +123,7 @@ def main() -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
 
     def answer(**message: Any) -> None:
+        sys.stdout.flush()  # what the function printed: a later kill would take it along
         print(json.dumps(message), file=answers, flush=True)
 
     try:

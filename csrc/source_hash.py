@@ -1,11 +1,11 @@
-"""The fingerprint of csrc/: compiled into trialign._C and compared with the sources beside it, so a stale build is seen."""
+"""The fingerprint of csrc/: compiled into trialign._C and compared with the sources beside it: a stale build is seen."""
 
 import hashlib
 from pathlib import Path
 
 
 def source_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of every source under `folder`; "" where the sources are not shipped (a wheel)."""
+    """SHA-256 over names and contents of every source under `folder`; "" where there are none (a wheel)."""
     sources = sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
     if not sources:
         return ""

@@ -95,6 +95,7 @@ def build_mesh(*, tp: int = 1, pp: int = 1, dp: int | None = None, device: torch
         for ranks in lines:
             group = dist.new_group(ranks) if len(ranks) > 1 else None
             if rank in ranks:
+                assert not isinstance(group, int), "a rank outside its own group"
                 mine = Axis(name, len(ranks), ranks.index(rank), tuple(ranks), group)
         return mine
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from ..source_hash import source_hash
+from ..source_hash import source_hash  # pyright: ignore[reportMissingImports] (it lies in csrc/)
 
 Implementation = Literal["cpp", "triton", "reference"]
 
@@ -54,7 +54,8 @@ def _load() -> str | None:
         extension = importlib.import_module("trialign._C")
     except ImportError as error:
         return f"does not load ({error})"
-    return why_unusable(extension.source_hash, extension.torch_version, Path(extension.__file__).parent)
+    sources = Path(str(extension.__file__)).parent
+    return why_unusable(extension.source_hash, extension.torch_version, sources)
 
 
 MODE = _mode()

@@ -45,7 +45,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, labels, stats = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=stats.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -53,7 +53,9 @@ class _LinearLogprob(torch.autograd.Function):
         work = _workspace(hidden, chunks)
         for start, end in chunks:
             logits = _logits(hidden, weight[start:end], work)
-            logits = piece_gradient_(logits, labels, stats, *grads, ctx.scale, ctx.vocab_start + start)
+            logits = piece_gradient_(
+                logits, labels, stats, grad_logprob, grad_entropy, ctx.scale, ctx.vocab_start + start
+            )
             if grad_hidden is not None:
                 grad_hidden += logits @ weight[start:end]
             if grad_weight is not None:

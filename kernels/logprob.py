@@ -256,9 +256,10 @@ class _Logprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, grad_logprob, grad_entropy):
         logits, labels, stats = ctx.saved_tensors
-        return piece_gradient(logits, labels, stats, *grads, ctx.scale, ctx.vocab_start), None, None, None, None
+        grad = piece_gradient(logits, labels, stats, grad_logprob, grad_entropy, ctx.scale, ctx.vocab_start)
+        return grad, None, None, None, None
 
 
 def logprob(

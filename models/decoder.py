@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import swiglu
-from .config import ModelConfig
+from .config import HeadKind, ModelConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(local layer, q [n, heads/tp, d], k [n, kv/tp, d], v [n, kv/tp, d]) -> [n, heads/tp, d]."""
@@ -116,11 +115,12 @@ class Decoder(nn.Module):
         mesh: Mesh,
         *,
         dtype: torch.dtype,
-        head: Literal["lm", "score"] = "lm",
+        head: HeadKind = "lm",
         recompute: bool = False,
     ):
         super().__init__()
-        self.config, self.mesh, self.dtype, self.recompute, self.kind = config, mesh, dtype, recompute, head
+        self.config, self.mesh, self.dtype, self.recompute = config, mesh, dtype, recompute
+        self.kind: HeadKind = head
         share = config.num_layers // mesh.pp.size
         numbers = range(mesh.pp.rank * share, (mesh.pp.rank + 1) * share)
         vocab_by_hidden = (config.vocab_size, config.hidden_size)
@@ -137,7 +137,8 @@ class Decoder(nn.Module):
         # In fp32 as the published models were trained: at large positions float64 would turn by other angles.
         exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
         inverse = (1.0 / config.rope_theta**exponents).to(mesh.device)
-        self.register_buffer("inverse_frequencies", inverse, persistent=False)  # [head_dim/2]
+        self.inverse_frequencies: Tensor  # [head_dim/2]
+        self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:

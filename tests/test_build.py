@@ -46,7 +46,8 @@ def test_critic_starts_from_a_reward_model(folders):
         folders, model=ModelPaths(str(folders / "actor"), critic=str(folders / "reward"), dtype="float32")
     )
     roles = build_roles(settings, read_shapes(settings), build_mesh())
-    assert torch.equal(roles.critic.model.head.weight, roles.rewards[0].model.head.weight)
+    critic, reward = roles.critic.model.head, roles.rewards[0].model.head
+    assert critic is not None and reward is not None and torch.equal(critic.weight, reward.weight)
 
 
 @pytest.mark.parametrize(

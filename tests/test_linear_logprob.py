@@ -43,7 +43,8 @@ def test_chunks_cover_the_vocabulary_once(n, v, count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_vocabulary_shards_make_the_whole(small_chunks, cuts, dtype):
     hidden, weight, labels = draw(11, 24, 3001, dtype)
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     upstream = list(torch.randn(2, 11, dtype=dtype))
     whole = linear_logprob(hidden, weight, labels, 0.8)
     grad_hidden, grad_weight = torch.autograd.grad(whole, (hidden, weight), upstream)

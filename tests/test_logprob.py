@@ -12,7 +12,7 @@ def merge_of(pieces: list[torch.Tensor]) -> torch.Tensor:
     top = torch.stack([piece[0] for piece in pieces]).amax(0)
     factors = [(piece[0] - top).exp() for piece in pieces]
     sums = [sum(piece[row] * factor for piece, factor in zip(pieces, factors, strict=True)) for row in (1, 2)]
-    return torch.stack((top, *sums, sum(piece[3] for piece in pieces)))
+    return torch.stack((top, *map(torch.as_tensor, sums), torch.stack([piece[3] for piece in pieces]).sum(0)))
 
 
 def shards(logits, labels, scale, cuts):

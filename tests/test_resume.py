@@ -106,7 +106,7 @@ def whole(setting) -> Path:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_a_random_point_and_resumed_it_ends_bit_for_bit_the_same(setting, whole, seed):
-    """The kill falls at a random moment after the first checkpoint, twice in a row: mid-rollout, mid-update, mid-save."""
+    """The kill falls at a random moment after the first checkpoint, twice: mid-rollout, mid-update, mid-save."""
     folder = setting / f"killed{seed}"
     chance = random.Random(seed)
     arguments = ["--config", f"{setting}/config.toml", "--run.output", str(folder)]

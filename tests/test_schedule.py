@@ -1,4 +1,4 @@
-"""Pipeline schedules, simulated: every transfer a rendezvous, every batch of transfers complete before the next action."""
+"""Pipeline schedules, simulated: every transfer a rendezvous, every batch of them complete before the next action."""
 
 import itertools
 

@@ -24,7 +24,7 @@ class Piece:
 class Shard:
     """`axis`: the mesh axis the parameter is cut along, None where every rank of tp holds it whole.
 
-    `duplicate`: a tied copy (the head on the last pipeline stage): same tensor as another rank's, counted and saved there.
+    `duplicate`: a tied copy (the head on the last pipeline stage) of another rank's tensor, counted and saved there.
     """
 
     pieces: tuple[Piece, ...]
