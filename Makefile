@@ -53,6 +53,7 @@ ppo: .venv/.package $(MODEL)/config.json ## align SmolLM2-135M-Instruct by PPO, 
 
 test: .venv/.package $(MODEL)/config.json ## the whole test suite
 	.venv/bin/pytest $(ARGS)
+	TRITON_INTERPRET=1 .venv/bin/pytest tests/test_interp_shim.py tests/test_triton_*.py
 
 check: lint types test ## what CI runs: lint, types, test
 

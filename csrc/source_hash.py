@@ -1,4 +1,4 @@
-"""The fingerprint of csrc/: compiled into trialign._C and compared with the sources beside it: a stale build is seen."""
+"""The fingerprint of csrc/: compiled into trialign._C and compared with the sources beside it, to see a stale build."""
 
 import hashlib
 from pathlib import Path

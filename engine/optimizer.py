@@ -1,8 +1,9 @@
 """AdamW over flat buckets, sharded over the data axis (ZeRO-1, https://arxiv.org/abs/1910.02054).
 
 Each bucket holds whole parameters back to back. Gradients are summed over micro-batches in fp32, reduce-scattered
-bucket by bucket while the last backward still runs, clipped by the norm over the whole mesh, applied to this rank's share of
-the fp32 masters, and the new weights are gathered back. One data rank is the same code with shares that are everything.
+bucket by bucket while the last backward still runs, clipped by the norm over the whole mesh, applied to this rank's
+share of the fp32 masters, and the new weights are gathered back. One data rank is the
+same code with shares that are everything.
 """
 
 from __future__ import annotations

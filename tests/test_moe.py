@@ -62,7 +62,7 @@ def test_layer_equals_a_loop_over_tokens(dtype):
             sum(weights[t, j] * ((x[t] @ up[e]).relu() @ down[e]) for j, e in enumerate(chosen[t].tolist()))
             for t in range(n)
         ]
-        return torch.stack(rows)
+        return torch.stack(rows)  # pyright: ignore[reportArgumentType] (a sum of tensors is one)
 
     def with_grads(function, *tensors):
         *leaves, upstream = (t.clone().requires_grad_() for t in tensors)

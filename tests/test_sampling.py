@@ -1,7 +1,6 @@
 """Sampling: known random words, the right distribution, the right support, draws independent of the batch."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -128,8 +127,8 @@ def test_equal_logits_are_cut_by_index(draw):
 def test_minus_infinity_is_never_drawn(draw):
     logits = torch.full((2000, 100), -math.inf)
     logits[:, [3, 50, 99]] = torch.tensor([1.0, 1e4, 1e4])
-    for cut in ({}, {"top_k": 50}, {"top_p": 0.99}):  # type: dict[str, Any]
-        tokens, logprobs = draw(logits, *settings(2000, **cut))
+    for cut in ({}, {"top_k": 50}, {"top_p": 0.99}):
+        tokens, logprobs = draw(logits, *settings(2000, **cut))  # pyright: ignore[reportArgumentType]
         assert set(tokens.tolist()) == {50, 99}
         assert (logprobs + math.log(2)).abs().max() < 1e-6
 
