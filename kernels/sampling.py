@@ -85,8 +85,10 @@ def _scaled(logits_ptr, i, v, peak, temperature):
 
 @jit
 def _kept(z, i, v, key, index):
-    """Which lanes are candidates up to `key`, those of exactly `key` up to `index`. The key of z <= 0 is the bit pattern
-    of -z: non-negative integers, smaller for larger z."""
+    """Which lanes are candidates up to `key`, those of exactly `key` up to `index`.
+
+    The key of z <= 0 is the bit pattern of -z: a non-negative integer, smaller for larger z.
+    """
     own = (0.0 - z).to(tl.int32, bitcast=True)
     return ((own < key) | ((own == key) & (i <= index))) & (i < v)
 
