@@ -8,7 +8,8 @@ Backward, with D_i = sum_d do_i o_i:
 Query heads share key/value heads in groups of heads // kv_heads (GQA).
 """
 
-# pyright: reportArgumentType=false, reportOperatorIssue=false (kernels in Triton's language are not Python's types)
+# The kernels' types are those of Triton's language.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

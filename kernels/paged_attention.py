@@ -4,7 +4,8 @@ Position p of sequence i lives in row p % block of block block_tables[i, p // bl
     S_j = scale * q . k_j + slope * (j - (length - 1)),   o = sum_j softmax_j(S) v_j,   0 <= j < length
 """
 
-# pyright: reportArgumentType=false, reportOperatorIssue=false (kernels in Triton's language are not Python's types)
+# The kernels' types are those of Triton's language.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

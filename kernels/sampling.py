@@ -9,7 +9,8 @@ index.
 Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
-# pyright: reportArgumentType=false, reportOperatorIssue=false (kernels in Triton's language are not Python's types)
+# The kernels' types are those of Triton's language.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
