@@ -225,7 +225,7 @@ def _dkv_kernel(
 # compiler fits into registers and shared memory on every architecture of the vendor.
 _BLOCKS = {
     "cuda": {
-        "forward": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+        "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 1)),
         "dq": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
         "dkv": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
     },
