@@ -1,8 +1,8 @@
 """Proximal policy optimization (https://arxiv.org/abs/1707.06347) as RLHF uses it (https://arxiv.org/abs/2203.02155).
 
 One batch: `plan` says who computes what, `score` fills in what the frozen models and the critic think of it,
-`with_advantages` turns that into advantages, `update` into new weights. Everything that is a statistic of the batch is
-a local computation, for every rank holds the whole batch.
+`with_rewards` and `with_advantages` turn that into advantages, `update` into new weights. Everything that is a
+statistic of the batch is a local computation, for every rank holds the whole batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..kernels.gae import gae
 from ..kernels.ppo_loss import kl_estimate, policy_loss, value_loss
 from .batch import Batch, deal, micro_batches, pack, whiten
 from .config import PPOConfig
-from .roles import Learner, Role, Share, Stats, target_logprobs
+from .roles import Learner, Role, Share, Stats, collect, target_logprobs
 
 
 class Minibatch(NamedTuple):
@@ -53,7 +53,8 @@ def plan(batch: Batch, config: PPOConfig, mesh: Mesh, seed: int) -> list[list[Mi
 
 
 def one_pass(config: PPOConfig) -> bool:
-    """True where the weights do not change before the last use of the batch: old and new logprobs are one forward."""
+    """True where the weights do not change before the last use of the batch: old and new logprobs, and old and new
+    values, are one forward."""
     return config.ppo.epochs == config.ppo.minibatches == 1
 
 
@@ -70,53 +71,62 @@ class Roles:
 def score(batch: Batch, roles: Roles, config: PPOConfig, shares: Sequence[Share]) -> Batch:
     """Fills in reference logprobs, values and the actor's own logprobs, in the very micro-batches of the update.
 
-    The actor's pass is left out where one pass over the batch makes old and new logprobs equal by definition; the KL
-    penalty then takes the sampler's, which are of the same weights. Where top-k or top-p cut the sampler's distribution
-    those would not do, and the pass is run.
+    The passes of actor and critic are left out where one pass over the batch makes old and new equal by definition. The
+    KL penalty then takes the sampler's logprobs, which are of the same weights. Where top-k or top-p cut the sampler's
+    distribution those would not do, and the actor's pass is run.
     """
-    batch = batch.with_(
-        ref_logprobs=roles.reference.logprobs(batch, shares),
-        values=roles.critic.values(batch, shares),
-    )
+    batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
+    if not one_pass(config):
+        batch = batch.with_(values=roles.critic.values(batch, shares))
     truncated = config.rollout.top_k > 0 or config.rollout.top_p < 1
     if one_pass(config) and not truncated and not config.ppo.importance_cap:
         return batch
     return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
 
 
-def with_advantages(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float) -> tuple[Batch, dict[str, float]]:
-    """Token rewards, advantages and returns.
-
-    r_t = −β·kl_t + 1[t is the last token]·score; advantages by GAE, whitened over the batch's response tokens.
+def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float) -> tuple[Batch, dict[str, float]]:
+    """Token rewards: r_t = −β·kl_t + 1[t is the last token]·score.
 
     Args:
         scores: [samples] fp32, one reward for each answer.
         kl_coef: β.
     """
-    assert batch.ref_logprobs is not None and batch.values is not None and batch.sampling_logprobs is not None
+    assert batch.ref_logprobs is not None and batch.sampling_logprobs is not None
     logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
-    mask = batch.mask
-    kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl) * mask  # [total]
+    kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl) * batch.mask  # [total]
     rewards = -kl_coef * kl
     rewards[batch.last] += scores
-    advantages, returns = gae(rewards, batch.values, mask, batch.cu_seqlens, config.ppo.gamma, config.ppo.lam)
-    residual = (returns - batch.values)[batch.response]
-    spread = returns[batch.response].var(correction=0)
-    k1 = (logprobs - batch.ref_logprobs)[batch.response]
     metrics = {
         "kl": kl.sum().item() / len(batch),  # nats a sequence, by the chosen estimator
-        "kl_per_token": k1.mean().item(),
+        "kl_per_token": (logprobs - batch.ref_logprobs)[batch.response].mean().item(),
         "kl_coef": kl_coef,
-        "value_mean": batch.values[batch.response].mean().item(),
-        "return_mean": returns[batch.response].mean().item(),
-        "explained_variance": (1 - residual.var(correction=0) / spread.clamp_min(1e-8)).item(),
     }
     if batch.logprobs is not None:
         difference = (batch.logprobs - batch.sampling_logprobs)[batch.response].abs()
         metrics |= {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
+    return batch.with_(rewards=rewards), metrics
+
+
+def advantages_of(batch: Batch, values: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """GAE's advantages and returns, [total] each; a sample's depend on no other sample."""
+    assert batch.rewards is not None
+    return gae(batch.rewards, values, batch.mask, batch.cu_seqlens, config.ppo.gamma, config.ppo.lam)
+
+
+def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, float]]:
+    """Advantages and returns by GAE; the advantages whitened over the batch's response tokens."""
+    assert batch.values is not None
+    advantages, returns = advantages_of(batch, batch.values, config)
+    residual = (returns - batch.values)[batch.response]
+    spread = returns[batch.response].var(correction=0)
+    metrics = {
+        "value_mean": batch.values[batch.response].mean().item(),
+        "return_mean": returns[batch.response].mean().item(),
+        "explained_variance": (1 - residual.var(correction=0) / spread.clamp_min(1e-8)).item(),
+    }
     if config.ppo.whiten:
-        advantages = whiten(advantages, mask)
-    return batch.with_(rewards=rewards, advantages=advantages, returns=returns), metrics
+        advantages = whiten(advantages, batch.mask)
+    return batch.with_(advantages=advantages, returns=returns), metrics
 
 
 def update(
@@ -128,11 +138,13 @@ def update(
     train_actor: bool = True,
     ptx: Sequence[Sequence[int]] = (),
 ) -> dict[str, float]:
-    """All epochs and minibatches of one batch; returns the means of their metrics (extremes of extremes).
+    """Advantages, then all epochs and minibatches; returns the means of their metrics (extremes of extremes).
 
     Losses are means over the response tokens of the whole minibatch, so micro-batches and layout do not change them.
+    Where the batch has no values yet, for there is one pass over it, the critic's step comes first and gives them.
 
     Args:
+        batch: with token rewards.
         train_actor: False while only the critic learns.
         ptx: documents of the pretraining mix, the same on every rank; they join every minibatch.
 
@@ -140,33 +152,56 @@ def update(
         RuntimeError: a ratio before the first step of the update is not exactly 1.
     """
     history: list[dict[str, float]] = []
+    learned = None
+    if batch.values is None:
+        assert one_pass(config)
+        learned, values = critic_step(roles.critic, batch, epochs[0][0], config)
+        batch = batch.with_(values=values)
+    batch, about_values = with_advantages(batch, config)
     for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
-        parts = [batch.select(share) for share in minibatch.shares]
-        targets = sum(batch.lengths[i] - batch.prompt_lengths[i] for i in minibatch.samples)
-        metrics = critic_step(roles.critic, parts, targets, config)
+        metrics = learned or critic_step(roles.critic, batch, minibatch, config)[0]
         if train_actor:
+            parts = [batch.select(share) for share in minibatch.shares]
+            targets = target_count(batch, minibatch)
             metrics |= actor_step(roles.actor, parts, targets, config, ptx, first=not history)
         history.append(metrics)
     reduce = {"ratio_max": max, "ratio_min": min}
     named = {name: [metrics[name] for metrics in history if name in metrics] for name in history[0]}
-    return {name: reduce.get(name, statistics.fmean)(values) for name, values in named.items()}
+    return about_values | {name: reduce.get(name, statistics.fmean)(values) for name, values in named.items()}
 
 
-def critic_step(critic: Learner, parts: Sequence[Batch], targets: int, config: PPOConfig) -> dict[str, float]:
-    """One step on the clipped value loss. `targets` counts the response tokens of all data ranks."""
+def target_count(batch: Batch, minibatch: Minibatch) -> int:
+    """Response tokens of a minibatch, over all data ranks."""
+    return sum(batch.lengths[i] - batch.prompt_lengths[i] for i in minibatch.samples)
+
+
+def critic_step(
+    critic: Learner, batch: Batch, minibatch: Minibatch, config: PPOConfig
+) -> tuple[dict[str, float], Tensor]:
+    """One step on the clipped value loss; returns its metrics and the values before it, [total] fp32.
+
+    Where the batch has no old values they are this forward's own, and so are the returns made of them: a sample's
+    returns need the values of no other.
+    """
     stats = Stats()
+    parts = [batch.select(share) for share in minibatch.shares]
+    targets = target_count(batch, minibatch)
+    seen: list[Tensor] = []
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
-        assert part.values is not None and part.returns is not None
         at = part.response
         values = critic.model.scores(hidden[at - 1])
-        losses, clipped = value_loss(values, part.values[at], part.returns[at], config.critic.value_clip or None)
+        seen.append(values.detach())
+        old = part.spread(values.detach()) if part.values is None else part.values
+        returns = advantages_of(part, old, config)[1] if part.returns is None else part.returns
+        losses, clipped = value_loss(values, old[at], returns[at], config.critic.value_clip or None)
         stats.add(value_loss=losses, value_clip_fraction=clipped)
         return losses.sum() / targets
 
     step = critic.step([(part, loss) for part in parts])
     means = {name: value / targets for name, value in stats.reduce(critic.mesh).items()}
-    return means | {f"critic_{name}": value for name, value in step.items()}
+    values = collect(batch, minibatch.shares, seen, [part.response for part in parts], critic.mesh)
+    return means | {f"critic_{name}": value for name, value in step.items()}, values
 
 
 def actor_step(

@@ -73,11 +73,23 @@ class Role:
             return read(parts[i], hidden) if self.mesh.is_last_stage else hidden
 
         results = run_forward(self.mesh, shapes(self.model, parts), self.model.dtype, forward)
-        whole = torch.zeros(len(batch.tokens), device=self.mesh.device)  # [total]
-        for share, part, result in zip(shares, parts, results, strict=False):
-            whole[batch.rows(share)[where(part)]] = result
-        # Every other rank holds zeros at these places: the sum only moves numbers, it rounds nothing.
-        return all_reduce(all_reduce(whole, self.mesh.dp), self.mesh.pp)
+        return collect(batch, shares, results, [where(part) for part in parts], self.mesh)
+
+
+def collect(
+    batch: Batch, shares: Sequence[Share], results: Sequence[Tensor], places: Sequence[Tensor], mesh: Mesh
+) -> Tensor:
+    """Numbers of this data rank's micro-batches put in place in the whole batch: [total] fp32, on every rank.
+
+    Args:
+        results: one tensor a micro-batch on the last stage, none on the others.
+        places: where in its micro-batch each number belongs.
+    """
+    whole = torch.zeros(len(batch.tokens), device=mesh.device)
+    for share, place, result in zip(shares, places, results, strict=False):
+        whole[batch.rows(share)[place]] = result
+    # Every other rank holds zeros at these places: the sum only moves numbers, it rounds nothing.
+    return all_reduce(all_reduce(whole, mesh.dp), mesh.pp)
 
 
 def shapes(model: Decoder, parts: Sequence[Batch]) -> list[tuple[int, ...]]:

@@ -29,7 +29,7 @@ from trialign.algorithms.config import (
     RolloutConfig,
     RunConfig,
 )
-from trialign.algorithms.ppo import plan, score, update, with_advantages
+from trialign.algorithms.ppo import plan, score, update, with_rewards
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample, sampling_params
 from trialign.engine.mesh import build_mesh
@@ -99,9 +99,9 @@ def main(bench: Bench) -> None:
             scores = roles.rewards[0].scores(batch, shares)
             batch = score(batch, roles, config, shares)
             body = forward_flops(shape, batch.lengths)
-            phase.flops = forward + 2 * body
+            phase.flops = forward + body
         with phases("update") as phase:
-            batch, metrics = with_advantages(batch, scores, config, config.ppo.kl_coef)
+            batch, metrics = with_rewards(batch, scores, config, config.ppo.kl_coef)
             metrics |= update(roles, batch, epochs, config)
             phase.flops = 3 * (forward + body)
         with phases("sync"):

@@ -43,7 +43,9 @@ def value_loss_ref(values, old_values, returns, clip=None):
     if clip is None:
         return 0.5 * free, torch.zeros_like(free)
     held = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-    return 0.5 * torch.maximum(free, held), (held > free).to(free.dtype)
+    # A value within the clip is old + (V - old): where rounding makes that more than V, the clip decided nothing.
+    clipped = (held > free) & ((values - old_values).abs() > clip)
+    return 0.5 * torch.maximum(free, held), clipped.to(free.dtype)
 
 
 @jit
@@ -83,7 +85,7 @@ def _value(values, old_values, returns, loss, clipped, slope, n, clip, CLIP: tl.
     held = near - target
     free_wins = free * free >= held * held
     tl.store(loss + i, 0.5 * tl.where(free_wins, free * free, held * held), inside)
-    tl.store(clipped + i, tl.where(held * held > free * free, 1.0, 0.0), inside)
+    tl.store(clipped + i, tl.where((held * held > free * free) & (tl.abs(step) > clip), 1.0, 0.0), inside)
     tl.store(slope + i, tl.where(free_wins, free, tl.where(tl.abs(step) <= clip, held, 0.0)), inside)
 
 

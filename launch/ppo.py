@@ -24,7 +24,7 @@ from trialign.algorithms.build import build_roles, check_tokenizer, read_shapes,
 from trialign.algorithms.config import PPOConfig, check
 from trialign.algorithms.data import PromptDataset, TextDataset
 from trialign.algorithms.kl import KLController
-from trialign.algorithms.ppo import Roles, plan, score, update, with_advantages
+from trialign.algorithms.ppo import Roles, plan, score, update, with_rewards
 from trialign.algorithms.rewards import RewardShaper, combine
 from trialign.algorithms.rollout import Scorer, my_part, sample, sampling_params
 from trialign.engine import checkpoint
@@ -126,10 +126,11 @@ def train(run: Run, phases: Phases, log: MetricLog, progress: Progress) -> None:
             batch = score(batch, roles, config, shares)
             body = forward_flops(run.shape, batch.lengths)
             phase.tokens = len(batch.tokens)
-            phase.flops = forward * (1 + (batch.logprobs is not None)) + body * (1 + len(roles.rewards))
+            passes = 1 + (batch.logprobs is not None), len(roles.rewards) + (batch.values is not None)
+            phase.flops = forward * passes[0] + body * passes[1]
 
-        with phases("update") as phase:  # advantage -> new weights
-            batch, metrics = with_advantages(batch, torch.tensor(rewards), config, run.kl.coef)
+        with phases("update") as phase:  # rewards -> advantages -> new weights
+            batch, metrics = with_rewards(batch, torch.tensor(rewards), config, run.kl.coef)
             text = run.text.next(config.batch_size // config.ppo.minibatches).tolist() if run.text else ()
             train_actor = run.step >= config.critic.warmup_steps
             metrics |= update(roles, batch, epochs, config, train_actor=train_actor, ptx=text)

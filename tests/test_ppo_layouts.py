@@ -10,7 +10,7 @@ from harness import run_ranks
 from tiny import VOCAB, assemble, tiny_llama
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
-from trialign.algorithms.ppo import Roles, plan, score, update, with_advantages
+from trialign.algorithms.ppo import Roles, plan, score, update, with_rewards
 from trialign.algorithms.roles import Learner, Role
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optimizer import ShardedAdamW
@@ -37,7 +37,13 @@ def random_batch() -> Batch:
 
 
 def one_step(
-    rank: int, world: int, folder: Path, layout: tuple[int, int, int], config: PPOConfig, recompute: bool = False
+    rank: int,
+    world: int,
+    folder: Path,
+    layout: tuple[int, int, int],
+    config: PPOConfig,
+    recompute: bool = False,
+    values_first: bool = False,
 ):
     """One whole batch of PPO; returns its metrics, and gradients and weights put together from all ranks."""
     tp, pp, dp = layout
@@ -63,7 +69,9 @@ def one_step(
     epochs = plan(batch, config, mesh, seed=3)
     batch = score(batch, roles, config, [share for minibatch in epochs[0] for share in minibatch.shares])
     scores = torch.linspace(-1, 1, len(batch))
-    batch, metrics = with_advantages(batch, scores, config, kl_coef=0.1)
+    batch, metrics = with_rewards(batch, scores, config, kl_coef=0.1)
+    if values_first:
+        batch = batch.with_(values=roles.critic.values(batch, epochs[0][0].shares))
     documents = [list(range(5, 25)), list(range(40, 70))]
     metrics |= update(roles, batch, epochs, config, ptx=documents)
     entries = []
@@ -118,6 +126,10 @@ def test_micro_batches_do_not_matter(folder, alone, size):
 
 def test_token_budget_does_not_matter(folder, alone):
     compare(one_step(0, 1, folder, (1, 1, 1), _with_ppo(micro_batch_tokens=40)), alone)
+
+
+def test_values_of_the_critics_own_step_are_those_of_a_pass_before_it(folder, alone):
+    compare(one_step(0, 1, folder, (1, 1, 1), CONFIG, values_first=True), alone, tolerance=1e-6)
 
 
 def test_recomputation_does_not_matter(folder, alone):

@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Tensor
       const vf step = x - o, near = clip ? o + vmin(splat(c), vmax(splat(-c), step)) : x;
       const vf free = x - r, held = near - r, free2 = free * free, held2 = held * held;
       store(loss + i, 0.5f * (free2 >= held2 ? free2 : held2), lanes);
-      store(flag + i, held2 > free2 ? splat(1.f) : zero, lanes);
+      store(flag + i, (held2 > free2) & (abs_of(step) > c) ? splat(1.f) : zero, lanes);
       store(gradient + i, free2 >= held2 ? free : (abs_of(step) <= c ? held : zero), lanes);
     });
   });
