@@ -1,6 +1,9 @@
 """Maps the four folders to trialign.* and builds trialign._C out of csrc/ where a C++ compiler and torch are at hand.
 
-An environment without them gets pure Python: the torch references serve, and kernels/dispatch.py says so once.
+Where nvcc is found (on PATH or as NVCC) the CUDA kernels of csrc/cuda go into the same module, beside a CPU torch too;
+TRIALIGN_CUDA_ARCHS changes the architectures, TRIALIGN_CUDA=0 leaves them out.
+
+Without compiler or torch it installs pure Python: the torch references serve, and kernels/dispatch.py says so once.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -43,8 +47,59 @@ def torch_paths() -> tuple[str, Path] | None:
     return importlib.metadata.version("torch"), Path(spec.origin).parent
 
 
+class Cuda:
+    """The nvcc at hand and how to use it."""
+
+    def __init__(self, nvcc: str):
+        self.nvcc = nvcc
+        # nvcc itself knows where its toolkit is; a wrapper script on PATH does not show it.
+        dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        found = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+        self.home = Path(found[1]).resolve() if found else Path(nvcc).resolve().parent.parent
+
+    @classmethod
+    def find(cls) -> Cuda | None:
+        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+        return cls(nvcc) if nvcc and os.environ.get("TRIALIGN_CUDA", "1") != "0" else None
+
+    def compile_command(self) -> list[str]:
+        archs = os.environ.get("TRIALIGN_CUDA_ARCHS", "80;90a;100").split(";")
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        # A kernel that spills registers fails the build.
+        return [self.nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-warn-spills,-Werror", *targets]
+
+    def link_flags(self) -> list[str]:
+        return [f"-L{self.home / 'lib64'}", f"-L{self.home / 'lib'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+Job = tuple[list[str], Path, Path]
+"""(compiler and flags, source, object)."""
+
+
+def compile_all(jobs: list[Job]) -> list[Path]:
+    """Compiles what is older than its source or any header, all cores at once. Returns the objects; CompileError."""
+    headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), ROOT / "setup.py"]
+    newest = max(path.stat().st_mtime for path in headers)
+
+    def compile_one(job: Job) -> Path:
+        command, source, target = job
+        if target.exists() and target.stat().st_mtime > max(source.stat().st_mtime, newest):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run = subprocess.run([*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
+        sys.stderr.write(run.stderr)
+        if run.returncode:
+            target.unlink(missing_ok=True)
+            raise CompileError(f"{source.name} does not compile: {run.stderr[-2000:]}")
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, jobs))
+
+
 class Build(build_ext):
-    """csrc/*.cpp once, csrc/cpu/*.cpp once per SIMD level, linked into one abi3 module."""
+    """csrc/*.cpp once, csrc/cpu/*.cpp once per SIMD level, csrc/cuda/*.cu by nvcc, linked into one abi3 module."""
 
     def build_extension(self, ext: Extension) -> None:
         found, compiler = torch_paths(), os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -53,60 +108,37 @@ class Build(build_ext):
             print(f"trialign: no {missing} here, installing without trialign._C", file=sys.stderr)
             return
         version, torch = found
-        build = Path(self.build_temp).resolve()
-        defines = {
-            "TORCH_TARGET_VERSION": ABI,
-            "TORCH_STABLE_ONLY": None,
-            "Py_LIMITED_API": "0x030b0000",
-            "TRIALIGN_TORCH": f'"{version}"',
-        }
+        build, cuda, kernels = Path(self.build_temp).resolve(), Cuda.find(), []
+        if cuda:
+            sources = sorted((CSRC / "cuda").glob("*.cu"))
+            try:
+                kernels = compile_all([(cuda.compile_command(), cu, build / "cuda" / f"{cu.stem}.o") for cu in sources])
+            except CompileError as error:  # an nvcc too old for an architecture, say
+                print(f"trialign: no CUDA kernels in trialign._C: {error}", file=sys.stderr)
+                cuda = None
         include = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
-        common = [compiler, *FLAGS, *(f"-D{k}" + (f"={v}" if v else "") for k, v in defines.items())]
-        common += [f"-I{path}" for path in include]
+        common = [
+            compiler,
+            *FLAGS,
+            f"-DTORCH_TARGET_VERSION={ABI}",
+            "-DTORCH_STABLE_ONLY",
+            *(f"-I{p}" for p in include),
+        ]
         source_hash = runpy.run_path(str(CSRC / "source_hash.py"))["source_hash"](CSRC)
-        headers = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__)])
-        jobs: list[tuple[list[str], Path, Path]] = []
-        for source in sorted(CSRC.glob("*.cpp")):
-            jobs.append(
-                (
-                    [*common, f'-DTRIALIGN_SOURCES="{source_hash}"'],
-                    source,
-                    build / f"{source.stem}.{source_hash[:12]}.o",
-                )
-            )
+        facts = [f'-DTRIALIGN_SOURCES="{source_hash}"', f'-DTRIALIGN_TORCH="{version}"', "-DPy_LIMITED_API=0x030b0000"]
+        facts += ["-DTRIALIGN_CUDA"] if cuda else []
+        folder = build / f"{source_hash[:12]}-{'cuda' if cuda else 'cpu'}"  # made anew whenever the facts change
+        jobs: list[Job] = [([*common, *facts], source, folder / f"{source.stem}.o") for source in CSRC.glob("*.cpp")]
         for number, (level, flags) in enumerate(LEVELS.items()):
-            for source in sorted((CSRC / "cpu").glob("*.cpp")):
-                jobs.append(
-                    ([*common, *flags, f"-DTRIALIGN_LEVEL={number}"], source, build / level / f"{source.stem}.o")
-                )
-
-        def compile_one(job: tuple[list[str], Path, Path]) -> None:
-            command, source, target = job
-            if target.exists() and target.stat().st_mtime > max(source.stat().st_mtime, headers):
-                return
-            target.parent.mkdir(parents=True, exist_ok=True)
-            run = subprocess.run([*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
-            sys.stderr.write(run.stderr)
-            if run.returncode:
-                target.unlink(missing_ok=True)
-                raise CompileError(f"{source.name} does not compile: {run.stderr[-2000:]}")
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, jobs))
+            command = [*common, *flags, f"-DTRIALIGN_LEVEL={number}"]
+            jobs += [(command, cpp, build / level / f"{cpp.stem}.o") for cpp in sorted((CSRC / "cpu").glob("*.cpp"))]
+        objects = [*compile_all(jobs), *kernels]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Linked aside and renamed: a process that has the old module open keeps it, and none sees half a file.
         fresh = target.with_suffix(".new")
-        link = [
-            compiler,
-            "-shared",
-            "-o",
-            str(fresh),
-            *(str(job[2]) for job in jobs),
-            f"-L{torch / 'lib'}",
-            "-ltorch_cpu",
-        ]
-        subprocess.run(link, check=True)
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *(cuda.link_flags() if cuda else [])]
+        subprocess.run([compiler, "-shared", "-o", str(fresh), *map(str, objects), *libraries], check=True)
         os.replace(fresh, target)
 
 

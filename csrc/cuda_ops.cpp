@@ -1,0 +1,163 @@
+// The CUDA side of the ops whose schemas csrc/cpu declares: checks, outputs, stream; the kernels are csrc/cuda/*_kernel.cu.
+// Built in only where nvcc is (TRIALIGN_CUDA); links no more of torch than the CPU part does.
+#if defined(TRIALIGN_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+extern "C" {
+int launch_rms_norm(int, const void*, const void*, const void*, void*, void*, float*, int64_t, int64_t, float, void*);
+int64_t rms_norm_blocks(int64_t);
+int launch_rms_norm_backward(int, const void*, const void*, const void*, const float*, const void*, void*, float*, int64_t, int64_t, void*);
+int launch_gae(const float*, const float*, const uint8_t*, const int64_t*, float*, float*, int64_t, float, float, void*);
+int launch_logprob_update(int, float*, const void*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, void*);
+int launch_logprob_backward(int, const void*, void*, const int64_t*, const float*, const float*, const float*, int64_t, int64_t, int64_t, int64_t,
+                            float, void*);
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+// The tensor's device and its current stream, for the length of one call.
+class Place {
+ public:
+  explicit Place(const Tensor& tensor) : guard_(tensor.get_device_index()), stream_(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
+  void* stream() const { return stream_.nativeHandle(); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  torch::stable::accelerator::Stream stream_;
+};
+
+int number(const Tensor& tensor) {  // as enum DType of common.cuh
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "trialign: float32, bfloat16 or float16 needed");
+  return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2;
+}
+void need(bool held, const char* what) { STD_TORCH_CHECK(held, "trialign: ", what); }
+void launched(int status) { STD_TORCH_CHECK(status == 0, "trialign: CUDA error ", status, " at launch"); }
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+const float* floats(const std::optional<Tensor>& tensor) { return tensor ? floats(*tensor) : nullptr; }
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  need(x.is_contiguous() && weight.is_contiguous() && x.scalar_type() == weight.scalar_type(), "rms_norm takes packed tensors of one dtype");
+  const int64_t n = x.size(0), h = x.size(1);
+  Tensor y = fresh(x, {n, h}, x.scalar_type()), rstd = fresh(x, {n}, ScalarType::Float);
+  const Place place(x);
+  if (n) launched(launch_rms_norm(number(x), x.data_ptr(), nullptr, weight.data_ptr(), y.data_ptr(), nullptr, floats(rstd), n, h, float(eps), place.stream()));
+  return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  need(x.is_contiguous() && residual.is_contiguous() && weight.is_contiguous() && x.scalar_type() == weight.scalar_type() &&
+           x.scalar_type() == residual.scalar_type(),
+       "add_rms_norm takes packed tensors of one dtype");
+  const int64_t n = x.size(0), h = x.size(1);
+  Tensor y = fresh(x, {n, h}, x.scalar_type()), total = fresh(x, {n, h}, x.scalar_type()), rstd = fresh(x, {n}, ScalarType::Float);
+  const Place place(x);
+  if (n)
+    launched(launch_rms_norm(number(x), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), y.data_ptr(), total.data_ptr(), floats(rstd), n, h,
+                             float(eps), place.stream()));
+  return {y, total, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                                             std::optional<Tensor> grad_total) {
+  need(grad.is_contiguous() && x.is_contiguous() && weight.is_contiguous() && x.scalar_type() == grad.scalar_type() &&
+           (!grad_total || (grad_total->is_contiguous() && grad_total->scalar_type() == x.scalar_type())),
+       "rms_norm_backward takes packed tensors of one dtype");
+  const int64_t n = x.size(0), h = x.size(1), blocks = rms_norm_blocks(n);
+  Tensor grad_x = fresh(x, {n, h}, x.scalar_type()), partial = fresh(x, {blocks, h}, ScalarType::Float);
+  const Place place(x);
+  if (n)
+    launched(launch_rms_norm_backward(number(x), grad.data_ptr(), x.data_ptr(), weight.data_ptr(), floats(rstd),
+                                      grad_total ? grad_total->data_ptr() : nullptr, grad_x.data_ptr(), floats(partial), n, h, place.stream()));
+  const int64_t rows[] = {0};
+  Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(rows, 1));
+  return {grad_x, torch::stable::to(sum, x.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens, double gamma, double lam) {
+  need(rewards.is_contiguous() && values.is_contiguous() && mask.is_contiguous() && cu_seqlens.is_contiguous() &&
+           rewards.scalar_type() == ScalarType::Float && values.scalar_type() == ScalarType::Float && mask.scalar_type() == ScalarType::Bool &&
+           cu_seqlens.scalar_type() == ScalarType::Long,
+       "gae takes packed float32, bool and int64 tensors");
+  const int64_t total = rewards.numel(), sequences = cu_seqlens.numel() - 1;
+  Tensor advantages = fresh(rewards, {total}, ScalarType::Float), returns = fresh(rewards, {total}, ScalarType::Float);
+  const Place place(rewards);
+  if (sequences > 0)
+    launched(launch_gae(floats(rewards), floats(values), static_cast<const uint8_t*>(mask.data_ptr()), static_cast<const int64_t*>(cu_seqlens.data_ptr()),
+                        floats(advantages), floats(returns), sequences, float(gamma), float(lam), place.stream()));
+  return {advantages, returns};
+}
+
+void logprob_update_(const Tensor& stats, const Tensor& logits, const Tensor& labels, double scale, int64_t vocab_start) {
+  need(stats.is_contiguous() && labels.is_contiguous() && logits.stride(1) == 1 && stats.scalar_type() == ScalarType::Float &&
+           labels.scalar_type() == ScalarType::Long && scale > 0,
+       "logprob takes packed float32 stats, int64 labels, packed rows of logits and a positive scale");
+  const Place place(logits);
+  if (logits.size(0))
+    launched(launch_logprob_update(number(logits), floats(stats), logits.data_ptr(), static_cast<const int64_t*>(labels.data_ptr()), logits.size(0),
+                                   logits.size(1), logits.stride(0), vocab_start, float(scale), place.stream()));
+}
+
+Tensor logprob_stats(const Tensor& logits, const Tensor& labels, double scale, int64_t vocab_start) {
+  Tensor stats = fresh(logits, {4, logits.size(0)}, ScalarType::Float);
+  torch::stable::zero_(stats);
+  Tensor maxima = torch::stable::select(stats, 0, 0);
+  torch::stable::fill_(maxima, -std::numeric_limits<double>::infinity());
+  logprob_update_(stats, logits, labels, scale, vocab_start);
+  return stats;
+}
+
+void backward_into(const Tensor& to, const Tensor& logits, const Tensor& labels, const Tensor& stats, const std::optional<Tensor>& grad_logprob,
+                   const std::optional<Tensor>& grad_entropy, double scale, int64_t vocab_start) {
+  need(to.is_contiguous() && stats.is_contiguous() && labels.is_contiguous() && logits.stride(1) == 1 &&
+           (!grad_logprob || grad_logprob->is_contiguous()) && (!grad_entropy || grad_entropy->is_contiguous()),
+       "logprob_backward takes packed tensors");
+  const Place place(logits);
+  if (logits.numel())
+    launched(launch_logprob_backward(number(logits), logits.data_ptr(), to.data_ptr(), static_cast<const int64_t*>(labels.data_ptr()), floats(stats),
+                                     floats(grad_logprob), floats(grad_entropy), logits.size(0), logits.size(1), logits.stride(0), vocab_start,
+                                     float(scale), place.stream()));
+}
+
+Tensor logprob_backward(const Tensor& logits, const Tensor& labels, const Tensor& stats, std::optional<Tensor> grad_logprob,
+                        std::optional<Tensor> grad_entropy, double scale, int64_t vocab_start) {
+  Tensor result = fresh(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
+  backward_into(result, logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start);
+  return result;
+}
+
+void logprob_backward_(const Tensor& logits, const Tensor& labels, const Tensor& stats, std::optional<Tensor> grad_logprob,
+                       std::optional<Tensor> grad_entropy, double scale, int64_t vocab_start) {
+  backward_into(logits, logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(trialign, CUDA, ops) {
+  ops.impl("rms_norm", TORCH_BOX(&rms_norm));
+  ops.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  ops.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  ops.impl("gae", TORCH_BOX(&gae));
+  ops.impl("logprob_stats", TORCH_BOX(&logprob_stats));
+  ops.impl("logprob_update_", TORCH_BOX(&logprob_update_));
+  ops.impl("logprob_backward", TORCH_BOX(&logprob_backward));
+  ops.impl("logprob_backward_", TORCH_BOX(&logprob_backward_));
+}
+#endif
