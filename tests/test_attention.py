@@ -98,6 +98,15 @@ def test_large_scores_stay_finite():
     assert (ours[0] - exact[0]).abs().max() < 1e-2  # scores near 1e5 carry an fp32 error of 1e-2 themselves
 
 
+def test_nan_is_neither_hidden_nor_handed_to_other_documents():
+    q, k, v, grad, cu = inputs([6, 5], 2, 1, 16, torch.float32)
+    k[3] = torch.nan
+    out, *grads = with_grads(lambda q, k, v: packed_attention(q, k, v, cu, 6, 0.3), q, k, v, grad)
+    assert out[3:6].isnan().all() and grads[0][3:6].isnan().all() and grads[1][:6].isnan().any()
+    for t in (out, *grads):
+        assert not t[6:].isnan().any()
+
+
 def test_refusals():
     q, k, v, _, cu = inputs([4], 6, 4, 8, torch.float32)
     with pytest.raises(ValueError, match="6 query heads .* 4 key/value heads"):

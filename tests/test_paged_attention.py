@@ -78,6 +78,12 @@ def test_write_kv(dtype):
     assert torch.equal(ours[0], right[0])
 
 
+def test_nan_in_a_sequence_stays_in_it():
+    q, k_cache, v_cache, tables, n = cache([20, 6], 2, 1, 8, 4, torch.float32)
+    k_cache[tables[0, 1].item(), 2] = torch.nan
+    assert paged_attention(q, k_cache, v_cache, tables, n, 0.3).isnan().any(2).any(1).tolist() == [True, False]
+
+
 @needs_extension
 def test_a_bad_table_length_or_slot_is_refused_before_memory_is_touched():
     q, k_cache, v_cache, tables, n = cache([5, 6], 2, 2, 8, 4, torch.float32)

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../op.h"
-#include "../simd.h"
+#include "softmax.h"
 
 namespace {
 
@@ -149,8 +149,7 @@ void attention_forward_task(const AttentionShape& a, const T* q, const T* k, con
         const float peak = hmax(top);
         vf sum = splat(0.f);
         for (int64_t j = 0; j < stop; j += VW) {
-          const vf x = load(s + j);
-          const vf e = x == splat(-INFINITY) ? splat(0.f) : vexp(vmax(x - peak, splat(exp_low)));
+          const vf e = weight(load(s + j) - peak);
           store(s + j, e);
           sum += e;
         }
@@ -208,7 +207,7 @@ void attention_backward_task(const AttentionShape& a, const T* q, const T* k, co
         const int64_t stop = std::min(round_up(end, VW), round_up(length, VW)) - lo;   // dk and dv read every key up to the block's end
         const float* stat = stats + ((start + i) * a.heads + h) * 2;
         const int64_t from = (row.first - lo) / VW * VW;   // aligned: a row must not write into the next
-        for (int64_t j = from; j < row.end - lo; j += VW) store(p + j, vexp(vmax(load(p + j) - stat[0], splat(exp_low))) * stat[1]);
+        for (int64_t j = from; j < row.end - lo; j += VW) store(p + j, weight(load(p + j) - stat[0]) * stat[1]);
         for (int64_t j = 0; j < row.first - lo; ++j) p[j] = ds[j] = 0.f;
         for (int64_t j = row.end - lo; j < stop; ++j) p[j] = ds[j] = 0.f;
         vf sum = splat(0.f);

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../op.h"
-#include "../simd.h"
+#include "softmax.h"
 
 namespace {
 
@@ -113,8 +113,7 @@ void decode(const Paged& a, const T* q, const T* k_cache, const T* v_cache, cons
     const float peak = hmax(top);
     vf sum = splat(0.f);
     for (int64_t p = 0; p < lds; p += VW) {
-      const vf x = load(s + p);
-      const vf e = x == splat(-INFINITY) ? splat(0.f) : vexp(vmax(x - peak, splat(exp_low)));
+      const vf e = weight(load(s + p) - peak);
       store(s + p, e);
       sum += e;
     }

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../op.h"
-#include "../simd.h"
+#include "softmax.h"
 
 namespace {
 
@@ -109,7 +109,7 @@ void draw(const T* logits, int64_t v, float temperature, int64_t k, double p, in
     int64_t i = c;
     for (; i + VW <= stop; i += VW) {
       const vf z = (load(logits + i) - peak) / inverse;
-      const vf w = z < splat(exp_low) ? splat(0.f) : z == z ? vexp(z) : z;   // vexp does not keep NaN
+      const vf w = weight(z);
       if (cuts) store(s.z.data() + i, z);
       store(s.w.data() + i, w);
       sum += w;
