@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,17 +24,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, shape: ModelConfig) -> None:
-    """Refuses a tokenizer that knows tokens the model has no row for.
+def load_tokenizer(folder: str, shape: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder.
 
     Raises:
-        ValueError: naming both sizes.
+        ValueError: there is none, it cannot be read, or it knows tokens the model has no row for.
     """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises its own kinds, none of which names the folder
+        raise ValueError(f"{folder}: no tokenizer can be read from it: {error}") from error
     if len(tokenizer) > shape.vocab_size:
         raise ValueError(
-            f"{tokenizer.name_or_path}: the tokenizer knows {len(tokenizer)} tokens,"
-            f" the model only vocab_size={shape.vocab_size}"
+            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the model only vocab_size={shape.vocab_size}"
         )
+    return tokenizer
 
 
 def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
@@ -60,6 +67,10 @@ def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
     for folder in config.reward.models:
         if shapes[folder].head != "score":
             raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
+    exported = Path(config.run.folder).resolve()
+    for folder in shapes:
+        if Path(folder).resolve() in (exported / "model", exported / "model_ema"):
+            raise ValueError(f"run.output={config.run.folder}: its export would replace {folder}, which the run reads")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for folder, shape in shapes.items():
         if longest > shape.max_positions:
@@ -95,6 +106,7 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             ema_decay=ema_decay,
+            name="actor" if model.kind == "lm" else "critic",
         )
         return Learner(model, optimizer, schedule(settings, updates), config.rollout.temperature)
 

@@ -54,10 +54,13 @@ class DataConfig:
     """text for the pretraining mix (actor.ptx_coef), given like a source"""
     ptx_key: str = "text"
     """column of ptx_source that holds the text"""
+    ptx_tokens: int = 512
+    """tokens of a sequence of the pretraining mix; each minibatch takes as many sequences as it has samples"""
 
     def __post_init__(self) -> None:
         _require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "at least 1")
         _require(bool(self.prompt_key), "prompt_key", repr(self.prompt_key), "the name of a column")
+        _require(self.ptx_tokens >= 2, "ptx_tokens", self.ptx_tokens, "at least 2")
         self.weights()
 
     def weights(self) -> tuple[float, ...]:
@@ -280,6 +283,10 @@ class AlgorithmConfig:
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("kl_horizon", "epochs", "minibatches", "micro_batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        adapts = self.kl_target > 0
+        _require(
+            not adapts or self.kl_coef > 0, "kl_coef", self.kl_coef, f"above 0 to adapt to kl_target={self.kl_target}"
+        )
         _require(self.micro_batch_tokens >= 0, "micro_batch_tokens", self.micro_batch_tokens, "0 (off) or more")
 
 

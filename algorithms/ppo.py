@@ -72,13 +72,13 @@ def score(batch: Batch, roles: Roles, config: PPOConfig, shares: Sequence[Share]
     """Fills in reference logprobs, values and the actor's own logprobs, in the very micro-batches of the update.
 
     The passes of actor and critic are left out where one pass over the batch makes old and new equal by definition. The
-    KL penalty then takes the sampler's logprobs, which are of the same weights. Where top-k or top-p cut the sampler's
-    distribution those would not do, and the actor's pass is run.
+    KL penalty then takes the sampler's logprobs, which are of the same weights. Where top-k, top-p or a least length
+    cut the sampler's distribution those would not do, and the actor's pass is run.
     """
     batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
     if not one_pass(config):
         batch = batch.with_(values=roles.critic.values(batch, shares))
-    truncated = config.rollout.top_k > 0 or config.rollout.top_p < 1
+    truncated = config.rollout.top_k > 0 or config.rollout.top_p < 1 or config.rollout.min_new_tokens > 0
     if one_pass(config) and not truncated and not config.ppo.importance_cap:
         return batch
     return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
@@ -95,7 +95,7 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
     logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
     kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl) * batch.mask  # [total]
     rewards = -kl_coef * kl
-    rewards[batch.last] += scores
+    rewards[batch.last] += scores.to(rewards)
     metrics = {
         "kl": kl.sum().item() / len(batch),  # nats a sequence, by the chosen estimator
         "kl_per_token": (logprobs - batch.ref_logprobs)[batch.response].mean().item(),

@@ -34,7 +34,7 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
     """
     try:
         path, rest = _take(list(argv), "--config")
-        if not path and (run := _take(rest, "--resume")[0]):
+        if not path and (run := _take(rest, "--resume")[0] or _take(rest, "--run.resume")[0]):
             path = str(Path(run) / "config.toml")
         default = load(cls, path) if path else cls()
     except ValueError as error:

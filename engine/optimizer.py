@@ -85,6 +85,7 @@ class ShardedAdamW:
         weight_decay: applied to matrices only; norm weights and biases are not decayed.
         max_grad_norm: global L2 norm the gradient is clipped to; 0 turns clipping off.
         ema_decay: keeps an exponential moving average of the masters when above 0.
+        name: of the model, for messages.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class ShardedAdamW:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         ema_decay: float = 0.0,
+        name: str = "model",
     ):
-        self.mesh, self.tied = mesh, tied
+        self.mesh, self.tied, self.name = mesh, tied, name
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.steps = 0
@@ -179,7 +181,7 @@ class ShardedAdamW:
                 squares += torch.linalg.vector_norm(bucket.grads[bucket.mine]).double() ** 2
         norm = math.sqrt(all_reduce(squares, self.mesh.world).item())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm of optimizer step {self.steps + 1} is {norm}")
+            raise FloatingPointError(f"{self.name}: the gradient norm of optimizer step {self.steps + 1} is {norm}")
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
         self.steps += 1
         for bucket in self.buckets:

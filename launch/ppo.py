@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 from report import completion_table, plot
-from transformers import AutoTokenizer
 from trialign.algorithms.batch import Rollout, from_rollouts
-from trialign.algorithms.build import build_roles, check_tokenizer, read_shapes, trained_entries
+from trialign.algorithms.build import build_roles, load_tokenizer, read_shapes, trained_entries
 from trialign.algorithms.config import PPOConfig, check
 from trialign.algorithms.data import PromptDataset, TextDataset
 from trialign.algorithms.kl import KLController
@@ -47,10 +46,13 @@ class Run:
         self.folder = Path(config.run.folder)
         self.shape = shapes[config.model.path]
         self.dataset = PromptDataset(config.data, tokenizer, config.run.seed)
+        place = self.dataset.state()
+        self.shown = self.dataset.next(config.run.show)  # the same before and after, and after a resume
+        self.dataset.load_state(place)
         self.text = None
         if config.actor.ptx_coef:
-            length = config.rollout.max_new_tokens
-            self.text = TextDataset(config.data.ptx_source, config.data.ptx_key, tokenizer, length, config.run.seed)
+            data = config.data
+            self.text = TextDataset(data.ptx_source, data.ptx_key, tokenizer, data.ptx_tokens, config.run.seed)
         self.scorer = Scorer(config.reward, tokenizer, mesh)
         self.roles: Roles = build_roles(config, shapes, mesh)
         self.shaper = RewardShaper(config.reward)
@@ -83,6 +85,8 @@ class Run:
         self.step, self.kl.coef = state["step"], state["kl_coef"]
         self.shaper.load_state(state["reward"])
         self.dataset.load_state(state["data"])
+        if self.text and not state["text"]:
+            raise ValueError(f"{path}: saved without a pretraining mix; set actor.ptx_coef to 0 to resume it")
         if self.text:
             self.text.load_state(state["text"])
         for learner, steps in zip((self.roles.actor, self.roles.critic), state["optimizer_steps"], strict=True):
@@ -90,11 +94,9 @@ class Run:
 
     def answer_shown(self) -> list[tuple[str, str, float]]:
         """(prompt, greedy answer, score) for the first `run.show` prompts of the data. Collective."""
-        if not self.config.run.show:
+        prompts = self.shown
+        if not prompts:
             return []
-        place = self.dataset.state()
-        prompts = self.dataset.next(self.config.run.show)
-        self.dataset.load_state(place)
         greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
         rollouts = sample(self.generator, prompts, greedy)
         batch = from_rollouts(rollouts).to(self.mesh.device)
@@ -171,10 +173,9 @@ def main(argv: list[str]) -> None:
     try:
         check(config, world_size())
         shapes = read_shapes(config)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True)
-        check_tokenizer(tokenizer, shapes[config.model.path])
+        tokenizer = load_tokenizer(config.model.path, shapes[config.model.path])
         execute(config, shapes, tokenizer)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"{rank_prefix()}error: {error}")
 
 
@@ -187,9 +188,8 @@ def execute(config: PPOConfig, shapes: dict[str, ModelConfig], tokenizer) -> Non
         stack.callback(run.scorer.close)
         if config.run.resume:
             run.resume()
-        elif mesh.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, folder / "config.toml")
+        if mesh.is_main:
+            prepare(folder, config)
         phases = Phases(mesh.device, mesh.world.size, peak=matmul_peak(run.roles.actor.model.dtype, mesh.device))
         log = stack.enter_context(
             MetricLog(
@@ -203,18 +203,46 @@ def execute(config: PPOConfig, shapes: dict[str, ModelConfig], tokenizer) -> Non
         after = run.answer_shown()
         progress.close()
         if mesh.is_main:
-            exported = folder / "model"
-            shutil.rmtree(exported, ignore_errors=True)
-            export_checkpoint(folder / "checkpoints" / f"step_{run.step}", exported)
+            exported = export(run)
             picture = plot(folder / "metrics.jsonl", folder / "ppo.png")
             progress.say(completion_table(before, after))
             progress.say(f"model: {exported}\nplot:  {picture}")
 
 
+def prepare(folder: Path, config: PPOConfig) -> None:
+    """Makes the run's folder and writes the config that a resume starts from.
+
+    A new run in a used folder sets the old run's checkpoints aside, so that no resume takes them for its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    used = folder / "checkpoints"
+    if not config.run.resume and used.exists():
+        shutil.rmtree(folder / "checkpoints_of_the_run_before", ignore_errors=True)
+        used.rename(folder / "checkpoints_of_the_run_before")
+    save_config(replace(config, run=replace(config.run, output=str(folder), resume="")), folder / "config.toml")
+
+
+def export(run: Run) -> Path:
+    """The last checkpoint's actor as a Hugging Face folder, its average beside it; written whole, then swapped."""
+    checkpoint_ = run.folder / "checkpoints" / f"step_{run.step}"
+    dtype = getattr(torch, run.config.model.dtype)
+    exported = run.folder / "model"
+    for weights in ("master", "ema") if run.config.actor.ema_decay else ("master",):
+        folder = exported if weights == "master" else run.folder / "model_ema"
+        aside = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(aside, ignore_errors=True)
+        export_checkpoint(checkpoint_, aside, weights=weights, dtype=dtype)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    return exported
+
+
 def remember(path: Path, run: Run) -> list[tuple[str, str, float]]:
     """The shown answers of the model as it was before the first step; a resumed run finds them in its folder."""
     if run.step and path.exists():
-        return [tuple(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = [tuple(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        run.shown = run.shown[: len(rows)]
+        return rows[: len(run.shown)]
     answers = run.answer_shown()
     if run.mesh.is_main:
         path.write_text(json.dumps(answers, indent=1), encoding="utf-8")

@@ -6,9 +6,16 @@ import json
 import pytest
 import torch
 from tiny import tiny_chat_model, tiny_llama
-from transformers import AutoTokenizer
-from trialign.algorithms.build import build_roles, check_tokenizer, read_shapes, trained_entries
-from trialign.algorithms.config import DataConfig, ModelPaths, ParallelConfig, PPOConfig, RewardConfig, RolloutConfig
+from trialign.algorithms.build import build_roles, load_tokenizer, read_shapes, trained_entries
+from trialign.algorithms.config import (
+    DataConfig,
+    ModelPaths,
+    ParallelConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
 from trialign.algorithms.kl import KLController
 from trialign.engine.lr import lr_at
 from trialign.engine.mesh import build_mesh
@@ -80,10 +87,19 @@ def test_folders_that_do_not_fit_are_refused(folders, changes, message):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):
     tiny_chat_model(tmp_path, vocab_size=200)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     shape = read_shapes(config(folders, model=ModelPaths(str(tmp_path)), reward=RewardConfig(functions=("a:b",))))
     with pytest.raises(ValueError, match="knows 259 tokens, the model only vocab_size=200"):
-        check_tokenizer(tokenizer, shape[str(tmp_path)])
+        load_tokenizer(str(tmp_path), shape[str(tmp_path)])
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer can be read"):
+        load_tokenizer(str(tmp_path), shape[str(tmp_path)])
+
+
+def test_an_export_onto_the_models_own_folder_is_refused(folders, tmp_path):
+    tiny_chat_model(tmp_path / "model")
+    run = RunConfig(output=str(tmp_path))
+    with pytest.raises(ValueError, match="its export would replace .*model, which the run reads"):
+        read_shapes(config(folders, model=ModelPaths(str(tmp_path / "model")), run=run))
 
 
 def test_broken_config_json_is_named(folders, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_function_and_reward_model_over_four_ranks(setting, tmp_path):
         *("--reward.functions", f"{setting}/rewards.py:length", "--reward.models", str(setting / "reward")),
         *("--reward.weights", "0.5", "2.0", "--reward.clip", "0"),
         *("--run.output", str(out), "--run.steps", "2", "--run.prompts_per_step", "4", "--run.save_every", "1"),
-        *("--run.keep", "1", "--parallel.tp", "2"),
+        *("--run.keep", "1", "--parallel.tp", "2", "--actor.ema_decay", "0.5", "--actor.optimizer.lr", "1e-3"),
         ranks=4,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,10 +82,37 @@ def test_function_and_reward_model_over_four_ranks(setting, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     assert AutoTokenizer.from_pretrained(out / "model").chat_template
     start = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
-    moved = [
-        not torch.equal(a, b.bfloat16().float()) for a, b in zip(model.parameters(), start.parameters(), strict=True)
-    ]
-    assert any(moved)
+    average = AutoModelForCausalLM.from_pretrained(out / "model_ema", dtype=torch.float32)
+    for a, b, c in zip(start.parameters(), average.parameters(), model.parameters(), strict=True):
+        assert (b - a).norm() < (c - a).norm()  # the average lags behind
+
+
+def test_the_table_shows_the_same_prompts_before_and_after_and_a_new_run_keeps_the_old_one_aside(setting, tmp_path):
+    """The first prompts of the data, on a resume too, even one that asks for more of them."""
+    out = tmp_path / "run"
+    given = (
+        "--reward.functions",
+        f"{setting}/rewards.py:length",
+        "--run.output",
+        str(out),
+        "--run.prompts_per_step",
+        "2",
+    )
+    done = launch(setting, *given, "--run.steps", "2", "--actor.optimizer.lr", "0", "--run.log")
+    assert done.returncode == 0, done.stderr
+    before = json.loads((out / "before.json").read_text())
+    assert len(before) == 2
+    rows = [line for line in done.stdout.splitlines() if "count to" in line]
+    assert len(rows) == 2 and all(prompt in row for (prompt, *_), row in zip(before, rows, strict=True))
+    for row in rows:  # at a learning rate of 0 the same prompt gets the same score
+        assert len(set(re.findall(r"[+-]\d+\.\d\d", row))) == 1, row
+    done = launch(setting, "--resume", str(out), "--run.steps", "3", "--run.show", "4")
+    assert done.returncode == 0, done.stderr
+    assert "steps = 3" in (out / "config.toml").read_text()
+    done = launch(setting, *given, "--run.steps", "1", "--run.log")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]
+    assert {path.name for path in (out / "checkpoints_of_the_run_before").iterdir()} == {"step_2", "step_3"}
 
 
 def test_a_reward_that_turns_to_nan_stops_the_run_and_keeps_its_checkpoints(setting, tmp_path):
