@@ -156,7 +156,7 @@ def test_gae(kernels, lengths, kept):
 def sanitized(library: Path, what: str) -> subprocess.CompletedProcess:
     """This file's tests on `library` in a process that has the sanitizers' runtime."""
     runtime = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     env = os.environ | {
