@@ -1,11 +1,13 @@
 """The decoder against transformers: logits of random small models and of the real SmolLM2, alone and under tp, pp."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from harness import run_ranks
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
@@ -19,16 +21,6 @@ from trialign.models.decoder import Decoder
 from trialign.models.hf import load_hf
 
 SMOLLM2 = Path(os.environ.get("TRIALIGN_SMOLLM2", "models_hf/SmolLM2-135M-Instruct")).absolute()
-QUESTIONS = [
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-    "How do I boil an egg?",
-    "Who wrote Hamlet, and when?",
-    "Give me three uses for an old newspaper.",
-    "Why is the sky blue? Answer as if I were five years old, please, and do not use the word light.",
-    "12 + 30 =",
-    "Translate to German: good morning",
-]
 
 
 def rank_logits(rank: int, world: int, folder: Path, prompts: list[list[int]], tp: int, pp: int, dtype: torch.dtype):
@@ -71,12 +63,16 @@ def test_logits_are_transformers(tmp_path, tp, pp, tied):
 
 @pytest.fixture(scope="module")
 def questions() -> list[list[int]]:
+    """The first eight prompts of the demo, as its config puts them to the model."""
     if not SMOLLM2.is_dir():
         pytest.skip("no SmolLM2-135M-Instruct folder (make test makes it)")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    with open(ROOT / "launch" / "data" / "prompts.jsonl", encoding="utf-8") as file:
+        prompts = [json.loads(next(file))["prompt"] for _ in range(8)]
+    system = {"role": "system", "content": "Answer briefly."}
+    chats = [[system, {"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
@@ -89,8 +85,7 @@ def exact(questions) -> Tensor:
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2)])
 def test_smollm2_logits_are_transformers(questions, exact, tp, pp):
     got = last_stage(run_ranks(rank_logits, tp * pp, SMOLLM2, questions, tp, pp, torch.float32, timeout=180))
-    # transformers' own fp32 is 9e-5 from its float64 here, on logits of up to 30: 1e-4 and 1e-5 of their size.
-    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-4)
+    assert (got - exact).abs().max().item() < 1e-4
 
 
 def test_smollm2_in_bf16_is_as_near_as_transformers_is(questions, exact):
