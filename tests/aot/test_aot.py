@@ -33,5 +33,5 @@ def test_compiles_clean(spec, config, arch):
 def test_a_spill_is_seen():
     """Four warps cannot hold a 128 x 128 backward of attention: the check must be able to fail."""
     spec = dict(specs())["attention.dkv"]
-    greedy = spec.configs[-1] | {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4}
+    greedy = spec.configs[0] | {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4}
     assert compile_kernel(spec, greedy, "sm_80").spilled > 0
