@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import tyro
-from trialign.models.hf import export_checkpoint
+from trialign.models.export import export_checkpoint
 
 
 @dataclass(frozen=True)

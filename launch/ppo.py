@@ -34,7 +34,8 @@ from trialign.engine.mesh import Mesh
 from trialign.engine.phases import Phases, forward_flops, matmul_peak
 from trialign.engine.rollout.generate import Generator
 from trialign.models.config import ModelConfig
-from trialign.models.hf import assets, export_checkpoint, stop_ids
+from trialign.models.export import assets, export_checkpoint
+from trialign.models.hf import stop_ids
 from world import is_main, mesh_of, rank_prefix, world_size
 
 

@@ -26,8 +26,27 @@ _FIXED: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Mixture-of-experts layers: `experts` MLPs of `ffn_size`, of which each token takes `top_k`."""
+
+    experts: int
+    top_k: int
+    ffn_size: int
+    normalise: bool = True
+    """divide the chosen experts' weights by their sum"""
+    shared_ffn_size: int = 0
+    """one more MLP that every token takes (Qwen2-MoE); 0 for none"""
+    dense_layers: tuple[int, ...] = ()
+    """layers that have a plain MLP of the model's ffn_size instead"""
+    aux_coef: float = 0.0
+    """weight of the load-balancing loss"""
+    z_coef: float = 0.0
+    """weight of the router's z-loss"""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a decoder of the LLaMA family (https://arxiv.org/abs/2302.13971), under trialign's names."""
+    """Sizes and variants of a decoder (https://arxiv.org/abs/2302.13971 and its kin), under trialign's names."""
 
     architecture: str
     vocab_size: int
@@ -41,6 +60,15 @@ class ModelConfig:
     norm_eps: float
     max_positions: int
     tie_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """of the attention's output projection"""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over head_dim on queries and keys, before they are turned (Qwen3)"""
+    window: int | None = None
+    """keys a query sees, itself included (Mistral); None for all"""
+    moe: MoEConfig | None = None
     initializer_range: float = 0.02
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()

@@ -52,8 +52,9 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.heads, self.kv_heads = config.num_heads // mesh.tp.size, config.num_kv_heads // mesh.tp.size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv = ColumnParallelLinear(config.hidden_size, {"q": q, "k": kv, "v": kv}, mesh, dtype)
-        self.output = RowParallelLinear(q, config.hidden_size, mesh, dtype)
+        sizes = {"q": q, "k": kv, "v": kv}
+        self.qkv = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, bias=config.qkv_bias)
+        self.output = RowParallelLinear(q, config.hidden_size, mesh, dtype, bias=config.output_bias)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,8 +69,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype):
         super().__init__()
         sizes = {"gate": config.ffn_size, "up": config.ffn_size}
-        self.gate_up = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype)
-        self.down = RowParallelLinear(config.ffn_size, config.hidden_size, mesh, dtype)
+        self.gate_up = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, bias=config.mlp_bias)
+        self.down = RowParallelLinear(config.ffn_size, config.hidden_size, mesh, dtype, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))

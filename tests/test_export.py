@@ -23,7 +23,8 @@ from trialign.engine.mesh import build_mesh
 from trialign.engine.optimizer import ShardedAdamW
 from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf import assets, export_checkpoint, export_hf, hf_name, hf_shapes, load_hf, pieces
+from trialign.models.export import assets, export_checkpoint, export_hf
+from trialign.models.hf import hf_name, hf_shapes, load_hf, pieces
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

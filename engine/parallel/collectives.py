@@ -99,6 +99,23 @@ class _ReduceFrom(torch.autograd.Function):
         return grads[0], None
 
 
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.width = axis, x.shape[-1]
+        return all_gather(x, axis, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Each rank used the whole in its own way: the gradient is the sum over the ranks.
+        return all_reduce(grads[0].contiguous(), ctx.axis).narrow(-1, ctx.axis.rank * ctx.width, ctx.width), None
+
+
+def gather_from_region(x: Tensor, axis: Axis) -> Tensor:
+    """All-gather of the last dim forward, this rank's slice of the summed gradient backward."""
+    return x if axis.size == 1 else _GatherFrom.apply(x, axis)
+
+
 def copy_to_region(x: Tensor, axis: Axis) -> Tensor:
     """Megatron's f: identity forward, all-reduce of the gradient backward."""
     return x if axis.size == 1 else _CopyTo.apply(x, axis)

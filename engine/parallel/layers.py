@@ -47,14 +47,22 @@ class ColumnParallelLinear(nn.Module):
 
     packed: Tensor | None = None  # the generator's, while the weight does not change (kernels/linear.py)
 
-    def __init__(self, in_size: int, out_sizes: Mapping[str, int], mesh: Mesh, dtype: torch.dtype):
+    def __init__(
+        self, in_size: int, out_sizes: Mapping[str, int], mesh: Mesh, dtype: torch.dtype, *, bias: bool = False
+    ):
         super().__init__()
         self.axis = mesh.tp
-        pieces = tuple(cut(mesh.tp, 0, (out, in_size), part) for part, out in out_sizes.items())
-        self.weight = sharded_parameter(Shard(pieces, "tp"), dtype=dtype, device=mesh.device)
+
+        def parameter(*more: int) -> nn.Parameter:
+            pieces = tuple(cut(mesh.tp, 0, (out, *more), part) for part, out in out_sizes.items())
+            return sharded_parameter(Shard(pieces, "tp"), dtype=dtype, device=mesh.device)
+
+        self.weight = parameter(in_size)
+        self.bias = parameter() if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(copy_to_region(x, self.axis), self.weight, self.packed)
+        y = linear(copy_to_region(x, self.axis), self.weight, self.packed)
+        return y if self.bias is None else y + self.bias
 
 
 class RowParallelLinear(nn.Module):
@@ -62,14 +70,16 @@ class RowParallelLinear(nn.Module):
 
     packed: Tensor | None = None
 
-    def __init__(self, in_size: int, out_size: int, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, in_size: int, out_size: int, mesh: Mesh, dtype: torch.dtype, *, bias: bool = False):
         super().__init__()
         self.axis = mesh.tp
         piece = cut(mesh.tp, 1, (out_size, in_size))
         self.weight = sharded_parameter(Shard((piece,), "tp"), dtype=dtype, device=mesh.device)
+        self.bias = sharded_parameter(whole(out_size), dtype=dtype, device=mesh.device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from_region(linear(x, self.weight, self.packed), self.axis)
+        y = reduce_from_region(linear(x, self.weight, self.packed), self.axis)
+        return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
