@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -370,13 +369,17 @@ class Reader:
         """The whole tensor `role/kind/weight`, on the host."""
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor {name}")
-        whole = torch.empty(0)
         described = self.tensors[name]
+        whole: Tensor | None = None
         for file, key, offset, shape in described["rectangles"]:
             self.check(file)
+            # Opened anew for every rectangle: pages of a file that stays open count as memory of this process.
             with safe_open(self.path / file, "pt") as source:
                 part = source.get_tensor(key)
-            if not whole.numel():
+            if shape == described["shape"]:
+                return part
+            if whole is None:
                 whole = part.new_empty(described["shape"])
             whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = part
+        assert whole is not None, f"{name} has no rectangles"
         return whole

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine.checkpoint import Reader
-from ..engine.safetensors_io import fsync, write_tensors
+from ..engine.safetensors_io import fsync, write_stream
 from .config import HeadKind, ModelConfig
 from .hf import HEADS, INDEX, hf_shapes
 
@@ -25,46 +26,75 @@ def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
     return {prefix + p.name: p for p in found if not p.name.endswith(".index.json")}
 
 
+class Lazy(Mapping[str, Tensor]):
+    """Whole tensors by name, each made when it is asked for and not kept."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]):
+        self.names, self.read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def export_hf(
     folder: Path,
     config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, Tensor],
     asset_folder: Path,
     *,
     head: HeadKind = "lm",
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = 5 << 30,
 ) -> None:
-    """Writes a folder that transformers and vLLM load: whole, or not at all.
+    """Writes a folder that transformers and vLLM load: whole, or not at all. One tensor at a time is asked for.
 
     Args:
         folder: must not exist, or be empty.
-        tensors: (Hugging Face's name, whole tensor) in any order; one file's worth is held at a time.
+        tensors: Hugging Face's name -> whole tensor; a `Lazy` keeps a large model out of memory.
         asset_folder: where tokenizer, chat template and generation config come from.
+        shard_bytes: the largest file, unless one tensor is larger.
 
     Raises:
-        ValueError: the folder is not empty; a tensor is missing, unknown, twice or of another shape.
+        ValueError: the folder is not empty; a tensor is missing, unknown or of another shape.
         OSError: the disk is full.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not an empty folder")
+    shapes = hf_shapes(config, head)
+    missing, unknown = (list(a - b) for a, b in ((shapes.keys(), tensors.keys()), (tensors.keys(), shapes.keys())))
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing: {', '.join(sorted(missing)[:3])}")
+    if unknown:
+        raise ValueError(f"not tensors of this model: {', '.join(sorted(unknown)[:3])}")
+
+    def converted(name: str) -> Tensor:
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} {list(tensor.shape)}: expected {list(shapes[name])}")
+        return tensor.to(dtype)
+
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     aside.mkdir(parents=True)
     try:
-        sizes: list[dict[str, int]] = []  # by file: tensor -> bytes
-        for shard in _shards(tensors, hf_shapes(config, head), dtype, shard_bytes):
-            write_tensors(aside / f"{len(sizes)}", shard)
-            sizes.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
-        if len(sizes) == 1:
-            (aside / "0").rename(aside / "model.safetensors")
+        shards = _shards(shapes, dtype, shard_bytes)
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        if len(shards) == 1:
+            files = ["model.safetensors"]
         else:
-            names = [f"model-{i + 1:05d}-of-{len(sizes):05d}.safetensors" for i in range(len(sizes))]
-            for i, name in enumerate(names):
-                (aside / f"{i}").rename(aside / name)
-            places = {tensor: file for file, held in zip(names, sizes, strict=True) for tensor in held}
-            total = sum(sum(held.values()) for held in sizes)
+            places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            total = sum(map(math.prod, shapes.values())) * dtype.itemsize
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        for file, names in zip(files, shards, strict=True):
+            write_stream(aside / file, {name: (dtype, shapes[name]) for name in names}, map(converted, names))
         for name, source in assets(asset_folder).items():
             shutil.copyfile(source, aside / name)
         _write_json(aside / "config.json", config.to_hf_dict(head, str(dtype).removeprefix("torch.")))
@@ -80,27 +110,18 @@ def _write_json(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(
-    tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
-) -> Iterator[dict[str, Tensor]]:
-    """The tensors in groups of at most `shard_bytes` (or one tensor); a group is emptied before the next is filled."""
-    shard: dict[str, Tensor] = {}
+def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> list[list[str]]:
+    """The names in groups of at most `shard_bytes`, or of one tensor."""
+    shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in tensors:
-        shape = shapes.pop(name, None)
-        if shape != tuple(tensor.shape):
-            expected = "not a tensor of this model, or twice" if shape is None else f"expected {list(shape)}"
-            raise ValueError(f"{name} {list(tensor.shape)}: {expected}")
-        size = tensor.numel() * dtype.itemsize
-        if shard and filled + size > shard_bytes:
-            yield shard
-            shard.clear()
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
             filled = 0
-        shard[name] = tensor.to(dtype)
+        shards[-1].append(name)
         filled += size
-    if shapes:
-        raise ValueError(f"{len(shapes)} tensors are missing: {', '.join(list(shapes)[:3])}")
-    yield shard
+    return shards
 
 
 def export_checkpoint(
@@ -129,5 +150,5 @@ def export_checkpoint(
         reader.check(name)
     asset_folder = checkpoint / "assets" / role
     config, head = ModelConfig.from_hf(asset_folder), "score" if HEADS["score"].theirs in held else "lm"
-    tensors = ((name, reader.read(prefix + name)) for name in hf_shapes(config, head) if name in held)
+    tensors = Lazy(held, lambda name: reader.read(prefix + name))
     export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype)
