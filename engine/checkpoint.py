@@ -375,7 +375,7 @@ class Reader:
             self.check(file)
             # Opened anew for every rectangle: pages of a file that stays open count as memory of this process.
             with safe_open(self.path / file, "pt") as source:
-                part = source.get_tensor(key)
+                part: Tensor = source.get_tensor(key)
             if shape == described["shape"]:
                 return part
             if whole is None:
