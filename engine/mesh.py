@@ -1,12 +1,14 @@
 """The mesh: the grid of ranks, cut into axes. Built once, passed in; nothing else makes process groups.
 
 Ranks are laid out as [pp, dp, cp, tp] with tp fastest, so tensor parallelism stays inside a node and pipeline stages,
-which talk least, are farthest apart. Expert parallelism (ep) folds from dp: its groups are slices of the data axis.
+which talk least, are farthest apart. Expert parallelism (GShard, https://arxiv.org/abs/2006.16668) folds from dp: the
+data axis is cut into [edp, ep], ep fastest. The ranks of one ep group hold different experts and pass their tokens to
+each other; the ranks of one edp group hold the same experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -29,13 +31,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All axes as one rank sees them. `embedding` joins the first and last pipeline stage, which share tied weights."""
+    """All axes as one rank sees them. `embedding` joins the first and last pipeline stage, which share tied weights;
+    `ep` and `edp` are the inner and the outer part of `dp`."""
 
     world: Axis
     dp: Axis
     pp: Axis
     cp: Axis
     ep: Axis
+    edp: Axis
     tp: Axis
     embedding: Axis
     device: torch.device
@@ -54,40 +58,48 @@ class Mesh:
         return self.world.rank == 0
 
     def __str__(self) -> str:
-        return f"dp={self.dp.size} pp={self.pp.size} tp={self.tp.size} on {self.device.type}"
+        ep = f" ep={self.ep.size}" if self.ep.size > 1 else ""
+        return f"dp={self.dp.size}{ep} pp={self.pp.size} tp={self.tp.size} on {self.device.type}"
 
 
-def check_layout(world: int, *, tp: int, pp: int, dp: int | None = None) -> int:
+def check_layout(world: int, *, tp: int, pp: int, dp: int | None = None, ep: int = 1) -> int:
     """Size of the data axis for `world` ranks.
 
     Raises:
-        ValueError: a size below 1, or tp x pp (x dp) does not make up the world.
+        ValueError: a size below 1, tp x pp (x dp) does not make up the world, or ep does not divide dp.
     """
-    for name, size in (("tp", tp), ("pp", pp), ("dp", 1 if dp is None else dp)):
+    for name, size in (("tp", tp), ("pp", pp), ("dp", 1 if dp is None else dp), ("ep", ep)):
         if size < 1:
             raise ValueError(f"parallel.{name}={size}: must be at least 1")
     if dp is None:
         if world % (tp * pp):
             raise ValueError(f"world size {world} does not divide by tp x pp = {tp} x {pp} = {tp * pp}")
-        return world // (tp * pp)
-    if tp * pp * dp != world:
+        dp = world // (tp * pp)
+    elif tp * pp * dp != world:
         raise ValueError(f"world size {world} is not tp x pp x dp = {tp} x {pp} x {dp} = {tp * pp * dp}")
+    if dp % ep:
+        allowed = ", ".join(str(n) for n in range(1, dp + 1) if dp % n == 0)
+        raise ValueError(f"parallel.ep={ep}: experts are spread over data-parallel ranks, dp={dp}; allowed: {allowed}")
     return dp
 
 
-def build_mesh(*, tp: int = 1, pp: int = 1, dp: int | None = None, device: torch.device | str = "cpu") -> Mesh:
+def build_mesh(
+    *, tp: int = 1, pp: int = 1, dp: int | None = None, ep: int = 1, device: torch.device | str = "cpu"
+) -> Mesh:
     """Cuts the world (the initialised default group, or one process) into axes. Collective: every rank must call it.
 
     Args:
         dp: size of the data axis; None takes what tp x pp leaves.
+        ep: how many of the data ranks share one set of experts.
 
     Raises:
         ValueError: the sizes do not make up the world.
     """
     initialised = dist.is_initialized()
     world, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
-    dp = check_layout(world, tp=tp, pp=pp, dp=dp)
+    dp = check_layout(world, tp=tp, pp=pp, dp=dp, ep=ep)
     grid = torch.arange(world).view(pp, dp, 1, tp)
+    experts = grid.view(pp, dp // ep, ep, tp)
 
     def axis(name: str, lines: list[list[int]]) -> Axis:
         """Every rank makes every group in the same order; it keeps the one it lies in."""
@@ -99,16 +111,18 @@ def build_mesh(*, tp: int = 1, pp: int = 1, dp: int | None = None, device: torch
                 mine = Axis(name, len(ranks), ranks.index(rank), tuple(ranks), group)
         return mine
 
-    def along(dim: int) -> list[list[int]]:
+    def along(dim: int, grid: torch.Tensor = grid) -> list[list[int]]:
         return grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()
 
     ends = [sorted({line[0], line[-1]}) for line in along(0)]
+    data = axis("dp", along(1))
     return Mesh(
         world=Axis("world", world, rank, tuple(range(world)), dist.group.WORLD if world > 1 else None),
-        dp=axis("dp", along(1)),
+        dp=data,
         pp=axis("pp", along(0)),
         cp=axis("cp", along(2)),
-        ep=axis("ep", [[r] for r in range(world)]),
+        ep=axis("ep", along(2, experts)),
+        edp=axis("edp", along(1, experts)) if ep > 1 else replace(data, name="edp"),
         tp=axis("tp", along(3)),
         embedding=axis("embedding", ends),
         device=torch.device(device),

@@ -3,7 +3,8 @@
 Each bucket holds whole parameters back to back. Gradients are summed over micro-batches in fp32, reduce-scattered
 bucket by bucket while the last backward still runs, clipped by the norm over the whole mesh, applied to this rank's
 share of the fp32 masters, and the new weights are gathered back. One data rank is the
-same code with shares that are everything.
+same code with shares that are everything. Experts' buckets do all this over edp: the other data ranks of their ep group
+hold other experts, and have sent their tokens' gradients here already.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels.adamw import adamw_
 from .checkpoint import Entry, flat_rectangles
-from .mesh import Mesh
+from .mesh import Axis, Mesh
 from .parallel.collectives import all_gather_shards, all_reduce, reduce_scatter
 from .parallel.shard import shard_of
 
@@ -28,14 +29,23 @@ ALIGNMENT = 64  # elements: every rank's share begins on a cache line in fp32 an
 class _Bucket:
     """Some parameters of one kind, flat: weights in the compute dtype, gradients and this rank's share in fp32."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], mesh: Mesh, *, counted: bool, decayed: bool, ema: bool):
-        self.named, self.mesh, self.counted, self.decayed = named, mesh, counted, decayed
+    def __init__(
+        self,
+        named: list[tuple[str, nn.Parameter]],
+        axis: Axis,
+        device: torch.device,
+        *,
+        counted: bool,
+        decayed: bool,
+        ema: bool,
+    ):
+        self.named, self.axis, self.counted, self.decayed = named, axis, counted, decayed
         used = sum(p.numel() for _, p in named)
-        unit = mesh.dp.size * ALIGNMENT
+        unit = axis.size * ALIGNMENT
         size = -(-used // unit) * unit
         dtype = named[0][1].dtype
-        self.weights = torch.zeros(size, dtype=dtype, device=mesh.device)
-        self.grads = torch.zeros(size, dtype=torch.float32, device=mesh.device)
+        self.weights = torch.zeros(size, dtype=dtype, device=device)
+        self.grads = torch.zeros(size, dtype=torch.float32, device=device)
         self.starts: list[int] = []
         self.fresh: set[nn.Parameter] = set()  # parameters whose gradient of this step has not arrived yet
         self.reduction: dist.Work | None = None
@@ -47,8 +57,8 @@ class _Bucket:
             p.data = view
             self.starts.append(start)
             start += p.numel()
-        share = size // mesh.dp.size
-        self.mine = slice(mesh.dp.rank * share, (mesh.dp.rank + 1) * share)
+        share = size // axis.size
+        self.mine = slice(axis.rank * share, (axis.rank + 1) * share)
         mine = self.weights[self.mine]
         # Under fp32 compute the weights are their own masters.
         self.states = {"master": mine if dtype == torch.float32 else mine.float()}
@@ -65,7 +75,7 @@ class _Bucket:
         for p, view in self.grad_views():
             if p in self.fresh:  # the loss did not reach it
                 view.zero_()
-        self.reduction = reduce_scatter(self.grads[self.mine], self.grads, self.mesh.dp)
+        self.reduction = reduce_scatter(self.grads[self.mine], self.grads, self.axis)
         self.reduced = True
 
     def gather_weights(self) -> None:
@@ -73,14 +83,14 @@ class _Bucket:
         mine = self.weights[self.mine]
         if mine.dtype != torch.float32:
             mine.copy_(self.states["master"])
-        all_gather_shards(self.weights, mine, self.mesh.dp)
+        all_gather_shards(self.weights, mine, self.axis)
 
 
 class ShardedAdamW:
     """AdamW (https://arxiv.org/abs/1711.05101) with clipping over the mesh, for one model on one mesh.
 
     Args:
-        model: its parameters move into flat buckets; each must carry a shard description.
+        model: its parameters that require gradients move into flat buckets; each must carry a shard description.
         tied: the parameter shared with the other end of the pipeline (its gradients are summed), or None.
         weight_decay: applied to matrices only; norm weights and biases are not decayed.
         max_grad_norm: global L2 norm the gradient is clipped to; 0 turns clipping off.
@@ -101,23 +111,31 @@ class ShardedAdamW:
         ema_decay: float = 0.0,
         name: str = "model",
     ):
-        self.mesh, self.tied, self.name = mesh, tied, name
+        self.mesh, self.name = mesh, name
+        self.tied = tied if tied is not None and tied.requires_grad else None
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.steps = 0
         self._last_backward = False
-        kinds: dict[tuple[bool, bool, bool], list[list[tuple[str, nn.Parameter]]]] = {}
+        kinds: dict[tuple[bool, bool, bool, bool], list[list[tuple[str, nn.Parameter]]]] = {}
         # Gradients arrive from the last layer to the first: buckets fill in that order.
-        for name, p in reversed(list(model.named_parameters())):
+        for name, p in reversed([(name, p) for name, p in model.named_parameters() if p.requires_grad]):
             shard = shard_of(p)
             counted = not shard.duplicate and (shard.axis is not None or mesh.tp.rank == 0)
-            buckets = kinds.setdefault((counted, p.dim() > 1, p is tied), [[]])
+            buckets = kinds.setdefault((counted, p.dim() > 1, shard.experts, p is tied), [[]])
             if buckets[-1] and sum(q.numel() for _, q in buckets[-1]) + p.numel() > BUCKET_ELEMENTS:
                 buckets.append([])
             buckets[-1].append((name, p))
         self.buckets = [
-            _Bucket(named, mesh, counted=counted, decayed=decayed, ema=ema_decay > 0)
-            for (counted, decayed, _), lists in kinds.items()
+            _Bucket(
+                named,
+                mesh.edp if experts else mesh.dp,
+                mesh.device,
+                counted=counted,
+                decayed=decayed,
+                ema=ema_decay > 0,
+            )
+            for (counted, decayed, experts, _), lists in kinds.items()
             for named in lists
         ]
         for bucket in self.buckets:
@@ -151,7 +169,7 @@ class ShardedAdamW:
             bucket.waiting, bucket.reduced, bucket.reduction = len(bucket.named), False, None
 
     def expect_last_backward(self) -> None:
-        """From now on a bucket is reduced over the data axis as soon as all its gradients have arrived."""
+        """From now on a bucket is reduced over its data ranks as soon as all its gradients have arrived."""
         self._last_backward = True
 
     def _finish_reduction(self) -> None:
@@ -201,7 +219,7 @@ class ShardedAdamW:
             )
             if "ema" in state:
                 state["ema"].lerp_(state["master"], 1 - self.ema_decay)
-            all_gather_shards(bucket.weights, mine, self.mesh.dp)
+            all_gather_shards(bucket.weights, mine, bucket.axis)
         self.zero_grad()
         return norm
 

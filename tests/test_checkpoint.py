@@ -67,6 +67,7 @@ def mesh_of(tp: int, pp: int, dp: int, rank: int) -> Mesh:
         pp=axis("pp", pp, pp_rank),
         cp=axis("cp", 1, 0),
         ep=axis("ep", 1, 0),
+        edp=axis("edp", dp, dp_rank),
         tp=axis("tp", tp, tp_rank),
         embedding=axis("embedding", 2 if pp > 1 and pp_rank in (0, pp - 1) else 1, 0),
         device=torch.device("cpu"),

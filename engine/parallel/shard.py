@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,15 @@ class Shard:
     """`axis`: the mesh axis the parameter is cut along, None where every rank of tp holds it whole.
 
     `duplicate`: a tied copy (the head on the last pipeline stage) of another rank's tensor, counted and saved there.
+    `adapter`: not a weight of the model but of an adapter on one (engine/parallel/lora.py).
+    `experts`: only this place of ep holds these pieces: data ranks of one edp hold copies of it, not all of dp.
     """
 
     pieces: tuple[Piece, ...]
     axis: str | None = None
     duplicate: bool = False
+    adapter: bool = False
+    experts: bool = False
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:
@@ -37,3 +43,30 @@ def shard_of(parameter: nn.Parameter) -> Shard:
     shard = getattr(parameter, "shard", None)
     assert isinstance(shard, Shard), "a parameter without a shard description"
     return shard
+
+
+class Sink(Protocol):
+    """What a weight's numbers can be copied into: a view of a parameter, or a place that keeps them quantised."""
+
+    def copy_(self, source: Tensor, /) -> object: ...
+
+
+class Store(Protocol):
+    """Where the numbers of a parameter on the meta device are really kept."""
+
+    def sink(self, piece: int) -> Sink: ...
+
+
+def place(parameter: nn.Parameter, store: Store) -> None:
+    """Says that `parameter`, which must be on the meta device, only stands for what `store` keeps."""
+    assert parameter.is_meta
+    parameter.store = store  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def sinks(parameter: nn.Parameter) -> Iterator[tuple[Piece, Sink]]:
+    """Every piece of a parameter with what its numbers go into, of the piece's shape."""
+    store: Store | None = getattr(parameter, "store", None)
+    begin = 0
+    for i, piece in enumerate(shard_of(parameter).pieces):
+        yield piece, parameter.data[begin : begin + piece.shape[0]] if store is None else store.sink(i)
+        begin += piece.shape[0]
