@@ -3,13 +3,20 @@
     W[n, k] = absmax[n, k // block] * TABLE[code[n, k]],   y = x W^T,   dx = dy W       (W itself is frozen)
 Two codes share a byte, the even column in the high half. TABLE holds 16 quantiles of a normal distribution, scaled to
 [-1, 1], with an exact zero (appendix E of the paper).
+
+Double quantisation (section 3 of the paper) holds the scales themselves in 8 bits, by groups of 256 along the flattened
+weight:   absmax[i] = group[i // 256] * DYNAMIC[scale_code[i]] + offset,   offset the mean of all scales of the weight.
+DYNAMIC is the 8-bit type with a sign, a decimal exponent in unary and a linear fraction in the bits that are left
+(https://arxiv.org/abs/1511.04561). Together 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ._rt import Spec, cdiv, jit, precision, tl, uses_triton
 
@@ -19,11 +26,29 @@ TABLE = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64  # weights that share a scale
+GROUP = 256  # scales that share a scale of their own
 
 
 @functools.cache
 def _table(device: torch.device) -> torch.Tensor:
     return torch.tensor(TABLE, device=device)
+
+
+@functools.cache
+def _pairs(device: torch.device) -> torch.Tensor:
+    """[256, 2] fp32: the two values each byte of codes stands for; one look-up a byte is half the work."""
+    return torch.cartesian_prod(torch.tensor(TABLE), torch.tensor(TABLE)).to(device)
+
+
+@functools.cache
+def _dynamic(device: torch.device) -> torch.Tensor:
+    """DYNAMIC, [256] fp32, ascending: 0, 1 and ±10^(e-6) times the middles of 2^e equal parts of [0.1, 1], e = 0..6."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        for part in range(1 << exponent):
+            middle = (0.1 + 0.9 * (part + 0.5) / (1 << exponent)) * 10.0 ** (exponent - 6)
+            values += [middle, -middle]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,8 +72,40 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight [n, k] in `dtype` that `quantize_nf4`'s codes and scales stand for."""
     n, half = codes.shape
-    values = _table(codes.device)[torch.stack((codes >> 4, codes & 15), 2).long()].view(n, -1, BLOCK)
+    values = _pairs(codes.device).index_select(0, codes.flatten().int()).view(n, half * 2 // BLOCK, BLOCK)
     return (values * absmax[:, :, None]).view(n, 2 * half).to(dtype)
+
+
+def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Double quantisation of a whole weight's scales [n, k / 64] fp32.
+
+    Returns:
+        codes [n, k / 64] uint8, each scale to its nearest entry of DYNAMIC; groups [ceil(n k / 64 / 256)] fp32; offset,
+        a single fp32.
+    """
+    offset = absmax.mean()
+    flat = torch.nn.functional.pad((absmax - offset).flatten(), (0, -absmax.numel() % GROUP)).view(-1, GROUP)
+    groups = flat.abs().amax(1)
+    scaled = flat / groups.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    table = _dynamic(absmax.device)
+    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes.flatten()[: absmax.numel()].view_as(absmax), groups, offset
+
+
+def dequantize_scales(
+    codes: torch.Tensor, groups: torch.Tensor, offset: torch.Tensor, start: tuple[int, int] = (0, 0), width: int = 0
+) -> torch.Tensor:
+    """The scales fp32 that `quantize_scales`'s results stand for, of a rectangle of the whole weight.
+
+    Args:
+        codes: [rows, cols] uint8, the rectangle of the scales that begins at `start`.
+        groups: of the whole weight.
+        width: columns of the whole weight's scales (0: those of `codes`).
+    """
+    rows, cols = codes.shape
+    first = (torch.arange(rows, device=codes.device) + start[0]) * (width or cols) + start[1]  # [rows]
+    group = (first[:, None] + torch.arange(cols, device=codes.device)) // GROUP  # [rows, cols]
+    return torch.addcmul(offset, groups[group], _dynamic(codes.device)[codes.int()])
 
 
 def nf4_linear_ref(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -169,12 +226,34 @@ _op.register_autograd(
 )
 
 
-def nf4_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+class _Unpacking(torch.autograd.Function):
+    """The product with scales that are unpacked in the forward and again in the backward, and not kept between."""
+
+    @staticmethod
+    def forward(ctx, x, codes, absmax):
+        ctx.save_for_backward(codes)
+        ctx.absmax = absmax
+        return _op(x, codes, absmax())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _op_backward(grad, ctx.saved_tensors[0], ctx.absmax()), None, None
+
+
+def nf4_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
     """x [..., k] times the transposed NF4 weight [n, k]: [..., n] in x's dtype, differentiable in x.
 
-    codes [n, k / 2] uint8 and absmax [n, k / 64] fp32 as `quantize_nf4` gives them. Raises ValueError when they do not
-    fit x.
+    codes [n, k / 2] uint8 and absmax [n, k / 64] fp32 as `quantize_nf4` gives them; a function in place of absmax is
+    called for it in the forward and in the backward, so that nothing between holds the scales in fp32. Raises
+    ValueError when they do not fit x.
     """
-    if x.shape[-1] != 2 * codes.shape[1] or absmax.shape != (codes.shape[0], x.shape[-1] // BLOCK):
-        raise ValueError(f"x {list(x.shape)} does not fit codes {list(codes.shape)} and scales {list(absmax.shape)}")
-    return _op(x.reshape(-1, x.shape[-1]).contiguous(), codes, absmax).unflatten(0, x.shape[:-1])
+    scales = absmax if isinstance(absmax, torch.Tensor) else None
+    if x.shape[-1] != 2 * codes.shape[1] or (
+        scales is not None and scales.shape != (codes.shape[0], x.shape[-1] // BLOCK)
+    ):
+        held = "" if scales is None else f" and scales {list(scales.shape)}"
+        raise ValueError(f"x {list(x.shape)} does not fit codes {list(codes.shape)}{held}")
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = _op(rows, codes, scales) if scales is not None else _Unpacking.apply(rows, codes, absmax)
+    return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])

@@ -6,7 +6,8 @@ forward. Parameters are uninitialised until models/hf.py fills them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -23,7 +24,8 @@ from ..engine.parallel.layers import (
     sharded_parameter,
     whole,
 )
-from ..engine.parallel.shard import Shard
+from ..engine.parallel.lora import LoRA, adapted_linears
+from ..engine.parallel.shard import Shard, shard_of
 from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope
@@ -47,14 +49,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
         self.head_dim = config.head_dim
         self.heads, self.kv_heads = config.num_heads // mesh.tp.size, config.num_kv_heads // mesh.tp.size
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes = {"q": q, "k": kv, "v": kv}
-        self.qkv = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, bias=config.qkv_bias)
-        self.output = RowParallelLinear(q, config.hidden_size, mesh, dtype, bias=config.output_bias)
+        self.qkv = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, bias=config.qkv_bias, lora=lora)
+        self.output = RowParallelLinear(
+            q, config.hidden_size, mesh, dtype, bias=config.output_bias, lora=lora, target="output"
+        )
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,23 +70,24 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
         sizes = {"gate": config.ffn_size, "up": config.ffn_size}
-        self.gate_up = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, bias=config.mlp_bias)
-        self.down = RowParallelLinear(config.ffn_size, config.hidden_size, mesh, dtype, bias=config.mlp_bias)
+        options = {"bias": config.mlp_bias, "lora": lora}
+        self.gate_up = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, **options)
+        self.down = RowParallelLinear(config.ffn_size, config.hidden_size, mesh, dtype, **options, target="down")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
-        self.attention = Attention(config, mesh, dtype)
+        self.attention = Attention(config, mesh, dtype, lora)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
-        self.mlp = MLP(config, mesh, dtype)
+        self.mlp = MLP(config, mesh, dtype, lora)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -108,6 +113,7 @@ class Decoder(nn.Module):
     Args:
         head: "lm" predicts tokens; "score" gives one number a token (critic, reward model).
         recompute: keep only each layer's input and run its forward again in the backward.
+        lora: adapters in the linears, and the weights frozen; a "score" head is trained in full beside them.
     """
 
     def __init__(
@@ -118,6 +124,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         head: HeadKind = "lm",
         recompute: bool = False,
+        lora: LoRA | None = None,
     ):
         super().__init__()
         self.config, self.mesh, self.dtype, self.recompute = config, mesh, dtype, recompute
@@ -126,7 +133,7 @@ class Decoder(nn.Module):
         numbers = range(mesh.pp.rank * share, (mesh.pp.rank + 1) * share)
         vocab_by_hidden = (config.vocab_size, config.hidden_size)
         self.embedding = VocabParallelEmbedding(*vocab_by_hidden, mesh, dtype) if mesh.is_first_stage else None
-        self.layers = nn.ModuleDict({str(i): Layer(config, mesh, dtype) for i in numbers})
+        self.layers = nn.ModuleDict({str(i): Layer(config, mesh, dtype, lora) for i in numbers})
         self.norm = self.head = None
         if mesh.is_last_stage:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
@@ -135,6 +142,11 @@ class Decoder(nn.Module):
             self.head = Head(rows if head == "lm" else whole(1, config.hidden_size), mesh, dtype)
             if tied and self.embedding is not None:
                 self.head.weight = self.embedding.weight
+        if lora is not None:
+            for parameter in self.parameters():
+                parameter.requires_grad_(shard_of(parameter).adapter)
+            if self.head is not None and head == "score":
+                self.head.requires_grad_(True)
         # In fp32 as the published models were trained: at large positions float64 would turn by other angles.
         exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
         inverse = (1.0 / config.rope_theta**exponents).to(mesh.device)
@@ -153,6 +165,18 @@ class Decoder(nn.Module):
         module = self.embedding if self.embedding is not None else self.head
         assert module is not None
         return module.weight
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Within, the model is the one its adapters were put on. Nothing changes where it has none."""
+        linears = adapted_linears(self)
+        try:
+            for linear_ in linears:
+                linear_.adapted = False
+            yield
+        finally:
+            for linear_ in linears:
+                linear_.adapted = True
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Runs this stage.

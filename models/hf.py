@@ -1,105 +1,163 @@
-"""Hugging Face folders: one table says which of their tensors a parameter's piece is; load and export both read it."""
+"""Hugging Face folders: the family's table says where in their tensors a parameter's piece lies; load and export read it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..engine.parallel.shard import Piece, shard_of
+from ..engine.parallel.shard import Piece, shard_of, sinks
 from ..engine.safetensors_io import DTYPES
 from .config import HeadKind, ModelConfig
 from .decoder import Decoder
+from .families.family import Row
 
 INDEX = "model.safetensors.index.json"
 
 
-# Numbers of a config that change the computation, most of them without changing every tensor's shape.
-_COMPUTED = "vocab_size hidden_size ffn_size num_layers num_heads num_kv_heads head_dim rope_theta norm_eps".split()
+# What a config says that changes neither a tensor's place nor a number computed with it.
+_FREE = {"architecture", "initializer_range", "bos_id", "eos_ids", "pad_id", "max_positions", "tie_embeddings"}
 
-
-@dataclass(frozen=True)
-class Row:
-    """One weight: our parameter and part of it, Hugging Face's name, the whole tensor's dims as keys of `_sizes`."""
-
-    ours: str
-    part: str
-    theirs: str
-    shape: str
-
-
-LLAMA = (
-    Row("embedding.weight", "", "model.embed_tokens.weight", "vocab hidden"),
-    Row("layers.{i}.attention_norm.weight", "", "model.layers.{i}.input_layernorm.weight", "hidden"),
-    Row("layers.{i}.attention.qkv.weight", "q", "model.layers.{i}.self_attn.q_proj.weight", "q hidden"),
-    Row("layers.{i}.attention.qkv.weight", "k", "model.layers.{i}.self_attn.k_proj.weight", "kv hidden"),
-    Row("layers.{i}.attention.qkv.weight", "v", "model.layers.{i}.self_attn.v_proj.weight", "kv hidden"),
-    Row("layers.{i}.attention.output.weight", "", "model.layers.{i}.self_attn.o_proj.weight", "hidden q"),
-    Row("layers.{i}.mlp_norm.weight", "", "model.layers.{i}.post_attention_layernorm.weight", "hidden"),
-    Row("layers.{i}.mlp.gate_up.weight", "gate", "model.layers.{i}.mlp.gate_proj.weight", "ffn hidden"),
-    Row("layers.{i}.mlp.gate_up.weight", "up", "model.layers.{i}.mlp.up_proj.weight", "ffn hidden"),
-    Row("layers.{i}.mlp.down.weight", "", "model.layers.{i}.mlp.down_proj.weight", "hidden ffn"),
-    Row("norm.weight", "", "model.norm.weight", "hidden"),
-)
 HEADS: dict[HeadKind, Row] = {
     "lm": Row("head.weight", "", "lm_head.weight", "vocab hidden"),
     "score": Row("head.weight", "", "score.weight", "one hidden"),
 }
-TIED = LLAMA[0].theirs  # a tied head is this tensor and has none of its own
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one whole part of our parameters lies in a folder: rows of a tensor, all of them unless it is fused.
+
+    `name` is the tensor's, with the part's behind "#" where the tensor is fused: checkpoints hold the parts singly.
+    """
+
+    name: str
+    tensor: str
+    start: int
+    shape: tuple[int, ...]
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
-    return {
+    sizes = {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
         "q": config.num_heads * config.head_dim,
         "kv": config.num_kv_heads * config.head_dim,
+        "head": config.head_dim,
         "ffn": config.ffn_size,
         "one": 1,
     }
+    if config.moe is not None:
+        moe = config.moe
+        sizes |= {"experts": moe.experts, "expert_ffn": moe.ffn_size, "shared": moe.shared_ffn_size}
+    return sizes
 
 
 @cache
-def _names(config: ModelConfig, head: HeadKind) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
-    """(our parameter, part) -> (Hugging Face's name, whole shape), the table written out for all layers."""
-    sizes, names = _sizes(config), {}
-    for row in (*LLAMA, HEADS[head]):
+def places(config: ModelConfig, head: HeadKind = "lm") -> dict[tuple[str, str], Place]:
+    """(our parameter, part) -> its place: the family's table written out for all layers, one layer after the other."""
+    table, sizes = config.family.table(config), _sizes(config)
+    found: dict[tuple[str, str], Place] = {}
+    filled: dict[str, int] = {}  # rows of each tensor so far
+
+    def add(row: Row, i: int = 0) -> None:
         shape = tuple(sizes[dim] for dim in row.shape.split())
-        for i in range(config.num_layers if "{i}" in row.ours else 1):
-            names[row.ours.format(i=i), row.part] = row.theirs.format(i=i), shape
+        for e in range(sizes["experts"] if "{e}" in row.part else 1):
+            part, tensor = row.part.format(e=e), row.theirs.format(i=i, e=e)
+            start = filled.get(tensor, 0)
+            filled[tensor] = start + shape[0]
+            found[row.ours.format(i=i), part] = Place(f"{tensor}#{part}", tensor, start, shape)
+
+    embedding = next(row for row in table if row.ours == "embedding.weight")
+    add(embedding)
+    for i in range(config.num_layers):
+        sparse = config.moe is not None and i not in config.moe.dense_layers
+        for row in table:
+            if "{i}" in row.ours and row.layers in ("all", "moe" if sparse else "dense"):
+                add(row, i)
+    for row in table:
+        if "{i}" not in row.ours and row is not embedding:
+            add(row)
+    for key, place in found.items():
+        if filled[place.tensor] == place.shape[0]:  # a tensor of its own
+            found[key] = replace(place, name=place.tensor)
     if head == "lm" and config.tie_embeddings:
-        names[HEADS["lm"].ours, ""] = names[LLAMA[0].ours, ""]
-    return names
+        found[HEADS["lm"].ours, ""] = found["embedding.weight", ""]
+    else:
+        row = HEADS[head]
+        shape = tuple(sizes[dim] for dim in row.shape.split())
+        found[row.ours, ""] = Place(row.theirs, row.theirs, 0, shape)
+    return found
 
 
 def hf_name(parameter: str, part: str, config: ModelConfig, head: HeadKind = "lm") -> str:
-    """Hugging Face's name of a part of our parameter; a tied head's is the embedding's."""
-    return _names(config, head)[parameter, part][0]
+    """Hugging Face's name of a part of our parameter, with "#part" where the tensor is fused; a tied head's is the
+    embedding's."""
+    return places(config, head)[parameter, part].name
 
 
 def hf_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[int, ...]]:
     """Every tensor of a folder with this config and head, in the table's order: name -> shape."""
-    return dict(_names(config, head).values())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place in dict.fromkeys(places(config, head).values()):
+        rows = place.start + place.shape[0]
+        shapes[place.tensor] = (max(rows, shapes.get(place.tensor, (0,))[0]), *place.shape[1:])
+    return shapes
 
 
-def pieces(model: Decoder) -> Iterator[tuple[str, Piece, Tensor]]:
-    """Every piece of every parameter of this stage: (Hugging Face's name, rectangle, view of the parameter).
+def part_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[int, ...]]:
+    """The same with the parts of fused tensors singly, as checkpoints hold them: name as `hf_name` gives it -> shape."""
+    return {place.name: place.shape for place in places(config, head).values()}
 
-    A tied head that is a copy (pp > 1) comes under the embedding's name too.
+
+class Fused(Mapping[str, Tensor]):
+    """Whole tensors by name with the parts of fused ones ("tensor#part") put together, when each is asked for."""
+
+    def __init__(self, parts: Mapping[str, Tensor], config: ModelConfig, head: HeadKind = "lm"):
+        needed: dict[str, list[str]] = {}
+        for place in dict.fromkeys(places(config, head).values()):
+            if place.name != place.tensor:
+                needed.setdefault(place.tensor, []).append(place.name)
+        self.parts = parts
+        self.joined = {tensor: names for tensor, names in needed.items() if all(name in parts for name in names)}
+        taken = {name for names in self.joined.values() for name in names}
+        self.names = [*(name for name in parts if name not in taken), *self.joined]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.joined:
+            return torch.cat([self.parts[part] for part in self.joined[name]])
+        return self.parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def pieces(model: Decoder) -> Iterator[tuple[str, Piece, Any]]:
+    """Every piece of every weight of this stage, adapters left out: (name as `hf_name` gives it, rectangle, numbers).
+
+    The numbers are a view of the parameter, or a `Sink` that quantises what is copied into it. A tied head that is a
+    copy (pp > 1) comes under the embedding's name too.
     """
+    for place, piece, sink in _placed(model):
+        yield place.name, piece, sink
+
+
+def _placed(model: Decoder) -> Iterator[tuple[Place, Piece, Any]]:
+    table = places(model.config, model.kind)
     for name, parameter in model.named_parameters():
-        begin = 0
-        for piece in shard_of(parameter).pieces:
-            view = parameter.data[begin : begin + piece.shape[0]]
-            yield hf_name(name, piece.part, model.config, cast("HeadKind", model.kind)), piece, view
-            begin += piece.shape[0]
+        if not shard_of(parameter).adapter:
+            for piece, sink in sinks(parameter):
+                yield table[name, piece.part], piece, sink
 
 
 def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "zero", "normal"] = "refuse") -> None:
@@ -121,16 +179,15 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
         raise ValueError(f"{folder}: {config.architecture} has a score head; a language model needs lm_head.weight")
     fresh = model.kind == "score" and config.head == "lm"
     if fresh and new_head == "refuse":
-        raise ValueError(
-            f"{folder}: {config.architecture} has no score.weight; expected LlamaForSequenceClassification"
-        )
+        expected = next(name for name, kind in config.family.architectures.items() if kind == "score")
+        raise ValueError(f"{folder}: {config.architecture} has no score.weight; expected {expected}")
     found = _tensors(folder)
     _same_tensors(found, config, folder)
 
-    todo: dict[str, list[tuple[str, Piece, Tensor]]] = {}
-    for name, piece, view in pieces(model):
-        if not (fresh and name == HEADS["score"].theirs):
-            todo.setdefault(found[name][0], []).append((name, piece, view))
+    todo: dict[str, list[tuple[Place, Piece, Any]]] = {}
+    for place, piece, view in _placed(model):
+        if not (fresh and place.tensor == HEADS["score"].theirs):
+            todo.setdefault(found[place.tensor][0], []).append((place, piece, view))
         elif new_head == "zero":
             view.zero_()
         else:
@@ -138,16 +195,22 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
             view.copy_(draws / (config.hidden_size + 1))
     for file, parts in todo.items():
         with safe_open(folder / file, "pt") as source:
-            for name, piece, view in parts:
-                cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
-                view.copy_(source.get_slice(name)[cut])
+            for place, piece, view in parts:
+                offset = (place.start + piece.offset[0], *piece.offset[1:])
+                cut = tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))
+                view.copy_(source.get_slice(place.tensor)[cut])
 
 
 def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None:
+    if found.family is not expected.family:
+        raise ValueError(f"{folder}: a {found.family.name} model, expected {expected.family.name}")
     both_lm = found.head == expected.head == "lm"
-    for key in (*_COMPUTED, *(["tie_embeddings"] if both_lm else [])):
-        if getattr(found, key) != getattr(expected, key):
-            raise ValueError(f"{folder}: {key}={getattr(found, key)}, the model has {getattr(expected, key)}")
+    for key in (*(f.name for f in fields(ModelConfig) if f.name not in _FREE), *["tie_embeddings"] * both_lm):
+        theirs, ours = getattr(found, key), getattr(expected, key)
+        if key == "moe" and theirs is not None and ours is not None:  # a run may weigh the router's losses as it likes
+            theirs = replace(theirs, aux_coef=ours.aux_coef, z_coef=ours.z_coef)
+        if theirs != ours:
+            raise ValueError(f"{folder}: {key}={theirs}, the model has {ours}")
 
 
 def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -161,9 +224,7 @@ def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise ValueError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
         files = sorted(set(promised.values()))
     else:
-        others = sorted(p.name for suffix in ("bin", "pt", "pth", "gguf") for p in folder.glob(f"*.{suffix}"))
-        only = f" (only safetensors are read, found {', '.join(others)})" if others else ""
-        raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{only}")
+        raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{_other_formats(folder)}")
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         if not (folder / file).is_file():
@@ -185,11 +246,23 @@ def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
+def _other_formats(folder: Path) -> str:
+    """What else lies in the folder and how it becomes safetensors."""
+    pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
+    if pickles:
+        return (
+            f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one runs what it says. Convert"
+            " them where you trust them: AutoModelForCausalLM.from_pretrained(folder, dtype='auto')"
+            ".save_pretrained(new_folder) of transformers writes safetensors)"
+        )
+    return ""
+
+
 def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, folder: Path) -> None:
     """The folder holds exactly the tensors of its own config."""
     expected = hf_shapes(config, config.head)
     tied = config.head == "lm" and config.tie_embeddings
-    head = HEADS["lm"].theirs
+    head, embedding = HEADS["lm"].theirs, places(config)["embedding.weight", ""].tensor
     missing = [name for name in expected if name not in found]
     # Old files carry the rotary frequencies, which follow from rope_theta.
     extra = [
@@ -204,9 +277,9 @@ def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: Mode
         if found[name][1] != shape:
             raise ValueError(f"{folder}: {name} has shape {list(found[name][1])}, config.json asks for {list(shape)}")
     if tied and head in found:
-        with safe_open(folder / found[head][0], "pt") as one, safe_open(folder / found[TIED][0], "pt") as other:
-            if not torch.equal(one.get_tensor(head), other.get_tensor(TIED)):
-                raise ValueError(f"{folder}: config.json ties the embeddings, but {head} differs from {TIED}")
+        with safe_open(folder / found[head][0], "pt") as one, safe_open(folder / found[embedding][0], "pt") as other:
+            if not torch.equal(one.get_tensor(head), other.get_tensor(embedding)):
+                raise ValueError(f"{folder}: config.json ties the embeddings, but {head} differs from {embedding}")
 
 
 def stop_ids(folder: Path | str, config: ModelConfig) -> tuple[int, ...]:

@@ -15,7 +15,9 @@ from ...kernels.linear import linear
 from ...kernels.linear_logprob import linear_logprob
 from ..mesh import Axis, Mesh
 from .collectives import all_reduce, copy_to_region, reduce_from_region
-from .shard import Piece, Shard
+from .lora import AdaptedLinear, Adapter, LoRA
+from .nf4 import NF4Weight
+from .shard import Piece, Shard, place
 
 
 def sharded_parameter(shard: Shard, *, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -26,9 +28,13 @@ def sharded_parameter(shard: Shard, *, dtype: torch.dtype, device: torch.device)
     return parameter
 
 
+def _all(shape: tuple[int, ...], part: str = "") -> Piece:
+    return Piece(part, shape, (0,) * len(shape), shape)
+
+
 def whole(*shape: int) -> Shard:
     """A parameter that every rank of the tensor axis holds whole."""
-    return Shard((Piece("", shape, (0,) * len(shape), shape),))
+    return Shard((_all(shape),))
 
 
 def cut(axis: Axis, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
@@ -39,46 +45,90 @@ def cut(axis: Axis, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
     return Piece(part, shape, offset, tuple(share if d == dim else n for d, n in enumerate(shape)))
 
 
-class ColumnParallelLinear(nn.Module):
-    """y = x Wᵀ with the output features cut over tp. Fused parts (q, k, v or gate, up) are each cut, then stacked.
-
-    [tokens, in] -> [tokens, sum(out)/tp]; the input is whole on every rank.
-    """
+class _Linear(AdaptedLinear):
+    """A weight that is a parameter, or stands for one that is kept in NF4; a bias; a place for an adapter."""
 
     packed: Tensor | None = None  # the generator's, while the weight does not change (kernels/linear.py)
+    bias: nn.Parameter | None
 
-    def __init__(
-        self, in_size: int, out_sizes: Mapping[str, int], mesh: Mesh, dtype: torch.dtype, *, bias: bool = False
-    ):
+    def __init__(self, shard: Shard, bias: Shard | None, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None):
         super().__init__()
         self.axis = mesh.tp
+        self.nf4 = NF4Weight(shard, mesh.tp, mesh.device) if lora is not None and lora.quantize else None
+        device = mesh.device if self.nf4 is None else torch.device("meta")
+        self.weight = sharded_parameter(shard, dtype=dtype, device=device)
+        if self.nf4 is not None:
+            place(self.weight, self.nf4)
+        self.bias = None if bias is None else sharded_parameter(bias, dtype=dtype, device=mesh.device)
 
-        def parameter(*more: int) -> nn.Parameter:
-            pieces = tuple(cut(mesh.tp, 0, (out, *more), part) for part, out in out_sizes.items())
-            return sharded_parameter(Shard(pieces, "tp"), dtype=dtype, device=mesh.device)
+    def add_adapter(self, adapter: Adapter, mesh: Mesh, dtype: torch.dtype) -> None:
+        """Gives the layer its adapter's parameters."""
+        self.adapter = adapter
+        self.lora_a = sharded_parameter(adapter.shard_a, dtype=dtype, device=mesh.device)
+        self.lora_b = sharded_parameter(adapter.shard_b, dtype=dtype, device=mesh.device)
 
-        self.weight = parameter(in_size)
-        self.bias = parameter() if bias else None
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ by this rank's rectangle of W."""
+        return linear(x, self.weight, self.packed) if self.nf4 is None else self.nf4(x)
+
+
+class ColumnParallelLinear(_Linear):
+    """y = x Wᵀ with the output features cut over tp. Fused parts (q, k, v or gate, up) are each cut, then stacked.
+
+    [tokens, in] -> [tokens, sum(out)/tp]; the input is whole on every rank. Parts that `lora` targets by name get an
+    adapter.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        out_sizes: Mapping[str, int],
+        mesh: Mesh,
+        dtype: torch.dtype,
+        *,
+        bias: bool = False,
+        lora: LoRA | None = None,
+    ):
+        def shard(*more: int) -> Shard:
+            return Shard(tuple(cut(mesh.tp, 0, (out, *more), part) for part, out in out_sizes.items()), "tp")
+
+        super().__init__(shard(in_size), shard() if bias else None, mesh, dtype, lora)
+        parts = [part for part in out_sizes if lora is not None and part in lora.targets]
+        if lora is not None and parts:
+            pieces = {p: (_all((lora.rank, in_size), p), cut(mesh.tp, 0, (out_sizes[p], lora.rank), p)) for p in parts}
+            outputs = {part: out // mesh.tp.size for part, out in out_sizes.items()}
+            self.add_adapter(Adapter(lora, outputs, pieces, "out", mesh.tp), mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(copy_to_region(x, self.axis), self.weight, self.packed)
+        y = self.with_adapter(self.product(copy_to_region(x, self.axis)), x)
         return y if self.bias is None else y + self.bias
 
 
-class RowParallelLinear(nn.Module):
-    """y = x Wᵀ with the input features cut over tp: [tokens, in/tp] -> [tokens, out], summed over tp."""
+class RowParallelLinear(_Linear):
+    """y = x Wᵀ with the input features cut over tp: [tokens, in/tp] -> [tokens, out], summed over tp.
 
-    packed: Tensor | None = None
+    `target` is the name under which `lora` may ask for an adapter.
+    """
 
-    def __init__(self, in_size: int, out_size: int, mesh: Mesh, dtype: torch.dtype, *, bias: bool = False):
-        super().__init__()
-        self.axis = mesh.tp
-        piece = cut(mesh.tp, 1, (out_size, in_size))
-        self.weight = sharded_parameter(Shard((piece,), "tp"), dtype=dtype, device=mesh.device)
-        self.bias = sharded_parameter(whole(out_size), dtype=dtype, device=mesh.device) if bias else None
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        *,
+        bias: bool = False,
+        lora: LoRA | None = None,
+        target: str = "",
+    ):
+        shard = Shard((cut(mesh.tp, 1, (out_size, in_size)),), "tp")
+        super().__init__(shard, whole(out_size) if bias else None, mesh, dtype, lora)
+        if lora is not None and target in lora.targets:
+            pieces = {"": (cut(mesh.tp, 1, (lora.rank, in_size)), _all((out_size, lora.rank)))}
+            self.add_adapter(Adapter(lora, {"": out_size}, pieces, "in", mesh.tp), mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = reduce_from_region(linear(x, self.weight, self.packed), self.axis)
+        y = self.with_adapter(reduce_from_region(self.product(x), self.axis), x)
         return y if self.bias is None else y + self.bias
 
 

@@ -1,0 +1,99 @@
+"""The frozen weight of a parallel linear in NF4 with double quantisation (QLoRA, https://arxiv.org/abs/2305.14314).
+
+Every rank reads and quantises its own rectangle of each weight, as it is loaded: nothing is ever whole on a device in
+the weights' own type. Its codes do not depend on the layout, for a block of 64 lies in one row and no cut divides one.
+The scales' own quantisation does look at the whole weight (its mean, its groups of 256), so the ranks of tp gather the
+scales of one weight, 1/64 of its numbers, quantise them all, and keep their rectangle. So every layout multiplies by
+the same numbers, bit for bit, and they are those of the whole weight quantised at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.nf4 import BLOCK, GROUP, dequantize_nf4, dequantize_scales, nf4_linear, quantize_nf4, quantize_scales
+from ..mesh import Axis
+from .collectives import all_gather
+from .shard import Shard, Sink
+
+
+@dataclass
+class _Part:
+    """One piece's place in an NF4Weight."""
+
+    weight: NF4Weight
+    index: int
+
+    def copy_(self, source: Tensor) -> None:
+        self.weight.fill(self.index, source)
+
+
+class NF4Weight(nn.Module):
+    """The pieces of `shard`, stacked along dim 0, each cut along one dim over `axis` or not at all.
+
+    Raises:
+        ValueError: a piece's row is not a multiple of 64 weights.
+    """
+
+    def __init__(self, shard: Shard, axis: Axis, device: torch.device):
+        super().__init__()
+        self.axis, self.pieces = axis, shard.pieces
+        cols = shard.pieces[0].shape[1]
+        for piece in shard.pieces:
+            if cols % BLOCK:
+                raise ValueError(
+                    f"NF4 needs rows of a multiple of {BLOCK} weights: {list(piece.global_shape)} leaves rows of {cols}"
+                    f" on each of {axis.size} ranks of {axis.name}"
+                )
+        rows = sum(piece.shape[0] for piece in shard.pieces)
+        self.codes: Tensor  # [rows, cols / 2], two codes a byte
+        self.scales: Tensor  # [rows, cols / 64], 8-bit codes of the scales
+        self.register_buffer("codes", torch.empty(rows, cols // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.empty(rows, cols // BLOCK, dtype=torch.uint8, device=device))
+        for i, piece in enumerate(shard.pieces):
+            whole = piece.global_shape[0] * piece.global_shape[1] // BLOCK
+            # [groups of the whole weight]: 1/16384 of its numbers; and the mean of its scales
+            self.register_buffer(f"groups_{i}", torch.empty(-(-whole // GROUP), device=device))
+            self.register_buffer(f"offset_{i}", torch.empty((), device=device))
+
+    def sink(self, piece: int) -> Sink:
+        """Where the numbers of a piece go: its `copy_` quantises them."""
+        return _Part(self, piece)
+
+    def _rows(self, index: int) -> slice:
+        begin = sum(piece.shape[0] for piece in self.pieces[:index])
+        return slice(begin, begin + self.pieces[index].shape[0])
+
+    def fill(self, index: int, source: Tensor) -> None:
+        """Quantises one piece [rows, cols] from floats. Collective over the axis where the piece is cut."""
+        piece, rows = self.pieces[index], self._rows(index)
+        assert tuple(source.shape) == piece.shape, f"{list(source.shape)} for a piece of {piece.shape}"
+        codes, absmax = quantize_nf4(source.to(self.codes.device))
+        self.codes[rows] = codes
+        cut = [d for d in (0, 1) if piece.shape[d] != piece.global_shape[d]]
+        whole = all_gather(absmax, self.axis, cut[0]) if cut else absmax
+        scales, groups, offset = quantize_scales(whole)
+        top, left = piece.offset[0], piece.offset[1] // BLOCK
+        self.scales[rows] = scales[top : top + absmax.shape[0], left : left + absmax.shape[1]]
+        self.get_buffer(f"groups_{index}").copy_(groups)
+        self.get_buffer(f"offset_{index}").copy_(offset)
+
+    def absmax(self) -> Tensor:
+        """The scales unpacked, [rows, cols / 64] fp32."""
+        parts = []
+        for i, piece in enumerate(self.pieces):
+            held = self.get_buffer(f"groups_{i}"), self.get_buffer(f"offset_{i}")
+            start = piece.offset[0], piece.offset[1] // BLOCK
+            parts.append(dequantize_scales(self.scales[self._rows(i)], *held, start, piece.global_shape[1] // BLOCK))
+        return torch.cat(parts)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [rows, cols] that the codes stand for."""
+        return dequantize_nf4(self.codes, self.absmax(), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, cols] -> [n, rows]; the unpacked scales are not kept for the backward."""
+        return nf4_linear(x, self.codes, self.absmax)
