@@ -17,7 +17,7 @@ ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
 endif
 endif
 
-.PHONY: help install ppo test check lint types bench dev clean FORCE
+.PHONY: help install ppo test check vllm lint types bench dev clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,7 +55,17 @@ test: .venv/.package $(MODEL)/config.json ## the whole test suite
 	.venv/bin/pytest $(ARGS)
 	TRITON_INTERPRET=1 .venv/bin/pytest tests/test_interp_shim.py tests/test_triton_*.py
 
-check: lint types test ## what CI runs: lint, types, test
+check: lint types vllm test ## what CI runs: lint, types, vllm, test
+
+# vLLM has an environment of its own: it pins torch and a hundred others. Only tests/test_vllm.py uses it.
+vllm: .venv-vllm/.package ## .venv-vllm: vLLM for CPUs and our plugin (2.5 GB), which tests/test_vllm.py needs
+
+.venv-vllm/.package: vllm_plugin/requirements.txt vllm_plugin/pyproject.toml
+	@test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet $(if $(filter torch==2.13.0,$(TORCH)),$(TORCH),torch==2.13.0)
+	.venv-vllm/bin/pip install --quiet --no-deps --no-compile --requirement vllm_plugin/requirements.txt
+	.venv-vllm/bin/pip install --quiet --no-deps --no-build-isolation --editable vllm_plugin
+	@touch $@
 
 lint: .venv/.package
 	.venv/bin/ruff format --check .
