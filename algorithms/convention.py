@@ -6,11 +6,27 @@ TRL 1.10, verl 0.10, NeMo-RL and slime as of August 2026; tests/test_golden.py h
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from .advantages import Gaps, GroupRule, KLRule, WhitenRule
-from .segments import Aggregation
+import torch
+from torch import Tensor
+
+from ..kernels.ppo_loss import value_loss
+from .advantages import (
+    Gaps,
+    GroupRule,
+    KLRule,
+    WhitenRule,
+    gae,
+    group_advantages,
+    kl_estimate,
+    token_rewards,
+    whiten,
+)
+from .policy_loss import log_ratio, ppo_loss, sequence_log_ratio
+from .segments import Aggregation, Segments, token_weights
 
 ConventionName = Literal["trialign", "openrlhf", "trl", "verl", "nemo", "slime"]
 ALL_KINDS = ("k1", "k2", "k3", "abs")
@@ -101,3 +117,64 @@ PRESETS: dict[str, Convention] = {
     ),
 }
 assert set(PRESETS) == set(get_args(ConventionName))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One batch as a trainer saw it: what `under` puts to a convention. Samples are packed end to end."""
+
+    lengths: Tensor  # [samples] tokens of each answer
+    mask: Tensor  # [total] bool: tokens the policy wrote
+    group: Tensor  # [samples] int64: answers to one prompt share a number
+    rewards: Tensor  # [samples] fp64
+    logprobs: Tensor  # [total] fp64, of the policy that is trained
+    old_logprobs: Tensor  # [total] fp64, of the policy that sampled
+    ref_logprobs: Tensor  # [total] fp64
+    values: Tensor  # [total] fp64
+    old_values: Tensor  # [total] fp64
+
+
+def under(convention: Convention, batch: Recorded, *, kl_coef: float, clip: float) -> dict[str, float]:
+    """What a convention makes of a batch: KL, rewards, advantages and losses, each as one number.
+
+    Args:
+        kl_coef: of the KL in the reward.
+        clip: PPO's, on both sides.
+    """
+    segments = Segments.of_lengths(batch.lengths, batch.mask)
+    cu_seqlens = torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0)).int()
+    mask = batch.mask
+    weights = token_weights(segments, convention.aggregation, dtype=torch.float64)
+    rule = dataclasses.replace(convention.kl, weighted=False)
+    kl: dict[str, Tensor] = {
+        "k1": kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", rule),
+        "k3": kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k3", rule),
+    }
+    rewards = token_rewards(batch.rewards, kl["k1"], segments, kl_coef, clip=convention.reward_clip)
+    advantages, returns = gae(
+        rewards, batch.old_values, segments, cu_seqlens, convention.gamma, convention.lam, convention.gaps
+    )
+    white = whiten(advantages, segments, convention.whiten)
+    grouped = group_advantages(batch.rewards, batch.group, convention.group)
+    d = log_ratio(batch.logprobs, batch.old_logprobs, convention.log_ratio_limit)
+    dual = convention.dual_clip or None
+    values, _ = value_loss(batch.values, batch.old_values, returns, convention.value_clip or None)
+    sequences = sequence_log_ratio(d, segments, convention.gspo_gradient)
+
+    def mean(x: Tensor) -> float:
+        return x[mask].mean().item()
+
+    return {
+        "kl k1": mean(kl["k1"]),
+        "kl k3": mean(kl["k3"]),
+        "reward, summed": segments.sums(rewards).mean().item(),
+        "advantage (GAE)": mean(advantages),
+        "return": mean(returns),
+        "whitened, largest": white[mask].abs().max().item(),
+        "group advantage, largest": grouped.max().item(),
+        "group advantage, least": grouped.min().item(),
+        "policy loss (PPO)": (ppo_loss(d, white, clip, clip, dual)[0] * weights).sum().item(),
+        "policy loss (GRPO)": (ppo_loss(d, segments.spread(grouped), clip, clip, dual)[0] * weights).sum().item(),
+        "policy loss (GSPO)": (ppo_loss(sequences, segments.spread(grouped), clip, clip)[0] * weights).sum().item(),
+        "value loss": (values * convention.value_loss_factor / 0.5)[mask].mean().item(),
+    }
