@@ -49,7 +49,7 @@ class Batch:
 
     tokens: Tensor  # [total] int64
     lengths: tuple[int, ...]  # tokens of each sample
-    prompt_lengths: tuple[int, ...]  # how many of them are the prompt's, at least 1
+    mask: Tensor  # [total] bool: the targets, which are the tokens of answers; never a sample's first
     sampling_logprobs: Tensor | None = None  # [total] fp32: the sampler's
     logprobs: Tensor | None = None  # [total] fp32: the actor's before the update ("old")
     ref_logprobs: Tensor | None = None  # [total] fp32: the reference's
@@ -59,15 +59,11 @@ class Batch:
     returns: Tensor | None = None  # [total] fp32
     cu_seqlens: Tensor = field(init=False)  # [samples + 1] int32: sample i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]]
     positions: Tensor = field(init=False)  # [total] int64: place within the sample
-    mask: Tensor = field(init=False)  # [total] bool: the response's tokens
     response: Tensor = field(init=False)  # [targets] int64: where mask holds
 
     def __post_init__(self) -> None:
         total = sum(self.lengths)
-        assert len(self.lengths) == len(self.prompt_lengths) > 0, "a batch without samples"
-        assert all(0 < p <= n for p, n in zip(self.prompt_lengths, self.lengths, strict=True)), (
-            "a sample without a prompt"
-        )
+        assert self.lengths and min(self.lengths) > 0, "a batch without samples, or a sample without tokens"
         for name in _PER_TOKEN:
             value = getattr(self, name)
             assert value is None or value.shape == (total,), f"{name} is {tuple(value.shape)}, not ({total},)"
@@ -75,15 +71,14 @@ class Batch:
         lengths = torch.tensor(self.lengths)  # [samples]
         ends = lengths.cumsum(0)
         positions = torch.arange(total) - (ends - lengths).repeat_interleave(lengths)
-        mask = positions >= torch.tensor(self.prompt_lengths).repeat_interleave(lengths)
         derived = {
             "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
             "positions": positions,
-            "mask": mask,
-            "response": mask.nonzero().squeeze(1),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value.to(device))
+        object.__setattr__(self, "response", self.mask.nonzero().squeeze(1))
+        assert not self.mask[self.cu_seqlens[:-1].long()].any(), "a sample whose first token is a target"
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -115,7 +110,6 @@ class Batch:
         rows = self.rows(samples)
         return Batch(
             lengths=tuple(self.lengths[i] for i in samples),
-            prompt_lengths=tuple(self.prompt_lengths[i] for i in samples),
             **{name: value[rows] for name, value in self.per_token().items()},
         )
 
@@ -136,6 +130,7 @@ class Batch:
 
 _PER_TOKEN = (
     "tokens",
+    "mask",
     "sampling_logprobs",
     "logprobs",
     "ref_logprobs",
@@ -146,13 +141,20 @@ _PER_TOKEN = (
 )
 
 
-def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None) -> Batch:
-    """A batch of token sequences. Without prompt lengths all tokens but each first one are targets (plain text)."""
+def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None = None) -> Batch:
+    """A batch of token sequences. Without masks all tokens but each first one are targets (plain text)."""
+    if masks is None:
+        masks = [[place > 0 for place in range(len(sequence))] for sequence in sequences]
     return Batch(
         tokens=torch.tensor([token for sequence in sequences for token in sequence]),
         lengths=tuple(len(sequence) for sequence in sequences),
-        prompt_lengths=tuple(prompt_lengths) if prompt_lengths is not None else (1,) * len(sequences),
+        mask=torch.tensor([target for mask in masks for target in mask]),
     )
+
+
+def after_prompts(lengths: Sequence[int], prompt_lengths: Sequence[int]) -> list[list[bool]]:
+    """Masks of samples that are a prompt and, from there to their end, its answer."""
+    return [[place >= prompt for place in range(n)] for n, prompt in zip(lengths, prompt_lengths, strict=True)]
 
 
 def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
@@ -165,7 +167,8 @@ def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
         if not rollout.tokens or len(rollout.tokens) != len(rollout.logprobs):
             counts = f"{len(rollout.tokens)} tokens and {len(rollout.logprobs)} logprobs"
             raise ValueError(f"the answer to {rollout.prompt.source or rollout.prompt.text!r} has {counts}")
-    batch = pack([r.prompt.tokens + r.tokens for r in rollouts], [len(r.prompt.tokens) for r in rollouts])
+    samples = [r.prompt.tokens + r.tokens for r in rollouts]
+    batch = pack(samples, after_prompts([len(s) for s in samples], [len(r.prompt.tokens) for r in rollouts]))
     sampling = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], dtype=torch.float32)
     return batch.with_(sampling_logprobs=batch.spread(sampling))
 

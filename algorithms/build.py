@@ -1,8 +1,8 @@
-"""The roles of a PPO run, built on a mesh and filled from Hugging Face folders; and what a checkpoint holds of them."""
+"""Roles, built on a mesh and filled from Hugging Face folders; and what a checkpoint holds of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +13,12 @@ from ..engine.checkpoint import Entry
 from ..engine.lr import lr_at
 from ..engine.mesh import Mesh
 from ..engine.optimizer import ShardedAdamW
-from ..models.config import ModelConfig, check_layout
+from ..models.config import HeadKind, ModelConfig, check_layout
 from ..models.decoder import Decoder
 from ..models.hf import hf_name, load_hf
-from .config import OptimizerConfig, PPOConfig
+from .config import OptimizerConfig, ParallelConfig, RunConfig
 from .ppo import Roles
+from .ppo_config import PPOConfig
 from .roles import Learner, Role
 
 if TYPE_CHECKING:
@@ -43,22 +44,41 @@ def load_tokenizer(folder: str, shape: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def read_shape(folder: str, parallel: ParallelConfig, run: RunConfig, head: HeadKind | None = None) -> ModelConfig:
+    """The shape of a model's folder, checked against the layout and against what the run will write.
+
+    Args:
+        head: what the folder must hold; None takes either.
+
+    Raises:
+        ValueError: the folder is missing or unsupported, a size does not divide, or the run's export would replace it.
+    """
+    shape = ModelConfig.from_hf(folder)
+    if head is not None and shape.head != head:
+        wanted = {"lm": "a causal language model", "score": "a model with a score head"}[head]
+        raise ValueError(f"{folder} holds a {shape.architecture}: {wanted} is needed")
+    try:
+        check_layout(shape, tp=parallel.tp, pp=parallel.pp)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    exported = Path(run.folder).resolve()
+    if Path(folder).resolve() in (exported / "model", exported / "model_ema"):
+        raise ValueError(f"run.output={run.folder}: its export would replace {folder}, which the run reads")
+    return shape
+
+
 def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
-    """The shape of every folder the roles come from, checked against the layout and each other.
+    """The shape of every folder PPO's roles come from, checked against the layout and each other.
 
     Raises:
         ValueError: a folder is missing or unsupported, a size does not divide, or vocabularies differ.
     """
     folders = [config.model.path, config.model.critic or config.model.path, *config.reward.models]
-    shapes = {folder: ModelConfig.from_hf(folder) for folder in folders}
+    shapes = {folder: read_shape(folder, config.parallel, config.run) for folder in folders}
     actor = shapes[config.model.path]
     if actor.head != "lm":
         raise ValueError(f"model.path={config.model.path} holds a {actor.architecture}: the actor must predict tokens")
     for folder, shape in shapes.items():
-        try:
-            check_layout(shape, tp=config.parallel.tp, pp=config.parallel.pp)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
         if shape.vocab_size != actor.vocab_size:
             raise ValueError(
                 f"{folder}: vocab_size={shape.vocab_size}, but the actor's is {actor.vocab_size}:"
@@ -67,10 +87,6 @@ def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
     for folder in config.reward.models:
         if shapes[folder].head != "score":
             raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
-    exported = Path(config.run.folder).resolve()
-    for folder in shapes:
-        if Path(folder).resolve() in (exported / "model", exported / "model_ema"):
-            raise ValueError(f"run.output={config.run.folder}: its export would replace {folder}, which the run reads")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for folder, shape in shapes.items():
         if longest > shape.max_positions:
@@ -81,47 +97,82 @@ def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
     return shapes
 
 
+def build_decoder(
+    folder: str,
+    shape: ModelConfig,
+    mesh: Mesh,
+    dtype: str,
+    *,
+    head: HeadKind = "lm",
+    trained: bool = False,
+    recompute: bool = False,
+) -> Decoder:
+    """A model on its mesh with the weights of a folder; frozen unless it is trained.
+
+    Raises:
+        ValueError: the folder lacks a tensor or holds one of the wrong shape.
+    """
+    model = Decoder(shape, mesh, dtype=getattr(torch, dtype), head=head, recompute=trained and recompute)
+    load_hf(model, folder, new_head="normal" if trained else "refuse")
+    return model if trained else model.requires_grad_(False)
+
+
+def build_learner(
+    model: Decoder,
+    settings: OptimizerConfig,
+    updates: int,
+    *,
+    ema_decay: float = 0.0,
+    temperature: float = 1.0,
+    name: str = "actor",
+) -> Learner:
+    """A trained model with its optimizer and a schedule over `updates` steps. `name` is for messages."""
+    optimizer = ShardedAdamW(
+        model,
+        model.mesh,
+        tied=model.tied_parameter(),
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        ema_decay=ema_decay,
+        name=name,
+    )
+    return Learner(model, optimizer, schedule(settings, updates), temperature)
+
+
 def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -> Roles:
     """All four roles, colocated on one mesh, with the weights of their folders.
 
     Raises:
         ValueError: a folder lacks a tensor or holds one of the wrong shape.
     """
-    dtype = getattr(torch, config.model.dtype)
     steps, per_step = config.run.steps, config.ppo.epochs * config.ppo.minibatches
+    temperature = config.rollout.temperature
 
-    def decoder(folder: str, *, lm: bool, trained: bool) -> Decoder:
-        recompute = trained and config.parallel.recompute
-        model = Decoder(shapes[folder], mesh, dtype=dtype, head="lm" if lm else "score", recompute=recompute)
-        load_hf(model, folder, new_head="normal" if trained else "refuse")
-        return model if trained else model.requires_grad_(False)
+    def decoder(folder: str, head: HeadKind, *, trained: bool = False) -> Decoder:
+        options = {"head": head, "trained": trained, "recompute": config.parallel.recompute}
+        return build_decoder(folder, shapes[folder], mesh, config.model.dtype, **options)
 
-    def learner(model: Decoder, settings: OptimizerConfig, updates: int, ema_decay: float = 0.0) -> Learner:
-        optimizer = ShardedAdamW(
-            model,
-            mesh,
-            tied=model.tied_parameter(),
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            ema_decay=ema_decay,
-            name="actor" if model.kind == "lm" else "critic",
-        )
-        return Learner(model, optimizer, schedule(settings, updates), config.rollout.temperature)
-
-    actor = decoder(config.model.path, lm=True, trained=True)
-    critic = decoder(config.model.critic or config.model.path, lm=False, trained=True)
+    actor_steps = (steps - config.critic.warmup_steps) * per_step
+    actor, critic = config.model.path, config.model.critic or config.model.path
     return Roles(
-        actor=learner(
-            actor,
+        actor=build_learner(
+            decoder(actor, "lm", trained=True),
             config.actor.optimizer,
-            (steps - config.critic.warmup_steps) * per_step,
-            config.actor.ema_decay,
+            actor_steps,
+            ema_decay=config.actor.ema_decay,
+            temperature=temperature,
         ),
-        critic=learner(critic, config.critic.optimizer, steps * per_step),
-        reference=Role(decoder(config.model.path, lm=True, trained=False), config.rollout.temperature),
-        rewards=[Role(decoder(folder, lm=False, trained=False)) for folder in config.reward.models],
+        critic=build_learner(
+            decoder(critic, "score", trained=True),
+            config.critic.optimizer,
+            steps * per_step,
+            temperature=temperature,
+            name="critic",
+        ),
+        reference=Role(decoder(actor, "lm"), temperature),
+        rewards=[Role(decoder(folder, "score")) for folder in config.reward.models],
     )
 
 
@@ -137,9 +188,9 @@ def schedule(settings: OptimizerConfig, updates: int) -> Callable[[int], float]:
     )
 
 
-def trained_entries(roles: Roles) -> Iterator[Entry]:
-    """Masters, moments and averages of actor and critic, as a checkpoint names them."""
-    for name, learner in (("actor", roles.actor), ("critic", roles.critic)):
+def trained_entries(learners: Mapping[str, Learner]) -> Iterator[Entry]:
+    """Masters, moments and averages of every learner, as a checkpoint names them: `role/kind/weight`."""
+    for name, learner in learners.items():
         yield from learner.optimizer.entries(
             name, partial(hf_name, config=learner.model.config, head=learner.model.kind)
         )

@@ -1,14 +1,13 @@
-"""Every knob of PPO, with the default its first paper or the trainers in wide use publish.
+"""The sections that the scripts' configs share; what is one algorithm's own is in the file named after it.
 
-Where they differ the choice is said beside the knob: [P] PPO (Schulman et al. 2017), [I] InstructGPT (Ouyang et al.
-2022), [D] dual clip (Ye et al. 2020), [Z] fine-tuning from human preferences (Ziegler et al. 2019), [O] OpenRLHF,
-[V] verl. A 0 or an empty string turns a thing off where the text says so.
+Defaults are those the first paper or the trainers in wide use publish: [O] OpenRLHF, [V] verl, [T] TRL. A 0 or an
+empty string turns a thing off where the text says so.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
@@ -16,7 +15,7 @@ import tyro
 from ..engine.mesh import check_layout
 
 
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
     """Refuses an impossible value, naming it and what is allowed. NaN fails every comparison, so it is refused too."""
     if not holds:
         raise ValueError(f"{name}={value}: must be {allowed}")
@@ -24,43 +23,28 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """The four roles' weights."""
+    """The model that is trained."""
 
     path: str = ""
-    """folder in Hugging Face format, tokenizer included: the actor starts from it, the reference stays at it"""
-    critic: str = ""
-    """folder the critic's body starts from, a reward model's for instance ("": the actor's)"""
+    """folder in Hugging Face format, tokenizer included, from which training starts"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """compute type; optimizer states and master weights are float32 in any case"""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts, and text for the pretraining mix."""
+    """Rows and how they become tokens."""
 
     sources: tuple[str, ...] = ()
-    """prompts: .jsonl or .parquet files, folders saved by `datasets`, or names on the Hugging Face hub (name:split)"""
+    """.jsonl(.gz) or .parquet files, folders saved by `datasets`, or names on the Hugging Face hub (name:split)"""
     probabilities: str = ""
     """how often each source is drawn from, as 0.5,0.4,0.1 ("": all rows alike)"""
-    prompt_key: str = "prompt"
-    """column that holds the prompt: a string, or a list of {role, content} messages"""
-    max_prompt_tokens: int = 1024
-    """prompts with more tokens, template included, are counted and dropped"""
     chat_template: bool = True
-    """wrap prompts in the tokenizer's chat template; false feeds the bare text"""
+    """wrap the messages in the tokenizer's chat template; false feeds the bare text"""
     system_prompt: str = ""
-    """system message put before prompts that bring none ("": the template's own)"""
-    ptx_source: str = ""
-    """text for the pretraining mix (actor.ptx_coef), given like a source"""
-    ptx_key: str = "text"
-    """column of ptx_source that holds the text"""
-    ptx_tokens: int = 512
-    """tokens of a sequence of the pretraining mix; each minibatch takes as many sequences as it has samples"""
+    """system message put before rows that bring none ("": the template's own)"""
 
     def __post_init__(self) -> None:
-        _require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "at least 1")
-        _require(bool(self.prompt_key), "prompt_key", repr(self.prompt_key), "the name of a column")
-        _require(self.ptx_tokens >= 2, "ptx_tokens", self.ptx_tokens, "at least 2")
         self.weights()
 
     def weights(self) -> tuple[float, ...]:
@@ -80,6 +64,21 @@ class DataConfig:
         if not all(0 <= number < math.inf for number in numbers) or sum(numbers) <= 0:
             raise ValueError(f"probabilities={self.probabilities!r}: must be 0 or more, and not all 0")
         return tuple(number / sum(numbers) for number in numbers)
+
+
+@dataclass(frozen=True)
+class PromptData(DataConfig):
+    """Prompts."""
+
+    prompt_key: str = "prompt"
+    """column that holds the prompt: a string, or a list of {role, content} messages"""
+    max_prompt_tokens: int = 1024
+    """prompts with more tokens, template included, are counted and dropped"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_prompt_tokens >= 1, "max_prompt_tokens", self.max_prompt_tokens, "at least 1")
+        require(bool(self.prompt_key), "prompt_key", repr(self.prompt_key), "the name of a column")
 
 
 @dataclass(frozen=True)
@@ -104,18 +103,18 @@ class RolloutConfig:
     """sequences decoded at once on a data-parallel rank; the others wait"""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 (greedy answers explore nothing)"
         )
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         limit = self.max_new_tokens
-        _require(
+        require(
             0 <= self.min_new_tokens <= limit, "min_new_tokens", self.min_new_tokens, f"0 to max_new_tokens={limit}"
         )
         for name in ("samples_per_prompt", "kv_block", "max_running"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True)
@@ -141,15 +140,15 @@ class RewardConfig:
         count = len(self.functions) + len(self.models)
         if self.weights and len(self.weights) != count:
             raise ValueError(f"weights={self.weights}: {len(self.weights)} weights for {count} functions and models")
-        _require(all(math.isfinite(weight) for weight in self.weights), "weights", self.weights, "finite numbers")
+        require(all(math.isfinite(weight) for weight in self.weights), "weights", self.weights, "finite numbers")
         if len(set(self.functions + self.models)) != count:
             raise ValueError(f"functions={self.functions}, models={self.models}: each may be named once")
         for spec in self.functions:
             if not all(spec.rpartition(":")[::2]):
                 raise ValueError(f"functions={spec!r}: must be path/to/file.py:function or module:function")
-        _require(0 < self.time_limit < math.inf, "time_limit", self.time_limit, "above 0 (seconds)")
-        _require(0 <= self.clip < math.inf, "clip", self.clip, "0 (off) or more")
-        _require(0 <= self.missing_eos_penalty < math.inf, "missing_eos_penalty", self.missing_eos_penalty, "0 or more")
+        require(0 < self.time_limit < math.inf, "time_limit", self.time_limit, "above 0 (seconds)")
+        require(0 <= self.clip < math.inf, "clip", self.clip, "0 (off) or more")
+        require(0 <= self.missing_eos_penalty < math.inf, "missing_eos_penalty", self.missing_eos_penalty, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("tp", 1), ("pp", 1), ("dp", 0)):
-            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
 
 
 @dataclass(frozen=True)
@@ -194,112 +193,41 @@ class OptimizerConfig:
     """gradients are scaled down to this global norm (0: off)"""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.lr < math.inf, "lr", self.lr, "0 or more")
-        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "0 or more and below 1")
-        _require(0 < self.eps < math.inf, "eps", self.eps, "above 0")
+        require(0 <= self.lr < math.inf, "lr", self.lr, "0 or more")
+        require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "0 or more and below 1")
+        require(0 < self.eps < math.inf, "eps", self.eps, "above 0")
         for name in ("weight_decay", "max_grad_norm"):
-            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("warmup_ratio", "min_lr_ratio"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
 
 
 @dataclass(frozen=True)
-class ActorConfig:
-    """The policy's update."""
+class UpdateConfig:
+    """How a batch of rows becomes one optimizer step."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    clip_low: float = 0.2
-    """the ratio is clipped below 1 - clip_low [P]"""
-    clip_high: float = 0.2
-    """the ratio is clipped above 1 + clip_high; larger than clip_low lets rare tokens rise [P]"""
-    dual_clip: float = 0.0
-    """bounds the loss of a negative advantage at this many times it (0: off; the paper has 3) [D]"""
-    entropy_coef: float = 0.0
-    """entropy bonus"""
-    ema_decay: float = 0.0
-    """keeps an exponential moving average of the weights and exports it too (0: off; [O] has 0.992)"""
-    ptx_coef: float = 0.0
-    """weight of the pretraining loss mixed in, PPO-ptx (0: off; [I] has 27.8)"""
-
-    def __post_init__(self) -> None:
-        _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "above 0 and below 1")
-        _require(0 < self.clip_high < math.inf, "clip_high", self.clip_high, "above 0")
-        _require(
-            self.dual_clip == 0 or 1 < self.dual_clip < math.inf, "dual_clip", self.dual_clip, "0 (off) or above 1"
-        )
-        _require(math.isfinite(self.entropy_coef), "entropy_coef", self.entropy_coef, "a finite number")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (off) or more and below 1")
-        _require(0 <= self.ptx_coef < math.inf, "ptx_coef", self.ptx_coef, "0 (off) or more")
-
-
-@dataclass(frozen=True)
-class CriticConfig:
-    """The value function's update."""
-
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6))
-    value_clip: float = 0.5
-    """values move at most this far from their old ones (0: off) [O, V]"""
-    warmup_steps: int = 0
-    """first steps in which only the critic learns"""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.value_clip < math.inf, "value_clip", self.value_clip, "0 (off) or more")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """Advantages, KL penalty, and how a batch becomes updates."""
-
-    gamma: float = 1.0
-    """discount [I]"""
-    lam: float = 0.95
-    """GAE's lambda [P, I]; [O] and [V] have 1"""
-    kl: Literal["k1", "k2", "k3"] = "k1"
-    """estimator of the KL to the reference in the per-token reward [O]"""
-    kl_coef: float = 0.01
-    """weight of that penalty [O]; with kl_target only where it starts"""
-    kl_target: float = 0.0
-    """the weight adapts so that a sequence's KL stays near this (0: fixed; [Z] has 6)"""
-    kl_horizon: int = 10000
-    """samples over which the adaptive weight moves [Z]"""
-    whiten: bool = True
-    """advantages get mean 0 and deviation 1 over the response tokens of the global batch"""
-    epochs: int = 1
-    """passes over each batch"""
-    minibatches: int = 1
-    """optimizer steps a pass: the batch is cut into this many equal parts"""
+    batch_size: int = 128
+    """rows of a step, over all ranks [O]"""
     micro_batch_size: int = 8
-    """samples in one forward and backward of a data-parallel rank; changes speed and memory only"""
+    """rows in one forward and backward of a data-parallel rank; changes speed and memory only"""
     micro_batch_tokens: int = 0
-    """instead of a number of samples, at most this many tokens a micro-batch (0: by samples)"""
-    importance_cap: float = 0.0
-    """weights tokens by the ratio of actor to sampler, truncated here (0: off; 2 is usual)"""
+    """instead of a number of rows, at most this many tokens a micro-batch (0: by rows)"""
+    ema_decay: float = 0.0
+    """keeps an exponential moving average of the weights and exports it too (0: off)"""
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "lam"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
-        for name in ("kl_coef", "kl_target", "importance_cap"):
-            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        for name in ("kl_horizon", "epochs", "minibatches", "micro_batch_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        adapts = self.kl_target > 0
-        _require(
-            not adapts or self.kl_coef > 0, "kl_coef", self.kl_coef, f"above 0 to adapt to kl_target={self.kl_target}"
-        )
-        _require(self.micro_batch_tokens >= 0, "micro_batch_tokens", self.micro_batch_tokens, "0 (off) or more")
+        for name in ("batch_size", "micro_batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.micro_batch_tokens >= 0, "micro_batch_tokens", self.micro_batch_tokens, "0 (off) or more")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (off) or more and below 1")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The run itself."""
 
-    output: str = "runs/ppo"
+    output: str = "runs/trialign"
     """folder for logs, checkpoints and the exported model"""
-    steps: int = 100
-    """steps of the run; each answers, scores and learns from one batch"""
-    prompts_per_step: int = 128
-    """prompts of a step, over all ranks: the global batch is this many times rollout.samples_per_prompt"""
     save_every: int = 50
     """steps between checkpoints (0: only at the end)"""
     keep: int = 2
@@ -309,16 +237,13 @@ class RunConfig:
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """where metrics go beside the JSONL file"""
     seed: int = 0
-    """seeds shuffling, sampling and the value head"""
-    show: int = 4
-    """prompts answered greedily before and after, for the table at the end"""
+    """seeds shuffling, sampling and new heads"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "keep"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("save_every", "seed", "show"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(bool(self.output), "output", repr(self.output), "a folder")
+        require(self.keep >= 1, "keep", self.keep, "at least 1")
+        for name in ("save_every", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(bool(self.output), "output", repr(self.output), "a folder")
 
     @property
     def folder(self) -> str:
@@ -327,66 +252,41 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """Proximal policy optimization from rewards: actor, critic, reference and reward on one 3D-parallel mesh.
+class EpochRun(RunConfig):
+    """A run that goes over its rows in epochs."""
 
-    Where defaults come from: [P] PPO, [I] InstructGPT, [D] dual clip, [Z] Ziegler et al., [O] OpenRLHF, [V] verl.
-    """
+    epochs: int = 1
+    """passes over the rows; the last step fills up with rows of one more"""
+    steps: int = 0
+    """optimizer steps of the run, whatever the epochs (0: the epochs decide)"""
+    eval_every: int = 50
+    """steps between measurements on the held-out rows (0: only before the first step and after the last)"""
 
-    model: ModelPaths = field(default_factory=ModelPaths)
-    data: DataConfig = field(default_factory=DataConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    actor: ActorConfig = field(default_factory=ActorConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    ppo: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        for name in ("steps", "eval_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
-    @property
-    def batch_size(self) -> int:
-        """Samples of a step over all ranks."""
-        return self.run.prompts_per_step * self.rollout.samples_per_prompt
+    def total(self, rows: int, batch_size: int) -> int:
+        """Optimizer steps over `rows` rows."""
+        return self.steps or -(-self.epochs * rows // batch_size)
 
 
-def check(config: PPOConfig, world: int) -> int:
-    """Cross-checks that need no model: what must be given, and the sizes that must divide.
+def check_given(model: ModelPaths, data: DataConfig, parallel: ParallelConfig, world: int, rows: str) -> int:
+    """What every script needs: a model, rows to read, and a layout that makes up the world.
 
-    The model's own sizes (heads by tp, layers by pp) are checked by models/config.py's check_layout.
+    Args:
+        rows: what the sources hold, for the message.
 
     Returns:
         The size of the data axis.
 
     Raises:
-        ValueError: naming the knobs and numbers that do not fit.
+        ValueError: naming the knob.
     """
-    if not config.model.path:
-        raise ValueError("model.path is not given: the folder of the model to align, in Hugging Face format")
-    if not config.data.sources:
-        raise ValueError("data.sources is not given: at least one file of prompts")
-    if not config.reward.functions and not config.reward.models:
-        raise ValueError("no reward: give reward.functions, reward.models or both")
-    if config.actor.ptx_coef and not config.data.ptx_source:
-        raise ValueError(f"actor.ptx_coef={config.actor.ptx_coef} needs text to learn from: give data.ptx_source")
-    dp = check_layout(world, tp=config.parallel.tp, pp=config.parallel.pp, dp=config.parallel.dp or None)
-    samples = config.batch_size
-    parts = config.ppo.minibatches
-    batch = (
-        f"run.prompts_per_step x rollout.samples_per_prompt = {config.run.prompts_per_step} x"
-        f" {config.rollout.samples_per_prompt} = {samples} samples"
-    )
-    if samples % parts:
-        raise ValueError(f"{batch} do not divide by ppo.minibatches={parts}")
-    if samples // parts % dp:
-        raise ValueError(f"{batch} in ppo.minibatches={parts} parts of {samples // parts} do not divide by dp={dp}")
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if 0 < config.ppo.micro_batch_tokens < longest:
-        raise ValueError(
-            f"ppo.micro_batch_tokens={config.ppo.micro_batch_tokens} is less than one sample may have:"
-            f" data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
-        )
-    if config.critic.warmup_steps >= config.run.steps:
-        raise ValueError(
-            f"critic.warmup_steps={config.critic.warmup_steps} leaves the actor none of run.steps={config.run.steps}"
-        )
-    return dp
+    if not model.path:
+        raise ValueError("model.path is not given: the folder of the model to start from, in Hugging Face format")
+    if not data.sources:
+        raise ValueError(f"data.sources is not given: at least one file of {rows}")
+    return check_layout(world, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None)

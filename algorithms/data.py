@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .batch import Prompt
-from .config import DataConfig
+from .config import PromptData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ class PromptDataset:
         ValueError: a source is missing, empty or malformed, or no prompt is short enough; names file, row and key.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
+    def __init__(self, config: PromptData, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
         if config.chat_template and not tokenizer.chat_template:
             raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
         read = [_load_prompts(source, config, tokenizer) for source in config.sources]
@@ -196,7 +196,7 @@ class _Order:
         return int(self._permutation[place])
 
 
-def _load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[_Item]:
+def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenizerBase) -> list[_Item]:
     """All prompts of a source, over-long ones too, tokenised."""
     rows = list(read_rows(source))
     if not rows:
@@ -213,7 +213,7 @@ def _load_prompts(source: str, config: DataConfig, tokenizer: PreTrainedTokenize
     ]
 
 
-def _messages(where: str, row: dict[str, Any], config: DataConfig) -> list[dict[str, str]]:
+def _messages(where: str, row: dict[str, Any], config: PromptData) -> list[dict[str, str]]:
     """The prompt of a row as chat messages."""
     prompt = _column(where, row, config.prompt_key, "data.prompt_key")
     if isinstance(prompt, str):

@@ -18,3 +18,10 @@ class KLController:
         if self.target > 0:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * samples / self.horizon
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {"coef": self.coef}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.coef = state["coef"]

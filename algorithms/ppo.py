@@ -19,7 +19,7 @@ from ..engine.mesh import Mesh
 from ..kernels.gae import gae
 from ..kernels.ppo_loss import kl_estimate, policy_loss, value_loss
 from .batch import Batch, deal, micro_batches, pack, whiten
-from .config import PPOConfig
+from .ppo_config import PPOConfig
 from .roles import Learner, Role, Share, Stats, collect, target_logprobs
 
 
@@ -172,7 +172,7 @@ def update(
 
 def target_count(batch: Batch, minibatch: Minibatch) -> int:
     """Response tokens of a minibatch, over all data ranks."""
-    return sum(batch.lengths[i] - batch.prompt_lengths[i] for i in minibatch.samples)
+    return int(batch.mask[batch.rows(minibatch.samples)].sum())
 
 
 def critic_step(

@@ -9,7 +9,7 @@ from ..engine.mesh import Axis, Mesh
 from ..engine.parallel.collectives import gather_objects
 from ..engine.rollout.generate import Generator, SamplingParams
 from .batch import Batch, Prompt, Rollout
-from .config import PPOConfig, RewardConfig
+from .config import RewardConfig, RolloutConfig
 from .rewards import RewardFunction
 from .roles import Role, Share
 
@@ -24,9 +24,8 @@ def my_part(count: int, dp: Axis) -> slice:
     return slice(count * dp.rank // dp.size, count * (dp.rank + 1) // dp.size)
 
 
-def sampling_params(config: PPOConfig, stop_ids: Sequence[int]) -> SamplingParams:
+def sampling_params(rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) -> SamplingParams:
     """How the actor samples in training."""
-    rollout = config.rollout
     return SamplingParams(
         temperature=rollout.temperature,
         top_k=rollout.top_k,
@@ -34,7 +33,7 @@ def sampling_params(config: PPOConfig, stop_ids: Sequence[int]) -> SamplingParam
         max_new_tokens=rollout.max_new_tokens,
         min_new_tokens=rollout.min_new_tokens,
         stop_ids=tuple(stop_ids),
-        seed=config.run.seed,
+        seed=seed,
     )
 
 

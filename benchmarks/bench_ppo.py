@@ -20,16 +20,9 @@ import torch.distributed as dist
 import tyro
 from trialign.algorithms.batch import Prompt, from_rollouts
 from trialign.algorithms.build import build_roles, read_shapes
-from trialign.algorithms.config import (
-    AlgorithmConfig,
-    DataConfig,
-    ModelPaths,
-    ParallelConfig,
-    PPOConfig,
-    RolloutConfig,
-    RunConfig,
-)
+from trialign.algorithms.config import ParallelConfig, RolloutConfig
 from trialign.algorithms.ppo import plan, score, update, with_rewards
+from trialign.algorithms.ppo_config import AlgorithmConfig, PPOConfig, PPOData, PPOModels, PPORun
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample, sampling_params
 from trialign.engine.mesh import build_mesh
@@ -67,12 +60,12 @@ def main(bench: Bench) -> None:
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if bench.device == "cuda" else "gloo")
     config = PPOConfig(
-        model=ModelPaths(path=bench.model, dtype=bench.dtype),
-        data=DataConfig(max_prompt_tokens=bench.prompt_tokens),
+        model=PPOModels(path=bench.model, dtype=bench.dtype),
+        data=PPOData(max_prompt_tokens=bench.prompt_tokens),
         rollout=RolloutConfig(max_new_tokens=bench.new_tokens),
         parallel=ParallelConfig(tp=bench.tp, pp=bench.pp),
         ppo=AlgorithmConfig(micro_batch_size=bench.micro),
-        run=RunConfig(steps=bench.iters, prompts_per_step=bench.prompts),
+        run=PPORun(steps=bench.iters, prompts_per_step=bench.prompts),
     )
     mesh = build_mesh(tp=bench.tp, pp=bench.pp, device=bench.device)
     shapes = read_shapes(config)
@@ -83,7 +76,7 @@ def main(bench: Bench) -> None:
     load_hf(reward, bench.model, new_head="normal")
     roles.rewards.append(Role(reward))
     generator = Generator(roles.actor.model, mesh)
-    params = sampling_params(config, stop_ids=())  # no early stop
+    params = sampling_params(config.rollout, stop_ids=(), seed=config.run.seed)  # no early stop
     random = torch.Generator().manual_seed(0)
     phases = Phases(mesh.device, mesh.world.size, peak=matmul_peak(dtype, mesh.device))
     history = []

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 Backend = Literal["tensorboard", "wandb"]
+REWARD_AND_KL = {"reward": "reward {:+.3f}", "kl": "KL {:.3f}"}
 
 
 class MetricLog:
@@ -127,16 +128,26 @@ def _start_wandb(folder: Path, start_step: int, config: Mapping[str, Any]) -> An
 class Progress:
     """How the run goes, in one place: a live bar on a terminal, a line a step elsewhere.
 
-    Shows reward, KL and tokens/s out of each step's metrics ("reward", "kl", "tokens_per_s"), and how the reward went.
+    Shows some of each step's metrics, those that it has, and "tokens_per_s"; and how the first of them went.
 
     Args:
         done: steps made before a resume.
+        facts: metric -> how it is written; reward and KL when not given.
     """
 
-    def __init__(self, total: int, *, done: int = 0, enabled: bool = True, console: Console | None = None):
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        facts: Mapping[str, str] | None = None,
+        enabled: bool = True,
+        console: Console | None = None,
+    ):
         self.console = console or Console(highlight=False, quiet=not enabled)
         self._total, self._enabled = total, enabled
-        self._rewards: list[float] = []
+        self._facts = {**(facts or REWARD_AND_KL), "tokens_per_s": "{:,.0f} tokens/s"}
+        self._curve: list[float] = []
         self._last = time.monotonic()
         self._bar = None
         if enabled and self.console.is_terminal:
@@ -157,10 +168,10 @@ class Progress:
         seconds, self._last = now - self._last, now
         if not self._enabled:
             return
-        self._rewards.append(metrics["reward"])
-        facts = f"reward {metrics['reward']:+.3f}  KL {metrics['kl']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s"
+        self._curve.append(metrics[next(iter(self._facts))])
+        facts = "  ".join(text.format(metrics[name]) for name, text in self._facts.items() if name in metrics)
         if self._bar is not None:
-            curve = sparkline(self._rewards[-16:])
+            curve = sparkline(self._curve[-16:])
             self._bar.update(self._task, completed=step, description=f"[cyan]{curve}[/] {facts}")
         else:
             width = len(str(self._total))

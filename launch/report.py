@@ -1,31 +1,58 @@
-"""What a run shows at its end: the curves of reward, KL, entropy and value loss, and answers before and after."""
+"""What a run shows at its end: its curves, and answers before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
 from trialign.engine.logging import read_metrics
 
-CURVES = (
-    ("reward", "Reward", "mean over the batch", "#0f766e"),
-    ("kl", "KL to the reference", "nats an answer", "#b45309"),
-    ("entropy", "Entropy", "nats a token", "#4338ca"),
-    ("value_loss", "Value loss", "half squared error, clipped", "#be123c"),
+
+class Line(NamedTuple):
+    """One metric in a panel."""
+
+    metric: str
+    colour: str
+    label: str = ""  # where a panel has several
+    points: bool = False  # a point a measurement and a line through them, instead of a smoothed curve
+
+
+class Panel(NamedTuple):
+    """One plot over the steps."""
+
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+
+
+PPO_PANELS = (
+    Panel("Reward", "mean over the batch", (Line("reward", "#0f766e"),)),
+    Panel("KL to the reference", "nats an answer", (Line("kl", "#b45309"),)),
+    Panel("Entropy", "nats a token", (Line("entropy", "#4338ca"),)),
+    Panel("Value loss", "half squared error, clipped", (Line("value_loss", "#be123c"),)),
 )
-"""(metric, title, unit, colour)."""
+SFT_PANELS = (
+    Panel(
+        "Loss",
+        "nats a target token",
+        (Line("loss", "#0f766e", "training"), Line("eval_loss", "#be123c", "held out", points=True)),
+    ),
+    Panel("Entropy", "nats a token", (Line("entropy", "#4338ca"),)),
+    Panel("Gradient norm", "before clipping", (Line("grad_norm", "#b45309"),)),
+    Panel("Learning rate", "of the step", (Line("lr", "#475569"),)),
+)
 
 
 Answer = tuple[str, str, float]
 """(prompt, completion, reward)."""
 
 
-def plot(metrics: Path, picture: Path, title: str = "") -> Path:
-    """Draws the curves over the steps of a metrics.jsonl as a PNG, and returns its path.
+def plot(metrics: Path, picture: Path, panels: Sequence[Panel], title: str = "") -> Path:
+    """Draws the panels, two in a row, over the steps of a metrics.jsonl as a PNG, and returns its path.
 
     A step may lack a metric (the actor's, while only the critic learns).
     """
@@ -52,29 +79,19 @@ def plot(metrics: Path, picture: Path, title: str = "") -> Path:
         "axes.labelcolor": "#475569",
     }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 2, figsize=(9.6, 6), sharex=True, layout="constrained")
-        for axis, (name, heading, unit, colour) in zip(axes.flat, CURVES, strict=True):
-            points = [(step["step"], step[name]) for step in steps if name in step]
-            axis.set_title(heading)
-            axis.set_ylabel(unit)
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            mean = smooth(y)
-            axis.plot(x, y, color=colour, alpha=0.28, linewidth=1.2, marker="o", markersize=2)
-            axis.plot(x, mean, color=colour, linewidth=2.2, solid_capstyle="round")
-            axis.annotate(
-                f"{mean[-1]:.3g}",
-                (x[-1], mean[-1]),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-                fontweight="bold",
-                annotation_clip=False,
-            )
+        rows = -(-len(panels) // 2)
+        figure, axes = plt.subplots(rows, 2, figsize=(9.6, 3 * rows), sharex=True, layout="constrained", squeeze=False)
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            axis.set_title(panel.title)
+            axis.set_ylabel(panel.unit)
+            for line in panel.lines:
+                draw(axis, line, [(step["step"], step[line.metric]) for step in steps if line.metric in step])
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(frameon=False)
             axis.margins(x=0.03, y=0.12)
-        for axis in axes[1]:
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis in axes[-1]:
             axis.set_xlabel("step")
             axis.xaxis.get_major_locator().set_params(integer=True)
         if title:
@@ -82,6 +99,27 @@ def plot(metrics: Path, picture: Path, title: str = "") -> Path:
         figure.savefig(picture, dpi=150)
         plt.close(figure)
     return picture
+
+
+def draw(axis: Any, line: Line, points: Sequence[tuple[float, float]]) -> None:
+    """A metric's points and the curve through them, with its last value written at the end."""
+    if not points:
+        return
+    x, y = zip(*points, strict=True)
+    mean = list(y) if line.points else smooth(y)
+    strong = 1.0 if line.points else 0.28
+    axis.plot(x, y, color=line.colour, alpha=strong, linewidth=1.2, marker="o", markersize=4 if line.points else 2)
+    axis.plot(x, mean, color=line.colour, linewidth=2.2, solid_capstyle="round", label=line.label or None)
+    axis.annotate(
+        f"{mean[-1]:.3g}",
+        (x[-1], mean[-1]),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        color=line.colour,
+        fontweight="bold",
+        annotation_clip=False,
+    )
 
 
 def smooth(values: Sequence[float], span: int = 5) -> list[float]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from samples import tokenizer, write_jsonl
 from trialign.algorithms.batch import Prompt
-from trialign.algorithms.config import DataConfig, PPOConfig, check
+from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset, TextDataset
+from trialign.algorithms.ppo_config import PPOConfig, check
 from trialign.algorithms.rewards import RewardFunction, combine
 from trialign.engine.config import parse
 
@@ -184,7 +185,7 @@ def test_the_script_leaves_before_anything_is_written(case, tmp_path):
 
 # Data.
 def load_prompts(path: Path | str, **knobs) -> PromptDataset:
-    return PromptDataset(DataConfig(sources=(str(path),), **knobs), tokenizer())
+    return PromptDataset(PromptData(sources=(str(path),), **knobs), tokenizer())
 
 
 LINES = {
@@ -271,7 +272,7 @@ def test_messages_or_a_template_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=":1: 'prompt' is a list of messages: needs data.chat_template=true"):
         load_prompts(path, chat_template=False)
     with pytest.raises(ValueError, match="data.chat_template=true, but the model's tokenizer has none"):
-        PromptDataset(DataConfig(sources=(str(path),)), tokenizer(template=False))
+        PromptDataset(PromptData(sources=(str(path),)), tokenizer(template=False))
 
 
 def test_text_for_the_pretraining_mix(tmp_path):

@@ -60,7 +60,7 @@ def test_selecting_equals_packing_only_those_samples(data):
     part, alone = whole.select(chosen), from_rollouts([rollouts[i] for i in chosen])
     for name in ("tokens", "cu_seqlens", "positions", "mask", "response", "sampling_logprobs"):
         assert torch.equal(getattr(part, name), getattr(alone, name)), name
-    assert part.lengths == alone.lengths and part.prompt_lengths == alone.prompt_lengths
+    assert part.lengths == alone.lengths and torch.equal(part.mask, alone.mask)
     starts = whole.cu_seqlens.tolist()
     assert part.values is not None
     assert part.values.tolist() == [t for i in chosen for t in range(starts[i], starts[i + 1])]

@@ -8,15 +8,12 @@ import torch
 from tiny import tiny_chat_model, tiny_llama
 from trialign.algorithms.build import build_roles, load_tokenizer, read_shapes, trained_entries
 from trialign.algorithms.config import (
-    DataConfig,
-    ModelPaths,
     ParallelConfig,
-    PPOConfig,
     RewardConfig,
     RolloutConfig,
-    RunConfig,
 )
 from trialign.algorithms.kl import KLController
+from trialign.algorithms.ppo_config import PPOConfig, PPOData, PPOModels, PPORun
 from trialign.engine.lr import lr_at
 from trialign.engine.mesh import build_mesh
 
@@ -32,8 +29,8 @@ def folders(tmp_path_factory):
 
 def config(folders, **changes) -> PPOConfig:
     base = PPOConfig(
-        model=ModelPaths(path=str(folders / "actor"), dtype="float32"),
-        data=DataConfig(max_prompt_tokens=100),
+        model=PPOModels(path=str(folders / "actor"), dtype="float32"),
+        data=PPOData(max_prompt_tokens=100),
         rollout=RolloutConfig(max_new_tokens=50),
         reward=RewardConfig(models=(str(folders / "reward"),)),
     )
@@ -45,13 +42,14 @@ def test_all_roles_are_built(folders):
     roles = build_roles(settings, read_shapes(settings), build_mesh())
     assert [len(roles.rewards), roles.actor.model.kind, roles.critic.model.kind] == [1, "lm", "score"]
     assert not any(p.requires_grad for role in (roles.reference, *roles.rewards) for p in role.model.parameters())
-    assert {entry.name.split("/")[0] for entry in trained_entries(roles)} == {"actor", "critic"}
+    assert {entry.name.split("/")[0] for entry in trained_entries({"actor": roles.actor, "critic": roles.critic})} == {
+        "actor",
+        "critic",
+    }
 
 
 def test_critic_starts_from_a_reward_model(folders):
-    settings = config(
-        folders, model=ModelPaths(str(folders / "actor"), critic=str(folders / "reward"), dtype="float32")
-    )
+    settings = config(folders, model=PPOModels(str(folders / "actor"), critic=str(folders / "reward"), dtype="float32"))
     roles = build_roles(settings, read_shapes(settings), build_mesh())
     critic, reward = roles.critic.model.head, roles.rewards[0].model.head
     assert critic is not None and reward is not None and torch.equal(critic.weight, reward.weight)
@@ -87,7 +85,7 @@ def test_folders_that_do_not_fit_are_refused(folders, changes, message):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):
     tiny_chat_model(tmp_path, vocab_size=200)
-    shape = read_shapes(config(folders, model=ModelPaths(str(tmp_path)), reward=RewardConfig(functions=("a:b",))))
+    shape = read_shapes(config(folders, model=PPOModels(str(tmp_path)), reward=RewardConfig(functions=("a:b",))))
     with pytest.raises(ValueError, match="knows 259 tokens, the model only vocab_size=200"):
         load_tokenizer(str(tmp_path), shape[str(tmp_path)])
     (tmp_path / "tokenizer.json").write_text("{")
@@ -97,15 +95,15 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):
 
 def test_an_export_onto_the_models_own_folder_is_refused(folders, tmp_path):
     tiny_chat_model(tmp_path / "model")
-    run = RunConfig(output=str(tmp_path))
+    run = PPORun(output=str(tmp_path))
     with pytest.raises(ValueError, match="its export would replace .*model, which the run reads"):
-        read_shapes(config(folders, model=ModelPaths(str(tmp_path / "model")), run=run))
+        read_shapes(config(folders, model=PPOModels(str(tmp_path / "model")), run=run))
 
 
 def test_broken_config_json_is_named(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(ValueError, match="GPT2LMHeadModel.*allowed: LlamaForCausalLM"):
-        read_shapes(config(folders, model=ModelPaths(str(tmp_path))))
+        read_shapes(config(folders, model=PPOModels(str(tmp_path))))
 
 
 def test_warm_up_then_cosine_to_the_floor():

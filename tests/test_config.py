@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trialign.algorithms.config import PPOConfig, RunConfig, check
+from trialign.algorithms.ppo_config import PPOConfig, PPORun, check
 from trialign.engine.config import flatten, load, parse, save, suggest, to_toml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "launch" / "configs").glob("ppo*.toml"))
@@ -45,7 +45,7 @@ def test_saved_configs_load_as_they_were(tmp_path):
 def test_any_text_survives_toml(text):
     import tomllib
 
-    run = dataclasses.replace(RunConfig(), output=text)
+    run = dataclasses.replace(PPORun(), output=text)
     assert tomllib.loads(to_toml(run))["output"] == text
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from samples import tokenizer, write_jsonl
-from trialign.algorithms.config import DataConfig
+from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset, TextDataset
 
 ROWS = [{"prompt": f"say w{i}", "topic": f"t{i % 3}"} for i in range(10)]
 
 
 def dataset(*sources: Path | str, seed: int = 0, **knobs) -> PromptDataset:
-    return PromptDataset(DataConfig(sources=tuple(map(str, sources)), **knobs), tokenizer(), seed)
+    return PromptDataset(PromptData(sources=tuple(map(str, sources)), **knobs), tokenizer(), seed)
 
 
 def test_each_epoch_meets_every_row_once_in_another_order(tmp_path):

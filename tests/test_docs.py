@@ -8,7 +8,7 @@ import textwrap
 import typing
 from pathlib import Path
 
-from trialign.algorithms.config import PPOConfig
+from trialign.algorithms.ppo_config import PPOConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "ppo.md"
 BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
@@ -19,6 +19,8 @@ def docs_of(cls: type) -> dict[str, str]:
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
     found = {}
+    for base in (base for base in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(base)):
+        found |= docs_of(base)
     for field, text in zip(node.body, node.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             found[field.target.id] = ast.literal_eval(text.value)

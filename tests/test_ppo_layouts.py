@@ -8,9 +8,9 @@ import pytest
 import torch
 from harness import run_ranks
 from tiny import VOCAB, assemble, tiny_llama
-from trialign.algorithms.batch import Batch, pack
-from trialign.algorithms.config import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
+from trialign.algorithms.batch import Batch, after_prompts, pack
 from trialign.algorithms.ppo import Roles, plan, score, update, with_rewards
+from trialign.algorithms.ppo_config import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
 from trialign.algorithms.roles import Learner, Role
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optimizer import ShardedAdamW
@@ -32,7 +32,7 @@ def random_batch() -> Batch:
     lengths = torch.randint(3, 20, (8,), generator=generator).tolist()
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     prompts = [max(1, n // 3) for n in lengths]
-    batch = pack(samples, prompts)
+    batch = pack(samples, after_prompts(lengths, prompts))
     return batch.with_(sampling_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
 
 

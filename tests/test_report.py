@@ -26,11 +26,11 @@ def test_curves_are_drawn_even_where_steps_lack_a_metric(report, tmp_path):
     steps = [{"step": i, "reward": i / 10, "kl": 0.1 * i, "value_loss": 1 / (i + 1)} for i in range(9)]
     steps[3]["entropy"] = 2.0
     metrics = write_jsonl(tmp_path / "metrics.jsonl", steps)
-    picture = report.plot(metrics, tmp_path / "run.png", "a title")
+    picture = report.plot(metrics, tmp_path / "run.png", report.PPO_PANELS, "a title")
     header = picture.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", header[16:24]) == (1440, 900)
     nothing = write_jsonl(tmp_path / "nothing.jsonl", [])
-    assert report.plot(nothing, tmp_path / "empty.png").stat().st_size > 1000
+    assert report.plot(nothing, tmp_path / "empty.png", report.PPO_PANELS).stat().st_size > 1000
 
 
 def test_smoothing_is_a_centred_mean(report):

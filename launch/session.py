@@ -1,0 +1,268 @@
+"""What every training script has around its algorithm: a mesh, the run's folder, resume, logs, checkpoints, the export.
+
+    def main(session: Session[SFTConfig]) -> None:
+        ...                                              # read data, build what learns
+        session.begin({"actor": (learner, folder)}, {"data": data}, steps)
+        for step in session.steps():
+            with session.phases("update") as phase:
+                ...
+            session.end_step(metrics, tokens)            # logged, shown, saved when it is time
+        session.finish(panels)                           # the exported model and the plot
+
+    if __name__ == "__main__":
+        start(SFTConfig, check, main, "sft", sys.argv[1:])
+
+A run may be killed at any moment: what it resumes from is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from report import Panel, plot
+from trialign.algorithms.build import trained_entries
+from trialign.algorithms.config import DataConfig, ModelPaths, ParallelConfig, RunConfig
+from trialign.algorithms.roles import Learner
+from trialign.engine import checkpoint
+from trialign.engine.config import flatten, parse
+from trialign.engine.config import save as save_config
+from trialign.engine.logging import MetricLog, Progress
+from trialign.engine.mesh import Mesh
+from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.phases import Phases, matmul_peak
+from trialign.models.adapter import adapter_facts, export_adapter, same_adapter
+from trialign.models.export import assets, export_checkpoint
+from world import is_main, mesh_of, rank_prefix, world_size
+
+
+class Common(Protocol):
+    """The sections that every script's config has."""
+
+    @property
+    def model(self) -> ModelPaths: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def run(self) -> RunConfig: ...
+
+
+class Stateful(Protocol):
+    """What outlives a step beside the learners. Its state is what JSON gives back unchanged."""
+
+    def state(self) -> Any: ...
+    def load_state(self, state: Any, /) -> None: ...
+
+
+Config = TypeVar("Config", bound=Common)
+Result = TypeVar("Result")
+
+
+def start(
+    cls: type[Config],
+    check: Callable[[Config, int], int],
+    main: Callable[[Session[Config]], None],
+    name: str,
+    argv: Sequence[str],
+) -> None:
+    """Runs a script: its config out of `argv`, checked before anything is read, then `main` on the mesh.
+
+    What a user can cause ends in a message without a traceback, and an exit code other than 0.
+
+    Args:
+        check: cross-checks of the config that read no file, given the world's size.
+        name: of the script and of its plot.
+    """
+    config = parse(cls, argv, prog=f"{name}.py", quiet=not is_main())
+    try:
+        check(config, world_size())
+    except ValueError as error:  # the same on every rank
+        sys.exit(f"error: {error}" if is_main() else 1)
+    try:
+        with mesh_of(config.parallel) as mesh, ExitStack() as stack:
+            main(Session(config, mesh, stack, name))
+    except (ValueError, OSError, ArithmeticError) as error:
+        sys.exit(f"{rank_prefix()}error: {error}")
+
+
+class Session(Generic[Config]):
+    """One run of a script on its mesh. See the module for the order of its calls.
+
+    Attributes:
+        step: steps that are done.
+        stack: what is to be closed when the script ends is entered here.
+        phases, progress: there after `begin`.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, stack: ExitStack, name: str):
+        self.config, self.mesh, self.stack, self.name = config, mesh, stack, name
+        self.folder = Path(config.run.folder)
+        self.step = self.total = 0
+        self.learners: Mapping[str, tuple[Learner, str]] = {}
+        self.parts: Mapping[str, Stateful] = {}
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives, on every rank; where it fails on any, every rank leaves and one of them says why.
+
+        Args:
+            work: reads and builds; no collectives in it.
+        """
+        result, failure = None, ""
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        failures = [(rank, text) for rank, text in enumerate(gather_objects(failure, self.mesh.world)) if text]
+        if failures:
+            rank, text = failures[0]
+            where = f"rank {rank}: " if rank else ""
+            sys.exit(f"{where}error: {text}" if self.mesh.is_main else 1)
+        return result  # pyright: ignore[reportReturnType]
+
+    def begin(
+        self,
+        learners: Mapping[str, tuple[Learner, str]],
+        parts: Mapping[str, Stateful],
+        steps: int,
+        *,
+        about: str = "",
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Takes up the run where it was left, or begins it: checkpoint, folder, logs. Collective.
+
+        Args:
+            learners: role -> what learns, and the Hugging Face folder whose config and tokenizer belong to it.
+            parts: name -> what else a checkpoint holds.
+            steps: of the whole run.
+            about: the data in a few words, for the first line.
+            facts: metric -> format, what the progress line shows beside tokens/s.
+        """
+        self.learners, self.parts, self.total = learners, parts, steps
+        config, main = self.config, self.mesh.is_main
+        if config.run.resume:
+            self._resume()
+        if main:
+            self._prepare()
+        dtype = getattr(torch, config.model.dtype)
+        self.phases = Phases(self.mesh.device, self.mesh.world.size, peak=matmul_peak(dtype, self.mesh.device))
+        self.log = self.stack.enter_context(
+            MetricLog(self.folder, backends=config.run.log, start_step=self.step, config=flatten(config), enabled=main)
+        )
+        self.progress = self.stack.enter_context(Progress(steps, done=self.step, facts=facts, enabled=main))
+        self.progress.say(f"{self.folder}: {about}; {self.mesh}; {config.model.dtype}; from step {self.step}")
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are still to be made, from 0; the body ends with `end_step`."""
+        while self.step < self.total:
+            yield self.step
+
+    def end_step(self, metrics: Mapping[str, float], tokens: int) -> None:
+        """Logs and shows a step with the cost of its phases, and saves when it is time. Collective.
+
+        Args:
+            tokens: of the whole batch, for tokens_per_s.
+        """
+        costs = self.phases.take()
+        metrics = {**metrics, **costs, "tokens_per_s": tokens / costs["seconds/step"]}
+        self.log(self.step, metrics)
+        self.step += 1
+        self.progress.update(self.step, metrics)
+        every = self.config.run.save_every
+        if self.step == self.total or (every and self.step % every == 0):
+            self._save()
+
+    def remember(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gave before the first step, as JSON has it; a resumed run finds it in its folder. Collective."""
+        path = self.folder / name
+        if self.step and path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        made = make()
+        if self.mesh.is_main:
+            path.write_text(json.dumps(made, indent=1), encoding="utf-8")
+        return made
+
+    def finish(self, panels: Sequence[Panel], *shown: Any, role: Literal["actor", "critic"] = "actor") -> None:
+        """Leaves the exported model and the plot in the folder, and says where they are below what is `shown`."""
+        self.progress.close()
+        if self.mesh.is_main:
+            exported = self._export(role)
+            picture = plot(self.folder / "metrics.jsonl", self.folder / f"{self.name}.png", panels)
+            for text in shown:
+                self.progress.say(text)
+            self.progress.say(f"model: {exported}\nplot:  {picture}")
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "optimizer_steps": {role: learner.optimizer.steps for role, (learner, _) in self.learners.items()},
+            "parts": {name: part.state() for name, part in self.parts.items()},
+            "adapters": {role: adapter_facts(learner.model, base) for role, (learner, base) in self.learners.items()},
+        }
+        files = {
+            name: path
+            for role, (_, source) in self.learners.items()
+            for name, path in assets(source, f"{role}/").items()
+        }
+        entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
+        root, keep = self.folder / "checkpoints", self.config.run.keep
+        checkpoint.save(root, self.step, entries, state, self.mesh, keep=keep, assets=files)
+
+    def _resume(self) -> None:
+        """Goes on from the newest whole checkpoint, written in any layout."""
+        path = checkpoint.latest(self.folder / "checkpoints", self.mesh)
+        entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
+        adapters = checkpoint.read_state(path).get("adapters", {})
+        for role, (learner, base) in self.learners.items():
+            same_adapter(adapters.get(role), learner.model, base)
+        state = checkpoint.load(path, entries, self.mesh)
+        for name, part in self.parts.items():
+            if name not in state["parts"]:
+                raise ValueError(
+                    f"{path}: saved without {name}, which this config asks for; it holds {', '.join(state['parts'])}"
+                )
+            part.load_state(state["parts"][name])
+        for role, (learner, _) in self.learners.items():
+            learner.optimizer.loaded(state["optimizer_steps"][role])
+        self.step = state["step"]
+
+    def _prepare(self) -> None:
+        """Makes the run's folder and writes the config that a resume starts from.
+
+        A new run in a used folder sets the old run's checkpoints aside, so that no resume takes them for its own.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        used = self.folder / "checkpoints"
+        if not self.config.run.resume and used.exists():
+            shutil.rmtree(self.folder / "checkpoints_of_the_run_before", ignore_errors=True)
+            used.rename(self.folder / "checkpoints_of_the_run_before")
+        config: Any = self.config
+        whole = replace(config, run=replace(config.run, output=str(self.folder), resume=""))
+        aside = self.folder / "config.toml.new"
+        save_config(whole, aside)
+        os.replace(aside, self.folder / "config.toml")
+
+    def _export(self, role: Literal["actor", "critic"]) -> Path:
+        """The last checkpoint's model as a Hugging Face folder, its average beside it; written whole, then swapped."""
+        last = self.folder / "checkpoints" / f"step_{self.step}"
+        averaged = self.learners[role][0].optimizer.ema_decay > 0
+        for weights in ("master", "ema") if averaged else ("master",):
+            folder = self.folder / ("model" if weights == "master" else "model_ema")
+            aside = folder.with_name(f"{folder.name}.new")
+            shutil.rmtree(aside, ignore_errors=True)
+            export_checkpoint(last, aside, role=role, weights=weights, dtype=getattr(torch, self.config.model.dtype))
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+        if self.learners[role][0].model.lora is not None:  # beside the model they are merged into
+            shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+            export_adapter(last, self.folder / "adapter", role=role)
+        return self.folder / "model"
