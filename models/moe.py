@@ -1,0 +1,177 @@
+"""Mixture of experts in place of the MLP: Mixtral (https://arxiv.org/abs/2401.04088), Qwen2-MoE, Qwen3-MoE.
+
+    l = W_router x,   p = softmax(l),   y = Σ_j w_j · E_j(x) over the k likeliest experts,   w_j = p_j (or p_j / Σ p_j)
+    Qwen2-MoE adds σ(w_shared · x) · E_shared(x), an expert that every token takes.
+
+Two losses keep the router sound; T are the tokens of the whole batch, and both are means over the layers with experts:
+
+    z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, equation 5):   1/T Σ_t (log Σ_e exp l_te)²
+    load balancing (Switch, https://arxiv.org/abs/2101.03961, equations 4 to 6), in each sample s of T_s tokens:
+        1/T Σ_s T_s · experts · Σ_e f_se · P_se,   f_se: choices of e a token in s,   P_se: mean of p_te in s
+
+Taken sample by sample the latter is a sum over samples, so micro-batches and layout do not change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..engine.mesh import Mesh
+from ..engine.parallel.collectives import all_reduce, copy_to_region, reduce_from_region
+from ..engine.parallel.experts import Dispatch, ExpertLinear, from_experts, to_experts
+from ..engine.parallel.layers import ColumnParallelLinear, RowParallelLinear, sharded_parameter, whole
+from ..kernels.moe import permute, route, sort_by_expert, unpermute
+from ..kernels.swiglu import swiglu
+from .config import ModelConfig, MoEConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router's losses need to know of one micro-batch of an update, and what they leave of it.
+
+    Recomputation runs a forward twice: it finds the same numbers here and writes the same sums again.
+    """
+
+    cu_seqlens: Tensor  # [samples + 1] int32
+    scale: float  # of the losses: 1 / (tokens of the whole batch x layers with experts)
+    sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> [2 experts + 4] fp64, see `losses`
+
+    def losses(self, layer: int, logits: Tensor, experts: Tensor, moe: MoEConfig) -> Tensor:
+        """The weighted router losses of a layer, a scalar fp32, from logits [n, experts] and choices [n, k]."""
+        logits = logits.float()
+        p, z = logits.softmax(1), logits.logsumexp(1).square()  # [n, experts], [n]
+        lengths = self.cu_seqlens.diff()
+        sample = torch.arange(len(lengths), device=p.device).repeat_interleave(lengths, output_size=len(p))  # [n]
+        chosen = torch.zeros_like(p).scatter_(1, experts, 1.0)  # [n, experts]
+        pairs = sample[:, None] * moe.experts + experts  # [n, k]: numbers of (sample, expert)
+        counts = torch.bincount(pairs.flatten(), minlength=len(lengths) * moe.experts).view(-1, moe.experts)
+        fractions = counts / lengths[:, None]  # f: [samples, experts]
+        balance = moe.experts * (p * fractions[sample]).sum(1)  # [n]: its sum is Σ_s T_s · experts · Σ_e f_se · P_se
+        entropy = -(p * logits.log_softmax(1)).sum()
+        with torch.no_grad():
+            rest = torch.stack((balance.sum(), z.sum(), entropy, p.new_tensor(len(p))))
+            self.sums[layer] = torch.cat((chosen.sum(0), p.sum(0), rest)).double()
+        return self.scale * (moe.aux_coef * balance.sum() + moe.z_coef * z.sum())
+
+
+class _WithLoss(torch.autograd.Function):
+    """x, whose backward also starts that of a loss. So a loss is learned from that never leaves its pipeline stage."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.ones((), device=grads[0].device)
+
+
+class Router(nn.Module):
+    """[n, hidden] -> logits [n, experts] fp32; whole and alike on every rank of tp."""
+
+    def __init__(self, hidden: int, experts: int, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.weight = sharded_parameter(whole(experts, hidden), dtype=dtype, device=mesh.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float())
+
+
+class Experts(nn.Module):
+    """SwiGLU MLPs, spread over ep and each cut over tp: [n, hidden] -> [n, hidden], a partial sum over tp."""
+
+    def __init__(self, hidden: int, moe: MoEConfig, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.count, self.axis = moe.experts, mesh.ep
+        self.gate_up = ExpertLinear(moe.experts, hidden, {"gate": moe.ffn_size, "up": moe.ffn_size}, 0, mesh, dtype)
+        self.down = ExpertLinear(moe.experts, moe.ffn_size, {"": hidden}, 1, mesh, dtype)
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        order, offsets = sort_by_expert(chosen, self.count)
+        way = Dispatch(offsets, self.axis)
+        rows = to_experts(permute(x, order, chosen.shape[1]), way)  # [rows here, hidden] by expert
+        rows = self.down(swiglu(self.gate_up(rows, way.offsets)), way.offsets)
+        return unpermute(from_experts(rows, way), order, weights)
+
+
+class SharedExpert(nn.Module):
+    """The MLP that every token takes."""
+
+    def __init__(self, hidden: int, ffn: int, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        self.gate_up = ColumnParallelLinear(hidden, {"gate": ffn, "up": ffn}, mesh, dtype)
+        self.down = RowParallelLinear(ffn, hidden, mesh, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class MoE(nn.Module):
+    """The layer: [n, hidden] -> [n, hidden]. Collective over ep: its ranks run it equally often, with any n.
+
+    Args:
+        index: number of the layer in the whole model.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, mesh: Mesh, dtype: torch.dtype):
+        super().__init__()
+        assert config.moe is not None
+        self.moe, self.index, self.tp, hidden = config.moe, index, mesh.tp, config.hidden_size
+        self.router = Router(hidden, self.moe.experts, mesh, dtype)
+        self.experts = Experts(hidden, self.moe, mesh, dtype)
+        self.shared = self.shared_gate = None
+        if self.moe.shared_ffn_size:
+            self.shared = SharedExpert(hidden, self.moe.shared_ffn_size, mesh, dtype)
+            self.shared_gate = Router(hidden, 1, mesh, dtype)
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """`routing`: of the micro-batch, in an update; None where nothing is learned."""
+        logits = self.router(x)  # [n, experts]
+        weights, chosen = route(logits, self.moe.top_k, self.moe.normalise)  # [n, k] both
+        # The experts' outputs are parts of sums over tp: so are the gradients they give their inputs and weights.
+        y = self.experts(copy_to_region(x, self.tp), copy_to_region(weights, self.tp), chosen)
+        y = reduce_from_region(y, self.tp)
+        if self.shared is not None and self.shared_gate is not None:
+            y = y + torch.sigmoid(self.shared_gate(x)).to(x.dtype) * self.shared(x)
+        return y if routing is None else _WithLoss.apply(y, routing.losses(self.index, logits, chosen, self.moe))
+
+
+def moe_layers(config: ModelConfig) -> list[int]:
+    """Numbers of the layers that have experts."""
+    dense = config.moe.dense_layers if config.moe else range(config.num_layers)
+    return [i for i in range(config.num_layers) if i not in dense]
+
+
+def router_metrics(micro_batches: Sequence[Routing | None], config: ModelConfig, mesh: Mesh) -> dict[str, float]:
+    """Statistics of an update's routers, over all tokens and layers; the same on every rank. Collective over dp and pp.
+
+    Returns:
+        router_balance_loss and router_z_loss: as in the module's text, without their coefficients;
+        router_aux_loss: what transformers' `load_balancing_loss_func` gives for the whole batch, its samples taken
+        together and its layers averaged before the product; router_load: tokens of the busiest expert of any layer
+        over the layer's mean; router_entropy: mean entropy of p in nats; router_dropped: tokens without their
+        experts, always 0.
+    """
+    assert config.moe is not None
+    layers, experts = moe_layers(config), config.moe.experts
+    sums = torch.zeros(len(layers), 2 * experts + 4, dtype=torch.float64, device=mesh.device)
+    for routing in micro_batches:
+        for layer, values in routing.sums.items() if routing else ():
+            sums[layers.index(layer)] += values
+    all_reduce(all_reduce(sums, mesh.dp), mesh.pp)
+    chosen, p, rest = sums.split([experts, experts, 4], 1)  # [layers, experts] twice, [layers, 4]
+    balance, z, entropy, rows = rest.sum(0).tolist()
+    return {
+        "router_balance_loss": balance / rows,
+        "router_aux_loss": experts * (chosen.sum(0) @ p.sum(0)).item() / rows**2,
+        "router_z_loss": z / rows,
+        "router_load": (chosen.amax(1) / chosen.mean(1)).max().item(),
+        "router_entropy": entropy / rows,
+        "router_dropped": config.moe.top_k - chosen.sum().item() / rows,
+    }
