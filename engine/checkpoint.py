@@ -292,6 +292,11 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The saved state of a checkpoint, without its tensors; the checkpoint must have been checked, as `latest` does."""
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
 def load(path: Path, entries: Iterable[Entry], mesh: Mesh) -> dict[str, Any]:
     """Fills the entries' tensors from a checkpoint of any layout and gives the saved state. Collective over the world.
 
@@ -308,14 +313,29 @@ def load(path: Path, entries: Iterable[Entry], mesh: Mesh) -> dict[str, Any]:
         for file, copies in plan.items():
             with safe_open(path / file, "pt") as source:
                 for number, key, theirs, ours in copies:
-                    part = source.get_slice(key)[tuple(slice(*s) for s in theirs)]
-                    wanted[number].tensor[tuple(slice(*s) for s in ours)].copy_(part)
+                    wanted[number].tensor[ours].copy_(source.get_slice(key)[theirs])
 
     _together(mesh, fill, path)
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return read_state(path)
 
 
-Copy = tuple[int, str, list[tuple[int, int]], list[tuple[int, int]]]  # entry, key, range in the file's, in ours
+Slices = tuple[slice, ...]
+Copy = tuple[int, str, Slices, Slices]  # entry, key, range in the file's, in ours
+
+
+def _overlap(
+    offset: tuple[int, ...], shape: tuple[int, ...], other_offset: tuple[int, ...], other_shape: tuple[int, ...]
+) -> tuple[Slices, Slices] | None:
+    """Where two rectangles of one tensor meet: (in the other, in the first); None where they do not."""
+    theirs: list[slice] = []
+    ours: list[slice] = []
+    for a, m, b, n in zip(offset, shape, other_offset, other_shape, strict=True):
+        begin, end = max(a, b), min(a + m, b + n)
+        if begin >= end:
+            return None
+        theirs.append(slice(begin - b, end - b))
+        ours.append(slice(begin - a, end - a))
+    return tuple(theirs), tuple(ours)
 
 
 def _plan(reader: Reader, entries: list[Entry]) -> dict[str, list[Copy]]:
@@ -330,16 +350,10 @@ def _plan(reader: Reader, entries: list[Entry]) -> dict[str, list[Copy]]:
             raise ValueError(f"{entry.name} has shape {described['shape']}, expected {list(entry.global_shape)}")
         found = 0
         for file, key, offset, shape in described["rectangles"]:
-            # (begin, end) of the overlap in every dim, in the whole tensor's numbering
-            overlap = [
-                (max(a, b), min(a + m, b + n))
-                for a, m, b, n in zip(entry.offset, entry.tensor.shape, offset, shape, strict=True)
-            ]
-            if all(begin < end for begin, end in overlap):
-                theirs = [(begin - o, end - o) for (begin, end), o in zip(overlap, offset, strict=True)]
-                ours = [(begin - o, end - o) for (begin, end), o in zip(overlap, entry.offset, strict=True)]
-                plan.setdefault(file, []).append((number, key, theirs, ours))
-                found += math.prod(end - begin for begin, end in overlap)
+            overlap = _overlap(entry.offset, tuple(entry.tensor.shape), offset, shape)
+            if overlap is not None:
+                plan.setdefault(file, []).append((number, key, *overlap))
+                found += math.prod(s.stop - s.start for s in overlap[0])
         if found != entry.tensor.numel():
             raise ValueError(f"{entry.name} at {entry.offset}: {found} of {entry.tensor.numel()} numbers are saved")
     return plan
@@ -365,21 +379,27 @@ class Reader:
             _check_file(self.path, file, self.sums)
             self.checked.add(file)
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor `role/kind/weight`, on the host."""
+    def read(self, name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor `role/kind/weight` on the host: whole, or the rectangle of `shape` at `offset`."""
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor {name}")
         described = self.tensors[name]
-        whole: Tensor | None = None
-        for file, key, offset, shape in described["rectangles"]:
+        shape = tuple(described["shape"]) if shape is None else shape
+        offset = (0,) * len(shape) if offset is None else offset
+        wanted: Tensor | None = None
+        for file, key, at, size in described["rectangles"]:
+            overlap = _overlap(offset, shape, at, size)
+            if overlap is None:
+                continue
+            theirs, ours = overlap
             self.check(file)
             # Opened anew for every rectangle: pages of a file that stays open count as memory of this process.
             with safe_open(self.path / file, "pt") as source:
-                part: Tensor = source.get_tensor(key)
-            if shape == described["shape"]:
+                part: Tensor = source.get_slice(key)[theirs]
+            if part.shape == shape:
                 return part
-            if whole is None:
-                whole = part.new_empty(described["shape"])
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = part
-        assert whole is not None, f"{name} has no rectangles"
-        return whole
+            if wanted is None:
+                wanted = part.new_empty(shape)
+            wanted[ours] = part
+        assert wanted is not None, f"{name} has no rectangles at {offset}"
+        return wanted
