@@ -161,13 +161,15 @@ class ParallelConfig:
     """pipeline parallelism: stages of layers"""
     dp: int = 0
     """data parallelism: copies that share the batch (0: what tp x pp leaves)"""
+    ep: int = 1
+    """expert parallelism: data-parallel ranks that share one set of experts; of no use to models without"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one"""
     recompute: bool = False
     """keep only each layer's input and compute the rest again in the backward pass"""
 
     def __post_init__(self) -> None:
-        for name, least in (("tp", 1), ("pp", 1), ("dp", 0)):
+        for name, least in (("tp", 1), ("pp", 1), ("dp", 0), ("ep", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
 
 
@@ -289,4 +291,4 @@ def check_given(model: ModelPaths, data: DataConfig, parallel: ParallelConfig, w
         raise ValueError("model.path is not given: the folder of the model to start from, in Hugging Face format")
     if not data.sources:
         raise ValueError(f"data.sources is not given: at least one file of {rows}")
-    return check_layout(world, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None)
+    return check_layout(world, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, ep=parallel.ep)

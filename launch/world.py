@@ -55,6 +55,6 @@ def mesh_of(parallel: ParallelConfig) -> Iterator[Mesh]:
     if world_size() > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
-    yield build_mesh(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, device=device)
+    yield build_mesh(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, ep=parallel.ep, device=device)
     if dist.is_initialized():
         dist.destroy_process_group()
