@@ -9,6 +9,10 @@ Under pp the running sequences form `pp` lanes, each at another stage, so all st
 step number t - s; between two times all stages meet in one batch of sends and receives, which hands hidden states to
 the next stage and the last stage's tokens to all. Every rank's n-th batch matches its peers' n-th batch, so the order
 is safe for NCCL, and every rank plans each step from the same results, so shapes never have to be sent.
+
+Under ep the ranks of a group run prompts of their own, but each of their forwards takes part in the all-to-alls of the
+others. So they count times together: a rank with nothing to run at some time sends one idle token through its experts'
+layers, and no rank stops before all are done.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from ...kernels.linear import pack
 from ...kernels.paged_attention import paged_attention, write_kv
 from ...kernels.sampling import sample
 from ..mesh import Mesh
-from ..parallel.collectives import all_gather, all_reduce, broadcast
+from ..parallel.collectives import all_gather, all_reduce, broadcast, gather_objects
 from .cache import BlockPool, PagedCache, blocks_for
 from .scheduler import Scheduler, Step
 
@@ -139,7 +143,7 @@ class Generator:
         """One completion a prompt, in the order of the prompts.
 
         Collective over tp and pp: their ranks call it with the same arguments and all get the same completions. Ranks
-        of dp are independent; each passes its own slice of the prompts.
+        of dp pass their own slices of the prompts; those of one ep group must all call it, if only with no prompts.
 
         Args:
             prompts: token ids, at least one each.
@@ -150,10 +154,10 @@ class Generator:
                 a stop id outside the vocabulary; not one sample id a prompt.
         """
         self._check(prompts, sample_ids, params)
-        if not prompts:
+        if not any(gather_objects(len(prompts), self.mesh.ep)):
             return []
         with torch.inference_mode():
-            longest = blocks_for(max(map(len, prompts)) + params.max_new_tokens - 1, self.block_size)
+            longest = blocks_for(max(map(len, prompts), default=1) + params.max_new_tokens - 1, self.block_size)
             num_blocks = self._num_blocks(longest * min(self.max_running, len(prompts)))
             scheduler = Scheduler(
                 prompts,
@@ -295,6 +299,8 @@ class _Run:
                 made = self.forward(step, hidden)
                 if self.mesh.is_last_stage:
                     self.results[number] = self.sample(step, made)
+            elif number >= 0 and self.mesh.ep.size > 1:
+                self.idle()
             hidden = self.exchange(number, made)
             number += 1
 
@@ -308,7 +314,8 @@ class _Run:
             tokens, logprobs = result.tolist()
             keep = self.scheduler.commit(previous, [int(token) for token in tokens], logprobs)
             self.lanes[lane].advance(result[0], previous.rows, keep)
-        if self.scheduler.finished:
+        unfinished = torch.tensor(int(not self.scheduler.finished), device=self.mesh.device)
+        if not all_reduce(unfinished, self.mesh.ep, "max").item():
             self.end = number
             return
         step = self.scheduler.plan(lane)
@@ -351,6 +358,12 @@ class _Run:
             # Only the last token of a prompt is sampled from.
             made = made[torch.cat((self.rows[:decoding], starts[1:] + (decoding - 1)))]
         return made
+
+    def idle(self) -> None:
+        """One token through this stage, for the other ranks of ep; nothing is made of it."""
+        position = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
+        hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.mesh.device)
+        self.model(position if self.mesh.is_first_stage else hidden, position, lambda layer, q, k, v: q)
 
     def sample(self, step: Step, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [2, rows] fp64: each row's next token (exact in fp64) and its logprob."""
