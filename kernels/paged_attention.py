@@ -1,7 +1,8 @@
 """Decoding over a paged key/value cache: one query a sequence, keys and values in blocks named by a table.
 
 Position p of sequence i lives in row p % block of block block_tables[i, p // block]; its slot is number * block + row.
-    S_j = scale * q . k_j + slope * (j - (length - 1)),   o = sum_j softmax_j(S) v_j,   0 <= j < length
+    S_j = scale * q . k_j + slope * (j - (length - 1)),   o = sum_j softmax_j(S) v_j,   first <= j < length
+where first is 0, or length - window with a sliding window.
 """
 
 # The kernels' types are those of Triton's language.
@@ -22,7 +23,7 @@ def write_kv_ref(k, v, k_cache, v_cache, slots) -> None:
     v_cache.view(-1, *v.shape[1:]).index_copy_(0, slots, v)
 
 
-def paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes=None):
+def paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes=None, window=None):
     """Gathers every sequence's blocks and applies the formula in fp32 (fp64 stays). Shapes as in `paged_attention`."""
     batch, heads, d = q.shape
     block, kv = k_cache.shape[1:3]
@@ -31,8 +32,10 @@ def paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi
     table = block_tables[:, : -(-span // block)].long()
     position = torch.arange(table.shape[1] * block, device=q.device)
     hidden = position[None] >= lengths[:, None]  # [b, span]
+    if window is not None:
+        hidden = hidden | (position[None] < lengths[:, None] - window)
     key, value = (cache[table].flatten(1, 2).to(wide) for cache in (k_cache, v_cache))  # [b, span, kv, d]
-    # Rows past the length may hold anything, NaN included: 0 * NaN must not reach the sum.
+    # Rows that are not seen may hold anything, NaN included: 0 * NaN must not reach the sum.
     value = value.masked_fill(hidden[:, :, None, None], 0)
     query = q.to(wide).unflatten(1, (kv, heads // kv))  # [b, kv, group, d]
     scores = torch.einsum("bkgd,bskd->bkgs", query, key) * scale
@@ -57,14 +60,15 @@ def _write_kernel(
 @jit
 def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, lengths_ptr, slopes_ptr, part_ptr, peaks_ptr, totals_ptr,
-    scale, q_stride, table_stride, kv_heads,
+    scale, q_stride, table_stride, kv_heads, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One share of one sequence's keys for the query heads of one key/value head: unnormalised sum, maximum, total."""
     sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + sequence)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    first = tl.maximum(length - window, 0) if WINDOW else 0
+    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
     row, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)  # tl.dot wants at least 16 rows, a group is often smaller
     head = kv_head * GROUP + row
     real = (row[:, None] < GROUP) & (columns[None, :] < D)
@@ -73,7 +77,7 @@ def _decode_kernel(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for n in range(split * share, tl.minimum(length, (split + 1) * share), BLOCK_N):
+    for n in range(first + split * share, tl.minimum(length, first + (split + 1) * share), BLOCK_N):
         position = n + tl.arange(0, BLOCK_N)
         there = position < length
         page = tl.load(tables_ptr + sequence * table_stride + position // PAGE, mask=there, other=0).to(tl.int64)
@@ -121,30 +125,31 @@ def write_kv_triton(k, v, k_cache, v_cache, slots) -> None:
         )
 
 
-def _decode_constants(group: int, d: int, page: int, alibi: bool, dtype: torch.dtype) -> dict:
+def _decode_constants(group: int, d: int, page: int, alibi: bool, window: bool, dtype: torch.dtype) -> dict:
     block_d = power_of_2(d)
     return {
         "GROUP": group, "ROWS": power_of_2(group), "D": d, "BLOCK_D": block_d, "PAGE": page, "ALIBI": alibi,
-        "BLOCK_N": 64 if block_d <= 64 else 32, "DOT": precision(dtype), "num_warps": 4, "num_stages": 2,
+        "WINDOW": window, "BLOCK_N": 64 if block_d <= 64 else 32, "DOT": precision(dtype),
+        "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
 
 
 SPLITS = 8  # shares of a sequence's keys that run side by side, where batch and heads alone do not fill a GPU
 
 
-def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes):
+def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes, window):
     """torch.ops.trialign.paged_attention on a GPU."""
     batch, heads, d = q.shape
     page, kv_heads = k_cache.shape[1:3]
     splits = 1 if batch * kv_heads >= 256 else SPLITS
-    constants = _decode_constants(heads // kv_heads, d, page, alibi_slopes is not None, q.dtype)
+    constants = _decode_constants(heads // kv_heads, d, page, alibi_slopes is not None, window is not None, q.dtype)
     part = q.new_empty(batch, heads, splits, d, dtype=torch.float32)
     peaks, totals = (q.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(q.shape)
     if batch:
         _decode_kernel[(batch, kv_heads, splits)](
             q, k_cache, v_cache, block_tables, lengths, alibi_slopes, part, peaks, totals, scale, q.stride(0),
-            block_tables.stride(0), kv_heads, SPLITS=splits, **constants,
+            block_tables.stride(0), kv_heads, window or 0, SPLITS=splits, **constants,
         )  # fmt: skip
         _combine_kernel[(batch * heads,)](
             part, peaks, totals, out, D=d, BLOCK_D=constants["BLOCK_D"], SPLITS=splits, num_warps=2
@@ -165,14 +170,14 @@ SPECS = {
         dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
         | dict.fromkeys(("slopes_ptr", "part_ptr", "peaks_ptr", "totals_ptr"), "*fp32")
         | {"tables_ptr": "*i32", "lengths_ptr": "*i32", "scale": "fp32"}
-        | {"q_stride": "i64", "table_stride": "i64", "kv_heads": "i32"},
+        | {"q_stride": "i64", "table_stride": "i64", "kv_heads": "i32", "window": "i32"},
         tuple(
-            _decode_constants(group, d, 16, alibi, torch.bfloat16) | {"SPLITS": splits}
-            for group, d, alibi, splits in ((3, 64, False, 1), (8, 128, True, SPLITS))
+            _decode_constants(group, d, 16, extras, extras, torch.bfloat16) | {"SPLITS": splits}
+            for group, d, extras, splits in ((3, 64, False, 1), (8, 128, True, SPLITS))
         ),
         dot=True,
         traffic="each cached key and value read once",
-        unaligned=("kv_heads", "table_stride"),
+        unaligned=("kv_heads", "table_stride", "window"),
     ),
     "combine": Spec(
         _combine_kernel,
@@ -200,23 +205,24 @@ def paged_attention(
     lengths: torch.Tensor,
     scale: float,
     alibi_slopes: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Attention of one query a sequence over its cached keys and values.
 
     q [b, heads, d], caches [blocks, block, kv, d], block_tables [b, max_blocks] int32, lengths [b] int32 (>= 1, the
-    token just written included), alibi_slopes [heads] fp32. Entries of block_tables past a sequence's length must
-    still be valid block numbers. Returns [b, heads, d].
+    token just written included), alibi_slopes [heads] fp32, window the number of keys seen (the last ones). Entries of
+    block_tables past a sequence's length must still be valid block numbers. Returns [b, heads, d].
     """
     if choose("paged_attention", q) != "reference":
         return torch.ops.trialign.paged_attention(
-            token_rows(q), k_cache, v_cache, block_tables, lengths, scale, alibi_slopes
+            token_rows(q), k_cache, v_cache, block_tables, lengths, scale, alibi_slopes, window
         )
-    return paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes)
+    return paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes, window)
 
 
 register("write_kv", lambda k, v, k_cache, v_cache, slots: None, triton=write_kv_triton)
 register(
     "paged_attention",
-    lambda q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes: q.new_empty(q.shape),
+    lambda q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes, window: q.new_empty(q.shape),
     triton=paged_attention_triton,
 )

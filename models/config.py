@@ -1,28 +1,23 @@
-"""The shape of a decoder, read from a Hugging Face config.json and refused by name where it asks for what we lack."""
+"""The shape of a decoder: what every family's config.json says, under one set of names.
+
+Each family reads and writes its own keys (models/families/); what it lacks it refuses by name.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from .rope import Rope
+
+if TYPE_CHECKING:
+    from .families.family import Family
 
 HeadKind = Literal["lm", "score"]
 """What stands on the last hidden state: the vocabulary's logits, or one number a token (critic, reward model)."""
-
-ARCHITECTURES: dict[str, HeadKind] = {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}
-
-# What changes the computation and has one supported value. None is the value of an absent key, always allowed.
-_FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "sliding_window": None,
-    "quantization_config": None,
-    "partial_rotary_factor": 1.0,
-}
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,15 @@ class ModelConfig:
     """RMSNorm over head_dim on queries and keys, before they are turned (Qwen3)"""
     window: int | None = None
     """keys a query sees, itself included (Mistral); None for all"""
+    full_layers: tuple[int, ...] = ()
+    """layers that see all keys in spite of `window` (Qwen2)"""
+    rope: Rope = Rope()
+    alibi: bool = False
+    """scores fall linearly with the distance, and nothing is turned (Baichuan 13B)"""
+    logn: int | None = None
+    """queries past this many positions are multiplied by log(position) to this base (Qwen 1)"""
+    norm_head: bool = False
+    """logits are made with the head's rows divided by their length (Baichuan2)"""
     moe: MoEConfig | None = None
     initializer_range: float = 0.02
     bos_id: int | None = None
@@ -75,9 +79,29 @@ class ModelConfig:
     pad_id: int | None = None
 
     @property
+    def family(self) -> Family:
+        """How this config and its weights are read and written."""
+        from .families.registry import family_of  # the families are built on this module
+
+        return family_of(self.architecture)
+
+    @property
     def head(self) -> HeadKind:
         """The head that a folder with this config holds."""
-        return ARCHITECTURES[self.architecture]
+        return self.family.architectures[self.architecture]
+
+    @property
+    def longest_document(self) -> int | None:
+        """The longest document the model has one meaning for; None where any length goes.
+
+        Dynamic NTK turns a document past the trained length by other angles from its first token on, so what a
+        rollout has cached by then is not what a training forward computes.
+        """
+        return self.max_positions if self.rope.kind == "dynamic" else None
+
+    def window_of(self, layer: int) -> int | None:
+        """Keys a query of this layer sees, itself included; None for all."""
+        return None if layer in self.full_layers else self.window
 
     @classmethod
     def from_hf(cls, folder: Path | str) -> ModelConfig:
@@ -106,127 +130,43 @@ class ModelConfig:
     @classmethod
     def from_hf_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """The config in `values`, the content of a Hugging Face config.json; raises as from_hf does."""
-        allowed = ", ".join(ARCHITECTURES)
-        names = values.get("architectures")
-        if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-            raise ValueError(f"architectures={names}: allowed: {allowed}")
-        for key, only in _FIXED.items():
-            if values.get(key) is not None and values[key] != only:
-                raise ValueError(f"{key}={values[key]!r} is not supported; allowed: {json.dumps(only)}")
-        labels = values.get("num_labels", len(values.get("id2label") or [0]))
-        if ARCHITECTURES[names[0]] == "score" and labels != 1:
-            raise ValueError(f"num_labels={labels}: a score head has 1")
+        from .families.registry import architectures, family_of
 
-        heads, hidden = _whole(values, "num_attention_heads"), _whole(values, "hidden_size")
-        kv_heads = _whole(values, "num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise ValueError(f"num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}")
-        if values.get("head_dim") is None and hidden % heads:
-            raise ValueError(f"hidden_size={hidden} does not divide by num_attention_heads={heads}, and no head_dim")
-        head_dim = _whole(values, "head_dim", hidden // heads)
-        if head_dim % 2:
-            raise ValueError(f"head_dim={head_dim}: rotary embeddings need an even number")
-        eos = values.get("eos_token_id")
-        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if not all(isinstance(i, int) and i >= 0 for i in eos_ids):
-            raise ValueError(f"eos_token_id={eos!r}: expected a token id or a list of them")
-        return cls(
-            architecture=names[0],
-            vocab_size=_whole(values, "vocab_size"),
-            hidden_size=hidden,
-            ffn_size=_whole(values, "intermediate_size"),
-            num_layers=_whole(values, "num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            rope_theta=_rope_theta(values),
-            norm_eps=_positive(values, "rms_norm_eps", 1e-6),
-            max_positions=_whole(values, "max_position_embeddings", 2048),
-            tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-            initializer_range=_positive(values, "initializer_range", 0.02),
-            bos_id=values.get("bos_token_id"),
-            eos_ids=eos_ids,
-            pad_id=values.get("pad_token_id"),
-        )
+        names = values.get("architectures")
+        if not isinstance(names, list) or len(names) != 1 or names[0] not in architectures():
+            raise ValueError(f"architectures={names}: allowed: {', '.join(architectures())}")
+        return family_of(names[0]).read(values)
 
     def to_hf_dict(self, head: HeadKind = "lm", dtype: str = "bfloat16") -> dict[str, Any]:
         """The content of a config.json that transformers 4 and 5 and vLLM read, for a folder with the given head."""
-        values = {
-            "architectures": [next(name for name, kind in ARCHITECTURES.items() if kind == head)],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "rms_norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta,  # transformers 4 and vLLM; the next line is for transformers 5
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-            "max_position_embeddings": self.max_positions,
-            "tie_word_embeddings": self.tie_embeddings and head == "lm",
-            "initializer_range": self.initializer_range,
-            "bos_token_id": self.bos_id,
-            "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
-            "pad_token_id": self.pad_id,
-            "torch_dtype": dtype,
-            "use_cache": True,
-        }
-        if head == "score":
-            values |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-        return values
+        return self.family.write(self, head) | {"torch_dtype": dtype}
 
 
-def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = values.get(key) if values.get(key) is not None else default
-    if value is None:
-        raise ValueError(f"{key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key}={value!r}: expected a whole number of at least 1")
-    return value
-
-
-def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{key}={value!r}: expected a number above 0")
-    return float(value)
-
-
-def _rope_theta(values: Mapping[str, Any]) -> float:
-    """The base of the rotary embedding: in `rope_parameters` since transformers 5, beside `rope_scaling` before."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = values.get(key) or {}
-        if not isinstance(rope, Mapping):
-            raise ValueError(f"{key}={rope!r}: expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{key} asks for rope_type={kind!r}, which is not supported; allowed: 'default'")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"{key}: partial_rotary_factor={rope['partial_rotary_factor']}; allowed: 1.0")
-        if "rope_theta" in rope:
-            return _positive(rope, "rope_theta", 10000.0)
-    return _positive(values, "rope_theta", 10000.0)
-
-
-def check_layout(config: ModelConfig, tp: int, pp: int) -> None:
+def check_layout(config: ModelConfig, tp: int, pp: int, ep: int = 1) -> None:
     """Refuses a layout that does not cut the model into equal parts.
+
+    Key/value heads may be fewer than tp ranks: then several ranks use the same head, and tp must be a multiple.
 
     Raises:
         ValueError: naming the size that does not divide and the sizes that would.
     """
-    cuts = {
-        ("tp", tp): ("num_heads", "num_kv_heads", "ffn_size", "vocab_size"),
-        ("pp", pp): ("num_layers",),
-    }
-    for (axis, parts), names in cuts.items():
-        sizes = {name: getattr(config, name) for name in names}
+    widths = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "vocab_size": config.vocab_size}
+    if config.moe is None or config.moe.dense_layers:
+        widths["ffn_size"] = config.ffn_size
+    if config.moe is not None:
+        widths["moe.ffn_size"] = config.moe.ffn_size
+    if config.moe is not None and config.moe.shared_ffn_size:
+        widths["moe.shared_ffn_size"] = config.moe.shared_ffn_size
+
+    def fits(name: str, size: int, parts: int) -> bool:
+        if name == "num_kv_heads" and parts > size:
+            return parts % size == 0 and size * config.head_dim % parts == 0
+        return size % parts == 0
+
+    experts = {} if config.moe is None else {"moe.experts": config.moe.experts}
+    for axis, parts, sizes in (("tp", tp, widths), ("pp", pp, {"num_layers": config.num_layers}), ("ep", ep, experts)):
         for name, size in sizes.items():
-            if parts < 1 or size % parts:
-                largest = math.gcd(*sizes.values())
-                allowed = ", ".join(str(n) for n in range(1, min(largest, 1024) + 1) if largest % n == 0)
+            if parts < 1 or not fits(name, size, parts):
+                numbers = range(1, min(max(sizes.values()), 1024) + 1)
+                allowed = ", ".join(str(n) for n in numbers if all(fits(*one, n) for one in sizes.items()))
                 raise ValueError(f"{name}={size} does not divide by {axis}={parts}; allowed {axis}: {allowed}")

@@ -1,4 +1,4 @@
-"""The decoder of the LLaMA family, in the paper's order, for one pipeline stage of a mesh.
+"""The decoder of every family, in the order of LLaMA's paper, for one pipeline stage of a mesh.
 
 Attention itself is an argument: training passes packed attention, the generator its paged cache, so both run this one
 forward. Parameters are uninitialised until models/hf.py fills them.
@@ -6,16 +6,19 @@ forward. Parameters are uninitialised until models/hf.py fills them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..engine.mesh import Mesh
+from ..engine.mesh import Axis, Mesh
+from ..engine.parallel.collectives import copy_to_region, gather_from_region
 from ..engine.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -30,43 +33,86 @@ from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope
 from ..kernels.swiglu import swiglu
+from .alibi import alibi_slopes
 from .config import HeadKind, ModelConfig
+from .moe import MoE, Routing
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(local layer, q [n, heads/tp, d], k [n, kv/tp, d], v [n, kv/tp, d]) -> [n, heads/tp, d]."""
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm, https://arxiv.org/abs/1910.07467; the weight is whole on every rank of tp."""
+class Turn(NamedTuple):
+    """What a token's position does to its queries and keys; None where it does nothing."""
 
-    def __init__(self, size: int, eps: float, mesh: Mesh, dtype: torch.dtype):
+    cos: Tensor | None  # [tokens, head_dim/2] fp32
+    sin: Tensor | None
+    query_scale: Tensor | None  # [tokens, 1, 1] fp32
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, https://arxiv.org/abs/1910.07467; the weight is whole on every rank of tp.
+
+    Args:
+        axis: where ranks norm different rows (their own heads), so that the weight's gradient is a sum over them.
+    """
+
+    def __init__(self, size: int, eps: float, mesh: Mesh, dtype: torch.dtype, axis: Axis | None = None):
         super().__init__()
-        self.eps = eps
+        self.eps, self.axis = eps, axis
         self.weight = sharded_parameter(whole(size), dtype=dtype, device=mesh.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        weight = self.weight if self.axis is None else copy_to_region(self.weight, self.axis)
+        return rms_norm(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
 
 
 class Attention(nn.Module):
+    """Self-attention on this rank's heads.
+
+    With more tp ranks than key/value heads a rank holds the weights of a fraction of a head, computes that fraction,
+    and gathers the head that its queries use: no weight is held twice.
+    """
+
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.heads, self.kv_heads = config.num_heads // mesh.tp.size, config.num_kv_heads // mesh.tp.size
+        self.head_dim, self.tp = config.head_dim, mesh.tp
+        self.heads, self.kv_heads = config.num_heads // mesh.tp.size, max(config.num_kv_heads // mesh.tp.size, 1)
+        self.gathered = config.num_kv_heads < mesh.tp.size
+        self.kv_head = mesh.tp.rank * config.num_kv_heads // mesh.tp.size  # the one used, where heads are gathered
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes = {"q": q, "k": kv, "v": kv}
         self.qkv = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, bias=config.qkv_bias, lora=lora)
         self.output = RowParallelLinear(
             q, config.hidden_size, mesh, dtype, bias=config.output_bias, lora=lora, target="output"
         )
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(config.head_dim, config.norm_eps, mesh, dtype, mesh.tp) for _ in range(2)
+            )
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [tokens, (heads + 2 kv)/tp, d]
+    def forward(self, x: Tensor, turn: Turn, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        qkv = self.qkv(x)  # [tokens, (heads + 2 kv)/tp * d]
+        if self.gathered:
+            qkv = self._with_whole_heads(qkv)
+        qkv = qkv.view(x.shape[0], -1, self.head_dim)  # [tokens, heads/tp + 2 max(kv/tp, 1), d]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
-        q, k = rope(qk, cos, sin).split([self.heads, self.kv_heads], 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split([self.heads, self.kv_heads], 1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+        if turn.cos is not None and turn.sin is not None:
+            qk = rope(qk, turn.cos, turn.sin)
+        q, k = qk.split([self.heads, self.kv_heads], 1)
+        if turn.query_scale is not None:
+            q = (q * turn.query_scale).to(q.dtype)
         return self.output(attend(q, k, v).reshape(x.shape[0], -1))
+
+    def _with_whole_heads(self, qkv: Tensor) -> Tensor:
+        """[tokens, q/tp + 2 kv*d/tp] -> [tokens, q/tp + 2 d]: the key and value head of this rank's queries."""
+        q, kv = qkv.split([self.heads * self.head_dim, qkv.shape[1] - self.heads * self.head_dim], 1)
+        parts = gather_from_region(kv, self.tp).view(len(qkv), self.tp.size, 2, -1)  # [tokens, tp, k and v, kv*d/tp]
+        heads = parts.transpose(1, 2).reshape(len(qkv), 2, -1, self.head_dim)  # [tokens, k and v, kv, d]
+        return torch.cat((q, heads[:, :, self.kv_head].flatten(1)), 1)
 
 
 class MLP(nn.Module):
@@ -82,29 +128,50 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
+    """One block; `index` is its number in the whole model."""
+
+    def __init__(self, config: ModelConfig, index: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
         self.attention = Attention(config, mesh, dtype, lora)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
-        self.mlp = MLP(config, mesh, dtype, lora)
+        sparse = config.moe is not None and index not in config.moe.dense_layers
+        self.mlp = MoE(config, index, mesh, dtype) if sparse else MLP(config, mesh, dtype, lora)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+        self,
+        x: Tensor,
+        turn: Turn,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        routing: Routing | None = None,
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(x), cos, sin, attend)
+        attended = self.attention(self.attention_norm(x), turn, attend)
         normed, x = add_rms_norm(attended, x, self.mlp_norm.weight, self.mlp_norm.eps)
-        return x + self.mlp(normed)
+        return x + (self.mlp(normed, routing) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
 
 class Head(nn.Module):
-    """The last projection: rows of the vocabulary cut over tp ("lm"), or one whole row ("score")."""
+    """The last projection: rows of the vocabulary cut over tp ("lm"), or one whole row ("score").
+
+    Args:
+        normalised: logits are made with each row divided by its length (Baichuan2's NormHead).
+    """
 
     packed: Tensor | None = None
+    frozen: Tensor | None = None  # the generator's: the rows as they are used, while the weight does not change
 
-    def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype, normalised: bool = False):
         super().__init__()
+        self.normalised = normalised
         self.weight = sharded_parameter(shard, dtype=dtype, device=mesh.device)
+
+    def rows(self) -> Tensor:
+        """The weight as it is used, of its shape; differentiable."""
+        if self.frozen is not None or not self.normalised:
+            return self.weight if self.frozen is None else self.frozen
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True, dtype=dtype)  # [vocab/tp, 1]
+        return (self.weight / lengths.clamp_min(1e-12)).to(self.weight.dtype)
 
 
 class Decoder(nn.Module):
@@ -129,17 +196,19 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.mesh, self.dtype, self.recompute = config, mesh, dtype, recompute
         self.kind: HeadKind = head
+        self.lora = lora
         share = config.num_layers // mesh.pp.size
         numbers = range(mesh.pp.rank * share, (mesh.pp.rank + 1) * share)
         vocab_by_hidden = (config.vocab_size, config.hidden_size)
         self.embedding = VocabParallelEmbedding(*vocab_by_hidden, mesh, dtype) if mesh.is_first_stage else None
-        self.layers = nn.ModuleDict({str(i): Layer(config, mesh, dtype, lora) for i in numbers})
+        self.layers = nn.ModuleDict({str(i): Layer(config, i, mesh, dtype, lora) for i in numbers})
         self.norm = self.head = None
         if mesh.is_last_stage:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
             tied = head == "lm" and config.tie_embeddings
             rows = Shard((cut(mesh.tp, 0, vocab_by_hidden),), "tp", duplicate=tied)
-            self.head = Head(rows if head == "lm" else whole(1, config.hidden_size), mesh, dtype)
+            shard = rows if head == "lm" else whole(1, config.hidden_size)
+            self.head = Head(shard, mesh, dtype, normalised=head == "lm" and config.norm_head)
             if tied and self.embedding is not None:
                 self.head.weight = self.embedding.weight
         if lora is not None:
@@ -147,16 +216,31 @@ class Decoder(nn.Module):
                 parameter.requires_grad_(shard_of(parameter).adapter)
             if self.head is not None and head == "score":
                 self.head.requires_grad_(True)
-        # In fp32 as the published models were trained: at large positions float64 would turn by other angles.
-        exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        inverse = (1.0 / config.rope_theta**exponents).to(mesh.device)
+        inverse, self.turn_scale = config.rope.frequencies(config.rope_theta, config.head_dim)
         self.inverse_frequencies: Tensor  # [head_dim/2]
-        self.register_buffer("inverse_frequencies", inverse, persistent=False)
+        self.register_buffer("inverse_frequencies", inverse.to(mesh.device), persistent=False)
+        self.alibi_slopes: Tensor | None  # [heads/tp] fp32
+        mine = slice(mesh.tp.rank * config.num_heads // mesh.tp.size, None)
+        slopes = alibi_slopes(config.num_heads)[mine][: config.num_heads // mesh.tp.size].to(mesh.device)
+        self.register_buffer("alibi_slopes", slopes if config.alibi else None, persistent=False)
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """What a key/value cache of this stage holds: (local layers, key/value heads / tp, head_dim)."""
-        return len(self.layers), self.config.num_kv_heads // self.mesh.tp.size, self.config.head_dim
+        """What a key/value cache of this stage holds: (local layers, key/value heads / tp or 1, head_dim)."""
+        return len(self.layers), max(self.config.num_kv_heads // self.mesh.tp.size, 1), self.config.head_dim
+
+    def attention_options(self, layer: int) -> dict[str, Any]:
+        """What attention has to be told in a local layer: scale, window, alibi_slopes (kernels/attention.py)."""
+        return {
+            "scale": self.config.head_dim**-0.5,
+            "window": self.config.window_of(int(list(self.layers)[layer])),
+            "alibi_slopes": self.alibi_slopes,
+        }
+
+    def head_weight(self) -> Tensor:
+        """What logits are made with, [vocab/tp, hidden]: differentiable; last stage only."""
+        assert self.head is not None
+        return self.head.rows()
 
     def tied_parameter(self) -> nn.Parameter | None:
         """The weight this stage shares with the other end of the pipeline, if it does."""
@@ -178,32 +262,43 @@ class Decoder(nn.Module):
             for linear_ in linears:
                 linear_.adapted = True
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, routing: Routing | None = None) -> Tensor:
         """Runs this stage.
 
         Args:
             x: token ids [tokens] on the first stage, else hidden states [tokens, hidden] of the stage before.
             positions: [tokens], each token's place in its own document.
+            routing: what the routers' losses need of an update's micro-batch; None without experts or learning.
 
         Returns:
             hidden states [tokens, hidden], after the final norm on the last stage.
         """
         if self.embedding is not None:
             x = self.embedding(x)
-        angles = positions[:, None] * self.inverse_frequencies  # [tokens, head_dim/2] fp32
-        cos, sin = angles.cos(), angles.sin()
+        turn = self._turn(positions)
         for i, layer in enumerate(self.layers.values()):
+            arguments = (turn, partial(attend, i), routing)
             if self.recompute and torch.is_grad_enabled():
                 # preserve_rng_state: there is no dropout, so no random state to put back.
-                x = checkpoint(layer, x, cos, sin, partial(attend, i), use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, partial(attend, i))
+                x = layer(x, *arguments)
         return x if self.norm is None else self.norm(x)
+
+    def _turn(self, positions: Tensor) -> Turn:
+        cos = sin = query_scale = None
+        if not self.config.alibi:
+            angles = positions[:, None] * self.inverse_frequencies  # [tokens, head_dim/2] fp32
+            cos, sin = angles.cos() * self.turn_scale, angles.sin() * self.turn_scale
+        if self.config.logn is not None:
+            logs = (positions + 1).clamp_min(self.config.logn).float().log()
+            query_scale = (logs / math.log(self.config.logn))[:, None, None]
+        return Turn(cos, sin, query_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab/tp]: this rank's part of the vocabulary; last stage only."""
         assert self.head is not None and self.kind == "lm"
-        return linear(hidden, self.head.weight, self.head.packed)
+        return linear(hidden, self.head_weight(), self.head.packed)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens] fp32, of a "score" head; last stage only."""

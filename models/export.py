@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..engine.checkpoint import Reader
 from ..engine.safetensors_io import fsync, write_stream
+from .adapter import merger, same_base, saved_adapter
 from .config import HeadKind, ModelConfig
-from .hf import HEADS, INDEX, hf_shapes
+from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
 
 
 def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
@@ -58,7 +59,8 @@ def export_hf(
 
     Args:
         folder: must not exist, or be empty.
-        tensors: Hugging Face's name -> whole tensor; a `Lazy` keeps a large model out of memory.
+        tensors: Hugging Face's name -> whole tensor; a `Lazy` keeps a large model out of memory. A fused tensor may
+            come in parts, as `hf_name` names them.
         asset_folder: where tokenizer, chat template and generation config come from.
         shard_bytes: the largest file, unless one tensor is larger.
 
@@ -69,7 +71,7 @@ def export_hf(
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not an empty folder")
-    shapes = hf_shapes(config, head)
+    shapes, tensors = hf_shapes(config, head), Fused(tensors, config, head)
     missing, unknown = (list(a - b) for a, b in ((shapes.keys(), tensors.keys()), (tensors.keys(), shapes.keys())))
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing: {', '.join(sorted(missing)[:3])}")
@@ -131,10 +133,14 @@ def export_checkpoint(
     role: Literal["actor", "critic"] = "actor",
     weights: Literal["master", "ema"] = "master",
     dtype: torch.dtype = torch.bfloat16,
+    base: Path | None = None,
 ) -> None:
     """Streams one role's weights out of a checkpoint into a Hugging Face folder, without a process group.
 
-    The checkpoint's assets must hold `{role}/config.json` and what else belongs to the model.
+    The checkpoint's assets must hold `{role}/config.json` and what else belongs to the model. Adapters are merged.
+
+    Args:
+        base: where the model that adapters belong to lies now; None where it was when they were trained.
 
     Raises:
         ValueError: no such checkpoint, role or weights in it, a damaged file, a folder that is not empty.
@@ -151,4 +157,8 @@ def export_checkpoint(
     asset_folder = checkpoint / "assets" / role
     config, head = ModelConfig.from_hf(asset_folder), "score" if HEADS["score"].theirs in held else "lm"
     tensors = Lazy(held, lambda name: reader.read(prefix + name))
+    saved = saved_adapter(reader, role)
+    if saved is not None:
+        lora, facts = saved
+        tensors = Lazy(part_shapes(config, head), merger(same_base(facts, base), config, head, lora, tensors))
     export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: the family's table says where in their tensors a parameter's piece lies; load and export read it."""
+"""Hugging Face folders: the family's table says where in its tensors our pieces lie; load and export both read it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def hf_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[int
 
 
 def part_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[int, ...]]:
-    """The same with the parts of fused tensors singly, as checkpoints hold them: name as `hf_name` gives it -> shape."""
+    """The same with the parts of fused tensors singly, as checkpoints hold them, under `hf_name`'s names."""
     return {place.name: place.shape for place in places(config, head).values()}
 
 
@@ -181,7 +181,7 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
     if fresh and new_head == "refuse":
         expected = next(name for name, kind in config.family.architectures.items() if kind == "score")
         raise ValueError(f"{folder}: {config.architecture} has no score.weight; expected {expected}")
-    found = _tensors(folder)
+    found = tensor_files(folder)
     _same_tensors(found, config, folder)
 
     todo: dict[str, list[tuple[Place, Piece, Any]]] = {}
@@ -213,7 +213,7 @@ def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None
             raise ValueError(f"{folder}: {key}={theirs}, the model has {ours}")
 
 
-def _tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> (file, shape), from the headers of all files."""
     if (folder / "model.safetensors").is_file():
         files, promised = ["model.safetensors"], {}

@@ -16,6 +16,7 @@ from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig, check_layout
 from trialign.models.decoder import Decoder
 from trialign.models.hf import hf_name, hf_shapes, load_hf, pieces, stop_ids
+from trialign.models.rope import Rope
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)]  # tp, pp
 
@@ -56,6 +57,17 @@ def test_config_names(folders):
         "norm_eps": 1e-6,
         "max_positions": 256,
         "tie_embeddings": True,
+        "qkv_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "window": None,
+        "full_layers": (),
+        "rope": dataclasses.asdict(Rope()),
+        "alibi": False,
+        "logn": None,
+        "norm_head": False,
+        "moe": None,
         "initializer_range": 0.1,
         "bos_id": 1,
         "eos_ids": (2,),
@@ -108,13 +120,20 @@ def test_rope_theta_old_and_new(copy, rope, theta):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures=.*GPT2.*allowed: LlamaForCausalLM, LlamaForSeq"),
         ({"architectures": None}, "architectures=None: allowed"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'.*allowed: 'default'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {}}, "rope_type='linear'"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+            "rope_type='longrope'.*allowed: default, l",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3' needs low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters=.* and rope_scaling=.* disagree"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5: expected at least 1"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section not supported; allowed"),
+        ({"rope_parameters": {"full_attention": {}}}, "full_attention not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5; allowed: 1.0"),
         ({"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1: expected a number above 0"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; allowed: \"silu\""),
-        ({"attention_bias": True}, "attention_bias=True is not supported; allowed: false"),
-        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"attention_bias": "yes"}, "attention_bias='yes': expected true or false"),
+        ({"mlp_bias": 1}, "mlp_bias=1: expected true or false"),
         ({"sliding_window": 4096}, "sliding_window=4096 is not supported; allowed: null"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.*not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -155,12 +174,19 @@ def test_stop_ids_are_those_of_both_configs(tmp_path):
     assert stop_ids(tmp_path, config) == (5,)
 
 
+CUT_HEADS = "num_kv_heads=4 does not divide by tp=6; allowed tp: 1, 2, 4, 12"  # 6 ranks cannot share 4 heads evenly
+WHOLE_NUMBERS = "num_kv_heads=1 does not divide by tp=4; allowed tp: 1, 2"  # 4 ranks cannot hold 2 rows
+
+
 def test_check_layout(folders):
     config = ModelConfig.from_hf(folders["tied"])  # 4 heads, 2 key/value heads, ffn 64, vocabulary 96, 4 layers
     check_layout(config, tp=2, pp=4)
+    twelve = dataclasses.replace(config, num_heads=12, num_kv_heads=4, head_dim=12, ffn_size=96)
     smol = dataclasses.replace(config, num_heads=9, num_kv_heads=3, ffn_size=1536, vocab_size=49152)
     for shape, tp, pp, message in (
-        (config, 4, 1, "num_kv_heads=2 does not divide by tp=4; allowed tp: 1, 2"),
+        (config, 8, 1, "num_heads=4 does not divide by tp=8; allowed tp: 1, 2, 4"),
+        (twelve, 6, 1, CUT_HEADS),
+        (dataclasses.replace(config, num_kv_heads=1, head_dim=2), 4, 1, WHOLE_NUMBERS),
         (config, 1, 3, "num_layers=4 does not divide by pp=3; allowed pp: 1, 2, 4"),
         (smol, 2, 1, "num_heads=9 does not divide by tp=2; allowed tp: 1, 3"),
         (dataclasses.replace(smol, ffn_size=100), 3, 1, "ffn_size=100 does not divide by tp=3; allowed tp: 1"),
@@ -352,7 +378,9 @@ def test_truncated_file(copy, keep):
 
 def test_only_bin_files(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    refused(copy, r"no model.safetensors.*only safetensors are read, found pytorch_model.bin")
+    refused(
+        copy, r"no model.safetensors.*found pytorch_model.bin; pickles are not loaded.*save_pretrained\(new_folder\)"
+    )
 
 
 def test_spoilt_index(copy):

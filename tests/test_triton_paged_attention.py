@@ -27,12 +27,16 @@ def test_law(dtype, splits, lengths, heads, kv_heads, d, page, monkeypatch):
     q = torch.randn(len(lengths), heads, d).to(dtype)
     q, k_cache, v_cache, tables = (t.to(DEVICE) for t in (q, k_cache, v_cache, tables))
     n = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    for slopes in (None, 2.0 ** -torch.arange(1.0, heads + 1, device=DEVICE)):
-        exact = paged_attention_ref(q.double(), k_cache.double(), v_cache.double(), tables, n, 0.3, slopes)
-        eager = paged_attention_ref(q, k_cache, v_cache, tables, n, 0.3, slopes)
-        got = paged_attention_triton(q, k_cache, v_cache, tables, n, 0.3, slopes)
+    falling = 2.0 ** -torch.arange(1.0, heads + 1, device=DEVICE)
+    for slopes, window in ((None, None), (falling, None), (None, 33), (falling, 1), (None, 500)):
+        args = (tables, n, 0.3, slopes, window)
+        exact = paged_attention_ref(q.double(), k_cache.double(), v_cache.double(), *args)
+        eager = paged_attention_ref(q, k_cache, v_cache, *args)
+        got = paged_attention_triton(q, k_cache, v_cache, *args)
         # eager keeps the weights in fp32, the kernel rounds them for the matrix unit
-        assert_law(got, eager, exact, f"alibi {slopes is not None}", 2e-6 if dtype == torch.float32 else 8e-3)
+        assert_law(
+            got, eager, exact, f"alibi {slopes is not None}, window {window}", 2e-6 if dtype == torch.float32 else 8e-3
+        )
 
 
 def test_write_kv():

@@ -11,6 +11,7 @@ struct Paged {
   int64_t heads, kv_heads, d, block;
   float scale;
   const float* slopes;       // [heads] or null
+  int64_t window;            // keys a query sees, the last ones
 };
 
 INLINE vf interleave_low(vf a, vf b) {
@@ -146,16 +147,17 @@ template <typename T>
 void decode_batch(const Paged& a, const T* q, int64_t q_stride, const T* k_cache, const T* v_cache, const int32_t* tables, int64_t table_stride,
                   const int32_t* lengths, int64_t batch, T* out) {
   int64_t positions = 0;
-  for (int64_t b = 0; b < batch; ++b) positions += lengths[b];
+  for (int64_t b = 0; b < batch; ++b) positions += std::min<int64_t>(lengths[b], a.window);
   parallel(batch * a.kv_heads, batch ? 2 * positions / batch * a.d : 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch;
     std::vector<int64_t> rows;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / a.kv_heads, kv = task % a.kv_heads, length = lengths[b];
-      rows.resize(length);
-      for (int64_t p = 0; p < length; ++p)
-        rows[p] = ((tables[b * table_stride + p / a.block] * a.block + p % a.block) * a.kv_heads + kv) * a.d;
-      decode_group(a, q + b * q_stride, k_cache, v_cache, rows.data(), length, kv * (a.heads / a.kv_heads), out + b * a.heads * a.d, scratch);
+      const int64_t b = task / a.kv_heads, kv = task % a.kv_heads;
+      const int64_t seen = std::min<int64_t>(lengths[b], a.window), first = lengths[b] - seen;
+      rows.resize(seen);
+      for (int64_t p = first; p < lengths[b]; ++p)
+        rows[p - first] = ((tables[b * table_stride + p / a.block] * a.block + p % a.block) * a.kv_heads + kv) * a.d;
+      decode_group(a, q + b * q_stride, k_cache, v_cache, rows.data(), seen, kv * (a.heads / a.kv_heads), out + b * a.heads * a.d, scratch);
     }
   });
 }
@@ -164,13 +166,15 @@ void decode_batch(const Paged& a, const T* q, int64_t q_stride, const T* k_cache
 bool is_token_rows(const Tensor& x) { return x.stride(2) == 1 && x.stride(1) == x.size(2); }
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables, const Tensor& lengths, double scale,
-                       const std::optional<Tensor>& slopes) {
+                       const std::optional<Tensor>& slopes, std::optional<int64_t> window) {
   const int64_t batch = q.size(0), blocks = k_cache.size(0);
-  const Paged a{q.size(1), k_cache.size(2), q.size(2), k_cache.size(1), float(scale), slopes ? slopes->const_data_ptr<float>() : nullptr};
+  const Paged a{q.size(1), k_cache.size(2), q.size(2), k_cache.size(1), float(scale), slopes ? slopes->const_data_ptr<float>() : nullptr,
+                window.value_or(INT64_MAX)};
   const int32_t *tables = block_tables.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>();
   const int64_t stride = block_tables.stride(0);
   STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous() && lengths.is_contiguous() && block_tables.stride(1) == 1 && is_token_rows(q),
                   "caches and lengths must be contiguous, and so must each query and each table");
+  STD_TORCH_CHECK(a.window >= 1, "a window of ", a.window, " keys: a query sees at least itself");
   STD_TORCH_CHECK(k_cache.scalar_type() == q.scalar_type() && v_cache.scalar_type() == q.scalar_type(), "caches and queries must have one dtype");
   STD_TORCH_CHECK(lengths.numel() == batch && block_tables.size(0) == batch, "one length and one table for each of ", batch, " queries");
   for (int64_t b = 0; b < batch; ++b) {
@@ -211,7 +215,7 @@ void write_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, 
 }  // namespace
 
 TRIALIGN_OPS(ops) {
-  ops.add("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor lengths, float scale, Tensor? alibi_slopes) -> Tensor",
+  ops.add("paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor lengths, float scale, Tensor? alibi_slopes, int? window) -> Tensor",
           TORCH_BOX(&paged_attention));
   ops.add("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()", TORCH_BOX(&write_kv));
 }

@@ -49,6 +49,8 @@ class Model(Protocol):
         self, x: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor: ...
 
+    def attention_options(self, layer: int) -> dict[str, Any]: ...
+
     def logits(self, hidden: Tensor) -> Tensor: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
@@ -209,13 +211,18 @@ def packed_weights(model: Model, steps: int) -> Iterator[None]:
     """Within, layers with a place for it (`packed`) multiply by a packed copy of their weight, where that pays."""
     # Packing takes about as long as it saves in 8 steps of 32 rows (benchmarks/bench_generate.py).
     layers: list[Any] = [module for module in model.modules() if steps >= 10 and hasattr(module, "packed")]
+    heads: list[Any] = [module for module in model.modules() if getattr(module, "normalised", False)]
     try:
+        for head in heads:
+            head.frozen = head.rows()
         for layer in layers:
-            layer.packed = pack(layer.weight)
+            layer.packed = pack(layer.weight if getattr(layer, "frozen", None) is None else layer.frozen)
         yield
     finally:
         for layer in layers:
             layer.packed = None
+        for head in heads:
+            head.frozen = None
 
 
 def sample_key(seed: int, sample_id: int) -> int:
@@ -341,17 +348,20 @@ class _Run:
             positions = torch.cat((positions, places))
         slots = lane.tables[rows, positions // block].long() * block + positions % block  # [tokens]
         tables, cached = lane.tables[:decoding], lane.state[1, :decoding].int()
-        scale = self.model.kv_shape[2] ** -0.5
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            keys, values, options = (
+                self.cache.keys[layer],
+                self.cache.values[layer],
+                self.model.attention_options(layer),
+            )
             write_kv(k, v, keys, values, slots)
             if not step.admitted:
-                return paged_attention(q, keys, values, tables, cached, scale)
-            new = packed_attention(q[decoding:], k[decoding:], v[decoding:], starts, longest, scale)
+                return paged_attention(q, keys, values, tables, cached, **options)
+            new = packed_attention(q[decoding:], k[decoding:], v[decoding:], starts, longest, **options)
             if not decoding:
                 return new
-            return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, scale), new))
+            return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))
 
         made = self.model(tokens if hidden is None else hidden, positions, attend)
         if step.admitted and self.mesh.is_last_stage:

@@ -1,0 +1,107 @@
+"""Baichuan 7B and 13B, Baichuan2 7B and 13B (https://arxiv.org/abs/2309.10305): fused q, k, v without bias.
+
+The 7B models turn (RoPE), the 13B ones have ALiBi (https://arxiv.org/abs/2108.12409); Baichuan2 divides the rows of its
+head by their length at every forward. No key of a published config.json says so. What tells them apart:
+
+| | architecture | hidden_size | max_position_embeddings | vocab_size |
+|---|---|---|---|---|
+| 7B | BaiChuanForCausalLM | 4096 | there | 64000 |
+| 13B | BaichuanForCausalLM | 5120 | absent (model_max_length) | 64000 |
+| 2-7B | BaichuanForCausalLM | 4096 | there | 125696 |
+| 2-13B | BaichuanForCausalLM | 5120 | absent (model_max_length) | 125696 |
+
+Baichuan2's code also has a key of its own, z_loss_weight. We write two keys, `alibi` and `norm_head`, which decide
+where they are there; a config without them that fits no row is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import HeadKind, ModelConfig
+from ..rope import Rope
+from . import llama
+from .family import Family, Row, flag, read_decoder, whole, write_decoder
+
+_PACKED = "model.layers.{i}.self_attn.W_pack.weight"
+
+TABLE = (
+    *llama.ENDS,
+    *llama.NORMS,
+    Row("layers.{i}.attention.qkv.weight", "q", _PACKED, "q hidden"),
+    Row("layers.{i}.attention.qkv.weight", "k", _PACKED, "kv hidden"),
+    Row("layers.{i}.attention.qkv.weight", "v", _PACKED, "kv hidden"),
+    Row("layers.{i}.attention.output.weight", "", "model.layers.{i}.self_attn.o_proj.weight", "hidden q"),
+    *llama.MLP,
+)
+_SEVEN, _THIRTEEN = 4096, 5120  # hidden sizes
+_FIRST, _SECOND = 64000, 125696  # vocabularies
+
+
+def table(config: ModelConfig) -> tuple[Row, ...]:
+    return TABLE
+
+
+def has_alibi(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a 13B model; raises ValueError where it does not say."""
+    if values.get("alibi") is not None:
+        return flag(values, "alibi")
+    hidden, positions = values.get("hidden_size"), values.get("max_position_embeddings")
+    seven = positions is not None and hidden != _THIRTEEN
+    thirteen = positions is None and values.get("model_max_length") is not None and hidden != _SEVEN
+    if values["architectures"] == ["BaiChuanForCausalLM"]:
+        seven, thirteen = hidden != _THIRTEEN, False
+    if seven == thirteen:
+        raise ValueError(
+            f"hidden_size={hidden}, max_position_embeddings={positions} with {values['architectures'][0]}: neither a"
+            f" 7B (hidden_size {_SEVEN}, max_position_embeddings, RoPE) nor a 13B (hidden_size {_THIRTEEN}, only"
+            " model_max_length, ALiBi); say which by the key alibi: true or false"
+        )
+    return thirteen
+
+
+def has_norm_head(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a Baichuan2 model; raises ValueError where it does not say."""
+    if values.get("norm_head") is not None:
+        return flag(values, "norm_head")
+    vocab, second = values.get("vocab_size"), values.get("z_loss_weight") is not None
+    if vocab == _SECOND or (second and vocab != _FIRST):
+        return True
+    if vocab == _FIRST and not second:
+        return False
+    raise ValueError(
+        f"vocab_size={vocab} and z_loss_weight={values.get('z_loss_weight')}: neither Baichuan (vocab_size {_FIRST})"
+        f" nor Baichuan2 (vocab_size {_SECOND}, z_loss_weight); say which by the key norm_head: true or false"
+    )
+
+
+def read(values: Mapping[str, Any]) -> ModelConfig:
+    alibi, norm_head = has_alibi(values), has_norm_head(values)
+    positions = whole(values, "max_position_embeddings", whole(values, "model_max_length", 4096))
+    fixed = {"num_key_value_heads": None, "attention_bias": False, "mlp_bias": False}
+    more: dict[str, Any] = {"rope": Rope(), "rope_theta": 10000.0} if alibi else {}
+    return read_decoder(values, fixed, alibi=alibi, norm_head=norm_head, max_positions=positions, **more)
+
+
+def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
+    values = write_decoder(config, head, "baichuan", model_max_length=config.max_positions)
+    if head == "lm":
+        first = not config.alibi and not config.norm_head
+        values["architectures"] = ["BaiChuanForCausalLM" if first else "BaichuanForCausalLM"]
+    for key in ("num_key_value_heads", "head_dim"):
+        del values[key]
+    if config.alibi:
+        for key in ("max_position_embeddings", "rope_theta", "rope_parameters"):
+            del values[key]
+    return values | {"alibi": config.alibi, "norm_head": config.norm_head}
+
+
+# No library has a class of the last name: it is ours, for critics and reward models.
+BAICHUAN = Family(
+    "Baichuan",
+    {"BaichuanForCausalLM": "lm", "BaiChuanForCausalLM": "lm", "BaichuanForSequenceClassification": "score"},
+    read=read,
+    write=write,
+    table=table,
+)

@@ -1,0 +1,165 @@
+"""What a model family is: names, a config in, a config out, and one table of its weights.
+
+The table is read by load, export, weight sync and the round-trip test. Beside it stand the keys that the families
+descended from LLaMA share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..config import HeadKind, ModelConfig
+from ..rope import read_rope, write_rope
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight: our parameter and part of it, Hugging Face's name, the part's whole shape as keys of models/hf.py.
+
+    `{i}` is the layer, `{e}` the expert. Rows of one layer with the same `theirs` are parts of one fused tensor, one
+    below the other in the rows' order.
+    """
+
+    ours: str
+    part: str
+    theirs: str
+    shape: str
+    layers: Literal["all", "dense", "moe"] = "all"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: as messages call it.
+        architectures: every `architectures` entry it reads; the first of each kind is the one it writes.
+        read: config.json's content -> config; raises ValueError naming the key and what is allowed.
+        write: the way back, for a folder with the given head, all but the dtype.
+        table: the rows of a model of this config, without its head.
+    """
+
+    name: str
+    architectures: Mapping[str, HeadKind]
+    read: Callable[[Mapping[str, Any]], ModelConfig]
+    write: Callable[[ModelConfig, HeadKind], dict[str, Any]]
+    table: Callable[[ModelConfig], tuple[Row, ...]]
+
+
+def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = None, **more: Any) -> ModelConfig:
+    """The keys that LLaMA's descendants share.
+
+    Args:
+        fixed: keys with one supported value, besides those of every family. None stands for an absent key, which is
+            always allowed.
+        more: the fields a family reads itself; they go before the shared ones.
+
+    Raises:
+        ValueError: a missing or impossible number, a feature that is not supported.
+    """
+    always = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
+    for key, only in (always | dict(fixed or {})).items():
+        if values.get(key) is not None and values[key] != only:
+            allowed = {None: "null", True: "true", False: "false"}.get(only, f'"{only}"' if only == "silu" else only)
+            raise ValueError(f"{key}={values[key]!r} is not supported; allowed: {allowed}")
+    architecture = values["architectures"][0]
+    labels = values.get("num_labels", len(values.get("id2label") or [0]))
+    if architecture.endswith("ForSequenceClassification") and labels != 1:
+        raise ValueError(f"num_labels={labels}: a score head has 1")
+
+    heads, hidden = whole(values, "num_attention_heads"), whole(values, "hidden_size")
+    kv_heads = more.pop("num_kv_heads", None) or whole(values, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}")
+    if values.get("head_dim") is None and hidden % heads:
+        raise ValueError(f"hidden_size={hidden} does not divide by num_attention_heads={heads}, and no head_dim")
+    head_dim = whole(values, "head_dim", hidden // heads)
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim}: rotary embeddings need an even number")
+    eos = values.get("eos_token_id")
+    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if not all(isinstance(i, int) and i >= 0 for i in eos_ids):
+        raise ValueError(f"eos_token_id={eos!r}: expected a token id or a list of them")
+    max_positions = more.pop("max_positions", None) or whole(values, "max_position_embeddings", 2048)
+    if "rope" not in more:
+        more["rope"], more["rope_theta"] = read_rope(values, max_positions)
+    fields: dict[str, Any] = {
+        "architecture": architecture,
+        "vocab_size": whole(values, "vocab_size"),
+        "hidden_size": hidden,
+        "ffn_size": whole(values, "intermediate_size"),
+        "num_layers": whole(values, "num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "norm_eps": positive(values, "rms_norm_eps", 1e-6),
+        "max_positions": max_positions,
+        "tie_embeddings": flag(values, "tie_word_embeddings"),
+        "initializer_range": positive(values, "initializer_range", 0.02),
+        "bos_id": values.get("bos_token_id"),
+        "eos_ids": eos_ids,
+        "pad_id": values.get("pad_token_id"),
+    }
+    return ModelConfig(**(fields | more))
+
+
+def write_decoder(config: ModelConfig, head: HeadKind, model_type: str, **more: Any) -> dict[str, Any]:
+    """The keys that `read_decoder` reads; `more` are the family's own."""
+    names = config.family.architectures
+    values: dict[str, Any] = {
+        "architectures": [next(name for name, kind in names.items() if kind == head)],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        **write_rope(config.rope, config.rope_theta),
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings and head == "lm",
+        "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+        "pad_token_id": config.pad_id,
+        "use_cache": True,
+    }
+    if head == "score":
+        values |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return values | more
+
+
+def whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """values[key], a whole number of at least 1; raises ValueError otherwise."""
+    value = values.get(key) if values.get(key) is not None else default
+    if value is None:
+        raise ValueError(f"{key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key}={value!r}: expected a whole number of at least 1")
+    return value
+
+
+def positive(values: Mapping[str, Any], key: str, default: float) -> float:
+    """values[key], a number above 0; raises ValueError otherwise."""
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{key}={value!r}: expected a number above 0")
+    return float(value)
+
+
+def flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """values[key], true or false; raises ValueError otherwise."""
+    value = values.get(key) if values.get(key) is not None else default
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r}: expected true or false")
+    return value
+
+
+def with_defaults(values: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """`values` with what transformers takes for keys that are absent (a null stays)."""
+    return {**defaults, **values}

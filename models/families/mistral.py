@@ -1,0 +1,32 @@
+"""Mistral (https://arxiv.org/abs/2310.06825): LLaMA with a sliding window, the same in all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import HeadKind, ModelConfig
+from . import llama
+from .family import Family, read_decoder, whole, with_defaults, write_decoder
+
+
+def read(values: Mapping[str, Any]) -> ModelConfig:
+    values = with_defaults(values, sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072)
+    window = None if values["sliding_window"] is None else whole(values, "sliding_window")
+    kinds = set(values.get("layer_types") or ())
+    if len(kinds) > 1:  # transformers' MistralForCausalLM would leave them unread
+        raise ValueError(f"layer_types={sorted(kinds)}: Mistral's layers all have one window")
+    return read_decoder(values, {"attention_bias": False, "mlp_bias": False}, window=window)
+
+
+def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
+    return write_decoder(config, head, "mistral", sliding_window=config.window)
+
+
+MISTRAL = Family(
+    "Mistral",
+    {"MistralForCausalLM": "lm", "MistralForSequenceClassification": "score"},
+    read=read,
+    write=write,
+    table=llama.table,
+)

@@ -1,0 +1,97 @@
+"""Qwen 1 (https://arxiv.org/abs/2309.16609): fused q, k, v with bias, log-n attention, dynamic NTK.
+
+Its own code turns and scales by the length only outside training; here both passes do the same, so that a rollout's
+logprobs are those of the update. Up to `seq_length` neither does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import HeadKind, ModelConfig
+from ..rope import Rope
+from .family import Family, Row, flag, positive, read_decoder, whole, with_defaults
+
+_OURS, _THEIRS = "layers.{i}.", "transformer.h.{i}."
+
+TABLE = (
+    Row("embedding.weight", "", "transformer.wte.weight", "vocab hidden"),
+    Row(_OURS + "attention_norm.weight", "", _THEIRS + "ln_1.weight", "hidden"),
+    Row(_OURS + "attention.qkv.weight", "q", _THEIRS + "attn.c_attn.weight", "q hidden"),
+    Row(_OURS + "attention.qkv.weight", "k", _THEIRS + "attn.c_attn.weight", "kv hidden"),
+    Row(_OURS + "attention.qkv.weight", "v", _THEIRS + "attn.c_attn.weight", "kv hidden"),
+    Row(_OURS + "attention.qkv.bias", "q", _THEIRS + "attn.c_attn.bias", "q"),
+    Row(_OURS + "attention.qkv.bias", "k", _THEIRS + "attn.c_attn.bias", "kv"),
+    Row(_OURS + "attention.qkv.bias", "v", _THEIRS + "attn.c_attn.bias", "kv"),
+    Row(_OURS + "attention.output.weight", "", _THEIRS + "attn.c_proj.weight", "hidden q"),
+    Row(_OURS + "mlp_norm.weight", "", _THEIRS + "ln_2.weight", "hidden"),
+    # The published code computes w1(x) * silu(w2(x)).
+    Row(_OURS + "mlp.gate_up.weight", "gate", _THEIRS + "mlp.w2.weight", "ffn hidden"),
+    Row(_OURS + "mlp.gate_up.weight", "up", _THEIRS + "mlp.w1.weight", "ffn hidden"),
+    Row(_OURS + "mlp.down.weight", "", _THEIRS + "mlp.c_proj.weight", "hidden ffn"),
+    Row("norm.weight", "", "transformer.ln_f.weight", "hidden"),
+)
+
+
+def table(config: ModelConfig) -> tuple[Row, ...]:
+    return TABLE
+
+
+def read(values: Mapping[str, Any]) -> ModelConfig:
+    seq_length = whole(values, "seq_length", whole(values, "max_position_embeddings", 2048))
+    dynamic = flag(values, "use_dynamic_ntk")
+    double_ffn = whole(values, "intermediate_size")
+    if double_ffn % 2:
+        raise ValueError(f"intermediate_size={double_ffn}: Qwen 1 counts both of its projections, so it is even")
+    shared = with_defaults(
+        {key: value for key, value in values.items() if key not in ("rope_scaling", "rope_parameters")},
+        rms_norm_eps=positive(values, "layer_norm_epsilon", 1e-6),
+        head_dim=whole(values, "kv_channels", 128),
+    )
+    return read_decoder(
+        shared,
+        {"rotary_pct": 1.0, "scale_attn_weights": True, "no_bias": True, "num_key_value_heads": None},
+        ffn_size=double_ffn // 2,
+        qkv_bias=True,
+        max_positions=seq_length if dynamic else whole(values, "max_position_embeddings", seq_length),
+        rope=Rope("dynamic") if dynamic else Rope(),
+        rope_theta=positive(values, "rotary_emb_base", 10000.0),
+        logn=seq_length if flag(values, "use_logn_attn") else None,
+    )
+
+
+def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
+    names = QWEN.architectures
+    values = {
+        "architectures": [next(name for name, kind in names.items() if kind == head)],
+        "model_type": "qwen",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 2 * config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "kv_channels": config.head_dim,
+        "layer_norm_epsilon": config.norm_eps,
+        "rotary_emb_base": config.rope_theta,
+        "rotary_pct": 1.0,
+        "use_dynamic_ntk": config.rope.kind == "dynamic",
+        "use_logn_attn": config.logn is not None,
+        "seq_length": config.logn or config.max_positions,
+        "max_position_embeddings": config.max_positions,
+        "no_bias": True,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": config.tie_embeddings and head == "lm",
+        "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+        "pad_token_id": config.pad_id,
+        "use_cache": True,
+    }
+    return values | ({"id2label": {"0": "score"}, "label2id": {"score": 0}} if head == "score" else {})
+
+
+# No library has a class of the second name: it is ours, for critics and reward models.
+QWEN = Family(
+    "Qwen 1", {"QWenLMHeadModel": "lm", "QWenForSequenceClassification": "score"}, read=read, write=write, table=table
+)

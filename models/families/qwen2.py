@@ -1,0 +1,56 @@
+"""Qwen1.5, Qwen2 and Qwen2.5 (https://arxiv.org/abs/2407.10671): biases on q, k and v, none on the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import HeadKind, ModelConfig
+from . import llama
+from .family import Family, flag, read_decoder, whole, with_defaults, write_decoder
+
+
+def read(values: Mapping[str, Any]) -> ModelConfig:
+    values = with_defaults(values, max_position_embeddings=32768)
+    window, full_layers = read_windows(values)
+    return read_decoder(values, {"mlp_bias": False}, qkv_bias=True, window=window, full_layers=full_layers)
+
+
+def read_windows(values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+    """The window and the layers without it: `layer_types`, or all layers below `max_window_layers`."""
+    if not flag(values, "use_sliding_window"):
+        return None, ()
+    layers = whole(values, "num_hidden_layers")
+    windowed, full = "sliding_attention", "full_attention"
+    first = values.get("max_window_layers", 28)
+    kinds = values.get("layer_types") or [windowed if i >= first else full for i in range(layers)]
+    if len(kinds) != layers or not {*kinds} <= {windowed, full}:
+        raise ValueError(f"layer_types={kinds}: expected {layers} of {windowed}, {full}")
+    without = tuple(i for i, kind in enumerate(kinds) if kind == full)
+    return (None, ()) if len(without) == layers else (whole(values, "sliding_window", 4096), without)
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_windows` reads. Where the layers are not simply the last ones, only `layer_types` says so."""
+    if config.window is None:
+        return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
+    kinds = ["sliding_attention" if config.window_of(i) else "full_attention" for i in range(config.num_layers)]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.window,
+        "max_window_layers": kinds.index("sliding_attention"),
+        "layer_types": kinds,
+    }
+
+
+def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
+    return write_decoder(config, head, "qwen2", **write_windows(config))
+
+
+QWEN2 = Family(
+    "Qwen2",
+    {"Qwen2ForCausalLM": "lm", "Qwen2ForSequenceClassification": "score"},
+    read=read,
+    write=write,
+    table=llama.table,
+)

@@ -1,0 +1,105 @@
+"""Qwen2-MoE and Qwen3-MoE: many small experts in most layers, and in the first one more that every token takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import HeadKind, ModelConfig, MoEConfig
+from . import llama
+from .family import Family, Row, flag, read_decoder, whole, with_defaults, write_decoder
+
+_OURS, _THEIRS = "layers.{i}.mlp.", "model.layers.{i}.mlp."
+_EXPERT = _THEIRS + "experts.{e}."
+
+EXPERTS = (
+    Row(_OURS + "router.weight", "", _THEIRS + "gate.weight", "experts hidden", "moe"),
+    Row(_OURS + "experts.gate_up.weight", "{e}.gate", _EXPERT + "gate_proj.weight", "expert_ffn hidden", "moe"),
+    Row(_OURS + "experts.gate_up.weight", "{e}.up", _EXPERT + "up_proj.weight", "expert_ffn hidden", "moe"),
+    Row(_OURS + "experts.down.weight", "{e}", _EXPERT + "down_proj.weight", "hidden expert_ffn", "moe"),
+)
+SHARED = (
+    Row(_OURS + "shared.gate_up.weight", "gate", _THEIRS + "shared_expert.gate_proj.weight", "shared hidden", "moe"),
+    Row(_OURS + "shared.gate_up.weight", "up", _THEIRS + "shared_expert.up_proj.weight", "shared hidden", "moe"),
+    Row(_OURS + "shared.down.weight", "", _THEIRS + "shared_expert.down_proj.weight", "hidden shared", "moe"),
+    Row(_OURS + "shared_gate.weight", "", _THEIRS + "shared_expert_gate.weight", "one hidden", "moe"),
+)
+# What transformers and vLLM do with a window differs between their versions, and no published model has one.
+_FIXED = {"use_sliding_window": False, "mlp_bias": False}
+
+
+def table(config: ModelConfig) -> tuple[Row, ...]:
+    assert config.moe is not None
+    return llama.table(config) + EXPERTS + (SHARED if config.moe.shared_ffn_size else ())
+
+
+def _experts(values: Mapping[str, Any], experts: int, top_k: int, shared_ffn_size: int) -> MoEConfig:
+    """The mixture's keys. Layers are sparse every `decoder_sparse_step`, but for those in `mlp_only_layers`."""
+    step, layers = whole(values, "decoder_sparse_step", 1), whole(values, "num_hidden_layers")
+    plain = values.get("mlp_only_layers") or ()
+    # transformers 5 writes num_local_experts for Qwen3-MoE, transformers 4 and vLLM know num_experts.
+    count = whole(values, "num_experts" if values.get("num_experts") is not None else "num_local_experts", experts)
+    return MoEConfig(
+        experts=count,
+        top_k=whole(values, "num_experts_per_tok", top_k),
+        ffn_size=whole(values, "moe_intermediate_size"),
+        normalise=flag(values, "norm_topk_prob"),
+        shared_ffn_size=shared_ffn_size,
+        dense_layers=tuple(i for i in range(layers) if i in plain or (i + 1) % step),
+        aux_coef=float(values.get("router_aux_loss_coef", 0.001)),
+    )
+
+
+def _written(moe: MoEConfig) -> dict[str, Any]:
+    return {
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.ffn_size,
+        "norm_topk_prob": moe.normalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(moe.dense_layers),
+        "router_aux_loss_coef": moe.aux_coef,
+        "output_router_logits": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def read_qwen2(values: Mapping[str, Any]) -> ModelConfig:
+    values = with_defaults(values, max_position_embeddings=32768)
+    moe = _experts(values, 60, 4, whole(values, "shared_expert_intermediate_size", 5632))
+    return read_decoder(values, _FIXED, qkv_bias=flag(values, "qkv_bias", True), moe=moe)
+
+
+def write_qwen2(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
+    assert config.moe is not None
+    own = {"qkv_bias": config.qkv_bias, "shared_expert_intermediate_size": config.moe.shared_ffn_size}
+    return write_decoder(config, head, "qwen2_moe", **_written(config.moe), **own)
+
+
+def read_qwen3(values: Mapping[str, Any]) -> ModelConfig:
+    values = with_defaults(values, num_key_value_heads=4, max_position_embeddings=32768)
+    bias = flag(values, "attention_bias")
+    moe = _experts(values, 128, 8, 0)
+    return read_decoder(values, _FIXED, qkv_bias=bias, output_bias=bias, qk_norm=True, moe=moe)
+
+
+def write_qwen3(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
+    assert config.moe is not None
+    return write_decoder(config, head, "qwen3_moe", attention_bias=config.qkv_bias, **_written(config.moe))
+
+
+QWEN2_MOE = Family(
+    "Qwen2-MoE",
+    {"Qwen2MoeForCausalLM": "lm", "Qwen2MoeForSequenceClassification": "score"},
+    read=read_qwen2,
+    write=write_qwen2,
+    table=table,
+)
+QWEN3_MOE = Family(
+    "Qwen3-MoE",
+    {"Qwen3MoeForCausalLM": "lm", "Qwen3MoeForSequenceClassification": "score"},
+    read=read_qwen3,
+    write=write_qwen3,
+    table=table,
+)
