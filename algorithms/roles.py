@@ -2,6 +2,9 @@
 
 A pass works on this data rank's micro-batches and leaves one number a target on the last pipeline stage; `collect` puts
 the numbers of all data ranks in place in the whole batch, on every rank.
+
+Ranks that share experts run equally many micro-batches, for each takes part in the others' all-to-alls: those with
+fewer begin with single tokens that count for nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from ..engine.parallel.layers import parallel_logprob
 from ..engine.pipeline.runner import run_forward, run_forward_backward
 from ..kernels.attention import packed_attention
 from ..models.decoder import Decoder
-from .batch import Batch
+from ..models.moe import Routing, moe_layers, router_metrics
+from .batch import Batch, pack
 
 Share = list[int]
 """Sample numbers of one micro-batch."""
@@ -27,14 +31,22 @@ Read = Callable[[Batch, Tensor], Tensor]
 """(micro-batch, hidden states [tokens, hidden] of the last stage) -> what is wanted of them."""
 
 
-def stage_forward(model: Decoder, batch: Batch, x: Tensor | None) -> Tensor:
+def stage_forward(model: Decoder, batch: Batch, x: Tensor | None, routing: Routing | None = None) -> Tensor:
     """This stage's hidden states [tokens, hidden] of a packed batch, attending within each sample only."""
     scale = model.config.head_dim**-0.5
 
     def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, scale)
 
-    return model(batch.tokens if x is None else x, batch.positions, attend)
+    return model(batch.tokens if x is None else x, batch.positions, attend, routing)
+
+
+def padding(count: int, mesh: Mesh) -> list[Batch]:
+    """Micro-batches a rank with `count` of its own needs besides to keep up with its ep group. Collective over ep.
+
+    They come first: gradients are reduced during the last backward, which must reach every parameter on every rank.
+    """
+    return [pack([[0]]).to(mesh.device)] * (max(gather_objects(count, mesh.ep)) - count)
 
 
 def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -66,14 +78,16 @@ class Role:
         return self._pass(batch, shares, read, lambda part: part.last)[batch.last]
 
     def _pass(self, batch: Batch, shares: Sequence[Share], read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
-        parts = [batch.select(share) for share in shares]
+        first = padding(len(shares), self.mesh)
+        parts = [*first, *(batch.select(share) for share in shares)]
 
         def forward(i: int, x: Tensor | None) -> Tensor:
             hidden = stage_forward(self.model, parts[i], x)
             return read(parts[i], hidden) if self.mesh.is_last_stage else hidden
 
         results = run_forward(self.mesh, shapes(self.model, parts), self.model.dtype, forward)
-        return collect(batch, shares, results, [where(part) for part in parts], self.mesh)
+        own = slice(len(first), None)
+        return collect(batch, shares, results[own], [where(part) for part in parts[own]], self.mesh)
 
 
 def collect(
@@ -136,13 +150,22 @@ class Learner(Role):
         """One optimizer step over micro-batches, each with the loss to read off its hidden states.
 
         Returns:
-            grad_norm and lr.
+            grad_norm and lr, and of a model with experts what `router_metrics` gives.
         """
+        config = self.model.config
+        first = padding(len(parts), self.mesh)
+        routings: list[Routing | None] = [None] * (len(first) + len(parts))
+        if config.moe is not None:
+            tokens = sum(gather_objects(sum(len(part.tokens) for part, _ in parts), self.mesh.dp))
+            scale = 1 / (tokens * len(moe_layers(config)))
+            routings[len(first) :] = [Routing(part.cu_seqlens, scale) for part, _ in parts]
+        nothing: Read = lambda part, hidden: hidden[:0].sum()  # noqa: E731
+        parts = [*((part, nothing) for part in first), *parts]
         batches = [part for part, _ in parts]
 
         def forward(i: int, x: Tensor | None) -> Tensor:
             part, loss = parts[i]
-            hidden = stage_forward(self.model, part, x)
+            hidden = stage_forward(self.model, part, x, routings[i])
             return loss(part, hidden) if self.mesh.is_last_stage else hidden
 
         run_forward_backward(
@@ -153,4 +176,5 @@ class Learner(Role):
             before_last_backward=self.optimizer.expect_last_backward,
         )
         lr = self.lr_at(self.optimizer.steps)
-        return {"grad_norm": self.optimizer.step(lr), "lr": lr}
+        metrics = {"grad_norm": self.optimizer.step(lr), "lr": lr}
+        return metrics | router_metrics(routings, config, self.mesh) if config.moe is not None else metrics
