@@ -1,0 +1,54 @@
+"""A small decoder with experts and made-up weights, the same in every layout."""
+
+import zlib
+from typing import Any
+
+import torch
+from tiny import VOCAB
+from torch import nn
+from trialign.engine.mesh import Mesh
+from trialign.engine.parallel.shard import shard_of
+from trialign.models.config import HeadKind, ModelConfig, MoEConfig
+from trialign.models.decoder import Decoder
+
+SIZES = dict(
+    architecture="MixtralForCausalLM",
+    vocab_size=VOCAB,
+    hidden_size=32,
+    ffn_size=48,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+    max_positions=256,
+    tie_embeddings=False,
+)
+MIXTRAL = MoEConfig(experts=4, top_k=2, ffn_size=24, aux_coef=0.5, z_coef=0.1)
+SHARED = MoEConfig(
+    experts=4, top_k=3, ffn_size=24, normalise=False, shared_ffn_size=16, dense_layers=(1,), aux_coef=0.5, z_coef=0.1
+)
+
+
+def moe_config(moe: MoEConfig = MIXTRAL, **changes: Any) -> ModelConfig:
+    return ModelConfig(**(SIZES | {"moe": moe} | changes))
+
+
+def fill(module: nn.Module, std: float = 0.3) -> None:
+    """Numbers that depend on the name, the part and the place in the whole tensor alone."""
+    for name, parameter in module.named_parameters():
+        begin = 0
+        for piece in shard_of(parameter).pieces:
+            seed = zlib.crc32(f"{name}:{piece.part}".encode())
+            whole = torch.randn(piece.global_shape, generator=torch.Generator().manual_seed(seed))
+            whole = 1 + 0.1 * whole if whole.dim() == 1 else std * whole
+            cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            parameter.data[begin : begin + piece.shape[0]] = whole[cut]
+            begin += piece.shape[0]
+
+
+def moe_decoder(config: ModelConfig, mesh: Mesh, head: HeadKind = "lm", **options: Any) -> Decoder:
+    model = Decoder(config, mesh, dtype=torch.float32, head=head, **options)
+    fill(model)
+    return model
