@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from .mesh import Mesh
 from .parallel.collectives import gather_objects
-from .safetensors_io import fsync, sha256, write_tensors
+from .safetensors_io import fsync, sha256, write_stream
 
 T = TypeVar("T")
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
@@ -101,7 +102,7 @@ def save(
         raise ValueError(f"keep={keep}: at least the newest checkpoint must be kept")
     final, aside = root / f"step_{step}", root / f".step_{step}.unfinished"
     try:
-        _together(mesh, lambda: _begin(root, aside, state, assets) if mesh.is_main else None, final)
+        _together(mesh, lambda: _begin_step(root, aside, state, assets) if mesh.is_main else None, final)
         parts = _together(mesh, lambda: _write_share(aside, entries, mesh.world.rank), final)
         _together(mesh, lambda: _finish(aside, final, parts, step) if mesh.is_main else None, final)
     finally:
@@ -133,17 +134,52 @@ def _together(mesh: Mesh, work: Callable[[], T], path: Path) -> list[T]:
     return [value for value, _ in outcomes]
 
 
-def _begin(root: Path, aside: Path, state: dict[str, Any], assets: Mapping[str, Path]) -> None:
-    """Clears what killed runs left, makes the folder, writes all that is not tensors."""
+def write(
+    folder: Path,
+    ranks: Iterable[Iterable[Entry]],
+    numbers: Callable[[Entry], Tensor],
+    state: dict[str, Any],
+    assets: Mapping[str, Path],
+) -> None:
+    """Writes a checkpoint in one process, as ranks that hold these entries would: whole, or not at all.
+
+    Args:
+        folder: the checkpoint itself; must not exist, or be empty.
+        ranks: each rank's entries; of their tensors only shape and dtype are looked at (device "meta" will do).
+        numbers: gives an entry's numbers; one entry's at a time are held.
+
+    Raises:
+        ValueError: the folder is not empty, or the entries do not tile every tensor.
+        OSError: the disk is full.
+    """
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not an empty folder")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    try:
+        _begin(aside, state, assets)
+        parts = [_write_share(aside, entries, rank, numbers) for rank, entries in enumerate(ranks)]
+        _finish(aside, folder, parts, step=0)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _begin(aside: Path, state: dict[str, Any], assets: Mapping[str, Path]) -> None:
+    """Makes the folder, writes all that is not tensors."""
     text = json.dumps(_checked(state, "state"))
-    for left in root.glob(".step_*"):
-        shutil.rmtree(left)
     aside.mkdir(parents=True)
     (aside / "state.json").write_text(text, encoding="utf-8")
     for name, source in assets.items():
         target = aside / "assets" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+
+
+def _begin_step(root: Path, aside: Path, state: dict[str, Any], assets: Mapping[str, Path]) -> None:
+    """Clears what killed runs left, then begins."""
+    for left in root.glob(".step_*"):
+        shutil.rmtree(left)
+    _begin(aside, state, assets)
 
 
 def _checked(value: Any, path: str) -> Any:
@@ -164,10 +200,12 @@ def _checked(value: Any, path: str) -> Any:
 Index = dict[str, dict[str, Any]]  # name -> {"shape": [...], "rectangles": [[file, key, offset, shape], ...]}
 
 
-def _write_share(aside: Path, entries: Iterable[Entry], rank: int) -> tuple[Index, dict[str, str]]:
+def _write_share(
+    aside: Path, entries: Iterable[Entry], rank: int, numbers: Callable[[Entry], Tensor] = lambda entry: entry.tensor
+) -> tuple[Index, dict[str, str]]:
     """Writes what this rank owns, a file for each role and kind; gives its part of the index and the checksums."""
     index: Index = {}
-    files: dict[str, dict[str, Tensor]] = {}
+    files: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         if not entry.owned:
             continue
@@ -176,12 +214,16 @@ def _write_share(aside: Path, entries: Iterable[Entry], rank: int) -> tuple[Inde
         file = f"{group.replace('/', '.')}.{rank:05d}.safetensors"
         # A rectangle that is everything keeps the weight's own name: such a file reads as a plain state dict.
         key = weight if shape == tuple(entry.global_shape) else f"{weight}@{','.join(map(str, offset))}"
-        tensors = files.setdefault(file, {})
-        assert key not in tensors, f"{entry.name} at {offset} twice on rank {rank}"
-        tensors[key] = entry.tensor
+        keys = files.setdefault(file, {})
+        assert key not in keys, f"{entry.name} at {offset} twice on rank {rank}"
+        keys[key] = entry
         described = index.setdefault(entry.name, {"shape": list(entry.global_shape), "rectangles": []})
         described["rectangles"].append([file, key, list(offset), list(shape)])
-    return index, {file: write_tensors(aside / file, tensors) for file, tensors in files.items()}
+    sums = {}
+    for file, keys in files.items():
+        described = {key: (entry.tensor.dtype, tuple(entry.tensor.shape)) for key, entry in keys.items()}
+        sums[file] = write_stream(aside / file, described, map(numbers, keys.values()))
+    return index, sums
 
 
 def _finish(aside: Path, final: Path, parts: list[tuple[Index, dict[str, str]]], step: int) -> None:

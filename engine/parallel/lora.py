@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from ..mesh import Axis
 from .collectives import copy_to_region, reduce_from_region
 from .shard import Piece, Shard
 
-TARGETS = ("q", "k", "v", "output", "gate", "up", "down")
+Target = Literal["q", "k", "v", "output", "gate", "up", "down"]
+TARGETS: tuple[Target, ...] = ("q", "k", "v", "output", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class LoRA:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[Target, ...] = TARGETS
     rslora: bool = False
     quantize: bool = False
 

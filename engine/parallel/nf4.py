@@ -4,7 +4,8 @@ Every rank reads and quantises its own rectangle of each weight, as it is loaded
 the weights' own type. Its codes do not depend on the layout, for a block of 64 lies in one row and no cut divides one.
 The scales' own quantisation does look at the whole weight (its mean, its groups of 256), so the ranks of tp gather the
 scales of one weight, 1/64 of its numbers, quantise them all, and keep their rectangle. So every layout multiplies by
-the same numbers, bit for bit, and they are those of the whole weight quantised at once.
+the same numbers, bit for bit, and they are those of the whole weight quantised at once. That is done in the weight's
+first forward, where the ranks of tp meet anyway: loading has no collective that a rank with a bad disk could miss.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class NF4Weight(nn.Module):
                     f"NF4 needs rows of a multiple of {BLOCK} weights: {list(piece.global_shape)} leaves rows of {cols}"
                     f" on each of {axis.size} ranks of {axis.name}"
                 )
+        self.filled: dict[int, Tensor] = {}  # piece -> its scales [rows, cols / 64] fp32, until they are quantised too
         rows = sum(piece.shape[0] for piece in shard.pieces)
         self.codes: Tensor  # [rows, cols / 2], two codes a byte
         self.scales: Tensor  # [rows, cols / 64], 8-bit codes of the scales
@@ -68,21 +70,27 @@ class NF4Weight(nn.Module):
         return slice(begin, begin + self.pieces[index].shape[0])
 
     def fill(self, index: int, source: Tensor) -> None:
-        """Quantises one piece [rows, cols] from floats. Collective over the axis where the piece is cut."""
+        """Quantises one piece [rows, cols] from floats."""
         piece, rows = self.pieces[index], self._rows(index)
         assert tuple(source.shape) == piece.shape, f"{list(source.shape)} for a piece of {piece.shape}"
-        codes, absmax = quantize_nf4(source.to(self.codes.device))
-        self.codes[rows] = codes
-        cut = [d for d in (0, 1) if piece.shape[d] != piece.global_shape[d]]
-        whole = all_gather(absmax, self.axis, cut[0]) if cut else absmax
-        scales, groups, offset = quantize_scales(whole)
-        top, left = piece.offset[0], piece.offset[1] // BLOCK
-        self.scales[rows] = scales[top : top + absmax.shape[0], left : left + absmax.shape[1]]
-        self.get_buffer(f"groups_{index}").copy_(groups)
-        self.get_buffer(f"offset_{index}").copy_(offset)
+        self.codes[rows], self.filled[index] = quantize_nf4(source.to(self.codes.device))
+
+    def _quantize_scales(self) -> None:
+        """Double quantisation of what was filled. Collective over the axis where a piece is cut."""
+        for index, absmax in sorted(self.filled.items()):
+            piece = self.pieces[index]
+            cut = [d for d in (0, 1) if piece.shape[d] != piece.global_shape[d]]
+            scales, groups, offset = quantize_scales(all_gather(absmax, self.axis, cut[0]) if cut else absmax)
+            top, left = piece.offset[0], piece.offset[1] // BLOCK
+            self.scales[self._rows(index)] = scales[top : top + absmax.shape[0], left : left + absmax.shape[1]]
+            self.get_buffer(f"groups_{index}").copy_(groups)
+            self.get_buffer(f"offset_{index}").copy_(offset)
+        self.filled.clear()
 
     def absmax(self) -> Tensor:
-        """The scales unpacked, [rows, cols / 64] fp32."""
+        """The scales unpacked, [rows, cols / 64] fp32. The first call after a fill is collective over the axis."""
+        if self.filled:
+            self._quantize_scales()
         parts = []
         for i, piece in enumerate(self.pieces):
             held = self.get_buffer(f"groups_{i}"), self.get_buffer(f"offset_{i}")
