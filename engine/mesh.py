@@ -83,6 +83,31 @@ def check_layout(world: int, *, tp: int, pp: int, dp: int | None = None, ep: int
     return dp
 
 
+def mesh_as(rank: int, *, tp: int, pp: int, device: torch.device | str = "cpu") -> Mesh:
+    """The mesh as `rank` of tp x pp sees it, without groups: enough to build a model and see its shards, not to run it.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    check_layout(tp * pp, tp=tp, pp=pp)
+    pp_rank, tp_rank = divmod(rank, tp)
+
+    def axis(name: str, size: int, place: int) -> Axis:
+        return Axis(name, size, place, tuple(range(size)), None)
+
+    return Mesh(
+        world=axis("world", tp * pp, rank),
+        dp=axis("dp", 1, 0),
+        pp=axis("pp", pp, pp_rank),
+        cp=axis("cp", 1, 0),
+        ep=axis("ep", 1, 0),
+        edp=axis("edp", 1, 0),
+        tp=axis("tp", tp, tp_rank),
+        embedding=axis("embedding", 2 if pp > 1 and pp_rank in (0, pp - 1) else 1, 0),
+        device=torch.device(device),
+    )
+
+
 def build_mesh(
     *, tp: int = 1, pp: int = 1, dp: int | None = None, ep: int = 1, device: torch.device | str = "cpu"
 ) -> Mesh:
