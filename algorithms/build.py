@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,14 @@ from ..engine.checkpoint import Entry
 from ..engine.lr import lr_at
 from ..engine.mesh import Mesh
 from ..engine.optimizer import ShardedAdamW
+from ..models.adapter import check_lora, load_adapter, read_peft, start_adapter, trained_name
 from ..models.config import HeadKind, ModelConfig, check_layout
 from ..models.decoder import Decoder
-from ..models.hf import hf_name, load_hf
-from .config import OptimizerConfig, ParallelConfig, RunConfig
+from ..models.hf import load_hf
+from .config import LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
 from .ppo import Roles
 from .ppo_config import PPOConfig
-from .roles import Learner, Role
+from .roles import AdapterOff, Learner, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,21 +46,27 @@ def load_tokenizer(folder: str, shape: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_shape(folder: str, parallel: ParallelConfig, run: RunConfig, head: HeadKind | None = None) -> ModelConfig:
+def read_shape(
+    folder: str, parallel: ParallelConfig, run: RunConfig, head: HeadKind | None = None, lora: LoRAConfig | None = None
+) -> ModelConfig:
     """The shape of a model's folder, checked against the layout and against what the run will write.
 
     Args:
         head: what the folder must hold; None takes either.
+        lora: what adapters the model is to have, if it is to be trained.
 
     Raises:
-        ValueError: the folder is missing or unsupported, a size does not divide, or the run's export would replace it.
+        ValueError: the folder is missing or unsupported, a size does not divide, it cannot have these adapters, or the
+            run's export would replace it.
     """
     shape = ModelConfig.from_hf(folder)
     if head is not None and shape.head != head:
         wanted = {"lm": "a causal language model", "score": "a model with a score head"}[head]
         raise ValueError(f"{folder} holds a {shape.architecture}: {wanted} is needed")
     try:
-        check_layout(shape, tp=parallel.tp, pp=parallel.pp)
+        check_layout(shape, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep)
+        if lora is not None and lora.adapters is not None:
+            check_lora(shape, lora.adapters, parallel.tp)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     exported = Path(run.folder).resolve()
@@ -73,8 +81,9 @@ def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
     Raises:
         ValueError: a folder is missing or unsupported, a size does not divide, or vocabularies differ.
     """
-    folders = [config.model.path, config.model.critic or config.model.path, *config.reward.models]
-    shapes = {folder: read_shape(folder, config.parallel, config.run) for folder in folders}
+    trained = [config.model.path, config.model.critic or config.model.path]
+    shapes = {folder: read_shape(folder, config.parallel, config.run) for folder in config.reward.models}
+    shapes |= {folder: read_shape(folder, config.parallel, config.run, lora=config.lora) for folder in trained}
     actor = shapes[config.model.path]
     if actor.head != "lm":
         raise ValueError(f"model.path={config.model.path} holds a {actor.architecture}: the actor must predict tokens")
@@ -84,6 +93,8 @@ def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
                 f"{folder}: vocab_size={shape.vocab_size}, but the actor's is {actor.vocab_size}:"
                 " all roles read the same tokens"
             )
+    if config.lora.adapter:
+        read_peft(config.lora.adapter, actor)
     for folder in config.reward.models:
         if shapes[folder].head != "score":
             raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
@@ -106,14 +117,24 @@ def build_decoder(
     head: HeadKind = "lm",
     trained: bool = False,
     recompute: bool = False,
+    lora: LoRAConfig | None = None,
+    seed: int = 0,
 ) -> Decoder:
     """A model on its mesh with the weights of a folder; frozen unless it is trained.
 
+    Args:
+        lora: what is trained, if it is not the weights: adapters, drawn by `seed` or read from a PEFT folder.
+
     Raises:
-        ValueError: the folder lacks a tensor or holds one of the wrong shape.
+        ValueError: the folder lacks a tensor or holds one of the wrong shape; adapters that are not the model's.
     """
-    model = Decoder(shape, mesh, dtype=getattr(torch, dtype), head=head, recompute=trained and recompute)
+    adapters = lora.adapters if trained and lora is not None else None
+    options = {"dtype": getattr(torch, dtype), "head": head, "recompute": trained and recompute, "lora": adapters}
+    model = Decoder(shape, mesh, **options)
     load_hf(model, folder, new_head="normal" if trained else "refuse")
+    start_adapter(model, seed)
+    if lora is not None and lora.adapter and adapters is not None:
+        load_adapter(model, lora.adapter)
     return model if trained else model.requires_grad_(False)
 
 
@@ -151,14 +172,21 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
     temperature = config.rollout.temperature
 
     def decoder(folder: str, head: HeadKind, *, trained: bool = False) -> Decoder:
+        # The folder that adapters begin from is the actor's.
+        lora = config.lora if head == "lm" else replace(config.lora, adapter="")
         options = {"head": head, "trained": trained, "recompute": config.parallel.recompute}
-        return build_decoder(folder, shapes[folder], mesh, config.model.dtype, **options)
+        return build_decoder(
+            folder, shapes[folder], mesh, config.model.dtype, **options, lora=lora, seed=config.run.seed
+        )
 
     actor_steps = (steps - config.critic.warmup_steps) * per_step
     actor, critic = config.model.path, config.model.critic or config.model.path
+    policy = decoder(actor, "lm", trained=True)
+    # Without its adapters the actor is the reference.
+    reference = AdapterOff(policy, temperature) if policy.lora else Role(decoder(actor, "lm"), temperature)
     return Roles(
         actor=build_learner(
-            decoder(actor, "lm", trained=True),
+            policy,
             config.actor.optimizer,
             actor_steps,
             ema_decay=config.actor.ema_decay,
@@ -171,7 +199,7 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
             temperature=temperature,
             name="critic",
         ),
-        reference=Role(decoder(actor, "lm"), temperature),
+        reference=reference,
         rewards=[Role(decoder(folder, "score")) for folder in config.reward.models],
     )
 
@@ -192,5 +220,5 @@ def trained_entries(learners: Mapping[str, Learner]) -> Iterator[Entry]:
     """Masters, moments and averages of every learner, as a checkpoint names them: `role/kind/weight`."""
     for name, learner in learners.items():
         yield from learner.optimizer.entries(
-            name, partial(hf_name, config=learner.model.config, head=learner.model.kind)
+            name, partial(trained_name, config=learner.model.config, head=learner.model.kind)
         )

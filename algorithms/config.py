@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..engine.mesh import check_layout
+from ..engine.parallel.lora import TARGETS, LoRA, Target
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -174,6 +175,43 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters are trained and the weights are frozen (LoRA), kept in 4 bits if asked for (QLoRA)."""
+
+    rank: int = 0
+    """rank of the adapters (0: off, the weights themselves are trained)"""
+    alpha: float = 32.0
+    """adapters are scaled by alpha / rank [T]"""
+    rslora: bool = False
+    """scale by alpha / √rank instead, which keeps large ranks from learning too slowly"""
+    targets: tuple[Target, ...] = TARGETS
+    """matrices that get an adapter; with experts those of attention only"""
+    dropout: float = 0.0
+    """must be 0: ranks could not draw one mask for any layout, and PPO's first ratios would not be 1"""
+    quantize: bool = False
+    """keep the frozen matrices in NF4 with double quantisation, 4.13 bits a weight"""
+    adapter: str = ""
+    """PEFT folder with adapters of this very kind that the actor's begin from ("": from none)"""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "rank", self.rank, "0 (off) or more")
+        require(
+            self.dropout == 0,
+            "dropout",
+            self.dropout,
+            "0: a mask would have to be the same in every layout, and the ratio of two passes 1",
+        )
+        for name in ("quantize", "adapter"):
+            require(not getattr(self, name) or self.rank > 0, name, getattr(self, name), "off where rank is 0")
+        LoRA(max(self.rank, 1), self.alpha, self.targets)
+
+    @property
+    def adapters(self) -> LoRA | None:
+        """What adapters a trained model gets; None for none."""
+        return LoRA(self.rank, self.alpha, self.targets, self.rslora, self.quantize) if self.rank else None
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule, over the updates of the whole run."""
 
@@ -222,6 +260,19 @@ class UpdateConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.micro_batch_tokens >= 0, "micro_batch_tokens", self.micro_batch_tokens, "0 (off) or more")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (off) or more and below 1")
+
+    def check(self, dp: int, longest: int, knob: str) -> None:
+        """Cross-checks with the layout and with the most tokens a row may have, which is what `knob` says.
+
+        Raises:
+            ValueError: naming the knobs and numbers that do not fit.
+        """
+        if self.batch_size % dp:
+            raise ValueError(f"update.batch_size={self.batch_size} rows do not divide by dp={dp}")
+        if 0 < self.micro_batch_tokens < longest:
+            raise ValueError(
+                f"update.micro_batch_tokens={self.micro_batch_tokens} is less than one row may have: {knob}={longest}"
+            )
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,15 @@ Read = Callable[[Batch, Tensor], Tensor]
 
 def stage_forward(model: Decoder, batch: Batch, x: Tensor | None, routing: Routing | None = None) -> Tensor:
     """This stage's hidden states [tokens, hidden] of a packed batch, attending within each sample only."""
-    scale = model.config.head_dim**-0.5
+    longest = model.config.longest_document
+    if longest is not None and batch.max_seqlen > longest:
+        raise ValueError(
+            f"a sample of {batch.max_seqlen} tokens: with dynamic NTK {longest} is the longest whose angles do not"
+            " change while it grows"
+        )
 
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, scale)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, **model.attention_options(layer))
 
     return model(batch.tokens if x is None else x, batch.positions, attend, routing)
 
@@ -51,9 +56,8 @@ def padding(count: int, mesh: Mesh) -> list[Batch]:
 
 def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the distribution each response token was chosen from, both [targets] fp32."""
-    assert model.head is not None
     rows = hidden[batch.response - 1]  # [targets, hidden]: what predicts each response token
-    return parallel_logprob(rows, model.head.weight, batch.labels, model.mesh, 1 / temperature)
+    return parallel_logprob(rows, model.head_weight(), batch.labels, model.mesh, 1 / temperature)
 
 
 class Role:
@@ -88,6 +92,14 @@ class Role:
         results = run_forward(self.mesh, shapes(self.model, parts), self.model.dtype, forward)
         own = slice(len(first), None)
         return collect(batch, shares, results[own], [where(part) for part in parts[own]], self.mesh)
+
+
+class AdapterOff(Role):
+    """The policy that a learner's adapters were put on: the learner's own model with them off, no second copy."""
+
+    def _pass(self, batch: Batch, shares: Sequence[Share], read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
+        with self.model.adapter_off():
+            return super()._pass(batch, shares, read, where)
 
 
 def collect(
