@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..engine.mesh import Axis
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -217,6 +219,26 @@ def micro_batches(samples: Sequence[int], lengths: Sequence[int], size: int, max
         cuts[-1].append(sample)
         room -= lengths[sample]
     return cuts
+
+
+def deal_micro_batches(
+    samples: Sequence[int], lengths: Sequence[int], dp: Axis, size: int, max_tokens: int = 0
+) -> list[list[int]]:
+    """This data rank's share of `samples` in micro-batches, as many as every other data rank has.
+
+    Under ep the n-th micro-batches of some ranks run together and go through the same experts: they must be the same
+    ones in every pass, for an old logprob to be the new one to the last bit.
+
+    Args, raises: as in `deal` and `micro_batches`.
+    """
+    hands = deal([lengths[i] for i in samples], dp.size)
+    cuts = [micro_batches([samples[i] for i in hand], lengths, size, max_tokens) for hand in hands]
+    mine = cuts[dp.rank]
+    while len(mine) < max(map(len, cuts)):  # all hands are equally large, so there is one to split
+        place = max(range(len(mine)), key=lambda i: len(mine[i]))
+        half = len(mine[place]) // 2
+        mine[place : place + 1] = [mine[place][:half], mine[place][half:]]
+    return mine
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engine.mesh import Mesh
 from ..kernels.gae import gae
 from ..kernels.ppo_loss import kl_estimate, policy_loss, value_loss
-from .batch import Batch, deal, micro_batches, pack, whiten
+from .batch import Batch, deal_micro_batches, pack, whiten
 from .ppo_config import PPOConfig
 from .roles import Learner, Role, Share, Stats, collect, target_logprobs
 
@@ -40,10 +40,8 @@ def plan(batch: Batch, config: PPOConfig, mesh: Mesh, seed: int) -> list[list[Mi
     assert size * config.ppo.minibatches == len(batch)
 
     def minibatch(samples: list[int]) -> Minibatch:
-        hand = deal([batch.lengths[i] for i in samples], mesh.dp.size)[mesh.dp.rank]
-        mine = [samples[i] for i in hand]
         sizes = (config.ppo.micro_batch_size, config.ppo.micro_batch_tokens)
-        return Minibatch(samples, micro_batches(mine, batch.lengths, *sizes))
+        return Minibatch(samples, deal_micro_batches(samples, batch.lengths, mesh.dp, *sizes))
 
     epochs = []
     for _ in range(config.ppo.epochs):
@@ -253,8 +251,8 @@ def actor_step(
     if ptx:
         documents = pack(ptx).to(actor.mesh.device)
         ptx_targets = len(documents.response)
-        mine = deal(documents.lengths, actor.mesh.dp.size)[actor.mesh.dp.rank]
-        shares = micro_batches(mine, documents.lengths, config.ppo.micro_batch_size, config.ppo.micro_batch_tokens)
+        sizes = (config.ppo.micro_batch_size, config.ppo.micro_batch_tokens)
+        shares = deal_micro_batches(range(len(documents)), documents.lengths, actor.mesh.dp, *sizes)
         work += [(documents.select(share), ptx_loss) for share in shares]
 
     step = actor.step(work)

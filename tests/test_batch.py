@@ -4,7 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trialign.algorithms.batch import Prompt, Rollout, deal, from_rollouts, masked_mean, micro_batches, pack, whiten
+from trialign.algorithms.batch import (
+    Prompt,
+    Rollout,
+    deal,
+    deal_micro_batches,
+    from_rollouts,
+    masked_mean,
+    micro_batches,
+    pack,
+    whiten,
+)
+from trialign.engine.mesh import Axis
 
 SAMPLES = [([5, 6, 7], [8, 9]), ([1], [2]), ([3, 4], [10, 11, 12])]
 
@@ -108,6 +119,21 @@ def test_micro_batches_hold_every_sample_once_within_the_limit(lengths, size, ma
 def test_a_sample_beyond_the_token_budget_is_refused():
     with pytest.raises(ValueError, match="51 tokens does not fit micro-batches of 50"):
         micro_batches([0], [51], 1, 50)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([0, 50, 120]))
+def test_data_ranks_get_equally_many_micro_batches(lengths, parts, max_tokens):
+    lengths = [n for n in lengths for _ in range(parts)][::-1]
+    samples = list(range(len(lengths)))
+    dealt = [
+        deal_micro_batches(samples, lengths, Axis("dp", parts, rank, tuple(range(parts)), None), 3, max_tokens)
+        for rank in range(parts)
+    ]
+    assert len({len(cuts) for cuts in dealt}) == 1
+    assert sorted(i for cuts in dealt for cut in cuts for i in cut) == samples
+    for cut in (cut for cuts in dealt for cut in cuts):
+        assert cut and (sum(lengths[i] for i in cut) <= max_tokens if max_tokens else len(cut) <= 3)
 
 
 @settings(deadline=None)

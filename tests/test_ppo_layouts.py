@@ -44,10 +44,11 @@ def one_step(
     config: PPOConfig,
     recompute: bool = False,
     values_first: bool = False,
+    ep: int = 1,
 ):
     """One whole batch of PPO; returns its metrics, and gradients and weights put together from all ranks."""
     tp, pp, dp = layout
-    mesh = build_mesh(tp=tp, pp=pp, dp=dp)
+    mesh = build_mesh(tp=tp, pp=pp, dp=dp, ep=ep)
     shape = ModelConfig.from_hf(folder)
 
     def decoder(head):
@@ -136,6 +137,35 @@ def test_recomputation_does_not_matter(folder, alone):
     compare(one_step(0, 1, folder, (1, 1, 1), CONFIG, recompute=True), alone)
     for got in run_ranks(one_step, 2, folder, (1, 2, 1), CONFIG, True, timeout=120):
         compare(got, alone)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **sizes, **heads, num_local_experts=4, initializer_range=0.1, router_aux_loss_coef=0.1, sliding_window=None
+    )
+    folder = tmp_path_factory.mktemp("mixtral")
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout", [(1, 1, 2), (2, 1, 2), (1, 2, 2)], ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout)
+)
+def test_a_mixture_of_experts_spread_over_the_data_ranks(mixture, layout):
+    """Two minibatches in micro-batches of at most 40 tokens; the first ratios are exactly 1, or update would raise."""
+    config = _with_ppo(minibatches=2, micro_batch_tokens=40)
+    alone = one_step(0, 1, mixture, (1, 1, 1), config)
+    assert alone[0]["actor_router_dropped"] == alone[0]["critic_router_dropped"] == 0
+    assert alone[0]["actor_router_load"] > 1 and alone[0]["actor_router_aux_loss"] > 1.9
+    world = layout[0] * layout[1] * layout[2]
+    for got in run_ranks(one_step, world, mixture, layout, config, False, False, 2, timeout=120):
+        compare(got, alone, tolerance=1e-4)
 
 
 def _with_ppo(**changes) -> PPOConfig:
