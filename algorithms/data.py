@@ -6,19 +6,21 @@ with the same data it goes on exactly there.
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .batch import Prompt
-from .config import PromptData
+from .config import DataConfig, PromptData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,13 +30,13 @@ Row = tuple[str, dict[str, Any]]
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """The rows of a .jsonl or .parquet file, a folder written by `datasets`, or a data set on the hub (name:split).
+    """The rows of a .jsonl(.gz) or .parquet file, a folder `datasets` wrote, or a data set on the hub (name:split).
 
     Raises:
         ValueError: it does not exist, cannot be read, or a line is not a JSON object; names the file and the line.
     """
     path = Path(source)
-    if path.suffix == ".jsonl":
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from _read_jsonl(path)
     elif path.suffix == ".parquet":
         yield from _read_parquet(path)
@@ -46,7 +48,7 @@ def read_rows(source: str) -> Iterator[Row]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with _open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -59,8 +61,14 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 yield f"{path}:{number}", row
     except UnicodeDecodeError as error:
         raise ValueError(f"data source {path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"data source {path}: not a whole gzip file: {error}") from None
     except OSError as error:
         raise ValueError(f"data source {path}: {error.strerror or error}") from None
+
+
+def _open_text(path: Path) -> TextIO:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -138,9 +146,7 @@ class PromptDataset:
                     f" data.max_prompt_tokens={self.limit}; the shortest has {shortest} tokens"
                 )
         self._pools = kept if self.weights else [[item for items in kept for item in items]]
-        self._order = [_Order(len(pool), (seed, number)) for number, pool in enumerate(self._pools)]
-        self._seed = seed
-        self._drawn = 0
+        self._draws = Mixture([len(pool) for pool in self._pools], self.weights, seed, "prompts")
 
     def __str__(self) -> str:
         dropped = f", {self.dropped} dropped for more than {self.limit} tokens" if self.dropped else ""
@@ -151,17 +157,14 @@ class PromptDataset:
         return [self._draw() for _ in range(count)]
 
     def _draw(self) -> Prompt:
-        pool = 0
-        if self.weights:  # keyed by the draw, so that going on needs no generator's state
-            pool = int(np.random.default_rng((self._seed, self._drawn)).choice(len(self.weights), p=self.weights))
-        item = self._pools[pool][self._order[pool].next()]
-        prompt = Prompt(self._drawn, item.tokens.tolist(), item.text, item.fields, item.where)
-        self._drawn += 1
-        return prompt
+        index = self._draws.drawn
+        pool, place = self._draws.next()
+        item = self._pools[pool][place]
+        return Prompt(index, item.tokens.tolist(), item.text, item.fields, item.where)
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, for a checkpoint."""
-        return {"drawn": self._drawn, "positions": [order.position for order in self._order], "rows": self._sizes()}
+        return self._draws.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken.
@@ -169,16 +172,49 @@ class PromptDataset:
         Raises:
             ValueError: the data is not what it was then.
         """
-        if state["rows"] != self._sizes():
+        self._draws.load_state(state)
+
+
+class Mixture:
+    """Endless, seeded draws out of pools of rows: one pool in epochs, or several, each draw picking one by chance.
+
+    Args:
+        sizes: rows of each pool.
+        weights: how likely each pool is; none where there is one.
+        rows: what the rows are, for messages.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, rows: str = "rows"):
+        self.sizes, self.weights, self.rows = list(sizes), weights, rows
+        self.drawn = 0
+        self._seed = seed
+        self._order = [_Order(size, (seed, number)) for number, size in enumerate(sizes)]
+
+    def next(self) -> tuple[int, int]:
+        """(pool, row in it)."""
+        pool = 0
+        if self.weights:  # keyed by the draw, so that going on needs no generator's state
+            pool = int(np.random.default_rng((self._seed, self.drawn)).choice(len(self.weights), p=self.weights))
+        self.drawn += 1
+        return pool, self._order[pool].next()
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for a checkpoint."""
+        return {"drawn": self.drawn, "positions": [order.position for order in self._order], "rows": self.sizes}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            ValueError: the pools are not what they were then.
+        """
+        if state["rows"] != self.sizes:
             raise ValueError(
-                f"the prompts have changed since the checkpoint: {state['rows']} rows, now {self._sizes()}"
+                f"the {self.rows} have changed since the checkpoint: {state['rows']} rows, now {self.sizes}"
             )
-        self._drawn = state["drawn"]
+        self.drawn = state["drawn"]
         for order, position in zip(self._order, state["positions"], strict=True):
             order.position = position
-
-    def _sizes(self) -> list[int]:
-        return [len(pool) for pool in self._pools]
 
 
 class _Order:
@@ -201,62 +237,85 @@ def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenize
     rows = list(read_rows(source))
     if not rows:
         raise ValueError(f"data source {source}: holds no prompts")
-    chats = [_messages(where, row, config) for where, row in rows]
+    chats = [prompt_messages(where, row, config.prompt_key, config) for where, row in rows]
     if config.chat_template:
-        rendered = [_render(where, chat, tokenizer) for (where, _), chat in zip(rows, chats, strict=True)]
+        rendered = [render(where, chat, tokenizer) for (where, _), chat in zip(rows, chats, strict=True)]
         tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template writes its own
     else:
         tokens = tokenizer([chat[-1]["content"] for chat in chats])["input_ids"]
     return [
-        _Item(array("i", ids), _users_words(chat), {k: v for k, v in row.items() if k != config.prompt_key}, where)
+        _Item(array("i", ids), users_words(chat), {k: v for k, v in row.items() if k != config.prompt_key}, where)
         for (where, row), chat, ids in zip(rows, chats, tokens, strict=True)
     ]
 
 
-def _messages(where: str, row: dict[str, Any], config: PromptData) -> list[dict[str, str]]:
-    """The prompt of a row as chat messages."""
-    prompt = _column(where, row, config.prompt_key, "data.prompt_key")
+def prompt_messages(where: str, row: dict[str, Any], key: str, config: DataConfig) -> list[dict[str, Any]]:
+    """The prompt in a row's column `key` as chat messages.
+
+    Raises:
+        ValueError: there is none, or it is neither a string nor a list of messages.
+    """
+    prompt = column(where, row, key, "data.prompt_key")
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise ValueError(f"{where}: {config.prompt_key!r} is empty")
+            raise ValueError(f"{where}: {key!r} is empty")
         prompt = [{"role": "user", "content": prompt}]
     elif not (isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)):
         allowed = "a string or a list of {role, content} messages"
-        raise ValueError(f"{where}: {config.prompt_key!r} must be {allowed}, not {_brief(prompt)}")
+        raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(prompt)}")
     elif not config.chat_template:
-        raise ValueError(f"{where}: {config.prompt_key!r} is a list of messages: needs data.chat_template=true")
-    if config.system_prompt and config.chat_template and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
-    return prompt
+        raise ValueError(f"{where}: {key!r} is a list of messages: needs data.chat_template=true")
+    return with_system_prompt(prompt, config)
+
+
+def with_system_prompt(chat: list[dict[str, Any]], config: DataConfig) -> list[dict[str, Any]]:
+    """The messages with the config's system prompt before them, where they bring none."""
+    if config.system_prompt and config.chat_template and chat[0]["role"] != "system":
+        return [{"role": "system", "content": config.system_prompt}, *chat]
+    return chat
 
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-def _users_words(chat: list[dict[str, str]]) -> str:
+def users_words(chat: list[dict[str, Any]]) -> str:
     """The last thing the user said."""
     return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
 
 
-def _render(where: str, chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+def render(
+    where: str,
+    chat: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: list[Any] | None = None,
+    generation_prompt: bool = True,
+) -> str:
+    """The messages as the tokenizer's chat template writes them.
+
+    Raises:
+        ValueError: the template refuses them; names the row.
+    """
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
     except TemplateError as error:
         raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
     assert isinstance(text, str)
     return text
 
 
-def _column(where: str, row: dict[str, Any], key: str, knob: str) -> Any:
+def column(where: str, row: dict[str, Any], key: str, knob: str) -> Any:
+    """A row's column. ValueError where there is none, naming row, knob and what there is."""
     if key not in row:
         raise ValueError(f"{where}: no column {key!r} ({knob}); it has: {', '.join(map(repr, row)) or 'none'}")
     return row[key]
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -274,10 +333,10 @@ class TextDataset:
 
     def __init__(self, source: str, key: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
         rows = list(read_rows(source))
-        texts = [_column(where, row, key, "data.ptx_key") for where, row in rows]
+        texts = [column(where, row, key, "data.ptx_key") for where, row in rows]
         for (where, _), text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
-                raise ValueError(f"{where}: {key!r} must be a string, not {_brief(text)}")
+                raise ValueError(f"{where}: {key!r} must be a string, not {brief(text)}")
         documents: Sequence[list[int]] = tokenizer(texts)["input_ids"] if texts else []
         self._documents = [np.array([*document, tokenizer.eos_token_id], np.int64) for document in documents]
         self.tokens = sum(len(document) for document in self._documents)

@@ -179,7 +179,7 @@ class Progress:
 
     def say(self, text: Any) -> None:
         """Prints something (text or a rich table) above the bar."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=isinstance(text, str))
 
     def close(self) -> None:
         """Leaves the bar as it stands; may be called twice."""

@@ -143,3 +143,13 @@ def completion_table(before: Sequence[Answer], after: Sequence[Answer]) -> Table
         words = [Text(text.strip()) for text in (prompt, old, new)]
         table.add_row(words[0], words[1], f"{low:+.2f}", words[2], f"[{change}]{high:+.2f}[/]")
     return table
+
+
+def answer_table(before: Sequence[Sequence[str]], after: Sequence[Sequence[str]]) -> Table:
+    """Answers before and after the run beside what the data has. Rows are [prompt, wanted, answer]."""
+    table = Table(box=ROUNDED, show_lines=True, header_style="bold", border_style="bright_black", expand=True)
+    for name in ("prompt", "in the data", "before", "after"):
+        table.add_column(name, ratio=1, style="cyan" if name == "prompt" else None)
+    for (prompt, wanted, old), (_, _, new) in zip(before, after, strict=False):  # a resume may ask for more
+        table.add_row(*(Text(text.strip()) for text in (prompt, wanted, old, new)))
+    return table

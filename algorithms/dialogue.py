@@ -1,0 +1,331 @@
+"""What supervised fine-tuning reads: dialogues as tokens, with a mask of those the assistant is to say.
+
+A row is a whole dialogue ({role, content} messages: every assistant turn is a target) or a prompt with its response
+(only the response is). Which characters of the rendered dialogue an assistant turn is, the chat template says itself
+where it has {% generation %} marks. Where it has none, the turn is what the dialogue up to it adds to the dialogue
+before it with the generation prompt, which is what the model is given when it answers; a template that writes a turn
+otherwise once more turns follow is refused. A turn ends with its end-of-turn token; white space after it is no target.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .batch import Batch, Prompt, pack
+from .data import Mixture, brief, column, prompt_messages, read_rows, render, users_words, with_system_prompt
+from .sft_config import SFTData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1000  # rows tokenised at once
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Dialogue(NamedTuple):
+    """A row before it is tokenised."""
+
+    where: str  # as rows.jsonl:12
+    messages: list[dict[str, Any]]
+    learned: list[int]  # the messages that are targets
+    tools: list[Any] | None
+
+
+class Sample(NamedTuple):
+    """A tokenised row."""
+
+    tokens: array[int]
+    mask: bytes  # 1 where a token is a target
+    text: str  # the last thing the user said
+    where: str
+
+    @property
+    def targets(self) -> int:
+        return sum(self.mask)
+
+    def first_turn(self) -> tuple[list[int], list[int]]:
+        """The tokens before the first answer, and those of it."""
+        begin = self.mask.index(1)
+        length = next(len(list(run)) for _, run in groupby(self.mask[begin:]))
+        return self.tokens[:begin].tolist(), self.tokens[begin : begin + length].tolist()
+
+
+def pack_samples(samples: Sequence[Sample]) -> Batch:
+    """The batch of these rows."""
+    return pack([sample.tokens.tolist() for sample in samples], [[bool(m) for m in s.mask] for s in samples])
+
+
+class DialogueDataset:
+    """An endless, seeded stream of tokenised rows, read and checked whole before the run; and the rows held out of it.
+
+    Without probabilities all rows form one pool, met once an epoch in shuffled order; with them each source is a pool.
+
+    Args:
+        stop_ids: tokens that end a turn.
+
+    Raises:
+        ValueError: a source is missing, empty or malformed, a row has nothing to learn, the chat template does not fit,
+            or no row is short enough; names file, row and key.
+    """
+
+    def __init__(self, config: SFTData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
+        if config.chat_template and not tokenizer.chat_template:
+            raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
+        self.limit, self.dropped, self.dropped_tokens = config.max_tokens, 0, 0
+        weights = config.weights()
+
+        def load(source: str, needed: bool) -> list[Sample]:
+            samples = [sample for sample in read_samples(source, config, tokenizer, stop_ids)]
+            kept = [sample for sample in samples if len(sample.tokens) <= self.limit]
+            if not kept and needed:
+                shortest = min(len(sample.tokens) for sample in samples)
+                raise ValueError(
+                    f"data source {source}: all {len(samples)} rows are longer than data.max_tokens={self.limit};"
+                    f" the shortest has {shortest} tokens"
+                )
+            self.dropped += len(samples) - len(kept)
+            self.dropped_tokens += sum(len(s.tokens) for s in samples) - sum(len(s.tokens) for s in kept)
+            return kept
+
+        alone = len(config.sources) == 1
+        pools = [load(source, needed=alone or bool(weights)) for source in config.sources]
+        self.held_out = [sample for source in config.eval_sources for sample in load(source, needed=True)]
+        if not any(pools):
+            raise ValueError(f"data.sources: all rows are longer than data.max_tokens={self.limit}")
+        if config.eval_fraction:
+            pools = self._hold_out(pools, config.eval_fraction, seed)
+        self._pools = pools if weights else [[sample for pool in pools for sample in pool]]
+        self._draws = Mixture([len(pool) for pool in self._pools], weights, seed)
+        ends = set(stop_ids)
+        self.endless = not any(ends & set(sample.tokens) for pool in self._pools for sample in pool)
+
+    def _hold_out(self, pools: list[list[Sample]], fraction: float, seed: int) -> list[list[Sample]]:
+        """The pools without the rows that are held out."""
+        places = [(pool, row) for pool, samples in enumerate(pools) for row in range(len(samples))]
+        count = max(1, round(fraction * len(places)))
+        order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
+        chosen = {places[i] for i in order[:count]}
+        self.held_out = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
+        rest = [[s for row, s in enumerate(samples) if (pool, row) not in chosen] for pool, samples in enumerate(pools)]
+        if not any(rest):
+            raise ValueError(f"data.eval_fraction={fraction} of {len(places)} rows leaves none to learn from")
+        return rest
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return sum(len(pool) for pool in self._pools)
+
+    def __str__(self) -> str:
+        samples = [sample for pool in self._pools for sample in pool]
+        tokens, targets = sum(len(s.tokens) for s in samples), sum(s.targets for s in samples)
+        text = f"{len(samples)} rows of {tokens:,} tokens, {targets:,} of them targets"
+        if self.held_out:
+            text += f"; {len(self.held_out)} held out"
+        if self.dropped:
+            text += f"; {self.dropped} dropped for more than {self.limit} tokens ({self.dropped_tokens:,} tokens)"
+        if self.endless:
+            text += "; no row holds an end-of-sequence token: the model will not learn to stop"
+        return text
+
+    def next(self, count: int) -> list[Sample]:
+        """The next `count` rows."""
+        draws = [self._draws.next() for _ in range(count)]
+        return [self._pools[pool][row] for pool, row in draws]
+
+    def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
+        """(prompt, wanted answer's tokens) of the first rows, held-out ones if there are, for a look at the model."""
+        rows = self.held_out or [sample for pool in self._pools for sample in pool]
+        turns = [(sample, *sample.first_turn()) for sample in rows[:count]]
+        return [(Prompt(i, prompt, s.text, source=s.where), answer) for i, (s, prompt, answer) in enumerate(turns)]
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for a checkpoint."""
+        return self._draws.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken. ValueError where the data is not what it was then."""
+        self._draws.load_state(state)
+
+
+def read_samples(
+    source: str, config: SFTData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> Iterator[Sample]:
+    """The rows of a source, over-long ones too, tokenised. Raises as `DialogueDataset` does."""
+    dialogues = [read_dialogue(where, row, config) for where, row in read_rows(source)]
+    if not dialogues:
+        raise ValueError(f"data source {source}: holds no rows")
+    for start in range(0, len(dialogues), CHUNK):
+        part = dialogues[start : start + CHUNK]
+        if config.chat_template:
+            yield from _with_template(part, tokenizer, set(stop_ids))
+        else:
+            yield from _without_template(part, tokenizer)
+
+
+def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:
+    """A row as messages.
+
+    Raises:
+        ValueError: a column is missing, malformed or empty, or the assistant says nothing; names the row.
+    """
+    key = config.messages_key
+    if row.get(key) is not None:
+        if not config.chat_template:
+            raise ValueError(f"{where}: {key!r} holds messages: needs data.chat_template=true")
+        messages = [_message(f"{where}: {key!r}", i, m) for i, m in enumerate(_listed(where, key, row[key]))]
+        messages = with_system_prompt(messages, config)
+        learned = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not learned:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"{where}: {key!r} has no assistant turn to learn (roles: {roles})")
+    else:
+        if config.prompt_key not in row:
+            raise ValueError(
+                f"{where}: neither a column {key!r} (data.messages_key) nor {config.prompt_key!r} (data.prompt_key);"
+                f" it has: {', '.join(map(repr, row)) or 'none'}"
+            )
+        messages = prompt_messages(where, row, config.prompt_key, config)
+        answer = column(where, row, config.response_key, "data.response_key")
+        if not isinstance(answer, str):
+            raise ValueError(f"{where}: {config.response_key!r} must be a string, not {brief(answer)}")
+        if not answer.strip():
+            raise ValueError(f"{where}: {config.response_key!r} is empty")
+        messages = [*messages, {"role": "assistant", "content": answer}]
+        learned = [len(messages) - 1]
+    if all(message["role"] == "system" for message in messages[: learned[0]]):
+        raise ValueError(f"{where}: the assistant speaks first: a turn to answer must come before its first one")
+    return Dialogue(where, messages, learned, _tools(where, row))
+
+
+def _listed(where: str, key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: {key!r} must be a list of {{role, content}} messages, not {brief(value)}")
+    return value
+
+
+def _message(where: str, number: int, message: Any) -> dict[str, Any]:
+    """A message with what it lacks in its row left out (parquet and `datasets` fill in None)."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where}[{number}] must be a message {{role, content}}, not {brief(message)}")
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content", "" if message.get("tool_calls") else None)
+    if not isinstance(content, str):
+        raise ValueError(f"{where}[{number}] ({message['role']}): its content must be a string, not {brief(content)}")
+    if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
+        raise ValueError(f"{where}[{number}] (assistant) is empty")
+    return {**message, "content": content}
+
+
+def _tools(where: str, row: dict[str, Any]) -> list[Any] | None:
+    """The row's column `tools`, for the template: a list, or one written as JSON."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: 'tools' is not valid JSON: {error.msg} at column {error.colno}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"{where}: 'tools' must be a list of function descriptions, not {brief(tools)}")
+    return tools
+
+
+def _with_template(
+    dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]
+) -> Iterator[Sample]:
+    rendered = [render_marked(dialogue, tokenizer) for dialogue in dialogues]
+    texts = [text for text, _ in rendered]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast))
+    for i, (dialogue, (text, spans)) in enumerate(zip(dialogues, rendered, strict=True)):
+        ids: list[int] = encoded["input_ids"][i]
+        if tokenizer.is_fast:
+            begins, ends = np.array(encoded["offset_mapping"][i]).reshape(-1, 2).T
+            ranges = [(int(np.searchsorted(ends, b, "right")), int(np.searchsorted(begins, e))) for b, e in spans]
+        else:
+            cuts = [[_tokens_of(text[:place], ids, tokenizer, dialogue.where) for place in span] for span in spans]
+            ranges = [(begin, end) for begin, end in cuts]
+        mask = bytearray(len(ids))
+        for begin, end in ranges:
+            end = _turn_end(ids, begin, end, stop_ids, tokenizer)
+            mask[begin:end] = b"\1" * (end - begin)
+        if not any(mask) or mask[0]:
+            raise ValueError(f"{dialogue.where}: the chat template leaves the assistant's turns no token to learn")
+        yield Sample(array("i", ids), bytes(mask), users_words(dialogue.messages), dialogue.where)
+
+
+def _tokens_of(prefix: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, where: str) -> int:
+    """How many of `ids` are the text's beginning, for a tokenizer that does not say which characters a token is."""
+    own: list[int] = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    if ids[: len(own)] != own:
+        raise ValueError(f"{where}: the tokenizer joins the end of a turn with what follows, and knows no offsets")
+    return len(own)
+
+
+def _turn_end(ids: list[int], begin: int, end: int, stop_ids: set[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """`end`, or where the turn's last stop token is if only white space follows it."""
+    last = next((place for place in reversed(range(begin, end)) if ids[place] in stop_ids), end - 1)
+    return end if str(tokenizer.decode(ids[last + 1 : end])).strip() else last + 1
+
+
+def render_marked(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+    """The dialogue as the chat template writes it, and which of its characters are to be learned.
+
+    Raises:
+        ValueError: the template refuses the messages, or does not let its turns be told apart; names the row.
+    """
+    where, messages, learned, tools = dialogue
+    template = tokenizer.get_chat_template(tools=tools)
+    if MARKS.search(template):
+        return _render_with_marks(dialogue, tokenizer, template)
+    text = render(where, messages, tokenizer, tools=tools, generation_prompt=False)
+    spans = []
+    for turn in learned:
+        before = render(where, messages[:turn], tokenizer, tools=tools)
+        after = render(where, messages[: turn + 1], tokenizer, tools=tools, generation_prompt=False)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise ValueError(
+                f"{where}: the chat template writes message {turn} (assistant) otherwise in the whole dialogue than"
+                " when it is answered; needed: a template with {% generation %} marks, or one that only appends"
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _render_with_marks(
+    dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[str, list[tuple[int, int]]]:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    where, messages, learned, tools = dialogue
+    options = {"chat_template": template, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
+    try:
+        texts, marks = render_jinja_template(conversations=[messages], tools=tools, **options)
+    except TemplateError as error:
+        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [(int(begin), int(end)) for begin, end in marks[0] if begin < end]
+    if turns != learned:
+        if len(spans) != len(turns):
+            raise ValueError(
+                f"{where}: the chat template's {{% generation %}} marks {len(spans)} places for {len(turns)} assistant"
+                " turns: which of them is the response?"
+            )
+        spans = [span for turn, span in zip(turns, spans, strict=True) if turn in learned]
+    return texts[0], spans
+
+
+def _without_template(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerBase) -> Iterator[Sample]:
+    """Bare text: the prompt as the tokenizer begins a text, the response, an end of sequence."""
+    prompts = tokenizer([d.messages[-2]["content"] for d in dialogues])["input_ids"]
+    answers = tokenizer([d.messages[-1]["content"] for d in dialogues], add_special_tokens=False)["input_ids"]
+    for dialogue, prompt, answer in zip(dialogues, prompts, answers, strict=True):
+        answer = [*answer, tokenizer.eos_token_id]
+        mask = bytes(len(prompt)) + b"\1" * len(answer)
+        yield Sample(array("i", [*prompt, *answer]), mask, dialogue.messages[-2]["content"], dialogue.where)

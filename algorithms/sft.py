@@ -1,0 +1,51 @@
+"""Supervised fine-tuning: −log π(y_t) of what the assistant said, a mean over all target tokens of a step.
+
+The mean is over the whole batch, all data ranks and micro-batches: neither micro-batches, packing, layout nor the order
+of the rows changes the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..engine.mesh import Mesh
+from .batch import Batch, deal, micro_batches
+from .config import UpdateConfig
+from .roles import Learner, Role, Share, Stats, target_logprobs
+from .rollout import my_part
+
+
+def plan(batch: Batch, update: UpdateConfig, mesh: Mesh) -> list[Share]:
+    """This data rank's micro-batches: equally many rows a rank, about equally many tokens."""
+    mine = deal(batch.lengths, mesh.dp.size)[mesh.dp.rank]
+    return micro_batches(mine, batch.lengths, update.micro_batch_size, update.micro_batch_tokens)
+
+
+def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:
+    """One optimizer step on the whole batch.
+
+    Args:
+        shares: this data rank's micro-batches.
+
+    Returns:
+        loss and entropy in nats a target token, before the step; target_tokens; and what `Learner.step` gives.
+    """
+    stats, targets = Stats(), len(batch.response)
+
+    def loss(part: Batch, hidden: Tensor) -> Tensor:
+        logprobs, entropy = target_logprobs(learner.model, part, hidden, learner.temperature)  # [targets] each
+        stats.add(loss=-logprobs, entropy=entropy)
+        return -logprobs.sum() / targets
+
+    step = learner.step([(batch.select(share), loss) for share in shares])
+    means = {name: value / targets for name, value in stats.reduce(learner.mesh).items()}
+    return means | {"target_tokens": targets} | step
+
+
+def held_out_loss(role: Role, batch: Batch, update: UpdateConfig) -> float:
+    """The loss on rows that are not learned from, the same on every rank; nothing is divided by the data ranks."""
+    mine = range(len(batch))[my_part(len(batch), role.mesh.dp)]
+    shares = micro_batches(mine, batch.lengths, update.micro_batch_size, update.micro_batch_tokens)
+    return -role.logprobs(batch, shares)[batch.response].double().mean().item()
