@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 import tyro
+from trialign.models.adapter import export_adapter
 from trialign.models.export import export_checkpoint
 
 
@@ -30,17 +31,20 @@ class Export:
     """The trained weights, or their moving average where the run kept one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The masters are float32; bfloat16 rounds them."""
+    adapter: bool = False
+    """Of a LoRA run: write the adapters as a PEFT folder. Without it they are merged into their base."""
+    base: Path | None = None
+    """The model that the adapters are merged into, where it does not lie at the path it was trained from."""
 
 
 def main(config: Export) -> None:
-    export_checkpoint(
-        config.checkpoint,
-        config.output,
-        role=config.role,
-        weights=config.weights,
-        dtype=getattr(torch, config.dtype),
-    )
-    print(f"{config.output}: {config.role}, {config.weights}, {config.dtype}")
+    options = {"role": config.role, "weights": config.weights, "dtype": getattr(torch, config.dtype)}
+    if config.adapter:
+        export_adapter(config.checkpoint, config.output, **options)
+    else:
+        export_checkpoint(config.checkpoint, config.output, **options, base=config.base)
+    kind = ", adapters" * config.adapter
+    print(f"{config.output}: {config.role}, {config.weights}, {config.dtype}{kind}")
 
 
 if __name__ == "__main__":
