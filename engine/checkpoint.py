@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from .mesh import Mesh
 from .parallel.collectives import gather_objects
-from .safetensors_io import fsync, sha256, write_stream
+from .safetensors_io import DTYPES, fsync, sha256, write_stream
 
 T = TypeVar("T")
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
@@ -445,3 +446,11 @@ class Reader:
             wanted[ours] = part
         assert wanted is not None, f"{name} has no rectangles at {offset}"
         return wanted
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a tensor is kept."""
+        file, key, *_ = self.tensors[name]["rectangles"][0]
+        self.check(file)
+        with safe_open(self.path / file, "pt") as source:
+            kept = source.get_slice(key).get_dtype()
+        return next(dtype for dtype, name in DTYPES.items() if name == kept)

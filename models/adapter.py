@@ -28,7 +28,8 @@ from ..engine.safetensors_io import fsync, write_tensors
 from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
 from .config import HeadKind, ModelConfig
 from .decoder import Decoder
-from .hf import HEADS, Place, hf_name, places, tensor_files
+from .hf import HEADS, Place, hf_name, places
+from .source import open_source
 
 PREFIX = "base_model.model."  # PEFT's, before the name of a module of the model it wraps
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -209,15 +210,18 @@ def load_adapter(model: Decoder, folder: Path | str) -> None:
 
 @cache
 def base_digest(folder: Path | str) -> str:
-    """Tells one model's weights from another's: SHA-256 over every file's size, header and samples of its numbers."""
+    """Tells one model's weights from another's: SHA-256 over every file's size, its beginning and 64 samples of it.
+
+    Args:
+        folder: whatever `open_source` reads.
+    """
     digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    for file in sorted(Path(folder).glob("*.safetensors")) or [Path(folder)]:
         size = file.stat().st_size
         with open(file, "rb") as source:
-            header = int.from_bytes(source.read(8), "little")
-            digest.update(size.to_bytes(8, "little") + source.read(header))
+            digest.update(size.to_bytes(8, "little") + source.read(1 << 20))  # a header and the first numbers
             for i in range(64):
-                source.seek(8 + header + (size - 8 - header) * i // 64)
+                source.seek(size * i // 64)
                 digest.update(source.read(4096))
     return digest.hexdigest()
 
@@ -258,8 +262,10 @@ def same_base(facts: Mapping[str, Any], base: Path | None = None) -> Path:
         ValueError: it is not there, or holds other weights.
     """
     folder = Path(base or facts["base"])
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; the adapters belong to the model that was there (--base names it)")
+    if not folder.exists():
+        raise ValueError(
+            f"{folder}: is not there; the adapters belong to the model that was (--base names another place)"
+        )
     if base_digest(folder) != facts["digest"]:
         raise ValueError(f"{folder}: not the weights that the adapters belong to, which were {facts['base']}")
     return folder
@@ -335,18 +341,17 @@ def merger(
     """A function from a weight's name, as `hf_name` gives it, to the whole weight with its adapter: W + s · B A, fp32.
 
     Args:
-        base: the Hugging Face folder the adapters belong to.
+        base: what the adapters belong to, a folder or whatever `open_source` reads.
         held: what was trained, by the names of a checkpoint; weights trained in full come from here.
     """
-    files, table = tensor_files(base), {place.name: place for place in places(config, head).values()}
+    source, table = open_source(base), {place.name: place for place in places(config, head).values()}
     linears = {place for found in adapted_places(config, LoRA(1, 1.0)).values() for place in found}
 
     def read(name: str) -> Tensor:
         if name in held:
             return held[name]
         place = table[name]
-        with safe_open(base / files[place.tensor][0], "pt") as source:
-            weight = source.get_slice(place.tensor)[place.start : place.start + place.shape[0]]
+        weight = source.read(place)
         if lora.quantize and place in linears:
             codes, absmax = quantize_nf4(weight)
             weight = dequantize_nf4(codes, dequantize_scales(*quantize_scales(absmax)), torch.float32)

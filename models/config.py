@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,6 +99,11 @@ class ModelConfig:
         """
         return self.max_positions if self.rope.kind == "dynamic" else None
 
+    def with_head(self, head: HeadKind) -> ModelConfig:
+        """The same body under another head, as a folder of it would say."""
+        names = self.family.architectures
+        return replace(self, architecture=next(name for name, kind in names.items() if kind == head))
+
     def window_of(self, layer: int) -> int | None:
         """Keys a query of this layer sees, itself included; None for all."""
         return None if layer in self.full_layers else self.window
@@ -111,7 +116,7 @@ class ModelConfig:
             ValueError: no such folder or file, not JSON, an unsupported architecture or feature, a missing or
                 impossible number; the message names the key and what is allowed.
         """
-        path = Path(folder) / "config.json"
+        path = model_folder(folder) / "config.json"
         if not path.is_file():
             raise ValueError(
                 f"{folder}: {'no config.json in this folder' if Path(folder).is_dir() else 'no such folder'}"
@@ -140,6 +145,21 @@ class ModelConfig:
     def to_hf_dict(self, head: HeadKind = "lm", dtype: str = "bfloat16") -> dict[str, Any]:
         """The content of a config.json that transformers 4 and 5 and vLLM read, for a folder with the given head."""
         return self.family.write(self, head) | {"torch_dtype": dtype}
+
+
+def checkpoint_role(path: Path | str) -> str | None:
+    """The role whose model a checkpoint stands for: its actor, or its critic where it has no other; None for a path
+    that is no checkpoint."""
+    held = Path(path) / "assets"
+    if not (held.parent / "SHA256SUMS").is_file():
+        return None
+    return next((role for role in ("actor", "critic") if (held / role / "config.json").is_file()), None)
+
+
+def model_folder(path: Path | str) -> Path:
+    """Where config.json and tokenizer of a model lie: a Hugging Face folder itself, the assets of a checkpoint."""
+    role = checkpoint_role(path)
+    return Path(path) if role is None else Path(path) / "assets" / role
 
 
 def check_layout(config: ModelConfig, tp: int, pp: int, ep: int = 1) -> None:

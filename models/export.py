@@ -16,14 +16,14 @@ from torch import Tensor
 from ..engine.checkpoint import Reader
 from ..engine.safetensors_io import fsync, write_stream
 from .adapter import merger, same_base, saved_adapter
-from .config import HeadKind, ModelConfig
+from .config import HeadKind, ModelConfig, model_folder
 from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
 
 
 def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
     """Name -> path of what belongs to a folder's model beside its weights: configs, tokenizer, chat template."""
     kept = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-    found = sorted(p for p in Path(folder).iterdir() if p.is_file() and p.suffix in kept)
+    found = sorted(p for p in model_folder(folder).iterdir() if p.is_file() and p.suffix in kept)
     return {prefix + p.name: p for p in found if not p.name.endswith(".index.json")}
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..engine.parallel.shard import Piece, shard_of, sinks
-from ..engine.safetensors_io import DTYPES
-from .config import HeadKind, ModelConfig
+from .config import HeadKind, ModelConfig, model_folder
 from .decoder import Decoder
 from .families.family import Row
 
@@ -164,7 +162,7 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
     """Fills the model's parameters, each rank reading only its slices, converted to the parameters' dtype.
 
     Args:
-        folder: config.json and safetensors, one file or several with an index.
+        folder: config.json and safetensors, one file or several with an index; or a checkpoint of a run.
         new_head: how a "score" head begins when the folder holds a causal language model: "refuse", "zero", or
             "normal" with standard deviation 1/(hidden + 1), so that values begin near 0; equal on all ranks.
 
@@ -172,8 +170,10 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
         ValueError: before any parameter is changed: a file or tensor that is missing, truncated, of another shape or
             not of the model; a config.json that disagrees with the model's; a head that is not there.
     """
-    folder = Path(folder)
-    config = ModelConfig.from_hf(folder)
+    from .source import open_source  # the sources are built on this module's tables
+
+    source = open_source(folder)
+    folder, config = Path(folder), source.config
     _same_sizes(config, model.config, folder)
     if model.kind == "lm" and config.head == "score":
         raise ValueError(f"{folder}: {config.architecture} has a score head; a language model needs lm_head.weight")
@@ -181,24 +181,15 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
     if fresh and new_head == "refuse":
         expected = next(name for name, kind in config.family.architectures.items() if kind == "score")
         raise ValueError(f"{folder}: {config.architecture} has no score.weight; expected {expected}")
-    found = tensor_files(folder)
-    _same_tensors(found, config, folder)
 
-    todo: dict[str, list[tuple[Place, Piece, Any]]] = {}
     for place, piece, view in _placed(model):
         if not (fresh and place.tensor == HEADS["score"].theirs):
-            todo.setdefault(found[place.tensor][0], []).append((place, piece, view))
+            view.copy_(source.read(place, piece.offset, piece.shape))
         elif new_head == "zero":
             view.zero_()
         else:
             draws = torch.randn(view.shape, generator=torch.Generator().manual_seed(0))
             view.copy_(draws / (config.hidden_size + 1))
-    for file, parts in todo.items():
-        with safe_open(folder / file, "pt") as source:
-            for place, piece, view in parts:
-                offset = (place.start + piece.offset[0], *piece.offset[1:])
-                cut = tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))
-                view.copy_(source.get_slice(place.tensor)[cut])
 
 
 def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None:
@@ -213,78 +204,9 @@ def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None
             raise ValueError(f"{folder}: {key}={theirs}, the model has {ours}")
 
 
-def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> (file, shape), from the headers of all files."""
-    if (folder / "model.safetensors").is_file():
-        files, promised = ["model.safetensors"], {}
-    elif (folder / INDEX).is_file():
-        try:
-            promised = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
-        files = sorted(set(promised.values()))
-    else:
-        raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{_other_formats(folder)}")
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder / file}: missing, {INDEX} names it")
-        try:
-            with safe_open(folder / file, "pt") as source:
-                for name in source.keys():
-                    view = source.get_slice(name)
-                    if view.get_dtype() not in DTYPES.values():
-                        raise ValueError(
-                            f"{folder / file}: {name} is {view.get_dtype()}; allowed: {[*DTYPES.values()]}"
-                        )
-                    found[name] = file, tuple(view.get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file}: damaged or truncated: {error}") from None
-    for name, file in promised.items():
-        if name not in found:
-            raise ValueError(f"{folder / file}: no tensor {name}, {INDEX} promises it")
-    return found
-
-
-def _other_formats(folder: Path) -> str:
-    """What else lies in the folder and how it becomes safetensors."""
-    pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
-    if pickles:
-        return (
-            f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one runs what it says. Convert"
-            " them where you trust them: AutoModelForCausalLM.from_pretrained(folder, dtype='auto')"
-            ".save_pretrained(new_folder) of transformers writes safetensors)"
-        )
-    return ""
-
-
-def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, folder: Path) -> None:
-    """The folder holds exactly the tensors of its own config."""
-    expected = hf_shapes(config, config.head)
-    tied = config.head == "lm" and config.tie_embeddings
-    head, embedding = HEADS["lm"].theirs, places(config)["embedding.weight", ""].tensor
-    missing = [name for name in expected if name not in found]
-    # Old files carry the rotary frequencies, which follow from rope_theta.
-    extra = [
-        n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq") and not (tied and n == head)
-    ]
-    for what, names in (("lacks", missing), ("holds what the model has no place for:", extra)):
-        if names:
-            raise ValueError(
-                f"{folder} {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
-            )
-    for name, shape in expected.items():
-        if found[name][1] != shape:
-            raise ValueError(f"{folder}: {name} has shape {list(found[name][1])}, config.json asks for {list(shape)}")
-    if tied and head in found:
-        with safe_open(folder / found[head][0], "pt") as one, safe_open(folder / found[embedding][0], "pt") as other:
-            if not torch.equal(one.get_tensor(head), other.get_tensor(embedding)):
-                raise ValueError(f"{folder}: config.json ties the embeddings, but {head} differs from {embedding}")
-
-
 def stop_ids(folder: Path | str, config: ModelConfig) -> tuple[int, ...]:
     """The tokens that end an answer: those of config.json and, as chat models have more, of generation_config.json."""
-    path = Path(folder) / "generation_config.json"
+    path = model_folder(folder) / "generation_config.json"
     named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     more = named if isinstance(named, list) else [] if named is None else [named]
     return tuple(sorted({*config.eos_ids, *more}))

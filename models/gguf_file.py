@@ -1,0 +1,126 @@
+"""GGUF files (llama.cpp's) as a source of weights: dequantised a piece at a time, tokenizer and config out of the file.
+
+Weights of LLaMA-like models are as in Hugging Face's folders, but for the rows of q and k in files of architecture
+"llama": there the two halves of each head, which rotate_half keeps apart, are interleaved.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .hf import Place, hf_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# general.architecture -> the family whose names its tensors take, and whether q and k are interleaved.
+_KNOWN = {
+    "llama": ("LlamaForCausalLM", True),
+    "qwen2": ("Qwen2ForCausalLM", False),
+    "qwen3": ("Qwen3ForCausalLM", False),
+}
+_ROWS = 1024  # dequantised at once
+
+
+class GGUFFile:
+    """One GGUF file of a dense LLaMA, Mistral, Qwen2 or Qwen3.
+
+    Raises:
+        ValueError: the package gguf is not installed, the file is damaged or of another architecture, or a tensor is
+            missing, unknown or of another shape.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import gguf
+        except ImportError:
+            raise ValueError(f"{path}: GGUF files need the package gguf: pip install gguf") from None
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            self.reader: Any = gguf.GGUFReader(path)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{path}: damaged, or no GGUF file: {error}") from None
+        self.path, self.gguf = path, gguf
+        self.architecture = self.reader.fields["general.architecture"].contents()
+        if self.architecture not in _KNOWN:
+            raise ValueError(
+                f"{path}: general.architecture={self.architecture}: allowed: {', '.join(_KNOWN)}; import the folder in"
+                " Hugging Face format instead"
+            )
+        family, self.interleaved = _KNOWN[self.architecture]
+        self.values = self._config() | {"architectures": [family]}
+        self.config = ModelConfig.from_hf_dict(self.values)
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        names = gguf.get_tensor_name_map(arch, self.config.num_layers)
+        self.names = {n: names.get_name(n, try_suffixes=(".weight", ".bias")) or n for n in hf_shapes(self.config)}
+        self._check()
+
+    def _config(self) -> dict[str, Any]:
+        """The content of a config.json, by transformers' own table of GGUF's keys."""
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+        return dict(load_gguf_checkpoint(str(self.path), return_tensors=False)["config"])
+
+    def _check(self) -> None:
+        missing = [name for name in self.names.values() if name not in self.tensors]
+        extra = sorted(self.tensors.keys() - set(self.names.values()))
+        if "rope_freqs.weight" in extra:
+            raise ValueError(
+                f"{self.path}: rope_freqs.weight: frequencies stretched in the file, which does not say how (Llama 3.1"
+                " and later); import the folder in Hugging Face format instead"
+            )
+        for what, names in (("lacks", missing), ("holds what the model has no place for:", extra)):
+            if names:
+                raise ValueError(f"{self.path}: {what} {', '.join(names[:3])}")
+        for name, shape in hf_shapes(self.config).items():
+            found = tuple(int(n) for n in reversed(self.tensors[self.names[name]].shape))
+            if found != shape:
+                raise ValueError(f"{self.path}: {self.names[name]} has shape {list(found)}, expected {list(shape)}")
+
+    def dtype(self, place: Place) -> torch.dtype:
+        kinds = self.gguf.GGMLQuantizationType
+        own = {kinds.F16: torch.float16, kinds.BF16: torch.bfloat16}
+        return own.get(self.tensors[self.names[place.tensor]].tensor_type, torch.float32)
+
+    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        shape = place.shape if shape is None else shape
+        offset = (0,) * len(shape) if offset is None else offset
+        tensor = self.tensors[self.names[place.tensor]]
+        stored = tensor.data if len(shape) == 2 else tensor.data[None]
+        rows = np.arange(offset[0], offset[0] + shape[0]) if len(shape) == 2 else np.zeros(1, dtype=np.int64)
+        if self.interleaved and place.tensor.endswith(("q_proj.weight", "k_proj.weight")):
+            head, row = np.divmod(rows, self.config.head_dim)
+            half, pair = np.divmod(row, self.config.head_dim // 2)
+            rows = head * self.config.head_dim + 2 * pair + half
+        columns = slice(offset[-1], offset[-1] + shape[-1])
+        out = torch.empty((len(rows), shape[-1]), dtype=self.dtype(place))
+        for begin in range(0, len(rows), _ROWS):
+            raw = np.ascontiguousarray(stored[rows[begin : begin + _ROWS]])
+            values = self.gguf.quants.dequantize(raw, tensor.tensor_type)
+            out[begin : begin + _ROWS] = torch.from_numpy(values[:, columns].astype(np.float32))
+        # The file is mapped: what was read of it would count as memory of this process.
+        self.reader.data._mmap.madvise(mmap.MADV_DONTNEED)
+        return out.view(shape)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As transformers makes it, with the split into single digits that it does not read for "smollm"."""
+        from transformers import AutoTokenizer
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+        field = self.reader.fields.get("tokenizer.ggml.pre")
+        if field is not None and field.contents() == "smollm":
+            from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+            tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+                [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+            )
+        return tokenizer
