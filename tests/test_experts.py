@@ -1,5 +1,7 @@
 """Expert parallelism below the model: the mesh's axes, rows to their experts and back, and the optimizer's buckets."""
 
+from typing import Any
+
 import pytest
 import torch
 from harness import run_ranks
@@ -14,7 +16,7 @@ from trialign.kernels.moe import sort_by_expert
 EXPERTS, HIDDEN = 4, 6
 
 
-def axes(rank: int, world: int, sizes: dict[str, int]):
+def axes(rank: int, world: int, sizes: dict[str, Any]):
     mesh = build_mesh(**sizes)
     return {name: getattr(mesh, name).ranks for name in ("pp", "dp", "edp", "ep", "tp")}, str(mesh)
 
@@ -63,6 +65,7 @@ def travel(rank: int, world: int, case: str, dtype: torch.dtype):
     counts = offsets.diff()
     expected = 10.0 ** torch.arange(EXPERTS).repeat_interleave(counts)[:, None]
     assert torch.equal(out, rows * expected.to(dtype))
+    assert rows.grad is not None
     assert torch.equal(rows.grad, ((rank + 1) * expected).expand_as(rows).to(dtype))
     return way.offsets.diff().tolist(), counts.tolist()
 
@@ -97,7 +100,7 @@ def _slices(piece) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
 
 
-def steps(rank: int, world: int, sizes: dict[str, int], frozen: bool = False):
+def steps(rank: int, world: int, sizes: dict[str, Any], frozen: bool = False):
     """Two optimizer steps on a loss that is a sum over eight rows, dealt to the data ranks; whole states, norms."""
     mesh = build_mesh(**sizes)
     net = Net(mesh)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import run_ranks
 from tiny import VOCAB, assemble, tiny_llama
+from tiny_moe import tiny_mixtral
 from trialign.algorithms.batch import Batch, after_prompts, pack
 from trialign.algorithms.ppo import Roles, plan, score, update, with_rewards
 from trialign.algorithms.ppo_config import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
@@ -141,17 +142,7 @@ def test_recomputation_does_not_matter(folder, alone):
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        **sizes, **heads, num_local_experts=4, initializer_range=0.1, router_aux_loss_coef=0.1, sliding_window=None
-    )
-    folder = tmp_path_factory.mktemp("mixtral")
-    MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
+    return tiny_mixtral(tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.mark.parametrize(

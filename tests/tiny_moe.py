@@ -1,6 +1,7 @@
-"""A small decoder with experts and made-up weights, the same in every layout."""
+"""Small decoders with experts: one with made-up weights that are the same in every layout, and a Mixtral folder."""
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from trialign.engine.parallel.shard import shard_of
 from trialign.models.config import HeadKind, ModelConfig, MoEConfig
 from trialign.models.decoder import Decoder
 
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     architecture="MixtralForCausalLM",
     vocab_size=VOCAB,
     hidden_size=32,
@@ -31,8 +32,8 @@ SHARED = MoEConfig(
 )
 
 
-def moe_config(moe: MoEConfig = MIXTRAL, **changes: Any) -> ModelConfig:
-    return ModelConfig(**(SIZES | {"moe": moe} | changes))
+def moe_config(moe: MoEConfig | None = MIXTRAL, **changes: Any) -> ModelConfig:
+    return ModelConfig(moe=moe, **(SIZES | changes))
 
 
 def fill(module: nn.Module, std: float = 0.3) -> None:
@@ -52,3 +53,27 @@ def moe_decoder(config: ModelConfig, mesh: Mesh, head: HeadKind = "lm", **option
     model = Decoder(config, mesh, dtype=torch.float32, head=head, **options)
     fill(model)
     return model
+
+
+def tiny_mixtral(folder: Path, **changes: Any) -> Path:
+    """A random Mixtral with 2 layers of 4 experts as a Hugging Face folder."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "router_aux_loss_coef": 0.1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "bos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**(sizes | changes))).save_pretrained(folder)
+    return folder
