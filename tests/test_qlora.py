@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from trialign.engine.parallel.shard import shard_of
 from trialign.kernels.nf4 import dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
 from trialign.models.decoder import Decoder
 
-SIZES = {"hidden_size": 128, "intermediate_size": 256}
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
 ON = LoRA(4, 8.0, quantize=True)
 
 

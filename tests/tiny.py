@@ -58,9 +58,9 @@ def tiny_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def tiny_chat_model(folder: Path, vocab_size: int = 260) -> Path:
+def tiny_chat_model(folder: Path, vocab_size: int = 260, **changes) -> Path:
     """`tiny_llama` with `tiny_tokenizer`: all that launch/ppo.py asks of a folder."""
-    return tiny_tokenizer(tiny_llama(folder, vocab_size=vocab_size))
+    return tiny_tokenizer(tiny_llama(folder, vocab_size=vocab_size, **changes))
 
 
 def assemble(entries: Iterable[Entry], world: Axis) -> dict[str, torch.Tensor]:

@@ -1,0 +1,249 @@
+"""Adapters out and in: peft loads ours, we load peft's, merged exports, checkpoints that hold adapters alone."""
+
+import dataclasses
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from peft_case import assert_near, build, held, learner, peft_model, samples, save_peft, train
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB, tiny_llama
+from torch import Tensor
+from trialign.algorithms.batch import pack
+from trialign.algorithms.config import LoRAConfig
+from trialign.algorithms.roles import Learner, stage_forward
+from trialign.engine import checkpoint
+from trialign.engine.checkpoint import Reader
+from trialign.engine.mesh import Mesh, build_mesh
+from trialign.engine.parallel.lora import LoRA
+from trialign.models.adapter import (
+    adapter_facts,
+    adapter_shapes,
+    export_adapter,
+    load_adapter,
+    read_peft,
+    same_adapter,
+    trained_name,
+)
+from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.export import assets, export_checkpoint
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
+LORA = LoRA(4, 8.0, ("q", "v", "output", "down"), rslora=True)
+QLORA = dataclasses.replace(LORA, quantize=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("base"), **SIZES)
+
+
+def save(trained: Learner, root: Path, base: Path, mesh: Mesh, role: str = "actor") -> Path:
+    """A checkpoint as the scripts write it."""
+    model = trained.model
+    entries = trained.optimizer.entries(role, partial(trained_name, config=model.config, head=model.kind))
+    state = {"adapters": {role: adapter_facts(model, base)}, "steps": trained.optimizer.steps}
+    return checkpoint.save(root, 1, entries, state, mesh, keep=1, assets=assets(base, f"{role}/"))
+
+
+def trained_checkpoint(
+    rank: int, world: int, folder: Path, root: Path, lora: LoRA, tp: int, pp: int, head: HeadKind = "lm"
+) -> dict[str, Tensor]:
+    """Trains two steps in a layout (an "lm" head), saves, and gives the numbers."""
+    mesh = build_mesh(tp=tp, pp=pp)
+    model = build(folder, mesh, lora, head=head)
+    trained = train(model, 2) if head == "lm" else learner(model)
+    save(trained, root, folder, mesh, "actor" if head == "lm" else "critic")
+    return held(trained)
+
+
+def logits_of(peer: Any) -> Tensor:
+    """transformers' logits of all samples, packed."""
+    with torch.no_grad():
+        return torch.cat([peer.eval()(torch.tensor([row])).logits[0] for row in samples(VOCAB)])
+
+
+def our_logits(folder: Path, lora: LoRA | None, adapter: Path | None) -> Tensor:
+    model = build(folder, build_mesh(), lora, adapter)
+    with torch.no_grad():
+        return model.logits(stage_forward(model, pack(samples(VOCAB)), None))
+
+
+@pytest.mark.parametrize("lora", [LORA, QLORA], ids=["lora", "qlora"])
+def test_a_checkpoint_holds_only_adapters_and_exports_to_peft_and_merged(folder, tmp_path, lora):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run_ranks(trained_checkpoint, 4, folder, tmp_path / "run", lora, 2, 2)
+    saved, shapes = tmp_path / "run" / "step_1", adapter_shapes(ModelConfig.from_hf(folder), lora)
+    kinds = {"master", "exp_avg", "exp_avg_sq"}
+    assert Reader(saved).tensors.keys() == {f"actor/{kind}/{name}" for kind in kinds for name in shapes}
+    tensors = sum(path.stat().st_size for path in saved.glob("*.safetensors"))
+    assert tensors < 1.5 * 12 * sum(map(math.prod, shapes.values()))
+
+    export_adapter(saved, tmp_path / "adapter")
+    export_checkpoint(saved, tmp_path / "merged", dtype=torch.float32)
+    expected = our_logits(folder, lora, tmp_path / "adapter")
+    assert (expected - our_logits(folder, None, None)).abs().max() > 0.01
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-5, atol=2e-5)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wrapped = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert {n for n, _ in wrapped.named_parameters() if "lora_" in n} == {
+        name.replace("_A.weight", "_A.default.weight").replace("_B.weight", "_B.default.weight") for name in shapes
+    }
+    # On the plain base: what peft computes is what our model computes there.
+    plain = expected if not lora.quantize else our_logits(folder, LORA, tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(wrapped), plain, rtol=1e-5, atol=2e-5)
+    again = read_peft(tmp_path / "adapter", ModelConfig.from_hf(folder), quantize=lora.quantize)
+    assert again == lora
+    with pytest.raises(ValueError, match="adapter: exists and is not an empty folder"):
+        export_adapter(saved, tmp_path / "adapter")
+
+
+def test_a_merged_model_needs_its_own_base(folder, tmp_path):
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
+    saved = tmp_path / "run" / "step_1"
+    trained_checkpoint(0, 1, base, tmp_path / "run", LORA, 1, 1)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="base: is not there; the adapters"):
+        export_checkpoint(saved, tmp_path / "out")
+    other = tiny_llama(tmp_path / "other", seed=9, **SIZES)
+    with pytest.raises(ValueError, match="other: not the weights that the adapters belong to, which were .*base"):
+        export_checkpoint(saved, tmp_path / "out", base=other)
+    export_checkpoint(saved, tmp_path / "out", base=tmp_path / "moved")
+
+
+def resumed(rank: int, world: int, folder: Path, path: Path, lora: LoRA, tp: int, pp: int) -> dict[str, Tensor]:
+    mesh = build_mesh(tp=tp, pp=pp)
+    trained = learner(build(folder, mesh, lora))
+    model = trained.model
+    same_adapter(checkpoint.read_state(path)["adapters"]["actor"], model, folder)
+    entries = trained.optimizer.entries("actor", partial(trained_name, config=model.config, head=model.kind))
+    trained.optimizer.loaded(checkpoint.load(path, entries, mesh)["steps"])
+    return held(trained)
+
+
+def test_a_checkpoint_resumes_in_any_layout_on_the_same_base_only(folder, tmp_path):
+    first = run_ranks(trained_checkpoint, 2, folder, tmp_path, LORA, 2, 1)[0]
+    for tp, pp in ((1, 1), (1, 2), (4, 1)):
+        for got in run_ranks(resumed, tp * pp, folder, tmp_path / "step_1", LORA, tp, pp):
+            for name, tensor in first.items():
+                assert name.startswith("grad/") or torch.equal(got[name], tensor), name
+    saved = checkpoint.read_state(tmp_path / "step_1")["adapters"]["actor"]
+    mesh = build_mesh()
+    for lora, message in (
+        (dataclasses.replace(LORA, alpha=4.0), "lora.alpha=4.0, the checkpoint was made with 8.0"),
+        (QLORA, "lora.quantize=True, the checkpoint was made with False"),
+        (None, "the checkpoint holds adapters, this config trains whole weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            same_adapter(saved, build(folder, mesh, lora), folder)
+    with pytest.raises(ValueError, match="the checkpoint holds whole weights, this config trains adapters"):
+        same_adapter(None, build(folder, mesh, LORA), folder)
+    other = tiny_llama(tmp_path / "other", seed=9, **SIZES)
+    with pytest.raises(ValueError, match="other: not the weights"):
+        same_adapter(saved, build(other, mesh, LORA), other)
+
+
+def test_a_critics_adapters_and_score_head_load_in_peft_and_merge(folder, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    trained_checkpoint(0, 1, folder, tmp_path / "run", LORA, 1, 1, "score")
+    saved = tmp_path / "run" / "step_1"
+    assert "critic/master/score.weight" in Reader(saved).tensors
+    export_adapter(saved, tmp_path / "adapter", role="critic")
+    export_checkpoint(saved, tmp_path / "merged", role="critic", dtype=torch.float32)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    wrapped = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    model = build(folder, build_mesh(), LORA, head="score")
+    load_adapter(model, tmp_path / "adapter")
+    rows = samples(VOCAB)
+    with torch.no_grad():
+        scores = model.scores(stage_forward(model, pack(rows), None))
+        for row, last in zip(rows, torch.tensor([len(row) for row in rows]).cumsum(0) - 1, strict=True):
+            for peer in (merged, wrapped):
+                got = peer.eval()(torch.tensor([row])).logits[0, 0]
+                torch.testing.assert_close(got, scores[last], rtol=1e-5, atol=1e-6)
+
+
+def loaded(rank: int, world: int, folder: Path, adapter: Path, tp: int, pp: int) -> dict[str, Tensor]:
+    return held(learner(build(folder, build_mesh(tp=tp, pp=pp), LORA, adapter)))
+
+
+def test_pefts_adapter_loads_into_any_layout(folder, tmp_path):
+    adapter = save_peft(peft_model(folder, LORA), tmp_path)
+    theirs = load_file(adapter / "adapter_model.safetensors")
+    for tp, pp in ((1, 1), (2, 2), (4, 1)):
+        for got in run_ranks(loaded, tp * pp, folder, adapter, tp, pp):
+            ours = {n.removeprefix("master/"): t for n, t in got.items() if n.startswith("master/")}
+            assert_near(ours, theirs, 0)
+
+
+def test_other_adapters_are_refused_by_name(folder, tmp_path):
+    shape = ModelConfig.from_hf(folder)
+    adapter = save_peft(peft_model(folder, LORA), tmp_path / "good")
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    first = sorted(tensors)[0]
+
+    def spoilt(changes: dict[str, Any], tensors: dict[str, Tensor] = tensors) -> Path:
+        path = tmp_path / "spoilt"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        (path / "adapter_config.json").write_text(json.dumps(values | changes))
+        save_file(tensors, path / "adapter_model.safetensors")
+        return path
+
+    for changes, message in (
+        ({"use_dora": True}, "use_dora=True is not supported; allowed: False"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA' is not supported; allowed: 'LORA'"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"r": 8}, r"has shape \[4, 128\], expected \[8, 128\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_peft(spoilt(changes), shape)
+    unknown = tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 128)}
+    with pytest.raises(ValueError, match="holds what the model has no place for: base_model.model.lm_head.lora_A"):
+        read_peft(spoilt({}, unknown), shape)
+    with pytest.raises(ValueError, match=f"lacks {first}"):
+        read_peft(spoilt({}, {name: t for name, t in tensors.items() if name != first}), shape)
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        read_peft(folder, shape)
+    (spoilt({}) / "adapter_model.safetensors").rename(tmp_path / "spoilt" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"no adapter_model.safetensors \(adapter_model.bin is a pickle"):
+        read_peft(tmp_path / "spoilt", shape)
+    with open(spoilt({}) / "adapter_model.safetensors", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        read_peft(tmp_path / "spoilt", shape)
+    for lora, message in (
+        (dataclasses.replace(LORA, alpha=1.0), "alpha=8.0, the model's adapters have 1.0"),
+        (dataclasses.replace(LORA, rslora=False), "rslora=True, the model's adapters have False"),
+        (dataclasses.replace(LORA, targets=("q",)), "the model's adapters have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_adapter(build(folder, build_mesh(), lora), adapter)
+
+
+def test_the_config_section():
+    assert LoRAConfig().adapters is None
+    asked = LoRAConfig(rank=4, alpha=8.0, rslora=True, targets=("q", "v", "output", "down"), quantize=True)
+    assert asked.adapters == QLORA
+    for changes, message in (
+        ({"rank": -1}, "rank=-1: must be 0"),
+        ({"rank": 1, "dropout": 0.1}, "dropout=0.1: must be 0: a mask"),
+        ({"quantize": True}, "quantize=True: must be off where rank is 0"),
+        ({"rank": 1, "targets": ()}, "targets=.*one or more of q, k, v"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LoRAConfig(**changes)  # pyright: ignore[reportArgumentType]
