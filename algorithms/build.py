@@ -18,6 +18,7 @@ from ..models.adapter import check_lora, load_adapter, read_peft, start_adapter,
 from ..models.config import HeadKind, ModelConfig, check_layout
 from ..models.decoder import Decoder
 from ..models.hf import load_hf
+from ..models.tokenizer import read_tokenizer
 from .config import LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
 from .ppo import Roles
 from .ppo_config import PPOConfig
@@ -33,12 +34,7 @@ def load_tokenizer(folder: str, shape: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, it cannot be read, or it knows tokens the model has no row for.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises its own kinds, none of which names the folder
-        raise ValueError(f"{folder}: no tokenizer can be read from it: {error}") from error
+    tokenizer = read_tokenizer(folder)
     if len(tokenizer) > shape.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the model only vocab_size={shape.vocab_size}"

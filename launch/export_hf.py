@@ -3,7 +3,7 @@
     python launch/export_hf.py --checkpoint RUN/checkpoints/step_N --output DIR
 
 The folder loads with transformers' from_pretrained and in vLLM; tokenizer, chat template and generation config come
-along. One process, no GPU, a few GB of memory at most: tensors are read one by one, each file checked by its checksum.
+along. One process, no GPU, the memory of one tensor: they are read one by one, each file checked by its checksum.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from trialign.models.adapter import export_adapter
-from trialign.models.export import export_checkpoint
+from trialign.models.export import ExportRole, export_checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Export:
     """A checkpoint of a run: RUN/checkpoints/step_N."""
     output: Path
     """The folder to write: a new or an empty one."""
-    role: Literal["actor", "critic"] = "actor"
+    role: ExportRole = "actor"
     """The policy (AutoModelForCausalLM), or the critic (AutoModelForSequenceClassification with one score a token)."""
     weights: Literal["master", "ema"] = "master"
     """The trained weights, or their moving average where the run kept one."""
@@ -35,15 +35,21 @@ class Export:
     """Of a LoRA run: write the adapters as a PEFT folder. Without it they are merged into their base."""
     base: Path | None = None
     """The model that the adapters are merged into, where it does not lie at the path it was trained from."""
+    family: Annotated[Literal["own", "llama", "qwen2"], tyro.conf.arg(name="as")] = "own"
+    """Write it as another architecture that computes the same, for programs that lack its own: Baichuan 7B and
+    Baichuan2 7B as llama, Qwen 1 as qwen2. Refused where no other computes the same."""
 
 
 def main(config: Export) -> None:
     options = {"role": config.role, "weights": config.weights, "dtype": getattr(torch, config.dtype)}
+    family = None if config.family == "own" else config.family
+    if config.adapter and family:
+        raise ValueError(f"--adapter writes adapters of the model as it is; --as {family} goes with whole models")
     if config.adapter:
         export_adapter(config.checkpoint, config.output, **options)
     else:
-        export_checkpoint(config.checkpoint, config.output, **options, base=config.base)
-    kind = ", adapters" * config.adapter
+        export_checkpoint(config.checkpoint, config.output, **options, base=config.base, family=family)
+    kind = ", adapters" * config.adapter + (f", as {family}" if family else "")
     print(f"{config.output}: {config.role}, {config.weights}, {config.dtype}{kind}")
 
 

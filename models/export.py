@@ -18,6 +18,10 @@ from ..engine.safetensors_io import fsync, write_stream
 from .adapter import merger, same_base, saved_adapter
 from .config import HeadKind, ModelConfig, model_folder
 from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
+from .translate import Target, Translated, translate_config
+
+ExportRole = Literal["actor", "critic", "reward"]
+"""Whose weights of a checkpoint."""
 
 
 def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
@@ -130,10 +134,11 @@ def export_checkpoint(
     checkpoint: Path,
     folder: Path,
     *,
-    role: Literal["actor", "critic"] = "actor",
+    role: ExportRole = "actor",
     weights: Literal["master", "ema"] = "master",
     dtype: torch.dtype = torch.bfloat16,
     base: Path | None = None,
+    family: Target | None = None,
 ) -> None:
     """Streams one role's weights out of a checkpoint into a Hugging Face folder, without a process group.
 
@@ -141,9 +146,11 @@ def export_checkpoint(
 
     Args:
         base: where the model that adapters belong to lies now; None where it was when they were trained.
+        family: write it as a model of this family, which computes the same; None: as what it is.
 
     Raises:
-        ValueError: no such checkpoint, role or weights in it, a damaged file, a folder that is not empty.
+        ValueError: no such checkpoint, role or weights in it, a damaged file, a folder that is not empty, a family
+            that does not compute the same.
         OSError: the disk is full.
     """
     reader = Reader(checkpoint)
@@ -161,4 +168,7 @@ def export_checkpoint(
     if saved is not None:
         lora, facts = saved
         tensors = Lazy(part_shapes(config, head), merger(same_base(facts, base), config, head, lora, tensors))
+    if family is not None:
+        own, config = config, translate_config(config, family, head)
+        tensors = Translated(tensors, own, config, head)
     export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype)

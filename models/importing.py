@@ -1,0 +1,86 @@
+"""Import: a Hugging Face folder, a GGUF file or another checkpoint into a checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..engine.checkpoint import Entry, write
+from ..engine.mesh import mesh_as
+from ..engine.parallel.shard import shard_of
+from .config import check_layout
+from .decoder import Decoder
+from .export import assets
+from .gguf_file import GGUFFile
+from .hf import Place, places
+from .source import Source, open_source
+from .tokenizer import is_bare, sentencepiece_tokenizer
+
+
+def import_checkpoint(
+    model: Path, output: Path, *, tp: int = 1, pp: int = 1, dtype: torch.dtype | None = None
+) -> tuple[Source, str]:
+    """Writes `model` as a checkpoint: role "actor", or "critic" where it has a score head; whole, or not at all.
+
+    The host holds one rank's piece of one tensor at a time, whatever the model's size.
+
+    Args:
+        model: a folder, a .gguf file, a checkpoint.
+        output: the checkpoint; must not exist, or be an empty folder.
+        tp, pp: the files are cut as the ranks of this layout hold the model, so that each reads only its own. A run in
+            any other layout reads it too.
+        dtype: of the numbers; None keeps each tensor's own (float32 for quantised ones).
+
+    Returns:
+        the model as it was read, and the role.
+
+    Raises:
+        ValueError: a layout that does not cut the model into equal parts; a tensor or file that is missing, damaged or
+            not of the model; `output` is not empty.
+        OSError: the disk is full.
+    """
+    source = open_source(model)
+    config, head = source.config, source.config.head
+    check_layout(config, tp, pp)
+    role, table = "actor" if head == "lm" else "critic", places(config, head)
+    found: dict[str, Place] = {}  # by entry's name
+
+    def entries(rank: int) -> Iterator[Entry]:
+        stage = Decoder(config, mesh_as(rank, tp=tp, pp=pp, device="meta"), dtype=torch.float32, head=head)
+        for name, parameter in stage.named_parameters():
+            shard = shard_of(parameter)
+            owned = not shard.duplicate and (shard.axis is not None or rank % tp == 0)
+            for piece in shard.pieces:
+                place = table[name, piece.part]
+                key = f"{role}/master/{place.name}"
+                found[key] = place
+                kept = torch.empty(piece.shape, dtype=dtype or source.dtype(place), device="meta")
+                yield Entry(key, piece.global_shape, piece.offset, kept, owned)
+
+    def numbers(entry: Entry) -> Tensor:
+        piece = source.read(found[entry.name], tuple(entry.offset), tuple(entry.tensor.shape))
+        return piece.to(entry.tensor.dtype)
+
+    with ExitStack() as stack:
+        kept = {} if isinstance(source, GGUFFile) else assets(model, f"{role}/")
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _make_assets(model, source, made)
+        state = {"imported_from": str(model), "tp": tp, "pp": pp}
+        write(output, map(entries, range(tp * pp)), numbers, state, kept | assets(made, f"{role}/"))
+    return source, role
+
+
+def _make_assets(model: Path, source: Source, made: Path) -> None:
+    """What the source lacks of a model's folder: a GGUF file's config and tokenizer, a sentencepiece model's."""
+    if isinstance(source, GGUFFile):
+        values = source.config.to_hf_dict()
+        (made / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        source.tokenizer().save_pretrained(made)
+    elif is_bare(model):
+        sentencepiece_tokenizer(model).save_pretrained(made)
