@@ -161,9 +161,20 @@ def read_samples(
     dialogues = [read_dialogue(where, row, config) for where, row in read_rows(source)]
     if not dialogues:
         raise ValueError(f"data source {source}: holds no rows")
+    yield from tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
+
+
+def tokenise(
+    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], chat_template: bool
+) -> Iterator[Sample]:
+    """The dialogues as tokens with masks of what is learned.
+
+    Raises:
+        ValueError: the chat template does not fit a dialogue, or leaves nothing to learn; names the row.
+    """
     for start in range(0, len(dialogues), CHUNK):
-        part = dialogues[start : start + CHUNK]
-        if config.chat_template:
+        part = list(dialogues[start : start + CHUNK])
+        if chat_template:
             yield from _with_template(part, tokenizer, set(stop_ids))
         else:
             yield from _without_template(part, tokenizer)

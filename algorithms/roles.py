@@ -76,6 +76,11 @@ class Role:
         read: Read = lambda part, hidden: self.model.scores(hidden[part.response - 1])  # noqa: E731
         return self._pass(batch, shares, read, lambda part: part.response)
 
+    def token_scores(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """[total] fp32: a reward model's score at each response token, 0 elsewhere."""
+        read: Read = lambda part, hidden: self.model.scores(hidden[part.response])  # noqa: E731
+        return self._pass(batch, shares, read, lambda part: part.response)
+
     def scores(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
         """[samples] fp32: a reward model's score, read at each sample's last token."""
         read: Read = lambda part, hidden: self.model.scores(hidden[part.last])  # noqa: E731

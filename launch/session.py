@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from report import Panel, plot
@@ -40,7 +40,7 @@ from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.phases import Phases, matmul_peak
 from trialign.models.adapter import adapter_facts, export_adapter, same_adapter
-from trialign.models.export import assets, export_checkpoint
+from trialign.models.export import ExportRole, assets, export_checkpoint
 from world import is_main, mesh_of, rank_prefix, world_size
 
 
@@ -191,7 +191,7 @@ class Session(Generic[Config]):
             path.write_text(json.dumps(made, indent=1), encoding="utf-8")
         return made
 
-    def finish(self, panels: Sequence[Panel], *shown: Any, role: Literal["actor", "critic"] = "actor") -> None:
+    def finish(self, panels: Sequence[Panel], *shown: Any, role: ExportRole = "actor") -> None:
         """Leaves the exported model and the plot in the folder, and says where they are below what is `shown`."""
         self.progress.close()
         if self.mesh.is_main:
@@ -251,7 +251,7 @@ class Session(Generic[Config]):
         save_config(whole, aside)
         os.replace(aside, self.folder / "config.toml")
 
-    def _export(self, role: Literal["actor", "critic"]) -> Path:
+    def _export(self, role: ExportRole) -> Path:
         """The last checkpoint's model as a Hugging Face folder, its average beside it; written whole, then swapped."""
         last = self.folder / "checkpoints" / f"step_{self.step}"
         averaged = self.learners[role][0].optimizer.ema_decay > 0

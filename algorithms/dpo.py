@@ -1,0 +1,98 @@
+"""Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its kin, one update on pairs.
+
+The reference's log-probabilities are computed once, before the first step, by the policy as it then is: no second model
+is held. A batch carries them summed over each answer, at its last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .config import UpdateConfig
+from .pair_config import DPOLoss
+from .pairs import Pair, pair_lengths
+from .preference import pair_loss
+from .reward_model import pack_pairs, whole_shares
+from .roles import Learner, Role, Share, Stats, target_logprobs
+
+
+def answer_sums(batch: Batch, targets: Tensor) -> Tensor:
+    """[targets], one number for each target token -> [samples], summed over each sample's. Differentiable."""
+    sample = torch.bucketize(batch.response, batch.cu_seqlens[1:].long(), right=True)
+    return targets.new_zeros(len(batch)).index_add(0, sample, targets)
+
+
+def answer_lengths(batch: Batch) -> Tensor:
+    """[samples] fp32: target tokens of each sample."""
+    return answer_sums(batch, torch.ones(len(batch.response), device=batch.tokens.device))
+
+
+def with_reference(batch: Batch, sums: Tensor) -> Batch:
+    """The batch with the reference's log-probability of each answer, sums [samples], at the answer's last token."""
+    reference = torch.zeros(len(batch.tokens), device=batch.tokens.device)
+    return batch.with_(ref_logprobs=reference.index_copy(0, batch.last, sums.to(reference)))
+
+
+def reference_sums(role: Role, pairs: Sequence[Pair], update: UpdateConfig) -> Tensor:
+    """[2 pairs] fp32: the log-probability of every answer under the reference, the same on every rank. Collective."""
+    sums = []
+    for start in range(0, len(pairs), update.batch_size):
+        batch = pack_pairs(pairs[start : start + update.batch_size]).to(role.mesh.device)
+        logprobs = role.logprobs(batch, whole_shares(batch, update, role, pair_lengths(batch), 2))
+        sums.append(answer_sums(batch, logprobs[batch.response]))
+    return torch.cat(sums).cpu()
+
+
+def log_ratios(batch: Batch, sums: Tensor, loss: DPOLoss) -> Tensor:
+    """[samples]: log π − log ref of each answer, or its mean over the tokens where the loss asks for that."""
+    reference = 0 if batch.ref_logprobs is None else batch.ref_logprobs[batch.last]
+    ratios = sums - reference
+    return ratios / answer_lengths(batch) if loss.average else ratios
+
+
+def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOLoss) -> dict[str, float]:
+    """One optimizer step on pairs with their reference (`with_reference`; none where it is uniform).
+
+    Returns:
+        loss, accuracy (how often the chosen answer gained more than the rejected one), margin and rewards in units of
+        the implicit reward β·log-ratio, nll (a token of the chosen answers), and what `Learner.step` gives.
+    """
+    stats, pairs = Stats(), len(batch) // 2
+
+    def read(part: Batch, hidden: Tensor) -> Tensor:
+        logprobs, _ = target_logprobs(learner.model, part, hidden, learner.temperature)  # [targets]
+        sums = answer_sums(part, logprobs)
+        ratios = log_ratios(part, sums, loss)
+        chosen, rejected = ratios[::2], ratios[1::2]
+        losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing)
+        nll = -(sums / answer_lengths(part))[::2]
+        rewards = loss.beta * ratios
+        stats.add(
+            loss=losses + loss.nll_coef * nll,
+            accuracy=(chosen > rejected).float(),
+            chosen=rewards[::2],
+            rejected=rewards[1::2],
+            margin=rewards[::2] - rewards[1::2],
+            nll=nll,
+        )
+        return (losses + loss.nll_coef * nll).sum() / pairs
+
+    step = learner.step([(batch.select(share), read) for share in shares])
+    return {name: value / pairs for name, value in stats.reduce(learner.mesh).items()} | step
+
+
+def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: DPOLoss) -> dict[str, float]:
+    """eval_loss, eval_accuracy and eval_margin of pairs that are not learned from, the same on every rank."""
+    logprobs = role.logprobs(batch, whole_shares(batch, update, role, pair_lengths(batch), 2))
+    ratios = log_ratios(batch, answer_sums(batch, logprobs[batch.response]), loss).double()
+    chosen, rejected = ratios[::2], ratios[1::2]
+    losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing)
+    return {
+        "eval_loss": losses.mean().item(),
+        "eval_accuracy": (chosen > rejected).double().mean().item(),
+        "eval_margin": (loss.beta * (chosen - rejected)).mean().item(),
+    }

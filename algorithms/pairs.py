@@ -1,0 +1,205 @@
+"""What preferences are read from: pairs of a chosen and a rejected answer, answers with a label, steps with labels.
+
+A pair is two samples with the same beginning; the targets of each are the tokens of its own last answer. Rows come as
+prompt, chosen and rejected strings; as two dialogues in messages; or as two dialogues in one string each, turns begun
+by "Human:" and "Assistant:" after a blank line, as Anthropic's preference data has them.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .batch import Batch
+from .data import brief, column, prompt_messages, read_rows, render, users_words, with_system_prompt
+from .dialogue import Dialogue, Sample, tokenise
+from .pair_config import LabelData, PairData, StepData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TURN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, the chosen one first."""
+
+    chosen: Sample
+    rejected: Sample
+    margin: float  # by how much the chosen one is better, where the data says
+
+    @property
+    def tokens(self) -> int:
+        return len(self.chosen.tokens) + len(self.rejected.tokens)
+
+
+class Labelled(NamedTuple):
+    """An answer that is wanted or not."""
+
+    sample: Sample
+    desirable: bool
+
+
+def read_pairs(
+    source: str, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> list[Pair]:
+    """The pairs of a source, over-long ones too. Pairs whose two answers are the same say nothing and are left out.
+
+    Raises:
+        ValueError: a column is missing or malformed, or all pairs are of equal answers; names the row.
+    """
+    chosen, rejected, margins, equal = [], [], [], 0
+    for where, row in read_rows(source):
+        first, second = read_pair(where, row, config)
+        if first.messages == second.messages:
+            equal += 1
+            continue
+        chosen.append(first)
+        rejected.append(second)
+        margins.append(_margin(where, row, config.margin_key))
+    if equal and not chosen:
+        raise ValueError(f"data source {source}: in all {equal} pairs the chosen answer equals the rejected one")
+    samples = [tokenise(side, tokenizer, stop_ids, config.chat_template) for side in (chosen, rejected)]
+    return [Pair(*pair) for pair in zip(*samples, margins, strict=True)]
+
+
+def _margin(where: str, row: dict[str, Any], key: str) -> float:
+    margin = row.get(key, 0.0) if key else 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin < 0 or margin != margin:
+        raise ValueError(f"{where}: {key!r} must be a number of at least 0, not {brief(margin)}")
+    return float(margin)
+
+
+def read_pair(where: str, row: dict[str, Any], config: PairData) -> tuple[Dialogue, Dialogue]:
+    """A row as two dialogues. Raises ValueError that names the row."""
+    answers = [
+        column(where, row, key, f"data.{knob}")
+        for key, knob in ((config.chosen_key, "chosen_key"), (config.rejected_key, "rejected_key"))
+    ]
+    prompt: list[dict[str, Any]] = []
+    if row.get(config.prompt_key) is not None:
+        prompt = prompt_messages(where, row, config.prompt_key, config)
+    sides = []
+    for key, answer in zip((config.chosen_key, config.rejected_key), answers, strict=True):
+        messages = _answer_messages(where, key, answer, bool(prompt), config)
+        messages = with_system_prompt([*prompt, *messages], config)
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(f"{where}: {key!r} must end with the assistant, not with {messages[-1]['role']}")
+        if not messages[-1]["content"].strip():
+            raise ValueError(f"{where}: {key!r} is empty")
+        if len(messages) < 2 or messages[-2]["role"] == "system":
+            raise ValueError(f"{where}: {key!r} has no turn to answer; give the prompt in {config.prompt_key!r}")
+        sides.append(Dialogue(where, messages, [len(messages) - 1], None))
+    before = [side.messages[:-1] for side in sides]
+    if before[0] != before[1]:
+        raise ValueError(f"{where}: {config.chosen_key!r} and {config.rejected_key!r} answer different dialogues")
+    return sides[0], sides[1]
+
+
+def _answer_messages(where: str, key: str, answer: Any, prompted: bool, config: PairData) -> list[dict[str, Any]]:
+    if isinstance(answer, str) and prompted:
+        return [{"role": "assistant", "content": answer}]
+    if isinstance(answer, str):
+        return split_turns(where, key, answer)
+    if isinstance(answer, list) and answer and all(isinstance(m, dict) and "role" in m for m in answer):
+        if not config.chat_template:
+            raise ValueError(f"{where}: {key!r} holds messages: needs data.chat_template=true")
+        return [{"role": m["role"], "content": m.get("content") or ""} for m in answer]
+    allowed = "a string or a list of {role, content} messages"
+    raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(answer)}")
+
+
+def split_turns(where: str, key: str, text: str) -> list[dict[str, Any]]:
+    """A dialogue in one string as messages.
+
+    Raises:
+        ValueError: it has no turns.
+    """
+    parts = TURN.split(text)
+    if len(parts) < 3 or parts[0].strip():
+        raise ValueError(
+            f"{where}: {key!r} is neither an answer to a prompt column nor a dialogue that begins with"
+            f" '\\n\\nHuman:'; it is {brief(text)}"
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": words.strip()}
+        for speaker, words in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def read_labelled(
+    source: str, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> list[Labelled]:
+    """Answers with their labels. Raises ValueError that names the row."""
+    dialogues, labels = [], []
+    for where, row in read_rows(source):
+        prompt = prompt_messages(where, row, config.prompt_key, config)
+        answer = column(where, row, config.response_key, "data.response_key")
+        if not isinstance(answer, str) or not answer.strip():
+            what = "is empty" if answer == "" or isinstance(answer, str) else f"must be a string, not {brief(answer)}"
+            raise ValueError(f"{where}: {config.response_key!r} {what}")
+        label = column(where, row, config.label_key, "data.label_key")
+        if not isinstance(label, bool) and label not in (0, 1):
+            raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
+        messages = [*prompt, {"role": "assistant", "content": answer}]
+        dialogues.append(Dialogue(where, messages, [len(messages) - 1], None))
+        labels.append(bool(label))
+    if labels and len(set(labels)) == 1:
+        raise ValueError(
+            f"data source {source}: all {len(labels)} labels are {labels[0]}: there is nothing to tell apart"
+        )
+    samples = tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
+    return [Labelled(*row) for row in zip(samples, labels, strict=True)]
+
+
+def mismatched(sample: Sample, other: Sample, limit: int) -> Sample:
+    """The other row's answer put to this row's prompt, for KTO's reference point; cut at `limit` tokens."""
+    prompt, answer = sample.tokens[: sample.mask.index(1)], other.tokens[other.mask.index(1) :]
+    answer = answer[: max(1, limit - len(prompt))]
+    mask = bytes(len(prompt)) + b"\1" * len(answer)
+    return Sample(prompt + answer, mask, sample.text, f"{sample.where} with the answer of {other.where}")
+
+
+class Steps(NamedTuple):
+    """An answer in steps; `sample.mask` marks the last token of each, `labels` says which are right."""
+
+    sample: Sample
+    labels: tuple[bool, ...]
+
+
+def read_steps(
+    source: str, config: StepData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+) -> list[Steps]:
+    """Answers whose steps are labelled one by one. Raises ValueError that names the row."""
+    del stop_ids  # a step ends where the data says
+    rows = []
+    for where, row in read_rows(source):
+        prompt = with_system_prompt(prompt_messages(where, row, config.prompt_key, config), config)
+        steps = column(where, row, config.steps_key, "data.steps_key")
+        labels = column(where, row, config.labels_key, "data.labels_key")
+        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
+            raise ValueError(f"{where}: {config.steps_key!r} must be a list of steps in words, not {brief(steps)}")
+        if not isinstance(labels, list) or not all(isinstance(label, bool) or label in (0, 1) for label in labels):
+            raise ValueError(f"{where}: {config.labels_key!r} must be a list of true and false, not {brief(labels)}")
+        if len(labels) != len(steps):
+            raise ValueError(f"{where}: {len(steps)} steps but {len(labels)} labels")
+        if config.chat_template:
+            head: list[int] = tokenizer(render(where, prompt, tokenizer), add_special_tokens=False)["input_ids"]
+        else:
+            head = tokenizer(prompt[-1]["content"])["input_ids"]
+        tokens, mask = array("i", head), bytearray(len(head))
+        for step in steps:  # each with its separator, so that its last token is its own
+            ids: list[int] = tokenizer(step + config.separator, add_special_tokens=False)["input_ids"]
+            tokens.extend(ids)
+            mask += bytes(len(ids) - 1) + b"\1"
+        sample = Sample(tokens, bytes(mask), users_words(prompt), where)
+        rows.append(Steps(sample, tuple(bool(label) for label in labels)))
+    return rows
+
+
+def pair_lengths(batch: Batch) -> list[int]:
+    """Tokens of each pair of a batch whose samples are chosen, rejected, chosen, rejected, ..."""
+    return [a + b for a, b in zip(batch.lengths[::2], batch.lengths[1::2], strict=True)]

@@ -1,0 +1,132 @@
+"""A stream of rows to learn from, read and checked whole before the run; and the rows held out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from .config import DataConfig, require
+from .data import Mixture
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class RowData(DataConfig):
+    """Rows, how long they may be, and what is held out."""
+
+    max_tokens: int = 2048
+    """rows with more tokens, template included, are counted and dropped [O]"""
+    eval_sources: tuple[str, ...] = ()
+    """rows for the held-out measurements, given like sources"""
+    eval_fraction: float = 0.0
+    """instead of that, this share of the rows is held out, chosen by the seed (0: off)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_tokens >= 2, "max_tokens", self.max_tokens, "at least 2")
+        require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "0 (off) or more and below 1")
+        if self.eval_sources and self.eval_fraction:
+            raise ValueError(f"eval_fraction={self.eval_fraction}: must be 0 where eval_sources are given")
+
+
+class RowStream(Generic[Row]):
+    """An endless, seeded stream of rows, the same on every rank.
+
+    Without probabilities all rows form one pool, met once an epoch in shuffled order; with them each source is a pool.
+
+    Args:
+        load: the rows of a source, over-long ones too.
+        tokens: of a row, what `max_tokens` limits.
+        noun: what a row is called, in the plural.
+
+    Raises:
+        ValueError: no row is short enough, or holding out leaves none; and what `load` raises.
+    """
+
+    def __init__(
+        self,
+        config: RowData,
+        load: Callable[[str], Sequence[Row]],
+        tokens: Callable[[Row], int],
+        seed: int,
+        noun: str = "rows",
+    ):
+        self.limit, self.noun, self.dropped, self.dropped_tokens = config.max_tokens, noun, 0, 0
+        weights = config.weights()
+
+        def short(source: str, needed: bool) -> list[Row]:
+            rows = load(source)
+            if not rows:
+                raise ValueError(f"data source {source}: holds no {noun}")
+            kept = [row for row in rows if tokens(row) <= self.limit]
+            if not kept and needed:
+                least = min(map(tokens, rows))
+                raise ValueError(
+                    f"data source {source}: all {len(rows)} {noun} are longer than data.max_tokens={self.limit};"
+                    f" the shortest has {least} tokens"
+                )
+            self.dropped += len(rows) - len(kept)
+            self.dropped_tokens += sum(map(tokens, rows)) - sum(map(tokens, kept))
+            return kept
+
+        alone = len(config.sources) == 1
+        pools = [short(source, alone or bool(weights)) for source in config.sources]
+        self.held_out = [row for source in config.eval_sources for row in short(source, True)]
+        if not any(pools):
+            raise ValueError(f"data.sources: all {noun} are longer than data.max_tokens={self.limit}")
+        if config.eval_fraction:
+            pools = self._hold_out(pools, config.eval_fraction, seed)
+        self.pools = pools if weights else [[row for pool in pools for row in pool]]
+        self.tokens = sum(tokens(row) for pool in self.pools for row in pool)
+        self._draws = Mixture([len(pool) for pool in self.pools], weights, seed, noun)
+
+    def _hold_out(self, pools: list[list[Row]], fraction: float, seed: int) -> list[list[Row]]:
+        places = [(pool, row) for pool, rows in enumerate(pools) for row in range(len(rows))]
+        count = max(1, round(fraction * len(places)))
+        order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
+        chosen = {places[i] for i in order[:count]}
+        self.held_out = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
+        rest = [[r for row, r in enumerate(rows) if (pool, row) not in chosen] for pool, rows in enumerate(pools)]
+        if not any(rest):
+            raise ValueError(f"data.eval_fraction={fraction} of {len(places)} {self.noun} leaves none to learn from")
+        return rest
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return sum(map(len, self.pools))
+
+    def __str__(self) -> str:
+        text = f"{len(self)} {self.noun} of {self.tokens:,} tokens"
+        if self.held_out:
+            text += f"; {len(self.held_out)} held out"
+        if self.dropped:
+            text += f"; {self.dropped} dropped for more than {self.limit} tokens ({self.dropped_tokens:,} tokens)"
+        return text
+
+    def places(self, count: int) -> list[tuple[int, int]]:
+        """(pool, row) of the next `count` rows, which are drawn by this."""
+        return [self._draws.next() for _ in range(count)]
+
+    def next(self, count: int) -> list[Row]:
+        """The next `count` rows."""
+        return [self.pools[pool][row] for pool, row in self.places(count)]
+
+    def coming(self, count: int) -> list[tuple[int, int]]:
+        """(pool, row) of every row that the first `count` draws of the run give, each once, in order."""
+        here = self._draws.state()
+        self._draws.load_state({"drawn": 0, "positions": [0] * len(self.pools), "rows": here["rows"]})
+        drawn = sorted(set(self.places(count)))
+        self._draws.load_state(here)
+        return drawn
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for a checkpoint."""
+        return self._draws.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken. ValueError where the data is not what it was then."""
+        self._draws.load_state(state)
