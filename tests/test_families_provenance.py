@@ -1,4 +1,4 @@
-"""Every weight element accounted for: in each family each has a number of its own, through every layout, bit for bit."""
+"""Every weight element accounted for: in each family each has a number of its own, through all layouts bit for bit."""
 
 import os
 from functools import partial

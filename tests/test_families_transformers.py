@@ -31,7 +31,8 @@ def theirs(name: str, folder: Path) -> tuple[Tensor, dict[str, Tensor], list[lis
     """transformers' logits [tokens, vocab], gradients of the mean logprob by name on disk, greedy tokens."""
     model: Any = peer_class(name).from_pretrained(folder, dtype=torch.float32).eval()
     logits = [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
-    losses = [F.cross_entropy(part[:-1], torch.tensor(p[1:]), reduction="sum") for part, p in zip(logits, PROMPTS)]
+    pairs = zip(logits, PROMPTS, strict=True)
+    losses = [F.cross_entropy(part[:-1], torch.tensor(p[1:]), reduction="sum") for part, p in pairs]
     (torch.stack(losses).sum() / sum(len(p) - 1 for p in PROMPTS)).backward()
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
     tokens = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]

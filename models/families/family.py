@@ -6,6 +6,7 @@ descended from LLaMA share.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,8 +63,7 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
     always = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
     for key, only in (always | dict(fixed or {})).items():
         if values.get(key) is not None and values[key] != only:
-            allowed = {None: "null", True: "true", False: "false"}.get(only, f'"{only}"' if only == "silu" else only)
-            raise ValueError(f"{key}={values[key]!r} is not supported; allowed: {allowed}")
+            raise ValueError(f"{key}={values[key]!r} is not supported; allowed: {json.dumps(only)}")
     architecture = values["architectures"][0]
     labels = values.get("num_labels", len(values.get("id2label") or [0]))
     if architecture.endswith("ForSequenceClassification") and labels != 1:

@@ -1,0 +1,173 @@
+"""config.json of every family: read, written, read by transformers, written by it, and read again: the same config."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from families import ALL, OWN, PEERS, SIZES, peer_class, peer_config
+from trialign.models.config import ModelConfig
+from trialign.models.families.registry import FAMILIES, architectures
+from trialign.models.rope import Rope
+
+
+def values_of(name: str) -> dict[str, Any]:
+    if name in OWN:
+        return OWN[name]
+    return peer_config(name).to_dict() | {"architectures": [peer_class(name).__name__]}
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+@pytest.mark.parametrize("name", ALL)
+def test_written_and_read(name, head):
+    config = ModelConfig.from_hf_dict(values_of(name))
+    values = json.loads(json.dumps(config.to_hf_dict(head, "float32")))
+    assert values["torch_dtype"] == "float32"
+    again = ModelConfig.from_hf_dict(values)
+    assert again.head == head and again.family is config.family
+    tied = config.tie_embeddings and head == "lm"
+    assert again == dataclasses.replace(config, architecture=again.architecture, tie_embeddings=tied)
+    assert head == "score" or again == config
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+@pytest.mark.parametrize("name", PEERS)
+def test_transformers_reads_and_writes_it_alike(name, head, tmp_path, caplog):
+    from transformers import AutoConfig
+
+    config = ModelConfig.from_hf_dict(values_of(name))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf_dict(head)))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs) is type(peer_config(name))
+    assert not [record for record in caplog.records if "rope" in record.getMessage()]  # keys it does not know
+    theirs.save_pretrained(tmp_path)
+    again = ModelConfig.from_hf(tmp_path)
+    assert again == dataclasses.replace(ModelConfig.from_hf_dict(config.to_hf_dict(head)))
+    original = peer_config(name).to_dict()
+    for key in ("rope_parameters", "sliding_window", "layer_types", "num_key_value_heads", "attention_bias"):
+        if original.get(key) is not None and not (
+            key == "sliding_window" and not original.get("use_sliding_window", 1)
+        ):
+            assert getattr(theirs, key) == original[key], key
+
+
+def test_every_family_has_both_heads():
+    names = set(architectures())
+    assert len(names) == sum(len(family.architectures) for family in FAMILIES)
+    assert all(set(family.architectures.values()) == {"lm", "score"} for family in FAMILIES)
+
+
+def llama(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_hf_dict(SIZES | {"architectures": ["LlamaForCausalLM"]} | changes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope", "theta"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, Rope("linear", 2.0), 5e5),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, Rope("dynamic", 4.0), 1e4),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+            Rope("yarn", 4.0, original_positions=16),
+            1e4,
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, Rope("yarn", 2.0, original_positions=64), 1e4),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 32.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            Rope("llama3", 32.0, original_positions=8192),
+            5e5,
+        ),
+        # transformers 5 and our own folders: both sections, and they agree
+        (
+            {
+                "rope_theta": 3e4,
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e4},
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            Rope("linear", 2.0),
+            3e4,
+        ),
+    ],
+)
+def test_rope_scaling_old_and_new(keys, rope, theta):
+    config = llama(**keys)
+    assert (config.rope, config.rope_theta) == (rope, theta)
+    assert llama(**config.to_hf_dict()) == config
+
+
+def test_llama3_frequencies_are_the_papers_bands():
+    """Wavelengths above original/low are divided, those below original/high are not, those between are blended."""
+    rope = Rope("llama3", 8.0, original_positions=8192)
+    plain, _ = Rope().frequencies(5e5, 128)
+    got, scale = rope.frequencies(5e5, 128)
+    wavelength = 2 * math.pi / plain
+    assert scale == 1.0
+    torch.testing.assert_close(got[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
+    torch.testing.assert_close(got[wavelength > 8192], plain[wavelength > 8192] / 8)
+    between = (wavelength > 8192 / 4) & (wavelength < 8192)
+    assert between.any() and (got[between] < plain[between]).all() and (got[between] > plain[between] / 8).all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "window", "full"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0}, None, ()),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 4}, None, ()),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, 9, (0, 1, 2)),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, 9, ()),
+        (
+            {"use_sliding_window": True, "sliding_window": 9}
+            | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            9,
+            (1, 3),
+        ),
+    ],
+)
+def test_qwen2_windows(keys, window, full):
+    config = ModelConfig.from_hf_dict(SIZES | {"architectures": ["Qwen2ForCausalLM"]} | keys)
+    assert (config.window, config.full_layers) == (window, full)
+    assert [config.window_of(i) for i in range(4)] == [None if i in full else window for i in range(4)]
+
+
+WINDOWED = {"use_sliding_window": True, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "message"),
+    [
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "layer_types": ["full"] * 4}, "layer_types=.*expected 4 of"),
+        ("MistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}, "Mistral's layers all have"),
+        ("MistralForCausalLM", {"attention_bias": True}, "attention_bias=True is not supported; allowed: false"),
+        ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window=0: expected a whole number of at least 1"),
+        ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported; allowed: 0.0"),
+        ("MixtralForCausalLM", {"num_local_experts": 0}, "num_local_experts=0: expected"),
+        ("Qwen2MoeForCausalLM", WINDOWED, "use_sliding_window=True is not supported; allowed: false"),
+        ("Qwen3MoeForCausalLM", {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        ("LlamaForCausalLM", {"sliding_window": 4096}, "sliding_window=4096 is not supported; allowed: null"),
+    ],
+)
+def test_what_a_family_lacks_is_refused_by_key(architecture, keys, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf_dict(SIZES | {"architectures": [architecture], "num_key_value_heads": 4} | keys)
+
+
+def test_absent_keys_are_transformers_defaults():
+    for architecture, expected in (
+        ("MistralForCausalLM", {"window": 4096, "num_kv_heads": 8}),
+        ("Qwen3ForCausalLM", {"head_dim": 128, "qkv_bias": False, "qk_norm": True}),
+        ("Qwen2ForCausalLM", {"qkv_bias": True, "output_bias": False, "window": None}),
+        ("MixtralForCausalLM", {"norm_eps": 1e-5, "rope_theta": 1e6, "window": None}),
+    ):
+        config = ModelConfig.from_hf_dict(SIZES | {"architectures": [architecture], "num_attention_heads": 8})
+        assert {key: getattr(config, key) for key in expected} == expected
