@@ -116,7 +116,7 @@ class Shape(Protocol):
     @property
     def hidden_size(self) -> int: ...
     @property
-    def ffn_size(self) -> int: ...
+    def mlp_weights(self) -> int: ...
     @property
     def num_heads(self) -> int: ...
     @property
@@ -138,7 +138,7 @@ def forward_flops(shape: Shape, lengths: Sequence[int], head_rows: int = 0) -> f
     """
     width = shape.num_heads * shape.head_dim
     kv = shape.num_kv_heads * shape.head_dim
-    layer = shape.hidden_size * (2 * width + 2 * kv + 3 * shape.ffn_size)
+    weights = shape.num_layers * shape.hidden_size * (2 * width + 2 * kv) + shape.mlp_weights
     tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
-    body = shape.num_layers * (2.0 * layer * tokens + 4.0 * width * pairs)
+    body = 2.0 * weights * tokens + shape.num_layers * 4.0 * width * pairs
     return body + 2.0 * shape.hidden_size * shape.vocab_size * head_rows

@@ -99,6 +99,17 @@ class ModelConfig:
         """
         return self.max_positions if self.rope.kind == "dynamic" else None
 
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of all MLPs that multiply a token; of a mixture those of its experts and of the router."""
+        dense, moe = 3 * self.ffn_size, self.moe
+        if moe is None:
+            return self.num_layers * self.hidden_size * dense
+        shared = 3 * moe.shared_ffn_size + 1 if moe.shared_ffn_size else 0
+        sparse = 3 * moe.top_k * moe.ffn_size + moe.experts + shared
+        count = len(moe.dense_layers)
+        return self.hidden_size * (count * dense + (self.num_layers - count) * sparse)
+
     def with_head(self, head: HeadKind) -> ModelConfig:
         """The same body under another head, as a folder of it would say."""
         names = self.family.architectures
