@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..engine.mesh import Mesh
-from .batch import Batch, deal, micro_batches
+from .batch import Batch, deal_micro_batches, micro_batches
 from .config import UpdateConfig
 from .roles import Learner, Role, Share, Stats, target_logprobs
 from .rollout import my_part
@@ -19,8 +19,8 @@ from .rollout import my_part
 
 def plan(batch: Batch, update: UpdateConfig, mesh: Mesh) -> list[Share]:
     """This data rank's micro-batches: equally many rows a rank, about equally many tokens."""
-    mine = deal(batch.lengths, mesh.dp.size)[mesh.dp.rank]
-    return micro_batches(mine, batch.lengths, update.micro_batch_size, update.micro_batch_tokens)
+    sizes = update.micro_batch_size, update.micro_batch_tokens
+    return deal_micro_batches(range(len(batch)), batch.lengths, mesh.dp, *sizes)
 
 
 def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:

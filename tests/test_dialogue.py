@@ -1,0 +1,331 @@
+"""Rows of supervised fine-tuning: which tokens are targets, what is dropped and held out, and what is refused."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from samples import tokenizer as words
+from samples import write_jsonl
+from tiny import tiny_tokenizer
+from trialign.algorithms.dialogue import DialogueDataset, Sample, pack_samples
+from trialign.algorithms.sft_config import SFTData
+
+STOP = (2,)  # </s> of the tiny tokenizer
+TWO_TURNS = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo"},
+    {"role": "user", "content": "ok"},
+    {"role": "assistant", "content": "bye"},
+]
+MARKED = (
+    "{% for m in messages %}<s>{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def with_template(tiny):
+    """The tiny tokenizer under another chat template, for one test."""
+    own = tiny.chat_template
+
+    def change(template: str):
+        tiny.chat_template = template
+        return tiny
+
+    yield change
+    tiny.chat_template = own
+
+
+def dataset(tokenizer, *sources: Path | str, stop=STOP, seed: int = 0, **knobs) -> DialogueDataset:
+    return DialogueDataset(SFTData(sources=tuple(map(str, sources)), **knobs), tokenizer, stop, seed)
+
+
+def read(tokenizer, folder: Path, *rows: dict, **knobs) -> list[Sample]:
+    """The samples of these rows, in their order."""
+    data = dataset(tokenizer, write_jsonl(folder / "rows.jsonl", rows), **knobs)
+    return sorted(data.next(len(rows)), key=lambda sample: int(sample.where.rpartition(":")[2]))
+
+
+def learned(tokenizer, sample: Sample) -> list[str]:
+    """The text of every run of targets."""
+    runs, inside = [], False
+    for token, target in zip(sample.tokens, sample.mask, strict=True):
+        if target and not inside:
+            runs.append([])
+        if target:
+            runs[-1].append(token)
+        inside = bool(target)
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_a_dialogue_of_two_turns_by_hand(tiny, tmp_path):
+    """<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>, a token a letter."""
+    (sample,) = read(tiny, tmp_path, {"messages": TWO_TURNS})
+    user, header = 1 + len("user: hi") + 1, 1 + len("assistant: ")
+    expected = [0] * user + [0] * header + [1] * 3 + [0] * user + [0] * header + [1] * 4
+    assert list(sample.mask) == expected
+    assert tiny.decode(sample.tokens) == "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>"
+    batch = pack_samples([sample, sample])
+    assert batch.mask.int().tolist() == expected * 2 and len(batch.response) == 14
+
+
+def test_of_a_prompt_with_its_response_only_the_response_is_learned(tiny, tmp_path):
+    plain, chat = read(
+        tiny,
+        tmp_path,
+        {"prompt": "hi", "response": "yo"},
+        {"prompt": TWO_TURNS[:3], "response": "bye"},
+    )
+    assert learned(tiny, plain) == ["yo</s>"] and plain.text == "hi"
+    assert learned(tiny, chat) == ["bye</s>"] and chat.text == "ok"
+
+
+def test_other_names_of_the_columns(tiny, tmp_path):
+    names = {"prompt_key": "question", "response_key": "answer", "messages_key": "chat"}
+    one, two = read(tiny, tmp_path, {"question": "hi", "answer": "yo"}, {"chat": TWO_TURNS}, **names)
+    assert learned(tiny, one) == ["yo</s>"] and learned(tiny, two) == ["yo</s>", "bye</s>"]
+
+
+def test_marks_in_the_template_are_transformers_own(with_template, tmp_path):
+    tokenizer = with_template(MARKED)
+    (sample,) = read(tokenizer, tmp_path, {"messages": TWO_TURNS})
+    theirs = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True)
+    assert list(sample.tokens) == theirs["input_ids"] and list(sample.mask) == theirs["assistant_masks"]
+    (response,) = read(tokenizer, tmp_path, {"prompt": TWO_TURNS[:3], "response": "bye"})
+    assert list(response.tokens) == theirs["input_ids"] and learned(tokenizer, response) == ["bye</s>"]
+
+
+def test_without_marks_the_mask_is_the_same_and_white_space_after_a_turn_is_not_learned(with_template, tmp_path):
+    rows = [{"messages": TWO_TURNS}, {"prompt": "a\n", "response": " b </s>\nc "}]
+    marked = read(with_template(MARKED), tmp_path, *rows)
+    assert [(s.tokens, s.mask) for s in read(with_template(UNMARKED), tmp_path, *rows)] == [
+        (s.tokens, s.mask) for s in marked
+    ]
+
+
+def test_smollm2_s_template_learns_the_answer_and_its_end(smollm2, tmp_path):
+    """Against transformers, with marks put into the model's own template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = [{"messages": TWO_TURNS}, {"messages": [{"role": "system", "content": "Be brief."}, *TWO_TURNS]}]
+    samples = read(tokenizer, tmp_path, *rows, stop=(tokenizer.eos_token_id,))
+    own = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    assert own in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        own,
+        "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
+        "{% endif %}{{ '\n' }}",
+    )
+    for sample, row in zip(samples, rows, strict=True):
+        theirs = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        assert list(sample.tokens) == theirs["input_ids"] and list(sample.mask) == theirs["assistant_masks"]
+        assert learned(tokenizer, sample) == ["yo<|im_end|>", "bye<|im_end|>"]
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = UNMARKED.replace("<s>", "")
+    assert not tokenizer.is_fast
+    (sample,) = read(tokenizer, tmp_path, {"messages": TWO_TURNS}, stop=(tokenizer.eos_token_id,))
+    assert learned(tokenizer, sample) == ["yo</s>", "bye</s>"]
+
+
+def test_tools_reach_the_template_and_calls_are_learned(with_template, tmp_path):
+    tokenizer = with_template(
+        "{% for t in tools or [] %}<s>tool {{ t.function.name }}</s>{% endfor %}{% for m in messages %}"
+        "<s>{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    messages = [
+        {"role": "user", "content": "when?", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "clock"}}]},
+        {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "at noon"},
+    ]
+    for given in (tools, json.dumps(tools)):
+        (sample,) = read(tokenizer, tmp_path, {"messages": messages, "tools": given})
+        assert learned(tokenizer, sample) == ["[clock]</s>", "at noon</s>"]
+        assert str(tokenizer.decode(sample.tokens)).startswith("<s>tool clock</s>")
+
+
+def test_a_system_prompt_goes_before_dialogues_that_bring_none(tiny, tmp_path):
+    own = {"role": "system", "content": "be kind"}
+    rows = [{"messages": TWO_TURNS}, {"messages": [own, *TWO_TURNS]}, {"prompt": "hi", "response": "yo"}]
+    texts = [tiny.decode(sample.tokens) for sample in read(tiny, tmp_path, *rows, system_prompt="be brief")]
+    assert [text.startswith("<s>system: be brief</s>") for text in texts] == [True, False, True]
+
+
+def test_without_a_template_the_response_follows_the_bare_prompt(tiny, tmp_path):
+    (sample,) = read(tiny, tmp_path, {"prompt": "hi ", "response": "yo"}, chat_template=False)
+    assert tiny.decode(sample.tokens) == "hi yo</s>" and learned(tiny, sample) == ["yo</s>"]
+
+
+def test_a_template_that_ends_no_turn_is_told(tmp_path):
+    data = dataset(words(), write_jsonl(tmp_path / "a.jsonl", [{"prompt": "say a", "response": "a b"}]), stop=(1,))
+    assert learned(words(), data.next(1)[0]) == ["a b"] and "will not learn to stop" in str(data)
+
+
+def test_every_kind_of_source_gives_the_same_rows(tiny, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"say {i}", "response": "x" * i} for i in range(1, 6)]
+    plain = write_jsonl(tmp_path / "a.jsonl", rows)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(plain.read_text())
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "c.parquet")
+    table.save_to_disk(tmp_path / "d")
+    expected = [(s.tokens, s.mask, s.text) for s in dataset(tiny, plain).next(12)]
+    for name in ("b.jsonl.gz", "c.parquet", "d"):
+        assert [(s.tokens, s.mask, s.text) for s in dataset(tiny, tmp_path / name).next(12)] == expected, name
+    chats = datasets.Dataset.from_list([{"messages": TWO_TURNS, "prompt": None}])
+    chats.to_parquet(tmp_path / "e.parquet")
+    assert learned(tiny, dataset(tiny, tmp_path / "e.parquet").next(1)[0]) == ["yo</s>", "bye</s>"]
+
+
+def test_over_long_rows_are_dropped_and_counted(tiny, tmp_path):
+    rows = [{"prompt": "hi", "response": "x" * n} for n in (1, 2, 50, 60)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    lengths = [len(s.tokens) for s in read(tiny, tmp_path, *rows)]
+    data = dataset(tiny, path, max_tokens=40)
+    assert (len(data), data.dropped, data.dropped_tokens) == (2, 2, lengths[2] + lengths[3])
+    assert f"2 dropped for more than 40 tokens ({lengths[2] + lengths[3]:,} tokens)" in str(data)
+    assert f"2 rows of {lengths[0] + lengths[1]} tokens, 5 of them targets" in str(data)
+    with pytest.raises(ValueError, match="all 4 rows are longer than data.max_tokens=5; the shortest has 24 tokens"):
+        dataset(tiny, path, max_tokens=5)
+
+
+def test_what_is_held_out_is_never_learned_from_and_depends_on_the_seed(tiny, tmp_path):
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", "response": "x"} for i in range(10)])
+        for name in "ab"
+    ]
+    data = dataset(tiny, *paths, eval_fraction=0.25)
+    held, seen = {s.text for s in data.held_out}, {s.text for s in data.next(60)}
+    assert len(data) == 15 and len(held) == 5 and len(seen) == 15 and not held & seen
+    assert [s.text for s in dataset(tiny, *paths, eval_fraction=0.25).held_out] == [s.text for s in data.held_out]
+    assert {s.text for s in dataset(tiny, *paths, eval_fraction=0.25, seed=1).held_out} != held
+    apart = dataset(tiny, paths[0], eval_sources=(str(paths[1]),))
+    assert len(apart) == 10 and {s.text[0] for s in apart.held_out} == {"b"}
+    with pytest.raises(ValueError, match=r"eval_fraction=0.9 of 1 rows leaves none to learn from"):
+        dataset(tiny, write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}]), eval_fraction=0.9)
+
+
+def test_the_stream_goes_on_where_its_state_was_taken(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"say {i}", "response": "x"} for i in range(7)])
+    data = dataset(tiny, path)
+    assert len({s.text for s in data.next(7)}) == 7  # an epoch
+    state = json.loads(json.dumps(data.state()))
+    expected = data.next(10)
+    again = dataset(tiny, path)
+    again.load_state(state)
+    assert again.next(10) == expected
+    with pytest.raises(ValueError, match=r"the rows have changed since the checkpoint: \[7\] rows, now \[6\]"):
+        dataset(tiny, path, eval_fraction=0.1).load_state(state)
+
+
+def chat(*turns: tuple[str, object]) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+REFUSED = {
+    "no columns": (
+        {"text": "a", "id": 1},
+        "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt_key); it has: 'text', 'id'",
+    ),
+    "no response": (
+        {"prompt": "a", "answer": "b"},
+        "no column 'response' (data.response_key); it has: 'prompt', 'answer'",
+    ),
+    "empty response": ({"prompt": "a", "response": " \n"}, "'response' is empty"),
+    "empty prompt": ({"prompt": "", "response": "b"}, "'prompt' is empty"),
+    "number for a response": ({"prompt": "a", "response": 4}, "'response' must be a string, not 4"),
+    "nothing for a response": ({"prompt": "a", "response": None}, "'response' must be a string, not None"),
+    "no messages": ({"messages": []}, "'messages' must be a list of {role, content} messages, not []"),
+    "a string for messages": ({"messages": "hi"}, "'messages' must be a list of {role, content} messages, not 'hi'"),
+    "no role": ({"messages": [{"content": "hi"}]}, "'messages'[0] must be a message {role, content}, not"),
+    "no content": (chat(("user", "a"), ("assistant", None)), "[1] (assistant): its content must be a string, not None"),
+    "content in parts": (chat(("user", [{"type": "text"}])), "'messages'[0] (user): its content must be a string, not"),
+    "no assistant turn": (
+        chat(("system", "a"), ("user", "b")),
+        "'messages' has no assistant turn to learn (roles: system, user)",
+    ),
+    "an empty turn": (chat(("user", "a"), ("assistant", "")), "'messages'[1] (assistant) is empty"),
+    "the assistant first": (
+        chat(("system", "s"), ("assistant", "a"), ("user", "b"), ("assistant", "c")),
+        "the assistant speaks first: a turn to answer must come before its first one",
+    ),
+    "tools in words": (
+        {"prompt": "a", "response": "b", "tools": "clock"},
+        "'tools' is not valid JSON: Expecting value at column 1",
+    ),
+    "tools that are none": ({"prompt": "a", "response": "b", "tools": {"a": 1}}, "'tools' must be a list of function"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_row_is_named(case, tiny, tmp_path):
+    row, message = REFUSED[case]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}, row])
+    with pytest.raises(ValueError) as error:
+        dataset(tiny, path)
+    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": oops}\n', ":2: not valid JSON: Expecting value"),
+        ("a.jsonl", b'["hi"]\n', ":1: must be an object such as {...}, not list"),
+        ("a.jsonl", b"\n", ": holds no rows"),
+        ("a.jsonl.gz", b'{"prompt": "a"}\n', ": not a whole gzip file: Not a gzipped file"),
+        ("b.jsonl.gz", gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 99)[:-20], ": not a whole gzip file"),
+    ],
+)
+def test_a_bad_file_is_named(name, content, message, tiny, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        dataset(tiny, path)
+    assert f"{path}{message}" in str(error.value)
+
+
+def test_templates_that_do_not_tell_turns_apart_are_refused(with_template, tmp_path):
+    """One that writes an earlier turn otherwise, as those do that take the thoughts out of all answers but the last."""
+    forgetful = UNMARKED.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('!')[-1] }}")
+    thoughts = [TWO_TURNS[0], {"role": "assistant", "content": "hm!yo"}, *TWO_TURNS[2:]]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}, {"messages": thoughts}])
+    with pytest.raises(ValueError, match=r"a.jsonl:2: the chat template writes message 1 \(assistant\) otherwise"):
+        dataset(with_template(forgetful), path)
+    blind = MARKED.replace("m.role == 'assistant'", "loop.first")
+    row = {"prompt": TWO_TURNS[:3], "response": "bye"}
+    with pytest.raises(ValueError, match=r"a.jsonl:1: .* marks 1 places for 2 assistant turns"):
+        dataset(with_template(blind), write_jsonl(path, [row]))
+    never = MARKED.replace("m.role == 'assistant'", "false")
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template leaves the assistant's turns no token"):
+        dataset(with_template(never), write_jsonl(path, [{"messages": TWO_TURNS}]))
+    strict = "{% if messages|length > 2 %}{{ raise_exception('two messages at most') }}{% endif %}" + UNMARKED
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the tokenizer's chat template refuses it: two messages"):
+        dataset(with_template(strict), path)
+
+
+def test_messages_or_a_template_that_is_not_there(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
+    with pytest.raises(ValueError, match=":1: 'messages' holds messages: needs data.chat_template=true"):
+        dataset(tiny, path, chat_template=False)
+    with pytest.raises(ValueError, match="data.chat_template=true, but the model's tokenizer has none"):
+        dataset(words(template=False), path)
