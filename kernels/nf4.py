@@ -27,6 +27,7 @@ TABLE = (
 )  # fmt: skip
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share a scale of their own
+CHUNK = 1 << 22  # weights quantised at a time
 
 
 @functools.cache
@@ -59,14 +60,20 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     n, k = weight.shape
     if k % BLOCK:
         raise ValueError(f"NF4 needs rows of a multiple of {BLOCK} weights, got [{n}, {k}]")
-    blocks = weight.float().view(n, k // BLOCK, BLOCK)
-    absmax = blocks.abs().amax(2)  # [n, k / 64]
+    absmax = weight.new_empty(n, k // BLOCK, dtype=torch.float32)
+    packed = weight.new_empty(n, k // 2, dtype=torch.uint8)
+    table = _table(weight.device)
+    middles, tiny = (table[1:] + table[:-1]) / 2, torch.finfo(torch.float32).tiny
+    step = max(CHUNK // k, 1)
+    for rows in (slice(start, min(start + step, n)) for start in range(0, n, step)):  # else the floats are held whole
+        blocks = weight[rows].float().view(-1, k // BLOCK, BLOCK)
+        absmax[rows] = blocks.abs().amax(2)
+        codes = torch.bucketize(blocks / absmax[rows].clamp_min(tiny)[:, :, None], middles, out_int32=True)
+        codes = codes.to(torch.uint8).view(-1, k)
+        packed[rows] = codes[:, ::2] << 4 | codes[:, 1::2]
     if not absmax.isfinite().all():
         raise ValueError("NF4 cannot hold weights that are not finite")
-    scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]
-    table = _table(weight.device)
-    codes = torch.bucketize(scaled.contiguous(), (table[1:] + table[:-1]) / 2).to(torch.uint8).view(n, k)
-    return codes[:, ::2] << 4 | codes[:, 1::2], absmax
+    return packed, absmax
 
 
 def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

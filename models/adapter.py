@@ -284,7 +284,7 @@ def saved_adapter(reader: Reader, role: str) -> tuple[LoRA, dict[str, Any]] | No
 def export_adapter(
     checkpoint: Path, folder: Path, *, role: str = "actor", weights: str = "master", dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes the adapters of a role of a checkpoint as a folder that PEFT and vLLM load: whole, or not at all.
+    """Writes the adapters of a role of a checkpoint as a PEFT folder: whole, or not at all.
 
     Raises:
         ValueError: the checkpoint holds whole weights, or adapters on parts of fused weights; a folder that is not

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_law import assert_law
+from trialign.kernels import nf4
 from trialign.kernels.nf4 import TABLE, dequantize_nf4, nf4_linear, quantize_nf4
 
 
@@ -28,6 +29,15 @@ def test_codes_are_the_nearest_and_survive_a_round_trip():
     assert torch.equal(back[2, :64], torch.zeros(64))
     again = quantize_nf4(back)
     assert torch.equal(again[0], codes) and torch.equal(again[1], absmax)
+
+
+def test_codes_do_not_depend_on_how_many_rows_are_quantised_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(100, 192)
+    whole = quantize_nf4(weight)
+    for chunk in (1, 1000, 19200):
+        monkeypatch.setattr(nf4, "CHUNK", chunk)
+        assert all(torch.equal(got, expected) for got, expected in zip(quantize_nf4(weight), whole, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
