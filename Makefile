@@ -17,7 +17,7 @@ ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
 endif
 endif
 
-.PHONY: help install ppo test check vllm lint types bench dev clean FORCE
+.PHONY: help install ppo sft test check vllm lint types bench dev clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,7 +25,7 @@ help: ## list the targets
 	@echo
 	@echo '  TORCH="torch==2.13.0"  what pip installs as torch; for its CPU build on Linux:'
 	@echo '                         make ppo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
-	@echo '  ARGS="..."             further arguments of launch/ppo.py (make ppo) or pytest (make test)'
+	@echo '  ARGS="..."             further arguments of the script (make ppo, make sft) or of pytest (make test)'
 
 install: .venv/.package ## .venv with everything in it, trialign._C built where a C++ compiler is found
 
@@ -50,6 +50,9 @@ $(MODEL)/config.json: | .venv/.package
 
 ppo: .venv/.package $(MODEL)/config.json ## align SmolLM2-135M-Instruct by PPO, from nothing to an exported model
 	.venv/bin/python launch/ppo.py --config launch/configs/ppo_smollm2.toml $(ARGS)
+
+sft: .venv/.package $(MODEL)/config.json ## fine-tune SmolLM2-135M-Instruct on a few dozen dialogues, in minutes
+	.venv/bin/python launch/sft.py --config launch/configs/sft_smollm2.toml $(ARGS)
 
 test: .venv/.package $(MODEL)/config.json ## the whole test suite
 	.venv/bin/pytest $(ARGS)

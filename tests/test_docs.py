@@ -1,4 +1,4 @@
-"""docs/ppo.md holds the table of all knobs as the config has them. `python tests/test_docs.py` writes it anew."""
+"""The pages on scripts hold tables of all knobs as the configs have them; `python tests/test_docs.py` writes them."""
 
 import ast
 import dataclasses
@@ -8,9 +8,12 @@ import textwrap
 import typing
 from pathlib import Path
 
+import pytest
 from trialign.algorithms.ppo_config import PPOConfig
+from trialign.algorithms.sft_config import SFTConfig
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "ppo.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES = {"ppo.md": PPOConfig, "sft.md": SFTConfig}
 BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
 
 
@@ -54,9 +57,9 @@ def table(config: object, prefix: str) -> str:
     return rows
 
 
-def tables() -> str:
-    """All sections."""
-    config, parts = PPOConfig(), []
+def tables(cls: type) -> str:
+    """All sections of a config."""
+    config, parts = cls(), []
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
         what = (inspect.getdoc(type(section)) or "").splitlines()[0]
@@ -65,26 +68,29 @@ def tables() -> str:
     return "\n".join(parts)
 
 
-def with_tables(page: str) -> str:
-    """`page` with the tables between its marks."""
+def with_tables(page: str, cls: type) -> str:
+    """`page` with the tables of a config between its marks."""
     head, _, rest = page.partition(BEGIN)
-    return f"{head}{BEGIN}\n{tables()}\n{END}{rest.partition(END)[2]}"
+    return f"{head}{BEGIN}\n{tables(cls)}\n{END}{rest.partition(END)[2]}"
 
 
-def test_the_page_on_ppo_lists_the_knobs_as_they_are():
-    page = PAGE.read_text()
-    assert page == with_tables(page), "docs/ppo.md is behind algorithms/config.py: python tests/test_docs.py"
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_lists_the_knobs_as_they_are(name):
+    page = (DOCS / name).read_text()
+    assert page == with_tables(page, PAGES[name]), f"docs/{name} is behind the config: python tests/test_docs.py"
 
 
-def test_the_formulas_name_knobs_that_exist():
-    page = PAGE.read_text().partition(BEGIN)[0]
-    sections = "|".join(field.name for field in dataclasses.fields(PPOConfig))
+@pytest.mark.parametrize("name", PAGES)
+def test_the_text_names_knobs_that_exist(name):
+    page = (DOCS / name).read_text().partition(BEGIN)[0]
+    sections = "|".join(field.name for field in dataclasses.fields(PAGES[name]))
     named = set(re.findall(rf"`((?:{sections})\.\w+)`", page))
-    known = set(re.findall(r"^\| `([\w.]+)`", tables(), re.M))
+    known = set(re.findall(r"^\| `([\w.]+)`", tables(PAGES[name]), re.M))
     assert named and named <= known, named - known
 
 
-def test_every_knob_is_explained():
+@pytest.mark.parametrize("config", PAGES.values())
+def test_every_knob_is_explained(config):
     def missing(cls: type) -> list[str]:
         hints, docs = typing.get_type_hints(cls), docs_of(cls)
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
@@ -94,8 +100,9 @@ def test_every_knob_is_explained():
             name for section in sections for name in missing(section)
         ]
 
-    assert not missing(PPOConfig)
+    assert not missing(config)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    for name, cls in PAGES.items():
+        (DOCS / name).write_text(with_tables((DOCS / name).read_text(), cls))
