@@ -91,6 +91,6 @@ def together(ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
 
 
 def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
-    """Within 1e-5 of the largest number there, and of 1."""
+    """Within 1e-5 of the largest number there; or of 0.02, for what is the small rest of sums that cancel."""
     error = (got.double() - expected.double()).abs().max().item()
-    assert got.shape == expected.shape and error <= 1e-5 * max(1.0, expected.abs().max().item()), f"{what}: {error}"
+    assert got.shape == expected.shape and error <= 1e-5 * max(0.02, expected.abs().max().item()), f"{what}: {error}"

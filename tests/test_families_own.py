@@ -158,6 +158,7 @@ def test_the_normalised_head_is_frozen_only_while_it_generates(folders):
     config = ModelConfig.from_hf(folders["baichuan2-7b"])
     model = Decoder(config, build_mesh(), dtype=torch.float32)
     load_hf(model, folders["baichuan2-7b"])
+    assert model.head is not None
     generator, params = Generator(model, model.mesh), SamplingParams(temperature=0, max_new_tokens=12)
     before = generator.generate(PROMPTS, list(range(4)), params)
     with torch.no_grad():
