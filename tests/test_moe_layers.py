@@ -2,19 +2,23 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
 from tiny import VOCAB, assemble
-from tiny_moe import MIXTRAL, SHARED, fill, moe_config, moe_decoder
+from tiny_moe import MIXTRAL, SHARED, fill, moe_config, moe_decoder, tiny_mixtral
 from torch import Tensor
+from transformers import MixtralForCausalLM
 from trialign.algorithms.batch import Batch, deal, micro_batches, pack
 from trialign.algorithms.roles import Learner, Role, target_logprobs
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optimizer import ShardedAdamW
-from trialign.models.config import MoEConfig
+from trialign.models.config import ModelConfig, MoEConfig, check_layout
+from trialign.models.decoder import Decoder
+from trialign.models.hf import load_hf
 from trialign.models.moe import MoE
 
 
@@ -217,3 +221,32 @@ def test_recomputation_and_micro_batches_do_not_matter(moe, alone, sizes):
     world = sizes.get("pp", 1) * sizes.get("ep", 1)
     for got in run_ranks(one_step, world, sizes, moe, True, 0, timeout=120):
         compare(got, alone)
+
+
+def whole_logprobs(rank: int, world: int, folder: Path, sizes: dict[str, Any]) -> Tensor:
+    """[total]: of every token of the documents after each first, by a folder's model."""
+    mesh = build_mesh(**sizes)
+    model = Decoder(ModelConfig.from_hf(folder), mesh, dtype=torch.float32)
+    load_hf(model, folder)
+    batch = pack(documents())
+    return Role(model).logprobs(batch, [[i] for i in range(len(batch))][mesh.dp.rank :: mesh.dp.size])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}, {"pp": 2, "ep": 2}], ids=str)
+def test_a_whole_mixtral_is_transformers(sizes, tmp_path):
+    folder = tiny_mixtral(tmp_path)
+    peer: Any = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = []
+    for tokens in documents():
+        ids = torch.tensor(tokens)
+        with torch.no_grad():
+            logprobs = peer(ids[None]).logits[0].log_softmax(1)
+        expected.append(torch.cat((torch.zeros(1), logprobs[:-1].gather(1, ids[1:, None])[:, 0])))
+    world = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("ep", 1)
+    for got in run_ranks(whole_logprobs, world, folder, sizes):
+        torch.testing.assert_close(got, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_number_of_experts_that_ep_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"moe\.experts=4 does not divide by ep=3; allowed ep: 1, 2, 4"):
+        check_layout(moe_config(), tp=1, pp=1, ep=3)
