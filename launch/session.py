@@ -39,7 +39,7 @@ from trialign.engine.logging import MetricLog, Progress
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.phases import Phases, matmul_peak
-from trialign.models.adapter import adapter_facts, export_adapter, same_adapter
+from trialign.models.adapter import adapter_facts, export_adapter, has_peft_form, same_adapter
 from trialign.models.export import ExportRole, assets, export_checkpoint
 from world import is_main, mesh_of, rank_prefix, world_size
 
@@ -262,7 +262,8 @@ class Session(Generic[Config]):
             export_checkpoint(last, aside, role=role, weights=weights, dtype=getattr(torch, self.config.model.dtype))
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-        if self.learners[role][0].model.lora is not None:  # beside the model they are merged into
+        model = self.learners[role][0].model
+        if model.lora is not None and has_peft_form(model.config, model.lora):  # beside the model they are merged into
             shutil.rmtree(self.folder / "adapter", ignore_errors=True)
             export_adapter(last, self.folder / "adapter", role=role)
         return self.folder / "model"

@@ -113,6 +113,11 @@ def adapter_shapes(config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, int]
     return shapes
 
 
+def has_peft_form(config: ModelConfig, lora: LoRA) -> bool:
+    """Whether PEFT can hold these adapters: none is on a part of a fused weight."""
+    return not any("#" in name for name in adapter_shapes(config, lora))
+
+
 def start_adapter(model: Decoder, seed: int) -> None:
     """Fills a model's adapters as PEFT does: A uniform in ±1/√in (Kaiming with a = √5), B zero, so they change nothing.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_family
 from harness import run_ranks
 from peft_case import assert_near, build, held, learner, peft_model, samples, save_peft, train
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from trialign.models.adapter import (
     adapter_facts,
     adapter_shapes,
     export_adapter,
+    has_peft_form,
     load_adapter,
     read_peft,
     same_adapter,
@@ -105,6 +107,31 @@ def test_a_checkpoint_holds_only_adapters_and_exports_to_peft_and_merged(folder,
     assert again == lora
     with pytest.raises(ValueError, match="adapter: exists and is not an empty folder"):
         export_adapter(saved, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", ["baichuan2-7b", "qwen-logn", "qwen3", "qwen2-moe"])
+def test_other_families_merge_fused_weights_too_and_peft_gets_none_of_those(tmp_path, family):
+    """What the merged folder computes, loaded as a plain model, is what the adapted model computes."""
+    folder = tiny_family(tmp_path / "base", family)
+    lora = LoRA(2, 4.0, ("q", "v", "output")) if family == "qwen2-moe" else LoRA(2, 4.0)
+    mesh, batch = build_mesh(), pack(samples(VOCAB))
+    trained = train(build(folder, mesh, lora), 2)
+    saved = save(trained, tmp_path / "run", folder, mesh)
+    export_checkpoint(saved, tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        expected, got, base = (
+            model.logits(stage_forward(model, batch, None))
+            for model in (trained.model, build(tmp_path / "merged", mesh, None), build(folder, mesh, None))
+        )
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (got - base).abs().max() > 1e-3
+    assert has_peft_form(trained.model.config, lora) == (family not in ("baichuan2-7b", "qwen-logn"))
+    if not has_peft_form(trained.model.config, lora):
+        with pytest.raises(ValueError, match="PEFT has no adapters on parts of a fused weight; export it merged"):
+            export_adapter(saved, tmp_path / "adapter")
+    else:
+        export_adapter(saved, tmp_path / "adapter")
+        assert read_peft(tmp_path / "adapter", trained.model.config) == lora
 
 
 def test_a_merged_model_needs_its_own_base(folder, tmp_path):
