@@ -175,7 +175,7 @@ SPECS = {
         _update,
         {"stats": "*fp32", "logits": "*bf16", "labels": "*i64", **_NUMBERS},
         ({"BLOCK": BLOCK, "num_warps": 8, "num_stages": 3},),
-        traffic="read 2 bytes a logit (bf16): once",
+        traffic="read 2 bytes a logit (bf16); least 2",
         unaligned=("n", "vocab_start"),
     ),
     "gradient": Spec(
@@ -189,7 +189,7 @@ SPECS = {
             {"LOGPROB": True, "ENTROPY": entropy, "BLOCK": BLOCK, "num_warps": 8, "num_stages": 3}
             for entropy in (False, True)
         ),
-        traffic="read 2, write 2 bytes a logit (bf16): once",
+        traffic="read 2, write 2 bytes a logit (bf16); least 2 and 2",
         unaligned=("n", "vocab_start"),
     ),
 }

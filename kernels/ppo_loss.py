@@ -151,7 +151,7 @@ SPECS = {
         ("low", "high", "dual"),
         "DUAL",
         (False, True),
-        "read 12, write 16 bytes a token: each tensor once",
+        "read 12, write 16 bytes a token; least 12 and 16",
     ),
     "value": _spec(
         _value,
@@ -159,7 +159,7 @@ SPECS = {
         ("clip",),
         "CLIP",
         (False, True),
-        "read 12, write 12 bytes a token: each tensor once",
+        "read 12, write 12 bytes a token; least 12 and 12",
     ),
     "kl": _spec(
         _kl,
@@ -167,7 +167,7 @@ SPECS = {
         (),
         "KIND",
         (1, 2, 3),
-        "read 8, write 8 bytes a token: each once",
+        "read 8, write 8 bytes a token; least 8 and 8",
     ),
 }
 

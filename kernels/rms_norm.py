@@ -120,7 +120,7 @@ SPECS = {
             for block in _BLOCKS
             for add in (False, True)
         ),
-        traffic="read 2, write 2 bytes an element (bf16); with the residual 4 and 4: each tensor once",
+        traffic="read 2, write 2 bytes an element (bf16), with the residual 4 and 4; least the same",
     ),
     "gradient": Spec(
         _gradient,
@@ -134,7 +134,7 @@ SPECS = {
             for block in _BLOCKS
             for add in (False, True)
         ),
-        traffic="read 4, write 2 bytes an element (bf16), plus 4 / ROWS for d weight",
+        traffic="read 4, write 2.25 bytes an element (bf16), a sixteenth of 4 for d weight's shares; least 4 and 2",
         unaligned=("n",),
     ),
 }
