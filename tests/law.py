@@ -17,7 +17,7 @@ def _run(fn: Callable, inputs: tuple[Tensor, ...], wanted: tuple[int, ...], upst
     outputs = _tuple(fn(*leaves))
     smooth = [out for out in outputs if out.requires_grad]
     if upstream is None:
-        upstream = [torch.randn(out.shape, dtype=torch.float64) for out in smooth]
+        upstream = [torch.randn(out.shape, dtype=torch.float64).to(out.device) for out in smooth]
     grads = torch.autograd.grad(
         smooth, [leaves[i] for i in wanted], [g.to(o.dtype) for g, o in zip(upstream, smooth, strict=True)]
     )
