@@ -33,7 +33,7 @@ def test_the_switch():
 def test_an_unknown_mode_is_refused():
     result = run("fast")
     assert result.returncode != 0
-    assert "TRIALIGN_KERNELS='fast': allowed are auto, reference, avx2, baseline" in result.stderr
+    assert "TRIALIGN_KERNELS='fast': allowed are auto, own, fp8, reference, avx2, baseline" in result.stderr
 
 
 @pytest.mark.skipif(not dispatch.EXTENSION, reason="trialign._C is not built")

@@ -207,6 +207,7 @@ template <class T> inline T __shfl_down_sync(unsigned m, T v, int d, int w = 32)
 template <class T> inline T __shfl_up_sync(unsigned m, T v, int d, int w = 32) { return emu::warp_exchange<T>(3, m, v, [=](const uint64_t* s, int l) { const int k = l - d; return k >= 0 && k / w == l / w ? emu_from<T>(s[k]) : v; }); }
 template <class T> inline T __shfl_sync(unsigned m, T v, int src, int w = 32) { return emu::warp_exchange<T>(4, m, v, [=](const uint64_t* s, int l) { return emu_from<T>(s[l / w * w + src % w]); }); }
 inline unsigned __ballot_sync(unsigned m, bool p) { return emu::warp_exchange<unsigned>(5, m, p, [=](const uint64_t* s, int) { unsigned r = 0; for (int k = 0; k < 32; ++k) if (m >> k & 1 && s[k]) r |= 1u << k; return r; }); }
+template <class T> inline unsigned __match_any_sync(unsigned m, T v) { return emu::warp_exchange<uint64_t>(6, m, uint64_t(v), [=](const uint64_t* s, int l) { uint64_t r = 0; for (int k = 0; k < 32; ++k) if (m >> k & 1 && s[k] == s[l]) r |= 1u << k; return r; }); }
 inline bool __any_sync(unsigned m, bool p) { return __ballot_sync(m, p) != 0; }
 inline bool __all_sync(unsigned m, bool p) { return __ballot_sync(m, p) == m; }
 inline void __threadfence() {}
