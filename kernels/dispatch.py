@@ -159,7 +159,8 @@ class Library:
 
 
 def _flash_attention_fits(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window) -> bool:
-    return q.is_cuda and q.dtype in HALF and q.shape[2] <= 256 and q.shape[2] % 8 == 0 and max_seqlen > 0
+    wide = q.shape[2] > 256 or q.shape[2] % 8 != 0
+    return q.is_cuda and q.dtype in HALF and not wide and max_seqlen > 0 and (window is None or window > 0)
 
 
 def _flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window):

@@ -43,7 +43,7 @@ def _fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     padded = F.pad(rows, (0, 0, 0, -len(rows) % FP8_ROWS))  # rows of zeros add nothing to the weight's gradient
     with region():
         out = torch.func.functional_call(layer, {"weight": weight}, (padded,))
-    return out[: len(rows)].view(*x.shape[:-1], -1)
+    return out.narrow(0, 0, len(rows)).view(*x.shape[:-1], -1)
 
 
 _fp8_layers: dict[tuple, torch.nn.Module] = {}  # without weights or history: one serves every weight of its shape

@@ -1,4 +1,4 @@
-"""The Triton kernels of mixture of experts: routing, sorting, gather and weighted sum, and the products under the law."""
+"""The Triton kernels of mixture of experts: routing, sorting, gather and weighted sum, and products, under the law."""
 
 import pytest
 import torch
