@@ -6,7 +6,7 @@ import ctypes
 import pytest
 import torch
 from emu_build import COMPILER, compile_all, link
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels import adamw as A
 from trialign.kernels import gae as G
 from trialign.kernels import logprob as P

@@ -3,8 +3,7 @@ tokens in float64."""
 
 import pytest
 import torch
-from kernel_law import assert_law
-from law import check_law
+from law import assert_law, check_law
 from trialign.kernels import moe
 from trialign.kernels.dispatch import has_op
 from trialign.kernels.grouped_matmul import grouped_matmul_ref, grouped_outer_ref

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels import moe
 from trialign.kernels.grouped_matmul import (
     grouped_matmul_ref,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels import cross_entropy as C
 from trialign.kernels import gae as G
 from trialign.kernels import logprob as P
