@@ -50,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
         m, s, _, y = stats
         lse = m + s.log()
         loss = -(1 - label_smoothing) * (y - m - s.log()) + z_loss * lse.square()
-        if total is not None:
+        if total is not None and size is not None:
             loss = loss - label_smoothing * (total / size - lse)
         ctx.save_for_backward(logits, labels, stats, size)
         ctx.numbers = label_smoothing, z_loss, scale, ignore_index, vocab_start

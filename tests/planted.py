@@ -6,12 +6,13 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from trialign.kernels import dispatch
 
 
-def planted(module: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def planted(module: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`module` again with `old`, which its source must hold, replaced by `new`; its custom ops under another name."""
     source = Path(str(module.__file__)).read_text()
     assert old in source, f"{module.__name__} has no {old!r}"
