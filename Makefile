@@ -17,11 +17,11 @@ ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
 endif
 endif
 
-.PHONY: help install ppo sft test check vllm lint types bench dev clean FORCE
+.PHONY: help install ppo sft test kernels kernel-report check vllm lint types bench dev clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  TORCH="torch==2.13.0"  what pip installs as torch; for its CPU build on Linux:'
 	@echo '                         make ppo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
@@ -54,9 +54,38 @@ ppo: .venv/.package $(MODEL)/config.json ## align SmolLM2-135M-Instruct by PPO, 
 sft: .venv/.package $(MODEL)/config.json ## fine-tune SmolLM2-135M-Instruct on a few dozen dialogues, in minutes
 	.venv/bin/python launch/sft.py --config launch/configs/sft_smollm2.toml $(ARGS)
 
-test: .venv/.package $(MODEL)/config.json ## the whole test suite
+# FMA fusion as it is in every Triton up to 3.9; that one warns that the next changes its default.
+export TRITON_DEFAULT_FP_FUSION := 1
+# What the Triton that CUDA builds of torch 2.13 pin, and the installed one, compile is kept apart and between runs.
+OTHER_TRITON := 3.7.1
+INTERPRETED := tests/test_interp_shim.py $(sort $(wildcard tests/test_triton_*.py))
+OTHER := PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
+COMPILED := $(foreach op,adamw attention cross_entropy cuda_emulated cuda_sanitized gae linear linear_logprob logprob moe \
+	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch kernel_docs,$(wildcard tests/test_$(op).py))
+
+test: .venv/.package $(MODEL)/config.json .venv/triton-$(OTHER_TRITON) ## the whole test suite
 	.venv/bin/pytest $(ARGS)
-	TRITON_INTERPRET=1 .venv/bin/pytest tests/test_interp_shim.py tests/test_triton_*.py
+	$(MAKE) --no-print-directory interpreted other-triton
+
+kernels: .venv/.package .venv/triton-$(OTHER_TRITON) ## the kernels' tests: C++, emulated CUDA, Triton interpreted and compiled
+	$(MAKE) --no-print-directory -j2 --output-sync=target compiled-numbers aot interpreted other-triton
+
+.PHONY: compiled-numbers aot interpreted other-triton
+compiled-numbers:
+	.venv/bin/pytest $(COMPILED)
+aot:
+	TRITON_CACHE_DIR=.venv/triton-cache .venv/bin/pytest tests/aot
+interpreted:
+	TRITON_INTERPRET=1 .venv/bin/pytest $(INTERPRETED)
+other-triton:
+	$(OTHER) .venv/bin/pytest tests/aot
+	$(OTHER) TRITON_INTERPRET=1 .venv/bin/pytest $(INTERPRETED)
+
+.venv/triton-$(OTHER_TRITON): | .venv/.package
+	.venv/bin/pip install --quiet --no-deps --target $@ triton==$(OTHER_TRITON)
+
+kernel-report: .venv/.package ## what the compilers make of every kernel; ARGS=--write puts it into docs/kernels.md
+	@TRITON_CACHE_DIR=.venv/triton-cache .venv/bin/python tests/aot/kernel_report.py $(ARGS)
 
 check: lint types vllm test ## what CI runs: lint, types, vllm, test
 

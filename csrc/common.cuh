@@ -47,7 +47,7 @@ struct alignas(16) Pack {
   T item[size];
 };
 template <typename T>
-__device__ inline bool packable(const T* p) {
+__host__ __device__ inline bool packable(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 

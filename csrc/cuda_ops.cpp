@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -20,6 +21,9 @@ int launch_gae(const float*, const float*, const uint8_t*, const int64_t*, float
 int launch_logprob_update(int, float*, const void*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, void*);
 int launch_logprob_backward(int, const void*, void*, const int64_t*, const float*, const float*, const float*, int64_t, int64_t, int64_t, int64_t,
                             float, void*);
+int64_t sort_by_expert_room(int64_t, int);
+int launch_sort_by_expert(const int64_t*, int*, int64_t*, int64_t*, int64_t, int, void*);
+int launch_adamw(int, float*, float*, float*, const float*, void*, int64_t, float, float, float, float, float, float, float, void*);
 }
 
 namespace {
@@ -148,6 +152,33 @@ void logprob_backward_(const Tensor& logits, const Tensor& labels, const Tensor&
   backward_into(logits, logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start);
 }
 
+std::tuple<Tensor, Tensor> sort_by_expert(const Tensor& experts, int64_t num_experts) {
+  const int64_t slots = experts.numel();
+  need(experts.is_contiguous() && experts.scalar_type() == ScalarType::Long && slots < int64_t(1) << 31, "sort_by_expert takes packed int64, below 2^31");
+  need(0 < num_experts && num_experts <= 1024, "sort_by_expert sorts by 1 to 1024 experts");  // shared memory: 32 bytes an expert
+  Tensor order = fresh(experts, {slots}, ScalarType::Long), offsets = fresh(experts, {num_experts + 1}, ScalarType::Long);
+  Tensor room = fresh(experts, {sort_by_expert_room(slots, int(num_experts))}, ScalarType::Int);
+  const Place place(experts);
+  launched(launch_sort_by_expert(static_cast<const int64_t*>(experts.data_ptr()), static_cast<int*>(room.data_ptr()),
+                                 static_cast<int64_t*>(order.data_ptr()), static_cast<int64_t*>(offsets.data_ptr()), slots, int(num_experts),
+                                 place.stream()));
+  return {order, offsets};
+}
+
+void adamw(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, const Tensor& grad, const std::optional<Tensor>& param_out, double lr, double beta1,
+           double beta2, double eps, double weight_decay, int64_t step, double grad_scale) {
+  for (const Tensor* buffer : std::initializer_list<const Tensor*>{&master, &exp_avg, &exp_avg_sq, &grad})
+    need(buffer->is_contiguous() && buffer->scalar_type() == ScalarType::Float && buffer->numel() == master.numel(),
+         "adamw takes packed float32 tensors of one size");
+  need(!param_out || (param_out->is_contiguous() && param_out->numel() == master.numel()), "adamw copies out to a packed tensor of the same size");
+  const Place place(master);
+  if (master.numel())
+    launched(launch_adamw(param_out ? number(*param_out) : 0, floats(master), floats(exp_avg), floats(exp_avg_sq), floats(grad),
+                          param_out ? param_out->data_ptr() : nullptr, master.numel(), float(beta1), float(beta2), float(1 - lr * weight_decay),
+                          float(lr / (1 - std::pow(beta1, double(step)))), float(1 / std::sqrt(1 - std::pow(beta2, double(step)))), float(eps),
+                          float(grad_scale), place.stream()));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(trialign, CUDA, ops) {
@@ -159,5 +190,7 @@ STABLE_TORCH_LIBRARY_IMPL(trialign, CUDA, ops) {
   ops.impl("logprob_update_", TORCH_BOX(&logprob_update_));
   ops.impl("logprob_backward", TORCH_BOX(&logprob_backward));
   ops.impl("logprob_backward_", TORCH_BOX(&logprob_backward_));
+  ops.impl("sort_by_expert", TORCH_BOX(&sort_by_expert));
+  ops.impl("adamw", TORCH_BOX(&adamw));
 }
 #endif

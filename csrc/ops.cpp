@@ -62,6 +62,10 @@ void Ops::add(const char* schema, void (*boxed)(StableIValue*, uint64_t, uint64_
 
 }  // namespace trialign
 
+// Read out of the file by kernels/dispatch.py before it loads the module: a stale one must not register its ops.
+extern "C" __attribute__((visibility("default"), used)) const char trialign_facts[] =
+    "trialign._C built from <" TRIALIGN_SOURCES "> for torch <" TRIALIGN_TORCH ">";
+
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "The compiled ops of trialign.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
@@ -75,8 +79,6 @@ PyMODINIT_FUNC PyInit__C() {
     Py_DECREF(module);
     return nullptr;
   }
-  PyModule_AddStringConstant(module, "source_hash", TRIALIGN_SOURCES);
-  PyModule_AddStringConstant(module, "torch_version", TRIALIGN_TORCH);
   PyModule_AddStringConstant(module, "simd_level", trialign::level_names[level]);
   return module;
 }

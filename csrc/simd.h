@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -67,6 +68,19 @@ INLINE float hmax(vf v) {
   float s = v[0];
   for (int i = 1; i < VW; ++i) s = s > v[i] ? s : v[i];
   return s;
+}
+// Lane i of the result is lane i + S of v, 0 past the end.
+template <int S, int... I>
+INLINE vf shift(vf v, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, vf{}, (I + S)...);
+#else
+  return __builtin_shuffle(v, vf{}, vi{(I + S)...});
+#endif
+}
+template <int S>
+INLINE vf shift(vf v) {
+  return shift<S>(v, std::make_integer_sequence<int, VW>{});
 }
 INLINE vf load(const bf16* p) {
   vh h;

@@ -34,8 +34,8 @@ class Spec:
     """One Triton kernel as it ships: the tests compile each config of it ahead of time for every architecture.
 
     signature: {argument: "*bf16" | "*fp32" | "*i64" | "i32" | "fp32" ...} of the arguments known at run time;
-    configs: every set of compile-time values, `num_warps` and `num_stages` included, that a launch may use, and
-    hip_configs those of AMD where they differ;
+    configs: every set of compile-time values, `num_warps` and `num_stages` included, that a launch may use;
+    hip_configs: those of AMD where they differ; fp32_configs: those of fp32 tensors where they differ;
     dot: it has to use the matrix units; traffic: bytes moved per element, as text, against the least possible.
     """
 
@@ -43,14 +43,15 @@ class Spec:
     signature: dict[str, str]
     configs: tuple[dict[str, Any], ...]
     hip_configs: tuple[dict[str, Any], ...] | None = None
+    fp32_configs: tuple[dict[str, Any], ...] | None = None
     dot: bool = False
     traffic: str = ""
     unaligned: tuple[str, ...] = field(default=())  # arguments that need not be multiples of 16
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
-    """True where an op without a C++ form runs its Triton kernel on `tensor`."""
-    return tensor.is_cuda and triton is not None and MODE != "reference"
+    """True where an op without a C++ form runs its Triton kernel on `tensor`: on a GPU, or interpreted on the CPU."""
+    return (tensor.is_cuda or INTERPRET) and triton is not None and MODE != "reference"
 
 
 def vendor() -> str:

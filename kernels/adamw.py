@@ -11,7 +11,7 @@ import math
 import torch
 
 from ._rt import Spec, cdiv, jit, tl
-from .dispatch import choose, register
+from .dispatch import choose, library, register
 
 
 def adamw_ref_(
@@ -94,11 +94,16 @@ def adamw_(
     (clipping, loss scale); grad itself is left alone.
     """
     buffers = (master, exp_avg, exp_avg_sq, grad, param_out)
+    arguments = (*buffers, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
     update = adamw_ref_
     # torch's fused step was measured slower: scaling the gradient and the copy-out are passes of their own there.
     if choose("adamw", master if param_out is None else param_out) != "reference" and _is_flat(buffers):
+        served = library("adamw", *arguments)
+        if served is not None:
+            served()
+            return
         update = torch.ops.trialign.adamw
-    update(*buffers, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+    update(*arguments)
 
 
 def _is_flat(buffers) -> bool:

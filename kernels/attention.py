@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ._rt import Spec, cdiv, jit, power_of_2, precision, tl, vendor
-from .dispatch import choose, register
+from .dispatch import choose, library, register
 
 
 def packed_attention_ref(
@@ -286,6 +286,13 @@ def attention_backward_triton(grad, q, k, v, out, stats, cu_seqlens, max_seqlen,
     return dq, dk, dv
 
 
+_TRAFFIC = {
+    "forward": "q, out once, k, v a query block of the group (through L2), + 8 bytes a query and head; least: each once",
+    "dq": "q, grad, out, dq once, k, v a query block of the group (through L2), + 12 bytes a query; least: each once",
+    "dkv": "k, v, dk, dv once, q, grad a key block (through L2), + 12 bytes a query of each; least: each once",
+}
+
+
 def _spec(name: str, kernel, tensors: str) -> Spec:
     types = {"stats_ptr": "*fp32", "delta_ptr": "*fp32", "bounds_ptr": "*i64", "slopes_ptr": "*fp32"}
     numbers = {
@@ -304,7 +311,7 @@ def _spec(name: str, kernel, tensors: str) -> Spec:
         for gpu in ("cuda", "hip")
     )
     signature = {tensor: types.get(tensor, "*bf16") for tensor in tensors.split()} | numbers
-    return Spec(kernel, signature, cuda, hip, dot=True, unaligned=("window", "heads"))
+    return Spec(kernel, signature, cuda, hip, dot=True, traffic=_TRAFFIC[name], unaligned=("window", "heads"))
 
 
 SPECS = {
@@ -338,6 +345,9 @@ def packed_attention(
         raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} key/value heads")
     if choose("attention", q) != "reference":
         q, k, v = (token_rows(t) for t in (q, k, v))
+        served = library("attention", q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window)
+        if served is not None:
+            return served()
         return torch.ops.trialign.attention(q, k, v, cu_seqlens.long(), max_seqlen, scale, alibi_slopes, window)[0]
     return sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
 

@@ -100,7 +100,6 @@ register(
 )
 
 
-@torch.no_grad()
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +108,7 @@ def gae(
     rewards, values [total] fp32, mask [total] bool, cu_seqlens [n + 1] int: sequence i is tokens
     cu_seqlens[i] : cu_seqlens[i + 1].
     """
+    rewards, values = rewards.detach(), values.detach()
     if values.dtype != rewards.dtype or choose("gae", rewards) == "reference":
         return gae_ref(rewards, values, mask, cu_seqlens, gamma, lam)
     return torch.ops.trialign.gae(

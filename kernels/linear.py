@@ -1,4 +1,7 @@
-"""y = x Wᵀ by a packed copy of W, for the few rows of a decode step on a CPU.
+"""y = x Wᵀ: in FP8 on a GPU where asked for, by a packed copy of W for the few rows of a decode step on a CPU.
+
+TRIALIGN_KERNELS=fp8 (kernels/dispatch.py) lets Transformer Engine multiply in FP8, forward and backward, with scales
+from the tensors at hand; the weights stay in their dtype.
 
 torch multiplies bf16 by oneDNN, which brings a plain [out, in] weight into its blocked order anew in every call. With
 32 rows that takes as long as the product. A copy packed once is worth it wherever a weight is used some ten times
@@ -10,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .dispatch import MODE
+from .dispatch import MODE, library
 
 ROWS = 32
 """The number of rows the packed order is chosen for; others work too."""
@@ -28,10 +31,31 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
+def _fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """The product in FP8; None where that is not asked for or cannot be."""
+    build, recipe = library("fp8_linear", x, weight), library("fp8_recipe")
+    region = None if recipe is None else library("fp8_region", recipe())
+    if build is None or region is None:
+        return None
+    key = (*weight.shape, weight.dtype)
+    layer = _fp8_layers.get(key) or _fp8_layers.setdefault(key, build())
+    rows = x.reshape(-1, x.shape[-1])  # [n, in]
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % FP8_ROWS))  # rows of zeros add nothing to the weight's gradient
+    with region():
+        out = torch.func.functional_call(layer, {"weight": weight}, (padded,))
+    return out.narrow(0, 0, len(rows)).view(*x.shape[:-1], -1)
+
+
+_fp8_layers: dict[tuple, torch.nn.Module] = {}  # without weights or history: one serves every weight of its shape
+FP8_ROWS = 32
+"""FP8 products sum over rows in the weight's gradient, by blocks of at most this many."""
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., in] times weight [out, in] transposed; by `packed`, if given, which must be `pack(weight)` and has no
     gradient. Returns [..., out]."""
     if packed is None:
-        return F.linear(x, weight)
+        out = _fp8_linear(x, weight) if MODE == "fp8" else None
+        return F.linear(x, weight) if out is None else out
     assert not torch.is_grad_enabled(), "a packed weight has no gradient"
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

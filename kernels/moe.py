@@ -1,24 +1,27 @@
-"""Mixture of experts: top-k routing, sorting tokens by expert, grouped matmul, and the way back.
+"""Mixture of experts around the experts' products: top-k routing, sorting tokens by expert, and the way back.
 
     p = softmax(logits),   the k largest are chosen (equals by index),   w_j = p_j  (or p_j / sum_j p_j when normalised)
+    dlogit_e = p_e ([e chosen] dw_e - s)  (normalised: w_e (dw_e - s) on the chosen, else 0),   s = sum_j dw_j w_j
     slot s = token * k + choice;   order: slots sorted by expert, stable;   offsets[e]: where expert e's rows start
-    out[r] = x[r] W_e for rows r of expert e;   dx[r] = dout[r] W_e^T;   dW_e = x_e^T dout_e
-    y[t] = sum_j w[t, j] out[position(t, j)]
-No atomics: counts, ranks and sums have one order, so results repeat bit for bit.
+    rows[r] = x[order[r] // k];   y[t] = sum_j w[t, j] out[position(t, j)],   position the inverse of order
+    dout[r] = w[s] dy[t],   dw[s] = out[r] . dy[t]   with s = order[r], t = s // k
+No float atomics: counts, ranks and sums have one order, so results repeat bit for bit. The products: grouped_matmul.py.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ._rt import Spec, cdiv, jit, power_of_2, precision, tl, uses_triton
+from ._rt import Spec, cdiv, jit, power_of_2, tl
+from .dispatch import choose, register
+from .grouped_matmul import grouped_matmul
+
+__all__ = ["grouped_matmul", "permute", "route", "sort_by_expert", "unpermute"]
 
 
-def route(logits: torch.Tensor, k: int, normalise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [n, k] fp32 (differentiable in the logits) and experts [n, k] int64 of router logits [n, experts]."""
-    if not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"top-{k} of {logits.shape[1]} experts")
-    logits = logits.float()
+def route_ref(logits: torch.Tensor, k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula in plain torch. Shapes as in `route`."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     experts = logits.detach().argsort(dim=1, descending=True, stable=True)[:, :k]
     if normalise:  # the softmax over the chosen alone is the same and needs no division
         return logits.gather(1, experts).softmax(1), experts
@@ -28,20 +31,77 @@ def route(logits: torch.Tensor, k: int, normalise: bool = True) -> tuple[torch.T
 def sort_by_expert_ref(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes as in `sort_by_expert`."""
     flat = experts.flatten()
-    counts = torch.bincount(flat, minlength=num_experts)
+    counts = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
     return flat.argsort(stable=True), torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def grouped_matmul_ref(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """One matmul an expert. Shapes as in `grouped_matmul`."""
-    bounds = offsets.tolist()
-    return torch.cat([x[a:b] @ w for a, b, w in zip(bounds, bounds[1:], weight, strict=False)])
+def permute_ref(x: torch.Tensor, order: torch.Tensor, k: int) -> torch.Tensor:
+    """The formula in plain torch. Shapes as in `permute`."""
+    return x[order // k]
 
 
-def grouped_outer_ref(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """dW [experts, h, f] = x_e^T grad_e of x [m, h] and grad [m, f]."""
-    bounds = offsets.tolist()
-    return torch.stack([x[a:b].t() @ grad[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
+def unpermute_ref(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The formula in plain torch. Shapes as in `unpermute`."""
+    position = order.argsort()  # the row of each slot
+    return torch.einsum("nkh,nk->nh", rows[position.view(weights.shape)], weights.to(rows.dtype))
+
+
+@jit
+def _route_kernel(
+    logits_ptr, weights_ptr, chosen_ptr, n, experts,
+    K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens; the k largest one after the other. NaN counts as the largest."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    expert, place = tl.arange(0, EXPERTS)[None, :], tl.arange(0, PLACES)[None, :]
+    there = (expert < experts) & (row < n)[:, None]
+    z = tl.load(logits_ptr + row[:, None] * experts + expert, mask=there, other=0.0).to(tl.float32)
+    key = tl.where(expert < experts, tl.where(z == z, z, float("inf")), float("-inf"))
+    free = (expert < experts) & (row >= 0)[:, None]
+    best = tl.zeros([BLOCK, PLACES], tl.float32)
+    which = tl.zeros([BLOCK, PLACES], tl.int32)
+    for j in tl.static_range(K):
+        top = tl.max(tl.where(free, key, float("-inf")), 1)
+        index = tl.min(tl.where(free & (key == top[:, None]), expert, EXPERTS), 1)
+        hit = expert == index[:, None]
+        best = tl.where(place == j, tl.sum(tl.where(hit, z, 0.0), 1)[:, None], best)
+        which = tl.where(place == j, index[:, None], which)
+        free = free & (expert != index[:, None])
+    peak = tl.sum(tl.where(place == 0, best, 0.0), 1)[:, None]
+    mass = tl.where(place < K, tl.exp(best - peak), 0.0)
+    if NORMALISE:
+        total = tl.sum(mass, 1)
+    else:
+        total = tl.sum(tl.where(expert < experts, tl.exp(z - peak), 0.0), 1)
+    mask = (place < K) & (row < n)[:, None]
+    tl.store(weights_ptr + row[:, None] * K + place, mass / total[:, None], mask=mask)
+    tl.store(chosen_ptr + row[:, None] * K + place, which.to(tl.int64), mask=mask)
+
+
+@jit
+def _route_backward_kernel(
+    grad_ptr, logits_ptr, weights_ptr, chosen_ptr, out_ptr, n, experts,
+    K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens; the softmax comes back from a chosen logit and its weight."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    expert, place = tl.arange(0, EXPERTS)[None, :], tl.arange(0, PLACES)[None, :]
+    there, mask = (expert < experts) & (row < n)[:, None], (place < K) & (row < n)[:, None]
+    slot = row[:, None] * K + place
+    grad, weight = tl.load(grad_ptr + slot, mask=mask, other=0.0), tl.load(weights_ptr + slot, mask=mask, other=0.0)
+    chosen = tl.load(chosen_ptr + slot, mask=mask, other=0)
+    s = tl.sum(grad * weight, 1)[:, None]
+    d = tl.zeros([BLOCK, EXPERTS], tl.float32)
+    if not NORMALISE:
+        z = tl.load(logits_ptr + row[:, None] * experts + expert, mask=there, other=0.0).to(tl.float32)
+        first = tl.sum(tl.where(place == 0, chosen, 0), 1)[:, None]
+        peak = tl.sum(tl.where(expert == first, z, 0.0), 1)[:, None]
+        d -= s * tl.sum(tl.where(place == 0, weight, 0.0), 1)[:, None] * tl.exp(z - peak)
+    for j in tl.static_range(K):
+        index = tl.sum(tl.where(place == j, chosen, 0), 1)[:, None]
+        own = tl.sum(tl.where(place == j, weight * (grad - s), 0.0), 1)[:, None]
+        d = tl.where(expert == index, own, d)
+    tl.store(out_ptr + row[:, None] * experts + expert, d.to(out_ptr.dtype.element_ty), mask=there)
 
 
 @jit
@@ -67,57 +127,43 @@ def _rank_kernel(experts_ptr, starts_ptr, order_ptr, slots, EXPERTS: tl.constexp
 
 
 @jit
-def _matmul_kernel(
-    x_ptr, weight_ptr, offsets_ptr, out_ptr, h, f, x_stride, h_stride, f_stride,
-    EXPERTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
-):  # fmt: skip
-    """A tile of out = x W_e. The tile finds its expert by itself: the host never waits for the counts."""
-    tile, expert = tl.program_id(0), tl.arange(0, GROUPS)
-    begin = tl.load(offsets_ptr + expert, mask=expert < EXPERTS, other=0)
-    end = tl.load(offsets_ptr + expert + 1, mask=expert < EXPERTS, other=0)
-    tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
-    upto = tl.cumsum(tiles, 0)
-    mine = tl.sum((upto <= tile).to(tl.int32), 0)
-    if mine >= EXPERTS:
-        return
-    here = expert == mine
-    first = tl.sum(tl.where(here, begin + (tile - (upto - tiles)) * BLOCK_M, 0), 0)
-    rows = first + tl.arange(0, BLOCK_M)
-    real = rows < tl.sum(tl.where(here, end, 0), 0)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_ptr += mine.to(tl.int64) * h * f
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, h, BLOCK_K):
-        inner = k0 + tl.arange(0, BLOCK_K)
-        x_mask, w_mask = real[:, None] & (inner < h)[None, :], (inner < h)[:, None] & (columns < f)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_stride + inner[None, :], mask=x_mask, other=0.0)
-        w = tl.load(weight_ptr + inner[:, None] * h_stride + columns[None, :] * f_stride, mask=w_mask, other=0.0)
-        acc += tl.dot(x, w, input_precision=DOT)
-    mask = real[:, None] & (columns < f)[None, :]
-    tl.store(out_ptr + rows[:, None] * f + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+def _permute_kernel(x_ptr, order_ptr, rows_ptr, h, K: tl.constexpr, BLOCK: tl.constexpr):
+    """A piece of one row."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(order_ptr + row) // K
+    tl.store(rows_ptr + row * h + column, tl.load(x_ptr + token * h + column, mask=column < h), mask=column < h)
 
 
 @jit
-def _outer_kernel(
-    x_ptr, grad_ptr, offsets_ptr, out_ptr, h, f,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """A tile [BLOCK_M of h, BLOCK_N of f] of dW_e: a sum over the rows of the expert."""
-    expert = tl.program_id(2).to(tl.int64)
-    begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-    left = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    right = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for r in range(begin, end, BLOCK_K):
-        rows = r + tl.arange(0, BLOCK_K)
-        real = (rows < end)[:, None]
-        x = tl.load(x_ptr + rows[:, None] * h + left[None, :], mask=real & (left < h)[None, :], other=0.0)
-        grad = tl.load(grad_ptr + rows[:, None] * f + right[None, :], mask=real & (right < f)[None, :], other=0.0)
-        acc += tl.dot(tl.trans(x), grad, input_precision=DOT)
-    mask = (left < h)[:, None] & (right < f)[None, :]
-    place = expert * h * f + left[:, None].to(tl.int64) * f + right[None, :]
-    tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+def _unpermute_kernel(
+    rows_ptr, position_ptr, weights_ptr, out_ptr, h, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A piece of one token: the sum of its K rows."""
+    token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for j in range(K):
+        row = tl.load(position_ptr + token * K + j)
+        value = tl.load(rows_ptr + row * h + column, mask=column < h, other=0.0).to(tl.float32)
+        acc += value * tl.load(weights_ptr + token * K + j) if WEIGHTED else value
+    tl.store(out_ptr + token * h + column, acc.to(out_ptr.dtype.element_ty), mask=column < h)
+
+
+@jit
+def _unpermute_backward_kernel(
+    grad_ptr, rows_ptr, order_ptr, weights_ptr, grad_rows_ptr, grad_weights_ptr, h, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row: its gradient and that of its weight."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(order_ptr + row)
+    token, weight = slot // K, tl.load(weights_ptr + slot)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, h, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        grad = tl.load(grad_ptr + token * h + column, mask=column < h, other=0.0).to(tl.float32)
+        acc += grad * tl.load(rows_ptr + row * h + column, mask=column < h, other=0.0).to(tl.float32)
+        grad = (grad * weight).to(grad_rows_ptr.dtype.element_ty)
+        tl.store(grad_rows_ptr + row * h + column, grad, mask=column < h)
+    tl.store(grad_weights_ptr + slot, tl.sum(acc, 0))
 
 
 RANK_BLOCK = 128
@@ -139,79 +185,197 @@ def sort_by_expert_triton(experts, num_experts):
     return order, offsets
 
 
-def _constants(dtype: torch.dtype) -> dict:
-    if dtype == torch.float32:  # no matrix units: the products live in registers
-        blocks = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    else:
-        blocks = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    return blocks | {"DOT": precision(dtype)}
+def _routing(experts: int, k: int, normalise: bool) -> dict:
+    return {
+        "K": k, "PLACES": power_of_2(k, 1), "EXPERTS": power_of_2(experts), "NORMALISE": normalise, "BLOCK": 16,
+        "num_warps": 4, "num_stages": 1,
+    }  # fmt: skip
 
 
-def grouped_matmul_triton(x, weight, offsets):
-    """`grouped_matmul` on a GPU; the weight may be a transposed view."""
-    (m, h), (experts, _, f), constants = x.shape, weight.shape, _constants(x.dtype)
-    out = x.new_empty(m, f)
-    if m:
-        grid = (cdiv(m, constants["BLOCK_M"]) + experts, cdiv(f, constants["BLOCK_N"]))
-        _matmul_kernel[grid](
-            x, weight, offsets, out, h, f, x.stride(0), weight.stride(1), weight.stride(2),
-            EXPERTS=experts, GROUPS=power_of_2(experts), **constants,
-        )  # fmt: skip
+def route_triton(logits, k, normalise):
+    """torch.ops.trialign.route on a GPU."""
+    (n, experts), constants = logits.shape, _routing(logits.shape[1], k, normalise)
+    weights = logits.new_empty(n, k, dtype=torch.float32)
+    chosen = logits.new_empty(n, k, dtype=torch.int64)
+    if n:
+        _route_kernel[(cdiv(n, constants["BLOCK"]),)](logits, weights, chosen, n, experts, **constants)
+    return weights, chosen
+
+
+def route_backward_triton(grad, logits, weights, experts, normalise):
+    """torch.ops.trialign.route_backward on a GPU."""
+    n, constants = len(logits), _routing(logits.shape[1], weights.shape[1], normalise)
+    out = torch.empty_like(logits)
+    if n:
+        grid = (cdiv(n, constants["BLOCK"]),)
+        _route_backward_kernel[grid](grad, logits, weights, experts, out, n, logits.shape[1], **constants)
     return out
 
 
-def grouped_outer_triton(x, grad, offsets):
-    """`grouped_outer_ref` on a GPU."""
-    h, f, experts, constants = x.shape[1], grad.shape[1], len(offsets) - 1, _constants(x.dtype)
-    out = x.new_empty(experts, h, f)
-    grid = (cdiv(h, constants["BLOCK_M"]), cdiv(f, constants["BLOCK_N"]), experts)
-    _outer_kernel[grid](x, grad, offsets, out, h, f, **constants)
+def _columns(h: int) -> int:
+    return min(1024, power_of_2(h))
+
+
+def permute_triton(x, order, k):
+    """torch.ops.trialign.permute on a GPU."""
+    h, block = x.shape[1], _columns(x.shape[1])
+    rows = x.new_empty(len(order), h)
+    if rows.numel():
+        _permute_kernel[(len(order), cdiv(h, block))](x, order, rows, h, K=k, BLOCK=block, num_warps=4)
+    return rows
+
+
+def unpermute_triton(rows, order, weights, k):
+    """torch.ops.trialign.unpermute on a GPU."""
+    n, h, block = len(order) // k, rows.shape[1], _columns(rows.shape[1])
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), device=order.device)
+    out = rows.new_empty(n, h)
+    if out.numel():
+        weighted = weights is not None
+        _unpermute_kernel[(n, cdiv(h, block))](
+            rows, position, weights if weighted else rows, out, h, K=k, WEIGHTED=weighted, BLOCK=block, num_warps=4
+        )
     return out
+
+
+def unpermute_backward_triton(grad, rows, order, weights):
+    """torch.ops.trialign.unpermute_backward on a GPU."""
+    h, block = rows.shape[1], _columns(rows.shape[1])
+    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+    if len(order):
+        _unpermute_backward_kernel[(len(order),)](
+            grad, rows, order, weights, grad_rows, grad_weights, h, K=weights.shape[1], BLOCK=block, num_warps=4
+        )
+    return grad_rows, grad_weights
 
 
 _RANK = {"EXPERTS": 64, "BLOCK": RANK_BLOCK, "num_warps": 4, "num_stages": 1}
-_BF16, _SIZES = _constants(torch.bfloat16), {"h": "i32", "f": "i32"}
-_STRIDES = {"x_stride": "i64", "h_stride": "i64", "f_stride": "i64"}
+_ROUTES = tuple(_routing(experts, k, normalise) for experts, k, normalise in ((8, 2, True), (256, 8, False)))
+_ROUTED = {"weights_ptr": "*fp32", "chosen_ptr": "*i64", "n": "i32", "experts": "i32"}
+_ROW = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 SPECS = {
+    "route": Spec(
+        _route_kernel, {"logits_ptr": "*bf16"} | _ROUTED, _ROUTES, unaligned=("n", "experts"),
+        traffic="a token: 2 experts + 12 k bytes (bf16), each once",
+    ),
+    "route_backward": Spec(
+        _route_backward_kernel, {"grad_ptr": "*fp32", "logits_ptr": "*bf16", "out_ptr": "*bf16"} | _ROUTED, _ROUTES,
+        unaligned=("n", "experts"), traffic="a token: 2 (normalised) or 4 experts + 16 k bytes (bf16), each once",
+    ),
     "count": Spec(
-        _count_kernel, {"experts_ptr": "*i64", "counts_ptr": "*i32", "slots": "i32"}, (_RANK,), unaligned=("slots",)
+        _count_kernel, {"experts_ptr": "*i64", "counts_ptr": "*i32", "slots": "i32"}, (_RANK,), unaligned=("slots",),
+        traffic=f"a slot: 8 + 4 experts / {RANK_BLOCK} bytes; least 8",
     ),
     "rank": Spec(
         _rank_kernel, {"experts_ptr": "*i64", "starts_ptr": "*i32", "order_ptr": "*i64", "slots": "i32"}, (_RANK,),
-        unaligned=("slots",),
+        unaligned=("slots",), traffic=f"a slot: 16 + 4 experts / {RANK_BLOCK} bytes; least 16",
     ),
-    "matmul": Spec(
-        _matmul_kernel,
-        {"x_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES | _STRIDES,
-        (_BF16 | {"EXPERTS": 8, "GROUPS": 16}, _BF16 | {"EXPERTS": 64, "GROUPS": 64}),
-        dot=True, unaligned=("f_stride",),
+    "permute": Spec(
+        _permute_kernel, {"x_ptr": "*bf16", "order_ptr": "*i64", "rows_ptr": "*bf16", "h": "i32"},
+        tuple(_ROW | {"K": k} for k in (2, 8)),
+        traffic="an element of a row: read 2, write 2 bytes (bf16); least: each token read once, 2 / k",
     ),
-    "outer": Spec(
-        _outer_kernel, {"x_ptr": "*bf16", "grad_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES,
-        (_BF16,), dot=True,
+    "unpermute": Spec(
+        _unpermute_kernel,
+        {"rows_ptr": "*bf16", "position_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*bf16", "h": "i32"},
+        tuple(_ROW | {"K": k, "WEIGHTED": weighted} for k in (2, 8) for weighted in (True, False)),
+        traffic="an element of a token: read 2 k, write 2 bytes (bf16), each once",
+    ),
+    "unpermute_backward": Spec(
+        _unpermute_backward_kernel,
+        dict.fromkeys(("grad_ptr", "rows_ptr", "grad_rows_ptr"), "*bf16")
+        | {"order_ptr": "*i64", "weights_ptr": "*fp32", "grad_weights_ptr": "*fp32", "h": "i32"},
+        tuple(_ROW | {"K": k} for k in (2, 8)),
+        traffic="an element of a row: read 4, write 2 bytes (bf16); least: each token's gradient read once, 2 + 2 / k",
     ),
 }  # fmt: skip
 
 
-@torch.library.custom_op("trialign::grouped_matmul", mutates_args=())
-def _matmul(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return (grouped_matmul_triton if uses_triton(x) else grouped_matmul_ref)(x, weight, offsets)
+def _save_route(ctx, inputs, output) -> None:
+    logits, _, ctx.normalise = inputs
+    ctx.save_for_backward(logits, *output)
 
 
-@torch.library.custom_op("trialign::grouped_outer", mutates_args=())
-def _outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return (grouped_outer_triton if uses_triton(x) else grouped_outer_ref)(x, grad, offsets)
+def _route_backward(ctx, grad, _):
+    return torch.ops.trialign.route_backward(grad.contiguous(), *ctx.saved_tensors, ctx.normalise), None, None
 
 
-def _matmul_backward(ctx, grad):
-    x, weight, offsets = ctx.saved_tensors
+def _save_permute(ctx, inputs, output) -> None:
+    _, order, ctx.k = inputs
+    ctx.save_for_backward(order)
+
+
+def _permute_backward(ctx, grad):
+    (order,) = ctx.saved_tensors
+    return torch.ops.trialign.unpermute(grad.contiguous(), order, None, ctx.k), None, None
+
+
+def _save_unpermute(ctx, inputs, output) -> None:
+    rows, order, weights, ctx.k = inputs
+    ctx.save_for_backward(rows, order, weights)
+
+
+def _unpermute_backward(ctx, grad):
+    rows, order, weights = ctx.saved_tensors
     grad = grad.contiguous()
-    return _matmul(grad, weight.transpose(1, 2), offsets), _outer(x, grad, offsets), None
+    if weights is None:
+        return torch.ops.trialign.permute(grad, order, ctx.k), None, None, None
+    grad_rows, grad_weights = torch.ops.trialign.unpermute_backward(grad, rows, order, weights)
+    return grad_rows, None, grad_weights, None
 
 
-_matmul.register_fake(lambda x, weight, offsets: x.new_empty(x.shape[0], weight.shape[2]))
-_outer.register_fake(lambda x, grad, offsets: x.new_empty(offsets.shape[0] - 1, x.shape[1], grad.shape[1]))
-_matmul.register_autograd(_matmul_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+register(
+    "route",
+    lambda logits, k, normalise: (
+        logits.new_empty(logits.shape[0], k, dtype=torch.float32),
+        logits.new_empty(logits.shape[0], k, dtype=torch.int64),
+    ),
+    _save_route,
+    _route_backward,
+    route_triton,
+)
+register(
+    "route_backward",
+    lambda grad, logits, weights, experts, normalise: torch.empty_like(logits),
+    triton=route_backward_triton,
+)
+register(
+    "sort_by_expert",
+    lambda experts, num_experts: (experts.new_empty(experts.numel()), experts.new_empty(num_experts + 1)),
+    triton=sort_by_expert_triton,
+)
+register(
+    "permute",
+    lambda x, order, k: x.new_empty(order.shape[0], x.shape[1]),
+    _save_permute,
+    _permute_backward,
+    permute_triton,
+)
+register(
+    "unpermute",
+    lambda rows, order, weights, k: rows.new_empty(order.shape[0] // k, rows.shape[1]),
+    _save_unpermute,
+    _unpermute_backward,
+    unpermute_triton,
+)
+register(
+    "unpermute_backward",
+    lambda grad, rows, order, weights: (torch.empty_like(rows), torch.empty_like(weights)),
+    triton=unpermute_backward_triton,
+)
+
+
+def route(logits: torch.Tensor, k: int, normalise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [n, k] fp32 (differentiable in the logits) and experts [n, k] int64 of router logits [n, experts].
+
+    The largest comes first; normalise: a token's weights sum to 1. ValueError where k is not in 1 to experts.
+    """
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"top-{k} of {logits.shape[1]} experts")
+    if choose("route", logits) == "reference":
+        return route_ref(logits, k, normalise)
+    return torch.ops.trialign.route(logits.contiguous(), k, normalise)
 
 
 def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,23 +383,23 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
 
     experts [n, k] int64 in [0, num_experts).
     """
-    return (sort_by_expert_triton if uses_triton(experts) else sort_by_expert_ref)(experts, num_experts)
-
-
-def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Rows offsets[e] to offsets[e + 1] of x [m, h] times weight[e] of [experts, h, f]: [m, f]. Differentiable."""
-    if x.shape[1] != weight.shape[1] or len(offsets) != len(weight) + 1:
-        raise ValueError(f"x {list(x.shape)} and {len(offsets)} offsets do not fit weights {list(weight.shape)}")
-    return _matmul(x.contiguous(), weight, offsets)
+    if choose("sort_by_expert", experts) == "reference":
+        return sort_by_expert_ref(experts, num_experts)
+    return torch.ops.trialign.sort_by_expert(experts.long().contiguous(), num_experts)
 
 
 def permute(x: torch.Tensor, order: torch.Tensor, k: int) -> torch.Tensor:
-    """Rows [n * k, h] in expert order of tokens x [n, h]: one copy for each of a token's k experts."""
-    return x[order // k]
+    """Rows [n * k, h] in expert order of tokens x [n, h]: one copy for each of a token's k experts. Differentiable."""
+    if choose("permute", x) == "reference":
+        return permute_ref(x, order, k)
+    return torch.ops.trialign.permute(x.contiguous(), order, k)
 
 
 def unpermute(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Tokens [n, h] out of rows [n * k, h] in expert order: the sum of a token's k rows, weighted by weights [n, k]."""
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order), device=order.device)  # the row of each slot
-    return torch.einsum("nkh,nk->nh", rows[position.view(weights.shape)], weights.to(rows.dtype))
+    """Tokens [n, h] out of rows [n * k, h] in expert order: the sum of a token's k rows, weighted by weights [n, k].
+
+    Summed in fp32 whatever the rows are; differentiable in rows and weights.
+    """
+    if choose("unpermute", rows) == "reference":
+        return unpermute_ref(rows, order, weights)
+    return torch.ops.trialign.unpermute(rows.contiguous(), order, weights.float().contiguous(), weights.shape[1])

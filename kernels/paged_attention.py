@@ -163,7 +163,7 @@ SPECS = {
         dict.fromkeys(("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
         | {"slots_ptr": "*i64", "k_stride": "i64", "v_stride": "i64"},
         tuple({"WIDTH": w, "BLOCK": power_of_2(w), "num_warps": 4, "num_stages": 1} for w in (192, 1024)),
-        traffic="4 bytes of 4 per bf16 element",
+        traffic="read 2, write 2 bytes an element of k and v (bf16); least 2 and 2",
     ),
     "decode": Spec(
         _decode_kernel,
@@ -176,7 +176,7 @@ SPECS = {
             for group, d, extras, splits in ((3, 64, False, 1), (8, 128, True, SPLITS))
         ),
         dot=True,
-        traffic="each cached key and value read once",
+        traffic="read 2 bytes a cached element (bf16), write 4 / share of keys for the partial sums; least 2 and 0",
         unaligned=("kv_heads", "table_stride", "window"),
     ),
     "combine": Spec(
@@ -185,6 +185,7 @@ SPECS = {
         tuple(
             {"D": d, "BLOCK_D": d, "SPLITS": s, "num_warps": 2, "num_stages": 1} for d, s in ((64, 1), (128, SPLITS))
         ),
+        traffic="read 4 x shares, write 2 bytes an output (bf16); least 4 x shares and 2",
     ),
 }
 

@@ -9,6 +9,7 @@ KL, d = logp - logp_ref:  k1 = d,  k2 = d^2 / 2,  k3 = e^-d - 1 + d
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ._rt import Spec, cdiv, jit, tl
 from .dispatch import choose, register
@@ -151,7 +152,7 @@ SPECS = {
         ("low", "high", "dual"),
         "DUAL",
         (False, True),
-        "read 12, write 16 bytes a token: each tensor once",
+        "read 12, write 16 bytes a token; least 12 and 16",
     ),
     "value": _spec(
         _value,
@@ -159,7 +160,7 @@ SPECS = {
         ("clip",),
         "CLIP",
         (False, True),
-        "read 12, write 12 bytes a token: each tensor once",
+        "read 12, write 12 bytes a token; least 12 and 12",
     ),
     "kl": _spec(
         _kl,
@@ -167,30 +168,43 @@ SPECS = {
         (),
         "KIND",
         (1, 2, 3),
-        "read 8, write 8 bytes a token: each once",
+        "read 8, write 8 bytes a token; least 8 and 8",
     ),
 }
-
-
-def _save(ctx, inputs, output):
-    """The op has computed d loss / d first input already: its last output."""
-    ctx.save_for_backward(output[-1])
-    ctx.inputs = len(inputs)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _backward(ctx, grad, *_):
-    (slope,) = ctx.saved_tensors
-    return grad * slope, *(None,) * (ctx.inputs - 1)
 
 
 def _fakes(count: int):
     return lambda first, *_: tuple(torch.empty_like(first) for _ in range(count))
 
 
-register("policy_loss", _fakes(4), _save, _backward, policy_loss_triton)
-register("value_loss", _fakes(3), _save, _backward, value_loss_triton)
-register("kl_estimate", _fakes(2), _save, _backward, kl_estimate_triton)
+register("policy_loss", _fakes(4), triton=policy_loss_triton)
+register("value_loss", _fakes(3), triton=value_loss_triton)
+register("kl_estimate", _fakes(2), triton=kl_estimate_triton)
+
+
+def _through_slope(ctx, grad, *_):
+    (slope,) = ctx.saved_tensors
+    return None, None if grad is None else grad * slope, *(None,) * (len(ctx.needs_input_grad) - 2)
+
+
+class _Differentiable(torch.autograd.Function):
+    """An op whose last output is the gradient of its first one in its first input.
+
+    At 32k tokens autograd's own bookkeeping takes as long as the kernel, so it is kept short: a Function rather than
+    torch.library.register_autograd, and `once_differentiable` only where a graph of the gradient is being made.
+    """
+
+    @staticmethod
+    def forward(ctx, op, *inputs):
+        *outputs, slope = op(*inputs)
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (once_differentiable(_through_slope) if torch.is_grad_enabled() else _through_slope)(ctx, *grads)
 
 
 def _compiled(op: str, *tensors: torch.Tensor) -> bool:
@@ -207,8 +221,8 @@ def kl_estimate(logp: torch.Tensor, logp_ref: torch.Tensor, kind: str) -> torch.
         raise ValueError(f"KL estimator {kind!r}: allowed are {', '.join(KL_KINDS)}")
     if not _compiled("kl_estimate", logp, logp_ref):
         return kl_estimate_ref(logp, logp_ref, kind)
-    estimate, _ = torch.ops.trialign.kl_estimate(logp.contiguous(), logp_ref.contiguous(), int(kind[1]))
-    return estimate
+    op = torch.ops.trialign.kl_estimate.default
+    return _Differentiable.apply(op, logp.contiguous(), logp_ref.detach().contiguous(), int(kind[1]))[0]
 
 
 def policy_loss(
@@ -225,9 +239,8 @@ def policy_loss(
     """
     if not _compiled("policy_loss", logp, old_logp, advantages):
         return policy_loss_ref(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
-    tensors = logp.contiguous(), old_logp.contiguous(), advantages.contiguous()
-    loss, ratio, clipped, _ = torch.ops.trialign.policy_loss(*tensors, clip_low, clip_high, dual_clip)
-    return loss, ratio, clipped
+    tensors = logp.contiguous(), old_logp.detach().contiguous(), advantages.detach().contiguous()
+    return _Differentiable.apply(torch.ops.trialign.policy_loss.default, *tensors, clip_low, clip_high, dual_clip)
 
 
 def value_loss(
@@ -236,6 +249,5 @@ def value_loss(
     """(loss, clipped), each [total] fp32; clip None: the plain squared error. Differentiable in values only."""
     if not _compiled("value_loss", values, old_values, returns):
         return value_loss_ref(values, old_values, returns, clip)
-    tensors = values.contiguous(), old_values.contiguous(), returns.contiguous()
-    loss, clipped, _ = torch.ops.trialign.value_loss(*tensors, clip)
-    return loss, clipped
+    tensors = values.contiguous(), old_values.detach().contiguous(), returns.detach().contiguous()
+    return _Differentiable.apply(torch.ops.trialign.value_loss.default, *tensors, clip)

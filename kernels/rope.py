@@ -73,7 +73,7 @@ SPECS = {
             for half in (32, 64, 128)
             for interleaved in (False, True)
         ),
-        traffic="read 2, write 2 bytes an element (bf16), cos and sin once per 8 heads",
+        traffic="read 2, write 2 bytes an element (bf16), cos and sin 4 more for each 8 heads; least 2 and 2",
         unaligned=("heads",),
     ),
 }

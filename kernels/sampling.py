@@ -238,7 +238,8 @@ SPECS = {
         }
         | {"counters_ptr": "*i64", "tokens_ptr": "*i64", "logprobs_ptr": "*fp32", "v": "i32", "stride": "i64"},
         ({"BLOCK": 4096, "num_warps": 8, "num_stages": 1},),
-        traffic="a row three times (maximum, mass, draw), from the second time on out of the L2 cache",
+        traffic="read 2 bytes a logit (bf16) three times (maximum, mass, draw) and once for each step of a bisection, "
+        "all but the first out of the L2 cache; least 2",
         unaligned=("v",),
     )
 }

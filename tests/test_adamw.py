@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels.adamw import adamw_, adamw_ref_
 from trialign.kernels.dispatch import has_op
 

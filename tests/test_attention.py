@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels.attention import packed_attention, packed_attention_ref, sdpa_attention
 from trialign.kernels.dispatch import has_op
 

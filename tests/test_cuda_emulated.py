@@ -1,50 +1,27 @@
-"""The CUDA C++ kernels on the CPU: built as C++ under tests/emu/cuda_emu.h, their results held to the law, also under
-address and undefined-behaviour sanitizers, which planted faults prove to be awake."""
+"""The CUDA C++ kernels on the CPU: built as C++ under tests/emu/cuda_emu.h, their results held to the law. Under
+sanitizers they run in test_cuda_sanitized.py."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from kernel_law import assert_law
+from emu_build import COMPILER, compile_all, link
+from law import assert_law
+from trialign.kernels import adamw as A
 from trialign.kernels import gae as G
 from trialign.kernels import logprob as P
+from trialign.kernels import moe as M
 from trialign.kernels import rms_norm as N
 
-ROOT = Path(__file__).resolve().parent.parent
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or ""
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no g++")
-SANITIZERS = os.environ.get("EMU_SANITIZE")  # set in the process that the sanitizer test starts
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EPS = 1e-5
 
 
-def build(folder: Path, *flags: str, edit: tuple[str, str, str] | None = None) -> Path:
-    """csrc/cuda as one shared library for the CPU; `edit` (file, old, new) plants a fault."""
-    (folder / "cuda").mkdir(exist_ok=True)
-    shutil.copy(ROOT / "csrc" / "common.cuh", folder)
-    sources = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        text = source.read_text()
-        if edit and edit[0] == source.name:
-            assert edit[1] in text, "the planted fault no longer fits the source"
-            text = text.replace(edit[1], edit[2])
-        sources.append(folder / "cuda" / source.name)
-        sources[-1].write_text(text)
-    library = folder / "emulated.so"
-    command = [COMPILER, "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-w", f"-I{ROOT / 'tests' / 'emu'}", *flags]
-    subprocess.run([*command, "-x", "c++", *sources, "-o", library], check=True)
-    return library
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    path = os.environ.get("EMU_LIBRARY") or build(tmp_path_factory.mktemp("emu"))
-    return ctypes.CDLL(str(path))
+    folder = tmp_path_factory.mktemp("emulated")
+    return ctypes.CDLL(str(link(compile_all(folder, []), folder / "emulated.so", [])))
 
 
 def call(function, *arguments):
@@ -153,44 +130,31 @@ def test_gae(kernels, lengths, kept):
         assert_law(a, b, c)
 
 
-def sanitized(library: Path, what: str) -> subprocess.CompletedProcess:
-    """This file's tests on `library` in a process that has the sanitizers' runtime."""
-    runtime = [
-        subprocess.run([str(COMPILER), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    env = os.environ | {
-        "EMU_SANITIZE": "1",
-        "EMU_LIBRARY": str(library),
-        "EMU_SEED": "7",
-        "LD_PRELOAD": ":".join(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "halt_on_error=1",
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", "-k", what, __file__]
-    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.parametrize("n, k, num", [(0, 2, 3), (1, 1, 1), (700, 3, 20), (1500, 2, 300)])
+def test_sort_by_expert(kernels, n, k, num):
+    experts = torch.randint(num, (n, k), generator=torch.Generator().manual_seed(0))
+    experts[:, 0] = experts[:, 0].clamp(max=max(0, num - 2))
+    kernels.sort_by_expert_room.restype = ctypes.c_int64
+    room = torch.full((kernels.sort_by_expert_room(ctypes.c_int64(n * k), num),), -1, dtype=torch.int32)
+    order, offsets = torch.full((n * k,), -1), torch.full((num + 1,), -1)
+    call(kernels.launch_sort_by_expert, experts, room, order, offsets, n * k, num)
+    for got, right in zip((order, offsets), M.sort_by_expert_ref(experts, num), strict=True):
+        assert torch.equal(got, right)
 
 
-ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-
-
-@pytest.mark.skipif(SANITIZERS is not None, reason="already sanitized")
-def test_under_sanitizers_in_shuffled_order(tmp_path):
-    result = sanitized(build(tmp_path, *ASAN), "rms_norm or logprob or gae")
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-
-
-FAULTS = [
-    ("gae_kernel.cu", "const bool here = token >= start", "const bool here = true", "gae", "AddressSanitizer|FAILED"),
-    ("rms_norm_kernel.cu", "j < h; j += threads) put(y", "j <= h; j += threads) put(y", "rms_norm", "AddressSanitizer"),
-    ("logprob_kernel.cu", "packable(x) ? v / size : 0", "v / size", "logprob", "misaligned"),
-    ("logprob_kernel.cu", "if (threadIdx.x != 0) return;\n", "", "logprob", "FAILED"),
-]
-
-
-@pytest.mark.skipif(SANITIZERS is not None, reason="already sanitized")
-@pytest.mark.parametrize("file, old, new, what, sign", FAULTS)
-def test_a_planted_fault_is_caught(tmp_path, file, old, new, what, sign):
-    result = sanitized(build(tmp_path, *ASAN, edit=(file, old, new)), what)
-    assert result.returncode != 0
-    assert any(word in result.stdout + result.stderr for word in sign.split("|")), result.stdout[-2000:]
+@pytest.mark.parametrize("n, offset", [(1, 0), (1027, 0), (1027, 1)])  # at 1 no buffer starts at a multiple of 16
+@pytest.mark.parametrize("out", [None, *NUMBERS])
+def test_adamw(kernels, n, offset, out):
+    torch.manual_seed(0)
+    buffers = [torch.randn(n + offset)[offset:] for _ in range(2)] + [torch.rand(n + offset)[offset:], torch.randn(n)]
+    eager, exact = ([t.to(dtype, copy=True) for t in buffers] for dtype in (torch.float32, torch.float64))
+    lr, beta1, beta2, eps, decay, step, scale = 3e-3, 0.9, 0.95, 1e-8, 0.1, 7, 0.37
+    for copies in (eager, exact):
+        A.adamw_ref_(*copies, None, lr, beta1, beta2, eps, decay, step, scale)
+    param = None if out is None else torch.empty(n, dtype=out)
+    numbers = (beta1, beta2, 1 - lr * decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps, scale)
+    call(kernels.launch_adamw, NUMBERS[out or torch.float32], *buffers, param, n, *numbers)
+    for a, b, c in zip(buffers, eager, exact, strict=True):
+        assert_law(a, b, c)
+    if param is not None:
+        assert torch.equal(param, buffers[0].to(param.dtype))

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from trialign.kernels import dispatch
+from trialign.kernels.schemas import SCHEMAS
 
 PRINT = "import trialign.kernels.dispatch as d, torch; print(d.choose('gae', torch.zeros(1)))"
 
@@ -33,7 +34,7 @@ def test_the_switch():
 def test_an_unknown_mode_is_refused():
     result = run("fast")
     assert result.returncode != 0
-    assert "TRIALIGN_KERNELS='fast': allowed are auto, reference, avx2, baseline" in result.stderr
+    assert "TRIALIGN_KERNELS='fast': allowed are auto, own, fp8, reference, avx2, baseline" in result.stderr
 
 
 @pytest.mark.skipif(not dispatch.EXTENSION, reason="trialign._C is not built")
@@ -56,6 +57,47 @@ def test_a_missing_extension_is_said_once_and_the_references_serve():
     assert result.stdout == "reference\n"
     assert result.stderr.count("trialign._C is not built: plain torch serves instead") == 1
     assert run(None, HIDE + PRINT, RANK="3").stderr == ""  # one rank says it
+
+
+ALL_OPS = """
+import importlib, pathlib, torch, trialign.kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
+from trialign.kernels import dispatch
+from trialign.kernels.schemas import SCHEMAS
+for folder in trialign.kernels.__path__:
+    for path in pathlib.Path(folder).glob("*.py"):
+        importlib.import_module(f"trialign.kernels.{path.stem}")
+with FakeTensorMode():
+    on = lambda *shape, **kind: torch.empty(*shape, device="cuda", **kind)
+    print([op for op in SCHEMAS if dispatch.choose(op, on(2)) != "triton"])
+    from trialign.kernels.moe import permute, route, sort_by_expert, unpermute
+    weights, experts = route(on(6, 5, dtype=torch.float16), 2)
+    order, offsets = sort_by_expert(experts, 5)
+    out = unpermute(permute(on(6, 8), order, 2), order, weights)
+    print(out.shape, out.device, offsets.shape)
+print(dispatch.choose("gae", torch.zeros(1)), dispatch.EXTENSION)
+"""
+
+
+@pytest.mark.skipif(not dispatch.has_triton(), reason="Triton is not installed")
+def test_triton_serves_cuda_without_the_extension():
+    result = run(None, HIDE + ALL_OPS)
+    assert result.stdout == "[]\ntorch.Size([6, 8]) cuda:0 torch.Size([6])\nreference False\n", result.stderr[-2000:]
+
+
+@pytest.mark.skipif(not dispatch.EXTENSION, reason="trialign._C is not built")
+def test_the_schemas_are_those_of_the_extension():
+    for op, schema in SCHEMAS.items():
+        compiled = str(getattr(torch.ops.trialign, op).default._schema)
+        assert compiled == f"trialign::{op}{schema}"
+
+
+@pytest.mark.skipif(not dispatch.EXTENSION, reason="trialign._C is not built")
+def test_a_stale_extension_does_not_register_its_ops():
+    stale = "import trialign.source_hash as s; s.source_hash = lambda folder: 'other'\n"
+    asked = "import trialign.kernels.dispatch as d, torch, sys; print(d.EXTENSION, 'trialign._C' in sys.modules)"
+    result = run(None, stale + asked)
+    assert result.stdout == "False False\n" and "was built from other sources" in result.stderr
 
 
 def test_a_stale_extension_is_told(tmp_path):

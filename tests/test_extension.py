@@ -10,7 +10,7 @@ import pytest
 from trialign.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL_TESTS = ["rms_norm", "rope", "swiglu", "logprob", "linear_logprob", "gae", "ppo_loss"]
+KERNEL_TESTS = ["rms_norm", "rope", "swiglu", "logprob", "linear_logprob", "gae", "ppo_loss", "moe"]
 
 
 def build(tmp_path: Path, **environment) -> tuple[subprocess.CompletedProcess, list[str]]:
@@ -49,7 +49,17 @@ def test_every_simd_level_passes_the_kernel_tests(level):
 
 @pytest.mark.skipif(not dispatch.EXTENSION or shutil.which("nvcc") is None, reason="no extension or no nvcc")
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "add_rms_norm", "rms_norm_backward", "gae", "logprob_stats", "logprob_backward"]
+    "op",
+    [
+        "rms_norm",
+        "add_rms_norm",
+        "rms_norm_backward",
+        "gae",
+        "logprob_stats",
+        "logprob_backward",
+        "sort_by_expert",
+        "adamw",
+    ],
 )
 def test_cuda_kernels_are_built_and_registered_beside_any_torch(op):
     assert dispatch.has_cuda(op)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from big import untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trialign.kernels.dispatch import has_op
+from trialign.kernels.dispatch import choose, has_op
 from trialign.kernels.gae import gae, gae_ref
 
 
@@ -55,6 +56,45 @@ def test_error_is_within_the_law(cu_dtype):
     plain = gae_ref(rewards, values, mask, cu_seqlens, 1.0, 0.95)
     for a, b, c in zip(ours, plain, truth, strict=True):
         assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + 1e-6 * c.abs().max()
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 15, 16, 40])
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.0])
+def test_whole_vectors(prompt, lam):
+    """Lengths around the vector's, with the mask as it is in training: prompt off, response on."""
+    lengths = [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 200]
+    rewards, values, mask, cu_seqlens = case(lengths, 5, 1.0)
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        mask[start : min(start + prompt, end)] = False
+    values[~mask] = torch.nan
+    truth = walk(*(x.tolist() for x in (rewards, values, mask, cu_seqlens)), 0.99, lam)
+    for mine, theirs in zip(gae(rewards, values, mask, cu_seqlens, 0.99, lam), truth, strict=True):
+        torch.testing.assert_close(mine.double(), torch.tensor(theirs).double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 20, 63])
+def test_nan_reaches_the_tokens_before_it_in_its_sequence_alone(at):
+    rewards, values, mask, cu_seqlens = case([64, 64, 64], 6, 1.0)
+    rewards[64 + at] = torch.nan
+    spoilt = gae(rewards, values, mask, cu_seqlens, 0.99, 0.95)[0].isnan()
+    assert spoilt[64 : 64 + at + 1].all() and spoilt.sum() == at + 1
+
+
+@pytest.mark.skipif(choose("gae", torch.empty(0)) == "reference", reason="trialign._C is not built")
+def test_tokens_past_2_to_the_31():
+    """Nothing but the two sequences is touched, so the tensors take address space and no memory."""
+    start, lengths = (1 << 31) - 30, [50, 37]
+    rewards, values, mask, cu_seqlens = case(lengths, 7)
+    total = start + sum(lengths)
+    big = [untouched(total, x.dtype) for x in (rewards, values, mask)]
+    for whole, part in zip(big, (rewards, values, mask), strict=True):
+        whole[start:] = part
+    try:
+        far = gae(*big, cu_seqlens + start, 0.99, 0.95)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for the results: {error}")
+    for mine, near in zip(far, gae(rewards, values, mask, cu_seqlens, 0.99, 0.95), strict=True):
+        assert torch.equal(mine[start:], near)
 
 
 def test_gamma_and_lambda_one_is_reward_to_go():

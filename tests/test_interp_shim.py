@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from triton_case import DEVICE, INTERPRET, needs_triton
+from triton_case import DEVICE, FAULT, INTERPRET, needs_triton
 
 pytestmark = [*needs_triton, pytest.mark.skipif(not INTERPRET, reason="about the interpreter")]
 
 if INTERPRET:
     import triton
     import triton.language as tl
-
-    # Triton 3.9 wraps what an interpreted kernel raises, 3.7 does not.
-    FAULT = (getattr(triton.runtime.errors, "InterpreterError", ValueError), IndexError, RuntimeError, ValueError)
 
     @triton.jit
     def shifted_copy(x, y, n, shift, BLOCK: tl.constexpr):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from big import untouched
 from law import check_law
 from trialign.kernels.dispatch import has_op
 from trialign.kernels.logprob import gradient_ref, logprob, logprob_ref, stats_ref
@@ -165,6 +166,31 @@ def test_in_place_gradient_equals_the_fresh_one():
     assert torch.equal(fresh, logits)
 
 
+def test_a_row_of_nothing_but_minus_infinity_is_nan_as_torchs_and_spoils_no_other():
+    logits, labels = torch.randn(3, 4100), torch.tensor([1, 2, 3])
+    logits[1] = -torch.inf
+    ours, plain = logprob(logits, labels), logprob_ref(logits, labels)
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine[1].isnan() and theirs[[0, 2]].isfinite().all()
+        torch.testing.assert_close(mine[[0, 2]], theirs[[0, 2]])
+
+
+@pytest.mark.skipif(not has_op("logprob_update_"), reason="trialign._C is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_past_2_to_the_31(dtype):
+    """Two rows 2^31 elements apart: the row's offset does not fit 32 bits."""
+    rows, labels = torch.randn(2, 999).to(dtype), torch.tensor([5, 998])
+    far = untouched((1 << 31) + 999, dtype).as_strided((2, 999), (1 << 31, 1))
+    far.copy_(rows)
+    stats = [torch.zeros(4, 2) for _ in range(2)]
+    for mine, logits in zip(stats, (far, rows), strict=True):
+        mine[0] = -torch.inf
+        torch.ops.trialign.logprob_update_(mine, logits, labels, 1.0, 0)
+    assert torch.equal(*stats)
+    grads = [torch.ops.trialign.logprob_backward(x, labels, stats[1], torch.ones(2), None, 1.0, 0) for x in (far, rows)]
+    assert torch.equal(*grads)
+
+
 def test_fake_and_meta_runs():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -173,5 +199,8 @@ def test_fake_and_meta_runs():
         logp, entropy = logprob(logits, torch.zeros(8, dtype=torch.long))
         (logp.sum() + entropy.sum()).backward()
         assert logits.grad is not None and logits.grad.shape == (8, 100_000)
+        big = torch.randn(20_000, 151_936, dtype=torch.bfloat16, requires_grad=True)  # 3e9 elements: past 2^31
+        logp, entropy = logprob(big, torch.zeros(20_000, dtype=torch.long))
+        assert torch.autograd.grad(logp.sum() + entropy.sum(), big)[0].shape == big.shape
     big = torch.empty(20_000, 151_936, device="meta")  # 3e9 elements: past 2^31
     assert logprob(big, torch.zeros(20_000, dtype=torch.long, device="meta"))[0].shape == (20_000,)

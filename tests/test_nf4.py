@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels import nf4
 from trialign.kernels.nf4 import TABLE, dequantize_nf4, nf4_linear, quantize_nf4
 

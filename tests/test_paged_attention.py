@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels.attention import packed_attention
 from trialign.kernels.dispatch import has_op
 from trialign.kernels.paged_attention import paged_attention, paged_attention_ref, write_kv, write_kv_ref

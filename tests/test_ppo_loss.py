@@ -7,7 +7,7 @@ import pytest
 import torch
 from law import check_law
 from trialign.kernels import ppo_loss as P
-from trialign.kernels.dispatch import has_op
+from trialign.kernels.dispatch import choose, has_op
 
 SIZES = [0, 1, 15, 1001]
 
@@ -126,13 +126,52 @@ def test_gradcheck_of_the_references():
 @pytest.mark.skipif(not has_op("policy_loss"), reason="trialign._C is not built")
 def test_opcheck():
     first, second, third = draw(20)
-    first.requires_grad_()
     for dual in (None, 3.0):
         torch.library.opcheck(torch.ops.trialign.policy_loss, (first, second, third, 0.2, 0.3, dual))
     for clip in (None, 0.2):
         torch.library.opcheck(torch.ops.trialign.value_loss, (first, second, third, clip))
     for kind in (1, 2, 3):
         torch.library.opcheck(torch.ops.trialign.kl_estimate, (first, second, kind))
+
+
+def test_the_gradient_has_no_gradient():
+    """The op's own derivative is a constant to autograd: a second one would be wrong, so it is refused."""
+    logp, old, advantages = draw(20)
+    logp.requires_grad_()
+    weight = torch.ones(20, requires_grad=True)
+    for fn in (lambda x: P.policy_loss(x, old, advantages, 0.2, 0.2)[0], lambda x: P.kl_estimate(x, old, "k3")):
+        (slope,) = torch.autograd.grad(fn(logp).sum(), logp)
+        (again,) = torch.autograd.grad((fn(logp) * weight).sum(), logp, create_graph=True)
+        assert torch.equal(slope, again)
+        if choose("policy_loss", logp) != "reference":
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                again.sum().backward()
+
+
+def test_only_the_first_input_gets_a_gradient():
+    leaves = [x.requires_grad_() for x in draw(20)]
+    for loss in (P.policy_loss(*leaves, 0.2, 0.2)[0], P.value_loss(*leaves, 0.2)[0], P.kl_estimate(*leaves[:2], "k2")):
+        grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        assert grads[0] is not None and grads[1] is None and grads[2] is None
+
+
+def test_an_impossible_token():
+    """logp = -inf: the ratio is 0 to any accuracy that matters, and nothing is NaN."""
+    logp, old, advantages = torch.full((2,), -torch.inf), torch.zeros(2), torch.tensor([1.0, -1.0])
+    loss, ratio, clipped = P.policy_loss(logp.requires_grad_(), old, advantages, 0.2, 0.2)
+    (slope,) = torch.autograd.grad(loss.sum(), logp)
+    assert ratio.abs().max() < 1e-37 and clipped.tolist() == [0, 1] and slope.abs().max() < 1e-37
+    torch.testing.assert_close(loss, torch.tensor([0.0, 0.8]), rtol=1e-6, atol=1e-37)
+
+
+def test_more_than_2_to_the_31_tokens_without_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.randn(3 << 30, requires_grad=True)
+        losses = P.policy_loss(x, x, x, 0.2, 0.2)[0], P.value_loss(x, x, x, 0.2)[0], P.kl_estimate(x, x, "k3")
+        for loss in losses:
+            assert torch.autograd.grad(loss.sum(), x)[0].shape == x.shape == loss.shape
 
 
 def test_meta_run():

@@ -45,6 +45,14 @@ def test_a_row_of_zeros_and_huge_values():
     torch.testing.assert_close(y, torch.stack((torch.zeros(40), torch.ones(40))))
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4])
+def test_law_at_other_magnitudes(size):
+    """Below the root of eps the norm no longer divides the magnitude out; squares of 1e-30 vanish."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 577) * size, torch.randn(577)
+    check_law(lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_ref(x, w, EPS), (x, weight), (0, 1))
+
+
 def test_nan_stays():
     x = torch.randn(3, 40, dtype=torch.bfloat16)
     x[1, 5] = torch.nan
@@ -97,4 +105,6 @@ def test_fake_and_meta_runs():
         normed, total = add_rms_norm(x, x, torch.randn(16), EPS)
         (normed.sum() + total.sum()).backward()
         assert x.grad is not None and x.grad.shape == (8, 16)
+        big = torch.randn(1 << 20, 4096, requires_grad=True)  # 2^32 elements
+        assert torch.autograd.grad(rms_norm(big, torch.randn(4096), EPS).sum(), big)[0].shape == big.shape
     assert rms_norm(torch.randn(8, 16, device="meta"), torch.randn(16, device="meta"), EPS).shape == (8, 16)

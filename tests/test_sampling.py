@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_law import FLOOR
+from law import FLOOR
 from trialign.kernels.dispatch import has_op
 from trialign.kernels.sampling import philox, sample, sample_ref, uniform
 

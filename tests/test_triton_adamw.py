@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels.adamw import adamw_ref_, adamw_triton
 from triton_case import DEVICE, needs_triton
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels.attention import attention_backward_triton, attention_triton, packed_attention_ref
 from triton_case import DEVICE, needs_triton
 

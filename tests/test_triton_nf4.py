@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels.nf4 import dequantize_nf4, nf4_linear_backward_triton, nf4_linear_triton, quantize_nf4
 from triton_case import DEVICE, needs_triton
 

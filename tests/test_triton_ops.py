@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
+from trialign.kernels import cross_entropy as C
 from trialign.kernels import gae as G
 from trialign.kernels import logprob as P
 from trialign.kernels import ppo_loss as L
@@ -101,6 +102,17 @@ def test_logprob_by_shards_with_empty_ones():
     torch.testing.assert_close(stats.double(), whole, rtol=1e-5, atol=1e-4)
     grad = P.logprob_backward_triton(logits, labels, stats, torch.ones(4, device=DEVICE), None, 0.9, 0)
     assert grad.isfinite().all() and (grad[:, 2000:2500] == 0).all()
+
+
+@pytest.mark.parametrize("numbers", [(0.0, 0.0, 0.8), (0.1, 1e-3, 1.0)])
+def test_cross_entropy(numbers, monkeypatch):
+    monkeypatch.setattr(C, "piece_stats", P.logprob_stats_triton)
+    monkeypatch.setattr(C, "piece_gradient", P.logprob_backward_triton)
+    logits, labels, g = draw(4, 1003, spread=3.0), torch.tensor([0, 1002, -100, 7], device=DEVICE), draw(4)
+    leaf = logits.clone().requires_grad_()
+    loss = C.cross_entropy(leaf, labels, *numbers)
+    (grad,) = torch.autograd.grad(loss, leaf, g)
+    law((loss.detach(), grad), lambda x: C.cross_entropy_ref(x, labels, *numbers), (logits,), [g])
 
 
 def test_logprob_keeps_nan():

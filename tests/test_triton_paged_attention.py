@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_law import assert_law
+from law import assert_law
 from trialign.kernels import paged_attention as module
 from trialign.kernels.paged_attention import paged_attention_ref, paged_attention_triton, write_kv_ref, write_kv_triton
 from triton_case import DEVICE, needs_triton

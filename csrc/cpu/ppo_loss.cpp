@@ -20,33 +20,40 @@ void check(std::initializer_list<const Tensor*> tensors) {
   }
 }
 
+// The pointers are parameters: read from a lambda's captures they would be loaded anew after every store.
+void policy(const float* lp, const float* old, const float* advantage, float* loss, float* ratio, float* clip, float* gradient, int64_t n,
+            float clip_low, float clip_high, std::optional<float> dual_clip) {
+  const vf low = splat(clip_low), high = splat(clip_high), dual = splat(dual_clip.value_or(infinity)), zero = {};
+  sweep(n, [&](int64_t i, auto lanes) {
+    const vf d = load(lp + i, lanes) - load(old + i, lanes), a = load(advantage + i, lanes);
+    const vf r = vexp(vmin(splat(log_ratio_max), vmax(splat(exp_low), d)));
+    const vf kept = d == d ? r : d;
+    const vf held = -a * vmin(high, vmax(low, kept)), free = -a * kept;
+    vf value = free >= held ? free : held;
+    vf slope = (free >= held) & (d <= log_ratio_max) ? free : zero;
+    if (dual_clip) {
+      const vf bound = -a * dual;
+      const auto beyond = (a < 0.f) & (value > bound);
+      value = beyond ? bound : value;
+      slope = beyond ? zero : slope;
+    }
+    store(loss + i, value, lanes);
+    store(ratio + i, kept, lanes);
+    store(clip + i, held > free ? splat(1.f) : zero, lanes);
+    store(gradient + i, slope, lanes);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(const Tensor& logp, const Tensor& old_logp, const Tensor& advantages, double clip_low,
                                                        double clip_high, std::optional<double> dual_clip) {
   check({&logp, &old_logp, &advantages});
   Tensor losses = like(logp), ratios = like(logp), clipped = like(logp), gradients = like(logp);
   const float *lp = in<float>(logp), *old = in<float>(old_logp), *advantage = in<float>(advantages);
   float *loss = out<float>(losses), *ratio = out<float>(ratios), *clip = out<float>(clipped), *gradient = out<float>(gradients);
-  const float low = float(1 - clip_low), high = float(1 + clip_high), dual = float(dual_clip.value_or(0));
+  const float low = float(1 - clip_low), high = float(1 + clip_high);
+  const std::optional<float> dual = dual_clip ? std::optional<float>(*dual_clip) : std::nullopt;
   parallel(logp.numel(), 8, [&](int64_t begin, int64_t end) {
-    sweep(end - begin, [&](int64_t j, auto lanes) {
-      const int64_t i = begin + j;
-      const vf d = load(lp + i, lanes) - load(old + i, lanes), a = load(advantage + i, lanes), zero = {};
-      const vf r = vexp(vmin(splat(log_ratio_max), vmax(splat(exp_low), d)));
-      const vf kept = d == d ? r : d;
-      const vf held = -a * vmin(splat(high), vmax(splat(low), kept)), free = -a * kept;
-      vf value = free >= held ? free : held;
-      vf slope = (free >= held) & (d <= log_ratio_max) ? free : zero;
-      if (dual_clip) {
-        const vf bound = -a * dual;
-        const auto beyond = (a < 0.f) & (value > bound);
-        value = beyond ? bound : value;
-        slope = beyond ? zero : slope;
-      }
-      store(loss + i, value, lanes);
-      store(ratio + i, kept, lanes);
-      store(clip + i, held > free ? splat(1.f) : zero, lanes);
-      store(gradient + i, slope, lanes);
-    });
+    policy(lp + begin, old + begin, advantage + begin, loss + begin, ratio + begin, clip + begin, gradient + begin, end - begin, low, high, dual);
   });
   return {losses, ratios, clipped, gradients};
 }

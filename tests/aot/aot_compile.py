@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
 
 import triton
+from kernel_table import ARCHITECTURES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    arch: GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    for arch in ARCHITECTURES
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-MATRIX_UNIT = {"sm_80": r"\bHMMA", "sm_90": r"\b[HQ]G?MMA", "sm_100": r"\b(?:UTC\w*MMA|HMMA)", "gfx942": r"v_mfma"}
+# What the compiler's last text form says; SASS says the same, but reading it takes longer than all of the compiling.
+MATRIX_UNIT = {
+    "sm_80": r"\bmma\.sync",
+    "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",
+    "sm_100": r"\btcgen05\.mma|\bmma\.sync",
+    "gfx942": r"\bv_mfma",
+}
+SASS = {"sm_80": r"\bHMMA", "sm_90": r"\b[HQ]G?MMA", "sm_100": r"\b(?:UTC\w*MMA|HMMA)"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """Registers a thread; bytes of stack or count of local accesses (0: nothing spilled); bytes of shared memory."""
+    """Registers a thread; bytes of stack (0: nothing spilled); bytes of shared memory; the matrix instruction seen."""
 
     registers: int
     spilled: int
     shared: int
-    assembly: str
+    matrix: str
+    ttir: str
 
 
 def compile_kernel(spec, config: dict, arch: str) -> Report:
@@ -51,15 +59,43 @@ def compile_kernel(spec, config: dict, arch: str) -> Report:
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         # Scalar registers "spill" into lanes of vector registers; only vector spills reach memory.
         spilled = sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)))
-        return Report(registers, spilled, built.metadata.shared, text)
-    tool = triton.knobs.nvidia.cuobjdump.path
+    else:
+        registers, spilled = usage(built.asm["cubin"])
+        text = built.asm["ptx"]
+    found = re.search(MATRIX_UNIT[arch], text)
+    return Report(registers, spilled, built.metadata.shared, found[0] if found else "", built.asm["ttir"])
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of the kernel in a cubin; local memory, where spills go, is on the stack.
+
+    Read from the ELF records .nv.info by hand: cuobjdump tells the same and takes longer than compiling.
+    """
+    (headers,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQII", cubin, headers + i * size) for i in range(count)]
+    table = sections[names][4]
+    found: dict[int, int] = {}
+    for name, _, _, _, offset, length, _, _ in sections:
+        if cubin[table + name : cubin.index(0, table + name)] != b".nv.info":
+            continue
+        place, end = offset, offset + length
+        while place < end:
+            form, attribute, value = struct.unpack_from("<BBH", cubin, place)
+            place += 4
+            if form == 4:  # `value` bytes follow: a symbol's number and a figure
+                if attribute in (STACK, REGISTERS):
+                    found[attribute] = max(found.get(attribute, 0), struct.unpack_from("<II", cubin, place)[1])
+                place += value
+    return found[REGISTERS], found[STACK]
+
+
+STACK, REGISTERS = 0x11, 0x2F
+
+
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """The output of Triton's own cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage, text = (
-            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
-    stack = int(re.search(r"STACK:(\d+)", usage)[1])
-    spilled = stack or len(re.findall(r"\b(?:STL|LDL)\b", text))
-    return Report(int(re.search(r"REG:(\d+)", usage)[1]), spilled, built.metadata.shared, text)
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

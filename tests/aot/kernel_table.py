@@ -1,13 +1,16 @@
-"""Every Triton kernel of the package: those of each kernels/*.py that has a table SPECS."""
+"""Every Triton kernel of the package: those of each kernels/*.py that has a table SPECS, in every config that ships."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import trialign.kernels
 from trialign.kernels._rt import Spec
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def specs() -> Iterator[tuple[str, Spec]]:
@@ -18,6 +21,16 @@ def specs() -> Iterator[tuple[str, Spec]]:
             yield f"{stem}.{name}", spec
 
 
-def configs(spec: Spec, arch: str) -> tuple[dict, ...]:
-    """The configs that ship for an architecture."""
-    return spec.hip_configs if arch.startswith("gfx") and spec.hip_configs is not None else spec.configs
+def variants(spec: Spec) -> Iterator[tuple[Spec, dict[str, dict]]]:
+    """(spec, {architecture: config}) of every config, then of the fp32 configs, with a spec whose tensors are fp32."""
+    for nvidia, amd in zip(spec.configs, spec.hip_configs or spec.configs, strict=True):
+        yield spec, {arch: amd if arch.startswith("gfx") else nvidia for arch in ARCHITECTURES}
+    wide = {name: kind.replace("bf16", "fp32") for name, kind in spec.signature.items()}
+    for config in spec.fp32_configs or ():
+        yield dataclasses.replace(spec, signature=wide), dict.fromkeys(ARCHITECTURES, config)
+
+
+def label(config: dict) -> str:
+    """A config in a table: its compile-time values, warps (w) and stages (s)."""
+    values = [f"{k}={v:d}" if isinstance(v, int) else f"{k}={v}" for k, v in config.items() if not k.startswith("num_")]
+    return ", ".join([*values, f"w{config['num_warps']}", f"s{config['num_stages']}"])

@@ -59,11 +59,14 @@ enum State { READY, AT_BARRIER, AT_WARP, DONE };
 struct Fiber {
   ucontext_t boot; jmp_buf jb; bool started = false; State st = READY; uint3 tid{}; int linear = 0;
   unsigned wmask = 0; int wop = 0; uint64_t wval = 0; void* san = nullptr; void* fake = nullptr;
+  // For the thread sanitizer: a meeting (of a block or of lanes) orders what lay before it, not what its members do
+  // next while others still wait to be resumed. So even and odd meetings have objects of their own.
+  unsigned barriers = 0, meets = 0, met = 0; int64_t meet_obj[2] = {};
 };
 struct Block {
   std::vector<Fiber> f; std::vector<char> stacks; std::vector<unsigned char> dyn; std::function<void()> body;
   dim3 block, grid; uint3 bid{}; Fiber* cur = nullptr; jmp_buf sched; int live = 0; void* san = nullptr; void* fake = nullptr;
-  uint64_t slots[64][32]; const void* sb = nullptr; size_t sl = 0; char sync_obj = 0, start_obj = 0, end_obj = 0; std::vector<char> warp_obj;
+  uint64_t slots[64][32]; const void* sb = nullptr; size_t sl = 0; int64_t sync_obj[2] = {}, start_obj = 0, end_obj = 0;
   static constexpr size_t STACK = 64 * 1024;
 };
 inline thread_local Block* B = nullptr;
@@ -110,9 +113,10 @@ EMU_NOSAN inline void resume(Fiber& f) {
 #endif
 }
 EMU_NOSAN inline void syncthreads() {
-  EMU_TSAN(__tsan_release(&B->sync_obj);)
+  const unsigned parity = B->cur->barriers++ & 1; (void)parity;
+  EMU_TSAN(__tsan_release(&B->sync_obj[parity]);)
   B->cur->st = AT_BARRIER; yield();
-  EMU_TSAN(__tsan_acquire(&B->sync_obj);)
+  EMU_TSAN(__tsan_acquire(&B->sync_obj[parity]);)
 }
 // all lanes of mask meet; each leaves its value, gets the table of the warp's values
 template <class T> EMU_NOSAN inline T warp_exchange(int op, unsigned mask, T v, const std::function<T(const uint64_t*, int)>& pick) {
@@ -121,9 +125,9 @@ template <class T> EMU_NOSAN inline T warp_exchange(int op, unsigned mask, T v, 
   if (!(mask >> lane & 1)) die("lane not in its own mask", me->linear);
   uint64_t raw = 0; memcpy(&raw, &v, sizeof(T));
   me->wmask = mask; me->wop = op; me->wval = raw; me->st = AT_WARP;
-  EMU_TSAN(__tsan_release(&B->warp_obj[warp]);)
+  EMU_TSAN(__tsan_release(&me->meet_obj[me->meets & 1]);)
   yield();
-  EMU_TSAN(__tsan_acquire(&B->warp_obj[warp]);)
+  EMU_TSAN(for (unsigned k = 0; k < 32 && warp * 32 + k < B->f.size(); ++k) if (mask >> k & 1) { Fiber& o = B->f[warp * 32 + k]; __tsan_acquire(&o.meet_obj[o.met]); })
   return pick(B->slots[warp], lane);
 }
 EMU_NOSAN inline bool release_warps() {  // every lane named in a mask waits in the same collective -> go on
@@ -141,7 +145,7 @@ EMU_NOSAN inline bool release_warps() {  // every lane named in a mask waits in 
     }
     if (!ok) continue;
     for (int k = 0; k < 32; ++k) if (a.wmask >> k & 1 && w * 32 + k < n) B->slots[w][k] = B->f[w * 32 + k].wval;
-    for (int k = 0; k < 32; ++k) if (a.wmask >> k & 1 && w * 32 + k < n) B->f[w * 32 + k].st = READY;
+    for (int k = 0; k < 32; ++k) if (a.wmask >> k & 1 && w * 32 + k < n) { Fiber& b = B->f[w * 32 + k]; b.st = READY; b.met = b.meets++ & 1; }
     any = true;
   }
   return any;
@@ -156,11 +160,11 @@ template <class F> EMU_NOSAN inline void launch(dim3 grid, dim3 block, size_t dy
   if (grid.y > 65535 || grid.z > 65535) die("grid.y and grid.z stop at 65535", 0);
   if (dyn > 227 * 1024) die("too much dynamic shared memory", int(dyn));
   auto blk = std::make_unique<Block>(); B = blk.get();
-  B->block = block; B->grid = grid; B->f.resize(n); B->stacks.resize(size_t(n) * Block::STACK); B->warp_obj.resize(32);
+  B->block = block; B->grid = grid; B->f.resize(n); B->stacks.resize(size_t(n) * Block::STACK);
   B->body = fn;
   std::vector<long> order(nb); for (long i = 0; i < nb; ++i) order[i] = i;
   if (rng()) for (long i = nb - 1; i > 0; --i) std::swap(order[i], order[next_rand() % (i + 1)]);
-  EMU_TSAN(B->san = __tsan_get_current_fiber();)
+  EMU_TSAN(B->san = __tsan_get_current_fiber(); for (auto& f : B->f) f.san = __tsan_create_fiber(0);)
   std::vector<int> ord(n);
   for (long q : order) {
     B->bid = {unsigned(q % grid.x), unsigned(q / grid.x % grid.y), unsigned(q / (long(grid.x) * grid.y))};
@@ -170,7 +174,6 @@ template <class F> EMU_NOSAN inline void launch(dim3 grid, dim3 block, size_t dy
       f.tid = {unsigned(i) % block.x, unsigned(i) / block.x % block.y, unsigned(i) / (block.x * block.y)};
       getcontext(&f.boot); f.boot.uc_stack.ss_sp = B->stacks.data() + size_t(i) * Block::STACK;
       f.boot.uc_stack.ss_size = Block::STACK; f.boot.uc_link = nullptr; makecontext(&f.boot, entry, 0);
-  EMU_TSAN(f.san = __tsan_create_fiber(0);)
     }
     if (rng()) for (int i = n - 1; i > 0; --i) std::swap(ord[i], ord[next_rand() % (i + 1)]);
     EMU_TSAN(__tsan_release(&B->start_obj);)
@@ -186,8 +189,8 @@ template <class F> EMU_NOSAN inline void launch(dim3 grid, dim3 block, size_t dy
       } else if (!ran) die("deadlock: barrier and warp collective wait for each other", at);
     }
     EMU_TSAN(__tsan_acquire(&B->end_obj);)
-    EMU_TSAN(for (auto& f : B->f) __tsan_destroy_fiber(f.san);)
   }
+  EMU_TSAN(for (auto& f : B->f) __tsan_destroy_fiber(f.san);)
   B = nullptr;
 }
 }  // namespace emu
@@ -207,6 +210,7 @@ template <class T> inline T __shfl_down_sync(unsigned m, T v, int d, int w = 32)
 template <class T> inline T __shfl_up_sync(unsigned m, T v, int d, int w = 32) { return emu::warp_exchange<T>(3, m, v, [=](const uint64_t* s, int l) { const int k = l - d; return k >= 0 && k / w == l / w ? emu_from<T>(s[k]) : v; }); }
 template <class T> inline T __shfl_sync(unsigned m, T v, int src, int w = 32) { return emu::warp_exchange<T>(4, m, v, [=](const uint64_t* s, int l) { return emu_from<T>(s[l / w * w + src % w]); }); }
 inline unsigned __ballot_sync(unsigned m, bool p) { return emu::warp_exchange<unsigned>(5, m, p, [=](const uint64_t* s, int) { unsigned r = 0; for (int k = 0; k < 32; ++k) if (m >> k & 1 && s[k]) r |= 1u << k; return r; }); }
+template <class T> inline unsigned __match_any_sync(unsigned m, T v) { return emu::warp_exchange<uint64_t>(6, m, uint64_t(v), [=](const uint64_t* s, int l) { uint64_t r = 0; for (int k = 0; k < 32; ++k) if (m >> k & 1 && s[k] == s[l]) r |= 1u << k; return r; }); }
 inline bool __any_sync(unsigned m, bool p) { return __ballot_sync(m, p) != 0; }
 inline bool __all_sync(unsigned m, bool p) { return __ballot_sync(m, p) == m; }
 inline void __threadfence() {}

@@ -1,0 +1,92 @@
+"""The CUDA C++ kernels under address, undefined-behaviour and thread sanitizers, run on the CPU by tests/emu; faults
+planted in the kernels prove each of them, and the emulator's own checks, awake."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from emu_build import ASAN, COMPILER, KERNELS, TSAN, compile_all, compile_kernel, link
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no g++")
+FLAGS = {"asan": ASAN, "tsan": TSAN}
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """{sanitizer: {kernel: object}}; each set is compiled when first asked for."""
+    made = {}
+
+    def get(sanitizer: str) -> dict[str, Path]:
+        if sanitizer not in made:
+            made[sanitizer] = compile_all(tmp_path_factory.mktemp(sanitizer), FLAGS[sanitizer])
+        return made[sanitizer]
+
+    return get
+
+
+def run(driver: Path, *names: str) -> subprocess.CompletedProcess:
+    """The driver without address randomisation, which ThreadSanitizer does not always bear, in shuffled order."""
+    settings = {"EMU_SEED": "7", "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    command = [*([shutil.which("setarch") or "", "-R"] if shutil.which("setarch") else []), str(driver), *names]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("sanitizer", FLAGS)
+def test_every_kernel_is_clean(objects, tmp_path, sanitizer):
+    driver = link(objects(sanitizer), tmp_path / "driver", FLAGS[sanitizer])
+    result = run(driver)
+    assert result.returncode == 0 and result.stderr == "", result.stderr[-3000:]
+
+
+RACE, BOUNDS, ALIGNMENT = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow", "misaligned address"
+BARRIER, EXITED = "__syncthreads reached by only part of the block", "warp collective names an exited lane"
+# (what has to be said, the kernel, the file, the code, the fault in its place)
+FAULTS = [
+    (RACE, "rms_norm", "common.cuh", "room[warp] = v;\n  __syncthreads();", "room[warp] = v;"),
+    (RACE, "rms_norm", "rms_norm_kernel.cu", "if (threadIdx.x == 0) rstd[row] = r;", "rstd[row] = r;"),
+    (RACE, "logprob", "logprob_kernel.cu", "threadIdx.x >> 5] = all;\n  __syncthreads();", "threadIdx.x >> 5] = all;"),
+    (RACE, "logprob", "logprob_kernel.cu", "if (threadIdx.x != 0) return;\n", ""),
+    (RACE, "gae", "gae_kernel.cu", "advantages[token] =", "advantages[start] ="),
+    (RACE, "moe", "moe_kernel.cu", "hits[e] = 0;\n  __syncthreads();", "hits[e] = 0;"),
+    (RACE, "moe", "moe_kernel.cu", ": 0;\n      __syncthreads();", ": 0;"),
+    (RACE, "moe", "moe_kernel.cu", "= first + 32 * r;\n    __syncwarp();", "= first + 32 * r;"),
+    (RACE, "adamw", "adamw_kernel.cu", "begin + 4 < n ? begin + 4 : n", "begin + 5 < n ? begin + 5 : n"),
+    (BOUNDS, "rms_norm", "rms_norm_kernel.cu", "j < h; j += threads) put(y", "j <= h; j += threads) put(y"),
+    (BOUNDS, "logprob", "logprob_kernel.cu", "threadIdx.x; j < v; j += threads", "threadIdx.x; j <= v; j += threads"),
+    (BOUNDS, "gae", "gae_kernel.cu", "const bool here = token >= start", "const bool here = true"),
+    (BOUNDS, "moe", "moe_kernel.cu", "i < chunk && first + i < slots", "i < chunk"),
+    (BOUNDS, "adamw", "adamw_kernel.cu", "begin + 4 < n ? begin + 4 : n", "begin + 4"),
+    (ALIGNMENT, "logprob", "logprob_kernel.cu", "packable(x) ? v / size : 0", "v / size"),
+    (ALIGNMENT, "adamw", "adamw_kernel.cu", "packable(exp_avg_sq) && packable(grad)", "packable(exp_avg_sq)"),
+    (
+        BARRIER,
+        "rms_norm",
+        "rms_norm_kernel.cu",
+        "  const float r =",
+        "  if (threadIdx.x >= 128) return;\n  const float r =",
+    ),
+    (
+        BARRIER,
+        "moe",
+        "moe_kernel.cu",
+        "const int e = base + tid;",
+        "const int e = base + tid;\n    if (tid >= 64) return;",
+    ),
+    (EXITED, "gae", "gae_kernel.cu", "if (sequence >= sequences) return;", "if (lane >= 16) return;"),
+]
+
+
+@pytest.mark.parametrize("sign, kernel, file, old, new", FAULTS)
+def test_a_planted_fault_is_reported(objects, tmp_path, sign, kernel, file, old, new):
+    sanitizer = "tsan" if sign == RACE else "asan"
+    source = next(path for path in KERNELS if path.stem == f"{kernel}_kernel")
+    faulty = compile_kernel(source, tmp_path / "faulty.o", FLAGS[sanitizer], {file: (old, new)})
+    driver = link(objects(sanitizer) | {source.stem: faulty}, tmp_path / "driver", FLAGS[sanitizer])
+    result = run(driver, kernel)
+    assert result.returncode != 0 and sign in result.stderr, (result.stdout + result.stderr)[-2000:]
+
+
+def test_every_kernel_has_planted_faults():
+    assert {kernel for _, kernel, *_ in FAULTS} == {path.stem.removesuffix("_kernel") for path in KERNELS}

@@ -1,0 +1,29 @@
+"""docs/kernels.md names exactly the Triton kernels and configs that exist, and every one says what it moves."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests" / "aot"))
+
+from kernel_table import ARCHITECTURES, label, specs, variants  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+PAGE = (ROOT / "docs" / "kernels.md").read_text()
+
+
+def test_the_report_is_of_these_kernels_and_configs():
+    rows = re.findall(r"^\| (\w+\.\w+) \| (?:fp32: )?([^|]*=[^|]*) \| [\d /]+", PAGE, re.M)
+    assert sorted(rows) == sorted(
+        (name, label(configs[ARCHITECTURES[0]])) for name, spec in specs() for _, configs in variants(spec)
+    ), "docs/kernels.md is behind the kernels: make kernel-report ARGS=--write"
+
+
+def test_the_report_says_what_every_kernel_moves():
+    for name, spec in specs():
+        assert spec.traffic and f"| {name} | {spec.traffic} |" in PAGE, f"{name}: make kernel-report ARGS=--write"
+
+
+def test_nothing_in_the_report_spills():
+    figures = re.findall(r"(\d+) / (\d+) / \d+", PAGE.partition("<!-- report -->")[2])
+    assert figures and all(spilled == "0" for _, spilled in figures)
