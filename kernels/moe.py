@@ -9,7 +9,7 @@ No float atomics: counts, ranks and sums have one order, so results repeat bit f
 """
 
 # The kernels' types are those of Triton's language.
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
 
 from __future__ import annotations
 
