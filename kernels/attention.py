@@ -287,7 +287,7 @@ def attention_backward_triton(grad, q, k, v, out, stats, cu_seqlens, max_seqlen,
 
 
 _TRAFFIC = {
-    "forward": "q, out once, k, v a query block of the group (through L2), + 8 bytes a query and head; least: each once",
+    "forward": "q, out once, k, v a query block of the group (through L2), + 8 bytes a query; least: each once",
     "dq": "q, grad, out, dq once, k, v a query block of the group (through L2), + 12 bytes a query; least: each once",
     "dkv": "k, v, dk, dv once, q, grad a key block (through L2), + 12 bytes a query of each; least: each once",
 }

@@ -8,6 +8,9 @@
 No float atomics: counts, ranks and sums have one order, so results repeat bit for bit. The products: grouped_matmul.py.
 """
 
+# The kernels' types are those of Triton's language.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -186,8 +189,10 @@ def sort_by_expert_triton(experts, num_experts):
 
 
 def _routing(experts: int, k: int, normalise: bool) -> dict:
+    columns = power_of_2(experts)
     return {
-        "K": k, "PLACES": power_of_2(k, 1), "EXPERTS": power_of_2(experts), "NORMALISE": normalise, "BLOCK": 16,
+        "K": k, "PLACES": power_of_2(k, 1), "EXPERTS": columns, "NORMALISE": normalise,
+        "BLOCK": max(1, min(16, 1024 // columns)),  # what the registers hold
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
 

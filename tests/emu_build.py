@@ -1,4 +1,4 @@
-"""Builds the CUDA C++ kernels for the CPU, under tests/emu/cuda_emu.h, with a sanitizer or a planted fault or neither."""
+"""Builds the CUDA C++ kernels for the CPU under tests/emu/cuda_emu.h; with a sanitizer or a planted fault, if asked."""
 
 from __future__ import annotations
 

@@ -33,6 +33,25 @@ def test_law(dtype, alibi, window, lengths, heads, kv_heads, d):
         assert_law(got, plain, right, name, 4e-6 if dtype == torch.float32 else 8e-3)
 
 
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+def test_head_dims(d):
+    """Each set of block sizes, at lengths just past them; in bf16, which takes the larger blocks."""
+    torch.manual_seed(d)
+    q, k, v, grad = (torch.randn(72, heads, d, device=DEVICE).bfloat16() for heads in (2, 1, 1, 2))
+    cu = torch.tensor([0, 0, 1, 70, 72], device=DEVICE)
+
+    def reference(*tensors):
+        *leaves, upstream = (t.clone().requires_grad_() for t in tensors)
+        out = packed_attention_ref(*leaves, cu, 69, d**-0.5)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+    eager, exact = reference(q, k, v, grad), reference(*(t.double() for t in (q, k, v, grad)))
+    out, stats = attention_triton(q, k, v, cu, 69, d**-0.5, None, None)
+    grads = attention_backward_triton(grad, q, k, v, out, stats, cu, 69, d**-0.5, None, None)
+    for name, got, plain, right in zip(("out", "dq", "dk", "dv"), (out, *grads), eager, exact, strict=True):
+        assert_law(got, plain, right, name, 8e-3)
+
+
 def test_slices_of_a_fused_projection():
     torch.manual_seed(0)
     qkv = torch.randn(12, 4, 16, device=DEVICE)
