@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.gae import gae as gae_carrying
+from ..kernels.ppo_loss import kl_estimate as kl_unlimited
 from .segments import Segments
 
 Gaps = Literal["carry", "zero"]
@@ -51,8 +52,7 @@ def kl_estimate(
     limited = kind in rule.clamped
     if limited and rule.input_limit:
         d = d.clamp(-rule.input_limit, rule.input_limit)
-    estimates = {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d, "abs": d.abs}
-    estimate = estimates[kind]()
+    estimate = d.abs() if kind == "abs" else kl_unlimited(d, torch.zeros_like(d), kind)
     if rule.weighted:
         estimate = (logp - (logp if old_logp is None else old_logp).detach()).exp() * estimate
     return estimate.clamp(-rule.output_limit, rule.output_limit) if limited and rule.output_limit else estimate

@@ -59,6 +59,7 @@ class Batch:
     rewards: Tensor | None = None  # [total] fp32
     advantages: Tensor | None = None  # [total] fp32
     returns: Tensor | None = None  # [total] fp32
+    weights: Tensor | None = None  # [total] fp32: what each token's loss counts for; None: all alike
     cu_seqlens: Tensor = field(init=False)  # [samples + 1] int32: sample i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]]
     positions: Tensor = field(init=False)  # [total] int64: place within the sample
     response: Tensor = field(init=False)  # [targets] int64: where mask holds
@@ -140,6 +141,7 @@ _PER_TOKEN = (
     "rewards",
     "advantages",
     "returns",
+    "weights",
 )
 
 

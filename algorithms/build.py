@@ -20,6 +20,8 @@ from ..models.decoder import Decoder
 from ..models.hf import load_hf
 from ..models.tokenizer import read_tokenizer
 from .config import LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
+from .grpo import GroupRoles
+from .grpo_config import GRPOConfig
 from .ppo import Roles
 from .ppo_config import PPOConfig
 from .roles import AdapterOff, Learner, Role
@@ -71,13 +73,15 @@ def read_shape(
     return shape
 
 
-def read_shapes(config: PPOConfig) -> dict[str, ModelConfig]:
-    """The shape of every folder PPO's roles come from, checked against the layout and each other.
+def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
+    """The shape of every folder PPO's or GRPO's roles come from, checked against the layout and each other.
 
     Raises:
         ValueError: a folder is missing or unsupported, a size does not divide, or vocabularies differ.
     """
-    trained = [config.model.path, config.model.critic or config.model.path]
+    trained = [config.model.path]
+    if isinstance(config, PPOConfig):
+        trained.append(config.model.critic or config.model.path)
     shapes = {folder: read_shape(folder, config.parallel, config.run) for folder in config.reward.models}
     shapes |= {folder: read_shape(folder, config.parallel, config.run, lora=config.lora) for folder in trained}
     actor = shapes[config.model.path]
@@ -197,6 +201,31 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
         ),
         reference=reference,
         rewards=[Role(decoder(folder, "score")) for folder in config.reward.models],
+    )
+
+
+def build_group_roles(config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -> GroupRoles:
+    """GRPO's roles on one mesh, with the weights of their folders; a reference only where something needs it.
+
+    Raises:
+        ValueError: a folder lacks a tensor or holds one of the wrong shape.
+    """
+    folder, temperature = config.model.path, config.rollout.temperature
+
+    def decoder(path: str, head: HeadKind = "lm", *, trained: bool = False) -> Decoder:
+        options = {"head": head, "trained": trained, "recompute": config.parallel.recompute, "lora": config.lora}
+        return build_decoder(path, shapes[path], mesh, config.model.dtype, **options, seed=config.run.seed)
+
+    policy = decoder(folder, trained=True)
+    reference = None
+    if config.choices.needs_reference:
+        # Without its adapters the actor is the reference.
+        reference = AdapterOff(policy, temperature) if policy.lora else Role(decoder(folder), temperature)
+    updates = config.run.steps * config.grpo.epochs * config.grpo.minibatches
+    return GroupRoles(
+        build_learner(policy, config.optimizer, updates, ema_decay=config.grpo.ema_decay, temperature=temperature),
+        reference,
+        [Role(decoder(path, "score")) for path in config.reward.models],
     )
 
 

@@ -126,10 +126,18 @@ class RewardConfig:
     """path/to/file.py:function or module:function: (prompts, completions, **fields) -> one float each"""
     models: tuple[str, ...] = ()
     """folders of reward models (a decoder with a scalar head) in Hugging Face format"""
+    servers: tuple[str, ...] = ()
+    """addresses that score by HTTP, as http://host:8000/score of launch/serve_reward.py"""
     weights: tuple[float, ...] = ()
-    """weight of each function, then of each model (none: 1 each)"""
+    """weight of each function, then of each model, then of each server (none: 1 each)"""
     time_limit: float = 60.0
-    """seconds a function may take for one batch before it is killed and the run stops"""
+    """seconds a function may take for one batch before it is killed, and a server for one request"""
+    server_batch: int = 64
+    """answers in one request to a server"""
+    server_tries: int = 3
+    """times a request is made before the server counts as failed; what is no score is not asked for again"""
+    on_failure: Literal["stop", "abstain"] = "stop"
+    """what a scorer does that fails: it stops the run, or the answers it has no score for are left out of the step"""
     normalise: bool = False
     """subtract the running mean of all rewards so far and divide by their deviation"""
     clip: float = 10.0
@@ -138,18 +146,35 @@ class RewardConfig:
     """taken off the reward of an answer cut at max_new_tokens"""
 
     def __post_init__(self) -> None:
-        count = len(self.functions) + len(self.models)
+        count = len(self.names)
         if self.weights and len(self.weights) != count:
-            raise ValueError(f"weights={self.weights}: {len(self.weights)} weights for {count} functions and models")
+            kinds = "functions and models" if not self.servers else "functions, models and servers"
+            raise ValueError(f"weights={self.weights}: {len(self.weights)} weights for {count} {kinds}")
         require(all(math.isfinite(weight) for weight in self.weights), "weights", self.weights, "finite numbers")
-        if len(set(self.functions + self.models)) != count:
-            raise ValueError(f"functions={self.functions}, models={self.models}: each may be named once")
+        if len(set(self.names)) != count:
+            servers = f", servers={self.servers}" if self.servers else ""
+            raise ValueError(f"functions={self.functions}, models={self.models}{servers}: each may be named once")
+        for url in self.servers:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"servers={url!r}: must be an address as http://host:8000/score")
+        for name in ("server_batch", "server_tries"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for spec in self.functions:
             if not all(spec.rpartition(":")[::2]):
                 raise ValueError(f"functions={spec!r}: must be path/to/file.py:function or module:function")
         require(0 < self.time_limit < math.inf, "time_limit", self.time_limit, "above 0 (seconds)")
         require(0 <= self.clip < math.inf, "clip", self.clip, "0 (off) or more")
         require(0 <= self.missing_eos_penalty < math.inf, "missing_eos_penalty", self.missing_eos_penalty, "0 or more")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every scorer, in the order of the weights."""
+        return self.functions + self.models + self.servers
+
+    def check_given(self) -> None:
+        """Raises ValueError where nothing scores."""
+        if not self.names:
+            raise ValueError("no reward: give reward.functions, reward.models, reward.servers or several")
 
 
 @dataclass(frozen=True)

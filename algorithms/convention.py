@@ -56,8 +56,8 @@ class Convention:
     """bound of the loss of negative advantages"""
     gspo_gradient: Literal["shared", "own"] = "shared"
     """through the sequence's mean, or to each token its own"""
-    cispo_bounds: Literal["around one", "absolute"] = "around one"
-    """what CISPO's numbers mean: 1 + high, or the ratio itself"""
+    cispo_bounds: Literal["relative", "absolute"] = "relative"
+    """what CISPO's numbers mean: 1 - low and 1 + high, or the ratio itself"""
     aggregation: Aggregation = "token-mean"
     """of per-token policy losses"""
     value_loss_factor: float = 0.5
@@ -73,7 +73,7 @@ class Convention:
 
 
 PRESETS: dict[str, Convention] = {
-    "trialign": Convention(),
+    "trialign": Convention(value_clip=0.5),
     "openrlhf": Convention(
         kl=KLRule(ALL_KINDS, output_limit=10.0),
         reward_clip=(-10.0, 10.0),

@@ -1,59 +1,35 @@
 """Proximal policy optimization (https://arxiv.org/abs/1707.06347) as RLHF uses it (https://arxiv.org/abs/2203.02155).
 
-One batch: `plan` says who computes what, `score` fills in what the frozen models and the critic think of it,
-`with_rewards` and `with_advantages` turn that into advantages, `update` into new weights. Everything that is a
+One batch: `plan` (online.py) says who computes what, `score` fills in what the frozen models and the critic think of
+it, `with_rewards` and `with_advantages` turn that into advantages, `update` into new weights. Everything that is a
 statistic of the batch is a local computation, for every rank holds the whole batch.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..engine.mesh import Mesh
-from ..kernels.gae import gae
-from ..kernels.ppo_loss import kl_estimate, policy_loss, value_loss
-from .batch import Batch, deal_micro_batches, pack, whiten
+from ..kernels.ppo_loss import value_loss
+from .advantages import gae, kl_estimate, token_rewards, whiten
+from .batch import Batch, deal_micro_batches, pack
+from .online import (
+    Minibatch,
+    check_first_ratio,
+    one_pass,
+    over_update,
+    segments_of,
+    target_count,
+    truncated,
+    weighed,
+    with_weights,
+)
+from .policy_loss import log_ratio, ppo_loss
 from .ppo_config import PPOConfig
 from .roles import Learner, Role, Share, Stats, collect, target_logprobs
-
-
-class Minibatch(NamedTuple):
-    """What one optimizer step learns from."""
-
-    samples: list[int]  # of all data ranks
-    shares: list[Share]  # this data rank's, cut into micro-batches
-
-
-def plan(batch: Batch, config: PPOConfig, mesh: Mesh, seed: int) -> list[list[Minibatch]]:
-    """The minibatches of each epoch: the batch shuffled and cut, each part dealt to the data ranks and cut again.
-
-    Which samples make up a minibatch depends on the seed alone, not on the layout.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = len(batch) // config.ppo.minibatches
-    assert size * config.ppo.minibatches == len(batch)
-
-    def minibatch(samples: list[int]) -> Minibatch:
-        sizes = (config.ppo.micro_batch_size, config.ppo.micro_batch_tokens)
-        return Minibatch(samples, deal_micro_batches(samples, batch.lengths, mesh.dp, *sizes))
-
-    epochs = []
-    for _ in range(config.ppo.epochs):
-        order = torch.randperm(len(batch), generator=generator).tolist()
-        epochs.append([minibatch(order[i : i + size]) for i in range(0, len(batch), size)])
-    return epochs
-
-
-def one_pass(config: PPOConfig) -> bool:
-    """True where the weights do not change before the last use of the batch: old and new logprobs, and old and new
-    values, are one forward."""
-    return config.ppo.epochs == config.ppo.minibatches == 1
 
 
 @dataclass
@@ -74,10 +50,9 @@ def score(batch: Batch, roles: Roles, config: PPOConfig, shares: Sequence[Share]
     cut the sampler's distribution those would not do, and the actor's pass is run.
     """
     batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
-    if not one_pass(config):
+    if not one_pass(config.ppo):
         batch = batch.with_(values=roles.critic.values(batch, shares))
-    truncated = config.rollout.top_k > 0 or config.rollout.top_p < 1 or config.rollout.min_new_tokens > 0
-    if one_pass(config) and not truncated and not config.ppo.importance_cap:
+    if one_pass(config.ppo) and not truncated(config.rollout) and not config.ppo.importance_cap:
         return batch
     return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
 
@@ -86,16 +61,16 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
     """Token rewards: r_t = −β·kl_t + 1[t is the last token]·score.
 
     Args:
-        scores: [samples] fp32, one reward for each answer.
+        scores: [samples] fp32, one reward for each answer; of samples without targets (`without`) none is used.
         kl_coef: β.
     """
     assert batch.ref_logprobs is not None and batch.sampling_logprobs is not None
     logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
-    kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl) * batch.mask  # [total]
-    rewards = -kl_coef * kl
-    rewards[batch.last] += scores.to(rewards)
+    rules, segments = config.rules, segments_of(batch)
+    kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl, replace(rules.kl, weighted=False))  # [total]
+    rewards = token_rewards(scores.to(kl), kl, segments, kl_coef, clip=rules.reward_clip)
     metrics = {
-        "kl": kl.sum().item() / len(batch),  # nats a sequence, by the chosen estimator
+        "kl": segments.sums(kl).sum().item() / segments.filled,  # nats a sequence, by the chosen estimator
         "kl_per_token": (logprobs - batch.ref_logprobs)[batch.response].mean().item(),
         "kl_coef": kl_coef,
     }
@@ -108,7 +83,8 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
 def advantages_of(batch: Batch, values: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
     """GAE's advantages and returns, [total] each; a sample's depend on no other sample."""
     assert batch.rewards is not None
-    return gae(batch.rewards, values, batch.mask, batch.cu_seqlens, config.ppo.gamma, config.ppo.lam)
+    rules = config.rules
+    return gae(batch.rewards, values, segments_of(batch), batch.cu_seqlens, config.ppo.gamma, rules.lam, rules.gaps)
 
 
 def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, float]]:
@@ -123,7 +99,7 @@ def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, f
         "explained_variance": (1 - residual.var(correction=0) / spread.clamp_min(1e-8)).item(),
     }
     if config.ppo.whiten:
-        advantages = whiten(advantages, batch.mask)
+        advantages = whiten(advantages, segments_of(batch), config.rules.whiten)
     return batch.with_(advantages=advantages, returns=returns), metrics
 
 
@@ -138,7 +114,7 @@ def update(
 ) -> dict[str, float]:
     """Advantages, then all epochs and minibatches; returns the means of their metrics (extremes of extremes).
 
-    Losses are means over the response tokens of the whole minibatch, so micro-batches and layout do not change them.
+    Losses are weighted by the response tokens of the whole minibatch, so micro-batches and layout do not change them.
     Where the batch has no values yet, for there is one pass over it, the critic's step comes first and gives them.
 
     Args:
@@ -152,25 +128,19 @@ def update(
     history: list[dict[str, float]] = []
     learned = None
     if batch.values is None:
-        assert one_pass(config)
+        assert one_pass(config.ppo)
         learned, values = critic_step(roles.critic, batch, epochs[0][0], config)
         batch = batch.with_(values=values)
     batch, about_values = with_advantages(batch, config)
     for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
         metrics = learned or critic_step(roles.critic, batch, minibatch, config)[0]
         if train_actor:
-            parts = [batch.select(share) for share in minibatch.shares]
+            weighted = with_weights(batch, minibatch, config.rules.aggregation)
+            parts = [weighted.select(share) for share in minibatch.shares]
             targets = target_count(batch, minibatch)
             metrics |= actor_step(roles.actor, parts, targets, config, ptx, first=not history)
         history.append(metrics)
-    reduce = {"ratio_max": max, "ratio_min": min}
-    named = {name: [metrics[name] for metrics in history if name in metrics] for name in history[0]}
-    return about_values | {name: reduce.get(name, statistics.fmean)(values) for name, values in named.items()}
-
-
-def target_count(batch: Batch, minibatch: Minibatch) -> int:
-    """Response tokens of a minibatch, over all data ranks."""
-    return int(batch.mask[batch.rows(minibatch.samples)].sum())
+    return about_values | over_update(history)
 
 
 def critic_step(
@@ -181,7 +151,7 @@ def critic_step(
     Where the batch has no old values they are this forward's own, and so are the returns made of them: a sample's
     returns need the values of no other.
     """
-    stats = Stats()
+    stats, rules = Stats(), config.rules
     parts = [batch.select(share) for share in minibatch.shares]
     targets = target_count(batch, minibatch)
     seen: list[Tensor] = []
@@ -192,7 +162,8 @@ def critic_step(
         seen.append(values.detach())
         old = part.spread(values.detach()) if part.values is None else part.values
         returns = advantages_of(part, old, config)[1] if part.returns is None else part.returns
-        losses, clipped = value_loss(values, old[at], returns[at], config.critic.value_clip or None)
+        losses, clipped = value_loss(values, old[at], returns[at], rules.value_clip or None)
+        losses = losses * (rules.value_loss_factor / 0.5)
         stats.add(value_loss=losses, value_clip_fraction=clipped)
         return losses.sum() / targets
 
@@ -217,7 +188,7 @@ def actor_step(
         targets: response tokens of all data ranks.
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
-    stats = Stats()
+    stats, rules = Stats(), config.rules
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         assert part.advantages is not None and part.sampling_logprobs is not None
@@ -225,22 +196,17 @@ def actor_step(
         logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
         old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
         sampled = part.sampling_logprobs[at]
-        losses, ratio, clipped = policy_loss(
-            logprobs,
-            old,
-            part.advantages[at],
-            config.actor.clip_low,
-            config.actor.clip_high,
-            config.actor.dual_clip or None,
-        )
+        d = log_ratio(logprobs, old, rules.log_ratio_limit)
+        clips = config.actor.clip_low, config.actor.clip_high, rules.dual_clip or None
+        losses, ratio, clipped = ppo_loss(d, part.advantages[at], *clips)
         if config.ppo.importance_cap:  # truncated importance sampling: the sampler is not quite the actor
             losses = losses * torch.exp(old - sampled).clamp_max(config.ppo.importance_cap)
-        stats.add(policy_loss=losses, clip_fraction=clipped, entropy=entropy, approx_kl=old - logprobs)
+        stats.add(policy_loss=weighed(losses, part), clip_fraction=clipped, entropy=entropy, approx_kl=old - logprobs)
         stats.largest(ratio_max=ratio, ratio_min=-ratio)
         if part.logprobs is None:
             stats.add(sampler_mismatch=(logprobs - sampled).abs())
             stats.largest(sampler_mismatch_max=(logprobs - sampled).abs())
-        return (losses - config.actor.entropy_coef * entropy).sum() / targets
+        return weighed(losses - config.actor.entropy_coef * entropy, part).sum() / targets
 
     def ptx_loss(part: Batch, hidden: Tensor) -> Tensor:
         logprobs, _ = target_logprobs(actor.model, part, hidden, temperature=1.0)
@@ -258,11 +224,9 @@ def actor_step(
     step = actor.step(work)
     sums = stats.reduce(actor.mesh)
     extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
-    extremes["ratio_min"] *= -1
+    if "ratio_min" in extremes:
+        extremes["ratio_min"] *= -1
     means = {name: value / (ptx_targets if name == "ptx_loss" else targets) for name, value in sums.items()}
-    if first and (extremes["ratio_max"] != 1 or extremes["ratio_min"] != 1):
-        raise RuntimeError(
-            f"the ratios before the first step of an update lie in [{extremes['ratio_min']}, {extremes['ratio_max']}],"
-            " not at exactly 1: old logprobs are not those of the actor in the micro-batches of the update"
-        )
+    if first:
+        check_first_ratio(extremes)
     return means | extremes | {f"actor_{name}": value for name, value in step.items()}

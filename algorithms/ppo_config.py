@@ -23,6 +23,8 @@ from .config import (
     check_given,
     require,
 )
+from .convention import Convention
+from .convention_config import AS_PRESET, PPOConvention, check_preset_number
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class ActorConfig:
     """the ratio is clipped below 1 - clip_low [P]"""
     clip_high: float = 0.2
     """the ratio is clipped above 1 + clip_high; larger than clip_low lets rare tokens rise [P]"""
-    dual_clip: float = 0.0
-    """bounds the loss of a negative advantage at this many times it (0: off; the paper has 3) [D]"""
+    dual_clip: float = AS_PRESET
+    """bounds the loss of a negative advantage at this many times it (0: off; the paper has 3; -1: preset) [D]"""
     entropy_coef: float = 0.0
     """entropy bonus"""
     ema_decay: float = 0.0
@@ -70,7 +72,9 @@ class ActorConfig:
     def __post_init__(self) -> None:
         require(0 < self.clip_low < 1, "clip_low", self.clip_low, "above 0 and below 1")
         require(0 < self.clip_high < math.inf, "clip_high", self.clip_high, "above 0")
-        require(self.dual_clip == 0 or 1 < self.dual_clip < math.inf, "dual_clip", self.dual_clip, "0 (off) or above 1")
+        check_preset_number(
+            self, "dual_clip", self.dual_clip == 0 or 1 < self.dual_clip < math.inf, "0 (off) or above 1"
+        )
         require(math.isfinite(self.entropy_coef), "entropy_coef", self.entropy_coef, "a finite number")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (off) or more and below 1")
         require(0 <= self.ptx_coef < math.inf, "ptx_coef", self.ptx_coef, "0 (off) or more")
@@ -81,13 +85,13 @@ class CriticConfig:
     """The value function's update."""
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6))
-    value_clip: float = 0.5
-    """values move at most this far from their old ones (0: off) [O, V]"""
+    value_clip: float = AS_PRESET
+    """values move at most this far from their old ones (0: off; -1: as convention.preset says, ours 0.5) [O, V]"""
     warmup_steps: int = 0
     """first steps in which only the critic learns"""
 
     def __post_init__(self) -> None:
-        require(0 <= self.value_clip < math.inf, "value_clip", self.value_clip, "0 (off) or more")
+        check_preset_number(self, "value_clip", 0 <= self.value_clip < math.inf, "0 (off) or more")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
 
 
@@ -97,8 +101,8 @@ class AlgorithmConfig:
 
     gamma: float = 1.0
     """discount [I]"""
-    lam: float = 0.95
-    """GAE's lambda [P, I]; [O] and [V] have 1"""
+    lam: float = AS_PRESET
+    """GAE's lambda (-1: as convention.preset says, ours 0.95 [P, I]; [O] and [V] have 1)"""
     kl: Literal["k1", "k2", "k3"] = "k1"
     """estimator of the KL to the reference in the per-token reward [O]"""
     kl_coef: float = 0.01
@@ -121,8 +125,8 @@ class AlgorithmConfig:
     """weights tokens by the ratio of actor to sampler, truncated here (0: off; 2 is usual)"""
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "lam"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        require(0 <= self.gamma <= 1, "gamma", self.gamma, "from 0 to 1")
+        check_preset_number(self, "lam", 0 <= self.lam <= 1, "from 0 to 1")
         for name in ("kl_coef", "kl_target", "importance_cap"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("kl_horizon", "epochs", "minibatches", "micro_batch_size"):
@@ -170,7 +174,15 @@ class PPOConfig:
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ppo: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    convention: PPOConvention = field(default_factory=PPOConvention)
     run: PPORun = field(default_factory=PPORun)
+
+    @property
+    def rules(self) -> Convention:
+        """Every choice where trainers differ: the preset's, or the knob's that is given."""
+        return self.convention.resolved(
+            lam=self.ppo.lam, dual_clip=self.actor.dual_clip, value_clip=self.critic.value_clip
+        )
 
     @property
     def batch_size(self) -> int:
@@ -190,8 +202,7 @@ def check(config: PPOConfig, world: int) -> int:
         ValueError: naming the knobs and numbers that do not fit.
     """
     dp = check_given(config.model, config.data, config.parallel, world, rows="prompts")
-    if not config.reward.functions and not config.reward.models:
-        raise ValueError("no reward: give reward.functions, reward.models or both")
+    config.reward.check_given()
     if config.actor.ptx_coef and not config.data.ptx_source:
         raise ValueError(f"actor.ptx_coef={config.actor.ptx_coef} needs text to learn from: give data.ptx_source")
     samples = config.batch_size

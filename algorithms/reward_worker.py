@@ -1,7 +1,8 @@
 """The process a reward function runs in: `python -P reward_worker.py path/to/file.py:function`. Standard library only.
 
 It answers pickled requests (prompts, completions, sources, fields) on stdin with one JSON object each,
-{"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr.
+{"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr. With a second
+argument `abstain` rows that have no score get null, and {"failures": [...]} says why.
 """
 
 import importlib
@@ -56,8 +57,13 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
 
 
-def score(function: Callable[..., Any], request: dict[str, Any]) -> list[float]:
+def score(
+    function: Callable[..., Any], request: dict[str, Any], failures: list[str] | None = None
+) -> list[float | None]:
     """Calls the function and checks what it gives.
+
+    Args:
+        failures: where it is given, what is no finite number becomes None there, and the reason is added to it.
 
     Raises:
         ValueError: it raised, or gave no finite number for some row; names the row.
@@ -79,13 +85,41 @@ def score(function: Callable[..., Any], request: dict[str, Any]) -> list[float]:
         raise ValueError(f"returned {given!r:.60}: must be one float for each completion") from None
     if len(given) != len(completions):
         raise ValueError(f"returned {len(given)} scores for {len(completions)} completions")
-    numbers = []
+    numbers: list[float | None] = []
     for value, source, prompt in zip(given, sources, prompts, strict=True):
         number = as_number(value)
         if not isinstance(number, int | float) or not math.isfinite(number):
-            raise ValueError(f"returned {value!r:.60} for {source} (prompt {prompt!r:.80}): must be a finite number")
+            reason = f"returned {value!r:.60} for {source} (prompt {prompt!r:.80}): must be a finite number"
+            if failures is None:
+                raise ValueError(reason)
+            failures.append(reason)
+            numbers.append(None)
+            continue
         numbers.append(float(number))
     return numbers
+
+
+def score_or_abstain(function: Callable[..., Any], request: dict[str, Any]) -> tuple[list[float | None], list[str]]:
+    """Scores, None for rows that have none, and why.
+
+    A function that raises is called with one row at a time, so that only the rows it fails on are without a score.
+    """
+    scores: list[float | None] = []
+    failures: list[str] = []
+    try:
+        return score(function, request, failures), failures
+    except ValueError as error:
+        reason = str(error)
+    names = ("prompts", "completions", "sources")
+    for i in range(len(request["completions"])):
+        row = {name: request[name][i : i + 1] for name in names}
+        row["fields"] = {key: values[i : i + 1] for key, values in request["fields"].items()}
+        try:
+            scores += score(function, row, failures)
+        except ValueError as error:
+            scores.append(None)
+            failures.append(str(error))
+    return scores, failures or [reason]
 
 
 def as_number(value: Any) -> Any:
@@ -137,6 +171,10 @@ def main() -> None:
             request = pickle.load(requests)
         except EOFError:
             return
+        if sys.argv[2:] == ["abstain"]:
+            scores, failures = score_or_abstain(function, request)
+            answer(scores=scores, failures=failures)
+            continue
         try:
             answer(scores=score(function, request))
         except ValueError as error:

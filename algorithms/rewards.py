@@ -1,7 +1,7 @@
 """Rewards: functions of the user's in processes of their own, and what is done to scores before they are rewards.
 
-A function that raises, hangs, dies or gives nonsense stops the run with the row named: a reward of 0 in its place
-would teach the model something nobody meant.
+A function that raises, hangs, dies or gives nonsense stops the run with the row named, or leaves the row without a
+score: a reward of 0 in its place would teach the model something nobody meant.
 """
 
 from __future__ import annotations
@@ -33,16 +33,27 @@ class RewardFunction:
     Args:
         spec: path/to/file.py:function or module:function (modules are looked for in the working directory too).
         time_limit: seconds for importing the file, and for each call.
+        abstain: what goes wrong in a call leaves rows without a score, NaN, instead of raising. A function that raises
+            is called again with each row alone; one that hangs or dies is started anew at the next call.
+
+    Attributes:
+        failures: why rows are without a score, since it was last emptied.
 
     Raises:
         ValueError: the file, module or function is not there or cannot be imported.
     """
 
-    def __init__(self, spec: str, time_limit: float = 60.0):
-        self.spec, self.time_limit = spec, time_limit
+    def __init__(self, spec: str, time_limit: float = 60.0, *, abstain: bool = False):
+        self.spec, self.time_limit, self.abstain = spec, time_limit, abstain
+        self.failures: list[str] = []
+        self._start()
+
+    def _start(self) -> None:
         worker = Path(__file__).with_name("reward_worker.py")
+        mode = ["abstain"] if self.abstain else []
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(worker), spec],  # -P: the worker's own folder is not to shadow modules
+            # -P: the worker's own folder is not to shadow modules
+            [sys.executable, "-P", str(worker), self.spec, *mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # a process group of its own, killed whole
@@ -51,12 +62,14 @@ class RewardFunction:
         self._answer("while it was imported")
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """One finite score for each completion. A column that a row lacks is None there.
+        """One finite score for each completion; NaN where it abstains. A column that a row lacks is None there.
 
         Raises:
             ValueError: the function raised, took too long, died, or did not return a finite number for each row;
-                names the rows. After a time limit or a death the object is of no more use.
+                names the rows. After a time limit or a death the object is of no more use. Not where it abstains.
         """
+        if self.abstain and self._closed:
+            self._start()
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.fields)
         request = {
             "prompts": [prompt.text for prompt in prompts],
@@ -71,7 +84,13 @@ class RewardFunction:
             stdin.flush()
         sources = request["sources"]
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
-        return self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
+        try:
+            return self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
+        except ValueError as error:
+            if not self.abstain:
+                raise
+            self.failures.append(str(error))
+            return [math.nan] * len(completions)
 
     def close(self) -> None:
         """Ends the process and everything it started; may be called twice."""
@@ -109,7 +128,8 @@ class RewardFunction:
             if doing.startswith("while"):
                 self.close()
             raise ValueError(f"reward function {self.spec}: {answer['error']}")
-        return answer["scores"]
+        self.failures += [f"reward function {self.spec}: {reason}" for reason in answer.get("failures", ())]
+        return [math.nan if score is None else score for score in answer["scores"]]
 
     def _line(self, doing: str) -> bytes:
         """The next line of the process, or what there is of it when it ends."""
@@ -130,20 +150,25 @@ class RewardFunction:
         return line
 
 
-def combine(scores: Mapping[str, Sequence[float]], weights: Sequence[float] = ()) -> list[float]:
+def combine(
+    scores: Mapping[str, Sequence[float]], weights: Sequence[float] = (), *, abstain: bool = False
+) -> list[float]:
     """The weighted sum of several rewards, sample by sample.
 
     Args:
         scores: by name (a function's spec, a model's folder), in the order of the weights; one float each sample.
         weights: none: 1 each.
+        abstain: a sample that one of them has no finite score for gets NaN.
 
     Raises:
-        ValueError: a score is not finite; names the reward and the sample.
+        ValueError: a score is not finite; names the reward and the sample. Not where they may abstain.
     """
     for name, values in scores.items():
         for sample, value in enumerate(values):
-            if not math.isfinite(value):
+            if not math.isfinite(value) and not abstain:
                 raise ValueError(f"reward {name}: {value} for sample {sample} of the batch")
+    if abstain:
+        scores = {name: [v if math.isfinite(v) else math.nan for v in values] for name, values in scores.items()}
     factors = weights or [1.0] * len(scores)
     columns = zip(*scores.values(), strict=True)
     return [sum(w * v for w, v in zip(factors, column, strict=True)) for column in columns]
@@ -163,15 +188,16 @@ class RewardShaper:
         """One reward for each sample.
 
         Args:
-            scores: of the whole global batch.
+            scores: of the whole global batch; NaN, which a sample without a score has, stays and moves nothing.
             finished: the answer ended by itself (end of sequence), rather than at max_new_tokens.
         """
         rewards = list(scores)
         if self.config.normalise:
-            self.moments.update(rewards)
+            self.moments.update([reward for reward in rewards if not math.isnan(reward)])
             rewards = [(reward - self.moments.mean) / self.moments.deviation for reward in rewards]
         if self.config.clip:
-            rewards = [max(-self.config.clip, min(self.config.clip, reward)) for reward in rewards]
+            limit = self.config.clip
+            rewards = [r if math.isnan(r) else max(-limit, min(limit, r)) for r in rewards]
         penalty = self.config.missing_eos_penalty
         return [reward - (0.0 if end else penalty) for reward, end in zip(rewards, finished, strict=True)]
 
@@ -191,6 +217,8 @@ class RunningMoments:
 
     def update(self, values: Sequence[float]) -> None:
         count = len(values)
+        if not count:
+            return
         mean = math.fsum(values) / count
         squares = math.fsum((value - mean) ** 2 for value in values)
         total = self.count + count

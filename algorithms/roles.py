@@ -141,16 +141,19 @@ class Stats:
             self.sums.setdefault(name, []).append(value.detach().sum())
 
     def largest(self, **values: Tensor) -> None:
-        """Takes the maximum of each tensor."""
+        """Takes the maximum of each tensor; one without entries, of a micro-batch without targets, says nothing."""
         for name, value in values.items():
-            self.maxima.setdefault(name, []).append(value.detach().max())
+            if value.numel():
+                self.maxima.setdefault(name, []).append(value.detach().max())
 
     def reduce(self, mesh: Mesh) -> dict[str, float]:
         """The same numbers on every rank. Collective over dp and pp."""
         mine = {name: torch.stack(values).sum().item() for name, values in self.sums.items()}
         mine |= {name: torch.stack(values).max().item() for name, values in self.maxima.items()}
-        over_dp = gather_objects(mine, mesh.dp)
-        merged = {n: (max if n in self.maxima else sum)(rank[n] for rank in over_dp) for n in mine}
+        over_dp = gather_objects((mine, set(self.maxima)), mesh.dp)
+        maxima = set().union(*(names for _, names in over_dp))
+        known = dict.fromkeys(name for numbers, _ in over_dp for name in numbers)
+        merged = {n: (max if n in maxima else sum)(rank[n] for rank, _ in over_dp if n in rank) for n in known}
         return gather_objects(merged, mesh.pp)[-1]
 
 

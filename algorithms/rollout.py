@@ -10,7 +10,8 @@ from ..engine.parallel.collectives import gather_objects
 from ..engine.rollout.generate import Generator, SamplingParams
 from .batch import Batch, Prompt, Rollout
 from .config import RewardConfig, RolloutConfig
-from .rewards import RewardFunction
+from .reward_server import RewardServer
+from .rewards import RewardFunction, combine
 from .roles import Role, Share
 
 if TYPE_CHECKING:
@@ -57,10 +58,10 @@ def sample(
 
 
 class Scorer:
-    """All rewards of a run: functions in processes of their own, models on the mesh.
+    """All rewards of a run: functions in processes of their own, models on the mesh, servers elsewhere.
 
     A function is called once a step, on the first rank, with the whole batch: one that looks across its rows (a rank, a
-    diversity bonus) means the same in every layout.
+    diversity bonus) means the same in every layout. So are servers, in requests of `server_batch` rows.
 
     Raises:
         ValueError: a function cannot be loaded; on every rank.
@@ -69,10 +70,17 @@ class Scorer:
     def __init__(self, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh):
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.functions: list[RewardFunction] = []
+        self.servers: list[RewardServer] = []
 
         def start() -> None:
+            abstain, sizes = (
+                config.on_failure == "abstain",
+                {"batch": config.server_batch, "tries": config.server_tries},
+            )
             for spec in config.functions:
-                self.functions.append(RewardFunction(spec, config.time_limit))
+                self.functions.append(RewardFunction(spec, config.time_limit, abstain=abstain))
+            for url in config.servers:
+                self.servers.append(RewardServer(url, config.time_limit, abstain=abstain, **sizes))
 
         self._on_first_rank(start)
 
@@ -92,12 +100,24 @@ class Scorer:
         def call() -> list[list[float]]:
             prompts = [rollout.prompt for rollout in rollouts]
             texts = self.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
-            return [function.score(prompts, texts) for function in self.functions]
+            return [scorer.score(prompts, texts) for scorer in (*self.functions, *self.servers)]
 
-        by_function = self._on_first_rank(call)
+        called = self._on_first_rank(call)
         by_model = [model.scores(batch, shares).tolist() for model in models]
-        names = (*self.config.functions, *self.config.models)
-        return dict(zip(names, by_function + by_model, strict=True))
+        functions = len(self.config.functions)
+        scores = called[:functions] + by_model + called[functions:]
+        return dict(zip(self.config.names, scores, strict=True))
+
+    def combined(self, scores: dict[str, list[float]]) -> list[float]:
+        """The weighted sum of all rewards, sample by sample; NaN where one abstains."""
+        return combine(scores, self.config.weights, abstain=self.config.on_failure == "abstain")
+
+    def failures(self) -> list[str]:
+        """Why samples are without a score, one line each since the last call; on the first rank."""
+        told = [reason for scorer in (*self.functions, *self.servers) for reason in scorer.failures]
+        for scorer in (*self.functions, *self.servers):
+            scorer.failures.clear()
+        return told
 
     def close(self) -> None:
         """Ends the functions' processes."""

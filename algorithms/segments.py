@@ -36,6 +36,11 @@ class Segments:
             0, self.sample, self.mask.long()
         )
 
+    @property
+    def filled(self) -> int:
+        """Samples that have a counted token; at least 1, for it divides."""
+        return max(1, int((self.sizes > 0).sum()))
+
     def sums(self, x: Tensor) -> Tensor:
         """[total] -> [samples]: the sum over each sample's counted tokens. Differentiable."""
         return x.new_zeros(self.count).index_add(0, self.sample, torch.where(self.mask, x, 0))

@@ -21,7 +21,8 @@ import tyro
 from trialign.algorithms.batch import Prompt, from_rollouts
 from trialign.algorithms.build import build_roles, read_shapes
 from trialign.algorithms.config import ParallelConfig, RolloutConfig
-from trialign.algorithms.ppo import plan, score, update, with_rewards
+from trialign.algorithms.online import plan
+from trialign.algorithms.ppo import score, update, with_rewards
 from trialign.algorithms.ppo_config import AlgorithmConfig, PPOConfig, PPOData, PPOModels, PPORun
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample, sampling_params
@@ -85,7 +86,7 @@ def main(bench: Bench) -> None:
         prompts = [Prompt(step * bench.prompts + i, row, "") for i, row in enumerate(tokens)]
         with phases("rollout") as phase:
             batch = from_rollouts(sample(generator, prompts, params)).to(mesh.device)
-            epochs = plan(batch, config, mesh, seed=step)
+            epochs = plan(batch, config.ppo, mesh, seed=step)
             shares = [share for minibatch in epochs[0] for share in minibatch.shares]
             phase.flops = forward = forward_flops(shape, batch.lengths, len(batch.response))
         with phases("score") as phase:

@@ -35,6 +35,12 @@ PPO_PANELS = (
     Panel("Entropy", "nats a token", (Line("entropy", "#4338ca"),)),
     Panel("Value loss", "half squared error, clipped", (Line("value_loss", "#be123c"),)),
 )
+GRPO_PANELS = (
+    Panel("Reward", "mean over the answers", (Line("reward", "#0f766e"),)),
+    Panel("KL to the reference", "nats an answer", (Line("kl", "#b45309"),)),
+    Panel("Entropy", "nats a token", (Line("entropy", "#4338ca"),)),
+    Panel("Groups with a spread of rewards", "share", (Line("groups_with_spread", "#be123c"),)),
+)
 SFT_PANELS = (
     Panel(
         "Loss",

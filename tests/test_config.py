@@ -63,7 +63,7 @@ def test_help_explains_every_knob_with_its_default(capsys):
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     knobs = flatten(PPOConfig())
-    assert len(knobs) <= 90
+    assert len(knobs) <= 110
     parts = text.split(" --")  # one part a knob: its flag, its explanation, its default
     for key in knobs:
         (part,) = [part for part in parts if part.startswith(f"{key} ")]
@@ -75,10 +75,10 @@ def test_help_explains_every_knob_with_its_default(capsys):
 
 def test_published_defaults():
     config = PPOConfig()
-    assert (config.actor.clip_low, config.actor.clip_high, config.critic.value_clip) == (0.2, 0.2, 0.5)
-    assert (config.ppo.gamma, config.ppo.lam, config.ppo.kl, config.ppo.kl_coef) == (1.0, 0.95, "k1", 0.01)
+    assert (config.actor.clip_low, config.actor.clip_high, config.rules.value_clip) == (0.2, 0.2, 0.5)
+    assert (config.ppo.gamma, config.rules.lam, config.ppo.kl, config.ppo.kl_coef) == (1.0, 0.95, "k1", 0.01)
     assert (config.actor.optimizer.lr, config.critic.optimizer.lr) == (1e-6, 9e-6)
-    assert config.actor.dual_clip == config.actor.ptx_coef == config.actor.ema_decay == config.ppo.importance_cap == 0
+    assert config.rules.dual_clip == config.actor.ptx_coef == config.actor.ema_decay == config.ppo.importance_cap == 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -9,11 +9,12 @@ import typing
 from pathlib import Path
 
 import pytest
+from trialign.algorithms.grpo_config import GRPOConfig
 from trialign.algorithms.ppo_config import PPOConfig
 from trialign.algorithms.sft_config import SFTConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = {"ppo.md": PPOConfig, "sft.md": SFTConfig}
+PAGES = {"grpo.md": GRPOConfig, "ppo.md": PPOConfig, "sft.md": SFTConfig}
 BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
 
 

@@ -10,7 +10,8 @@ from harness import run_ranks
 from tiny import VOCAB, assemble, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.batch import Batch, after_prompts, pack
-from trialign.algorithms.ppo import Roles, plan, score, update, with_rewards
+from trialign.algorithms.online import plan
+from trialign.algorithms.ppo import Roles, score, update, with_rewards
 from trialign.algorithms.ppo_config import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
 from trialign.algorithms.roles import Learner, Role
 from trialign.engine.mesh import build_mesh
@@ -68,7 +69,7 @@ def one_step(
 
     roles = Roles(learner("lm", config.actor.ema_decay), learner("score", 0.0), Role(decoder("lm"), temperature=0.8))
     batch = random_batch()
-    epochs = plan(batch, config, mesh, seed=3)
+    epochs = plan(batch, config.ppo, mesh, seed=3)
     batch = score(batch, roles, config, [share for minibatch in epochs[0] for share in minibatch.shares])
     scores = torch.linspace(-1, 1, len(batch))
     batch, metrics = with_rewards(batch, scores, config, kl_coef=0.1)

@@ -1,0 +1,193 @@
+"""Policy gradients from groups of answers to one prompt, without a critic: GRPO and kin (grpo_config.RECIPES).
+
+One batch: `plan` (online.py) says who computes what, `score` fills in what the reference and the actor think of it,
+`with_advantages` turns rewards into advantages, `update` into new weights. Groups may lie in different micro-batches:
+advantages are made of the whole batch, which every rank holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .advantages import discounted_returns, group_advantages, kl_estimate, token_rewards, whiten
+from .batch import Batch
+from .grpo_config import Choices, Correction, GRPOConfig
+from .online import (
+    Minibatch,
+    check_first_ratio,
+    one_pass,
+    over_update,
+    segments_of,
+    target_count,
+    target_segments,
+    truncated,
+    weighed,
+    with_weights,
+)
+from .policy_loss import cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
+from .roles import Learner, Role, Share, Stats, target_logprobs
+from .segments import Segments
+
+CORRECTIONS: dict[Correction, dict[str, Any]] = {
+    "tis": {"level": "token"},
+    "icepop": {"level": "token", "outside": "zero"},
+    "sequence-tis": {"level": "sequence"},
+    "sequence-icepop": {"level": "sequence", "outside": "zero"},
+    "sequence-mask": {"level": "sequence-mask"},
+    "geometric-mask": {"level": "geometric-mask"},
+}
+
+
+@dataclass
+class GroupRoles:
+    """Who takes part; no reference where nothing is compared with it. `rewards` are the reward models."""
+
+    actor: Learner
+    reference: Role | None
+    rewards: list[Role] = field(default_factory=list)
+
+
+def score(batch: Batch, roles: GroupRoles, config: GRPOConfig, shares: Sequence[Share]) -> Batch:
+    """Fills in the reference's and the actor's logprobs, in the very micro-batches of the update.
+
+    The actor's pass is left out where one pass over the batch makes old and new equal by definition. A KL in the
+    reward then takes the sampler's logprobs, which are of the same weights, unless its distribution was cut.
+    """
+    if roles.reference is not None:
+        batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
+    before_update = config.choices.kl_in in ("score", "reward")
+    if one_pass(config.grpo) and not (before_update and truncated(config.rollout)):
+        return batch
+    return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
+
+
+def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOConfig) -> tuple[Batch, dict[str, float]]:
+    """Advantages of every token: score - KL -> against its group -> token rewards -> returns -> whitened.
+
+    Args:
+        scores: [samples] fp32, one reward for each answer; NaN where there is none (such samples have no targets).
+        group: [samples] int64: answers to one prompt share a number.
+    """
+    assert batch.sampling_logprobs is not None
+    choices, rules, segments = config.choices, config.choices.rules, segments_of(batch)
+    device = batch.tokens.device
+    scores, group = scores.to(device), group.to(device)
+    logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
+    kl, metrics = torch.zeros_like(logprobs), {}
+    if batch.ref_logprobs is not None:
+        kl = kl_estimate(logprobs, batch.ref_logprobs, choices.kl, replace(rules.kl, weighted=False))  # [total]
+        metrics["kl"] = segments.sums(kl).sum().item() / segments.filled  # nats a sequence
+        metrics["kl_per_token"] = (logprobs - batch.ref_logprobs)[batch.response].mean().item()
+    if batch.logprobs is not None:
+        difference = (batch.logprobs - batch.sampling_logprobs)[batch.response].abs()
+        metrics |= {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
+    if choices.kl_in == "score":
+        scores = scores - choices.kl_coef * segments.sums(kl)
+    against = group_advantages(scores, group, choices.group)  # [samples]
+    coef = choices.kl_coef if choices.kl_in == "reward" else 0.0
+    rewards = token_rewards(against, kl, segments, coef, clip=rules.reward_clip)
+    advantages = discounted_returns(rewards, segments, batch.cu_seqlens, config.grpo.gamma, rules.gaps)
+    if choices.whiten:
+        advantages = whiten(advantages, segments, rules.whiten)
+    at = batch.response
+    metrics |= {"advantage_max": advantages[at].max().item(), "advantage_min": advantages[at].min().item()}
+    return batch.with_(rewards=rewards, advantages=advantages), metrics
+
+
+def token_losses(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: Segments, choices: Choices
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ratio, clipped) of each target, all [targets]; whole samples only. Differentiable in `logprobs`.
+
+    Args:
+        old: log-probabilities under the actor before the update.
+        segments: of the targets.
+    """
+    rules = choices.rules
+    d = log_ratio(logprobs, old, rules.log_ratio_limit)
+    if choices.level != "token":
+        length = "mean" if choices.level == "sequence" else "sum"
+        d = sequence_log_ratio(d, segments, rules.gspo_gradient, length)
+    if choices.loss == "cispo":
+        low, high = choices.bounds
+        ratio = d.detach().exp()
+        outside = (ratio < low) | (ratio > high)
+        return cispo_loss(logprobs, d, advantages, low, high), ratio, outside.to(d.dtype)
+    dual = rules.dual_clip if choices.level == "token" else 0.0
+    return ppo_loss(d, advantages, choices.clip_low, choices.clip_high, dual or None)
+
+
+def corrected(
+    losses: Tensor, old: Tensor, sampled: Tensor, segments: Segments, correction: Correction, choices: Choices
+) -> tuple[Tensor, Tensor]:
+    """The losses times what corrects for a sampler that is not quite the actor, and those weights; both [targets]."""
+    if correction == "off":
+        return losses, torch.ones_like(losses)
+    bounds = {"low": choices.rules.importance_low, "high": choices.rules.importance_high}
+    weights = importance_weights(old, sampled, segments, **bounds, **CORRECTIONS[correction])
+    return losses * weights, weights
+
+
+def update(actor: Learner, batch: Batch, epochs: Sequence[Sequence[Minibatch]], config: GRPOConfig) -> dict[str, float]:
+    """All epochs and minibatches; returns the means of their metrics (extremes of extremes).
+
+    Losses are weighted by the whole minibatch, so micro-batches and layout do not change them.
+
+    Args:
+        batch: with advantages.
+
+    Raises:
+        RuntimeError: a ratio before the first step of the update is not exactly 1.
+    """
+    choices, history = config.choices, []
+    for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
+        weighted = with_weights(batch, minibatch, choices.aggregation, choices.constant)
+        parts = [weighted.select(share) for share in minibatch.shares]
+        history.append(step(actor, parts, target_count(batch, minibatch), config, first=not history))
+    return over_update(history)
+
+
+def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfig, *, first: bool) -> dict[str, float]:
+    """One optimizer step on the policy loss, the KL where it is a loss, and the entropy bonus.
+
+    Args:
+        targets: response tokens of all data ranks.
+        first: no step of this update has been made yet, so every ratio must be exactly 1.
+    """
+    stats, choices, knobs = Stats(), config.choices, config.grpo
+
+    def loss(part: Batch, hidden: Tensor) -> Tensor:
+        assert part.advantages is not None and part.sampling_logprobs is not None
+        at, segments = part.response, target_segments(part)
+        logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
+        old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
+        sampled = part.sampling_logprobs[at]
+        losses, ratio, clipped = token_losses(logprobs, old, part.advantages[at], segments, choices)
+        losses, importance = corrected(losses, old, sampled, segments, knobs.importance, choices)
+        stats.add(policy_loss=weighed(losses, part), clip_fraction=clipped, entropy=entropy, approx_kl=old - logprobs)
+        stats.largest(ratio_max=ratio, ratio_min=-ratio)
+        if knobs.importance != "off":
+            stats.add(importance_weight=importance)
+        if part.logprobs is None:
+            stats.add(sampler_mismatch=(logprobs - sampled).abs())
+            stats.largest(sampler_mismatch_max=(logprobs - sampled).abs())
+        if choices.kl_in == "loss":
+            assert part.ref_logprobs is not None
+            kl = kl_estimate(logprobs, part.ref_logprobs[at], choices.kl, choices.rules.kl, old)
+            stats.add(kl_loss=weighed(kl, part))
+            losses = losses + choices.kl_coef * kl
+        return weighed(losses - knobs.entropy_coef * entropy, part).sum() / targets
+
+    learned = actor.step([(part, loss) for part in parts])
+    sums = stats.reduce(actor.mesh)
+    extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
+    if "ratio_min" in extremes:
+        extremes["ratio_min"] *= -1
+    if first:
+        check_first_ratio(extremes)
+    return {name: value / targets for name, value in sums.items()} | extremes | learned

@@ -1,0 +1,124 @@
+"""What scripts have in common whose model answers prompts and learns from rewards: prompts, sampling, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Protocol
+
+from report import Answer
+from session import Common, Session
+from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
+from trialign.algorithms.build import load_tokenizer
+from trialign.algorithms.config import PromptData, RewardConfig, RolloutConfig
+from trialign.algorithms.data import PromptDataset
+from trialign.algorithms.rewards import RewardShaper
+from trialign.algorithms.roles import Learner, Role
+from trialign.algorithms.rollout import Scorer, my_part, sample, sampling_params
+from trialign.engine.rollout.generate import Generator
+from trialign.models.config import ModelConfig
+from trialign.models.hf import stop_ids
+
+
+class Show(Protocol):
+    """What a run section says of the table at the end."""
+
+    @property
+    def show(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class AnswerConfig(Common, Protocol):
+    """The sections of a script whose model answers."""
+
+    @property
+    def data(self) -> PromptData: ...
+    @property
+    def rollout(self) -> RolloutConfig: ...
+    @property
+    def reward(self) -> RewardConfig: ...
+
+
+class Answering:
+    """Prompts, tokenizer, scorers and how answers are sampled; `attach` adds what answers.
+
+    Args:
+        shape: of the model that answers.
+    """
+
+    def __init__(self, session: Session, config: AnswerConfig, show: Show, shape: ModelConfig):
+        self.reward_config, self.rollout_config, self.mesh, self.shape = (
+            config.reward,
+            config.rollout,
+            session.mesh,
+            shape,
+        )
+        path = config.model.path
+        self.tokenizer = session.together(lambda: load_tokenizer(path, shape))
+        self.dataset = session.together(lambda: PromptDataset(config.data, self.tokenizer, show.seed))
+        place = self.dataset.state()
+        self.shown: list[Prompt] = self.dataset.next(show.show)  # the same before and after, and after a resume
+        self.dataset.load_state(place)
+        self.scorer = Scorer(config.reward, self.tokenizer, self.mesh)
+        session.stack.callback(self.scorer.close)
+        self.shaper = RewardShaper(config.reward)
+        self.sampling = sampling_params(config.rollout, stop_ids(path, shape), show.seed)
+        self.models: list[Role] = []
+
+    def attach(self, actor: Learner, models: list[Role]) -> None:
+        """The policy that answers, and the reward models."""
+        rollout = self.rollout_config
+        options = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
+        self.generator, self.models = Generator(actor.model, self.mesh, **options), models
+
+    def answer_shown(self) -> list[Answer]:
+        """(prompt, greedy answer, score) for the first `run.show` prompts of the data. Collective."""
+        prompts = self.shown
+        if not prompts:
+            return []
+        greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
+        rollouts = sample(self.generator, prompts, greedy)
+        combined = self.scorer.combined(self.scores(rollouts, len(rollouts)))
+        texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+        return [(prompt.text, text, s) for prompt, text, s in zip(prompts, texts, combined, strict=True)]
+
+    def scores(self, rollouts: list[Rollout], size: int) -> dict[str, list[float]]:
+        """Every reward of any number of answers, this data rank's part in micro-batches of `size`. Collective."""
+        batch = from_rollouts(rollouts).to(self.mesh.device)
+        mine = list(range(len(batch)))[my_part(len(batch), self.mesh.dp)]
+        shares = [mine[i : i + size] for i in range(0, len(mine), size)]
+        return self.scorer(rollouts, batch, self.models, shares)
+
+    def say_failures(self, session: Session) -> None:
+        """One line for each scorer's reason to abstain."""
+        for reason in self.scorer.failures():
+            session.progress.say(f"abstains: {reason}")
+
+
+def summary(
+    rollouts: Sequence[Rollout], scores: dict[str, list[float]], combined: Sequence[float], rewards: Sequence[float]
+) -> dict[str, float]:
+    """What the answers were like: reward before and after shaping, each reward by name, lengths.
+
+    Answers without a score are in none of the means; `abstained` counts them.
+    """
+    count = len(rollouts)
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    missing = sum(score != score for score in combined)
+    return {
+        "reward": _mean(combined),
+        "reward_shaped": _mean(rewards),
+        **{f"reward/{Path(name).name}": _mean(values) for name, values in scores.items()},
+        **({"abstained": missing} if missing else {}),
+        "response_length": sum(lengths) / count,
+        "response_length_max": max(lengths),
+        "finished": sum(rollout.finish == "stop" for rollout in rollouts) / count,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if value == value]
+    return fmean(known) if known else float("nan")

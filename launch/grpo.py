@@ -1,0 +1,108 @@
+"""Aligns a language model with rewards by GRPO and its kin, without a critic, on any number of ranks.
+
+    python launch/grpo.py --config launch/configs/grpo_smollm2.toml
+    torchrun --nproc-per-node 8 launch/grpo.py --config my.toml --parallel.tp 2 --grpo.algorithm dapo
+    torchrun ... launch/grpo.py --resume runs/grpo
+
+`train` is the algorithm, one line a phase: prompt -> groups of answers -> score -> advantage -> update -> weight sync.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from answering import Answering, summary
+from report import GRPO_PANELS, completion_table
+from session import Session, start
+from trialign.algorithms.batch import Rollout, from_rollouts
+from trialign.algorithms.build import build_group_roles, read_shapes
+from trialign.algorithms.groups import Group, GroupPool, make_groups
+from trialign.algorithms.grpo import GroupRoles, score, update, with_advantages
+from trialign.algorithms.grpo_config import GRPOConfig, check
+from trialign.algorithms.online import plan, without
+from trialign.algorithms.rollout import sample
+from trialign.engine.phases import forward_flops
+
+
+class Run(Answering):
+    """What GRPO works with: prompts, rewards, roles, generator; and what of it a checkpoint holds."""
+
+    def __init__(self, session: Session[GRPOConfig]):
+        config, mesh = session.config, session.mesh
+        shapes = session.together(lambda: read_shapes(config))
+        super().__init__(session, config, config.run, shapes[config.model.path])
+        self.config = config
+        self.roles: GroupRoles = session.together(lambda: build_group_roles(config, shapes, mesh))
+        self.attach(self.roles.actor, self.roles.rewards)
+        self.learners = {"actor": (self.roles.actor, config.model.path)}
+        self.parts = {"data": self.dataset, "reward": self.shaper}
+
+    def draw(self, session: Session[GRPOConfig]) -> tuple[list[Group], dict[str, float]]:
+        """The groups of a step, and what all answers drawn for it were like."""
+        config = self.config
+        pool = GroupPool(config.run.prompts_per_step, config.choices.dynamic, config.grpo.max_draws)
+        drawn: list[Rollout] = []
+        scores: dict[str, list[float]] = {}
+        combined, shaped = [], []
+        while pool.missing:
+            prompts = self.dataset.next(pool.missing)
+            with session.phases("rollout") as phase:  # prompt -> rollout
+                rollouts = sample(self.generator, prompts, self.sampling, config.rollout.samples_per_prompt)
+                batch = from_rollouts(rollouts)
+                phase.tokens = len(batch.response)
+                phase.flops = forward_flops(self.shape, batch.lengths, len(batch.response))
+            with session.phases("score") as phase:  # rollout -> rewards
+                given = self.scores(rollouts, config.grpo.micro_batch_size)
+                here = self.scorer.combined(given)
+                rewards = self.shaper(here, [rollout.finish == "stop" for rollout in rollouts])
+                phase.flops = forward_flops(self.shape, batch.lengths) * len(self.roles.rewards)
+            pool.add(make_groups(rollouts, here, rewards, config))
+            drawn, combined, shaped = drawn + rollouts, combined + here, shaped + rewards
+            scores = {name: scores.get(name, []) + values for name, values in given.items()}
+        groups, metrics = pool.take()
+        return groups, metrics | summary(drawn, scores, combined, shaped)
+
+
+def train(run: Run, session: Session[GRPOConfig]) -> None:
+    """GRPO from the session's step to its last."""
+    config, roles, phases = run.config, run.roles, session.phases
+    for step in session.steps():
+        groups, metrics = run.draw(session)
+        rewards = torch.tensor([reward for group in groups for reward in group.rewards])
+        number = torch.arange(len(groups)).repeat_interleave(config.rollout.samples_per_prompt)
+        batch = from_rollouts([rollout for group in groups for rollout in group.rollouts]).to(run.mesh.device)
+        epochs = plan(batch, config.grpo, run.mesh, seed=(config.run.seed << 32) + step)
+        forward = forward_flops(run.shape, batch.lengths, len(batch.response))
+
+        with phases("score") as phase:  # rollout -> reference logprobs, old logprobs
+            shares = [share for minibatch in epochs[0] for share in minibatch.shares]
+            batch = score(without(batch, rewards), roles, config, shares)
+            passes = (batch.ref_logprobs is not None) + (batch.logprobs is not None)
+            phase.tokens, phase.flops = passes * len(batch.tokens), passes * forward
+
+        with phases("update") as phase:  # rewards -> advantages -> new weights
+            batch, about = with_advantages(batch, rewards, number, config)
+            metrics |= about | update(roles.actor, batch, epochs, config)
+            phase.tokens = len(batch.tokens) * config.grpo.epochs
+            phase.flops = 3 * config.grpo.epochs * forward
+
+        with phases("sync"):  # weights -> generator
+            run.generator.load(roles.actor.model)
+
+        run.say_failures(session)
+        session.end_step(metrics, tokens=len(batch.tokens))
+
+
+def main(session: Session[GRPOConfig]) -> None:
+    """Sets up, trains, and leaves the exported model, the plot and the table of answers in the run's folder."""
+    run = Run(session)
+    session.begin(run.learners, run.parts, run.config.run.steps, about=str(run.dataset))
+    before = session.remember("before.json", run.answer_shown)
+    run.shown = run.shown[: len(before)]  # a resume may ask for more
+    train(run, session)
+    session.finish(GRPO_PANELS, completion_table(before[: len(run.shown)], run.answer_shown()))
+
+
+if __name__ == "__main__":
+    start(GRPOConfig, check, main, "grpo", sys.argv[1:])
