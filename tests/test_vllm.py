@@ -10,8 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 from families import shake, write_folder
+from peft_case import build, learner
+from test_adapter import save
+from tiny import tiny_llama
 from trialign.engine.mesh import build_mesh
+from trialign.engine.parallel.lora import LoRA
 from trialign.engine.rollout.generate import Generator, SamplingParams
+from trialign.models.adapter import export_adapter
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.export import export_checkpoint
@@ -50,11 +55,15 @@ CHATS = (
 
 def our_tokens(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
     """What trialign's generator answers greedily, in fp32."""
-    mesh = build_mesh()
-    model = Decoder(ModelConfig.from_hf(folder), mesh, dtype=torch.float32)
+    model = Decoder(ModelConfig.from_hf(folder), build_mesh(), dtype=torch.float32)
     load_hf(model, folder)
+    return answers(model, prompts, count)
+
+
+def answers(model: Decoder, prompts: list[list[int]], count: int) -> list[list[int]]:
     greedy = SamplingParams(temperature=0, max_new_tokens=count)
-    return [c.tokens for c in Generator(model, mesh).generate(prompts, list(range(len(prompts))), greedy)]
+    completions = Generator(model, model.mesh).generate(prompts, list(range(len(prompts))), greedy)
+    return [completion.tokens for completion in completions]
 
 
 def baichuan(folder: Path, name: str) -> Path:
@@ -63,6 +72,20 @@ def baichuan(folder: Path, name: str) -> Path:
     tensors = {tensor: torch.empty(shape) for tensor, shape in shapes.items()}
     shake(tensors, seed=3)
     return write_folder(folder, values, tensors)
+
+
+def adapter(root: Path) -> dict[str, Any]:
+    """A small LLaMA with adapters on every linear, as a checkpoint of a LoRA run gives them in PEFT's format."""
+    base = tiny_llama(root / "llama", vocab_size=512, hidden_size=128, intermediate_size=256)
+    model = build(base, build_mesh(), LoRA(8, 16.0, rslora=True))
+    draws = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):  # zero at the start, which changes nothing
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=draws))
+    checkpoint = save(learner(model), root / "adapters", base, model.mesh)
+    export_adapter(checkpoint, root / "peft")
+    job = {"folder": str(base), "adapter": str(root / "peft"), "prompts": PROMPTS, "tokens": 24}
+    return job | {"ours": answers(model, PROMPTS, 24), "base": our_tokens(base, PROMPTS, 24)}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +112,7 @@ def served(smollm2, tmp_path_factory) -> dict[str, dict[str, Any]]:
         add(name, folder, PROMPTS, 24, ours)
         if name == "baichuan-7b":
             add("baichuan-7b-as-llama", folder, PROMPTS, 24, ours, family="llama")
+    jobs["adapter"] = adapter(root)
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [str(VLLM), "-P", str(ROOT / "tests" / "vllm_side.py"), "jobs.json", "answers.json"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -119,3 +143,9 @@ def test_smollm2_gives_one_answer_everywhere(served):
 def test_baichuan_is_served(served, name):
     assert served[name]["theirs"] == served[name]["ours"], served[name]["theirs"]
     assert len({tuple(tokens) for tokens in served[name]["ours"]}) == len(PROMPTS)
+
+
+def test_an_adapter_is_served(served):
+    job = served["adapter"]
+    assert job["theirs"] == job["ours"], job["theirs"]
+    assert all(with_it != without for with_it, without in zip(job["ours"], job["base"], strict=True))
