@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .batch import Batch, Prompt, pack
-from .data import Mixture, brief, column, prompt_messages, read_rows, render, users_words, with_system_prompt
+from .data import brief, column, prompt_messages, read_rows, render, users_words, with_system_prompt
+from .rows import RowStream
 from .sft_config import SFTData
 
 if TYPE_CHECKING:
@@ -62,10 +63,8 @@ def pack_samples(samples: Sequence[Sample]) -> Batch:
     return pack([sample.tokens.tolist() for sample in samples], [[bool(m) for m in s.mask] for s in samples])
 
 
-class DialogueDataset:
-    """An endless, seeded stream of tokenised rows, read and checked whole before the run; and the rows held out of it.
-
-    Without probabilities all rows form one pool, met once an epoch in shuffled order; with them each source is a pool.
+class DialogueDataset(RowStream[Sample]):
+    """The rows of supervised fine-tuning as a stream.
 
     Args:
         stop_ids: tokens that end a turn.
@@ -76,92 +75,26 @@ class DialogueDataset:
     """
 
     def __init__(self, config: SFTData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        if config.chat_template and not tokenizer.chat_template:
-            raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
-        self.limit, self.dropped, self.dropped_tokens = config.max_tokens, 0, 0
-        weights = config.weights()
+        def load(source: str) -> list[Sample]:
+            dialogues = [read_dialogue(where, row, config) for where, row in read_rows(source)]
+            return list(tokenise(dialogues, tokenizer, stop_ids, config.chat_template))
 
-        def load(source: str, needed: bool) -> list[Sample]:
-            samples = [sample for sample in read_samples(source, config, tokenizer, stop_ids)]
-            kept = [sample for sample in samples if len(sample.tokens) <= self.limit]
-            if not kept and needed:
-                shortest = min(len(sample.tokens) for sample in samples)
-                raise ValueError(
-                    f"data source {source}: all {len(samples)} rows are longer than data.max_tokens={self.limit};"
-                    f" the shortest has {shortest} tokens"
-                )
-            self.dropped += len(samples) - len(kept)
-            self.dropped_tokens += sum(len(s.tokens) for s in samples) - sum(len(s.tokens) for s in kept)
-            return kept
-
-        alone = len(config.sources) == 1
-        pools = [load(source, needed=alone or bool(weights)) for source in config.sources]
-        self.held_out = [sample for source in config.eval_sources for sample in load(source, needed=True)]
-        if not any(pools):
-            raise ValueError(f"data.sources: all rows are longer than data.max_tokens={self.limit}")
-        if config.eval_fraction:
-            pools = self._hold_out(pools, config.eval_fraction, seed)
-        self._pools = pools if weights else [[sample for pool in pools for sample in pool]]
-        self._draws = Mixture([len(pool) for pool in self._pools], weights, seed)
+        super().__init__(config, load, lambda sample: [len(sample.tokens)], seed)
+        self.targets = sum(sample.targets for sample in self.rows())
         ends = set(stop_ids)
-        self.endless = not any(ends & set(sample.tokens) for pool in self._pools for sample in pool)
+        self.endless = not any(ends & set(sample.tokens) for sample in self.rows())
 
-    def _hold_out(self, pools: list[list[Sample]], fraction: float, seed: int) -> list[list[Sample]]:
-        """The pools without the rows that are held out."""
-        places = [(pool, row) for pool, samples in enumerate(pools) for row in range(len(samples))]
-        count = max(1, round(fraction * len(places)))
-        order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
-        chosen = {places[i] for i in order[:count]}
-        self.held_out = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
-        rest = [[s for row, s in enumerate(samples) if (pool, row) not in chosen] for pool, samples in enumerate(pools)]
-        if not any(rest):
-            raise ValueError(f"data.eval_fraction={fraction} of {len(places)} rows leaves none to learn from")
-        return rest
-
-    def __len__(self) -> int:
-        """Rows of an epoch."""
-        return sum(len(pool) for pool in self._pools)
+    def amount(self) -> str:
+        return f"{super().amount()}, {self.targets:,} of them targets"
 
     def __str__(self) -> str:
-        samples = [sample for pool in self._pools for sample in pool]
-        tokens, targets = sum(len(s.tokens) for s in samples), sum(s.targets for s in samples)
-        text = f"{len(samples)} rows of {tokens:,} tokens, {targets:,} of them targets"
-        if self.held_out:
-            text += f"; {len(self.held_out)} held out"
-        if self.dropped:
-            text += f"; {self.dropped} dropped for more than {self.limit} tokens ({self.dropped_tokens:,} tokens)"
-        if self.endless:
-            text += "; no row holds an end-of-sequence token: the model will not learn to stop"
-        return text
-
-    def next(self, count: int) -> list[Sample]:
-        """The next `count` rows."""
-        draws = [self._draws.next() for _ in range(count)]
-        return [self._pools[pool][row] for pool, row in draws]
+        endless = "; no row holds an end-of-sequence token: the model will not learn to stop"
+        return super().__str__() + (endless if self.endless else "")
 
     def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
         """(prompt, wanted answer's tokens) of the first rows, held-out ones if there are, for a look at the model."""
-        rows = self.held_out or [sample for pool in self._pools for sample in pool]
-        turns = [(sample, *sample.first_turn()) for sample in rows[:count]]
+        turns = [(sample, *sample.first_turn()) for sample in (self.held_out or list(self.rows()))[:count]]
         return [(Prompt(i, prompt, s.text, source=s.where), answer) for i, (s, prompt, answer) in enumerate(turns)]
-
-    def state(self) -> dict[str, Any]:
-        """Where the stream is, for a checkpoint."""
-        return self._draws.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken. ValueError where the data is not what it was then."""
-        self._draws.load_state(state)
-
-
-def read_samples(
-    source: str, config: SFTData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-) -> Iterator[Sample]:
-    """The rows of a source, over-long ones too, tokenised. Raises as `DialogueDataset` does."""
-    dialogues = [read_dialogue(where, row, config) for where, row in read_rows(source)]
-    if not dialogues:
-        raise ValueError(f"data source {source}: holds no rows")
-    yield from tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
 
 
 def tokenise(
@@ -170,8 +103,10 @@ def tokenise(
     """The dialogues as tokens with masks of what is learned.
 
     Raises:
-        ValueError: the chat template does not fit a dialogue, or leaves nothing to learn; names the row.
+        ValueError: there is no chat template, it does not fit a dialogue, or leaves nothing to learn; names the row.
     """
+    if chat_template and not tokenizer.chat_template:
+        raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
     for start in range(0, len(dialogues), CHUNK):
         part = list(dialogues[start : start + CHUNK])
         if chat_template:

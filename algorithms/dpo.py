@@ -14,10 +14,11 @@ from torch import Tensor
 from .batch import Batch
 from .config import UpdateConfig
 from .pair_config import DPOLoss
-from .pairs import Pair, pair_lengths
+from .pairs import Pair
 from .preference import pair_loss
-from .reward_model import pack_pairs, whole_shares
+from .reward_model import pack_pairs
 from .roles import Learner, Role, Share, Stats, target_logprobs
+from .shares import plan_scoring
 
 
 def answer_sums(batch: Batch, targets: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def reference_sums(role: Role, pairs: Sequence[Pair], update: UpdateConfig) -> T
     sums = []
     for start in range(0, len(pairs), update.batch_size):
         batch = pack_pairs(pairs[start : start + update.batch_size]).to(role.mesh.device)
-        logprobs = role.logprobs(batch, whole_shares(batch, update, role, pair_lengths(batch), 2))
+        logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh, 2))
         sums.append(answer_sums(batch, logprobs[batch.response]))
     return torch.cat(sums).cpu()
 
@@ -87,7 +88,7 @@ def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOL
 
 def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: DPOLoss) -> dict[str, float]:
     """eval_loss, eval_accuracy and eval_margin of pairs that are not learned from, the same on every rank."""
-    logprobs = role.logprobs(batch, whole_shares(batch, update, role, pair_lengths(batch), 2))
+    logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh, 2))
     ratios = log_ratios(batch, answer_sums(batch, logprobs[batch.response]), loss).double()
     chosen, rejected = ratios[::2], ratios[1::2]
     losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing)

@@ -12,19 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .batch import Batch, pack
+from .batch import Batch
 from .config import UpdateConfig
-from .dialogue import Sample
+from .dialogue import Sample, pack_samples
 from .dpo import answer_sums
 from .pair_config import KTOLoss
 from .preference import kto_loss, kto_reference
-from .reward_model import whole_shares
 from .roles import Learner, Role, Share, Stats, target_logprobs
+from .shares import plan_scoring
 
 
 def pack_labelled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:
     """The batch of these answers; the reward at each last token is +1 where the answer is wanted, else -1."""
-    batch = pack([s.tokens.tolist() for s in samples], [[bool(m) for m in s.mask] for s in samples])
+    batch = pack_samples(samples)
     rewards = torch.zeros(len(batch.tokens))
     rewards[batch.last] = torch.tensor([1.0 if label else -1.0 for label in labels])
     return batch.with_(rewards=rewards)
@@ -36,7 +36,7 @@ def sums_of(role: Role, samples: Sequence[Sample], update: UpdateConfig) -> Tens
     for start in range(0, len(samples), update.batch_size):
         part = samples[start : start + update.batch_size]
         batch = pack_labelled(part, [True] * len(part)).to(role.mesh.device)
-        logprobs = role.logprobs(batch, whole_shares(batch, update, role, batch.lengths, 1))
+        logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh))
         sums.append(answer_sums(batch, logprobs[batch.response]))
     return torch.cat(sums).cpu()
 
@@ -89,7 +89,7 @@ def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: KTOLoss) -> d
     """Of labelled answers that are not learned from: eval_margin, and eval_accuracy, how often a wanted answer's
     implicit reward is above an unwanted one's (the area under the ROC curve). The same on every rank."""
     assert batch.ref_logprobs is not None and batch.rewards is not None
-    logprobs = role.logprobs(batch, whole_shares(batch, update, role, batch.lengths, 1))
+    logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh))
     ratios = (answer_sums(batch, logprobs[batch.response]) - batch.ref_logprobs[batch.last]).double()
     wanted = batch.rewards[batch.last] > 0
     good, bad = loss.beta * ratios[wanted], loss.beta * ratios[~wanted]

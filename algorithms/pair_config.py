@@ -26,7 +26,7 @@ def _columns(data: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class PairData(RowData):
-    """Pairs of answers: prompt, chosen and rejected, or two whole dialogues. max_tokens counts both answers."""
+    """Pairs of answers: prompt, chosen and rejected, or two dialogues. max_tokens is of each, prompt included."""
 
     prompt_key: str = "prompt"
     """column that holds the prompt, a string or messages; rows without it hold whole dialogues in the next two"""
@@ -47,9 +47,9 @@ class LabelData(RowData):
     """Answers with a label each."""
 
     prompt_key: str = "prompt"
-    """column that holds the prompt: a string, or a list of {role, content} messages"""
+    """column that holds the prompt, a string or messages; rows without it hold whole dialogues in the next"""
     response_key: str = "response"
-    """column that holds the answer, a string"""
+    """column that holds the answer: a string, or a dialogue that ends with it"""
     label_key: str = "label"
     """column that is true where the answer is wanted"""
 
@@ -124,8 +124,10 @@ def check_reward(config: RewardModelConfig, world: int) -> int:
     if config.data.sources and config.steps.sources:
         raise ValueError("data.sources and steps.sources: a reward model learns from pairs or from steps, not both")
     dp = check_given(config.model, config.rows, config.parallel, world, rows="pairs, or of steps in steps.sources")
-    knob = "data.max_tokens" if config.rows is config.data else "steps.max_tokens"
-    config.update.check(dp, config.rows.max_tokens, knob)
+    if config.rows is config.data:
+        config.update.check(dp, 2 * config.data.max_tokens, "2 × data.max_tokens")
+    else:
+        config.update.check(dp, config.steps.max_tokens, "steps.max_tokens")
     return dp
 
 
@@ -194,7 +196,7 @@ def check_dpo(config: DPOConfig, world: int) -> int:
     if config.loss.reference_free and config.model.reference:
         raise ValueError(f"model.reference={config.model.reference}: loss.reference_free asks for none")
     dp = check_given(config.model, config.data, config.parallel, world, rows="pairs")
-    config.update.check(dp, config.data.max_tokens, "data.max_tokens")
+    config.update.check(dp, 2 * config.data.max_tokens, "2 × data.max_tokens")
     return dp
 
 

@@ -7,12 +7,12 @@ by "Human:" and "Assistant:" after a blank line, as Anthropic's preference data 
 
 from __future__ import annotations
 
+import math
 import re
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .batch import Batch
 from .data import brief, column, prompt_messages, read_rows, render, users_words, with_system_prompt
 from .dialogue import Dialogue, Sample, tokenise
 from .pair_config import LabelData, PairData, StepData
@@ -31,8 +31,9 @@ class Pair(NamedTuple):
     margin: float  # by how much the chosen one is better, where the data says
 
     @property
-    def tokens(self) -> int:
-        return len(self.chosen.tokens) + len(self.rejected.tokens)
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the two, prompt included."""
+        return len(self.chosen.tokens), len(self.rejected.tokens)
 
 
 class Labelled(NamedTuple):
@@ -40,6 +41,11 @@ class Labelled(NamedTuple):
 
     sample: Sample
     desirable: bool
+
+    @property
+    def lengths(self) -> tuple[int]:
+        """Tokens, prompt included."""
+        return (len(self.sample.tokens),)
 
 
 def read_pairs(
@@ -66,49 +72,47 @@ def read_pairs(
 
 
 def _margin(where: str, row: dict[str, Any], key: str) -> float:
-    margin = row.get(key, 0.0) if key else 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin < 0 or margin != margin:
+    margin = column(where, row, key, "data.margin_key") if key else 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
         raise ValueError(f"{where}: {key!r} must be a number of at least 0, not {brief(margin)}")
     return float(margin)
 
 
 def read_pair(where: str, row: dict[str, Any], config: PairData) -> tuple[Dialogue, Dialogue]:
     """A row as two dialogues. Raises ValueError that names the row."""
-    answers = [
-        column(where, row, key, f"data.{knob}")
-        for key, knob in ((config.chosen_key, "chosen_key"), (config.rejected_key, "rejected_key"))
-    ]
-    prompt: list[dict[str, Any]] = []
-    if row.get(config.prompt_key) is not None:
-        prompt = prompt_messages(where, row, config.prompt_key, config)
-    sides = []
-    for key, answer in zip((config.chosen_key, config.rejected_key), answers, strict=True):
-        messages = _answer_messages(where, key, answer, bool(prompt), config)
-        messages = with_system_prompt([*prompt, *messages], config)
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(f"{where}: {key!r} must end with the assistant, not with {messages[-1]['role']}")
-        if not messages[-1]["content"].strip():
-            raise ValueError(f"{where}: {key!r} is empty")
-        if len(messages) < 2 or messages[-2]["role"] == "system":
-            raise ValueError(f"{where}: {key!r} has no turn to answer; give the prompt in {config.prompt_key!r}")
-        sides.append(Dialogue(where, messages, [len(messages) - 1], None))
-    before = [side.messages[:-1] for side in sides]
-    if before[0] != before[1]:
+    chosen = read_answer(where, row, config.chosen_key, "data.chosen_key", config)
+    rejected = read_answer(where, row, config.rejected_key, "data.rejected_key", config)
+    if chosen.messages[:-1] != rejected.messages[:-1]:
         raise ValueError(f"{where}: {config.chosen_key!r} and {config.rejected_key!r} answer different dialogues")
-    return sides[0], sides[1]
+    return chosen, rejected
 
 
-def _answer_messages(where: str, key: str, answer: Any, prompted: bool, config: PairData) -> list[dict[str, Any]]:
-    if isinstance(answer, str) and prompted:
-        return [{"role": "assistant", "content": answer}]
+def read_answer(where: str, row: dict[str, Any], key: str, knob: str, config: PairData | LabelData) -> Dialogue:
+    """An answer with what it answers: the row's prompt, or the dialogue it ends. Only the answer is learned.
+
+    Raises:
+        ValueError: a column is missing or malformed, or it is no answer; names the row.
+    """
+    answer, messages = column(where, row, key, knob), []
+    if row.get(config.prompt_key) is not None:
+        messages = prompt_messages(where, row, config.prompt_key, config)
     if isinstance(answer, str):
-        return split_turns(where, key, answer)
-    if isinstance(answer, list) and answer and all(isinstance(m, dict) and "role" in m for m in answer):
-        if not config.chat_template:
-            raise ValueError(f"{where}: {key!r} holds messages: needs data.chat_template=true")
-        return [{"role": m["role"], "content": m.get("content") or ""} for m in answer]
-    allowed = "a string or a list of {role, content} messages"
-    raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(answer)}")
+        ending = [{"role": "assistant", "content": answer}] if messages else split_turns(where, key, answer)
+    elif isinstance(answer, list) and answer and all(isinstance(m, dict) and "role" in m for m in answer):
+        ending = [{"role": m["role"], "content": m.get("content") or ""} for m in answer]
+    else:
+        allowed = "a string or a list of {role, content} messages"
+        raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(answer)}")
+    messages = with_system_prompt([*messages, *ending], config)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: {key!r} must end with the assistant, not with {messages[-1]['role']}")
+    if not messages[-1]["content"].strip():
+        raise ValueError(f"{where}: {key!r} is empty")
+    if len(messages) < 2 or messages[-2]["role"] == "system":
+        raise ValueError(f"{where}: {key!r} has no turn to answer; give the prompt in {config.prompt_key!r}")
+    if len(messages) > 2 and not config.chat_template:
+        raise ValueError(f"{where}: {key!r} is a dialogue of {len(messages)} turns: needs data.chat_template=true")
+    return Dialogue(where, messages, [len(messages) - 1], None)
 
 
 def split_turns(where: str, key: str, text: str) -> list[dict[str, Any]]:
@@ -133,19 +137,17 @@ def split_turns(where: str, key: str, text: str) -> list[dict[str, Any]]:
 def read_labelled(
     source: str, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> list[Labelled]:
-    """Answers with their labels. Raises ValueError that names the row."""
+    """Answers with their labels.
+
+    Raises:
+        ValueError: a column is missing or malformed, or all labels are the same; names the row.
+    """
     dialogues, labels = [], []
     for where, row in read_rows(source):
-        prompt = prompt_messages(where, row, config.prompt_key, config)
-        answer = column(where, row, config.response_key, "data.response_key")
-        if not isinstance(answer, str) or not answer.strip():
-            what = "is empty" if answer == "" or isinstance(answer, str) else f"must be a string, not {brief(answer)}"
-            raise ValueError(f"{where}: {config.response_key!r} {what}")
+        dialogues.append(read_answer(where, row, config.response_key, "data.response_key", config))
         label = column(where, row, config.label_key, "data.label_key")
-        if not isinstance(label, bool) and label not in (0, 1):
+        if not is_label(label):
             raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
-        messages = [*prompt, {"role": "assistant", "content": answer}]
-        dialogues.append(Dialogue(where, messages, [len(messages) - 1], None))
         labels.append(bool(label))
     if labels and len(set(labels)) == 1:
         raise ValueError(
@@ -153,6 +155,11 @@ def read_labelled(
         )
     samples = tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
     return [Labelled(*row) for row in zip(samples, labels, strict=True)]
+
+
+def is_label(value: Any) -> bool:
+    """Whether a column says yes or no: true, false, 1 or 0."""
+    return isinstance(value, bool | int) and value in (0, 1)
 
 
 def mismatched(sample: Sample, other: Sample, limit: int) -> Sample:
@@ -169,12 +176,14 @@ class Steps(NamedTuple):
     sample: Sample
     labels: tuple[bool, ...]
 
+    @property
+    def lengths(self) -> tuple[int]:
+        """Tokens, prompt included."""
+        return (len(self.sample.tokens),)
 
-def read_steps(
-    source: str, config: StepData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-) -> list[Steps]:
-    """Answers whose steps are labelled one by one. Raises ValueError that names the row."""
-    del stop_ids  # a step ends where the data says
+
+def read_steps(source: str, config: StepData, tokenizer: PreTrainedTokenizerBase) -> list[Steps]:
+    """Answers whose steps are labelled one by one, over-long ones too. Raises ValueError that names the row."""
     rows = []
     for where, row in read_rows(source):
         prompt = with_system_prompt(prompt_messages(where, row, config.prompt_key, config), config)
@@ -182,7 +191,7 @@ def read_steps(
         labels = column(where, row, config.labels_key, "data.labels_key")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
             raise ValueError(f"{where}: {config.steps_key!r} must be a list of steps in words, not {brief(steps)}")
-        if not isinstance(labels, list) or not all(isinstance(label, bool) or label in (0, 1) for label in labels):
+        if not isinstance(labels, list) or not all(map(is_label, labels)):
             raise ValueError(f"{where}: {config.labels_key!r} must be a list of true and false, not {brief(labels)}")
         if len(labels) != len(steps):
             raise ValueError(f"{where}: {len(steps)} steps but {len(labels)} labels")
@@ -198,8 +207,3 @@ def read_steps(
         sample = Sample(tokens, bytes(mask), users_words(prompt), where)
         rows.append(Steps(sample, tuple(bool(label) for label in labels)))
     return rows
-
-
-def pair_lengths(batch: Batch) -> list[int]:
-    """Tokens of each pair of a batch whose samples are chosen, rejected, chosen, rejected, ..."""
-    return [a + b for a, b in zip(batch.lengths[::2], batch.lengths[1::2], strict=True)]

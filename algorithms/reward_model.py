@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import Batch, deal_micro_batches, micro_batches, pack
+from .batch import Batch
 from .config import UpdateConfig
-from .pairs import Pair, Steps, pair_lengths
+from .dialogue import pack_samples
+from .pairs import Pair, Steps
 from .preference import reward_loss
 from .roles import Learner, Role, Share, Stats
-from .rollout import my_part
+from .shares import plan_scoring
 
 BINS = 10
 
@@ -25,7 +26,7 @@ BINS = 10
 def pack_pairs(pairs: Sequence[Pair]) -> Batch:
     """Samples chosen, rejected, chosen, rejected, ...; a pair's margin stands at its chosen answer's last token."""
     samples = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    batch = pack([s.tokens.tolist() for s in samples], [[bool(m) for m in s.mask] for s in samples])
+    batch = pack_samples(samples)
     margins = torch.zeros(len(batch.tokens))
     margins[batch.last[::2]] = torch.tensor([pair.margin for pair in pairs])
     return batch.with_(rewards=margins)
@@ -33,16 +34,9 @@ def pack_pairs(pairs: Sequence[Pair]) -> Batch:
 
 def pack_steps(rows: Sequence[Steps]) -> Batch:
     """Samples whose targets are the last tokens of their steps; the reward there is 1 where the step is right."""
-    batch = pack([r.sample.tokens.tolist() for r in rows], [[bool(m) for m in r.sample.mask] for r in rows])
+    batch = pack_samples([row.sample for row in rows])
     labels = torch.tensor([float(label) for row in rows for label in row.labels])
     return batch.with_(rewards=batch.spread(labels))
-
-
-def pair_shares(batch: Batch, update: UpdateConfig, learner: Role) -> list[Share]:
-    """This data rank's micro-batches, made of whole pairs."""
-    lengths, sizes = pair_lengths(batch), (update.micro_batch_size, update.micro_batch_tokens)
-    cuts = deal_micro_batches(range(len(lengths)), lengths, learner.mesh.dp, *sizes)
-    return [[sample for pair in cut for sample in (2 * pair, 2 * pair + 1)] for cut in cuts]
 
 
 def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centring: float) -> dict[str, float]:
@@ -83,18 +77,11 @@ def pair_quality(scores: Tensor, margins: Tensor, centring: float) -> dict[str, 
 def held_out_pairs(role: Role, batch: Batch, update: UpdateConfig, centring: float) -> dict[str, float]:
     """`pair_quality` of pairs that are not learned from, the same on every rank."""
     assert batch.rewards is not None
-    scores = role.scores(batch, whole_shares(batch, update, role, pair_lengths(batch), 2))
+    scores = role.scores(batch, plan_scoring(batch, update, role.mesh, 2))
     return pair_quality(scores, batch.rewards[batch.last[::2]], centring)
 
 
-def whole_shares(batch: Batch, update: UpdateConfig, role: Role, lengths: Sequence[int], width: int) -> list[Share]:
-    """This data rank's micro-batches of a batch whose rows, of `width` samples each, need not divide by the ranks."""
-    mine = range(len(lengths))[my_part(len(lengths), role.mesh.dp)]
-    cuts = micro_batches(mine, lengths, update.micro_batch_size, update.micro_batch_tokens)
-    return [[row * width + i for row in cut for i in range(width)] for cut in cuts]
-
-
-def step_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:
+def process_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:
     """One optimizer step on labelled steps: binary cross-entropy at the last token of each
     (https://arxiv.org/abs/2305.20050)."""
     stats, count = Stats(), len(batch.response)
@@ -110,10 +97,10 @@ def step_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[s
     return {name: value / count for name, value in stats.reduce(learner.mesh).items()} | step
 
 
-def held_out_steps(role: Role, batch: Batch, update: UpdateConfig) -> dict[str, float]:
+def held_out_process(role: Role, batch: Batch, update: UpdateConfig) -> dict[str, float]:
     """eval_loss and eval_accuracy of steps that are not learned from, the same on every rank."""
     assert batch.rewards is not None
-    scores = role.token_scores(batch, whole_shares(batch, update, role, batch.lengths, 1))[batch.response].double()
+    scores = role.token_scores(batch, plan_scoring(batch, update, role.mesh))[batch.response].double()
     labels = batch.rewards[batch.response].double()
     losses = F.binary_cross_entropy_with_logits(scores, labels)
     return {"eval_loss": losses.item(), "eval_accuracy": ((scores > 0) == (labels > 0)).double().mean().item()}

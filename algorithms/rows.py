@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -40,8 +40,9 @@ class RowStream(Generic[Row]):
 
     Args:
         load: the rows of a source, over-long ones too.
-        tokens: of a row, what `max_tokens` limits.
+        lengths: tokens of each sample of a row; the longest is what `max_tokens` limits.
         noun: what a row is called, in the plural.
+        section: of the config, for messages.
 
     Raises:
         ValueError: no row is short enough, or holding out leaves none; and what `load` raises.
@@ -51,40 +52,42 @@ class RowStream(Generic[Row]):
         self,
         config: RowData,
         load: Callable[[str], Sequence[Row]],
-        tokens: Callable[[Row], int],
+        lengths: Callable[[Row], Sequence[int]],
         seed: int,
         noun: str = "rows",
+        section: str = "data",
     ):
         self.limit, self.noun, self.dropped, self.dropped_tokens = config.max_tokens, noun, 0, 0
-        weights = config.weights()
+        weights, knob = config.weights(), f"{section}.max_tokens={config.max_tokens}"
 
         def short(source: str, needed: bool) -> list[Row]:
             rows = load(source)
             if not rows:
                 raise ValueError(f"data source {source}: holds no {noun}")
-            kept = [row for row in rows if tokens(row) <= self.limit]
+            kept = [row for row in rows if max(lengths(row)) <= self.limit]
             if not kept and needed:
-                least = min(map(tokens, rows))
+                least = min(max(lengths(row)) for row in rows)
                 raise ValueError(
-                    f"data source {source}: all {len(rows)} {noun} are longer than data.max_tokens={self.limit};"
+                    f"data source {source}: all {len(rows)} {noun} are longer than {knob};"
                     f" the shortest has {least} tokens"
                 )
             self.dropped += len(rows) - len(kept)
-            self.dropped_tokens += sum(map(tokens, rows)) - sum(map(tokens, kept))
+            self.dropped_tokens += sum(sum(lengths(row)) for row in rows) - sum(sum(lengths(row)) for row in kept)
             return kept
 
         alone = len(config.sources) == 1
         pools = [short(source, alone or bool(weights)) for source in config.sources]
         self.held_out = [row for source in config.eval_sources for row in short(source, True)]
         if not any(pools):
-            raise ValueError(f"data.sources: all {noun} are longer than data.max_tokens={self.limit}")
+            raise ValueError(f"{section}.sources: all {noun} are longer than {knob}")
         if config.eval_fraction:
-            pools = self._hold_out(pools, config.eval_fraction, seed)
+            pools = self._hold_out(pools, config.eval_fraction, seed, f"{section}.eval_fraction")
         self.pools = pools if weights else [[row for pool in pools for row in pool]]
-        self.tokens = sum(tokens(row) for pool in self.pools for row in pool)
+        self.tokens = sum(sum(lengths(row)) for row in self.rows())
         self._draws = Mixture([len(pool) for pool in self.pools], weights, seed, noun)
 
-    def _hold_out(self, pools: list[list[Row]], fraction: float, seed: int) -> list[list[Row]]:
+    def _hold_out(self, pools: list[list[Row]], fraction: float, seed: int, knob: str) -> list[list[Row]]:
+        """The pools without the rows that are held out."""
         places = [(pool, row) for pool, rows in enumerate(pools) for row in range(len(rows))]
         count = max(1, round(fraction * len(places)))
         order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
@@ -92,15 +95,23 @@ class RowStream(Generic[Row]):
         self.held_out = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
         rest = [[r for row, r in enumerate(rows) if (pool, row) not in chosen] for pool, rows in enumerate(pools)]
         if not any(rest):
-            raise ValueError(f"data.eval_fraction={fraction} of {len(places)} {self.noun} leaves none to learn from")
+            raise ValueError(f"{knob}={fraction} of {len(places)} {self.noun} leaves none to learn from")
         return rest
 
     def __len__(self) -> int:
         """Rows of an epoch."""
         return sum(map(len, self.pools))
 
+    def rows(self) -> Iterator[Row]:
+        """The rows of an epoch, as they were read."""
+        return (row for pool in self.pools for row in pool)
+
+    def amount(self) -> str:
+        """How much there is to learn from."""
+        return f"{len(self)} {self.noun} of {self.tokens:,} tokens"
+
     def __str__(self) -> str:
-        text = f"{len(self)} {self.noun} of {self.tokens:,} tokens"
+        text = self.amount()
         if self.held_out:
             text += f"; {len(self.held_out)} held out"
         if self.dropped:

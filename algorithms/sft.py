@@ -10,17 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..engine.mesh import Mesh
-from .batch import Batch, deal_micro_batches, micro_batches
+from .batch import Batch
 from .config import UpdateConfig
 from .roles import Learner, Role, Share, Stats, target_logprobs
-from .rollout import my_part
-
-
-def plan(batch: Batch, update: UpdateConfig, mesh: Mesh) -> list[Share]:
-    """This data rank's micro-batches: equally many rows a rank, about equally many tokens."""
-    sizes = update.micro_batch_size, update.micro_batch_tokens
-    return deal_micro_batches(range(len(batch)), batch.lengths, mesh.dp, *sizes)
+from .shares import plan_scoring
 
 
 def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:
@@ -46,6 +39,5 @@ def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[st
 
 def held_out_loss(role: Role, batch: Batch, update: UpdateConfig) -> float:
     """The loss on rows that are not learned from, the same on every rank; nothing is divided by the data ranks."""
-    mine = range(len(batch))[my_part(len(batch), role.mesh.dp)]
-    shares = micro_batches(mine, batch.lengths, update.micro_batch_size, update.micro_batch_tokens)
+    shares = plan_scoring(batch, update, role.mesh)
     return -role.logprobs(batch, shares)[batch.response].double().mean().item()

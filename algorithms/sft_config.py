@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .config import (
-    DataConfig,
     EpochRun,
     LoRAConfig,
     ModelPaths,
@@ -15,10 +14,11 @@ from .config import (
     check_given,
     require,
 )
+from .rows import RowData
 
 
 @dataclass(frozen=True)
-class SFTData(DataConfig):
+class SFTData(RowData):
     """Dialogues, or prompts with their responses, and what is held out."""
 
     messages_key: str = "messages"
@@ -27,21 +27,11 @@ class SFTData(DataConfig):
     """column that holds the prompt: a string, or a list of {role, content} messages"""
     response_key: str = "response"
     """column that holds the answer to it, a string"""
-    max_tokens: int = 2048
-    """rows with more tokens, template included, are counted and dropped [O]"""
-    eval_sources: tuple[str, ...] = ()
-    """rows for the held-out loss, given like sources"""
-    eval_fraction: float = 0.0
-    """instead of that, this share of the rows is held out, chosen by the seed (0: off)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("messages_key", "prompt_key", "response_key"):
             require(bool(getattr(self, name)), name, repr(getattr(self, name)), "the name of a column")
-        require(self.max_tokens >= 2, "max_tokens", self.max_tokens, "at least 2")
-        require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "0 (off) or more and below 1")
-        if self.eval_sources and self.eval_fraction:
-            raise ValueError(f"eval_fraction={self.eval_fraction}: must be 0 where eval_sources are given")
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,16 @@ from __future__ import annotations
 import sys
 
 import torch
+from from_rows import FromRows, from_rows
 from report import Line, Panel
 from session import Session, start
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.build import build_decoder, build_learner, load_tokenizer, read_shape
 from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
 from trialign.algorithms.pair_config import DPOConfig, check_dpo
 from trialign.algorithms.pairs import Pair, read_pairs
-from trialign.algorithms.reward_model import pack_pairs, pair_shares
-from trialign.algorithms.roles import Role
+from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.rows import RowStream
-from trialign.engine.phases import forward_flops
-from trialign.models.decoder import Decoder
-from trialign.models.hf import stop_ids
+from trialign.algorithms.shares import plan
 
 FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (
@@ -40,82 +37,58 @@ PANELS = (
 
 
 class References:
-    """The reference's log-probability of every answer the run will meet, computed once."""
+    """The reference's log-probability of every answer the run will meet, computed once. Collective.
 
-    def __init__(self, session: Session[DPOConfig], data: RowStream[Pair], steps: int, role: Role | None):
-        self.data, self.device = data, session.mesh.device
-        self.rows = {place: i for i, place in enumerate(data.coming(steps * session.config.update.batch_size))}
-        pairs = [data.pools[pool][row] for pool, row in self.rows] + data.held_out
-        self.sums = None if role is None else reference_sums(role, pairs, session.config.update).view(-1, 2)
+    To be made before `begin`, which puts a checkpoint's weights in: the reference is the model before the first step.
+    """
+
+    def __init__(self, work: FromRows[RowStream[Pair]]):
+        config, self.data, self.device = work.session.config, work.rows, work.session.mesh.device
+        self.rows = {place: i for i, place in enumerate(self.data.coming(work.steps * work.batch_size))}
+        pairs = [self.data.pools[pool][row] for pool, row in self.rows] + self.data.held_out
+        self.sums = torch.zeros(len(pairs), 2)
+        if not config.loss.reference_free:
+            self.sums = reference_sums(work.reference(config.model.reference), pairs, config.update).view(-1, 2)
 
     def next(self, count: int) -> Batch:
         """The next pairs of the stream with their reference."""
         places = self.data.places(count)
         return self._pack([self.data.pools[pool][row] for pool, row in places], [self.rows[p] for p in places])
 
-    def held_out(self) -> Batch:
+    def held_out(self) -> Batch | None:
         """The pairs that are held out, with theirs."""
-        first = len(self.rows)
-        return self._pack(self.data.held_out, list(range(first, first + len(self.data.held_out))))
+        numbers = list(range(len(self.rows), len(self.sums)))
+        return self._pack(self.data.held_out, numbers) if numbers else None
 
     def _pack(self, pairs: list[Pair], numbers: list[int]) -> Batch:
-        batch = pack_pairs(pairs)
-        sums = torch.zeros(len(batch)) if self.sums is None else self.sums[numbers].flatten()
-        return with_reference(batch, sums).to(self.device)
+        return with_reference(pack_pairs(pairs), self.sums[numbers].flatten()).to(self.device)
 
 
 def main(session: Session[DPOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
-    config, mesh, folder = session.config, session.mesh, session.config.model.path
-    shape = session.together(lambda: read_shape(folder, config.parallel, config.run, "lm", config.lora))
-    tokenizer = session.together(lambda: load_tokenizer(folder, shape))
-    ends = stop_ids(folder, shape)
+    config, mesh = session.config, session.mesh
 
-    def read() -> RowStream[Pair]:
+    def read(tokenizer, ends) -> RowStream[Pair]:
         load = lambda source: read_pairs(source, config.data, tokenizer, ends)  # noqa: E731
-        return RowStream(config.data, load, lambda pair: pair.tokens, config.run.seed, "pairs")
+        return RowStream(config.data, load, lambda pair: pair.lengths, config.run.seed, "pairs")
 
-    data = session.together(read)
-    steps = config.run.total(len(data), config.update.batch_size)
+    work = from_rows(session, config.data, read)
+    learner, rows = work.learner, References(work)
+    unseen = rows.held_out()
+    measure = lambda batch: held_out(learner, batch, config.update, config.loss)  # noqa: E731
+    work.begin(facts=FACTS)
 
-    def build(path: str, trained: bool) -> Decoder:
-        options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
-        own = shape if path == folder else read_shape(path, config.parallel, config.run, "lm")
-        return build_decoder(path, own, mesh, config.model.dtype, trained=trained, **options)
-
-    model = session.together(lambda: build(folder, True))
-    learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay)
-    # Before `begin`: there the weights of a checkpoint come in, and the reference is the model before the first step.
-    reference: Role | None = None
-    if not config.loss.reference_free:
-        other = config.model.reference
-        reference = Role(session.together(lambda: build(other, False))) if other else learner
-    rows = References(session, data, steps, reference)
-    del reference
-    session.begin({"actor": (learner, folder)}, {"data": data}, steps, about=str(data), facts=FACTS)
-    unseen = rows.held_out() if data.held_out else None
-
-    for step in session.steps():
+    for _ in session.steps():
         batch = rows.next(config.update.batch_size)
-        metrics = {"epoch": (step + 1) * config.update.batch_size / len(data)}
-
-        if unseen and step % (config.run.eval_every or steps) == 0:  # of the weights before the step, as its loss is
-            with session.phases("eval") as phase:
-                metrics |= held_out(learner, unseen, config.update, config.loss)
-                phase.tokens = len(unseen.tokens)
-                phase.flops = forward_flops(shape, unseen.lengths, len(unseen.response))
+        metrics = work.epoch() | work.held_out(unseen, measure)
 
         with session.phases("update") as phase:
-            metrics |= dpo_step(learner, batch, pair_shares(batch, config.update, learner), config.loss)
-            phase.tokens = len(batch.tokens)
-            phase.flops = 3 * forward_flops(shape, batch.lengths, len(batch.response))
+            metrics |= dpo_step(learner, batch, plan(batch, config.update, mesh, 2), config.loss)
+            work.count(phase, batch, passes=3)
 
         session.end_step(metrics, tokens=len(batch.tokens))
 
-    if unseen:
-        last = held_out(learner, unseen, config.update, config.loss)
-        session.log(steps, last)
-        session.progress.say("held out: " + ", ".join(f"{name[5:]} {value:.4f}" for name, value in last.items()))
+    work.held_out_last(unseen, measure)
     session.finish(PANELS)
 
 

@@ -10,22 +10,18 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
+from from_rows import FromRows, from_rows
 from report import Line, Panel
 from session import Session, start
 from torch import Tensor
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.build import build_decoder, build_learner, load_tokenizer, read_shape
-from trialign.algorithms.dialogue import Sample
+from trialign.algorithms.dialogue import Sample, pack_samples
 from trialign.algorithms.dpo import with_reference
 from trialign.algorithms.kto import held_out, kto_step, pack_labelled, reference_point, sums_of
 from trialign.algorithms.pair_config import KTOConfig, check_kto
 from trialign.algorithms.pairs import Labelled, mismatched, read_labelled
-from trialign.algorithms.roles import Role
 from trialign.algorithms.rows import RowStream
-from trialign.algorithms.sft import plan
-from trialign.engine.phases import forward_flops
-from trialign.models.decoder import Decoder
-from trialign.models.hf import stop_ids
+from trialign.algorithms.shares import plan
 
 FACTS = {"loss": "loss {:.4f}", "margin": "margin {:+.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (
@@ -47,17 +43,22 @@ class Drawn(NamedTuple):
 
 
 class References:
-    """The reference's log-probability of every answer the run will meet, with its own prompt and with another's."""
+    """The reference's log-probability of every answer the run will meet, with its own prompt and with another's.
 
-    def __init__(self, session: Session[KTOConfig], data: RowStream[Labelled], steps: int, role: Role):
-        config, self.data, self.device = session.config, data, session.mesh.device
-        self.rows = {place: i for i, place in enumerate(data.coming(steps * config.update.batch_size))}
+    Collective. To be made before `begin`, which puts a checkpoint's weights in: the reference is the model before the
+    first step.
+    """
+
+    def __init__(self, work: FromRows[RowStream[Labelled]]):
+        config, self.data, self.device = work.session.config, work.rows, work.session.mesh.device
+        self.rows = {place: i for i, place in enumerate(self.data.coming(work.steps * work.batch_size))}
         drawn = [self._row(place).sample for place in self.rows]
         self.others = [
             mismatched(self._row((pool, row)).sample, self._row((pool, row + 1)).sample, config.data.max_tokens)
             for pool, row in self.rows
         ]
-        unseen = [row.sample for row in data.held_out]
+        unseen = [row.sample for row in self.data.held_out]
+        role = work.reference(config.model.reference)
         sums = sums_of(role, drawn + self.others + unseen, config.update)
         self.sums, self.other_sums, self.unseen_sums = sums.split([len(drawn), len(drawn), len(unseen)])
 
@@ -72,9 +73,9 @@ class References:
         others = [self.others[i] for i in numbers]
         return Drawn(self._pack(rows, self.sums[numbers]), others, self.other_sums[numbers])
 
-    def held_out(self) -> Batch:
+    def held_out(self) -> Batch | None:
         """The rows that are held out, with theirs."""
-        return self._pack(self.data.held_out, self.unseen_sums)
+        return self._pack(self.data.held_out, self.unseen_sums) if self.data.held_out else None
 
     def _pack(self, rows: list[Labelled], sums: Tensor) -> Batch:
         batch = pack_labelled([row.sample for row in rows], [row.desirable for row in rows])
@@ -83,61 +84,33 @@ class References:
 
 def main(session: Session[KTOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
-    config, mesh, folder = session.config, session.mesh, session.config.model.path
-    shape = session.together(lambda: read_shape(folder, config.parallel, config.run, "lm", config.lora))
-    tokenizer = session.together(lambda: load_tokenizer(folder, shape))
-    ends = stop_ids(folder, shape)
+    config, mesh = session.config, session.mesh
 
-    def read() -> RowStream[Labelled]:
+    def read(tokenizer, ends) -> RowStream[Labelled]:
         load = lambda source: read_labelled(source, config.data, tokenizer, ends)  # noqa: E731
-        return RowStream(config.data, load, lambda row: len(row.sample.tokens), config.run.seed, "labelled answers")
+        return RowStream(config.data, load, lambda row: row.lengths, config.run.seed, "labelled answers")
 
-    data = session.together(read)
-    steps = config.run.total(len(data), config.update.batch_size)
+    work = from_rows(session, config.data, read)
+    learner, rows = work.learner, References(work)
+    unseen = rows.held_out()
+    measure = lambda batch: held_out(learner, batch, config.update, config.loss)  # noqa: E731
+    work.begin(f"{work.rows}; {sum(row.desirable for row in work.rows.rows())} of them wanted", FACTS)
 
-    def build(path: str, trained: bool) -> Decoder:
-        options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
-        own = shape if path == folder else read_shape(path, config.parallel, config.run, "lm")
-        return build_decoder(path, own, mesh, config.model.dtype, trained=trained, **options)
-
-    model = session.together(lambda: build(folder, True))
-    learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay)
-    # Before `begin`: there the weights of a checkpoint come in, and the reference is the model before the first step.
-    other = config.model.reference
-    rows = References(session, data, steps, Role(session.together(lambda: build(other, False))) if other else learner)
-    wanted = sum(row.desirable for pool in data.pools for row in pool)
-    about = f"{data}; {wanted} of them wanted"
-    session.begin({"actor": (learner, folder)}, {"data": data}, steps, about=about, facts=FACTS)
-    unseen = rows.held_out() if data.held_out else None
-
-    for step in session.steps():
+    for _ in session.steps():
         batch, others, reference = rows.next(config.update.batch_size)
-        metrics = {"epoch": (step + 1) * config.update.batch_size / len(data)}
-
-        if unseen and step % (config.run.eval_every or steps) == 0:  # of the weights before the step, as its loss is
-            with session.phases("eval") as phase:
-                metrics |= held_out(learner, unseen, config.update, config.loss)
-                phase.tokens = len(unseen.tokens)
-                phase.flops = forward_flops(shape, unseen.lengths, len(unseen.response))
+        metrics = work.epoch() | work.held_out(unseen, measure)
 
         with session.phases("reference point") as phase:
             z = reference_point(learner, others, reference, config.update)
-            lengths = [len(sample.tokens) for sample in others]
-            phase.tokens = sum(lengths)
-            phase.flops = forward_flops(shape, lengths, sum(sample.targets for sample in others))
+            work.count(phase, pack_samples(others))
 
         with session.phases("update") as phase:
-            shares = plan(batch, config.update, mesh)
-            metrics |= kto_step(learner, batch, shares, config.loss, z)
-            phase.tokens = len(batch.tokens)
-            phase.flops = 3 * forward_flops(shape, batch.lengths, len(batch.response))
+            metrics |= kto_step(learner, batch, plan(batch, config.update, mesh), config.loss, z)
+            work.count(phase, batch, passes=3)
 
         session.end_step(metrics, tokens=len(batch.tokens))
 
-    if unseen:
-        last = held_out(learner, unseen, config.update, config.loss)
-        session.log(steps, last)
-        session.progress.say("held out: " + ", ".join(f"{name[5:]} {value:.4f}" for name, value in last.items()))
+    work.held_out_last(unseen, measure)
     session.finish(PANELS)
 
 

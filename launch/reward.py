@@ -11,25 +11,22 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from from_rows import from_rows
 from report import Line, Panel
 from session import Session, start
-from trialign.algorithms.build import build_decoder, build_learner, load_tokenizer, read_shape
+from trialign.algorithms.batch import Batch
 from trialign.algorithms.pair_config import RewardModelConfig, check_reward
-from trialign.algorithms.pairs import Pair, Steps, read_pairs, read_steps
+from trialign.algorithms.pairs import read_pairs, read_steps
 from trialign.algorithms.reward_model import (
     held_out_pairs,
-    held_out_steps,
+    held_out_process,
     pack_pairs,
     pack_steps,
-    pair_shares,
     pair_step,
-    step_step,
+    process_step,
 )
 from trialign.algorithms.rows import RowStream
-from trialign.algorithms.sft import plan
-from trialign.engine.phases import forward_flops
-from trialign.models.decoder import Decoder
-from trialign.models.hf import stop_ids
+from trialign.algorithms.shares import plan
 
 FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (
@@ -46,68 +43,45 @@ PANELS = (
 
 def main(session: Session[RewardModelConfig]) -> None:
     """Sets up, trains, and leaves the exported reward model and the plot in the run's folder."""
-    config, mesh, folder = session.config, session.mesh, session.config.model.path
-    shape = session.together(lambda: read_shape(folder, config.parallel, config.run, None, config.lora))
-    tokenizer = session.together(lambda: load_tokenizer(folder, shape))
-    data: RowStream[Any] = session.together(lambda: rows(config, tokenizer, stop_ids(folder, shape)))
-    steps = config.run.total(len(data), config.update.batch_size)
-
-    def build() -> Decoder:
-        options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
-        return build_decoder(folder, shape, mesh, config.model.dtype, head="score", trained=True, **options)
-
-    model = session.together(build)
-    learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay, name="reward")
+    config, mesh = session.config, session.mesh
     by_pairs = config.rows is config.data
-    held_out = (pack_pairs if by_pairs else pack_steps)(data.held_out).to(mesh.device) if data.held_out else None
-    session.begin({"reward": (learner, folder)}, {"data": data}, steps, about=str(data), facts=FACTS)
+    pack: Any = pack_pairs if by_pairs else pack_steps
+    work = from_rows(session, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends), "score")
+    learner, data = work.learner, work.rows
 
-    def measure() -> dict[str, float]:
-        if held_out is None:
-            return {}
+    def measure(batch: Batch) -> dict[str, float]:
         if by_pairs:
-            return held_out_pairs(learner, held_out, config.update, config.loss.centring)
-        return held_out_steps(learner, held_out, config.update)
+            return held_out_pairs(learner, batch, config.update, config.loss.centring)
+        return held_out_process(learner, batch, config.update)
 
-    for step in session.steps():
-        rows_ = data.next(config.update.batch_size)
-        batch = (pack_pairs if by_pairs else pack_steps)(rows_).to(mesh.device)
-        metrics = {"epoch": (step + 1) * config.update.batch_size / len(data)}
+    unseen = pack(data.held_out).to(mesh.device) if data.held_out else None
+    work.begin(facts=FACTS)
 
-        if held_out and step % (config.run.eval_every or steps) == 0:
-            with session.phases("eval") as phase:
-                metrics |= measure()
-                phase.tokens, phase.flops = len(held_out.tokens), forward_flops(shape, held_out.lengths)
+    for _ in session.steps():
+        batch = pack(data.next(config.update.batch_size)).to(mesh.device)
+        metrics = work.epoch() | work.held_out(unseen, measure)
 
         with session.phases("update") as phase:
             if by_pairs:
-                shares = pair_shares(batch, config.update, learner)
-                metrics |= pair_step(learner, batch, shares, config.loss.centring)
+                metrics |= pair_step(learner, batch, plan(batch, config.update, mesh, 2), config.loss.centring)
             else:
-                metrics |= step_step(learner, batch, plan(batch, config.update, mesh))
-            phase.tokens, phase.flops = len(batch.tokens), 3 * forward_flops(shape, batch.lengths)
+                metrics |= process_step(learner, batch, plan(batch, config.update, mesh))
+            work.count(phase, batch, passes=3)
 
         session.end_step(metrics, tokens=len(batch.tokens))
 
-    if last := measure():
-        session.log(steps, last)
-        session.progress.say("held out: " + ", ".join(f"{name[5:]} {value:.4f}" for name, value in last.items()))
+    work.held_out_last(unseen, measure)
     session.finish(PANELS, role="reward")
 
 
-def rows(config: RewardModelConfig, tokenizer, ends) -> RowStream[Pair] | RowStream[Steps]:
+def rows(config: RewardModelConfig, tokenizer, ends) -> RowStream[Any]:
     """The stream of pairs, or of answers in steps."""
+    seed = config.run.seed
     if config.steps.sources:
-
-        def load_steps(source: str) -> list[Steps]:
-            return read_steps(source, config.steps, tokenizer, ends)
-
-        return RowStream(config.steps, load_steps, lambda r: len(r.sample.tokens), config.run.seed, "answers in steps")
-
-    def load_pairs(source: str) -> list[Pair]:
-        return read_pairs(source, config.data, tokenizer, ends)
-
-    return RowStream(config.data, load_pairs, lambda pair: pair.tokens, config.run.seed, "pairs")
+        load_steps = lambda source: read_steps(source, config.steps, tokenizer)  # noqa: E731
+        return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "answers in steps", "steps")
+    load_pairs = lambda source: read_pairs(source, config.data, tokenizer, ends)  # noqa: E731
+    return RowStream(config.data, load_pairs, lambda pair: pair.lengths, seed, "pairs")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from tiny import VOCAB, assemble, tiny_llama
 from trialign.algorithms.build import build_decoder, build_learner
 from trialign.algorithms.config import OptimizerConfig, UpdateConfig
 from trialign.algorithms.dialogue import DialogueDataset, Sample, pack_samples
-from trialign.algorithms.sft import held_out_loss, plan, sft_step
+from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.sft_config import SFTData
+from trialign.algorithms.shares import plan
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
 from trialign.models.hf import hf_name, stop_ids

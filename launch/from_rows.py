@@ -1,0 +1,149 @@
+"""What scripts that learn from rows (SFT, reward models, DPO, KTO) have in common around a session.
+
+    work = from_rows(session, session.config.data, read)     # model, tokenizer and rows; what learns
+    work.begin()
+    for _ in session.steps():
+        batch = ...                                          # of the next rows
+        metrics = work.epoch() | work.held_out(unseen, measure)
+        with session.phases("update") as phase:
+            metrics |= ...
+            work.count(phase, batch, passes=3)
+        session.end_step(metrics, tokens=len(batch.tokens))
+    work.held_out_last(unseen, measure)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from session import Common, Session
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.build import build_decoder, build_learner, load_tokenizer, read_shape
+from trialign.algorithms.config import EpochRun, LoRAConfig, OptimizerConfig, UpdateConfig
+from trialign.algorithms.roles import Learner, Role
+from trialign.algorithms.rows import RowData, RowStream
+from trialign.engine.phases import Phase, forward_flops
+from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.hf import stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Measure = Callable[[Batch], dict[str, float]]
+
+
+class RowConfig(Common, Protocol):
+    """The sections that the config of such a script has."""
+
+    @property
+    def lora(self) -> LoRAConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def update(self) -> UpdateConfig: ...
+    @property
+    def run(self) -> EpochRun: ...
+
+
+Rows = TypeVar("Rows", bound=RowStream[Any])
+
+
+@dataclass(frozen=True)
+class FromRows(Generic[Rows]):
+    """What there is before the first step, and what every step does besides its update."""
+
+    session: Session[Any]
+    shape: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    ends: tuple[int, ...]  # tokens that end an answer
+    rows: Rows
+    steps: int  # of the whole run
+    learner: Learner
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step."""
+        return self.session.config.update.batch_size
+
+    def begin(self, about: str = "", facts: Mapping[str, str] | None = None) -> None:
+        """`Session.begin` with what learns and its rows. Collective."""
+        role = "actor" if self.learner.model.kind == "lm" else "reward"
+        learners = {role: (self.learner, self.session.config.model.path)}
+        self.session.begin(learners, {"data": self.rows}, self.steps, about=about or str(self.rows), facts=facts)
+
+    def epoch(self) -> dict[str, float]:
+        """Passes over the rows after this step."""
+        return {"epoch": (self.session.step + 1) * self.batch_size / len(self.rows)}
+
+    def count(self, phase: Phase, batch: Batch, passes: int = 1) -> None:
+        """Notes what a phase did with a batch; a forward with its backward is three passes."""
+        logits = len(batch.response) if self.learner.model.kind == "lm" else 0
+        phase.tokens += len(batch.tokens)
+        phase.flops += passes * forward_flops(self.shape, batch.lengths, logits)
+
+    def held_out(self, batch: Batch | None, measure: Measure) -> dict[str, float]:
+        """What is measured on the held-out rows, where it is due: of the weights before the step, as its loss is."""
+        if batch is None or self.session.step % (self.session.config.run.eval_every or self.steps):
+            return {}
+        with self.session.phases("eval") as phase:
+            self.count(phase, batch)
+            return measure(batch)
+
+    def held_out_last(self, batch: Batch | None, measure: Measure) -> None:
+        """The same after the last step, logged and said."""
+        if batch is not None:
+            last = measure(batch)
+            self.session.log(self.steps, last)
+            text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in last.items())
+            self.session.progress.say(f"held out, after {self.steps} steps: {text}")
+
+    def reference(self, folder: str) -> Role:
+        """A frozen model to compare with: a folder's, or ("") the learner as it is now. Collective."""
+        if not folder:
+            return self.learner
+        config: RowConfig = self.session.config
+        shape = self.session.together(lambda: read_shape(folder, config.parallel, config.run, "lm"))
+        if shape.vocab_size != self.shape.vocab_size:
+            raise ValueError(
+                f"{folder}: vocab_size={shape.vocab_size}, but that of {config.model.path} is {self.shape.vocab_size}:"
+                " both read the same tokens"
+            )
+        build = lambda: build_decoder(folder, shape, self.session.mesh, config.model.dtype)  # noqa: E731
+        return Role(self.session.together(build))
+
+
+def from_rows(
+    session: Session[Any],
+    section: RowData,
+    read: Callable[[PreTrainedTokenizerBase, tuple[int, ...]], Rows],
+    kind: HeadKind = "lm",
+) -> FromRows[Rows]:
+    """Reads the model's shape and tokenizer, then the rows, then builds what learns from them. Collective.
+
+    Args:
+        section: of the config, which says how long a row's samples may be.
+        read: the rows, given the tokenizer and the tokens that end an answer.
+        kind: the head of what learns; "score" puts one on a language model that has none.
+    """
+    config: RowConfig = session.config
+    folder = config.model.path
+
+    def look() -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+        shape = read_shape(folder, config.parallel, config.run, "lm" if kind == "lm" else None, config.lora)
+        if section.max_tokens > shape.max_positions:
+            raise ValueError(f"max_tokens={section.max_tokens}: {folder} has positions for {shape.max_positions}")
+        return shape, load_tokenizer(folder, shape)
+
+    shape, tokenizer = session.together(look)
+    ends = stop_ids(folder, shape)
+    rows = session.together(lambda: read(tokenizer, ends))
+    steps = config.run.total(len(rows), config.update.batch_size)
+    options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
+    model = session.together(
+        lambda: build_decoder(folder, shape, session.mesh, config.model.dtype, head=kind, trained=True, **options)
+    )
+    name = "actor" if kind == "lm" else "reward"
+    learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay, name=name)
+    return FromRows(session, shape, tokenizer, ends, rows, steps, learner)
