@@ -134,7 +134,7 @@ def test_config_file(case, capsys, tmp_path):
 CHECKS = {
     "no model": (flags(model_path=None), 1, "model.path is not given"),
     "no prompts": (flags(data_sources=None), 1, "data.sources is not given"),
-    "no reward": (flags(reward_functions=None), 1, "no reward: give reward.functions, reward.models, reward.servers or several"),
+    "no reward": (flags(reward_functions=None), 1, "no reward: give reward.functions, reward.models"),
     "ptx without text": (flags(actor_ptx_coef=1), 1, "actor.ptx_coef=1.0 needs text to learn from"),
     "world by tp x pp": (flags(parallel_tp=2, parallel_pp=2), 6, "world size 6 does not divide by tp x pp = 2 x 2 = 4"),
     "world by all": (flags(parallel_tp=2, parallel_dp=2), 8, "world size 8 is not tp x pp x dp = 2 x 1 x 2 = 4"),
