@@ -1,0 +1,239 @@
+"""Rewards by HTTP: a server that is down, slow or lies, scorers that abstain, and a served reward model."""
+
+import http.server
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from trialign.algorithms.batch import Prompt, pack
+from trialign.algorithms.config import RewardConfig
+from trialign.algorithms.online import without
+from trialign.algorithms.reward_server import RewardServer
+from trialign.algorithms.rewards import RewardFunction, RewardShaper, combine
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [Prompt(i, [1], f"p{i}", {"goal": i}, f"a.jsonl:{i + 1}") for i in range(5)]
+TEXTS = ["a", "bb", "ccc", "dddd", "eeeee"]
+
+
+@contextmanager
+def serving(answer: Callable[[dict], tuple[int, bytes] | None]) -> Iterator[tuple[str, list[dict]]]:
+    """A server on loopback; `answer` gives code and body for a request, None closes the connection."""
+    seen: list[dict] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            made = answer(seen[-1])
+            if made is None:
+                return
+            self.send_response(made[0])
+            self.send_header("Content-Length", str(len(made[1])))
+            self.end_headers()
+            self.wfile.write(made[1])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/score", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def lengths(request: dict) -> tuple[int, bytes]:
+    return 200, json.dumps({"scores": [len(c) for c in request["completions"]]}).encode()
+
+
+def test_requests_are_batches_with_columns():
+    with serving(lengths) as (url, seen):
+        assert RewardServer(url, batch=2).score(PROMPTS, TEXTS) == [1, 2, 3, 4, 5]
+    assert [len(request["completions"]) for request in seen] == [2, 2, 1]
+    assert seen[1] == {"prompts": ["p2", "p3"], "completions": ["ccc", "dddd"], "fields": {"goal": [2, 3]}}
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+LIES = {
+    "wrong count": (lambda r: (200, b'{"scores": [1, 2]}'), "gave 2 scores for 5 completions"),
+    "not JSON": (lambda r: (200, b"<html>busy</html>"), "answered what is not JSON, '<html>busy</html>'"),
+    "no scores": (lambda r: (200, b'{"result": 1}'), 'must be {"scores": [...]}'),
+    "a list": (lambda r: (200, b"[1, 2, 3, 4, 5]"), 'must be {"scores": [...]}'),
+    "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "gave nan for a.jsonl:3: must be a finite number"),
+    "null": (lambda r: (200, b'{"scores": [null, 2, 3, 4, 5]}'), "gave None for a.jsonl:1: must be a finite number"),
+    "text": (lambda r: (200, b'{"scores": ["1", 2, 3, 4, 5]}'), "gave '1' for a.jsonl:1: must be a finite number"),
+    "refusal": (lambda r: (400, b"no such model"), "answered HTTP 400: 'no such model'"),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_what_are_no_scores_is_refused_at_once(case):
+    answer, message = LIES[case]
+    with serving(answer) as (url, seen):
+        with pytest.raises(ValueError) as error:
+            RewardServer(url, pause=0.01).score(PROMPTS, TEXTS)
+    assert message in str(error.value) and url in str(error.value) and "a.jsonl:" in str(error.value)
+    assert len(seen) == 1
+
+
+def test_down():
+    url = f"http://127.0.0.1:{free_port()}/score"
+    with pytest.raises(ValueError, match=r"no connection: .*refused.* \(2 tries\) for 5 rows: a.jsonl:1, a.jsonl:2"):
+        RewardServer(url, tries=2, pause=0.01).score(PROMPTS, TEXTS)
+
+
+def test_hung_up():
+    with serving(lambda request: None) as (url, seen):
+        with pytest.raises(ValueError, match=r"no connection: .*\(2 tries\)"):
+            RewardServer(url, tries=2, pause=0.01).score(PROMPTS, TEXTS)
+    assert len(seen) == 2
+
+
+def test_slow():
+    def sleep(request: dict) -> tuple[int, bytes]:
+        time.sleep(1.0)
+        return lengths(request)
+
+    with serving(sleep) as (url, _):
+        with pytest.raises(ValueError, match=r"took longer than reward.time_limit=0.2 seconds \(1 try\) for 5 rows"):
+            RewardServer(url, 0.2, tries=1).score(PROMPTS, TEXTS)
+
+
+def test_busy_at_first():
+    answers = iter([(503, b"busy"), (429, b"later")])
+
+    def busy(request: dict) -> tuple[int, bytes]:
+        return next(answers, None) or lengths(request)
+
+    with serving(busy) as (url, seen):
+        assert RewardServer(url, pause=0.01).score(PROMPTS, TEXTS) == [1, 2, 3, 4, 5]
+    assert len(seen) == 3
+    with serving(lambda request: (503, b"busy")) as (url, _):
+        with pytest.raises(ValueError, match=r"answered HTTP 503: 'busy' \(3 tries\)"):
+            RewardServer(url, pause=0.01).score(PROMPTS, TEXTS)
+
+
+def test_only_what_failed_abstains():
+    def second_fails(request: dict) -> tuple[int, bytes]:
+        return (400, b"no") if "ccc" in request["completions"] else lengths(request)
+
+    with serving(second_fails) as (url, _):
+        server = RewardServer(url, batch=2, abstain=True)
+        scores = server.score(PROMPTS, TEXTS)
+    assert [s if s == s else None for s in scores] == [1, 2, None, None, 5]
+    assert len(server.failures) == 1 and "answered HTTP 400" in server.failures[0]
+    with serving(LIES["NaN"][0]) as (url, _):
+        scores = RewardServer(url, abstain=True).score(PROMPTS, TEXTS)
+    assert [s if s == s else None for s in scores] == [1, 2, None, 4, 5]
+
+
+FUNCTIONS = {
+    "raises": ("if 'ccc' in completions: raise KeyError('x')\nreturn [1.0] * len(completions)", [1, 1, None, 1, 1]),
+    "gives NaN": ("return [float('nan') if c == 'bb' else 2.0 for c in completions]", [2, None, 2, 2, 2]),
+    "gives None": ("return [None if c == 'bb' else 2.0 for c in completions]", [2, None, 2, 2, 2]),
+    "dies": ("import os\nif not os.path.exists('{flag}'): open('{flag}', 'w').close(); os._exit(3)\nreturn [1.0] * 5",
+             [None] * 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_a_function_that_fails_abstains_and_goes_on(case, tmp_path):
+    body, expected = FUNCTIONS[case]
+    path = tmp_path / "reward.py"
+    lines = body.replace("{flag}", str(tmp_path / "flag")).splitlines()
+    path.write_text("def score(prompts, completions, **fields):\n" + "".join(f"    {line}\n" for line in lines))
+    with RewardFunction(f"{path}:score", abstain=True) as reward:
+        scores = reward.score(PROMPTS, TEXTS)
+        assert [s if s == s else None for s in scores] == expected
+        assert reward.failures and str(path) in reward.failures[0]
+        again = reward.score(PROMPTS, TEXTS)
+        assert [s if s == s else None for s in again] == ([1.0] * 5 if case == "dies" else expected)
+
+
+def test_abstaining_samples_move_no_statistic():
+    nan = math.nan
+    combined = combine({"a": [1.0, nan, 3.0], "b": [1.0, 2.0, math.inf]}, [1.0, 2.0], abstain=True)
+    assert combined[0] == 3.0 and math.isnan(combined[1]) and math.isnan(combined[2])
+    shaper, alone = (RewardShaper(RewardConfig(functions=("a:b",), normalise=True, clip=0.5)) for _ in range(2))
+    rewards = shaper([1.0, nan, 3.0, 5.0], [True] * 4)
+    assert math.isnan(rewards[1]) and [rewards[i] for i in (0, 2, 3)] == alone([1.0, 3.0, 5.0], [True] * 3)
+    assert shaper.state() == alone.state()
+
+
+def test_abstaining_samples_have_no_targets():
+    batch = pack([[1, 2, 3], [1, 2], [1, 2, 3, 4]])
+    left = without(batch, torch.tensor([0.5, math.nan, 1.0]))
+    assert left.response.tolist() == [1, 2, 6, 7, 8] and left.lengths == batch.lengths
+    assert without(batch, torch.tensor([0.5, 0.0, 1.0])) is batch
+    with pytest.raises(ValueError, match="every answer of the step is without a score"):
+        without(batch, torch.full((3,), math.nan))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"servers": ("localhost:80",)}, "'localhost:80': must be an address as http://host:8000/score"),
+        ({"servers": ("http://a/s", "http://a/s")}, "each may be named once"),
+        ({"servers": ("http://a/s",), "weights": (1.0, 2.0)}, "2 weights for 1 functions, models and servers"),
+        ({"server_tries": 0}, "server_tries=0: must be at least 1"),
+    ],
+)
+def test_configs_that_are_refused(changes, message):
+    with pytest.raises(ValueError) as error:
+        RewardConfig(**changes)
+    assert message in str(error.value)
+
+
+def test_a_served_reward_model_gives_transformers_scores(tmp_path):
+    folder = tiny_tokenizer(tiny_llama(tmp_path / "reward", score=True, vocab_size=260))
+    command = [sys.executable, str(ROOT / "launch/serve_reward.py"), "--port", "0", "--max_tokens", "64"]
+    command += ["--batch_tokens", "64", "--model.path", str(folder), "--model.dtype", "float32"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        server = RewardServer(url, batch=2, pause=0.01)
+        scores = server.score(PROMPTS, TEXTS)
+        health = json.loads(urllib.request.urlopen(url.replace("/score", "/health"), timeout=10).read())
+        assert health == {"model": str(folder), "scored": 5}
+        with pytest.raises(ValueError, match=r"HTTP 400: .*row 1: \d+ tokens, max_tokens=64"):
+            server.score(PROMPTS[:2], ["a", "b" * 80])
+        for body in (b"nonsense", b'{"prompts": ["a"], "completions": []}', b'{"prompts": [1], "completions": ["a"]}'):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(url, body, timeout=10)
+            assert error.value.code == 400
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    for prompt, text, mine in zip(PROMPTS, TEXTS, scores, strict=True):
+        chat = [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": text}]
+        tokens = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
+        body = model.model(tokens).last_hidden_state[0, -1]
+        assert mine == pytest.approx(model.score(body).item(), rel=1e-4, abs=1e-5)
