@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from trialign.algorithms.grpo_config import GRPOConfig
 from trialign.algorithms.ppo_config import PPOConfig
+from trialign.algorithms.pretrain_config import PretrainConfig
 from trialign.algorithms.sft_config import SFTConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = {"grpo.md": GRPOConfig, "ppo.md": PPOConfig, "sft.md": SFTConfig}
+PAGES = {"grpo.md": GRPOConfig, "ppo.md": PPOConfig, "sft.md": SFTConfig, "pretrain.md": PretrainConfig}
 BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
 
 

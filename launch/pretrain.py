@@ -1,0 +1,57 @@
+"""Goes on with the pretraining of a language model on plain text, on any number of ranks.
+
+python launch/pretrain.py --config launch/configs/pretrain_smollm2.toml
+torchrun --nproc-per-node 8 launch/pretrain.py --config my.toml --parallel.tp 2 --parallel.pp 2 --optimizer.lr 3e-5
+torchrun ... launch/pretrain.py --resume runs/pretrain
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from from_rows import from_rows
+from report import Line, Panel
+from session import Session, start
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.pretrain_config import PretrainConfig, check_pretrain
+from trialign.algorithms.sft import held_out_loss, sft_step
+from trialign.algorithms.text import TextStream, pack_rows, plan_rows
+
+FACTS = {"loss": "loss {:.4f}", "eval_perplexity": "held-out perplexity {:.3f}", "epoch": "epoch {:.2f}"}
+PANELS = (
+    Panel(
+        "Loss", "nats a token", (Line("loss", "#0f766e", "training"), Line("eval_loss", "#be123c", "held out", True))
+    ),
+    Panel("Perplexity", "held out", (Line("eval_perplexity", "#be123c", points=True),)),
+    Panel("Entropy", "nats a token", (Line("entropy", "#4338ca"),)),
+    Panel("Gradient norm", "before clipping", (Line("grad_norm", "#b45309"),)),
+)
+
+
+def main(session: Session[PretrainConfig]) -> None:
+    """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
+    config, mesh = session.config, session.mesh
+    work = from_rows(session, config.data, lambda tokenizer, _: TextStream(config.data, tokenizer, config.run.seed))
+    unseen = pack_rows(work.rows.held_out).to(mesh.device) if work.rows.held_out else None
+    work.begin(facts=FACTS)
+
+    def measure(batch: Batch) -> dict[str, float]:
+        loss = held_out_loss(work.learner, batch, config.update)
+        return {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
+
+    for _ in session.steps():
+        rows = work.rows.next(config.update.batch_size)
+        batch = pack_rows(rows).to(mesh.device)
+        metrics = work.epoch() | work.held_out(unseen, measure)
+        with session.phases("update") as phase:
+            metrics |= sft_step(work.learner, batch, plan_rows(rows, config.update, mesh))
+            work.count(phase, batch, passes=3)
+        session.end_step(metrics, tokens=len(batch.tokens))
+
+    work.held_out_last(unseen, measure)
+    session.finish(PANELS)
+
+
+if __name__ == "__main__":
+    start(PretrainConfig, check_pretrain, main, "pretrain", sys.argv[1:])
