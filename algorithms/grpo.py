@@ -75,9 +75,8 @@ def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOCon
     """
     assert batch.sampling_logprobs is not None
     choices, rules, segments = config.choices, config.choices.rules, segments_of(batch)
-    device = batch.tokens.device
-    scores, group = scores.to(device), group.to(device)
     logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
+    scores, group = scores.to(logprobs), group.to(logprobs.device)
     kl, metrics = torch.zeros_like(logprobs), {}
     if batch.ref_logprobs is not None:
         kl = kl_estimate(logprobs, batch.ref_logprobs, choices.kl, replace(rules.kl, weighted=False))  # [total]
