@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.box import ROUNDED
 from rich.table import Table
 from rich.text import Text
+from trialign.algorithms.evaluation import Estimate
 from trialign.engine.logging import read_metrics
 
 
@@ -158,4 +159,33 @@ def answer_table(before: Sequence[Sequence[str]], after: Sequence[Sequence[str]]
         table.add_column(name, ratio=1, style="cyan" if name == "prompt" else None)
     for (prompt, wanted, old), (_, _, new) in zip(before, after, strict=False):  # a resume may ask for more
         table.add_row(*(Text(text.strip()) for text in (prompt, wanted, old, new)))
+    return table
+
+
+def estimate_table(results: Mapping[str, Mapping[str, Estimate]]) -> Table:
+    """Measures of one or more models side by side, each with its interval where it has one."""
+    table = Table(box=ROUNDED, header_style="bold", border_style="bright_black")
+    table.add_column("measure", style="cyan")
+    for model in results:
+        table.add_column(Text(model), justify="right")
+    for name in dict.fromkeys(name for numbers in results.values() for name in numbers):
+        table.add_row(name, *(_interval(numbers[name]) if name in numbers else "" for numbers in results.values()))
+    return table
+
+
+def _interval(number: Estimate) -> str:
+    value, low, high = number
+    return f"{value:.4g}" if low != low else f"{value:.4g}  ({low:.4g} to {high:.4g})"
+
+
+def sample_table(answers: Sequence[Mapping[str, Any]]) -> Table:
+    """Completions, each with its model and reward, as completions.jsonl has them."""
+    table = Table(box=ROUNDED, show_lines=True, header_style="bold", border_style="bright_black", expand=True)
+    table.add_column("model", ratio=2)
+    table.add_column("prompt", ratio=3, style="cyan")
+    table.add_column("completion", ratio=6)
+    table.add_column("reward", justify="right", no_wrap=True)
+    for answer in answers:
+        reward = "" if answer["reward"] is None else f"{answer['reward']:+.2f}"
+        table.add_row(*(Text(str(answer[key]).strip()) for key in ("model", "prompt", "completion")), reward)
     return table

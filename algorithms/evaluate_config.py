@@ -1,0 +1,132 @@
+"""The config of evaluation: what is measured of one model, or of two side by side."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..engine.mesh import check_layout
+from .config import ModelPaths, ParallelConfig, PromptData, RewardConfig, RolloutConfig, require
+from .pretrain_config import TextData
+from .sft_config import SFTData
+
+
+@dataclass(frozen=True)
+class EvaluatedModels(ModelPaths):
+    """What is evaluated."""
+
+    path: str = ""
+    """folder in Hugging Face format, tokenizer included"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """compute type"""
+    against: str = ""
+    """folder of a second model, measured likewise; the first one's wins over it are counted ("": none)"""
+
+
+@dataclass(frozen=True)
+class EvaluatedPrompts(PromptData):
+    """Prompts that are answered."""
+
+    limit: int = 0
+    """answer this many of them, chosen by the seed (0: all)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.limit >= 0, "limit", self.limit, "0 (all) or more")
+        require(not self.probabilities, "probabilities", repr(self.probabilities), "empty: each prompt is met once")
+
+
+@dataclass(frozen=True)
+class EvaluatedRollout(RolloutConfig):
+    """How prompts are answered."""
+
+    temperature: float = 1.0
+    """divides the logits when a token is drawn (0: the likeliest token)"""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
+        values: dict[str, Any] = asdict(self) | {"temperature": self.temperature or 1.0}
+        RolloutConfig(**values)  # the rest is as in training
+        if not self.temperature and self.samples_per_prompt > 1:
+            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: at temperature=0 all are the same answer")
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """When an answer passes."""
+
+    at: tuple[int, ...] = ()
+    """k of pass@k: the chance that one of k answers passes, by the unbiased estimator of Chen et al. 2021"""
+    threshold: float = 0.5
+    """an answer passes whose reward is at least this"""
+
+    def __post_init__(self) -> None:
+        require(all(k >= 1 for k in self.at), "at", self.at, "at least 1 each")
+        require(math.isfinite(self.threshold), "threshold", self.threshold, "a finite number")
+
+
+@dataclass(frozen=True)
+class EvaluateRun:
+    """The run itself."""
+
+    output: str = "runs/evaluate"
+    """folder for completions.jsonl and results.json"""
+    micro_batch_size: int = 8
+    """answers, dialogues or rows of text that a data-parallel rank scores at once"""
+    show: int = 3
+    """answers that are shown beneath the table"""
+    seed: int = 0
+    """seeds sampling and the choice of prompts"""
+
+    def __post_init__(self) -> None:
+        require(bool(self.output), "output", repr(self.output), "a folder")
+        require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "at least 1")
+        for name in ("show", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+
+    @property
+    def folder(self) -> str:
+        """Where the results go."""
+        return self.output
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation: answers to a set of prompts scored by any reward, pass@k, win rate, perplexity.
+
+    Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
+    """
+
+    model: EvaluatedModels = field(default_factory=EvaluatedModels)
+    data: EvaluatedPrompts = field(default_factory=EvaluatedPrompts)
+    text: TextData = field(default_factory=TextData)
+    dialogues: SFTData = field(default_factory=SFTData)
+    rollout: EvaluatedRollout = field(default_factory=EvaluatedRollout)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    passes: PassConfig = field(default_factory=PassConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: EvaluateRun = field(default_factory=EvaluateRun)
+
+
+def check_evaluate(config: EvaluateConfig, world: int) -> int:
+    """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
+    if not config.model.path:
+        raise ValueError("model.path is not given: the folder of the model to evaluate, in Hugging Face format")
+    if not (config.data.sources or config.text.sources or config.dialogues.sources):
+        raise ValueError("nothing to measure on: give data.sources, text.sources, dialogues.sources or several")
+    for section in ("text", "dialogues"):
+        data = getattr(config, section)
+        if data.eval_sources or data.eval_fraction:
+            raise ValueError(
+                f"{section}.eval_sources and {section}.eval_fraction: all of {section}.sources is measured"
+            )
+    samples, scored = config.rollout.samples_per_prompt, bool(config.data.sources and config.reward.names)
+    if config.passes.at and not scored:
+        raise ValueError(f"passes.at={config.passes.at}: needs data.sources and a reward that says what passes")
+    if any(k > samples for k in config.passes.at):
+        raise ValueError(f"passes.at={config.passes.at}: at most rollout.samples_per_prompt={samples}")
+    if config.data.sources and config.model.against and not scored:
+        raise ValueError(f"model.against={config.model.against}: wins are counted by a reward, and none is given")
+    parallel = config.parallel
+    return check_layout(world, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, ep=parallel.ep)

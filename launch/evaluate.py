@@ -1,0 +1,214 @@
+"""Measures a model, or two side by side: answers to prompts scored by any reward, pass@k, win rate, perplexity.
+
+python launch/evaluate.py --config launch/configs/evaluate_smollm2.toml
+torchrun --nproc-per-node 8 launch/evaluate.py --model.path DIR --model.against DIR2 --data.sources prompts.jsonl \
+    --reward.functions rewards.py:score --rollout.samples_per_prompt 8 --passes.at 1 4
+
+Every completion is a line of RUN/completions.jsonl, every number of the table is in RUN/results.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from answering import Answering
+from report import estimate_table, sample_table
+from rich.console import Console
+from session import Session, start
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.dialogue import DialogueDataset, pack_samples
+from trialign.algorithms.evaluate_config import EvaluateConfig, check_evaluate
+from trialign.algorithms.evaluation import Estimate, mean_of_prompts, nats_a_token, pass_at_k, wilson, win_rate
+from trialign.algorithms.roles import Role
+from trialign.algorithms.rollout import sample
+from trialign.algorithms.text import TextStream, pack_rows
+from trialign.models.config import ModelConfig
+from trialign.models.hf import stop_ids
+
+Estimates = dict[str, Estimate]
+CHUNK = 256  # rows of text or dialogues that are packed at once
+
+
+class Evaluated:
+    """A model on its mesh, and what is asked of it. Built anew for each model, so that one is held at a time."""
+
+    def __init__(self, session: Session[Any], folder: str):
+        self.session, self.mesh, self.folder = session, session.mesh, folder
+        self.config: EvaluateConfig = session.config
+        self.shape = session.together(self._read_shape)
+        self.tokenizer = session.together(lambda: load_tokenizer(folder, self.shape))
+        dtype = self.config.model.dtype
+        self.role = Role(session.together(lambda: build_decoder(folder, self.shape, self.mesh, dtype)))
+
+    def _read_shape(self) -> ModelConfig:
+        """The model's shape, with room for every row."""
+        config, run = self.config, cast(Any, self.config.run)
+        shape = read_shape(self.folder, config.parallel, run, "lm")
+        lengths = {
+            "data.max_prompt_tokens + rollout.max_new_tokens": bool(config.data.sources)
+            * (config.data.max_prompt_tokens + config.rollout.max_new_tokens),
+            "text.max_tokens": bool(config.text.sources) * config.text.max_tokens,
+            "dialogues.max_tokens": bool(config.dialogues.sources) * config.dialogues.max_tokens,
+        }
+        for knob, longest in lengths.items():
+            if longest > shape.max_positions:
+                raise ValueError(f"{knob} = {longest}: {self.folder} has positions for {shape.max_positions}")
+        return shape
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Every completion with its rewards, as a line of completions.jsonl has it. Collective."""
+        config, session = self.config, self.session
+        own = replace(config, model=replace(config.model, path=self.folder))
+        answering = Answering(session, cast(Any, own), config.run, self.shape)
+        models = [Role(session.together(lambda p=p: self._reward_model(p))) for p in config.reward.models]
+        answering.attach(cast(Any, self.role), models)
+        there = answering.dataset.rows - answering.dataset.dropped
+        self._say(answering.dataset)
+        count = min(config.data.limit or there, there)
+        prompts = answering.dataset.next(count)
+        rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
+        scores, rewards = {}, [None] * len(rollouts)
+        if config.reward.names:
+            scores = answering.scores(rollouts, config.run.micro_batch_size)
+            rewards = answering.scorer.combined(scores)
+            for reason in answering.scorer.failures():  # there are none but on the first rank
+                self._say(f"abstains: {reason}")
+        answering.scorer.close()
+        texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+        return [
+            {
+                "model": self.folder,
+                "prompt": rollout.prompt.text,
+                "source": rollout.prompt.source,
+                "sample": i % config.rollout.samples_per_prompt,
+                "completion": text,
+                "tokens": len(rollout.tokens),
+                "finish": rollout.finish,
+                "reward": known(rewards[i]),
+                "rewards": {name: known(values[i]) for name, values in scores.items()},
+            }
+            for i, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
+        ]
+
+    def _reward_model(self, folder: str):
+        config = self.config
+        shape = read_shape(folder, config.parallel, cast(Any, config.run), "score")
+        if shape.vocab_size != self.shape.vocab_size:
+            raise ValueError(
+                f"{folder}: vocab_size={shape.vocab_size}, but that of {self.folder} is {self.shape.vocab_size}:"
+                " both read the same tokens"
+            )
+        return build_decoder(folder, shape, self.mesh, config.model.dtype, head="score")
+
+    def perplexities(self) -> dict[str, Estimate]:
+        """Of the text and of the dialogues, where they are given. Collective."""
+        found = {}
+        for name, rows in (("text", self._text), ("dialogues", self._dialogues)):
+            if getattr(self.config, name).sources:
+                loss, _ = nats_a_token(self.role, rows(), self.config.run.micro_batch_size)
+                found[f"perplexity of {name}"] = Estimate(math.exp(loss), math.nan, math.nan)
+        return found
+
+    def _text(self) -> Iterator[Batch]:
+        rows = self.session.together(lambda: TextStream(self.config.text, self.tokenizer))
+        self._say(rows)
+        whole = list(rows.rows())
+        return (pack_rows(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
+
+    def _dialogues(self) -> Iterator[Batch]:
+        ends = stop_ids(self.folder, self.shape)
+        rows = self.session.together(lambda: DialogueDataset(self.config.dialogues, self.tokenizer, ends))
+        self._say(rows)
+        whole = list(rows.rows())
+        return (pack_samples(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
+
+    def _say(self, what: object) -> None:
+        if self.mesh.is_main:
+            print(f"{self.folder}: {what}")
+
+
+def known(value: float | None) -> float | None:
+    """A score as JSON has it: null where there is none."""
+    return None if value is None or math.isnan(value) else value
+
+
+def by_prompt(answers: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Where a prompt was read -> the rewards of its answers that have one."""
+    groups: dict[str, list[float]] = {}
+    for answer in answers:
+        if answer["reward"] is not None:
+            groups.setdefault(answer["source"], []).append(answer["reward"])
+    return groups
+
+
+def measured(answers: list[dict[str, Any]], config: EvaluateConfig) -> Estimates:
+    """The numbers of one model's answers."""
+    numbers: Estimates = {}
+    groups = by_prompt(answers)
+    if groups:
+        numbers["reward"] = mean_of_prompts([math.fsum(own) / len(own) for own in groups.values()])
+        for k in config.passes.at:
+            enough = [own for own in groups.values() if len(own) >= k]
+            passed = [pass_at_k(len(own), sum(r >= config.passes.threshold for r in own), k) for own in enough]
+            if passed:
+                numbers[f"pass@{k}"] = wilson(math.fsum(passed) / len(passed), len(passed))
+    if missing := sum(answer["reward"] is None for answer in answers if config.reward.names):
+        numbers["answers without a score"] = Estimate(missing, math.nan, math.nan)
+    lengths = [float(answer["tokens"]) for answer in answers]
+    ended = [float(answer["finish"] == "stop") for answer in answers]
+    numbers["tokens an answer"] = Estimate(math.fsum(lengths) / len(lengths), math.nan, math.nan)
+    numbers["ended by themselves"] = Estimate(math.fsum(ended) / len(ended), math.nan, math.nan)
+    return numbers
+
+
+def main(session: Session[Any]) -> None:
+    """Measures each model, then writes and prints what was found."""
+    config: EvaluateConfig = session.config
+    folders = [folder for folder in (config.model.path, config.model.against) if folder]
+    results: dict[str, Estimates] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        model = Evaluated(session, folder)
+        answers[folder] = model.answers() if config.data.sources else []
+        results[folder] = measured(answers[folder], config) if answers[folder] else {}
+        results[folder] |= model.perplexities()
+    if len(folders) == 2 and config.data.sources:
+        ours, theirs = (by_prompt(answers[folder]) for folder in folders)
+        both = [source for source in ours if source in theirs]
+        if both:
+            won = win_rate([ours[source] for source in both], [theirs[source] for source in both])
+            results[folders[0]]["win rate"] = won
+            results[folders[1]]["win rate"] = Estimate(1 - won.value, 1 - won.high, 1 - won.low)
+    if session.mesh.is_main:
+        write(session.folder, answers, results)
+        Console(highlight=False).print(
+            estimate_table(results), sample_table([a for own in answers.values() for a in own[: config.run.show]])
+        )
+        print(f"completions: {session.folder / 'completions.jsonl'}\nresults:     {session.folder / 'results.json'}")
+
+
+def write(folder: Path, answers: dict[str, list[dict[str, Any]]], results: dict[str, Estimates]) -> None:
+    """completions.jsonl and results.json, each written aside and swapped in whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for own in answers.values() for answer in own]
+    table = {
+        model: {name: {key: known(v) for key, v in value._asdict().items()} for name, value in numbers.items()}
+        for model, numbers in results.items()
+    }
+    for name, text in (("completions.jsonl", "".join(lines)), ("results.json", json.dumps(table, indent=1))):
+        aside = folder / f"{name}.new"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, folder / name)
+
+
+if __name__ == "__main__":
+    cls: Any = EvaluateConfig  # its run has no steps, so none of what a training run's section says
+    start(cls, check_evaluate, main, "evaluate", sys.argv[1:])
