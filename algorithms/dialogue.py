@@ -105,14 +105,20 @@ def tokenise(
     Raises:
         ValueError: there is no chat template, it does not fit a dialogue, or leaves nothing to learn; names the row.
     """
-    if chat_template and not tokenizer.chat_template:
-        raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
+    if chat_template:
+        need_template(tokenizer)
     for start in range(0, len(dialogues), CHUNK):
         part = list(dialogues[start : start + CHUNK])
         if chat_template:
             yield from _with_template(part, tokenizer, set(stop_ids))
         else:
             yield from _without_template(part, tokenizer)
+
+
+def need_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer without a chat template. Raises ValueError."""
+    if not tokenizer.chat_template:
+        raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
 
 
 def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:

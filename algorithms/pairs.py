@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .data import brief, column, prompt_messages, read_rows, render, users_words, with_system_prompt
-from .dialogue import Dialogue, Sample, tokenise
+from .dialogue import Dialogue, Sample, need_template, tokenise
 from .pair_config import LabelData, PairData, StepData
 
 if TYPE_CHECKING:
@@ -184,6 +184,8 @@ class Steps(NamedTuple):
 
 def read_steps(source: str, config: StepData, tokenizer: PreTrainedTokenizerBase) -> list[Steps]:
     """Answers whose steps are labelled one by one, over-long ones too. Raises ValueError that names the row."""
+    if config.chat_template:
+        need_template(tokenizer)
     rows = []
     for where, row in read_rows(source):
         prompt = with_system_prompt(prompt_messages(where, row, config.prompt_key, config), config)

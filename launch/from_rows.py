@@ -10,6 +10,8 @@
             work.count(phase, batch, passes=3)
         session.end_step(metrics, tokens=len(batch.tokens))
     work.held_out_last(unseen, measure)
+
+Only the update is an algorithm's own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,206 @@
+"""What is wrong with preference data is told with the file, the row and what is needed, before a model is loaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from samples import write_jsonl
+from tiny import tiny_tokenizer
+from trialign.algorithms.pair_config import LabelData, PairData, StepData
+from trialign.algorithms.pairs import read_labelled, read_pairs, read_steps
+from trialign.algorithms.rows import RowStream
+
+GOOD: dict[str, dict[str, Any]] = {
+    "pairs": {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
+    "labels": {"prompt": "a", "response": "b", "label": True},
+    "steps": {"prompt": "a", "steps": ["b"], "labels": [True]},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def stream(kind: str, tokenizer, *sources, **knobs) -> RowStream[Any]:
+    """As the scripts read them."""
+    given = {"sources": tuple(map(str, sources)), **knobs}
+    load: Callable[[str], Any]
+    if kind == "pairs":
+        pairs = PairData(**given)
+        load, config = lambda source: read_pairs(source, pairs, tokenizer, (2,)), pairs
+    elif kind == "labels":
+        labels = LabelData(**given)
+        load, config = lambda source: read_labelled(source, labels, tokenizer, (2,)), labels
+    else:
+        steps = StepData(**given)
+        load, config = lambda source: read_steps(source, steps, tokenizer), steps
+    return RowStream(config, load, lambda row: row.lengths, 0, kind, "steps" if kind == "steps" else "data")
+
+
+def turns(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, changes to a good row, knobs, message
+    "no chosen": ("pairs", {"chosen": ...}, {}, "no column 'chosen' (data.chosen_key); it has: 'prompt', 'rejected'"),
+    "no rejected": ("pairs", {"rejected": ...}, {}, "no column 'rejected' (data.rejected_key); it has:"),
+    "no such margin": ("pairs", {}, {"margin_key": "by"}, "no column 'by' (data.margin_key); it has:"),
+    "empty chosen": ("pairs", {"chosen": " \n"}, {}, "'chosen' is empty"),
+    "empty rejected": ("pairs", {"rejected": ""}, {}, "'rejected' is empty"),
+    "empty prompt": ("pairs", {"prompt": ""}, {}, "'prompt' is empty"),
+    "a number for a prompt": ("pairs", {"prompt": 3}, {}, "'prompt' must be a string or a list of"),
+    "a number for an answer": ("pairs", {"chosen": 3}, {}, "'chosen' must be a string or a list of {role, content}"),
+    "nothing for an answer": ("pairs", {"rejected": None}, {}, "'rejected' must be a string or a list of"),
+    "messages without roles": ("pairs", {"chosen": [{"text": "b"}]}, {}, "'chosen' must be a string or a list of"),
+    "different dialogues": (
+        "pairs",
+        {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"},
+        {},
+        "'chosen' and 'rejected' answer different dialogues",
+    ),
+    "the user last": (
+        "pairs",
+        {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"},
+        {},
+        "'chosen' must end with the assistant, not with user",
+    ),
+    "an empty last turn": (
+        "pairs",
+        {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: "},
+        {},
+        "'chosen' is empty",
+    ),
+    "no prompt anywhere": (
+        "pairs",
+        {"prompt": ...},
+        {},
+        "'chosen' is neither an answer to a prompt column nor a dialogue that begins with",
+    ),
+    "nothing to answer": (
+        "pairs",
+        {"prompt": ..., "chosen": turns(("system", "s"), ("assistant", "b"))},
+        {},
+        "'chosen' has no turn to answer; give the prompt in 'prompt'",
+    ),
+    "a dialogue without a template": (
+        "pairs",
+        {"prompt": ..., "chosen": turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))},
+        {"chat_template": False},
+        "'chosen' is a dialogue of 4 turns: needs data.chat_template=true",
+    ),
+    "a negative margin": ("pairs", {"margin": -1}, {"margin_key": "margin"}, "'margin' must be a number of at least 0"),
+    "a margin of NaN": ("pairs", {"margin": float("nan")}, {"margin_key": "margin"}, "at least 0, not nan"),
+    "an endless margin": ("pairs", {"margin": float("inf")}, {"margin_key": "margin"}, "at least 0, not inf"),
+    "a margin in words": ("pairs", {"margin": "much"}, {"margin_key": "margin"}, "at least 0, not 'much'"),
+    "a true margin": ("pairs", {"margin": True}, {"margin_key": "margin"}, "at least 0, not True"),
+    "no label": ("labels", {"label": ...}, {}, "no column 'label' (data.label_key); it has: 'prompt', 'response'"),
+    "a label in words": ("labels", {"label": "good"}, {}, "'label' must be true or false, not 'good'"),
+    "a label between": ("labels", {"label": 0.5}, {}, "'label' must be true or false, not 0.5"),
+    "no label at all": ("labels", {"label": None}, {}, "'label' must be true or false, not None"),
+    "an empty response": ("labels", {"response": ""}, {}, "'response' is empty"),
+    "no response": ("labels", {"response": ...}, {}, "no column 'response' (data.response_key); it has:"),
+    "a list for a response": ("labels", {"response": ["b"]}, {}, "'response' must be a string or a list of"),
+    "no steps": ("steps", {"steps": []}, {}, "'steps' must be a list of steps in words, not []"),
+    "an empty step": ("steps", {"steps": ["b", ""]}, {}, "'steps' must be a list of steps in words, not ['b', '']"),
+    "steps in one string": ("steps", {"steps": "b"}, {}, "'steps' must be a list of steps in words, not 'b'"),
+    "a label too few": ("steps", {"steps": ["b", "c"]}, {}, "2 steps but 1 labels"),
+    "labels in numbers": ("steps", {"labels": [0.7]}, {}, "'labels' must be a list of true and false, not [0.7]"),
+    "one label": ("steps", {"labels": True}, {}, "'labels' must be a list of true and false, not True"),
+    "no labels of steps": ("steps", {"labels": ...}, {}, "no column 'labels' (data.labels_key); it has:"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_bad_row_is_named(case, tiny, tmp_path):
+    kind, changes, knobs, message = ROWS[case]
+    bad = {key: value for key, value in (GOOD[kind] | changes).items() if value is not ...}
+    if changes.get("prompt") is ... and "rejected" not in changes:
+        bad["rejected"] = "\n\nHuman: a\n\nAssistant: c"
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD[kind], bad])
+    with pytest.raises(ValueError) as error:
+        stream(kind, tiny, path, **knobs)
+    number = 1 if "no column 'by'" in message else 2
+    assert str(error.value).startswith(f"{path}:{number}: ") and message in str(error.value), error.value
+
+
+FILES = {
+    "not JSON": ("pairs", b'{"prompt": "a"\n', {}, ":1: not valid JSON: "),
+    "a list": ("labels", b'["a"]\n', {}, ":1: must be an object such as {...}, not list"),
+    "no rows": ("pairs", b"\n", {}, ": holds no pairs"),
+    "all equal": (
+        "pairs",
+        b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3,
+        {},
+        ": in all 3 pairs the chosen answer equals the rejected one",
+    ),
+    "all wanted": (
+        "labels",
+        b'{"prompt": "a", "response": "b", "label": true}\n' * 4,
+        {},
+        ": all 4 labels are True: there is nothing to tell apart",
+    ),
+    "all too long": (
+        "pairs",
+        b'{"prompt": "a", "chosen": "b", "rejected": "ccc"}\n' * 2,
+        {"max_tokens": 20},
+        ": all 2 pairs are longer than data.max_tokens=20; the shortest has 25 tokens",
+    ),
+    "all steps too long": (
+        "steps",
+        b'{"prompt": "a", "steps": ["b"], "labels": [1]}\n',
+        {"max_tokens": 9},
+        ": all 1 steps are longer than steps.max_tokens=9; the shortest has 24 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_is_named(case, tiny, tmp_path):
+    kind, content, knobs, message = FILES[case]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        stream(kind, tiny, path, **knobs)
+    assert f"{path}{message}" in str(error.value), error.value
+
+
+def test_holding_out_must_leave_rows(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD["pairs"]])
+    with pytest.raises(ValueError, match=r"data.eval_fraction=0.5 of 1 pairs leaves none to learn from"):
+        stream("pairs", tiny, path, eval_fraction=0.5)
+    path = write_jsonl(tmp_path / "b.jsonl", [GOOD["steps"]])
+    with pytest.raises(ValueError, match=r"steps.eval_fraction=0.5 of 1 steps leaves none to learn from"):
+        stream("steps", tiny, path, eval_fraction=0.5)
+
+
+def test_a_held_out_file_is_read_as_strictly(tiny, tmp_path):
+    good, bad = (write_jsonl(tmp_path / f"{name}.jsonl", [GOOD["pairs"]]) for name in ("good", "bad"))
+    write_jsonl(bad, [GOOD["pairs"] | {"chosen": ""}])
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: 'chosen' is empty"):
+        stream("pairs", tiny, good, eval_sources=(str(bad),))
+    with pytest.raises(ValueError, match=r"eval_fraction=0.5: must be 0 where eval_sources are given"):
+        stream("pairs", tiny, good, eval_sources=(str(good),), eval_fraction=0.5)
+
+
+def test_a_template_must_be_there_and_tell_its_turns_apart(tiny, tmp_path):
+    from copy import deepcopy
+
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD["pairs"]])
+    other = deepcopy(tiny)
+    other.chat_template = None
+    with pytest.raises(ValueError, match=r"chat_template=true, but the model's tokenizer has none"):
+        stream("pairs", other, path)
+    with pytest.raises(ValueError, match=r"chat_template=true, but the model's tokenizer has none"):
+        stream("steps", other, write_jsonl(tmp_path / "b.jsonl", [GOOD["steps"]]))
+    # A template that writes an answer otherwise than it is asked for, and has no marks.
+    other.chat_template = (
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template writes message 1 \(assistant\) otherwise"):
+        stream("pairs", other, path)
+    other.chat_template = "{{ raise_exception('no pairs today') }}"
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the tokenizer's chat template refuses it: no pairs today"):
+        stream("pairs", other, path)
