@@ -52,7 +52,7 @@ def log_ratios(batch: Batch, sums: Tensor, loss: DPOLoss) -> Tensor:
     """[samples]: log π − log ref of each answer, or its mean over the tokens where the loss asks for that."""
     reference = 0 if batch.ref_logprobs is None else batch.ref_logprobs[batch.last]
     ratios = sums - reference
-    return ratios / answer_lengths(batch) if loss.average else ratios
+    return ratios / answer_lengths(batch) if loss.average == "mean" else ratios
 
 
 def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOLoss) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from .config import (
     EpochRun,
@@ -15,6 +16,7 @@ from .config import (
     check_given,
     require,
 )
+from .convention_config import ConventionConfig
 from .preference import PairLoss
 from .rows import RowData
 
@@ -149,8 +151,8 @@ class DPOLoss:
     """how strongly the policy is held to the reference [O, T]"""
     label_smoothing: float = 0.0
     """share of pairs thought to be labelled the wrong way round, for dpo (cDPO), robust and exo"""
-    average: bool = False
-    """log-ratios are means over an answer's tokens instead of sums: TRL's IPO"""
+    average: Literal["preset", "sum", "mean"] = "preset"
+    """an answer's log-ratio is the sum over its tokens or their mean; preset: a sum, but IPO's as convention.preset"""
     nll_coef: float = 0.0
     """weight of -log π of the chosen answer, a mean over its tokens (0: off) [O]"""
     reference_free: bool = False
@@ -188,7 +190,15 @@ class DPOConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-7))
     update: UpdateConfig = field(default_factory=UpdateConfig)
     loss: DPOLoss = field(default_factory=DPOLoss)
+    convention: ConventionConfig = field(default_factory=ConventionConfig)
     run: DPORun = field(default_factory=DPORun)
+
+    @property
+    def pair_loss(self) -> DPOLoss:
+        """The loss with every choice made: the knob's that is given, else the preset's."""
+        if self.loss.average != "preset":
+            return self.loss
+        return replace(self.loss, average=self.convention.resolved().ipo if self.loss.kind == "ipo" else "sum")
 
 
 def check_dpo(config: DPOConfig, world: int) -> int:

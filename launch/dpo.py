@@ -75,7 +75,7 @@ def main(session: Session[DPOConfig]) -> None:
     work = from_rows(session, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()
-    measure = lambda batch: held_out(learner, batch, config.update, config.loss)  # noqa: E731
+    measure = lambda batch: held_out(learner, batch, config.update, config.pair_loss)  # noqa: E731
     work.begin(facts=FACTS)
 
     for _ in session.steps():
@@ -83,7 +83,7 @@ def main(session: Session[DPOConfig]) -> None:
         metrics = work.epoch() | work.held_out(unseen, measure)
 
         with session.phases("update") as phase:
-            metrics |= dpo_step(learner, batch, plan(batch, config.update, mesh, 2), config.loss)
+            metrics |= dpo_step(learner, batch, plan(batch, config.update, mesh, 2), config.pair_loss)
             work.count(phase, batch, passes=3)
 
         session.end_step(metrics, tokens=len(batch.tokens))

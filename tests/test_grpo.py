@@ -179,8 +179,9 @@ def test_a_kl_in_the_score_comes_before_the_baseline_and_in_the_reward_after_it(
     batch = pack([[1, 2, 3]] * 2).with_(sampling_logprobs=torch.tensor([0, -1.0, -1.0, 0, -1.0, -1.0]))
     batch = batch.with_(ref_logprobs=torch.tensor([0, -1.5, -1.5, 0, -1.0, -1.0]))  # d = 0.5 a token of the first
     scores, group = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+    base = GroupConfig(algorithm="dr_grpo", kl="k1", kl_coef=0.2)
     for where, expected in (("score", [0.4, 0.4, -0.4, -0.4]), ("reward", [0.3, 0.4, -0.5, -0.5])):
-        knobs = GroupConfig(algorithm="dr_grpo", kl_in=where, kl="k1", kl_coef=0.2)
+        knobs = dataclasses.replace(base, **{"kl_in": where})
         made, metrics = with_advantages(batch, scores, group, config_of(knobs))
         assert made.advantages is not None and metrics["kl"] == pytest.approx(0.5)
         assert made.advantages[made.mask].tolist() == pytest.approx(expected)
