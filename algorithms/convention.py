@@ -72,7 +72,7 @@ class Convention:
     """largest weight of an off-policy token"""
 
 
-PRESETS: dict[str, Convention] = {
+PRESETS: dict[ConventionName, Convention] = {
     "trialign": Convention(value_clip=0.5),
     "openrlhf": Convention(
         kl=KLRule(ALL_KINDS, output_limit=10.0),

@@ -11,7 +11,7 @@ from trialign.algorithms.advantages import GroupRule, gae, group_advantages, kl_
 from trialign.algorithms.batch import Batch, after_prompts, pack
 from trialign.algorithms.build import build_decoder, build_learner
 from trialign.algorithms.config import OptimizerConfig
-from trialign.algorithms.convention import PRESETS, Convention
+from trialign.algorithms.convention import PRESETS, Convention, ConventionName
 from trialign.algorithms.convention_config import ConventionConfig, GroupConvention, PPOConvention
 from trialign.algorithms.grpo import step, with_advantages
 from trialign.algorithms.grpo_config import GroupConfig, GRPOConfig, GRPORollout
@@ -26,7 +26,7 @@ from trialign.algorithms.roles import Learner
 from trialign.algorithms.segments import Segments, token_weights
 from trialign.engine.mesh import build_mesh
 from trialign.kernels.ppo_loss import value_loss
-from trialign.models.config import ModelConfig
+from trialign.models.config import HeadKind, ModelConfig
 
 SCORES = torch.tensor([30.0, -1.0, 0.5, 0.0, 2.0, 2.5])
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
-def learner(folder: Path, head="lm") -> Learner:
+def learner(folder: Path, head: HeadKind = "lm") -> Learner:
     model = build_decoder(str(folder), ModelConfig.from_hf(folder), build_mesh(), "float32", head=head, trained=True)
     return build_learner(model, OptimizerConfig(lr=0.0), 1)
 
@@ -219,7 +219,7 @@ def test_grpo_s_choices_are_the_knob_s_then_the_algorithm_s_then_the_convention_
 
 
 def test_ipo_s_log_ratio_is_the_preset_s_unless_it_is_said():
-    def made(preset, **loss):
+    def made(preset: ConventionName, **loss):
         return DPOConfig(convention=ConventionConfig(preset), loss=DPOLoss(**loss)).pair_loss.average
 
     assert (made("trl", kind="ipo"), made("openrlhf", kind="ipo"), made("trl", kind="dpo")) == ("mean", "sum", "sum")
