@@ -241,19 +241,3 @@ def deal_micro_batches(
         half = len(mine[place]) // 2
         mine[place : place + 1] = [mine[place][:half], mine[place][half:]]
     return mine
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` [total] where `mask` [total] holds: a scalar, 0 where nothing does."""
-    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(x - mean) / deviation over the entries where `mask` holds, 0 elsewhere; statistics in float64.
-
-    The population's variance with a floor of 1e-8, as OpenRLHF has it: a lone entry, or equal ones, become 0.
-    """
-    wide = torch.where(mask, x, 0).double()
-    mean = masked_mean(wide, mask)
-    variance = masked_mean((wide - mean).square(), mask)
-    return torch.where(mask, (wide - mean) * variance.clamp(min=1e-8).rsqrt(), 0).to(x.dtype)
