@@ -1,0 +1,175 @@
+"""Rejection sampling and iterative DPO in rounds: answer, score, pick, learn; on any number of ranks.
+
+python launch/rejection.py --config launch/configs/rejection_smollm2.toml
+torchrun --nproc-per-node 8 launch/rejection.py --config my.toml --round.method dpo --optimizer.lr 5e-7
+torchrun ... launch/rejection.py --resume runs/rejection
+
+One process does it all: the model answers with the very weights that learn. Each round's answers are kept in
+RUN/rounds; a killed run goes on within its round.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+from answering import Answering, summary
+from report import Line, Panel, completion_table
+from session import Session, start
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.build import build_decoder, build_learner, read_shapes
+from trialign.algorithms.dialogue import pack_samples
+from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
+from trialign.algorithms.rejection_config import RejectionConfig, check_rejection
+from trialign.algorithms.reward_model import pack_pairs
+from trialign.algorithms.roles import Role
+from trialign.algorithms.rollout import sample
+from trialign.algorithms.rounds import Answer, Rounds, drawn, make_answers, matches, read_round, winners, write_round
+from trialign.algorithms.sft import sft_step
+from trialign.algorithms.shares import plan
+from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.phases import forward_flops
+
+FACTS = {"round": "round {:.0f}", "reward": "reward {:.3f}", "reward_picked": "picked {:.3f}", "loss": "loss {:.4f}"}
+PANELS = (
+    Panel(
+        "Reward",
+        "mean over a round's answers",
+        (Line("reward", "#0f766e", "all", points=True), Line("reward_picked", "#4338ca", "the best", points=True)),
+    ),
+    Panel("Loss", "of the step", (Line("loss", "#be123c"),)),
+    Panel("Answers", "tokens", (Line("response_length", "#b45309", points=True),)),
+    Panel("Gradient norm", "before clipping", (Line("grad_norm", "#475569"),)),
+)
+
+
+class Run(Answering):
+    """What rejection sampling works with: prompts, rewards, the policy; and what of it a checkpoint holds."""
+
+    def __init__(self, session: Session[RejectionConfig]):
+        config, mesh = session.config, session.mesh
+        shapes = session.together(lambda: read_shapes(cast(Any, config)))
+        super().__init__(session, config, config.run, shapes[config.model.path])
+        self.config, self.per_round, self.first_step = config, config.steps_per_round, 0
+        options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
+
+        def build(folder: str, head: Any, trained: bool):
+            return build_decoder(
+                folder, shapes[folder], mesh, config.model.dtype, head=head, trained=trained, **options
+            )
+
+        policy = session.together(lambda: build(config.model.path, "lm", True))
+        models = [Role(session.together(lambda f=f: build(f, "score", False))) for f in config.reward.models]
+        self.steps = config.round.count * self.per_round
+        self.learner = build_learner(policy, config.optimizer, self.steps, ema_decay=config.update.ema_decay)
+        self.attach(self.learner, models)
+        rounds = Rounds(config.round.method, self.per_round, config.round.prompts * config.rollout.samples_per_prompt)
+        self.parts = {"data": self.dataset, "rounds": rounds}
+
+    def answers(self, session: Session[RejectionConfig], number: int) -> tuple[list[Answer], dict[str, float]]:
+        """A round's answers, and what they were like. Collective.
+
+        The round in which a run is resumed is found in its folder, made by the weights of the checkpoint if none of its
+        steps is done: what is written next is the checkpoint after its first ones.
+        """
+        path, begun = session.folder / "rounds" / f"round_{number}.jsonl", session.step % self.per_round > 0
+        resumed = bool(self.config.run.resume) and session.step == self.first_step
+        mine = read_round(path) if resumed and self.mesh.is_main and path.exists() else None
+        kept = gather_objects(mine, self.mesh.world)[0]
+        if kept is None and begun:
+            raise ValueError(f"{path}: is not there, but the run is to go on within this round")
+        prompts = [] if begun else self.dataset.next(self.config.round.prompts)
+        if kept is not None:
+            return kept, {}
+        with session.phases("rollout") as phase:  # prompt -> answers
+            count = self.config.rollout.samples_per_prompt
+            rollouts = sample(self.generator, prompts, self.sampling, count)
+            lengths = [len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts]
+            phase.tokens = sum(len(rollout.tokens) for rollout in rollouts)
+            phase.flops = forward_flops(self.shape, lengths, phase.tokens)
+        with session.phases("score") as phase:  # answers -> rewards
+            scores = self.scores(rollouts, self.config.update.micro_batch_size)
+            combined = self.scorer.combined(scores)
+            rewards = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
+            texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+            answers = make_answers(rollouts, texts, rewards, scores, self.config.round.method)
+            self._add_references(answers)
+            phase.tokens = sum(lengths)
+        if self.mesh.is_main:
+            write_round(path, answers)
+        self.say_failures(session)
+        best = [answer.reward for answer in answers if answer.picked == "best" and answer.reward is not None]
+        about = {"reward_picked": fmean(best), "picked": sum(bool(answer.picked) for answer in answers)}
+        return answers, summary(rollouts, scores, combined, rewards) | about
+
+    def _add_references(self, answers: list[Answer]) -> None:
+        """Notes what the policy, which is the round's reference, gives the answers that DPO learns from. Collective."""
+        if self.config.round.method == "dpo" and not self.config.loss.reference_free:
+            pairs, _ = matches(answers)
+            sums = iter(reference_sums(self.learner, pairs, self.config.update).view(-1, 2).T.tolist())
+            for picked in ("best", "worst"):
+                for answer, value in zip([a for a in answers if a.picked == picked], next(sums), strict=True):
+                    answer.reference = value
+
+    def batch(self, answers: list[Answer], number: int, step: int) -> Batch:
+        """What a step of a round learns from."""
+        config = self.config
+        if config.round.method == "sft":
+            samples = winners(answers)
+            mine = drawn(len(samples), config.run.seed, number, step, config.update.batch_size)
+            return pack_samples([samples[i] for i in mine])
+        pairs, sums = matches(answers)
+        mine = drawn(len(pairs), config.run.seed, number, step, config.update.batch_size)
+        return with_reference(pack_pairs([pairs[i] for i in mine]), torch.tensor([sums[i] for i in mine]).flatten())
+
+
+def train(run: Run, session: Session[RejectionConfig]) -> None:
+    """Rounds from the session's step to its last."""
+    config, answers = run.config, []
+    for step in session.steps():
+        number, place = divmod(step, run.per_round)
+        metrics: dict[str, float] = {}
+        if not answers or place == 0:
+            run.generator.load(run.learner.model)
+            answers, metrics = run.answers(session, number)
+        batch = run.batch(answers, number, place).to(run.mesh.device)
+
+        with session.phases("update") as phase:
+            if config.round.method == "sft":
+                metrics |= sft_step(run.learner, batch, plan(batch, config.update, run.mesh))
+            else:
+                metrics |= dpo_step(run.learner, batch, plan(batch, config.update, run.mesh, 2), config.loss)
+            phase.tokens = len(batch.tokens)
+            phase.flops = 3 * forward_flops(run.shape, batch.lengths, len(batch.response))
+
+        session.end_step({"round": number} | metrics, tokens=len(batch.tokens))
+
+
+def main(session: Session[RejectionConfig]) -> None:
+    """Sets up, trains, and leaves the exported model, the plot and the table of answers in the run's folder."""
+    run = Run(session)
+    learners = {"actor": (run.learner, run.config.model.path)}
+    session.begin(learners, run.parts, run.steps, about=f"{run.dataset}; {run.per_round} steps a round", facts=FACTS)
+    run.first_step = session.step
+    if not run.config.run.resume and session.mesh.is_main:
+        forget(session.folder / "rounds")
+    before = session.remember("before.json", run.answer_shown)
+    run.shown = run.shown[: len(before)]  # a resume may ask for more
+    train(run, session)
+    session.finish(PANELS, completion_table(before[: len(run.shown)], run.answer_shown()))
+
+
+def forget(rounds: Path) -> None:
+    """Sets the rounds of an earlier run in the folder aside, as the session does with its checkpoints."""
+    if rounds.exists():
+        aside = rounds.with_name("rounds_of_the_run_before")
+        shutil.rmtree(aside, ignore_errors=True)
+        rounds.rename(aside)
+
+
+if __name__ == "__main__":
+    start(RejectionConfig, check_rejection, main, "rejection", sys.argv[1:])
