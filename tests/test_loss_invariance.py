@@ -84,7 +84,7 @@ def run(learners: dict[str, Learner], kind: str, seed: int, count: int, order: l
         metrics = process_step(learner, batch, plan(batch, update, mesh))
     elif kind in ("dpo", "ipo"):
         sums = torch.tensor([ratios[2 * i + side] for i in order for side in (0, 1)])
-        loss = DPO if kind == "dpo" else DPOLoss(kind="ipo", average=True)
+        loss = DPO if kind == "dpo" else DPOLoss(kind="ipo", average="mean")
         batch = with_reference(pack_pairs(drawn), sums)
         metrics = dpo_step(learner, batch, plan(batch, update, mesh, 2), loss)
     elif kind == "kto":

@@ -1,0 +1,213 @@
+"""launch/reward.py, dpo.py and kto.py from the outside: what they leave, killed and resumed, in other layouts, LoRA."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_chat_model
+from trialign.algorithms.build import build_decoder
+from trialign.algorithms.config import UpdateConfig
+from trialign.algorithms.pair_config import PairData
+from trialign.algorithms.pairs import Pair, read_pairs
+from trialign.algorithms.reward_model import pack_pairs
+from trialign.algorithms.roles import Role
+from trialign.algorithms.shares import plan_scoring
+from trialign.engine.checkpoint import Reader
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+STEPS = 4
+METRICS = {
+    "reward": ("loss", "accuracy", "chosen", "rejected"),
+    "dpo": ("loss", "accuracy", "chosen", "rejected", "margin", "nll"),
+    "kto": ("loss", "kl"),
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """A folder with a tiny chat model, rows for each script, and a config a script."""
+    folder = tmp_path_factory.mktemp("preference")
+    tiny_chat_model(folder / "model", num_hidden_layers=2)
+    pairs = [{"prompt": f"say {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no" * (1 + i % 4)} for i in range(14)]
+    labelled = [
+        {"prompt": row["prompt"], "response": row[key], "label": key == "chosen"}
+        for row in pairs
+        for key in ("chosen", "rejected")
+    ]
+    for name, rows in (("reward", pairs), ("dpo", pairs), ("kto", labelled)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.toml").write_text(f"""
+[model]
+path = "{folder}/model"
+dtype = "float32"
+[data]
+sources = ["{folder}/{name}.jsonl"]
+max_tokens = 48
+eval_fraction = 0.25
+[optimizer]
+lr = 5e-3
+eps = 1e-5
+[update]
+batch_size = 4
+micro_batch_tokens = 128
+[run]
+steps = {STEPS}
+eval_every = 2
+save_every = 1
+keep = {STEPS}
+log = []
+""")
+    return folder
+
+
+def command(script: str, *arguments: str, ranks: int = 1) -> list[str]:
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    return [sys.executable, *launcher, str(ROOT / "launch" / f"{script}.py"), *arguments]
+
+
+def launch(script: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run(
+        command(script, *arguments, ranks=ranks),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def steps_of(folder: Path) -> list[dict[str, float]]:
+    """The logged steps without what they cost."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "/" not in k and "per_s" not in k and k != "time"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(setting) -> dict[str, Path]:
+    """A run of each script that nothing interrupts."""
+    for script in METRICS:
+        done = launch(script, "--config", f"{setting}/{script}.toml", "--run.output", f"{setting}/{script}-whole")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"held out, after {STEPS} steps:" in done.stdout
+    return {script: setting / f"{script}-whole" for script in METRICS}
+
+
+@pytest.mark.parametrize("script", METRICS)
+def test_what_a_run_leaves(setting, whole, script):
+    run = whole[script]
+    steps = steps_of(run)
+    assert [step["step"] for step in steps] == list(range(STEPS + 1))
+    assert all(name in step for name in METRICS[script] for step in steps[:-1])
+    assert ["eval_accuracy" in step for step in steps] == [True, False, True, False, True]
+    assert steps[-1]["eval_accuracy"] >= 0.75  # "yes" from "no" is soon told
+    assert (run / f"{script}.png").stat().st_size > 10_000
+    if script == "dpo":  # the policy is the reference
+        assert steps[0]["loss"] == pytest.approx(0.6931472) and steps[0]["eval_accuracy"] == 0.0
+    if script != "reward":
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+        start = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
+        moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+        assert all(moved)
+
+
+def test_the_exported_reward_model_scores_the_same_in_transformers(setting, whole):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = whole["reward"] / "model"
+    tokenizer, shape = AutoTokenizer.from_pretrained(folder), ModelConfig.from_hf(folder)
+    drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", PairData(), tokenizer, (2,))
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    batch, mesh = pack_pairs(drawn), build_mesh()
+    role = Role(build_decoder(str(folder), shape, mesh, "float32", head="score"))
+    ours = role.scores(batch, plan_scoring(batch, UpdateConfig(), mesh, 2))
+    with torch.no_grad():
+        # Without the final end of sequence, which is the padding token too, transformers would read one token before.
+        hidden = [theirs.model(torch.tensor(s.tokens.tolist())[None])[0][0, -1] for p in drawn for s in p[:2]]
+        expected = torch.stack([theirs.score(h)[0] for h in hidden])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert (expected[::2] > expected[1::2]).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("script", METRICS)
+def test_killed_and_resumed_it_ends_bit_for_bit_the_same(setting, whole, script):
+    folder = setting / f"{script}-killed"
+    arguments = ["--config", f"{setting}/{script}.toml", "--run.output", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(script, *arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/step_*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
+    done = launch(script, "--resume", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def digests(run: Path) -> dict[str, str]:
+        last = run / "checkpoints" / f"step_{STEPS}"
+        files = [*sorted(last.glob("*.safetensors")), last / "state.json"]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    assert digests(folder) == digests(whole[script])
+    assert steps_of(folder) == steps_of(whole[script])
+
+
+@pytest.mark.parametrize(("script", "axis"), [("reward", "tp"), ("dpo", "pp"), ("kto", "dp"), ("dpo", "tp")])
+def test_resumed_under_torchrun_in_another_layout_it_ends_the_same_within_rounding(setting, whole, script, axis):
+    folder = setting / f"{script}-{axis}"
+    shutil.copytree(whole[script], folder)
+    for step in range(2, STEPS + 1):
+        shutil.rmtree(folder / "checkpoints" / f"step_{step}")
+    done = launch(script, "--resume", str(folder), f"--parallel.{axis}", "2", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = (Reader(run / "checkpoints" / f"step_{STEPS}") for run in (folder, whole[script]))
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name in (name for name in theirs.tensors if "/master/" in name):
+        expected = theirs.read(name)
+        limit = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(ours.read(name), expected, rtol=0, atol=limit, msg=name)
+
+
+def test_dpo_with_adapters(setting):
+    """The reference is the model that they are put on; merged and adapter both are left."""
+    folder = setting / "lora"
+    arguments = ["--lora.rank", "4", "--run.output", str(folder), "--run.steps", "2", "--optimizer.lr", "1e-2"]
+    done = launch("dpo", "--config", f"{setting}/dpo.toml", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps_of(folder)[0]["loss"] == pytest.approx(0.6931472)
+    assert steps_of(folder)[-1]["eval_accuracy"] > 0.0
+    assert (folder / "model" / "model.safetensors").exists() and (folder / "adapter" / "adapter_config.json").exists()
+
+
+def test_what_is_wrong_is_said_once_and_before_anything_is_written(setting, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
+    given = ("--config", f"{setting}/dpo.toml", "--run.output", str(tmp_path / "run"))
+    cases = {
+        "update.batch_size=3 rows do not divide by dp=2": ("--update.batch_size", "3"),
+        "update.micro_batch_tokens=64 is less than one row may have: 2 × data.max_tokens=96": (
+            "--update.micro_batch_tokens",
+            "64",
+        ),
+        f"{bad}:2: no column 'rejected'": ("--data.sources", str(bad)),
+    }
+    for message, arguments in cases.items():
+        done = launch("dpo", *given, *arguments, ranks=2)
+        assert done.returncode != 0 and done.stderr.count(message) == 1, done.stderr
+        assert not (tmp_path / "run").exists()
