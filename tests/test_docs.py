@@ -9,13 +9,26 @@ import typing
 from pathlib import Path
 
 import pytest
+from trialign.algorithms.evaluate_config import EvaluateConfig
 from trialign.algorithms.grpo_config import GRPOConfig
+from trialign.algorithms.pair_config import DPOConfig, KTOConfig, RewardModelConfig
 from trialign.algorithms.ppo_config import PPOConfig
 from trialign.algorithms.pretrain_config import PretrainConfig
+from trialign.algorithms.rejection_config import RejectionConfig
 from trialign.algorithms.sft_config import SFTConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = {"grpo.md": GRPOConfig, "ppo.md": PPOConfig, "sft.md": SFTConfig, "pretrain.md": PretrainConfig}
+PAGES = {
+    "reward.md": RewardModelConfig,
+    "dpo.md": DPOConfig,
+    "kto.md": KTOConfig,
+    "grpo.md": GRPOConfig,
+    "ppo.md": PPOConfig,
+    "sft.md": SFTConfig,
+    "pretrain.md": PretrainConfig,
+    "evaluate.md": EvaluateConfig,
+    "rejection.md": RejectionConfig,
+}
 BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
 
 
