@@ -1,0 +1,164 @@
+"""Conditional SFT: rewards are written into the prompts, the model learns from all answers, and is asked for the best.
+
+python launch/conditional.py --config launch/configs/conditional_smollm2.toml
+torchrun --nproc-per-node 8 launch/conditional.py --config my.toml --condition.buckets 5 --reward.models DIR
+torchrun ... launch/conditional.py --resume runs/conditional
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from from_rows import FromRows, from_rows
+from report import SFT_PANELS, answer_table, completion_table
+from session import Session, start
+from trialign.algorithms.batch import Rollout, from_rollouts
+from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
+from trialign.algorithms.conditional_config import ConditionalConfig, check_conditional
+from trialign.algorithms.dialogue import pack_samples, tokenise
+from trialign.algorithms.roles import Role
+from trialign.algorithms.rollout import Scorer, sample
+from trialign.algorithms.sft import held_out_loss, sft_step
+from trialign.algorithms.shares import plan, plan_scoring
+from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.rollout.generate import Generator, SamplingParams
+from trialign.models.hf import stop_ids
+
+FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch {:.2f}"}
+
+
+class Rewards:
+    """The rewards of rows and of answers: scorers where the config gives any, a column of the data otherwise."""
+
+    def __init__(self, session: Session[ConditionalConfig]):
+        self.session, config = session, session.config
+        self.config, folder = config, config.model.path
+        self.shape = session.together(lambda: read_shape(folder, config.parallel, config.run, "lm", config.lora))
+        self.tokenizer = session.together(lambda: load_tokenizer(folder, self.shape))
+        self.ends = stop_ids(folder, self.shape)
+        self.scorer = Scorer(config.reward, self.tokenizer, session.mesh)
+        session.stack.callback(self.scorer.close)
+        self.models = [Role(session.together(lambda p=p: self._model(p))) for p in config.reward.models]
+        self.too_long: frozenset[str] = frozenset()
+
+    def _model(self, folder: str):
+        config = self.config
+        shape = read_shape(folder, config.parallel, config.run, "score")
+        if shape.vocab_size != self.shape.vocab_size:
+            raise ValueError(
+                f"{folder}: vocab_size={shape.vocab_size}, but that of {config.model.path} is {self.shape.vocab_size}:"
+                " both read the same tokens"
+            )
+        if config.data.max_tokens > shape.max_positions:
+            raise ValueError(
+                f"data.max_tokens={config.data.max_tokens}: {folder} has positions for {shape.max_positions}"
+            )
+        return build_decoder(folder, shape, self.session.mesh, config.model.dtype, head="score")
+
+    def scores(self, rollouts: list[Rollout]) -> list[float]:
+        """One number an answer, NaN where a scorer abstains. Collective."""
+        batch = from_rollouts(rollouts).to(self.session.mesh.device)
+        shares = plan_scoring(batch, self.config.update, self.session.mesh)
+        return self.scorer.combined(self.scorer(rollouts, batch, self.models, shares))
+
+    def rows(self) -> dict[str, list[Rewarded]]:
+        """The rows of every source with their rewards, which a resumed run finds in its folder. Collective."""
+        config, session = self.config, self.session
+        data, given = config.data, not config.reward.names
+        sources = dict.fromkeys((*data.sources, *data.eval_sources))
+        rows = session.together(lambda: {source: read_rewarded(source, data, given) for source in sources})
+        if given:
+            return rows
+        every = [row for own in rows.values() for row in own]
+        samples = session.together(
+            lambda: list(tokenise([r.dialogue for r in every], self.tokenizer, self.ends, data.chat_template))
+        )
+        short = [i for i, sample in enumerate(samples) if len(sample.tokens) <= data.max_tokens]
+        self.too_long = frozenset(samples[i].where for i in range(len(samples)) if i not in set(short))
+        if not short:
+            raise ValueError(f"data.sources: all {len(samples)} rows are longer than data.max_tokens={data.max_tokens}")
+        found = self._kept()
+        if found is None:
+            picked = [every[i] for i in short], [samples[i] for i in short]
+            scores = self.scores(as_rollouts(*picked))
+            found = {row.dialogue.where: None if math.isnan(s) else s for row, s in zip(picked[0], scores, strict=True)}
+        self.found = found
+        return {
+            source: [replace(row, reward=found.get(row.dialogue.where)) for row in own] for source, own in rows.items()
+        }
+
+    def _kept(self) -> Mapping[str, float | None] | None:
+        """The rewards that the run was begun with, where it is resumed."""
+        path, kept = self.session.folder / "rewards.json", None
+        if self.config.run.resume and self.session.mesh.is_main and path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        return gather_objects(kept, self.session.mesh.world)[0]
+
+
+def answers(work: FromRows[ConditionedRows], rewards: Rewards) -> list[list[Any]]:
+    """[prompt, answer in the data, the model's greedy answer to the prompt that asks for the best, its reward or None]
+    of the first `run.show` rows. Collective."""
+    run, model, mesh = work.session.config.run, work.learner.model, work.session.mesh
+    prompts = work.rows.prompts(run.show)
+    if not prompts:
+        return []
+    room = work.shape.max_positions - max(len(prompt.tokens) for prompt, _ in prompts)
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(run.show_tokens, room)), stop_ids=work.ends)
+    rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
+    texts = work.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
+    wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)
+    scores = rewards.scores(rollouts) if rewards.config.reward.names else [None] * len(rollouts)
+    return [list(row) for row in zip((p.text for p, _ in prompts), wanted, texts, scores, strict=True)]
+
+
+def main(session: Session[ConditionalConfig]) -> None:
+    """Sets up, trains, and leaves the exported model, the plot and a table of answers in the run's folder."""
+    config, mesh = session.config, session.mesh
+    rewards = Rewards(session)
+    rows = rewards.rows()
+
+    def read(tokenizer, ends) -> ConditionedRows:
+        too_long = rewards.too_long
+        return ConditionedRows(config.data, config.condition, rows, tokenizer, ends, config.run.seed, too_long)
+
+    work = from_rows(session, config.data, read)
+    learner, data = work.learner, work.rows
+    unseen = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
+    measure = lambda batch: {"eval_loss": held_out_loss(learner, batch, config.update)}  # noqa: E731
+    work.begin(facts=FACTS)
+    if config.reward.names:
+        session.remember("rewards.json", lambda: rewards.found)
+    before = session.remember("before.json", lambda: answers(work, rewards))
+
+    for _ in session.steps():
+        batch = pack_samples(data.next(config.update.batch_size)).to(mesh.device)
+        metrics = work.epoch() | work.held_out(unseen, measure)
+
+        with session.phases("update") as phase:
+            metrics |= sft_step(learner, batch, plan(batch, config.update, mesh))
+            work.count(phase, batch, passes=3)
+
+        session.end_step(metrics, tokens=len(batch.tokens))
+
+    work.held_out_last(unseen, measure)
+    after = answers(work, rewards)
+    session.progress.say(f"answers are asked for with {data.best} as the reward in the prompt")
+    session.finish(SFT_PANELS, *([table(before, after)] if after else []))
+
+
+def table(before: list[list[Any]], after: list[list[Any]]):
+    """Answers before and after: with their rewards where there are scorers, else beside what is in the data."""
+    count = min(len(before), len(after))  # a resume may ask for more
+    if after[0][3] is None:
+        return answer_table([row[:3] for row in before[:count]], [row[:3] for row in after[:count]])
+    return completion_table(*(cast(Any, [(p, text, s) for p, _, text, s in rows[:count]]) for rows in (before, after)))
+
+
+if __name__ == "__main__":
+    start(ConditionalConfig, check_conditional, main, "conditional", sys.argv[1:])
