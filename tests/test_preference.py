@@ -1,6 +1,7 @@
 """Reward models, DPO and its kin, KTO: against transformers and plain formulas, in every layout and for every cut."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -260,13 +261,14 @@ def test_a_batch_of_one_kind_has_no_margin(folders):
 
 
 def test_what_is_not_sane_is_refused_by_the_knob():
-    for values, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"beta": 0.0}, "beta=0.0: must be above 0"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5: must be 0 or more and below 0.5"),
         ({"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1: ipo has none"),
         ({"kind": "exo"}, "label_smoothing=0: exo needs a number above 0"),
         ({"nll_coef": math.nan}, "nll_coef=nan: must be 0 (off) or more"),
-    ):
+    )
+    for values, message in cases:
         with pytest.raises(ValueError) as error:
             DPOLoss(**values)
         assert message in str(error.value)
