@@ -136,6 +136,8 @@ class PromptDataset:
         self.rows = sum(len(items) for items in read)
         kept = [[item for item in items if len(item.tokens) <= config.max_prompt_tokens] for items in read]
         self.dropped = self.rows - sum(len(items) for items in kept)
+        lengths = [sum(len(item.tokens) for items in pools for item in items) for pools in (read, kept)]
+        self.dropped_tokens = lengths[0] - lengths[1]
         self.limit = config.max_prompt_tokens
         self.weights = config.weights()
         for source, items, short in zip(config.sources, read, kept, strict=True):
@@ -149,8 +151,8 @@ class PromptDataset:
         self._draws = Mixture([len(pool) for pool in self._pools], self.weights, seed, "prompts")
 
     def __str__(self) -> str:
-        dropped = f", {self.dropped} dropped for more than {self.limit} tokens" if self.dropped else ""
-        return f"{self.rows - self.dropped} prompts{dropped}"
+        dropped = f", {self.dropped} dropped for more than {self.limit} tokens ({self.dropped_tokens:,} tokens)"
+        return f"{self.rows - self.dropped} prompts{dropped if self.dropped else ''}"
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""

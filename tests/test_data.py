@@ -96,7 +96,7 @@ def test_without_a_template_the_text_goes_in_bare(tmp_path):
 def test_over_long_prompts_are_dropped_and_counted(tmp_path):
     rows = [*ROWS, {"prompt": "say " * 20}]
     data = dataset(write_jsonl(tmp_path / "a.jsonl", rows), max_prompt_tokens=5)
-    assert data.dropped == 1 and str(data) == "10 prompts, 1 dropped for more than 5 tokens"
+    assert data.dropped == 1 and str(data) == "10 prompts, 1 dropped for more than 5 tokens (22 tokens)"
     assert all(len(prompt.tokens) <= 5 for prompt in data.next(50))
 
 

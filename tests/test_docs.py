@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from trialign.algorithms.conditional_config import ConditionalConfig
 from trialign.algorithms.evaluate_config import EvaluateConfig
 from trialign.algorithms.grpo_config import GRPOConfig
 from trialign.algorithms.pair_config import DPOConfig, KTOConfig, RewardModelConfig
@@ -28,6 +29,7 @@ PAGES = {
     "pretrain.md": PretrainConfig,
     "evaluate.md": EvaluateConfig,
     "rejection.md": RejectionConfig,
+    "conditional.md": ConditionalConfig,
 }
 BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
 
