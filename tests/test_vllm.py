@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from families import shake, write_folder
 from peft_case import build, learner
+from scripts import options, succeed
 from test_adapter import save
 from tiny import tiny_llama
 from trialign.engine.mesh import build_mesh
@@ -88,30 +89,48 @@ def adapter(root: Path) -> dict[str, Any]:
     return job | {"ours": answers(model, PROMPTS, 24), "base": our_tokens(base, PROMPTS, 24)}
 
 
+def tuned_smollm2(source: Path, root: Path) -> dict[str, Any]:
+    """The real model as a checkpoint of tp=3 x pp=2, one step of SFT from it on those six ranks, and the export."""
+    start, run, out = root / "smollm2-checkpoint", root / "smollm2-run", root / "smollm2"
+    succeed("import_hf", "--model", source, "--output", start, "--tp", 3, "--pp", 2)
+    rows = root / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} + {i}?", "response": f"{2 * i}!"}) + "\n" for i in range(4)))
+    layout = options(model_path=start, model_dtype="float32", parallel_tp=3, parallel_pp=2, parallel_device="cpu")
+    # A warm-up of the whole run would make its one step a step of nothing.
+    knobs = options(data_sources=rows, optimizer_lr=5e-5, optimizer_warmup_ratio=0, update_batch_size=4)
+    succeed("sft", *layout, *knobs, *options(run_output=run, run_steps=1, run_show=0, run_log=()), ranks=6)
+    succeed("export_hf", "--checkpoint", run / "checkpoints" / "step_1", "--output", out, "--dtype", "float32")
+    template = read_tokenizer(source)
+    prompts: Any = [
+        template.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, tokenize=True)
+        for chat in CHATS
+    ]
+    ours = our_tokens(run / "checkpoints" / "step_1", prompts, 64)
+    return {"folder": str(out), "prompts": prompts, "tokens": 64, "ours": ours}
+
+
 @pytest.fixture(scope="module")
 def served(smollm2, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """name -> {"folder", "prompts", "ours", "theirs"}: every export, and what both answered. One process serves all."""
     root = tmp_path_factory.mktemp("vllm")
     jobs: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, source: Path, prompts: list[list[int]], count: int, ours: list[list[int]], **options) -> None:
+    def add(name: str, source: Path, ours: list[list[int]], **changes) -> None:
         checkpoint, out = root / f"{name}-checkpoint", root / name
-        import_checkpoint(source, checkpoint, tp=options.pop("tp", 1), pp=2)
-        export_checkpoint(checkpoint, out, dtype=torch.float32, **options)
-        jobs[name] = {"folder": str(out), "prompts": prompts, "tokens": count, "ours": ours}
+        import_checkpoint(source, checkpoint, pp=2)
+        export_checkpoint(checkpoint, out, dtype=torch.float32, **changes)
+        jobs[name] = {"folder": str(out), "prompts": PROMPTS, "tokens": 24, "ours": ours}
 
-    template = read_tokenizer(smollm2)
-    prompts: Any = [
-        template.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, tokenize=True)
-        for chat in CHATS
-    ]
-    add("smollm2", smollm2, prompts, 64, our_tokens(smollm2, prompts, 64), tp=3)
+    jobs["smollm2"] = tuned_smollm2(smollm2, root)
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    stretched = tiny_llama(root / "dynamic-source", vocab_size=512, hidden_size=128, rope_parameters=dynamic)
+    add("dynamic-ntk", stretched, our_tokens(stretched, PROMPTS, 24))
     for name in FOLDERS:
         folder = baichuan(root / f"{name}-source", name)
         ours = our_tokens(folder, PROMPTS, 24)
-        add(name, folder, PROMPTS, 24, ours)
+        add(name, folder, ours)
         if name == "baichuan-7b":
-            add("baichuan-7b-as-llama", folder, PROMPTS, 24, ours, family="llama")
+            add("baichuan-7b-as-llama", folder, ours, family="llama")
     jobs["adapter"] = adapter(root)
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [str(VLLM), "-P", str(ROOT / "tests" / "vllm_side.py"), "jobs.json", "answers.json"]
@@ -122,8 +141,8 @@ def served(smollm2, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return {name: job | {"theirs": answers[name]} for name, job in jobs.items()}
 
 
-def test_smollm2_gives_one_answer_everywhere(served):
-    """The real model through a checkpoint of tp=3 x pp=2: trialign, transformers and vLLM, 64 tokens each."""
+def test_smollm2_gives_one_answer_everywhere(smollm2, served):
+    """The real model, tuned for a step in tp=3 x pp=2: trialign, transformers and vLLM, 64 tokens each."""
     from transformers import AutoModelForCausalLM
 
     job = served["smollm2"]
@@ -131,12 +150,20 @@ def test_smollm2_gives_one_answer_everywhere(served):
     loaded: Any = AutoModelForCausalLM.from_pretrained(job["folder"], output_loading_info=True)
     model, info = loaded
     assert not any(info.values()), info
+    before = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).state_dict()
+    moved = {name: (tensor - before[name]).abs().max().item() for name, tensor in model.state_dict().items()}
+    assert 0 < min(moved.values()) and max(moved.values()) < 1e-4, moved  # by the one step of 5e-5
     for prompt, ours in zip(job["prompts"], job["ours"], strict=True):
         ids = torch.tensor([prompt])
         # The mask in full: left out, transformers takes the ends of turns in the prompt for padding.
-        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
-        out = model.generate(ids, max_new_tokens=64, **options)
+        greedy = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
+        out = model.generate(ids, max_new_tokens=64, **greedy)
         assert out[0, len(prompt) :].tolist() == ours
+
+
+def test_dynamic_ntk_turns_by_the_same_angles(served):
+    """Up to the trained length, which the longest prompt and its answer stay below."""
+    assert served["dynamic-ntk"]["theirs"] == served["dynamic-ntk"]["ours"], served["dynamic-ntk"]["theirs"]
 
 
 @pytest.mark.parametrize("name", ["baichuan-7b-as-llama", *FOLDERS])
