@@ -3,7 +3,7 @@
 TRIALIGN_KERNELS is the one switch, read when this module is imported:
     auto            (the default) what fits the tensor: LIBRARIES below where installed, our kernels else
     own             as auto, but never a library's kernel
-    fp8             as auto, and linear layers multiply in FP8 where Transformer Engine is installed: other numbers
+    fp8             as auto, and decoder layers multiply in FP8 where Transformer Engine is installed: other numbers
     reference       plain torch everywhere
     avx2, baseline  as own, with the C++ of a lesser machine, for tests
 A missing or stale trialign._C is said once: Triton still serves CUDA, and the references the CPU.

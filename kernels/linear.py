@@ -1,7 +1,8 @@
 """y = x Wᵀ: in FP8 on a GPU where asked for, by a packed copy of W for the few rows of a decode step on a CPU.
 
-TRIALIGN_KERNELS=fp8 (kernels/dispatch.py) lets Transformer Engine multiply in FP8, forward and backward, with scales
-from the tensors at hand; the weights stay in their dtype.
+TRIALIGN_KERNELS=fp8 (kernels/dispatch.py) lets Transformer Engine multiply the decoder layers' products in FP8, forward
+and backward, with scales from the tensors at hand; the weights stay in their dtype. The head is left out: training goes
+through linear_logprob.py, which has no FP8, and the sampler's logprobs must be those of the same head.
 
 torch multiplies bf16 by oneDNN, which brings a plain [out, in] weight into its blocked order anew in every call. With
 32 rows that takes as long as the product. A copy packed once is worth it wherever a weight is used some ten times
@@ -55,7 +56,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = 
     """x [..., in] times weight [out, in] transposed; by `packed`, if given, which must be `pack(weight)` and has no
     gradient. Returns [..., out]."""
     if packed is None:
-        out = _fp8_linear(x, weight) if MODE == "fp8" else None
-        return F.linear(x, weight) if out is None else out
+        return F.linear(x, weight)
     assert not torch.is_grad_enabled(), "a packed weight has no gradient"
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def layer_linear(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` of a decoder layer, in FP8 where TRIALIGN_KERNELS=fp8 asks for it and the library serves the shape."""
+    out = _fp8_linear(x, weight) if MODE == "fp8" and packed is None else None
+    return linear(x, weight, packed) if out is None else out

@@ -23,7 +23,7 @@ SCHEMAS = {
     "logprob_stats": "(Tensor logits, Tensor labels, float scale, int vocab_start) -> Tensor",
     "logprob_update_": "(Tensor(a!) stats, Tensor logits, Tensor labels, float scale, int vocab_start) -> ()",
     "paged_attention": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor lengths, float scale, "
-    "Tensor? alibi_slopes) -> Tensor",
+    "Tensor? alibi_slopes, int? window) -> Tensor",
     "permute": "(Tensor x, Tensor order, int k) -> Tensor",
     "policy_loss": "(Tensor logp, Tensor old_logp, Tensor advantages, float clip_low, float clip_high, "
     "float? dual_clip) -> (Tensor, Tensor, Tensor, Tensor)",

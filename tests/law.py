@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2e-4, torch.float16: 2.5e-5}  # units in the last place: 4, 1/20, 1/40
 
 
 def assert_law(
@@ -53,12 +53,13 @@ def check_law(fn: Callable, ref: Callable, inputs: tuple[Tensor, ...], wanted: t
     truth, _ = _run(ref, tuple(x.double() if x.is_floating_point() else x for x in inputs), wanted, upstream)
     ours, _ = _run(fn, inputs, wanted, upstream)
     plain, _ = _run(ref, inputs, wanted, upstream)
-    size = max([1.0, *(g.abs().max().item() for g in upstream if g.numel())])  # gradients that cancel do so to this
+    # A gradient whose terms cancel, as with a vocabulary of one, is 0 to within fp32's rounding of its terms.
+    size = max([1.0, *(g.abs().max().item() for g in upstream if g.numel())])
     for place, (a, b, c) in enumerate(zip(ours, plain, truth, strict=True)):
         assert a.shape == c.shape
         if c.numel() == 0:
             continue
-        error, allowed = (a - c).abs().max().item(), (b - c).abs().max().item()
-        floor = 1e-6 * c.abs().max().item() + 1e-7 * size
+        error, allowed, largest = (x.abs().max().item() for x in (a - c, b - c, c))
+        floor = 5e-7 * largest if largest > 1e-6 * size else 2e-7 * size
         assert error <= factor * allowed + floor, f"result {place}: error {error:.3g}, torch's own {allowed:.3g}"
         assert torch.isfinite(a).all()

@@ -54,9 +54,8 @@ def test_law(implementation, dtype, option, lengths, heads, kv_heads, d):
     ours = with_grads(lambda q, k, v: implementation(q, k, v, cu, scale, **options), q, k, v, grad)
     for name, got, plain, right in zip(("out", "dq", "dk", "dv"), ours, eager, exact, strict=True):
         # torch's fused backward misses the law by itself where the softmax has one entry.
-        assert_law(
-            got, plain, right, name, 4e-6 if implementation is sdpa_attention and dtype == torch.float32 else None
-        )
+        torchs = {torch.float32: 4e-6, torch.bfloat16: 4e-3}[dtype]
+        assert_law(got, plain, right, name, torchs if implementation is sdpa_attention else None)
 
 
 def test_reference_gradients():

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from trialign.kernels import adamw, attention, dispatch
+from tiny import tiny_llama
+from trialign.algorithms.batch import pack
+from trialign.algorithms.roles import stage_forward
+from trialign.engine.mesh import build_mesh
+from trialign.kernels import adamw, attention, dispatch, linear
 from trialign.kernels.dispatch import LIBRARIES
+from trialign.models.config import ModelConfig
+from trialign.models.decoder import Decoder
 
 PACKAGES = {"flash-attn": "flash_attn", "transformer-engine": "transformer_engine"}
 
@@ -236,11 +242,12 @@ def autocast(enabled, recipe):
 LINEAR = """
 import torch, sys
 from torch._subclasses.fake_tensor import FakeTensorMode
-from trialign.kernels.linear import linear
+from trialign.kernels.linear import layer_linear, linear
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 with FakeTensorMode():
     x, weight, odd = (torch.empty(*s, 48, dtype=torch.bfloat16, device="cuda") for s in ((3, 5), (64,), (15,)))
-    assert linear(x, weight).shape == (3, 5, 64) and linear(x, odd).shape == (3, 5, 15)
+    assert layer_linear(x, weight).shape == (3, 5, 64) and layer_linear(x, odd).shape == (3, 5, 15)
+    linear(x, weight)  # the head's: never in FP8
 print(len(sys.modules["transformer_engine.pytorch"].regions) if "transformer_engine" in sys.modules else 0)
 """
 
@@ -253,3 +260,14 @@ def test_fp8_is_multiplied_only_when_asked_for(tmp_path, mode, served):
     (tmp_path / "transformer_engine" / "pytorch.py").write_text(TRANSFORMER_ENGINE)
     (tmp_path / "transformer_engine" / "common" / "recipe.py").write_text("class Float8CurrentScaling: pass")
     assert run(LINEAR, tmp_path, TRIALIGN_KERNELS=mode).splitlines()[0] == served
+
+
+def test_the_head_is_never_multiplied_in_fp8(tmp_path, monkeypatch):
+    """The sampler's head and the one training recomputes logprobs by must be one: every other matrix may be FP8."""
+    model = Decoder(ModelConfig.from_hf(tiny_llama(tmp_path, tied=False)), build_mesh(), dtype=torch.float32)
+    multiplied = set()
+    monkeypatch.setattr(linear, "MODE", "fp8")
+    monkeypatch.setattr(linear, "_fp8_linear", lambda x, w: multiplied.add(w.data_ptr()) or x @ w.T)
+    model.logits(stage_forward(model, pack([[1, 2, 3]]), None))
+    layers = {p.data_ptr() for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2}
+    assert multiplied == layers and model.head is not None and model.head.weight.data_ptr() not in layers

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from law import assert_law
 from trialign.kernels.linear import linear, pack
 
 
@@ -20,10 +21,7 @@ def test_packed_is_as_exact_as_plain(rows, out_size, in_size):
     with torch.no_grad():
         packed = pack(weight)
         got = linear(x, weight, packed)
-    assert got.dtype == torch.bfloat16 and got.shape == exact.shape
-    plain = (F.linear(x, weight).double() - exact).abs()
-    error = (got.double() - exact).abs()
-    assert bool((error <= 2 * plain + 2**-8 * exact.abs() + 1e-3).all())
+    assert_law(got, F.linear(x, weight), exact)
 
 
 def test_nothing_is_packed_where_it_does_not_help():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.linear import linear
+from ...kernels.linear import layer_linear
 from ...kernels.linear_logprob import linear_logprob
 from ..mesh import Axis, Mesh
 from .collectives import all_reduce, copy_to_region, reduce_from_region
@@ -69,7 +69,7 @@ class _Linear(AdaptedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ by this rank's rectangle of W."""
-        return linear(x, self.weight, self.packed) if self.nf4 is None else self.nf4(x)
+        return layer_linear(x, self.weight, self.packed) if self.nf4 is None else self.nf4(x)
 
 
 class ColumnParallelLinear(_Linear):
