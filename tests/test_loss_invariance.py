@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from preferences import DPO, KTO, answer, pairs, steps
 from tiny import VOCAB, tiny_llama
@@ -104,7 +104,7 @@ def run(learners: dict[str, Learner], kind: str, seed: int, count: int, order: l
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_are_the_batch_s_own(learners, kind):
-    @settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=6, deadline=None, database=None)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         count, seed = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 999))
