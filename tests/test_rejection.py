@@ -155,14 +155,16 @@ def test_what_a_run_leaves(setting, whole):
         assert len(answers) == 8 * 3
         for begin in range(0, 24, 3):
             group = answers[begin : begin + 3]
-            rewards = [a.reward for a in group]
-            assert len({a.source for a in group}) == 1 and all(a.reward == sum(a.rewards.values()) for a in group)
+            rewards = [a.reward or 0.0 for a in group]
+            assert len({a.source for a in group}) == 1 and all(
+                a.reward == sum(v or 0.0 for v in a.rewards.values()) for a in group
+            )
             picks = {a.picked: a.reward for a in group if a.picked}
             assert picks == ({"best": max(rewards), "worst": min(rewards)} if len(set(rewards)) > 1 else {})
         first = steps[number * PER_ROUND]
-        assert first["reward"] == pytest.approx(statistics.fmean(a.reward for a in answers))
+        assert first["reward"] == pytest.approx(statistics.fmean(a.reward or 0.0 for a in answers))
         assert first["reward_picked"] == pytest.approx(
-            statistics.fmean(a.reward for a in answers if a.picked == "best")
+            statistics.fmean(a.reward or 0.0 for a in answers if a.picked == "best")
         )
         assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)  # the policy is the round's reference
     model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)

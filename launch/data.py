@@ -1,0 +1,198 @@
+"""Shows the first rows of a run exactly as the model will see them: tokens, which of them are learned, what is dropped.
+
+python launch/data.py --config launch/configs/sft_smollm2.toml
+python launch/data.py --script dpo --config my.toml --rows 5 --data.max_tokens 512
+
+--script names the script whose config it is; without it the file's name tells (sft_*.toml), or its sections do. All
+knobs of that script may follow. What is learned is green and bold; without colours it stands between ⟦ and ⟧.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+from trialign.algorithms.build import load_tokenizer
+from trialign.algorithms.conditional import ConditionedRows, read_rewarded
+from trialign.algorithms.conditional_config import ConditionalConfig
+from trialign.algorithms.data import PromptDataset
+from trialign.algorithms.dialogue import DialogueDataset, Sample
+from trialign.algorithms.evaluate_config import EvaluateConfig
+from trialign.algorithms.grpo_config import GRPOConfig
+from trialign.algorithms.pair_config import DPOConfig, KTOConfig, RewardModelConfig
+from trialign.algorithms.pairs import read_labelled, read_pairs, read_steps
+from trialign.algorithms.ppo_config import PPOConfig
+from trialign.algorithms.pretrain_config import PretrainConfig
+from trialign.algorithms.rejection_config import RejectionConfig
+from trialign.algorithms.rows import RowStream
+from trialign.algorithms.sft_config import SFTConfig
+from trialign.algorithms.text import TextStream
+from trialign.engine.config import load, parse
+from trialign.models.config import ModelConfig
+from trialign.models.hf import stop_ids
+
+
+class Shown(NamedTuple):
+    """A sample as the model gets it."""
+
+    title: str
+    tokens: Sequence[int]
+    mask: Sequence[int]  # 1 where a token is a target
+
+
+def of_sample(sample: Sample, what: str = "") -> Shown:
+    """A tokenised row."""
+    return Shown(f"{sample.where}{what and ', '}{what}", sample.tokens, sample.mask)
+
+
+def sft(config: SFTConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+    """Dialogues."""
+    data = DialogueDataset(config.data, tokenizer, ends, config.run.seed)
+    return data, [of_sample(sample) for sample in data.next(count)]
+
+
+def pretrain(config: PretrainConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+    """Rows of packed documents, piece by piece: none of them sees another."""
+    data = TextStream(config.data, tokenizer, config.run.seed)
+    rows = enumerate(data.next(count), 1)
+    pieces = [(f"row {number}: {piece.where}", piece.tokens) for number, row in rows for piece in row]
+    return data, [Shown(title, tokens, [0] + [1] * (len(tokens) - 1)) for title, tokens in pieces]
+
+
+def pairs(config: DPOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+    """Chosen and rejected answers."""
+    read = lambda source: read_pairs(source, config.data, tokenizer, ends)  # noqa: E731
+    data = RowStream(config.data, read, lambda pair: pair.lengths, config.run.seed, "pairs")
+    sides = [(pair, what) for pair in data.next(count) for what in ("chosen", "rejected")]
+    return data, [of_sample(getattr(pair, what), what) for pair, what in sides]
+
+
+def reward(config: RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+    """Pairs, or answers in steps, where the marked tokens are those a step is scored at."""
+    if not config.steps.sources:
+        return pairs(config, tokenizer, ends, count)  # pyright: ignore[reportArgumentType]
+    read = lambda source: read_steps(source, config.steps, tokenizer)  # noqa: E731
+    data = RowStream(config.steps, read, lambda row: row.lengths, config.run.seed, "answers in steps", "steps")
+    return data, [of_sample(row.sample, f"labels {row.labels}") for row in data.next(count)]
+
+
+def kto(config: KTOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+    """Answers with their labels."""
+    read = lambda source: read_labelled(source, config.data, tokenizer, ends)  # noqa: E731
+    data = RowStream(config.data, read, lambda row: [len(row.sample.tokens)], config.run.seed, "answers")
+    return data, [of_sample(row.sample, "wanted" if row.desirable else "not wanted") for row in data.next(count)]
+
+
+def conditional(
+    config: ConditionalConfig, tokenizer: Any, ends: Sequence[int], count: int
+) -> tuple[object, list[Shown]]:
+    """Answers with their rewards in the prompts."""
+    if config.reward.names:
+        raise ValueError("the rows get their rewards when the run scores them: look at rewards.json in its folder")
+    sources = dict.fromkeys((*config.data.sources, *config.data.eval_sources))
+    rows = {source: read_rewarded(source, config.data, True) for source in sources}
+    data = ConditionedRows(config.data, config.condition, rows, tokenizer, ends, config.run.seed)
+    return data, [of_sample(sample) for sample in data.next(count)]
+
+
+def prompts(config: Any, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+    """Prompts; nothing of them is learned."""
+    if not config.data.sources:
+        raise ValueError("data.sources is not given: no prompts to show")
+    data = PromptDataset(config.data, tokenizer, config.run.seed)
+    return data, [Shown(p.source, p.tokens, [0] * len(p.tokens)) for p in data.next(count)]
+
+
+SCRIPTS: dict[str, tuple[type[Any], Callable[..., tuple[object, list[Shown]]]]] = {
+    "pretrain": (PretrainConfig, pretrain),
+    "sft": (SFTConfig, sft),
+    "reward": (RewardModelConfig, reward),
+    "dpo": (DPOConfig, pairs),
+    "kto": (KTOConfig, kto),
+    "rejection": (RejectionConfig, prompts),
+    "conditional": (ConditionalConfig, conditional),
+    "ppo": (PPOConfig, prompts),
+    "grpo": (GRPOConfig, prompts),
+    "evaluate": (EvaluateConfig, prompts),
+}
+
+
+def script_of(path: str) -> str:
+    """The script that a config file is for: by the file's name, or because its keys fit no other.
+
+    Raises:
+        ValueError: it cannot be told; says which are possible.
+    """
+    if not path:
+        raise ValueError(f"--config FILE or --script NAME is needed; scripts: {', '.join(SCRIPTS)}")
+    named = Path(path).stem.split("_")[0]
+    if named in SCRIPTS:
+        return named
+    fits, refusals = [], {}
+    for name, (cls, _) in SCRIPTS.items():
+        try:
+            load(cls, path)
+            fits.append(name)
+        except ValueError as error:
+            refusals[name] = str(error)
+    if len(fits) == 1:
+        return fits[0]
+    if not fits:
+        raise ValueError(f"{path} fits no script: {refusals['sft']}; say which with --script")
+    raise ValueError(f"{path} fits several scripts ({', '.join(fits)}): say which with --script")
+
+
+def written(shown: Shown, tokenizer: Any, colours: bool) -> Text:
+    """A sample's tokens as text, runs of targets and of others told apart."""
+    text, place = Text(), 0
+    for target, run in groupby(shown.mask):
+        length = len(list(run))
+        words = tokenizer.decode(list(shown.tokens[place : place + length]), clean_up_tokenization_spaces=False)
+        text.append(words if colours or not target else f"⟦{words}⟧", style="bold green" if target else "dim")
+        place += length
+    return text
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the data as the script would, and shows it."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--script", choices=SCRIPTS, default="")
+    own.add_argument("--rows", type=int, default=3)
+    options, rest = own.parse_known_args(argv)
+    if "--help" in rest and not options.script:
+        print(f"{(__doc__ or '').strip()}\n\nscripts: {', '.join(SCRIPTS)}")
+        return
+    place = next((i for i, word in enumerate(rest) if word == "--config" or word.startswith("--config=")), None)
+    words = [] if place is None else (rest[place].partition("=")[2] or "".join(rest[place + 1 : place + 2]))
+    try:
+        name = options.script or script_of("".join(words))
+        cls, show = SCRIPTS[name]
+        config = parse(cls, rest, prog="data.py")
+        if not config.model.path:
+            raise ValueError("model.path is not given: the folder whose tokenizer reads the rows")
+        sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
+        if not any(getattr(section, "sources", ()) for section in sections):
+            raise ValueError("data.sources is not given: nothing to show")
+        shape = ModelConfig.from_hf(config.model.path)
+        tokenizer = load_tokenizer(config.model.path, shape)
+        data, rows = show(config, tokenizer, stop_ids(config.model.path, shape), options.rows)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    console = Console(highlight=False)
+    console.print(f"{name}: {data}")
+    for row in rows:
+        learned = sum(row.mask)
+        console.print(Rule(Text(f"{row.title}: {len(row.tokens)} tokens, {learned} learned"), align="left"))
+        console.print(written(row, tokenizer, bool(console.color_system)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
