@@ -48,7 +48,8 @@ class References:
         pairs = [self.data.pools[pool][row] for pool, row in self.rows] + self.data.held_out
         self.sums = torch.zeros(len(pairs), 2)
         if not config.loss.reference_free:
-            self.sums = reference_sums(work.reference(config.model.reference), pairs, config.update).view(-1, 2)
+            role = work.reference(config.model.reference, 2 * len(pairs))
+            self.sums = reference_sums(role, pairs, config.update).view(-1, 2)
 
     def next(self, count: int) -> Batch:
         """The next pairs of the stream with their reference."""

@@ -101,8 +101,15 @@ class FromRows(Generic[Rows]):
             text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in last.items())
             self.session.progress.say(f"held out, after {self.steps} steps: {text}")
 
-    def reference(self, folder: str) -> Role:
-        """A frozen model to compare with: a folder's, or ("") the learner as it is now. Collective."""
+    def reference(self, folder: str, answers: int) -> Role:
+        """A frozen model to compare with: a folder's, or ("") the learner as it is now. Collective.
+
+        Args:
+            answers: how many it will be asked about; said, for that may take a while before the run's first line.
+        """
+        if self.session.mesh.is_main:
+            name = folder or "the model as it is"
+            print(f"reference: {name}; log-probabilities of {answers} answers, computed once", flush=True)
         if not folder:
             return self.learner
         config: RowConfig = self.session.config

@@ -58,8 +58,8 @@ class References:
             for pool, row in self.rows
         ]
         unseen = [row.sample for row in self.data.held_out]
-        role = work.reference(config.model.reference)
-        sums = sums_of(role, drawn + self.others + unseen, config.update)
+        asked = drawn + self.others + unseen
+        sums = sums_of(work.reference(config.model.reference, len(asked)), asked, config.update)
         self.sums, self.other_sums, self.unseen_sums = sums.split([len(drawn), len(drawn), len(unseen)])
 
     def _row(self, place: tuple[int, int]) -> Labelled:
