@@ -31,8 +31,9 @@ def setting(tmp_path_factory) -> Path:
     }
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        section = "steps" if name == "reward" else "data"
         (folder / f"{name}_tiny.toml").write_text(
-            f'[model]\npath = "{folder}/model"\n[{"steps" if name == "reward" else "data"}]\nsources = ["{folder}/{name}.jsonl"]\n'
+            f'[model]\npath = "{folder}/model"\n[{section}]\nsources = ["{folder}/{name}.jsonl"]\n'
         )
     return folder
 
@@ -74,9 +75,9 @@ def test_which_script_it_is_for(setting, tmp_path):
     config.write_text((setting / "sft_tiny.toml").read_text())
     unsure = launch("data", "--config", config)
     assert unsure.returncode != 0 and "fits several scripts (" in unsure.stderr and "--script" in unsure.stderr
-    config.write_text(config.read_text() + '[loss]\nkind = "ipo"\n')
+    config.write_text(config.read_text() + "[loss]\ndesirable_weight = 2.0\n")
     wrong = launch("data", "--config", config)
-    assert wrong.returncode != 0 and "sft.jsonl:1: no column 'chosen'" in wrong.stderr  # only DPO has such a knob
+    assert wrong.returncode != 0 and "sft.jsonl:1: no column 'label'" in wrong.stderr  # only KTO has it
     assert "invalid choice: 'sff'" in launch("data", "--script", "sff").stderr
     missing = launch("data", "--script", "sft", "--model.path", setting / "model")
     assert missing.returncode != 0 and "data.sources is not given" in missing.stderr
