@@ -60,25 +60,31 @@ export TRITON_DEFAULT_FP_FUSION := 1
 OTHER_TRITON := 3.7.1
 INTERPRETED := tests/test_interp_shim.py $(sort $(wildcard tests/test_triton_*.py))
 OTHER := PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
-COMPILED := $(foreach op,adamw attention cross_entropy cuda_emulated cuda_sanitized gae linear linear_logprob logprob moe \
+COMPILED := $(foreach op,adamw attention cross_entropy cuda_emulated devices gae linear linear_logprob logprob moe \
 	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch kernel_docs,$(wildcard tests/test_$(op).py))
 
 test: .venv/.package $(MODEL)/config.json .venv/triton-$(OTHER_TRITON) ## the whole test suite
 	.venv/bin/pytest $(ARGS)
-	$(MAKE) --no-print-directory interpreted other-triton
+	$(MAKE) --no-print-directory interpreted other-aot other-interpreted
+
+# The longest first, so that two cores finish together.
+KERNEL_TESTS := aot compiled-numbers other-aot sanitized interpreted other-interpreted
 
 kernels: .venv/.package .venv/triton-$(OTHER_TRITON) ## the kernels' tests: C++, emulated CUDA, Triton interpreted and compiled
-	$(MAKE) --no-print-directory -j2 --output-sync=target compiled-numbers aot interpreted other-triton
+	$(MAKE) --no-print-directory -j2 --output-sync=target $(KERNEL_TESTS)
 
-.PHONY: compiled-numbers aot interpreted other-triton
+.PHONY: $(KERNEL_TESTS)
 compiled-numbers:
 	.venv/bin/pytest $(COMPILED)
+sanitized:
+	.venv/bin/pytest tests/test_cuda_sanitized.py
 aot:
 	TRITON_CACHE_DIR=.venv/triton-cache .venv/bin/pytest tests/aot
 interpreted:
 	TRITON_INTERPRET=1 .venv/bin/pytest $(INTERPRETED)
-other-triton:
+other-aot:
 	$(OTHER) .venv/bin/pytest tests/aot
+other-interpreted:
 	$(OTHER) TRITON_INTERPRET=1 .venv/bin/pytest $(INTERPRETED)
 
 .venv/triton-$(OTHER_TRITON): | .venv/.package

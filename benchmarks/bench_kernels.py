@@ -6,7 +6,9 @@
 The contenders take turns; a turn repeats the call for some milliseconds and counts its mean. Of the turns' ratios the
 table has the median. "first" is the ratio of each turn's first call, with the caches as the others left them. Peak
 memory is what one call adds to the process, "scratch" what of it is not results. A contender whose results differ from
-ours is not timed, the program stops. The last line is one JSON object: {op: {"ratio": eager / ours, ...}}.
+ours is not timed, the program stops. The row "products" is the matrix products of ours alone: its ratio is their share
+of our time, and "ratio_bound" in the last line, eager's time over theirs, what no implementation here passes. The last
+line is one JSON object: {op: {"ratio": eager / ours, ...}}.
 """
 
 from __future__ import annotations
@@ -137,6 +139,9 @@ def measure(op: str, bench: Bench, table: Table) -> dict[str, float | None]:
     torch.manual_seed(0)
     case = CASES[op](getattr(torch, bench.dtype))
     runs = usable(op, case, bench)
+    if case.products is not None:
+        case.products()
+        runs["products"] = case.products
     peaks = {name: peak_memory(run) for name, run in runs.items()}
     timings = alternate(runs, bench)
     ours, numbers = timings["ours"], {}
@@ -153,6 +158,8 @@ def measure(op: str, bench: Bench, table: Table) -> dict[str, float | None]:
             numbers |= {f"peak_mb_{name}": round(peak[0], 1), f"scratch_mb_{name}": round(peak[1], 1)}
             cells[3:] = (f"{megabytes:.1f}" for megabytes in peak)
         table.add_row(*((op, case.size) if name == "ours" else ("", "")), name, *cells)
+    if "products" in timings:
+        numbers["ratio_bound"] = ratio(timings["eager"].means, timings["products"].means)
     for name in case.runs.keys() - runs.keys():
         table.add_row("", "", name, "does not run here" if bench.compile else "left out")
     table.add_section()

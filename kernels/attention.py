@@ -222,7 +222,8 @@ def _dkv_kernel(
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) up to head dims 64, 128, 256: the largest blocks that the ahead-of-time
-# compiler fits into registers and shared memory on every architecture of the vendor.
+# compiler fits into registers and shared memory on every architecture of the vendor. fp32 has no matrix units: its
+# products live in registers, and no block of dq is small enough for head dims beyond 128.
 _BLOCKS = {
     "cuda": {
         "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 1)),
@@ -235,16 +236,19 @@ _BLOCKS = {
         "dkv": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
     },
 }
-MAX_HEAD_DIM = 256
+_FP32_BLOCKS = {
+    "forward": ((32, 32, 8, 1), (16, 32, 8, 1)),
+    "dq": ((32, 32, 8, 1), (16, 16, 8, 1)),
+    "dkv": ((32, 16, 4, 1), (16, 16, 8, 1)),
+}
+MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
 def _constants(kernel: str, d: int, group: int, alibi: bool, window: bool, dtype: torch.dtype, gpu: str) -> dict:
     block_d = power_of_2(d)
-    if block_d > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim {d}: the attention kernels go up to {MAX_HEAD_DIM}")
-    m, n, warps, stages = _BLOCKS[gpu][kernel][(block_d > 64) + (block_d > 128)]
-    if dtype == torch.float32:  # no matrix units: the products live in registers
-        m, n, stages = min(m, 32), min(n, 32), 1
+    assert block_d <= MAX_HEAD_DIM[dtype], f"head_dim {d}"
+    blocks = _FP32_BLOCKS if dtype == torch.float32 else _BLOCKS[gpu]
+    m, n, warps, stages = blocks[kernel][(block_d > 64) + (block_d > 128)]
     return {
         "GROUP": group, "D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "ALIBI": alibi, "WINDOW": window,
         "DOT": precision(dtype), "num_warps": warps, "num_stages": stages,
@@ -311,7 +315,8 @@ def _spec(name: str, kernel, tensors: str) -> Spec:
         for gpu in ("cuda", "hip")
     )
     signature = {tensor: types.get(tensor, "*bf16") for tensor in tensors.split()} | numbers
-    return Spec(kernel, signature, cuda, hip, dot=True, traffic=_TRAFFIC[name], unaligned=("window", "heads"))
+    wide = tuple(_constants(name, d, 3, True, True, torch.float32, "cuda") for d in (64, 128))
+    return Spec(kernel, signature, cuda, hip, wide, dot=True, traffic=_TRAFFIC[name], unaligned=("window", "heads"))
 
 
 SPECS = {
@@ -343,7 +348,8 @@ def packed_attention(
     """
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} key/value heads")
-    if choose("attention", q) != "reference":
+    too_wide = q.is_cuda and q.shape[2] > MAX_HEAD_DIM.get(q.dtype, 0)
+    if choose("attention", q) != "reference" and not too_wide:
         q, k, v = (token_rows(t) for t in (q, k, v))
         served = library("attention", q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window)
         if served is not None:

@@ -85,7 +85,7 @@ def _outer_kernel(
 
 def _constants(dtype: torch.dtype) -> dict:
     if dtype == torch.float32:  # no matrix units: the products live in registers
-        blocks = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+        blocks = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     else:
         blocks = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
     return blocks | {"DOT": precision(dtype)}
@@ -113,19 +113,19 @@ def grouped_outer_triton(x, grad, offsets):
     return out
 
 
-_BF16, _SIZES = _constants(torch.bfloat16), {"h": "i32", "f": "i32"}
+_BF16, _FP32, _SIZES = _constants(torch.bfloat16), _constants(torch.float32), {"h": "i32", "f": "i32"}
 _STRIDES = {"x_stride": "i64", "h_stride": "i64", "f_stride": "i64"}
 SPECS = {
     "matmul": Spec(
         _matmul_kernel,
         {"x_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES | _STRIDES,
         (_BF16 | {"EXPERTS": 8, "GROUPS": 16}, _BF16 | {"EXPERTS": 64, "GROUPS": 64}),
-        dot=True, unaligned=("f_stride",),
+        fp32_configs=(_FP32 | {"EXPERTS": 64, "GROUPS": 64},), dot=True, unaligned=("f_stride",),
         traffic="per product: x f / 128 times, W rows / 64 times (through L2), y once; least: each once",
     ),
     "outer": Spec(
         _outer_kernel, {"x_ptr": "*bf16", "grad_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES,
-        (_BF16,), dot=True,
+        (_BF16,), fp32_configs=(_FP32,), dot=True,
         traffic="per product: x f / 128 times, dy h / 64 times (through L2), dW once; least: each once",
     ),
 }  # fmt: skip

@@ -192,7 +192,7 @@ def _routing(experts: int, k: int, normalise: bool) -> dict:
     columns = power_of_2(experts)
     return {
         "K": k, "PLACES": power_of_2(k, 1), "EXPERTS": columns, "NORMALISE": normalise,
-        "BLOCK": max(1, min(16, 1024 // columns)),  # what the registers hold
+        "BLOCK": max(1, min(16, 512 // columns)),  # what the registers hold
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
 

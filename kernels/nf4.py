@@ -174,7 +174,7 @@ def _constants(dtype: torch.dtype) -> dict:
     small = dtype == torch.float32  # no matrix units: the products live in registers
     return {
         "BLOCK_M": 32 if small else 64, "BLOCK_N": 32 if small else 64, "BLOCK_K": BLOCK, "DOT": precision(dtype),
-        "num_warps": 4, "num_stages": 2,
+        "num_warps": 8 if small else 4, "num_stages": 2,
     }  # fmt: skip
 
 
@@ -203,11 +203,12 @@ _OPERANDS = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32"}
 SPECS = {
     "forward": Spec(
         _forward_kernel, {"x_ptr": "*bf16"} | _OPERANDS | {"y_ptr": "*bf16"} | _SIZES, (_constants(torch.bfloat16),),
-        dot=True, traffic="read 0.5625 bytes a weight for each 64 rows of x; least 0.5625 once", unaligned=("m",),
+        fp32_configs=(_constants(torch.float32),), dot=True,
+        traffic="read 0.5625 bytes a weight for each 64 rows of x; least 0.5625 once", unaligned=("m",),
     ),
     "backward": Spec(
         _backward_kernel, {"grad_ptr": "*bf16"} | _OPERANDS | {"dx_ptr": "*bf16"} | _SIZES,
-        (_constants(torch.bfloat16),),
+        (_constants(torch.bfloat16),), fp32_configs=(_constants(torch.float32),),
         dot=True, traffic="read 0.5625 bytes a weight for each 64 rows of dy; least 0.5625 once", unaligned=("m",),
     ),
 }  # fmt: skip

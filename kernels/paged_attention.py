@@ -173,8 +173,9 @@ SPECS = {
         | {"q_stride": "i64", "table_stride": "i64", "kv_heads": "i32", "window": "i32"},
         tuple(
             _decode_constants(group, d, 16, extras, extras, torch.bfloat16) | {"SPLITS": splits}
-            for group, d, extras, splits in ((3, 64, False, 1), (8, 128, True, SPLITS))
+            for group, d, extras, splits in ((3, 64, False, 1), (8, 128, True, SPLITS), (8, 256, True, SPLITS))
         ),
+        fp32_configs=(_decode_constants(8, 128, 16, True, True, torch.float32) | {"SPLITS": SPLITS},),
         dot=True,
         traffic="read 2 bytes a cached element (bf16), write 4 / share of keys for the partial sums; least 2 and 0",
         unaligned=("kv_heads", "table_stride", "window"),

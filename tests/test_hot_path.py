@@ -45,7 +45,7 @@ for found in pkgutil.iter_modules(trialign.kernels.__path__):
             watch(module, name)
 
 sys.path.insert(0, sys.argv[1])
-import ppo
+import ppo, session
 from trialign.engine.phases import Phases
 
 class Profiled(Phases):
@@ -56,9 +56,9 @@ class Profiled(Phases):
         ops = {event.key for event in seen.key_averages()}
         used[name] = sorted(op.removeprefix("trialign::") for op in ops if op.startswith("trialign::"))
 
-ppo.Phases = Profiled
-ppo.export = ppo.plot = lambda *_: ""  # behind the last step, and half of the run's time
-ppo.main(sys.argv[3:])
+session.Phases = Profiled
+session.Session.finish = lambda *_: None  # behind the last step, and half of the run's time
+session.start(ppo.PPOConfig, ppo.check, ppo.main, "ppo", sys.argv[3:])
 with open(sys.argv[2], "w") as file:
     json.dump(used, file)
 """

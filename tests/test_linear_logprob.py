@@ -26,7 +26,9 @@ def draw(n, h, v, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n,h,v", [(1, 1, 1), (5, 64, 1024), (70, 65, 5003), (40, 33, 2049), (2, 8, 151936), (0, 8, 30)])
+@pytest.mark.parametrize(
+    "n,h,v", [(1, 1, 1), (5, 64, 1024), (70, 65, 5003), (40, 33, 2049), (2, 8, 151936), (0, 8, 30)]
+)
 def test_law(small_chunks, n, h, v, dtype):
     hidden, weight, labels = draw(n, h, v, dtype)
     check_law(

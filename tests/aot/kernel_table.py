@@ -25,9 +25,22 @@ def variants(spec: Spec) -> Iterator[tuple[Spec, dict[str, dict]]]:
     """(spec, {architecture: config}) of every config, then of the fp32 configs, with a spec whose tensors are fp32."""
     for nvidia, amd in zip(spec.configs, spec.hip_configs or spec.configs, strict=True):
         yield spec, {arch: amd if arch.startswith("gfx") else nvidia for arch in ARCHITECTURES}
-    wide = {name: kind.replace("bf16", "fp32") for name, kind in spec.signature.items()}
     for config in spec.fp32_configs or ():
-        yield dataclasses.replace(spec, signature=wide), dict.fromkeys(ARCHITECTURES, config)
+        yield of_type(spec, "fp32"), dict.fromkeys(ARCHITECTURES, config)
+
+
+def of_type(spec: Spec, kind: str) -> Spec:
+    """The same kernel, its bf16 tensors of another type."""
+    signature = {name: written.replace("bf16", kind) for name, written in spec.signature.items()}
+    return dataclasses.replace(spec, signature=signature)
+
+
+def other_types(spec: Spec) -> Iterator[tuple[str, Spec, dict[str, dict]]]:
+    """("fp16" or "fp32", spec, {architecture: config}) of the last, largest config: these types ship in it too."""
+    if "*bf16" in spec.signature.values():
+        *_, (_, configs) = variants(dataclasses.replace(spec, fp32_configs=None))
+        for kind in ("fp16",) if spec.fp32_configs else ("fp16", "fp32"):
+            yield kind, of_type(spec, kind), configs
 
 
 def label(config: dict) -> str:
