@@ -22,7 +22,7 @@ from trialign.algorithms.convention import PRESETS
 from trialign.algorithms.kl import KLController
 from trialign.algorithms.selection import CONDITION, Scored, best_against_worst, best_of_n, conditioned
 
-SPELLINGS = {"kl": "k1", "low_var_kl": "k3", "mse": "k2"}
+SPELLINGS: dict[str, Any] = {"kl": "k1", "low_var_kl": "k3", "mse": "k2"}
 
 
 @adapter("verl", "kl_penalty")
