@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ._rt import Spec, cdiv, jit, power_of_2, tl
+from ._rt import Spec, cdiv, jit, power_of_2, tl, vendor
 from .dispatch import choose, library, register
 
 
@@ -72,6 +72,11 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
+def _gradient_warps(block: int, gpu: str) -> int:
+    """Twice as many for long rows, whose fp32 sums would spill; AMD's blocks have no more than 16."""
+    return 32 if block > 4096 and gpu == "cuda" else _warps(block)
+
+
 def rms_norm_triton(x, weight, eps):
     """(y, rstd) by Triton; arguments as those of torch.ops.trialign.rms_norm."""
     y, rstd = torch.empty_like(x), _rstd(x)
@@ -99,7 +104,7 @@ def rms_norm_backward_triton(grad, x, weight, rstd, grad_total):
     if n:
         _gradient[(programs,)](
             grad, x, weight, rstd, through, grad_x, partial, n, h, ROWS, grad_total is not None, block,
-            num_warps=_warps(block),
+            num_warps=_gradient_warps(block, vendor()),
         )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 
@@ -129,10 +134,13 @@ SPECS = {
             **dict.fromkeys(("rstd", "partial"), "*fp32"),
             **dict.fromkeys(("n", "h"), "i32"),
         },
-        tuple(
-            {"ROWS": ROWS, "ADD": add, "BLOCK": block, "num_warps": _warps(block), "num_stages": 3}
-            for block in _BLOCKS
-            for add in (False, True)
+        *(
+            tuple(
+                {"ROWS": ROWS, "ADD": add, "BLOCK": block, "num_warps": _gradient_warps(block, gpu), "num_stages": 3}
+                for block in _BLOCKS
+                for add in (False, True)
+            )
+            for gpu in ("cuda", "hip")
         ),
         traffic="read 4, write 2.25 bytes an element (bf16), a sixteenth of 4 for d weight's shares; least 4 and 2",
         unaligned=("n",),
