@@ -111,6 +111,16 @@ def rms_norm_backward_triton(grad, x, weight, rstd, grad_total):
 
 ROWS = 16
 _BLOCKS = (64, 1024, 4096, 8192)
+
+
+def _gradient_configs(gpu: str) -> tuple[dict, ...]:
+    return tuple(
+        {"ROWS": ROWS, "ADD": add, "BLOCK": block, "num_warps": _gradient_warps(block, gpu), "num_stages": 3}
+        for block in _BLOCKS
+        for add in (False, True)
+    )
+
+
 SPECS = {
     "forward": Spec(
         _forward,
@@ -134,14 +144,8 @@ SPECS = {
             **dict.fromkeys(("rstd", "partial"), "*fp32"),
             **dict.fromkeys(("n", "h"), "i32"),
         },
-        *(
-            tuple(
-                {"ROWS": ROWS, "ADD": add, "BLOCK": block, "num_warps": _gradient_warps(block, gpu), "num_stages": 3}
-                for block in _BLOCKS
-                for add in (False, True)
-            )
-            for gpu in ("cuda", "hip")
-        ),
+        _gradient_configs("cuda"),
+        _gradient_configs("hip"),
         traffic="read 4, write 2.25 bytes an element (bf16), a sixteenth of 4 for d weight's shares; least 4 and 2",
         unaligned=("n",),
     ),
