@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from ..engine.mesh import check_layout
 from ..engine.parallel.lora import TARGETS, LoRA, Target
@@ -310,7 +308,7 @@ class RunConfig:
     """steps between checkpoints (0: only at the end)"""
     keep: int = 2
     """newest checkpoints that stay"""
-    resume: Annotated[str, tyro.conf.arg(aliases=("--resume",))] = ""
+    resume: str = ""
     """folder of a run to go on with, from its newest whole checkpoint; its config.toml gives the defaults"""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """where metrics go beside the JSONL file"""

@@ -23,7 +23,8 @@ Config = TypeVar("Config")
 def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, quiet: bool = False) -> Config:
     """The config that `argv` asks for: `--config FILE.toml` gives defaults, `--section.key value` overrides them.
 
-    With `--resume RUN` and no `--config`, the defaults are those the run was started with: RUN/config.toml.
+    `--resume RUN` is short for `--run.resume RUN`; without `--config`, the defaults are then those the run was started
+    with: RUN/config.toml.
 
     Args:
         cls: a dataclass whose every field has a default.
@@ -34,7 +35,10 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
     """
     try:
         path, rest = _take(list(argv), "--config")
-        if not path and (run := _take(rest, "--resume")[0] or _take(rest, "--run.resume")[0]):
+        run, others = _take(rest, "--resume")
+        if run:  # no alias of the option's: a config may hold other scripts' whole configs as its sections
+            rest = ["--run.resume", run, *others]
+        if not path and (run := _take(rest, "--run.resume")[0]):
             path = str(Path(run) / "config.toml")
         default = load(cls, path) if path else cls()
     except ValueError as error:
@@ -46,7 +50,8 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
         args=rest,
         default=default,
         prog=prog,
-        description=f"{(cls.__doc__ or '').strip()}\n\n--config FILE.toml gives defaults; options override them.",
+        description=f"{(cls.__doc__ or '').strip()}\n\n--config FILE.toml gives defaults; options override them."
+        " --resume RUN goes on with a run.",
         use_underscores=True,
         console_outputs=not quiet,
         config=(tyro.conf.FlagConversionOff,),
