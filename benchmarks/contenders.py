@@ -24,7 +24,7 @@ from trialign.kernels.moe import grouped_matmul, permute, sort_by_expert, unperm
 from trialign.kernels.paged_attention import paged_attention
 from trialign.kernels.ppo_loss import kl_estimate, policy_loss, value_loss
 from trialign.kernels.rms_norm import add_rms_norm, rms_norm
-from trialign.kernels.rope import rope
+from trialign.kernels.rope import rope_
 from trialign.kernels.sampling import sample
 from trialign.kernels.swiglu import swiglu
 
@@ -322,7 +322,7 @@ def rotary(dtype: torch.dtype) -> Case:
         "[4096, 9 heads, 64]",
         (torch.randn(4096, 9, 64).to(dtype), angles.cos(), angles.sin()),
         (0,),
-        ours=rope,
+        ours=lambda x, cos, sin: rope_(x.clone(), cos, sin),  # the others leave x as it is
         eager=turn,
         compile=compiled(turn),
         liger=by_hand(

@@ -6,6 +6,8 @@ with entry i + d/2 (LLaMA in Hugging Face's format), the interleaved one 2i with
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from ._rt import Spec, cdiv, jit, power_of_2, tl
@@ -23,10 +25,10 @@ def rope_ref(x, cos, sin, interleaved=False):
 
 @jit
 def _turn(
-    x, cos, sin, y, heads, half, row_stride, head_stride, sign,
+    x, cos, sin, heads, half, row_stride, head_stride, sign,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token a program; x may be strided, y is packed."""
+    """HEADS heads of one token a program, in place; x may be strided."""
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     j = tl.arange(0, HALF)
@@ -38,24 +40,21 @@ def _turn(
         first, second = 2 * j, 2 * j + 1
     else:
         first, second = j, j + half
-    source = x + row * row_stride + head * head_stride
-    target = y + row * heads * half * 2 + head * half * 2
-    a = tl.load(source + first, inside, 0.0).to(tl.float32)
-    b = tl.load(source + second, inside, 0.0).to(tl.float32)
-    tl.store(target + first, a * c - b * s, inside)
-    tl.store(target + second, b * c + a * s, inside)
+    base = x + row * row_stride + head * head_stride
+    a = tl.load(base + first, inside, 0.0).to(tl.float32)
+    b = tl.load(base + second, inside, 0.0).to(tl.float32)
+    tl.store(base + first, a * c - b * s, inside)
+    tl.store(base + second, b * c + a * s, inside)
 
 
 def rope_triton(x, cos, sin, interleaved, inverse):
-    """The turned x by Triton; arguments as those of torch.ops.trialign.rope."""
+    """Turns x by Triton; arguments as those of torch.ops.trialign.rope_."""
     n, heads, d = x.shape
-    y = x.new_empty(x.shape)
     if x.numel():
         _turn[(n, cdiv(heads, HEADS))](
-            x, cos, sin, y, heads, d // 2, x.stride(0), x.stride(1), -1.0 if inverse else 1.0,
+            x, cos, sin, heads, d // 2, x.stride(0), x.stride(1), -1.0 if inverse else 1.0,
             interleaved, HEADS, power_of_2(d // 2), num_warps=2,
         )  # fmt: skip
-    return y
 
 
 HEADS = 8
@@ -63,7 +62,7 @@ SPECS = {
     "turn": Spec(
         _turn,
         {
-            **dict.fromkeys(("x", "y"), "*bf16"),
+            "x": "*bf16",
             **dict.fromkeys(("cos", "sin"), "*fp32"),
             **dict.fromkeys(("heads", "half", "row_stride", "head_stride"), "i32"),
             "sign": "fp32",
@@ -79,31 +78,34 @@ SPECS = {
 }
 
 
-def _save(ctx, inputs, output):
-    _, cos, sin, ctx.interleaved, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
+register("rope_", lambda *args: None, triton=rope_triton)
 
 
-def _backward(ctx, grad):
-    cos, sin = ctx.saved_tensors
-    return (
-        torch.ops.trialign.rope(grad.contiguous(), cos, sin, ctx.interleaved, not ctx.inverse),
-        None,
-        None,
-        None,
-        None,
-    )
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        torch.ops.trialign.rope_(x, cos, sin, interleaved, False)
+        return x
+
+    @staticmethod
+    def backward(ctx, *grads):
+        # A copy: the buffer that autograd hands over may be another input's gradient too.
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        torch.ops.trialign.rope_(grad, *ctx.saved_tensors, ctx.interleaved, True)
+        return grad, None, None, None
 
 
-register("rope", lambda x, cos, sin, interleaved, inverse: x.new_empty(x.shape), _save, _backward, rope_triton)
+def rope_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Turns x [n, heads, d] in place by the angles whose cos and sin [n, d/2] fp32 are given, and returns x.
 
+    x may be a slice of a fused projection (any strides between heads and rows). Differentiable in x only.
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """Turns x [n, heads, d] by the angles whose cos and sin [n, d/2] fp32 are given. Returns a fresh [n, heads, d].
-
-    x may be a slice of a fused projection (any strides, d innermost). Differentiable in x only.
+    Raises:
+        RuntimeError: by torch, where x is a leaf that requires a gradient, which cannot be changed in place.
     """
-    if choose("rope", x) == "reference":
-        return rope_ref(x, cos, sin, interleaved)
-    x = x if x.stride(2) == 1 else x.contiguous()
-    return torch.ops.trialign.rope(x, cos.contiguous(), sin.contiguous(), interleaved, False)
+    if choose("rope_", x) == "reference" or x.stride(2) != 1:
+        return x.copy_(rope_ref(x, cos, sin, interleaved))
+    return cast(torch.Tensor, _Rope.apply(x, cos.contiguous(), sin.contiguous(), interleaved))

@@ -29,7 +29,7 @@ SCHEMAS = {
     "float? dual_clip) -> (Tensor, Tensor, Tensor, Tensor)",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rms_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_total) -> (Tensor, Tensor)",
-    "rope": "(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor",
+    "rope_": "(Tensor(a!) x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()",
     "route": "(Tensor logits, int k, bool normalise) -> (Tensor, Tensor)",
     "route_backward": "(Tensor grad, Tensor logits, Tensor weights, Tensor experts, bool normalise) -> Tensor",
     "sample": "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor keys, Tensor counters) "

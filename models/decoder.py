@@ -31,7 +31,7 @@ from ..engine.parallel.lora import LoRA, adapted_linears
 from ..engine.parallel.shard import Shard, shard_of
 from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
-from ..kernels.rope import rope
+from ..kernels.rope import rope_
 from ..kernels.swiglu import swiglu
 from .alibi import alibi_slopes
 from .config import HeadKind, ModelConfig
@@ -96,12 +96,12 @@ class Attention(nn.Module):
         if self.gathered:
             qkv = self._with_whole_heads(qkv)
         qkv = qkv.view(x.shape[0], -1, self.head_dim)  # [tokens, heads/tp + 2 max(kv/tp, 1), d]
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        qk, v = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]  # not by split: its pieces take no change in place
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.heads, self.kv_heads], 1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         if turn.cos is not None and turn.sin is not None:
-            qk = rope(qk, turn.cos, turn.sin)
+            qk = rope_(qk, turn.cos, turn.sin)
         q, k = qk.split([self.heads, self.kv_heads], 1)
         if turn.query_scale is not None:
             q = (q * turn.query_scale).to(q.dtype)

@@ -13,10 +13,10 @@ from trialign.kernels.dispatch import PROBLEM
 LAUNCH = Path(__file__).parent.parent / "launch"
 # Every op a PPO step is made of, beside the matrix products.
 EXPECTED = {
-    "rollout": {"rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "write_kv", "paged_attention", "sample"},
-    "score": {"rms_norm", "add_rms_norm", "rope", "swiglu", "attention", "logprob_update_"},
+    "rollout": {"rms_norm", "add_rms_norm", "rope_", "swiglu", "attention", "write_kv", "paged_attention", "sample"},
+    "score": {"rms_norm", "add_rms_norm", "rope_", "swiglu", "attention", "logprob_update_"},
     "update": {
-        *("rms_norm", "rms_norm_backward", "add_rms_norm", "rope", "swiglu", "swiglu_backward"),
+        *("rms_norm", "rms_norm_backward", "add_rms_norm", "rope_", "swiglu", "swiglu_backward"),
         *("attention", "attention_backward", "logprob_update_", "logprob_backward_"),
         *("kl_estimate", "gae", "policy_loss", "value_loss", "adamw"),
     },

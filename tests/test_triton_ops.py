@@ -59,9 +59,12 @@ def test_rms_norm(n, h, dtype):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("n,heads,d", [(3, 9, 64), (2, 1, 6)])
 def test_rope(n, heads, d, interleaved, dtype):
-    x, angle = draw(n, heads + 2, d, dtype=dtype)[:, 1:-1], draw(n, d // 2, spread=3.0)
-    g = draw(n, heads, d, dtype=dtype)
-    ours = [R.rope_triton(t, angle.cos(), angle.sin(), interleaved, back) for t, back in ((x, False), (g, True))]
+    fused, angle = draw(n, heads + 2, d, dtype=dtype), draw(n, d // 2, spread=3.0)
+    x, g = fused[:, 1:-1].clone(), draw(n, heads, d, dtype=dtype)
+    ours, edges = [fused[:, 1:-1], g.clone()], fused[:, :: heads + 1].clone()
+    for turned, back in zip(ours, (False, True), strict=True):
+        R.rope_triton(turned, angle.cos(), angle.sin(), interleaved, back)
+    assert torch.equal(fused[:, :: heads + 1], edges)
     law(ours, lambda x: R.rope_ref(x, angle.cos(), angle.sin(), interleaved), (x,), [g])
 
 
