@@ -167,6 +167,12 @@ class DPOLoss:
         if self.kind == "exo" and not self.label_smoothing:
             raise ValueError("label_smoothing=0: exo needs a number above 0, its paper takes 0.001")
 
+    def made(self, convention: ConventionConfig) -> DPOLoss:
+        """The loss with every choice made: the knob's that is given, else the preset's."""
+        if self.average != "preset":
+            return self
+        return replace(self, average=convention.resolved().ipo if self.kind == "ipo" else "sum")
+
 
 @dataclass(frozen=True)
 class DPORun(EpochRun):
@@ -195,10 +201,8 @@ class DPOConfig:
 
     @property
     def pair_loss(self) -> DPOLoss:
-        """The loss with every choice made: the knob's that is given, else the preset's."""
-        if self.loss.average != "preset":
-            return self.loss
-        return replace(self.loss, average=self.convention.resolved().ipo if self.loss.kind == "ipo" else "sum")
+        """The loss with every choice made."""
+        return self.loss.made(self.convention)
 
 
 def check_dpo(config: DPOConfig, world: int) -> int:

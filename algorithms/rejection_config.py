@@ -18,6 +18,7 @@ from .config import (
     check_given,
     require,
 )
+from .convention_config import ConventionConfig
 from .pair_config import DPOLoss
 
 
@@ -66,11 +67,17 @@ class RejectionConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     round: RoundConfig = field(default_factory=RoundConfig)
     loss: DPOLoss = field(default_factory=DPOLoss)
+    convention: ConventionConfig = field(default_factory=ConventionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-6))
     update: UpdateConfig = field(default_factory=UpdateConfig)
     run: RejectionRun = field(default_factory=RejectionRun)
+
+    @property
+    def pair_loss(self) -> DPOLoss:
+        """The loss of method dpo with every choice made."""
+        return self.loss.made(self.convention)
 
     @property
     def steps_per_round(self) -> int:

@@ -142,7 +142,7 @@ def train(run: Run, session: Session[RejectionConfig]) -> None:
             if config.round.method == "sft":
                 metrics |= sft_step(run.learner, batch, plan(batch, config.update, run.mesh))
             else:
-                metrics |= dpo_step(run.learner, batch, plan(batch, config.update, run.mesh, 2), config.loss)
+                metrics |= dpo_step(run.learner, batch, plan(batch, config.update, run.mesh, 2), config.pair_loss)
             phase.tokens = len(batch.tokens)
             phase.flops = 3 * forward_flops(run.shape, batch.lengths, len(batch.response))
 

@@ -22,6 +22,7 @@ from trialign.algorithms.policy_loss import log_ratio, ppo_loss, sequence_log_ra
 from trialign.algorithms.ppo import actor_step, critic_step, with_rewards
 from trialign.algorithms.ppo import with_advantages as ppo_advantages
 from trialign.algorithms.ppo_config import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
+from trialign.algorithms.rejection_config import RejectionConfig
 from trialign.algorithms.roles import Learner
 from trialign.algorithms.segments import Segments, token_weights
 from trialign.engine.mesh import build_mesh
@@ -218,9 +219,10 @@ def test_grpo_s_choices_are_the_knob_s_then_the_algorithm_s_then_the_convention_
     assert made(algorithm="dapo").overlong_buffer == 1024 // 5 and made(algorithm="dapo", overlong_buffer=0).dynamic
 
 
-def test_ipo_s_log_ratio_is_the_preset_s_unless_it_is_said():
+@pytest.mark.parametrize("config", [DPOConfig, RejectionConfig])
+def test_ipo_s_log_ratio_is_the_preset_s_unless_it_is_said(config):
     def made(preset: ConventionName, **loss):
-        return DPOConfig(convention=ConventionConfig(preset), loss=DPOLoss(**loss)).pair_loss.average
+        return config(convention=ConventionConfig(preset), loss=DPOLoss(**loss)).pair_loss.average
 
     assert (made("trl", kind="ipo"), made("openrlhf", kind="ipo"), made("trl", kind="dpo")) == ("mean", "sum", "sum")
     assert made("trl", kind="ipo", average="sum") == "sum" and made("trialign", average="mean") == "mean"
