@@ -9,7 +9,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,19 @@ def make_answers(
         prompts = len({rollout.prompt.index for rollout in rollouts})
         why = "the answers to each score the same" if scored else "no answer has a score"
         raise ValueError(f"nothing to learn from {prompts} prompts: {why}")
+    answers = unpicked(rollouts, completions, rewards, scores)
+    for i, name in picked.items():
+        answers[i].picked = name
+    return answers
+
+
+def unpicked(
+    rollouts: Sequence[Rollout],
+    completions: Sequence[str],
+    rewards: Sequence[float],
+    scores: Mapping[str, Sequence[float]],
+) -> list[Answer]:
+    """The answers with their rewards, as `make_answers` takes them."""
     return [
         Answer(
             rollout.prompt.text,
@@ -81,7 +94,7 @@ def make_answers(
             known(rewards[i]),
             {name: known(values[i]) for name, values in scores.items()},
             rollout.finish,
-            picked.get(i, ""),
+            "",
             rollout.prompt.tokens,
             rollout.tokens,
         )
@@ -121,11 +134,16 @@ def drawn(rows: int, seed: int, number: int, step: int, count: int) -> list[int]
 
 
 def write_round(path: Path, answers: Sequence[Answer]) -> None:
-    """Keeps a round: written aside, then swapped in whole."""
+    """Keeps a round."""
+    write_rows(path, map(asdict, answers))
+
+
+def write_rows(path: Path, rows: Iterable[object]) -> None:
+    """JSONL, written aside, then swapped in whole. What JSON has no form for, a date for instance, becomes a string."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.new")
     with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

@@ -37,14 +37,18 @@ def best_of_n(answers: Sequence[Scored]) -> list[Scored]:
     return [max(group, key=lambda answer: answer.reward) for group in _by_prompt(answers).values()]
 
 
-def best_against_worst(answers: Sequence[Scored]) -> list[Pair]:
-    """Each prompt's best answer against its worst, for iterative DPO; prompts whose answers all score the same are
-    left out, for they say nothing."""
+def best_against_worst(answers: Sequence[Scored], count: int = 1) -> list[Pair]:
+    """Each prompt's best answer against its worst, for iterative DPO; answers that score the same say nothing and are
+    left out.
+
+    Args:
+        count: pairs of a prompt with twice as many answers: the second best against the second worst, and so on.
+    """
     pairs = []
     for group in _by_prompt(answers).values():
-        best, worst = max(group, key=lambda a: a.reward), min(group, key=lambda a: a.reward)
-        if best.reward > worst.reward:
-            pairs.append(Pair(best, worst))
+        best, worst = sorted(group, key=lambda a: -a.reward), sorted(group, key=lambda a: a.reward)
+        matches = map(Pair, best[:count], worst[:count])
+        pairs += [pair for pair in matches if pair.chosen.reward > pair.rejected.reward]
     return pairs
 
 

@@ -9,6 +9,7 @@ torchrun ... launch/reward.py --resume runs/reward
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from from_rows import from_rows
@@ -16,7 +17,7 @@ from report import Line, Panel
 from session import Session, start
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.pair_config import RewardModelConfig, check_reward
-from trialign.algorithms.pairs import read_pairs, read_steps
+from trialign.algorithms.pairs import Pair, read_pairs, read_steps
 from trialign.algorithms.reward_model import (
     held_out_pairs,
     held_out_process,
@@ -28,6 +29,7 @@ from trialign.algorithms.reward_model import (
 from trialign.algorithms.rows import RowStream
 from trialign.algorithms.shares import plan
 
+Read = Callable[[str], Sequence[Pair]]
 FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (
     Panel("Loss", "nats a pair", (Line("loss", "#0f766e", "training"), Line("eval_loss", "#be123c", "held out", True))),
@@ -41,12 +43,16 @@ PANELS = (
 )
 
 
-def main(session: Session[RewardModelConfig]) -> None:
-    """Sets up, trains, and leaves the exported reward model and the plot in the run's folder."""
+def main(session: Session[RewardModelConfig], read: Read | None = None) -> None:
+    """Sets up, trains, and leaves the exported reward model and the plot in the run's folder.
+
+    Args:
+        read: the pairs of a source, where they are not rows of text.
+    """
     config, mesh = session.config, session.mesh
     by_pairs = config.rows is config.data
     pack: Any = pack_pairs if by_pairs else pack_steps
-    work = from_rows(session, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends), "score")
+    work = from_rows(session, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends, read), "score")
     learner, data = work.learner, work.rows
 
     def measure(batch: Batch) -> dict[str, float]:
@@ -74,13 +80,13 @@ def main(session: Session[RewardModelConfig]) -> None:
     session.finish(PANELS, role="reward")
 
 
-def rows(config: RewardModelConfig, tokenizer, ends) -> RowStream[Any]:
+def rows(config: RewardModelConfig, tokenizer, ends, read: Read | None = None) -> RowStream[Any]:
     """The stream of pairs, or of answers in steps."""
     seed = config.run.seed
     if config.steps.sources:
         load_steps = lambda source: read_steps(source, config.steps, tokenizer)  # noqa: E731
         return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "answers in steps", "steps")
-    load_pairs = lambda source: read_pairs(source, config.data, tokenizer, ends)  # noqa: E731
+    load_pairs = read or (lambda source: read_pairs(source, config.data, tokenizer, ends))
     return RowStream(config.data, load_pairs, lambda pair: pair.lengths, seed, "pairs")
 
 

@@ -99,7 +99,8 @@ class Session(Generic[Config]):
     """One run of a script on its mesh. See the module for the order of its calls.
 
     Attributes:
-        step: steps that are done.
+        step: steps that are done, of `total`.
+        about: the data in a few words, once it is read.
         stack: what is to be closed when the script ends is entered here.
         phases, progress: there after `begin`.
     """
@@ -108,6 +109,7 @@ class Session(Generic[Config]):
         self.config, self.mesh, self.stack, self.name = config, mesh, stack, name
         self.folder = Path(config.run.folder)
         self.step = self.total = 0
+        self.about = ""
         self.learners: Mapping[str, tuple[Learner, str]] = {}
         self.parts: Mapping[str, Stateful] = {}
 
@@ -147,7 +149,7 @@ class Session(Generic[Config]):
             about: the data in a few words, for the first line.
             facts: metric -> format, what the progress line shows beside tokens/s.
         """
-        self.learners, self.parts, self.total = learners, parts, steps
+        self.learners, self.parts, self.total, self.about = learners, parts, steps, about
         config, main = self.config, self.mesh.is_main
         if config.run.resume:
             self._resume()
