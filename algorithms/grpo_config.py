@@ -20,12 +20,11 @@ from .config import (
     PromptData,
     RewardConfig,
     RolloutConfig,
-    RunConfig,
-    check_given,
     require,
 )
 from .convention import Convention
 from .convention_config import AS_PRESET, GroupConvention, changed, check_preset_number, is_preset
+from .online_config import OnlineRun, check_online
 from .segments import Aggregation
 
 Algorithm = Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "dapo", "gspo", "cispo"]
@@ -174,23 +173,13 @@ class GRPORollout(RolloutConfig):
 
 
 @dataclass(frozen=True)
-class GRPORun(RunConfig):
+class GRPORun(OnlineRun):
     """The run itself."""
 
     output: str = "runs/grpo"
     """folder for logs, checkpoints and the exported model"""
-    steps: int = 100
-    """steps of the run; each answers, scores and learns from one batch"""
     prompts_per_step: int = 32
     """prompts of a step, over all ranks: the global batch is this many times rollout.samples_per_prompt"""
-    show: int = 4
-    """prompts answered greedily before and after, for the table at the end"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("steps", "prompts_per_step"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.show >= 0, "show", self.show, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -258,8 +247,7 @@ def check(config: GRPOConfig, world: int) -> int:
     Raises:
         ValueError: naming the knobs and numbers that do not fit.
     """
-    dp = check_given(config.model, config.data, config.parallel, world, rows="prompts")
-    config.reward.check_given()
+    dp = check_online(config, world, "grpo", config.grpo)
     choices, answers = config.choices, config.rollout.samples_per_prompt
     if answers < 2 and choices.group.baseline != "none":
         raise ValueError(
@@ -281,20 +269,5 @@ def check(config: GRPOConfig, world: int) -> int:
         raise ValueError(
             f"grpo.overlong_buffer={choices.overlong_buffer} is more than"
             f" rollout.max_new_tokens={config.rollout.max_new_tokens}"
-        )
-    samples, parts = config.batch_size, config.grpo.minibatches
-    batch = (
-        f"run.prompts_per_step x rollout.samples_per_prompt = {config.run.prompts_per_step} x {answers} ="
-        f" {samples} samples"
-    )
-    if samples % parts:
-        raise ValueError(f"{batch} do not divide by grpo.minibatches={parts}")
-    if samples // parts % dp:
-        raise ValueError(f"{batch} in grpo.minibatches={parts} parts of {samples // parts} do not divide by dp={dp}")
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if 0 < config.grpo.micro_batch_tokens < longest:
-        raise ValueError(
-            f"grpo.micro_batch_tokens={config.grpo.micro_batch_tokens} is less than one sample may have:"
-            f" data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
         )
     return dp

@@ -19,12 +19,11 @@ from .config import (
     PromptData,
     RewardConfig,
     RolloutConfig,
-    RunConfig,
-    check_given,
     require,
 )
 from .convention import Convention
 from .convention_config import AS_PRESET, PPOConvention, check_preset_number
+from .online_config import OnlineRun, check_online
 
 
 @dataclass(frozen=True)
@@ -139,23 +138,11 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
-class PPORun(RunConfig):
+class PPORun(OnlineRun):
     """The run itself."""
 
     output: str = "runs/ppo"
     """folder for logs, checkpoints and the exported model"""
-    steps: int = 100
-    """steps of the run; each answers, scores and learns from one batch"""
-    prompts_per_step: int = 128
-    """prompts of a step, over all ranks: the global batch is this many times rollout.samples_per_prompt"""
-    show: int = 4
-    """prompts answered greedily before and after, for the table at the end"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("steps", "prompts_per_step"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.show >= 0, "show", self.show, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -201,26 +188,9 @@ def check(config: PPOConfig, world: int) -> int:
     Raises:
         ValueError: naming the knobs and numbers that do not fit.
     """
-    dp = check_given(config.model, config.data, config.parallel, world, rows="prompts")
-    config.reward.check_given()
+    dp = check_online(config, world, "ppo", config.ppo)
     if config.actor.ptx_coef and not config.data.ptx_source:
         raise ValueError(f"actor.ptx_coef={config.actor.ptx_coef} needs text to learn from: give data.ptx_source")
-    samples = config.batch_size
-    parts = config.ppo.minibatches
-    batch = (
-        f"run.prompts_per_step x rollout.samples_per_prompt = {config.run.prompts_per_step} x"
-        f" {config.rollout.samples_per_prompt} = {samples} samples"
-    )
-    if samples % parts:
-        raise ValueError(f"{batch} do not divide by ppo.minibatches={parts}")
-    if samples // parts % dp:
-        raise ValueError(f"{batch} in ppo.minibatches={parts} parts of {samples // parts} do not divide by dp={dp}")
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if 0 < config.ppo.micro_batch_tokens < longest:
-        raise ValueError(
-            f"ppo.micro_batch_tokens={config.ppo.micro_batch_tokens} is less than one sample may have:"
-            f" data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
-        )
     if config.critic.warmup_steps >= config.run.steps:
         raise ValueError(
             f"critic.warmup_steps={config.critic.warmup_steps} leaves the actor none of run.steps={config.run.steps}"
