@@ -48,8 +48,9 @@ class References:
         pairs = [self.data.pools[pool][row] for pool, row in self.rows] + self.data.held_out
         self.sums = torch.zeros(len(pairs), 2)
         if not config.loss.reference_free:
-            role = work.reference(config.model.reference, 2 * len(pairs))
-            self.sums = reference_sums(role, pairs, config.update).view(-1, 2)
+            answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+            sums = work.reference_sums(answers, lambda role: reference_sums(role, pairs, config.update))
+            self.sums = sums.view(-1, 2)
 
     def next(self, count: int) -> Batch:
         """The next pairs of the stream with their reference."""

@@ -16,16 +16,23 @@ Only the update is an algorithm's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from session import Common, Session
+from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.build import build_decoder, build_learner, load_tokenizer, read_shape
 from trialign.algorithms.config import EpochRun, LoRAConfig, OptimizerConfig, UpdateConfig
+from trialign.algorithms.dialogue import Sample
 from trialign.algorithms.roles import Learner, Role
 from trialign.algorithms.rows import RowData, RowStream
+from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.phases import Phase, forward_flops
 from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.hf import stop_ids
@@ -101,17 +108,39 @@ class FromRows(Generic[Rows]):
             text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in last.items())
             self.session.progress.say(f"held out, after {self.steps} steps: {text}")
 
-    def reference(self, folder: str, answers: int) -> Role:
-        """A frozen model to compare with: a folder's, or ("") the learner as it is now. Collective.
+    def reference_sums(self, answers: Sequence[Sample], read: Callable[[Role], Tensor]) -> Tensor:
+        """[answers] fp32: their log-probabilities under the reference, computed once. Collective.
+
+        The reference: model.reference, or where that is "" the learner as it is now. What it gave is kept in the run's
+        folder, where a resumed run that asks about the same answers finds it.
 
         Args:
-            answers: how many it will be asked about; said, for that may take a while before the run's first line.
+            read: computes them, given the reference.
         """
-        if self.session.mesh.is_main:
+        session, folder = self.session, self.session.config.model.reference
+        path = session.folder / "reference.safetensors"
+        asked = sha256(repr((folder or session.config.model.path, session.config.model.dtype)).encode())
+        for answer in answers:
+            asked.update(answer.tokens.tobytes() + answer.mask)
+        kept = None
+        if session.config.run.resume and session.mesh.is_main and path.exists():
+            with safe_open(path, "pt") as file:
+                kept = file.get_tensor("sums") if file.metadata()["answers"] == asked.hexdigest() else None
+        kept = gather_objects(kept, session.mesh.world)[0]
+        if kept is not None:
+            return kept
+        if session.mesh.is_main:  # said, for it may take a while before the run's first line
             name = folder or "the model as it is"
-            print(f"reference: {name}; log-probabilities of {answers} answers, computed once", flush=True)
-        if not folder:
-            return self.learner
+            print(f"reference: {name}; log-probabilities of {len(answers)} answers, computed once", flush=True)
+        sums = read(self._reference(folder) if folder else self.learner)
+        if session.mesh.is_main:
+            session.folder.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".new")
+            save_file({"sums": sums.contiguous()}, aside, {"answers": asked.hexdigest()})
+            os.replace(aside, path)
+        return sums
+
+    def _reference(self, folder: str) -> Role:
         config: RowConfig = self.session.config
         shape = self.session.together(lambda: read_shape(folder, config.parallel, config.run, "lm"))
         if shape.vocab_size != self.shape.vocab_size:

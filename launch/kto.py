@@ -59,7 +59,7 @@ class References:
         ]
         unseen = [row.sample for row in self.data.held_out]
         asked = drawn + self.others + unseen
-        sums = sums_of(work.reference(config.model.reference, len(asked)), asked, config.update)
+        sums = work.reference_sums(asked, lambda role: sums_of(role, asked, config.update))
         self.sums, self.other_sums, self.unseen_sums = sums.split([len(drawn), len(drawn), len(unseen)])
 
     def _row(self, place: tuple[int, int]) -> Labelled:
