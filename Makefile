@@ -17,7 +17,7 @@ ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
 endif
 endif
 
-.PHONY: help install ppo sft test kernels kernel-report check vllm lint types bench dev clean FORCE
+.PHONY: help install ppo sft rlhf test kernels kernel-report check vllm lint types bench dev clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,7 +25,7 @@ help: ## list the targets
 	@echo
 	@echo '  TORCH="torch==2.13.0"  what pip installs as torch; for its CPU build on Linux:'
 	@echo '                         make ppo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
-	@echo '  ARGS="..."             further arguments of the script (make ppo, make sft) or of pytest (make test)'
+	@echo '  ARGS="..."             further arguments of the script (make ppo, sft, rlhf) or of pytest (make test)'
 
 install: .venv/.package ## .venv with everything in it, trialign._C built where a C++ compiler is found
 
@@ -53,6 +53,9 @@ ppo: .venv/.package $(MODEL)/config.json ## align SmolLM2-135M-Instruct by PPO, 
 
 sft: .venv/.package $(MODEL)/config.json ## fine-tune SmolLM2-135M-Instruct on a few dozen dialogues, in minutes
 	.venv/bin/python launch/sft.py --config launch/configs/sft_smollm2.toml $(ARGS)
+
+rlhf: .venv/.package $(MODEL)/config.json ## fine-tuning, reward model and PPO in one run, with a report at its end
+	.venv/bin/python launch/rlhf.py --config launch/configs/rlhf_smollm2.toml $(ARGS)
 
 # FMA fusion as it is in every Triton up to 3.9; that one warns that the next changes its default.
 export TRITON_DEFAULT_FP_FUSION := 1
@@ -103,6 +106,15 @@ vllm: .venv-vllm/.package ## .venv-vllm: vLLM for CPUs and our plugin (2.5 GB), 
 	.venv-vllm/bin/pip install --quiet $(if $(filter torch==2.13.0,$(TORCH)),$(TORCH),torch==2.13.0)
 	.venv-vllm/bin/pip install --quiet --no-deps --no-compile --requirement vllm_plugin/requirements.txt
 	.venv-vllm/bin/pip install --quiet --no-deps --no-build-isolation --editable vllm_plugin
+	@touch $@
+
+# TRL has one too: what it asks of transformers is not what we are tested with. Only a benchmark uses it.
+trl: .venv-trl/.trl-1.16.0 ## .venv-trl: TRL, which benchmarks/bench_preference.py is timed beside
+
+.venv-trl/.trl-1.16.0:
+	@test -x .venv-trl/bin/pip || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet $(if $(filter torch==2.13.0,$(TORCH)),$(TORCH),torch==2.13.0)
+	.venv-trl/bin/pip install --quiet torch==2.13.0 trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
 	@touch $@
 
 lint: .venv/.package

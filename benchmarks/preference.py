@@ -1,0 +1,288 @@
+"""What bench_preference.py times of ours: rows, and a step on them as each algorithm's script in launch/ does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from trialign.algorithms.batch import Batch, from_rollouts
+from trialign.algorithms.build import build_decoder, build_group_roles, build_learner, load_tokenizer, read_shape
+from trialign.algorithms.config import (
+    ModelPaths,
+    OptimizerConfig,
+    ParallelConfig,
+    PromptData,
+    RewardConfig,
+    UpdateConfig,
+)
+from trialign.algorithms.data import PromptDataset, read_rows
+from trialign.algorithms.dialogue import DialogueDataset, Sample, pack_samples
+from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
+from trialign.algorithms.groups import make_groups
+from trialign.algorithms.grpo import score, update, with_advantages
+from trialign.algorithms.grpo_config import GroupConfig, GRPOConfig, GRPORollout, GRPORun
+from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.online import plan as plan_minibatches
+from trialign.algorithms.pair_config import DPOLoss, KTOLoss, PairData
+from trialign.algorithms.pairs import Pair, mismatched, read_pairs
+from trialign.algorithms.reward_model import pack_pairs, pair_step
+from trialign.algorithms.rewards import RewardShaper
+from trialign.algorithms.roles import Learner
+from trialign.algorithms.rollout import Scorer, sample, sampling_params
+from trialign.algorithms.rows import RowStream
+from trialign.algorithms.sft import sft_step
+from trialign.algorithms.sft_config import SFTData, SFTRun
+from trialign.algorithms.shares import plan
+from trialign.engine.mesh import Mesh, build_mesh
+from trialign.engine.rollout.generate import Generator
+from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.hf import stop_ids
+
+Algorithm = Literal["sft", "reward", "dpo", "kto", "grpo"]
+SHIPPED = Path(__file__).resolve().parent.parent / "launch" / "data"
+OPTIMIZER = OptimizerConfig(lr=1e-6, betas=(0.9, 0.999), schedule="constant", warmup_ratio=0.0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work of one step, the same for both sides."""
+
+    algorithm: Algorithm
+    """what learns"""
+    model: str
+    """folder in Hugging Face format"""
+    data: str = ""
+    """JSONL file: dialogues or prompts with responses for sft, pairs for reward, dpo and kto (which takes of each pair
+    one answer), prompts for grpo ("": what launch/data holds)"""
+    prompt_key: str = "prompt"
+    """column that holds the prompt"""
+    response_key: str = "response"
+    """column that holds the response, for sft"""
+    max_tokens: int = 256
+    """rows with more tokens are left out; of grpo it is the prompts"""
+    batch: int = 8
+    """rows of a step; of grpo answers"""
+    group: int = 4
+    """answers to a prompt, for grpo"""
+    new_tokens: int = 48
+    """tokens of an answer, for grpo"""
+    steps: int = 2
+    """optimizer steps of a turn"""
+    micro_tokens: int = 2048
+    """of ours: tokens of a micro-batch"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """compute type; our masters are float32, TRL's as its settings say"""
+    seed: int = 0
+    """shuffles the rows"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "group", "new_tokens", "steps", "micro_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.algorithm == "grpo" and self.batch % self.group:
+            raise ValueError(f"batch={self.batch}: answers must divide into groups of {self.group}")
+        if self.algorithm == "kto" and self.batch < 2:
+            raise ValueError("batch=1: KTO puts answers to other rows' prompts, 2 rows at least")
+        if not Path(self.model, "config.json").is_file():
+            raise ValueError(f"model={self.model}: no folder in Hugging Face format")
+
+    @property
+    def update(self) -> UpdateConfig:
+        """How a batch becomes a step."""
+        longest = max(self.micro_tokens, 2 * self.max_tokens)  # a pair stays in one micro-batch
+        return UpdateConfig(batch_size=self.batch, micro_batch_tokens=longest)
+
+
+class Side(NamedTuple):
+    """One algorithm, ready to be timed."""
+
+    rows: list[dict[str, Any]]  # of all steps in order, as TRL takes them (trl_side.py)
+    tokens: list[int]  # of each step: what both sides are credited with
+    step: Callable[[int], object]
+    close: Callable[[], None] = lambda: None
+
+
+class Base:
+    """Model, tokenizer and mesh of a task."""
+
+    def __init__(self, task: Task, head: HeadKind = "lm"):
+        self.task = task
+        self.head: HeadKind = head
+        self.mesh: Mesh = build_mesh(device="cpu")
+        kind = "lm" if head == "lm" else None
+        self.shape: ModelConfig = read_shape(task.model, ParallelConfig(), SFTRun(), kind)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(task.model, self.shape)
+        self.ends = stop_ids(task.model, self.shape)
+
+    def learner(self, steps: int) -> Learner:
+        """The model with its optimizer, as the scripts build it."""
+        model = build_decoder(self.task.model, self.shape, self.mesh, self.task.dtype, head=self.head, trained=True)
+        return build_learner(model, OPTIMIZER, steps)
+
+    def pairs(self, count: int, folder: Path) -> list[Pair]:
+        """The first pairs of the stream."""
+        task = self.task
+        data = PairData(sources=(task.data or pairs_file(folder),), max_tokens=task.max_tokens)
+        load = lambda source: read_pairs(source, data, self.tokenizer, self.ends)  # noqa: E731
+        return RowStream(data, load, lambda pair: pair.lengths, task.seed, "pairs").next(count)
+
+
+def pairs_file(folder: Path) -> str:
+    """Pairs out of the dialogues that ship: an answer against that to another question."""
+    messages = [row["messages"] for _, row in read_rows(str(SHIPPED / "dialogues.jsonl"))]
+    path = folder / "pairs.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i, dialogue in enumerate(messages):
+            answers = {"chosen": dialogue[-1]["content"], "rejected": messages[(i + 7) % len(messages)][-1]["content"]}
+            file.write(json.dumps({"prompt": dialogue[0]["content"]} | answers) + "\n")
+    return str(path)
+
+
+def prompt_and_answer(one: Sample) -> tuple[list[int], list[int]]:
+    """The token ids before the answer, and the answer's."""
+    cut = one.mask.index(1)
+    return one.tokens[:cut].tolist(), one.tokens[cut:].tolist()
+
+
+def cut(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """The rows of each step."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def sft_side(task: Task, steps: int, folder: Path) -> Side:
+    """Supervised fine-tuning: loss on what the assistant says."""
+    base = Base(task)
+    data = SFTData(
+        sources=(task.data or str(SHIPPED / "dialogues.jsonl"),),
+        max_tokens=task.max_tokens,
+        prompt_key=task.prompt_key,
+        response_key=task.response_key,
+    )
+    samples: list[Sample] = DialogueDataset(data, base.tokenizer, base.ends, task.seed).next(steps * task.batch)
+    learner, batches = base.learner(steps), cut(samples, task.batch)
+
+    def step(number: int) -> dict[str, float]:
+        batch = pack_samples(batches[number])
+        return sft_step(learner, batch, plan(batch, task.update, base.mesh))
+
+    rows = [
+        {
+            "input_ids": one.tokens.tolist(),
+            "labels": [token if learned else -100 for token, learned in zip(one.tokens, one.mask, strict=True)],
+        }
+        for one in samples
+    ]
+    return Side(rows, [sum(len(one.tokens) for one in part) for part in batches], step)
+
+
+def reward_side(task: Task, steps: int, folder: Path) -> Side:
+    """A reward model: a scalar head, Bradley-Terry over pairs."""
+    base = Base(task, "score")
+    pairs = base.pairs(steps * task.batch, folder)
+    learner, batches = base.learner(steps), cut(pairs, task.batch)
+
+    def step(number: int) -> dict[str, float]:
+        batch = pack_pairs(batches[number])
+        return pair_step(learner, batch, plan(batch, task.update, base.mesh, 2), 0.0)
+
+    rows = [{"chosen_ids": p.chosen.tokens.tolist(), "rejected_ids": p.rejected.tokens.tolist()} for p in pairs]
+    return Side(rows, [sum(sum(pair.lengths) for pair in part) for part in batches], step)
+
+
+def dpo_side(task: Task, steps: int, folder: Path) -> Side:
+    """DPO with the reference's log-probabilities computed before."""
+    base, loss = Base(task), DPOLoss(average="sum")
+    pairs = base.pairs(steps * task.batch, folder)
+    learner, batches = base.learner(steps), cut(pairs, task.batch)
+    references = reference_sums(learner, pairs, task.update).split(2 * task.batch)
+
+    def step(number: int) -> dict[str, float]:
+        batch = with_reference(pack_pairs(batches[number]), references[number])
+        return dpo_step(learner, batch, plan(batch, task.update, base.mesh, 2), loss)
+
+    rows = []
+    for pair in pairs:
+        prompt, chosen = prompt_and_answer(pair.chosen)
+        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": prompt_and_answer(pair.rejected)[1]})
+    return Side(rows, [sum(sum(pair.lengths) for pair in part) for part in batches], step)
+
+
+def kto_side(task: Task, steps: int, folder: Path) -> Side:
+    """KTO on one answer of each pair, wanted and unwanted in turn; the mismatched answers are scored in each step."""
+    base, loss = Base(task), KTOLoss()
+    pairs = base.pairs(steps * task.batch, folder)
+    samples = [pair.rejected if i % 2 else pair.chosen for i, pair in enumerate(pairs)]
+    labels = [i % 2 == 0 for i in range(len(pairs))]
+    batches = cut(samples, task.batch)
+    others = [
+        [mismatched(one, part[(i + 1) % len(part)], task.max_tokens) for i, one in enumerate(part)] for part in batches
+    ]
+    learner = base.learner(steps)
+    references = [sums_of(learner, part, task.update) for part in batches]
+    other_references = [sums_of(learner, part, task.update) for part in others]
+
+    def step(number: int) -> dict[str, float]:
+        z = reference_point(learner, others[number], other_references[number], task.update)
+        wanted = cut(labels, task.batch)[number]
+        batch = with_reference(pack_labelled(batches[number], wanted), references[number])
+        return kto_step(learner, batch, plan(batch, task.update, base.mesh), loss, z)
+
+    rows = []
+    for one, label in zip(samples, labels, strict=True):
+        prompt, answer = prompt_and_answer(one)
+        rows.append({"prompt_ids": prompt, "completion_ids": answer, "label": label})
+    return Side(rows, [sum(len(one.tokens) for one in part) for part in batches], step)
+
+
+def grpo_side(task: Task, steps: int, folder: Path) -> Side:
+    """GRPO without a KL: groups of answers, all of one length, a Python function as the reward, one update a batch."""
+    base, size = Base(task), task.batch // task.group
+    reward = f"{Path(__file__).with_name('trl_side.py')}:variety"
+    source = task.data or str(SHIPPED / "prompts.jsonl")
+    config = GRPOConfig(
+        model=ModelPaths(path=task.model, dtype=task.dtype),
+        data=PromptData(sources=(source,), prompt_key=task.prompt_key, max_prompt_tokens=task.max_tokens),
+        rollout=GRPORollout(max_new_tokens=task.new_tokens, samples_per_prompt=task.group),
+        reward=RewardConfig(functions=(reward,)),
+        optimizer=OPTIMIZER,
+        grpo=GroupConfig(kl_in="off", micro_batch_tokens=max(task.micro_tokens, task.max_tokens + task.new_tokens)),
+        run=GRPORun(steps=steps, prompts_per_step=size),
+    )
+    prompts = PromptDataset(config.data, base.tokenizer, task.seed).next(steps * size)
+    batches = cut(prompts, size)
+    roles = build_group_roles(config, {task.model: base.shape}, base.mesh)
+    generator = Generator(roles.actor.model, base.mesh)
+    params = sampling_params(config.rollout, stop_ids=(), seed=task.seed)  # no answer stops early
+    scorer, shaper = Scorer(config.reward, base.tokenizer, base.mesh), RewardShaper(config.reward)
+    group = torch.arange(size).repeat_interleave(task.group)
+
+    def step(number: int) -> dict[str, float]:
+        rollouts = sample(generator, batches[number], params, task.group)
+        batch: Batch = from_rollouts(rollouts)
+        scores = scorer.combined(scorer(rollouts, batch, [], []))
+        shaped = shaper(scores, [rollout.finish == "stop" for rollout in rollouts])
+        rewards = torch.tensor([r for part in make_groups(rollouts, scores, shaped, config) for r in part.rewards])
+        epochs = plan_minibatches(batch, config.grpo, base.mesh, seed=number)
+        batch = score(batch, roles, config, epochs[0][0].shares)
+        batch, about = with_advantages(batch, rewards, group, config)
+        about |= update(roles.actor, batch, epochs, config)
+        generator.load(roles.actor.model)
+        return about
+
+    rows = [{"prompt": base.tokenizer.decode(prompt.tokens)} for prompt in prompts]
+    tokens = [sum(task.group * (len(prompt.tokens) + task.new_tokens) for prompt in part) for part in batches]
+    return Side(rows, tokens, step, scorer.close)
+
+
+SIDES: dict[str, Callable[[Task, int, Path], Side]] = {
+    "sft": sft_side,
+    "reward": reward_side,
+    "dpo": dpo_side,
+    "kto": kto_side,
+    "grpo": grpo_side,
+}

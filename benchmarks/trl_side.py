@@ -1,0 +1,185 @@
+"""TRL's side of bench_preference.py: runs in TRL's environment, as peer.py starts it, and makes turns of whole steps.
+
+    python -P trl_side.py JOB.json
+
+JOB: the fields of bench_preference.py, and "rows", in the order of the steps: of sft input_ids and labels, of reward
+chosen_ids and rejected_ids, of dpo prompt_ids, chosen_ids and rejected_ids, of kto prompt_ids, completion_ids and
+label, of grpo prompts as text. Before the turns each of TRL's settings that can matter on a CPU makes two steps, and
+the one whose second took the least is taken: bf16 weights or float32 ones under bf16 autocast; rows a micro-batch, for
+small ones hold less padding; of SFT batches flattened to one sequence without padding. Gradient checkpointing, logging
+and saving are off. There is no liger-kernel for CPUs.
+"""
+
+# pyright: reportMissingImports=false
+
+import json
+import os
+import sys
+import time
+from itertools import product
+
+JSON = dict
+
+
+def variety(prompts: list[str], completions: list[str], **fields: list) -> list[float]:
+    """The reward of both sides: distinct words of an answer as a share of its words."""
+    words = [completion.split() for completion in completions]
+    return [len(set(found)) / max(1, len(found)) for found in words]
+
+
+def variants(job: JSON) -> list[JSON]:
+    """All settings that are tried."""
+    least = {"kto": 2, "grpo": 1}.get(job["algorithm"], 1)  # KTO's partners come from its micro-batch
+    sizes = sorted({max(least, job["batch"] // share) for share in (1, 2, 4, 8) if not job["batch"] % share})
+    weights = ("bfloat16", "float32") if job["dtype"] == "bfloat16" else ("float32",)
+    made = [{"weights": kind, "micro": size} for kind, size in product(weights, sizes)]
+    if job["algorithm"] == "sft":
+        made += [{"weights": kind, "micro": job["batch"], "padding_free": True} for kind in weights]
+    return made
+
+
+def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
+    """TRL's trainer over these rows in their order."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    algorithm, micro = job["algorithm"], settings["micro"]
+    options = {
+        "output_dir": os.path.join(job["folder"], "trl"),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": job["batch"] // micro,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "bf16": job["dtype"] == "bfloat16" and settings["weights"] == "float32",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": job["seed"],
+        "model_init_kwargs": {"dtype": settings["weights"]},
+    }
+    name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO"}[algorithm]
+    Trainer, Config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    more = {}
+    if algorithm == "grpo":
+        options |= {
+            "num_generations": job["group"],
+            "max_completion_length": job["new_tokens"],
+            "generation_kwargs": {"min_new_tokens": job["new_tokens"]},
+            "temperature": 1.0,
+            "shuffle_dataset": False,
+            "beta": 0.0,
+        }
+        more["reward_funcs"] = variety
+    else:
+        free = settings.get("padding_free", False)
+        options |= {"train_sampling_strategy": "sequential", "max_length": None if free else job["max_tokens"]}
+        if free:
+            options["padding_free"] = True
+    if algorithm in ("dpo", "kto"):
+        options["precompute_ref_log_probs"] = True
+
+        class Tokenised(Trainer):
+            """Takes the rows as they are: they are token ids already."""
+
+            def _prepare_dataset(self, dataset, *args, **kwargs):
+                return dataset
+
+        Trainer = Tokenised
+    if algorithm == "kto":  # as TRL pairs them: within a micro-batch each prompt with the answer before
+        parts = [rows[i : i + micro] for i in range(0, len(rows), micro)]
+        rows = [
+            row | {"KL_completion_ids": part[i - 1]["completion_ids"]} for part in parts for i, row in enumerate(part)
+        ]
+    return Trainer(
+        model=job["model"],
+        args=Config(**options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        **more,
+    )
+
+
+def tokens_of(trainer) -> int:
+    """Tokens trained on so far, by TRL's own count."""
+    return int(getattr(trainer, "_total_train_tokens", 0) or trainer.state.num_input_tokens_seen)
+
+
+def try_out(job: JSON, settings: JSON) -> float:
+    """Seconds of a second step."""
+    from transformers import TrainerCallback
+
+    stamps = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            stamps.append(time.process_time() if job["threads"] == 1 else time.perf_counter())
+
+    rows = job["rows"][: 2 * job["batch"] // (job["group"] if job["algorithm"] == "grpo" else 1)]
+    trainer = trainer_of(job, settings, rows, 2)
+    trainer.add_callback(Clock())
+    trainer.train()
+    return stamps[1] - stamps[0]
+
+
+def main(path: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not for the other side
+
+    def say(**what) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    with open(path) as file:
+        job = json.load(file)
+    import torch
+    import transformers
+    import trl
+    from transformers import TrainerCallback
+
+    torch.set_num_threads(job["threads"])
+    transformers.logging.set_verbosity_error()
+    tried, settings = [], job["settings"]
+    if settings is None:
+        tried = [{"settings": each, "seconds": try_out(job, each)} for each in variants(job)]
+        settings = min(tried, key=lambda each: each["seconds"])["settings"]
+    size = job["batch"] // (job["group"] if job["algorithm"] == "grpo" else 1)
+    trainer = trainer_of(job, settings, job["rows"], len(job["rows"]) // size)
+
+    class Turns(TrainerCallback):
+        """Waits to be asked before a turn, and says what it took after it."""
+
+        start, cpu, tokens = 0.0, 0.0, 0
+
+        def wait(self, control) -> None:
+            if not sys.stdin.readline():
+                control.should_training_stop = True
+            self.start, self.cpu = time.perf_counter(), time.process_time()
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.wait(control)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % job["steps"] == 0:
+                seconds, cpu, tokens = (
+                    time.perf_counter() - self.start,
+                    time.process_time() - self.cpu,
+                    tokens_of(trainer),
+                )
+                say(seconds=seconds, cpu_seconds=cpu, tokens=tokens - self.tokens)
+                self.tokens = tokens
+                self.wait(control)
+
+    trainer.add_callback(Turns())
+    versions = f"TRL {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    say(settings=settings, tried=tried, versions=versions)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
