@@ -16,6 +16,7 @@ from trialign.algorithms.pair_config import DPOConfig, KTOConfig, RewardModelCon
 from trialign.algorithms.ppo_config import PPOConfig
 from trialign.algorithms.pretrain_config import PretrainConfig
 from trialign.algorithms.rejection_config import RejectionConfig
+from trialign.algorithms.rlhf_config import RLHFConfig
 from trialign.algorithms.sft_config import SFTConfig
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -30,6 +31,7 @@ PAGES = {
     "evaluate.md": EvaluateConfig,
     "rejection.md": RejectionConfig,
     "conditional.md": ConditionalConfig,
+    "rlhf.md": RLHFConfig,
 }
 BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
 
@@ -75,13 +77,17 @@ def table(config: object, prefix: str) -> str:
 
 
 def tables(cls: type) -> str:
-    """All sections of a config."""
+    """All sections of a config; for one that is another script's whole config, the page that has them."""
     config, parts = cls(), []
+    pages = {config: page for page, config in PAGES.items()}
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
         what = (inspect.getdoc(type(section)) or "").splitlines()[0]
-        rows = table(section, field.name)
-        parts.append(f"### {field.name}\n\n{what}\n\n| knob | default | |\n|---|---|---|\n{rows}")
+        if page := pages.get(type(section)):
+            knobs = f"The knobs of [{page}]({page}), each with `{field.name}.` before it.\n"
+        else:
+            knobs = f"| knob | default | |\n|---|---|---|\n{table(section, field.name)}"
+        parts.append(f"### {field.name}\n\n{what}\n\n{knobs}")
     return "\n".join(parts)
 
 
