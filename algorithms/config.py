@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..engine.mesh import check_layout
-from ..engine.parallel.lora import TARGETS, LoRA, Target
+from ..engine.parallel.lora import TARGETS, Choice, LoRA
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
@@ -207,8 +207,8 @@ class LoRAConfig:
     """adapters are scaled by alpha / rank [T]"""
     rslora: bool = False
     """scale by alpha / √rank instead, which keeps large ranks from learning too slowly"""
-    targets: tuple[Target, ...] = TARGETS
-    """matrices that get an adapter; with experts those of attention only"""
+    targets: tuple[Choice, ...] = TARGETS
+    """matrices that get an adapter (docs/lora.md names them), or all"""
     dropout: float = 0.0
     """must be 0: ranks could not draw one mask for any layout, and PPO's first ratios would not be 1"""
     quantize: bool = False

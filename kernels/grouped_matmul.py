@@ -144,7 +144,9 @@ def _outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.
 def _matmul_backward(ctx, grad):
     x, weight, offsets = ctx.saved_tensors
     grad = grad.contiguous()
-    return _matmul(grad, weight.transpose(1, 2), offsets), _outer(x, grad, offsets), None
+    for_x, for_weight, _ = ctx.needs_input_grad  # a frozen weight's would be as much work again
+    dx = _matmul(grad, weight.transpose(1, 2), offsets) if for_x else None
+    return dx, _outer(x, grad, offsets) if for_weight else None, None
 
 
 _matmul.register_fake(lambda x, weight, offsets: x.new_empty(x.shape[0], weight.shape[2]))

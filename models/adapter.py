@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..engine.checkpoint import Reader, read_state
-from ..engine.parallel.lora import TARGETS, LoRA, adapted_linears
+from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target, adapted_linears
 from ..engine.parallel.shard import shard_of, sinks
 from ..engine.safetensors_io import fsync, write_tensors
 from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
@@ -34,15 +37,28 @@ from .source import open_source
 PREFIX = "base_model.model."  # PEFT's, before the name of a module of the model it wraps
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _LETTERS = {"lora_a": "A", "lora_b": "B"}
-_HOLDERS = {
-    "q": ("attention.qkv.weight", "q"),
-    "k": ("attention.qkv.weight", "k"),
-    "v": ("attention.qkv.weight", "v"),
-    "output": ("attention.output.weight", ""),
-    "gate": ("mlp.gate_up.weight", "gate"),
-    "up": ("mlp.gate_up.weight", "up"),
-    "down": ("mlp.down.weight", ""),
-}  # target -> parameter of a layer and its part
+_TARGETS: dict[tuple[str, str], Target] = {
+    ("attention.qkv.weight", "q"): "q",
+    ("attention.qkv.weight", "k"): "k",
+    ("attention.qkv.weight", "v"): "v",
+    ("attention.output.weight", ""): "output",
+    ("mlp.gate_up.weight", "gate"): "gate",
+    ("mlp.gate_up.weight", "up"): "up",
+    ("mlp.down.weight", ""): "down",
+    ("mlp.experts.gate_up.weight", "gate"): "experts.gate",
+    ("mlp.experts.gate_up.weight", "up"): "experts.up",
+    ("mlp.experts.down.weight", ""): "experts.down",
+    ("mlp.router.weight", ""): "router",
+    ("mlp.shared.gate_up.weight", "gate"): "shared.gate",
+    ("mlp.shared.gate_up.weight", "up"): "shared.up",
+    ("mlp.shared.down.weight", ""): "shared.down",
+    ("mlp.shared_gate.weight", ""): "shared.router",
+    ("head.weight", ""): "head",
+}  # parameter, a layer's without its number, and its part, an expert's without its number
+_BOTH = r".*\.gate_up_proj"  # PEFT's pattern for the parameter that holds experts' gate and up
+_FLOATS = ("router", "shared.router", "head")  # what a quantised base leaves as it is
+
+ALL = LoRA(1, 1.0, ("all",))
 
 # What PEFT's other kinds of adapters set, and the values under which they are plain LoRA.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -51,11 +67,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "use_dora": (False,),
     "lora_bias": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
     # The others begin from weights they have changed themselves: on the plain base they are another model.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
@@ -67,25 +80,26 @@ def check_lora(config: ModelConfig, lora: LoRA, tp: int) -> None:
     Raises:
         ValueError: naming what and what is allowed.
     """
-    if config.moe is not None:
-        refused = [target for target in lora.targets if target in ("gate", "up", "down")]
-        if refused:
-            raise ValueError(f"lora.targets: no adapters for {', '.join(refused)} of experts; allowed: q, k, v, output")
-        if lora.quantize:
-            raise ValueError("lora.quantize: experts are not kept in NF4; allowed for a model with experts: false")
+    held = adapted_places(config, ALL)
+    absent = [target for target in lora.targets if target not in ("all", *held)]
+    if absent:
+        raise ValueError(f"lora.targets: the model has no {', '.join(absent)}; allowed: {', '.join(held)}, all")
     if lora.quantize:
         heads = config.num_heads * config.head_dim
         rows = {"hidden_size": (config.hidden_size, 1), "num_heads x head_dim": (heads, tp)}
-        rows["ffn_size"] = (config.ffn_size, tp)
+        if "down" in held:
+            rows["ffn_size"] = (config.ffn_size, tp)
+        if config.moe is not None:
+            rows |= {"moe.ffn_size": (config.moe.ffn_size, tp), "moe.shared_ffn_size": (config.moe.shared_ffn_size, tp)}
         for name, (size, parts) in rows.items():
             if size % (parts * BLOCK):
                 over = f" over tp={parts}" if parts > 1 else ""
                 raise ValueError(f"lora.quantize: NF4 needs rows of a multiple of {BLOCK}; {name}={size}{over} is not")
 
 
-def adapter_name(place: Place, letter: str) -> str:
+def adapter_name(weight: str, letter: str) -> str:
     """PEFT's name of the A or B on a weight. A part of a fused weight keeps its "#part"; PEFT knows no such thing."""
-    module, _, part = place.name.partition("#")
+    module, _, part = weight.partition("#")
     return f"{PREFIX}{module.removesuffix('.weight')}{'#' * bool(part)}{part}.lora_{letter}.weight"
 
 
@@ -94,28 +108,88 @@ def trained_name(parameter: str, part: str, config: ModelConfig, head: HeadKind 
     module, _, leaf = parameter.rpartition(".")
     if leaf not in _LETTERS:
         return hf_name(parameter, part, config, head)
-    return adapter_name(places(config, head)[f"{module}.weight", part], _LETTERS[leaf])
+    place = _own(f"{module}.weight", places(config, head)[f"{module}.weight", part])
+    return adapter_name(place.name, _LETTERS[leaf])
 
 
-def adapted_places(config: ModelConfig, lora: LoRA) -> dict[str, list[Place]]:
-    """Target -> the weights that have its adapters, of all layers."""
-    table = places(config)
-    keys = {t: [(f"layers.{i}.{_HOLDERS[t][0]}", _HOLDERS[t][1]) for i in range(config.num_layers)] for t in TARGETS}
-    return {target: [table[key] for key in keys[target] if key in table] for target in lora.targets}
+def _own(parameter: str, place: Place) -> Place:
+    """The place under the name that the parameter's adapter goes by: that of a tied head is not the embedding's."""
+    return replace(place, name=HEADS["lm"].theirs) if parameter == HEADS["lm"].ours else place
+
+
+def adapted_places(config: ModelConfig, lora: LoRA, head: HeadKind = "lm") -> dict[Target, list[Place]]:
+    """Target -> the weights that have its adapters; without targets that the model lacks, and without a score head,
+    which is trained in full."""
+    found: dict[Target, list[Place]] = {target: [] for target in EVERY_TARGET}
+    for (parameter, part), place in places(config, head).items():
+        last = part.rpartition(".")[2]
+        key = re.sub(r"^layers\.\d+\.", "", parameter), "" if last.isdigit() else last
+        target = _TARGETS.get(key)
+        if target is not None and lora.wants(target) and (target != "head" or head == "lm"):
+            found[target].append(_own(parameter, place))
+    return {target: held for target, held in found.items() if held}
 
 
 def adapter_shapes(config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, int]]:
-    """Every tensor of the adapters: name -> shape."""
+    """Every tensor of a language model's adapters: name -> shape."""
     shapes: dict[str, tuple[int, int]] = {}
     for place in (place for found in adapted_places(config, lora).values() for place in found):
-        shapes[adapter_name(place, "A")] = lora.rank, place.shape[1]
-        shapes[adapter_name(place, "B")] = place.shape[0], lora.rank
+        shapes[adapter_name(place.name, "A")] = lora.rank, place.shape[1]
+        shapes[adapter_name(place.name, "B")] = place.shape[0], lora.rank
     return shapes
 
 
+def no_peft_form(config: ModelConfig, lora: LoRA) -> str | None:
+    """Why PEFT (0.21) cannot hold these adapters; None where it can."""
+    held = adapted_places(config, lora)
+    fused = [place.name for found in held.values() for place in found if "#" in place.name]
+    if fused:
+        return f"{fused[0]}: PEFT has no adapters on parts of a fused weight"
+    experts = {target for target in held if target.startswith("experts.")}
+    if experts not in (set(), {"experts.down"}, {"experts.gate", "experts.up", "experts.down"}):
+        return f"{', '.join(sorted(experts))}: PEFT reads adapters of experts.down alone, or of all three"
+    dense = [target for target in held if target in ("gate", "up", "down")]
+    if dense and config.family.name == "Qwen3-MoE":
+        return f"{', '.join(dense)}: PEFT takes modules of these names in a Qwen3-MoE for those of experts"
+    return None
+
+
 def has_peft_form(config: ModelConfig, lora: LoRA) -> bool:
-    """Whether PEFT can hold these adapters: none is on a part of a fused weight."""
-    return not any("#" in name for name in adapter_shapes(config, lora))
+    """Whether PEFT can hold these adapters."""
+    return no_peft_form(config, lora) is None
+
+
+def _peft_targets(config: ModelConfig, lora: LoRA, head: HeadKind) -> dict[str, Any]:
+    """What a PEFT config says of the adapted weights.
+
+    transformers 5 has all experts' gate and up in one parameter and their down in another, and the router's weight is
+    a parameter without a linear. PEFT reads tensors named by the single expert into adapters of such parameters: on
+    gate and up together that is one of twice the rank, whose scale must be the same.
+    """
+    modules, parameters = set(), set()
+    for target, found in adapted_places(config, lora, head).items():
+        if target.startswith("experts."):
+            parameters.add("experts.down_proj" if target == "experts.down" else "experts.gate_up_proj")
+        elif target == "router":
+            parameters.add("mlp.gate.weight")
+        else:  # in a mixture other modules have the names of an expert's
+            words = 2 if config.moe is not None and target.rpartition(".")[2] in ("gate", "up", "down") else 1
+            modules |= {".".join(place.name.removesuffix(".weight").split(".")[-words:]) for place in found}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    if "experts.gate_up_proj" in parameters:
+        ranks[_BOTH], alphas[_BOTH] = 2 * lora.rank, _number(lora.alpha * (math.sqrt(2) if lora.rslora else 2))
+    return {
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters, reverse=True) or None,  # PEFT wraps gate and up first
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+
+
+def _number(alpha: float) -> float:
+    """PEFT writes whole numbers without a point."""
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def start_adapter(model: Decoder, seed: int) -> None:
@@ -153,19 +227,23 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{folder / CONFIG}: {key}={values[key]!r} is not supported; allowed: {allowed[0]!r}")
     found = _adapter_tensors(folder)
-    every = LoRA(1, 1.0)
-    modules = {adapter_name(p, "A"): target for target, ps in adapted_places(config, every).items() for p in ps}
+    modules = {adapter_name(p.name, "A"): target for target, ps in adapted_places(config, ALL).items() for p in ps}
     targets = {modules[name] for name in found if name in modules}
     try:
         lora = LoRA(
             values.get("r", 8),
             float(values.get("lora_alpha", 8)),
-            tuple(target for target in TARGETS if target in targets),
+            tuple(target for target in EVERY_TARGET if target in targets),
             rslora=bool(values.get("use_rslora")),
             quantize=quantize,
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    known = _peft_targets(config, lora, "lm")
+    for key in ("target_parameters", "rank_pattern", "alpha_pattern"):
+        if values.get(key) and values[key] != known[key]:
+            allowed = f"{known[key]!r} or none" if known[key] else "none"
+            raise ValueError(f"{folder / CONFIG}: {key}={values[key]!r} is not supported; allowed: {allowed}")
     expected = adapter_shapes(config, lora)
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and name != PREFIX + HEADS["score"].theirs]
@@ -198,9 +276,10 @@ def load_adapter(model: Decoder, folder: Path | str) -> None:
     """
     assert model.lora is not None
     theirs = read_peft(folder, model.config, quantize=model.lora.quantize)
+    own = tuple(adapted_places(model.config, model.lora, model.kind))
     for key in ("rank", "alpha", "rslora", "targets"):
-        one, other = getattr(theirs, key), getattr(model.lora, key)
-        if (set(one) != set(other)) if key == "targets" else one != other:
+        one, other = getattr(theirs, key), own if key == "targets" else getattr(model.lora, key)
+        if one != other:
             raise ValueError(f"{folder}: {key}={one}, the model's adapters have {other}")
     with safe_open(Path(folder) / TENSORS, "pt") as source:
         held = set(source.keys())
@@ -292,7 +371,7 @@ def export_adapter(
     """Writes the adapters of a role of a checkpoint as a PEFT folder: whole, or not at all.
 
     Raises:
-        ValueError: the checkpoint holds whole weights, or adapters on parts of fused weights; a folder that is not
+        ValueError: the checkpoint holds whole weights, or adapters that PEFT has no form for; a folder that is not
             empty.
     """
     reader, prefix = Reader(checkpoint), f"{role}/{weights}/"
@@ -303,23 +382,23 @@ def export_adapter(
     held = sorted(name.removeprefix(prefix) for name in reader.tensors if name.startswith(prefix))
     if not held:
         raise ValueError(f"{checkpoint}: no {prefix.rstrip('/')} weights")
-    fused = [name for name in held if "#" in name]
-    if fused:
-        raise ValueError(f"{fused[0]}: PEFT has no adapters on parts of a fused weight; export it merged")
+    config = ModelConfig.from_hf(checkpoint / "assets" / role)
+    why = no_peft_form(config, lora)
+    if why is not None:
+        raise ValueError(f"{why}; export it merged")
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not an empty folder")
     score = HEADS["score"].theirs
-    modules = {n.removesuffix(".lora_A.weight").rpartition(".")[2] for n in held if n.endswith(".lora_A.weight")}
     values = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if score in held else "CAUSAL_LM",
         "base_model_name_or_path": facts["base"],
         "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        "lora_alpha": _number(lora.alpha),
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
-        "target_modules": sorted(modules),
+        **_peft_targets(config, lora, "score" if score in held else "lm"),
         "modules_to_save": ["score"] if score in held else None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -349,18 +428,20 @@ def merger(
         base: what the adapters belong to, a folder or whatever `open_source` reads.
         held: what was trained, by the names of a checkpoint; weights trained in full come from here.
     """
-    source, table = open_source(base), {place.name: place for place in places(config, head).values()}
-    linears = {place for found in adapted_places(config, LoRA(1, 1.0)).values() for place in found}
+    linears = adapted_places(config, ALL, head)
+    quantized = {place for target, found in linears.items() if target not in _FLOATS for place in found}
+    known = (*places(config, head).values(), *linears.get("head", ()))  # a tied head has a name of its own, adapted
+    source, table = open_source(base), {place.name: place for place in known}
 
     def read(name: str) -> Tensor:
         if name in held:
             return held[name]
         place = table[name]
         weight = source.read(place)
-        if lora.quantize and place in linears:
+        if lora.quantize and place in quantized:
             codes, absmax = quantize_nf4(weight)
             weight = dequantize_nf4(codes, dequantize_scales(*quantize_scales(absmax)), torch.float32)
-        a, b = (adapter_name(place, letter) for letter in "AB")
+        a, b = (adapter_name(name, letter) for letter in "AB")
         return torch.addmm(weight.float(), held[b], held[a], alpha=lora.scale) if a in held else weight
 
     return read

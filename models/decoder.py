@@ -23,12 +23,12 @@ from ..engine.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    all_of,
     cut,
-    sharded_parameter,
     whole,
 )
-from ..engine.parallel.lora import LoRA, adapted_linears
-from ..engine.parallel.shard import Shard, shard_of
+from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA, adapted_linears
+from ..engine.parallel.shard import Shard, shard_of, sharded_parameter
 from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_
@@ -136,7 +136,7 @@ class Layer(nn.Module):
         self.attention = Attention(config, mesh, dtype, lora)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
         sparse = config.moe is not None and index not in config.moe.dense_layers
-        self.mlp = MoE(config, index, mesh, dtype) if sparse else MLP(config, mesh, dtype, lora)
+        self.mlp = MoE(config, index, mesh, dtype, lora) if sparse else MLP(config, mesh, dtype, lora)
 
     def forward(
         self,
@@ -150,8 +150,11 @@ class Layer(nn.Module):
         return x + (self.mlp(normed, routing) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
 
-class Head(nn.Module):
+class Head(AdaptedLinear):
     """The last projection: rows of the vocabulary cut over tp ("lm"), or one whole row ("score").
+
+    An adapter makes it wider: [x, s A x] times [W, B] transposed is x Wᵀ + s (x Aᵀ) Bᵀ in one product, so whatever
+    takes inputs and rows of a head takes an adapted one too. The weight itself, which may be the embedding's, stays.
 
     Args:
         normalised: logits are made with each row divided by its length (Baichuan2's NormHead).
@@ -162,16 +165,34 @@ class Head(nn.Module):
 
     def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype, normalised: bool = False):
         super().__init__()
-        self.normalised = normalised
+        self.normalised, self.tp = normalised, mesh.tp
         self.weight = sharded_parameter(shard, dtype=dtype, device=mesh.device)
 
+    @property
+    def made(self) -> bool:
+        """Whether the rows have to be computed."""
+        return self.normalised or self.active is not None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the rows are multiplied with: [n, hidden] -> [n, hidden], or [n, hidden + r] with an adapter."""
+        if self.active is None:
+            return x
+        return torch.cat((x, self.active.lora.scale * F.linear(x, self.lora_a)), 1)
+
     def rows(self) -> Tensor:
-        """The weight as it is used, of its shape; differentiable."""
-        if self.frozen is not None or not self.normalised:
+        """The weight as it is used, [vocab/tp, hidden], or [vocab/tp, hidden + r] with an adapter; differentiable."""
+        if self.frozen is not None or not self.made:
             return self.weight if self.frozen is None else self.frozen
+        rows = self.weight if self.active is None else torch.cat((self.weight, self.lora_b), 1)
+        if not self.normalised:
+            return rows
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True, dtype=dtype)  # [vocab/tp, 1]
-        return (self.weight / lengths.clamp_min(1e-12)).to(self.weight.dtype)
+        whole_rows = self.weight.to(dtype)
+        if self.active is not None:
+            a = copy_to_region(self.lora_a, self.tp).to(dtype)  # each rank takes the lengths of its own rows
+            whole_rows = torch.addmm(whole_rows, self.lora_b.to(dtype), a, alpha=self.active.lora.scale)
+        lengths = torch.linalg.vector_norm(whole_rows, dim=1, keepdim=True)  # [vocab/tp, 1]
+        return (rows / lengths.clamp_min(1e-12)).to(self.weight.dtype)
 
 
 class Decoder(nn.Module):
@@ -211,6 +232,11 @@ class Decoder(nn.Module):
             self.head = Head(shard, mesh, dtype, normalised=head == "lm" and config.norm_head)
             if tied and self.embedding is not None:
                 self.head.weight = self.embedding.weight
+            if lora is not None and head == "lm" and lora.wants("head"):
+                a = Shard((all_of((lora.rank, config.hidden_size)),), adapter=True)
+                b = Shard((cut(mesh.tp, 0, (config.vocab_size, lora.rank)),), "tp", adapter=True)
+                adapter = Adapter(lora, {"": config.vocab_size // mesh.tp.size}, [""], "out", mesh.tp)
+                self.head.add_adapter(adapter, a, b, mesh, dtype)
         if lora is not None:
             for parameter in self.parameters():
                 parameter.requires_grad_(shard_of(parameter).adapter)
@@ -238,9 +264,14 @@ class Decoder(nn.Module):
         }
 
     def head_weight(self) -> Tensor:
-        """What logits are made with, [vocab/tp, hidden]: differentiable; last stage only."""
+        """What logits are made with, [vocab/tp, width]: differentiable; last stage only."""
         assert self.head is not None
         return self.head.rows()
+
+    def head_inputs(self, hidden: Tensor) -> Tensor:
+        """What `head_weight` is multiplied with: [tokens, hidden] -> [tokens, width]; last stage only."""
+        assert self.head is not None
+        return self.head.inputs(hidden)
 
     def tied_parameter(self) -> nn.Parameter | None:
         """The weight this stage shares with the other end of the pipeline, if it does."""
@@ -298,7 +329,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab/tp]: this rank's part of the vocabulary; last stage only."""
         assert self.head is not None and self.kind == "lm"
-        return linear(hidden, self.head_weight(), self.head.packed)
+        return linear(self.head_inputs(hidden), self.head_weight(), self.head.packed)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens] fp32, of a "score" head; last stage only."""

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -167,7 +168,10 @@ def export_checkpoint(
     saved = saved_adapter(reader, role)
     if saved is not None:
         lora, facts = saved
-        tensors = Lazy(part_shapes(config, head), merger(same_base(facts, base), config, head, lora, tensors))
+        merged = merger(same_base(facts, base), config, head, lora, tensors)
+        if head == "lm" and lora.wants("head"):  # with its adapter it is another matrix than the embedding
+            config = replace(config, tie_embeddings=False)
+        tensors = Lazy(part_shapes(config, head), merged)
     if family is not None:
         own, config = config, translate_config(config, family, head)
         tensors = Translated(tensors, own, config, head)

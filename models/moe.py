@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from ..engine.mesh import Mesh
 from ..engine.parallel.collectives import all_reduce, copy_to_region, reduce_from_region
 from ..engine.parallel.experts import Dispatch, ExpertLinear, from_experts, to_experts
-from ..engine.parallel.layers import ColumnParallelLinear, RowParallelLinear, sharded_parameter, whole
+from ..engine.parallel.layers import ColumnParallelLinear, RowParallelLinear, all_of, whole
+from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA
+from ..engine.parallel.shard import Shard, sharded_parameter
 from ..kernels.moe import permute, route, sort_by_expert, unpermute
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig, MoEConfig
@@ -72,25 +74,36 @@ class _WithLoss(torch.autograd.Function):
         return grads[0], torch.ones((), device=grads[0].device)
 
 
-class Router(nn.Module):
-    """[n, hidden] -> logits [n, experts] fp32; whole and alike on every rank of tp."""
+class Router(AdaptedLinear):
+    """[n, hidden] -> logits [n, experts] fp32; whole and alike on every rank of tp.
 
-    def __init__(self, hidden: int, experts: int, mesh: Mesh, dtype: torch.dtype):
+    `target` is the name under which `lora` may ask for an adapter.
+    """
+
+    def __init__(
+        self, hidden: int, experts: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None, target: str = ""
+    ):
         super().__init__()
         self.weight = sharded_parameter(whole(experts, hidden), dtype=dtype, device=mesh.device)
+        if lora is not None and lora.wants(target):
+            adapter = Adapter(lora, {"": experts}, [""], None, mesh.tp)
+            a, b = (Shard((all_of(shape),), adapter=True) for shape in ((lora.rank, hidden), (experts, lora.rank)))
+            self.add_adapter(adapter, a, b, mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float())
+        return self.with_adapter(F.linear(x.float(), self.weight.float()), x.float())
 
 
 class Experts(nn.Module):
     """SwiGLU MLPs, spread over ep and each cut over tp: [n, hidden] -> [n, hidden], a partial sum over tp."""
 
-    def __init__(self, hidden: int, moe: MoEConfig, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, hidden: int, moe: MoEConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
-        self.count, self.axis = moe.experts, mesh.ep
-        self.gate_up = ExpertLinear(moe.experts, hidden, {"gate": moe.ffn_size, "up": moe.ffn_size}, 0, mesh, dtype)
-        self.down = ExpertLinear(moe.experts, moe.ffn_size, {"": hidden}, 1, mesh, dtype)
+        self.count, self.axis, ffn = moe.experts, mesh.ep, moe.ffn_size
+        self.gate_up = ExpertLinear(
+            moe.experts, hidden, {"gate": ffn, "up": ffn}, 0, mesh, dtype, lora=lora, target="experts."
+        )
+        self.down = ExpertLinear(moe.experts, ffn, {"": hidden}, 1, mesh, dtype, lora=lora, target="experts.down")
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         order, offsets = sort_by_expert(chosen, self.count)
@@ -103,10 +116,10 @@ class Experts(nn.Module):
 class SharedExpert(nn.Module):
     """The MLP that every token takes."""
 
-    def __init__(self, hidden: int, ffn: int, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, hidden: int, ffn: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
-        self.gate_up = ColumnParallelLinear(hidden, {"gate": ffn, "up": ffn}, mesh, dtype)
-        self.down = RowParallelLinear(ffn, hidden, mesh, dtype)
+        self.gate_up = ColumnParallelLinear(hidden, {"gate": ffn, "up": ffn}, mesh, dtype, lora=lora, target="shared.")
+        self.down = RowParallelLinear(ffn, hidden, mesh, dtype, lora=lora, target="shared.down")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
@@ -119,16 +132,16 @@ class MoE(nn.Module):
         index: number of the layer in the whole model.
     """
 
-    def __init__(self, config: ModelConfig, index: int, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, index: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
         assert config.moe is not None
         self.moe, self.index, self.tp, hidden = config.moe, index, mesh.tp, config.hidden_size
-        self.router = Router(hidden, self.moe.experts, mesh, dtype)
-        self.experts = Experts(hidden, self.moe, mesh, dtype)
+        self.router = Router(hidden, self.moe.experts, mesh, dtype, lora, "router")
+        self.experts = Experts(hidden, self.moe, mesh, dtype, lora)
         self.shared = self.shared_gate = None
         if self.moe.shared_ffn_size:
-            self.shared = SharedExpert(hidden, self.moe.shared_ffn_size, mesh, dtype)
-            self.shared_gate = Router(hidden, 1, mesh, dtype)
+            self.shared = SharedExpert(hidden, self.moe.shared_ffn_size, mesh, dtype, lora)
+            self.shared_gate = Router(hidden, 1, mesh, dtype, lora, "shared.router")
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """`routing`: of the micro-batch, in an update; None where nothing is learned."""

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import assemble
+from tiny import VOCAB, assemble
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.roles import Learner, target_logprobs
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.engine.optimizer import ShardedAdamW
 from trialign.engine.parallel.lora import LoRA
+from trialign.engine.parallel.shard import sinks
 from trialign.models.adapter import load_adapter, start_adapter, trained_name
 from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.decoder import Decoder
@@ -121,3 +122,25 @@ def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=tolerance * tensor.abs().max().item(), msg=name)
+
+
+def adapted(folder: Path, lora: LoRA, sizes: dict[str, Any] | None = None, **options: Any) -> Decoder:
+    """The model with adapters whose B are not zero: numbers that depend on a matrix's name alone."""
+    model = build(folder, build_mesh(**(sizes or {})), lora, **options)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            for piece, view in sinks(parameter):
+                known = trained_name(name, piece.part, model.config, model.kind)
+                whole = 0.1 * torch.randn(piece.global_shape, generator=torch.Generator().manual_seed(len(known)))
+                view.copy_(whole[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))])
+    return model
+
+
+def masters(trained: Learner) -> dict[str, Tensor]:
+    return {n.removeprefix("master/"): t for n, t in held(trained).items() if n.startswith("master/")}
+
+
+def logits_of(peer: Any) -> Tensor:
+    """transformers' logits of all samples, packed."""
+    with torch.no_grad():
+        return torch.cat([peer.eval()(torch.tensor([row])).logits[0] for row in samples(VOCAB)])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from families import tiny_family
 from harness import run_ranks
-from peft_case import assert_near, build, held, learner, peft_model, samples, save_peft, train
+from peft_case import assert_near, build, held, learner, logits_of, peft_model, samples, save_peft, train
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
@@ -22,13 +23,13 @@ from trialign.algorithms.roles import Learner, stage_forward
 from trialign.engine import checkpoint
 from trialign.engine.checkpoint import Reader
 from trialign.engine.mesh import Mesh, build_mesh
-from trialign.engine.parallel.lora import LoRA
+from trialign.engine.parallel.lora import EVERY_TARGET, TARGETS, LoRA
 from trialign.models.adapter import (
     adapter_facts,
     adapter_shapes,
     export_adapter,
-    has_peft_form,
     load_adapter,
+    no_peft_form,
     read_peft,
     same_adapter,
     trained_name,
@@ -63,12 +64,6 @@ def trained_checkpoint(
     trained = train(model, 2) if head == "lm" else learner(model)
     save(trained, root, folder, mesh, "actor" if head == "lm" else "critic")
     return held(trained)
-
-
-def logits_of(peer: Any) -> Tensor:
-    """transformers' logits of all samples, packed."""
-    with torch.no_grad():
-        return torch.cat([peer.eval()(torch.tensor([row])).logits[0] for row in samples(VOCAB)])
 
 
 def our_logits(folder: Path, lora: LoRA | None, adapter: Path | None) -> Tensor:
@@ -111,9 +106,8 @@ def test_a_checkpoint_holds_only_adapters_and_exports_to_peft_and_merged(folder,
 
 @pytest.mark.parametrize("family", ["baichuan2-7b", "qwen-logn", "qwen3", "qwen2-moe"])
 def test_other_families_merge_fused_weights_too_and_peft_gets_none_of_those(tmp_path, family):
-    """What the merged folder computes, loaded as a plain model, is what the adapted model computes."""
-    folder = tiny_family(tmp_path / "base", family)
-    lora = LoRA(2, 4.0, ("q", "v", "output")) if family == "qwen2-moe" else LoRA(2, 4.0)
+    """What the merged folder computes, loaded as a plain model, is what the model with every adapter computes."""
+    folder, lora = tiny_family(tmp_path / "base", family), LoRA(2, 4.0, ("all",))
     mesh, batch = build_mesh(), pack(samples(VOCAB))
     trained = train(build(folder, mesh, lora), 2)
     saved = save(trained, tmp_path / "run", folder, mesh)
@@ -125,13 +119,15 @@ def test_other_families_merge_fused_weights_too_and_peft_gets_none_of_those(tmp_
         )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert (got - base).abs().max() > 1e-3
-    assert has_peft_form(trained.model.config, lora) == (family not in ("baichuan2-7b", "qwen-logn"))
-    if not has_peft_form(trained.model.config, lora):
-        with pytest.raises(ValueError, match="PEFT has no adapters on parts of a fused weight; export it merged"):
-            export_adapter(saved, tmp_path / "adapter")
-    else:
+    why = no_peft_form(trained.model.config, lora)
+    if family in ("qwen3", "qwen2-moe"):
         export_adapter(saved, tmp_path / "adapter")
-        assert read_peft(tmp_path / "adapter", trained.model.config) == lora
+        every = EVERY_TARGET if family == "qwen2-moe" else (*TARGETS, "head")
+        assert why is None and read_peft(tmp_path / "adapter", trained.model.config).targets == every
+    else:
+        assert why is not None and "PEFT has no adapters on parts of a fused weight" in why
+        with pytest.raises(ValueError, match=f"{re.escape(why)}; export it merged"):
+            export_adapter(saved, tmp_path / "adapter")
 
 
 def test_a_merged_model_needs_its_own_base(folder, tmp_path):
@@ -239,8 +235,8 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_peft(spoilt(changes), shape)
-    unknown = tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 128)}
-    with pytest.raises(ValueError, match="holds what the model has no place for: base_model.model.lm_head.lora_A"):
+    unknown = tensors | {"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(4, 128)}
+    with pytest.raises(ValueError, match="no place for: base_model.model.model.embed_tokens.lora_A"):
         read_peft(spoilt({}, unknown), shape)
     with pytest.raises(ValueError, match=f"lacks {first}"):
         read_peft(spoilt({}, {name: t for name, t in tensors.items() if name != first}), shape)

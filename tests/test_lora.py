@@ -24,7 +24,7 @@ from trialign.algorithms.roles import AdapterOff, Role, stage_forward
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.lora import TARGETS, LoRA
 from trialign.models.adapter import adapter_shapes, check_lora, trained_name
-from trialign.models.config import ModelConfig, MoEConfig
+from trialign.models.config import ModelConfig
 
 ALL = LoRA(4, 8.0)
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)]  # the last: more ranks than kv heads
@@ -156,10 +156,11 @@ def test_refusals(folder):
     check_lora(wide, LoRA(1, 1.0, quantize=True), tp=1)
     with pytest.raises(ValueError, match="multiple of 64; ffn_size=192 over tp=2 is not"):
         check_lora(wide, LoRA(1, 1.0, quantize=True), tp=2)
-    sparse = ModelConfig(**{**vars(shape), "moe": MoEConfig(4, 2, 32)})
-    check_lora(sparse, LoRA(1, 1.0, ("q", "k", "v", "output")), tp=1)
-    with pytest.raises(ValueError, match="no adapters for gate, up, down of experts; allowed: q, k, v, output"):
-        check_lora(sparse, ALL, tp=1)
-    with pytest.raises(ValueError, match="experts are not kept in NF4"):
-        check_lora(sparse, LoRA(1, 1.0, ("q",), quantize=True), tp=1)
+    with pytest.raises(
+        ValueError, match="the model has no experts.up, router; allowed: q, k, v, output, gate, up, down, h"
+    ):
+        check_lora(shape, LoRA(1, 1.0, ("q", "experts.up", "router")), tp=1)
+    with pytest.raises(ValueError, match=r"targets=\('all', 'q'\): must be one or more of .* or all alone"):
+        LoRA(1, 1.0, ("all", "q"))
+    check_lora(shape, LoRA(1, 1.0, ("all",)), tp=1)
     assert set(MODULES) == set(TARGETS)

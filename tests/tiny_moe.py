@@ -1,10 +1,11 @@
-"""Small decoders with experts: one with made-up weights that are the same in every layout, and a Mixtral folder."""
+"""Small decoders with experts: one with made-up weights that are the same in every layout, and folders of mixtures."""
 
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from families import shake
 from tiny import VOCAB
 from torch import nn
 from trialign.engine.mesh import Mesh
@@ -77,3 +78,43 @@ def tiny_mixtral(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**(sizes | changes))).save_pretrained(folder)
     return folder
+
+
+def mixture(folder: Path, *, family: str = "Qwen2Moe", tied: bool = False, **changes: Any) -> Path:
+    """A random mixture of 2 layers, the second of them dense where the family has such."""
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mlp_only_layers": [1],
+        "router_aux_loss_coef": 0.1,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    own = {} if family == "Qwen2Moe" else {"shared_expert_intermediate_size": None}
+    if family == "Mixtral":
+        own |= {"mlp_only_layers": None, "moe_intermediate_size": None}
+    kept = {key: value for key, value in (sizes | own | changes).items() if value is not None}
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**kept))
+    shake(dict(model.named_parameters()), 0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def world_of(sizes: dict[str, Any]) -> int:
+    """Ranks of a layout."""
+    return sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("dp", sizes.get("ep", 1))

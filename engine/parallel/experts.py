@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels.moe import grouped_matmul, sort_by_expert
 from ..mesh import Axis, Mesh
-from .layers import cut, sharded_parameter
+from .collectives import copy_to_region
+from .layers import all_of, cut, linear_weight
+from .lora import AdaptedLinear, Adapter, LoRA
+from .nf4 import NF4Weight
 from .shard import Piece, Shard
 
 
@@ -96,7 +99,43 @@ def from_experts(rows: Tensor, way: Dispatch) -> Tensor:
     return _FromExperts.apply(rows, way)
 
 
-class ExpertLinear(nn.Module):
+class _QuantizedProduct(torch.autograd.Function):
+    """Rows times experts' weights that are unpacked in the forward and again in the backward, and not kept between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, experts: int, offsets: Tensor) -> Tensor:
+        ctx.weight, ctx.experts = weight, experts
+        ctx.save_for_backward(offsets)
+        return grouped_matmul(x, weight.dequantized(x.dtype).view(experts, -1, x.shape[1]).transpose(1, 2), offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (offsets,), (grad,) = ctx.saved_tensors, grads
+        weight = ctx.weight.dequantized(grad.dtype).view(ctx.experts, grad.shape[1], -1)  # [local experts, out, in]
+        return grouped_matmul(grad, weight, offsets), None, None, None
+
+
+class ExpertAdapter(Adapter):
+    """An adapter for every expert: both products are grouped by expert, as those of the weights are.
+
+    Experts make parts of sums over tp and take gradients that are such sums' parts in turn, so nothing is reduced on
+    the way; what is reduced is the gradient of the one matrix that every rank of tp holds whole.
+    """
+
+    def narrow(self, x: Tensor, a: Tensor, *more: Any) -> Tensor:
+        return self._product(x, copy_to_region(a, self.axis) if self.cut == "out" else a, slice(None), *more)
+
+    def widen(self, old: Tensor, hidden: Tensor, b: Tensor, rows: slice, *more: Any) -> Tensor:
+        b = copy_to_region(b, self.axis) if self.cut == "in" else b
+        return torch.add(old, self._product(hidden, b, rows, *more), alpha=self.lora.scale)
+
+    @staticmethod
+    def _product(x: Tensor, weight: Tensor, rows: slice, offsets: Tensor) -> Tensor:
+        by_expert = weight.view(len(offsets) - 1, -1, x.shape[1])[:, rows]  # [local experts, out, in]
+        return grouped_matmul(x, by_expert.transpose(1, 2), offsets)
+
+
+class ExpertLinear(AdaptedLinear):
     """One matrix an expert, of the experts this rank holds: [rows, in] sorted by expert -> [rows, out].
 
     The weight stacks [out, in] of the parts of one expert after the other. It is cut over tp along its output
@@ -104,21 +143,53 @@ class ExpertLinear(nn.Module):
 
     Args:
         out_sizes: part -> its rows, in every expert; expert e's part is named "e.part", or "e" where the part is "".
+        target: before a part, the name under which `lora` may ask for an adapter.
     """
 
     def __init__(
-        self, experts: int, in_size: int, out_sizes: Mapping[str, int], dim: int, mesh: Mesh, dtype: torch.dtype
+        self,
+        experts: int,
+        in_size: int,
+        out_sizes: Mapping[str, int],
+        dim: int,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        *,
+        lora: LoRA | None = None,
+        target: str = "",
     ):
         super().__init__()
         self.experts = experts // mesh.ep.size
         first = mesh.ep.rank * self.experts
 
-        def piece(expert: int, part: str, out: int) -> Piece:
-            return cut(mesh.tp, dim, (out, in_size), f"{expert}.{part}" if part else f"{expert}")
+        def pieces(parts: Mapping[str, tuple[int, int]], dim: int | None) -> tuple[Piece, ...]:
+            names = [
+                (f"{e}.{part}" if part else f"{e}", shape)
+                for e in range(first, first + self.experts)
+                for part, shape in parts.items()
+            ]
+            return tuple(all_of(s, name) if dim is None else cut(mesh.tp, dim, s, name) for name, s in names)
 
-        pieces = tuple(piece(e, *part) for e in range(first, first + self.experts) for part in out_sizes.items())
-        self.weight = sharded_parameter(Shard(pieces, "tp", experts=True), dtype=dtype, device=mesh.device)
+        weight = Shard(pieces({part: (out, in_size) for part, out in out_sizes.items()}, dim), "tp", experts=True)
+        self.weight, self.nf4 = linear_weight(weight, mesh, dtype, lora)
+        parts = [part for part in out_sizes if lora is not None and lora.wants(target + part)]
+        if lora is not None and parts:
+            on_a, on_b = (None, 0) if dim == 0 else (1, None)  # the dim that is cut over tp
+            outputs = {part: out // (mesh.tp.size if dim == 0 else 1) for part, out in out_sizes.items()}
+            a, b = (
+                Shard(pieces(shapes, on), None if on is None else "tp", adapter=True, experts=True)
+                for shapes, on in (
+                    ({part: (lora.rank, in_size) for part in parts}, on_a),
+                    ({part: (out_sizes[part], lora.rank) for part in parts}, on_b),
+                )
+            )
+            adapter = ExpertAdapter(lora, outputs, parts, "in" if dim else "out", mesh.tp)
+            self.add_adapter(adapter, a, b, mesh, dtype)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        weight = self.weight.view(self.experts, -1, x.shape[1])  # [local experts, out, in]
-        return grouped_matmul(x, weight.transpose(1, 2), offsets)
+        if self.nf4 is None:
+            weight = self.weight.view(self.experts, -1, x.shape[1])  # [local experts, out, in]
+            y = grouped_matmul(x, weight.transpose(1, 2), offsets)
+        else:
+            y = _QuantizedProduct.apply(x, self.nf4, self.experts, offsets)
+        return self.with_adapter(y, x, offsets)

@@ -17,24 +17,16 @@ from ..mesh import Axis, Mesh
 from .collectives import all_reduce, copy_to_region, reduce_from_region
 from .lora import AdaptedLinear, Adapter, LoRA
 from .nf4 import NF4Weight
-from .shard import Piece, Shard, place
+from .shard import Piece, Shard, place, sharded_parameter
 
 
-def sharded_parameter(shard: Shard, *, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """An uninitialised parameter that holds the shard's pieces, stacked along dim 0."""
-    shape = (sum(piece.shape[0] for piece in shard.pieces), *shard.pieces[0].shape[1:])
-    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-    parameter.shard = shard  # pyright: ignore[reportAttributeAccessIssue]
-    return parameter
-
-
-def _all(shape: tuple[int, ...], part: str = "") -> Piece:
+def all_of(shape: tuple[int, ...], part: str = "") -> Piece:
     return Piece(part, shape, (0,) * len(shape), shape)
 
 
 def whole(*shape: int) -> Shard:
     """A parameter that every rank of the tensor axis holds whole."""
-    return Shard((_all(shape),))
+    return Shard((all_of(shape),))
 
 
 def cut(axis: Axis, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
@@ -43,6 +35,18 @@ def cut(axis: Axis, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
     assert share * axis.size == shape[dim], f"{shape}[{dim}] does not divide by {axis.name}={axis.size}"
     offset = tuple(axis.rank * share if d == dim else 0 for d in range(len(shape)))
     return Piece(part, shape, offset, tuple(share if d == dim else n for d, n in enumerate(shape)))
+
+
+def linear_weight(
+    shard: Shard, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None
+) -> tuple[nn.Parameter, NF4Weight | None]:
+    """A linear's weight; with what it stands for where `lora` keeps it in NF4."""
+    if lora is None or not lora.quantize:
+        return sharded_parameter(shard, dtype=dtype, device=mesh.device), None
+    nf4 = NF4Weight(shard, mesh.tp, mesh.device)
+    weight = sharded_parameter(shard, dtype=dtype, device=torch.device("meta"))
+    place(weight, nf4)
+    return weight, nf4
 
 
 class _Linear(AdaptedLinear):
@@ -54,18 +58,8 @@ class _Linear(AdaptedLinear):
     def __init__(self, shard: Shard, bias: Shard | None, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None):
         super().__init__()
         self.axis = mesh.tp
-        self.nf4 = NF4Weight(shard, mesh.tp, mesh.device) if lora is not None and lora.quantize else None
-        device = mesh.device if self.nf4 is None else torch.device("meta")
-        self.weight = sharded_parameter(shard, dtype=dtype, device=device)
-        if self.nf4 is not None:
-            place(self.weight, self.nf4)
+        self.weight, self.nf4 = linear_weight(shard, mesh, dtype, lora)
         self.bias = None if bias is None else sharded_parameter(bias, dtype=dtype, device=mesh.device)
-
-    def add_adapter(self, adapter: Adapter, mesh: Mesh, dtype: torch.dtype) -> None:
-        """Gives the layer its adapter's parameters."""
-        self.adapter = adapter
-        self.lora_a = sharded_parameter(adapter.shard_a, dtype=dtype, device=mesh.device)
-        self.lora_b = sharded_parameter(adapter.shard_b, dtype=dtype, device=mesh.device)
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ by this rank's rectangle of W."""
@@ -75,8 +69,8 @@ class _Linear(AdaptedLinear):
 class ColumnParallelLinear(_Linear):
     """y = x Wᵀ with the output features cut over tp. Fused parts (q, k, v or gate, up) are each cut, then stacked.
 
-    [tokens, in] -> [tokens, sum(out)/tp]; the input is whole on every rank. Parts that `lora` targets by name get an
-    adapter.
+    [tokens, in] -> [tokens, sum(out)/tp]; the input is whole on every rank. Parts that `lora` targets by name, with
+    `target` before it, get an adapter.
     """
 
     def __init__(
@@ -88,16 +82,19 @@ class ColumnParallelLinear(_Linear):
         *,
         bias: bool = False,
         lora: LoRA | None = None,
+        target: str = "",
     ):
         def shard(*more: int) -> Shard:
             return Shard(tuple(cut(mesh.tp, 0, (out, *more), part) for part, out in out_sizes.items()), "tp")
 
         super().__init__(shard(in_size), shard() if bias else None, mesh, dtype, lora)
-        parts = [part for part in out_sizes if lora is not None and part in lora.targets]
+        parts = [part for part in out_sizes if lora is not None and lora.wants(target + part)]
         if lora is not None and parts:
-            pieces = {p: (_all((lora.rank, in_size), p), cut(mesh.tp, 0, (out_sizes[p], lora.rank), p)) for p in parts}
+            a = Shard(tuple(all_of((lora.rank, in_size), part) for part in parts), adapter=True)
+            b = tuple(cut(mesh.tp, 0, (out_sizes[part], lora.rank), part) for part in parts)
             outputs = {part: out // mesh.tp.size for part, out in out_sizes.items()}
-            self.add_adapter(Adapter(lora, outputs, pieces, "out", mesh.tp), mesh, dtype)
+            adapter = Adapter(lora, outputs, parts, "out", mesh.tp)
+            self.add_adapter(adapter, a, Shard(b, "tp", adapter=True), mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.with_adapter(self.product(copy_to_region(x, self.axis)), x)
@@ -123,9 +120,10 @@ class RowParallelLinear(_Linear):
     ):
         shard = Shard((cut(mesh.tp, 1, (out_size, in_size)),), "tp")
         super().__init__(shard, whole(out_size) if bias else None, mesh, dtype, lora)
-        if lora is not None and target in lora.targets:
-            pieces = {"": (cut(mesh.tp, 1, (lora.rank, in_size)), _all((out_size, lora.rank)))}
-            self.add_adapter(Adapter(lora, {"": out_size}, pieces, "in", mesh.tp), mesh, dtype)
+        if lora is not None and lora.wants(target):
+            a = Shard((cut(mesh.tp, 1, (lora.rank, in_size)),), "tp", adapter=True)
+            b = Shard((all_of((out_size, lora.rank)),), adapter=True)
+            self.add_adapter(Adapter(lora, {"": out_size}, [""], "in", mesh.tp), a, b, mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.with_adapter(reduce_from_region(self.product(x), self.axis), x)

@@ -5,27 +5,35 @@
 W is frozen. A linear that fuses several weights (q, k, v) has an A and a B for each, stacked as its parts are.
 Over tp, A is whole and B cut where W's outputs are cut; the r numbers a token between them are what the backward sums.
 Where W's inputs are cut, A is cut and B whole, and the r numbers are what the forward sums. So an adapter adds no
-collective wider than its rank, and no rank holds more of it than it must.
+collective wider than its rank, and no rank holds more of it than it must. Adapters of experts: experts.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..mesh import Axis
+from ..mesh import Axis, Mesh
 from .collectives import copy_to_region, reduce_from_region
-from .shard import Piece, Shard
+from .shard import Shard, sharded_parameter
 
-Target = Literal["q", "k", "v", "output", "gate", "up", "down"]
+Target = Literal[
+    "q", "k", "v", "output", "gate", "up", "down",
+    "experts.gate", "experts.up", "experts.down", "router",
+    "shared.gate", "shared.up", "shared.down", "shared.router", "head",
+]  # fmt: skip
+"""Every linear of a decoder: attention, a dense MLP, experts with their router, the shared expert with its, the head"""
 TARGETS: tuple[Target, ...] = ("q", "k", "v", "output", "gate", "up", "down")
+"""Those of a decoder without experts, the head left out"""
+EVERY_TARGET: tuple[Target, ...] = get_args(Target)
+Choice = Literal[Target, "all"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class LoRA:
     Attributes:
         rank: r, of every adapter.
         alpha: α of the scale.
-        targets: the weights that get one, by their names in TARGETS.
+        targets: the weights that get one, by their names in EVERY_TARGET; ("all",) for all that a model has.
         rslora: divide α by √r instead of r.
         quantize: keep the frozen weights of the linears in NF4 (QLoRA), with targets or without.
 
@@ -45,7 +53,7 @@ class LoRA:
 
     rank: int
     alpha: float
-    targets: tuple[Target, ...] = TARGETS
+    targets: tuple[Choice, ...] = TARGETS
     rslora: bool = False
     quantize: bool = False
 
@@ -54,14 +62,19 @@ class LoRA:
             raise ValueError(f"rank={self.rank}: must be at least 1")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}: must be above 0")
-        unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
-            raise ValueError(f"targets={self.targets}: must be one or more of {', '.join(TARGETS)}, each once")
+        unknown = [target for target in self.targets if target not in EVERY_TARGET]
+        if self.targets != ("all",) and (unknown or not self.targets or len(set(self.targets)) != len(self.targets)):
+            allowed = f"one or more of {', '.join(EVERY_TARGET)}, each once, or all alone"
+            raise ValueError(f"targets={self.targets}: must be {allowed}")
 
     @property
     def scale(self) -> float:
         """s, what the product of the two matrices is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def wants(self, target: str) -> bool:
+        """Whether a weight of this name gets an adapter."""
+        return target in self.targets or self.targets == ("all",)
 
 
 class Adapter:
@@ -69,32 +82,32 @@ class Adapter:
 
     Args:
         outputs: part -> its outputs on this rank, of all parts in the order they are stacked.
-        pieces: (A's, B's) of each part that has an adapter.
-        cut: what of the linear's weight is cut over tp: "out" (column parallel) or "in" (row parallel).
+        parts: those that have an adapter, in that order.
+        cut: what of the linear's weight is cut over tp: "out" (column parallel), "in" (row parallel) or nothing.
     """
 
-    def __init__(
-        self, lora: LoRA, outputs: Mapping[str, int], pieces: Mapping[str, tuple[Piece, Piece]], cut: str, axis: Axis
-    ):
-        self.lora, self.outputs, self.cut, self.axis = lora, outputs, cut, axis
-        self.parts = tuple(pieces)
-        a, b = zip(*pieces.values(), strict=True)
-        self.shard_a = Shard(tuple(a), "tp" if cut == "in" else None, adapter=True)
-        self.shard_b = Shard(tuple(b), "tp" if cut == "out" else None, adapter=True)
-        rows = (0, *torch.tensor([piece.shape[0] for piece in b]).cumsum(0).tolist())
-        self.rows = dict(zip(self.parts, pairwise(rows), strict=True))  # part -> its rows of B
+    def __init__(self, lora: LoRA, outputs: Mapping[str, int], parts: Sequence[str], cut: str | None, axis: Axis):
+        self.lora, self.outputs, self.parts, self.cut, self.axis = lora, outputs, parts, cut, axis
+        ends = torch.tensor([outputs[part] for part in parts]).cumsum(0).tolist()
+        self.rows = dict(zip(parts, pairwise((0, *ends)), strict=True))  # part -> its rows of B
 
-    def __call__(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def narrow(self, x: Tensor, a: Tensor, *more: Any) -> Tensor:
+        """[n, in or in/tp] -> [n, parts * r]."""
+        hidden = F.linear(x, a.to(x.dtype))
+        if self.cut is None:
+            return hidden
+        return (copy_to_region if self.cut == "out" else reduce_from_region)(hidden, self.axis)
+
+    def widen(self, old: Tensor, hidden: Tensor, b: Tensor, rows: slice, *more: Any) -> Tensor:
+        """What one part's [n, r] add to its old outputs [n, out/tp or out]."""
+        return torch.addmm(old, hidden, b[rows].t().to(hidden.dtype), alpha=self.lora.scale)
+
+    def __call__(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, *more: Any) -> Tensor:
         """y [n, out/tp or out] with the adapter's part added, for the linear's own input x [n, in or in/tp]."""
-        hidden = F.linear(x, a)  # [n, parts * r]
-        hidden = (copy_to_region if self.cut == "out" else reduce_from_region)(hidden, self.axis)
-        by_part = dict(zip(self.parts, hidden.split(self.lora.rank, 1), strict=True))
+        by_part = dict(zip(self.parts, self.narrow(x, a, *more).split(self.lora.rank, 1), strict=True))
         made = []
         for part, old in zip(self.outputs, y.split(list(self.outputs.values()), 1), strict=True):
-            if part in by_part:
-                begin, end = self.rows[part]
-                old = torch.addmm(old, by_part[part], b[begin:end].t(), alpha=self.lora.scale)
-            made.append(old)
+            made.append(self.widen(old, by_part[part], b, slice(*self.rows[part]), *more) if part in by_part else old)
         return made[0] if len(made) == 1 else torch.cat(made, 1)
 
 
@@ -107,9 +120,19 @@ class AdaptedLinear(nn.Module):
     lora_a: nn.Parameter
     lora_b: nn.Parameter
 
-    def with_adapter(self, y: Tensor, x: Tensor) -> Tensor:
-        """y, plus what the adapter makes of x where there is one and it is on."""
-        return self.adapter(y, x, self.lora_a, self.lora_b) if self.adapter is not None and self.adapted else y
+    @property
+    def active(self) -> Adapter | None:
+        """The adapter, if there is one and it is on."""
+        return self.adapter if self.adapted else None
+
+    def add_adapter(self, adapter: Adapter, a: Shard, b: Shard, mesh: Mesh, dtype: torch.dtype) -> None:
+        """Gives the linear its adapter and the two parameters, which hold what the shards say."""
+        self.adapter = adapter
+        self.lora_a, self.lora_b = (sharded_parameter(shard, dtype=dtype, device=mesh.device) for shard in (a, b))
+
+    def with_adapter(self, y: Tensor, x: Tensor, *more: Any) -> Tensor:
+        """y, plus what the adapter makes of x where there is one and it is on; `more` is for the adapter."""
+        return y if self.active is None else self.active(y, x, self.lora_a, self.lora_b, *more)
 
 
 def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,6 +37,14 @@ class Shard:
     duplicate: bool = False
     adapter: bool = False
     experts: bool = False
+
+
+def sharded_parameter(shard: Shard, *, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """An uninitialised parameter that holds the shard's pieces, stacked along dim 0."""
+    shape = (sum(piece.shape[0] for piece in shard.pieces), *shard.pieces[0].shape[1:])
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    parameter.shard = shard  # pyright: ignore[reportAttributeAccessIssue]
+    return parameter
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:

@@ -95,7 +95,9 @@ def run_forward_backward(
         else:
             if i == len(shapes) - 1 and before_last_backward is not None:
                 before_last_backward()
-            torch.autograd.backward(outputs.pop(i), received)
+            output = outputs.pop(i)
+            if output.requires_grad:  # a first stage may hold nothing that is trained
+                torch.autograd.backward(output, received)
             if i in inputs:
                 gradient = inputs.pop(i).grad
                 assert gradient is not None

@@ -211,7 +211,7 @@ def packed_weights(model: Model, steps: int) -> Iterator[None]:
     """Within, layers with a place for it (`packed`) multiply by a packed copy of their weight, where that pays."""
     # Packing takes about as long as it saves in 8 steps of 32 rows (benchmarks/bench_generate.py).
     layers: list[Any] = [module for module in model.modules() if steps >= 10 and hasattr(module, "packed")]
-    heads: list[Any] = [module for module in model.modules() if getattr(module, "normalised", False)]
+    heads: list[Any] = [module for module in model.modules() if getattr(module, "made", False)]
     try:
         for head in heads:
             head.frozen = head.rows()
