@@ -10,6 +10,7 @@ hold other experts, and have sent their tokens' gradients here already.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -138,28 +139,32 @@ class ShardedAdamW:
             for (counted, decayed, experts, _), lists in kinds.items()
             for named in lists
         ]
-        for bucket in self.buckets:
-            for p, view in bucket.grad_views():
-                p.register_post_accumulate_grad_hook(self._accumulate(bucket, view))
-        self.zero_grad()
-
-    def _accumulate(self, bucket: _Bucket, view: Tensor) -> Callable[[nn.Parameter], None]:
-        tied_bucket = any(p is self.tied for _, p in bucket.named)
+        self._places = {p: (bucket, view) for bucket in self.buckets for p, view in bucket.grad_views()}
+        # A parameter holds its hook where Python's collector does not look: a hook that held the optimizer would keep
+        # both, and the mesh's groups with their threads, until the process ends.
+        owner = weakref.ref(self)
 
         def hook(p: nn.Parameter) -> None:
-            assert p.grad is not None and not bucket.reduced, "a backward after the gradients were reduced"
-            if p in bucket.fresh:
-                view.copy_(p.grad)
-                bucket.fresh.discard(p)
-            else:
-                view.add_(p.grad)
-            p.grad = None
-            if self._last_backward:
-                bucket.waiting -= 1
-                if not bucket.waiting and not tied_bucket:
-                    bucket.start_reduction()
+            if (optimizer := owner()) is not None:
+                optimizer._accumulate(p)
 
-        return hook
+        for p in self._places:
+            p.register_post_accumulate_grad_hook(hook)
+        self.zero_grad()
+
+    def _accumulate(self, p: nn.Parameter) -> None:
+        bucket, view = self._places[p]
+        assert p.grad is not None and not bucket.reduced, "a backward after the gradients were reduced"
+        if p in bucket.fresh:
+            view.copy_(p.grad)
+            bucket.fresh.discard(p)
+        else:
+            view.add_(p.grad)
+        p.grad = None
+        if self._last_backward:
+            bucket.waiting -= 1
+            if not bucket.waiting and all(q is not self.tied for _, q in bucket.named):
+                bucket.start_reduction()
 
     def zero_grad(self) -> None:
         """Forgets the gradients: the next backward of each parameter overwrites its own."""

@@ -1,6 +1,8 @@
 """ShardedAdamW against torch.optim.AdamW: one rank, data-parallel ranks, bf16 with masters, clipping, averages."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -124,3 +126,20 @@ def test_a_parameter_the_loss_does_not_reach_gets_no_gradient_of_an_earlier_step
     model[0](data(1)).square().sum().backward()  # the last layer has no part in this loss
     optimizer.step(0.05)
     assert torch.equal(last.data, still)
+
+
+def test_what_no_longer_learns_is_let_go():
+    """Masters, moments and the mesh's groups are freed with the optimizer, though the parameters hold its hook."""
+    model = network()
+    optimizer = ShardedAdamW(model, build_mesh(), **SETTINGS)
+    loss_of(model, data(0)).backward()
+    optimizer.step(0.05)
+    watched = weakref.ref(optimizer), weakref.ref(optimizer.buckets[0]), weakref.ref(model)
+    del optimizer
+    gc.collect()
+    assert watched[0]() is None and watched[1]() is None
+    loss_of(model, data(1)).backward()  # as in any torch model from here on
+    assert all(p.grad is not None for p in model.parameters())
+    del model
+    gc.collect()
+    assert watched[2]() is None
