@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..engine.checkpoint import Reader, read_state
@@ -32,10 +31,10 @@ from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4
 from .config import HeadKind, ModelConfig
 from .decoder import Decoder
 from .hf import HEADS, Place, hf_name, places
+from .peft_file import PREFIX, TENSORS, PeftFile, adapter_name
 from .source import open_source
 
-PREFIX = "base_model.model."  # PEFT's, before the name of a module of the model it wraps
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 _LETTERS = {"lora_a": "A", "lora_b": "B"}
 _TARGETS: dict[tuple[str, str], Target] = {
     ("attention.qkv.weight", "q"): "q",
@@ -95,12 +94,6 @@ def check_lora(config: ModelConfig, lora: LoRA, tp: int) -> None:
             if size % (parts * BLOCK):
                 over = f" over tp={parts}" if parts > 1 else ""
                 raise ValueError(f"lora.quantize: NF4 needs rows of a multiple of {BLOCK}; {name}={size}{over} is not")
-
-
-def adapter_name(weight: str, letter: str) -> str:
-    """PEFT's name of the A or B on a weight. A part of a fused weight keeps its "#part"; PEFT knows no such thing."""
-    module, _, part = weight.partition("#")
-    return f"{PREFIX}{module.removesuffix('.weight')}{'#' * bool(part)}{part}.lora_{letter}.weight"
 
 
 def trained_name(parameter: str, part: str, config: ModelConfig, head: HeadKind = "lm") -> str:
@@ -217,16 +210,11 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
             shape or on a weight that takes no adapter.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder}: no {CONFIG}, so no PEFT adapter")
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: not JSON: {error}") from None
+    values = _values(folder)
     for key, allowed in _PLAIN.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{folder / CONFIG}: {key}={values[key]!r} is not supported; allowed: {allowed[0]!r}")
-    found = _adapter_tensors(folder)
+    found = PeftFile(folder, values, config).shapes
     modules = {adapter_name(p.name, "A"): target for target, ps in adapted_places(config, ALL).items() for p in ps}
     targets = {modules[name] for name in found if name in modules}
     try:
@@ -240,7 +228,7 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     known = _peft_targets(config, lora, "lm")
-    for key in ("target_parameters", "rank_pattern", "alpha_pattern"):
+    for key in ("rank_pattern", "alpha_pattern"):
         if values.get(key) and values[key] != known[key]:
             allowed = f"{known[key]!r} or none" if known[key] else "none"
             raise ValueError(f"{folder / CONFIG}: {key}={values[key]!r} is not supported; allowed: {allowed}")
@@ -257,15 +245,13 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
     return lora
 
 
-def _adapter_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    if not (folder / TENSORS).is_file():
-        pickled = " (adapter_model.bin is a pickle, which is not loaded: save it again with peft)"
-        raise ValueError(f"{folder}: no {TENSORS}{pickled * (folder / 'adapter_model.bin').is_file()}")
+def _values(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder}: no {CONFIG}, so no PEFT adapter")
     try:
-        with safe_open(folder / TENSORS, "pt") as source:
-            return {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS}: damaged or truncated: {error}") from None
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: not JSON: {error}") from None
 
 
 def load_adapter(model: Decoder, folder: Path | str) -> None:
@@ -281,15 +267,14 @@ def load_adapter(model: Decoder, folder: Path | str) -> None:
         one, other = getattr(theirs, key), own if key == "targets" else getattr(model.lora, key)
         if one != other:
             raise ValueError(f"{folder}: {key}={one}, the model's adapters have {other}")
-    with safe_open(Path(folder) / TENSORS, "pt") as source:
-        held = set(source.keys())
-        for name, parameter in model.named_parameters():
-            for piece, view in sinks(parameter) if parameter.requires_grad else ():
-                theirs_ = trained_name(name, piece.part, model.config, model.kind)
-                key = theirs_ if shard_of(parameter).adapter else PREFIX + theirs_
-                if key in held:
-                    cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
-                    view.copy_(source.get_slice(key)[cut])
+    held = PeftFile(Path(folder), _values(Path(folder)), model.config)
+    for name, parameter in model.named_parameters():
+        for piece, view in sinks(parameter) if parameter.requires_grad else ():
+            theirs_ = trained_name(name, piece.part, model.config, model.kind)
+            key = theirs_ if shard_of(parameter).adapter else PREFIX + theirs_
+            if key in held.shapes:
+                cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+                view.copy_(held.read(key, cut))
 
 
 @cache

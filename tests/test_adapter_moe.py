@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from peft_case import adapted, assert_near, build, held, learner, logits_of, masters, samples, train
+from peft_case import adapted, assert_near, build, held, learner, logits_of, masters, samples, save_peft, train
 from test_adapter import save
 from tiny import VOCAB
 from tiny_moe import mixture, world_of
@@ -114,6 +114,44 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(tmp_path, family, targ
     for sizes in ({}, {"tp": 2, "ep": 2}):
         for got in run_ranks(loaded, world_of(sizes), folder, tmp_path / "adapter", lora, sizes):
             assert_near(got, ours, 0)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe"])
+def test_what_peft_itself_saves_of_a_mixture_loads_back(tmp_path, family):
+    """Adapters it read from us, which it holds by the layer; and such that it made, with one A for gate and up."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = mixture(tmp_path / "base", family=family)
+    lora = LoRA(4, 8.0, ("q", *EXPERTS, "router"), rslora=True)
+    model = adapted(folder, lora)
+    export_adapter(save(learner(model), tmp_path / "run", folder, model.mesh), tmp_path / "adapter")
+
+    def again(wrapped: Any) -> Path:
+        return save_peft(wrapped, tmp_path / "again")
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = again(PeftModel.from_pretrained(base(), tmp_path / "adapter"))
+    assert read_peft(theirs, model.config) == lora
+    assert_near(masters(learner(build(folder, build_mesh(), lora, theirs))), masters(learner(model)), 0)
+
+    for parameters, targets in ((["gate_up_proj", "down_proj"], EXPERTS), (["gate_up_proj"], EXPERTS[:2])):
+        names = [f"mlp.experts.{name}" for name in parameters]
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=names)
+        wrapped: Any = get_peft_model(base(), config)
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        theirs, lora = again(wrapped), LoRA(4, 8.0, ("q", *targets))
+        assert read_peft(theirs, model.config) == lora
+        ours = build(folder, build_mesh(), lora, theirs)
+        with torch.no_grad():
+            got = ours.logits(stage_forward(ours, pack(samples(VOCAB)), None))
+        assert_near({"logits": got}, {"logits": logits_of(wrapped)})
 
 
 def test_what_peft_has_no_form_for_and_what_a_model_lacks_is_refused_by_name(tmp_path):

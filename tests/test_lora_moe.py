@@ -17,14 +17,11 @@ from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.lora import EVERY_TARGET, LoRA
 from trialign.engine.parallel.nf4 import NF4Weight
 from trialign.engine.rollout.generate import Generator, SamplingParams
-from trialign.models.adapter import (
-    adapted_places,
-    adapter_name,
-    adapter_shapes,
-)
+from trialign.models.adapter import adapted_places, adapter_shapes
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf import pieces
+from trialign.models.peft_file import adapter_name
 
 EVERY = LoRA(4, 8.0, EVERY_TARGET)
 QUANTIZED = LoRA(4, 8.0, EVERY_TARGET, quantize=True)
