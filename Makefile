@@ -67,8 +67,8 @@ COMPILED := $(foreach op,adamw attention cross_entropy cuda_emulated devices gae
 	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch kernel_docs,$(wildcard tests/test_$(op).py))
 
 test: .venv/.package $(MODEL)/config.json .venv/triton-$(OTHER_TRITON) ## the whole test suite
-	.venv/bin/pytest $(ARGS)
-	$(MAKE) --no-print-directory interpreted other-aot other-interpreted
+	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
+	$(MAKE) --no-print-directory -j2 --output-sync=target interpreted other-aot other-interpreted
 
 # The longest first, so that two cores finish together.
 KERNEL_TESTS := aot compiled-numbers other-aot sanitized interpreted other-interpreted

@@ -4,16 +4,12 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from harness import run_ranks
+from scripts import kill_after, metrics, succeed
 from tiny import VOCAB, assemble, tiny_chat_model, tiny_llama
 from trialign.algorithms.batch import Batch, Prompt, Rollout, after_prompts, pack
 from trialign.algorithms.build import build_decoder, build_learner
@@ -28,7 +24,6 @@ from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
 from trialign.models.hf import hf_name
 
-ROOT = Path(__file__).parent.parent
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
 SCORES = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0, math.nan, 0.25, 0.25])
 # All that may lie across micro-batches: sequence ratios, sample means, a KL and an importance correction of answers.
@@ -298,20 +293,6 @@ log = []
     return folder
 
 
-def command(*arguments: str, ranks: int = 1) -> list[str]:
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    return [sys.executable, *launcher, str(ROOT / "launch" / "grpo.py"), *arguments]
-
-
-def run(*arguments: str, ranks: int = 1) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(*arguments, ranks=ranks), env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     reader = Reader(folder / "checkpoints" / "step_6")
     return {name: reader.read(name) for name in reader.tensors}
@@ -319,26 +300,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_killed_and_resumed_on_other_ranks_it_ends_the_same_and_its_export_loads(setting, tmp_path):
     """The run that nothing interrupts; one that is killed and goes on alone, bit for bit; one that goes on as tp=2."""
-    said = run("--config", f"{setting}/config.toml", "--run.output", str(tmp_path / "whole"))
+    config = f"{setting}/config.toml"
+    said = succeed("grpo", "--config", config, "--run.output", str(tmp_path / "whole"))
     assert "abstains: reward function" in said and "thirteen" in said
-    metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert any(step.get("abstained") == 2 for step in metrics) and all(step["draws"] >= 1 for step in metrics)
+    steps = metrics(tmp_path / "whole")
+    assert any(step.get("abstained") == 2 for step in steps) and all(step["draws"] >= 1 for step in steps)
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("--config", f"{setting}/config.toml", "--run.output", str(killed), "--run.keep", "6"),
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while not (killed / "checkpoints" / "step_2").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after("checkpoints/step_2", killed, "grpo", "--config", config, "--run.output", str(killed), "--run.keep", "6")
     assert not (killed / "checkpoints" / "step_6").exists(), "killed too late to show anything"
-    run("--resume", str(killed))
+    succeed("grpo", "--resume", str(killed))
     expected = weights(tmp_path / "whole")
     for name, tensor in weights(killed).items():
         assert torch.equal(tensor, expected[name]), name
@@ -349,7 +320,7 @@ def test_killed_and_resumed_on_other_ranks_it_ends_the_same_and_its_export_loads
     assert sum(p.numel() for p in model.parameters()) > 0
     for last in (5, 6):
         (killed / "checkpoints" / f"step_{last}").rename(killed / f"aside_{last}")
-    run("--resume", str(killed), "--parallel.tp", "2", ranks=2)
+    succeed("grpo", "--resume", str(killed), "--parallel.tp", "2", ranks=2)
     for name, tensor in weights(killed).items():
         if "/master/" in name:
             largest = expected[name].abs().max().item()

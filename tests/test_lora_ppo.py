@@ -1,9 +1,6 @@
 """launch/ppo.py with LoRA and QLoRA from the outside: one base for actor and reference, resume, both exports."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +8,12 @@ import pytest
 import torch
 from peft_case import samples
 from safetensors.torch import load_file
+from scripts import metrics, succeed
 from tiny import VOCAB, tiny_chat_model
 from torch import Tensor
 from trialign.engine.checkpoint import Reader
 from trialign.engine.parallel.lora import LoRA
 from trialign.models.adapter import saved_adapter
-
-ROOT = Path(__file__).parent.parent
 
 
 def logits_of(peer: Any) -> Tensor:
@@ -37,15 +33,6 @@ def setting(tmp_path_factory) -> Path:
     return folder
 
 
-def script(name: str, *arguments: object, ranks: int = 1) -> str:
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    command = [sys.executable, *launcher, str(ROOT / "launch" / name), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def run(setting: Path, out: Path, *arguments: object) -> None:
     given = {
         "--model.path": setting / "model",
@@ -62,11 +49,7 @@ def run(setting: Path, out: Path, *arguments: object) -> None:
         "--run.show": 1,
         "--run.output": out,
     }
-    script("ppo.py", *(word for pair in given.items() for word in pair), *arguments)
-
-
-def steps_of(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    succeed("ppo", *(word for pair in given.items() for word in pair), *arguments)
 
 
 def test_lora_run_exports_the_merged_model_and_the_adapter(setting, tmp_path):
@@ -75,7 +58,7 @@ def test_lora_run_exports_the_merged_model_and_the_adapter(setting, tmp_path):
 
     out = tmp_path / "run"
     run(setting, out)
-    (step,) = steps_of(out)
+    (step,) = metrics(out)
     assert step["kl"] == 0  # the reference is the actor without its adapters, which begin as nothing
     assert step["ratio_min"] < 1 < step["ratio_max"]  # of the second minibatch: the first has exactly 1, or stops
     saved = Reader(out / "checkpoints" / "step_1")
@@ -94,17 +77,17 @@ def test_lora_run_exports_the_merged_model_and_the_adapter(setting, tmp_path):
 def test_qlora_run_resumes_in_another_layout_and_exports_again(setting, tmp_path):
     out = tmp_path / "run"
     run(setting, out, "--lora.quantize", "True")
-    script("ppo.py", "--resume", out, "--run.steps", 2, "--parallel.tp", 2, ranks=2)
-    steps = steps_of(out)
+    succeed("ppo", "--resume", out, "--run.steps", 2, "--parallel.tp", 2, ranks=2)
+    steps = metrics(out)
     assert [step["step"] for step in steps] == [0, 1]
     assert steps[0]["kl"] == 0 != steps[1]["kl"]
     last = out / "checkpoints" / "step_2"
     saved = saved_adapter(Reader(last), "actor")
     assert saved is not None and saved[0] == LoRA(4, 32.0, quantize=True)
     assert (out / "adapter" / "adapter_config.json").is_file()
-    script("export_hf.py", "--checkpoint", last, "--output", tmp_path / "again", "--dtype", "float32")
+    succeed("export_hf", "--checkpoint", last, "--output", tmp_path / "again", "--dtype", "float32")
     again, exported = (load_file(path / "model.safetensors") for path in (tmp_path / "again", out / "model"))
     assert again.keys() == exported.keys() and all(torch.equal(again[name], exported[name]) for name in again)
-    script("export_hf.py", "--checkpoint", last, "--output", tmp_path / "adapter", "--adapter", "--dtype", "float32")
+    succeed("export_hf", "--checkpoint", last, "--output", tmp_path / "adapter", "--adapter", "--dtype", "float32")
     one, two = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "adapter", out / "adapter"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -1,22 +1,20 @@
 """A run that is killed and resumed ends with the weights of one that was not: bit for bit, or within 1e-5 elsewhere."""
 
-import hashlib
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import ENVIRONMENT, command, digests, metrics, succeed
 from tiny import tiny_chat_model
 from trialign.engine.checkpoint import Reader
 
-ROOT = Path(__file__).parent.parent
 STEPS = 6
 
 
@@ -71,36 +69,10 @@ log = []
     return folder
 
 
-def command(*arguments: str, ranks: int = 1) -> list[str]:
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    return [sys.executable, *launcher, str(ROOT / "launch" / "ppo.py"), *arguments]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def run(*arguments: str, ranks: int = 1) -> None:
-    done = subprocess.run(
-        command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Every tensor file of the last checkpoint."""
-    last = folder / "checkpoints" / f"step_{STEPS}"
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*.safetensors"))}
-
-
-def state(folder: Path) -> dict:
-    return json.loads((folder / "checkpoints" / f"step_{STEPS}" / "state.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def whole(setting) -> Path:
     """The run that nothing interrupts."""
-    run("--config", f"{setting}/config.toml", "--run.output", f"{setting}/whole")
+    succeed("ppo", "--config", f"{setting}/config.toml", "--run.output", f"{setting}/whole")
     return setting / "whole"
 
 
@@ -112,7 +84,10 @@ def test_killed_at_a_random_point_and_resumed_it_ends_bit_for_bit_the_same(setti
     arguments = ["--config", f"{setting}/config.toml", "--run.output", str(folder)]
     for _ in range(2):
         process = subprocess.Popen(
-            command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command("ppo", *arguments),
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         before = len(list(folder.glob("checkpoints/step_*")))
         deadline = time.monotonic() + 120
@@ -124,12 +99,9 @@ def test_killed_at_a_random_point_and_resumed_it_ends_bit_for_bit_the_same(setti
         process.wait()
         arguments = ["--resume", str(folder)]
     assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
-    run(*arguments)
-    assert digests(folder) == digests(whole)
-    assert state(folder) == state(whole)
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    expected = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [(m["step"], m["reward"], m["kl"]) for m in metrics] == [(m["step"], m["reward"], m["kl"]) for m in expected]
+    succeed("ppo", *arguments)
+    assert digests(folder, STEPS) == digests(whole, STEPS)
+    assert metrics(folder) == metrics(whole)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +111,12 @@ def test_resumed_in_another_layout_it_ends_the_same_within_rounding(setting, who
     """The last two steps in another layout than the first four."""
     tp, pp, dp = layout
     folder = setting / f"moved-{tp}{pp}{dp}"
-    run("--config", f"{setting}/config.toml", "--run.output", str(folder), "--run.keep", "6")
+    succeed("ppo", "--config", f"{setting}/config.toml", "--run.output", str(folder), "--run.keep", "6")
     for step in (5, 6):
         shutil.rmtree(folder / "checkpoints" / f"step_{step}")
     sizes = ["--parallel.tp", str(tp), "--parallel.pp", str(pp), "--parallel.dp", str(dp)]
-    run("--resume", str(folder), *sizes, ranks=tp * pp * dp)
-    ours, theirs = (Reader(run_ / "checkpoints" / f"step_{STEPS}") for run_ in (folder, whole))
+    succeed("ppo", "--resume", str(folder), *sizes, ranks=tp * pp * dp)
+    ours, theirs = (Reader(run / "checkpoints" / f"step_{STEPS}") for run in (folder, whole))
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name in (name for name in theirs.tensors if "/master/" in name or "/ema/" in name):
         expected = theirs.read(name)

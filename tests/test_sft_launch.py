@@ -1,17 +1,12 @@
 """launch/sft.py from the outside: what it leaves, killed and resumed, in other layouts, and what it refuses."""
 
-import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import digests, kill_after, launch, metrics, succeed
 from tiny import tiny_chat_model
 from trialign.algorithms.dialogue import DialogueDataset
 from trialign.algorithms.sft_config import SFTConfig, SFTData, check
@@ -63,36 +58,16 @@ log = []
     return folder
 
 
-def command(*arguments: str, ranks: int = 1) -> list[str]:
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    return [sys.executable, *launcher, str(ROOT / "launch" / "sft.py"), *arguments]
-
-
-def launch(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    return subprocess.run(
-        command(*arguments, ranks=ranks), env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def steps_of(folder: Path) -> list[dict[str, float]]:
-    """The logged steps without what they cost."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = {"step", "loss", "eval_loss", "grad_norm", "lr", "epoch", "target_tokens", "entropy"}
-    return [{name: value for name, value in line.items() if name in names} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def whole(setting) -> Path:
     """The run that nothing interrupts."""
-    done = launch("--config", f"{setting}/config.toml", "--run.output", f"{setting}/whole", "--run.keep", "6")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "14 rows of" in done.stdout and "3 held out" in done.stdout and "in the data" in done.stdout
+    said = succeed("sft", "--config", f"{setting}/config.toml", "--run.output", f"{setting}/whole", "--run.keep", "6")
+    assert "14 rows of" in said and "3 held out" in said and "in the data" in said
     return setting / "whole"
 
 
 def test_what_a_run_leaves(setting, whole):
-    steps = steps_of(whole)
+    steps = metrics(whole)
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
     assert ["eval_loss" in step for step in steps] == [True, False, False, True, False, False, True]
     assert steps[-1]["eval_loss"] < steps[3]["eval_loss"] < steps[0]["eval_loss"]
@@ -122,28 +97,11 @@ def test_what_a_run_leaves(setting, whole):
 
 def test_killed_at_a_random_point_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
     folder = setting / "killed"
-    arguments = ["--config", f"{setting}/config.toml", "--run.output", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/step_*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after("checkpoints/step_*", folder, "sft", "--config", f"{setting}/config.toml", "--run.output", str(folder))
     assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
-    done = launch("--resume", str(folder))
-    assert done.returncode == 0, done.stdout + done.stderr
-
-    def digests(run: Path) -> dict[str, str]:
-        last = run / "checkpoints" / f"step_{STEPS}"
-        files = [*sorted(last.glob("*.safetensors")), last / "state.json"]
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-    assert digests(folder) == digests(whole)
-    assert steps_of(folder) == steps_of(whole)
+    succeed("sft", "--resume", str(folder))
+    assert digests(folder, STEPS) == digests(whole, STEPS)
+    assert metrics(folder) == metrics(whole)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +114,7 @@ def test_resumed_under_torchrun_in_another_layout_it_ends_the_same_within_roundi
     for step in (3, 4, 5, 6):
         shutil.rmtree(folder / "checkpoints" / f"step_{step}")
     sizes = ["--parallel.tp", str(tp), "--parallel.pp", str(pp), "--parallel.dp", str(dp)]
-    done = launch("--resume", str(folder), *sizes, ranks=2)
+    done = launch("sft", "--resume", str(folder), *sizes, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = (Reader(run / "checkpoints" / f"step_{STEPS}") for run in (folder, whole))
     assert ours.tensors.keys() == theirs.tensors.keys()
@@ -176,7 +134,7 @@ def test_what_is_wrong_is_said_once_and_before_anything_is_written(setting, tmp_
         f"{bad}:2: 'response' is empty": ("--data.sources", str(bad)),
     }
     for message, arguments in cases.items():
-        done = launch(*given, *arguments, ranks=2)
+        done = launch("sft", *given, *arguments, ranks=2)
         assert done.returncode != 0 and done.stderr.count(message) == 1, done.stderr
         assert not (tmp_path / "run").exists()
 
