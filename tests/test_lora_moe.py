@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_family
 from harness import run_ranks
 from peft_case import adapted, assert_near, build, held, learner, masters, samples, train
 from tiny import VOCAB
@@ -72,16 +73,36 @@ def test_logits_gradients_and_a_step_are_those_of_the_merged_weights(folder):
     assert_near({n.removeprefix("master/"): t for n, t in ours.items() if n.startswith("master/")}, dict(leaves), 1e-4)
 
 
-def two_steps(rank: int, world: int, folder: Path, lora: LoRA, sizes: dict[str, Any]) -> dict[str, Tensor]:
-    return held(train(adapted(folder, lora, sizes), 2))
+def test_a_normalised_head_is_that_of_the_merged_weights(tmp_path):
+    """Baichuan2's: rows and their adapter are normalised together; over tp each rank takes its own rows' lengths."""
+    folder, lora = tiny_family(tmp_path, "baichuan2-7b"), LoRA(2, 4.0, ("head",))
+    before = {n: t.clone() for n, t in masters(learner(adapted(folder, lora))).items()}
+    a, b = (adapter_name("lm_head.weight", letter) for letter in "AB")
+    dw = held(train(merged(folder, lora, before), 1))["grad/lm_head.weight"]
+    expected = {a: lora.scale * before[b].t() @ dw, b: lora.scale * dw @ before[a].t()}
+    alone = steps_taken(0, 1, folder, lora, {}, 1)
+    assert_near({name: alone[f"grad/{name}"] for name in expected}, expected)
+    for got in run_ranks(steps_taken, 2, folder, lora, {"tp": 2}, 1):
+        assert_near(got, alone)
+
+
+def steps_taken(
+    rank: int, world: int, folder: Path, lora: LoRA, sizes: dict[str, Any], steps: int = 2, recompute: bool = False
+) -> dict[str, Tensor]:
+    return held(train(adapted(folder, lora, sizes, recompute=recompute), steps))
 
 
 @pytest.mark.parametrize("lora", [EVERY, QUANTIZED], ids=["lora", "qlora"])
 def test_layouts_equal_one_process_after_two_steps(folder, lora):
-    alone = two_steps(0, 1, folder, lora, {})
+    alone = steps_taken(0, 1, folder, lora, {})
     for sizes in LAYOUTS:
-        for got in run_ranks(two_steps, world_of(sizes), folder, lora, sizes):
+        for got in run_ranks(steps_taken, world_of(sizes), folder, lora, sizes):
             assert_near(got, alone, 3e-5)
+
+
+@pytest.mark.parametrize("lora", [EVERY, QUANTIZED], ids=["lora", "qlora"])
+def test_recomputation_does_not_matter(folder, lora):
+    assert_near(steps_taken(0, 1, folder, lora, {}, recompute=True), steps_taken(0, 1, folder, lora, {}))
 
 
 @pytest.mark.parametrize(
@@ -89,11 +110,11 @@ def test_layouts_equal_one_process_after_two_steps(folder, lora):
 )
 def test_some_targets_where_a_stage_may_have_nothing_to_train(tmp_path, targets):
     folder, lora = mixture(tmp_path, mlp_only_layers=[0], tied=True), LoRA(2, 4.0, targets)
-    alone = two_steps(0, 1, folder, lora, {})
+    alone = steps_taken(0, 1, folder, lora, {})
     assert {n.removeprefix("grad/") for n in alone if n.startswith("grad/")} == set(
         adapter_shapes(ModelConfig.from_hf(folder), lora)
     )
-    for got in run_ranks(two_steps, 2, folder, lora, {"pp": 2}):
+    for got in run_ranks(steps_taken, 2, folder, lora, {"pp": 2}):
         assert_near(got, alone, 3e-5)
 
 
