@@ -82,8 +82,9 @@ def run(bench: Bench, side: Side, folder: Path) -> dict[str, Any]:
     ours, theirs = Times([], []), Times([], [])
     try:
         chosen = trl.read() if trl else {}
-        for tried in chosen.get("tried", ()):
-            print(f"TRL with {tried['settings']}: {tried['seconds']:.2f} s a step", flush=True)
+        while trl and "versions" not in chosen:
+            print(f"TRL with {json.dumps(chosen['settings'])}: {chosen['seconds']:.2f} s a step", flush=True)
+            chosen = trl.read()
         for turn in range(bench.turns + 1):
             numbers = range(turn * bench.steps, (turn + 1) * bench.steps)
             tokens = sum(side.tokens[number] for number in numbers)

@@ -1,8 +1,8 @@
 """A peer that is timed beside us: a script in the interpreter of its own environment, started once, asked for turns.
 
-The script is given a JSON file that says what to do. On its standard output it writes one JSON object a line: first
-what it chose, then one for each line it reads. What libraries print goes to its standard error, which is kept in a file
-and shown where the script ends before its time.
+The script is given a JSON file that says what to do. On its standard output it writes one JSON object a line: some
+before the turns, as it likes, then one for each line it reads. What libraries print goes to its standard error, which
+is kept in a file and shown where the script ends before its time.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ JOB: the fields of bench_preference.py, and "rows", in the order of the steps: o
 chosen_ids and rejected_ids, of dpo prompt_ids, chosen_ids and rejected_ids, of kto prompt_ids, completion_ids and
 label, of grpo prompts as text. Before the turns each of TRL's settings that can matter on a CPU makes two steps, and
 the one whose second took the least is taken: bf16 weights or float32 ones under bf16 autocast; rows a micro-batch, for
-small ones hold less padding; of SFT batches flattened to one sequence without padding. Gradient checkpointing, logging
-and saving are off. There is no liger-kernel for CPUs.
+small ones hold less padding; of SFT batches flattened to one sequence without padding; of GRPO transformers' continuous
+batching instead of its generate. Gradient checkpointing, logging and saving are off. There is no liger-kernel for CPUs.
 """
 
 # pyright: reportMissingImports=false
@@ -35,6 +35,8 @@ def variants(job: JSON) -> list[JSON]:
     made = [{"weights": kind, "micro": size} for kind, size in product(weights, sizes)]
     if job["algorithm"] == "sft":
         made += [{"weights": kind, "micro": job["batch"], "padding_free": True} for kind in weights]
+    if job["algorithm"] == "grpo":
+        made += [{"weights": kind, "micro": job["batch"], "continuous": True} for kind in weights]
     return made
 
 
@@ -77,6 +79,11 @@ def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
             "beta": 0.0,
         }
         more["reward_funcs"] = variety
+        if settings.get("continuous", False):  # its cache takes all memory where nothing is said
+            longest = job["max_tokens"] + job["new_tokens"]
+            pages = {"page_size": 16, "num_blocks": job["batch"] * -(-longest // 16)}
+            options["use_transformers_continuous_batching"] = True
+            options["transformers_continuous_batching_config"] = pages | {"max_batch_tokens": 4 * longest}
     else:
         free = settings.get("padding_free", False)
         options |= {"train_sampling_strategy": "sequential", "max_length": None if free else job["max_tokens"]}
@@ -144,10 +151,13 @@ def main(path: str) -> None:
 
     torch.set_num_threads(job["threads"])
     transformers.logging.set_verbosity_error()
-    tried, settings = [], job["settings"]
+    settings = job["settings"]
     if settings is None:
-        tried = [{"settings": each, "seconds": try_out(job, each)} for each in variants(job)]
-        settings = min(tried, key=lambda each: each["seconds"])["settings"]
+        seconds = []
+        for each in variants(job):
+            seconds.append(try_out(job, each))
+            say(settings=each, seconds=seconds[-1])
+        settings = variants(job)[seconds.index(min(seconds))]
     size = job["batch"] // (job["group"] if job["algorithm"] == "grpo" else 1)
     trainer = trainer_of(job, settings, job["rows"], len(job["rows"]) // size)
 
@@ -177,7 +187,7 @@ def main(path: str) -> None:
 
     trainer.add_callback(Turns())
     versions = f"TRL {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    say(settings=settings, tried=tried, versions=versions)
+    say(settings=settings, versions=versions)
     trainer.train()
 
 

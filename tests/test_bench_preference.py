@@ -104,7 +104,8 @@ def test_bad_arguments_are_named(folder, changes, message):
 PEER = """
 import json, sys
 job = json.load(open(sys.argv[1]))
-print(json.dumps({"versions": "none", "settings": {"micro": 1}, "tried": []}), flush=True)
+print(json.dumps({"settings": {"micro": 2}, "seconds": 3.0}), flush=True)
+print(json.dumps({"settings": {"micro": 1}, "versions": "none"}), flush=True)
 for turn, line in enumerate(sys.stdin):
     first = turn * job["steps"] * job["batch"]
     rows = job["rows"][first : first + job["steps"] * job["batch"]]
@@ -129,7 +130,8 @@ def test_the_last_line_has_the_ratio(folder, stand_in, capsys):
     report = json.loads(lines[-1])
     assert report["ratio"] == pytest.approx(report["tokens_per_s"] / report["trl_tokens_per_s"], rel=0.1)
     assert report["ratio"] > 1 and report["settings"] == {"micro": 1}
-    assert [line.split()[:2] for line in lines[:-1]] == [["turn", str(i)] for i in range(3)]
+    assert lines[0] == 'TRL with {"micro": 2}: 3.00 s a step'
+    assert [line.split()[:2] for line in lines[1:-1]] == [["turn", str(i)] for i in range(3)]
 
 
 def test_a_peer_that_counts_other_tokens_ends_the_run(folder, stand_in):
