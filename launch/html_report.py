@@ -65,7 +65,7 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
         done: stage -> what stages.json says of it.
     """
     root, parts = Path(config.run.folder), stages(config)
-    before, after = (answers(root / "evaluation" / "completions.jsonl", m, config) for m in models(config))
+    before, after = compared(config, root / "evaluation" / "completions.jsonl")
     metrics = {name: read_metrics(root / name / "metrics.jsonl") for name in ("sft", "reward", "ppo")}
     for step in metrics["ppo"]:
         step |= {LEARNED: step["reward/model"], TRUE: true_reward(config, step, "reward/")}
@@ -123,10 +123,18 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
     )
 
 
-def models(config: RLHFConfig) -> tuple[str, str]:
-    """The folders of the model before PPO and after it."""
-    evaluated = stages(config).evaluation.model
-    return evaluated.against, evaluated.path
+def compared(config: RLHFConfig, path: Path) -> tuple[list[Answered], list[Answered]]:
+    """The answers before PPO and after it to the same prompts: those that every reward has a score for on both sides.
+
+    Raises:
+        ValueError: there are none.
+    """
+    models = stages(config).evaluation.model
+    before, after = (answers(path, model, config) for model in (models.against, models.path))
+    both = {answer.source for answer in before} & {answer.source for answer in after}
+    if not both:
+        raise ValueError(f"{path}: no prompt has answers of both models that every reward has a score for")
+    return [a for a in before if a.source in both], [a for a in after if a.source in both]
 
 
 def answers(path: Path, model: str, config: RLHFConfig) -> list[Answered]:

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +12,7 @@ from statistics import fmean
 import pytest
 import torch
 from samples import write_jsonl
-from scripts import ROOT, digests, kill_after, launch, metrics, options, succeed
+from scripts import ROOT, digests, kill_after, metrics, options, succeed
 from tiny import tiny_chat_model
 from trialign.algorithms.labelling import label, read_labelled, split_prompts
 from trialign.algorithms.rlhf_config import (
@@ -202,6 +201,12 @@ show = 3
     return folder
 
 
+@pytest.fixture
+def launched(monkeypatch) -> None:
+    """Modules of launch/ can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+
+
 def arguments(setting: Path, name: str) -> tuple[object, ...]:
     return "--config", setting / "config.toml", "--run.output", setting / name
 
@@ -259,9 +264,16 @@ def test_killed_in_two_stages_and_resumed_it_ends_bit_for_bit_the_same(setting, 
     assert ours == theirs
     assert (folder / "report.html").exists()
 
-    changed = launch("rlhf", "--resume", folder, "--reward.optimizer.lr", "0.5")
-    assert changed.returncode != 0
-    assert "reward.optimizer.lr=0.5: the stage reward is finished and had 0.001; a new run.output" in changed.stderr
+
+def test_a_finished_stage_keeps_its_config(whole, launched):
+    rlhf = importlib.import_module("rlhf")
+    config, done = load(RLHFConfig, whole / "config.toml"), rlhf.finished_here(whole)
+    rlhf.same_as_finished(replace(config, parallel=replace(config.parallel, tp=2)), done)
+    other = replace(config.reward, optimizer=replace(config.reward.optimizer, lr=0.5))
+    with pytest.raises(ValueError, match="reward.optimizer.lr=0.5: the stage reward is finished and had 0.001; a new"):
+        rlhf.same_as_finished(replace(config, reward=other), done)
+    del done["reward"]
+    rlhf.same_as_finished(replace(config, reward=other), done)
 
 
 def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole):
@@ -348,13 +360,7 @@ def test_the_report_holds_curves_samples_and_the_whole_config(whole):
     assert f"torch {torch.__version__}" in page.text
 
 
-@pytest.fixture
-def html_report(monkeypatch) -> Iterator:
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    yield importlib.import_module("html_report")
-
-
-def test_what_a_model_writes_is_not_read_as_html(setting, whole, html_report):
+def test_what_a_model_writes_is_not_read_as_html(setting, whole, launched):
     folder = setting / "hostile"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoints*", "model*"))
     path = folder / "evaluation" / "completions.jsonl"
@@ -363,11 +369,15 @@ def test_what_a_model_writes_is_not_read_as_html(setting, whole, html_report):
     write_jsonl(path, rows)
     config = load(RLHFConfig, folder / "config.toml")
     config = replace(config, run=replace(config.run, output=str(folder)))
-    page = Page(html_report.page(config, json.loads((folder / "stages.json").read_text())))
+    html_report, done = importlib.import_module("html_report"), json.loads((folder / "stages.json").read_text())
+    page = Page(html_report.page(config, done))
     assert not page.named("script") and "<script>alert(1)</script>" in page.text
+    write_jsonl(path, [row | {"rewards": dict.fromkeys(row["rewards"])} for row in rows])
+    with pytest.raises(ValueError, match="no prompt has answers of both models that every reward has a score for"):
+        html_report.page(config, done)
 
 
-def test_numbers_on_an_axis_can_be_told_apart(html_report):
+def test_numbers_on_an_axis_can_be_told_apart(launched):
     charts = importlib.import_module("charts")
     assert [text for _, text in charts.ticks(-0.11, 0.42, 4)] == ["0.00", "0.15", "0.30"]
     assert [text for _, text in charts.ticks(0, 20, 6, whole=True)] == ["0", "4", "8", "12", "16", "20"]
@@ -376,7 +386,7 @@ def test_numbers_on_an_axis_can_be_told_apart(html_report):
     assert len({text for _, text in wide}) == len(wide)
 
 
-def test_a_chart_leaves_out_what_a_step_lacks_and_keeps_labels_apart(html_report):
+def test_a_chart_leaves_out_what_a_step_lacks_and_keeps_labels_apart(launched):
     charts, report = importlib.import_module("charts"), importlib.import_module("report")
     panel = report.Panel(
         "Loss", "nats", (report.Line("a", "#111111"), report.Line("b", "#222222", "held out", points=True))
