@@ -97,4 +97,16 @@ T* out(const Tensor& tensor) {
 #define CHECK_CONTIGUOUS(tensor) STD_TORCH_CHECK((tensor).is_contiguous(), "trialign: " #tensor " must be contiguous")
 #define CHECK_SAME_DTYPE(a, b) STD_TORCH_CHECK((a).scalar_type() == (b).scalar_type(), "trialign: " #a " and " #b " differ in dtype")
 
+// Where packed sequences begin: in order and within `total` tokens, so that nothing is read out of bounds.
+inline const int64_t* starts_of(const Tensor& cu_seqlens, int64_t total, int64_t longest) {
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Long && cu_seqlens.is_contiguous() && cu_seqlens.numel() > 0,
+                  "trialign: cu_seqlens must be int64 and contiguous");
+  const int64_t *starts = cu_seqlens.const_data_ptr<int64_t>(), last = cu_seqlens.numel() - 1;
+  STD_TORCH_CHECK(starts[0] >= 0 && starts[last] <= total, "cu_seqlens must lie within 0 and ", total);
+  for (int64_t i = 0; i < last; ++i)
+    STD_TORCH_CHECK(starts[i] <= starts[i + 1] && starts[i + 1] - starts[i] <= longest, "document ", i, " has ",
+                    starts[i + 1] - starts[i], " tokens, allowed are 0 to ", longest);
+  return starts;
+}
+
 }  // namespace

@@ -112,8 +112,10 @@ def test_refusals():
         packed_attention(q, k, v, cu, 4, 1.0)
     if has_op("attention"):
         q, k, v, _, _ = inputs([4], 4, 4, 8, torch.float32)
-        with pytest.raises(RuntimeError, match="must run from 0 to 4"):
+        with pytest.raises(RuntimeError, match="must lie within 0 and 4"):
             packed_attention(q, k, v, torch.tensor([0, 5]), 4, 1.0)
+        with pytest.raises(RuntimeError, match="must run from 0 to 4"):
+            packed_attention(q, k, v, torch.tensor([0, 3]), 4, 1.0)
         with pytest.raises(RuntimeError, match="document 0 has 4 tokens, allowed are 0 to 3"):
             packed_attention(q, k, v, torch.tensor([0, 4]), 3, 1.0)
 

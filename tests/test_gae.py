@@ -97,6 +97,19 @@ def test_tokens_past_2_to_the_31():
         assert torch.equal(mine[start:], near)
 
 
+@pytest.mark.skipif(not has_op("gae"), reason="trialign._C is not built")
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [([0, 9], "within 0 and 8"), ([-1, 8], "within 0 and 8"), ([0, 5, 3, 8], "document 1 has -2 tokens")],
+)
+def test_sequences_that_do_not_fit_are_refused(cu_seqlens, message):
+    rewards, values, mask, _ = case([8], 0)
+    with pytest.raises(RuntimeError, match=message):
+        gae(rewards, values, mask, torch.tensor(cu_seqlens), 0.99, 0.95)
+    with pytest.raises(RuntimeError, match="differ in length"):
+        gae(rewards, values[:7], mask, torch.tensor([0, 8]), 0.99, 0.95)
+
+
 def test_gamma_and_lambda_one_is_reward_to_go():
     rewards, values, mask, cu_seqlens = case([5, 9], 0)
     advantages, returns = gae(rewards, values, mask, cu_seqlens, 1.0, 1.0)

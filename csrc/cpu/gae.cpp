@@ -70,10 +70,11 @@ struct Scan {
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens,
                                double gamma, double lam) {
   const int64_t total = rewards.numel(), sequences = cu_seqlens.numel() - 1;
+  const int64_t* starts = starts_of(cu_seqlens, total, total);
+  STD_TORCH_CHECK(values.numel() == total && mask.numel() == total, "trialign: rewards, values and mask differ in length");
   Tensor advantages = fresh(rewards, {total}, ScalarType::Float), returns = fresh(rewards, {total}, ScalarType::Float);
   Scan scan{rewards.const_data_ptr<float>(), values.const_data_ptr<float>(), mask.const_data_ptr<bool>(),
             advantages.mutable_data_ptr<float>(), returns.mutable_data_ptr<float>(), float(gamma), float(gamma * lam)};
-  const int64_t* starts = cu_seqlens.const_data_ptr<int64_t>();
   double power = 1;
   for (int lane = VW - 1; lane >= 0; --lane) scan.reach[lane] = float(power *= gamma * lam);
   for (int i = 0; i < 4; ++i) scan.powers[i] = splat(float(std::pow(gamma * lam, 1 << i)));
