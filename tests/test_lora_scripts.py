@@ -1,5 +1,5 @@
-"""LoRA in every script that learns and has no test of it elsewhere: only adapters are held, the base stays as it was,
-and the adapter on the base is the merged model. PPO, SFT and DPO: test_lora_ppo, test_lora_sft, test_preference_launch."""
+"""LoRA in every script that learns and has no test of it elsewhere (PPO, SFT, DPO: test_lora_ppo, test_lora_sft,
+test_preference_launch): only adapters are held, the base stays, and the adapter on the base is the merged model."""
 
 import json
 from pathlib import Path
