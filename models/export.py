@@ -19,6 +19,7 @@ from ..engine.safetensors_io import fsync, write_stream
 from .adapter import merger, same_base, saved_adapter
 from .config import HeadKind, ModelConfig, model_folder
 from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
+from .tokenizer import is_bare, sentencepiece_tokenizer
 from .translate import Target, Translated, translate_config
 
 ExportRole = Literal["actor", "critic", "reward"]
@@ -30,6 +31,24 @@ def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
     kept = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
     found = sorted(p for p in model_folder(folder).iterdir() if p.is_file() and p.suffix in kept)
     return {prefix + p.name: p for p in found if not p.name.endswith(".index.json")}
+
+
+def copy_assets(source: Path | str, target: Path) -> None:
+    """Copies `assets`, and makes the tokenizer one that is read without code: a sentencepiece model alone gets a
+    tokenizer.json beside it, and `auto_map`, whose code stays behind, is left out where there is one.
+
+    Raises:
+        ValueError: a sentencepiece model that cannot be read.
+    """
+    for name, path in assets(source).items():
+        shutil.copyfile(path, target / name)
+    if is_bare(target):
+        sentencepiece_tokenizer(target).save_pretrained(target)
+    settings = target / "tokenizer_config.json"
+    if settings.is_file() and (target / "tokenizer.json").is_file():
+        values = json.loads(settings.read_text(encoding="utf-8"))
+        if values.pop("auto_map", None):
+            _write_json(settings, values)
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -102,8 +121,7 @@ def export_hf(
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         for file, names in zip(files, shards, strict=True):
             write_stream(aside / file, {name: (dtype, shapes[name]) for name in names}, map(converted, names))
-        for name, source in assets(asset_folder).items():
-            shutil.copyfile(source, aside / name)
+        copy_assets(asset_folder, aside)
         _write_json(aside / "config.json", config.to_hf_dict(head, str(dtype).removeprefix("torch.")))
         for path in (*aside.iterdir(), aside):
             fsync(path)

@@ -16,11 +16,10 @@ from ..engine.mesh import mesh_as
 from ..engine.parallel.shard import shard_of
 from .config import check_layout
 from .decoder import Decoder
-from .export import assets
+from .export import assets, copy_assets
 from .gguf_file import GGUFFile
 from .hf import Place, places
 from .source import Source, open_source
-from .tokenizer import is_bare, sentencepiece_tokenizer
 
 
 def import_checkpoint(
@@ -68,19 +67,13 @@ def import_checkpoint(
         return piece.to(entry.tensor.dtype)
 
     with ExitStack() as stack:
-        kept = {} if isinstance(source, GGUFFile) else assets(model, f"{role}/")
         made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        _make_assets(model, source, made)
+        if isinstance(source, GGUFFile):
+            values = config.to_hf_dict()
+            (made / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            source.tokenizer().save_pretrained(made)
+        else:
+            copy_assets(model, made)
         state = {"imported_from": str(model), "tp": tp, "pp": pp}
-        write(output, map(entries, range(tp * pp)), numbers, state, kept | assets(made, f"{role}/"))
+        write(output, map(entries, range(tp * pp)), numbers, state, assets(made, f"{role}/"))
     return source, role
-
-
-def _make_assets(model: Path, source: Source, made: Path) -> None:
-    """What the source lacks of a model's folder: a GGUF file's config and tokenizer, a sentencepiece model's."""
-    if isinstance(source, GGUFFile):
-        values = source.config.to_hf_dict()
-        (made / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        source.tokenizer().save_pretrained(made)
-    elif is_bare(model):
-        sentencepiece_tokenizer(model).save_pretrained(made)

@@ -20,7 +20,7 @@ from trialign.algorithms.build import load_tokenizer
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.export import export_checkpoint
+from trialign.models.export import export_checkpoint, export_hf
 from trialign.models.hf import hf_shapes, load_hf, pieces
 from trialign.models.importing import import_checkpoint
 from trialign.models.tokenizer import read_tokenizer
@@ -301,12 +301,18 @@ def test_a_bare_sentencepiece_model_is_carried_through(dummy_prefix, tmp_path):
 
     folder = tiny_llama(tmp_path / "folder", vocab_size=400)
     sentencepiece_model(folder, add_dummy_prefix=dummy_prefix)
+    settings = {"tokenizer_class": "BaichuanTokenizer", "auto_map": {"AutoTokenizer": ["code.BaichuanTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     import_checkpoint(folder, tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    shape = ModelConfig.from_hf(folder)  # and as a run does, whose checkpoints carry the folder's own files
+    export_hf(tmp_path / "run", shape, tensors_of(folder), folder)
+    for place in (tmp_path / "checkpoint" / "assets" / "actor", tmp_path / "out", tmp_path / "run"):
+        assert (place / "tokenizer.json").is_file()
+        assert "auto_map" not in json.loads((place / "tokenizer_config.json").read_text())
     original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    config = ModelConfig.from_hf(folder)
-    tokenizers = [load_tokenizer(str(tmp_path / place), config) for place in ("folder", "checkpoint", "out")]
-    tokenizers.append(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    tokenizers = [load_tokenizer(str(tmp_path / place), shape) for place in ("folder", "checkpoint", "out", "run")]
+    tokenizers += [AutoTokenizer.from_pretrained(tmp_path / place) for place in ("out", "run")]
     draw = random.Random(1)
     for _ in range(300):
         text = "".join(draw.choices("the cat sat on mat 你好世界 \n\t  0123🙂éï", k=draw.randint(0, 25)))
