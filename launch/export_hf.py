@@ -11,11 +11,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from trialign.models.adapter import export_adapter
+from trialign.models.config import checkpoint_role
 from trialign.models.export import ExportRole, export_checkpoint
 
 
@@ -25,8 +26,9 @@ class Export:
     """A checkpoint of a run: RUN/checkpoints/step_N."""
     output: Path
     """The folder to write: a new or an empty one."""
-    role: ExportRole = "actor"
-    """The policy (AutoModelForCausalLM), or the critic (AutoModelForSequenceClassification with one score a token)."""
+    role: ExportRole | None = None
+    """The policy (AutoModelForCausalLM), the critic or the reward model (AutoModelForSequenceClassification with one
+    score a token). None: the actor, or what there is where the checkpoint has none."""
     weights: Literal["master", "ema"] = "master"
     """The trained weights, or their moving average where the run kept one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -41,7 +43,8 @@ class Export:
 
 
 def main(config: Export) -> None:
-    options = {"role": config.role, "weights": config.weights, "dtype": getattr(torch, config.dtype)}
+    role = config.role or checkpoint_role(config.checkpoint) or "actor"
+    options: dict[str, Any] = {"role": role, "weights": config.weights, "dtype": getattr(torch, config.dtype)}
     family = None if config.family == "own" else config.family
     if config.adapter and family:
         raise ValueError(f"--adapter writes adapters of the model as it is; --as {family} goes with whole models")
@@ -50,7 +53,7 @@ def main(config: Export) -> None:
     else:
         export_checkpoint(config.checkpoint, config.output, **options, base=config.base, family=family)
     kind = ", adapters" * config.adapter + (f", as {family}" if family else "")
-    print(f"{config.output}: {config.role}, {config.weights}, {config.dtype}{kind}")
+    print(f"{config.output}: {role}, {config.weights}, {config.dtype}{kind}")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, folder: Path | str) -> ModelConfig:
-        """Reads `folder`/config.json.
+        """Reads `folder`/config.json; of a checkpoint that of the role it stands for, with this role's head.
 
         Raises:
             ValueError: no such folder or file, not JSON, an unsupported architecture or feature, a missing or
@@ -139,9 +139,11 @@ class ModelConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
         try:
-            return cls.from_hf_dict(values)
+            config = cls.from_hf_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        # A critic's or a reward model's config.json is that of the language model it began as.
+        return config.with_head("score") if checkpoint_role(folder) in ("critic", "reward") else config
 
     @classmethod
     def from_hf_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -159,12 +161,12 @@ class ModelConfig:
 
 
 def checkpoint_role(path: Path | str) -> str | None:
-    """The role whose model a checkpoint stands for: its actor, or its critic where it has no other; None for a path
-    that is no checkpoint."""
+    """The role whose model a checkpoint stands for: its actor, or its critic or reward model where it has none; None
+    for a path that is no checkpoint."""
     held = Path(path) / "assets"
     if not (held.parent / "SHA256SUMS").is_file():
         return None
-    return next((role for role in ("actor", "critic") if (held / role / "config.json").is_file()), None)
+    return next((role for role in ("actor", "critic", "reward") if (held / role / "config.json").is_file()), None)
 
 
 def model_folder(path: Path | str) -> Path:

@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 def open_source(path: Path | str) -> Source:
-    """What `path` is: a GGUF file, a checkpoint (its actor's weights, a critic's where it has no actor), or a folder.
+    """What `path` is: a GGUF file, a checkpoint (the weights of its `checkpoint_role`), or a folder.
 
     Raises:
         ValueError: a file or tensor that is missing, damaged, of another shape or not of the model; naming it.
@@ -79,10 +79,8 @@ class CheckpointSource:
         self.reader, self.prefix = Reader(path), f"{role}/master/"
         for name in (name for name in self.reader.sums if name.startswith(f"assets/{role}/")):
             self.reader.check(name)
-        config = ModelConfig.from_hf(path)
+        self.config = ModelConfig.from_hf(path)
         held = {n.removeprefix(self.prefix) for n in self.reader.tensors if n.startswith(self.prefix)}
-        # A critic's config.json is that of the language model it began as.
-        self.config = config if HEADS["score"].theirs not in held else config.with_head("score")
         shapes = part_shapes(self.config, self.config.head)
         extra = held - shapes.keys()
         for what, names in (("lacks", shapes.keys() - held), ("holds what the model has no place for:", extra)):

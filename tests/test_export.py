@@ -18,6 +18,8 @@ from harness import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch import Tensor
+from trialign.algorithms.build import build_decoder, read_shape
+from trialign.algorithms.config import ParallelConfig, RunConfig
 from trialign.engine.checkpoint import save
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optimizer import ShardedAdamW
@@ -25,6 +27,7 @@ from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.export import Lazy, assets, export_checkpoint, export_hf
 from trialign.models.hf import hf_name, hf_shapes, load_hf, pieces
+from trialign.models.importing import import_checkpoint
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -187,6 +190,27 @@ def test_script_exports_the_critic(folders, checkpoint, tmp_path):
     critic = Decoder(ModelConfig.from_hf(out), build_mesh(), dtype=torch.float32, head="score")
     load_hf(critic, out)
     assert critic.head is not None and torch.equal(critic.head.weight, score)
+
+
+def test_a_reward_models_checkpoint_stands_where_a_folder_may(folders, tmp_path):
+    """A reward model's run begins at a language model, whose config.json its checkpoints carry."""
+    mesh, config = build_mesh(), ModelConfig.from_hf(folders["tied"])
+    model = Decoder(config, mesh, dtype=torch.float32, head="score")
+    load_hf(model, folders["tied"], new_head="normal")
+    entries = ShardedAdamW(model, mesh).entries("reward", partial(hf_name, config=config, head="score"))
+    save(tmp_path, 3, entries, {}, mesh, keep=1, assets=assets(folders["tied"], "reward/"))
+    run_folder = ParallelConfig(), RunConfig(output=str(tmp_path / "run"))
+    shape = read_shape(str(tmp_path / "step_3"), *run_folder)  # as reward.models is read
+    assert shape.head == "score"
+    assert import_checkpoint(tmp_path / "step_3", tmp_path / "imported")[1] == "critic"
+    result = run(
+        "export_hf.py", "--checkpoint", tmp_path / "step_3", "--output", tmp_path / "out", "--dtype", "float32"
+    )
+    assert result.returncode == 0, result.stderr
+    expected = {name: view for name, _, view in pieces(model)}
+    for place in ("step_3", "imported", "out"):
+        theirs = build_decoder(str(tmp_path / place), shape, mesh, "float32", head="score")
+        assert same_bits({name: view for name, _, view in pieces(theirs)}, expected)
 
 
 def spoil(path: Path) -> None:
