@@ -19,7 +19,7 @@ from ..models.config import HeadKind, ModelConfig, check_layout
 from ..models.decoder import Decoder
 from ..models.hf import load_hf
 from ..models.tokenizer import read_tokenizer
-from .config import LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
+from .config import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
 from .grpo import GroupRoles
 from .grpo_config import GRPOConfig
 from .ppo import Roles
@@ -147,7 +147,12 @@ def build_learner(
     temperature: float = 1.0,
     name: str = "actor",
 ) -> Learner:
-    """A trained model with its optimizer and a schedule over `updates` steps. `name` is for messages."""
+    """A trained model with its optimizer and a schedule over `updates` steps. `name` is for messages.
+
+    Raises:
+        ValueError: router losses are weighed in a model without experts.
+    """
+    weigh_router(model, settings, name)
     optimizer = ShardedAdamW(
         model,
         model.mesh,
@@ -160,6 +165,21 @@ def build_learner(
         name=name,
     )
     return Learner(model, optimizer, schedule(settings, updates), temperature)
+
+
+def weigh_router(model: Decoder, settings: OptimizerConfig, name: str) -> None:
+    """Gives a model with experts the weights of its router losses.
+
+    Raises:
+        ValueError: one is set and the model has no experts.
+    """
+    aux, z, moe = settings.router_aux_coef, settings.router_z_coef, model.config.moe
+    if moe is not None:
+        model.weigh_router(moe.aux_coef if aux == AS_CONFIG else aux, z)
+        return
+    for knob, value, off in (("router_aux_coef", aux, AS_CONFIG), ("router_z_coef", z, 0.0)):
+        if value != off:
+            raise ValueError(f"{knob}={value}: must be {off:g}, for the {name} model has no experts")
 
 
 def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -> Roles:

@@ -13,6 +13,9 @@ from typing import Literal
 from ..engine.mesh import check_layout
 from ..engine.parallel.lora import TARGETS, Choice, LoRA
 
+AS_CONFIG = -1.0
+"""what config.json says"""
+
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
     """Refuses an impossible value, naming it and what is allowed. NaN fails every comparison, so it is refused too."""
@@ -236,7 +239,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule, over the updates of the whole run."""
+    """AdamW and its schedule, over the updates of the whole run; the weights of a mixture's router losses."""
 
     lr: float = 1e-6
     """peak learning rate [O, V]"""
@@ -254,6 +257,10 @@ class OptimizerConfig:
     """where the decay ends, as a share of lr [O]"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this global norm (0: off)"""
+    router_aux_coef: float = AS_CONFIG
+    """weight of the load-balancing loss of a model with experts (-1: router_aux_loss_coef of its config.json)"""
+    router_z_coef: float = 0.0
+    """weight of the z-loss of the router of a model with experts (0: off; ST-MoE has 0.001)"""
 
     def __post_init__(self) -> None:
         require(0 <= self.lr < math.inf, "lr", self.lr, "0 or more")
@@ -263,6 +270,11 @@ class OptimizerConfig:
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("warmup_ratio", "min_lr_ratio"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        aux, z = self.router_aux_coef, self.router_z_coef
+        require(
+            aux == AS_CONFIG or 0 <= aux < math.inf, "router_aux_coef", aux, "-1 (as config.json says) or 0 or more"
+        )
+        require(0 <= z < math.inf, "router_z_coef", z, "0 (off) or more")
 
 
 @dataclass(frozen=True)

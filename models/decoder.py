@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -262,6 +263,15 @@ class Decoder(nn.Module):
             "window": self.config.window_of(int(list(self.layers)[layer])),
             "alibi_slopes": self.alibi_slopes,
         }
+
+    def weigh_router(self, aux_coef: float, z_coef: float) -> None:
+        """Sets what an update multiplies the router's two losses by (models/moe.py); for models with experts."""
+        assert self.config.moe is not None
+        moe = replace(self.config.moe, aux_coef=aux_coef, z_coef=z_coef)
+        self.config = replace(self.config, moe=moe)
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.moe = moe
 
     def head_weight(self) -> Tensor:
         """What logits are made with, [vocab/tp, width]: differentiable; last stage only."""

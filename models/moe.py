@@ -9,7 +9,8 @@ Two losses keep the router sound; T are the tokens of the whole batch, and both 
     load balancing (Switch, https://arxiv.org/abs/2101.03961, equations 4 to 6), in each sample s of T_s tokens:
         1/T Σ_s T_s · experts · Σ_e f_se · P_se,   f_se: choices of e a token in s,   P_se: mean of p_te in s
 
-Taken sample by sample the latter is a sum over samples, so micro-batches and layout do not change it.
+Taken sample by sample the latter is a sum over samples, so micro-batches and layout do not change it. The losses'
+weights are optimizer.router_z_coef and optimizer.router_aux_coef, or router_aux_loss_coef of config.json.
 """
 
 from __future__ import annotations

@@ -6,16 +6,21 @@ import json
 import pytest
 import torch
 from tiny import tiny_chat_model, tiny_llama
+from tiny_moe import tiny_mixtral
+from torch import Tensor
 from trialign.algorithms.build import build_roles, load_tokenizer, read_shapes, trained_entries
 from trialign.algorithms.config import (
+    OptimizerConfig,
     ParallelConfig,
     RewardConfig,
     RolloutConfig,
 )
 from trialign.algorithms.kl import KLController
-from trialign.algorithms.ppo_config import PPOConfig, PPOData, PPOModels, PPORun
+from trialign.algorithms.ppo_config import ActorConfig, PPOConfig, PPOData, PPOModels, PPORun
+from trialign.algorithms.roles import Learner
 from trialign.engine.lr import lr_at
 from trialign.engine.mesh import build_mesh
+from trialign.models.moe import MoE, Routing
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,46 @@ def test_folders_that_do_not_fit_are_refused(folders, changes, message):
         settings = config(folders, rollout=RolloutConfig(**changes["rollout"]))
     with pytest.raises(ValueError, match=message):
         read_shapes(settings)
+
+
+def router_gradient(learner: Learner, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the update's router losses give the first router, and what the z-loss alone does, written out."""
+    mlp = learner.model.layers["0"].mlp
+    assert isinstance(mlp, MoE)
+    out, weight = mlp(x, Routing(torch.tensor([0, len(x)]).int(), scale=1 / len(x))), mlp.router.weight
+    (got,) = torch.autograd.grad(out, weight, torch.zeros_like(out))
+    (z,) = torch.autograd.grad((x @ weight.t()).logsumexp(1).square().mean(), weight)
+    return got, z
+
+
+def test_router_losses_are_weighed_by_the_knobs_or_by_config_json(folders):
+    folder = str(tiny_mixtral(folders / "mixture", vocab_size=260, router_aux_loss_coef=0.1))
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    settings = config(folders, model=PPOModels(folder, dtype="float32"), reward=RewardConfig(functions=("r.py:f",)))
+    plain = build_roles(settings, read_shapes(settings), build_mesh())
+    knobs = OptimizerConfig(router_aux_coef=0.0, router_z_coef=0.25)
+    settings = dataclasses.replace(
+        settings,
+        actor=ActorConfig(knobs),
+        critic=dataclasses.replace(settings.critic, optimizer=OptimizerConfig(router_z_coef=0.5)),
+    )
+    roles = build_roles(settings, read_shapes(settings), build_mesh())
+    aux, z = router_gradient(plain.actor, x)
+    assert aux.abs().max() > 1e-4 and z.abs().max() > 1e-4
+    torch.testing.assert_close(router_gradient(roles.actor, x)[0], 0.25 * z)
+    torch.testing.assert_close(router_gradient(roles.critic, x)[0], aux + 0.5 * z)
+    for built, coefs in ((plain, (0.1, 0.0)), (roles, (0.0, 0.25))):
+        moe = built.actor.model.config.moe
+        assert moe is not None and (moe.aux_coef, moe.z_coef) == coefs
+
+
+def test_weights_of_router_losses_that_do_not_fit_are_refused(folders):
+    for knob, value in (("router_aux_coef", 0.0), ("router_z_coef", 1e-3)):
+        settings = config(folders, actor=ActorConfig(dataclasses.replace(OptimizerConfig(), **{knob: value})))
+        with pytest.raises(ValueError, match=f"{knob}={value}: must be .*, for the actor model has no experts"):
+            build_roles(settings, read_shapes(settings), build_mesh())
+        with pytest.raises(ValueError, match=f"{knob}=-0.5: must be"):
+            dataclasses.replace(OptimizerConfig(), **{knob: -0.5})
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):

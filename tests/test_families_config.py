@@ -152,6 +152,11 @@ WINDOWED = {"use_sliding_window": True, "moe_intermediate_size": 16}
         ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window=0: expected a whole number of at least 1"),
         ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported; allowed: 0.0"),
         ("MixtralForCausalLM", {"num_local_experts": 0}, "num_local_experts=0: expected"),
+        (
+            "MixtralForCausalLM",
+            {"router_aux_loss_coef": -0.1},
+            "router_aux_loss_coef=-0.1: expected a number of 0 or m",
+        ),
         ("Qwen2MoeForCausalLM", WINDOWED, "use_sliding_window=True is not supported; allowed: false"),
         ("Qwen3MoeForCausalLM", {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
         ("LlamaForCausalLM", {"sliding_window": 4096}, "sliding_window=4096 is not supported; allowed: null"),

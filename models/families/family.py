@@ -1,12 +1,13 @@
 """What a model family is: names, a config in, a config out, and one table of its weights.
 
-The table is read by load, export, weight sync and the round-trip test. Beside it stand the keys that the families
-descended from LLaMA share.
+The table is read by load, export, checkpoints and the round-trip test; the generator needs none, for it answers with
+the trained weights themselves. Beside it stand the keys that the families descended from LLaMA share.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -149,6 +150,14 @@ def positive(values: Mapping[str, Any], key: str, default: float) -> float:
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{key}={value!r}: expected a number above 0")
+    return float(value)
+
+
+def loss_weight(values: Mapping[str, Any], key: str, default: float) -> float:
+    """values[key], a number of 0 or more; raises ValueError otherwise."""
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{key}={value!r}: expected a number of 0 or more")
     return float(value)
 
 

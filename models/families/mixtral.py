@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig, MoEConfig
 from . import llama
-from .family import Family, Row, read_decoder, whole, with_defaults, write_decoder
+from .family import Family, Row, loss_weight, read_decoder, whole, with_defaults, write_decoder
 
 _OURS, _THEIRS = "layers.{i}.mlp.", "model.layers.{i}.block_sparse_moe."
 
@@ -31,7 +31,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
         experts=whole(values, "num_local_experts", 8),
         top_k=whole(values, "num_experts_per_tok", 2),
         ffn_size=whole(values, "intermediate_size"),
-        aux_coef=float(values.get("router_aux_loss_coef", 0.001)),
+        aux_coef=loss_weight(values, "router_aux_loss_coef", 0.001),
     )
     window = None if values.get("sliding_window") is None else whole(values, "sliding_window")
     fixed = {"attention_bias": False, "mlp_bias": False, "router_jitter_noise": 0.0}

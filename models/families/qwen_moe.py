@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig, MoEConfig
 from . import llama
-from .family import Family, Row, flag, read_decoder, whole, with_defaults, write_decoder
+from .family import Family, Row, flag, loss_weight, read_decoder, whole, with_defaults, write_decoder
 
 _OURS, _THEIRS = "layers.{i}.mlp.", "model.layers.{i}.mlp."
 _EXPERT = _THEIRS + "experts.{e}."
@@ -46,7 +46,7 @@ def _experts(values: Mapping[str, Any], experts: int, top_k: int, shared_ffn_siz
         normalise=flag(values, "norm_topk_prob"),
         shared_ffn_size=shared_ffn_size,
         dense_layers=tuple(i for i in range(layers) if i in plain or (i + 1) % step),
-        aux_coef=float(values.get("router_aux_loss_coef", 0.001)),
+        aux_coef=loss_weight(values, "router_aux_loss_coef", 0.001),
     )
 
 
