@@ -31,8 +31,9 @@ class Export:
     score a token). None: the actor, or what there is where the checkpoint has none."""
     weights: Literal["master", "ema"] = "master"
     """The trained weights, or their moving average where the run kept one."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """The masters are float32; bfloat16 rounds them."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: the type that the model came in; adapters, which came in none, are float32 as they were trained. A run's
+    masters are float32, which the other types round."""
     adapter: bool = False
     """Of a LoRA run: write the adapters as a PEFT folder. Without it they are merged into their base."""
     base: Path | None = None
@@ -44,7 +45,9 @@ class Export:
 
 def main(config: Export) -> None:
     role = config.role or checkpoint_role(config.checkpoint) or "actor"
-    options: dict[str, Any] = {"role": role, "weights": config.weights, "dtype": getattr(torch, config.dtype)}
+    options: dict[str, Any] = {"role": role, "weights": config.weights}
+    if config.dtype != "auto":
+        options["dtype"] = getattr(torch, config.dtype)
     family = None if config.family == "own" else config.family
     if config.adapter and family:
         raise ValueError(f"--adapter writes adapters of the model as it is; --as {family} goes with whole models")

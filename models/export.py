@@ -8,14 +8,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..engine.checkpoint import Reader
-from ..engine.safetensors_io import fsync, write_stream
+from ..engine.checkpoint import Reader, read_state
+from ..engine.safetensors_io import DTYPES, fsync, write_stream
 from .adapter import merger, same_base, saved_adapter
 from .config import HeadKind, ModelConfig, model_folder
 from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
@@ -155,7 +156,7 @@ def export_checkpoint(
     *,
     role: ExportRole = "actor",
     weights: Literal["master", "ema"] = "master",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     base: Path | None = None,
     family: Target | None = None,
 ) -> None:
@@ -164,6 +165,7 @@ def export_checkpoint(
     The checkpoint's assets must hold `{role}/config.json` and what else belongs to the model. Adapters are merged.
 
     Args:
+        dtype: of the numbers; None for the type that the model came in, as `own_dtype` finds it.
         base: where the model that adapters belong to lies now; None where it was when they were trained.
         family: write it as a model of this family, which computes the same; None: as what it is.
 
@@ -193,4 +195,16 @@ def export_checkpoint(
     if family is not None:
         own, config = config, translate_config(config, family, head)
         tensors = Translated(tensors, own, config, head)
+    dtype = dtype or own_dtype(reader, prefix, asset_folder)
     export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype)
+
+
+def own_dtype(reader: Reader, prefix: str, asset_folder: Path) -> torch.dtype:
+    """The type that a checkpoint's model came in: an imported one's numbers keep it (the widest where they differ), and
+    a run's config.json names it; bfloat16 where that is silent."""
+    reader.check("state.json")
+    if "imported_from" in read_state(reader.path):
+        return reduce(torch.promote_types, {reader.dtype(n) for n in reader.tensors if n.startswith(prefix)})
+    values = json.loads((asset_folder / "config.json").read_text(encoding="utf-8"))
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    return named.get(str(values.get("dtype") or values.get("torch_dtype")), torch.bfloat16)

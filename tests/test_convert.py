@@ -78,8 +78,11 @@ def test_score_models_are_critics(tmp_path):
 
 def test_types(tmp_path):
     folder = tiny_llama(tmp_path / "folder")
+    values = json.loads((folder / "config.json").read_text())
     halves = {name: t.bfloat16() for name, t in tensors_of(folder).items()}
-    write_folder(tmp_path / "half", json.loads((folder / "config.json").read_text()), halves)
+    fp16 = {name: t.half() for name, t in tensors_of(folder).items()}
+    write_folder(tmp_path / "half", values, halves)
+    write_folder(tmp_path / "fp16", values, fp16)
     cases: tuple[tuple[str, torch.dtype | None, torch.dtype], ...] = (
         ("half", None, torch.bfloat16),
         ("half", torch.float32, torch.float32),
@@ -90,6 +93,13 @@ def test_types(tmp_path):
         import_checkpoint(tmp_path / source, checkpoint, dtype=dtype)
         stored = load_file(checkpoint / "actor.master.00000.safetensors")
         assert all(t.dtype == kept and torch.equal(t.bfloat16(), halves[name]) for name, t in stored.items())
+    import_checkpoint(tmp_path / "fp16", tmp_path / "fp16None", tp=2)
+    for dtype in ("auto", "float16"):  # bit for bit, whatever config.json says
+        out = tmp_path / dtype
+        result = script("export_hf.py", "--checkpoint", tmp_path / "fp16None", "--output", out, "--dtype", dtype)
+        assert result.returncode == 0, result.stderr
+        assert all(t.dtype == torch.float16 and torch.equal(t, fp16[name]) for name, t in tensors_of(out).items())
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
 
 
 def test_refusals_name_the_reason_and_leave_nothing(tmp_path):

@@ -167,11 +167,14 @@ def test_script_exports_the_actor(folders, checkpoint, tmp_path):
             assert (tmp_path / "actor" / name).read_bytes() == path.read_bytes()
 
 
-def test_script_exports_the_average_in_bfloat16(folders, checkpoint, tmp_path):
-    result = run("export_hf.py", "--checkpoint", checkpoint, "--output", tmp_path / "ema", "--weights", "ema")
+def test_the_average_in_bfloat16_and_in_the_type_the_model_came_in(folders, checkpoint, tmp_path):
+    options = "--checkpoint", checkpoint, "--weights", "ema", "--output"
+    result = run("export_hf.py", *options, tmp_path / "ema", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
-    tripled = {name: (t * 3).bfloat16() for name, t in tensors_of(folders["tied"]).items()}
-    assert same_bits(tensors_of(tmp_path / "ema"), tripled)
+    tripled = {name: t * 3 for name, t in tensors_of(folders["tied"]).items()}
+    assert same_bits(tensors_of(tmp_path / "ema"), {name: t.bfloat16() for name, t in tripled.items()})
+    export_checkpoint(checkpoint, tmp_path / "own", weights="ema")  # config.json says float32
+    assert same_bits(tensors_of(tmp_path / "own"), tripled)
 
 
 def test_script_exports_the_critic(folders, checkpoint, tmp_path):
