@@ -129,9 +129,10 @@ class ModelConfig:
         """
         path = model_folder(folder) / "config.json"
         if not path.is_file():
-            raise ValueError(
-                f"{folder}: {'no config.json in this folder' if Path(folder).is_dir() else 'no such folder'}"
-            )
+            missing = "no config.json in this folder" if Path(folder).is_dir() else "no such folder"
+            if Path(folder).suffix == ".gguf":
+                missing = "a GGUF file is imported first (launch/import_hf.py), into a checkpoint that stands here"
+            raise ValueError(f"{folder}: {missing}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -125,6 +125,8 @@ def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                         raise ValueError(
                             f"{folder / file}: {name} is {view.get_dtype()}; allowed: {[*DTYPES.values()]}"
                         )
+                    if name in found:
+                        raise ValueError(f"{folder / file}: holds {name}, which {found[name][0]} holds too")
                     found[name] = file, tuple(view.get_shape())
         except SafetensorError as error:
             raise ValueError(f"{folder / file}: damaged or truncated: {error}") from None

@@ -156,6 +156,8 @@ def test_config_is_refused_by_key(copy, changes, message):
 
 
 def test_config_that_is_no_config(tmp_path):
+    with pytest.raises(ValueError, match=r"x.gguf: a GGUF file is imported first \(launch/import_hf.py\)"):
+        ModelConfig.from_hf("x.gguf")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         ModelConfig.from_hf(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no config.json in this folder"):
@@ -405,6 +407,15 @@ def test_spoilt_index(copy):
 def test_a_model_of_another_config(folders, key, value):
     config = dataclasses.replace(ModelConfig.from_hf(folders["untied"]), **{key: value})
     refused(folders["untied"], f"{key}=.*, the model has {value}", config)
+
+
+def test_a_tensor_in_two_shards(copy):
+    both = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").rename(copy / "a.safetensors")
+    save_file({LAST: both[LAST] + 1}, copy / "b.safetensors")
+    places = dict.fromkeys(both, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    refused(copy, f"b.safetensors: holds {LAST}, which a.safetensors holds too")
 
 
 def test_tied_file_with_a_head_of_its_own(folders, tmp_path):
