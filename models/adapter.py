@@ -65,6 +65,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
     "use_dora": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "alora_invocation_tokens": (None, []),
     "lora_bias": (False,),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
@@ -340,6 +345,21 @@ def same_base(facts: Mapping[str, Any], base: Path | None = None) -> Path:
     return folder
 
 
+def open_checkpoint(path: Path) -> Reader:
+    """A checkpoint to export from.
+
+    Raises:
+        ValueError: naming the path; of a run's folder, a checkpoint in it.
+    """
+    if path.is_dir() and not (path / "SHA256SUMS").is_file():
+        found = [*path.glob("step_*"), *path.glob("checkpoints/step_*")]
+        steps = (p for p in found if p.name.removeprefix("step_").isdigit())
+        last = max(steps, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+        hint = f"; {last} is one" if last else "; a run's are RUN/checkpoints/step_N"
+        raise ValueError(f"{path}: no checkpoint, SHA256SUMS is missing{hint}")
+    return Reader(path)
+
+
 def saved_adapter(reader: Reader, role: str) -> tuple[LoRA, dict[str, Any]] | None:
     """The adapters of a role in a checkpoint and their `adapter_facts`; None where it has whole weights."""
     reader.check("state.json")
@@ -359,7 +379,7 @@ def export_adapter(
         ValueError: the checkpoint holds whole weights, or adapters that PEFT has no form for; a folder that is not
             empty.
     """
-    reader, prefix = Reader(checkpoint), f"{role}/{weights}/"
+    reader, prefix = open_checkpoint(checkpoint), f"{role}/{weights}/"
     saved = saved_adapter(reader, role)
     if saved is None:
         raise ValueError(f"{checkpoint}: the {role} has whole weights, no adapters; export it without --adapter")

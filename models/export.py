@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine.checkpoint import Reader, read_state
 from ..engine.safetensors_io import DTYPES, fsync, write_stream
-from .adapter import merger, same_base, saved_adapter
+from .adapter import merger, open_checkpoint, same_base, saved_adapter
 from .config import HeadKind, ModelConfig, model_folder
 from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
 from .tokenizer import is_bare, sentencepiece_tokenizer
@@ -26,12 +26,27 @@ from .translate import Target, Translated, translate_config
 ExportRole = Literal["actor", "critic", "reward"]
 """Whose weights of a checkpoint."""
 
+# Of the files that lie in models' folders, those that a model is loaded with; a trainer's and an adapter's are not.
+_ASSETS = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "tekken.json",
+}
+
 
 def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
     """Name -> path of what belongs to a folder's model beside its weights: configs, tokenizer, chat template."""
-    kept = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-    found = sorted(p for p in model_folder(folder).iterdir() if p.is_file() and p.suffix in kept)
-    return {prefix + p.name: p for p in found if not p.name.endswith(".index.json")}
+    found = sorted(p for p in model_folder(folder).iterdir() if p.is_file())
+    return {prefix + p.name: p for p in found if p.name in _ASSETS or p.suffix in (".jinja", ".tiktoken")}
 
 
 def copy_assets(source: Path | str, target: Path) -> None:
@@ -174,7 +189,7 @@ def export_checkpoint(
             that does not compute the same.
         OSError: the disk is full.
     """
-    reader = Reader(checkpoint)
+    reader = open_checkpoint(checkpoint)
     prefix = f"{role}/{weights}/"
     held = {name.removeprefix(prefix) for name in reader.tensors if name.startswith(prefix)}
     if not held:

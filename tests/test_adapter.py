@@ -16,6 +16,7 @@ from harness import run_ranks
 from peft_case import assert_near, build, held, learner, logits_of, peft_model, samples, save_peft, train
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, tiny_llama
+from tiny_moe import tiny_mixtral
 from torch import Tensor
 from trialign.algorithms.batch import pack
 from trialign.algorithms.config import LoRAConfig
@@ -27,7 +28,9 @@ from trialign.engine.parallel.lora import EVERY_TARGET, TARGETS, LoRA
 from trialign.models.adapter import (
     adapter_facts,
     adapter_shapes,
+    check_lora,
     export_adapter,
+    has_peft_form,
     load_adapter,
     no_peft_form,
     read_peft,
@@ -229,6 +232,11 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
     for changes, message in (
         ({"use_dora": True}, "use_dora=True is not supported; allowed: False"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA' is not supported; allowed: 'LORA'"),
+        ({"use_qalora": True}, "use_qalora=True is not supported; allowed: False"),
+        ({"use_bdlora": {"nblocks": 2}}, r"use_bdlora=.* is not supported; allowed: None"),
+        ({"arrow_config": {"top_k": 2}}, r"arrow_config=.* is not supported"),
+        ({"kasa_config": {"beta": 0.1}}, r"kasa_config=.* is not supported"),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\] is not supported"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"r": 8}, r"has shape \[4, 128\], expected \[8, 128\]"),
@@ -258,15 +266,20 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
             load_adapter(build(folder, build_mesh(), lora), adapter)
 
 
-def test_the_config_section():
-    assert LoRAConfig().adapters is None
+def test_the_config_section(tmp_path):
+    shapes = [ModelConfig.from_hf(make(tmp_path / make.__name__)) for make in (tiny_llama, tiny_mixtral)]
+    assert LoRAConfig().adapters(shapes[0]) is None
     asked = LoRAConfig(rank=4, alpha=8.0, rslora=True, targets=("q", "v", "output", "down"), quantize=True)
-    assert asked.adapters == QLORA
+    assert asked.adapters(shapes[0]) == QLORA
+    for shape, targets in zip(shapes, (TARGETS, ("q", "k", "v", "output")), strict=True):
+        default = LoRAConfig(rank=4).adapters(shape)
+        assert default is not None and default.targets == targets and has_peft_form(shape, default)
+        check_lora(shape, default, tp=1)
     for changes, message in (
         ({"rank": -1}, "rank=-1: must be 0"),
         ({"rank": 1, "dropout": 0.1}, "dropout=0.1: must be 0: a mask"),
         ({"quantize": True}, "quantize=True: must be off where rank is 0"),
-        ({"rank": 1, "targets": ()}, "targets=.*one or more of q, k, v"),
+        ({"rank": 1, "targets": ("q", "q")}, "targets=.*one or more of q, k, v"),
     ):
         with pytest.raises(ValueError, match=message):
             LoRAConfig(**changes)  # pyright: ignore[reportArgumentType]

@@ -121,10 +121,13 @@ def test_a_folder_in_use_is_refused(folders, tmp_path):
     assert (tmp_path / "empty" / "model.safetensors").is_file()
 
 
-def test_assets_are_all_but_weights(folders):
-    found = assets(folders["tied"], "actor/")
+def test_assets_are_what_a_model_is_loaded_with(folders, tmp_path):
+    folder = Path(shutil.copytree(folders["tied"], tmp_path / "copy"))
+    for other in ("trainer_state.json", "adapter_config.json", "model.safetensors.index.json", "notes.txt"):
+        (folder / other).write_text("{}")
+    found = assets(folder, "actor/")
     names = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
-    assert found == {f"actor/{name}": folders["tied"] / name for name in names}
+    assert found == {f"actor/{name}": folder / name for name in names}
 
 
 def train(rank: int, world: int, root: Path, actor: Path, critic: Path, tp: int, pp: int) -> None:
@@ -226,13 +229,16 @@ def test_script_refuses_by_name_and_leaves_nothing(checkpoint, tmp_path):
     broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
     spoil(broken / "actor.master.00001.safetensors")
     (broken / "assets" / "critic" / "config.json").write_text("{}")
-    used = tmp_path / "used"
-    used.mkdir()
+    used, run_folder = tmp_path / "used", tmp_path / "run"
+    for folder in (used, run_folder / "checkpoints" / "step_9", run_folder / "checkpoints" / "step_10"):
+        folder.mkdir(parents=True)
     (used / "file").write_text("mine")
     out = tmp_path / "out"
     cases: tuple[tuple[Path, Path, dict[str, Any], str], ...] = (
         (tmp_path / "none", out, {}, "none: no such checkpoint"),
-        (tmp_path, out, {}, "SHA256SUMS is missing"),
+        (tmp_path / "used", out, {}, "used: no checkpoint, SHA256SUMS is missing; a run's are RUN/checkpoints/step_N"),
+        (run_folder, out, {}, f"{run_folder}: no checkpoint, .*; {run_folder}/checkpoints/step_10 is one"),
+        (checkpoint.parent, out, {}, f"{checkpoint.parent}: no checkpoint, .*; {checkpoint} is one"),
         (checkpoint, used, {}, "exists and is not an empty folder"),
         (checkpoint, out, {"role": "critic", "weights": "ema"}, "no critic/ema weights; it holds actor/ema, actor/exp"),
         (broken, out, {}, "actor.master.00001.safetensors does not match its checksum"),
@@ -247,7 +253,7 @@ def test_script_refuses_by_name_and_leaves_nothing(checkpoint, tmp_path):
     ):
         result = run("export_hf.py", *arguments)
         assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "used"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "run", "used"]
 
 
 def test_smollm2_goes_through_unchanged(smollm2, tmp_path):
