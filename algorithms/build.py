@@ -63,8 +63,9 @@ def read_shape(
         raise ValueError(f"{folder} holds a {shape.architecture}: {wanted} is needed")
     try:
         check_layout(shape, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep)
-        if lora is not None and lora.adapters is not None:
-            check_lora(shape, lora.adapters, parallel.tp)
+        adapters = lora.adapters(shape) if lora is not None else None
+        if adapters is not None:
+            check_lora(shape, adapters, parallel.tp)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     exported = Path(run.folder).resolve()
@@ -128,7 +129,7 @@ def build_decoder(
     Raises:
         ValueError: the folder lacks a tensor or holds one of the wrong shape; adapters that are not the model's.
     """
-    adapters = lora.adapters if trained and lora is not None else None
+    adapters = lora.adapters(shape) if trained and lora is not None else None
     options = {"dtype": getattr(torch, dtype), "head": head, "recompute": trained and recompute, "lora": adapters}
     model = Decoder(shape, mesh, **options)
     load_hf(model, folder, new_head="normal" if trained else "refuse")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..engine.mesh import check_layout
-from ..engine.parallel.lora import TARGETS, Choice, LoRA
+from ..engine.parallel.lora import MIXTURE_TARGETS, TARGETS, Choice, LoRA
+from ..models.config import ModelConfig
 
 AS_CONFIG = -1.0
 """what config.json says"""
@@ -210,8 +211,8 @@ class LoRAConfig:
     """adapters are scaled by alpha / rank [T]"""
     rslora: bool = False
     """scale by alpha / √rank instead, which keeps large ranks from learning too slowly"""
-    targets: tuple[Choice, ...] = TARGETS
-    """matrices that get an adapter (docs/lora.md names them), or all"""
+    targets: tuple[Choice, ...] = ()
+    """matrices that get an adapter (docs/lora.md), or all (none: q k v output, and gate up down if without experts)"""
     dropout: float = 0.0
     """must be 0: ranks could not draw one mask for any layout, and PPO's first ratios would not be 1"""
     quantize: bool = False
@@ -229,12 +230,12 @@ class LoRAConfig:
         )
         for name in ("quantize", "adapter"):
             require(not getattr(self, name) or self.rank > 0, name, getattr(self, name), "off where rank is 0")
-        LoRA(max(self.rank, 1), self.alpha, self.targets)
+        LoRA(max(self.rank, 1), self.alpha, self.targets or TARGETS)
 
-    @property
-    def adapters(self) -> LoRA | None:
-        """What adapters a trained model gets; None for none."""
-        return LoRA(self.rank, self.alpha, self.targets, self.rslora, self.quantize) if self.rank else None
+    def adapters(self, shape: ModelConfig) -> LoRA | None:
+        """What adapters a trained model of this shape gets; None for none."""
+        targets = self.targets or (TARGETS if shape.moe is None else MIXTURE_TARGETS)
+        return LoRA(self.rank, self.alpha, targets, self.rslora, self.quantize) if self.rank else None
 
 
 @dataclass(frozen=True)

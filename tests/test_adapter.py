@@ -232,6 +232,9 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
     for changes, message in (
         ({"use_dora": True}, "use_dora=True is not supported; allowed: False"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA' is not supported; allowed: 'LORA'"),
+        ({"r": None}, "adapter_config.json: r=None: expected a whole number"),
+        ({"r": "8"}, "r='8': expected a whole number"),
+        ({"lora_alpha": [8]}, r"lora_alpha=\[8\]: expected a number"),
         ({"use_qalora": True}, "use_qalora=True is not supported; allowed: False"),
         ({"use_bdlora": {"nblocks": 2}}, r"use_bdlora=.* is not supported; allowed: None"),
         ({"arrow_config": {"top_k": 2}}, r"arrow_config=.* is not supported"),

@@ -32,6 +32,8 @@ Target = Literal[
 """Every linear of a decoder: attention, a dense MLP, experts with their router, the shared expert with its, the head"""
 TARGETS: tuple[Target, ...] = ("q", "k", "v", "output", "gate", "up", "down")
 """Those of a decoder without experts, the head left out"""
+MIXTURE_TARGETS: tuple[Target, ...] = ("q", "k", "v", "output")
+"""Those that every mixture has"""
 EVERY_TARGET: tuple[Target, ...] = get_args(Target)
 Choice = Literal[Target, "all"]
 
