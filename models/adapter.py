@@ -28,7 +28,7 @@ from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target, adapted_linears
 from ..engine.parallel.shard import shard_of, sinks
 from ..engine.safetensors_io import fsync, write_tensors
 from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
-from .config import HeadKind, ModelConfig
+from .config import HeadKind, ModelConfig, read_json
 from .decoder import Decoder
 from .hf import HEADS, Place, hf_name, places
 from .peft_file import PREFIX, TENSORS, PeftFile, adapter_name
@@ -219,6 +219,10 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
     for key, allowed in _PLAIN.items():
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{folder / CONFIG}: {key}={values[key]!r} is not supported; allowed: {allowed[0]!r}")
+    for key, kind, wanted in (("r", int, "a whole number"), ("lora_alpha", int | float, "a number")):
+        value = values.get(key, 8)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"{folder / CONFIG}: {key}={value!r}: expected {wanted}")
     found = PeftFile(folder, values, config).shapes
     modules = {adapter_name(p.name, "A"): target for target, ps in adapted_places(config, ALL).items() for p in ps}
     targets = {modules[name] for name in found if name in modules}
@@ -253,10 +257,7 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
 def _values(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder}: no {CONFIG}, so no PEFT adapter")
-    try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: not JSON: {error}") from None
+    return read_json(folder / CONFIG)
 
 
 def load_adapter(model: Decoder, folder: Path | str) -> None:

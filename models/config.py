@@ -133,12 +133,7 @@ class ModelConfig:
             if Path(folder).suffix == ".gguf":
                 missing = "a GGUF file is imported first (launch/import_hf.py), into a checkpoint that stands here"
             raise ValueError(f"{folder}: {missing}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        values = read_json(path)
         try:
             config = cls.from_hf_dict(values)
         except ValueError as error:
@@ -159,6 +154,21 @@ class ModelConfig:
     def to_hf_dict(self, head: HeadKind = "lm", dtype: str = "bfloat16") -> dict[str, Any]:
         """The content of a config.json that transformers 4 and 5 and vLLM read, for a folder with the given head."""
         return self.family.write(self, head) | {"torch_dtype": dtype}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: naming the file: it is not JSON, or not an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
 
 
 def checkpoint_role(path: Path | str) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engine.checkpoint import Reader, read_state
 from ..engine.safetensors_io import DTYPES, fsync, write_stream
 from .adapter import merger, open_checkpoint, same_base, saved_adapter
-from .config import HeadKind, ModelConfig, model_folder
+from .config import HeadKind, ModelConfig, model_folder, read_json
 from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
 from .tokenizer import is_bare, sentencepiece_tokenizer
 from .translate import Target, Translated, translate_config
@@ -62,7 +62,7 @@ def copy_assets(source: Path | str, target: Path) -> None:
         sentencepiece_tokenizer(target).save_pretrained(target)
     settings = target / "tokenizer_config.json"
     if settings.is_file() and (target / "tokenizer.json").is_file():
-        values = json.loads(settings.read_text(encoding="utf-8"))
+        values = read_json(settings)
         if values.pop("auto_map", None):
             _write_json(settings, values)
 
@@ -220,6 +220,6 @@ def own_dtype(reader: Reader, prefix: str, asset_folder: Path) -> torch.dtype:
     reader.check("state.json")
     if "imported_from" in read_state(reader.path):
         return reduce(torch.promote_types, {reader.dtype(n) for n in reader.tensors if n.startswith(prefix)})
-    values = json.loads((asset_folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(asset_folder / "config.json")
     named = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     return named.get(str(values.get("dtype") or values.get("torch_dtype")), torch.bfloat16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine.parallel.shard import Piece, shard_of, sinks
-from .config import HeadKind, ModelConfig, model_folder
+from .config import HeadKind, ModelConfig, model_folder, read_json
 from .decoder import Decoder
 from .families.family import Row
 
@@ -205,8 +204,14 @@ def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None
 
 
 def stop_ids(folder: Path | str, config: ModelConfig) -> tuple[int, ...]:
-    """The tokens that end an answer: those of config.json and, as chat models have more, of generation_config.json."""
+    """The tokens that end an answer: those of config.json and, as chat models have more, of generation_config.json.
+
+    Raises:
+        ValueError: generation_config.json is no JSON object, or its eos_token_id no token ids.
+    """
     path = model_folder(folder) / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    named = read_json(path).get("eos_token_id") if path.is_file() else None
     more = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(i) is int and i >= 0 for i in more):
+        raise ValueError(f"{path}: eos_token_id={named!r}: expected a token id or a list of them")
     return tuple(sorted({*config.eos_ids, *more}))

@@ -7,11 +7,10 @@ held against sentencepiece itself.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import model_folder
+from .config import model_folder, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,7 +47,7 @@ def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def is_bare(folder: Path) -> bool:

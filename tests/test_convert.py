@@ -341,6 +341,10 @@ def test_sentencepiece_settings_and_refusals(tmp_path):
     tokenizer = read_tokenizer(folder)
     assert tokenizer.encode("the cat")[-1] == tokenizer.eos_token_id and tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.bos_token_id not in tokenizer.encode("the cat")
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
+        read_tokenizer(folder)
+    (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="a unigram model of .* only byte-pair models are read"):
         read_tokenizer(sentencepiece_model(tmp_path / "unigram", "unigram"))
     (folder / "tokenizer.model").write_bytes(b"not a model")

@@ -172,6 +172,15 @@ def test_stop_ids_are_those_of_both_configs(tmp_path):
     config = ModelConfig.from_hf(tiny_llama(tmp_path, eos_token_id=5))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 5]}))
     assert stop_ids(tmp_path, config) == (5, 9)
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id='</s>': expected a token id or a list of them"),
+        ('{"eos_token_id": [true]}', r"eos_token_id=\[True\]"),
+    ):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+            stop_ids(tmp_path, config)
     (tmp_path / "generation_config.json").unlink()
     assert stop_ids(tmp_path, config) == (5,)
 
