@@ -138,6 +138,8 @@ class ModelConfig:
             config = cls.from_hf_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        except (TypeError, AttributeError) as error:  # of a key that its family takes as it is
+            raise ValueError(f"{path}: a value of the wrong type: {error}") from error
         # A critic's or a reward model's config.json is that of the language model it began as.
         return config.with_head("score") if checkpoint_role(folder) in ("critic", "reward") else config
 

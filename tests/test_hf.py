@@ -168,6 +168,12 @@ def test_config_that_is_no_config(tmp_path):
             ModelConfig.from_hf(tmp_path)
 
 
+def test_a_value_of_the_wrong_type_names_the_file(copy):
+    rewrite(copy, id2label=3)
+    with pytest.raises(ValueError, match="config.json: a value of the wrong type: .*len"):
+        ModelConfig.from_hf(copy)
+
+
 def test_stop_ids_are_those_of_both_configs(tmp_path):
     config = ModelConfig.from_hf(tiny_llama(tmp_path, eos_token_id=5))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 5]}))
