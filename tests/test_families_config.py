@@ -159,6 +159,12 @@ WINDOWED = {"use_sliding_window": True, "moe_intermediate_size": 16}
         ),
         ("Qwen2MoeForCausalLM", WINDOWED, "use_sliding_window=True is not supported; allowed: false"),
         ("Qwen3MoeForCausalLM", {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        (
+            "LlamaForCausalLM",
+            {"eos_token_id": [2, 10**6]},
+            r"eos_token_id=\[2, 1000000\]: expected a token id below voc",
+        ),
+        ("LlamaForCausalLM", {"eos_token_id": True}, "eos_token_id=True: expected a token id"),
         ("LlamaForCausalLM", {"sliding_window": 4096}, "sliding_window=4096 is not supported; allowed: null"),
     ],
 )

@@ -81,14 +81,15 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
         raise ValueError(f"head_dim={head_dim}: rotary embeddings need an even number")
     eos = values.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    if not all(isinstance(i, int) and i >= 0 for i in eos_ids):
-        raise ValueError(f"eos_token_id={eos!r}: expected a token id or a list of them")
+    vocab_size = whole(values, "vocab_size")
+    if not all(type(i) is int and 0 <= i < vocab_size for i in eos_ids):
+        raise ValueError(f"eos_token_id={eos!r}: expected a token id below vocab_size={vocab_size} or a list of them")
     max_positions = more.pop("max_positions", None) or whole(values, "max_position_embeddings", 2048)
     if "rope" not in more:
         more["rope"], more["rope_theta"] = read_rope(values, max_positions)
     fields: dict[str, Any] = {
         "architecture": architecture,
-        "vocab_size": whole(values, "vocab_size"),
+        "vocab_size": vocab_size,
         "hidden_size": hidden,
         "ffn_size": whole(values, "intermediate_size"),
         "num_layers": whole(values, "num_hidden_layers"),
