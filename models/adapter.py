@@ -27,7 +27,7 @@ from ..engine.checkpoint import Reader, read_state
 from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target, adapted_linears
 from ..engine.parallel.shard import shard_of, sinks
 from ..engine.safetensors_io import fsync, write_tensors
-from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
+from ..kernels.nf4 import BLOCK, CHUNK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
 from .config import HeadKind, ModelConfig, read_json
 from .decoder import Decoder
 from .hf import HEADS, Place, hf_name, places
@@ -444,10 +444,22 @@ def merger(
             return held[name]
         place = table[name]
         weight = source.read(place)
-        if lora.quantize and place in quantized:
+        a, b = (held.get(adapter_name(name, letter)) for letter in "AB")
+        in_nf4 = lora.quantize and place in quantized
+        if a is None and not in_nf4:
+            return weight
+        merged = weight.new_empty(weight.shape, dtype=torch.float32)
+        if in_nf4:
             codes, absmax = quantize_nf4(weight)
-            weight = dequantize_nf4(codes, dequantize_scales(*quantize_scales(absmax)), torch.float32)
-        a, b = (adapter_name(name, letter) for letter in "AB")
-        return torch.addmm(weight.float(), held[b], held[a], alpha=lora.scale) if a in held else weight
+            scales = dequantize_scales(*quantize_scales(absmax))
+            del weight
+            old = lambda part: dequantize_nf4(codes[part], scales[part], torch.float32)  # noqa: E731
+        else:
+            old = lambda part: weight[part].float()  # noqa: E731
+        step = max(CHUNK // merged.shape[1], 1)
+        for start in range(0, len(merged), step):  # else the floats on the way are several times the weight
+            part = slice(start, start + step)
+            merged[part] = old(part) if a is None or b is None else torch.addmm(old(part), b[part], a, alpha=lora.scale)
+        return merged
 
     return read
