@@ -21,11 +21,12 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from report import Panel, plot
@@ -87,12 +88,23 @@ def start(
     try:
         check(config, world_size())
     except ValueError as error:  # the same on every rank
-        sys.exit(f"error: {error}" if is_main() else 1)
+        leave(f"error: {error}", is_main())
     try:
         with mesh_of(config.parallel) as mesh, ExitStack() as stack:
             main(Session(config, mesh, stack, name))
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"{rank_prefix()}error: {error}")
+
+
+def leave(message: str, main: bool) -> NoReturn:
+    """Ends every rank of what all of them found wrong; the main one says it.
+
+    The others wait for the launcher to end them: it ends all ranks as soon as one has left, before the main one may
+    have spoken.
+    """
+    if not main:
+        time.sleep(10)
+    sys.exit(message if main else 1)
 
 
 class Session(Generic[Config]):
@@ -128,7 +140,7 @@ class Session(Generic[Config]):
         if failures:
             rank, text = failures[0]
             where = f"rank {rank}: " if rank else ""
-            sys.exit(f"{where}error: {text}" if self.mesh.is_main else 1)
+            leave(f"{where}error: {text}", self.mesh.is_main)
         return result  # pyright: ignore[reportReturnType]
 
     def begin(

@@ -1,8 +1,9 @@
 """The laws of the tree: who imports whom, how long a file is, what no folder holds; and links lead somewhere."""
 
 import ast
-import importlib.util
+import importlib.machinery
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def test_no_init_files():
 def test_no_script_is_named_after_a_module():
     """A script's folder comes first on sys.path: launch/profile.py would stand in for the profile module."""
     scripts = [path for path in SOURCES if path.parent.name in ("launch", "benchmarks")]
-    assert not [path.name for path in scripts if importlib.util.find_spec(path.stem)]
+    elsewhere = [folder for folder in sys.path if Path(folder).resolve() not in {path.parent for path in scripts}]
+    assert not [path.name for path in scripts if importlib.machinery.PathFinder.find_spec(path.stem, elsewhere)]
 
 
 def anchors(text: str) -> set[str]:
