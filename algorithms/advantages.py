@@ -65,16 +65,14 @@ def token_rewards(
     kl_coef: float,
     *,
     clip: tuple[float, float] | None = None,
-    masked: Literal["zero", "keep"] = "zero",
 ) -> Tensor:
     """r_t = -kl_coef kl_t + 1[t is the sample's last counted token] clip(score): [total].
 
     Args:
         scores: [samples]; a sample without counted tokens gets none.
         kl: [total].
-        masked: "keep" leaves the penalty on tokens that do not count.
     """
-    rewards = -kl_coef * (torch.where(segments.mask, kl, 0) if masked == "zero" else kl)
+    rewards = -kl_coef * torch.where(segments.mask, kl, 0)
     last = segments.last()
     there = last >= 0
     given = scores if clip is None else scores.clamp(*clip)

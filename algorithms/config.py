@@ -142,8 +142,8 @@ class RewardConfig:
     """what a scorer does that fails: it stops the run, or the answers it has no score for are left out of the step"""
     normalise: bool = False
     """subtract the running mean of all rewards so far and divide by their deviation"""
-    clip: float = 10.0
-    """rewards are clipped to this size, after normalising (0: off) [O]"""
+    clip: float = -1.0
+    """rewards are clipped to this size, after normalising (0: off; -1: as convention.preset says, ours 10) [O]"""
     missing_eos_penalty: float = 0.0
     """taken off the reward of an answer cut at max_new_tokens"""
 
@@ -165,7 +165,8 @@ class RewardConfig:
             if not all(spec.rpartition(":")[::2]):
                 raise ValueError(f"functions={spec!r}: must be path/to/file.py:function or module:function")
         require(0 < self.time_limit < math.inf, "time_limit", self.time_limit, "above 0 (seconds)")
-        require(0 <= self.clip < math.inf, "clip", self.clip, "0 (off) or more")
+        allowed = "0 (off) or more, or -1 (as convention.preset says)"
+        require(self.clip == -1 or 0 <= self.clip < math.inf, "clip", self.clip, allowed)
         require(0 <= self.missing_eos_penalty < math.inf, "missing_eos_penalty", self.missing_eos_penalty, "0 or more")
 
     @property

@@ -66,8 +66,8 @@ class PolicyConvention(ConventionConfig):
     """limit of |log-ratio| in every KL estimator (0: none)"""
     kl_output_limit: float = AS_PRESET
     """limit of every KL estimate's size (0: none)"""
-    score_limit: float = AS_PRESET
-    """clips an answer's score, or its group advantage, as it becomes a token's reward (0: not)"""
+    reward_clip_at: Literal["preset", "score", "token"] = "preset"
+    """where reward.clip acts: on an answer's score before baseline and penalty, or on what its last token is given"""
     gaps: Literal["preset", "carry", "zero"] = "preset"
     """what a token sees across tokens that are not the model's own: the next of its own, or reward and value 0"""
     whiten_variance: Literal["preset", "population", "unbiased"] = "preset"
@@ -77,10 +77,10 @@ class PolicyConvention(ConventionConfig):
     whiten_eps: float = AS_PRESET
     """see whiten_floor"""
     log_ratio_limit: float = AS_PRESET
-    """limit of |log π - log π_old| before the exponential (0: none)"""
+    """limit of |log π - log π_old| before the exponential, token ratios only (0: none)"""
 
     def __post_init__(self) -> None:
-        for name in ("kl_input_limit", "kl_output_limit", "score_limit", "whiten_eps", "log_ratio_limit"):
+        for name in ("kl_input_limit", "kl_output_limit", "whiten_eps", "log_ratio_limit"):
             check_preset_number(self, name, 0 <= getattr(self, name) < math.inf, "0 or more")
 
     def made(self, preset: Convention) -> Convention:
@@ -90,17 +90,16 @@ class PolicyConvention(ConventionConfig):
             if not is_preset(value):
                 kl = dataclasses.replace(kl, clamped=ALL_KINDS, **{name: value})
         unbiased = "preset" if self.whiten_variance == "preset" else self.whiten_variance == "unbiased"
-        made: Convention = changed(
+        rule = {"unbiased": unbiased, "floor": self.whiten_floor, "eps": self.whiten_eps}
+        return changed(
             super().made(preset),
             kl=kl,
+            reward_clip_at=self.reward_clip_at,
             gaps=self.gaps,
-            whiten=changed(preset.whiten, unbiased=unbiased, floor=self.whiten_floor, eps=self.whiten_eps),
+            whiten=changed(preset.whiten, **rule),
+            whiten_returns=changed(preset.whiten_returns, **rule),
             log_ratio_limit=self.log_ratio_limit,
         )
-        if is_preset(self.score_limit):
-            return made
-        clip = (-self.score_limit, self.score_limit) if self.score_limit else None
-        return dataclasses.replace(made, reward_clip=clip)
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,10 @@ class PPOConvention(PolicyConvention):
         "preset"
     )
     """how per-token policy losses become one"""
+    value_aggregation: Literal[
+        "preset", "token-mean", "token-sum", "sample-mean", "sample-sum", "sum-of-sample-means"
+    ] = "preset"
+    """how per-token value losses become one"""
     value_loss_factor: float = AS_PRESET
     """of the critic's squared error"""
 
@@ -120,8 +123,12 @@ class PPOConvention(PolicyConvention):
 
     def made(self, preset: Convention) -> Convention:
         """The preset with this section's choices."""
-        factor = self.value_loss_factor
-        return changed(super().made(preset), aggregation=self.aggregation, value_loss_factor=factor)
+        return changed(
+            super().made(preset),
+            aggregation=self.aggregation,
+            value_aggregation=self.value_aggregation,
+            value_loss_factor=self.value_loss_factor,
+        )
 
 
 @dataclass(frozen=True)
@@ -138,12 +145,15 @@ class GroupConvention(PolicyConvention):
     """groups whose deviation is 0 are not divided by it"""
     gspo_gradient: Literal["preset", "shared", "own"] = "preset"
     """of a sequence's ratio: through its mean, or to each token its own"""
+    sequence_log_ratio_limit: float = AS_PRESET
+    """the most a sequence's log-ratio may be before the exponential (0: no limit)"""
     cispo_bounds: Literal["preset", "relative", "absolute"] = "preset"
     """CISPO's clip_low and clip_high are distances from 1, or bounds of the ratio itself"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_preset_number(self, "group_eps", 0 <= self.group_eps < math.inf, "0 or more")
+        for name in ("group_eps", "sequence_log_ratio_limit"):
+            check_preset_number(self, name, 0 <= getattr(self, name) < math.inf, "0 or more")
 
     def made(self, preset: Convention) -> Convention:
         """The preset with this section's choices."""
@@ -158,6 +168,7 @@ class GroupConvention(PolicyConvention):
                 unscaled_at_zero=_switch(self.group_unscaled_at_zero),
             ),
             gspo_gradient=self.gspo_gradient,
+            sequence_log_ratio_limit=self.sequence_log_ratio_limit,
             cispo_bounds=self.cispo_bounds,
         )
 

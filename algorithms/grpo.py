@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .advantages import discounted_returns, group_advantages, kl_estimate, token_rewards, whiten
 from .batch import Batch
-from .grpo_config import Choices, Correction, GRPOConfig
+from .grpo_config import Choices, GRPOConfig
 from .online import (
     Minibatch,
     check_first_ratio,
@@ -29,18 +28,9 @@ from .online import (
     weighed,
     with_weights,
 )
-from .policy_loss import cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
+from .policy_loss import CORRECTIONS, cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
 from .roles import Learner, Role, Share, Stats, target_logprobs
 from .segments import Segments
-
-CORRECTIONS: dict[Correction, dict[str, Any]] = {
-    "tis": {"level": "token"},
-    "icepop": {"level": "token", "outside": "zero"},
-    "sequence-tis": {"level": "sequence"},
-    "sequence-icepop": {"level": "sequence", "outside": "zero"},
-    "sequence-mask": {"level": "sequence-mask"},
-    "geometric-mask": {"level": "geometric-mask"},
-}
 
 
 @dataclass
@@ -60,7 +50,7 @@ def score(batch: Batch, roles: GroupRoles, config: GRPOConfig, shares: Sequence[
     """
     if roles.reference is not None:
         batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
-    before_update = config.choices.kl_in in ("score", "reward")
+    before_update = config.choices.kl_in in ("score", "reward", "advantage")
     if one_pass(config.grpo) and not (before_update and truncated(config.rollout)):
         return batch
     return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
@@ -85,17 +75,39 @@ def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOCon
     if batch.logprobs is not None:
         difference = (batch.logprobs - batch.sampling_logprobs)[batch.response].abs()
         metrics |= {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
+    rewards, advantages = advantages_of(scores, group, kl, segments, batch.cu_seqlens, choices, config.grpo.gamma)
+    at = batch.response
+    metrics |= {"advantage_max": advantages[at].max().item(), "advantage_min": advantages[at].min().item()}
+    return batch.with_(rewards=rewards, advantages=advantages), metrics
+
+
+def advantages_of(
+    scores: Tensor,
+    group: Tensor,
+    kl: Tensor,
+    segments: Segments,
+    cu_seqlens: Tensor,
+    choices: Choices,
+    gamma: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(token rewards, advantages), [total] each.
+
+    Args:
+        scores: [samples] one reward for each answer; NaN where there is none.
+        group: [samples] int64: answers to one prompt share a number.
+        kl: [total] estimates of the KL to the reference.
+        cu_seqlens: [samples + 1] int32.
+    """
+    rules = choices.rules
     if choices.kl_in == "score":
         scores = scores - choices.kl_coef * segments.sums(kl)
     against = group_advantages(scores, group, choices.group)  # [samples]
     coef = choices.kl_coef if choices.kl_in == "reward" else 0.0
-    rewards = token_rewards(against, kl, segments, coef, clip=rules.reward_clip)
-    advantages = discounted_returns(rewards, segments, batch.cu_seqlens, config.grpo.gamma, rules.gaps)
-    if choices.whiten:
-        advantages = whiten(advantages, segments, rules.whiten)
-    at = batch.response
-    metrics |= {"advantage_max": advantages[at].max().item(), "advantage_min": advantages[at].min().item()}
-    return batch.with_(rewards=rewards, advantages=advantages), metrics
+    rewards = token_rewards(against, kl, segments, coef, clip=rules.token_clip)
+    advantages = discounted_returns(rewards, segments, cu_seqlens, gamma, rules.gaps)
+    if choices.kl_in == "advantage":
+        advantages = advantages - choices.kl_coef * torch.where(segments.mask, kl, 0)
+    return rewards, whiten(advantages, segments, rules.whiten_returns) if choices.whiten else advantages
 
 
 def token_losses(
@@ -108,10 +120,12 @@ def token_losses(
         segments: of the targets.
     """
     rules = choices.rules
-    d = log_ratio(logprobs, old, rules.log_ratio_limit)
-    if choices.level != "token":
+    if choices.level == "token":
+        d = log_ratio(logprobs, old, rules.log_ratio_limit)
+    else:
         length = "mean" if choices.level == "sequence" else "sum"
-        d = sequence_log_ratio(d, segments, rules.gspo_gradient, length)
+        limit = rules.sequence_log_ratio_limit
+        d = sequence_log_ratio(log_ratio(logprobs, old), segments, rules.gspo_gradient, length, limit)
     if choices.loss == "cispo":
         low, high = choices.bounds
         ratio = d.detach().exp()
@@ -122,13 +136,13 @@ def token_losses(
 
 
 def corrected(
-    losses: Tensor, old: Tensor, sampled: Tensor, segments: Segments, correction: Correction, choices: Choices
+    losses: Tensor, old: Tensor, sampled: Tensor, segments: Segments, choices: Choices
 ) -> tuple[Tensor, Tensor]:
     """The losses times what corrects for a sampler that is not quite the actor, and those weights; both [targets]."""
-    if correction == "off":
+    if choices.importance == "off":
         return losses, torch.ones_like(losses)
     bounds = {"low": choices.rules.importance_low, "high": choices.rules.importance_high}
-    weights = importance_weights(old, sampled, segments, **bounds, **CORRECTIONS[correction])
+    weights = importance_weights(old, sampled, segments, **bounds, **CORRECTIONS[choices.importance])
     return losses * weights, weights
 
 
@@ -167,10 +181,10 @@ def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfi
         old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
         sampled = part.sampling_logprobs[at]
         losses, ratio, clipped = token_losses(logprobs, old, part.advantages[at], segments, choices)
-        losses, importance = corrected(losses, old, sampled, segments, knobs.importance, choices)
+        losses, importance = corrected(losses, old, sampled, segments, choices)
         stats.add(policy_loss=weighed(losses, part), clip_fraction=clipped, entropy=entropy, approx_kl=old - logprobs)
         stats.largest(ratio_max=ratio, ratio_min=-ratio)
-        if knobs.importance != "off":
+        if choices.importance != "off":
             stats.add(importance_weight=importance)
         if part.logprobs is None:
             stats.add(sampler_mismatch=(logprobs - sampled).abs())

@@ -25,10 +25,11 @@ from .config import (
 from .convention import Convention
 from .convention_config import AS_PRESET, GroupConvention, changed, check_preset_number, is_preset
 from .online_config import OnlineRun, check_online
+from .policy_loss import Correction, Level
 from .segments import Aggregation
 
 Algorithm = Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "dapo", "gspo", "cispo"]
-Correction = Literal["off", "tis", "icepop", "sequence-tis", "sequence-icepop", "sequence-mask", "geometric-mask"]
+KLPlace = Literal["off", "score", "reward", "advantage", "loss"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,15 @@ class Choices:
     rules: Convention
     whiten: bool = False
     loss: Literal["clip", "cispo"] = "clip"
-    level: Literal["token", "sequence", "sequence-sum"] = "token"
+    level: Level = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
     aggregation: Aggregation = "token-mean"
     constant: float = 1.0
-    kl_in: Literal["off", "score", "reward", "loss"] = "off"
+    kl_in: KLPlace = "off"
     kl: KLKind = "k3"
     kl_coef: float = 0.0
+    importance: Correction = "off"
     dynamic: bool = False
     overlong_buffer: int = 0
 
@@ -66,18 +68,30 @@ class Choices:
 RECIPES: dict[str, dict[str, Any]] = {
     "grpo": {"kl_in": "loss", "kl_coef": 0.04},
     "dr_grpo": {"baseline": "mean", "scale": "none", "aggregation": "constant"},
-    "rloo": {"baseline": "others", "scale": "none", "kl_in": "score", "kl": "k1", "kl_coef": 0.05},
-    "reinforce++": {
-        "baseline": "none", "scale": "none", "whiten": True, "kl_in": "reward", "kl": "k1", "kl_coef": 0.01
-    },
-    "reinforce++_baseline": {
-        "baseline": "mean", "scale": "none", "whiten": True, "kl_in": "reward", "kl": "k1", "kl_coef": 0.01
-    },
+    "rloo": {"baseline": "others", "scale": "none", "kl": "k1", "kl_coef": 0.05, "importance": "off"},
+    "reinforce++": {"baseline": "none", "scale": "none", "whiten": True, "kl": "k1", "kl_coef": 0.01},
+    "reinforce++_baseline": {"baseline": "mean", "scale": "none", "whiten": True, "kl": "k1", "kl_coef": 0.01},
     "dapo": {"clip_high": 0.28, "aggregation": "token-mean", "dynamic": True},
     "gspo": {"level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sample-mean"},
-    "cispo": {"loss": "cispo", "clip_low": 1.0, "clip_high": 4.0, "aggregation": "token-mean"},
+    "cispo": {"loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
 }  # fmt: skip
-"""What each algorithm says; baseline, scale and aggregation it does not name are the convention's."""
+"""What each algorithm says; `recipe` adds what the convention says."""
+
+
+def recipe(algorithm: Algorithm, rules: Convention) -> dict[str, Any]:
+    """The choices of an algorithm, and the convention's where the algorithm leaves them open."""
+    made = {"aggregation": rules.aggregation, "importance": rules.importance} | RECIPES[algorithm]
+    if algorithm == "cispo" and rules.cispo_bounds == "absolute":
+        made |= {"clip_low": 0.0, "clip_high": 5.0}
+    if algorithm == "rloo":
+        made |= {"kl_in": rules.rloo_kl, "level": rules.rloo_level}
+        if rules.rloo_level == "sequence-sum":  # one loss an answer
+            made |= {"aggregation": "sample-mean"}
+    if algorithm == "reinforce++":
+        made |= {"kl_in": rules.reinforce_kl}
+    if algorithm == "reinforce++_baseline":
+        made |= {"kl_in": rules.reinforce_baseline_kl}
+    return made
 
 
 @dataclass(frozen=True)
@@ -110,13 +124,16 @@ class GroupConfig:
     """how per-token losses become one; constant is Dr. GRPO's sum over (samples x constant)"""
     constant: int = 0
     """tokens a sample counts for under aggregation constant (0: rollout.max_new_tokens)"""
-    kl_in: Literal["preset", "off", "score", "reward", "loss"] = "preset"
-    """where the KL to the reference goes: an answer's score before the baseline [R], token rewards [O], the loss [G]"""
+    kl_in: Literal["preset", "off", "score", "reward", "advantage", "loss"] = "preset"
+    """where the KL to the reference goes: an answer's score before the baseline [R], token rewards, whose returns
+    gather that of later tokens [O], each token's own advantage, the loss [G]"""
     kl: Literal["preset", "k1", "k2", "k3", "abs", "k1+", "k3+"] = "preset"
     """its estimator; k1+ and k3+ have the gradient of k2"""
     kl_coef: float = AS_PRESET
     """its weight (GRPO 0.04 [G], RLOO 0.05 [T], REINFORCE++ 0.01 [O])"""
-    importance: Correction = "off"
+    importance: Literal[
+        "preset", "off", "tis", "icepop", "sequence-tis", "sequence-icepop", "sequence-mask", "geometric-mask"
+    ] = "preset"
     """weights by the ratio of actor to sampler: tis holds them within bounds, icepop drops what is outside them; of
     tokens or whole answers, or answers outside are masked and tokens keep their own"""
     importance_low: float = AS_PRESET
@@ -206,20 +223,26 @@ class GRPOConfig:
         return self.run.prompts_per_step * self.rollout.samples_per_prompt
 
     @property
+    def rules(self) -> Convention:
+        """Every choice where trainers differ: the preset's, or the knob's that is given."""
+        knobs = self.grpo
+        return self.convention.resolved(
+            reward_clip=self.reward.clip,
+            dual_clip=knobs.dual_clip,
+            importance_low=knobs.importance_low,
+            importance_high=knobs.importance_high,
+        )
+
+    @property
     def choices(self) -> Choices:
         """Every choice made: the knob's that is given, else the algorithm's, else the convention's."""
-        knobs, limit = self.grpo, self.rollout.max_new_tokens
-        rules = self.convention.resolved(
-            dual_clip=knobs.dual_clip, importance_low=knobs.importance_low, importance_high=knobs.importance_high
-        )
-        recipe = dict(RECIPES[knobs.algorithm])
-        if knobs.algorithm == "cispo" and rules.cispo_bounds == "absolute":
-            recipe |= {"clip_low": 0.0, "clip_high": 5.0}
-        group = changed(rules.group, **{name: recipe.pop(name, "preset") for name in ("baseline", "scale")})
+        knobs, limit, rules = self.grpo, self.rollout.max_new_tokens, self.rules
+        says = recipe(knobs.algorithm, rules)
+        group = changed(rules.group, **{name: says.pop(name, "preset") for name in ("baseline", "scale")})
         group = changed(group, baseline=knobs.baseline, scale=knobs.scale)
         if group.baseline == "none":  # nothing is measured against siblings, so none are needed
             group = dataclasses.replace(group, alone="reward")
-        made = Choices(group, rules, **({"aggregation": rules.aggregation, "constant": float(limit)} | recipe))
+        made = Choices(group, rules, constant=float(limit), **says)
         return changed(
             made,
             **{
@@ -235,7 +258,7 @@ class GRPOConfig:
 
 
 SWITCHES = ("whiten", "dynamic")
-PLAIN = ("loss", "level", "clip_low", "clip_high", "aggregation", "kl_in", "kl", "kl_coef")
+PLAIN = ("loss", "level", "clip_low", "clip_high", "aggregation", "kl_in", "kl", "kl_coef", "importance")
 
 
 def check(config: GRPOConfig, world: int) -> int:

@@ -5,13 +5,25 @@ No masks and no means here: segments.token_weights makes one loss of them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels.ppo_loss import policy_loss as clipped_surrogate
 from .segments import Segments
+
+Level = Literal["token", "sequence", "sequence-sum"]
+Correction = Literal["off", "tis", "icepop", "sequence-tis", "sequence-icepop", "sequence-mask", "geometric-mask"]
+CORRECTIONS: dict[Correction, dict[str, Any]] = {
+    "tis": {"level": "token"},
+    "icepop": {"level": "token", "outside": "zero"},
+    "sequence-tis": {"level": "sequence"},
+    "sequence-icepop": {"level": "sequence", "outside": "zero"},
+    "sequence-mask": {"level": "sequence-mask"},
+    "geometric-mask": {"level": "geometric-mask"},
+}
+"""What each correction asks of `importance_weights`."""
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor, limit: float = 0.0) -> Tensor:
@@ -25,6 +37,7 @@ def sequence_log_ratio(
     segments: Segments,
     gradient: Literal["shared", "own"] = "shared",
     length: Literal["mean", "sum"] = "mean",
+    limit: float = 0.0,
 ) -> Tensor:
     """GSPO's ratio (https://arxiv.org/abs/2507.18071, eq. 7): each sample's mean log-ratio on all its tokens, [total].
 
@@ -32,10 +45,12 @@ def sequence_log_ratio(
         gradient: "shared" goes through the mean; "own" gives each token the gradient of its own log-ratio (GSPO-token,
             eq. 14), the same while a sample has one advantage.
         length: "sum" is the ratio of the whole sequence's probabilities (RLOO).
+        limit: the most it may be (no gradient beyond it); 0 for no limit.
     """
     whole = segments.means(d) if length == "mean" else segments.sums(d)
     spread = segments.spread(whole)
-    return spread if gradient == "shared" else d - d.detach() + spread.detach()
+    made = spread if gradient == "shared" else d - d.detach() + spread.detach()
+    return made.clamp(max=limit) if limit else made
 
 
 def ppo_loss(

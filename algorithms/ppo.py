@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels.ppo_loss import value_loss
 from .advantages import gae, kl_estimate, token_rewards, whiten
 from .batch import Batch, deal_micro_batches, pack
+from .convention import Convention
 from .online import (
     Minibatch,
     check_first_ratio,
@@ -28,7 +29,7 @@ from .online import (
     with_weights,
 )
 from .policy_loss import log_ratio, ppo_loss
-from .ppo_config import PPOConfig
+from .ppo_config import ActorConfig, PPOConfig
 from .roles import Learner, Role, Share, Stats, collect, target_logprobs
 
 
@@ -68,7 +69,7 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
     logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
     rules, segments = config.rules, segments_of(batch)
     kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl, replace(rules.kl, weighted=False))  # [total]
-    rewards = token_rewards(scores.to(kl), kl, segments, kl_coef, clip=rules.reward_clip)
+    rewards = token_rewards(scores.to(kl), kl, segments, kl_coef, clip=rules.token_clip)
     metrics = {
         "kl": segments.sums(kl).sum().item() / segments.filled,  # nats a sequence, by the chosen estimator
         "kl_per_token": (logprobs - batch.ref_logprobs)[batch.response].mean().item(),
@@ -143,6 +144,20 @@ def update(
     return about_values | over_update(history)
 
 
+def policy_losses(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, knobs: ActorConfig, rules: Convention
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ratio, clipped) of each target, all [targets]. Differentiable in `logprobs`."""
+    d = log_ratio(logprobs, old, rules.log_ratio_limit)
+    return ppo_loss(d, advantages, knobs.clip_low, knobs.clip_high, rules.dual_clip or None)
+
+
+def value_losses(values: Tensor, old: Tensor, returns: Tensor, rules: Convention) -> tuple[Tensor, Tensor]:
+    """(loss, clipped) of each target, [targets] both: factor max((V - R)^2, (clip(V, old +- c) - R)^2)."""
+    losses, clipped = value_loss(values, old, returns, rules.value_clip or None)
+    return losses * (rules.value_loss_factor / 0.5), clipped
+
+
 def critic_step(
     critic: Learner, batch: Batch, minibatch: Minibatch, config: PPOConfig
 ) -> tuple[dict[str, float], Tensor]:
@@ -152,7 +167,8 @@ def critic_step(
     returns need the values of no other.
     """
     stats, rules = Stats(), config.rules
-    parts = [batch.select(share) for share in minibatch.shares]
+    weighted = with_weights(batch, minibatch, rules.value_aggregation)
+    parts = [weighted.select(share) for share in minibatch.shares]
     targets = target_count(batch, minibatch)
     seen: list[Tensor] = []
 
@@ -162,8 +178,8 @@ def critic_step(
         seen.append(values.detach())
         old = part.spread(values.detach()) if part.values is None else part.values
         returns = advantages_of(part, old, config)[1] if part.returns is None else part.returns
-        losses, clipped = value_loss(values, old[at], returns[at], rules.value_clip or None)
-        losses = losses * (rules.value_loss_factor / 0.5)
+        losses, clipped = value_losses(values, old[at], returns[at], rules)
+        losses = weighed(losses, part)
         stats.add(value_loss=losses, value_clip_fraction=clipped)
         return losses.sum() / targets
 
@@ -196,9 +212,7 @@ def actor_step(
         logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
         old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
         sampled = part.sampling_logprobs[at]
-        d = log_ratio(logprobs, old, rules.log_ratio_limit)
-        clips = config.actor.clip_low, config.actor.clip_high, rules.dual_clip or None
-        losses, ratio, clipped = ppo_loss(d, part.advantages[at], *clips)
+        losses, ratio, clipped = policy_losses(logprobs, old, part.advantages[at], config.actor, rules)
         if config.ppo.importance_cap:  # truncated importance sampling: the sampler is not quite the actor
             losses = losses * torch.exp(old - sampled).clamp_max(config.ppo.importance_cap)
         stats.add(policy_loss=weighed(losses, part), clip_fraction=clipped, entropy=entropy, approx_kl=old - logprobs)

@@ -168,7 +168,10 @@ class PPOConfig:
     def rules(self) -> Convention:
         """Every choice where trainers differ: the preset's, or the knob's that is given."""
         return self.convention.resolved(
-            lam=self.ppo.lam, dual_clip=self.actor.dual_clip, value_clip=self.critic.value_clip
+            reward_clip=self.reward.clip,
+            lam=self.ppo.lam,
+            dual_clip=self.actor.dual_clip,
+            value_clip=self.critic.value_clip,
         )
 
     @property

@@ -18,7 +18,8 @@ from .config import (
     check_given,
     require,
 )
-from .convention_config import ConventionConfig
+from .convention import Convention
+from .convention_config import ConventionConfig, is_preset
 from .pair_config import DPOLoss
 
 
@@ -78,6 +79,12 @@ class RejectionConfig:
     def pair_loss(self) -> DPOLoss:
         """The loss of method dpo with every choice made."""
         return self.loss.made(self.convention)
+
+    @property
+    def rules(self) -> Convention:
+        """The preset's choices; a clip of the rewards that is given acts where answers are compared."""
+        at = "preset" if is_preset(self.reward.clip) else "score"
+        return self.convention.resolved(reward_clip=self.reward.clip, reward_clip_at=at)
 
     @property
     def steps_per_round(self) -> int:

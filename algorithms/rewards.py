@@ -22,6 +22,8 @@ from typing import Any
 
 from .batch import Prompt
 from .config import RewardConfig
+from .convention import PRESETS, Convention
+from .convention_config import changed
 
 
 class RewardFunction:
@@ -178,10 +180,14 @@ class RewardShaper:
     """From combined scores to rewards: normalised by all that came before, clipped, less the penalty for no end.
 
     In this order, so that the penalty is in units of the final reward and neither moves the statistics nor is clipped.
+
+    Args:
+        rules: whose clip holds where the config gives none.
     """
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, config: RewardConfig, rules: Convention = PRESETS["trialign"]):
         self.config = config
+        self.limit = changed(rules, reward_clip=config.clip).score_clip
         self.moments = RunningMoments()
 
     def __call__(self, scores: Sequence[float], finished: Sequence[bool]) -> list[float]:
@@ -195,8 +201,8 @@ class RewardShaper:
         if self.config.normalise:
             self.moments.update([reward for reward in rewards if not math.isnan(reward)])
             rewards = [(reward - self.moments.mean) / self.moments.deviation for reward in rewards]
-        if self.config.clip:
-            limit = self.config.clip
+        if self.limit:
+            limit = self.limit
             rewards = [r if math.isnan(r) else max(-limit, min(limit, r)) for r in rewards]
         penalty = self.config.missing_eos_penalty
         return [reward - (0.0 if end else penalty) for reward, end in zip(rewards, finished, strict=True)]

@@ -258,7 +258,7 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
     roles = build_group_roles(config, {task.model: base.shape}, base.mesh)
     generator = Generator(roles.actor.model, base.mesh)
     params = sampling_params(config.rollout, stop_ids=(), seed=task.seed)  # no answer stops early
-    scorer, shaper = Scorer(config.reward, base.tokenizer, base.mesh), RewardShaper(config.reward)
+    scorer, shaper = Scorer(config.reward, base.tokenizer, base.mesh), RewardShaper(config.reward, config.rules)
     group = torch.arange(size).repeat_interleave(task.group)
 
     def step(number: int) -> dict[str, float]:

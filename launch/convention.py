@@ -2,15 +2,17 @@
 
     python launch/convention.py --batch FILE.jsonl
 
-A line a sample: {"group": 0, "reward": 1.0, "logprobs": [...], "old_logprobs": [...], "ref_logprobs": [...],
-"values": [...], "old_values": [...], "mask": [1, 1, 0]}. `group` names the prompt. `old_logprobs` may be left out
-(equal to `logprobs`), so may `ref_logprobs`, `values` and `old_values` (zeros) and `mask` (all the policy's own words).
+A line a sample: {"group": 0, "reward": 1.0, "logprobs": [...], "old_logprobs": [...], "sampling_logprobs": [...],
+"ref_logprobs": [...], "values": [...], "old_values": [...], "mask": [1, 1, 0]}. `group` names the prompt; groups are of
+one size. `old_logprobs` may be left out (equal to `logprobs`), so may `sampling_logprobs` (equal to the old ones),
+`ref_logprobs`, `values` and `old_values` (zeros) and `mask` (all the policy's own words).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from trialign.algorithms.convention import PRESETS, Recorded, under
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.convention import PRESETS
+from trialign.algorithms.convention_batch import Recorded, under
 
 
 @dataclass(frozen=True)
@@ -28,74 +32,109 @@ class Options:
     batch: Path
     """a JSON line a sample"""
     kl_coef: float = 0.05
-    """weight of the KL penalty in the reward"""
+    """weight of the KL penalty in rewards and advantages"""
     clip: float = 0.2
-    """PPO's clip of the ratio"""
+    """clip of the ratio on both sides; GSPO and CISPO have their own"""
+
+
+COLUMNS = ("logprobs", "old_logprobs", "sampling_logprobs", "ref_logprobs", "values", "old_values", "mask")
 
 
 def numbers(row: dict[str, Any], key: str, length: int, default: list[float], where: str) -> list[float]:
+    """A column of a line, a 0 before it: the prompt, which no number speaks of."""
     values = row.get(key, default)
     if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
         raise ValueError(f"{where}: {key} must be a list of numbers")
     if len(values) != length:
         raise ValueError(f"{where}: {key} has {len(values)} numbers, logprobs {length}")
-    return [float(v) for v in values]
+    return [0.0, *(float(v) for v in values)]
+
+
+def read_line(line: str, where: str) -> dict[str, Any]:
+    """A line's sample: every column, `group` and `reward`.
+
+    Raises:
+        ValueError: a line that is no such object; names the field.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("logprobs"), list) or not row["logprobs"]:
+        raise ValueError(f"{where}: needs logprobs, a list of one number a token")
+    if isinstance(row.get("reward"), bool) or not isinstance(row.get("reward"), int | float):
+        raise ValueError(f"{where}: reward={row.get('reward')!r}: must be a number")
+    if not isinstance(row.get("group", ""), str | int):
+        raise ValueError(f"{where}: group={row['group']!r}: must be a whole number or a name")
+    length = len(row["logprobs"])
+    old = row.get("old_logprobs", row["logprobs"])
+    defaults = {"old_logprobs": old, "sampling_logprobs": old, "mask": [1.0] * length}
+    defaults["old_values"] = row.get("values", [0.0] * length)
+    columns = {key: numbers(row, key, length, defaults.get(key, [0.0] * length), where) for key in COLUMNS}
+    return columns | {"group": row.get("group"), "reward": float(row["reward"])}
+
+
+def group_numbers(samples: dict[int, dict[str, Any]], path: Path) -> list[int]:
+    """The number of each sample's group; a sample that names none is a group of its own.
+
+    Args:
+        samples: by line.
+
+    Raises:
+        ValueError: groups of different size; names the first line of one that differs from the first group.
+    """
+    names = [(number, None) if row["group"] is None else row["group"] for number, row in samples.items()]
+    sizes = Counter(names)
+    for number, name in zip(samples, names, strict=True):
+        if sizes[name] != sizes[names[0]]:
+            first = f"{path}:{next(iter(samples))}: group={samples[next(iter(samples))]['group']!r}"
+            raise ValueError(
+                f"{path}:{number}: group={samples[number]['group']!r} has {sizes[name]} answers, {first} has"
+                f" {sizes[names[0]]}: groups must be of one size"
+            )
+    order = {name: i for i, name in enumerate(sizes)}
+    return [order[name] for name in names]
 
 
 def read(path: Path) -> Recorded:
     """The batch in a file.
 
     Raises:
-        ValueError: no such file, no line, a line that is no such object; names the line and the field.
+        ValueError: no such file, no line, a line that is no such object, groups of different size; names the line and
+            the field.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    columns: dict[str, list[float]] = {
-        key: [] for key in ("logprobs", "old_logprobs", "ref_logprobs", "values", "old_values", "mask")
-    }
-    lengths, groups, rewards = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("logprobs"), list) or not row["logprobs"]:
-            raise ValueError(f"{where}: needs logprobs, a list of one number a token")
-        if not isinstance(row.get("reward"), int | float):
-            raise ValueError(f"{where}: reward={row.get('reward')!r}: must be a number")
-        length = len(row["logprobs"])
-        zeros, ones = [0.0] * length, [1.0] * length
-        defaults = {"old_logprobs": row["logprobs"], "old_values": row.get("values", zeros), "mask": ones}
-        for key, column in columns.items():
-            column += numbers(row, key, length, defaults.get(key, zeros), where)
-        lengths.append(length)
-        groups.append(row.get("group", len(groups)))
-        rewards.append(float(row["reward"]))
-    if not lengths:
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    samples = {number: read_line(line, f"{path}:{number}") for number, line in lines if line.strip()}
+    if not samples:
         raise ValueError(f"{path}: holds no sample")
-    names = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    rows = list(samples.values())
 
-    def wide(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64)
+    def column(key: str) -> Tensor:
+        return torch.tensor([value for row in rows for value in row[key]], dtype=torch.float64)
 
-    tensors = {key: wide(column) for key, column in columns.items()}
-    mask = tensors.pop("mask").bool()
+    mask = column("mask").bool()
     if not mask.any():
         raise ValueError(f"{path}: mask leaves no token of the policy's own")
-    group = torch.tensor([names[g] for g in groups])
-    return Recorded(torch.tensor(lengths), mask, group, wide(rewards), **tensors)
+    batch = Batch(
+        torch.zeros_like(mask, dtype=torch.int64),
+        tuple(len(row["mask"]) for row in rows),
+        mask,
+        column("sampling_logprobs"),
+        column("old_logprobs"),
+        column("ref_logprobs"),
+        column("old_values"),
+    )
+    scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    group = torch.tensor(group_numbers(samples, path))
+    return Recorded(batch, group, scores, column("logprobs"), column("values"))
 
 
 def main(options: Options) -> None:
     batch = read(options.batch)
-    columns = {
-        name: under(convention, batch, kl_coef=options.kl_coef, clip=options.clip)
-        for name, convention in PRESETS.items()
-    }
-    table = Table(title=f"{options.batch}: {len(batch.lengths)} samples, {int(batch.mask.sum())} tokens")
+    columns = {name: under(name, batch, kl_coef=options.kl_coef, clip=options.clip) for name in PRESETS}
+    table = Table(title=f"{options.batch}: {len(batch.scores)} samples, {len(batch.batch.response)} tokens")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from golden import Case, Outputs, Rows, adapter, loss_and_gradient, tensor
-from trialign.algorithms.advantages import KLRule, kl_estimate
-from trialign.algorithms.convention import PRESETS
-from trialign.algorithms.policy_loss import cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
+from golden import NAMES, Case, Outputs, Rows, adapter, choices, loss_and_gradient, rules, tensor
+from trialign.algorithms.advantages import kl_estimate
+from trialign.algorithms.convention_config import ConventionConfig
+from trialign.algorithms.grpo import corrected, token_losses
+from trialign.algorithms.pair_config import DPOLoss
+from trialign.algorithms.policy_loss import importance_weights
+from trialign.algorithms.ppo import policy_losses, value_losses
+from trialign.algorithms.ppo_config import ActorConfig
 from trialign.algorithms.preference import kto_loss, kto_reference, pair_loss, reward_loss
 from trialign.algorithms.segments import token_weights
 from trialign.kernels.logprob import logprob
-from trialign.kernels.ppo_loss import value_loss
 
 VERL_MODES = {
     "token-mean": "token-mean",
@@ -24,14 +28,18 @@ VERL_MODES = {
 
 
 def weights(rows: Rows, how: Any, **more) -> torch.Tensor:
-    return token_weights(rows.segments, how, dtype=torch.float64, **more)
+    return token_weights(rows.segments, how, dtype=torch.get_default_dtype(), **more)
 
 
-def verl_weights(rows: Rows, args: dict) -> torch.Tensor:
+def said(args: dict, **names: str) -> dict[str, Any]:
+    """Our knobs where the args say something, a None as 0."""
+    return {ours: args[theirs] or 0.0 for ours, theirs in names.items() if theirs in args}
+
+
+def verl_weights(rows: Rows, args: dict, preset: str) -> torch.Tensor:
     """verl's modes, with its counts over all ranks where they are given."""
-    mode = args.get("loss_agg_mode", "token-mean")
     info = args.get("global_batch_info", args)
-    how = VERL_MODES[mode]
+    how = VERL_MODES[args["loss_agg_mode"]] if "loss_agg_mode" in args else preset
     filled = int((rows.segments.sizes > 0).sum())
     if how == "constant":
         made = weights(rows, how, constant=args.get("loss_scale_factor", rows.shape[1])) * rows.segments.count / filled
@@ -39,65 +47,65 @@ def verl_weights(rows: Rows, args: dict) -> torch.Tensor:
         made = weights(rows, how, mean_eps=1e-8 if how == "sample-mean" else 0.0)
     if "dp_size" in info:
         there = {"token-mean": int(rows.segments.mask.sum()) / info["batch_num_tokens"], "token-sum": 1}
-        made = made * info["dp_size"] * there.get(mode, filled / info["global_batch_size"])
+        made = made * info["dp_size"] * there.get(how, filled / info["global_batch_size"])
     return made
 
 
 @adapter("verl", "agg_loss")
 def aggregation(case: Case) -> Outputs:
     rows = Rows(tensor(case, "loss_mask"))
-    return {"loss": (rows.pack(tensor(case, "loss_mat")) * verl_weights(rows, case["args"])).sum()}
+    return {
+        "loss": (rows.pack(tensor(case, "loss_mat")) * verl_weights(rows, case["args"], rules(case).aggregation)).sum()
+    }
 
 
 @adapter("verl", "compute_policy_loss_vanilla", "compute_policy_loss_gspo", "compute_policy_loss_cispo")
 def verl_policy(case: Case) -> Outputs:
-    args, rows, convention = case["args"], Rows(tensor(case, "response_mask")), PRESETS["verl"]
-    logp = rows.pack(tensor(case, "log_prob"), grad=True)
-    d = log_ratio(logp, rows.pack(tensor(case, "old_log_prob")), convention.log_ratio_limit)
-    advantages = rows.pack(tensor(case, "advantages"))
-    low, high = args.get("clip_ratio_low", 0.2), args.get("clip_ratio_high", 0.2)
-    if args["loss"] == "cispo":
-        losses = cispo_loss(logp, d, advantages, max(1 - low, 0), 1 + high)
-    elif args["loss"] == "gspo":
-        d = logp - rows.pack(tensor(case, "old_log_prob"))
-        d = sequence_log_ratio(d, rows.segments, convention.gspo_gradient).clamp(max=10.0)
-        losses = ppo_loss(d, advantages, low, high)[0]
-    else:
-        losses = ppo_loss(d, advantages, low, high, args.get("clip_ratio_c", convention.dual_clip))[0]
+    args, rows = case["args"], Rows(tensor(case, "response_mask"))
+    clips = said(args, clip_low="clip_ratio_low", clip_high="clip_ratio_high", dual_clip="clip_ratio_c")
+    made = choices(case, {"vanilla": "grpo"}.get(args["loss"], args["loss"]), **clips)
+    logp, old = rows.pack(tensor(case, "log_prob"), grad=True), rows.pack(tensor(case, "old_log_prob"))
+    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     if "rollout_is_weights" in case["inputs"]:
         losses = losses * rows.pack(tensor(case, "rollout_is_weights"))
-    return loss_and_gradient(rows, (losses * verl_weights(rows, args)).sum(), logp, "grad_log_prob")
+    loss = (losses * verl_weights(rows, args, made.aggregation)).sum()
+    fraction = (clipped * weights(rows, "token-mean")).sum()
+    return {"pg_clipfrac": fraction} | loss_and_gradient(rows, loss, logp, "grad_log_prob")
 
 
-def openrlhf_weights(rows: Rows, by_token: bool) -> torch.Tensor:
-    return weights(rows, "token-mean") if by_token else weights(rows, "sample-mean", mean_eps=1e-8)
+def averaged(rows: Rows, how: Any) -> torch.Tensor:
+    """Weights of OpenRLHF and NeMo-RL, which add 1e-8 to a sample's tokens."""
+    return weights(rows, how, mean_eps=1e-8 if "sample-mean" in how else 0.0)
 
 
 @adapter("OpenRLHF", "PolicyLoss")
 def openrlhf_policy(case: Case) -> Outputs:
-    args, rows, convention = case["args"], Rows(tensor(case, "action_mask")), PRESETS["openrlhf"]
-    logp = rows.pack(tensor(case, "log_probs"), grad=True)
-    old, gspo = rows.pack(tensor(case, "old_log_probs")), args.get("policy_loss_type") == "gspo"
-    corrected = args.get("enable_vllm_is_correction", False)
-    sampled = rows.pack(tensor(case, "rollout_log_probs")) if corrected else old
-    if gspo:
-        d = sequence_log_ratio(logp - (sampled if corrected else old), rows.segments)
-    else:
-        d = log_ratio(logp, old, convention.log_ratio_limit)
-    low, high = args.get("clip_eps_low", 0.2), args.get("clip_eps_high", 0.2)
-    losses = ppo_loss(d, rows.pack(tensor(case, "advantages")), low, high, args.get("dual_clip"))[0]
-    if corrected and not gspo:
-        bounds = dict(zip(("low", "high"), args["vllm_is_truncated_threshold"], strict=True))
-        kind = args["vllm_is_correction_type"]
-        level = "geometric-mask" if kind == "seq-mask-tis" else "token"
-        outside = "zero" if kind == "icepop" else "clamp"
-        losses = losses * importance_weights(old, sampled, rows.segments, outside=outside, level=level, **bounds)
-    made = openrlhf_weights(rows, args.get("token_level_loss", True) and not gspo)
+    args, rows = case["args"], Rows(tensor(case, "action_mask"))
+    logp, old = rows.pack(tensor(case, "log_probs"), grad=True), rows.pack(tensor(case, "old_log_probs"))
+    algorithm = "gspo" if args.get("policy_loss_type") == "gspo" else "grpo"
+    knobs: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}  # what its function has where nothing is said
+    knobs |= said(args, clip_low="clip_eps_low", clip_high="clip_eps_high", dual_clip="dual_clip")
+    sampled = old
+    if args.get("enable_vllm_is_correction"):
+        sampled = rows.pack(tensor(case, "rollout_log_probs"))
+        if algorithm == "gspo":  # takes the ratio to the sampler's instead
+            old = sampled
+        else:
+            knobs["importance"] = OPENRLHF_IMPORTANCE[args["vllm_is_correction_type"]]
+            knobs |= zip(("importance_low", "importance_high"), args["vllm_is_truncated_threshold"], strict=True)
+    made = choices(case, algorithm, **knobs)
+    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses = corrected(losses, old, sampled, rows.segments, made)[0]
+    fraction = (clipped * weights(rows, "token-mean")).sum()
+    spread = averaged(rows, made.aggregation if args.get("token_level_loss", True) else "sample-mean")
     if "batch_num_tokens" in args:
-        made = made * rows.segments.mask.sum() / args["batch_num_tokens"] * args["dp_size"]
+        spread = spread * rows.segments.mask.sum() / args["batch_num_tokens"] * args["dp_size"]
     elif "global_batch_size" in args:
-        made = made * (rows.segments.sizes > 0).sum() / args["global_batch_size"] * args["dp_size"]
-    return loss_and_gradient(rows, (losses * made).sum(), logp, "grad_log_probs")
+        spread = spread * (rows.segments.sizes > 0).sum() / args["global_batch_size"] * args["dp_size"]
+    return {"clip_ratio": fraction} | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_log_probs")
+
+
+OPENRLHF_IMPORTANCE = {"tis": "tis", "icepop": "icepop", "seq-mask-tis": "geometric-mask"}
 
 
 @adapter("OpenRLHF", "ValueLoss")
@@ -110,16 +118,25 @@ def values(case: Case) -> Outputs:
     new, old = ("vpreds", "values") if "vpreds" in inputs else ("values", "old_values")
     leaf = rows.pack(tensor(case, new), grad=True)
     clip = next(args[key] for key in ("cliprange_value", "cliprange", "clip_eps", "value_clip") if key in args)
-    losses = value_loss(leaf, rows.pack(tensor(case, old)), rows.pack(tensor(case, "returns")), clip)[0]
-    framework = case["framework"]
-    if framework == "slime":
-        losses = losses * PRESETS["slime"].value_loss_factor / 0.5
-        made = weights(rows, "token-sum" if args["calculate_per_token_loss"] else "sum-of-sample-means")
-    elif framework == "verl":
-        made = verl_weights(rows, args)
+    made, framework = rules(case, value_clip=clip or 0.0), case["framework"]
+    losses, clipped = value_losses(leaf, rows.pack(tensor(case, old)), rows.pack(tensor(case, "returns")), made)
+    how = made.value_aggregation
+    if framework == "verl":
+        spread = verl_weights(rows, args, how)
+    elif framework == "slime":
+        spread = slime_weights(rows, args, how)
     else:
-        made = openrlhf_weights(rows, args.get("token_level_loss", True)) * args.get("scale", 1)
-    return loss_and_gradient(rows, (losses * made).sum(), leaf, f"grad_{new}")
+        spread = averaged(rows, how if args.get("token_level_loss", True) else "sample-mean") * args.get("scale", 1)
+    part = (clipped * weights(rows, "token-mean")).sum()
+    told = {"clipfrac": part, "vf_clipfrac": part}
+    return told | loss_and_gradient(rows, (losses * spread).sum(), leaf, f"grad_{new}")
+
+
+def slime_weights(rows: Rows, args: dict, preset: Any) -> torch.Tensor:
+    """slime's losses are sums over samples, or tokens; its trainer divides by their number in the global batch."""
+    if args["calculate_per_token_loss"]:
+        return weights(rows, "token-sum")
+    return weights(rows, preset) * rows.segments.filled
 
 
 @adapter("OpenRLHF", "DPOLoss")
@@ -129,6 +146,7 @@ def openrlhf_pairs(case: Case) -> Outputs:
     rejected = tensor(case, "policy_rejected_logps").requires_grad_()
     ratios = chosen - tensor(case, "reference_chosen_logps"), rejected - tensor(case, "reference_rejected_logps")
     kind = "ipo" if args["method"] == "ipo" else "dpo"
+    assert rules(case).ipo == "sum"  # the inputs are summed
     loss = pair_loss(*ratios, args["beta"], kind, args.get("label_smoothing", 0.0)).mean()
     gradients = torch.autograd.grad(loss, (chosen, rejected))
     return {
@@ -140,20 +158,31 @@ def openrlhf_pairs(case: Case) -> Outputs:
     }
 
 
-TRL_PAIRS = {"sigmoid": "dpo", "robust": "robust", "ipo": "ipo", "hinge": "hinge", "exo_pair": "exo"}
+TRL_PAIRS = {"sigmoid": "dpo", "sigmoid_norm": "dpo", "exo_pair": "exo"}
+SMOOTHED = ("robust", "exo")
 
 
 @adapter("TRL", "DPOTrainer._compute_loss")
 def trl_pairs(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "mask"))
     logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
-    d = logp - rows.pack(tensor(case, "ref_per_token_logps"))
-    sums = rows.segments.means(d) if args["method"] == "ipo" else rows.segments.sums(d)
-    chosen, rejected = sums.chunk(2)
+    if args["method"] == "sft":  # launch/sft.py's loss on the chosen answers
+        chosen = Rows(tensor(case, "mask") * (torch.arange(rows.shape[0]) < rows.shape[0] // 2)[:, None])
+        return loss_and_gradient(rows, -(logp * weights(chosen, "token-mean")).sum(), logp, "grad_logps")
     kind: Any = TRL_PAIRS.get(args["method"], args["method"])
-    smoothing = 0.0 if kind in ("dpo", "ipo", "hinge", "apo_zero", "apo_down") else args["label_smoothing"]
-    loss = pair_loss(chosen, rejected, args["beta"], kind, smoothing).mean()
-    return loss_and_gradient(rows, loss, logp, "grad_logps")
+    knobs = {"label_smoothing": args["label_smoothing"]} if kind in SMOOTHED else {}
+    if args["method"] == "sigmoid_norm":
+        knobs["average"] = "mean"
+    made = DPOLoss(kind, args["beta"], **knobs).made(ConventionConfig(NAMES[case["framework"]]))
+    d = logp - rows.pack(tensor(case, "ref_per_token_logps"))
+    ratios = rows.segments.sums(d) if made.average == "sum" else rows.segments.means(d)
+    chosen, rejected = ratios.chunk(2)
+    loss = pair_loss(chosen, rejected, made.beta, made.kind, made.label_smoothing).mean()
+    sums = rows.segments.sums(d).chunk(2)  # its rewards are sums, whatever the loss takes
+    rewards = {
+        f"{name}_rewards_mean": made.beta * x.mean() for name, x in zip(("chosen", "rejected"), sums, strict=True)
+    }
+    return rewards | loss_and_gradient(rows, loss, logp, "grad_logps")
 
 
 @adapter("NeMo-RL", "DPOLossFn")
@@ -165,8 +194,12 @@ def nemo_pairs(case: Case) -> Outputs:
     sums = (rows.segments.means(d) if averaged else rows.segments.sums(d)).view(-1, 2)
     preference = pair_loss(sums[:, 0], sums[:, 1], args["reference_policy_kl_penalty"]).mean()
     told = rows.segments.means(logp) if args.get("sft_average_log_probs") else rows.segments.sums(logp)
-    loss = preference - args.get("sft_loss_weight", 0) * told.view(-1, 2)[:, 0].mean()
-    return {"preference_loss": preference} | loss_and_gradient(rows, loss, logp, "grad_logprobs")
+    nll = -told.view(-1, 2)[:, 0].mean()
+    loss = preference + args.get("sft_loss_weight", 0) * nll
+    outputs: Outputs = {"preference_loss": preference}
+    if args.get("sft_loss_weight"):
+        outputs["sft_loss"] = nll
+    return outputs | loss_and_gradient(rows, loss, logp, "grad_logprobs")
 
 
 @adapter("OpenRLHF", "PairWiseLoss", "LogExpLoss")
@@ -192,7 +225,7 @@ def told(case: Case) -> Outputs:
     rows = Rows(tensor(case, "loss_mask"))
     logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
     name = next(name for name in case["outputs"] if name.startswith("grad"))
-    made = openrlhf_weights(rows, case["args"].get("token_level_loss", True))
+    made = averaged(rows, "token-mean" if case["args"].get("token_level_loss", True) else "sample-mean")
     return loss_and_gradient(rows, -(logp * made).sum(), logp, name)
 
 
@@ -210,7 +243,7 @@ def entropies(case: Case) -> Outputs:
         outputs["grad_logits"] = torch.autograd.grad(logp.sum() + 0.5 * entropy.sum(), logits)[0]
     if case["framework"] == "verl":
         rows = Rows(tensor(case, "response_mask"))
-        loss = (entropy * verl_weights(rows, case["args"])).sum()
+        loss = (rows.pack(entropy.view(labels.shape)) * verl_weights(rows, case["args"], rules(case).aggregation)).sum()
         outputs |= {"token_entropy": outputs["entropy"], "loss": loss}
         outputs["grad_logits"] = torch.autograd.grad(loss, logits)[0]
     return outputs
@@ -258,12 +291,14 @@ def trl_ppo(case: Case) -> Outputs:
     args = case["args"]
     answer, longer = Rows(~tensor(case, "padding_mask").bool()), Rows(~tensor(case, "padding_mask_p1").bool())
     logp, value = answer.pack(tensor(case, "new_logprobs"), grad=True), longer.pack(tensor(case, "vpred"), grad=True)
-    d = log_ratio(logp, answer.pack(tensor(case, "mb_logprobs")))
-    clip = args["cliprange"]
-    losses = ppo_loss(d, answer.pack(tensor(case, "mb_advantage")), clip, clip)[0]
-    policy = (losses * weights(answer, "token-mean")).sum()
-    old, returns = longer.pack(tensor(case, "mb_values")), longer.pack(tensor(case, "mb_return"))
-    critic = (value_loss(value, old, returns, args["cliprange_value"])[0] * weights(longer, "token-mean")).sum()
+    old, advantages = answer.pack(tensor(case, "mb_logprobs")), answer.pack(tensor(case, "mb_advantage"))
+    made, actor = (
+        rules(case, value_clip=args["cliprange_value"]),
+        ActorConfig(clip_low=args["cliprange"], clip_high=args["cliprange"]),
+    )
+    policy = (policy_losses(logp, old, advantages, actor, made)[0] * weights(answer, made.aggregation)).sum()
+    before, returns = longer.pack(tensor(case, "mb_values")), longer.pack(tensor(case, "mb_return"))
+    critic = (value_losses(value, before, returns, made)[0] * weights(longer, made.value_aggregation)).sum()
     loss = policy + args["vf_coef"] * critic
     gradients = torch.autograd.grad(loss, (logp, value))
     return {
@@ -276,10 +311,10 @@ def trl_ppo(case: Case) -> Outputs:
 
 
 TRL_IMPORTANCE = {
-    "token_truncate": ("token", "clamp"),
-    "token_mask": ("token", "zero"),
-    "sequence_truncate": ("sequence", "clamp"),
-    "sequence_mask": ("sequence", "zero"),
+    "token_truncate": "tis",
+    "token_mask": "icepop",
+    "sequence_truncate": "sequence-tis",
+    "sequence_mask": "preset",
 }
 
 
@@ -288,42 +323,47 @@ def trl_grpo(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "completion_mask"))
     logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
     old = rows.pack(tensor(case, "old_per_token_logps")) if "old_per_token_logps" in case["inputs"] else logp.detach()
-    d = log_ratio(logp, old)
-    if args["importance_sampling_level"] == "sequence":
-        d = sequence_log_ratio(d, rows.segments)
-    advantages = rows.pack(tensor(case, "advantages"))
-    if args["loss_type"] == "cispo":
-        losses = cispo_loss(logp, d, advantages, 0.0, args["epsilon_high"])
-    else:
-        losses = ppo_loss(d, advantages, args["epsilon_low"], args["epsilon_high"], args["delta"])[0]
+    algorithm = "gspo" if args["importance_sampling_level"] == "sequence" else "grpo"
+    knobs = said(args, clip_low="epsilon_low", clip_high="epsilon_high", dual_clip="delta")
+    if args["loss_type"] == "cispo":  # its upper bound alone
+        algorithm, knobs["clip_low"] = "cispo", 0.0
+    sampled = old
     if "vllm_importance_sampling_mode" in args:
         sampled = rows.pack(tensor(case, "sampling_per_token_logps"))
-        level: Any
-        outside: Any
-        level, outside = TRL_IMPORTANCE[args["vllm_importance_sampling_mode"]]
-        bounds = {"low": args["clip_min"] or 0.0, "high": args["clip_max"]}
-        losses = losses * importance_weights(old, sampled, rows.segments, level=level, outside=outside, **bounds)
+        knobs["importance"] = TRL_IMPORTANCE[args["vllm_importance_sampling_mode"]]
+        knobs |= said(args, importance_low="clip_min", importance_high="clip_max")
+    made = choices(case, algorithm, **knobs)
+    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses = corrected(losses, old, sampled, rows.segments, made)[0]
+    fraction = (clipped * weights(rows, "sample-mean" if algorithm == "gspo" else "token-mean")).sum()
+    outputs: Outputs = {} if algorithm == "cispo" else {"clip_ratio/region_mean": fraction}
     if args["beta"]:
         ref = rows.pack(tensor(case, "ref_per_token_logps"))
-        kl = kl_estimate(logp, ref, "k3", KLRule(weighted=args.get("use_bias_correction_kl", False)), old)
+        rule = replace(made.rules.kl, weighted=args.get("use_bias_correction_kl", False))
+        kl = kl_estimate(logp, ref, made.kl, rule, old)
         losses = losses + args["beta"] * kl
-    made = {
+        outputs["kl"] = (kl * weights(rows, "token-mean")).sum()
+    spread = {
         "grpo": lambda: weights(rows, "sample-mean") * (rows.segments.sizes > 0).sum() / rows.segments.count,
         "bnpo": lambda: weights(rows, "token-mean"),
         "dr_grpo": lambda: weights(rows, "constant", constant=args["max_completion_length"]),
         "dapo": lambda: weights(rows, "token-sum") / args["num_items_in_batch"],
         "cispo": lambda: weights(rows, "token-sum") / args["num_items_in_batch"],
     }[args["loss_type"]]()
-    return loss_and_gradient(rows, (losses * made).sum(), logp, "grad_per_token_logps")
+    return outputs | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_per_token_logps")
 
 
 @adapter("TRL", "RLOOTrainer._compute_loss")
 def trl_rloo(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "completion_mask"))
     logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
-    ratio = rows.segments.sums(logp) - tensor(case, "old_logps")  # of whole sequences
-    losses = ppo_loss(ratio, tensor(case, "advantages"), args["epsilon_low"], args["epsilon_high"])[0]
-    return loss_and_gradient(rows, losses.mean(), logp, "grad_per_token_logps")
+    old = rows.pack(tensor(case, "old_logps") / rows.segments.sizes)  # the case has those of whole answers
+    made = choices(case, "rloo", **said(args, clip_low="epsilon_low", clip_high="epsilon_high"))
+    losses = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
+    return loss_and_gradient(rows, (losses * weights(rows, made.aggregation)).sum(), logp, "grad_per_token_logps")
+
+
+NEMO_IMPORTANCE = {None: "tis", "tis": "tis", "icepop": "icepop", "seq-mask-tis": "geometric-mask"}
 
 
 @adapter("NeMo-RL", "ClippedPGLossFn")
@@ -331,41 +371,35 @@ def nemo_policy(case: Case) -> Outputs:
     args = case["args"]
     rows = Rows(tensor(case, "token_mask") * tensor(case, "sample_mask")[:, None])
     logp = rows.pack(tensor(case, "log_probs"), grad=True)
-    old = logp.detach() if args.get("force_on_policy_ratio") else rows.pack(tensor(case, "prev_logprobs"))
-    sampled, advantages = rows.pack(tensor(case, "generation_logprobs")), rows.pack(tensor(case, "advantages"))
+    prior, sampled = rows.pack(tensor(case, "prev_logprobs")), rows.pack(tensor(case, "generation_logprobs"))
+    old = logp.detach() if args.get("force_on_policy_ratio") else prior
     by_sequence = args.get("sequence_level_importance_ratios", False)
-    d = sequence_log_ratio(log_ratio(logp, old), rows.segments) if by_sequence else log_ratio(logp, old)
-    low, high = args["ratio_clip_min"], args["ratio_clip_max"]
-    if args.get("use_cispo"):
-        losses = cispo_loss(logp, d, advantages, 1 - low, 1 + high)
-    elif args.get("disable_ppo_ratio"):
-        losses = -logp * advantages
-    else:
-        losses = ppo_loss(d, advantages, low, high, args["ratio_clip_c"])[0]
+    algorithm = "gspo" if by_sequence else "cispo" if args.get("use_cispo") else "grpo"
+    knobs = said(args, clip_low="ratio_clip_min", clip_high="ratio_clip_max", dual_clip="ratio_clip_c")
+    if args.get("disable_ppo_ratio"):  # -A log π: CISPO whose weights are 1
+        algorithm, knobs["clip_low"], knobs["clip_high"] = "cispo", 0.0, 0.0
     if args.get("use_importance_sampling_correction"):
         kind = args.get("truncated_importance_sampling_type")
-        bounds = (
-            {}
-            if kind is None
-            else {
-                "low": args["truncated_importance_sampling_ratio_min"] or 0.0,
-                "high": args["truncated_importance_sampling_ratio"],
-            }
-        )
-        level = "sequence" if by_sequence else "geometric-mask" if kind == "seq-mask-tis" else "token"
-        outside = "zero" if kind == "icepop" else "clamp"
-        prior = rows.pack(tensor(case, "prev_logprobs"))
-        losses = losses * importance_weights(prior, sampled, rows.segments, level=level, outside=outside, **bounds)
+        whole = "sequence-icepop" if kind == "icepop" else "sequence-tis"
+        knobs["importance"] = whole if by_sequence else NEMO_IMPORTANCE[kind]
+        knobs |= {"importance_low": 0.0, "importance_high": float("inf")}
+        if kind is not None:
+            knobs["importance_low"] = args["truncated_importance_sampling_ratio_min"] or 0.0
+            knobs["importance_high"] = args["truncated_importance_sampling_ratio"]
+    made = choices(case, algorithm, **knobs)
+    losses = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
+    losses, outputs = corrected(losses, prior, sampled, rows.segments, made)[0], {}
     if args["token_level_loss"]:
-        made = weights(rows, "token-sum") / (args["global_valid_toks"] + 1e-8)
+        spread = weights(rows, "token-sum") / (args["global_valid_toks"] + 1e-8)
     else:
-        made = weights(rows, "sum-of-sample-means", mean_eps=1e-8) / (args["global_valid_seqs"] + 1e-8)
+        spread = averaged(rows, "sum-of-sample-means") / (args["global_valid_seqs"] + 1e-8)
     if args["reference_policy_kl_penalty"]:
         before = sampled if args.get("use_on_policy_kl_approximation") else None
         ref = rows.pack(tensor(case, "reference_policy_logprobs"))
-        kl = kl_estimate(logp, ref, "k3", PRESETS["nemo"].kl, before)
+        kl = kl_estimate(logp, ref, made.kl, made.rules.kl, before)
         losses = losses + args["reference_policy_kl_penalty"] * kl
-    return loss_and_gradient(rows, (losses * made).sum(), logp, "grad_next_token_logprobs")
+        outputs = {"kl_penalty": (kl * spread).sum()}
+    return outputs | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_next_token_logprobs")
 
 
 @adapter("slime", "policy_loss_function")
@@ -374,37 +408,41 @@ def slime_policy(case: Case) -> Outputs:
     here = torch.arange(mask.shape[1])[None] < tensor(case, "response_lengths")[:, None]
     rows = Rows(mask * here)
     logp = rows.pack(tensor(case, "log_probs"), grad=True)
-    old, estimator = rows.pack(tensor(case, "old_log_probs")), args["advantage_estimator"]
-    d, advantages = log_ratio(logp, old), rows.pack(tensor(case, "advantages"))
-    if estimator == "gspo":
-        d = sequence_log_ratio(d, rows.segments)
-    low, high = args["eps_clip"], args["eps_clip_high"]
-    if estimator == "cispo":
-        losses = cispo_loss(logp, d, advantages, 1 - low, 1 + high)
-    else:
-        losses = ppo_loss(d, advantages, low, high, args["eps_clip_c"])[0]
+    old = rows.pack(tensor(case, "old_log_probs"))
+    knobs, sampled = said(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c"), old
     if args.get("use_tis"):
-        outside = "zero" if args.get("tis_function") == "icepop_function" else "clamp"
         sampled = rows.pack(tensor(case, "rollout_log_probs"))
-        bounds = {"low": args.get("tis_clip_low", 0.0), "high": args.get("tis_clip", 2.0)}
-        losses = losses * importance_weights(old, sampled, rows.segments, outside=outside, **bounds)
+        knobs["importance"] = "icepop" if args.get("tis_function") == "icepop_function" else "tis"
+        knobs |= said(args, importance_low="tis_clip_low", importance_high="tis_clip")
+    made = choices(case, args["advantage_estimator"], **knobs)
+    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses, outputs = corrected(losses, old, sampled, rows.segments, made)[0], {}
+    spread = slime_weights(rows, args, made.aggregation)
     if args.get("use_kl_loss"):
         kind: Any = {"low_var_kl": "k3"}.get(args.get("kl_loss_type", "low_var_kl"), args.get("kl_loss_type"))
-        rule = KLRule(weighted=args.get("use_unbiased_kl", False))
+        clamped = made.rules.kl.clamped if args.get("kl_loss_type", "low_var_kl") == "low_var_kl" else ()
+        rule = replace(made.rules.kl, weighted=args.get("use_unbiased_kl", False), clamped=clamped)
         kl = kl_estimate(logp, rows.pack(tensor(case, "ref_log_probs")), kind, rule, old)
         losses = losses + args.get("kl_loss_coef", 0.01) * kl
-    made = weights(rows, "token-sum" if args["calculate_per_token_loss"] else "sum-of-sample-means")
-    return loss_and_gradient(rows, (losses * made).sum(), logp, "grad_log_probs")
+        outputs = {"kl_loss": (kl * spread).sum()}
+    outputs |= {"pg_clipfrac": (clipped * spread).sum()}
+    return outputs | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_log_probs")
 
 
 @adapter("slime", "compute_policy_loss")
 def slime_tokens(case: Case) -> Outputs:
-    args = case["args"]
-    d = tensor(case, "log_probs") - tensor(case, "old_log_probs")
+    args, advantages = case["args"], tensor(case, "advantages")
+    rows = Rows(torch.ones_like(advantages).reshape(-1, advantages.shape[-1]))
     if "ppo_kl" in case["inputs"]:
-        d = -tensor(case, "ppo_kl")
-    losses, _, _ = ppo_loss(d, tensor(case, "advantages"), args["eps_clip"], args["eps_clip_high"], args["eps_clip_c"])
-    return {"pg_losses": losses}
+        logp, old = -tensor(case, "ppo_kl"), torch.zeros_like(advantages)
+    else:
+        logp, old = tensor(case, "log_probs"), tensor(case, "old_log_probs")
+    made = choices(case, "grpo", **said(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c"))
+    packed = (rows.pack(x.reshape(rows.shape)) for x in (logp, old, advantages))
+    losses, _, clipped = token_losses(*packed, rows.segments, made)
+    return {
+        name: rows.unpack(x).reshape(advantages.shape) for name, x in (("pg_losses", losses), ("clipfrac", clipped))
+    }
 
 
 def verl_bounds(threshold: float | str) -> dict:

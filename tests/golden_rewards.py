@@ -6,20 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from golden import Case, Outputs, Rows, adapter, tensor
+from golden import Case, Outputs, Rows, adapter, choices, ppo_config, rules, tensor
+from trialign.algorithms import ppo
 from trialign.algorithms.advantages import (
     GroupRule,
-    WhitenRule,
     discounted_returns,
-    gae,
     group_advantages,
     kl_estimate,
     soft_overlong_penalty,
     token_rewards,
     whiten,
 )
-from trialign.algorithms.convention import PRESETS
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.config import RewardConfig
+from trialign.algorithms.grpo import advantages_of
 from trialign.algorithms.kl import KLController
+from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.selection import CONDITION, Scored, best_against_worst, best_of_n, conditioned
 
 SPELLINGS: dict[str, Any] = {"kl": "k1", "low_var_kl": "k3", "mse": "k2"}
@@ -33,7 +35,7 @@ def kl(case: Case) -> Outputs:
     args, names = case["args"], list(case["inputs"])
     logp, ref = tensor(case, names[0]).requires_grad_(), tensor(case, names[1])
     kind: Any = next(args[key] for key in ("kl_penalty", "kl_estimator", "kl_loss_type", "kl_type") if key in args)
-    rule = PRESETS[case["framework"].lower().removesuffix("-rl")].kl
+    rule = rules(case).kl
     if args.get("input_clamp_value", 0) is None:
         rule = replace(rule, clamped=())
     if case["framework"] == "slime":  # its k3 under its own name has no limit
@@ -53,7 +55,7 @@ def kl_controller(case: Case) -> Outputs:
     for kl in case["inputs"]["kl"]:
         controller.update(kl, args["n_steps"])
         coefficients.append(controller.coef)
-    return {"value": torch.tensor(coefficients, dtype=torch.float64)}
+    return {"value": torch.tensor(coefficients)}
 
 
 @adapter("TRL", "masked_whiten")
@@ -62,7 +64,7 @@ def kl_controller(case: Case) -> Outputs:
 @adapter("slime", "distributed_masked_whiten")
 def whitening(case: Case) -> Outputs:
     rows = Rows(tensor(case, "mask"))
-    rule = PRESETS[case["framework"].lower().removesuffix("-rl")].whiten
+    rule = rules(case).whiten
     shift = case["args"].get("shift_mean", True)
     return {"out": rows.unpack(whiten(rows.pack(tensor(case, "values")), rows.segments, rule, shift_mean=shift))}
 
@@ -72,15 +74,15 @@ def whitening_by_row(case: Case) -> Outputs:
     outputs = []
     for values, mask in zip(tensor(case, "tensor"), tensor(case, "mask"), strict=True):
         rows = Rows(mask[None])
-        outputs.append(whiten(values, rows.segments, PRESETS["openrlhf"].whiten))
-    return {"out": torch.stack(outputs)}
+        outputs.append(rows.unpack(whiten(rows.pack(values[None]), rows.segments, rules(case).whiten)))
+    return {"out": torch.cat(outputs)}
 
 
 @adapter("verl", "apply_kl_penalty")
 def penalised_scores(case: Case) -> Outputs:
     rows, args = Rows(tensor(case, "response_mask")), case["args"]
     kind: Any = SPELLINGS.get(args["kl_penalty"], args["kl_penalty"])
-    kl = kl_estimate(tensor(case, "old_log_probs"), tensor(case, "ref_log_prob"), kind, PRESETS["verl"].kl)
+    kl = kl_estimate(tensor(case, "old_log_probs"), tensor(case, "ref_log_prob"), kind, rules(case).kl)
     penalty = token_rewards(torch.zeros(rows.shape[0]), rows.pack(kl), rows.segments, args["kl_coef"])
     return {"token_level_rewards": tensor(case, "token_level_scores") + rows.unpack(penalty)}
 
@@ -91,11 +93,11 @@ def scores_and_kl(case: Case) -> Outputs:
     args = case["args"]
     if case["framework"] == "OpenRLHF":
         rows, kl, scores = Rows(tensor(case, "action_mask")), tensor(case, "kl"), tensor(case, "r")
-        clip = args["reward_clip_range"] and tuple(args["reward_clip_range"])
+        clip = rules(case, reward_clip=args["reward_clip_range"][1] if args["reward_clip_range"] else 0.0).token_clip
     else:
-        rows, scores, clip = Rows(tensor(case, "mask")), tensor(case, "rewards"), None
+        rows, scores, clip = Rows(tensor(case, "mask")), tensor(case, "rewards"), rules(case).token_clip
         logp, ref = tensor(case, "logprobs"), tensor(case, "reference_logprobs")
-        kl = kl_estimate(logp, ref, args["kl_type"], replace(PRESETS["nemo"].kl, weighted=False))
+        kl = kl_estimate(logp, ref, args["kl_type"], replace(rules(case).kl, weighted=False))
     return {"reward": rows.unpack(token_rewards(scores, rows.pack(kl), rows.segments, args["kl_coef"], clip=clip))}
 
 
@@ -104,30 +106,32 @@ def scores_and_kl(case: Case) -> Outputs:
 @adapter("OpenRLHF", "RemoteExperienceMaker.get_advantages_and_returns")
 def estimated(case: Case) -> Outputs:
     args, names = case["args"], list(case["inputs"])
-    convention = PRESETS[case["framework"].lower().removesuffix("-rl")]
     rows = Rows(tensor(case, next(name for name in names if name.endswith("mask"))))
-    rewards = tensor(case, next(name for name in names if name.endswith("rewards")))
+    rewards = rows.pack(tensor(case, next(name for name in names if name.endswith("rewards"))))
     lam = next(args[key] for key in ("lam", "gae_lambda", "lambd") if key in args)
-    gamma = args.get("gamma", args.get("gae_gamma"))
-    advantages, returns = gae(
-        rows.pack(rewards),
-        rows.pack(tensor(case, "values")),
-        rows.segments,
-        rows.cu_seqlens,
-        gamma,
-        lam,
-        convention.gaps,
-    )
-    if case["framework"] == "verl":
-        advantages = whiten(advantages, rows.segments, convention.whiten)
+    config = ppo_config(case, lam=lam, gamma=args.get("gamma", args.get("gae_gamma")))
+    batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
+    if case["framework"] == "verl":  # whitened in the same function
+        return experience(rows, ppo.with_advantages(batch, config)[0])
+    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
+
+
+def values_of(batch: Batch) -> torch.Tensor:
+    assert batch.values is not None
+    return batch.values
+
+
+def experience(rows: Rows, batch: Batch) -> Outputs:
+    assert batch.advantages is not None and batch.returns is not None
+    return {"advantages": rows.unpack(batch.advantages), "returns": rows.unpack(batch.returns)}
 
 
 @adapter("OpenRLHF", "RemoteExperienceMaker.get_cumulative_returns")
 def cumulative(case: Case) -> Outputs:
     rows = Rows(tensor(case, "action_mask"))
     rewards = rows.pack(tensor(case, "rewards"))
-    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], "zero")
+    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], rules(case).gaps)
     return {"returns": rows.unpack(returns)}
 
 
@@ -140,8 +144,9 @@ def prefix_mask(case: Case, like: str) -> torch.Tensor:
 @adapter("slime", "get_advantages_and_returns_batch")
 def estimated_by_length(case: Case) -> Outputs:
     rows, args = Rows(prefix_mask(case, "rewards")), case["args"]
-    rewards, values = rows.pack(tensor(case, "rewards")), rows.pack(tensor(case, "values"))
-    advantages, returns = gae(rewards, values, rows.segments, rows.cu_seqlens, args["gamma"], args["lambd"])
+    batch = rows.batch(rewards=rows.pack(tensor(case, "rewards")), values=rows.pack(tensor(case, "values")))
+    config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
+    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
 
 
@@ -150,17 +155,18 @@ def trl_groups(case: Case) -> Outputs:
     args, rewards = case["args"], tensor(case, "rewards")
     scale: Any = {"group": "unbiased", "batch": "batch", "none": "none"}[str(args["scale_rewards"])]
     group = torch.arange(len(rewards)) // args["num_generations"]
-    return {"advantages": group_advantages(rewards, group, GroupRule(scale=scale, eps=1e-4))}
+    return {"advantages": group_advantages(rewards, group, choices(case, "grpo", scale=scale).group)}
 
 
 @adapter("slime", "RolloutManager._post_process_rewards")
 def slime_groups(case: Case) -> Outputs:
     args, rewards = case["args"], tensor(case, "rewards")
-    scaled = args["grpo_std_normalization"] and args["estimator"] in ("grpo", "gspo", "cispo")
     group = torch.arange(len(rewards)) // args["n_samples_per_prompt"]
-    baseline = "none" if args["estimator"] == "reinforce_plus_plus" else "mean"
-    rule = GroupRule(baseline, "unbiased" if scaled else "none", eps=1e-6)
-    return {"advantages": group_advantages(rewards, group, rule)}
+    plain = args["estimator"] == "grpo" and not args["grpo_std_normalization"]
+    algorithm = {"reinforce_plus_plus": "reinforce++", "reinforce_plus_plus_baseline": "reinforce++_baseline"}.get(
+        args["estimator"], "dr_grpo" if plain else "grpo"
+    )
+    return {"advantages": group_advantages(rewards, group, choices(case, algorithm).group)}
 
 
 @adapter("verl", "compute_grpo_outcome_advantage", "compute_grpo_vectorized_outcome_advantage")
@@ -168,20 +174,18 @@ def slime_groups(case: Case) -> Outputs:
 def verl_groups(case: Case) -> Outputs:
     args, mask = case["args"], tensor(case, "response_mask")
     scores = tensor(case, "token_level_rewards").sum(1)
-    if "rloo" in args["estimator"]:
-        rule = GroupRule("others", "none", alone="reward")
-    else:
-        scaled = args.get("norm_adv_by_std_in_grpo", True)
-        rule = GroupRule(scale="unbiased" if scaled else "none", eps=1e-6, alone="reward")
-    return {"advantages": group_advantages(scores, tensor(case, "index"), rule)[:, None] * mask}
+    plain = not args.get("norm_adv_by_std_in_grpo", True)
+    algorithm = "rloo" if "rloo" in args["estimator"] else "dr_grpo" if plain else "grpo"
+    advantages = group_advantages(scores, tensor(case, "index"), choices(case, algorithm).group)
+    return {"advantages": advantages[:, None] * mask, "returns": advantages[:, None] * mask}
 
 
 @adapter("NeMo-RL", "GRPOAdvantageEstimator.compute_advantage")
 def nemo_groups(case: Case) -> Outputs:
     args, rewards, prompts = case["args"], tensor(case, "rewards"), tensor(case, "prompt_ids")
     others = args["use_leave_one_out_baseline"]
-    scale: Any = ("others" if others else "unbiased") if args["normalize_rewards"] else "none"
-    rule = GroupRule("others" if others else "mean", scale, eps=1e-6, unscaled_at_zero=True)
+    scale = ("preset" if others else "unbiased") if args["normalize_rewards"] else "none"
+    rule = choices(case, "grpo", baseline="preset" if others else "mean", scale=scale).group
     group = (
         prompts.unique(return_inverse=True)[1] if prompts.dim() == 1 else prompts.unique(dim=0, return_inverse=True)[1]
     )
@@ -192,46 +196,54 @@ def nemo_groups(case: Case) -> Outputs:
 def verl_returns(case: Case) -> Outputs:
     rows = Rows(tensor(case, "response_mask"))
     rewards = rows.pack(tensor(case, "token_level_rewards"))
-    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], "carry")
-    white = whiten(returns, rows.segments, PRESETS["verl"].whiten)
+    made = rules(case)
+    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], made.gaps)
+    white = whiten(returns, rows.segments, made.whiten_returns)
     return {"advantages": rows.unpack(white), "returns": rows.unpack(returns)}
 
 
 @adapter("verl", "compute_reinforce_plus_plus_baseline_outcome_advantage")
 def verl_baseline(case: Case) -> Outputs:
     rows = Rows(tensor(case, "response_mask"))
-    rule = GroupRule("mean", "none", alone="reward")
-    scores = group_advantages(tensor(case, "token_level_rewards").sum(1), tensor(case, "index"), rule)
-    return {"advantages": rows.unpack(whiten(rows.pack(scores), rows.segments, PRESETS["verl"].whiten))}
+    scores, made = tensor(case, "token_level_rewards").sum(1), choices(case, "reinforce++_baseline")
+    no_kl = torch.zeros_like(rows.mask, dtype=scores.dtype)
+    advantages = advantages_of(scores, tensor(case, "index"), no_kl, rows.segments, rows.cu_seqlens, made)[1]
+    return {"advantages": rows.unpack(advantages), "returns": rows.unpack(advantages)}
 
 
-OPENRLHF_BASELINES = {
-    "rloo": GroupRule("others", "none"),
-    "reinforce_baseline": GroupRule("mean", "none"),
-    "group_norm": PRESETS["openrlhf"].group,
-    "dr_grpo": GroupRule("mean", "none"),
+# Its KL is in the token rewards under every estimator.
+OPENRLHF_ESTIMATORS: dict[str, dict[str, Any]] = {
+    "rloo": {"algorithm": "rloo"},
+    "reinforce": {"algorithm": "reinforce++"},
+    "reinforce_baseline": {"algorithm": "reinforce++_baseline"},
+    "group_norm": {"algorithm": "grpo", "kl_in": "reward"},
+    "dr_grpo": {"algorithm": "dr_grpo", "kl_in": "reward"},
 }
 
 
 @adapter("OpenRLHF", "RemoteExperienceMaker.compute_advantages_and_returns")
 def openrlhf_experience(case: Case) -> Outputs:
     args, rows, scores = case["args"], Rows(tensor(case, "action_mask")), tensor(case, "rewards")
-    estimator, segments = args["estimator"], rows.segments
-    if estimator in OPENRLHF_BASELINES:
-        group = torch.arange(len(scores)) // args["n_samples_per_prompt"]
-        scores = group_advantages(scores, group, OPENRLHF_BASELINES[estimator])
-    kl, clip = rows.pack(tensor(case, "kl")), tuple(args["reward_clip_range"])
-    rewards = token_rewards(scores, kl, segments, args["kl_coef"], clip=clip)
-    if estimator == "gae":
-        values = rows.pack(tensor(case, "values"))
-        advantages, returns = gae(rewards, values, segments, rows.cu_seqlens, args["gamma"], args["lambd"], "zero")
-    else:
-        advantages = returns = discounted_returns(rewards, segments, rows.cu_seqlens, args["gamma"], "zero")
-    if estimator in ("gae", "reinforce", "reinforce_baseline"):
-        rule = replace(PRESETS["openrlhf"].whiten, scale=not args["no_std_norm"])
-        advantages = whiten(advantages, segments, rule)
+    kl, segments = rows.pack(tensor(case, "kl")), rows.segments
+    assert tuple(args["reward_clip_range"]) == rules(case).token_clip
+    if args["estimator"] == "gae":
+        config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
+        batch = rows.batch(logprobs=kl, ref_logprobs=torch.zeros_like(kl), values=rows.pack(tensor(case, "values")))
+        batch, _ = ppo.with_rewards(batch, scores, config, args["kl_coef"])
+        assert batch.rewards is not None
+        outputs = experience(rows, ppo.with_advantages(batch, config)[0])
+        if args["no_std_norm"]:
+            plain = ppo.advantages_of(batch, values_of(batch), config)[0]
+            outputs["advantages"] = rows.unpack(whiten(plain, segments, replace(config.rules.whiten, scale=False)))
+        return outputs
+    group = torch.arange(len(scores)) // args["n_samples_per_prompt"]
+    made = choices(case, kl_coef=args["kl_coef"], **OPENRLHF_ESTIMATORS[args["estimator"]])
+    if args["no_std_norm"]:
+        made = replace(made, rules=rules(case, whiten_returns=replace(made.rules.whiten_returns, scale=False)))
+    given = scores, group, kl, segments, rows.cu_seqlens
+    returns = advantages_of(*given, replace(made, whiten=False), args["gamma"])[1]
     return {
-        "advantages": rows.unpack(advantages),
+        "advantages": rows.unpack(advantages_of(*given, made, args["gamma"])[1]),
         "returns": rows.unpack(returns),
     }
 
@@ -242,58 +254,63 @@ def slime_experience(case: Case) -> Outputs:
     here = prefix_mask(case, "log_probs")
     rows, counted = Rows(here), Rows(here * tensor(case, "mask"))
     kl = rows.pack(kl_estimate(tensor(case, "log_probs"), tensor(case, "ref_log_probs"), args["kl_loss_type"]))
-    estimator, coef = args["estimator"], args["kl_coef"]
-    if estimator == "ppo":
-        rewards = token_rewards(scores, kl, rows.segments, coef)
-        values = rows.pack(tensor(case, "values"))
-        advantages, returns = gae(rewards, values, rows.segments, rows.cu_seqlens, args["gamma"], args["lambd"])
-    elif estimator == "reinforce_plus_plus":
-        rewards = token_rewards(scores, kl, counted.segments, coef)
-        advantages = returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, args["gamma"])
-    else:
-        penalty = coef * kl if estimator == "reinforce_plus_plus_baseline" else 0
-        advantages = returns = rows.pack(scores) - penalty
-    if args["normalize_advantages"]:
-        advantages = whiten(advantages, counted.segments, PRESETS["slime"].whiten)
+    whole = args["normalize_advantages"]
+    if args["estimator"] == "ppo":
+        config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
+        rewards = token_rewards(scores, kl, rows.segments, args["kl_coef"], clip=config.rules.token_clip)
+        batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
+        advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+        if whole:
+            advantages = whiten(advantages, counted.segments, config.rules.whiten)
+        return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
+    algorithm, kl_in = {
+        "reinforce_plus_plus": ("reinforce++", "preset"),
+        "reinforce_plus_plus_baseline": ("reinforce++_baseline", "preset"),
+    }.get(args["estimator"], ("grpo", "off"))
+    # The baseline is taken off before, in RolloutManager._post_process_rewards.
+    made = choices(case, algorithm, baseline="none", scale="none", kl_in=kl_in, kl_coef=args["kl_coef"])
+    group = torch.arange(len(scores))
+    given = scores, group, kl, counted.segments, rows.cu_seqlens
+    returns = advantages_of(*given, replace(made, whiten=False), args["gamma"])[1]
+    advantages = advantages_of(*given, replace(made, whiten=whole), args["gamma"])[1]
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
 
 
 @adapter("NeMo-RL", "ReinforcePlusPlusAdvantageEstimator.compute_advantage")
 def nemo_reinforce(case: Case) -> Outputs:
     args, rows, scores = case["args"], Rows(tensor(case, "mask")), tensor(case, "rewards")
-    if args["minus_baseline"]:
-        group = tensor(case, "prompt_ids").unique(return_inverse=True)[1]
-        scores = group_advantages(scores, group, GroupRule("mean", "none"))
-    advantages = rows.pack(scores)
-    if args["use_kl_in_reward"]:
-        logp, ref = tensor(case, "logprobs_policy"), tensor(case, "logprobs_reference")
-        rule = replace(PRESETS["nemo"].kl, weighted=False)
-        advantages = advantages - args["kl_coef"] * rows.pack(kl_estimate(logp, ref, args["kl_type"], rule))
-    return {"advantages": rows.unpack(whiten(advantages, rows.segments, WhitenRule(eps=1e-8)))}
+    algorithm = "reinforce++_baseline" if args["minus_baseline"] else "reinforce++"
+    made = choices(case, algorithm, kl_coef=args["kl_coef"], kl_in="preset" if args["use_kl_in_reward"] else "off")
+    logp, ref = tensor(case, "logprobs_policy"), tensor(case, "logprobs_reference")
+    kl = rows.pack(kl_estimate(logp, ref, args["kl_type"], replace(made.rules.kl, weighted=False)))
+    group = tensor(case, "prompt_ids").unique(return_inverse=True)[1]
+    return {"advantages": rows.unpack(advantages_of(scores, group, kl, rows.segments, rows.cu_seqlens, made)[1])}
 
 
 @adapter("NeMo-RL", "RawRewardAdvantageEstimator.compute_advantage")
 def nemo_raw(case: Case) -> Outputs:
     rows = Rows(tensor(case, "mask"))
-    return {"advantages": rows.unpack(whiten(rows.pack(tensor(case, "rewards")), rows.segments, WhitenRule()))}
+    rewards = rows.pack(tensor(case, "rewards"))
+    return {"advantages": rows.unpack(whiten(rewards, rows.segments, rules(case).whiten_returns))}
 
 
 @adapter("NeMo-RL", "GeneralizedAdvantageEstimator.compute_advantage")
 def nemo_experience(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "mask"))
     logp, ref = tensor(case, "logprobs"), tensor(case, "reference_logprobs")
-    kl = kl_estimate(logp, ref, args["reference_policy_kl_type"], replace(PRESETS["nemo"].kl, weighted=False))
     coef = args["reference_policy_kl_penalty"] if args["use_kl_in_reward"] else 0.0
-    rewards = token_rewards(tensor(case, "rewards"), rows.pack(kl), rows.segments, coef)
-    values, gamma = rows.pack(tensor(case, "values")), args["gae_gamma"]
-    lam = args["gae_lambda_policy"] or args["gae_lambda"]
-    advantages, returns = gae(rewards, values, rows.segments, rows.cu_seqlens, gamma, lam)
-    if args["gae_lambda_value"]:
-        returns = gae(rewards, values, rows.segments, rows.cu_seqlens, gamma, args["gae_lambda_value"])[1]
-    return {
-        "advantages": rows.unpack(whiten(advantages, rows.segments, PRESETS["nemo"].whiten)),
-        "returns": rows.unpack(returns),
-    }
+    packed = {"logprobs": logp, "ref_logprobs": ref, "values": tensor(case, "values")}
+    batch = rows.batch(**{name: rows.pack(x) for name, x in packed.items()})
+
+    def at(lam: float) -> Batch:
+        config = ppo_config(case, gamma=args["gae_gamma"], lam=lam, kl=args["reference_policy_kl_type"])
+        rewarded, _ = ppo.with_rewards(batch, tensor(case, "rewards"), config, coef)
+        return ppo.with_advantages(rewarded, config)[0]
+
+    outputs = experience(rows, at(args["gae_lambda_policy"] or args["gae_lambda"]))
+    if args["gae_lambda_value"]:  # a lambda of its own
+        outputs["returns"] = experience(rows, at(args["gae_lambda_value"]))["returns"]
+    return outputs
 
 
 @adapter("TRL", "PPOTrainer.train (steps 3-6)")
@@ -305,12 +322,12 @@ def trl_experience(case: Case) -> Outputs:
     kl = torch.where(place <= ends[:, None], kl_estimate(logp, ref, args["kl_estimator"]), 0)
     # The score comes one token after the answer, where there is room for it.
     rewards = token_rewards(tensor(case, "scores"), longer.pack(kl), longer.segments, args["kl_coef"])
-    rule = PRESETS["trl"].whiten
+    config = ppo_config(case, gamma=args["gamma"], lam=args["lam"])
+    rule = config.rules.whiten
     if args["whiten_rewards"]:
         rewards = whiten(rewards, longer.segments, rule, shift_mean=False)
-    advantages, returns = gae(
-        rewards, longer.pack(values), longer.segments, longer.cu_seqlens, args["gamma"], args["lam"]
-    )
+    batch = longer.batch(rewards=rewards, values=longer.pack(values))
+    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
     return {
         "rewards": longer.unpack(rewards),
         "advantages": answer.unpack(whiten(advantages, answer.segments, rule)),
@@ -321,15 +338,22 @@ def trl_experience(case: Case) -> Outputs:
 @adapter("TRL", "RLOOTrainer._generate_and_score_completions")
 def trl_rloo(case: Case) -> Outputs:
     args = case["args"]
-    rewards = tensor(case, "rewards").clamp(*args["reward_clip_range"])
+    made = choices(case, "rloo", kl_coef=args["beta"])
+    shaper = RewardShaper(RewardConfig(clip=args["reward_clip_range"][1]), made.rules)
+    rewards = tensor(case, "rewards")
+    rewards = rewards.new_tensor(shaper(rewards.tolist(), [True] * len(rewards)))
+    rows = Rows(tensor(case, "completion_mask") if args["beta"] else torch.ones(len(rewards), 1))
+    kl = torch.zeros_like(rows.mask, dtype=rewards.dtype)
     if args["beta"]:
-        rows = Rows(tensor(case, "completion_mask"))
-        kl = kl_estimate(tensor(case, "old_per_token_logps"), tensor(case, "ref_per_token_logps"), "k1")
-        rewards = rewards - args["beta"] * rows.segments.sums(rows.pack(kl))
+        logp, ref = tensor(case, "old_per_token_logps"), tensor(case, "ref_per_token_logps")
+        kl = rows.pack(kl_estimate(logp, ref, made.kl, made.rules.kl))
     group = torch.arange(len(rewards)) // args["num_generations"]
-    advantages = group_advantages(rewards, group, GroupRule("others", "none"))
+    each = advantages_of(rewards, group, kl, rows.segments, rows.cu_seqlens, made)[1]
+    advantages = rows.segments.means(each)
     if args["normalize_advantages"]:
-        advantages = group_advantages(advantages, torch.zeros_like(group), GroupRule("mean", "unbiased", eps=1e-4))
+        advantages = group_advantages(
+            advantages, torch.zeros_like(group), GroupRule("mean", "unbiased", eps=1e-4)
+        )  # of the batch
     return {"advantages": advantages}
 
 
@@ -358,7 +382,7 @@ def selection(case: Case) -> Outputs:
     assert [[row[n] for n in names] for row in made] == [[row[n] for n in names] for row in told]
     numbers = [[value for name, value in row.items() if "reward" in name] for row in made]
     case["outputs"] = {"rewards": [[value for name, value in row.items() if "reward" in name] for row in told]}
-    return {"rewards": torch.tensor(numbers, dtype=torch.float64)}
+    return {"rewards": torch.tensor(numbers)}
 
 
 @adapter("TRL", "get_soft_overlong_punishment")

@@ -7,22 +7,31 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import VOCAB, tiny_llama
-from trialign.algorithms.advantages import GroupRule, gae, group_advantages, kl_estimate, token_rewards, whiten
+from trialign.algorithms.advantages import (
+    GroupRule,
+    WhitenRule,
+    gae,
+    group_advantages,
+    kl_estimate,
+    token_rewards,
+    whiten,
+)
 from trialign.algorithms.batch import Batch, after_prompts, pack
 from trialign.algorithms.build import build_decoder, build_learner
-from trialign.algorithms.config import OptimizerConfig
+from trialign.algorithms.config import OptimizerConfig, RewardConfig
 from trialign.algorithms.convention import PRESETS, Convention, ConventionName
 from trialign.algorithms.convention_config import ConventionConfig, GroupConvention, PPOConvention
-from trialign.algorithms.grpo import step, with_advantages
+from trialign.algorithms.grpo import advantages_of, step, token_losses, with_advantages
 from trialign.algorithms.grpo_config import GroupConfig, GRPOConfig, GRPORollout
 from trialign.algorithms.online import Minibatch
 from trialign.algorithms.online import with_weights as online_weights
 from trialign.algorithms.pair_config import DPOConfig, DPOLoss
-from trialign.algorithms.policy_loss import log_ratio, ppo_loss, sequence_log_ratio
+from trialign.algorithms.policy_loss import importance_weights, log_ratio, ppo_loss, sequence_log_ratio
 from trialign.algorithms.ppo import actor_step, critic_step, with_rewards
 from trialign.algorithms.ppo import with_advantages as ppo_advantages
 from trialign.algorithms.ppo_config import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
 from trialign.algorithms.rejection_config import RejectionConfig
+from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.roles import Learner
 from trialign.algorithms.segments import Segments, token_weights
 from trialign.engine.mesh import build_mesh
@@ -71,6 +80,11 @@ def pure(batch: Batch) -> tuple[Segments, torch.Tensor, torch.Tensor, torch.Tens
     return segments, batch.logprobs, batch.ref_logprobs, batch.values
 
 
+def sampled(batch: Batch) -> torch.Tensor:
+    assert batch.sampling_logprobs is not None
+    return batch.sampling_logprobs
+
+
 @pytest.mark.parametrize("far", [3.0, 25.0])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_ppo_s_losses_are_the_preset_s(folder, preset, far):
@@ -87,7 +101,7 @@ def test_ppo_s_losses_are_the_preset_s(folder, preset, far):
 
     segments, old, ref, before = pure(batch)
     kl = kl_estimate(old, ref, "k3", replace(rules.kl, weighted=False))
-    rewards = token_rewards(SCORES, kl, segments, 0.1, clip=rules.reward_clip)
+    rewards = token_rewards(SCORES, kl, segments, 0.1, clip=rules.token_clip)
     advantages, returns = gae(rewards, before, segments, batch.cu_seqlens, 1.0, rules.lam, rules.gaps)
     white = whiten(advantages, segments, rules.whiten)
     d = log_ratio(now, old, rules.log_ratio_limit)
@@ -95,7 +109,8 @@ def test_ppo_s_losses_are_the_preset_s(folder, preset, far):
     expected = (losses * token_weights(segments, rules.aggregation)).sum().item()
     assert policy == pytest.approx(expected, rel=1e-5)
     squares = value_loss(value, before, returns, rules.value_clip)[0] * rules.value_loss_factor / 0.5
-    assert critics == pytest.approx(squares[batch.mask].mean().item(), rel=1e-5)
+    expected = (squares * token_weights(segments, rules.value_aggregation)).sum().item()
+    assert critics == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("far", [3.0, 25.0])
@@ -114,10 +129,12 @@ def test_grpo_s_losses_are_the_preset_s(folder, preset, algorithm, far):
 
     segments, old, ref, _ = pure(batch)
     grouped = group_advantages(SCORES, GROUP, rules.group)
-    grouped = grouped if rules.reward_clip is None else grouped.clamp(*rules.reward_clip)
+    grouped = grouped if rules.token_clip is None else grouped.clamp(*rules.token_clip)
     d, advantages = log_ratio(now, old, rules.log_ratio_limit), segments.spread(grouped)
     if algorithm == "gspo":
-        d = sequence_log_ratio(d, segments, rules.gspo_gradient)
+        d = sequence_log_ratio(now - old, segments, rules.gspo_gradient).clamp(
+            max=10.0 if preset == "verl" else math.inf
+        )
         losses = ppo_loss(d, advantages, 3e-4, 4e-4)[0]
         weights = token_weights(segments, "sample-mean")
     else:
@@ -125,6 +142,9 @@ def test_grpo_s_losses_are_the_preset_s(folder, preset, algorithm, far):
         weights = token_weights(segments, rules.aggregation)
         kl = kl_estimate(now, ref, "k3", rules.kl, old)
         assert made["kl_loss"] == pytest.approx((kl * weights).sum().item(), rel=1e-4)
+    if preset == "trl":  # corrects for the sampler unless told not to
+        bounds = {"low": rules.importance_low, "high": rules.importance_high}
+        losses = losses * importance_weights(old, sampled(batch), segments, level="sequence", outside="zero", **bounds)
     assert made["policy_loss"] == pytest.approx((losses * weights).sum().item(), rel=1e-4)
 
 
@@ -146,24 +166,27 @@ KNOBS = {
     "ppo": (
         PPOConfig(
             ppo=AlgorithmConfig(lam=0.5),
+            reward=RewardConfig(clip=2.0),
             actor=ActorConfig(dual_clip=0.0),
             critic=CriticConfig(value_clip=0.0),
             convention=PPOConvention(
                 "verl",
                 kl_input_limit=3.0,
                 kl_output_limit=0.0,
-                score_limit=2.0,
+                reward_clip_at="token",
                 gaps="zero",
                 whiten_variance="population",
                 whiten_floor="clamp",
                 whiten_eps=1e-4,
                 log_ratio_limit=0.0,
                 aggregation="sample-sum",
+                value_aggregation="sum-of-sample-means",
                 value_loss_factor=1.0,
             ),
         ).rules,
-        {"lam": 0.5, "dual_clip": 0.0, "value_clip": 0.0, "reward_clip": (-2.0, 2.0), "gaps": "zero",
-         "log_ratio_limit": 0.0, "aggregation": "sample-sum", "value_loss_factor": 1.0},
+        {"lam": 0.5, "dual_clip": 0.0, "value_clip": 0.0, "token_clip": (-2.0, 2.0), "gaps": "zero",
+         "log_ratio_limit": 0.0, "aggregation": "sample-sum", "value_aggregation": "sum-of-sample-means",
+         "value_loss_factor": 1.0},
     ),
     "grpo": (
         GRPOConfig(
@@ -174,12 +197,15 @@ KNOBS = {
                 group_alone="reward",
                 group_unscaled_at_zero="off",
                 gspo_gradient="own",
+                sequence_log_ratio_limit=7.0,
                 cispo_bounds="absolute",
-                score_limit=0.0,
+                whiten_eps=1e-3,
             ),
+            reward=RewardConfig(clip=3.0),
             grpo=GroupConfig(importance_low=0.25, importance_high=4.0, dual_clip=5.0, baseline="mean"),
         ).choices.rules,
-        {"group": GroupRule("others", "others", 0.5, "reward", False), "gspo_gradient": "own", "reward_clip": None,
+        {"group": GroupRule("others", "others", 0.5, "reward", False), "gspo_gradient": "own", "score_clip": 3.0,
+         "sequence_log_ratio_limit": 7.0, "whiten_returns": WhitenRule(eps=1e-3),
          "cispo_bounds": "absolute", "importance_low": 0.25, "importance_high": 4.0, "dual_clip": 5.0},
     ),
 }  # fmt: skip
@@ -217,6 +243,105 @@ def test_grpo_s_choices_are_the_knob_s_then_the_algorithm_s_then_the_convention_
     trl = GRPOConfig(convention=GroupConvention("trl"), grpo=GroupConfig(algorithm="cispo")).choices
     assert trl.bounds == made(algorithm="cispo").bounds == (0.0, 5.0)
     assert made(algorithm="dapo").overlong_buffer == 1024 // 5 and made(algorithm="dapo", overlong_buffer=0).dynamic
+
+
+def choices_of(preset: ConventionName, **knobs):
+    return GRPOConfig(convention=GroupConvention(preset), grpo=GroupConfig(**knobs)).choices
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "places"),
+    [
+        ("grpo", ["loss"] * 6),
+        ("rloo", ["score", "reward", "score", "score", "score", "score"]),
+        ("reinforce++", ["reward", "reward", "reward", "reward", "advantage", "reward"]),
+        ("reinforce++_baseline", ["reward", "reward", "reward", "off", "advantage", "advantage"]),
+    ],
+)
+def test_where_the_kl_goes(algorithm, places):
+    assert [choices_of(preset, algorithm=algorithm).kl_in for preset in PRESETS] == places
+    assert choices_of("verl", algorithm=algorithm, kl_in="advantage").kl_in == "advantage"
+
+
+def test_rloo_s_ratio_and_the_correction_are_the_preset_s():
+    trl, verl = choices_of("trl", algorithm="rloo"), choices_of("verl", algorithm="rloo")
+    assert (trl.level, trl.aggregation, trl.importance) == ("sequence-sum", "sample-mean", "off")
+    assert (verl.level, verl.aggregation, verl.importance) == ("token", "token-mean", "off")
+    assert choices_of("trl", algorithm="rloo", level="token").level == "token"
+    assert choices_of("trl").importance == choices_of("slime", importance="sequence-icepop").importance
+    assert choices_of("trl", importance="off").importance == choices_of("trialign").importance == "off"
+
+
+def advantages_under(preset: ConventionName, algorithm: str, mask: list[bool]) -> torch.Tensor:
+    """Of two answers with rewards 1 and 3, four tokens each, whose KL is 1 at every token."""
+    segments = Segments.of_lengths(torch.tensor([4, 4]), torch.tensor(mask))
+    choices = choices_of(preset, algorithm=algorithm, kl_coef=0.1, whiten="off")
+    ends, group = torch.tensor([0, 4, 8]).int(), torch.zeros(2).long()
+    return advantages_of(torch.tensor([1.0, 3.0]), group, torch.ones(8), segments, ends, choices)[1]
+
+
+def test_the_kl_of_later_tokens_or_a_token_s_own():
+    every = [True] * 8
+    later = [r + kl for r in (-1, 1) for kl in (-0.4, -0.3, -0.2, -0.1)]
+    for preset, expected in {
+        "openrlhf": later, "verl": [-1] * 4 + [1] * 4, "nemo": [-1.1] * 4 + [0.9] * 4, "slime": [-1.1] * 4 + [0.9] * 4
+    }.items():  # fmt: skip
+        made = advantages_under(preset, "reinforce++_baseline", every)  # pyright: ignore[reportArgumentType]
+        torch.testing.assert_close(made, torch.tensor(expected, dtype=torch.float32))
+    gap = [True, False, True, True, True, True, False, False]
+    own = torch.tensor([0.9, 0, 0.9, 0.9, 2.9, 2.9, 0, 0])
+    torch.testing.assert_close(advantages_under("nemo", "reinforce++", gap), own)
+
+
+@pytest.mark.parametrize("config", [PPOConfig, GRPOConfig, RejectionConfig])
+def test_one_clip_of_the_reward_and_the_preset_s(config):
+    """trialign clips the score at 10, OpenRLHF what a token is given, nobody else; a clip that is given wins."""
+    section = {PPOConfig: PPOConvention, GRPOConfig: GroupConvention, RejectionConfig: ConventionConfig}[config]
+
+    def shaped(preset: ConventionName, **reward) -> list[float]:
+        made = config(convention=section(preset), reward=RewardConfig(**reward))
+        return RewardShaper(made.reward, made.rules)([30.0, -12.0, 1.0], [True] * 3)
+
+    clipped, whole = [10.0, -10.0, 1.0], [30.0, -12.0, 1.0]
+    assert [shaped(preset) == clipped for preset in PRESETS] == [True, False, False, False, False, False]
+    assert shaped("openrlhf") == shaped("trialign", clip=0) == whole
+    assert shaped("verl", clip=5) == [5.0, -5.0, 1.0]
+    assert shaped("openrlhf", clip=5) == ([5.0, -5.0, 1.0] if config is RejectionConfig else whole)
+    rules = config(convention=section("openrlhf"), reward=RewardConfig(clip=5)).rules
+    assert rules.token_clip == (None if config is RejectionConfig else (-5.0, 5.0))
+
+
+def test_gspo_s_log_ratio_is_bounded_as_a_whole():
+    """No token's is: OpenRLHF has no bound at all, verl one of the mean."""
+    segments = Segments.of_lengths(torch.tensor([2]), torch.ones(2).bool())
+    for preset, expected in (("openrlhf", 5.0), ("verl", 5.0), ("trialign", 5.0)):
+        choices = choices_of(preset, algorithm="gspo")  # pyright: ignore[reportArgumentType]
+        ratio = token_losses(torch.tensor([40.0, -30.0]), torch.zeros(2), torch.ones(2), segments, choices)[1]
+        assert ratio.log().tolist() == pytest.approx([expected] * 2)
+    ratio = token_losses(torch.full((2,), 40.0), torch.zeros(2), torch.ones(2), segments, choices_of("verl"))[1]
+    assert ratio.log().tolist() == pytest.approx([20.0] * 2)
+    verl = choices_of("verl", algorithm="gspo")
+    ratio = token_losses(torch.full((2,), 40.0), torch.zeros(2), torch.ones(2), segments, verl)[1]
+    assert ratio.log().tolist() == pytest.approx([10.0] * 2)
+
+
+def test_defaults_that_no_vector_shows():
+    """Numbers that the golden cases are given as arguments: what each trainer has where nothing is said."""
+    named = [
+        (r.lam, r.value_clip, r.dual_clip, r.log_ratio_limit, r.sequence_log_ratio_limit) for r in PRESETS.values()
+    ]
+    assert named == [
+        (0.95, 0.5, 0.0, 0.0, 0.0),
+        (1.0, 0.5, 0.0, 20.0, 0.0),
+        (0.95, 0.2, 0.0, 0.0, 0.0),
+        (1.0, 0.5, 3.0, 20.0, 10.0),
+        (0.95, 0.2, 0.0, 0.0, 0.0),
+        (1.0, 0.2, 0.0, 0.0, 0.0),
+    ]
+    bounds = [(r.importance, r.importance_low, r.importance_high) for r in PRESETS.values()]
+    assert bounds == [
+        ("off", 0.0, 2.0), ("off", 0.5, 5.0), ("sequence-icepop", 0.0, 3.0), *[("off", 0.0, 2.0)] * 3
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", [DPOConfig, RejectionConfig])
