@@ -77,8 +77,9 @@ def under(name: ConventionName, recorded: Recorded, *, kl_coef: float, clip: flo
     }
     for title, algorithm in TITLES.items():
         made, choices, losses = _learned(name, algorithm, recorded, scores, kl_coef, clip)
-        told[f"advantage ({title}), largest"] = made.max().item()
-        told[f"advantage ({title}), least"] = made.min().item()
+        if algorithm not in OWN_CLIP:  # those have GRPO's
+            told[f"advantage ({title}), largest"] = made.max().item()
+            told[f"advantage ({title}), least"] = made.min().item()
         told[f"policy loss ({title})"] = mean(losses, choices.aggregation, choices.constant)
     return told | {"importance weight": _importance(name, batch)} | _ipo(name, recorded)
 
