@@ -137,11 +137,7 @@ def split_turns(where: str, key: str, text: str) -> list[dict[str, Any]]:
 def read_labelled(
     source: str, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> list[Labelled]:
-    """Answers with their labels.
-
-    Raises:
-        ValueError: a column is missing or malformed, or all labels are the same; names the row.
-    """
+    """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
     dialogues, labels = [], []
     for where, row in read_rows(source):
         dialogues.append(read_answer(where, row, config.response_key, "data.response_key", config))
@@ -149,10 +145,6 @@ def read_labelled(
         if not is_label(label):
             raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
         labels.append(bool(label))
-    if labels and len(set(labels)) == 1:
-        raise ValueError(
-            f"data source {source}: all {len(labels)} labels are {labels[0]}: there is nothing to tell apart"
-        )
     samples = tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
     return [Labelled(*row) for row in zip(samples, labels, strict=True)]
 

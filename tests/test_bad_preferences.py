@@ -140,7 +140,7 @@ FILES = {
         "labels",
         b'{"prompt": "a", "response": "b", "label": true}\n' * 4,
         {},
-        ": all 4 labels are True: there is nothing to tell apart",
+        ": all 4 answers to learn from have the label True: there is nothing to tell apart",
     ),
     "all too long": (
         "pairs",
