@@ -8,6 +8,8 @@ import pytest
 from samples import tokenizer, write_jsonl
 from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset, TextDataset
+from trialign.algorithms.pretrain_config import TextData
+from trialign.algorithms.text import TextStream
 
 ROWS = [{"prompt": f"say w{i}", "topic": f"t{i % 3}"} for i in range(10)]
 
@@ -61,6 +63,22 @@ def test_sources_are_mixed_by_their_probabilities(tmp_path):
     counts = Counter(prompt.text for prompt in dataset(*paths, probabilities="0.5,0.4,0.1").next(2000))
     shares = [counts[f"say {name}"] / 2000 for name in "abc"]
     assert shares == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
+
+
+def test_text_is_mixed_by_its_sources_probabilities(tmp_path):
+    paths = [
+        str(write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {name}"}] * rows))
+        for name, rows in (("a", 30), ("b", 3), ("c", 7))
+    ]
+    knobs = {"sources": tuple(paths), "max_tokens": 3}  # a row is one document and its end
+    data = TextStream(TextData(**knobs, probabilities="0.5,0.4,0.1"), tokenizer())
+    counts = Counter(Path(row[0].where.rpartition(":")[0]).stem for row in data.next(2000))
+    assert [counts[name] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
+    few = tuple(str(write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"w{i}"}] * n)) for i, n in ((1, 9), (2, 1)))
+    message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d documents, but data.probabilities draw from ev"
+    with pytest.raises(ValueError, match=message):
+        TextStream(TextData(sources=few, eval_fraction=0.9, probabilities="0.5,0.5"), tokenizer())
+    assert TextStream(TextData(sources=few, eval_fraction=0.9), tokenizer()).documents == 1
 
 
 def test_without_probabilities_all_rows_count_alike(tmp_path):
