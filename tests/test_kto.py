@@ -10,9 +10,10 @@ import pytest
 import torch
 from samples import write_jsonl
 from tiny import tiny_tokenizer
+from trialign.algorithms.config import UpdateConfig
 from trialign.algorithms.dialogue import Sample
 from trialign.algorithms.kto import LabelledStream, partners
-from trialign.algorithms.pair_config import LabelData
+from trialign.algorithms.pair_config import DPOModels, KTOConfig, LabelData, check_kto
 from trialign.engine.mesh import build_mesh
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -101,3 +102,14 @@ def test_labels_are_compared_over_all_sources(tiny, tmp_path):
     assert len(data) == 4 and ", 2 of them wanted" in str(data)
     with pytest.raises(ValueError, match=r"yes.jsonl: all 2 answers to learn from have the label True"):
         LabelledStream(LabelData(sources=(str(wanted),), eval_sources=(str(unwanted),)), tiny, STOP)
+
+
+def test_batches_need_a_row_a_rank_and_may_be_odd():
+    def config(size: int) -> KTOConfig:
+        return KTOConfig(
+            model=DPOModels(path="m"), data=LabelData(sources=("a.jsonl",)), update=UpdateConfig(batch_size=size)
+        )
+
+    assert check_kto(config(1), 1) == 1 and check_kto(config(7), 2) == 2 and check_kto(config(3), 3) == 3
+    with pytest.raises(ValueError, match="update.batch_size=2 rows are fewer than dp=3: one a rank at least"):
+        check_kto(config(2), 3)

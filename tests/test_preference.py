@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from harness import run_ranks
 from preferences import KINDS, KTO, UPDATE, compare, labelled, odd_batches, pairs, steps, two_steps
-from tiny import tiny_llama
+from tiny import VOCAB, tiny_llama
+from tiny_moe import tiny_mixtral
 from trialign.algorithms.build import build_decoder, build_learner
 from trialign.algorithms.config import OptimizerConfig
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
@@ -77,6 +78,14 @@ def test_kto_on_batches_that_do_not_divide_by_the_data_ranks(folders, odd, dp):
     """Uneven shares, one row a rank among them: loss, z, gradients and weights are one process's."""
     for got in run_ranks(odd_batches, dp, folders, dp, (7, 5, 3)):
         compare(got, odd)
+
+
+def test_kto_on_an_odd_batch_whose_data_ranks_share_experts(tmp_path):
+    """The rank with fewer micro-batches of one row keeps up with the other's."""
+    folders = {name: tiny_mixtral(tmp_path / name, vocab_size=VOCAB) for name in ("lm", "reference")}
+    alone = odd_batches(0, 1, folders, 1, (7,), 1)
+    for got in run_ranks(odd_batches, 2, folders, 2, (7,), 1, 2):
+        compare(got, alone)
 
 
 def learner_of(folder, lr: float = 0.0) -> Learner:
