@@ -33,6 +33,7 @@ class Prompt:
     text: str  # what a reward function gets: the user's words, without the chat template
     fields: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    messages: tuple[dict[str, Any], ...] = ()  # the whole chat that is answered, as the chat template gets it
 
 
 @dataclass(frozen=True)
@@ -178,18 +179,21 @@ def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
 
 
 def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals sample indices to `parts` ranks: equally many each, about equally many tokens (longest first, to the rank
-    with the fewest so far). Depends on the lengths alone, so every rank gets the same answer.
+    """Deals sample indices to `parts` ranks: equally many each, or one more where they do not divide, and about equally
+    many tokens (longest first, to the rank with the fewest so far). Depends on the lengths alone, so every rank gets
+    the same answer.
 
     Raises:
-        ValueError: the samples do not divide by the parts.
+        ValueError: there are fewer samples than parts.
     """
-    if len(lengths) % parts:
-        raise ValueError(f"{len(lengths)} samples do not divide by {parts} data-parallel ranks")
+    least, more = divmod(len(lengths), parts)
+    if not least:
+        raise ValueError(f"{len(lengths)} samples are fewer than {parts} data-parallel ranks")
     hands: list[list[int]] = [[] for _ in range(parts)]
     tokens = [0] * parts
     for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        open_ranks = [rank for rank in range(parts) if len(hands[rank]) < len(lengths) // parts]
+        room = least + (more > sum(len(hand) > least for hand in hands))
+        open_ranks = [rank for rank in range(parts) if len(hands[rank]) < room]
         rank = min(open_ranks, key=lambda rank: (tokens[rank], rank))
         hands[rank].append(sample)
         tokens[rank] += lengths[sample]
@@ -226,7 +230,8 @@ def micro_batches(samples: Sequence[int], lengths: Sequence[int], size: int, max
 def deal_micro_batches(
     samples: Sequence[int], lengths: Sequence[int], dp: Axis, size: int, max_tokens: int = 0
 ) -> list[list[int]]:
-    """This data rank's share of `samples` in micro-batches, as many as every other data rank has.
+    """This data rank's share of `samples` in micro-batches, as many as every other data rank has, or one fewer where it
+    has a sample less and each alone.
 
     Under ep the n-th micro-batches of some ranks run together and go through the same experts: they must be the same
     ones in every pass, for an old logprob to be the new one to the last bit.
@@ -236,7 +241,7 @@ def deal_micro_batches(
     hands = deal([lengths[i] for i in samples], dp.size)
     cuts = [micro_batches([samples[i] for i in hand], lengths, size, max_tokens) for hand in hands]
     mine = cuts[dp.rank]
-    while len(mine) < max(map(len, cuts)):  # all hands are equally large, so there is one to split
+    while len(mine) < min(max(map(len, cuts)), len(hands[dp.rank])):
         place = max(range(len(mine)), key=lambda i: len(mine[i]))
         half = len(mine[place]) // 2
         mine[place : place + 1] = [mine[place][:half], mine[place][half:]]

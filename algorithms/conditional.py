@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from .batch import Prompt, Rollout
 from .conditional_config import ConditionConfig, RewardedData
-from .data import brief, column, read_rows
+from .data import read_rows
 from .dialogue import Dialogue, Sample, tokenise
-from .pair_config import LabelData
+from .messages import brief, column
 from .pairs import read_answer
 from .rows import RowStream
 from .selection import Scored, conditioned
@@ -39,6 +39,11 @@ class Rewarded:
         messages = self.dialogue.messages
         return max(i for i, message in enumerate(messages[: self.dialogue.learned[0]]) if message["role"] == "user")
 
+    @property
+    def words(self) -> str:
+        """That message."""
+        return self.dialogue.messages[self.asked]["content"]
+
     def asking(self, words: str) -> Dialogue:
         """The dialogue with these as the user's last words."""
         place, messages = self.asked, self.dialogue.messages
@@ -55,12 +60,9 @@ def read_rewarded(source: str, config: RewardedData, given: bool) -> list[Reward
     Raises:
         ValueError: a column is missing or malformed, or a reward is no finite number; names the row.
     """
-    keys = LabelData(
-        chat_template=config.chat_template, system_prompt=config.system_prompt, prompt_key=config.prompt_key
-    )
     rows = []
     for where, row in read_rows(source):
-        dialogue = read_answer(where, row, config.response_key, "data.response_key", keys)
+        dialogue = read_answer(where, row, config.response_key, "response_key", config)
         if not any(message["role"] == "user" for message in dialogue.messages):
             raise ValueError(f"{where}: no user's turn to write the reward into")
         reward = column(where, row, config.reward_key, "data.reward_key") if given else None
@@ -78,7 +80,8 @@ def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rol
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         begin = sample.mask.index(1)
         tokens = sample.tokens[begin:].tolist()
-        prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where)
+        asked = tuple(row.dialogue.messages[: row.dialogue.learned[0]])
+        prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where, asked)
         made.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop"))
     return made
 
@@ -125,7 +128,7 @@ class ConditionedRows(RowStream[Sample]):
         self.unknown = len(every) - len(known) - len(too_long)
         if not known:
             raise ValueError(f"none of {len(every)} rows has a reward")
-        scored = [Scored(row.dialogue.messages[row.asked]["content"], "", row.reward or 0.0) for row in known]
+        scored = [Scored(row.words, "", row.reward or 0.0) for row in known]
         if condition.normalise:
             scaled = conditioned(scored, True, condition.template)
             scored = [answer._replace(reward=new.reward) for answer, new in zip(scored, scaled, strict=True)]
@@ -155,14 +158,13 @@ class ConditionedRows(RowStream[Sample]):
         """(prompt asking for the best, the answer's tokens in the data) of the first rows, held-out ones if any."""
         tokenizer, ends, chat_template, template = self._ask
         rows = [self._rows[sample.where] for sample in (self.held_out or list(self.rows()))[:count]]
-        words = [row.dialogue.messages[row.asked]["content"] for row in rows]
+        words = [row.words for row in rows]
         best = [template.replace("{input}", text).replace("{reward}", self.best) for text in words]
         dialogues = [row.asking(text) for row, text in zip(rows, best, strict=True)]
         found = []
-        for i, (row, text, sample) in enumerate(
-            zip(rows, words, tokenise(dialogues, tokenizer, ends, chat_template), strict=True)
-        ):
-            begin = sample.mask.index(1)
-            prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where)
+        samples = tokenise(dialogues, tokenizer, ends, chat_template)
+        for i, (row, text, dialogue, sample) in enumerate(zip(rows, words, dialogues, samples, strict=True)):
+            begin, asked = sample.mask.index(1), tuple(dialogue.messages[: dialogue.learned[0]])
+            prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where, asked)
             found.append((prompt, sample.tokens[begin:].tolist()))
         return found

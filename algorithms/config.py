@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..engine.mesh import check_layout
 from ..engine.parallel.lora import MIXTURE_TARGETS, TARGETS, Choice, LoRA
@@ -38,6 +38,7 @@ class ModelPaths:
 class DataConfig:
     """Rows and how they become tokens."""
 
+    section: ClassVar[str] = "data"  # of the config, as messages name its knobs
     sources: tuple[str, ...] = ()
     """.jsonl(.gz) or .parquet files, folders saved by `datasets`, or names on the Hugging Face hub (name:split)"""
     probabilities: str = ""
@@ -298,14 +299,19 @@ class UpdateConfig:
         require(self.micro_batch_tokens >= 0, "micro_batch_tokens", self.micro_batch_tokens, "0 (off) or more")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (off) or more and below 1")
 
-    def check(self, dp: int, longest: int, knob: str) -> None:
+    def check(self, dp: int, longest: int, knob: str, *, even: bool = True) -> None:
         """Cross-checks with the layout and with the most tokens a row may have, which is what `knob` says.
+
+        Args:
+            even: every data rank is to have equally many rows.
 
         Raises:
             ValueError: naming the knobs and numbers that do not fit.
         """
-        if self.batch_size % dp:
+        if even and self.batch_size % dp:
             raise ValueError(f"update.batch_size={self.batch_size} rows do not divide by dp={dp}")
+        if self.batch_size < dp:
+            raise ValueError(f"update.batch_size={self.batch_size} rows are fewer than dp={dp}: one a rank at least")
         if 0 < self.micro_batch_tokens < longest:
             raise ValueError(
                 f"update.micro_batch_tokens={self.micro_batch_tokens} is less than one row may have: {knob}={longest}"

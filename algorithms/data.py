@@ -20,7 +20,18 @@ import torch
 from torch import Tensor
 
 from .batch import Prompt
-from .config import DataConfig, PromptData
+from .config import PromptData
+from .messages import (
+    brief,
+    column,
+    end_of_text,
+    need_template,
+    read_prompt,
+    read_tools,
+    render,
+    users_words,
+    with_system_prompt,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +122,7 @@ class _Item:
     """A prompt before it is drawn."""
 
     tokens: array
-    text: str
+    messages: tuple[dict[str, Any], ...]
     fields: dict[str, Any]
     where: str
 
@@ -130,8 +141,8 @@ class PromptDataset:
     """
 
     def __init__(self, config: PromptData, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
-        if config.chat_template and not tokenizer.chat_template:
-            raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
+        if config.chat_template:
+            need_template(tokenizer)
         read = [_load_prompts(source, config, tokenizer) for source in config.sources]
         self.rows = sum(len(items) for items in read)
         kept = [[item for item in items if len(item.tokens) <= config.max_prompt_tokens] for items in read]
@@ -145,7 +156,7 @@ class PromptDataset:
                 shortest = min(len(item.tokens) for item in items)
                 raise ValueError(
                     f"data source {source}: all {len(items)} prompts are longer than"
-                    f" data.max_prompt_tokens={self.limit}; the shortest has {shortest} tokens"
+                    f" {config.section}.max_prompt_tokens={self.limit}; the shortest has {shortest} tokens"
                 )
         self._pools = kept if self.weights else [[item for items in kept for item in items]]
         self._draws = Mixture([len(pool) for pool in self._pools], self.weights, seed, "prompts")
@@ -162,7 +173,7 @@ class PromptDataset:
         index = self._draws.drawn
         pool, place = self._draws.next()
         item = self._pools[pool][place]
-        return Prompt(index, item.tokens.tolist(), item.text, item.fields, item.where)
+        return Prompt(index, item.tokens.tolist(), users_words(item.messages), item.fields, item.where, item.messages)
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, for a checkpoint."""
@@ -239,87 +250,18 @@ def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenize
     rows = list(read_rows(source))
     if not rows:
         raise ValueError(f"data source {source}: holds no prompts")
-    chats = [prompt_messages(where, row, config.prompt_key, config) for where, row in rows]
+    chats = [with_system_prompt(read_prompt(where, row, config.prompt_key, config), config) for where, row in rows]
+    tools = [read_tools(where, row, config) for where, row in rows]
     if config.chat_template:
-        rendered = [render(where, chat, tokenizer) for (where, _), chat in zip(rows, chats, strict=True)]
+        named = zip(rows, chats, tools, strict=True)
+        rendered = [render(where, chat, tokenizer, own) for (where, _), chat, own in named]
         tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template writes its own
     else:
         tokens = tokenizer([chat[-1]["content"] for chat in chats])["input_ids"]
     return [
-        _Item(array("i", ids), users_words(chat), {k: v for k, v in row.items() if k != config.prompt_key}, where)
+        _Item(array("i", ids), tuple(chat), {k: v for k, v in row.items() if k != config.prompt_key}, where)
         for (where, row), chat, ids in zip(rows, chats, tokens, strict=True)
     ]
-
-
-def prompt_messages(where: str, row: dict[str, Any], key: str, config: DataConfig) -> list[dict[str, Any]]:
-    """The prompt in a row's column `key` as chat messages.
-
-    Raises:
-        ValueError: there is none, or it is neither a string nor a list of messages.
-    """
-    prompt = column(where, row, key, "data.prompt_key")
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise ValueError(f"{where}: {key!r} is empty")
-        prompt = [{"role": "user", "content": prompt}]
-    elif not (isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)):
-        allowed = "a string or a list of {role, content} messages"
-        raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(prompt)}")
-    elif not config.chat_template:
-        raise ValueError(f"{where}: {key!r} is a list of messages: needs data.chat_template=true")
-    return with_system_prompt(prompt, config)
-
-
-def with_system_prompt(chat: list[dict[str, Any]], config: DataConfig) -> list[dict[str, Any]]:
-    """The messages with the config's system prompt before them, where they bring none."""
-    if config.system_prompt and config.chat_template and chat[0]["role"] != "system":
-        return [{"role": "system", "content": config.system_prompt}, *chat]
-    return chat
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-
-def users_words(chat: list[dict[str, Any]]) -> str:
-    """The last thing the user said."""
-    return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
-
-
-def render(
-    where: str,
-    chat: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tools: list[Any] | None = None,
-    generation_prompt: bool = True,
-) -> str:
-    """The messages as the tokenizer's chat template writes them.
-
-    Raises:
-        ValueError: the template refuses them; names the row.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
-    assert isinstance(text, str)
-    return text
-
-
-def column(where: str, row: dict[str, Any], key: str, knob: str) -> Any:
-    """A row's column. ValueError where there is none, naming row, knob and what there is."""
-    if key not in row:
-        raise ValueError(f"{where}: no column {key!r} ({knob}); it has: {', '.join(map(repr, row)) or 'none'}")
-    return row[key]
-
-
-def brief(value: Any) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class TextDataset:
@@ -330,7 +272,8 @@ class TextDataset:
         length: tokens of a sequence.
 
     Raises:
-        ValueError: the source is missing, empty or malformed, or has less text than one sequence.
+        ValueError: the source is missing, empty or malformed, or has less text than one sequence; the tokenizer has no
+            end of sequence.
     """
 
     def __init__(self, source: str, key: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
@@ -339,8 +282,8 @@ class TextDataset:
         for (where, _), text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
                 raise ValueError(f"{where}: {key!r} must be a string, not {brief(text)}")
-        documents: Sequence[list[int]] = tokenizer(texts)["input_ids"] if texts else []
-        self._documents = [np.array([*document, tokenizer.eos_token_id], np.int64) for document in documents]
+        end, documents = end_of_text(tokenizer), tokenizer(texts)["input_ids"] if texts else []
+        self._documents = [np.array([*document, end], np.int64) for document in documents]
         self.tokens = sum(len(document) for document in self._documents)
         if self.tokens < length:
             raise ValueError(f"data source {source}: {self.tokens} tokens are less than one sequence of {length}")

@@ -9,7 +9,6 @@ otherwise once more turns follow is refused. A turn ends with its end-of-turn to
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .batch import Batch, Prompt, pack
-from .data import brief, column, prompt_messages, read_rows, render, users_words, with_system_prompt
+from .data import read_rows
+from .messages import (
+    Message,
+    brief,
+    column,
+    end_of_text,
+    need_template,
+    read_messages,
+    read_prompt,
+    read_tools,
+    render,
+    users_words,
+    with_system_prompt,
+)
 from .rows import RowStream
 from .sft_config import SFTData
 
@@ -34,7 +46,7 @@ class Dialogue(NamedTuple):
     """A row before it is tokenised."""
 
     where: str  # as rows.jsonl:12
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     learned: list[int]  # the messages that are targets
     tools: list[Any] | None
 
@@ -103,7 +115,8 @@ def tokenise(
     """The dialogues as tokens with masks of what is learned.
 
     Raises:
-        ValueError: there is no chat template, it does not fit a dialogue, or leaves nothing to learn; names the row.
+        ValueError: there is no chat template, or without one no end of sequence; the template does not fit a dialogue,
+            or leaves nothing to learn; names the row.
     """
     if chat_template:
         need_template(tokenizer)
@@ -115,24 +128,19 @@ def tokenise(
             yield from _without_template(part, tokenizer)
 
 
-def need_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer without a chat template. Raises ValueError."""
-    if not tokenizer.chat_template:
-        raise ValueError("data.chat_template=true, but the model's tokenizer has none: set it to false")
-
-
 def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:
     """A row as messages.
 
     Raises:
         ValueError: a column is missing, malformed or empty, or the assistant says nothing; names the row.
     """
-    key = config.messages_key
+    key, section = config.messages_key, config.section
     if row.get(key) is not None:
         if not config.chat_template:
-            raise ValueError(f"{where}: {key!r} holds messages: needs data.chat_template=true")
-        messages = [_message(f"{where}: {key!r}", i, m) for i, m in enumerate(_listed(where, key, row[key]))]
-        messages = with_system_prompt(messages, config)
+            raise ValueError(f"{where}: {key!r} holds messages: needs {section}.chat_template=true")
+        if not isinstance(row[key], list) or not row[key]:
+            raise ValueError(f"{where}: {key!r} must be a list of {{role, content}} messages, not {brief(row[key])}")
+        messages = with_system_prompt(read_messages(f"{where}: {key!r}", row[key]), config)
         learned = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not learned:
             roles = ", ".join(message["role"] for message in messages)
@@ -140,11 +148,11 @@ def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:
     else:
         if config.prompt_key not in row:
             raise ValueError(
-                f"{where}: neither a column {key!r} (data.messages_key) nor {config.prompt_key!r} (data.prompt_key);"
-                f" it has: {', '.join(map(repr, row)) or 'none'}"
+                f"{where}: neither a column {key!r} ({section}.messages_key) nor {config.prompt_key!r}"
+                f" ({section}.prompt_key); it has: {', '.join(map(repr, row)) or 'none'}"
             )
-        messages = prompt_messages(where, row, config.prompt_key, config)
-        answer = column(where, row, config.response_key, "data.response_key")
+        messages = with_system_prompt(read_prompt(where, row, config.prompt_key, config), config)
+        answer = column(where, row, config.response_key, f"{section}.response_key")
         if not isinstance(answer, str):
             raise ValueError(f"{where}: {config.response_key!r} must be a string, not {brief(answer)}")
         if not answer.strip():
@@ -153,39 +161,7 @@ def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:
         learned = [len(messages) - 1]
     if all(message["role"] == "system" for message in messages[: learned[0]]):
         raise ValueError(f"{where}: the assistant speaks first: a turn to answer must come before its first one")
-    return Dialogue(where, messages, learned, _tools(where, row))
-
-
-def _listed(where: str, key: str, value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: {key!r} must be a list of {{role, content}} messages, not {brief(value)}")
-    return value
-
-
-def _message(where: str, number: int, message: Any) -> dict[str, Any]:
-    """A message with what it lacks in its row left out (parquet and `datasets` fill in None)."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}[{number}] must be a message {{role, content}}, not {brief(message)}")
-    message = {key: value for key, value in message.items() if value is not None}
-    content = message.get("content", "" if message.get("tool_calls") else None)
-    if not isinstance(content, str):
-        raise ValueError(f"{where}[{number}] ({message['role']}): its content must be a string, not {brief(content)}")
-    if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
-        raise ValueError(f"{where}[{number}] (assistant) is empty")
-    return {**message, "content": content}
-
-
-def _tools(where: str, row: dict[str, Any]) -> list[Any] | None:
-    """The row's column `tools`, for the template: a list, or one written as JSON."""
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: 'tools' is not valid JSON: {error.msg} at column {error.colno}") from None
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"{where}: 'tools' must be a list of function descriptions, not {brief(tools)}")
-    return tools
+    return Dialogue(where, messages, learned, read_tools(where, row, config))
 
 
 def _with_template(
@@ -235,11 +211,11 @@ def render_marked(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> tup
     template = tokenizer.get_chat_template(tools=tools)
     if MARKS.search(template):
         return _render_with_marks(dialogue, tokenizer, template)
-    text = render(where, messages, tokenizer, tools=tools, generation_prompt=False)
+    text = render(where, messages, tokenizer, tools, generation_prompt=False)
     spans = []
     for turn in learned:
-        before = render(where, messages[:turn], tokenizer, tools=tools)
-        after = render(where, messages[: turn + 1], tokenizer, tools=tools, generation_prompt=False)
+        before = render(where, messages[:turn], tokenizer, tools)
+        after = render(where, messages[: turn + 1], tokenizer, tools, generation_prompt=False)
         if not (text.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"{where}: the chat template writes message {turn} (assistant) otherwise in the whole dialogue than"
@@ -275,9 +251,10 @@ def _render_with_marks(
 
 def _without_template(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerBase) -> Iterator[Sample]:
     """Bare text: the prompt as the tokenizer begins a text, the response, an end of sequence."""
+    end = end_of_text(tokenizer)
     prompts = tokenizer([d.messages[-2]["content"] for d in dialogues])["input_ids"]
     answers = tokenizer([d.messages[-1]["content"] for d in dialogues], add_special_tokens=False)["input_ids"]
     for dialogue, prompt, answer in zip(dialogues, prompts, answers, strict=True):
-        answer = [*answer, tokenizer.eos_token_id]
+        answer = [*answer, end]
         mask = bytes(len(prompt)) + b"\1" * len(answer)
         yield Sample(array("i", [*prompt, *answer]), mask, dialogue.messages[-2]["content"], dialogue.where)

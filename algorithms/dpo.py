@@ -87,11 +87,14 @@ def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOL
 
 
 def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: DPOLoss) -> dict[str, float]:
-    """eval_loss, eval_accuracy and eval_margin of pairs that are not learned from, the same on every rank."""
+    """eval_loss (with its NLL term, as the step's loss), eval_accuracy and eval_margin of pairs that are not learned
+    from, the same on every rank."""
     logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh, 2))
-    ratios = log_ratios(batch, answer_sums(batch, logprobs[batch.response]), loss).double()
+    sums = answer_sums(batch, logprobs[batch.response])
+    ratios = log_ratios(batch, sums, loss).double()
     chosen, rejected = ratios[::2], ratios[1::2]
-    losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing)
+    nll = -(sums / answer_lengths(batch))[::2].double()
+    losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing) + loss.nll_coef * nll
     return {
         "eval_loss": losses.mean().item(),
         "eval_accuracy": (chosen > rejected).double().mean().item(),

@@ -38,6 +38,20 @@ class EvaluatedPrompts(PromptData):
 
 
 @dataclass(frozen=True)
+class EvaluatedText(TextData):
+    """Text whose perplexity is measured, and how it is cut and packed."""
+
+    section = "text"
+
+
+@dataclass(frozen=True)
+class EvaluatedDialogues(SFTData):
+    """Dialogues, or prompts with their responses, whose perplexity is measured."""
+
+    section = "dialogues"
+
+
+@dataclass(frozen=True)
 class EvaluatedRollout(RolloutConfig):
     """How prompts are answered."""
 
@@ -100,8 +114,8 @@ class EvaluateConfig:
 
     model: EvaluatedModels = field(default_factory=EvaluatedModels)
     data: EvaluatedPrompts = field(default_factory=EvaluatedPrompts)
-    text: TextData = field(default_factory=TextData)
-    dialogues: SFTData = field(default_factory=SFTData)
+    text: EvaluatedText = field(default_factory=EvaluatedText)
+    dialogues: EvaluatedDialogues = field(default_factory=EvaluatedDialogues)
     rollout: EvaluatedRollout = field(default_factory=EvaluatedRollout)
     reward: RewardConfig = field(default_factory=RewardConfig)
     passes: PassConfig = field(default_factory=PassConfig)

@@ -1,13 +1,14 @@
 """Kahneman-Tversky optimisation (https://arxiv.org/abs/2402.01306), one update on answers that are wanted or not.
 
 The reference point z is the mean log-ratio of answers put to other rows' prompts, at least 0. Each row's partner is
-the next row of its pool, whatever the batch, so z's samples exist for odd batches, one row a rank and any layout; z
-itself is the mean over the whole batch, of all data ranks.
+the next row of its pool that answers another prompt, whatever the batch, so z's samples exist for odd batches, one row
+a rank and any layout; z itself is the mean over the whole batch, of all data ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +17,62 @@ from .batch import Batch
 from .config import UpdateConfig
 from .dialogue import Sample, pack_samples
 from .dpo import answer_sums
-from .pair_config import KTOLoss
+from .pair_config import KTOLoss, LabelData
+from .pairs import Labelled, read_labelled
 from .preference import kto_loss, kto_reference
 from .roles import Learner, Role, Share, Stats, target_logprobs
+from .rows import RowStream
 from .shares import plan_scoring
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def partners(pool: Sequence[Sample]) -> list[int]:
+    """Whose answer each row's prompt is measured with: the number of the next row, in a circle, whose prompt differs.
+
+    Raises:
+        ValueError: all prompts are equal; names the sources.
+    """
+    prompts = [sample.tokens[: sample.mask.index(1)].tobytes() for sample in pool]
+    if len(set(prompts)) < 2:
+        sources = ", ".join(dict.fromkeys(sample.where.rpartition(":")[0] for sample in pool))
+        raise ValueError(
+            f"data source {sources}: all {len(pool)} answers are to one prompt: KTO's reference point is measured on"
+            " answers put to another's"
+        )
+    found, other = [], next(i for i, prompt in enumerate(prompts) if prompt != prompts[-1])
+    for i in reversed(range(len(pool))):
+        following = (i + 1) % len(pool)
+        other = following if prompts[following] != prompts[i] else other
+        found.append(other)
+    return found[::-1]
+
+
+class LabelledStream(RowStream[Labelled]):
+    """Labelled answers as a stream.
+
+    Attributes:
+        partners: of each pool, what `partners` gives.
+
+    Raises:
+        ValueError: as RowStream; all labels are the same, over all sources, or all prompts of a pool.
+    """
+
+    def __init__(self, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
+        load = lambda source: read_labelled(source, config, tokenizer, stop_ids)  # noqa: E731
+        super().__init__(config, load, lambda row: row.lengths, seed, "labelled answers")
+        labels = [row.desirable for row in self.rows()]
+        if len(set(labels)) == 1:
+            raise ValueError(
+                f"data source {', '.join(config.sources)}: all {len(labels)} answers to learn from have the label"
+                f" {labels[0]}: there is nothing to tell apart"
+            )
+        self.wanted = sum(labels)
+        self.partners = [partners([row.sample for row in pool]) for pool in self.pools]
+
+    def amount(self) -> str:
+        return f"{super().amount()}, {self.wanted} of them wanted"
 
 
 def pack_labelled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:

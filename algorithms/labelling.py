@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .data import column, read_rows
+from .data import read_rows
 from .dialogue import Sample
+from .messages import column
 from .pairs import Pair
 from .rlhf_config import PromptsConfig
 from .rounds import Answer

@@ -31,7 +31,7 @@ class PairData(RowData):
     """Pairs of answers: prompt, chosen and rejected, or two dialogues. max_tokens is of each, prompt included."""
 
     prompt_key: str = "prompt"
-    """column that holds the prompt, a string or messages; rows without it hold whole dialogues in the next two"""
+    """column with the prompt, a string or messages; the next two may be whole dialogues, which need none"""
     chosen_key: str = "chosen"
     """column with the better answer: a string, or a dialogue that ends with it"""
     rejected_key: str = "rejected"
@@ -49,7 +49,7 @@ class LabelData(RowData):
     """Answers with a label each."""
 
     prompt_key: str = "prompt"
-    """column that holds the prompt, a string or messages; rows without it hold whole dialogues in the next"""
+    """column with the prompt, a string or messages; the next may be a whole dialogue, which needs none"""
     response_key: str = "response"
     """column that holds the answer: a string, or a dialogue that ends with it"""
     label_key: str = "label"
@@ -63,6 +63,8 @@ class LabelData(RowData):
 @dataclass(frozen=True)
 class StepData(RowData):
     """Answers in steps with a label each, for a process reward model."""
+
+    section = "steps"
 
     prompt_key: str = "prompt"
     """column that holds the prompt"""
@@ -259,7 +261,5 @@ class KTOConfig:
 def check_kto(config: KTOConfig, world: int) -> int:
     """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
     dp = check_given(config.model, config.data, config.parallel, world, rows="answers with labels")
-    if config.update.batch_size < 2:
-        raise ValueError("update.batch_size=1: KTO measures a batch's answers against each other's prompts, 2 at least")
-    config.update.check(dp, config.data.max_tokens, "data.max_tokens")
+    config.update.check(dp, config.data.max_tokens, "data.max_tokens", even=False)
     return dp

@@ -13,12 +13,27 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .data import brief, column, prompt_messages, read_rows, render, users_words, with_system_prompt
-from .dialogue import Dialogue, Sample, need_template, tokenise
+from .data import read_rows
+from .dialogue import Dialogue, Sample, tokenise
+from .messages import (
+    Message,
+    brief,
+    column,
+    need_template,
+    read_messages,
+    read_prompt,
+    read_tools,
+    render,
+    users_words,
+    with_system_prompt,
+)
 from .pair_config import LabelData, PairData, StepData
+from .rows import RowStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from .conditional_config import RewardedData
 
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
@@ -48,25 +63,45 @@ class Labelled(NamedTuple):
         return (len(self.sample.tokens),)
 
 
+class PairStream(RowStream[Pair]):
+    """Pairs as a stream. Those whose two answers are the same tokens say nothing: they are left out and counted.
+
+    Raises:
+        ValueError: as RowStream and `read_pairs`; all pairs of a source are of equal answers.
+    """
+
+    def __init__(self, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
+        self.equal = 0
+
+        def load(source: str) -> list[Pair]:
+            pairs = read_pairs(source, config, tokenizer, stop_ids)
+            kept = [pair for pair in pairs if pair.chosen.tokens != pair.rejected.tokens]
+            if pairs and not kept:
+                raise ValueError(
+                    f"data source {source}: in all {len(pairs)} pairs the chosen answer equals the rejected one"
+                )
+            self.equal += len(pairs) - len(kept)
+            return kept
+
+        super().__init__(config, load, lambda pair: pair.lengths, seed, "pairs")
+
+    def __str__(self) -> str:
+        return super().__str__() + (f"; {self.equal} dropped for two equal answers" if self.equal else "")
+
+
 def read_pairs(
     source: str, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> list[Pair]:
-    """The pairs of a source, over-long ones too. Pairs whose two answers are the same say nothing and are left out.
+    """The pairs of a source, over-long ones and those of equal answers too.
 
     Raises:
-        ValueError: a column is missing or malformed, or all pairs are of equal answers; names the row.
+        ValueError: a column is missing or malformed; names the row.
     """
-    chosen, rejected, margins, equal = [], [], [], 0
+    chosen, rejected, margins = [], [], []
     for where, row in read_rows(source):
-        first, second = read_pair(where, row, config)
-        if first.messages == second.messages:
-            equal += 1
-            continue
-        chosen.append(first)
-        rejected.append(second)
+        for answers, answer in zip((chosen, rejected), read_pair(where, row, config), strict=True):
+            answers.append(answer)
         margins.append(_margin(where, row, config.margin_key))
-    if equal and not chosen:
-        raise ValueError(f"data source {source}: in all {equal} pairs the chosen answer equals the rejected one")
     samples = [tokenise(side, tokenizer, stop_ids, config.chat_template) for side in (chosen, rejected)]
     return [Pair(*pair) for pair in zip(*samples, margins, strict=True)]
 
@@ -80,42 +115,68 @@ def _margin(where: str, row: dict[str, Any], key: str) -> float:
 
 def read_pair(where: str, row: dict[str, Any], config: PairData) -> tuple[Dialogue, Dialogue]:
     """A row as two dialogues. Raises ValueError that names the row."""
-    chosen = read_answer(where, row, config.chosen_key, "data.chosen_key", config)
-    rejected = read_answer(where, row, config.rejected_key, "data.rejected_key", config)
+    chosen = read_answer(where, row, config.chosen_key, "chosen_key", config)
+    rejected = read_answer(where, row, config.rejected_key, "rejected_key", config)
     if chosen.messages[:-1] != rejected.messages[:-1]:
         raise ValueError(f"{where}: {config.chosen_key!r} and {config.rejected_key!r} answer different dialogues")
     return chosen, rejected
 
 
-def read_answer(where: str, row: dict[str, Any], key: str, knob: str, config: PairData | LabelData) -> Dialogue:
+def read_answer(
+    where: str, row: dict[str, Any], key: str, knob: str, config: PairData | LabelData | RewardedData
+) -> Dialogue:
     """An answer with what it answers: the row's prompt, or the dialogue it ends. Only the answer is learned.
+
+    A dialogue may stand beside its own prompt, with which it then has to begin.
+
+    Args:
+        knob: that says the column's name, `key`.
 
     Raises:
         ValueError: a column is missing or malformed, or it is no answer; names the row.
     """
-    answer, messages = column(where, row, key, knob), []
+    answer, prompt = column(where, row, key, f"{config.section}.{knob}"), []
     if row.get(config.prompt_key) is not None:
-        messages = prompt_messages(where, row, config.prompt_key, config)
+        prompt = read_prompt(where, row, config.prompt_key, config)
     if isinstance(answer, str):
-        ending = [{"role": "assistant", "content": answer}] if messages else split_turns(where, key, answer)
-    elif isinstance(answer, list) and answer and all(isinstance(m, dict) and "role" in m for m in answer):
-        ending = [{"role": m["role"], "content": m.get("content") or ""} for m in answer]
+        alone = prompt and not TURN.match(answer)
+        messages = [{"role": "assistant", "content": answer}] if alone else split_turns(where, key, answer)
+    elif isinstance(answer, list) and answer:
+        messages = read_messages(f"{where}: {key!r}", answer)
     else:
         allowed = "a string or a list of {role, content} messages"
         raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(answer)}")
-    messages = with_system_prompt([*messages, *ending], config)
+    if len(messages) == 1:
+        messages = [*prompt, *messages]
+    elif prompt and not begins(messages, prompt):
+        raise ValueError(
+            f"{where}: {key!r} holds {len(messages)} messages that do not begin with {config.prompt_key!r}: give the"
+            " answer alone, or the dialogue with its prompt"
+        )
+    messages = with_system_prompt(messages, config)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: {key!r} must end with the assistant, not with {messages[-1]['role']}")
-    if not messages[-1]["content"].strip():
+    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
         raise ValueError(f"{where}: {key!r} is empty")
     if len(messages) < 2 or messages[-2]["role"] == "system":
         raise ValueError(f"{where}: {key!r} has no turn to answer; give the prompt in {config.prompt_key!r}")
     if len(messages) > 2 and not config.chat_template:
-        raise ValueError(f"{where}: {key!r} is a dialogue of {len(messages)} turns: needs data.chat_template=true")
-    return Dialogue(where, messages, [len(messages) - 1], None)
+        raise ValueError(
+            f"{where}: {key!r} is a dialogue of {len(messages)} turns: needs {config.section}.chat_template=true"
+        )
+    return Dialogue(where, messages, [len(messages) - 1], read_tools(where, row, config))
 
 
-def split_turns(where: str, key: str, text: str) -> list[dict[str, Any]]:
+def begins(messages: list[Message], prompt: list[Message]) -> bool:
+    """Whether a dialogue begins with a prompt's messages, white space at their ends and a system message before them
+    aside."""
+    own, wanted = ([{**m, "content": m["content"].strip()} for m in chat] for chat in (messages, prompt))
+    if wanted[0]["role"] != "system" == own[0]["role"]:
+        own = own[1:]
+    return own[: len(wanted)] == wanted
+
+
+def split_turns(where: str, key: str, text: str) -> list[Message]:
     """A dialogue in one string as messages.
 
     Raises:
@@ -137,22 +198,14 @@ def split_turns(where: str, key: str, text: str) -> list[dict[str, Any]]:
 def read_labelled(
     source: str, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> list[Labelled]:
-    """Answers with their labels.
-
-    Raises:
-        ValueError: a column is missing or malformed, or all labels are the same; names the row.
-    """
+    """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
     dialogues, labels = [], []
     for where, row in read_rows(source):
-        dialogues.append(read_answer(where, row, config.response_key, "data.response_key", config))
+        dialogues.append(read_answer(where, row, config.response_key, "response_key", config))
         label = column(where, row, config.label_key, "data.label_key")
         if not is_label(label):
             raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
         labels.append(bool(label))
-    if labels and len(set(labels)) == 1:
-        raise ValueError(
-            f"data source {source}: all {len(labels)} labels are {labels[0]}: there is nothing to tell apart"
-        )
     samples = tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
     return [Labelled(*row) for row in zip(samples, labels, strict=True)]
 
@@ -188,9 +241,10 @@ def read_steps(source: str, config: StepData, tokenizer: PreTrainedTokenizerBase
         need_template(tokenizer)
     rows = []
     for where, row in read_rows(source):
-        prompt = with_system_prompt(prompt_messages(where, row, config.prompt_key, config), config)
-        steps = column(where, row, config.steps_key, "data.steps_key")
-        labels = column(where, row, config.labels_key, "data.labels_key")
+        prompt = with_system_prompt(read_prompt(where, row, config.prompt_key, config), config)
+        tools = read_tools(where, row, config)
+        steps = column(where, row, config.steps_key, f"{config.section}.steps_key")
+        labels = column(where, row, config.labels_key, f"{config.section}.labels_key")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
             raise ValueError(f"{where}: {config.steps_key!r} must be a list of steps in words, not {brief(steps)}")
         if not isinstance(labels, list) or not all(map(is_label, labels)):
@@ -198,7 +252,7 @@ def read_steps(source: str, config: StepData, tokenizer: PreTrainedTokenizerBase
         if len(labels) != len(steps):
             raise ValueError(f"{where}: {len(steps)} steps but {len(labels)} labels")
         if config.chat_template:
-            head: list[int] = tokenizer(render(where, prompt, tokenizer), add_special_tokens=False)["input_ids"]
+            head: list[int] = tokenizer(render(where, prompt, tokenizer, tools), add_special_tokens=False)["input_ids"]
         else:
             head = tokenizer(prompt[-1]["content"])["input_ids"]
         tokens, mask = array("i", head), bytearray(len(head))

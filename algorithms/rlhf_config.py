@@ -33,6 +33,7 @@ from .sft_config import check as check_sft
 class PromptsConfig(PromptData):
     """Prompts, the same for all stages after the first, and how many no stage learns from."""
 
+    section = "prompts"
     eval_fraction: float = 0.15
     """share of the prompts, chosen by the seed, that no stage learns from: pairs and answers are measured on them"""
 

@@ -33,6 +33,26 @@ class RowData(DataConfig):
             raise ValueError(f"eval_fraction={self.eval_fraction}: must be 0 where eval_sources are given")
 
 
+def check_left(config: RowData, before: Sequence[int], left: Sequence[int], noun: str) -> None:
+    """Refuses an `eval_fraction` that leaves nothing, or nothing of a source with a probability of its own.
+
+    Args:
+        before, left: rows of each source, before some are held out and after.
+
+    Raises:
+        ValueError: naming the knob and the source.
+    """
+    knob = f"{config.section}.eval_fraction={config.eval_fraction}"
+    if not any(left):
+        raise ValueError(f"{knob} of {sum(before)} {noun} leaves none to learn from")
+    for source, count, rest in zip(config.sources, before, left, strict=True):
+        if config.probabilities and not rest:
+            raise ValueError(
+                f"data source {source}: {knob} holds out all of its {count} {noun}, but"
+                f" {config.section}.probabilities draw from every source"
+            )
+
+
 class RowStream(Generic[Row]):
     """An endless, seeded stream of rows, the same on every rank.
 
@@ -42,7 +62,6 @@ class RowStream(Generic[Row]):
         load: the rows of a source, over-long ones too.
         lengths: tokens of each sample of a row; the longest is what `max_tokens` limits.
         noun: what a row is called, in the plural.
-        section: of the config, for messages.
 
     Raises:
         ValueError: no row is short enough, or holding out leaves none; and what `load` raises.
@@ -55,10 +74,10 @@ class RowStream(Generic[Row]):
         lengths: Callable[[Row], Sequence[int]],
         seed: int,
         noun: str = "rows",
-        section: str = "data",
     ):
         self.limit, self.noun, self.dropped, self.dropped_tokens = config.max_tokens, noun, 0, 0
-        weights, knob = config.weights(), f"{section}.max_tokens={config.max_tokens}"
+        weights, section = config.weights(), config.section
+        knob = f"{section}.max_tokens={config.max_tokens}"
 
         def short(source: str, needed: bool) -> list[Row]:
             rows = load(source)
@@ -81,21 +100,20 @@ class RowStream(Generic[Row]):
         if not any(pools):
             raise ValueError(f"{section}.sources: all {noun} are longer than {knob}")
         if config.eval_fraction:
-            pools = self._hold_out(pools, config.eval_fraction, seed, f"{section}.eval_fraction")
+            pools = self._hold_out(config, pools, seed)
         self.pools = pools if weights else [[row for pool in pools for row in pool]]
         self.tokens = sum(sum(lengths(row)) for row in self.rows())
         self._draws = Mixture([len(pool) for pool in self.pools], weights, seed, noun)
 
-    def _hold_out(self, pools: list[list[Row]], fraction: float, seed: int, knob: str) -> list[list[Row]]:
+    def _hold_out(self, config: RowData, pools: list[list[Row]], seed: int) -> list[list[Row]]:
         """The pools without the rows that are held out."""
         places = [(pool, row) for pool, rows in enumerate(pools) for row in range(len(rows))]
-        count = max(1, round(fraction * len(places)))
+        count = max(1, round(config.eval_fraction * len(places)))
         order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
         chosen = {places[i] for i in order[:count]}
         self.held_out = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
         rest = [[r for row, r in enumerate(rows) if (pool, row) not in chosen] for pool, rows in enumerate(pools)]
-        if not any(rest):
-            raise ValueError(f"{knob}={fraction} of {len(places)} {self.noun} leaves none to learn from")
+        check_left(config, [len(pool) for pool in pools], [len(pool) for pool in rest], self.noun)
         return rest
 
     def __len__(self) -> int:

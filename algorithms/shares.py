@@ -15,13 +15,14 @@ from .rollout import my_part
 
 
 def plan(batch: Batch, update: UpdateConfig, mesh: Mesh, width: int = 1) -> list[Share]:
-    """This data rank's micro-batches of a step: equally many rows a rank, about equally many tokens.
+    """This data rank's micro-batches of a step: equally many rows a rank, or one more where they do not divide, and
+    about equally many tokens.
 
     Args:
         width: samples of a row.
 
     Raises:
-        ValueError: the rows do not divide by the data ranks, or one has more tokens than a micro-batch may.
+        ValueError: the rows are fewer than the data ranks, or one has more tokens than a micro-batch may.
     """
     lengths = row_lengths(batch, width)
     sizes = update.micro_batch_size, update.micro_batch_tokens

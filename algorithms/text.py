@@ -19,10 +19,11 @@ import numpy as np
 from ..engine.mesh import Mesh
 from .batch import Batch, deal_micro_batches, pack
 from .config import UpdateConfig
-from .data import brief, column, read_rows
+from .data import read_rows
+from .messages import brief, column, end_of_text
 from .pretrain_config import TextData
 from .roles import Share
-from .rows import RowStream
+from .rows import RowStream, check_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def pack_tokens(row: Pack) -> int:
     return sum(len(piece.tokens) for piece in row)
 
 
-def read_texts(source: str, key: str) -> Iterator[tuple[str, str]]:
+def read_texts(source: str, config: TextData) -> Iterator[tuple[str, str]]:
     """(where, text) of every document of a source; a .txt or .md file is one.
 
     Raises:
@@ -62,9 +63,9 @@ def read_texts(source: str, key: str) -> Iterator[tuple[str, str]]:
             raise ValueError(f"data source {source}: not UTF-8: {error.reason} at byte {error.start}") from None
         return
     for where, row in read_rows(source):
-        text = column(where, row, key, "data.text_key")
+        text = column(where, row, config.text_key, f"{config.section}.text_key")
         if not isinstance(text, str):
-            raise ValueError(f"{where}: {key!r} must be a string, not {brief(text)}")
+            raise ValueError(f"{where}: {config.text_key!r} must be a string, not {brief(text)}")
         yield where, text
 
 
@@ -115,14 +116,12 @@ class TextStream(RowStream[Pack]):
     """
 
     def __init__(self, config: TextData, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the model's tokenizer has no end of sequence to put between documents")
         self.floor, self.short, self.short_tokens = config.min_tokens, 0, 0
         read = {source: self._read(source, config, tokenizer) for source in (*config.sources, *config.eval_sources)}
         unseen = [document for source in config.eval_sources for document in read[source]]
         learned = {source: read[source] for source in config.sources}
         if config.eval_fraction:
-            learned, unseen = hold_out(learned, config.eval_fraction, seed)
+            learned, unseen = hold_out(learned, config, seed)
         if not config.probabilities:
             learned = {", ".join(learned): [document for documents in learned.values() for document in documents]}
         self.documents = sum(map(len, learned.values()))
@@ -138,12 +137,12 @@ class TextStream(RowStream[Pack]):
 
     def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
         """The documents of a source that are long enough."""
-        documents = list(tokenise_texts(read_texts(source, config.text_key), tokenizer))
+        documents = list(tokenise_texts(read_texts(source, config), tokenizer))
         if not documents:
             raise ValueError(f"data source {source}: holds no documents")
         kept = [document for document in documents if len(document.tokens) >= config.min_tokens]
         if not kept:
-            knob = f"data.min_tokens={config.min_tokens}"
+            knob = f"{config.section}.min_tokens={config.min_tokens}"
             raise ValueError(f"data source {source}: all {len(documents)} documents have fewer tokens than {knob}")
         self.short += len(documents) - len(kept)
         self.short_tokens += sum(len(d.tokens) for d in documents) - sum(len(d.tokens) for d in kept)
@@ -163,7 +162,7 @@ class TextStream(RowStream[Pack]):
 
 def tokenise_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     """Each document whole, its end of sequence included; an empty one has nothing else."""
-    end = tokenizer.eos_token_id
+    end = end_of_text(tokenizer)
     waiting: list[tuple[str, str]] = []
 
     def flush() -> Iterator[Piece]:
@@ -181,7 +180,7 @@ def tokenise_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokeni
 
 
 def hold_out(
-    documents: Mapping[str, list[Piece]], fraction: float, seed: int
+    documents: Mapping[str, list[Piece]], config: TextData, seed: int
 ) -> tuple[dict[str, list[Piece]], list[Piece]]:
     """(the documents to learn from, by source; those held out): a share chosen by the seed, at least one.
 
@@ -190,10 +189,10 @@ def hold_out(
     """
     places = [(source, i) for source, own in documents.items() for i in range(len(own))]
     order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
-    chosen = {places[i] for i in order[: max(1, round(fraction * len(places)))]}
-    if len(chosen) == len(places):
-        raise ValueError(f"data.eval_fraction={fraction} of {len(places)} documents leaves none to learn from")
+    chosen = {places[i] for i in order[: max(1, round(config.eval_fraction * len(places)))]}
     rest = {source: [d for i, d in enumerate(own) if (source, i) not in chosen] for source, own in documents.items()}
+    before, left = ([len(own) for own in side.values()] for side in (documents, rest))
+    check_left(config, before, left, "documents")
     return rest, [documents[source][i] for source, i in sorted(chosen)]
 
 
@@ -203,10 +202,10 @@ def pack_rows(rows: Sequence[Pack]) -> Batch:
 
 
 def plan_rows(rows: Sequence[Pack], update: UpdateConfig, mesh: Mesh) -> list[Share]:
-    """This data rank's micro-batches of `pack_rows(rows)`: whole rows, equally many a rank.
+    """This data rank's micro-batches of `pack_rows(rows)`: whole rows, equally many a rank or one more.
 
     Raises:
-        ValueError: the rows do not divide by the data ranks.
+        ValueError: the rows are fewer than the data ranks.
     """
     lengths = [pack_tokens(row) for row in rows]
     cuts = deal_micro_batches(range(len(rows)), lengths, mesh.dp, update.micro_batch_size, update.micro_batch_tokens)

@@ -29,12 +29,11 @@ from trialign.algorithms.grpo_config import GroupConfig, GRPOConfig, GRPORollout
 from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
 from trialign.algorithms.online import plan as plan_minibatches
 from trialign.algorithms.pair_config import DPOLoss, KTOLoss, PairData
-from trialign.algorithms.pairs import Pair, mismatched, read_pairs
+from trialign.algorithms.pairs import Pair, PairStream, mismatched
 from trialign.algorithms.reward_model import pack_pairs, pair_step
 from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.roles import Learner
 from trialign.algorithms.rollout import Scorer, sample, sampling_params
-from trialign.algorithms.rows import RowStream
 from trialign.algorithms.sft import sft_step
 from trialign.algorithms.sft_config import SFTData, SFTRun
 from trialign.algorithms.shares import plan
@@ -128,8 +127,7 @@ class Base:
         """The first pairs of the stream."""
         task = self.task
         data = PairData(sources=(task.data or pairs_file(folder),), max_tokens=task.max_tokens)
-        load = lambda source: read_pairs(source, data, self.tokenizer, self.ends)  # noqa: E731
-        return RowStream(data, load, lambda pair: pair.lengths, task.seed, "pairs").next(count)
+        return PairStream(data, self.tokenizer, self.ends, task.seed).next(count)
 
 
 def pairs_file(folder: Path) -> str:

@@ -23,17 +23,20 @@ from rich.text import Text
 from trialign.algorithms.build import load_tokenizer
 from trialign.algorithms.conditional import ConditionedRows, read_rewarded
 from trialign.algorithms.conditional_config import ConditionalConfig
-from trialign.algorithms.data import PromptDataset
-from trialign.algorithms.dialogue import DialogueDataset, Sample
+from trialign.algorithms.config import PromptData
+from trialign.algorithms.data import PromptDataset, TextDataset
+from trialign.algorithms.dialogue import DialogueDataset, Sample, tokenise
 from trialign.algorithms.evaluate_config import EvaluateConfig
 from trialign.algorithms.grpo_config import GRPOConfig
+from trialign.algorithms.kto import LabelledStream
 from trialign.algorithms.pair_config import DPOConfig, KTOConfig, RewardModelConfig
-from trialign.algorithms.pairs import read_labelled, read_pairs, read_steps
+from trialign.algorithms.pairs import PairStream, read_steps
 from trialign.algorithms.ppo_config import PPOConfig
-from trialign.algorithms.pretrain_config import PretrainConfig
+from trialign.algorithms.pretrain_config import PretrainConfig, TextData
 from trialign.algorithms.rejection_config import RejectionConfig
+from trialign.algorithms.rlhf_config import RLHFConfig
 from trialign.algorithms.rows import RowStream
-from trialign.algorithms.sft_config import SFTConfig
+from trialign.algorithms.sft_config import SFTConfig, SFTData
 from trialign.algorithms.text import TextStream
 from trialign.engine.config import load, parse
 from trialign.models.config import ModelConfig
@@ -48,70 +51,125 @@ class Shown(NamedTuple):
     mask: Sequence[int]  # 1 where a token is a target
 
 
+class Part(NamedTuple):
+    """One kind of rows that a run reads."""
+
+    about: str  # what the run says of them
+    rows: list[Shown]
+
+
 def of_sample(sample: Sample, what: str = "") -> Shown:
     """A tokenised row."""
     return Shown(f"{sample.where}{what and ', '}{what}", sample.tokens, sample.mask)
 
 
-def sft(config: SFTConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+def dialogues(data: SFTData, seed: int, tokenizer: Any, ends: Sequence[int], count: int) -> Part:
     """Dialogues."""
-    data = DialogueDataset(config.data, tokenizer, ends, config.run.seed)
-    return data, [of_sample(sample) for sample in data.next(count)]
+    rows = DialogueDataset(data, tokenizer, ends, seed)
+    return Part(str(rows), [of_sample(sample) for sample in rows.next(count)])
 
 
-def pretrain(config: PretrainConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+def text(data: TextData, seed: int, tokenizer: Any, count: int) -> Part:
     """Rows of packed documents, piece by piece: none of them sees another."""
-    data = TextStream(config.data, tokenizer, config.run.seed)
-    rows = enumerate(data.next(count), 1)
+    stream = TextStream(data, tokenizer, seed)
+    rows = enumerate(stream.next(count), 1)
     pieces = [(f"row {number}: {piece.where}", piece.tokens) for number, row in rows for piece in row]
-    return data, [Shown(title, tokens, [0] + [1] * (len(tokens) - 1)) for title, tokens in pieces]
+    return Part(str(stream), [Shown(title, tokens, [0] + [1] * (len(tokens) - 1)) for title, tokens in pieces])
 
 
-def pairs(config: DPOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+def asked(data: PromptData, seed: int, tokenizer: Any, count: int) -> Part:
+    """Prompts; nothing of them is learned."""
+    rows = PromptDataset(data, tokenizer, seed)
+    return Part(str(rows), [Shown(p.source, p.tokens, [0] * len(p.tokens)) for p in rows.next(count)])
+
+
+def sft(config: SFTConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Dialogues."""
+    return [dialogues(config.data, config.run.seed, tokenizer, ends, count)]
+
+
+def pretrain(config: PretrainConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Text."""
+    return [text(config.data, config.run.seed, tokenizer, count)]
+
+
+def pairs(config: DPOConfig | RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
     """Chosen and rejected answers."""
-    read = lambda source: read_pairs(source, config.data, tokenizer, ends)  # noqa: E731
-    data = RowStream(config.data, read, lambda pair: pair.lengths, config.run.seed, "pairs")
+    data = PairStream(config.data, tokenizer, ends, config.run.seed)
     sides = [(pair, what) for pair in data.next(count) for what in ("chosen", "rejected")]
-    return data, [of_sample(getattr(pair, what), what) for pair, what in sides]
+    return [Part(str(data), [of_sample(getattr(pair, what), what) for pair, what in sides])]
 
 
-def reward(config: RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+def reward(config: RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
     """Pairs, or answers in steps, where the marked tokens are those a step is scored at."""
     if not config.steps.sources:
-        return pairs(config, tokenizer, ends, count)  # pyright: ignore[reportArgumentType]
+        return pairs(config, tokenizer, ends, count)
     read = lambda source: read_steps(source, config.steps, tokenizer)  # noqa: E731
-    data = RowStream(config.steps, read, lambda row: row.lengths, config.run.seed, "answers in steps", "steps")
-    return data, [of_sample(row.sample, f"labels {row.labels}") for row in data.next(count)]
+    data = RowStream(config.steps, read, lambda row: row.lengths, config.run.seed, "answers in steps")
+    return [Part(str(data), [of_sample(row.sample, f"labels {row.labels}") for row in data.next(count)])]
 
 
-def kto(config: KTOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
+def kto(config: KTOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
     """Answers with their labels."""
-    read = lambda source: read_labelled(source, config.data, tokenizer, ends)  # noqa: E731
-    data = RowStream(config.data, read, lambda row: [len(row.sample.tokens)], config.run.seed, "answers")
-    return data, [of_sample(row.sample, "wanted" if row.desirable else "not wanted") for row in data.next(count)]
+    data = LabelledStream(config.data, tokenizer, ends, config.run.seed)
+    rows = [of_sample(row.sample, "wanted" if row.desirable else "not wanted") for row in data.next(count)]
+    return [Part(str(data), rows)]
 
 
-def conditional(
-    config: ConditionalConfig, tokenizer: Any, ends: Sequence[int], count: int
-) -> tuple[object, list[Shown]]:
-    """Answers with their rewards in the prompts."""
-    if config.reward.names:
-        raise ValueError("the rows get their rewards when the run scores them: look at rewards.json in its folder")
+def conditional(config: ConditionalConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Answers with their rewards in the prompts; a question mark where the run's scorers are to say them."""
+    scored, seed = bool(config.reward.names), config.run.seed
     sources = dict.fromkeys((*config.data.sources, *config.data.eval_sources))
-    rows = {source: read_rewarded(source, config.data, True) for source in sources}
-    data = ConditionedRows(config.data, config.condition, rows, tokenizer, ends, config.run.seed)
-    return data, [of_sample(sample) for sample in data.next(count)]
+    rows = {source: read_rewarded(source, config.data, not scored) for source in sources}
+    if not scored:
+        data = ConditionedRows(config.data, config.condition, rows, tokenizer, ends, seed)
+        return [Part(str(data), [of_sample(sample) for sample in data.next(count)])]
+
+    def load(source: str) -> list[Sample]:
+        template = config.condition.template.replace("{reward}", "?")
+        unscored = [row.asking(template.replace("{input}", row.words)) for row in rows[source]]
+        return list(tokenise(unscored, tokenizer, ends, config.data.chat_template))
+
+    stream = RowStream(config.data, load, lambda sample: [len(sample.tokens)], seed)
+    about = f"{stream}; ? stands for the rewards that {', '.join(config.reward.names)} will give"
+    return [Part(about, [of_sample(sample) for sample in stream.next(count)])]
 
 
-def prompts(config: Any, tokenizer: Any, ends: Sequence[int], count: int) -> tuple[object, list[Shown]]:
-    """Prompts; nothing of them is learned."""
+def prompts(config: Any, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Prompts."""
     if not config.data.sources:
         raise ValueError("data.sources is not given: no prompts to show")
-    data = PromptDataset(config.data, tokenizer, config.run.seed)
-    return data, [Shown(p.source, p.tokens, [0] * len(p.tokens)) for p in data.next(count)]
+    return [asked(config.data, config.run.seed, tokenizer, count)]
 
 
-SCRIPTS: dict[str, tuple[type[Any], Callable[..., tuple[object, list[Shown]]]]] = {
+def ppo(config: PPOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Prompts, and the text of the pretraining mix."""
+    made, data = prompts(config, tokenizer, ends, count), config.data
+    if config.actor.ptx_coef and data.ptx_source:
+        mix = TextDataset(data.ptx_source, data.ptx_key, tokenizer, data.ptx_tokens, config.run.seed)
+        rows = [Shown("pretraining mix", row, [0] + [1] * (len(row) - 1)) for row in mix.next(count).tolist()]
+        made.append(Part(f"{mix.tokens:,} tokens of {data.ptx_source}", rows))
+    return made
+
+
+def evaluate(config: EvaluateConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Prompts, text and dialogues, whichever are given."""
+    made = [asked(config.data, config.run.seed, tokenizer, count)] if config.data.sources else []
+    made += [text(config.text, 0, tokenizer, count)] if config.text.sources else []
+    return made + ([dialogues(config.dialogues, 0, tokenizer, ends, count)] if config.dialogues.sources else [])
+
+
+def rlhf(config: RLHFConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """The dialogues of its first stage, and the prompts of the others."""
+    if not config.sft.data.sources or not config.prompts.sources:
+        raise ValueError("sft.data.sources and prompts.sources: give both")
+    return [
+        dialogues(config.sft.data, config.run.seed, tokenizer, ends, count),
+        asked(config.prompts, config.run.seed, tokenizer, count),
+    ]
+
+
+SCRIPTS: dict[str, tuple[type[Any], Callable[..., list[Part]]]] = {
     "pretrain": (PretrainConfig, pretrain),
     "sft": (SFTConfig, sft),
     "reward": (RewardModelConfig, reward),
@@ -119,9 +177,10 @@ SCRIPTS: dict[str, tuple[type[Any], Callable[..., tuple[object, list[Shown]]]]] 
     "kto": (KTOConfig, kto),
     "rejection": (RejectionConfig, prompts),
     "conditional": (ConditionalConfig, conditional),
-    "ppo": (PPOConfig, prompts),
+    "ppo": (PPOConfig, ppo),
     "grpo": (GRPOConfig, prompts),
-    "evaluate": (EvaluateConfig, prompts),
+    "evaluate": (EvaluateConfig, evaluate),
+    "rlhf": (RLHFConfig, rlhf),
 }
 
 
@@ -148,6 +207,12 @@ def script_of(path: str) -> str:
     if not fits:
         raise ValueError(f"{path} fits no script: {refusals['sft']}; say which with --script")
     raise ValueError(f"{path} fits several scripts ({', '.join(fits)}): say which with --script")
+
+
+def has_sources(config: Any) -> bool:
+    """Whether any section of a config, or a section's, names what is read."""
+    sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    return any(getattr(s, "sources", ()) or (dataclasses.is_dataclass(s) and has_sources(s)) for s in sections)
 
 
 def written(shown: Shown, tokenizer: Any, colours: bool) -> Text:
@@ -178,20 +243,20 @@ def main(argv: Sequence[str]) -> None:
         config = parse(cls, rest, prog="data.py")
         if not config.model.path:
             raise ValueError("model.path is not given: the folder whose tokenizer reads the rows")
-        sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
-        if not any(getattr(section, "sources", ()) for section in sections):
+        if not has_sources(config):
             raise ValueError("data.sources is not given: nothing to show")
         shape = ModelConfig.from_hf(config.model.path)
         tokenizer = load_tokenizer(config.model.path, shape)
-        data, rows = show(config, tokenizer, stop_ids(config.model.path, shape), options.rows)
+        parts = show(config, tokenizer, stop_ids(config.model.path, shape), options.rows)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     console = Console(highlight=False)
-    console.print(f"{name}: {data}")
-    for row in rows:
-        learned = sum(row.mask)
-        console.print(Rule(Text(f"{row.title}: {len(row.tokens)} tokens, {learned} learned"), align="left"))
-        console.print(written(row, tokenizer, bool(console.color_system)))
+    for about, rows in parts:
+        console.print(f"{name}: {about}")
+        for row in rows:
+            learned = sum(row.mask)
+            console.print(Rule(Text(f"{row.title}: {len(row.tokens)} tokens, {learned} learned"), align="left"))
+            console.print(written(row, tokenizer, bool(console.color_system)))
 
 
 if __name__ == "__main__":

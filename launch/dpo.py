@@ -16,9 +16,8 @@ from session import Session, start
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
 from trialign.algorithms.pair_config import DPOConfig, check_dpo
-from trialign.algorithms.pairs import Pair, read_pairs
+from trialign.algorithms.pairs import Pair, PairStream
 from trialign.algorithms.reward_model import pack_pairs
-from trialign.algorithms.rows import RowStream
 from trialign.algorithms.shares import plan
 
 FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}
@@ -42,7 +41,7 @@ class References:
     To be made before `begin`, which puts a checkpoint's weights in: the reference is the model before the first step.
     """
 
-    def __init__(self, work: FromRows[RowStream[Pair]]):
+    def __init__(self, work: FromRows[PairStream]):
         config, self.data, self.device = work.session.config, work.rows, work.session.mesh.device
         self.rows = {place: i for i, place in enumerate(self.data.coming(work.steps * work.batch_size))}
         pairs = [self.data.pools[pool][row] for pool, row in self.rows] + self.data.held_out
@@ -70,10 +69,7 @@ def main(session: Session[DPOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
     config, mesh = session.config, session.mesh
 
-    def read(tokenizer, ends) -> RowStream[Pair]:
-        load = lambda source: read_pairs(source, config.data, tokenizer, ends)  # noqa: E731
-        return RowStream(config.data, load, lambda pair: pair.lengths, config.run.seed, "pairs")
-
+    read = lambda tokenizer, ends: PairStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     work = from_rows(session, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()

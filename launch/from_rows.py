@@ -76,11 +76,11 @@ class FromRows(Generic[Rows]):
         """Rows of a step."""
         return self.session.config.update.batch_size
 
-    def begin(self, about: str = "", facts: Mapping[str, str] | None = None) -> None:
+    def begin(self, facts: Mapping[str, str] | None = None) -> None:
         """`Session.begin` with what learns and its rows. Collective."""
         role = "actor" if self.learner.model.kind == "lm" else "reward"
         learners = {role: (self.learner, self.session.config.model.path)}
-        self.session.begin(learners, {"data": self.rows}, self.steps, about=about or str(self.rows), facts=facts)
+        self.session.begin(learners, {"data": self.rows}, self.steps, about=str(self.rows), facts=facts)
 
     def epoch(self) -> dict[str, float]:
         """Passes over the rows after this step."""

@@ -17,10 +17,9 @@ from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.dialogue import Sample, pack_samples
 from trialign.algorithms.dpo import with_reference
-from trialign.algorithms.kto import held_out, kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.kto import LabelledStream, held_out, kto_step, pack_labelled, reference_point, sums_of
 from trialign.algorithms.pair_config import KTOConfig, check_kto
-from trialign.algorithms.pairs import Labelled, mismatched, read_labelled
-from trialign.algorithms.rows import RowStream
+from trialign.algorithms.pairs import Labelled, mismatched
 from trialign.algorithms.shares import plan
 
 FACTS = {"loss": "loss {:.4f}", "margin": "margin {:+.3f}", "eval_accuracy": "held out {:.3f}"}
@@ -49,14 +48,12 @@ class References:
     first step.
     """
 
-    def __init__(self, work: FromRows[RowStream[Labelled]]):
+    def __init__(self, work: FromRows[LabelledStream]):
         config, self.data, self.device = work.session.config, work.rows, work.session.mesh.device
         self.rows = {place: i for i, place in enumerate(self.data.coming(work.steps * work.batch_size))}
         drawn = [self._row(place).sample for place in self.rows]
-        self.others = [
-            mismatched(self._row((pool, row)).sample, self._row((pool, row + 1)).sample, config.data.max_tokens)
-            for pool, row in self.rows
-        ]
+        partners = [self._row((pool, self.data.partners[pool][row])).sample for pool, row in self.rows]
+        self.others = [mismatched(*two, config.data.max_tokens) for two in zip(drawn, partners, strict=True)]
         unseen = [row.sample for row in self.data.held_out]
         asked = drawn + self.others + unseen
         sums = work.reference_sums(asked, lambda role: sums_of(role, asked, config.update))
@@ -64,7 +61,7 @@ class References:
 
     def _row(self, place: tuple[int, int]) -> Labelled:
         pool, row = place
-        return self.data.pools[pool][row % len(self.data.pools[pool])]
+        return self.data.pools[pool][row]
 
     def next(self, count: int) -> Drawn:
         """The next rows of the stream with their reference."""
@@ -86,15 +83,12 @@ def main(session: Session[KTOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
     config, mesh = session.config, session.mesh
 
-    def read(tokenizer, ends) -> RowStream[Labelled]:
-        load = lambda source: read_labelled(source, config.data, tokenizer, ends)  # noqa: E731
-        return RowStream(config.data, load, lambda row: row.lengths, config.run.seed, "labelled answers")
-
+    read = lambda tokenizer, ends: LabelledStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     work = from_rows(session, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()
     measure = lambda batch: held_out(learner, batch, config.update, config.loss)  # noqa: E731
-    work.begin(f"{work.rows}; {sum(row.desirable for row in work.rows.rows())} of them wanted", FACTS)
+    work.begin(facts=FACTS)
 
     for _ in session.steps():
         batch, others, reference = rows.next(config.update.batch_size)

@@ -17,7 +17,7 @@ from report import Line, Panel
 from session import Session, start
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.pair_config import RewardModelConfig, check_reward
-from trialign.algorithms.pairs import Pair, read_pairs, read_steps
+from trialign.algorithms.pairs import Pair, PairStream, read_steps
 from trialign.algorithms.reward_model import (
     held_out_pairs,
     held_out_process,
@@ -85,9 +85,10 @@ def rows(config: RewardModelConfig, tokenizer, ends, read: Read | None = None) -
     seed = config.run.seed
     if config.steps.sources:
         load_steps = lambda source: read_steps(source, config.steps, tokenizer)  # noqa: E731
-        return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "answers in steps", "steps")
-    load_pairs = read or (lambda source: read_pairs(source, config.data, tokenizer, ends))
-    return RowStream(config.data, load_pairs, lambda pair: pair.lengths, seed, "pairs")
+        return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "answers in steps")
+    if read is not None:
+        return RowStream(config.data, read, lambda pair: pair.lengths, seed, "pairs")
+    return PairStream(config.data, tokenizer, ends, seed)
 
 
 if __name__ == "__main__":

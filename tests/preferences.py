@@ -74,6 +74,7 @@ def two_steps(
     kinds: tuple[str, ...] = KINDS,
     changes: dict[str, int] | None = None,
     order: tuple[int, ...] = tuple(range(8)),
+    ep: int = 1,
 ):
     """Two steps of each kind and a look at seven other rows: {kind: (metrics, gradients and weights)}.
 
@@ -83,7 +84,7 @@ def two_steps(
         order: of the rows in a batch.
     """
     tp, pp, dp = layout
-    mesh = build_mesh(tp=tp, pp=pp, dp=dp)
+    mesh = build_mesh(tp=tp, pp=pp, dp=dp, ep=ep)
     update = replace(UPDATE, **(changes or {}))
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
@@ -134,6 +135,15 @@ def two_steps(
         entries = learner.optimizer.entries("actor", functools.partial(hf_name, config=shape, head=head))
         results[kind] = metrics, assemble(entries, mesh.world)
     return results
+
+
+def odd_batches(
+    rank: int, world: int, folders: dict[str, Path], dp: int, counts: tuple[int, ...], size: int = 4, ep: int = 1
+):
+    """KTO's two steps on batches of so many rows in micro-batches of `size`: {rows: as `two_steps` gives them}."""
+    changes = {"batch_size": 5, "micro_batch_size": size}  # the reference is computed in chunks of at most five
+    runs = {n: two_steps(rank, world, folders, (1, 1, dp), ("kto",), changes, tuple(range(n)), ep) for n in counts}
+    return {n: run["kto"] for n, run in runs.items()}
 
 
 def compare(got, expected, tolerance: float = 1e-5) -> None:

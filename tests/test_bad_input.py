@@ -201,7 +201,24 @@ LINES = {
         '{"prompt": 3}\n',
         ":1: 'prompt' must be a string or a list of {role, content} messages, not 3",
     ),
-    "message without content": ('{"prompt": [{"role": "user"}]}\n', ":1: 'prompt' must be a string or a list of"),
+    "message without content": (
+        '{"prompt": [{"role": "user"}]}\n',
+        ":1: 'prompt'[0] (user): its content must be a string, not None",
+    ),
+    "content in parts": (
+        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n',
+        ":1: 'prompt'[0] (user): its content must be a string, not [{",
+    ),
+    "role that is no string": (
+        '{"prompt": [{"role": 1, "content": "a"}]}\n',
+        ":1: 'prompt'[0] must be a message {role, content}, not {'role': 1",
+    ),
+    "a string in a list": ('{"prompt": ["a"]}\n', ":1: 'prompt'[0] must be a message {role, content}, not 'a'"),
+    "an answer that says nothing": (
+        '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "tool_calls": []}]}\n',
+        ":1: 'prompt'[1] (assistant): its content must be a string, not None",
+    ),
+    "tools in words": ('{"prompt": "a", "tools": "clock"}\n', ":1: 'tools' is not valid JSON: Expecting value"),
     "role the template lacks": (
         '{"prompt": [{"role": "judge", "content": "a"}]}\n',
         ":1: the tokenizer's chat template refus",
@@ -271,8 +288,11 @@ def test_messages_or_a_template_that_is_not_there(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "a"}]}])
     with pytest.raises(ValueError, match=":1: 'prompt' is a list of messages: needs data.chat_template=true"):
         load_prompts(path, chat_template=False)
-    with pytest.raises(ValueError, match="data.chat_template=true, but the model's tokenizer has none"):
+    with pytest.raises(ValueError, match="chat_template=true, but the model's tokenizer has none"):
         PromptDataset(PromptData(sources=(str(path),)), tokenizer(template=False))
+    path = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "tools": [{"type": "function"}]}])
+    with pytest.raises(ValueError, match="b.jsonl:1: 'tools' is not empty: needs data.chat_template=true"):
+        load_prompts(path, chat_template=False)
 
 
 def test_text_for_the_pretraining_mix(tmp_path):
@@ -284,6 +304,10 @@ def test_text_for_the_pretraining_mix(tmp_path):
     short = write_jsonl(tmp_path / "b.jsonl", [{"text": "a b"}])
     with pytest.raises(ValueError, match=r"b\.jsonl: 3 tokens are less than one sequence of 4"):
         TextDataset(str(short), "text", tokenizer(), 4)
+    endless = tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="the model's tokenizer has no end of sequence"):
+        TextDataset(str(short), "text", endless, 1)
 
 
 # Rewards.

@@ -1,13 +1,13 @@
 """What is wrong with preference data is told with the file, the row and what is needed, before a model is loaded."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from samples import write_jsonl
 from tiny import tiny_tokenizer
+from trialign.algorithms.kto import LabelledStream
 from trialign.algorithms.pair_config import LabelData, PairData, StepData
-from trialign.algorithms.pairs import read_labelled, read_pairs, read_steps
+from trialign.algorithms.pairs import PairStream, read_steps
 from trialign.algorithms.rows import RowStream
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -27,17 +27,12 @@ def tiny(tmp_path_factory):
 def stream(kind: str, tokenizer, *sources, **knobs) -> RowStream[Any]:
     """As the scripts read them."""
     given = {"sources": tuple(map(str, sources)), **knobs}
-    load: Callable[[str], Any]
     if kind == "pairs":
-        pairs = PairData(**given)
-        load, config = lambda source: read_pairs(source, pairs, tokenizer, (2,)), pairs
-    elif kind == "labels":
-        labels = LabelData(**given)
-        load, config = lambda source: read_labelled(source, labels, tokenizer, (2,)), labels
-    else:
-        steps = StepData(**given)
-        load, config = lambda source: read_steps(source, steps, tokenizer), steps
-    return RowStream(config, load, lambda row: row.lengths, 0, kind, "steps" if kind == "steps" else "data")
+        return PairStream(PairData(**given), tokenizer, (2,))
+    if kind == "labels":
+        return LabelledStream(LabelData(**given), tokenizer, (2,))
+    config = StepData(**given)
+    return RowStream(config, lambda source: read_steps(source, config, tokenizer), lambda row: row.lengths, 0, kind)
 
 
 def turns(*turns: tuple[str, str]) -> list[dict[str, str]]:
@@ -54,7 +49,68 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
     "a number for a prompt": ("pairs", {"prompt": 3}, {}, "'prompt' must be a string or a list of"),
     "a number for an answer": ("pairs", {"chosen": 3}, {}, "'chosen' must be a string or a list of {role, content}"),
     "nothing for an answer": ("pairs", {"rejected": None}, {}, "'rejected' must be a string or a list of"),
-    "messages without roles": ("pairs", {"chosen": [{"text": "b"}]}, {}, "'chosen' must be a string or a list of"),
+    "messages without roles": (
+        "pairs",
+        {"chosen": [{"text": "b"}]},
+        {},
+        "'chosen'[0] must be a message {role, content}",
+    ),
+    "a role that is no string": (
+        "pairs",
+        {"chosen": [{"role": 1, "content": "b"}]},
+        {},
+        "'chosen'[0] must be a message {role, content}, not {'role': 1",
+    ),
+    "content in parts": (
+        "pairs",
+        {"chosen": [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]},
+        {},
+        "'chosen'[0] (assistant): its content must be a string, not [{'type': 'text'",
+    ),
+    "a number for content": (
+        "labels",
+        {"response": [{"role": "assistant", "content": 3}]},
+        {},
+        "'response'[0] (assistant): its content must be a string, not 3",
+    ),
+    "parts in the prompt": (
+        "steps",
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        {},
+        "'prompt'[0] (user): its content must be a string, not [{'type': 'image'}]",
+    ),
+    "an empty turn before": (
+        "pairs",
+        {"prompt": ..., "chosen": turns(("user", "a"), ("assistant", ""), ("user", "c"), ("assistant", "d"))},
+        {},
+        "'chosen'[1] (assistant) is empty",
+    ),
+    "tools that are none": ("pairs", {"tools": {"a": 1}}, {}, "'tools' must be a list of function descriptions, not"),
+    "tools in words": ("labels", {"tools": "clock"}, {}, "'tools' is not valid JSON: Expecting value at column 1"),
+    "tools without a template": (
+        "pairs",
+        {"tools": [{"name": "clock"}]},
+        {"chat_template": False},
+        "'tools' is not empty: needs data.chat_template=true",
+    ),
+    "another dialogue than the prompt": (
+        "pairs",
+        {"chosen": turns(("user", "x"), ("assistant", "b"))},
+        {},
+        "'chosen' holds 2 messages that do not begin with 'prompt': give the answer alone, or the dialogue with its",
+    ),
+    "more than an answer": (
+        "labels",
+        {"response": turns(("assistant", "b"), ("user", "c"), ("assistant", "d"))},
+        {},
+        "'response' holds 3 messages that do not begin with 'prompt'",
+    ),
+    "another dialogue in one string": (
+        "pairs",
+        {"rejected": "\n\nHuman: x\n\nAssistant: b"},
+        {},
+        "'rejected' holds 2 messages that do not begin with 'prompt'",
+    ),
     "different dialogues": (
         "pairs",
         {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"},
@@ -102,14 +158,22 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
     "no label at all": ("labels", {"label": None}, {}, "'label' must be true or false, not None"),
     "an empty response": ("labels", {"response": ""}, {}, "'response' is empty"),
     "no response": ("labels", {"response": ...}, {}, "no column 'response' (data.response_key); it has:"),
-    "a list for a response": ("labels", {"response": ["b"]}, {}, "'response' must be a string or a list of"),
+    "a list for a response": ("labels", {"response": ["b"]}, {}, "'response'[0] must be a message {role, content}"),
     "no steps": ("steps", {"steps": []}, {}, "'steps' must be a list of steps in words, not []"),
     "an empty step": ("steps", {"steps": ["b", ""]}, {}, "'steps' must be a list of steps in words, not ['b', '']"),
     "steps in one string": ("steps", {"steps": "b"}, {}, "'steps' must be a list of steps in words, not 'b'"),
     "a label too few": ("steps", {"steps": ["b", "c"]}, {}, "2 steps but 1 labels"),
     "labels in numbers": ("steps", {"labels": [0.7]}, {}, "'labels' must be a list of true and false, not [0.7]"),
     "one label": ("steps", {"labels": True}, {}, "'labels' must be a list of true and false, not True"),
-    "no labels of steps": ("steps", {"labels": ...}, {}, "no column 'labels' (data.labels_key); it has:"),
+    "no labels of steps": ("steps", {"labels": ...}, {}, "no column 'labels' (steps.labels_key); it has:"),
+    "no column of steps": ("steps", {"steps": ...}, {}, "no column 'steps' (steps.steps_key); it has:"),
+    "no prompt of steps": ("steps", {"prompt": ...}, {}, "no column 'prompt' (steps.prompt_key); it has:"),
+    "a chat without a template": (
+        "steps",
+        {"prompt": turns(("user", "a"))},
+        {"chat_template": False},
+        "'prompt' is a list of messages: needs steps.chat_template=true",
+    ),
 }
 
 
@@ -140,7 +204,7 @@ FILES = {
         "labels",
         b'{"prompt": "a", "response": "b", "label": true}\n' * 4,
         {},
-        ": all 4 labels are True: there is nothing to tell apart",
+        ": all 4 answers to learn from have the label True: there is nothing to tell apart",
     ),
     "all too long": (
         "pairs",
@@ -174,6 +238,25 @@ def test_holding_out_must_leave_rows(tiny, tmp_path):
     path = write_jsonl(tmp_path / "b.jsonl", [GOOD["steps"]])
     with pytest.raises(ValueError, match=r"steps.eval_fraction=0.5 of 1 steps leaves none to learn from"):
         stream("steps", tiny, path, eval_fraction=0.5)
+
+
+def test_no_source_that_is_drawn_from_may_be_held_out_whole(tiny, tmp_path):
+    rows = [GOOD["pairs"] | {"prompt": f"{i}"} for i in range(9)]
+    many, one = write_jsonl(tmp_path / "many.jsonl", rows), write_jsonl(tmp_path / "one.jsonl", rows[:1])
+    knobs = {"eval_fraction": 0.9, "probabilities": "0.5,0.5"}  # one row is left
+    message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d pairs, but data.probabilities draw from every"
+    with pytest.raises(ValueError, match=message):
+        stream("pairs", tiny, many, one, **knobs)
+    assert len(stream("pairs", tiny, many, one, eval_fraction=0.9)) == 1  # all rows alike: it need not be drawn
+
+
+def test_without_a_template_an_end_of_sequence_is_needed(tiny, tmp_path):
+    from copy import deepcopy
+
+    endless = deepcopy(tiny)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="the model's tokenizer has no end of sequence"):
+        stream("pairs", endless, write_jsonl(tmp_path / "a.jsonl", [GOOD["pairs"]]), chat_template=False)
 
 
 def test_a_held_out_file_is_read_as_strictly(tiny, tmp_path):

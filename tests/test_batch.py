@@ -1,5 +1,7 @@
 """Packing, selecting, cutting and whitening of batches, against plain per-sample references."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,8 +102,21 @@ def test_deal_balances_tokens():
     lengths = [100, 1, 90, 2, 80, 3, 70, 4]
     loads = [sum(lengths[i] for i in hand) for hand in deal(lengths, 2)]
     assert max(loads) - min(loads) <= 10
-    with pytest.raises(ValueError, match="7 samples do not divide by 2"):
-        deal(lengths[:7], 2)
+
+
+def test_where_samples_do_not_divide_some_ranks_hold_one_more():
+    chance = random.Random(0)
+    for count, parts in ((7, 2), (7, 3), (8, 3), (5, 4), (3, 3)):
+        lengths = [chance.randrange(1, 50) for _ in range(count)]
+        hands = deal(lengths, parts)
+        assert sorted(i for hand in hands for i in hand) == list(range(count))
+        assert sorted(map(len, hands)) == sorted(len(range(i, count, parts)) for i in range(parts))
+        axes = [Axis("dp", parts, rank, tuple(range(parts)), None) for rank in range(parts)]
+        cuts = [deal_micro_batches(range(count), lengths, axis, 1) for axis in axes]
+        assert [sorted(i for part in own for i in part) for own in cuts] == hands
+        assert all(part for own in cuts for part in own)
+    with pytest.raises(ValueError, match="2 samples are fewer than 3 data-parallel ranks"):
+        deal([4, 5], 3)
 
 
 @settings(deadline=None)

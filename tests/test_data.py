@@ -8,6 +8,11 @@ import pytest
 from samples import tokenizer, write_jsonl
 from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset, TextDataset
+from trialign.algorithms.dialogue import DialogueDataset
+from trialign.algorithms.evaluate_config import EvaluatedDialogues, EvaluatedText
+from trialign.algorithms.pretrain_config import TextData
+from trialign.algorithms.rlhf_config import PromptsConfig
+from trialign.algorithms.text import TextStream
 
 ROWS = [{"prompt": f"say w{i}", "topic": f"t{i % 3}"} for i in range(10)]
 
@@ -63,6 +68,22 @@ def test_sources_are_mixed_by_their_probabilities(tmp_path):
     assert shares == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
 
 
+def test_text_is_mixed_by_its_sources_probabilities(tmp_path):
+    paths = [
+        str(write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {name}"}] * rows))
+        for name, rows in (("a", 30), ("b", 3), ("c", 7))
+    ]
+    config = TextData(sources=tuple(paths), max_tokens=3, probabilities="0.5,0.4,0.1")  # a document and its end a row
+    data = TextStream(config, tokenizer())
+    counts = Counter(Path(row[0].where.rpartition(":")[0]).stem for row in data.next(2000))
+    assert [counts[name] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
+    few = tuple(str(write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"w{i}"}] * n)) for i, n in ((1, 9), (2, 1)))
+    message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d documents, but data.probabilities draw from ev"
+    with pytest.raises(ValueError, match=message):
+        TextStream(TextData(sources=few, eval_fraction=0.9, probabilities="0.5,0.5"), tokenizer())
+    assert TextStream(TextData(sources=few, eval_fraction=0.9), tokenizer()).documents == 1
+
+
 def test_without_probabilities_all_rows_count_alike(tmp_path):
     paths = [write_jsonl(tmp_path / f"{n}.jsonl", [{"prompt": f"say {n} w{i}"} for i in range(n)]) for n in (1, 9)]
     assert len({prompt.text for prompt in dataset(*paths).next(10)}) == 10
@@ -78,6 +99,7 @@ def test_the_chat_template_wraps_strings_and_messages_alike(tmp_path):
     assert decode(plain.tokens) == "<user> hello you <assistant>"
     assert decode(system.tokens) == "<system> be kind <user> hello you <assistant>"
     assert plain.text == messages.text == system.text == "hello you"
+    assert plain.messages == messages.messages == tuple(chat) and len(system.messages) == 2
 
 
 def test_a_system_prompt_goes_before_prompts_that_bring_none(tmp_path):
@@ -136,6 +158,18 @@ def test_text_is_packed_with_an_end_after_each_document(tmp_path):
     again = TextDataset(str(path), "text", tok, length=3, seed=1)
     again.load_state(state)
     assert again.next(9).equal(expected)
+
+
+def test_a_section_s_own_knobs_are_named(tmp_path):
+    sources = (str(write_jsonl(tmp_path / "a.jsonl", [{"word": "a"}])),)
+    with pytest.raises(ValueError, match=r"no column 'text' \(text.text_key\)"):
+        TextStream(EvaluatedText(sources=sources), tokenizer())
+    with pytest.raises(
+        ValueError, match=r"'messages' \(dialogues.messages_key\) nor 'prompt' \(dialogues.prompt_key\)"
+    ):
+        DialogueDataset(EvaluatedDialogues(sources=sources), tokenizer(), (1,))
+    with pytest.raises(ValueError, match=r"no column 'prompt' \(prompts.prompt_key\)"):
+        PromptDataset(PromptsConfig(sources=sources), tokenizer())
 
 
 def test_the_text_of_two_epochs_comes_in_two_orders(tmp_path):

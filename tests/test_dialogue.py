@@ -327,5 +327,9 @@ def test_messages_or_a_template_that_is_not_there(tiny, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
     with pytest.raises(ValueError, match=":1: 'messages' holds messages: needs data.chat_template=true"):
         dataset(tiny, path, chat_template=False)
-    with pytest.raises(ValueError, match="data.chat_template=true, but the model's tokenizer has none"):
+    with pytest.raises(ValueError, match="chat_template=true, but the model's tokenizer has none"):
         dataset(words(template=False), path)
+    endless = words()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="the model's tokenizer has no end of sequence"):
+        dataset(endless, write_jsonl(path, [{"prompt": "a", "response": "b"}]), chat_template=False)

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_ranks
-from preferences import KINDS, KTO, UPDATE, compare, labelled, pairs, steps, two_steps
-from tiny import tiny_llama
+from preferences import KINDS, KTO, UPDATE, compare, labelled, odd_batches, pairs, steps, two_steps
+from tiny import VOCAB, tiny_llama
+from tiny_moe import tiny_mixtral
 from trialign.algorithms.build import build_decoder, build_learner
 from trialign.algorithms.config import OptimizerConfig
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
@@ -65,6 +66,26 @@ def test_two_data_ranks_by_tokens_and_shuffled(folders, alone):
     changes = {"micro_batch_tokens": 40}
     for got in run_ranks(two_steps, 2, folders, (1, 1, 2), ("dpo", "kto"), changes, (5, 2, 7, 0, 1, 6, 3, 4)):
         compare(got, {kind: alone[kind] for kind in ("dpo", "kto")})
+
+
+@pytest.fixture(scope="module")
+def odd(folders):
+    return odd_batches(0, 1, folders, 1, (7, 5, 3))
+
+
+@pytest.mark.parametrize("dp", [2, 3])
+def test_kto_on_batches_that_do_not_divide_by_the_data_ranks(folders, odd, dp):
+    """Uneven shares, one row a rank among them: loss, z, gradients and weights are one process's."""
+    for got in run_ranks(odd_batches, dp, folders, dp, (7, 5, 3)):
+        compare(got, odd)
+
+
+def test_kto_on_an_odd_batch_whose_data_ranks_share_experts(tmp_path):
+    """The rank with fewer micro-batches of one row keeps up with the other's."""
+    folders = {name: tiny_mixtral(tmp_path / name, vocab_size=VOCAB) for name in ("lm", "reference")}
+    alone = odd_batches(0, 1, folders, 1, (7,), 1)
+    for got in run_ranks(odd_batches, 2, folders, 2, (7,), 1, 2):
+        compare(got, alone)
 
 
 def learner_of(folder, lr: float = 0.0) -> Learner:
@@ -165,6 +186,7 @@ def test_dpo_s_gradient_with_nll_and_without_a_reference_is_autograd_s(folders):
     assert metrics["nll"] == pytest.approx(
         -sum(answer_sum(policy, p.chosen).item() / p.chosen.targets for p in drawn) / 8, rel=1e-5
     )
+    assert held_out_dpo(learner, batch, UPDATE, loss)["eval_loss"] == pytest.approx(total.item(), rel=1e-5)
 
 
 def test_scores_and_the_loss_of_a_reward_model_are_transformers(folders):

@@ -1,12 +1,18 @@
 """Rows of preferences: pairs, labelled answers and labelled steps as tokens, with exactly the answer as targets."""
 
+import json
+from collections import Counter
+
 import pytest
 from samples import write_jsonl
 from tiny import tiny_tokenizer
+from trialign.algorithms.config import PromptData
+from trialign.algorithms.data import PromptDataset
+from trialign.algorithms.dialogue import DialogueDataset
 from trialign.algorithms.pair_config import LabelData, PairData, StepData
-from trialign.algorithms.pairs import mismatched, read_labelled, read_pairs, read_steps
+from trialign.algorithms.pairs import PairStream, mismatched, read_labelled, read_pairs, read_steps
 from trialign.algorithms.reward_model import pack_pairs, pack_steps
-from trialign.algorithms.rows import RowStream
+from trialign.algorithms.sft_config import SFTData
 
 STOP = (2,)  # </s> of the tiny tokenizer
 
@@ -56,6 +62,22 @@ PAIRS = {
         },
         TWO_TURNS,
     ),
+    "a prompt beside whole dialogues": (
+        {"prompt": "hi\n", "chosen": chat("hi", "yes"), "rejected": chat("hi", "no")},
+        HELLO,
+    ),
+    "a prompt beside longer dialogues": (
+        {"prompt": "hi", "chosen": chat("hi", "yo", "ok", "yes"), "rejected": chat("hi", "yo", "ok", "no")},
+        TWO_TURNS,
+    ),
+    "a prompt of messages beside dialogues": (
+        {"prompt": chat("hi", "yo", "ok"), "chosen": chat("hi", "yo", "ok", "yes"), "rejected": "no"},
+        TWO_TURNS,
+    ),
+    "a prompt beside dialogues in strings": (
+        {"prompt": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nAssistant: no"},
+        HELLO,
+    ),
     "a prompt that is null": ({"prompt": None, "chosen": chat("hi", "yes"), "rejected": chat("hi", "no")}, HELLO),
 }
 
@@ -86,9 +108,69 @@ def test_a_system_prompt_and_bare_text(tiny, tmp_path):
     assert shown(tiny, pair.rejected) == ("hi", "no</s>")
 
 
-def test_pairs_of_equal_answers_are_left_out_where_there_are_others(tiny, tmp_path):
-    rows = [{"prompt": "hi", "chosen": "yes", "rejected": "yes"}, {"prompt": "hi", "chosen": "yes", "rejected": "no"}]
-    assert len(read(tiny, tmp_path, *rows)) == 1
+def test_pairs_of_equal_answers_are_left_out_and_counted_where_there_are_others(tiny, tmp_path):
+    rows = [{"prompt": "hi", "chosen": "yes", "rejected": other} for other in ("yes", "no", "yes")]
+    data = PairStream(PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", rows)),)), tiny, STOP)
+    assert len(data) == 1 and str(data).endswith("; 2 dropped for two equal answers")
+
+
+def test_a_prompt_beside_dialogues_with_a_system_message_of_their_own(tiny, tmp_path):
+    chosen, rejected = ([{"role": "system", "content": "be kind"}, *chat("hi", text)] for text in ("yes", "no"))
+    (pair,) = read(tiny, tmp_path, {"prompt": "hi", "chosen": chosen, "rejected": rejected}, system_prompt="be brief")
+    assert shown(tiny, pair.chosen) == (f"<s>system: be kind</s>{HELLO}", "yes</s>")
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "clock"}}]}
+ASKED = [{"role": "user", "content": "when?"}, CALL, {"role": "tool", "content": "noon", "name": "clock"}]
+WITH_TOOLS = (
+    "{% for t in tools or [] %}<s>tool {{ t.function.name }}</s>{% endfor %}{% for m in messages %}"
+    "<s>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+BEFORE = "<s>tool clock</s><s>user: when?</s><s>assistant: [clock]</s><s>tool clock: noon</s><s>assistant: "
+
+
+@pytest.fixture
+def with_tools(tiny):
+    """The tiny tokenizer under a template that writes tools and calls."""
+    own, tiny.chat_template = tiny.chat_template, WITH_TOOLS
+    yield tiny
+    tiny.chat_template = own
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["a list", "JSON"])
+def test_tools_and_calls_reach_the_template_of_all_that_learn_and_of_prompts(tools, with_tools, tmp_path):
+    end, row = {"role": "assistant", "content": "at noon"}, {"prompt": ASKED, "tools": tools}
+    sides = {"chosen": [*ASKED, end], "rejected": [*ASKED, end | {"content": "no"}], "tools": tools}
+    for given in (row | {"chosen": "at noon", "rejected": "no"}, row | sides, sides):
+        (pair,) = read(with_tools, tmp_path, given)
+        assert [shown(with_tools, side) for side in pair[:2]] == [(BEFORE, "at noon</s>"), (BEFORE, "no</s>")]
+    rows = write_jsonl(tmp_path / "a.jsonl", [row | {"response": "no", "label": 1, "steps": ["x"], "labels": [1]}])
+    (labelled,) = read_labelled(str(rows), LabelData(), with_tools, STOP)
+    (steps,) = read_steps(str(rows), StepData(), with_tools)
+    (prompt,) = PromptDataset(PromptData(sources=(str(rows),)), with_tools).next(1)
+    (sft,) = DialogueDataset(SFTData(sources=(str(rows),)), with_tools, STOP).next(1)
+    assert shown(with_tools, labelled.sample) == shown(with_tools, sft) == (BEFORE, "no</s>")
+    assert with_tools.decode(steps.sample.tokens) == BEFORE + "x\n\n"
+    assert with_tools.decode(prompt.tokens) == BEFORE
+    assert [message["role"] for message in prompt.messages] == ["user", "assistant", "tool"]
+
+
+def test_an_answer_may_be_a_call(with_tools, tmp_path):
+    (pair,) = read(with_tools, tmp_path, {"prompt": "when?", "chosen": [CALL], "rejected": "noon", "tools": TOOLS})
+    assert [shown(with_tools, side)[1] for side in pair[:2]] == ["[clock]</s>", "noon</s>"]
+
+
+def test_rows_are_mixed_by_their_sources_probabilities(tiny, tmp_path):
+    paths = [
+        str(write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": name, "chosen": "b", "rejected": "c"}] * rows))
+        for name, rows in (("a", 30), ("b", 3), ("c", 7))
+    ]
+    data = PairStream(PairData(sources=tuple(paths), probabilities="0.5,0.4,0.1"), tiny, STOP)
+    counts = Counter(pair.chosen.text for pair in data.next(2000))
+    assert [counts[name] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
 
 
 def test_labels_are_true_and_false_or_1_and_0_and_a_response_may_be_a_dialogue(tiny, tmp_path):
@@ -127,8 +209,7 @@ def test_the_longer_answer_is_what_the_limit_is_for_and_the_stream_knows_what_is
     rows = [{"prompt": f"{i}", "chosen": "yes", "rejected": "n" * (1 + 10 * (i == 3))} for i in range(7)]
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
     config = PairData(sources=(path,), max_tokens=32)
-    pairs = lambda source: read_pairs(source, config, tiny, STOP)  # noqa: E731
-    data = RowStream(config, pairs, lambda pair: pair.lengths, 0, "pairs")
+    data = PairStream(config, tiny, STOP)
     assert len(data) == 6 and "1 dropped for more than 32 tokens" in str(data) and str(data).startswith("6 pairs of")
     coming, state = data.coming(4), data.state()
     assert len(coming) == 4 and sorted(data.places(4)) == coming and data.coming(4) == coming

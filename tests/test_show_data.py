@@ -1,11 +1,13 @@
 """launch/data.py: what it shows of each kind of data is what the run would learn, token by token."""
 
+import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
-from scripts import launch, succeed
+from samples import write_jsonl
+from scripts import ROOT, launch, succeed
 from tiny import tiny_chat_model
 from trialign.algorithms.pretrain_config import TextData
 from trialign.algorithms.text import TextStream
@@ -81,6 +83,67 @@ def test_which_script_it_is_for(setting, tmp_path):
     assert "invalid choice: 'sff'" in launch("data", "--script", "sff").stderr
     missing = launch("data", "--script", "sft", "--model.path", setting / "model")
     assert missing.returncode != 0 and "data.sources is not given" in missing.stderr
+
+
+@pytest.fixture
+def show(monkeypatch):
+    """launch/data.py in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return importlib.import_module("data").main
+
+
+def test_rewards_that_are_still_to_come_are_question_marks(setting, show, capsys):
+    """The config that ships, on the tiny model: its rows are scored when it runs."""
+    config = str(ROOT / "launch" / "configs" / "conditional_smollm2.toml")
+    rows = str(ROOT / "launch" / "data" / "dialogues.jsonl")
+    path = ("--model.path", str(setting / "model"), "--data.sources", rows)
+    show(["--config", config, *path, "--data.max_tokens", "2000", "--rows", "1"])
+    said = capsys.readouterr().out
+    assert "; ? stands for the rewards that launch/rewards/sentiment.py:sentiment will give" in said.split("\n──")[0]
+    assert re.search(r" <rm_score>: \? </s><s>assistant: ⟦.+</s>⟧", said.replace("\n", " ")), said
+
+
+def test_a_pipeline_s_dialogues_and_prompts(setting, show, capsys):
+    sources = ("--sft.data.sources", str(setting / "sft.jsonl"), "--prompts.sources", str(setting / "ppo.jsonl"))
+    show(["--script", "rlhf", "--model.path", str(setting / "model"), *sources, "--prompts.max_prompt_tokens", "64"])
+    said = capsys.readouterr().out
+    assert "rlhf: 2 rows of" in said and "<s>assistant: ⟦yo</s>⟧" in said
+    assert "rlhf: 1 prompts, 1 dropped for more than 64 tokens" in said and "<s>user: ask</s><s>assistant: " in said
+    shipped = ("--sft.data.sources", str(ROOT / "launch/data/dialogues.jsonl"), "--sft.data.max_tokens", "2000")
+    shipped += ("--prompts.sources", str(ROOT / "launch/data/prompts.jsonl"))
+    config = str(ROOT / "launch/configs/rlhf_smollm2.toml")
+    show(["--config", config, "--model.path", str(setting / "model"), *shipped, "--rows", "1"])
+    assert " held out" in (said := capsys.readouterr().out) and said.count("rlhf: ") == 2
+
+
+def test_what_evaluation_and_the_pretraining_mix_read(setting, show, capsys):
+    texts, prompts = str(setting / "pretrain.jsonl"), ("--data.sources", str(setting / "ppo.jsonl"))
+    model = ("--model.path", str(setting / "model"))
+    measured = ("--text.sources", texts, "--dialogues.sources", str(setting / "sft.jsonl"))
+    show(["--script", "evaluate", *model, *prompts, *measured])
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("evaluate: 2 prompts", "o⟦ne</s>⟧", "⟦yo</s>⟧"))
+    mix = ("--data.ptx_source", texts, "--data.ptx_tokens", "4", "--actor.ptx_coef", "1")
+    show(["--script", "ppo", *model, *prompts, *mix, "--rows", "1"])
+    assert "tokens of" in (said := capsys.readouterr().out) and "pretraining mix: 4 tokens, 3 learned" in said
+
+
+def test_learned_tokens_are_green_and_bold_the_others_dim(setting, show, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    rows = [{"messages": [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate("abcd")]}]
+    path = write_jsonl(setting / "turns.jsonl", rows)
+    show(["--script", "sft", "--model.path", str(setting / "model"), "--data.sources", str(path), "--rows", "1"])
+    spans = re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m", capsys.readouterr().out.partition(" learned")[2])
+    told = [(style, words) for style, words in spans if style in ("2", "1;32")]
+    assert told == [
+        ("2", "<s>user: a</s><s>assistant: "),
+        ("1;32", "b</s>"),
+        ("2", "<s>user: c</s><s>assistant: "),
+        ("1;32", "d</s>"),
+    ]
 
 
 def test_marks_are_those_of_the_stream(setting):

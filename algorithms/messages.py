@@ -1,0 +1,143 @@
+"""Chats: what a row holds as messages and tools, checked, and as the tokenizer's chat template writes them.
+
+One way to read them for all that learn: prompts, dialogues, pairs, labels and steps keep roles, tools, tool calls and
+whatever else a message holds for the template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .config import DataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+"""role, content (a string), and what else the chat template reads."""
+
+
+def column(where: str, row: dict[str, Any], key: str, knob: str) -> Any:
+    """A row's column. ValueError where there is none, naming row, knob and what there is."""
+    if key not in row:
+        raise ValueError(f"{where}: no column {key!r} ({knob}); it has: {', '.join(map(repr, row)) or 'none'}")
+    return row[key]
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_messages(where: str, value: list[Any]) -> list[Message]:
+    """A list of messages without what they lack in their row (parquet and `datasets` fill in None).
+
+    Args:
+        where: as rows.jsonl:12: 'messages'.
+
+    Raises:
+        ValueError: one is no message, its content no string, or the assistant says and calls nothing; names it.
+    """
+    messages = []
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where}[{number}] must be a message {{role, content}}, not {brief(message)}")
+        message = {key: own for key, own in message.items() if own is not None}
+        role, calls = message["role"], message.get("tool_calls")
+        content = message.get("content", "" if calls else None)
+        if not isinstance(content, str):
+            raise ValueError(f"{where}[{number}] ({role}): its content must be a string, not {brief(content)}")
+        if role == "assistant" and not content.strip() and not calls:
+            raise ValueError(f"{where}[{number}] (assistant) is empty")
+        messages.append({**message, "content": content})
+    return messages
+
+
+def read_prompt(where: str, row: dict[str, Any], key: str, config: DataConfig) -> list[Message]:
+    """The prompt in a row's column `key`, without the config's system prompt.
+
+    Raises:
+        ValueError: there is none, or it is neither a string nor a list of messages.
+    """
+    prompt = column(where, row, key, f"{config.section}.prompt_key")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{where}: {key!r} is empty")
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        allowed = "a string or a list of {role, content} messages"
+        raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(prompt)}")
+    if not config.chat_template:
+        raise ValueError(f"{where}: {key!r} is a list of messages: needs {config.section}.chat_template=true")
+    return read_messages(f"{where}: {key!r}", prompt)
+
+
+def read_tools(where: str, row: dict[str, Any], config: DataConfig) -> list[Any] | None:
+    """The row's column `tools`, for the template: a list, or one written as JSON.
+
+    Raises:
+        ValueError: it is something else, or there is no template to write it.
+    """
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: 'tools' is not valid JSON: {error.msg} at column {error.colno}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"{where}: 'tools' must be a list of function descriptions, not {brief(tools)}")
+    if tools and not config.chat_template:
+        raise ValueError(f"{where}: 'tools' is not empty: needs {config.section}.chat_template=true")
+    return tools
+
+
+def with_system_prompt(chat: list[Message], config: DataConfig) -> list[Message]:
+    """The messages with the config's system prompt before them, where they bring none."""
+    if config.system_prompt and config.chat_template and chat[0]["role"] != "system":
+        return [{"role": "system", "content": config.system_prompt}, *chat]
+    return chat
+
+
+def users_words(chat: Sequence[Message]) -> str:
+    """The last thing the user said."""
+    return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
+
+
+def need_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer without a chat template. Raises ValueError."""
+    if not tokenizer.chat_template:
+        raise ValueError("chat_template=true, but the model's tokenizer has none: set it to false")
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a text which no template ends. Raises ValueError where the tokenizer has none."""
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError("the model's tokenizer has no end of sequence (eos_token) to put behind a text")
+    return end
+
+
+def render(
+    where: str,
+    chat: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[Any] | None,
+    *,
+    generation_prompt: bool = True,
+) -> str:
+    """The messages as the tokenizer's chat template writes them.
+
+    Raises:
+        ValueError: the template refuses them; names the row.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
+    assert isinstance(text, str)
+    return text
