@@ -33,6 +33,7 @@ class Prompt:
     text: str  # what a reward function gets: the user's words, without the chat template
     fields: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    messages: tuple[dict[str, Any], ...] = ()  # the whole chat that is answered, as the chat template gets it
 
 
 @dataclass(frozen=True)

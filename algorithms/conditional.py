@@ -78,7 +78,8 @@ def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rol
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         begin = sample.mask.index(1)
         tokens = sample.tokens[begin:].tolist()
-        prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where)
+        asked = tuple(row.dialogue.messages[: row.dialogue.learned[0]])
+        prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where, asked)
         made.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop"))
     return made
 
@@ -159,10 +160,9 @@ class ConditionedRows(RowStream[Sample]):
         best = [template.replace("{input}", text).replace("{reward}", self.best) for text in words]
         dialogues = [row.asking(text) for row, text in zip(rows, best, strict=True)]
         found = []
-        for i, (row, text, sample) in enumerate(
-            zip(rows, words, tokenise(dialogues, tokenizer, ends, chat_template), strict=True)
-        ):
-            begin = sample.mask.index(1)
-            prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where)
+        samples = tokenise(dialogues, tokenizer, ends, chat_template)
+        for i, (row, text, dialogue, sample) in enumerate(zip(rows, words, dialogues, samples, strict=True)):
+            begin, asked = sample.mask.index(1), tuple(dialogue.messages[: dialogue.learned[0]])
+            prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where, asked)
             found.append((prompt, sample.tokens[begin:].tolist()))
         return found

@@ -111,7 +111,7 @@ class _Item:
     """A prompt before it is drawn."""
 
     tokens: array
-    text: str
+    messages: tuple[dict[str, Any], ...]
     fields: dict[str, Any]
     where: str
 
@@ -162,7 +162,7 @@ class PromptDataset:
         index = self._draws.drawn
         pool, place = self._draws.next()
         item = self._pools[pool][place]
-        return Prompt(index, item.tokens.tolist(), item.text, item.fields, item.where)
+        return Prompt(index, item.tokens.tolist(), users_words(item.messages), item.fields, item.where, item.messages)
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, for a checkpoint."""
@@ -246,7 +246,7 @@ def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenize
     else:
         tokens = tokenizer([chat[-1]["content"] for chat in chats])["input_ids"]
     return [
-        _Item(array("i", ids), users_words(chat), {k: v for k, v in row.items() if k != config.prompt_key}, where)
+        _Item(array("i", ids), tuple(chat), {k: v for k, v in row.items() if k != config.prompt_key}, where)
         for (where, row), chat, ids in zip(rows, chats, tokens, strict=True)
     ]
 
@@ -281,7 +281,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-def users_words(chat: list[dict[str, Any]]) -> str:
+def users_words(chat: Sequence[dict[str, Any]]) -> str:
     """The last thing the user said."""
     return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
 

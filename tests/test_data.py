@@ -78,6 +78,7 @@ def test_the_chat_template_wraps_strings_and_messages_alike(tmp_path):
     assert decode(plain.tokens) == "<user> hello you <assistant>"
     assert decode(system.tokens) == "<system> be kind <user> hello you <assistant>"
     assert plain.text == messages.text == system.text == "hello you"
+    assert plain.messages == messages.messages == tuple(chat) and len(system.messages) == 2
 
 
 def test_a_system_prompt_goes_before_prompts_that_bring_none(tmp_path):
