@@ -28,7 +28,6 @@ from trialign.algorithms.batch import micro_batches, pack
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.config import ModelPaths, ParallelConfig, RunConfig, require
 from trialign.algorithms.data import render
-from trialign.algorithms.dialogue import need_template
 from trialign.algorithms.reward_worker import brief
 from trialign.algorithms.roles import Role
 from trialign.engine.config import parse
@@ -82,8 +81,8 @@ class Scores:
         self.config, folder = config, config.model.path
         self.shape = read_shape(folder, ParallelConfig(), RunConfig(), "score")
         self.tokenizer = load_tokenizer(folder, self.shape)
-        if config.chat_template:
-            need_template(self.tokenizer)
+        if config.chat_template and not self.tokenizer.chat_template:
+            raise ValueError(f"chat_template=true, but the tokenizer of {folder} has none: set it to false")
         self.end = self._end_of_turn(stop_ids(folder, self.shape))
         model = build_decoder(folder, self.shape, mesh, config.model.dtype, head="score")
         self.role, self.lock, self.scored = Role(model), threading.Lock(), 0

@@ -173,10 +173,13 @@ def test_what_nobody_foresaw_is_answered_too(folder, serve_reward, monkeypatch):
         assert code == 500 and answer["error"].startswith("KeyError: 'x'"), answer
 
 
-def test_a_reward_model_without_an_end_is_refused_before_it_is_loaded(serve_reward, tmp_path):
-    path = tiny_tokenizer(tiny_llama(tmp_path / "endless", score=True, vocab_size=260, eos_token_id=None))
+def test_folders_that_cannot_be_served_are_refused_before_the_model_is_loaded(serve_reward, tmp_path):
+    endless = tiny_tokenizer(tiny_llama(tmp_path / "endless", score=True, vocab_size=260, eos_token_id=None))
     with pytest.raises(ValueError, match="endless: config.json names no eos_token_id, which ends an answer"):
-        serve_reward.Scores(serve_reward.ServeConfig(ModelPaths(str(path))), build_mesh())
+        serve_reward.Scores(serve_reward.ServeConfig(ModelPaths(str(endless))), build_mesh())
+    (endless / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="chat_template=true, but the tokenizer of .*endless has none: set it to"):
+        serve_reward.Scores(serve_reward.ServeConfig(ModelPaths(str(endless))), build_mesh())
 
 
 def fails_alone(rank: int, world: int, kind: str) -> str:
