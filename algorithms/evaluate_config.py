@@ -129,8 +129,6 @@ def check_evaluate(config: EvaluateConfig, world: int) -> int:
             raise ValueError(
                 f"{section}.eval_sources and {section}.eval_fraction: all of {section}.sources is measured"
             )
-    if config.text.system_prompt:
-        raise ValueError(f"text.system_prompt={config.text.system_prompt!r}: text is measured as it stands")
     config.reward.check_unshaped()
     if config.model.against and Path(config.model.against).resolve() == Path(config.model.path).resolve():
         raise ValueError(

@@ -308,7 +308,6 @@ SCORED = {"reward_functions": "a.py:f"}
         ({"model_against": "n"}, "model.against=n: wins are counted by a reward, and none is given"),
         ({"dialogues_eval_fraction": 0.5}, "dialogues.eval_sources and dialogues.eval_fraction: all of"),
         ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities='1.0': each row of text.sources"),
-        ({"text_system_prompt": "x"}, "text.system_prompt='x': text is measured as it stands"),
         (SCORED | {"reward_normalise": True}, "reward.normalise=True: must be False here"),
         (SCORED | {"reward_clip": 3.0}, "reward.clip=3.0: must be .* here, where scores are taken as they are"),
         (SCORED | {"reward_missing_eos_penalty": 1.0}, "reward.missing_eos_penalty=1.0: must be 0.0 here"),
