@@ -181,7 +181,7 @@ def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any,
     if isinstance(tools, str):  # as a column may hold them
         with suppress(ValueError):
             tools = json.loads(tools)
-    if tools is not None and not isinstance(tools, list):
+    if tools and not isinstance(tools, list):
         raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or one as JSON")
     return Row(where, messages, completion, finished is not False, tools or None)
 

@@ -123,7 +123,8 @@ def test_tools_reach_the_template_and_older_clients_are_understood(folder, serve
 
         plain = score()
         assert score(messages=[CHAT[2:]], finished=[True]) == score(messages=[[]], finished=[None]) == plain
-        assert score(fields={"tools": [None]}) == plain and score(prompts=[CHAT]) == score(messages=[CHAT])
+        assert score(fields={"tools": [None]}) == score(fields={"tools": [""]}) == plain
+        assert score(prompts=[CHAT]) == score(messages=[CHAT])
         tools = [{"type": "function", "function": {"name": "look"}}]
         assert score(fields={"tools": [tools]}) == score(fields={"tools": [json.dumps(tools)]}) != plain
         assert len({plain, score(messages=[CHAT]), score(finished=[False])}) == 3
