@@ -74,15 +74,15 @@ def read_rewarded(source: str, config: RewardedData, given: bool) -> list[Reward
     return rows
 
 
-def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rollout]:
-    """The answers as scorers take them."""
+def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample], stop_ids: Sequence[int]) -> list[Rollout]:
+    """The answers as scorers take them: up to the end of the turn, which the template may write white space after."""
     made = []
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         begin = sample.mask.index(1)
-        tokens = sample.tokens[begin:].tolist()
+        tokens = sample.tokens[begin : sample.mask.rindex(1) + 1].tolist()
         asked = tuple(row.dialogue.messages[: row.dialogue.learned[0]])
         prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where, asked)
-        made.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop"))
+        made.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop" if tokens[-1] in stop_ids else "length"))
     return made
 
 

@@ -61,8 +61,14 @@ class ConditionalRun(SFTRun):
 
     output: str = "runs/conditional"
     """folder for logs, checkpoints, the rewards and the exported model"""
+    rows_per_save: int = 1024
+    """rows that are scored at once; their rewards are then kept, should the run be stopped before it has scored all"""
     show: int = 3
     """rows whose prompt is answered greedily before and after, with the best reward in it; held-out ones if any"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rows_per_save >= 1, "rows_per_save", self.rows_per_save, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -86,5 +92,6 @@ class ConditionalConfig:
 def check_conditional(config: ConditionalConfig, world: int) -> int:
     """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
     dp = check_given(config.model, config.data, config.parallel, world, rows="prompts with responses and rewards")
+    config.reward.check_unshaped()
     config.update.check(dp, config.data.max_tokens, "data.max_tokens")
     return dp

@@ -121,6 +121,10 @@ class RolloutConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
+SHAPING = ("normalise", "clip", "missing_eos_penalty")
+"""Knobs of what is done to scores before they are learned from."""
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """Where rewards come from and what is done to them: weighted sum, normalise, clip, penalty."""
@@ -179,6 +183,14 @@ class RewardConfig:
         """Raises ValueError where nothing scores."""
         if not self.names:
             raise ValueError("no reward: give reward.functions, reward.models, reward.servers or several")
+
+    def check_unshaped(self) -> None:
+        """Raises ValueError where one of `SHAPING` is set: for scripts that take scores as they are."""
+        plain = RewardConfig()
+        for name in SHAPING:
+            if getattr(self, name) != getattr(plain, name):
+                value, default = getattr(self, name), getattr(plain, name)
+                raise ValueError(f"reward.{name}={value}: must be {default} here, where scores are taken as they are")
 
 
 @dataclass(frozen=True)

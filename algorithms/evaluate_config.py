@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ..engine.mesh import check_layout
@@ -86,6 +87,8 @@ class EvaluateRun:
 
     output: str = "runs/evaluate"
     """folder for completions.jsonl and results.json"""
+    prompts_per_save: int = 256
+    """prompts that are answered and scored at once; their answers are then kept, should the run be stopped"""
     micro_batch_size: int = 8
     """answers, dialogues or rows of text that a data-parallel rank scores at once"""
     show: int = 3
@@ -95,7 +98,8 @@ class EvaluateRun:
 
     def __post_init__(self) -> None:
         require(bool(self.output), "output", repr(self.output), "a folder")
-        require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "at least 1")
+        for name in ("prompts_per_save", "micro_batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("show", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
@@ -131,10 +135,19 @@ def check_evaluate(config: EvaluateConfig, world: int) -> int:
         raise ValueError("nothing to measure on: give data.sources, text.sources, dialogues.sources or several")
     for section in ("text", "dialogues"):
         data = getattr(config, section)
+        if data.probabilities:
+            raise ValueError(
+                f"{section}.probabilities={data.probabilities!r}: each row of {section}.sources is met once"
+            )
         if data.eval_sources or data.eval_fraction:
             raise ValueError(
                 f"{section}.eval_sources and {section}.eval_fraction: all of {section}.sources is measured"
             )
+    config.reward.check_unshaped()
+    if config.model.against and Path(config.model.against).resolve() == Path(config.model.path).resolve():
+        raise ValueError(
+            f"model.against={config.model.against}: is model.path itself, and a model wins nothing over it"
+        )
     samples, scored = config.rollout.samples_per_prompt, bool(config.data.sources and config.reward.names)
     if config.passes.at and not scored:
         raise ValueError(f"passes.at={config.passes.at}: needs data.sources and a reward that says what passes")

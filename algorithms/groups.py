@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
@@ -72,8 +73,19 @@ class GroupPool:
 def make_groups(
     rollouts: Sequence[Rollout], scores: Sequence[float], rewards: Sequence[float], config: GRPOConfig
 ) -> list[Group]:
-    """Groups of neighbours; their rewards less the penalty of answers that come near the longest there may be."""
+    """Groups of neighbours; their rewards less the penalty of answers that come near the longest there may be.
+
+    Raises:
+        ValueError: a prompt has more or fewer answers than the others; names its row.
+    """
     size, buffer = config.rollout.samples_per_prompt, config.choices.overlong_buffer
+    for _, group in groupby((rollout.prompt for rollout in rollouts), key=lambda prompt: prompt.index):
+        first, *others = group
+        if len(others) + 1 != size:
+            where = first.source or f"prompt {first.index}"
+            raise ValueError(
+                f"{where}: {len(others) + 1} answers, but rollout.samples_per_prompt={size} in every group"
+            )
     rewards = list(rewards)
     if buffer:
         lengths = torch.tensor([len(rollout.tokens) for rollout in rollouts])

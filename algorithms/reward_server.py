@@ -1,10 +1,12 @@
 """Rewards by HTTP: prompts and completions go out as JSON, scores come back.
 
-    POST {"prompts": ["..."], "completions": ["..."], "fields": {"column": [...]}}
+    POST {"prompts": ["..."], "completions": ["..."], "messages": [[{"role": "user", "content": "..."}]],
+          "finished": [true], "fields": {"column": [...]}}
     200  {"scores": [0.5, ...]}
 
-A server that is down, slow or overloaded is asked again; one that answers with what are no scores is not, for asking
-again would not make them true.
+A prompt is the user's last words, its messages are the whole chat that is answered, and an answer is finished that
+ended by itself. A server that is down, slow or overloaded is asked again; one that answers with what are no scores is
+not, for asking again would not make them true.
 """
 
 from __future__ import annotations
@@ -12,14 +14,19 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
 
 from .batch import Prompt
 
+T = TypeVar("T")
 AGAIN = (429, 500, 502, 503, 504)
 """HTTP codes after which the same request may succeed."""
 
@@ -57,8 +64,11 @@ class RewardServer:
         self.abstain, self.pause = abstain, pause
         self.failures: list[str] = []
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[float]:
         """One finite score for each completion; NaN where it abstains.
+
+        Args:
+            finished: the completion ended by itself, rather than at max_new_tokens.
 
         Raises:
             ValueError: the server is down, too slow, or lies; names the rows. Not where it abstains.
@@ -67,7 +77,7 @@ class RewardServer:
         for start in range(0, len(completions), self.batch):
             part = slice(start, start + self.batch)
             try:
-                scores += self._request(prompts[part], completions[part])
+                scores += self._request(prompts[part], completions[part], finished[part])
             except ValueError as error:
                 if not self.abstain:
                     raise
@@ -78,11 +88,13 @@ class RewardServer:
     def close(self) -> None:
         """Nothing stays open between requests."""
 
-    def _request(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    def _request(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[float]:
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.fields)
         request = {
             "prompts": [prompt.text for prompt in prompts],
             "completions": list(completions),
+            "messages": [prompt.messages for prompt in prompts],
+            "finished": list(finished),
             "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
         }
         body = json.dumps(request, default=str).encode()
@@ -109,22 +121,29 @@ class RewardServer:
         """
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         deadline = time.monotonic() + self.time_limit
-        try:
+
+        def ask() -> bytes:
             with urllib.request.urlopen(request, timeout=self.time_limit) as response:
                 parts = []
-                while part := response.read1(1 << 16):  # a time limit of the socket's is for each read alone
+                while part := response.read(1 << 16):
                     parts.append(part)
-                    if time.monotonic() > deadline:
+                    if time.monotonic() > deadline:  # nobody waits any more
                         raise TimeoutError
+                if response.length:
+                    raise http.client.IncompleteRead(b"".join(parts), response.length)
                 return b"".join(parts)
+
+        try:
+            return within(self.time_limit, ask)
         except urllib.error.HTTPError as error:
-            said = error.read(200).decode(errors="replace")
+            said = b""
+            with suppress(OSError, http.client.HTTPException):  # the code says enough
+                said = within(max(0.0, deadline - time.monotonic()), partial(error.read, 200))
+            reason = f"answered HTTP {error.code}: {said.decode(errors='replace')!r}"
             if error.code in AGAIN:
-                raise NoAnswer(f"answered HTTP {error.code}: {said!r}") from None
-            raise ValueError(f"reward server {self.url}: answered HTTP {error.code}: {said!r} {about}") from None
-        except TimeoutError as error:
-            raise NoAnswer(f"took longer than reward.time_limit={self.time_limit:g} seconds") from error
-        except (OSError, http.client.HTTPException) as error:
+                raise NoAnswer(reason) from None
+            raise ValueError(f"reward server {self.url}: {reason} {about}") from None
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise NoAnswer(f"took longer than reward.time_limit={self.time_limit:g} seconds") from error
@@ -138,7 +157,7 @@ class RewardServer:
         """
         try:
             answer: Any = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             text = body[:60].decode(errors="replace")
             raise ValueError(f"reward server {self.url}: answered what is not JSON, {text!r}, {about}") from None
         scores = answer.get("scores") if isinstance(answer, dict) else None
@@ -153,10 +172,41 @@ class RewardServer:
         return [self._score(value, source) for value, source in zip(scores, sources, strict=True)]
 
     def _score(self, value: Any, source: str) -> float:
-        if isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
+        number = math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with suppress(OverflowError):  # an integer may be larger than any float
+                number = float(value)
+        if math.isfinite(number):
+            return number
         reason = f"reward server {self.url}: gave {value!r:.60} for {source}: must be a finite number"
         if not self.abstain:
             raise ValueError(reason)
         self.failures.append(reason)
         return math.nan
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` gives or raises.
+
+    A socket's time limit is for each read alone, and a server that sends a byte now and then keeps it for ever: so the
+    work has a thread of its own, which is left to itself when the time is up.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((work(), None))
+        except BaseException as error:  # raised again where it is waited for
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result

@@ -5,6 +5,7 @@ It answers pickled requests (prompts, completions, sources, fields) on stdin wit
 argument `abstain` rows that have no score get null, and {"failures": [...]} says why.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -74,7 +75,7 @@ def score(
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         fields = {key: fields[key] for key in fields if key in {parameter.name for parameter in parameters}}
     try:
-        given = function(prompts, completions, **fields)
+        given = called(function, prompts, completions, fields)
     except Exception as error:
         raise ValueError(
             f"raised {brief(error)} for {culprit(function, prompts, completions, sources, fields)}"
@@ -82,21 +83,27 @@ def score(
     try:
         given = list(given)
     except TypeError:
-        raise ValueError(f"returned {given!r:.60}: must be one float for each completion") from None
+        raise ValueError(f"returned {shown(given)}: must be one float for each completion") from None
     if len(given) != len(completions):
         raise ValueError(f"returned {len(given)} scores for {len(completions)} completions")
     numbers: list[float | None] = []
     for value, source, prompt in zip(given, sources, prompts, strict=True):
         number = as_number(value)
-        if not isinstance(number, int | float) or not math.isfinite(number):
-            reason = f"returned {value!r:.60} for {source} (prompt {prompt!r:.80}): must be a finite number"
+        if not math.isfinite(number):
+            reason = f"returned {shown(value)} for {source} (prompt {prompt!r:.80}): must be a finite number"
             if failures is None:
                 raise ValueError(reason)
             failures.append(reason)
             numbers.append(None)
             continue
-        numbers.append(float(number))
+        numbers.append(number)
     return numbers
+
+
+def called(function: Callable[..., Any], prompts: list, completions: list, fields: dict[str, list]) -> Any:
+    """What the function gives; a generator's numbers as a list, for its body runs only as they are asked for."""
+    given = function(prompts, completions, **fields)
+    return list(given) if inspect.isgenerator(given) else given
 
 
 def score_or_abstain(function: Callable[..., Any], request: dict[str, Any]) -> tuple[list[float | None], list[str]]:
@@ -122,21 +129,29 @@ def score_or_abstain(function: Callable[..., Any], request: dict[str, Any]) -> t
     return scores, failures or [reason]
 
 
-def as_number(value: Any) -> Any:
-    """The Python number in a NumPy or torch scalar; anything else as it is."""
+def as_number(value: Any) -> float:
+    """A number of Python's, NumPy's or torch's as a float; NaN for anything else."""
+    with contextlib.suppress(Exception):  # whatever it is, the caller refuses what is no number
+        value = value.item()
+    with contextlib.suppress(OverflowError):  # an integer may be larger than any float
+        return float(value) if isinstance(value, int | float) else math.nan
+    return math.nan
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
     try:
-        return value.item()
-    except Exception:  # whatever it is, the caller refuses what is no number
-        return value
+        return f"{value!r:.60}"
+    except Exception:  # Python writes no integer of more than 4300 digits, and a __repr__ may be anyone's
+        return f"a value of type {type(value).__name__}"
 
 
 def culprit(function: Any, prompts: list, completions: list, sources: list, fields: dict[str, list]) -> str:
     """Finds the row that fails when it is alone; a function that is stateful or random may hide it."""
     for i, source in enumerate(sources):
         try:
-            function(
-                prompts[i : i + 1], completions[i : i + 1], **{key: value[i : i + 1] for key, value in fields.items()}
-            )
+            row = {key: value[i : i + 1] for key, value in fields.items()}
+            called(function, prompts[i : i + 1], completions[i : i + 1], row)
         except Exception:
             return f"{source} (prompt {prompts[i]!r:.80}, completion {completions[i]!r:.80})"
     return f"the {len(sources)} rows from {sources[0]} to {sources[-1]}, but for none of them alone"

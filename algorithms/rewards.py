@@ -70,8 +70,6 @@ class RewardFunction:
             ValueError: the function raised, took too long, died, or did not return a finite number for each row;
                 names the rows. After a time limit or a death the object is of no more use. Not where it abstains.
         """
-        if self.abstain and self._closed:
-            self._start()
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.fields)
         request = {
             "prompts": [prompt.text for prompt in prompts],
@@ -79,14 +77,12 @@ class RewardFunction:
             "sources": [prompt.source or f"prompt {prompt.index}" for prompt in prompts],
             "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
         }
-        stdin = self._process.stdin
-        assert stdin is not None and not self._closed
-        with contextlib.suppress(BrokenPipeError):  # it died between calls: the missing answer tells
-            pickle.dump(request, stdin)
-            stdin.flush()
         sources = request["sources"]
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
         try:
+            if self.abstain and self._closed:
+                self._start()
+            self._ask(request)
             return self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
         except ValueError as error:
             if not self.abstain:
@@ -112,6 +108,13 @@ class RewardFunction:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None and not self._closed
+        with contextlib.suppress(BrokenPipeError):  # it died between calls: the missing answer tells
+            pickle.dump(request, stdin)
+            stdin.flush()
 
     def _answer(self, doing: str) -> list[float]:
         """Waits for the next answer; `doing` says in messages what it is the answer to."""
@@ -152,25 +155,13 @@ class RewardFunction:
         return line
 
 
-def combine(
-    scores: Mapping[str, Sequence[float]], weights: Sequence[float] = (), *, abstain: bool = False
-) -> list[float]:
-    """The weighted sum of several rewards, sample by sample.
+def combine(scores: Mapping[str, Sequence[float]], weights: Sequence[float] = ()) -> list[float]:
+    """The weighted sum of several rewards, sample by sample; NaN where one of them is.
 
     Args:
         scores: by name (a function's spec, a model's folder), in the order of the weights; one float each sample.
         weights: none: 1 each.
-        abstain: a sample that one of them has no finite score for gets NaN.
-
-    Raises:
-        ValueError: a score is not finite; names the reward and the sample. Not where they may abstain.
     """
-    for name, values in scores.items():
-        for sample, value in enumerate(values):
-            if not math.isfinite(value) and not abstain:
-                raise ValueError(f"reward {name}: {value} for sample {sample} of the batch")
-    if abstain:
-        scores = {name: [v if math.isfinite(v) else math.nan for v in values] for name, values in scores.items()}
     factors = weights or [1.0] * len(scores)
     columns = zip(*scores.values(), strict=True)
     return [sum(w * v for w, v in zip(factors, column, strict=True)) for column in columns]

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..engine.config import flatten
 from .config import (
+    SHAPING,
     LoRAConfig,
     ModelPaths,
     ParallelConfig,
@@ -233,7 +234,7 @@ def stages(config: RLHFConfig) -> Stages:
             str(root / "ppo" / "model"),
             model={"against": tuned},
             data=prompts(config.evaluation.data, held_out),
-            reward=replace(scorer, **by_both),
+            reward=replace(scorer, **by_both, **{name: getattr(RewardConfig(), name) for name in SHAPING}),
         ),
     )
 

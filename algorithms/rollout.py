@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +12,7 @@ from ..engine.rollout.generate import Generator, SamplingParams
 from .batch import Batch, Prompt, Rollout
 from .config import RewardConfig, RolloutConfig
 from .reward_server import RewardServer
+from .reward_worker import brief
 from .rewards import RewardFunction, combine
 from .roles import Role, Share
 
@@ -71,6 +73,7 @@ class Scorer:
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.functions: list[RewardFunction] = []
         self.servers: list[RewardServer] = []
+        self._unscored: list[str] = []  # why models' samples are without a score
 
         def start() -> None:
             abstain, sizes = (
@@ -94,29 +97,35 @@ class Scorer:
             shares: this data rank's micro-batches of `batch`.
 
         Raises:
-            ValueError: a function failed, on every rank; names function and rows.
+            ValueError: a scorer failed, on every rank; names scorer and rows.
         """
 
         def call() -> list[list[float]]:
             prompts = [rollout.prompt for rollout in rollouts]
+            finished = [rollout.finish == "stop" for rollout in rollouts]
             texts = self.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
-            return [scorer.score(prompts, texts) for scorer in (*self.functions, *self.servers)]
+            by_function = [function.score(prompts, texts) for function in self.functions]
+            return by_function + [server.score(prompts, texts, finished) for server in self.servers]
 
         called = self._on_first_rank(call)
-        by_model = [model.scores(batch, shares).tolist() for model in models]
+        by_model = [
+            self._finite(name, model.scores(batch, shares).tolist(), rollouts)
+            for name, model in zip(self.config.models, models, strict=True)
+        ]
         functions = len(self.config.functions)
         scores = called[:functions] + by_model + called[functions:]
         return dict(zip(self.config.names, scores, strict=True))
 
     def combined(self, scores: dict[str, list[float]]) -> list[float]:
         """The weighted sum of all rewards, sample by sample; NaN where one abstains."""
-        return combine(scores, self.config.weights, abstain=self.config.on_failure == "abstain")
+        return combine(scores, self.config.weights)
 
     def failures(self) -> list[str]:
         """Why samples are without a score, one line each since the last call; on the first rank."""
-        told = [reason for scorer in (*self.functions, *self.servers) for reason in scorer.failures]
-        for scorer in (*self.functions, *self.servers):
-            scorer.failures.clear()
+        told = []
+        for reasons in (self._unscored, *(scorer.failures for scorer in (*self.functions, *self.servers))):
+            told += reasons
+            reasons.clear()
         return told
 
     def close(self) -> None:
@@ -124,15 +133,28 @@ class Scorer:
         for function in self.functions:
             function.close()
 
+    def _finite(self, name: str, scores: list[float], rollouts: Sequence[Rollout]) -> list[float]:
+        """A model's scores, NaN for those that are no finite numbers where it may abstain."""
+        for i, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
+            if not math.isfinite(score):
+                where = rollout.prompt.source or f"prompt {rollout.prompt.index}"
+                reason = f"reward model {name}: gave {score} for {where}: must be a finite number"
+                if self.config.on_failure == "stop":
+                    raise ValueError(reason)
+                scores[i] = math.nan
+                if self.mesh.is_main:
+                    self._unscored.append(reason)
+        return scores
+
     def _on_first_rank(self, work: Callable[[], T]) -> T:
-        """What `work` gives there, on every rank; where it raises, every rank does."""
+        """What `work` gives there, on every rank; where it raises, whatever it is, every rank does: the others wait."""
         outcome: tuple[T | None, str | None] = None, None
         if self.mesh.is_main:
             try:
                 outcome = work(), None
-            except ValueError as error:
+            except Exception as error:
                 self.close()
-                outcome = None, str(error)
+                outcome = None, str(error) if isinstance(error, ValueError) else brief(error)
         result, failure = gather_objects(outcome, self.mesh.world)[0]
         if failure is not None:
             raise ValueError(failure)

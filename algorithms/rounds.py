@@ -156,11 +156,12 @@ def read_round(path: Path) -> list[Answer]:
         ValueError: a line is not an answer; names the line.
     """
     answers = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            answers.append(Answer(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not an answer of a round: {error}") from None
+    with open(path, encoding="utf-8") as file:  # its lines end at line feeds alone: what is in strings may be others
+        for number, line in enumerate(file, 1):
+            try:
+                answers.append(Answer(**json.loads(line)))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: not an answer of a round: {error}") from None
     return answers
 
 

@@ -3,6 +3,8 @@
 python launch/conditional.py --config launch/configs/conditional_smollm2.toml
 torchrun --nproc-per-node 8 launch/conditional.py --config my.toml --condition.buckets 5 --reward.models DIR
 torchrun ... launch/conditional.py --resume runs/conditional
+
+A run that was killed while it scored its rows has no checkpoint yet: the same command goes on with the scoring.
 """
 
 from __future__ import annotations
@@ -10,22 +12,23 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from from_rows import FromRows, from_rows
+from kept import Kept, scorer_files
 from report import SFT_PANELS, answer_table, completion_table
 from session import Session, start
 from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
 from trialign.algorithms.conditional_config import ConditionalConfig, check_conditional
-from trialign.algorithms.dialogue import pack_samples, tokenise
+from trialign.algorithms.dialogue import Sample, pack_samples, tokenise
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import Scorer, sample
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.shares import plan, plan_scoring
+from trialign.engine.config import flatten
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.rollout.generate import Generator, SamplingParams
 from trialign.models.hf import stop_ids
@@ -44,6 +47,9 @@ class Rewards:
         self.ends = stop_ids(folder, self.shape)
         self.scorer = Scorer(config.reward, self.tokenizer, session.mesh)
         session.stack.callback(self.scorer.close)
+        asked = {knob: v for name in ("model", "data", "reward") for knob, v in flatten(getattr(config, name)).items()}
+        files = [folder, *config.data.sources, *config.data.eval_sources, *scorer_files(config.reward)]
+        self.kept = Kept(session, "begun", asked, files)
         self.models = [Role(session.together(lambda p=p: self._model(p))) for p in config.reward.models]
         self.too_long: frozenset[str] = frozenset()
 
@@ -80,20 +86,34 @@ class Rewards:
             lambda: list(tokenise([r.dialogue for r in every], self.tokenizer, self.ends, data.chat_template))
         )
         short = [i for i, sample in enumerate(samples) if len(sample.tokens) <= data.max_tokens]
-        self.too_long = frozenset(samples[i].where for i in range(len(samples)) if i not in set(short))
+        self.too_long = frozenset(sample.where for sample in samples if len(sample.tokens) > data.max_tokens)
         if not short:
             raise ValueError(f"data.sources: all {len(samples)} rows are longer than data.max_tokens={data.max_tokens}")
-        found = self._kept()
-        if found is None:
-            picked = [every[i] for i in short], [samples[i] for i in short]
-            scores = self.scores(as_rollouts(*picked))
-            found = {row.dialogue.where: None if math.isnan(s) else s for row, s in zip(picked[0], scores, strict=True)}
-        self.found = found
+        self.found = self._before() or self._scored([every[i] for i in short], [samples[i] for i in short])
         return {
-            source: [replace(row, reward=found.get(row.dialogue.where)) for row in own] for source, own in rows.items()
+            source: [replace(row, reward=self.found.get(row.dialogue.where)) for row in own]
+            for source, own in rows.items()
         }
 
-    def _kept(self) -> Mapping[str, float | None] | None:
+    def _scored(self, rows: list[Rewarded], samples: list[Sample]) -> dict[str, float | None]:
+        """Where a row was read -> its reward, None for want of one; in parts that are kept as they come."""
+        found: dict[str, float | None] = {}
+        size = self.config.run.rows_per_save
+        for part, begin in enumerate(range(0, len(rows), size)):
+            known = self.kept.read(f"part_{part}")
+            if known is None:
+                rollouts = as_rollouts(rows[begin : begin + size], samples[begin : begin + size], self.ends)
+                scores = self.scores(rollouts)
+                known = [(r.prompt.source, None if math.isnan(s) else s) for r, s in zip(rollouts, scores, strict=True)]
+                self.kept.write(f"part_{part}", known)
+                for reason in self.scorer.failures():  # there are none but on the first rank
+                    print(f"abstains: {reason}")
+                if self.session.mesh.is_main:
+                    print(f"{begin + len(known)} of {len(rows)} rows are scored", flush=True)
+            found |= dict(known)
+        return found
+
+    def _before(self) -> dict[str, float | None] | None:
         """The rewards that the run was begun with, where it is resumed."""
         path, kept = self.session.folder / "rewards.json", None
         if self.config.run.resume and self.session.mesh.is_main and path.exists():
@@ -146,6 +166,7 @@ def main(session: Session[ConditionalConfig]) -> None:
 
         session.end_step(metrics, tokens=len(batch.tokens))
 
+    rewards.kept.drop()
     work.held_out_last(unseen, measure)
     after = answers(work, rewards)
     session.progress.say(f"answers are asked for with {data.best} as the reward in the prompt")

@@ -4,11 +4,13 @@ python launch/evaluate.py --config launch/configs/evaluate_smollm2.toml
 torchrun --nproc-per-node 8 launch/evaluate.py --model.path DIR --model.against DIR2 --data.sources prompts.jsonl \
     --reward.functions rewards.py:score --rollout.samples_per_prompt 8 --passes.at 1 4
 
-Every completion is a line of RUN/completions.jsonl, every number of the table is in RUN/results.json.
+Every completion is a line of RUN/completions.jsonl, every number of the table is in RUN/results.json. An evaluation
+that was killed goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -19,26 +21,30 @@ from pathlib import Path
 from typing import Any, cast
 
 from answering import Answering
+from kept import Kept, scorer_files
 from report import estimate_table, sample_table
 from rich.console import Console
 from session import Session, start
-from trialign.algorithms.batch import Batch
+from trialign.algorithms.batch import Batch, Prompt
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.dialogue import DialogueDataset, pack_samples
 from trialign.algorithms.evaluate_config import EvaluateConfig, check_evaluate
 from trialign.algorithms.evaluation import Estimate, mean_of_prompts, nats_a_token, pass_at_k, wilson, win_rate
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample
+from trialign.algorithms.rounds import write_rows
 from trialign.algorithms.text import TextStream, pack_rows
+from trialign.engine.config import flatten
 from trialign.models.config import ModelConfig
 from trialign.models.hf import stop_ids
 
 Estimates = dict[str, Estimate]
+Answers = list[dict[str, Any]]
 CHUNK = 256  # rows of text or dialogues that are packed at once
 
 
 class Evaluated:
-    """A model on its mesh, and what is asked of it. Built anew for each model, so that one is held at a time."""
+    """A model on its mesh, and what is asked of it."""
 
     def __init__(self, session: Session[Any], folder: str):
         self.session, self.mesh, self.folder = session, session.mesh, folder
@@ -63,8 +69,8 @@ class Evaluated:
                 raise ValueError(f"{knob} = {longest}: {self.folder} has positions for {shape.max_positions}")
         return shape
 
-    def answers(self) -> list[dict[str, Any]]:
-        """Every completion with its rewards, as a line of completions.jsonl has it. Collective."""
+    def answer(self, kept: Kept, name: str) -> int:
+        """Keeps every completion with its rewards, in parts that are called after `name`: how many. Collective."""
         config, session = self.config, self.session
         own = replace(config, model=replace(config.model, path=self.folder))
         answering = Answering(session, cast(Any, own), config.run, self.shape)
@@ -72,8 +78,18 @@ class Evaluated:
         answering.attach(cast(Any, self.role), models)
         there = answering.dataset.rows - answering.dataset.dropped
         self._say(answering.dataset)
-        count = min(config.data.limit or there, there)
-        prompts = answering.dataset.next(count)
+        count, size = min(config.data.limit or there, there), config.run.prompts_per_save
+        begins = range(0, count, size)
+        for part, begin in enumerate(begins):
+            prompts = answering.dataset.next(min(size, count - begin))
+            if kept.read(f"{name}_part_{part}") is None:
+                kept.write(f"{name}_part_{part}", self._answers(answering, prompts))
+        answering.scorer.close()
+        return len(begins)
+
+    def _answers(self, answering: Answering, prompts: list[Prompt]) -> Answers:
+        """The completions of some prompts, as lines of completions.jsonl have them. Collective."""
+        config = self.config
         rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
         scores, rewards = {}, [None] * len(rollouts)
         if config.reward.names:
@@ -81,7 +97,6 @@ class Evaluated:
             rewards = answering.scorer.combined(scores)
             for reason in answering.scorer.failures():  # there are none but on the first rank
                 self._say(f"abstains: {reason}")
-        answering.scorer.close()
         texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
         return [
             {
@@ -140,26 +155,29 @@ def known(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def by_prompt(answers: list[dict[str, Any]]) -> dict[str, list[float]]:
+def by_prompt(answers: Answers) -> dict[str, list[float]]:
     """Where a prompt was read -> the rewards of its answers that have one."""
     groups: dict[str, list[float]] = {}
     for answer in answers:
+        own = groups.setdefault(answer["source"], [])
         if answer["reward"] is not None:
-            groups.setdefault(answer["source"], []).append(answer["reward"])
+            own.append(answer["reward"])
     return groups
 
 
-def measured(answers: list[dict[str, Any]], config: EvaluateConfig) -> Estimates:
+def measured(answers: Answers, config: EvaluateConfig) -> Estimates:
     """The numbers of one model's answers."""
     numbers: Estimates = {}
     groups = by_prompt(answers)
-    if groups:
-        numbers["reward"] = mean_of_prompts([math.fsum(own) / len(own) for own in groups.values()])
-        for k in config.passes.at:
-            enough = [own for own in groups.values() if len(own) >= k]
-            passed = [pass_at_k(len(own), sum(r >= config.passes.threshold for r in own), k) for own in enough]
-            if passed:
-                numbers[f"pass@{k}"] = wilson(math.fsum(passed) / len(passed), len(passed))
+    if means := [math.fsum(own) / len(own) for own in groups.values() if own]:
+        numbers["reward"] = mean_of_prompts(means)
+    for k in config.passes.at:
+        enough = [own for own in groups.values() if len(own) >= k]
+        passed = [pass_at_k(len(own), sum(r >= config.passes.threshold for r in own), k) for own in enough]
+        if passed:
+            numbers[f"pass@{k}"] = wilson(math.fsum(passed) / len(passed), len(passed))
+        if left_out := len(groups) - len(enough):
+            numbers[f"prompts with fewer than {k} scored answers"] = Estimate(left_out, math.nan, math.nan)
     if missing := sum(answer["reward"] is None for answer in answers if config.reward.names):
         numbers["answers without a score"] = Estimate(missing, math.nan, math.nan)
     lengths = [float(answer["tokens"]) for answer in answers]
@@ -169,20 +187,38 @@ def measured(answers: list[dict[str, Any]], config: EvaluateConfig) -> Estimates
     return numbers
 
 
+def measure(session: Session[Any], kept: Kept, name: str, folder: str) -> tuple[Answers, Estimates]:
+    """A model's completions and its numbers. It is held no longer than this takes. Collective."""
+    config: EvaluateConfig = session.config
+    rows = kept.read(f"{name}_measured")
+    if rows is None:
+        model = Evaluated(session, folder)
+        parts = model.answer(kept, name) if config.data.sources else 0
+        rows = [{"parts": parts, "perplexities": model.perplexities()}]
+        kept.write(f"{name}_measured", rows)
+        del model
+        gc.collect()  # modules and their hooks refer to each other
+    (about,) = rows
+    answers = [answer for part in range(about["parts"]) for answer in kept.read(f"{name}_part_{part}") or ()]
+    numbers = measured(answers, config) if answers else {}
+    return answers, numbers | {what: Estimate(*number) for what, number in about["perplexities"].items()}
+
+
 def main(session: Session[Any]) -> None:
     """Measures each model, then writes and prints what was found."""
     config: EvaluateConfig = session.config
     folders = [folder for folder in (config.model.path, config.model.against) if folder]
+    no_matter = ("parallel.", "run.output", "run.show")
+    asked = {knob: value for knob, value in flatten(config).items() if not knob.startswith(no_matter)}
+    sources = (*config.data.sources, *config.text.sources, *config.dialogues.sources)
+    kept = Kept(session, "begun", asked, [*folders, *sources, *scorer_files(config.reward)])
     results: dict[str, Estimates] = {}
-    answers: dict[str, list[dict[str, Any]]] = {}
-    for folder in folders:
-        model = Evaluated(session, folder)
-        answers[folder] = model.answers() if config.data.sources else []
-        results[folder] = measured(answers[folder], config) if answers[folder] else {}
-        results[folder] |= model.perplexities()
+    answers: dict[str, Answers] = {}
+    for name, folder in zip(("model", "against"), folders, strict=False):
+        answers[folder], results[folder] = measure(session, kept, name, folder)
     if len(folders) == 2 and config.data.sources:
         ours, theirs = (by_prompt(answers[folder]) for folder in folders)
-        both = [source for source in ours if source in theirs]
+        both = [source for source in ours if ours[source] and theirs.get(source)]
         if both:
             won = win_rate([ours[source] for source in both], [theirs[source] for source in both])
             results[folders[0]]["win rate"] = won
@@ -193,20 +229,19 @@ def main(session: Session[Any]) -> None:
             estimate_table(results), sample_table([a for own in answers.values() for a in own[: config.run.show]])
         )
         print(f"completions: {session.folder / 'completions.jsonl'}\nresults:     {session.folder / 'results.json'}")
+    kept.drop()
 
 
-def write(folder: Path, answers: dict[str, list[dict[str, Any]]], results: dict[str, Estimates]) -> None:
+def write(folder: Path, answers: dict[str, Answers], results: dict[str, Estimates]) -> None:
     """completions.jsonl and results.json, each written aside and swapped in whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for own in answers.values() for answer in own]
+    write_rows(folder / "completions.jsonl", (answer for own in answers.values() for answer in own))
     table = {
         model: {name: {key: known(v) for key, v in value._asdict().items()} for name, value in numbers.items()}
         for model, numbers in results.items()
     }
-    for name, text in (("completions.jsonl", "".join(lines)), ("results.json", json.dumps(table, indent=1))):
-        aside = folder / f"{name}.new"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, folder / name)
+    aside = folder / "results.json.new"
+    aside.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    os.replace(aside, folder / "results.json")
 
 
 if __name__ == "__main__":

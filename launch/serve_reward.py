@@ -6,6 +6,10 @@
     GET  /health                                               ->  {"model": "...", "scored": 128}
 
 A prompt is what the user says, or a list of {role, content} messages; the completion is the assistant's turn after it.
+Lists beside these two, one entry a row, say more: "messages", the whole chat that a prompt ends (null or []: none),
+"finished", false for a completion that was cut and has no end of turn (default: true), and in "fields" the column
+"tools" for the chat template. The score is read where a run with this model in reward.models reads it: behind the
+prompt that the model is asked with, at the completion's last token or the end of turn after it.
 """
 
 from __future__ import annotations
@@ -14,14 +18,17 @@ import json
 import signal
 import sys
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 
 from trialign.algorithms.batch import micro_batches, pack
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.config import ModelPaths, ParallelConfig, RunConfig, require
-from trialign.algorithms.dialogue import Dialogue, tokenise
+from trialign.algorithms.data import render
+from trialign.algorithms.reward_worker import brief
 from trialign.algorithms.roles import Role
 from trialign.engine.config import parse
 from trialign.models.hf import stop_ids
@@ -53,66 +60,130 @@ class ServeConfig:
         require(self.batch_tokens >= self.max_tokens, "batch_tokens", self.batch_tokens, "at least max_tokens")
 
 
+class Row(NamedTuple):
+    """What a score is asked for."""
+
+    where: str
+    messages: list[dict[str, Any]]  # what is answered
+    completion: str
+    finished: bool
+    tools: list[Any] | None
+
+
 class Scores:
     """The model and its tokenizer; one request at a time.
 
     Raises:
-        ValueError: the folder holds no reward model.
+        ValueError: the folder holds no reward model, or has no chat template though one is asked for.
     """
 
     def __init__(self, config: ServeConfig, mesh: Any):
         self.config, folder = config, config.model.path
         self.shape = read_shape(folder, ParallelConfig(), RunConfig(), "score")
         self.tokenizer = load_tokenizer(folder, self.shape)
-        self.ends = stop_ids(folder, self.shape)
+        if config.chat_template and not self.tokenizer.chat_template:
+            raise ValueError(f"chat_template=true, but the tokenizer of {folder} has none: set it to false")
+        self.end = self._end_of_turn(stop_ids(folder, self.shape))
         model = build_decoder(folder, self.shape, mesh, config.model.dtype, head="score")
         self.role, self.lock, self.scored = Role(model), threading.Lock(), 0
 
-    def __call__(self, prompts: list[Any], completions: list[str]) -> list[float]:
-        """One score a completion, read at its last token.
+    def __call__(self, rows: Sequence[Row]) -> list[float]:
+        """One score a row.
 
         Raises:
-            ValueError: a prompt is no prompt, or too long; names the row.
+            ValueError: a row is too long, or the chat template refuses it; names the row.
         """
-        dialogues = [self._dialogue(i, *row) for i, row in enumerate(zip(prompts, completions, strict=True))]
         with self.lock:
-            samples = list(tokenise(dialogues, self.tokenizer, self.ends, self.config.chat_template))
-            for sample in samples:
-                if len(sample.tokens) > self.config.max_tokens:
-                    raise ValueError(
-                        f"{sample.where}: {len(sample.tokens)} tokens, max_tokens={self.config.max_tokens}"
-                    )
-            batch = pack([sample.tokens.tolist() for sample in samples]).to(self.role.mesh.device)
+            batch = pack([self._tokens(row) for row in rows]).to(self.role.mesh.device)
             shares = micro_batches(range(len(batch)), batch.lengths, 1, self.config.batch_tokens)
             self.scored += len(batch)
             return self.role.scores(batch, shares).tolist()
 
-    def _dialogue(self, row: int, prompt: Any, completion: Any) -> Dialogue:
-        where = f"row {row}"
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        whole = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
-        if not whole or not isinstance(completion, str):
-            raise ValueError(f"{where}: needs a prompt (a string, or messages) and a completion (a string)")
-        return Dialogue(where, [*messages, {"role": "assistant", "content": completion}], [len(messages)], None)
+    def _tokens(self, row: Row) -> list[int]:
+        """The prompt as a model is asked with it, the completion, and the end of its turn if it came to one."""
+        if self.config.chat_template:
+            text = render(row.where, row.messages, self.tokenizer, tools=row.tools)
+            head: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        elif len(row.messages) == 1:
+            head = self.tokenizer(row.messages[0]["content"])["input_ids"]
+        else:
+            raise ValueError(f"{row.where}: a chat of {len(row.messages)} messages: needs chat_template=true")
+        answer: list[int] = self.tokenizer(row.completion, add_special_tokens=False)["input_ids"]
+        tokens = [*head, *answer, *([self.end] if row.finished else [])]
+        if len(tokens) > self.config.max_tokens:
+            raise ValueError(f"{row.where}: {len(tokens)} tokens, max_tokens={self.config.max_tokens}")
+        return tokens
+
+    def _end_of_turn(self, ends: Sequence[int]) -> int:
+        """The token that an answer ends with: the one of the model's that its chat template writes, or its first."""
+        written: list[int] = []
+        if self.config.chat_template:
+            chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+            text = render("a chat of two turns", chat, self.tokenizer, generation_prompt=False)
+            written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        known: list[Any] = [
+            token for token in (*reversed(written), self.tokenizer.eos_token_id, *ends) if token in ends
+        ]
+        if not known:
+            raise ValueError(f"{self.config.model.path}: config.json names no eos_token_id, which ends an answer")
+        return known[0]
 
 
-def read_request(body: bytes) -> tuple[list[Any], list[str]]:
-    """Prompts and completions of a request.
+def read_request(body: bytes) -> list[Row]:
+    """The rows of a request.
 
     Raises:
-        ValueError: it is not what is asked for.
+        ValueError: it is not what is asked for; names the row.
     """
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
     prompts = request.get("prompts") if isinstance(request, dict) else None
     completions = request.get("completions") if isinstance(request, dict) else None
     if not isinstance(prompts, list) or not isinstance(completions, list):
         raise ValueError('needs {"prompts": [...], "completions": [...]}')
-    if len(prompts) != len(completions) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: as many of each, 1 at least")
-    return prompts, completions
+    count = len(prompts)
+    if count != len(completions) or not prompts:
+        raise ValueError(f"{count} prompts and {len(completions)} completions: as many of each, 1 at least")
+    chats, finished = (_listed(request, name, count) for name in ("messages", "finished"))
+    tools = _listed(request.get("fields") or {}, "tools", count)
+    rows = zip(prompts, completions, chats, finished, tools, strict=True)
+    return [read_row(f"row {number}", *row) for number, row in enumerate(rows)]
+
+
+def _listed(section: Any, name: str, count: int) -> list[Any]:
+    """A list with an entry for each row; where there is none, of None."""
+    values = section.get(name) if isinstance(section, dict) else None
+    if values is None:
+        return [None] * count
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError(f"{name}: must be a list of {count}, one entry a row")
+    return values
+
+
+def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any, tools: Any) -> Row:
+    """A row as it came.
+
+    Raises:
+        ValueError: a part is not what it must be; names the row.
+    """
+    messages = chat or ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    whole = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+    if not whole or not isinstance(completion, str):
+        raise ValueError(f"{where}: needs a prompt (a string, or messages) and a completion (a string)")
+    for number, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(f"{where}: message {number} has {key}={message.get(key)!r:.60}: must be a string")
+    if finished is not None and not isinstance(finished, bool):
+        raise ValueError(f"{where}: finished={finished!r:.60}: must be true or false")
+    if isinstance(tools, str):  # as a column may hold them
+        with suppress(ValueError):
+            tools = json.loads(tools)
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or one as JSON")
+    return Row(where, messages, completion, finished is not False, tools or None)
 
 
 def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:
@@ -127,17 +198,24 @@ def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:
             self.answer(200, {"model": scores.config.model.path, "scored": scores.scored})
 
         def do_POST(self) -> None:
-            size = int(self.headers.get("Content-Length") or 0)
-            if size > MOST_BYTES:
+            given = self.headers.get("Content-Length") or "0"
+            size = int(given) if given.isdecimal() else -1
+            if not 0 <= size <= MOST_BYTES:
                 self.close_connection = True  # what is not read would be taken for the next request
-                return self.answer(413, {"error": f"{size} bytes: {MOST_BYTES} at most"})
+                return self.answer(413, {"error": f"Content-Length: {given}: must be 0 to {MOST_BYTES}"})
             body = self.rfile.read(size)
             if self.path != "/score":
                 return self.answer(404, {"error": "GET /health, POST /score"})
+            self.answer(*self.scored(body))
+
+        def scored(self, body: bytes) -> tuple[int, dict[str, Any]]:
+            """Code and answer. What nobody foresaw is told, so that the one who asks does not wait for an answer."""
             try:
-                self.answer(200, {"scores": scores(*read_request(body))})
+                return 200, {"scores": scores(read_request(body))}
             except ValueError as error:
-                self.answer(400, {"error": str(error)})
+                return 400, {"error": str(error)}
+            except Exception as error:
+                return 500, {"error": brief(error)}
 
         def answer(self, code: int, what: dict[str, Any]) -> None:
             body = json.dumps(what).encode()

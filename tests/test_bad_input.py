@@ -13,7 +13,7 @@ from trialign.algorithms.batch import Prompt
 from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset, TextDataset
 from trialign.algorithms.ppo_config import PPOConfig, check
-from trialign.algorithms.rewards import RewardFunction, combine
+from trialign.algorithms.rewards import RewardFunction
 from trialign.engine.config import parse
 
 ROOT = Path(__file__).parent.parent
@@ -430,8 +430,3 @@ def test_reward_function_that_cannot_be_had(text, spec, part, tmp_path, monkeypa
     with pytest.raises(ValueError) as error:
         RewardFunction(spec, time_limit=2)
     assert str(error.value).startswith(f"reward function {spec}: ") and part in str(error.value)
-
-
-def test_reward_model_that_gives_nan():
-    with pytest.raises(ValueError, match="reward model_b: nan for sample 1 of the batch"):
-        combine({"model_a": [0.0, 1.0], "model_b": [0.0, float("nan")]})

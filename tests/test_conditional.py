@@ -1,20 +1,25 @@
 """Conditional SFT: which reward is written into which prompt, and launch/conditional.py in every layout."""
 
+import importlib
 import json
 import statistics
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from scripts import digests, kill_after, launch, metrics, options, succeed
 from tiny import tiny_chat_model, tiny_llama, tiny_tokenizer
-from trialign.algorithms.conditional import ConditionedRows, bucketed, read_rewarded
+from trialign.algorithms.conditional import ConditionedRows, as_rollouts, bucketed, read_rewarded
 from trialign.algorithms.conditional_config import (
     ConditionalConfig,
+    ConditionalRun,
     ConditionConfig,
     RewardedData,
     check_conditional,
 )
+from trialign.algorithms.dialogue import tokenise
 from trialign.engine.config import load, parse
+from trialign.engine.mesh import build_mesh
 
 ROOT = Path(__file__).parent.parent
 STEPS = 4
@@ -97,6 +102,18 @@ def test_rows_that_the_reward_makes_too_long_are_dropped_and_told(tokenizer, tmp
     assert len(data) == 2 and "1 dropped for more than 64 tokens" in str(data)
 
 
+@pytest.mark.parametrize(("after", "ended"), [("</s>\n", True), ("", False)])
+def test_scorers_read_up_to_the_end_of_the_turn(tokenizer, tmp_path, monkeypatch, after, ended):
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("</s>", after))
+    lines = [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}], "response": "r"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(lines[0]) + "\n")
+    read = read_rewarded(str(path), RewardedData(sources=(str(path),)), False)
+    (rollout,) = as_rollouts(read, list(tokenise([read[0].dialogue], tokenizer, (2,), True)), (2,))
+    assert tokenizer.decode(rollout.tokens) == ("r</s>" if ended else "r")
+    assert rollout.finish == ("stop" if ended else "length") and list(rollout.prompt.messages) == lines[0]["prompt"]
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("conditional")
@@ -158,6 +175,7 @@ def test_what_a_run_leaves(setting, whole):
     assert len(rewards) == 14 and [place for place, value in rewards.items() if value is None] == [
         f"{setting}/rows.jsonl:3"
     ]
+    assert not (whole / "begun").exists()
     steps = metrics(whole)
     assert steps[-1]["eval_loss"] < steps[0]["eval_loss"] and steps[STEPS - 1]["loss"] < steps[0]["loss"]
     AutoModelForCausalLM.from_pretrained(whole / "model")
@@ -170,6 +188,36 @@ def test_killed_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
     assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
     succeed("conditional", "--resume", folder)
     assert digests(folder, STEPS) == digests(whole, STEPS) and metrics(folder) == metrics(whole)
+
+
+def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, whole, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    conditional, session = importlib.import_module("conditional"), importlib.import_module("session")
+    words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--run.rows_per_save", "4"]
+    sizes, score = [], conditional.Rewards.scores
+
+    def stopped(self, rollouts):
+        sizes.append(len(rollouts))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return score(self, rollouts)
+
+    monkeypatch.setattr(conditional.Rewards, "scores", stopped)
+
+    def begin() -> dict[str, float | None]:
+        with ExitStack() as stack:
+            config = parse(ConditionalConfig, words)
+            rewards = conditional.Rewards(session.Session(config, build_mesh(), stack, "conditional"))
+            rewards.rows()
+            return rewards.found
+
+    with pytest.raises(KeyboardInterrupt):
+        begin()
+    found, expected = begin(), json.loads((whole / "rewards.json").read_text())
+    assert found.keys() == expected.keys()
+    for where, reward in expected.items():
+        assert found[where] == (None if reward is None else pytest.approx(reward, rel=1e-5))
+    assert sizes == [4, 4, 4, 4, 2]
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
@@ -197,6 +245,11 @@ def test_knobs_that_do_not_fit():
     config = parse(ConditionalConfig, options(model_path="m", data_sources="a", update_batch_size=3))
     with pytest.raises(ValueError, match="update.batch_size=3 rows do not divide by dp=2"):
         check_conditional(config, 2)
+    config = parse(ConditionalConfig, options(model_path="m", data_sources="a", reward_clip=3.0))
+    with pytest.raises(ValueError, match="reward.clip=3.0: must be .* here, where scores are taken as they are"):
+        check_conditional(config, 1)
+    with pytest.raises(ValueError, match="rows_per_save=0: must be at least 1"):
+        ConditionalRun(rows_per_save=0)
 
 
 def test_the_config_that_ships_is_whole():

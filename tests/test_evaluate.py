@@ -1,19 +1,27 @@
 """launch/evaluate.py: estimators against enumeration, perplexity against transformers, the same in every layout."""
 
+import importlib
 import itertools
 import json
 import math
 import random
 import statistics
+import weakref
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from scripts import launch, options, succeed
+from scripts import kill_after, launch, options, succeed
 from tiny import tiny_chat_model, tiny_llama
 from trialign.algorithms.evaluate_config import EvaluateConfig, check_evaluate
 from trialign.algorithms.evaluation import mean_of_prompts, pass_at_k, prompt_wins, wilson, win_rate
+from trialign.algorithms.rlhf_config import RLHFConfig, stages
+from trialign.algorithms.rounds import Answer, read_round, write_round
 from trialign.engine.config import load, parse
+from trialign.engine.mesh import build_mesh
 
 ROOT = Path(__file__).parent.parent
 
@@ -202,6 +210,94 @@ def test_answers_without_a_score_are_left_out_and_counted(setting, tmp_path):
     assert results[str(setting / "model")]["reward"]["value"] == 1.0
 
 
+def test_killed_it_goes_on_behind_the_last_prompts_it_kept(setting, alone):
+    out = setting / "killed"
+    one_by_one = ("--config", setting / "config.toml", "--run.output", out, "--run.prompts_per_save", 1)
+    kill_after("begun/model_part_1.jsonl", out, "evaluate", *one_by_one)
+    assert not (out / "completions.jsonl").exists(), "killed too late to show anything"
+    first = out / "begun" / "model_part_0.jsonl"
+    first.write_text(first.read_text().replace('"sample": 0', '"sample": 100'))  # what is kept is what is taken
+    _, lines, results = run(setting, "killed", "--run.prompts_per_save", 1)
+    assert lines[0]["sample"] == 100 and [line | {"sample": 0} for line in lines] == [
+        line | {"sample": 0, "rewards": pytest.approx(line["rewards"]), "reward": pytest.approx(line["reward"])}
+        for line in alone[1]
+    ]
+    for model, numbers in alone[2].items():
+        for name, number in numbers.items():
+            for key, value in number.items():
+                assert results[model][name][key] == (value if value is None else pytest.approx(value, rel=1e-5))
+    assert not (out / "begun").exists()
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> SimpleNamespace:
+    """launch/evaluate.py, kept.py and session.py as modules."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    names = ("evaluate", "kept", "session")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def test_one_model_is_held_at_a_time(setting, scripts, monkeypatch, tmp_path):
+    held: list[weakref.ref] = []
+    build = scripts.evaluate.build_decoder
+
+    def watched(*arguments: Any, head: str = "lm") -> Any:
+        if head == "lm":  # the reward model of the same turn comes after it
+            assert not [ref for ref in held if ref() is not None]
+        model = build(*arguments, head=head)
+        held.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(scripts.evaluate, "build_decoder", watched)
+    words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--passes.at"]
+    with ExitStack() as stack:
+        session = scripts.session.Session(parse(EvaluateConfig, words), build_mesh(), stack, "evaluate")
+        scripts.evaluate.main(session)
+    assert len(held) == 4
+
+
+def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
+    config: Any = SimpleNamespace(run=SimpleNamespace(folder=str(tmp_path)))
+    file, text = tmp_path / "data.jsonl", "a\u2028b\x85c"
+    file.write_text("x")
+
+    def kept(asked: int) -> Any:
+        session = scripts.session.Session(config, build_mesh(), ExitStack(), "s")
+        return scripts.kept.Kept(session, "begun", {"asked": asked}, [str(file), str(tmp_path / "nowhere")])
+
+    assert kept(1).read("part_0") is None
+    kept(1).write("part_0", [text, (1, None)])
+    assert kept(1).read("part_0") == [text, [1, None]] and kept(1).read("part_1") is None
+    assert kept(2).read("part_0") is None
+    kept(1).write("part_0", [text])
+    file.write_text("y.")
+    assert kept(1).read("part_0") is None
+    answer = Answer(text, "", text, 0.0, {}, "stop", "", [1], [2])
+    write_round(tmp_path / "round.jsonl", [answer] * 2)
+    assert read_round(tmp_path / "round.jsonl") == [answer] * 2
+
+
+def test_prompts_with_too_few_scored_answers_are_counted(scripts):
+    rewards = {"a:1": [1.0, 0.0, 1.0], "a:2": [1.0, None, None], "a:3": [None] * 3}
+    answers = [
+        {"source": source, "reward": reward, "tokens": 1, "finish": "stop"}
+        for source, own in rewards.items()
+        for reward in own
+    ]
+    words = options(passes_at=(1, 2, 3), reward_functions="a.py:f", rollout_samples_per_prompt=3)
+    config = parse(EvaluateConfig, words)
+    numbers = {name: number.value for name, number in scripts.evaluate.measured(answers, config).items()}
+    assert numbers["reward"] == pytest.approx((2 / 3 + 1) / 2) and numbers["answers without a score"] == 5
+    assert [numbers[f"prompts with fewer than {k} scored answers"] for k in (1, 2, 3)] == [1, 2, 2]
+    assert numbers["pass@1"] == pytest.approx((2 / 3 + 1) / 2) and numbers["pass@3"] == 1.0
+    nothing = [answer | {"reward": None} for answer in answers]
+    numbers = {name: number.value for name, number in scripts.evaluate.measured(nothing, config).items()}
+    assert numbers["prompts with fewer than 1 scored answers"] == 3 and "pass@1" not in numbers
+
+
+SCORED = {"reward_functions": "a.py:f"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -211,12 +307,24 @@ def test_answers_without_a_score_are_left_out_and_counted(setting, tmp_path):
         ({"passes_at": 2, "reward_functions": "a.py:f"}, "passes.at=.2,.: at most rollout.samples_per_prompt=1"),
         ({"model_against": "n"}, "model.against=n: wins are counted by a reward, and none is given"),
         ({"dialogues_eval_fraction": 0.5}, "dialogues.eval_sources and dialogues.eval_fraction: all of"),
+        ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities='1.0': each row of text.sources"),
+        (SCORED | {"reward_normalise": True}, "reward.normalise=True: must be False here"),
+        (SCORED | {"reward_clip": 3.0}, "reward.clip=3.0: must be .* here, where scores are taken as they are"),
+        (SCORED | {"reward_missing_eos_penalty": 1.0}, "reward.missing_eos_penalty=1.0: must be 0.0 here"),
+        (SCORED | {"model_against": "./m"}, "model.against=./m: is model.path itself"),
     ],
 )
 def test_what_does_not_fit_together(changes, message):
     argv = options(**({"model_path": "m", "data_sources": "a.jsonl"} | changes))
     with pytest.raises(ValueError, match=message):
         check_evaluate(parse(EvaluateConfig, argv), 1)
+
+
+def test_rlhf_s_evaluation_takes_scores_as_they_are():
+    words = ["--preferences.reward.functions", "a.py:f", "--preferences.reward.clip", "3"]
+    config = parse(RLHFConfig, words)
+    stages(config).evaluation.reward.check_unshaped()
+    assert stages(config).preferences.reward.clip == 3
 
 
 def test_the_config_that_ships_is_whole():

@@ -193,7 +193,9 @@ def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
 
 
 def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:
-    return [Rollout(Prompt(start + i, [1], ""), [1] * (i + 1), [0.0] * (i + 1), "stop") for i in range(len(rewards))]
+    """Answers with these rewards, four to a prompt."""
+    prompts = [Prompt((start + i) // 4, [1], "", source=f"p.jsonl:{(start + i) // 4}") for i in range(len(rewards))]
+    return [Rollout(prompt, [1] * (i + 1), [0.0] * (i + 1), "stop") for i, prompt in enumerate(prompts)]
 
 
 def test_groups_without_spread_are_drawn_again_until_there_are_enough():
@@ -212,6 +214,16 @@ def test_groups_without_spread_are_drawn_again_until_there_are_enough():
     groups, metrics = pool.take()
     assert [group.scores for group in groups] == [[1, 0, 0, 0], [3, 3, 4, 4], [1, 1, 1, 1]]
     assert metrics == {"groups_with_spread": 2 / 7, "draws": 3, "groups_filled": 1}
+
+
+@pytest.mark.parametrize("left_out", [0, 3, 4, 7])
+def test_a_group_of_another_size_is_refused_by_its_row(left_out):
+    config = config_of(GroupConfig(algorithm="dapo", overlong_buffer=0))
+    rollouts = drawn([0.0, 1.0] * 4)
+    del rollouts[left_out]
+    message = rf"p.jsonl:{left_out // 4}: 3 answers, but rollout.samples_per_prompt=4 in every group"
+    with pytest.raises(ValueError, match=message):
+        make_groups(rollouts, [0.0] * 7, [0.0] * 7, config)
 
 
 def test_long_answers_pay_and_their_spread_is_judged_before():
