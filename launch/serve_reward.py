@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from trialign.algorithms.batch import micro_batches, pack
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.config import ModelPaths, ParallelConfig, RunConfig, require
-from trialign.algorithms.data import render
+from trialign.algorithms.messages import render
 from trialign.algorithms.reward_worker import brief
 from trialign.algorithms.roles import Role
 from trialign.engine.config import parse
