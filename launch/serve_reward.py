@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from trialign.algorithms.batch import micro_batches, pack
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.config import ModelPaths, ParallelConfig, RunConfig, require
-from trialign.algorithms.messages import render
+from trialign.algorithms.messages import read_messages, render
 from trialign.algorithms.reward_worker import brief
 from trialign.algorithms.roles import Role
 from trialign.engine.config import parse
@@ -102,7 +102,7 @@ class Scores:
     def _tokens(self, row: Row) -> list[int]:
         """The prompt as a model is asked with it, the completion, and the end of its turn if it came to one."""
         if self.config.chat_template:
-            text = render(row.where, row.messages, self.tokenizer, tools=row.tools)
+            text = render(row.where, row.messages, self.tokenizer, row.tools)
             head: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         elif len(row.messages) == 1:
             head = self.tokenizer(row.messages[0]["content"])["input_ids"]
@@ -119,7 +119,7 @@ class Scores:
         written: list[int] = []
         if self.config.chat_template:
             chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-            text = render("a chat of two turns", chat, self.tokenizer, generation_prompt=False)
+            text = render("a chat of two turns", chat, self.tokenizer, None, generation_prompt=False)
             written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         known: list[Any] = [
             token for token in (*reversed(written), self.tokenizer.eos_token_id, *ends) if token in ends
@@ -169,13 +169,9 @@ def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any,
         ValueError: a part is not what it must be; names the row.
     """
     messages = chat or ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-    whole = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-    if not whole or not isinstance(completion, str):
+    if not isinstance(messages, list) or not messages or not isinstance(completion, str):
         raise ValueError(f"{where}: needs a prompt (a string, or messages) and a completion (a string)")
-    for number, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(f"{where}: message {number} has {key}={message.get(key)!r:.60}: must be a string")
+    messages = read_messages(f"{where}: 'messages'", messages)
     if finished is not None and not isinstance(finished, bool):
         raise ValueError(f"{where}: finished={finished!r:.60}: must be true or false")
     if isinstance(tools, str):  # as a column may hold them

@@ -144,13 +144,22 @@ BAD = {
         request(completions=["c", None]),
         "row 1: needs a prompt (a string, or messages) and a completion",
     ),
-    "no content": (request(prompts=["a", [{"role": "user"}]]), "row 1: message 0 has content=None: must be a string"),
+    "no content": (
+        request(prompts=["a", [{"role": "user"}]]),
+        "row 1: 'messages'[0] (user): its content must be a string, not None",
+    ),
     "content in parts": (
         request(messages=[[{"role": "user", "content": [{"type": "text", "text": "a"}]}], None]),
-        "row 0: message 0 has content=[{'type': 'text', 'text': 'a'}]: must be a string",
+        "row 0: 'messages'[0] (user): its content must be a string, not [{'type': 'text'",
     ),
-    "no role": (request(prompts=[[{"content": "x"}], "b"]), "row 0: message 0 has role=None: must be a string"),
-    "a message of words": (request(messages=[["x"], None]), "row 0: needs a prompt (a string, or messages)"),
+    "no role": (
+        request(prompts=[[{"content": "x"}], "b"]),
+        "row 0: 'messages'[0] must be a message {role, content}, not {'content': 'x'}",
+    ),
+    "a message of words": (
+        request(messages=[["x"], None]),
+        "row 0: 'messages'[0] must be a message {role, content}, not 'x'",
+    ),
     "messages of one": (request(messages=[[]]), "messages: must be a list of 2, one entry a row"),
     "finished in words": (request(finished=[True, "no"]), "row 1: finished='no': must be true or false"),
     "tools in words": (request(fields={"tools": ["look", None]}), "row 0: tools='look': must be a list of function"),
