@@ -5,7 +5,18 @@ import statistics
 from pathlib import Path
 
 import pytest
-from scripts import digests, kill_after, launch, metrics, options, succeed
+from scripts import (
+    AXES,
+    agree,
+    agree_in_metrics,
+    digests,
+    kill_after,
+    launch,
+    metrics,
+    options,
+    succeed,
+    succeed_in_turn,
+)
 from tiny import tiny_chat_model, tiny_llama, tiny_tokenizer
 from trialign.algorithms.conditional import ConditionedRows, bucketed, read_rewarded
 from trialign.algorithms.conditional_config import (
@@ -172,13 +183,18 @@ def test_killed_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
     assert digests(folder, STEPS) == digests(whole, STEPS) and metrics(folder) == metrics(whole)
 
 
-@pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
-def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, layout):
-    out = setting / layout
-    arguments = ("--config", setting / "config.toml", "--run.output", out, f"--parallel.{layout}", 2)
-    succeed("conditional", *arguments, ranks=2)
-    for got, expected in zip(metrics(out), metrics(whole), strict=True):
-        assert got == pytest.approx(expected, rel=1e-4)
+@pytest.fixture(scope="module")
+def moved(setting) -> None:
+    """The run in every layout, from its beginning."""
+    given = ("--config", setting / "config.toml")
+    runs = [("conditional", *given, "--run.output", setting / axis, f"--parallel.{axis}", 2) for axis in AXES]
+    succeed_in_turn(runs)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+    agree(setting / axis, whole, STEPS)
+    agree_in_metrics(setting / axis, whole)
 
 
 def test_a_row_without_its_reward_is_refused_once(setting, tmp_path):
