@@ -1,33 +1,52 @@
-"""Starts scripts of launch/ as a user does, kills them, and reads what they leave."""
+"""Starts scripts of launch/ as a user does, kills them, and reads what they leave.
 
+As a program, under torchrun: runs several of them one after the other in its ranks, which import everything once.
+"""
+
+import functools
 import hashlib
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from trialign.engine.checkpoint import Reader
+
 ROOT = Path(__file__).parent.parent
+AXES = ("tp", "pp", "dp")  # of the mesh
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
 
 
 def command(script: str, *arguments: object, ranks: int = 1) -> list[str]:
     """The words of `python launch/SCRIPT.py ...`, or of torchrun."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    return [sys.executable, *launcher, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
+    launcher = [sys.executable] if ranks == 1 else torchrun(ranks)
+    return [*launcher, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The words that stand before a script."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
 
 
 def launch(script: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs a script to its end."""
+    return _run(command(script, *arguments, ranks=ranks))
+
+
+def _run(words: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(script, *arguments, ranks=ranks),
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        words, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -36,6 +55,13 @@ def succeed(script: str, *arguments: object, ranks: int = 1) -> str:
     done = launch(script, *arguments, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def succeed_in_turn(runs: Sequence[tuple[object, ...]], ranks: int = 2) -> None:
+    """`succeed(*run, ranks=ranks)` of each, all by one torchrun: a script that fails is named and ends it."""
+    jobs = json.dumps([list(map(str, run)) for run in runs])
+    done = _run([*torchrun(ranks), __file__, jobs], timeout=300 * len(runs))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def kill_after(file: str, folder: Path, script: str, *arguments: object) -> None:
@@ -75,3 +101,48 @@ def options(**given: object) -> list[str]:
         values = value if isinstance(value, tuple) else (value,)
         words += [f"--{name.replace('_', '.', 1)}", *map(str, values)]
     return words
+
+
+def agree(run: Path, other: Path, step: int, tolerance: float = 1e-5) -> None:
+    """The weights of two runs' checkpoints, and their averages, within the tolerance of each one's largest number."""
+    ours, theirs = (Reader(folder / "checkpoints" / f"step_{step}") for folder in (run, other))
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    compared = [name for name in theirs.tensors if "/master/" in name or "/ema/" in name]
+    assert compared
+    for name in compared:
+        expected = theirs.read(name)
+        limit = tolerance * expected.abs().max().item()
+        torch.testing.assert_close(ours.read(name), expected, rtol=0, atol=limit, msg=f"{run.name}: {name}")
+
+
+def agree_in_metrics(run: Path, other: Path, tolerance: float = 1e-4) -> None:
+    """The logged numbers of two runs, within the tolerance."""
+    for ours, theirs in zip(metrics(run), metrics(other), strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance / 10), run.name
+
+
+def rewound(run: Path, folder: Path, step: int) -> Path:
+    """A copy of a run in `folder` as it was after this step."""
+    shutil.copytree(run, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    assert (folder / "checkpoints" / f"step_{step}").exists()
+    return folder
+
+
+def _in_turn(jobs: list[list[str]]) -> None:
+    """Each rank's part of `succeed_in_turn`. A run's process group has keys of its own in the launcher's store."""
+    sys.path[0] = str(ROOT / "launch")
+    join = dist.init_process_group
+    for number, (script, *arguments) in enumerate(jobs):
+        store, rank, world = next(iter(rendezvous("env://")))
+        own = PrefixStore(f"run {number}", store)
+        dist.init_process_group = functools.partial(join, store=own, rank=rank, world_size=world)
+        sys.argv = [f"{script}.py", *arguments]
+        print(*sys.argv, flush=True)
+        runpy.run_path(str(ROOT / "launch" / sys.argv[0]), run_name="__main__")
+
+
+if __name__ == "__main__":
+    _in_turn(json.loads(sys.argv[1]))

@@ -7,7 +7,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from scripts import digests, kill_after, launch, metrics, options, succeed
+from scripts import (
+    AXES,
+    agree,
+    agree_in_metrics,
+    digests,
+    kill_after,
+    launch,
+    metrics,
+    options,
+    succeed,
+    succeed_in_turn,
+)
 from tiny import tiny_chat_model, tiny_llama, tiny_tokenizer
 from trialign.algorithms.conditional import ConditionedRows, as_rollouts, bucketed, read_rewarded
 from trialign.algorithms.conditional_config import (
@@ -220,13 +231,18 @@ def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, 
     assert sizes == [4, 4, 4, 4, 2]
 
 
-@pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
-def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, layout):
-    out = setting / layout
-    arguments = ("--config", setting / "config.toml", "--run.output", out, f"--parallel.{layout}", 2)
-    succeed("conditional", *arguments, ranks=2)
-    for got, expected in zip(metrics(out), metrics(whole), strict=True):
-        assert got == pytest.approx(expected, rel=1e-4)
+@pytest.fixture(scope="module")
+def moved(setting) -> None:
+    """The run in every layout, from its beginning."""
+    given = ("--config", setting / "config.toml")
+    runs = [("conditional", *given, "--run.output", setting / axis, f"--parallel.{axis}", 2) for axis in AXES]
+    succeed_in_turn(runs)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+    agree(setting / axis, whole, STEPS)
+    agree_in_metrics(setting / axis, whole)
 
 
 def test_a_row_without_its_reward_is_refused_once(setting, tmp_path):

@@ -47,6 +47,7 @@ def one_step(
     recompute: bool = False,
     values_first: bool = False,
     ep: int = 1,
+    eps: float = 1e-5,
 ):
     """One whole batch of PPO; returns its metrics, and gradients and weights put together from all ranks."""
     tp, pp, dp = layout
@@ -63,7 +64,7 @@ def one_step(
         # Adam's first step is g / (|g| + eps): with the usual eps of 1e-8 it would turn the rounding of gradients that
         # are all but 0 into whole steps, and the comparison of weights would be one of rounding.
         optimizer = ShardedAdamW(
-            model, mesh, tied=model.tied_parameter(), eps=1e-5, max_grad_norm=0.5, ema_decay=ema_decay
+            model, mesh, tied=model.tied_parameter(), eps=eps, max_grad_norm=0.5, ema_decay=ema_decay
         )
         return Learner(model, optimizer, lambda step: 1e-3, temperature=0.8)
 
@@ -109,6 +110,17 @@ def compare(got, expected, tolerance=1e-5):
 def test_layouts_equal_one_process(folder, alone, layout):
     world = layout[0] * layout[1] * layout[2]
     for got in run_ranks(one_step, world, folder, layout, CONFIG, timeout=120):
+        compare(got, alone)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout))
+def test_two_steps(folder, layout):
+    """The second one off-policy, with the moments of the first. Each divides by its own gradients, so that a larger
+    eps is what keeps their rounding from becoming a part of the weights' steps."""
+    config, eps = _with_ppo(minibatches=2), 1e-2
+    alone = one_step(0, 1, folder, (1, 1, 1), config, eps=eps)
+    assert alone[0]["ratio_max"] > 1 > alone[0]["ratio_min"]
+    for got in run_ranks(one_step, 2, folder, layout, config, False, False, 1, eps, timeout=120):
         compare(got, alone)
 
 

@@ -14,7 +14,18 @@ import torch
 from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import digests, kill_after, launch, metrics, options, succeed
+from scripts import (
+    AXES,
+    agree,
+    agree_in_metrics,
+    digests,
+    kill_after,
+    launch,
+    metrics,
+    options,
+    succeed,
+    succeed_in_turn,
+)
 from tiny import VOCAB, assemble, tiny_chat_model, tiny_llama, tiny_tokenizer
 from trialign.algorithms.build import build_decoder, build_learner
 from trialign.algorithms.config import OptimizerConfig, UpdateConfig
@@ -272,13 +283,18 @@ def test_killed_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
     assert metrics(folder) == metrics(whole)
 
 
-@pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
-def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, layout):
-    folder = setting / layout
-    sizes = ("--run.output", folder, f"--parallel.{layout}", 2)
-    succeed("pretrain", "--config", setting / "config.toml", *sizes, ranks=2)
-    for got, expected in zip(metrics(folder), metrics(whole), strict=True):
-        assert got == pytest.approx(expected, rel=1e-4)
+@pytest.fixture(scope="module")
+def moved(setting) -> None:
+    """The run in every layout, from its beginning."""
+    given = ("--config", setting / "config.toml")
+    runs = [("pretrain", *given, "--run.output", setting / axis, f"--parallel.{axis}", 2) for axis in AXES]
+    succeed_in_turn(runs)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+    agree(setting / axis, whole, STEPS)
+    agree_in_metrics(setting / axis, whole)
 
 
 def test_what_is_wrong_is_said_once(setting, tmp_path):

@@ -1,16 +1,14 @@
 """launch/sft.py from the outside: what it leaves, killed and resumed, in other layouts, and what it refuses."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import digests, kill_after, launch, metrics, succeed
+from scripts import AXES, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn
 from tiny import tiny_chat_model
 from trialign.algorithms.dialogue import DialogueDataset
 from trialign.algorithms.sft_config import SFTConfig, SFTData, check
-from trialign.engine.checkpoint import Reader
 from trialign.engine.config import load, parse
 from trialign.models.config import ModelConfig
 from trialign.models.hf import stop_ids
@@ -104,24 +102,16 @@ def test_killed_at_a_random_point_and_resumed_it_ends_bit_for_bit_the_same(setti
     assert metrics(folder) == metrics(whole)
 
 
-@pytest.mark.parametrize(
-    "layout", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout)
-)
-def test_resumed_under_torchrun_in_another_layout_it_ends_the_same_within_rounding(setting, whole, layout):
-    tp, pp, dp = layout
-    folder = setting / f"moved-{tp}{pp}{dp}"
-    shutil.copytree(whole, folder)
-    for step in (3, 4, 5, 6):
-        shutil.rmtree(folder / "checkpoints" / f"step_{step}")
-    sizes = ["--parallel.tp", str(tp), "--parallel.pp", str(pp), "--parallel.dp", str(dp)]
-    done = launch("sft", "--resume", str(folder), *sizes, ranks=2)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ours, theirs = (Reader(run / "checkpoints" / f"step_{STEPS}") for run in (folder, whole))
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    for name in (name for name in theirs.tensors if "/master/" in name or "/ema/" in name):
-        expected = theirs.read(name)
-        largest = expected.abs().max().item()
-        torch.testing.assert_close(ours.read(name), expected, rtol=0, atol=1e-5 * largest, msg=name)
+@pytest.fixture(scope="module")
+def moved(setting, whole) -> None:
+    """The last four steps under torchrun in every layout."""
+    folders = {axis: rewound(whole, setting / axis, 2) for axis in AXES}
+    succeed_in_turn([("sft", "--resume", folder, f"--parallel.{axis}", 2) for axis, folder in folders.items()])
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_resumed_under_torchrun_in_another_layout_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+    agree(setting / axis, whole, STEPS)
 
 
 def test_what_is_wrong_is_said_once_and_before_anything_is_written(setting, tmp_path):
