@@ -198,7 +198,15 @@ def test_past_its_trained_length_qwen_is_not_exported(tmp_path):
 # GGUF.
 
 
-def write_gguf(path: Path, folder: Path, arch: str, quantised: bool, *, more: dict[str, Tensor] | None = None) -> None:
+def write_gguf(
+    path: Path,
+    folder: Path,
+    arch: str,
+    quantised: bool,
+    *,
+    more: dict[str, Tensor] | None = None,
+    keys: dict[str, Any] | None = None,
+) -> None:
     """`folder` as llama.cpp's converter lays it out; the tokenizer is not its affair here."""
     import gguf
 
@@ -221,6 +229,9 @@ def write_gguf(path: Path, folder: Path, arch: str, quantised: bool, *, more: di
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    for key, value in (keys or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key, value)
     arch_id = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(arch_id, config.num_layers)
     for name, tensor in (tensors_of(folder) | (more or {})).items():
@@ -270,6 +281,35 @@ def test_gguf_refusals(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             import_checkpoint(tmp_path / file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.dimension_count", 4),
+        ("rope.scale_linear", 2.0),
+        ("rope.scaling.factor", 4.0),
+        ("attention.causal", False),
+        ("attention.sliding_window_pattern", 2),
+        ("attention.max_alibi_bias", 8.0),
+        ("logit_scale", 0.5),
+    ],
+)
+def test_gguf_keys_that_change_what_is_computed_are_refused(key, value, tmp_path):
+    pytest.importorskip("gguf")
+    folder = tiny_family(tmp_path / "folder", "llama")
+    write_gguf(tmp_path / "model.gguf", folder, "llama", False, keys={f"llama.{key}": value})
+    with pytest.raises(ValueError, match=f"model.gguf: llama.{key}={value}"):
+        import_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+
+
+def test_the_end_of_a_turn_in_a_gguf_file_ends_an_answer(tmp_path):
+    pytest.importorskip("gguf")
+    folder = tiny_family(tmp_path / "folder", "llama")
+    harmless = {"llama.rope.dimension_count": 8, "llama.attention.causal": True, "llama.rope.scale_linear": 1.0}
+    write_gguf(tmp_path / "m.gguf", folder, "llama", False, keys=harmless | {"tokenizer.ggml.eot_token_id": 7})
+    import_checkpoint(tmp_path / "m.gguf", tmp_path / "out")
+    assert ModelConfig.from_hf(tmp_path / "out").eos_ids == (2, 7)
 
 
 # Tokenizers.
