@@ -101,10 +101,10 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
             raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for folder, shape in shapes.items():
-        if longest > shape.max_positions:
+        positions = shape.longest_rollout if shape is actor else shape.longest_document
+        if longest > positions:
             raise ValueError(
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}:"
-                f" {folder} has positions for {shape.max_positions}"
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: {folder} has positions for {positions}"
             )
     return shapes
 

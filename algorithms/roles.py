@@ -33,17 +33,13 @@ Read = Callable[[Batch, Tensor], Tensor]
 
 def stage_forward(model: Decoder, batch: Batch, x: Tensor | None, routing: Routing | None = None) -> Tensor:
     """This stage's hidden states [tokens, hidden] of a packed batch, attending within each sample only."""
-    longest = model.config.longest_document
-    if longest is not None and batch.max_seqlen > longest:
-        raise ValueError(
-            f"a sample of {batch.max_seqlen} tokens: with dynamic NTK {longest} is the longest whose angles do not"
-            " change while it grows"
-        )
+    lengths = batch.cu_seqlens.diff()
+    lengths = torch.repeat_interleave(lengths, lengths, output_size=len(batch.tokens))  # [tokens]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, **model.attention_options(layer))
 
-    return model(batch.tokens if x is None else x, batch.positions, attend, routing)
+    return model(batch.tokens if x is None else x, batch.positions, attend, routing, lengths)
 
 
 def padding(count: int, mesh: Mesh) -> list[Batch]:

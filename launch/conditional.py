@@ -61,9 +61,9 @@ class Rewards:
                 f"{folder}: vocab_size={shape.vocab_size}, but that of {config.model.path} is {self.shape.vocab_size}:"
                 " both read the same tokens"
             )
-        if config.data.max_tokens > shape.max_positions:
+        if config.data.max_tokens > shape.longest_document:
             raise ValueError(
-                f"data.max_tokens={config.data.max_tokens}: {folder} has positions for {shape.max_positions}"
+                f"data.max_tokens={config.data.max_tokens}: {folder} has positions for {shape.longest_document}"
             )
         return build_decoder(folder, shape, self.session.mesh, config.model.dtype, head="score")
 
@@ -125,10 +125,11 @@ def answers(work: FromRows[ConditionedRows], rewards: Rewards) -> list[list[Any]
     """[prompt, answer in the data, the model's greedy answer to the prompt that asks for the best, its reward or None]
     of the first `run.show` rows. Collective."""
     run, model, mesh = work.session.config.run, work.learner.model, work.session.mesh
-    prompts = work.rows.prompts(run.show)
+    longest = work.shape.longest_rollout
+    prompts = [row for row in work.rows.prompts(run.show) if len(row[0].tokens) < longest]
     if not prompts:
         return []
-    room = work.shape.max_positions - max(len(prompt.tokens) for prompt, _ in prompts)
+    room = longest - max(len(prompt.tokens) for prompt, _ in prompts)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(run.show_tokens, room)), stop_ids=work.ends)
     rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
     texts = work.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)

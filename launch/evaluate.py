@@ -65,8 +65,9 @@ class Evaluated:
             "dialogues.max_tokens": bool(config.dialogues.sources) * config.dialogues.max_tokens,
         }
         for knob, longest in lengths.items():
-            if longest > shape.max_positions:
-                raise ValueError(f"{knob} = {longest}: {self.folder} has positions for {shape.max_positions}")
+            positions = shape.longest_rollout if "rollout" in knob else shape.longest_document
+            if longest > positions:
+                raise ValueError(f"{knob} = {longest}: {self.folder} has positions for {positions}")
         return shape
 
     def answer(self, kept: Kept, name: str) -> int:

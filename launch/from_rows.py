@@ -170,8 +170,8 @@ def from_rows(
 
     def look() -> tuple[ModelConfig, PreTrainedTokenizerBase]:
         shape = read_shape(folder, config.parallel, config.run, "lm" if kind == "lm" else None, config.lora)
-        if section.max_tokens > shape.max_positions:
-            raise ValueError(f"max_tokens={section.max_tokens}: {folder} has positions for {shape.max_positions}")
+        if section.max_tokens > shape.longest_document:
+            raise ValueError(f"max_tokens={section.max_tokens}: {folder} has positions for {shape.longest_document}")
         return shape, load_tokenizer(folder, shape)
 
     shape, tokenizer = session.together(look)

@@ -52,10 +52,11 @@ def main(session: Session[SFTConfig]) -> None:
 def answers(work: FromRows[DialogueDataset]) -> list[list[str]]:
     """[prompt, wanted answer, the model's greedy answer] of the first `run.show` rows. Collective."""
     run, model, mesh = work.session.config.run, work.learner.model, work.session.mesh
-    prompts = work.rows.prompts(run.show)
+    longest = work.shape.longest_rollout
+    prompts = [row for row in work.rows.prompts(run.show) if len(row[0].tokens) < longest]
     if not prompts:
         return []
-    room = work.shape.max_positions - max(len(prompt.tokens) for prompt, _ in prompts)
+    room = longest - max(len(prompt.tokens) for prompt, _ in prompts)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=min(run.show_tokens, room), stop_ids=work.ends)
     rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
     texts = work.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)

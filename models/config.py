@@ -6,6 +6,7 @@ Each family reads and writes its own keys (models/families/); what it lacks it r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,13 +92,18 @@ class ModelConfig:
         return self.family.architectures[self.architecture]
 
     @property
-    def longest_document(self) -> int | None:
-        """The longest document the model has one meaning for; None where any length goes.
+    def longest_document(self) -> float:
+        """The longest document to train on or to score; math.inf under dynamic NTK, which takes any length."""
+        return math.inf if self.rope.kind == "dynamic" else self.longest_rollout
 
-        Dynamic NTK turns a document past the trained length by other angles from its first token on, so what a
-        rollout has cached by then is not what a training forward computes.
+    @property
+    def longest_rollout(self) -> int:
+        """The longest a sampled document may become: max_positions, or as far as rope scaling stretches them.
+
+        Under dynamic NTK the trained length: past it a document's first token already turns by an angle of the final
+        length, which a rollout does not know yet, so its logprobs would be none that a training forward computes.
         """
-        return self.max_positions if self.rope.kind == "dynamic" else None
+        return self.rope.stretched_positions(self.max_positions)
 
     @property
     def mlp_weights(self) -> int:

@@ -303,20 +303,29 @@ class Decoder(nn.Module):
             for linear_ in linears:
                 linear_.adapted = True
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, routing: Routing | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        routing: Routing | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Runs this stage.
 
         Args:
             x: token ids [tokens] on the first stage, else hidden states [tokens, hidden] of the stage before.
             positions: [tokens], each token's place in its own document.
             routing: what the routers' losses need of an update's micro-batch; None without experts or learning.
+            lengths: [tokens], of each token's document, which dynamic NTK turns by; None where none is longer than the
+                trained length.
 
         Returns:
             hidden states [tokens, hidden], after the final norm on the last stage.
         """
         if self.embedding is not None:
             x = self.embedding(x)
-        turn = self._turn(positions)
+        turn = self._turn(positions, lengths)
         for i, layer in enumerate(self.layers.values()):
             arguments = (turn, partial(attend, i), routing)
             if self.recompute and torch.is_grad_enabled():
@@ -326,10 +335,13 @@ class Decoder(nn.Module):
                 x = layer(x, *arguments)
         return x if self.norm is None else self.norm(x)
 
-    def _turn(self, positions: Tensor) -> Turn:
+    def _turn(self, positions: Tensor, lengths: Tensor | None) -> Turn:
         cos = sin = query_scale = None
         if not self.config.alibi:
-            angles = positions[:, None] * self.inverse_frequencies  # [tokens, head_dim/2] fp32
+            inverse, config = self.inverse_frequencies, self.config
+            if lengths is not None and config.rope.kind == "dynamic":
+                inverse = config.rope.by_length(config.rope_theta, config.head_dim, lengths)
+            angles = positions[:, None] * inverse  # [tokens, head_dim/2] fp32
             cos, sin = angles.cos() * self.turn_scale, angles.sin() * self.turn_scale
         if self.config.logn is not None:
             logs = (positions + 1).clamp_min(self.config.logn).float().log()

@@ -20,7 +20,7 @@ from ..engine.safetensors_io import DTYPES, fsync, write_stream
 from .adapter import merger, open_checkpoint, same_base, saved_adapter
 from .config import HeadKind, ModelConfig, model_folder, read_json
 from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
-from .tokenizer import is_bare, sentencepiece_tokenizer
+from .tokenizer import made_tokenizer
 from .translate import Target, Translated, translate_config
 
 ExportRole = Literal["actor", "critic", "reward"]
@@ -50,16 +50,17 @@ def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
 
 
 def copy_assets(source: Path | str, target: Path) -> None:
-    """Copies `assets`, and makes the tokenizer one that is read without code: a sentencepiece model alone gets a
-    tokenizer.json beside it, and `auto_map`, whose code stays behind, is left out where there is one.
+    """Copies `assets`, and makes the tokenizer one that is read without code: a sentencepiece model or a rank file
+    alone gets a tokenizer.json beside it, and `auto_map`, whose code stays behind, is left out where there is one.
 
     Raises:
-        ValueError: a sentencepiece model that cannot be read.
+        ValueError: a sentencepiece model or a rank file that cannot be read.
     """
     for name, path in assets(source).items():
         shutil.copyfile(path, target / name)
-    if is_bare(target):
-        sentencepiece_tokenizer(target).save_pretrained(target)
+    made = made_tokenizer(target)
+    if made is not None:
+        made.save_pretrained(target)
     settings = target / "tokenizer_config.json"
     if settings.is_file() and (target / "tokenizer.json").is_file():
         values = read_json(settings)

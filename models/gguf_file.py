@@ -39,8 +39,22 @@ _KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-_REFUSED = {"expert_count": (0,), "rope.scaling.type": ("none",), "attention.sliding_window": (0,)}
-_TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad"}
+_REFUSED = {
+    "expert_count": (0,),
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.sliding_window_pattern": (0,),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "logit_scale": (0, 1),
+}
+_TOKENS = {"bos": "bos", "padding": "pad"}
 _ROWS = 1024  # dequantised at once
 
 
@@ -74,6 +88,12 @@ class GGUFFile:
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         try:
             self.config = ModelConfig.from_hf_dict(self._values() | {"architectures": [family]})
+            turned = self.reader.fields.get(f"{self.architecture}.rope.dimension_count")
+            if turned is not None and turned.contents() != self.config.head_dim:
+                raise ValueError(
+                    f"{self.architecture}.rope.dimension_count={turned.contents()} of heads of {self.config.head_dim}:"
+                    " rotary embeddings of a part of each head are not supported"
+                )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
@@ -96,6 +116,9 @@ class GGUFFile:
                 )
         values = {ours: found(f"{self.architecture}.{key}") for key, ours in _KEYS.items()}
         values |= {f"{name}_token_id": found(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
+        # The end of a turn ends a chat model's answer as the end of the text does.
+        ends = [found(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+        values["eos_token_id"] = list(dict.fromkeys(i for i in ends if i is not None)) or None
         if "token_embd.weight" not in self.tensors:
             raise ValueError("lacks token_embd.weight")
         values["vocab_size"] = int(self.tensors["token_embd.weight"].shape[-1])

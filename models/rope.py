@@ -46,15 +46,14 @@ _KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(key for 
 class Rope:
     """How the angles of a rotary embedding are stretched beyond the length a model was first trained on.
 
-    `dynamic` NTK turns by plain angles up to the trained length and by others in every longer document. A rollout that
-    grows past it would see its cached keys turned by the angles of shorter lengths, which no training forward repeats,
-    so documents longer than `max_positions` are refused there and the angles are the plain ones.
+    `dynamic` NTK turns by plain angles up to the trained length; every longer document has a base of its own, by which
+    it is turned from its first token on (`by_length`).
     """
 
     kind: RopeKind = "default"
     factor: float = 1.0
     original_positions: int | None = None
-    """trained length (yarn, llama3)"""
+    """trained length (dynamic, yarn, llama3)"""
     low_factor: float = 1.0
     high_factor: float = 4.0
     """llama3: wavelengths above original/low are divided by factor, below original/high left alone"""
@@ -67,14 +66,15 @@ class Rope:
     """yarn: what cos and sin are multiplied by; by default 0.1 ln(factor) + 1"""
     truncate: bool = True
     """yarn: round the bounds of the transition to whole dims"""
+    doubling: bool = False
+    """dynamic: the base grows whenever the length has doubled (Qwen 1), not with every token"""
 
     def frequencies(self, theta: float, head_dim: int) -> tuple[Tensor, float]:
         """Angle a position [head_dim/2] fp32, and the number that cos and sin are multiplied by.
 
         Computed in fp32 as the published models were trained: at large positions float64 would turn by other angles.
         """
-        exponents = torch.arange(0, head_dim, 2).float() / head_dim
-        inverse = 1.0 / theta**exponents
+        inverse = 1.0 / theta ** _exponents(head_dim)
         if self.kind == "linear":
             return inverse / self.factor, 1.0
         if self.kind == "llama3":
@@ -82,6 +82,29 @@ class Rope:
         if self.kind == "yarn":
             return self._yarn(inverse, theta, head_dim)
         return inverse, 1.0
+
+    def by_length(self, theta: float, head_dim: int, lengths: Tensor) -> Tensor:
+        """Angle a position under dynamic NTK, [tokens, head_dim/2] fp32: the base is multiplied by s^(d/(d-2)).
+
+        With L the document's length and T the trained one, s = factor L/T - (factor - 1) as transformers has it, or
+        2^(ceil(log2(L/T)) + 1) - 1 as Qwen 1's own code has it (`doubling`); at least 1.
+
+        Args:
+            lengths: [tokens] of the document that each token is of.
+        """
+        assert self.kind == "dynamic" and self.original_positions is not None
+        ratio = lengths.double() / self.original_positions
+        stretch = 2 ** (ratio.log2().ceil() + 1) - 1 if self.doubling else self.factor * ratio - (self.factor - 1)
+        bases = theta * stretch.clamp_min(1) ** (head_dim / (head_dim - 2))
+        return 1.0 / bases.float()[:, None] ** _exponents(head_dim).to(lengths.device)
+
+    def stretched_positions(self, max_positions: int) -> int:
+        """Positions a config means that names `max_positions`: what is interpolated may have been left out of them."""
+        if self.kind == "linear":
+            return int(max_positions * self.factor)
+        if self.kind == "yarn" and self.original_positions is not None:
+            return max(max_positions, int(self.original_positions * self.factor))
+        return max_positions
 
     def _llama3(self, inverse: Tensor) -> Tensor:
         """Long waves are stretched, short ones kept, those between blended (Llama 3.1, arXiv:2407.21783)."""
@@ -119,6 +142,10 @@ class Rope:
         return growth(1.0)
 
 
+def _exponents(head_dim: int) -> Tensor:
+    return torch.arange(0, head_dim, 2).float() / head_dim
+
+
 def read_rope(values: Mapping[str, Any], max_positions: int, theta: float = 10000.0) -> tuple[Rope, float]:
     """The rotary embedding of a config.json and its base.
 
@@ -136,12 +163,23 @@ def read_rope(values: Mapping[str, Any], max_positions: int, theta: float = 1000
         if not isinstance(section, Mapping):
             raise ValueError(f"{key}={section!r}: expected an object")
         if section:
-            found.append((key, _read(key, section, max_positions), _number(section, "rope_theta", theta)))
+            rope = _read(key, _with_original(key, section, values), max_positions)
+            found.append((key, rope, _number(section, "rope_theta", theta)))
     if len(found) == 2 and found[0][1:] != found[1][1:]:
         raise ValueError(
             f"rope_parameters={values['rope_parameters']} and rope_scaling={values['rope_scaling']} disagree"
         )
     return found[0][1:] if found else (Rope(), theta)
+
+
+def _with_original(name: str, section: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section with the trained length that stands beside it, where transformers takes it from."""
+    beside = values.get(_ORIGINAL)
+    if beside is None:
+        return section
+    if section.get(_ORIGINAL) not in (None, beside):
+        raise ValueError(f"{_ORIGINAL}={beside} and {section[_ORIGINAL]} in {name} disagree")
+    return {**section, _ORIGINAL: beside}
 
 
 def _read(name: str, section: Mapping[str, Any], max_positions: int) -> Rope:
@@ -165,7 +203,7 @@ def _read(name: str, section: Mapping[str, Any], max_positions: int) -> Rope:
         else:
             number = _number(section, key, 1.0)
             fields[field] = int(number) if field == "original_positions" else number
-    if kind in ("yarn", "llama3"):
+    if kind in ("dynamic", "yarn", "llama3"):
         fields.setdefault("original_positions", max_positions)
     if kind != "default" and fields["factor"] < 1:
         raise ValueError(f"{name}: factor={fields['factor']}: expected at least 1")

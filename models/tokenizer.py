@@ -1,8 +1,8 @@
 """The tokenizer of a model's folder, read without running code that lies in it.
 
-transformers reads most. A bare sentencepiece `tokenizer.model` (LLaMA 1 and 2, Baichuan) it reads too, but version 5
-cuts text by other merges than the model was trained with and leaves the first token out, so that one is built here and
-held against sentencepiece itself.
+transformers reads most. A sentencepiece `tokenizer.model` of LLaMA's kind (LLaMA 1 and 2, Baichuan) it reads too, but
+version 5 cuts text by other merges than the model was trained with and leaves the first token out, so that one is
+built here and held against sentencepiece itself. Qwen 1's rank file it does not read (models/rank_file.py).
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import model_folder, read_json
+from .rank_file import END, NAME, rank_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 SPACE = "▁"  # sentencepiece's mark for a space
-_KEPT = "chat_template pad_token additional_special_tokens model_max_length padding_side".split()
+# Classes of transformers that stand for the byte-pair model in tokenizer.model and nothing else.
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_KEPT = "chat_template additional_special_tokens model_max_length padding_side".split()
 _PROBES = (
     "The quick brown fox jumps over 12 lazy dogs.",
     "  Two  spaces,\ttabs\nand\n\nlines ",
@@ -28,7 +32,7 @@ _PROBES = (
 
 
 def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies in `folder`, as transformers reads it or out of a bare tokenizer.model.
+    """The tokenizer that lies in `folder`, as transformers reads it or `made_tokenizer` makes it.
 
     Raises:
         ValueError: there is none, or it needs code from the folder, or it cannot be read as it was meant.
@@ -36,8 +40,9 @@ def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = model_folder(folder)
-    if is_bare(folder):
-        return sentencepiece_tokenizer(folder)
+    made = made_tokenizer(folder)
+    if made is not None:
+        return made
     try:
         # Said outright: left open, transformers asks on the terminal and waits.
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -50,29 +55,51 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def is_bare(folder: Path) -> bool:
-    """Whether only a sentencepiece model says how to cut text: no tokenizer.json, no class that transformers has."""
-    if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
-        return False
+def made_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder without tokenizer.json whose model of the text is read here: Qwen 1's rank file, or a
+    sentencepiece model of LLaMA's kind or without a class that transformers has. None for any other folder.
+
+    Raises:
+        ValueError: a file that is damaged, or that cannot be read as it was meant.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return None
+    if (folder / NAME).is_file():
+        return _for_transformers(rank_tokenizer(folder / NAME), {"eos_token": END, "pad_token": END}, folder)
     settings = _settings(folder)
-    return "tokenizer_class" not in settings or "AutoTokenizer" in settings.get("auto_map", {})
+    ours = settings.get("tokenizer_class") in (None, *_LLAMA) or "AutoTokenizer" in settings.get("auto_map", {})
+    return sentencepiece_tokenizer(folder) if ours and (folder / "tokenizer.model").is_file() else None
+
+
+def _for_transformers(built: Tokenizer, specials: dict[str, str], folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer of transformers, with the chat template and what else the folder says."""
+    from transformers import PreTrainedTokenizerFast
+
+    settings = _settings(folder)
+    options = {key: settings[key] for key in _KEPT if settings.get(key) is not None}
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        options["chat_template"] = template.read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=built, clean_up_tokenization_spaces=False, **specials | options)
 
 
 def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The byte-pair model in `folder`/tokenizer.model as a tokenizer of transformers.
 
-    tokenizer_config.json decides on the first and last token and on the chat template where it is there; without it
-    the first token is put before a text, as LLaMA's own code does.
+    tokenizer_config.json decides on the first and last token, on special tokens, on tokens behind the model's own, on
+    the chat template, and by `legacy` on whether text behind a special token begins with a space again, where it is
+    there; without it the first token is put before a text, as LLaMA's own code does.
 
     Raises:
         ValueError: it is no byte-pair model of sentencepiece, or what is built cuts a text in another way.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
 
     path, settings = folder / "tokenizer.model", _settings(folder)
-    built, specials = _byte_pair(path)
+    built, specials = _byte_pair(path, settings.get("legacy") is not False)
+    _add_tokens(built, folder)
+    specials |= _special_tokens(built, folder)
     original = SentencePieceProcessor(model_file=str(path))
     for probe in _PROBES:
         ours, theirs = built.encode(probe, add_special_tokens=False).ids, original.encode(probe)
@@ -86,18 +113,53 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             pair=[*first, "$A", *last, *first, "$B", *last],
             special_tokens=[(token, built.token_to_id(token)) for token in {*first, *last}],
         )
-    options = {key: settings[key] for key in _KEPT if settings.get(key) is not None}
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        options["chat_template"] = template.read_text(encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_object=built, clean_up_tokenization_spaces=False, **specials | options)
+    return _for_transformers(built, specials, folder)
 
 
-def _byte_pair(path: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """The model as the tokenizers library has it, and its special tokens by transformers' names."""
+def _special_tokens(built: Tokenizer, folder: Path) -> dict[str, str]:
+    """The special tokens that the folder names, by transformers' names."""
+    path = folder / "special_tokens_map.json"
+    found = {}
+    for values in (read_json(path) if path.is_file() else {}, _settings(folder)):
+        for name in _NAMED:
+            token = values.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and built.token_to_id(token) is None:
+                raise ValueError(f"{folder}: {name}={token!r} is no token of tokenizer.model or behind it")
+            found |= {} if token is None else {name: token}
+    return found
+
+
+def _add_tokens(built: Tokenizer, folder: Path) -> None:
+    """Appends the tokens a fine-tune has behind those of its model, under the ids it gives them."""
+    from tokenizers import AddedToken
+
+    path = folder / "added_tokens.json"
+    tokens = {
+        i: AddedToken(token, normalized=False) for token, i in (read_json(path) if path.is_file() else {}).items()
+    }
+    for i, said in _settings(folder).get("added_tokens_decoder", {}).items():
+        kinds = {key: said[key] for key in ("lstrip", "rstrip", "single_word", "special") if key in said}
+        tokens[int(i)] = AddedToken(said["content"], normalized=False, **kinds)
+    for i, token in sorted(tokens.items()):
+        built.add_tokens([token])
+        if built.token_to_id(token.content) != i:
+            raise ValueError(
+                f"{folder}: the added token {token.content!r} should have id {i}, it gets"
+                f" {built.token_to_id(token.content)}"
+            )
+
+
+def _byte_pair(path: Path, legacy: bool) -> tuple[Tokenizer, dict[str, str]]:
+    """The model as the tokenizers library has it, and its special tokens by transformers' names.
+
+    Args:
+        legacy: text behind a special token begins with a space, as that at the start does.
+    """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers.pre_tokenizers import Metaspace, Sequence
 
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -126,7 +188,10 @@ def _byte_pair(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     steps: list[Any] = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    steps += [normalizers.Prepend(SPACE)] if rules.add_dummy_prefix else []
+    if rules.add_dummy_prefix and legacy:
+        steps.append(normalizers.Prepend(SPACE))
+    elif rules.add_dummy_prefix:  # a space before the whole text; those in it are marks by then, so it is always put
+        built.pre_tokenizer = Sequence([Metaspace(" ", "first", False), Metaspace(SPACE, "never", False)])
     built.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
     built.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])

@@ -25,6 +25,7 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -42,7 +43,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mqa": ("Llama", {"num_key_value_heads": 1, "attention_bias": True}),
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-dynamic": ("Llama", {"rope_parameters": _DYNAMIC, "max_position_embeddings": 16}),
     "llama-yarn": ("Llama", {"rope_parameters": _YARN}),
     "llama-yarn-mscale": (
         "Llama",
@@ -121,13 +122,18 @@ def shake(tensors: Mapping[str, Tensor], seed: int) -> None:
         tensor.data.copy_(1 + 0.2 * noise if norm else 0.2 * noise)
 
 
+def random_folder(folder: Path, values: Mapping[str, Any], seed: int = 0) -> Path:
+    """A random model of a config.json."""
+    shapes = hf_shapes(ModelConfig.from_hf_dict(values))
+    tensors = {tensor: torch.empty(shape) for tensor, shape in shapes.items()}
+    shake(tensors, seed)
+    return write_folder(folder, values, tensors)
+
+
 def tiny_family(folder: Path, name: str, seed: int = 0) -> Path:
     """A random model as its publisher would lay it out."""
     if name in OWN:
-        shapes = hf_shapes(ModelConfig.from_hf_dict(OWN[name]))
-        tensors = {tensor: torch.empty(shape) for tensor, shape in shapes.items()}
-        shake(tensors, seed)
-        return write_folder(folder, OWN[name], tensors)
+        return random_folder(folder, OWN[name], seed)
     model = peer_class(name)(peer_config(name))
     shake(dict(model.named_parameters()), seed)
     model.save_pretrained(folder)

@@ -1,6 +1,6 @@
 """Our side of the families' tests: logits, gradients and greedy tokens of folders, in any layout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,21 @@ from trialign.models.hf import Fused, hf_name, load_hf
 NEW_TOKENS = 12
 _generator = torch.Generator().manual_seed(3)
 PROMPTS = [torch.randint(3, 96, (n,), generator=_generator).tolist() for n in (7, 20, 2, 13)]
+LONG = [torch.randint(3, 96, (n,), generator=_generator).tolist() for n in (7, 40, 16, 17, 33, 2)]
 
 
-def run_folder(folder: Path, tp: int, pp: int, ep: int) -> dict[str, Any]:
+def room_for(config: ModelConfig, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The prompts that can be continued."""
+    return [prompt for prompt in prompts if len(prompt) + NEW_TOKENS <= config.longest_rollout]
+
+
+def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int) -> dict[str, Any]:
     """What this rank has: logits (last stage), tokens, and its pieces of the gradient of the mean logprob."""
     mesh = build_mesh(tp=tp, pp=pp, ep=ep)
     config = ModelConfig.from_hf(folder)
     model = Decoder(config, mesh, dtype=torch.float32)
     load_hf(model, folder)
-    batch = pack(PROMPTS, [[False] + [True] * (len(prompt) - 1) for prompt in PROMPTS])
+    batch = pack(prompts, [[False] + [True] * (len(prompt) - 1) for prompt in prompts])
 
     def whole_logits(_: int, x: Tensor | None) -> Tensor:
         hidden = stage_forward(model, batch, x)
@@ -45,7 +51,8 @@ def run_folder(folder: Path, tp: int, pp: int, ep: int) -> dict[str, Any]:
 
     logits = run_forward(mesh, shapes(model, [batch]), model.dtype, whole_logits)
     greedy = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
-    completions = Generator(model, mesh, block_size=4, max_running=3).generate(PROMPTS, list(range(4)), greedy)
+    short = room_for(config, prompts)
+    completions = Generator(model, mesh, block_size=4, max_running=3).generate(short, list(range(len(short))), greedy)
     run_forward_backward(mesh, shapes(model, [batch]), model.dtype, loss)
     gradients = []
     for name, parameter in model.named_parameters():
@@ -61,13 +68,18 @@ def run_folder(folder: Path, tp: int, pp: int, ep: int) -> dict[str, Any]:
     return {"logits": logits[0] if logits else None, "tokens": tokens, "gradients": gradients}
 
 
-def rank_runs(rank: int, world: int, folders: Mapping[str, Path], tp: int, pp: int, ep: int) -> dict[str, Any]:
-    return {name: run_folder(folder, tp, pp, ep) for name, folder in folders.items()}
+def rank_runs(
+    rank: int, world: int, folders: Mapping[str, Path], prompts: list[list[int]], tp: int, pp: int, ep: int
+) -> dict[str, Any]:
+    return {name: run_folder(folder, prompts, tp, pp, ep) for name, folder in folders.items()}
 
 
-def as_trialign(folders: Mapping[str, Path], tp: int, pp: int, ep: int = 1) -> dict[str, dict[str, Any]]:
-    """By folder: logits [tokens, vocab], gradients by Hugging Face's names, greedy tokens; all ranks must agree."""
-    results = run_ranks(rank_runs, tp * pp * ep, dict(folders), tp, pp, ep, timeout=180)
+def as_trialign(
+    folders: Mapping[str, Path], tp: int, pp: int, ep: int = 1, prompts: list[list[int]] = PROMPTS
+) -> dict[str, dict[str, Any]]:
+    """By folder: logits [tokens, vocab], gradients by Hugging Face's names, greedy tokens of the prompts that there is
+    room for; all ranks must agree."""
+    results = run_ranks(rank_runs, tp * pp * ep, dict(folders), prompts, tp, pp, ep, timeout=180)
     return {name: together([result[name] for result in results], folder) for name, folder in folders.items()}
 
 

@@ -1,8 +1,6 @@
-"""Conversion: into checkpoints of any layout and back, other families' words, GGUF files, sentencepiece, and memory."""
+"""Conversion: into checkpoints of any layout and back, other families' words, GGUF files, and memory."""
 
-import io
 import json
-import random
 import re
 import subprocess
 import sys
@@ -16,11 +14,10 @@ from families import OWN, tiny_family, write_folder
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch import Tensor
-from trialign.algorithms.build import load_tokenizer
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.export import export_checkpoint, export_hf
+from trialign.models.export import export_checkpoint
 from trialign.models.hf import hf_shapes, load_hf, pieces
 from trialign.models.importing import import_checkpoint
 from trialign.models.tokenizer import read_tokenizer
@@ -198,7 +195,15 @@ def test_past_its_trained_length_qwen_is_not_exported(tmp_path):
 # GGUF.
 
 
-def write_gguf(path: Path, folder: Path, arch: str, quantised: bool, *, more: dict[str, Tensor] | None = None) -> None:
+def write_gguf(
+    path: Path,
+    folder: Path,
+    arch: str,
+    quantised: bool,
+    *,
+    more: dict[str, Tensor] | None = None,
+    keys: dict[str, Any] | None = None,
+) -> None:
     """`folder` as llama.cpp's converter lays it out; the tokenizer is not its affair here."""
     import gguf
 
@@ -221,6 +226,9 @@ def write_gguf(path: Path, folder: Path, arch: str, quantised: bool, *, more: di
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    for key, value in (keys or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key, value)
     arch_id = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(arch_id, config.num_layers)
     for name, tensor in (tensors_of(folder) | (more or {})).items():
@@ -272,87 +280,33 @@ def test_gguf_refusals(tmp_path):
             import_checkpoint(tmp_path / file, tmp_path / "out")
 
 
-# Tokenizers.
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.dimension_count", 4),
+        ("rope.scale_linear", 2.0),
+        ("rope.scaling.factor", 4.0),
+        ("attention.causal", False),
+        ("attention.sliding_window_pattern", 2),
+        ("attention.max_alibi_bias", 8.0),
+        ("logit_scale", 0.5),
+    ],
+)
+def test_gguf_keys_that_change_what_is_computed_are_refused(key, value, tmp_path):
+    pytest.importorskip("gguf")
+    folder = tiny_family(tmp_path / "folder", "llama")
+    write_gguf(tmp_path / "model.gguf", folder, "llama", False, keys={f"llama.{key}": value})
+    with pytest.raises(ValueError, match=f"model.gguf: llama.{key}={value}"):
+        import_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
 
 
-def sentencepiece_model(folder: Path, kind: str = "bpe", **options) -> Path:
-    """A sentencepiece model of LLaMA's kind over a few words, 400 pieces."""
-    from sentencepiece import SentencePieceTrainer
-
-    words = (
-        "the cat sat on a mat dog runs fast hello world naïve café 12 345 你好 世界 align model human prefer".split()
-    )
-    draw = random.Random(0)
-    written = io.BytesIO()
-    settings = {
-        "vocab_size": 400,
-        "byte_fallback": True,
-        "character_coverage": 1.0,
-        "split_digits": True,
-        "hard_vocab_limit": False,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "minloglevel": 2,
-    }
-    lines = (" ".join(draw.choices(words, k=8)) for _ in range(300))
-    SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-        sentence_iterator=lines, model_writer=written, model_type=kind, **(settings | options)
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(written.getvalue())
-    return folder
-
-
-@pytest.mark.parametrize("dummy_prefix", [True, False])
-def test_a_bare_sentencepiece_model_is_carried_through(dummy_prefix, tmp_path):
-    """Ids are sentencepiece's own, in a run that starts at the folder, at the checkpoint, and after an export."""
-    from sentencepiece import SentencePieceProcessor
-    from transformers import AutoTokenizer
-
-    folder = tiny_llama(tmp_path / "folder", vocab_size=400)
-    sentencepiece_model(folder, add_dummy_prefix=dummy_prefix)
-    settings = {"tokenizer_class": "BaichuanTokenizer", "auto_map": {"AutoTokenizer": ["code.BaichuanTokenizer", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    import_checkpoint(folder, tmp_path / "checkpoint")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
-    shape = ModelConfig.from_hf(folder)  # and as a run does, whose checkpoints carry the folder's own files
-    export_hf(tmp_path / "run", shape, tensors_of(folder), folder)
-    for place in (tmp_path / "checkpoint" / "assets" / "actor", tmp_path / "out", tmp_path / "run"):
-        assert (place / "tokenizer.json").is_file()
-        assert "auto_map" not in json.loads((place / "tokenizer_config.json").read_text())
-    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    tokenizers = [load_tokenizer(str(tmp_path / place), shape) for place in ("folder", "checkpoint", "out", "run")]
-    tokenizers += [AutoTokenizer.from_pretrained(tmp_path / place) for place in ("out", "run")]
-    draw = random.Random(1)
-    for _ in range(300):
-        text = "".join(draw.choices("the cat sat on mat 你好世界 \n\t  0123🙂éï", k=draw.randint(0, 25)))
-        expected = [original.bos_id(), *original.encode(text)]
-        for tokenizer in tokenizers:
-            assert tokenizer.encode(text) == expected, text
-            assert tokenizer.decode(expected, skip_special_tokens=True) == text
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
-
-
-def test_sentencepiece_settings_and_refusals(tmp_path):
-    folder = sentencepiece_model(tmp_path / "remote")
-    remote = {"tokenizer_class": "BaichuanTokenizer", "auto_map": {"AutoTokenizer": ["code.BaichuanTokenizer", None]}}
-    settings = remote | {"add_bos_token": False, "add_eos_token": True, "chat_template": "{{ messages }}"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = read_tokenizer(folder)
-    assert tokenizer.encode("the cat")[-1] == tokenizer.eos_token_id and tokenizer.chat_template == "{{ messages }}"
-    assert tokenizer.bos_token_id not in tokenizer.encode("the cat")
-    (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
-        read_tokenizer(folder)
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="a unigram model of .* only byte-pair models are read"):
-        read_tokenizer(sentencepiece_model(tmp_path / "unigram", "unigram"))
-    (folder / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="tokenizer.model: "):
-        read_tokenizer(folder)
-    (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="no tokenizer can be read"):
-        read_tokenizer(tmp_path / "none")
+def test_the_end_of_a_turn_in_a_gguf_file_ends_an_answer(tmp_path):
+    pytest.importorskip("gguf")
+    folder = tiny_family(tmp_path / "folder", "llama")
+    harmless = {"llama.rope.dimension_count": 8, "llama.attention.causal": True, "llama.rope.scale_linear": 1.0}
+    write_gguf(tmp_path / "m.gguf", folder, "llama", False, keys=harmless | {"tokenizer.ggml.eot_token_id": 7})
+    import_checkpoint(tmp_path / "m.gguf", tmp_path / "out")
+    assert ModelConfig.from_hf(tmp_path / "out").eos_ids == (2, 7)
 
 
 # The scripts, from the outside, and what they hold in memory.

@@ -67,7 +67,7 @@ def llama(**changes: Any) -> ModelConfig:
     ("keys", "rope", "theta"),
     [
         ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, Rope("linear", 2.0), 5e5),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, Rope("dynamic", 4.0), 1e4),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, Rope("dynamic", 4.0, original_positions=64), 1e4),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
             Rope("yarn", 4.0, original_positions=16),
@@ -106,6 +106,37 @@ def test_rope_scaling_old_and_new(keys, rope, theta):
     assert llama(**config.to_hf_dict()) == config
 
 
+@pytest.mark.parametrize(
+    ("keys", "longest"),
+    [
+        ({}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 2.5}}, 160),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 256),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}, 64),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}}, 64),
+        ({"rope_scaling": {"type": "yarn", "factor": 8.0}, "original_max_position_embeddings": 16}, 128),
+    ],
+)
+def test_scaled_contexts(keys, longest):
+    """max_position_embeddings is 64: the trained length, or the stretched one."""
+    config = llama(**keys)
+    assert config.longest_rollout == config.longest_document == longest
+    assert llama(**config.to_hf_dict()).longest_rollout == longest
+
+
+def test_the_trained_length_beside_the_section_is_the_sections():
+    """By transformers' own angles, which differ from those of a trained length of 64."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    keys: dict[str, Any] = SIZES | {"original_max_position_embeddings": 16}
+    keys |= {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
+    config, theirs = llama(**keys), LlamaRotaryEmbedding(LlamaConfig(**keys)).inv_freq
+    ours, _ = config.rope.frequencies(config.rope_theta, config.head_dim)
+    torch.testing.assert_close(ours, theirs)
+    assert config.rope == Rope("yarn", 4.0, original_positions=16)
+
+
 def test_llama3_frequencies_are_the_papers_bands():
     """Wavelengths above original/low are divided, those below original/high are not, those between are blended."""
     rope = Rope("llama3", 8.0, original_positions=8192)
@@ -124,6 +155,8 @@ def test_llama3_frequencies_are_the_papers_bands():
     [
         ({"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0}, None, ()),
         ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 4}, None, ()),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1}, None, ()),
+        ({"use_sliding_window": True, "max_window_layers": 3}, 4096, (0, 1, 2)),
         ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, 9, (0, 1, 2)),
         ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, 9, ()),
         (
@@ -147,6 +180,19 @@ WINDOWED = {"use_sliding_window": True, "moe_intermediate_size": 16}
     ("architecture", "keys", "message"),
     [
         ("Qwen2ForCausalLM", {"use_sliding_window": True, "layer_types": ["full"] * 4}, "layer_types=.*expected 4 of"),
+        (
+            "Qwen2ForCausalLM",
+            {"use_sliding_window": True, "sliding_window": None, "layer_types": ["sliding_attention"] * 4},
+            "sliding_window is null, but layer_types=",
+        ),
+        (
+            "LlamaForCausalLM",
+            {
+                "original_max_position_embeddings": 16,
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            },
+            "original_max_position_embeddings=16 and 32 in rope_parameters disagree",
+        ),
         ("MistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}, "Mistral's layers all have"),
         ("MistralForCausalLM", {"attention_bias": True}, "attention_bias=True is not supported; allowed: false"),
         ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window=0: expected a whole number of at least 1"),

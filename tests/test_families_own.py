@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import OWN, tiny_family
-from family_run import NEW_TOKENS, PROMPTS, as_trialign, assert_same
+from families import OWN, random_folder, tiny_family
+from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_same, room_for
 from harness import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,21 +36,28 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + (-x).exp())
 
 
-def turned(x: Tensor) -> Tensor:
-    """RoFormer's rotation of [length, d] at positions 0, 1, ...: entry i with entry i + d/2, base 10000."""
+def turned(x: Tensor, trained: int | None) -> Tensor:
+    """RoFormer's rotation of [length, d] at positions 0, 1, ...: entry i with entry i + d/2, base 10000; under Qwen's
+    dynamic NTK the base grows by alpha^(d/(d-2)), where alpha + 1 is the power of two from twice length/trained on."""
     length, d = x.shape
+    alpha = 1
+    while trained is not None and alpha + 1 < 2 * length / trained:
+        alpha = 2 * alpha + 1
+    base = 10000 * alpha ** (d / (d - 2))
     rows = []
     for position in range(length):
-        angle = torch.tensor([position / 10000 ** (2 * i / d) for i in range(d // 2)], dtype=torch.float64)
+        angle = torch.tensor([position / base ** (2 * i / d) for i in range(d // 2)], dtype=torch.float64)
         a, b = x[position, : d // 2], x[position, d // 2 :]
         rows.append(torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin())))
     return torch.stack(rows)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, slope: float | None, log_base: int | None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, slope: float | None, log_base: int | None, trained: int | None = None
+) -> Tensor:
     """One head, [length, d] each: row by row over the keys up to its own."""
     if slope is None:
-        q, k = turned(q), turned(k)
+        q, k = turned(q, trained), turned(k, trained)
     rows = []
     for i in range(len(q)):
         query = q[i] * (math.log(i + 1, log_base) if log_base is not None and i + 1 > log_base else 1.0)
@@ -74,12 +81,13 @@ def qwen(w: Weights, config: dict[str, Any], tokens: list[int]) -> Tensor:
     """[length, vocab]: Qwen's technical report, section 2.3, and the published names."""
     heads, d = config["num_attention_heads"], config["kv_channels"]
     log_base = config["seq_length"] if config.get("use_logn_attn") else None
+    trained = config["seq_length"] if config.get("use_dynamic_ntk") else None
     x = w["transformer.wte.weight"][tokens]
     for i in range(config["num_hidden_layers"]):
         name = f"transformer.h.{i}."
         fused = rms(x, w[name + "ln_1.weight"]) @ w[name + "attn.c_attn.weight"].T + w[name + "attn.c_attn.bias"]
         q, k, v = (part.reshape(-1, heads, d) for part in fused.chunk(3, -1))
-        out = torch.cat([attention(q[:, h], k[:, h], v[:, h], None, log_base) for h in range(heads)], -1)
+        out = torch.cat([attention(q[:, h], k[:, h], v[:, h], None, log_base, trained) for h in range(heads)], -1)
         x = x + out @ w[name + "attn.c_proj.weight"].T
         y = rms(x, w[name + "ln_2.weight"])
         x = (
@@ -116,20 +124,26 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: tiny_family(root / name, name) for name in OWN}
 
 
+# Trained on 8 positions: documents of 2 to 40 tokens have four different bases, and log-n attention past the eighth.
+STRETCHED = OWN["qwen"] | {"seq_length": 8}
+
+
 def logits_of(name: str, weights: Weights, tokens: list[int]) -> Tensor:
-    return (qwen if name.startswith("qwen") else baichuan)(weights, OWN[name], tokens)
+    values = STRETCHED if name == "stretched" else OWN[name]
+    return (baichuan if name.startswith("baichuan") else qwen)(weights, values, tokens)
 
 
 @cache
 def reference(name: str, folder: Path) -> tuple[Tensor, Weights, list[list[int]]]:
     """Logits [tokens, vocab], gradients of the mean logprob by name, greedy tokens."""
     weights = {key: t.double().requires_grad_() for key, t in load_file(folder / "model.safetensors").items()}
-    logits = [logits_of(name, weights, prompt) for prompt in PROMPTS]
-    picked = [part[:-1].log_softmax(-1)[range(len(p) - 1), p[1:]] for part, p in zip(logits, PROMPTS, strict=True)]
+    prompts = LONG if name == "stretched" else PROMPTS
+    logits = [logits_of(name, weights, prompt) for prompt in prompts]
+    picked = [part[:-1].log_softmax(-1)[range(len(p) - 1), p[1:]] for part, p in zip(logits, prompts, strict=True)]
     (-torch.cat(picked).mean()).backward()
     with torch.no_grad():
         answers = []
-        for prompt in PROMPTS[:2]:
+        for prompt in room_for(ModelConfig.from_hf(folder), prompts)[:2]:
             tokens = list(prompt)
             for _ in range(NEW_TOKENS):
                 tokens.append(int(logits_of(name, weights, tokens)[-1].argmax()))
@@ -147,6 +161,17 @@ def test_the_published_models(folders, tp, pp):
         for tensor, gradient in gradients.items():
             assert_same(got["gradients"][tensor], gradient, f"{name}: gradient of {tensor}")
         assert got["tokens"][:2] == tokens, name
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_qwen_past_its_trained_length(tmp_path, tp, pp):
+    folder = random_folder(tmp_path / "stretched", STRETCHED)
+    got = as_trialign({"stretched": folder}, tp, pp, prompts=LONG)["stretched"]
+    logits, gradients, _ = reference("stretched", folder)
+    assert_same(got["logits"], logits, "logits")
+    assert got["gradients"].keys() == gradients.keys()
+    for tensor, gradient in gradients.items():
+        assert_same(got["gradients"][tensor], gradient, f"gradient of {tensor}")
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 32, 40])
@@ -259,13 +284,10 @@ def test_qwen_is_refused_by_key(changes, message):
         ModelConfig.from_hf_dict(OWN["qwen"] | changes)
 
 
-def test_dynamic_ntk_refuses_what_would_change_its_angles(folders):
-    """Longer than seq_length: neither sampled nor scored, since a growing document would change its own past."""
+def test_dynamic_ntk_is_not_sampled_past_the_trained_length(folders):
+    """A growing document would change its own past; scored and learned it may be, its length being known."""
     model = Decoder(ModelConfig.from_hf(folders["qwen"]), build_mesh(), dtype=torch.float32)
     load_hf(model, folders["qwen"])
-    assert model.config.longest_document == 64
-    stage_forward(model, pack([[5] * 64]), None)
-    with pytest.raises(ValueError, match="a sample of 65 tokens: with dynamic NTK 64 is the longest"):
-        stage_forward(model, pack([[5] * 3, [5] * 65]), None)
+    assert (model.config.longest_rollout, model.config.longest_document) == (64, math.inf)
     with pytest.raises(ValueError, match="prompt 0 of 60 tokens with max_new_tokens=5 passes the model's 64 positions"):
         Generator(model, model.mesh).generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))

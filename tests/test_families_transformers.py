@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import PEERS, SPARSE, peer_class, peer_config, shake, tiny_family
-from family_run import NEW_TOKENS, PROMPTS, as_trialign, assert_same
+from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_same, room_for
 from harness import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,15 +27,23 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @cache
-def theirs(name: str, folder: Path) -> tuple[Tensor, dict[str, Tensor], list[list[int]]]:
+def theirs(name: str, folder: Path, long: bool = False) -> tuple[Tensor, dict[str, Tensor], list[list[int]]]:
     """transformers' logits [tokens, vocab], gradients of the mean logprob by name on disk, greedy tokens."""
     model: Any = peer_class(name).from_pretrained(folder, dtype=torch.float32).eval()
-    logits = [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
-    pairs = zip(logits, PROMPTS, strict=True)
+    prompts = LONG if long else PROMPTS
+
+    def alone(prompt: list[int]) -> Tensor:
+        with torch.no_grad():
+            model(torch.tensor([[5]]))  # under dynamic NTK it keeps the base of the longest so far, up to a short one
+        return model(torch.tensor([prompt])).logits[0]
+
+    logits = [alone(prompt) for prompt in prompts]
+    pairs = zip(logits, prompts, strict=True)
     losses = [F.cross_entropy(part[:-1], torch.tensor(p[1:]), reduction="sum") for part, p in pairs]
-    (torch.stack(losses).sum() / sum(len(p) - 1 for p in PROMPTS)).backward()
+    (torch.stack(losses).sum() / sum(len(p) - 1 for p in prompts)).backward()
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
-    tokens = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
+    short = room_for(ModelConfig.from_hf(folder), prompts)
+    tokens = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in short]
     # Gradients go through what makes names on disk of the model's own (fused experts, tied weights).
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,9 +52,9 @@ def theirs(name: str, folder: Path) -> tuple[Tensor, dict[str, Tensor], list[lis
     return torch.cat(logits).detach(), load_file(folder / "gradients" / "model.safetensors"), tokens
 
 
-def agree(folders: dict[str, Path], *layout: int) -> None:
-    for name, got in as_trialign(folders, *layout).items():
-        logits, gradients, tokens = theirs(name, folders[name])
+def agree(folders: dict[str, Path], *layout: int, long: bool = False) -> None:
+    for name, got in as_trialign(folders, *layout, prompts=LONG if long else PROMPTS).items():
+        logits, gradients, tokens = theirs(name, folders[name], long)
         assert_same(got["logits"], logits, f"{name}: logits")
         assert got["gradients"].keys() == gradients.keys()
         for tensor, gradient in gradients.items():
@@ -58,6 +66,12 @@ def agree(folders: dict[str, Path], *layout: int) -> None:
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2), (4, 1)])
 def test_all_families(folders, tp, pp):
     agree(folders, tp, pp)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_dynamic_ntk_past_the_trained_length(folders, tp, pp):
+    """Trained on 16 positions: documents of 2 to 40 tokens in one batch, each turned by its own length's base."""
+    agree({"llama-dynamic": folders["llama-dynamic"]}, tp, pp, long=True)
 
 
 def test_mixtures_with_experts_over_ranks(folders):

@@ -39,7 +39,7 @@ from .scheduler import Scheduler, Step
 class Model(Protocol):
     """What the generator needs of a decoder."""
 
-    config: Any  # vocab_size, hidden_size, max_positions
+    config: Any  # vocab_size, hidden_size, longest_rollout
     dtype: torch.dtype
 
     @property
@@ -188,7 +188,7 @@ class Generator:
         return int(all_reduce(torch.tensor(min(wanted, allowed), device=self.mesh.device), self.mesh.pp, "min"))
 
     def _check(self, prompts: list[list[int]], sample_ids: list[int], params: SamplingParams) -> None:
-        vocab, positions = self.model.config.vocab_size, self.model.config.max_positions
+        vocab, positions = self.model.config.vocab_size, self.model.config.longest_rollout
         if len(prompts) != len(sample_ids):
             raise ValueError(f"{len(prompts)} prompts but {len(sample_ids)} sample ids")
         for stop in params.stop_ids:

@@ -1,7 +1,7 @@
 """Qwen 1 (https://arxiv.org/abs/2309.16609): fused q, k, v with bias, log-n attention, dynamic NTK.
 
-Its own code turns and scales by the length only outside training; here both passes do the same, so that a rollout's
-logprobs are those of the update. Up to `seq_length` neither does anything.
+Up to `seq_length` neither does anything. Past it the published code acts only outside training; here every pass of a
+document does the same, so that what is scored is what is learned.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
         ffn_size=double_ffn // 2,
         qkv_bias=True,
         max_positions=seq_length if dynamic else whole(values, "max_position_embeddings", seq_length),
-        rope=Rope("dynamic") if dynamic else Rope(),
+        rope=Rope("dynamic", original_positions=seq_length, doubling=True) if dynamic else Rope(),
         rope_theta=positive(values, "rotary_emb_base", 10000.0),
         logn=seq_length if flag(values, "use_logn_attn") else None,
     )

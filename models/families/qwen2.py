@@ -17,7 +17,10 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_windows(values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
-    """The window and the layers without it: `layer_types`, or all layers below `max_window_layers`."""
+    """The window and the layers without it: `layer_types`, or all layers below `max_window_layers`.
+
+    A window that is null is none; an absent one is transformers' 4096.
+    """
     if not flag(values, "use_sliding_window"):
         return None, ()
     layers = whole(values, "num_hidden_layers")
@@ -27,7 +30,12 @@ def read_windows(values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]
     if len(kinds) != layers or not {*kinds} <= {windowed, full}:
         raise ValueError(f"layer_types={kinds}: expected {layers} of {windowed}, {full}")
     without = tuple(i for i, kind in enumerate(kinds) if kind == full)
-    return (None, ()) if len(without) == layers else (whole(values, "sliding_window", 4096), without)
+    null = "sliding_window" in values and values["sliding_window"] is None
+    if null and values.get("layer_types") and len(without) < layers:
+        raise ValueError(f"sliding_window is null, but layer_types={kinds}: expected a number, or {full} in all")
+    if null or len(without) == layers:
+        return None, ()
+    return whole(values, "sliding_window", 4096), without
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
