@@ -88,6 +88,18 @@ def test_folders_that_do_not_fit_are_refused(folders, changes, message):
         read_shapes(settings)
 
 
+def test_dynamic_ntk_bounds_what_is_sampled_and_not_what_is_scored(tmp_path):
+    """150 tokens, trained on 16: a reward model reads them whole, an actor cannot grow past its own."""
+    keys = {"vocab_size": 260, "max_position_embeddings": 16}
+    keys |= {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    tiny_llama(tmp_path / "actor", vocab_size=260)
+    tiny_llama(tmp_path / "reward", score=True, **keys)
+    read_shapes(config(tmp_path))
+    tiny_llama(tmp_path / "actor", **keys)
+    with pytest.raises(ValueError, match="= 150: .*actor has positions for 16"):
+        read_shapes(config(tmp_path))
+
+
 def router_gradient(learner: Learner, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the update's router losses give the first router, and what the z-loss alone does, written out."""
     mlp = learner.model.layers["0"].mlp
