@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_folders_that_do_not_fit_are_refused(folders, changes, message):
 
 def test_dynamic_ntk_bounds_what_is_sampled_and_not_what_is_scored(tmp_path):
     """150 tokens, trained on 16: a reward model reads them whole, an actor cannot grow past its own."""
-    keys = {"vocab_size": 260, "max_position_embeddings": 16}
+    keys: dict[str, Any] = {"vocab_size": 260, "max_position_embeddings": 16}
     keys |= {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
     tiny_llama(tmp_path / "actor", vocab_size=260)
     tiny_llama(tmp_path / "reward", score=True, **keys)
