@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_folders_that_do_not_fit_are_refused(folders, changes, message):
         settings = config(folders, rollout=RolloutConfig(**changes["rollout"]))
     with pytest.raises(ValueError, match=message):
         read_shapes(settings)
+
+
+def test_dynamic_ntk_bounds_what_is_sampled_and_not_what_is_scored(tmp_path):
+    """150 tokens, trained on 16: a reward model reads them whole, an actor cannot grow past its own."""
+    keys: dict[str, Any] = {"vocab_size": 260, "max_position_embeddings": 16}
+    keys |= {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    tiny_llama(tmp_path / "actor", vocab_size=260)
+    tiny_llama(tmp_path / "reward", score=True, **keys)
+    read_shapes(config(tmp_path))
+    tiny_llama(tmp_path / "actor", **keys)
+    with pytest.raises(ValueError, match="= 150: .*actor has positions for 16"):
+        read_shapes(config(tmp_path))
 
 
 def router_gradient(learner: Learner, x: Tensor) -> tuple[Tensor, Tensor]:
