@@ -37,17 +37,34 @@ def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, or it needs code from the folder, or it cannot be read as it was meant.
     """
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = model_folder(folder)
     made = made_tokenizer(folder)
     if made is not None:
         return made
+    # Said outright: left open, transformers asks on the terminal and waits.
+    options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        # Said outright: left open, transformers asks on the terminal and waits.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        read = AutoTokenizer.from_pretrained(folder, **options)
+        whole = folder / "tokenizer.json"
+        if not whole.is_file() or _cuts_alike(read, Tokenizer.from_file(str(whole))):
+            return read
+        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizers library raises its own kinds, none of which names the folder
         raise ValueError(f"{folder}: no tokenizer can be read from it: {error}") from error
+
+
+def _cuts_alike(read: PreTrainedTokenizerBase, saved: Tokenizer) -> bool:
+    """Whether a tokenizer does with text what its tokenizer.json does.
+
+    transformers 5 builds some classes anew from its vocabulary: a byte-level one under LLaMA's name loses spaces.
+    """
+    return all(
+        read.encode(probe, add_special_tokens=False) == saved.encode(probe, add_special_tokens=False).ids
+        for probe in _PROBES
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

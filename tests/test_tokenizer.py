@@ -247,3 +247,24 @@ def test_a_damaged_rank_file_is_refused_by_line(content, message, tmp_path):
     (tmp_path / "qwen.tiktoken").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_json_is_what_it_says_whatever_class_is_named_beside_it(named, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    whole = Tokenizer(models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = decoders.ByteLevel()
+    learn = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    whole.train_from_iterator(["the cat sat on the mat"] * 10, learn)
+    whole.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": named, "bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer, text = read_tokenizer(tmp_path), "the cat sat\non the mat"
+    assert tokenizer.encode(text, add_special_tokens=False) == whole.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+    assert tokenizer.eos_token_id == 1 and tokenizer.chat_template == "{{ messages }}"
