@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import random
 import re
 import subprocess
@@ -114,7 +115,7 @@ def test_refusals_name_the_reason_and_leave_nothing(tmp_path):
         (folder, out, {"tp": 3}, "num_heads=4 does not divide by tp=3"),
         (folder, out, {"pp": 3}, "num_layers=4 does not divide by pp=3"),
         (folder, folder, {}, "exists and is not an empty folder"),
-        (tmp_path / "pickle", out, {}, "pytorch_model.bin; pickles are not loaded.*save_pretrained"),
+        (tmp_path / "pickle", out, {}, "pytorch_model.bin; pickles are not loaded.*docs/conversion.md, Pickles"),
         (tmp_path / "none", out, {}, "none: no such folder"),
         (tmp_path / "none.gguf", out, {}, "none.gguf: no such file"),
         (tmp_path / "damaged.gguf", out, {}, "damaged, or no GGUF file"),
@@ -123,6 +124,31 @@ def test_refusals_name_the_reason_and_leave_nothing(tmp_path):
         with pytest.raises(ValueError, match=message):
             import_checkpoint(model, output, tp=options.get("tp", 1), pp=options.get("pp", 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_way_from_pickles_to_safetensors(tmp_path):
+    """The lines of docs/conversion.md: two files, a tied head under both its names; what would run is refused."""
+    page = (ROOT / "docs" / "conversion.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    folder = tiny_llama(tmp_path / "folder")
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for number, some in enumerate((names[::2], names[1::2])):
+        held = {name: tensors[name] for name in some}
+        if "model.embed_tokens.weight" in held:
+            held["lm_head.weight"] = held["model.embed_tokens.weight"]
+        torch.save(held, folder / f"pytorch_model-0000{number}-of-00002.bin")
+    with pytest.raises(ValueError, match="pickles are not loaded"):
+        import_checkpoint(folder, tmp_path / "checkpoint")
+    code = lines.replace('Path("folder")', f"Path({str(folder)!r})")
+    exec(code, {})
+    import_checkpoint(folder, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype=torch.float32)
+    assert same(tensors_of(tmp_path / "out"), tensors)
+    torch.save({"weight": Path("a")}, folder / "pytorch_model-00000-of-00002.bin")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        exec(code, {})
 
 
 def test_a_damaged_checkpoint_is_no_source(tmp_path):
