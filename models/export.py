@@ -208,6 +208,10 @@ def export_checkpoint(
         reader.check(name)
     asset_folder = checkpoint / "assets" / role
     config, head = ModelConfig.from_hf(asset_folder), "score" if HEADS["score"].theirs in held else "lm"
+    reader.check("state.json")
+    used = read_state(reader.path).get("router_aux_coef", {}).get(role)
+    if config.moe is not None and used is not None:
+        config = replace(config, moe=replace(config.moe, aux_coef=used))
     trained = Lazy(held, lambda name: reader.read(prefix + name))
     tensors: Mapping[str, Tensor | Rows] = trained
     saved = saved_adapter(reader, role)
