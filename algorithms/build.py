@@ -14,7 +14,7 @@ from ..engine.checkpoint import Entry
 from ..engine.lr import lr_at
 from ..engine.mesh import Mesh
 from ..engine.optimizer import ShardedAdamW
-from ..models.adapter import check_lora, load_adapter, read_peft, start_adapter, trained_name
+from ..models.adapter import check_adapter, check_lora, load_adapter, start_adapter, trained_name
 from ..models.config import HeadKind, ModelConfig, check_layout
 from ..models.decoder import Decoder
 from ..models.hf import load_hf
@@ -50,12 +50,12 @@ def read_shape(
     """The shape of a model's folder, checked against the layout and against what the run will write.
 
     Args:
-        head: what the folder must hold; None takes either.
+        head: what the folder must hold; None takes either, for a model with a score head.
         lora: what adapters the model is to have, if it is to be trained.
 
     Raises:
-        ValueError: the folder is missing or unsupported, a size does not divide, it cannot have these adapters, or the
-            run's export would replace it.
+        ValueError: the folder is missing or unsupported, a size does not divide, it cannot have these adapters or they
+            are not those of lora.adapter, or the run's export would replace it.
     """
     shape = ModelConfig.from_hf(folder)
     if head is not None and shape.head != head:
@@ -68,6 +68,8 @@ def read_shape(
             check_lora(shape, adapters, parallel.tp)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    if adapters is not None and lora is not None and lora.adapter:
+        check_adapter(lora.adapter, shape, adapters, head or "score")
     exported = Path(run.folder).resolve()
     if Path(folder).resolve() in (exported / "model", exported / "model_ema"):
         raise ValueError(f"run.output={run.folder}: its export would replace {folder}, which the run reads")
@@ -84,7 +86,8 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
     if isinstance(config, PPOConfig):
         trained.append(config.model.critic or config.model.path)
     shapes = {folder: read_shape(folder, config.parallel, config.run) for folder in config.reward.models}
-    shapes |= {folder: read_shape(folder, config.parallel, config.run, lora=config.lora) for folder in trained}
+    plain = replace(config.lora, adapter="")  # adapters begin from a folder in the actor alone
+    shapes |= {folder: read_shape(folder, config.parallel, config.run, lora=plain) for folder in trained}
     actor = shapes[config.model.path]
     if actor.head != "lm":
         raise ValueError(f"model.path={config.model.path} holds a {actor.architecture}: the actor must predict tokens")
@@ -94,8 +97,9 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
                 f"{folder}: vocab_size={shape.vocab_size}, but the actor's is {actor.vocab_size}:"
                 " all roles read the same tokens"
             )
-    if config.lora.adapter:
-        read_peft(config.lora.adapter, actor)
+    adapters = config.lora.adapters(actor)
+    if adapters is not None and config.lora.adapter:
+        check_adapter(config.lora.adapter, actor, adapters)
     for folder in config.reward.models:
         if shapes[folder].head != "score":
             raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")

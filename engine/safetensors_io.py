@@ -21,11 +21,6 @@ from torch import Tensor
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes `tensors` to `path`, fsynced, and returns the file's SHA-256 in hex."""
-    return write_stream(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.values())
-
-
 def write_stream(
     path: Path, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
 ) -> str:
@@ -36,6 +31,7 @@ def write_stream(
 
     Args:
         described: (dtype, shape) by name, in the order of `tensors`.
+        tensors: each whole, or in blocks of rows one after the other.
 
     Returns:
         the file's SHA-256 in hex; the file is fsynced.

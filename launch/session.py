@@ -222,6 +222,8 @@ class Session(Generic[Config]):
             "parts": {name: part.state() for name, part in self.parts.items()},
             "adapters": {role: adapter_facts(learner.model, base) for role, (learner, base) in self.learners.items()},
         }
+        mixtures = {role: learner.model.config.moe for role, (learner, _) in self.learners.items()}
+        state["router_aux_coef"] = {role: moe.aux_coef for role, moe in mixtures.items() if moe is not None}
         files = {
             name: path
             for role, (_, source) in self.learners.items()

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from torch import Tensor
 from ..engine.checkpoint import Reader, read_state
 from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target, adapted_linears
 from ..engine.parallel.shard import shard_of, sinks
-from ..engine.safetensors_io import fsync, write_tensors
-from ..kernels.nf4 import BLOCK, CHUNK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
+from ..engine.safetensors_io import fsync, write_stream
+from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
 from .config import HeadKind, ModelConfig, read_json
 from .decoder import Decoder
-from .hf import HEADS, Place, hf_name, places
+from .hf import HEADS, Place, Rows, blocks, hf_name, places
 from .peft_file import PREFIX, TENSORS, PeftFile, adapter_name
-from .source import open_source
+from .source import Source, open_source
 
 CONFIG = "adapter_config.json"
 _LETTERS = {"lora_a": "A", "lora_b": "B"}
@@ -260,19 +260,28 @@ def _values(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
+def check_adapter(folder: Path | str, config: ModelConfig, lora: LoRA, head: HeadKind = "lm") -> None:
+    """Refuses a PEFT folder whose adapters are not those that `lora` gives a model with this head.
+
+    Raises:
+        ValueError: as `read_peft`, or another rank, scale or targets.
+    """
+    theirs = read_peft(folder, config, quantize=lora.quantize)
+    own = tuple(adapted_places(config, lora, head))
+    for key in ("rank", "alpha", "rslora", "targets"):
+        one, other = getattr(theirs, key), own if key == "targets" else getattr(lora, key)
+        if one != other:
+            raise ValueError(f"{folder}: {key}={one}, the model's adapters have {other}")
+
+
 def load_adapter(model: Decoder, folder: Path | str) -> None:
     """Fills a model's adapters from a PEFT folder, each rank reading only its slices; a score head too, if it is there.
 
     Raises:
-        ValueError: the folder's adapters are not the model's: as `read_peft`, or another rank, scale or targets.
+        ValueError: as `check_adapter`.
     """
     assert model.lora is not None
-    theirs = read_peft(folder, model.config, quantize=model.lora.quantize)
-    own = tuple(adapted_places(model.config, model.lora, model.kind))
-    for key in ("rank", "alpha", "rslora", "targets"):
-        one, other = getattr(theirs, key), own if key == "targets" else getattr(model.lora, key)
-        if one != other:
-            raise ValueError(f"{folder}: {key}={one}, the model's adapters have {other}")
+    check_adapter(folder, model.config, model.lora, model.kind)
     held = PeftFile(Path(folder), _values(Path(folder)), model.config)
     for name, parameter in model.named_parameters():
         for piece, view in sinks(parameter) if parameter.requires_grad else ():
@@ -414,8 +423,9 @@ def export_adapter(
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     aside.mkdir(parents=True)
     try:
-        tensors = {PREFIX + n if n == score else n: reader.read(prefix + n).to(dtype) for n in held}
-        write_tensors(aside / TENSORS, tensors)
+        shapes = {n: tuple(reader.tensors[prefix + n]["shape"]) for n in held}
+        described = {PREFIX + n if n == score else n: (dtype, shape) for n, shape in shapes.items()}
+        write_stream(aside / TENSORS, described, (reader.read(prefix + n).to(dtype) for n in held))
         (aside / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         for path in (*aside.iterdir(), aside):
             fsync(path)
@@ -427,7 +437,7 @@ def export_adapter(
 
 def merger(
     base: Path, config: ModelConfig, head: HeadKind, lora: LoRA, held: Mapping[str, Tensor]
-) -> Callable[[str], Tensor]:
+) -> Callable[[str], Tensor | Rows]:
     """A function from a weight's name, as `hf_name` gives it, to the whole weight with its adapter: W + s · B A, fp32.
 
     Args:
@@ -439,27 +449,29 @@ def merger(
     known = (*places(config, head).values(), *linears.get("head", ()))  # a tied head has a name of its own, adapted
     source, table = open_source(base), {place.name: place for place in known}
 
-    def read(name: str) -> Tensor:
+    def read(name: str) -> Tensor | Rows:
         if name in held:
             return held[name]
         place = table[name]
-        weight = source.read(place)
+        weight = Rows(place.shape, partial(_rows_at, source, place))
         a, b = (held.get(adapter_name(name, letter)) for letter in "AB")
-        in_nf4 = lora.quantize and place in quantized
-        if a is None and not in_nf4:
+        if lora.quantize and place in quantized:
+            weight = _in_nf4(weight)
+        if a is None or b is None:
             return weight
-        merged = weight.new_empty(weight.shape, dtype=torch.float32)
-        if in_nf4:
-            codes, absmax = quantize_nf4(weight)
-            scales = dequantize_scales(*quantize_scales(absmax))
-            del weight
-            old = lambda part: dequantize_nf4(codes[part], scales[part], torch.float32)  # noqa: E731
-        else:
-            old = lambda part: weight[part].float()  # noqa: E731
-        step = max(CHUNK // merged.shape[1], 1)
-        for start in range(0, len(merged), step):  # else the floats on the way are several times the weight
-            part = slice(start, start + step)
-            merged[part] = old(part) if a is None or b is None else torch.addmm(old(part), b[part], a, alpha=lora.scale)
-        return merged
+        return Rows(place.shape, lambda rows: torch.addmm(weight[rows].float(), b[rows], a, alpha=lora.scale))
 
     return read
+
+
+def _rows_at(source: Source, place: Place, rows: slice) -> Tensor:
+    width = place.shape[1:]
+    return source.read(place, (rows.start, *(0 for _ in width)), (rows.stop - rows.start, *width))
+
+
+def _in_nf4(weight: Rows) -> Rows:
+    """What a weight is in NF4 with double quantisation, fp32; a sixth of float32's memory and less."""
+    quantized = zip(*(quantize_nf4(weight[rows]) for rows in blocks(weight.shape)), strict=True)
+    codes, absmax = map(torch.cat, quantized)
+    scales = dequantize_scales(*quantize_scales(absmax))
+    return Rows(weight.shape, lambda rows: dequantize_nf4(codes[rows], scales[rows], torch.float32))

@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..engine.checkpoint import Reader, read_state
 from ..engine.safetensors_io import DTYPES, fsync, write_stream
 from .adapter import merger, open_checkpoint, same_base, saved_adapter
 from .config import HeadKind, ModelConfig, model_folder, read_json
-from .hf import HEADS, INDEX, Fused, hf_shapes, part_shapes
+from .hf import HEADS, INDEX, Rows, blocks, hf_shapes, part_shapes, whole_tensors
 from .tokenizer import made_tokenizer
 from .translate import Target, Translated, translate_config
 
@@ -68,13 +69,16 @@ def copy_assets(source: Path | str, target: Path) -> None:
             _write_json(settings, values)
 
 
-class Lazy(Mapping[str, Tensor]):
+T = TypeVar("T", bound=Tensor | Rows, covariant=True)
+
+
+class Lazy(Mapping[str, T]):
     """Whole tensors by name, each made when it is asked for and not kept."""
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]):
+    def __init__(self, names: Iterable[str], read: Callable[[str], T]):
         self.names, self.read = dict.fromkeys(names), read
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> T:
         if name not in self.names:
             raise KeyError(name)
         return self.read(name)
@@ -89,7 +93,7 @@ class Lazy(Mapping[str, Tensor]):
 def export_hf(
     folder: Path,
     config: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Rows],
     asset_folder: Path,
     *,
     head: HeadKind = "lm",
@@ -100,8 +104,8 @@ def export_hf(
 
     Args:
         folder: must not exist, or be empty.
-        tensors: Hugging Face's name -> whole tensor; a `Lazy` keeps a large model out of memory. A fused tensor may
-            come in parts, as `hf_name` names them.
+        tensors: Hugging Face's name -> whole tensor; a `Lazy` keeps a large model out of memory, `Rows` a large
+            tensor. A fused tensor may come in parts, as `hf_name` names them.
         asset_folder: where tokenizer, chat template and generation config come from.
         shard_bytes: the largest file, unless one tensor is larger.
 
@@ -112,18 +116,22 @@ def export_hf(
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists and is not an empty folder")
-    shapes, tensors = hf_shapes(config, head), Fused(tensors, config, head)
-    missing, unknown = (list(a - b) for a, b in ((shapes.keys(), tensors.keys()), (tensors.keys(), shapes.keys())))
+    shapes, found = hf_shapes(config, head), whole_tensors(tensors, config, head)
+    missing, unknown = (list(a - b) for a, b in ((shapes.keys(), found.keys()), (found.keys(), shapes.keys())))
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing: {', '.join(sorted(missing)[:3])}")
     if unknown:
         raise ValueError(f"not tensors of this model: {', '.join(sorted(unknown)[:3])}")
 
-    def converted(name: str) -> Tensor:
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{name} {list(tensor.shape)}: expected {list(shapes[name])}")
-        return tensor.to(dtype)
+    expected = part_shapes(config, head) | shapes
+
+    def converted(name: str) -> Iterator[Tensor]:
+        for part in found[name]:
+            tensor = tensors[part]
+            if tuple(tensor.shape) != expected[part]:
+                raise ValueError(f"{part} {list(tensor.shape)}: expected {list(expected[part])}")
+            yield from (tensor[rows].to(dtype) for rows in blocks(tensor.shape))
+            del tensor  # else it is held while the next is read
 
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     aside.mkdir(parents=True)
@@ -137,7 +145,8 @@ def export_hf(
             total = sum(map(math.prod, shapes.values())) * dtype.itemsize
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         for file, names in zip(files, shards, strict=True):
-            write_stream(aside / file, {name: (dtype, shapes[name]) for name in names}, map(converted, names))
+            described = {name: (dtype, shapes[name]) for name in names}
+            write_stream(aside / file, described, chain.from_iterable(map(converted, names)))
         copy_assets(asset_folder, aside)
         _write_json(aside / "config.json", config.to_hf_dict(head, str(dtype).removeprefix("torch.")))
         for path in (*aside.iterdir(), aside):
@@ -200,11 +209,16 @@ def export_checkpoint(
         reader.check(name)
     asset_folder = checkpoint / "assets" / role
     config, head = ModelConfig.from_hf(asset_folder), "score" if HEADS["score"].theirs in held else "lm"
-    tensors = Lazy(held, lambda name: reader.read(prefix + name))
+    reader.check("state.json")
+    used = read_state(reader.path).get("router_aux_coef", {}).get(role)
+    if config.moe is not None and used is not None:
+        config = replace(config, moe=replace(config.moe, aux_coef=used))
+    trained = Lazy(held, lambda name: reader.read(prefix + name))
+    tensors: Mapping[str, Tensor | Rows] = trained
     saved = saved_adapter(reader, role)
     if saved is not None:
         lora, facts = saved
-        merged = merger(same_base(facts, base), config, head, lora, tensors)
+        merged = merger(same_base(facts, base), config, head, lora, trained)
         if head == "lm" and lora.wants("head"):  # with its adapter it is another matrix than the embedding
             config = replace(config, tie_embeddings=False)
         tensors = Lazy(part_shapes(config, head), merged)

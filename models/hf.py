@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from .decoder import Decoder
 from .families.family import Row
 
 INDEX = "model.safetensors.index.json"
+_BLOCK = 1 << 20  # numbers of a large tensor that are converted at once
 
 
 # What a config says that changes neither a tensor's place nor a number computed with it.
@@ -114,29 +116,33 @@ def part_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[i
     return {place.name: place.shape for place in places(config, head).values()}
 
 
-class Fused(Mapping[str, Tensor]):
-    """Whole tensors by name with the parts of fused ones ("tensor#part") put together, when each is asked for."""
+def blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """Rows [start, stop) of a tensor of this shape, a few megabytes at a time."""
+    step = max(_BLOCK // math.prod(shape[1:]), 1)
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
-    def __init__(self, parts: Mapping[str, Tensor], config: ModelConfig, head: HeadKind = "lm"):
-        needed: dict[str, list[str]] = {}
-        for place in dict.fromkeys(places(config, head).values()):
-            if place.name != place.tensor:
-                needed.setdefault(place.tensor, []).append(place.name)
-        self.parts = parts
-        self.joined = {tensor: names for tensor, names in needed.items() if all(name in parts for name in names)}
-        taken = {name for names in self.joined.values() for name in names}
-        self.names = [*(name for name in parts if name not in taken), *self.joined]
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self.joined:
-            return torch.cat([self.parts[part] for part in self.joined[name]])
-        return self.parts[name]
+@dataclass(frozen=True)
+class Rows:
+    """A whole tensor that is never held whole: indexing it by a slice computes these rows, in whatever dtype."""
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+    shape: tuple[int, ...]
+    read: Callable[[slice], Tensor]
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.read(rows)
+
+
+def whole_tensors(held: Iterable[str], config: ModelConfig, head: HeadKind = "lm") -> dict[str, list[str]]:
+    """Tensor -> the names that it is held under: its own, or those of all parts of a fused one, one below the other."""
+    names = dict.fromkeys(held)
+    needed: dict[str, list[str]] = {}
+    for place in dict.fromkeys(places(config, head).values()):
+        if place.name != place.tensor:
+            needed.setdefault(place.tensor, []).append(place.name)
+    joined = {tensor: parts for tensor, parts in needed.items() if all(part in names for part in parts)}
+    taken = {part for parts in joined.values() for part in parts}
+    return {name: [name] for name in names if name not in taken} | joined
 
 
 def pieces(model: Decoder) -> Iterator[tuple[str, Piece, Any]]:

@@ -18,7 +18,7 @@ from .config import check_layout
 from .decoder import Decoder
 from .export import assets, copy_assets
 from .gguf_file import GGUFFile
-from .hf import Place, places
+from .hf import Place, blocks, places
 from .source import Source, open_source
 
 
@@ -63,8 +63,11 @@ def import_checkpoint(
                 yield Entry(key, piece.global_shape, piece.offset, kept, owned)
 
     def numbers(entry: Entry) -> Tensor:
-        piece = source.read(found[entry.name], tuple(entry.offset), tuple(entry.tensor.shape))
-        return piece.to(entry.tensor.dtype)
+        piece, (top, *left) = torch.empty_like(entry.tensor, device="cpu"), entry.offset
+        for rows in blocks(piece.shape):
+            shape = (rows.stop - rows.start, *piece.shape[1:])
+            piece[rows] = source.read(found[entry.name], (top + rows.start, *left), shape)
+        return piece
 
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory()))

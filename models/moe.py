@@ -43,10 +43,16 @@ class Routing:
 
     cu_seqlens: Tensor  # [samples + 1] int32
     scale: float  # of the losses: 1 / (tokens of the whole batch x layers with experts)
-    sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> [2 experts + 4] fp64, see `losses`
+    sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> [2 experts + 5] fp64, see `losses`
 
-    def losses(self, layer: int, logits: Tensor, experts: Tensor, moe: MoEConfig) -> Tensor:
-        """The weighted router losses of a layer, a scalar fp32, from logits [n, experts] and choices [n, k]."""
+    def losses(self, layer: int, logits: Tensor, experts: Tensor, lost: Tensor, moe: MoEConfig) -> Tensor:
+        """The weighted router losses of a layer, a scalar fp32.
+
+        Args:
+            logits: [n, experts].
+            experts: [n, k], what was chosen.
+            lost: what `Experts` gives.
+        """
         logits = logits.float()
         p, z = logits.softmax(1), logits.logsumexp(1).square()  # [n, experts], [n]
         lengths = self.cu_seqlens.diff()
@@ -58,8 +64,9 @@ class Routing:
         balance = moe.experts * (p * fractions[sample]).sum(1)  # [n]: its sum is Σ_s T_s · experts · Σ_e f_se · P_se
         entropy = -(p * logits.log_softmax(1)).sum()
         with torch.no_grad():
-            rest = torch.stack((balance.sum(), z.sum(), entropy, p.new_tensor(len(p))))
-            self.sums[layer] = torch.cat((chosen.sum(0), p.sum(0), rest)).double()
+            rest = torch.stack((balance.sum(), z.sum(), entropy))
+            rows = torch.stack((lost.new_tensor(len(p)), lost))  # past 2^24 fp32 would not count them
+            self.sums[layer] = torch.cat((chosen.sum(0), p.sum(0), rest, rows.double()))
         return self.scale * (moe.aux_coef * balance.sum() + moe.z_coef * z.sum())
 
 
@@ -96,7 +103,12 @@ class Router(AdaptedLinear):
 
 
 class Experts(nn.Module):
-    """SwiGLU MLPs, spread over ep and each cut over tp: [n, hidden] -> [n, hidden], a partial sum over tp."""
+    """SwiGLU MLPs, spread over ep and each cut over tp.
+
+    Returns:
+        [n, hidden], a partial sum over tp; and how many rows did not leave this rank that should have, or came here and
+        to no expert, a scalar int64.
+    """
 
     def __init__(self, hidden: int, moe: MoEConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
@@ -106,12 +118,13 @@ class Experts(nn.Module):
         )
         self.down = ExpertLinear(moe.experts, ffn, {"": hidden}, 1, mesh, dtype, lora=lora, target="experts.down")
 
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         order, offsets = sort_by_expert(chosen, self.count)
         way = Dispatch(offsets, self.axis)
         rows = to_experts(permute(x, order, chosen.shape[1]), way)  # [rows here, hidden] by expert
         rows = self.down(swiglu(self.gate_up(rows, way.offsets)), way.offsets)
-        return unpermute(from_experts(rows, way), order, weights)
+        lost = chosen.numel() - sum(way.sent) + sum(way.received) - way.offsets[-1]
+        return unpermute(from_experts(rows, way), order, weights), lost
 
 
 class SharedExpert(nn.Module):
@@ -149,11 +162,11 @@ class MoE(nn.Module):
         logits = self.router(x)  # [n, experts]
         weights, chosen = route(logits, self.moe.top_k, self.moe.normalise)  # [n, k] both
         # The experts' outputs are parts of sums over tp: so are the gradients they give their inputs and weights.
-        y = self.experts(copy_to_region(x, self.tp), copy_to_region(weights, self.tp), chosen)
+        y, lost = self.experts(copy_to_region(x, self.tp), copy_to_region(weights, self.tp), chosen)
         y = reduce_from_region(y, self.tp)
         if self.shared is not None and self.shared_gate is not None:
             y = y + torch.sigmoid(self.shared_gate(x)).to(x.dtype) * self.shared(x)
-        return y if routing is None else _WithLoss.apply(y, routing.losses(self.index, logits, chosen, self.moe))
+        return y if routing is None else _WithLoss.apply(y, routing.losses(self.index, logits, chosen, lost, self.moe))
 
 
 def moe_layers(config: ModelConfig) -> list[int]:
@@ -169,23 +182,23 @@ def router_metrics(micro_batches: Sequence[Routing | None], config: ModelConfig,
         router_balance_loss and router_z_loss: as in the module's text, without their coefficients;
         router_aux_loss: what transformers' `load_balancing_loss_func` gives for the whole batch, its samples taken
         together and its layers averaged before the product; router_load: tokens of the busiest expert of any layer
-        over the layer's mean; router_entropy: mean entropy of p in nats; router_dropped: tokens without their
-        experts, always 0.
+        over the layer's mean; router_entropy: mean entropy of p in nats; router_dropped: a token's choices that
+        did not come to their experts, counted where rows leave and where they arrive; 0, as nothing has a capacity.
     """
     assert config.moe is not None
     layers, experts = moe_layers(config), config.moe.experts
-    sums = torch.zeros(len(layers), 2 * experts + 4, dtype=torch.float64, device=mesh.device)
+    sums = torch.zeros(len(layers), 2 * experts + 5, dtype=torch.float64, device=mesh.device)
     for routing in micro_batches:
         for layer, values in routing.sums.items() if routing else ():
             sums[layers.index(layer)] += values
     all_reduce(all_reduce(sums, mesh.dp), mesh.pp)
-    chosen, p, rest = sums.split([experts, experts, 4], 1)  # [layers, experts] twice, [layers, 4]
-    balance, z, entropy, rows = rest.sum(0).tolist()
+    chosen, p, rest = sums.split([experts, experts, 5], 1)  # [layers, experts] twice, [layers, 5]
+    balance, z, entropy, rows, lost = rest.sum(0).tolist()
     return {
         "router_balance_loss": balance / rows,
         "router_aux_loss": experts * (chosen.sum(0) @ p.sum(0)).item() / rows**2,
         "router_z_loss": z / rows,
         "router_load": (chosen.amax(1) / chosen.mean(1)).max().item(),
         "router_entropy": entropy / rows,
-        "router_dropped": config.moe.top_k - chosen.sum().item() / rows,
+        "router_dropped": lost / rows,
     }

@@ -141,9 +141,8 @@ def _other_formats(folder: Path) -> str:
     pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
     if pickles:
         return (
-            f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one runs what it says. Convert"
-            " them where you trust them: AutoModelForCausalLM.from_pretrained(folder, dtype='auto')"
-            ".save_pretrained(new_folder) of transformers writes safetensors)"
+            f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one runs what it says."
+            " docs/conversion.md, Pickles, has the ten lines that make safetensors of them and run nothing)"
         )
     return ""
 

@@ -45,7 +45,7 @@ def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     if made is not None:
         return made
     # Said outright: left open, transformers asks on the terminal and waits.
-    options = {"local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         read = AutoTokenizer.from_pretrained(folder, **options)
         whole = folder / "tokenizer.json"

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import HeadKind, ModelConfig
 from .families.llama import LLAMA
 from .families.qwen2 import QWEN2
-from .hf import HEADS, places
+from .hf import HEADS, Rows, places
 from .rope import Rope
 
 Target = Literal["llama", "qwen2"]
@@ -61,7 +61,7 @@ def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm")
     return plain
 
 
-class Translated(Mapping[str, Tensor]):
+class Translated(Mapping[str, Tensor | Rows]):
     """Whole tensors under the names of another family, each read when it is asked for.
 
     Args:
@@ -69,15 +69,17 @@ class Translated(Mapping[str, Tensor]):
         new: made of `old` by `translate_config`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], old: ModelConfig, new: ModelConfig, head: HeadKind = "lm"):
+    def __init__(self, tensors: Mapping[str, Tensor | Rows], old: ModelConfig, new: ModelConfig, head: HeadKind = "lm"):
         theirs, ours = places(old, head), places(new, head)
         self.tensors = tensors
         self.source = {ours[key].name: theirs[key].name for key in theirs}
         self.normalised = ours[HEADS["lm"].ours, ""].name if head == "lm" and old.norm_head else None
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor | Rows:
         tensor = self.tensors[self.source[name]]
-        return F.normalize(tensor.float(), dim=-1) if name == self.normalised else tensor
+        if name != self.normalised:
+            return tensor
+        return Rows(tuple(tensor.shape), lambda rows: F.normalize(tensor[rows].float(), dim=-1))
 
     def __iter__(self):
         return (name for name, source in self.source.items() if source in self.tensors)

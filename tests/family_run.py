@@ -17,7 +17,7 @@ from trialign.engine.pipeline.runner import run_forward, run_forward_backward
 from trialign.engine.rollout.generate import Generator, SamplingParams
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf import Fused, hf_name, load_hf
+from trialign.models.hf import hf_name, load_hf, whole_tensors
 
 NEW_TOKENS = 12
 _generator = torch.Generator().manual_seed(3)
@@ -99,7 +99,11 @@ def together(ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         parts[theirs] = parts[theirs] + whole if theirs in parts else whole  # both ends of a tied embedding
     assert all(rank["tokens"] == ranks[0]["tokens"] for rank in ranks), "ranks sampled different tokens"
     logits = next(rank["logits"] for rank in ranks if rank["logits"] is not None)
-    return {"logits": logits, "gradients": dict(Fused(parts, config)), "tokens": ranks[0]["tokens"]}
+    return {
+        "logits": logits,
+        "gradients": {n: torch.cat([parts[p] for p in ps]) for n, ps in whole_tensors(parts, config).items()},
+        "tokens": ranks[0]["tokens"],
+    }
 
 
 def assert_same(got: Tensor, expected: Tensor, what: str) -> None:

@@ -19,7 +19,8 @@ from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from torch import Tensor
 from trialign.algorithms.batch import pack
-from trialign.algorithms.config import LoRAConfig
+from trialign.algorithms.build import read_shape
+from trialign.algorithms.config import LoRAConfig, ParallelConfig, RunConfig
 from trialign.algorithms.roles import Learner, stage_forward
 from trialign.engine import checkpoint
 from trialign.engine.checkpoint import Reader
@@ -260,6 +261,11 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
         file.truncate(5000)
     with pytest.raises(ValueError, match="damaged or truncated"):
         read_peft(tmp_path / "spoilt", shape)
+
+    def look(model: Path, lora: LoRA) -> ModelConfig:
+        numbers = {key: getattr(lora, key) for key in ("rank", "alpha", "rslora", "targets")}
+        return read_shape(str(model), ParallelConfig(), RunConfig(), "lm", LoRAConfig(**numbers, adapter=str(adapter)))
+
     for lora, message in (
         (dataclasses.replace(LORA, alpha=1.0), "alpha=8.0, the model's adapters have 1.0"),
         (dataclasses.replace(LORA, rslora=False), "rslora=True, the model's adapters have False"),
@@ -267,6 +273,11 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_adapter(build(folder, build_mesh(), lora), adapter)
+        with pytest.raises(ValueError, match=message):  # as every script looks at its model, before it is loaded
+            look(folder, lora)
+    look(folder, LORA)
+    with pytest.raises(ValueError, match=r"has shape \[4, 128\], expected \[4, 64\]"):
+        look(tiny_llama(tmp_path / "narrow", hidden_size=64), LORA)
 
 
 def test_the_config_section(tmp_path):

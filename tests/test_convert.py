@@ -1,6 +1,7 @@
-"""Conversion: into checkpoints of any layout and back, other families' words, GGUF files, and memory."""
+"""Conversion: into checkpoints of any layout and back, other families' words, GGUF files and pickles."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.export import export_checkpoint
-from trialign.models.hf import hf_shapes, load_hf, pieces
+from trialign.models.hf import load_hf, pieces
 from trialign.models.importing import import_checkpoint
 from trialign.models.tokenizer import read_tokenizer
 from trialign.models.translate import translate_config
@@ -111,7 +112,7 @@ def test_refusals_name_the_reason_and_leave_nothing(tmp_path):
         (folder, out, {"tp": 3}, "num_heads=4 does not divide by tp=3"),
         (folder, out, {"pp": 3}, "num_layers=4 does not divide by pp=3"),
         (folder, folder, {}, "exists and is not an empty folder"),
-        (tmp_path / "pickle", out, {}, "pytorch_model.bin; pickles are not loaded.*save_pretrained"),
+        (tmp_path / "pickle", out, {}, "pytorch_model.bin; pickles are not loaded.*docs/conversion.md, Pickles"),
         (tmp_path / "none", out, {}, "none: no such folder"),
         (tmp_path / "none.gguf", out, {}, "none.gguf: no such file"),
         (tmp_path / "damaged.gguf", out, {}, "damaged, or no GGUF file"),
@@ -120,6 +121,31 @@ def test_refusals_name_the_reason_and_leave_nothing(tmp_path):
         with pytest.raises(ValueError, match=message):
             import_checkpoint(model, output, tp=options.get("tp", 1), pp=options.get("pp", 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_way_from_pickles_to_safetensors(tmp_path):
+    """The lines of docs/conversion.md: two files, a tied head under both its names; what would run is refused."""
+    page = (ROOT / "docs" / "conversion.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    folder = tiny_llama(tmp_path / "folder")
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for number, some in enumerate((names[::2], names[1::2])):
+        held = {name: tensors[name] for name in some}
+        if "model.embed_tokens.weight" in held:
+            held["lm_head.weight"] = held["model.embed_tokens.weight"]
+        torch.save(held, folder / f"pytorch_model-0000{number}-of-00002.bin")
+    with pytest.raises(ValueError, match="pickles are not loaded"):
+        import_checkpoint(folder, tmp_path / "checkpoint")
+    code = lines.replace('Path("folder")', f"Path({str(folder)!r})")
+    exec(code, {})
+    import_checkpoint(folder, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype=torch.float32)
+    assert same(tensors_of(tmp_path / "out"), tensors)
+    torch.save({"weight": Path("a")}, folder / "pytorch_model-00000-of-00002.bin")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        exec(code, {})
 
 
 def test_a_damaged_checkpoint_is_no_source(tmp_path):
@@ -309,58 +335,12 @@ def test_the_end_of_a_turn_in_a_gguf_file_ends_an_answer(tmp_path):
     assert ModelConfig.from_hf(tmp_path / "out").eos_ids == (2, 7)
 
 
-# The scripts, from the outside, and what they hold in memory.
-
-PEAK = """
-import runpy, sys
-def run(arguments):
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
-def peak():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
-small, large = (sys.argv[1:][i :: 2] for i in (0, 1))
-run(small)  # whatever is imported and kept, is now
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak begins anew
-before = peak()
-run(large)
-print("peak KB", peak() - before)
-"""
+# The scripts, from the outside.
 
 
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launch" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_memory_is_that_of_one_tensor(tmp_path):
-    """250 MB of weights in tensors of at most 32 MB, sharded in and out: under three times the largest is held."""
-    values = json.loads((tiny_llama(tmp_path / "small", tied=False) / "config.json").read_text())
-    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 4096}
-    folder = tmp_path / "large"
-    values |= sizes | {"head_dim": 256}
-    shapes = hf_shapes(ModelConfig.from_hf_dict(values))
-    largest, total = (f(4 * torch.Size(s).numel() for s in shapes.values()) for f in (max, sum))
-    assert largest == 32 << 20 and total > 7 * largest
-    places = {name: f"part{number % 5}.safetensors" for number, name in enumerate(shapes)}
-    for file in set(places.values()):
-        names = [name for name, place in places.items() if place == file]
-        numbers = {name: torch.arange(torch.Size(shapes[name]).numel()) % 9973 + len(name) for name in names}
-        write_folder(folder, values, {name: t.view(shapes[name]).float() for name, t in numbers.items()})
-        (folder / "model.safetensors").rename(folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    for name, arguments in (
-        ("import_hf.py", ("--model", "{}", "--output", "{}_checkpoint", "--tp", "2", "--pp", "2")),
-        ("export_hf.py", ("--checkpoint", "{}_checkpoint", "--output", "{}_out", "--dtype", "float32")),
-    ):
-        both = [str(ROOT / "launch" / name)] * 2
-        for argument in arguments:
-            both += [argument.format(tmp_path / size) for size in ("small", "large")]
-        result = subprocess.run([sys.executable, "-c", PEAK, *both], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        peak = int(result.stdout.split("peak KB")[1]) << 10
-        assert peak < 3 * largest, f"{name}: {peak / largest:.2f} times the largest tensor"
-    assert same(tensors_of(tmp_path / "large_out"), tensors_of(folder))
 
 
 def test_the_real_models_gguf_file(smollm2, tmp_path):

@@ -145,6 +145,8 @@ def test_rope_theta_old_and_new(copy, rope, theta):
         ({"head_dim": 7}, "head_dim=7: rotary embeddings need an even number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps='small': expected a number above 0"),
         ({"eos_token_id": ["x"]}, "eos_token_id=.*: expected a token id"),
+        ({"bos_token_id": "<s>"}, "bos_token_id='<s>': expected a token id below vocab_size=96"),
+        ({"pad_token_id": 96}, "pad_token_id=96: expected a token id below vocab_size=96"),
         ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, "num_labels=2"),
     ],
 )

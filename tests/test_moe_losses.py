@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import VOCAB
 from tiny_moe import MIXTRAL, SHARED, fill, moe_config, moe_decoder
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.roles import Learner, stage_forward, target_logprobs
-from trialign.engine.mesh import build_mesh
+from trialign.engine.mesh import Axis, build_mesh
 from trialign.engine.optimizer import ShardedAdamW
+from trialign.engine.parallel.experts import Dispatch
 from trialign.models.config import MoEConfig
 from trialign.models.moe import MoE, Routing
 
@@ -108,6 +110,23 @@ def test_what_is_logged(moe, recompute):
     p = every.softmax(1)
     assert got["router_entropy"] == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-5)
     assert got["router_dropped"] == 0
+
+
+class Losing(Dispatch):
+    """Three rows never come to their experts."""
+
+    def __init__(self, offsets: Tensor, axis: Axis):
+        super().__init__(offsets.clamp(max=offsets[-1] - 3), axis)
+
+    def back(self, rows: Tensor) -> Tensor:
+        return F.pad(super().back(rows), (0, 0, 0, 3))
+
+
+def test_what_did_not_arrive_is_counted(monkeypatch):
+    learner, batch = learner_of(MIXTRAL), random_batch()
+    monkeypatch.setattr("trialign.models.moe.Dispatch", Losing)
+    got = step(learner, batch, [[2], [0, 1, 3]])
+    assert got["router_dropped"] == pytest.approx(2 * 3 / sum(LENGTHS))  # in each micro-batch
 
 
 def test_steps_on_the_balance_loss_even_the_load():

@@ -37,13 +37,52 @@ _BAICHUAN = {
     "rms_norm_eps": 1e-6,
     "eos_token_id": 2,
 }
+# Heads of 32, the smallest that vLLM's attention for CPUs has.
+_SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+_SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512, "eos_token_id": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 2}
 # 7B: RoPE, and LLaMA once W_pack is cut; 13B: ALiBi; Baichuan2: NormHead. As their publishers write them.
 FOLDERS: dict[str, dict[str, Any]] = {
     "baichuan-7b": _BAICHUAN
     | {"architectures": ["BaiChuanForCausalLM"], "max_position_embeddings": 512, "norm_head": False},
     "baichuan-13b": _BAICHUAN | {"architectures": ["BaichuanForCausalLM"], "model_max_length": 512, "norm_head": False},
+    "baichuan2-7b": _BAICHUAN
+    | {"architectures": ["BaichuanForCausalLM"], "max_position_embeddings": 512, "z_loss_weight": 0},
     "baichuan2-13b": _BAICHUAN
     | {"architectures": ["BaichuanForCausalLM"], "model_max_length": 512, "z_loss_weight": 0},
+}
+# As published, without any key that an export adds: what they are is told by vocabulary and positions.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "baichuan-13b-published": _BAICHUAN
+    | {"architectures": ["BaichuanForCausalLM"], "model_max_length": 512, "vocab_size": 64000},
+    "baichuan2-7b-published": FOLDERS["baichuan2-7b"] | {"vocab_size": 64064},
+}
+QWEN = {
+    "architectures": ["QWenLMHeadModel"],
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 32,
+    "no_bias": True,
+    "layer_norm_epsilon": 1e-6,
+    "seq_length": 512,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+}
+# name -> transformers' class, what its config says besides _SIZES; the windows are shorter than the longest prompt
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", {"sliding_window": 48, "num_key_value_heads": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_key_value_heads": 2, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2",
+        {"num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 48, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
+    "qwen2-moe": ("Qwen2Moe", _EXPERTS | {"shared_expert_intermediate_size": 96}),
+    "qwen3-moe": ("Qwen3Moe", _EXPERTS | {"head_dim": 32, "norm_topk_prob": True}),
 }
 _numbers = torch.Generator().manual_seed(5)
 PROMPTS = [torch.randint(3, 512, (n,), generator=_numbers).tolist() for n in (5, 1, 60, 200)]
@@ -67,12 +106,23 @@ def answers(model: Decoder, prompts: list[list[int]], count: int) -> list[list[i
     return [completion.tokens for completion in completions]
 
 
-def baichuan(folder: Path, name: str) -> Path:
-    values = FOLDERS[name] | {"model_type": "baichuan"}
+def random_folder(folder: Path, values: dict[str, Any]) -> Path:
+    """Of a config as its publisher writes it."""
     shapes = hf_shapes(ModelConfig.from_hf_dict(values))
     tensors = {tensor: torch.empty(shape) for tensor, shape in shapes.items()}
     shake(tensors, seed=3)
     return write_folder(folder, values, tensors)
+
+
+def peer_folder(folder: Path, name: str) -> Path:
+    """As transformers writes it."""
+    import transformers
+
+    prefix, changes = PEERS[name]
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**_SIZES | changes))
+    shake(dict(model.named_parameters()), seed=3)
+    model.save_pretrained(folder)
+    return folder
 
 
 def adapter(root: Path) -> dict[str, Any]:
@@ -125,12 +175,24 @@ def served(smollm2, tmp_path_factory) -> dict[str, dict[str, Any]]:
     dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     stretched = tiny_llama(root / "dynamic-source", vocab_size=512, hidden_size=128, rope_parameters=dynamic)
     add("dynamic-ntk", stretched, our_tokens(stretched, PROMPTS, 24))
-    for name in FOLDERS:
-        folder = baichuan(root / f"{name}-source", name)
+    for name, values in FOLDERS.items():
+        folder = random_folder(root / f"{name}-source", values | {"model_type": "baichuan"})
         ours = our_tokens(folder, PROMPTS, 24)
         add(name, folder, ours)
-        if name == "baichuan-7b":
-            add("baichuan-7b-as-llama", folder, ours, family="llama")
+        if name.endswith("7b"):
+            add(f"{name}-as-llama", folder, ours, family="llama")
+    for name, values in PUBLISHED.items():
+        folder = random_folder(root / name, values | {"model_type": "baichuan"})
+        jobs[name] = {"folder": str(folder), "prompts": PROMPTS, "tokens": 24, "ours": our_tokens(folder, PROMPTS, 24)}
+    (root / "unlike").mkdir()
+    unlike = PUBLISHED["baichuan-13b-published"] | {"model_type": "baichuan", "hidden_size": 5120}
+    (root / "unlike" / "config.json").write_text(json.dumps(unlike | {"max_position_embeddings": 4096}))
+    jobs["unlike"] = {"folder": str(root / "unlike"), "prompts": PROMPTS, "tokens": 24, "ours": []}
+    qwen = random_folder(root / "qwen-source", QWEN)
+    add("qwen-as-qwen2", qwen, our_tokens(qwen, PROMPTS, 24), family="qwen2")
+    for name in PEERS:
+        folder = peer_folder(root / f"{name}-source", name)
+        add(name, folder, our_tokens(folder, PROMPTS, 24))
     jobs["adapter"] = adapter(root)
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [str(VLLM), "-P", str(ROOT / "tests" / "vllm_side.py"), "jobs.json", "answers.json"]
@@ -166,10 +228,23 @@ def test_dynamic_ntk_turns_by_the_same_angles(served):
     assert served["dynamic-ntk"]["theirs"] == served["dynamic-ntk"]["ours"], served["dynamic-ntk"]["theirs"]
 
 
-@pytest.mark.parametrize("name", ["baichuan-7b-as-llama", *FOLDERS])
-def test_baichuan_is_served(served, name):
+TRANSLATED = ("baichuan-7b-as-llama", "baichuan2-7b-as-llama", "qwen-as-qwen2")
+
+
+@pytest.mark.parametrize(
+    "name", [*TRANSLATED, *FOLDERS, *PUBLISHED, *(name for name in PEERS if name != "qwen2-window")]
+)
+def test_every_family_is_served(served, name):
     assert served[name]["theirs"] == served[name]["ours"], served[name]["theirs"]
     assert len({tuple(tokens) for tokens in served[name]["ours"]}) == len(PROMPTS)
+
+
+def test_vllm_itself_refuses_a_window_in_some_layers(served):
+    assert "Sliding window for some but all layers is not supported" in served["qwen2-window"]["theirs"]
+
+
+def test_a_baichuan_that_is_like_none_published_is_refused(served):
+    assert "neither a 7B nor a 13B" in served["unlike"]["theirs"], served["unlike"]["theirs"]
 
 
 def test_an_adapter_is_served(served):

@@ -100,9 +100,9 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
         "max_positions": max_positions,
         "tie_embeddings": flag(values, "tie_word_embeddings"),
         "initializer_range": positive(values, "initializer_range", 0.02),
-        "bos_id": values.get("bos_token_id"),
+        "bos_id": _token(values, "bos_token_id", vocab_size),
         "eos_ids": eos_ids,
-        "pad_id": values.get("pad_token_id"),
+        "pad_id": _token(values, "pad_token_id", vocab_size),
     }
     return ModelConfig(**(fields | more))
 
@@ -143,6 +143,16 @@ def whole(values: Mapping[str, Any], key: str, default: int | None = None) -> in
         raise ValueError(f"{key} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key}={value!r}: expected a whole number of at least 1")
+    return value
+
+
+def _token(values: Mapping[str, Any], key: str, vocab_size: int) -> int | None:
+    """values[key], a token id; None where it is absent, null or, as LLaMA 1 has it, -1; raises ValueError otherwise."""
+    value = values.get(key)
+    if value is None or value == -1:
+        return None
+    if type(value) is not int or not 0 <= value < vocab_size:
+        raise ValueError(f"{key}={value!r}: expected a token id below vocab_size={vocab_size}")
     return value
 
 
