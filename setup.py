@@ -8,6 +8,7 @@ Without compiler or torch it installs pure Python: the torch references serve, a
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -77,13 +78,19 @@ Job = tuple[list[str], Path, Path]
 """(compiler and flags, source, object)."""
 
 
+def job(build: Path, torch_version: str, command: list[str], source: Path) -> Job:
+    """The object lies in a folder of its own for every command and torch, so that no other's is taken for it."""
+    key = hashlib.sha256("\0".join([torch_version, *command]).encode()).hexdigest()[:12]
+    return command, source, build / key / f"{source.stem}.o"
+
+
 def compile_all(jobs: list[Job]) -> list[Path]:
     """Compiles what is older than its source or any header, all cores at once. Returns the objects; CompileError."""
     headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), ROOT / "setup.py"]
     newest = max(path.stat().st_mtime for path in headers)
 
-    def compile_one(job: Job) -> Path:
-        command, source, target = job
+    def compile_one(one: Job) -> Path:
+        command, source, target = one
         if target.exists() and target.stat().st_mtime > max(source.stat().st_mtime, newest):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +119,7 @@ class Build(build_ext):
         if cuda:
             sources = sorted((CSRC / "cuda").glob("*.cu"))
             try:
-                kernels = compile_all([(cuda.compile_command(), cu, build / "cuda" / f"{cu.stem}.o") for cu in sources])
+                kernels = compile_all([job(build, version, cuda.compile_command(), cu) for cu in sources])
             except CompileError as error:  # an nvcc too old for an architecture, say
                 print(f"trialign: no CUDA kernels in trialign._C: {error}", file=sys.stderr)
                 cuda = None
@@ -127,11 +134,10 @@ class Build(build_ext):
         source_hash = runpy.run_path(str(CSRC / "source_hash.py"))["source_hash"](CSRC)
         facts = [f'-DTRIALIGN_SOURCES="{source_hash}"', f'-DTRIALIGN_TORCH="{version}"', "-DPy_LIMITED_API=0x030b0000"]
         facts += ["-DTRIALIGN_CUDA"] if cuda else []
-        folder = build / f"{source_hash[:12]}-{'cuda' if cuda else 'cpu'}"  # made anew whenever the facts change
-        jobs: list[Job] = [([*common, *facts], source, folder / f"{source.stem}.o") for source in CSRC.glob("*.cpp")]
-        for number, (level, flags) in enumerate(LEVELS.items()):
+        jobs: list[Job] = [job(build, version, [*common, *facts], source) for source in CSRC.glob("*.cpp")]
+        for number, flags in enumerate(LEVELS.values()):
             command = [*common, *flags, f"-DTRIALIGN_LEVEL={number}"]
-            jobs += [(command, cpp, build / level / f"{cpp.stem}.o") for cpp in sorted((CSRC / "cpu").glob("*.cpp"))]
+            jobs += [job(build, version, command, cpp) for cpp in sorted((CSRC / "cpu").glob("*.cpp"))]
         objects = [*compile_all(jobs), *kernels]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

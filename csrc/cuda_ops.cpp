@@ -13,6 +13,8 @@
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
+
 extern "C" {
 int launch_rms_norm(int, const void*, const void*, const void*, void*, void*, float*, int64_t, int64_t, float, void*);
 int64_t rms_norm_blocks(int64_t);
@@ -27,9 +29,6 @@ int launch_adamw(int, float*, float*, float*, const float*, void*, int64_t, floa
 }
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
@@ -58,8 +57,9 @@ float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr
 const float* floats(const std::optional<Tensor>& tensor) { return tensor ? floats(*tensor) : nullptr; }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  need(x.is_contiguous() && weight.is_contiguous() && x.scalar_type() == weight.scalar_type(), "rms_norm takes packed tensors of one dtype");
+  CHECK_CONTIGUOUS(x);
   const int64_t n = x.size(0), h = x.size(1);
+  CHECK_PACKED(weight, x.scalar_type(), h);
   Tensor y = fresh(x, {n, h}, x.scalar_type()), rstd = fresh(x, {n}, ScalarType::Float);
   const Place place(x);
   if (n) launched(launch_rms_norm(number(x), x.data_ptr(), nullptr, weight.data_ptr(), y.data_ptr(), nullptr, floats(rstd), n, h, float(eps), place.stream()));
@@ -67,10 +67,10 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  need(x.is_contiguous() && residual.is_contiguous() && weight.is_contiguous() && x.scalar_type() == weight.scalar_type() &&
-           x.scalar_type() == residual.scalar_type(),
-       "add_rms_norm takes packed tensors of one dtype");
+  CHECK_CONTIGUOUS(x);
   const int64_t n = x.size(0), h = x.size(1);
+  CHECK_PACKED(residual, x.scalar_type(), n, h);
+  CHECK_PACKED(weight, x.scalar_type(), h);
   Tensor y = fresh(x, {n, h}, x.scalar_type()), total = fresh(x, {n, h}, x.scalar_type()), rstd = fresh(x, {n}, ScalarType::Float);
   const Place place(x);
   if (n)
@@ -81,10 +81,12 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& r
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                              std::optional<Tensor> grad_total) {
-  need(grad.is_contiguous() && x.is_contiguous() && weight.is_contiguous() && x.scalar_type() == grad.scalar_type() &&
-           (!grad_total || (grad_total->is_contiguous() && grad_total->scalar_type() == x.scalar_type())),
-       "rms_norm_backward takes packed tensors of one dtype");
+  CHECK_CONTIGUOUS(x);
   const int64_t n = x.size(0), h = x.size(1), blocks = rms_norm_blocks(n);
+  CHECK_PACKED(grad, x.scalar_type(), n, h);
+  CHECK_PACKED(weight, x.scalar_type(), h);
+  CHECK_PACKED(rstd, ScalarType::Float, n);
+  CHECK_PACKED(grad_total, x.scalar_type(), n, h);
   Tensor grad_x = fresh(x, {n, h}, x.scalar_type()), partial = fresh(x, {blocks, h}, ScalarType::Float);
   const Place place(x);
   if (n)
@@ -96,12 +98,14 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens, double gamma, double lam) {
-  need(rewards.is_contiguous() && values.is_contiguous() && mask.is_contiguous() && cu_seqlens.is_contiguous() &&
-           rewards.scalar_type() == ScalarType::Float && values.scalar_type() == ScalarType::Float && mask.scalar_type() == ScalarType::Bool &&
-           cu_seqlens.scalar_type() == ScalarType::Long,
-       "gae takes packed float32, bool and int64 tensors");
   const int64_t total = rewards.numel(), sequences = cu_seqlens.numel() - 1;
+  CHECK_PACKED(rewards, ScalarType::Float, total);
+  CHECK_PACKED(values, ScalarType::Float, total);
+  CHECK_PACKED(mask, ScalarType::Bool, total);
+  CHECK_PACKED(cu_seqlens, ScalarType::Long, sequences + 1);
   Tensor advantages = fresh(rewards, {total}, ScalarType::Float), returns = fresh(rewards, {total}, ScalarType::Float);
+  torch::stable::zero_(advantages);  // of tokens that no sequence holds
+  torch::stable::zero_(returns);
   const Place place(rewards);
   if (sequences > 0)
     launched(launch_gae(floats(rewards), floats(values), static_cast<const uint8_t*>(mask.data_ptr()), static_cast<const int64_t*>(cu_seqlens.data_ptr()),
@@ -110,9 +114,9 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
 }
 
 void logprob_update_(const Tensor& stats, const Tensor& logits, const Tensor& labels, double scale, int64_t vocab_start) {
-  need(stats.is_contiguous() && labels.is_contiguous() && logits.stride(1) == 1 && stats.scalar_type() == ScalarType::Float &&
-           labels.scalar_type() == ScalarType::Long && scale > 0,
-       "logprob takes packed float32 stats, int64 labels, packed rows of logits and a positive scale");
+  CHECK_PACKED(stats, ScalarType::Float, 4, logits.size(0));
+  CHECK_PACKED(labels, ScalarType::Long, logits.size(0));
+  need(logits.stride(1) == 1 && scale > 0, "logprob takes packed rows of logits and a positive scale");
   const Place place(logits);
   if (logits.size(0))
     launched(launch_logprob_update(number(logits), floats(stats), logits.data_ptr(), static_cast<const int64_t*>(labels.data_ptr()), logits.size(0),
@@ -130,9 +134,12 @@ Tensor logprob_stats(const Tensor& logits, const Tensor& labels, double scale, i
 
 void backward_into(const Tensor& to, const Tensor& logits, const Tensor& labels, const Tensor& stats, const std::optional<Tensor>& grad_logprob,
                    const std::optional<Tensor>& grad_entropy, double scale, int64_t vocab_start) {
-  need(to.is_contiguous() && stats.is_contiguous() && labels.is_contiguous() && logits.stride(1) == 1 &&
-           (!grad_logprob || grad_logprob->is_contiguous()) && (!grad_entropy || grad_entropy->is_contiguous()),
-       "logprob_backward takes packed tensors");
+  const int64_t n = logits.size(0);
+  CHECK_PACKED(stats, ScalarType::Float, 4, n);
+  CHECK_PACKED(labels, ScalarType::Long, n);
+  CHECK_PACKED(grad_logprob, ScalarType::Float, n);
+  CHECK_PACKED(grad_entropy, ScalarType::Float, n);
+  need(to.is_contiguous() && logits.stride(1) == 1, "logprob_backward takes packed rows of logits");
   const Place place(logits);
   if (logits.numel())
     launched(launch_logprob_backward(number(logits), logits.data_ptr(), to.data_ptr(), static_cast<const int64_t*>(labels.data_ptr()), floats(stats),

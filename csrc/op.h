@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "checks.h"
 #include "simd.h"
 
 namespace trialign {
@@ -45,9 +46,6 @@ struct Registration {
 
 // Anonymous: every level has its own copy of what follows.
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // A fresh uninitialised tensor on the device of `like`. A big one asks for huge pages: faulting in 4 KB pages would cost
 // as much as the arithmetic of an elementwise op.
@@ -94,8 +92,6 @@ template <class T>
 T* out(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
-#define CHECK_CONTIGUOUS(tensor) STD_TORCH_CHECK((tensor).is_contiguous(), "trialign: " #tensor " must be contiguous")
-#define CHECK_SAME_DTYPE(a, b) STD_TORCH_CHECK((a).scalar_type() == (b).scalar_type(), "trialign: " #a " and " #b " differ in dtype")
 
 // Where packed sequences begin: in order and within `total` tokens, so that nothing is read out of bounds.
 inline const int64_t* starts_of(const Tensor& cu_seqlens, int64_t total, int64_t longest) {

@@ -69,18 +69,28 @@ INLINE float hmax(vf v) {
   for (int i = 1; i < VW; ++i) s = s > v[i] ? s : v[i];
   return s;
 }
-// Lane i of the result is lane i + S of v, 0 past the end.
-template <int S, int... I>
-INLINE vf shift(vf v, std::integer_sequence<int, I...>) {
+// Lane i of the result is the I-th of both vectors' 2 * VW lanes.
+template <int... I>
+INLINE vf shuffle(vf a, vf b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(v, vf{}, (I + S)...);
+  return __builtin_shufflevector(a, b, I...);
 #else
-  return __builtin_shuffle(v, vf{}, vi{(I + S)...});
+  return __builtin_shuffle(a, b, vi{I...});
 #endif
 }
+// shuffle by a rule: lane i of the result is lane rule(i).
+template <class Rule, int... I>
+INLINE vf shuffle_by(vf a, vf b, Rule, std::integer_sequence<int, I...>) {
+  return shuffle(a, b, std::integer_sequence<int, Rule{}(I)...>{});
+}
+template <class Rule>
+INLINE vf shuffle_by(vf a, vf b, Rule rule) {
+  return shuffle_by(a, b, rule, std::make_integer_sequence<int, VW>{});
+}
+// Lane i of the result is lane i + S of v, 0 past the end.
 template <int S>
 INLINE vf shift(vf v) {
-  return shift<S>(v, std::make_integer_sequence<int, VW>{});
+  return shuffle_by(v, vf{}, [](int i) { return i + S; });
 }
 INLINE vf load(const bf16* p) {
   vh h;

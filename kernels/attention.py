@@ -221,6 +221,20 @@ def _dkv_kernel(
     tl.store(dv_ptr + token[:, None] * D + columns[None, :], dv.to(dv_ptr.dtype.element_ty), mask=there)
 
 
+DOCUMENTS = 65_520  # of one launch: a grid's last axis ends at 65,535, and multiples of 16 keep the bounds aligned
+
+
+def _launches(cu_seqlens: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """The documents' bounds in pieces that a grid can hold, each with its number of documents."""
+    total = len(cu_seqlens) - 1
+    return [(cu_seqlens[first:], min(DOCUMENTS, total - first)) for first in range(0, total, DOCUMENTS)]
+
+
+def _reach(window: int | None, max_seqlen: int) -> int:
+    """The window as the kernels take it: they add it to positions, in 32 bits."""
+    return 0 if window is None else min(window, max_seqlen)
+
+
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) up to head dims 64, 128, 256: the largest blocks that the ahead-of-time
 # compiler fits into registers and shared memory on every architecture of the vendor. fp32 has no matrix units: its
 # products live in registers, and no block of dq is small enough for head dims beyond 128.
@@ -265,11 +279,11 @@ def attention_triton(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, windo
     constants = _constants_for("forward", q, k, alibi_slopes, window)
     out = q.new_empty(q.shape)
     stats = q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
-    grid = (cdiv(max_seqlen, constants["BLOCK_M"]), q.shape[1], len(cu_seqlens) - 1)
-    if min(grid) > 0:
-        _forward_kernel[grid](
-            q, k, v, out, stats, cu_seqlens, alibi_slopes, scale, window or 0, q.stride(0), k.stride(0), v.stride(0),
-            q.shape[1], **constants,
+    blocks = cdiv(max_seqlen, constants["BLOCK_M"])
+    for bounds, documents in _launches(cu_seqlens) if blocks else ():
+        _forward_kernel[(blocks, q.shape[1], documents)](
+            q, k, v, out, stats, bounds, alibi_slopes, scale, _reach(window, max_seqlen), q.stride(0), k.stride(0),
+            v.stride(0), q.shape[1], **constants,
         )  # fmt: skip
     return out, stats
 
@@ -278,15 +292,14 @@ def attention_backward_triton(grad, q, k, v, out, stats, cu_seqlens, max_seqlen,
     """(dq, dk, dv) as torch.ops.trialign.attention_backward gives them."""
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = stats.new_empty(q.shape[:2])
-    documents = len(cu_seqlens) - 1
-    rest = (cu_seqlens, alibi_slopes, scale, window or 0, q.stride(0), k.stride(0), v.stride(0), q.shape[1])
-    if max_seqlen and documents:
+    numbers = (scale, _reach(window, max_seqlen), q.stride(0), k.stride(0), v.stride(0), q.shape[1])
+    for bounds, documents in _launches(cu_seqlens) if max_seqlen else ():
         constants = _constants_for("dq", q, k, alibi_slopes, window)
         grid = (cdiv(max_seqlen, constants["BLOCK_M"]), q.shape[1], documents)
-        _dq_kernel[grid](grad, q, k, v, out, stats, dq, delta, *rest, **constants)
+        _dq_kernel[grid](grad, q, k, v, out, stats, dq, delta, bounds, alibi_slopes, *numbers, **constants)
         constants = _constants_for("dkv", q, k, alibi_slopes, window)
         grid = (cdiv(max_seqlen, constants["BLOCK_N"]), k.shape[1], documents)
-        _dkv_kernel[grid](grad, q, k, v, stats, delta, dk, dv, *rest, **constants)
+        _dkv_kernel[grid](grad, q, k, v, stats, delta, dk, dv, bounds, alibi_slopes, *numbers, **constants)
     return dq, dk, dv
 
 
@@ -344,18 +357,35 @@ def packed_attention(
 
     q [total, heads, d], k and v [total, kv_heads, d], cu_seqlens [n + 1] (starts at 0, ends at total), max_seqlen the
     longest document, scale usually d ** -0.5, alibi_slopes [heads] fp32, window the number of keys a query sees (itself
-    included). Returns [total, heads, d].
+    included). Returns [total, heads, d]. ValueError where the shapes do not fit each other, or for a window below 1.
     """
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} key/value heads")
+    if k.shape != v.shape or q.shape[0] != k.shape[0]:
+        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit each other")
+    check_heads(q, k.shape[1], k.shape[2], alibi_slopes, window)
     too_wide = q.is_cuda and q.shape[2] > MAX_HEAD_DIM.get(q.dtype, 0)
     if choose("attention", q) != "reference" and not too_wide:
         q, k, v = (token_rows(t) for t in (q, k, v))
+        alibi_slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
         served = library("attention", q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window)
         if served is not None:
             return served()
-        return torch.ops.trialign.attention(q, k, v, cu_seqlens.long(), max_seqlen, scale, alibi_slopes, window)[0]
+        return torch.ops.trialign.attention(
+            q, k, v, cu_seqlens.long().contiguous(), max_seqlen, scale, alibi_slopes, window
+        )[0]
     return sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
+
+
+def check_heads(q: torch.Tensor, kv_heads: int, d: int, alibi_slopes: torch.Tensor | None, window: int | None) -> None:
+    """ValueError where queries [n, heads, d] do not fit their keys and slopes, or would see no key."""
+    heads = q.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads do not divide into groups over {kv_heads} key/value heads")
+    if q.shape[2] != d:
+        raise ValueError(f"queries have a head dim of {q.shape[2]}, keys one of {d}")
+    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
+        raise ValueError(f"ALiBi slopes {list(alibi_slopes.shape)} for {heads} heads: allowed are [{heads}]")
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} keys: must be at least 1, the query's own")
 
 
 def token_rows(x: torch.Tensor) -> torch.Tensor:

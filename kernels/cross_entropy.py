@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from .logprob import Merge, merged, piece_gradient, piece_stats
+from .logprob import Merge, check_rows, merged, piece_gradient, piece_stats
 
 
 def cross_entropy_ref(logits, labels, label_smoothing=0.0, z_loss=0.0, scale=1.0, ignore_index=-100):
@@ -94,13 +94,12 @@ def cross_entropy(
 
     Differentiable in the logits. With `merge` (as in `logprob`), logits are one shard of the vocabulary that starts at
     `vocab_start`, labels stay global, and the gradient is that of this shard's logits. Without it every label but
-    `ignore_index` must lie in [0, v). ValueError for label_smoothing outside [0, 1), a negative z_loss, or a scale that
-    is not positive.
+    `ignore_index` must lie in [0, v). ValueError for label_smoothing outside [0, 1), a negative z_loss, a scale that is
+    not positive, or labels that are not one a row.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
     if z_loss < 0:
         raise ValueError(f"z_loss must not be negative, got {z_loss}")
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_rows(logits, labels, scale)
     return _CrossEntropy.apply(logits, labels, label_smoothing, z_loss, scale, ignore_index, merge, vocab_start)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..source_hash import source_hash  # pyright: ignore[reportMissingImports] (it lies in csrc/)
 from .schemas import SCHEMAS
@@ -30,8 +31,12 @@ from .schemas import SCHEMAS
 Implementation = Literal["cpp", "triton", "reference"]
 
 MODES = ("auto", "own", "fp8", "reference", "avx2", "baseline")
-COMPILED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 HALF = (torch.bfloat16, torch.float16)
+COMPILED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, *HALF),
+    "meta": (torch.float32, *HALF),
+}
 
 
 def _mode() -> str:
@@ -109,9 +114,16 @@ def choose(op: str, tensor: torch.Tensor) -> Implementation:
     device = tensor.device.type
     if device not in COMPILED_DTYPES or (tensor.is_floating_point() and tensor.dtype not in COMPILED_DTYPES[device]):
         return "reference"
+    if device == "meta":  # the op's fake knows the shapes, whoever would serve
+        return "cpp" if has_op(op) else "triton" if hasattr(torch.ops.trialign, op) else "reference"
     if device == "cpu":
         return "cpp" if has_op(op) else "reference"
     return "triton" if has_cuda(op) else "reference"
+
+
+def holds_data(tensor: torch.Tensor) -> bool:
+    """False for meta and fake tensors, whose numbers cannot be looked at."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 _definitions = torch.library.Library("trialign", "FRAGMENT")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ._rt import Spec, jit, tl
-from .dispatch import choose, register
+from .dispatch import choose, holds_data, register
 
 
 def gae_ref(rewards, values, mask, cu_seqlens, gamma, lam):
@@ -71,7 +71,7 @@ def _scan(rewards, values, mask, cu_seqlens, advantages, returns, gamma, lam, BL
 
 def gae_triton(rewards, values, mask, cu_seqlens, gamma, lam):
     """(advantages, returns) by Triton; arguments as those of torch.ops.trialign.gae."""
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)  # 0 outside of every sequence too
     if len(cu_seqlens) > 1:
         _scan[(len(cu_seqlens) - 1,)](
             rewards, values, mask.view(torch.uint8), cu_seqlens, advantages, returns, gamma, lam, BLOCK, num_warps=4
@@ -106,10 +106,18 @@ def gae(
     """(advantages, returns), each [total] fp32 and 0 where the mask is False. Not differentiable.
 
     rewards, values [total] fp32, mask [total] bool, cu_seqlens [n + 1] int: sequence i is tokens
-    cu_seqlens[i] : cu_seqlens[i + 1].
+    cu_seqlens[i] : cu_seqlens[i + 1]. ValueError where the lengths differ, and on the CPU (a GPU is not waited for)
+    where the sequences do not run from 0 to total.
     """
+    if not rewards.shape == values.shape == mask.shape:
+        shapes = [list(t.shape) for t in (rewards, values, mask)]
+        raise ValueError(f"rewards {shapes[0]}, values {shapes[1]} and mask {shapes[2]} differ in length")
+    if cu_seqlens.device.type == "cpu" and holds_data(cu_seqlens):
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if (first, last) != (0, len(rewards)):
+            raise ValueError(f"cu_seqlens run from {first} to {last}, must run from 0 to {len(rewards)}")
     rewards, values = rewards.detach(), values.detach()
-    if values.dtype != rewards.dtype or choose("gae", rewards) == "reference":
+    if not rewards.dtype == values.dtype == torch.float32 or choose("gae", rewards) == "reference":
         return gae_ref(rewards, values, mask, cu_seqlens, gamma, lam)
     return torch.ops.trialign.gae(
         rewards.contiguous(), values.contiguous(), mask.contiguous(), cu_seqlens.long().contiguous(), gamma, lam

@@ -31,7 +31,7 @@ def grouped_outer_ref(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor
 
 @jit
 def _matmul_kernel(
-    x_ptr, weight_ptr, offsets_ptr, out_ptr, h, f, x_stride, h_stride, f_stride,
+    x_ptr, weight_ptr, offsets_ptr, out_ptr, h, f, x_stride, e_stride, h_stride, f_stride,
     EXPERTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _matmul_kernel(
     rows = first + tl.arange(0, BLOCK_M)
     real = rows < tl.sum(tl.where(here, end, 0), 0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_ptr += mine.to(tl.int64) * h * f
+    weight_ptr += mine.to(tl.int64) * e_stride
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, h, BLOCK_K):
         inner = k0 + tl.arange(0, BLOCK_K)
@@ -92,13 +92,13 @@ def _constants(dtype: torch.dtype) -> dict:
 
 
 def grouped_matmul_triton(x, weight, offsets):
-    """`grouped_matmul` on a GPU; the weight may be a transposed view."""
+    """`grouped_matmul` on a GPU; the weight may be a slice or a transposed view."""
     (m, h), (experts, _, f), constants = x.shape, weight.shape, _constants(x.dtype)
     out = x.new_empty(m, f)
     if m:
         grid = (cdiv(m, constants["BLOCK_M"]) + experts, cdiv(f, constants["BLOCK_N"]))
         _matmul_kernel[grid](
-            x, weight, offsets, out, h, f, x.stride(0), weight.stride(1), weight.stride(2),
+            x, weight, offsets, out, h, f, x.stride(0), *weight.stride(),
             EXPERTS=experts, GROUPS=power_of_2(experts), **constants,
         )  # fmt: skip
     return out
@@ -114,7 +114,7 @@ def grouped_outer_triton(x, grad, offsets):
 
 
 _BF16, _FP32, _SIZES = _constants(torch.bfloat16), _constants(torch.float32), {"h": "i32", "f": "i32"}
-_STRIDES = {"x_stride": "i64", "h_stride": "i64", "f_stride": "i64"}
+_STRIDES = dict.fromkeys(("x_stride", "e_stride", "h_stride", "f_stride"), "i64")
 SPECS = {
     "matmul": Spec(
         _matmul_kernel,
@@ -155,7 +155,10 @@ _matmul.register_autograd(_matmul_backward, setup_context=lambda ctx, inputs, ou
 
 
 def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Rows offsets[e] to offsets[e + 1] of x [m, h] times weight[e] of [experts, h, f]: [m, f]. Differentiable."""
+    """Rows offsets[e] to offsets[e + 1] of x [m, h] times weight[e] of [experts, h, f]: [m, f]. Differentiable.
+
+    The weight may have any strides. ValueError where the shapes do not fit each other.
+    """
     if x.shape[1] != weight.shape[1] or len(offsets) != len(weight) + 1:
         raise ValueError(f"x {list(x.shape)} and {len(offsets)} offsets do not fit weights {list(weight.shape)}")
-    return _matmul(x.contiguous(), weight, offsets)
+    return _matmul(x.contiguous(), weight, offsets.contiguous())

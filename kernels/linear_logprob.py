@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ._rt import Spec, cdiv, jit, precision, tl, uses_triton, vendor
 from .dispatch import COMPILED_DTYPES
-from .logprob import Merge, add_piece_, finish, logprob_ref, merged, piece_gradient_
+from .logprob import Merge, add_piece_, check_rows, finish, logprob_ref, merged, piece_gradient_
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits held at a time: on the CPU what a second-level cache keeps, on a GPU enough for matmuls at full speed."""
@@ -327,10 +327,9 @@ def linear_logprob(
 
     Returns (logprob [n], entropy [n]) fp32, both differentiable in hidden and weight. With `merge`, weight is one shard
     of the vocabulary that starts at `vocab_start`, labels stay global, and d hidden is this shard's part only (the
-    caller sums them). ValueError for a scale that is not positive.
+    caller sums them). ValueError for a scale that is not positive, or labels that are not one a row.
     """
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_rows(hidden, labels, scale)
     return _LinearLogprob.apply(
         hidden.contiguous(), weight.contiguous(), labels.contiguous(), scale, merge, vocab_start
     )

@@ -262,6 +262,14 @@ class _Logprob(torch.autograd.Function):
         return grad, None, None, None, None
 
 
+def check_rows(rows: torch.Tensor, labels: torch.Tensor, scale: float) -> None:
+    """ValueError where labels are not one a row, or the scale is not positive."""
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if labels.shape != rows.shape[:1]:
+        raise ValueError(f"labels {list(labels.shape)} for {rows.shape[0]} rows: must be one a row")
+
+
 def logprob(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -273,8 +281,7 @@ def logprob(
 
     logits [n, v], labels [n] int64. With `merge`, logits are one shard of the vocabulary that starts at `vocab_start`,
     labels stay global, and the gradient is that of this shard's logits. Without it every label must lie in [0, v).
-    ValueError for a scale that is not positive.
+    ValueError for a scale that is not positive, or labels that are not one a row.
     """
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_rows(logits, labels, scale)
     return _Logprob.apply(logits, labels, scale, merge, vocab_start)

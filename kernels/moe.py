@@ -394,17 +394,25 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
 
 
 def permute(x: torch.Tensor, order: torch.Tensor, k: int) -> torch.Tensor:
-    """Rows [n * k, h] in expert order of tokens x [n, h]: one copy for each of a token's k experts. Differentiable."""
+    """Rows [n * k, h] in expert order of tokens x [n, h]: one copy for each of a token's k experts. Differentiable.
+
+    ValueError where the order [n * k] does not fit them.
+    """
+    if k < 1 or order.shape != (len(x) * k,):
+        raise ValueError(f"order {list(order.shape)} does not fit {len(x)} tokens of {k} slots each")
     if choose("permute", x) == "reference":
         return permute_ref(x, order, k)
-    return torch.ops.trialign.permute(x.contiguous(), order, k)
+    return torch.ops.trialign.permute(x.contiguous(), order.contiguous(), k)
 
 
 def unpermute(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Tokens [n, h] out of rows [n * k, h] in expert order: the sum of a token's k rows, weighted by weights [n, k].
 
-    Summed in fp32 whatever the rows are; differentiable in rows and weights.
+    Summed in fp32 whatever the rows are; differentiable in rows and weights. ValueError where sizes do not fit.
     """
+    if not len(rows) == len(order) == weights.numel():
+        raise ValueError(f"rows {list(rows.shape)}, order {list(order.shape)} and weights {list(weights.shape)} differ")
     if choose("unpermute", rows) == "reference":
         return unpermute_ref(rows, order, weights)
-    return torch.ops.trialign.unpermute(rows.contiguous(), order, weights.float().contiguous(), weights.shape[1])
+    packed = rows.contiguous(), order.contiguous(), weights.float().contiguous()
+    return torch.ops.trialign.unpermute(*packed, weights.shape[1])

@@ -241,12 +241,12 @@ class _Unpacking(torch.autograd.Function):
     def forward(ctx, x, codes, absmax):
         ctx.save_for_backward(codes)
         ctx.absmax = absmax
-        return _op(x, codes, absmax())
+        return _op(x, codes, absmax().contiguous())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _op_backward(grad, ctx.saved_tensors[0], ctx.absmax()), None, None
+        return _op_backward(grad, ctx.saved_tensors[0], ctx.absmax().contiguous()), None, None
 
 
 def nf4_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -263,5 +263,6 @@ def nf4_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor | Call
         held = "" if scales is None else f" and scales {list(scales.shape)}"
         raise ValueError(f"x {list(x.shape)} does not fit codes {list(codes.shape)}{held}")
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _op(rows, codes, scales) if scales is not None else _Unpacking.apply(rows, codes, absmax)
+    codes = codes.contiguous()
+    y = _op(rows, codes, scales.contiguous()) if scales is not None else _Unpacking.apply(rows, codes, absmax)
     return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from ._rt import Spec, jit, power_of_2, precision, tl
-from .attention import token_rows
+from .attention import check_heads, token_rows
 from .dispatch import choose, register
 
 
@@ -33,7 +33,7 @@ def paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi
     position = torch.arange(table.shape[1] * block, device=q.device)
     hidden = position[None] >= lengths[:, None]  # [b, span]
     if window is not None:
-        hidden = hidden | (position[None] < lengths[:, None] - window)
+        hidden = hidden | (position[None] + window < lengths[:, None])
     key, value = (cache[table].flatten(1, 2).to(wide) for cache in (k_cache, v_cache))  # [b, span, kv, d]
     # Rows that are not seen may hold anything, NaN included: 0 * NaN must not reach the sum.
     value = value.masked_fill(hidden[:, :, None, None], 0)
@@ -144,13 +144,14 @@ def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, al
     page, kv_heads = k_cache.shape[1:3]
     splits = 1 if batch * kv_heads >= 256 else SPLITS
     constants = _decode_constants(heads // kv_heads, d, page, alibi_slopes is not None, window is not None, q.dtype)
+    reach = 0 if window is None else min(window, block_tables.shape[1] * page)  # an argument of 32 bits
     part = q.new_empty(batch, heads, splits, d, dtype=torch.float32)
     peaks, totals = (q.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(q.shape)
     if batch:
         _decode_kernel[(batch, kv_heads, splits)](
             q, k_cache, v_cache, block_tables, lengths, alibi_slopes, part, peaks, totals, scale, q.stride(0),
-            block_tables.stride(0), kv_heads, window or 0, SPLITS=splits, **constants,
+            block_tables.stride(0), kv_heads, reach, SPLITS=splits, **constants,
         )  # fmt: skip
         _combine_kernel[(batch * heads,)](
             part, peaks, totals, out, D=d, BLOCK_D=constants["BLOCK_D"], SPLITS=splits, num_warps=2
@@ -193,11 +194,26 @@ SPECS = {
 
 
 def write_kv(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor):
-    """Writes k and v [n, kv, d] into the caches [blocks, block, kv, d] at slots [n] int64, in place."""
+    """Writes k and v [n, kv, d] into the caches [blocks, block, kv, d] at slots [n] int64, in place.
+
+    ValueError where the shapes do not fit each other, or for a cache that is not contiguous.
+    """
+    _check_caches(k_cache, v_cache)
+    if k.shape != v.shape or k.shape[1:] != k_cache.shape[2:] or slots.shape != k.shape[:1]:
+        shapes = f"k {list(k.shape)}, v {list(v.shape)} and slots {list(slots.shape)}"
+        raise ValueError(f"{shapes} do not fit the caches {list(k_cache.shape)}")
     if choose("write_kv", k) != "reference":
-        torch.ops.trialign.write_kv(token_rows(k), token_rows(v), k_cache, v_cache, slots)
+        torch.ops.trialign.write_kv(token_rows(k), token_rows(v), k_cache, v_cache, slots.contiguous())
     else:
         write_kv_ref(k, v, k_cache, v_cache, slots)
+
+
+def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    if k_cache.shape != v_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError(
+            f"caches {list(k_cache.shape)} of strides {k_cache.stride()} and {list(v_cache.shape)} of strides "
+            f"{v_cache.stride()}: must be contiguous and of one shape"
+        )
 
 
 def paged_attention(
@@ -214,11 +230,19 @@ def paged_attention(
 
     q [b, heads, d], caches [blocks, block, kv, d], block_tables [b, max_blocks] int32, lengths [b] int32 (>= 1, the
     token just written included), alibi_slopes [heads] fp32, window the number of keys seen (the last ones). Entries of
-    block_tables past a sequence's length must still be valid block numbers. Returns [b, heads, d].
+    block_tables past a sequence's length must still be valid block numbers. Returns [b, heads, d]. ValueError where the
+    shapes do not fit each other, for a cache that is not contiguous, or for a window below 1.
     """
+    _check_caches(k_cache, v_cache)
+    check_heads(q, k_cache.shape[2], k_cache.shape[3], alibi_slopes, window)
+    if lengths.shape != q.shape[:1] or block_tables.shape[:1] != q.shape[:1]:
+        given = f"{list(lengths.shape)} lengths and block tables {list(block_tables.shape)}"
+        raise ValueError(f"{given} for {q.shape[0]} queries: one of each a query")
     if choose("paged_attention", q) != "reference":
+        tables = block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
+        slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
         return torch.ops.trialign.paged_attention(
-            token_rows(q), k_cache, v_cache, block_tables, lengths, scale, alibi_slopes, window
+            token_rows(q), k_cache, v_cache, tables, lengths.contiguous(), scale, slopes, window
         )
     return paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes, window)
 

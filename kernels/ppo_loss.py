@@ -96,7 +96,7 @@ def _kl(logp, logp_ref, estimate, slope, n, KIND: tl.constexpr, BLOCK: tl.conste
     inside = i < n
     d = tl.load(logp + i, inside, 0.0) - tl.load(logp_ref + i, inside, 0.0)
     if KIND == 1:
-        value, grad = d, d * 0.0 + 1.0
+        value, grad = d, tl.full([BLOCK], 1.0, tl.float32)
     elif KIND == 2:
         value, grad = 0.5 * d * d, d
     else:
@@ -208,6 +208,8 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _compiled(op: str, *tensors: torch.Tensor) -> bool:
+    if any(t.shape != tensors[0].shape for t in tensors):
+        raise ValueError(f"{op}: inputs differ in size: {', '.join(str(list(t.shape)) for t in tensors)}")
     return all(t.dtype == torch.float32 and t.dim() == 1 for t in tensors) and choose(op, tensors[0]) != "reference"
 
 

@@ -191,21 +191,36 @@ register(
 )
 
 
+def _check_shapes(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.dim() != 2 or residual.shape != x.shape or weight.shape != x.shape[1:]:
+        shapes = [list(t.shape) for t in (x, residual, weight)]
+        raise ValueError(f"x {shapes[0]}, residual {shapes[1]} and weight {shapes[2]}: must be [n, h], [n, h] and [h]")
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [n, h] times its inverse root mean square over h, times weight [h]. Returns [n, h] in x's dtype."""
+    """x [n, h] times its inverse root mean square over h, times weight [h]. Returns [n, h] in x's dtype.
+
+    ValueError where the shapes do not fit each other.
+    """
+    _check_shapes(x, x, weight)
     if x.dtype != weight.dtype or choose("rms_norm", x) == "reference":
         return rms_norm_ref(x, weight, eps)
     served = library("rms_norm", x, weight, eps)
     if served is not None:
         return served()
-    return torch.ops.trialign.rms_norm(x.contiguous(), weight, eps)[0]
+    return torch.ops.trialign.rms_norm(x.contiguous(), weight.contiguous(), eps)[0]
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(x + residual), x + residual) in one pass. x, residual [n, h], weight [h]."""
+    """(rms_norm(x + residual), x + residual) in one pass. x, residual [n, h], weight [h].
+
+    ValueError where the shapes do not fit each other.
+    """
+    _check_shapes(x, residual, weight)
     if not x.dtype == residual.dtype == weight.dtype or choose("add_rms_norm", x) == "reference":
         return add_rms_norm_ref(x, residual, weight, eps)
-    normed, total, _ = torch.ops.trialign.add_rms_norm(x.contiguous(), residual.contiguous(), weight, eps)
+    packed = x.contiguous(), residual.contiguous(), weight.contiguous()
+    normed, total, _ = torch.ops.trialign.add_rms_norm(*packed, eps)
     return normed, total

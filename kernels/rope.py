@@ -15,7 +15,7 @@ from .dispatch import choose, register
 
 
 def rope_ref(x, cos, sin, interleaved=False):
-    """The formula in plain torch. Shapes as in `rope`."""
+    """The formula in plain torch. Shapes as in `rope_`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)  # [n, 1, d/2]
     a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)  # [n, heads, d/2] each
@@ -40,7 +40,7 @@ def _turn(
         first, second = 2 * j, 2 * j + 1
     else:
         first, second = j, j + half
-    base = x + row * row_stride + head * head_stride
+    base = x + row * row_stride + head.to(tl.int64) * head_stride
     a = tl.load(base + first, inside, 0.0).to(tl.float32)
     b = tl.load(base + second, inside, 0.0).to(tl.float32)
     tl.store(base + first, a * c - b * s, inside)
@@ -104,8 +104,14 @@ def rope_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
     x may be a slice of a fused projection (any strides between heads and rows). Differentiable in x only.
 
     Raises:
+        ValueError: for an odd head size, or cos and sin that do not fit x.
         RuntimeError: by torch, where x is a leaf that requires a gradient, which cannot be changed in place.
     """
+    n, _, d = x.shape
+    if d % 2 or not cos.shape == sin.shape == (n, d // 2):
+        raise ValueError(
+            f"cos {list(cos.shape)} and sin {list(sin.shape)} do not fit x {list(x.shape)}: must be [n, d/2]"
+        )
     if choose("rope_", x) == "reference" or x.stride(2) != 1:
         return x.copy_(rope_ref(x, cos, sin, interleaved))
     return cast(torch.Tensor, _Rope.apply(x, cos.contiguous(), sin.contiguous(), interleaved))

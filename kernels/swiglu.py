@@ -94,7 +94,9 @@ register("swiglu_backward", lambda grad, gate_up: torch.empty_like(gate_up), tri
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(first half) * second half of gate_up [n, 2f]. Returns [n, f]."""
+    """silu(first half) * second half of gate_up [n, 2f]. Returns [n, f]. ValueError for an odd width."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up {list(gate_up.shape)}: its width must be even, gate and up side by side")
     if choose("swiglu", gate_up) == "reference":
         return swiglu_ref(gate_up)
     return torch.ops.trialign.swiglu(gate_up.contiguous())

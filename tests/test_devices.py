@@ -156,6 +156,12 @@ def test_moe(draw, device, normalise):
         return torch.cat([x[a:b] @ w for a, b, w in zip(bounds, bounds[1:], weight, strict=False)])
 
     check_law(lambda x, w: moe.grouped_matmul(x, w, offsets), loop, inputs, (0, 1))
+    check_law(
+        lambda x, w: moe.grouped_matmul(x, w[:, 5:37].transpose(1, 2), offsets),  # half of a fused projection
+        lambda x, w: loop(x, w[:, 5:37].transpose(1, 2)),
+        (draw(n * k, 48), inputs[1]),
+        (0, 1),
+    )
 
 
 def test_sample(draw, device):

@@ -90,7 +90,7 @@ def test_tokens_past_2_to_the_31():
     for whole, part in zip(big, (rewards, values, mask), strict=True):
         whole[start:] = part
     try:
-        far = gae(*big, cu_seqlens + start, 0.99, 0.95)
+        far = torch.ops.trialign.gae(*big, cu_seqlens + start, 0.99, 0.95)
     except RuntimeError as error:
         pytest.skip(f"no address space for the results: {error}")
     for mine, near in zip(far, gae(rewards, values, mask, cu_seqlens, 0.99, 0.95), strict=True):
@@ -100,14 +100,28 @@ def test_tokens_past_2_to_the_31():
 @pytest.mark.skipif(not has_op("gae"), reason="trialign._C is not built")
 @pytest.mark.parametrize(
     ("cu_seqlens", "message"),
-    [([0, 9], "within 0 and 8"), ([-1, 8], "within 0 and 8"), ([0, 5, 3, 8], "document 1 has -2 tokens")],
+    [
+        ([0, 9], "must run from 0 to 8"),
+        ([1, 8], "from 1 to 8"),
+        ([0, 5, 3, 8], "document 1 has -2 tokens"),
+    ],
 )
 def test_sequences_that_do_not_fit_are_refused(cu_seqlens, message):
     rewards, values, mask, _ = case([8], 0)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         gae(rewards, values, mask, torch.tensor(cu_seqlens), 0.99, 0.95)
-    with pytest.raises(RuntimeError, match="differ in length"):
+    with pytest.raises(RuntimeError, match="within 0 and 8"):
+        torch.ops.trialign.gae(rewards, values, mask, torch.tensor([0, 9]), 0.99, 0.95)
+    with pytest.raises(ValueError, match="differ in length"):
         gae(rewards, values[:7], mask, torch.tensor([0, 8]), 0.99, 0.95)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_the_references(dtype):
+    rewards, values, mask, cu_seqlens = case([5, 9], 2)
+    arguments = (rewards.to(dtype), values.to(dtype), mask, cu_seqlens, 0.9, 0.8)
+    for ours, right in zip(gae(*arguments), gae_ref(*arguments), strict=True):
+        assert ours.dtype == right.dtype and torch.equal(ours, right)
 
 
 def test_gamma_and_lambda_one_is_reward_to_go():

@@ -168,7 +168,7 @@ def test_compiled_ops_refuse_orders_and_experts_that_are_none():
     with pytest.raises(RuntimeError, match="expert 3, allowed are 0 to 2"):
         sort_by_expert(torch.tensor([[0, 3]]), 3)
     with pytest.raises(RuntimeError, match=r"order has 3 slots, allowed are 2 \* 2"):
-        permute(x, order[:3], 2)
+        torch.ops.trialign.permute(x, order[:3], 2)
     with pytest.raises(RuntimeError, match="slot 7 in order, allowed are 0 to 3"):
         permute(x, torch.tensor([0, 1, 2, 7]), 2)
     with pytest.raises(RuntimeError, match="slot 1 is twice in order"):

@@ -98,7 +98,7 @@ def test_opcheck(interleaved):
 
 def test_wrong_sizes_and_leaves_are_refused():
     cos, sin = angles(4, 8)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"cos \[4, 8\] and sin \[4, 8\] do not fit x \[5, 3, 16\]"):
         rope_(torch.randn(5, 3, 16), cos, sin)
     with pytest.raises(RuntimeError, match="leaf"):
         rope_(torch.randn(4, 3, 16, requires_grad=True), cos, sin)

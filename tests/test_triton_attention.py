@@ -3,6 +3,7 @@
 import pytest
 import torch
 from law import assert_law
+from trialign.kernels import attention
 from trialign.kernels.attention import attention_backward_triton, attention_triton, packed_attention_ref
 from triton_case import DEVICE, needs_triton
 
@@ -50,6 +51,22 @@ def test_head_dims(d):
     grads = attention_backward_triton(grad, q, k, v, out, stats, cu, 69, d**-0.5, None, None)
     for name, got, plain, right in zip(("out", "dq", "dk", "dv"), (out, *grads), eager, exact, strict=True):
         assert_law(got, plain, right, name)
+
+
+def test_a_window_beyond_every_document_and_more_documents_than_a_grid_holds(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(40, heads, 16, device=DEVICE) for heads in (2, 1, 1, 2))
+    cu = torch.tensor([0, 3, 3, 8, 39, 40], device=DEVICE)
+
+    def run(window):
+        out, stats = attention_triton(q, k, v, cu, 31, 0.25, None, window)
+        return out, *attention_backward_triton(grad, q, k, v, out, stats, cu, 31, 0.25, None, window)
+
+    whole = run(None)
+    monkeypatch.setattr(attention, "DOCUMENTS", 2)
+    for window in (None, 2**31 - 1, 2**40):
+        for got, right in zip(run(window), whole, strict=True):
+            assert torch.equal(got, right)
 
 
 def test_slices_of_a_fused_projection():

@@ -3,14 +3,15 @@
 import pytest
 import torch
 from law import assert_law
-from trialign.kernels import moe
+from planted import planted
+from trialign.kernels import grouped_matmul, moe
 from trialign.kernels.grouped_matmul import (
     grouped_matmul_ref,
     grouped_matmul_triton,
     grouped_outer_ref,
     grouped_outer_triton,
 )
-from triton_case import DEVICE, needs_triton
+from triton_case import DEVICE, INTERPRET, needs_triton
 
 pytestmark = needs_triton
 DTYPES = [torch.float32, torch.bfloat16]
@@ -88,7 +89,20 @@ def test_grouped_products(dtype, counts, h, f):
     for ours, reference, a, b in (
         (grouped_matmul_triton, grouped_matmul_ref, x, weight),
         (grouped_matmul_triton, grouped_matmul_ref, grad, weight.transpose(1, 2)),
+        # A slice of a fused projection, whose experts lie further apart than a weight is large.
+        (grouped_matmul_triton, grouped_matmul_ref, grad, weight.transpose(1, 2)[:, :, 3:-2]),
         (grouped_outer_triton, grouped_outer_ref, x, grad),
     ):
         eager, exact = reference(a, b, offsets), reference(a.double(), b.double(), offsets)
         assert_law(ours(a, b, offsets), eager, exact)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="faults are planted under the interpreter only")
+def test_a_weight_taken_for_packed_is_caught(tmp_path, monkeypatch):
+    faulty = planted(grouped_matmul, "mine.to(tl.int64) * e_stride", "mine.to(tl.int64) * h * f", tmp_path, monkeypatch)
+    weight, offsets = torch.randn(2, 16, 40)[:, :, 8:24], torch.tensor([0, 3, 6])
+    x = torch.randn(6, 16)
+    right = grouped_matmul_ref(x, weight, offsets)
+    torch.testing.assert_close(grouped_matmul_triton(x, weight, offsets), right, rtol=1e-5, atol=1e-5)
+    wrong = faulty.grouped_matmul_triton(x, weight, offsets)
+    assert torch.allclose(wrong[:3], right[:3], atol=1e-5) and not torch.allclose(wrong[3:], right[3:], atol=1e-2)

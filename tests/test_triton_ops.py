@@ -125,6 +125,12 @@ def test_logprob_keeps_nan():
     assert logp.isnan().tolist() == entropy.isnan().tolist() == [True, True, False]
 
 
+def test_gae_is_0_outside_of_every_sequence():
+    mask, cu_seqlens = torch.ones(9, device=DEVICE).bool(), torch.tensor([2, 7], device=DEVICE)
+    for out in G.gae_triton(draw(9), draw(9), mask, cu_seqlens, 0.99, 0.95):
+        assert (out != 0).tolist() == [False] * 2 + [True] * 5 + [False] * 2
+
+
 @pytest.mark.parametrize("lengths", [[5, 0, 1, 40], [513], [512, 1100]])
 @pytest.mark.parametrize("kept", [1.0, 0.5, 0.0])
 def test_gae(lengths, kept):
@@ -164,6 +170,12 @@ def test_ppo_losses(n, spread, bound):
             (near,),
             ones,
         )
+
+
+def test_the_slope_of_k1_is_1_at_an_infinite_difference():
+    old, logp = torch.tensor([[0.0, torch.inf, -1.0], [-torch.inf, 0.0, -1.0]], device=DEVICE)
+    estimate, slope = L.kl_estimate_triton(logp, old, 1)
+    assert estimate.tolist() == [-torch.inf, -torch.inf, 0.0] and slope.tolist() == [1.0] * 3
 
 
 def test_ppo_losses_keep_nan():

@@ -28,7 +28,7 @@ def test_law(dtype, splits, lengths, heads, kv_heads, d, page, monkeypatch):
     q, k_cache, v_cache, tables = (t.to(DEVICE) for t in (q, k_cache, v_cache, tables))
     n = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     falling = 2.0 ** -torch.arange(1.0, heads + 1, device=DEVICE)
-    for slopes, window in ((None, None), (falling, None), (None, 33), (falling, 1), (None, 500)):
+    for slopes, window in ((None, None), (falling, None), (None, 33), (falling, 1), (None, 500), (None, 2**40)):
         args = (tables, n, 0.3, slopes, window)
         exact = paged_attention_ref(q.double(), k_cache.double(), v_cache.double(), *args)
         eager = paged_attention_ref(q, k_cache, v_cache, *args)

@@ -48,13 +48,20 @@ __attribute__((noinline)) void range(const Step& s, int64_t begin, int64_t end, 
 
 void adamw(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, const Tensor& grad, const std::optional<Tensor>& param_out, double lr, double beta1,
            double beta2, double eps, double weight_decay, int64_t step, double grad_scale) {
+  const int64_t n = master.numel();
+  for (const Tensor* buffer : std::initializer_list<const Tensor*>{&master, &exp_avg, &exp_avg_sq, &grad})
+    STD_TORCH_CHECK(buffer->is_contiguous() && buffer->numel() == n && buffer->scalar_type() == ScalarType::Float,
+                    "trialign: adamw takes contiguous float32 buffers of one size, got ", buffer->numel(), " elements beside ", n);
+  STD_TORCH_CHECK(!param_out || (param_out->is_contiguous() && param_out->numel() == n &&
+                                 (param_out->scalar_type() == ScalarType::Float || param_out->scalar_type() == ScalarType::BFloat16)),
+                  "trialign: param_out must be contiguous, float32 or bfloat16, of ", n, " elements");
   const Step s{float(beta1), float(beta2), float(1 - lr * weight_decay), float(lr / (1 - std::pow(beta1, double(step)))),
                float(1 / std::sqrt(1 - std::pow(beta2, double(step)))), float(eps), float(grad_scale)};
   float *p = master.mutable_data_ptr<float>(), *m = exp_avg.mutable_data_ptr<float>(), *v = exp_avg_sq.mutable_data_ptr<float>();
   const float* g = grad.const_data_ptr<float>();
   const bool narrow = param_out && param_out->scalar_type() == ScalarType::BFloat16;
   void* out = param_out ? param_out->mutable_data_ptr() : nullptr;
-  parallel(master.numel(), 1, [&](int64_t begin, int64_t end) {
+  parallel(n, 1, [&](int64_t begin, int64_t end) {
     if (narrow)
       range(s, begin, end, p, m, v, g, static_cast<bf16*>(out));
     else

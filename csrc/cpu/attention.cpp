@@ -252,13 +252,20 @@ void for_each_task(const int64_t* starts, int64_t documents, int64_t kv_heads, c
 
 AttentionShape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, int64_t max_seqlen, double scale, const std::optional<Tensor>& slopes,
                         std::optional<int64_t> window) {
+  const int64_t total = q.size(0), heads = q.size(1), kv_heads = k.size(1), d = q.size(2);
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads do not divide into groups over ", kv_heads, " key/value heads");
+  CHECK_SIZES(k, total, kv_heads, d);
+  CHECK_SIZES(v, total, kv_heads, d);
+  CHECK_PACKED(slopes, ScalarType::Float, heads);
+  STD_TORCH_CHECK(!window || *window >= 1, "a window of ", *window, " keys: a query sees at least itself");
   for (const Tensor* t : {&q, &k, &v})
-    STD_TORCH_CHECK(t->stride(2) == 1 && t->stride(1) == t->size(2) && t->size(0) == q.size(0) && t->scalar_type() == q.scalar_type(),
-                    "q, k and v must have one dtype and length, and each token's heads side by side");
+    STD_TORCH_CHECK(t->stride(2) == 1 && t->stride(1) == d && t->scalar_type() == q.scalar_type(),
+                    "q, k and v must have one dtype, and each token's heads side by side");
   const int64_t* starts = starts_of(cu_seqlens, q.size(0), max_seqlen);
   STD_TORCH_CHECK(starts[0] == 0 && starts[cu_seqlens.numel() - 1] == q.size(0), "cu_seqlens must run from 0 to ", q.size(0));
-  return {q.size(1), k.size(1), q.size(2), q.stride(0), k.stride(0), v.stride(0), float(scale),
-          slopes ? slopes->const_data_ptr<float>() : nullptr, window.value_or(INT64_MAX / 4)};
+  constexpr int64_t all = INT64_MAX / 4;  // positions are added to it
+  return {heads, kv_heads, d, q.stride(0), k.stride(0), v.stride(0), float(scale), slopes ? slopes->const_data_ptr<float>() : nullptr,
+          std::min(window.value_or(all), all)};
 }
 
 const void* data(const Tensor& t) { return t.const_data_ptr(); }
@@ -276,7 +283,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
       attention_forward_task(a, qp, kp, vp, starts[i], starts[i + 1] - starts[i], head, o, l, scratch);
     });
   };
-  q.scalar_type() == ScalarType::Float ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
+  BY_DTYPE(q, T, [&] { run(static_cast<T*>(nullptr)); });
   return {out, stats};
 }
 
@@ -284,6 +291,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
                                                       const Tensor& /* out: the GPU kernels need it */, const Tensor& stats, const Tensor& cu_seqlens, int64_t max_seqlen, double scale, const std::optional<Tensor>& slopes,
                                                       std::optional<int64_t> window) {
   const AttentionShape a = shape_of(q, k, v, cu_seqlens, max_seqlen, scale, slopes, window);
+  CHECK_PACKED(grad, q.scalar_type(), q.size(0), a.heads, a.d);
+  CHECK_PACKED(stats, ScalarType::Float, q.size(0), a.heads, 2);
   Tensor dq = fresh(q, {q.size(0), a.heads, a.d}, q.scalar_type());
   Tensor dk = fresh(q, {q.size(0), a.kv_heads, a.d}, q.scalar_type()), dv = fresh(q, {q.size(0), a.kv_heads, a.d}, q.scalar_type());
   const int64_t* starts = cu_seqlens.const_data_ptr<int64_t>();
@@ -296,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
       attention_backward_task(a, qp, kp, vp, l, g, starts[i], starts[i + 1] - starts[i], head, dqp, dkp, dvp, scratch);
     });
   };
-  q.scalar_type() == ScalarType::Float ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
+  BY_DTYPE(q, T, [&] { run(static_cast<T*>(nullptr)); });
   return {dq, dk, dv};
 }
 

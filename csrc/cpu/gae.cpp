@@ -71,7 +71,9 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                double gamma, double lam) {
   const int64_t total = rewards.numel(), sequences = cu_seqlens.numel() - 1;
   const int64_t* starts = starts_of(cu_seqlens, total, total);
-  STD_TORCH_CHECK(values.numel() == total && mask.numel() == total, "trialign: rewards, values and mask differ in length");
+  CHECK_PACKED(rewards, ScalarType::Float, total);
+  CHECK_PACKED(values, ScalarType::Float, total);
+  CHECK_PACKED(mask, ScalarType::Bool, total);
   Tensor advantages = fresh(rewards, {total}, ScalarType::Float), returns = fresh(rewards, {total}, ScalarType::Float);
   Scan scan{rewards.const_data_ptr<float>(), values.const_data_ptr<float>(), mask.const_data_ptr<bool>(),
             advantages.mutable_data_ptr<float>(), returns.mutable_data_ptr<float>(), float(gamma), float(gamma * lam)};

@@ -55,12 +55,11 @@ INLINE Stats block_stats(const T* x, int64_t n, float scale) {
 }
 
 void logprob_update_(const Tensor& stats, const Tensor& logits, const Tensor& labels, double scale, int64_t vocab_start) {
-  CHECK_CONTIGUOUS(stats);
-  CHECK_CONTIGUOUS(labels);
   const int64_t n = logits.size(0), v = logits.size(1), row = logits.stride(0);
+  CHECK_PACKED(stats, ScalarType::Float, 4, n);
+  CHECK_PACKED(labels, ScalarType::Long, n);
   STD_TORCH_CHECK(v == 0 || logits.stride(1) == 1, "trialign: logits rows must be contiguous");
   STD_TORCH_CHECK(scale > 0, "trialign: scale must be positive");
-  STD_TORCH_CHECK(stats.scalar_type() == ScalarType::Float && labels.scalar_type() == ScalarType::Long, "trialign: stats are float32, labels int64");
   float* state = out<float>(stats);
   const int64_t* label = in<int64_t>(labels);
   BY_DTYPE(logits, T, [&] {
@@ -118,11 +117,12 @@ void gradient(const T* from, T* to, int64_t n, int64_t v, int64_t row, const int
 
 void check_gradient(const Tensor& logits, const Tensor& labels, const Tensor& stats, const std::optional<Tensor>& grad_logprob,
                     const std::optional<Tensor>& grad_entropy) {
-  CHECK_CONTIGUOUS(stats);
-  CHECK_CONTIGUOUS(labels);
+  const int64_t n = logits.size(0);
+  CHECK_PACKED(stats, ScalarType::Float, 4, n);
+  CHECK_PACKED(labels, ScalarType::Long, n);
+  CHECK_PACKED(grad_logprob, ScalarType::Float, n);
+  CHECK_PACKED(grad_entropy, ScalarType::Float, n);
   STD_TORCH_CHECK(logits.size(1) == 0 || logits.stride(1) == 1, "trialign: logits rows must be contiguous");
-  if (grad_logprob) CHECK_CONTIGUOUS(*grad_logprob);
-  if (grad_entropy) CHECK_CONTIGUOUS(*grad_entropy);
 }
 
 Tensor logprob_backward(const Tensor& logits, const Tensor& labels, const Tensor& stats, std::optional<Tensor> grad_logprob,

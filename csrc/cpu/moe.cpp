@@ -65,14 +65,19 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, bool normalise
   return {weights, chosen};
 }
 
+void check_expert(int64_t expert, int64_t experts) {
+  STD_TORCH_CHECK(0 <= expert && expert < experts, "trialign: expert ", expert, ", allowed are 0 to ", experts - 1);
+}
+
 // Normalised: dz_j = w_j (g_j - s), with s = sum_j g_j w_j, on the chosen alone. Else dz_e = p_e ([e chosen] g_e - s).
 Tensor route_backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& chosen, bool normalise) {
-  CHECK_CONTIGUOUS(grad);
   CHECK_CONTIGUOUS(logits);
-  CHECK_CONTIGUOUS(weights);
-  CHECK_CONTIGUOUS(chosen);
-  CHECK_SAME_DTYPE(grad, weights);
   const int64_t n = logits.size(0), experts = logits.size(1), k = weights.size(1);
+  STD_TORCH_CHECK(1 <= k && k <= experts, "trialign: top-", k, " of ", experts, " experts");
+  CHECK_PACKED(grad, ScalarType::Float, n, k);
+  CHECK_PACKED(weights, ScalarType::Float, n, k);
+  CHECK_PACKED(chosen, ScalarType::Long, n, k);
+  for (int64_t s = 0; s < n * k; ++s) check_expert(in<int64_t>(chosen)[s], experts);
   Tensor result = fresh(logits, {n, experts}, logits.scalar_type());
   BY_DTYPE(logits, T, [&] {
     const T* z = in<T>(logits);
@@ -100,13 +105,14 @@ Tensor route_backward(const Tensor& grad, const Tensor& logits, const Tensor& we
 
 std::tuple<Tensor, Tensor> sort_by_expert(const Tensor& experts, int64_t num_experts) {
   CHECK_CONTIGUOUS(experts);
+  STD_TORCH_CHECK(experts.scalar_type() == ScalarType::Long, "trialign: experts must be int64");
   const int64_t slots = experts.numel();
   Tensor order = fresh(experts, {slots}, ScalarType::Long), offsets = fresh(experts, {num_experts + 1}, ScalarType::Long);
   const int64_t* expert = in<int64_t>(experts);
   int64_t *to = out<int64_t>(order), *start = out<int64_t>(offsets);
   std::fill(start, start + num_experts + 1, 0);
   for (int64_t s = 0; s < slots; ++s) {
-    STD_TORCH_CHECK(0 <= expert[s] && expert[s] < num_experts, "trialign: expert ", expert[s], ", allowed are 0 to ", num_experts - 1);
+    check_expert(expert[s], num_experts);
     ++start[expert[s] + 1];
   }
   for (int64_t e = 0; e < num_experts; ++e) start[e + 1] += start[e];
@@ -133,7 +139,7 @@ std::vector<int64_t> positions(const Tensor& order) {
 
 Tensor permute(const Tensor& x, const Tensor& order, int64_t k) {
   CHECK_CONTIGUOUS(x);
-  CHECK_CONTIGUOUS(order);
+  CHECK_PACKED(order, ScalarType::Long, order.numel());
   const int64_t slots = order.numel(), h = x.size(1);
   STD_TORCH_CHECK(k > 0 && slots == x.size(0) * k, "trialign: order has ", slots, " slots, allowed are ", x.size(0), " * ", k);
   Tensor rows = fresh(x, {slots, h}, x.scalar_type());
@@ -152,7 +158,7 @@ Tensor permute(const Tensor& x, const Tensor& order, int64_t k) {
 // y[t] = sum_j w[t, j] rows[position(t, j)]; without weights each counts 1, which is the gradient of permute.
 Tensor unpermute(const Tensor& rows, const Tensor& order, const std::optional<Tensor>& weights, int64_t k) {
   CHECK_CONTIGUOUS(rows);
-  CHECK_CONTIGUOUS(order);
+  CHECK_PACKED(order, ScalarType::Long, order.numel());
   const int64_t slots = order.numel(), h = rows.size(1);
   STD_TORCH_CHECK(k > 0 && slots % k == 0 && rows.size(0) == slots, "trialign: ", rows.size(0), " rows and ", slots, " slots do not fit k = ", k);
   if (weights) {
@@ -178,13 +184,11 @@ Tensor unpermute(const Tensor& rows, const Tensor& order, const std::optional<Te
 }
 
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& rows, const Tensor& order, const Tensor& weights) {
-  CHECK_CONTIGUOUS(grad);
-  CHECK_CONTIGUOUS(rows);
-  CHECK_CONTIGUOUS(order);
-  CHECK_CONTIGUOUS(weights);
-  CHECK_SAME_DTYPE(grad, rows);
   const int64_t n = weights.size(0), k = weights.size(1), h = rows.size(1);
-  STD_TORCH_CHECK(order.numel() == n * k && rows.size(0) == n * k && grad.size(0) == n, "trialign: weights, rows, order and gradient differ in size");
+  CHECK_PACKED(grad, rows.scalar_type(), n, h);
+  CHECK_PACKED(rows, rows.scalar_type(), n * k, h);
+  CHECK_PACKED(order, ScalarType::Long, n * k);
+  CHECK_PACKED(weights, ScalarType::Float, n, k);
   const std::vector<int64_t> position = positions(order);
   Tensor grad_rows = fresh(rows, {n * k, h}, rows.scalar_type()), grad_weights = fresh(rows, {n, k}, ScalarType::Float);
   const float* w = in<float>(weights);

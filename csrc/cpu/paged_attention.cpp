@@ -15,14 +15,10 @@ struct Paged {
 };
 
 INLINE vf interleave_low(vf a, vf b) {
-  vi mask;
-  for (int i = 0; i < VW; ++i) mask[i] = i / 2 + (i % 2) * VW;
-  return __builtin_shuffle(a, b, mask);
+  return shuffle_by(a, b, [](int i) { return i / 2 + (i % 2) * VW; });
 }
 INLINE vf interleave_high(vf a, vf b) {
-  vi mask;
-  for (int i = 0; i < VW; ++i) mask[i] = VW / 2 + i / 2 + (i % 2) * VW;
-  return __builtin_shuffle(a, b, mask);
+  return shuffle_by(a, b, [](int i) { return VW / 2 + i / 2 + (i % 2) * VW; });
 }
 
 // Lane i of the result is the sum of x[i]'s lanes. Each round adds halves and interleaves two vectors into one.
@@ -167,16 +163,20 @@ bool is_token_rows(const Tensor& x) { return x.stride(2) == 1 && x.stride(1) == 
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables, const Tensor& lengths, double scale,
                        const std::optional<Tensor>& slopes, std::optional<int64_t> window) {
-  const int64_t batch = q.size(0), blocks = k_cache.size(0);
-  const Paged a{q.size(1), k_cache.size(2), q.size(2), k_cache.size(1), float(scale), slopes ? slopes->const_data_ptr<float>() : nullptr,
+  const int64_t batch = q.size(0), heads = q.size(1), d = q.size(2), blocks = k_cache.size(0), page = k_cache.size(1), kv_heads = k_cache.size(2);
+  STD_TORCH_CHECK(page > 0 && kv_heads > 0 && heads % kv_heads == 0, heads, " query heads do not divide into groups over ", kv_heads,
+                  " key/value heads");
+  CHECK_PACKED(k_cache, q.scalar_type(), blocks, page, kv_heads, d);
+  CHECK_PACKED(v_cache, q.scalar_type(), blocks, page, kv_heads, d);
+  CHECK_PACKED(slopes, ScalarType::Float, heads);
+  CHECK_PACKED(lengths, ScalarType::Int, batch);
+  CHECK_SIZES(block_tables, batch, block_tables.size(1));
+  const Paged a{heads, kv_heads, d, page, float(scale), slopes ? slopes->const_data_ptr<float>() : nullptr,
                 window.value_or(INT64_MAX)};
   const int32_t *tables = block_tables.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>();
   const int64_t stride = block_tables.stride(0);
-  STD_TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous() && lengths.is_contiguous() && block_tables.stride(1) == 1 && is_token_rows(q),
-                  "caches and lengths must be contiguous, and so must each query and each table");
+  STD_TORCH_CHECK(block_tables.stride(1) == 1 && is_token_rows(q), "each query and each table must be contiguous");
   STD_TORCH_CHECK(a.window >= 1, "a window of ", a.window, " keys: a query sees at least itself");
-  STD_TORCH_CHECK(k_cache.scalar_type() == q.scalar_type() && v_cache.scalar_type() == q.scalar_type(), "caches and queries must have one dtype");
-  STD_TORCH_CHECK(lengths.numel() == batch && block_tables.size(0) == batch, "one length and one table for each of ", batch, " queries");
   for (int64_t b = 0; b < batch; ++b) {
     STD_TORCH_CHECK(length[b] >= 1 && length[b] <= block_tables.size(1) * a.block, "sequence ", b, " has length ", length[b], ", its table holds 1 to ",
                     block_tables.size(1) * a.block);
@@ -184,21 +184,19 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
       STD_TORCH_CHECK(tables[b * stride + i] >= 0 && tables[b * stride + i] < blocks, "sequence ", b, " names block ", tables[b * stride + i],
                       ", the cache has ", blocks);
   }
-  Tensor out = fresh(q, {batch, a.heads, a.d}, q.scalar_type());
-  const auto run = [&]<typename T>(T*) {
-    decode_batch(a, static_cast<const T*>(q.const_data_ptr()), q.stride(0), static_cast<const T*>(k_cache.const_data_ptr()),
-                 static_cast<const T*>(v_cache.const_data_ptr()), tables, stride, length, batch, static_cast<T*>(out.mutable_data_ptr()));
-  };
-  q.scalar_type() == ScalarType::Float ? run(static_cast<float*>(nullptr)) : run(static_cast<bf16*>(nullptr));
-  return out;
+  Tensor result = fresh(q, {batch, a.heads, a.d}, q.scalar_type());
+  BY_DTYPE(q, T, [&] { decode_batch(a, in<T>(q), q.stride(0), in<T>(k_cache), in<T>(v_cache), tables, stride, length, batch, out<T>(result)); });
+  return result;
 }
 
 void write_kv(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slots) {
   const int64_t n = k.size(0), width = k.size(1) * k.size(2) * k.element_size(), capacity = k_cache.size(0) * k_cache.size(1);
-  STD_TORCH_CHECK(is_token_rows(k) && is_token_rows(v) && k_cache.is_contiguous() && v_cache.is_contiguous() && slots.is_contiguous(),
-                  "caches and slots must be contiguous, and so must each token's keys and values");
-  STD_TORCH_CHECK(k.scalar_type() == k_cache.scalar_type() && v.scalar_type() == v_cache.scalar_type() && slots.numel() == n,
-                  "keys, values and caches must have one dtype, and slots one entry a token");
+  STD_TORCH_CHECK(is_token_rows(k) && is_token_rows(v) && k.scalar_type() == v.scalar_type(),
+                  "keys and values must have one dtype, and each token's be contiguous");
+  CHECK_SIZES(v, n, k.size(1), k.size(2));
+  CHECK_PACKED(k_cache, k.scalar_type(), k_cache.size(0), k_cache.size(1), k.size(1), k.size(2));
+  CHECK_PACKED(v_cache, k.scalar_type(), k_cache.size(0), k_cache.size(1), k.size(1), k.size(2));
+  CHECK_PACKED(slots, ScalarType::Long, n);
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < n; ++i) STD_TORCH_CHECK(slot[i] >= 0 && slot[i] < capacity, "slot ", slot[i], " of row ", i, " is outside the cache's ", capacity);
   const char *from_k = static_cast<const char*>(k.const_data_ptr()), *from_v = static_cast<const char*>(v.const_data_ptr());

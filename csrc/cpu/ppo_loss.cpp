@@ -81,6 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Tensor
 // k1, k2 and k3 by `kind` 1, 2, 3.
 std::tuple<Tensor, Tensor> kl_estimate(const Tensor& logp, const Tensor& logp_ref, int64_t kind) {
   check({&logp, &logp_ref});
+  STD_TORCH_CHECK(1 <= kind && kind <= 3, "trialign: KL estimator ", kind, ", allowed are 1 to 3");
   Tensor estimates = like(logp), gradients = like(logp);
   const float *lp = in<float>(logp), *ref = in<float>(logp_ref);
   float *estimate = out<float>(estimates), *gradient = out<float>(gradients);

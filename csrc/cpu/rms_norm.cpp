@@ -31,9 +31,8 @@ INLINE float norm_row(const T* x, const T* weight, T* y, int64_t h, double eps) 
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   CHECK_CONTIGUOUS(x);
-  CHECK_CONTIGUOUS(weight);
-  CHECK_SAME_DTYPE(x, weight);
   const int64_t n = x.size(0), h = x.size(1);
+  CHECK_PACKED(weight, x.scalar_type(), h);
   Tensor y = fresh(x, {n, h}, x.scalar_type()), rstd = fresh(x, {n}, ScalarType::Float);
   BY_DTYPE(x, T, [&] {
     const T *from = in<T>(x), *w = in<T>(weight);
@@ -48,11 +47,9 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   CHECK_CONTIGUOUS(x);
-  CHECK_CONTIGUOUS(residual);
-  CHECK_CONTIGUOUS(weight);
-  CHECK_SAME_DTYPE(x, weight);
-  CHECK_SAME_DTYPE(x, residual);
   const int64_t n = x.size(0), h = x.size(1);
+  CHECK_PACKED(residual, x.scalar_type(), n, h);
+  CHECK_PACKED(weight, x.scalar_type(), h);
   Tensor y = fresh(x, {n, h}, x.scalar_type()), total = fresh(x, {n, h}, x.scalar_type());
   Tensor rstd = fresh(x, {n}, ScalarType::Float);
   BY_DTYPE(x, T, [&] {
@@ -74,14 +71,12 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& r
 // d x (plus grad_total, the gradient that reaches x by the residual path) and d weight.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                              std::optional<Tensor> grad_total) {
-  CHECK_CONTIGUOUS(grad);
   CHECK_CONTIGUOUS(x);
-  CHECK_SAME_DTYPE(x, grad);
-  if (grad_total) {
-    CHECK_CONTIGUOUS(*grad_total);
-    CHECK_SAME_DTYPE(x, *grad_total);
-  }
   const int64_t n = x.size(0), h = x.size(1), blocks = (n + block_rows - 1) / block_rows;
+  CHECK_PACKED(grad, x.scalar_type(), n, h);
+  CHECK_PACKED(weight, x.scalar_type(), h);
+  CHECK_PACKED(rstd, ScalarType::Float, n);
+  CHECK_PACKED(grad_total, x.scalar_type(), n, h);
   Tensor grad_x = fresh(x, {n, h}, x.scalar_type()), grad_weight = fresh(x, {h}, x.scalar_type());
   Tensor partial = fresh(x, {blocks, h}, ScalarType::Float);
   float* sums = out<float>(partial);

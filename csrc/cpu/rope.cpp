@@ -6,10 +6,8 @@ namespace {
 void rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {
   const int64_t n = x.size(0), heads = x.size(1), d = x.size(2), half = d / 2;
   STD_TORCH_CHECK(d == 2 * half && x.stride(2) == 1, "trialign: rope needs an even head size and contiguous heads");
-  CHECK_CONTIGUOUS(cos);
-  CHECK_CONTIGUOUS(sin);
-  STD_TORCH_CHECK(cos.scalar_type() == ScalarType::Float && sin.scalar_type() == ScalarType::Float, "trialign: cos and sin are float32");
-  STD_TORCH_CHECK(cos.size(0) == n && cos.size(1) == half && sin.size(0) == n && sin.size(1) == half, "trialign: cos and sin are [n, d/2]");
+  CHECK_PACKED(cos, ScalarType::Float, n, half);
+  CHECK_PACKED(sin, ScalarType::Float, n, half);
   const int64_t row = x.stride(0), head = x.stride(1);  // x may be a slice of a fused projection
   const float sign = inverse ? -1.f : 1.f;
   BY_DTYPE(x, T, [&] {

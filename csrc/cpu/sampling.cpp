@@ -96,7 +96,7 @@ void draw(const T* logits, int64_t v, float temperature, int64_t k, double p, in
   for (int64_t i = 0; i < whole; i += VW) top = vmax(top, load(logits + i));
   float peak = hmax(top);
   for (int64_t i = whole; i < v; ++i) peak = std::max(peak, get(logits + i));
-  if (!std::isfinite(peak)) return;
+  if (!std::isfinite(peak) || !(temperature >= 0)) return;
   const bool greedy = temperature == 0;
   const float inverse = greedy ? 1.f : temperature;
   const bool cuts = !greedy && ((k > 0 && k < v) || p < 1);
@@ -178,24 +178,24 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
                                   const Tensor& counters) {
   const int64_t batch = logits.size(0), v = logits.size(1), stride = logits.stride(0);
   STD_TORCH_CHECK(logits.stride(1) == 1, "the logits of a row must be contiguous");
-  for (const Tensor* t : {&temperature, &top_k, &top_p, &keys, &counters})
-    STD_TORCH_CHECK(t->is_contiguous() && t->numel() == batch, "every setting must be a contiguous vector of ", batch);
+  CHECK_PACKED(temperature, ScalarType::Float, batch);
+  CHECK_PACKED(top_k, ScalarType::Int, batch);
+  CHECK_PACKED(top_p, ScalarType::Float, batch);
+  CHECK_PACKED(keys, ScalarType::Long, batch);
+  CHECK_PACKED(counters, ScalarType::Long, batch);
   Tensor tokens = fresh(logits, {batch}, ScalarType::Long), logprobs = fresh(logits, {batch}, ScalarType::Float);
   const float *t = temperature.const_data_ptr<float>(), *p = top_p.const_data_ptr<float>();
   const int32_t* k = top_k.const_data_ptr<int32_t>();
   const int64_t *key = keys.const_data_ptr<int64_t>(), *counter = counters.const_data_ptr<int64_t>();
   int64_t* token = tokens.mutable_data_ptr<int64_t>();
   float* logprob = logprobs.mutable_data_ptr<float>();
-  const auto run = [&]<typename T>(const T* x) {
+  BY_DTYPE(logits, T, [&] {
+    const T* x = in<T>(logits);
     parallel(batch, v, [&](int64_t begin, int64_t end) {
       Workspace scratch;
       for (int64_t b = begin; b < end; ++b) draw(x + b * stride, v, t[b], k[b], double(p[b]), key[b], counter[b], scratch, token + b, logprob + b);
     });
-  };
-  if (logits.scalar_type() == ScalarType::Float)
-    run(static_cast<const float*>(logits.const_data_ptr()));
-  else
-    run(static_cast<const bf16*>(logits.const_data_ptr()));
+  });
   return {tokens, logprobs};
 }
 

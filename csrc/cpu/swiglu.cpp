@@ -8,6 +8,7 @@ INLINE vf sigmoid(vf x) { return 1.f / (1.f + vexp(vmin(splat(exp_high), vmax(sp
 Tensor swiglu(const Tensor& gate_up) {
   CHECK_CONTIGUOUS(gate_up);
   const int64_t n = gate_up.size(0), f = gate_up.size(1) / 2;
+  CHECK_SIZES(gate_up, n, 2 * f);
   Tensor y = fresh(gate_up, {n, f}, gate_up.scalar_type());
   BY_DTYPE(gate_up, T, [&] {
     const T* from = in<T>(gate_up);
@@ -26,10 +27,10 @@ Tensor swiglu(const Tensor& gate_up) {
 }
 
 Tensor swiglu_backward(const Tensor& grad, const Tensor& gate_up) {
-  CHECK_CONTIGUOUS(grad);
   CHECK_CONTIGUOUS(gate_up);
-  CHECK_SAME_DTYPE(grad, gate_up);
   const int64_t n = gate_up.size(0), f = gate_up.size(1) / 2;
+  CHECK_SIZES(gate_up, n, 2 * f);
+  CHECK_PACKED(grad, gate_up.scalar_type(), n, f);
   Tensor result = fresh(gate_up, {n, 2 * f}, gate_up.scalar_type());
   BY_DTYPE(gate_up, T, [&] {
     const T *g = in<T>(grad), *from = in<T>(gate_up);
