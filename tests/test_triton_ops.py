@@ -42,7 +42,8 @@ def law(ours, fn, inputs, upstream):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n,h", [(3, 100), (18, 576), (0, 32)])
+# The last one is too long for the kernel of the gradient.
+@pytest.mark.parametrize("n,h", [(3, 100), (18, 576), (0, 32), (2, 8200)])
 def test_rms_norm(n, h, dtype):
     x, residual, weight = draw(n, h, dtype=dtype), draw(n, h, dtype=dtype), draw(h, dtype=dtype)
     g, through = draw(n, h, dtype=dtype), draw(n, h, dtype=dtype)

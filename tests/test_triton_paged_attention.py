@@ -10,9 +10,9 @@ from triton_case import DEVICE, needs_triton
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("lengths, heads, kv_heads, d, page", [([1, 70], 3, 1, 20, 4), ([130], 2, 2, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("lengths, heads, kv_heads, d, page", [([1, 70], 3, 1, 20, 4), ([130], 18, 1, 16, 16)])
 def test_law(dtype, splits, lengths, heads, kv_heads, d, page, monkeypatch):
     monkeypatch.setattr(module, "SPLITS", splits)
     torch.manual_seed(0)
