@@ -62,9 +62,9 @@ export TRITON_DEFAULT_FP_FUSION := 1
 # What the Triton that CUDA builds of torch 2.13 pin, and the installed one, compile is kept apart and between runs.
 OTHER_TRITON := 3.7.1
 INTERPRETED := tests/test_interp_shim.py $(sort $(wildcard tests/test_triton_*.py))
-OTHER := PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
+OTHER := TRIALIGN_EXPECT_TRITON=$(OTHER_TRITON) PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
 COMPILED := $(foreach op,adamw attention cross_entropy cuda_emulated devices gae linear linear_logprob logprob moe \
-	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch kernel_docs,$(wildcard tests/test_$(op).py))
+	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch kernel_docs cuda_build,$(wildcard tests/test_$(op).py))
 
 test: .venv/.package $(MODEL)/config.json .venv/triton-$(OTHER_TRITON) ## the whole test suite
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)

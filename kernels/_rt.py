@@ -35,6 +35,8 @@ class Spec:
 
     signature: {argument: "*bf16" | "*fp32" | "*i64" | "i32" | "fp32" ...} of the arguments known at run time;
     configs: every set of compile-time values, `num_warps` and `num_stages` included, that a launch may use;
+    free: those of them that are sizes of a model or a call, for addresses, masks and counts of steps only: a launch may
+    use any value, and configs names one;
     hip_configs: those of AMD where they differ; fp32_configs: those of fp32 tensors where they differ;
     dot: it has to use the matrix units; traffic: bytes moved per element, as text, against the least possible.
     """
@@ -44,6 +46,7 @@ class Spec:
     configs: tuple[dict[str, Any], ...]
     hip_configs: tuple[dict[str, Any], ...] | None = None
     fp32_configs: tuple[dict[str, Any], ...] | None = None
+    free: tuple[str, ...] = ()
     dot: bool = False
     traffic: str = ""
     unaligned: tuple[str, ...] = field(default=())  # arguments that need not be multiples of 16

@@ -47,16 +47,20 @@ def _adamw_kernel(
         tl.store(out_ptr + i, master.to(out_ptr.dtype.element_ty), mask=real)
 
 
+def _constants(copy: bool) -> dict:
+    return {"COPY": copy, "BLOCK": 1024, "num_warps": 4, "num_stages": 1}
+
+
 def adamw_triton(
     master, exp_avg, exp_avg_sq, grad, param_out, lr, beta1, beta2, eps, weight_decay, step, grad_scale
 ) -> None:
     """torch.ops.trialign.adamw on a GPU."""
-    n, block = master.numel(), 1024
+    n, constants = master.numel(), _constants(param_out is not None)
     if n:
-        _adamw_kernel[(cdiv(n, block),)](
+        _adamw_kernel[(cdiv(n, constants["BLOCK"]),)](
             master, exp_avg, exp_avg_sq, grad, param_out, n, beta1, beta2, 1 - lr * weight_decay,
             lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps, grad_scale,
-            COPY=param_out is not None, BLOCK=block, num_warps=4,
+            **constants,
         )  # fmt: skip
 
 
@@ -66,7 +70,7 @@ SPECS = {
         dict.fromkeys(("master_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "grad_ptr"), "*fp32")
         | {"out_ptr": "*bf16", "n": "i64"}
         | dict.fromkeys(("beta1", "beta2", "decay", "rate", "correction", "eps", "grad_scale"), "fp32"),
-        tuple({"COPY": copy, "BLOCK": 1024, "num_warps": 4, "num_stages": 1} for copy in (False, True)),
+        tuple(map(_constants, (False, True))),
         traffic="30 bytes of 30 per element with a bf16 copy-out",
         unaligned=("n",),
     )

@@ -259,7 +259,7 @@ MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
 def _constants(kernel: str, d: int, group: int, alibi: bool, window: bool, dtype: torch.dtype, gpu: str) -> dict:
-    block_d = power_of_2(d)
+    block_d = power_of_2(d, 64)
     assert block_d <= MAX_HEAD_DIM[dtype], f"head_dim {d}"
     blocks = _FP32_BLOCKS if dtype == torch.float32 else _BLOCKS[gpu]
     m, n, warps, stages = blocks[kernel][(block_d > 64) + (block_d > 128)]
@@ -322,14 +322,22 @@ def _spec(name: str, kernel, tensors: str) -> Spec:
     }
     cuda, hip = (
         tuple(
-            _constants(name, d, 3, extras, extras, torch.bfloat16, gpu)
-            for d, extras in ((64, False), (64, True), (128, True), (256, True))
+            _constants(name, d, 3, alibi, window, torch.bfloat16, gpu)
+            for d in (64, 128, 256)
+            for alibi in (False, True)
+            for window in (False, True)
         )
         for gpu in ("cuda", "hip")
     )
     signature = {tensor: types.get(tensor, "*bf16") for tensor in tensors.split()} | numbers
-    wide = tuple(_constants(name, d, 3, True, True, torch.float32, "cuda") for d in (64, 128))
-    return Spec(kernel, signature, cuda, hip, wide, dot=True, traffic=_TRAFFIC[name], unaligned=("window", "heads"))
+    wide = tuple(
+        _constants(name, d, 3, alibi, window, torch.float32, "cuda")
+        for d in (64, 128)
+        for alibi in (False, True)
+        for window in (False, True)
+    )
+    free, unaligned = ("GROUP", "D"), ("window", "heads")
+    return Spec(kernel, signature, cuda, hip, wide, free, dot=True, traffic=_TRAFFIC[name], unaligned=unaligned)
 
 
 SPECS = {

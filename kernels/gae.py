@@ -74,12 +74,12 @@ def gae_triton(rewards, values, mask, cu_seqlens, gamma, lam):
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)  # 0 outside of every sequence too
     if len(cu_seqlens) > 1:
         _scan[(len(cu_seqlens) - 1,)](
-            rewards, values, mask.view(torch.uint8), cu_seqlens, advantages, returns, gamma, lam, BLOCK, num_warps=4
+            rewards, values, mask.view(torch.uint8), cu_seqlens, advantages, returns, gamma, lam, **_CONFIG
         )
     return advantages, returns
 
 
-BLOCK = 512
+_CONFIG = {"BLOCK": 512, "num_warps": 4, "num_stages": 3}
 SPECS = {
     "scan": Spec(
         _scan,
@@ -87,7 +87,7 @@ SPECS = {
             **dict.fromkeys(("rewards", "values", "advantages", "returns"), "*fp32"),
             **{"mask": "*u8", "cu_seqlens": "*i64", "gamma": "fp32", "lam": "fp32"},
         },
-        ({"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3},),
+        (_CONFIG,),
         traffic="read 14 (the values and mask behind from cache), write 8 bytes a token; least 9 and 8",
     ),
 }

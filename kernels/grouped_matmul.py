@@ -115,12 +115,13 @@ def grouped_outer_triton(x, grad, offsets):
 
 _BF16, _FP32, _SIZES = _constants(torch.bfloat16), _constants(torch.float32), {"h": "i32", "f": "i32"}
 _STRIDES = dict.fromkeys(("x_stride", "e_stride", "h_stride", "f_stride"), "i64")
+_COUNTS = tuple({"EXPERTS": count, "GROUPS": count} for count in (16, 32, 64, 128, 256, 512))
 SPECS = {
     "matmul": Spec(
         _matmul_kernel,
         {"x_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES | _STRIDES,
-        (_BF16 | {"EXPERTS": 8, "GROUPS": 16}, _BF16 | {"EXPERTS": 64, "GROUPS": 64}),
-        fp32_configs=(_FP32 | {"EXPERTS": 64, "GROUPS": 64},), dot=True, unaligned=("f_stride",),
+        tuple(_BF16 | counts for counts in _COUNTS), fp32_configs=tuple(_FP32 | counts for counts in _COUNTS),
+        free=("EXPERTS",), dot=True, unaligned=("f_stride",),
         traffic="per product: x f / 128 times, W rows / 64 times (through L2), y once; least: each once",
     ),
     "outer": Spec(

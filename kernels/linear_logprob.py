@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ._rt import Spec, cdiv, jit, precision, tl, uses_triton, vendor
 from .dispatch import COMPILED_DTYPES
-from .logprob import Merge, add_piece_, check_rows, finish, logprob_ref, merged, piece_gradient_
+from .logprob import WANTED, Merge, add_piece_, check_rows, finish, logprob_ref, merged, piece_gradient_
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits held at a time: on the CPU what a second-level cache keeps, on a GPU enough for matmuls at full speed."""
@@ -151,7 +151,7 @@ def _accumulate_kernel(
 
 
 SHARE = 2048  # columns of the vocabulary a program sums up: enough programs for a GPU from a few hundred rows on
-_JOIN = {"BLOCK": 128, "num_warps": 4}
+_JOIN = {"BLOCK": 128, "num_warps": 4, "num_stages": 3}
 
 
 def _blocks(dtype: torch.dtype, gpu: str) -> dict:
@@ -197,7 +197,7 @@ def linear_logprob_gradient_(
         _gradient_kernel[(cdiv(n, blocks["BLOCK_M"]), cdiv(v, blocks["BLOCK_N"]))](
             hidden, weight, labels, stats, stats if grad_logprob is None else grad_logprob,
             stats if grad_entropy is None else grad_entropy, out, n, v, h, vocab_start, scale,
-            grad_logprob is not None, grad_entropy is not None, **blocks,
+            LOGPROB=grad_logprob is not None, ENTROPY=grad_entropy is not None, **blocks,
         )  # fmt: skip
 
 
@@ -220,24 +220,23 @@ _NUMBERS = dict.fromkeys(("n", "v", "h", "vocab_start"), "i32") | {"scale": "fp3
 _POINTERS = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "labels_ptr": "*i64"}
 _CUDA, _HIP = (_blocks(torch.bfloat16, gpu) for gpu in ("cuda", "hip"))
 _FP32 = _blocks(torch.float32, "cuda")
-_WANTED = ({"LOGPROB": True, "ENTROPY": False}, {"LOGPROB": True, "ENTROPY": True})
 SPECS = {
     "stats": Spec(
         _stats_kernel, _POINTERS | {"part_ptr": "*fp32"} | _NUMBERS, (_CUDA | {"SHARE": SHARE},),
-        (_HIP | {"SHARE": SHARE},), (_FP32 | {"SHARE": SHARE},), dot=True, unaligned=("n", "vocab_start"),
+        (_HIP | {"SHARE": SHARE},), (_FP32 | {"SHARE": SHARE},), ("SHARE",), dot=True, unaligned=("n", "vocab_start"),
         traffic="read 2 bytes a weight (bf16) for each 64 rows of hidden, mostly from the L2 cache, "
         "write 16 / 2048 a logit; least 2 once and 0",
     ),
     "join": Spec(
         _join_kernel, {"part_ptr": "*fp32", "stats_ptr": "*fp32", "n": "i32", "shares": "i32"},
-        (_JOIN | {"num_stages": 3},), unaligned=("n", "shares"),
+        (_JOIN,), unaligned=("n", "shares"),
         traffic="read 16 bytes a row and share, write 16 a row; least the same",
     ),
     "gradient": Spec(
         _gradient_kernel,
         _POINTERS | dict.fromkeys(("stats_ptr", "grad_logprob_ptr", "grad_entropy_ptr"), "*fp32")
         | {"out_ptr": "*bf16"} | _NUMBERS,
-        *(tuple(blocks | wanted for wanted in _WANTED) for blocks in (_CUDA, _HIP, _FP32)),
+        *(tuple(blocks | wanted for wanted in WANTED) for blocks in (_CUDA, _HIP, _FP32)),
         dot=True, unaligned=("n", "vocab_start"),
         traffic="read 2 bytes a weight (bf16) for each 64 rows of hidden, mostly from the L2 cache, "
         "write 2 a logit; least 2 once and 2",

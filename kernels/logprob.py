@@ -134,7 +134,7 @@ def logprob_update_triton_(stats, logits, labels, scale, vocab_start):
     """Joins the logits' stats into `stats` by Triton; arguments as those of torch.ops.trialign.logprob_update_."""
     n, v = logits.shape
     if n:
-        _update[(n,)](stats, logits, labels, n, v, logits.stride(0), vocab_start, scale, BLOCK, num_warps=8)
+        _update[(n,)](stats, logits, labels, n, v, logits.stride(0), vocab_start, scale, **_CONFIG)
 
 
 def logprob_stats_triton(logits, labels, scale, vocab_start):
@@ -148,11 +148,11 @@ def logprob_stats_triton(logits, labels, scale, vocab_start):
 def _launch_gradient(out, logits, labels, stats, grad_logprob, grad_entropy, scale, vocab_start):
     n, v = logits.shape
     if logits.numel():
-        _gradient[(n, cdiv(v, BLOCK))](
+        _gradient[(n, cdiv(v, _CONFIG["BLOCK"]))](
             logits, out, labels, stats,
             stats if grad_logprob is None else grad_logprob, stats if grad_entropy is None else grad_entropy,
-            n, v, logits.stride(0), vocab_start, scale, grad_logprob is not None, grad_entropy is not None, BLOCK,
-            num_warps=8,
+            n, v, logits.stride(0), vocab_start, scale,
+            LOGPROB=grad_logprob is not None, ENTROPY=grad_entropy is not None, **_CONFIG,
         )  # fmt: skip
 
 
@@ -168,13 +168,15 @@ def logprob_backward_triton_(logits, *rest):
     _launch_gradient(logits, logits, *rest)
 
 
-BLOCK = 4096
+_CONFIG = {"BLOCK": 4096, "num_warps": 8, "num_stages": 3}
+# Which of the two results a gradient came for; for neither autograd asks nothing.
+WANTED = tuple({"LOGPROB": bool(i & 1), "ENTROPY": bool(i & 2)} for i in (1, 2, 3))
 _NUMBERS = {**dict.fromkeys(("n", "v", "stride", "vocab_start"), "i32"), "scale": "fp32"}
 SPECS = {
     "update": Spec(
         _update,
         {"stats": "*fp32", "logits": "*bf16", "labels": "*i64", **_NUMBERS},
-        ({"BLOCK": BLOCK, "num_warps": 8, "num_stages": 3},),
+        (_CONFIG,),
         traffic="read 2 bytes a logit (bf16); least 2",
         unaligned=("n", "vocab_start"),
     ),
@@ -185,10 +187,7 @@ SPECS = {
             **dict.fromkeys(("stats", "grad_logprob", "grad_entropy"), "*fp32"),
             **_NUMBERS,
         },
-        tuple(
-            {"LOGPROB": True, "ENTROPY": entropy, "BLOCK": BLOCK, "num_warps": 8, "num_stages": 3}
-            for entropy in (False, True)
-        ),
+        tuple(_CONFIG | wanted for wanted in WANTED),
         traffic="read 2, write 2 bytes a logit (bf16); least 2 and 2",
         unaligned=("n", "vocab_start"),
     ),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from ._rt import Spec, cdiv, jit, power_of_2, tl
+from ._rt import Spec, cdiv, jit, tl
 from .dispatch import choose, register
 from .grouped_matmul import grouped_matmul
 
@@ -169,29 +169,44 @@ def _unpermute_backward_kernel(
     tl.store(grad_weights_ptr + slot, tl.sum(acc, 0))
 
 
-RANK_BLOCK = 128
+MAX_EXPERTS, MAX_CHOICES = 512, 16
+_COLUMNS = (16, 64, 256, MAX_EXPERTS)
+
+
+def _columns(experts: int) -> int:
+    columns = next((columns for columns in _COLUMNS if columns >= experts), 0)
+    if not columns:
+        raise ValueError(f"{experts} experts: the Triton kernels take up to {MAX_EXPERTS}")
+    return columns
+
+
+def _ranking(experts: int) -> dict:
+    groups = _columns(experts)
+    return {"EXPERTS": groups, "BLOCK": min(128, 16384 // groups), "num_warps": 4, "num_stages": 1}
 
 
 def sort_by_expert_triton(experts, num_experts):
     """`sort_by_expert` on a GPU: block counts, their running sum, ranks."""
-    slots, groups = experts.numel(), power_of_2(num_experts)
-    blocks = cdiv(slots, RANK_BLOCK)
+    slots, constants = experts.numel(), _ranking(num_experts)
+    groups, blocks = constants["EXPERTS"], cdiv(slots, constants["BLOCK"])
     counts = experts.new_zeros(blocks, groups, dtype=torch.int32)
     order = experts.new_empty(slots, dtype=torch.int64)
     if slots:
-        _count_kernel[(blocks,)](experts, counts, slots, EXPERTS=groups, BLOCK=RANK_BLOCK, num_warps=4)
+        _count_kernel[(blocks,)](experts, counts, slots, **constants)
     by_expert = counts.t().reshape(-1)  # [groups * blocks]: the order the rows are laid out in
     starts = (by_expert.cumsum(0) - by_expert).view(groups, blocks).t().contiguous().int()
     if slots:
-        _rank_kernel[(blocks,)](experts, starts, order, slots, EXPERTS=groups, BLOCK=RANK_BLOCK, num_warps=4)
+        _rank_kernel[(blocks,)](experts, starts, order, slots, **constants)
     offsets = torch.nn.functional.pad(counts.sum(0)[:num_experts].cumsum(0), (1, 0))
     return order, offsets
 
 
 def _routing(experts: int, k: int, normalise: bool) -> dict:
-    columns = power_of_2(experts)
+    if k > MAX_CHOICES:
+        raise ValueError(f"{k} of {experts} experts: the Triton kernels choose up to {MAX_CHOICES}")
+    columns = _columns(experts)
     return {
-        "K": k, "PLACES": power_of_2(k, 1), "EXPERTS": columns, "NORMALISE": normalise,
+        "K": k, "PLACES": MAX_CHOICES, "EXPERTS": columns, "NORMALISE": normalise,
         "BLOCK": max(1, min(16, 512 // columns)),  # what the registers hold
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
@@ -217,81 +232,80 @@ def route_backward_triton(grad, logits, weights, experts, normalise):
     return out
 
 
-def _columns(h: int) -> int:
-    return min(1024, power_of_2(h))
+_ROW = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 
 
 def permute_triton(x, order, k):
     """torch.ops.trialign.permute on a GPU."""
-    h, block = x.shape[1], _columns(x.shape[1])
+    h = x.shape[1]
     rows = x.new_empty(len(order), h)
     if rows.numel():
-        _permute_kernel[(len(order), cdiv(h, block))](x, order, rows, h, K=k, BLOCK=block, num_warps=4)
+        _permute_kernel[(len(order), cdiv(h, _ROW["BLOCK"]))](x, order, rows, h, K=k, **_ROW)
     return rows
 
 
 def unpermute_triton(rows, order, weights, k):
     """torch.ops.trialign.unpermute on a GPU."""
-    n, h, block = len(order) // k, rows.shape[1], _columns(rows.shape[1])
+    n, h = len(order) // k, rows.shape[1]
     position = torch.empty_like(order)
     position[order] = torch.arange(len(order), device=order.device)
     out = rows.new_empty(n, h)
     if out.numel():
         weighted = weights is not None
-        _unpermute_kernel[(n, cdiv(h, block))](
-            rows, position, weights if weighted else rows, out, h, K=k, WEIGHTED=weighted, BLOCK=block, num_warps=4
+        _unpermute_kernel[(n, cdiv(h, _ROW["BLOCK"]))](
+            rows, position, weights if weighted else rows, out, h, K=k, WEIGHTED=weighted, **_ROW
         )
     return out
 
 
 def unpermute_backward_triton(grad, rows, order, weights):
     """torch.ops.trialign.unpermute_backward on a GPU."""
-    h, block = rows.shape[1], _columns(rows.shape[1])
+    h = rows.shape[1]
     grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
     if len(order):
         _unpermute_backward_kernel[(len(order),)](
-            grad, rows, order, weights, grad_rows, grad_weights, h, K=weights.shape[1], BLOCK=block, num_warps=4
+            grad, rows, order, weights, grad_rows, grad_weights, h, K=weights.shape[1], **_ROW
         )
     return grad_rows, grad_weights
 
 
-_RANK = {"EXPERTS": 64, "BLOCK": RANK_BLOCK, "num_warps": 4, "num_stages": 1}
-_ROUTES = tuple(_routing(experts, k, normalise) for experts, k, normalise in ((8, 2, True), (256, 8, False)))
+_RANKS = tuple(map(_ranking, _COLUMNS))
+_ROUTES = tuple(_routing(experts, 4, normalise) for experts in _COLUMNS for normalise in (True, False))
 _ROUTED = {"weights_ptr": "*fp32", "chosen_ptr": "*i64", "n": "i32", "experts": "i32"}
-_ROW = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 SPECS = {
     "route": Spec(
-        _route_kernel, {"logits_ptr": "*bf16"} | _ROUTED, _ROUTES, unaligned=("n", "experts"),
+        _route_kernel, {"logits_ptr": "*bf16"} | _ROUTED, _ROUTES, free=("K",), unaligned=("n", "experts"),
         traffic="a token: 2 experts + 12 k bytes (bf16), each once",
     ),
     "route_backward": Spec(
         _route_backward_kernel, {"grad_ptr": "*fp32", "logits_ptr": "*bf16", "out_ptr": "*bf16"} | _ROUTED, _ROUTES,
-        unaligned=("n", "experts"), traffic="a token: 2 (normalised) or 4 experts + 16 k bytes (bf16), each once",
+        free=("K",), unaligned=("n", "experts"),
+        traffic="a token: 2 (normalised) or 4 experts + 16 k bytes (bf16), each once",
     ),
     "count": Spec(
-        _count_kernel, {"experts_ptr": "*i64", "counts_ptr": "*i32", "slots": "i32"}, (_RANK,), unaligned=("slots",),
-        traffic=f"a slot: 8 + 4 experts / {RANK_BLOCK} bytes; least 8",
+        _count_kernel, {"experts_ptr": "*i64", "counts_ptr": "*i32", "slots": "i32"}, _RANKS, unaligned=("slots",),
+        traffic="a slot: 8 + 4 experts / 128 bytes; least 8",
     ),
     "rank": Spec(
-        _rank_kernel, {"experts_ptr": "*i64", "starts_ptr": "*i32", "order_ptr": "*i64", "slots": "i32"}, (_RANK,),
-        unaligned=("slots",), traffic=f"a slot: 16 + 4 experts / {RANK_BLOCK} bytes; least 16",
+        _rank_kernel, {"experts_ptr": "*i64", "starts_ptr": "*i32", "order_ptr": "*i64", "slots": "i32"}, _RANKS,
+        unaligned=("slots",), traffic="a slot: 16 + 4 experts / 128 bytes; least 16",
     ),
     "permute": Spec(
         _permute_kernel, {"x_ptr": "*bf16", "order_ptr": "*i64", "rows_ptr": "*bf16", "h": "i32"},
-        tuple(_ROW | {"K": k} for k in (2, 8)),
+        (_ROW | {"K": 8},), free=("K",),
         traffic="an element of a row: read 2, write 2 bytes (bf16); least: each token read once, 2 / k",
     ),
     "unpermute": Spec(
         _unpermute_kernel,
         {"rows_ptr": "*bf16", "position_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*bf16", "h": "i32"},
-        tuple(_ROW | {"K": k, "WEIGHTED": weighted} for k in (2, 8) for weighted in (True, False)),
+        tuple(_ROW | {"K": 8, "WEIGHTED": weighted} for weighted in (True, False)), free=("K",),
         traffic="an element of a token: read 2 k, write 2 bytes (bf16), each once",
     ),
     "unpermute_backward": Spec(
         _unpermute_backward_kernel,
         dict.fromkeys(("grad_ptr", "rows_ptr", "grad_rows_ptr"), "*bf16")
         | {"order_ptr": "*i64", "weights_ptr": "*fp32", "grad_weights_ptr": "*fp32", "h": "i32"},
-        tuple(_ROW | {"K": k} for k in (2, 8)),
+        (_ROW | {"K": 8},), free=("K",),
         traffic="an element of a row: read 4, write 2 bytes (bf16); least: each token's gradient read once, 2 + 2 / k",
     ),
 }  # fmt: skip

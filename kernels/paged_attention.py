@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ._rt import Spec, jit, power_of_2, precision, tl
+from ._rt import Spec, cdiv, jit, power_of_2, precision, tl
 from .attention import check_heads, token_rows
 from .dispatch import choose, register
 
@@ -64,12 +64,15 @@ def _decode_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One share of one sequence's keys for the query heads of one key/value head: unnormalised sum, maximum, total."""
-    sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    """One share of a sequence's keys for up to ROWS query heads of one key/value head: sum, maximum, total."""
+    sequence, chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    chunks = tl.cdiv(GROUP, ROWS)
+    kv_head = chunk // chunks
     length = tl.load(lengths_ptr + sequence)
     first = tl.maximum(length - window, 0) if WINDOW else 0
     share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
-    row, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)  # tl.dot wants at least 16 rows, a group is often smaller
+    # tl.dot wants at least 16 rows, a group is often smaller; larger ones are cut into chunks.
+    row, columns = chunk % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + row
     real = (row[:, None] < GROUP) & (columns[None, :] < D)
     q = tl.load(q_ptr + sequence * q_stride + head[:, None] * D + columns[None, :], mask=real, other=0.0)
@@ -116,23 +119,37 @@ def _combine_kernel(
     tl.store(out_ptr + head * D + columns, out.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
+_WIDTHS, MAX_HEAD_DIM = (1024, 4096, 16384), 256
+
+
+def _write_constants(width: int) -> dict:
+    block = next((block for block in _WIDTHS if block >= width), 0)
+    if not block:
+        raise ValueError(f"{width} numbers of keys a token: the Triton kernel writes up to {_WIDTHS[-1]}")
+    return {"WIDTH": width, "BLOCK": block, "num_warps": 4, "num_stages": 1}
+
+
 def write_kv_triton(k, v, k_cache, v_cache, slots) -> None:
     """torch.ops.trialign.write_kv on a GPU."""
     width = k.shape[1] * k.shape[2]
     if len(k):
-        _write_kernel[(len(k),)](
-            k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), WIDTH=width, BLOCK=power_of_2(width), num_warps=4
-        )
+        _write_kernel[(len(k),)](k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), **_write_constants(width))
 
 
 def _decode_constants(group: int, d: int, page: int, alibi: bool, window: bool, dtype: torch.dtype) -> dict:
-    block_d = power_of_2(d)
+    block_d, fp32 = power_of_2(d, 64), dtype == torch.float32
+    if block_d > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {d}: the Triton decode kernel takes up to {MAX_HEAD_DIM}")
     return {
-        "GROUP": group, "ROWS": power_of_2(group), "D": d, "BLOCK_D": block_d, "PAGE": page, "ALIBI": alibi,
-        "WINDOW": window, "BLOCK_N": 64 if block_d <= 64 else 32, "DOT": precision(dtype),
-        "num_warps": 8 if dtype == torch.float32 and block_d > 64 else 4,  # fp32 spills at 4 under Triton 3.7
+        "GROUP": group, "ROWS": 16, "D": d, "BLOCK_D": block_d, "PAGE": page, "ALIBI": alibi, "WINDOW": window,
+        "BLOCK_N": 16 if fp32 and block_d > 128 else 32, "DOT": precision(dtype),
+        "num_warps": 8 if fp32 and block_d > 64 else 4,  # fp32 spills at 4 under Triton 3.7
         "num_stages": 2,
     }  # fmt: skip
+
+
+def _combine_constants(d: int, splits: int) -> dict:
+    return {"D": d, "BLOCK_D": power_of_2(d, 64), "SPLITS": splits, "num_warps": 2, "num_stages": 1}
 
 
 SPLITS = 8  # shares of a sequence's keys that run side by side, where batch and heads alone do not fill a GPU
@@ -149,14 +166,24 @@ def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, al
     peaks, totals = (q.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(q.shape)
     if batch:
-        _decode_kernel[(batch, kv_heads, splits)](
+        _decode_kernel[(batch, kv_heads * cdiv(heads // kv_heads, constants["ROWS"]), splits)](
             q, k_cache, v_cache, block_tables, lengths, alibi_slopes, part, peaks, totals, scale, q.stride(0),
             block_tables.stride(0), kv_heads, reach, SPLITS=splits, **constants,
         )  # fmt: skip
-        _combine_kernel[(batch * heads,)](
-            part, peaks, totals, out, D=d, BLOCK_D=constants["BLOCK_D"], SPLITS=splits, num_warps=2
-        )
+        _combine_kernel[(batch * heads,)](part, peaks, totals, out, **_combine_constants(d, splits))
     return out
+
+
+_HEAD_DIMS = (64, 128, 256)
+
+
+def _decode_configs(dtype: torch.dtype) -> tuple[dict, ...]:
+    return tuple(
+        _decode_constants(8, d, 16, alibi, window, dtype) | {"SPLITS": SPLITS}
+        for d in _HEAD_DIMS
+        for alibi in (False, True)
+        for window in (False, True)
+    )
 
 
 SPECS = {
@@ -164,7 +191,8 @@ SPECS = {
         _write_kernel,
         dict.fromkeys(("k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
         | {"slots_ptr": "*i64", "k_stride": "i64", "v_stride": "i64"},
-        tuple({"WIDTH": w, "BLOCK": power_of_2(w), "num_warps": 4, "num_stages": 1} for w in (192, 1024)),
+        tuple(map(_write_constants, _WIDTHS)),
+        free=("WIDTH",),
         traffic="read 2, write 2 bytes an element of k and v (bf16); least 2 and 2",
     ),
     "decode": Spec(
@@ -173,11 +201,9 @@ SPECS = {
         | dict.fromkeys(("slopes_ptr", "part_ptr", "peaks_ptr", "totals_ptr"), "*fp32")
         | {"tables_ptr": "*i32", "lengths_ptr": "*i32", "scale": "fp32"}
         | {"q_stride": "i64", "table_stride": "i64", "kv_heads": "i32", "window": "i32"},
-        tuple(
-            _decode_constants(group, d, 16, extras, extras, torch.bfloat16) | {"SPLITS": splits}
-            for group, d, extras, splits in ((3, 64, False, 1), (8, 128, True, SPLITS), (8, 256, True, SPLITS))
-        ),
-        fp32_configs=(_decode_constants(8, 128, 16, True, True, torch.float32) | {"SPLITS": SPLITS},),
+        _decode_configs(torch.bfloat16),
+        fp32_configs=_decode_configs(torch.float32),
+        free=("GROUP", "D", "PAGE", "SPLITS"),
         dot=True,
         traffic="read 2 bytes a cached element (bf16), write 4 / share of keys for the partial sums; least 2 and 0",
         unaligned=("kv_heads", "table_stride", "window"),
@@ -185,9 +211,8 @@ SPECS = {
     "combine": Spec(
         _combine_kernel,
         {"part_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32", "out_ptr": "*bf16"},
-        tuple(
-            {"D": d, "BLOCK_D": d, "SPLITS": s, "num_warps": 2, "num_stages": 1} for d, s in ((64, 1), (128, SPLITS))
-        ),
+        tuple(_combine_constants(d, splits) for d in _HEAD_DIMS for splits in (1, SPLITS)),
+        free=("D",),
         traffic="read 4 x shares, write 2 bytes an output (bf16); least 4 x shares and 2",
     ),
 }

@@ -116,7 +116,7 @@ def _launch(kernel, outputs: int, *arguments):
     made = tuple(torch.empty_like(tensors[0]) for _ in range(outputs))
     n = tensors[0].numel()
     if n:
-        kernel[(cdiv(n, BLOCK),)](*tensors, *made, n, *arguments[len(tensors) :], BLOCK, num_warps=4)
+        kernel[(cdiv(n, _CONFIG["BLOCK"]),)](*tensors, *made, n, *arguments[len(tensors) :], **_CONFIG)
     return made
 
 
@@ -136,11 +136,11 @@ def kl_estimate_triton(logp, logp_ref, kind):
     return _launch(_kl, 2, logp, logp_ref, kind)
 
 
-BLOCK = 1024
+_CONFIG = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 
 
 def _spec(kernel, tensors: tuple[str, ...], numbers: tuple[str, ...], choice: str, values: tuple, traffic: str) -> Spec:
-    configs = tuple({choice: value, "BLOCK": BLOCK, "num_warps": 4, "num_stages": 3} for value in values)
+    configs = tuple(_CONFIG | {choice: value} for value in values)
     signature = {**dict.fromkeys(tensors, "*fp32"), "n": "i32", **dict.fromkeys(numbers, "fp32")}
     return Spec(kernel, signature, configs, traffic=traffic, unaligned=("n",))
 

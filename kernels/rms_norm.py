@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ._rt import Spec, cdiv, jit, power_of_2, tl, vendor
+from ._rt import Spec, cdiv, jit, tl, vendor
 from .dispatch import choose, library, register
 
 
@@ -24,6 +24,16 @@ def add_rms_norm_ref(x, residual, weight, eps):
     """The formula in plain torch. Shapes as in `add_rms_norm`."""
     total = x + residual
     return rms_norm_ref(total, weight, eps), total
+
+
+def rms_norm_backward_ref(grad, x, weight, rstd, grad_total):
+    """(d x, d weight) by the formula in plain torch; arguments as those of torch.ops.trialign.rms_norm_backward."""
+    r = rstd[:, None]  # [n, 1]
+    g, v, w = grad.to(r.dtype), x.to(r.dtype), weight.to(r.dtype)
+    d = r * (g * w - v * (r * r * (g * w * v).mean(1, keepdim=True)))
+    if grad_total is not None:
+        d += grad_total
+    return d.to(x.dtype), (g * v * r).sum(0).to(weight.dtype)
 
 
 @jit
@@ -68,59 +78,60 @@ def _gradient(
     tl.store(partial + program * h + column, share, inside)
 
 
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 512))
+ROWS = 16
+_BLOCKS = (128, 1024, 2048, 4096, 8192, 16384)
+MAX_GRADIENT = 8192
+"""The longest rows of the gradient's kernel; one of 16384 would spill on every NVIDIA architecture."""
 
 
-def _gradient_warps(block: int, gpu: str) -> int:
-    """Twice as many for long rows, whose fp32 sums would spill; AMD's blocks have no more than 16."""
-    return 32 if block > 4096 and gpu == "cuda" else _warps(block)
+def _constants(h: int, add: bool) -> dict:
+    block = next((b for b in _BLOCKS if b >= h), 0)
+    if not block:
+        raise ValueError(f"rows of {h}: the Triton RMSNorm takes up to {_BLOCKS[-1]}")
+    return {"ADD": add, "BLOCK": block, "num_warps": min(16, max(1, block // 512)), "num_stages": 3}
+
+
+def _gradient_constants(h: int, add: bool, gpu: str) -> dict:
+    """Twice the warps for long rows, whose fp32 sums would spill; AMD's blocks have no more than 16."""
+    constants = _constants(h, add)
+    warps = 32 if constants["BLOCK"] > 4096 and gpu == "cuda" else constants["num_warps"]
+    return constants | {"ROWS": ROWS, "num_warps": warps}
 
 
 def rms_norm_triton(x, weight, eps):
     """(y, rstd) by Triton; arguments as those of torch.ops.trialign.rms_norm."""
     y, rstd = torch.empty_like(x), _rstd(x)
-    block = power_of_2(x.shape[1])
     if len(x):
-        _forward[(len(x),)](x, x, weight, y, y, rstd, x.shape[1], eps, False, block, num_warps=_warps(block))
+        _forward[(len(x),)](x, x, weight, y, y, rstd, x.shape[1], eps, **_constants(x.shape[1], False))
     return y, rstd
 
 
 def add_rms_norm_triton(x, residual, weight, eps):
     """(y, total, rstd) by Triton; arguments as those of torch.ops.trialign.add_rms_norm."""
     y, total, rstd = torch.empty_like(x), torch.empty_like(x), _rstd(x)
-    block = power_of_2(x.shape[1])
     if len(x):
-        _forward[(len(x),)](x, residual, weight, y, total, rstd, x.shape[1], eps, True, block, num_warps=_warps(block))
+        _forward[(len(x),)](x, residual, weight, y, total, rstd, x.shape[1], eps, **_constants(x.shape[1], True))
     return y, total, rstd
 
 
 def rms_norm_backward_triton(grad, x, weight, rstd, grad_total):
     """(d x, d weight) by Triton; arguments as those of torch.ops.trialign.rms_norm_backward."""
     n, h = x.shape
-    programs, block = cdiv(n, ROWS), power_of_2(h)
+    if h > MAX_GRADIENT:
+        return rms_norm_backward_ref(grad, x, weight, rstd, grad_total)
+    programs = cdiv(n, ROWS)
     grad_x, partial = torch.empty_like(x), x.new_empty(programs, h, dtype=torch.float32)
     through = grad if grad_total is None else grad_total
     if n:
         _gradient[(programs,)](
-            grad, x, weight, rstd, through, grad_x, partial, n, h, ROWS, grad_total is not None, block,
-            num_warps=_gradient_warps(block, vendor()),
+            grad, x, weight, rstd, through, grad_x, partial, n, h,
+            **_gradient_constants(h, grad_total is not None, vendor()),
         )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
-ROWS = 16
-_BLOCKS = (64, 1024, 4096, 8192)
-
-
-def _gradient_configs(gpu: str) -> tuple[dict, ...]:
-    return tuple(
-        {"ROWS": ROWS, "ADD": add, "BLOCK": block, "num_warps": _gradient_warps(block, gpu), "num_stages": 3}
-        for block in _BLOCKS
-        for add in (False, True)
-    )
-
-
+_SHAPES = tuple((block, add) for block in _BLOCKS for add in (False, True))
+_GRADIENTS = tuple((block, add) for block, add in _SHAPES if block <= MAX_GRADIENT)
 SPECS = {
     "forward": Spec(
         _forward,
@@ -130,11 +141,7 @@ SPECS = {
             "h": "i32",
             "eps": "fp32",
         },
-        tuple(
-            {"ADD": add, "BLOCK": block, "num_warps": _warps(block), "num_stages": 3}
-            for block in _BLOCKS
-            for add in (False, True)
-        ),
+        tuple(_constants(*shape) for shape in _SHAPES),
         traffic="read 2, write 2 bytes an element (bf16), with the residual 4 and 4; least the same",
     ),
     "gradient": Spec(
@@ -144,8 +151,7 @@ SPECS = {
             **dict.fromkeys(("rstd", "partial"), "*fp32"),
             **dict.fromkeys(("n", "h"), "i32"),
         },
-        _gradient_configs("cuda"),
-        _gradient_configs("hip"),
+        *(tuple(_gradient_constants(*shape, gpu) for shape in _GRADIENTS) for gpu in ("cuda", "hip")),
         traffic="read 4, write 2.25 bytes an element (bf16), a sixteenth of 4 for d weight's shares; least 4 and 2",
         unaligned=("n",),
     ),

@@ -47,13 +47,18 @@ def _turn(
     tl.store(base + second, b * c + a * s, inside)
 
 
+def _constants(d: int, interleaved: bool) -> dict:
+    half = power_of_2(d // 2, 32)
+    return {"INTERLEAVED": interleaved, "HEADS": HEADS, "HALF": half, "num_warps": 2, "num_stages": 1}
+
+
 def rope_triton(x, cos, sin, interleaved, inverse):
     """Turns x by Triton; arguments as those of torch.ops.trialign.rope_."""
     n, heads, d = x.shape
     if x.numel():
         _turn[(n, cdiv(heads, HEADS))](
             x, cos, sin, heads, d // 2, x.stride(0), x.stride(1), -1.0 if inverse else 1.0,
-            interleaved, HEADS, power_of_2(d // 2), num_warps=2,
+            **_constants(d, interleaved),
         )  # fmt: skip
 
 
@@ -67,11 +72,7 @@ SPECS = {
             **dict.fromkeys(("heads", "half", "row_stride", "head_stride"), "i32"),
             "sign": "fp32",
         },
-        tuple(
-            {"INTERLEAVED": interleaved, "HEADS": HEADS, "HALF": half, "num_warps": 2, "num_stages": 3}
-            for half in (32, 64, 128)
-            for interleaved in (False, True)
-        ),
+        tuple(_constants(d, interleaved) for d in (64, 128, 256) for interleaved in (False, True)),
         traffic="read 2, write 2 bytes an element (bf16), cos and sin 4 more for each 8 heads; least 2 and 2",
         unaligned=("heads",),
     ),

@@ -221,11 +221,12 @@ def sample_triton(logits, temperature, top_k, top_p, keys, counters):
     if len(logits):
         _sample_kernel[(len(logits),)](
             logits, temperature, top_k, top_p, keys, counters, tokens, logprobs, logits.shape[1], logits.stride(0),
-            BLOCK=4096, num_warps=8,
+            **_CONFIG,
         )  # fmt: skip
     return tokens, logprobs
 
 
+_CONFIG = {"BLOCK": 4096, "num_warps": 8, "num_stages": 1}
 SPECS = {
     "sample": Spec(
         _sample_kernel,
@@ -237,7 +238,7 @@ SPECS = {
             "keys_ptr": "*i64",
         }
         | {"counters_ptr": "*i64", "tokens_ptr": "*i64", "logprobs_ptr": "*fp32", "v": "i32", "stride": "i64"},
-        ({"BLOCK": 4096, "num_warps": 8, "num_stages": 1},),
+        (_CONFIG,),
         traffic="read 2 bytes a logit (bf16) three times (maximum, mass, draw) and once for each step of a bisection, "
         "all but the first out of the L2 cache; least 2",
         unaligned=("v",),

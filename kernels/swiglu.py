@@ -44,31 +44,30 @@ def swiglu_triton(gate_up):
     n, f = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(n, f)
     if y.numel():
-        _forward[(n, cdiv(f, BLOCK))](gate_up, y, f, BLOCK, num_warps=4)
+        _forward[(n, cdiv(f, _CONFIG["BLOCK"]))](gate_up, y, f, **_CONFIG)
     return y
 
 
 def swiglu_backward_triton(grad, gate_up):
     """d gate_up by Triton; arguments as those of torch.ops.trialign.swiglu_backward."""
-    out = torch.empty_like(gate_up)
+    (n, f), out = grad.shape, torch.empty_like(gate_up)
     if out.numel():
-        _gradient[(grad.shape[0], cdiv(grad.shape[1], BLOCK))](grad, gate_up, out, grad.shape[1], BLOCK, num_warps=4)
+        _gradient[(n, cdiv(f, _CONFIG["BLOCK"]))](grad, gate_up, out, f, **_CONFIG)
     return out
 
 
-BLOCK = 1024
-_CONFIGS = ({"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3},)
+_CONFIG = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 SPECS = {
     "forward": Spec(
         _forward,
         {"gate_up": "*bf16", "y": "*bf16", "f": "i32"},
-        _CONFIGS,
+        (_CONFIG,),
         traffic="read 4, write 2 bytes an output (bf16); least 4 and 2",
     ),
     "gradient": Spec(
         _gradient,
         {"grad": "*bf16", "gate_up": "*bf16", "out": "*bf16", "f": "i32"},
-        _CONFIGS,
+        (_CONFIG,),
         traffic="read 6, write 4 bytes an output (bf16); least 6 and 4",
     ),
 }

@@ -4,13 +4,14 @@ Corrects the interpreter: bf16 arithmetic, reductions and tl.dot (stock computes
 rounding of fp32 to bf16 (stock truncates), the dtype of comparisons (block and scalar masks combined).
 Checks every launch: each live lane's address lies inside a tensor passed to it; no address is stored to by two lanes or
 two programs, or stored by one program and loaded by another; grid axes 1 and 2 stay below CUDA's limit. Programs run in
-shuffled order, so a result that depends on their order changes from run to run.
+shuffled order, so a result that depends on their order changes from run to run. `Monitor.watch` hears of every launch.
 """
 
 from __future__ import annotations
 
 import bisect
 import random
+from collections.abc import Callable
 
 import numpy as np
 import triton.language as tl
@@ -51,9 +52,15 @@ class Storage:
 
 
 class Monitor:
-    """The running launch's tensors. Tests of lock-protected stores may set `races = False`."""
+    """The running launch's tensors. Tests of lock-protected stores may set `races = False`.
+
+    watch(kernel, {name: argument, or option such as num_warps}) is called before every launch; execute = False leaves
+    it at that.
+    """
 
     races = True
+    execute = True
+    watch: Callable[[Callable, dict], None] = staticmethod(lambda kernel, arguments: None)
     storages: list[Storage] = []
     starts: list[int] = []
 
@@ -209,6 +216,16 @@ def _watch_memory() -> None:
     interpreter.GridExecutor._init_args_hst = init
 
 
+def _report_launches() -> None:
+    plain = interpreter.InterpretedFunction.run
+
+    def run(self, *args, grid, warmup, **named):
+        Monitor.watch(self.fn, dict(zip(self.arg_names, args, strict=False)) | named)
+        return plain(self, *args, grid=grid, warmup=warmup, **named) if Monitor.execute else None
+
+    interpreter.InterpretedFunction.run = run
+
+
 def _shuffle_programs() -> None:
     plain_dim, plain_index = Builder.set_grid_dim, Builder.set_grid_idx
 
@@ -235,4 +252,5 @@ def install() -> None:
     _correct_comparisons()
     _watch_memory()
     _shuffle_programs()
+    _report_launches()
     interpreter._trialign_shim = True

@@ -40,7 +40,7 @@ def _run(fn: Callable, inputs: tuple[Tensor, ...], wanted: tuple[int, ...], upst
     grads = torch.autograd.grad(
         smooth, [leaves[i] for i in wanted], [g.to(o.dtype) for g, o in zip(upstream, smooth, strict=True)]
     )
-    return [x.detach().double() for x in (*outputs, *grads)], upstream
+    return [x.detach() for x in (*outputs, *grads)], upstream
 
 
 def check_law(fn: Callable, ref: Callable, inputs: tuple[Tensor, ...], wanted: tuple[int, ...], factor: float = 2.0):
@@ -56,10 +56,12 @@ def check_law(fn: Callable, ref: Callable, inputs: tuple[Tensor, ...], wanted: t
     # A gradient whose terms cancel, as with a vocabulary of one, is 0 to within fp32's rounding of its terms.
     size = max([1.0, *(g.abs().max().item() for g in upstream if g.numel())])
     for place, (a, b, c) in enumerate(zip(ours, plain, truth, strict=True)):
-        assert a.shape == c.shape
+        assert a.shape == c.shape and a.dtype == b.dtype, (
+            f"result {place}: {a.shape} {a.dtype}, not {c.shape} {b.dtype}"
+        )
         if c.numel() == 0:
             continue
-        error, allowed, largest = (x.abs().max().item() for x in (a - c, b - c, c))
+        error, allowed, largest = (x.abs().max().item() for x in (a.double() - c, b.double() - c, c))
         floor = 5e-7 * largest if largest > 1e-6 * size else 2e-7 * size
         assert error <= factor * allowed + floor, f"result {place}: error {error:.3g}, torch's own {allowed:.3g}"
         assert torch.isfinite(a).all()

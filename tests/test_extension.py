@@ -61,23 +61,3 @@ def test_every_simd_level_passes_the_kernel_tests(level):
     env = os.environ | {"TRIALIGN_KERNELS": level}
     result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-3000:]
-
-
-@pytest.mark.skipif(not dispatch.EXTENSION or shutil.which("nvcc") is None, reason="no extension or no nvcc")
-@pytest.mark.parametrize(
-    "op",
-    [
-        "rms_norm",
-        "add_rms_norm",
-        "rms_norm_backward",
-        "gae",
-        "logprob_stats",
-        "logprob_update_",
-        "logprob_backward",
-        "logprob_backward_",
-        "sort_by_expert",
-        "adamw",
-    ],
-)
-def test_cuda_kernels_are_built_and_registered_beside_any_torch(op):
-    assert dispatch.has_cuda(op)

@@ -1,5 +1,7 @@
 """The checks on interpreted kernels bite: planted faults are caught, bf16 is right, good kernels pass."""
 
+import os
+
 import pytest
 import torch
 from triton_case import DEVICE, FAULT, INTERPRET, needs_triton
@@ -43,6 +45,10 @@ if INTERPRET:
     def bf16_dot(a, b, c, BLOCK: tl.constexpr):
         i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
         tl.store(c + i * BLOCK + j, tl.dot(tl.load(a + i * BLOCK + j), tl.load(b + i * BLOCK + j)))
+
+
+def test_this_is_the_triton_that_was_asked_for():
+    assert triton.__version__ == os.environ.get("TRIALIGN_EXPECT_TRITON", triton.__version__)
 
 
 def test_a_good_kernel_passes():

@@ -2,6 +2,7 @@
 what they publish: bound to the signatures in their own packages, and by their rules equal to our references."""
 
 import ast
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -164,7 +165,78 @@ def test_apex_is_called_by_its_rules():
 
 
 def test_signature_of_apex():
-    pytest.skip("NVIDIA's apex is not on PyPI: no source to take its signatures from")
+    """Where it is installed: no package index has its source, the apex on PyPI is another project's."""
+    row = LIBRARIES["rms_norm"]
+    found = importlib.util.find_spec("apex")
+    file = Path((found and found.origin) or "").parent / "normalization" / "fused_layer_norm.py"
+    if not file.is_file():
+        pytest.skip("NVIDIA's apex is not installed, and no package index has it")
+    positional, named = row.call(torch.ones(2, 8), torch.ones(8), 1e-5)
+    assert signature(file.read_text(), row.function).bind(*positional, **named).arguments["eps"] == 1e-5
+
+
+AMP_C = """
+calls = []
+def multi_tensor_adam(chunk, noop_flag, tensor_lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, decay):
+    calls.append(chunk)
+    for g, p, m, v in zip(*tensor_lists):
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).add_(g * g, alpha=1 - beta2)
+        first, second = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1, 1)
+        update = (m / first) / ((v / second).sqrt() + epsilon)
+        p.sub_(lr * (update + decay * p if mode == 1 else update))
+"""
+APEX = """
+calls = []
+def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6, memory_efficient=False):
+    assert tuple(normalized_shape) == tuple(weight.shape)
+    calls.append(eps)
+    return weight * input * (input.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+"""
+ASK_APEX = """
+import sys, torch
+from dataclasses import replace
+from torch._subclasses.fake_tensor import FakeTensorMode
+from trialign.kernels import dispatch
+from trialign.kernels.adamw import adamw_, adamw_ref_
+from trialign.kernels.rms_norm import rms_norm, rms_norm_ref
+HYPER = (3e-3, 0.9, 0.95, 1e-8, 0.1, 7)
+def calls(name):
+    return len(sys.modules[name].calls) if name in sys.modules else 0
+with FakeTensorMode():
+    buffers = [torch.empty(9, device="cuda") for _ in range(4)]
+    adamw_(*buffers, None, *HYPER)
+    adamw_(*buffers, torch.empty(9, dtype=torch.bfloat16, device="cuda"), *HYPER)  # a copy-out it has not
+    adamw_(*buffers, None, *HYPER, 0.5)  # a clip scale it has not
+    x, weight = (torch.empty(*s, dtype=torch.bfloat16, device="cuda") for s in ((3, 8), (8,)))
+    assert rms_norm(x, weight, 1e-5).shape == x.shape
+    rms_norm(x, weight.float(), 1e-5)  # of two types
+names = "amp_C", "apex.normalization.fused_layer_norm"
+print([calls(name) for name in names])
+for op in ("adamw", "rms_norm"):  # the numbers, on the CPU
+    dispatch.LIBRARIES[op] = replace(dispatch.LIBRARIES[op], fits=lambda *_: True)
+torch.manual_seed(0)
+theirs = [torch.randn(50), torch.randn(50), torch.rand(50), torch.randn(50)]
+ours = [t.clone() for t in theirs]
+adamw_(*theirs, None, *HYPER)
+adamw_ref_(*ours, None, *HYPER)
+torch.testing.assert_close(theirs, ours)
+x, weight = torch.randn(3, 8), torch.randn(8)
+torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_ref(x, weight, 1e-5))
+print([calls(name) for name in names])
+"""
+
+
+@pytest.mark.skipif(not (dispatch.has_triton() and dispatch.EXTENSION), reason="needs Triton and trialign._C")
+@pytest.mark.parametrize("mode, served", [("auto", ["[1, 1]", "[2, 2]"]), ("own", ["[0, 0]", "[0, 0]"])])
+def test_apex_serves_what_fits_it_and_gives_our_numbers(mode, served, tmp_path):
+    """Modules of its names that keep to its published rules."""
+    (tmp_path / "apex" / "normalization").mkdir(parents=True)
+    for name in ("apex/__init__.py", "apex/normalization/__init__.py", "fused_layer_norm_cuda.py"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "amp_C.py").write_text(AMP_C)
+    (tmp_path / "apex" / "normalization" / "fused_layer_norm.py").write_text(APEX)
+    assert run(ASK_APEX, tmp_path, TRIALIGN_KERNELS=mode).splitlines()[:2] == served
 
 
 NOTE = """

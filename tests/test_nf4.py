@@ -4,7 +4,7 @@ import pytest
 import torch
 from law import assert_law
 from trialign.kernels import nf4
-from trialign.kernels.nf4 import TABLE, dequantize_nf4, nf4_linear, quantize_nf4
+from trialign.kernels.nf4 import TABLE, dequantize_nf4, nf4_linear, nf4_linear_ref, quantize_nf4
 
 
 def test_the_table_is_the_normal_distributions_quantiles():
@@ -52,6 +52,13 @@ def test_law(dtype, shape):
     eager, exact = (dequantize_nf4(codes, absmax, t) for t in (dtype, torch.float64))
     assert_law(y.detach(), x @ eager.t(), x.double() @ exact.t(), "y")
     assert_law(dx, grad @ eager, grad.double() @ exact, "dx")
+
+
+def test_gradcheck_of_the_reference():
+    torch.manual_seed(0)
+    codes, absmax = quantize_nf4(torch.randn(5, 64))
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: nf4_linear_ref(x, codes, absmax), x)
 
 
 def test_opcheck():

@@ -10,7 +10,7 @@ from triton_case import DEVICE, needs_triton
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # A window of 2 reaches just one key, or one query, into the next block.
 @pytest.mark.parametrize("alibi, window", [(False, None), (True, None), (False, 2), (True, 20)])
 @pytest.mark.parametrize("lengths, heads, kv_heads, d", [([33, 1, 0, 20], 2, 1, 16), ([70], 3, 3, 20)])

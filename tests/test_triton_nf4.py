@@ -9,7 +9,7 @@ from triton_case import DEVICE, needs_triton
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m, n, k", [(5, 24, 128), (70, 70, 64)])
 def test_law(dtype, m, n, k):
     torch.manual_seed(0)

@@ -10,9 +10,9 @@ from triton_case import DEVICE, needs_triton
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("lengths, heads, kv_heads, d, page", [([1, 70], 3, 1, 20, 4), ([130], 2, 2, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("lengths, heads, kv_heads, d, page", [([1, 70], 3, 1, 20, 4), ([130], 18, 1, 16, 16)])
 def test_law(dtype, splits, lengths, heads, kv_heads, d, page, monkeypatch):
     monkeypatch.setattr(module, "SPLITS", splits)
     torch.manual_seed(0)
@@ -34,6 +34,26 @@ def test_law(dtype, splits, lengths, heads, kv_heads, d, page, monkeypatch):
         eager = paged_attention_ref(q, k_cache, v_cache, *args)
         got = paged_attention_triton(q, k_cache, v_cache, *args)
         assert_law(got, eager, exact, f"alibi {slopes is not None}, window {window}")
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_extreme_scores(size):
+    """Scores of 1e4 that differ by little, and shares of the keys that weigh nothing beside others."""
+    torch.manual_seed(0)
+    q, k_cache, v_cache = (torch.randn(*shape, device=DEVICE) for shape in ((1, 2, 16), (9, 16, 1, 16), (9, 16, 1, 16)))
+    k_cache[..., 0], q[..., 0] = size, 1.0
+    k_cache[4, :, :, 0] *= 1.01
+    tables = torch.arange(9, dtype=torch.int32, device=DEVICE)[None]
+    args = (tables, torch.tensor([140], dtype=torch.int32, device=DEVICE), 1.0, None, None)
+    exact = paged_attention_ref(q.double(), k_cache.double(), v_cache.double(), *args)
+    eager, got = paged_attention_ref(q, k_cache, v_cache, *args), paged_attention_triton(q, k_cache, v_cache, *args)
+    assert_law(got, eager, exact)
+
+
+def test_no_sequence():
+    q, caches = torch.empty(0, 2, 16, device=DEVICE), [torch.zeros(1, 4, 1, 16, device=DEVICE)] * 2
+    tables, n = (torch.empty(*shape, dtype=torch.int32, device=DEVICE) for shape in ((0, 1), (0,)))
+    assert paged_attention_triton(q, *caches, tables, n, 1.0, None, None).shape == (0, 2, 16)
 
 
 def test_write_kv():

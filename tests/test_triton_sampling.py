@@ -8,6 +8,7 @@ from trialign.kernels.sampling import sample_ref, sample_triton
 from triton_case import DEVICE, needs_triton
 
 pytestmark = needs_triton
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 def check(logits, temperature, top_k, top_p, seed=0):
@@ -27,12 +28,16 @@ def check(logits, temperature, top_k, top_p, seed=0):
     assert torch.allclose(logprobs[known], right_logprobs[known], atol=2e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("v", [1, 37, 5000])
+@pytest.mark.parametrize("v, dtype", [*((v, t) for v in (1, 37, 5000) for t in DTYPES), (37, torch.float16)])
 def test_draws_what_the_reference_draws(dtype, v):
     torch.manual_seed(0)
     logits = (torch.randn(6, v) * 3).to(dtype)
     check(logits, [1.0, 0.0, 0.7, 1.3, 1.0, 0.5], [0, 0, 5, 0, 9, 3], [1.0, 1.0, 1.0, 0.8, 0.6, 1.0])
+
+
+def test_the_largest_vocabulary():
+    torch.manual_seed(0)
+    check(torch.randn(2, 151_936) * 3, [1.0, 0.0], [0, 0], [1.0, 1.0])
 
 
 def test_equals_and_infinities():

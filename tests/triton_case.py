@@ -18,9 +18,11 @@ DEVICE = "cpu" if INTERPRET else "cuda"
 
 if INTERPRET:
     import interp_shim
+    import launches
     import triton
 
     interp_shim.install()
+    interp_shim.Monitor.watch = launches.check  # what is launched is what tests/aot compiles
     FAULT += (getattr(triton.runtime.errors, "InterpreterError", ValueError),)  # Triton 3.9 wraps them
 
 needs_triton = [

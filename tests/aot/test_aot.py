@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without TRITON_INTERPRET", allow_module_level=True)
 
 import aot_compile
+import triton
 from aot_compile import SASS, SHARED_LIMIT, compile_kernel, cuobjdump
 from index_range import DIM, overflows
 from kernel_table import ARCHITECTURES, other_types, specs, variants
@@ -35,6 +36,10 @@ BOUNDS = {
 
 def bounds(name: str) -> dict[str, int]:
     return next((bound for start, bound in BOUNDS.items() if name.startswith(start)), {})
+
+
+def test_this_is_the_triton_that_was_asked_for():
+    assert triton.__version__ == os.environ.get("TRIALIGN_EXPECT_TRITON", triton.__version__)
 
 
 @pytest.mark.parametrize("name, spec, config, arch", CASES)
