@@ -53,7 +53,7 @@ def cuobjdump() -> str:
     try:
         import triton
 
-        return triton.knobs.nvidia.cuobjdump.path
+        return triton.knobs.nvidia.cuobjdump.path  # pyright: ignore[reportAttributeAccessIssue]
     except (ImportError, RuntimeError):
         return shutil.which("cuobjdump") or pytest.skip("neither Triton nor the CUDA toolkit has a cuobjdump here")
 
