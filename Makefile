@@ -64,7 +64,7 @@ OTHER_TRITON := 3.7.1
 INTERPRETED := tests/test_interp_shim.py $(sort $(wildcard tests/test_triton_*.py))
 OTHER := TRIALIGN_EXPECT_TRITON=$(OTHER_TRITON) PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
 COMPILED := $(foreach op,adamw attention cross_entropy cuda_emulated devices gae linear linear_logprob logprob moe \
-	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch kernel_docs cuda_build,$(wildcard tests/test_$(op).py))
+	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch ops kernel_docs cuda_build,$(wildcard tests/test_$(op).py))
 
 test: .venv/.package $(MODEL)/config.json .venv/triton-$(OTHER_TRITON) ## the whole test suite
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
