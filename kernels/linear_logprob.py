@@ -224,8 +224,8 @@ SPECS = {
     "stats": Spec(
         _stats_kernel, _POINTERS | {"part_ptr": "*fp32"} | _NUMBERS, (_CUDA | {"SHARE": SHARE},),
         (_HIP | {"SHARE": SHARE},), (_FP32 | {"SHARE": SHARE},), ("SHARE",), dot=True, unaligned=("n", "vocab_start"),
-        traffic="read 2 bytes a weight (bf16) for each 64 rows of hidden, mostly from the L2 cache, "
-        "write 16 / 2048 a logit; least 2 once and 0",
+        traffic="read 2 bytes a weight (bf16) for each 64 rows of hidden, 2 a hidden for each 128 columns, mostly "
+        "from the L2 cache, write 16 / 2048 a logit; least each once and 0",
     ),
     "join": Spec(
         _join_kernel, {"part_ptr": "*fp32", "stats_ptr": "*fp32", "n": "i32", "shares": "i32"},
@@ -238,8 +238,8 @@ SPECS = {
         | {"out_ptr": "*bf16"} | _NUMBERS,
         *(tuple(blocks | wanted for wanted in WANTED) for blocks in (_CUDA, _HIP, _FP32)),
         dot=True, unaligned=("n", "vocab_start"),
-        traffic="read 2 bytes a weight (bf16) for each 64 rows of hidden, mostly from the L2 cache, "
-        "write 2 a logit; least 2 once and 2",
+        traffic="read 2 bytes a weight (bf16) for each 64 rows of hidden, 2 a hidden for each 128 columns, mostly "
+        "from the L2 cache, write 2 a logit; least each once and 2",
     ),
     "accumulate": Spec(
         _accumulate_kernel,

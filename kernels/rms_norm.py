@@ -153,7 +153,8 @@ SPECS = {
         },
         tuple(_gradient_constants(*shape, "cuda") for shape in _GRADIENTS),
         tuple(_gradient_constants(*shape, "hip") for shape in _GRADIENTS),
-        traffic="read 4, write 2.25 bytes an element (bf16), a sixteenth of 4 for d weight's shares; least 4 and 2",
+        traffic="read 4, with the residual's gradient 6, write 2.25 bytes an element (bf16), a sixteenth of 4 for "
+        "d weight's shares, which are read once more; least 4, 6 and 2",
         unaligned=("n",),
     ),
 }

@@ -13,9 +13,7 @@ from session import Common, Session
 from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
 from trialign.algorithms.build import load_tokenizer
 from trialign.algorithms.config import PromptData, RewardConfig, RolloutConfig
-from trialign.algorithms.convention import Convention
 from trialign.algorithms.data import PromptDataset
-from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.roles import Learner, Role
 from trialign.algorithms.rollout import Scorer, my_part, sample, sampling_params
 from trialign.engine.rollout.generate import Generator
@@ -41,8 +39,6 @@ class AnswerConfig(Common, Protocol):
     def rollout(self) -> RolloutConfig: ...
     @property
     def reward(self) -> RewardConfig: ...
-    @property
-    def rules(self) -> Convention: ...
 
 
 class Answering:
@@ -67,7 +63,6 @@ class Answering:
         self.dataset.load_state(place)
         self.scorer = Scorer(config.reward, self.tokenizer, self.mesh)
         session.stack.callback(self.scorer.close)
-        self.shaper = RewardShaper(config.reward, config.rules)
         self.sampling = sampling_params(config.rollout, stop_ids(path, shape), show.seed)
         self.models: list[Role] = []
 

@@ -21,6 +21,7 @@ from trialign.algorithms.groups import Group, GroupPool, make_groups
 from trialign.algorithms.grpo import GroupRoles, score, update, with_advantages
 from trialign.algorithms.grpo_config import GRPOConfig, check
 from trialign.algorithms.online import plan, without
+from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.rollout import sample
 from trialign.engine.phases import forward_flops
 
@@ -33,6 +34,7 @@ class Run(Answering):
         shapes = session.together(lambda: read_shapes(config))
         super().__init__(session, config, config.run, shapes[config.model.path])
         self.config = config
+        self.shaper = RewardShaper(config.reward, config.rules)
         self.roles: GroupRoles = session.together(lambda: build_group_roles(config, shapes, mesh))
         self.attach(self.roles.actor, self.roles.rewards)
         self.learners = {"actor": (self.roles.actor, config.model.path)}

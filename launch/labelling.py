@@ -14,6 +14,7 @@ from answering import Answering
 from session import Session
 from trialign.algorithms.build import build_decoder, read_shapes
 from trialign.algorithms.labelling import label
+from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.rlhf_config import PreferencesConfig
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample
@@ -46,6 +47,7 @@ def main(session: Session[Any]) -> None:
 
     answering = Answering(session, cast(Any, config), Show(run.seed), shapes[config.model.path])
     policy: Any = build(config.model.path, "lm")
+    shaper = RewardShaper(config.reward)
     answering.attach(policy, [build(folder, "score") for folder in config.reward.models])
     there = answering.dataset.rows - answering.dataset.dropped
     count = min(run.prompts or there, there)
@@ -59,7 +61,7 @@ def main(session: Session[Any]) -> None:
             rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
             scores = answering.scores(rollouts, run.micro_batch_size)
             combined = answering.scorer.combined(scores)
-            rewards = answering.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
+            rewards = shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
             for reason in answering.scorer.failures():
                 progress.say(f"abstains: {reason}")
             if mesh.is_main:

@@ -22,6 +22,7 @@ from trialign.algorithms.kl import KLController
 from trialign.algorithms.online import plan, without
 from trialign.algorithms.ppo import Roles, score, update, with_rewards
 from trialign.algorithms.ppo_config import PPOConfig, check
+from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.rollout import sample
 from trialign.engine.phases import forward_flops
 
@@ -34,6 +35,7 @@ class Run(Answering):
         shapes = session.together(lambda: read_shapes(config))
         super().__init__(session, config, config.run, shapes[config.model.path])
         self.config = config
+        self.shaper = RewardShaper(config.reward, config.rules)
         self.text = session.together(self._read_text) if config.actor.ptx_coef else None
         self.roles: Roles = session.together(lambda: build_roles(config, shapes, mesh))
         self.attach(self.roles.actor, self.roles.rewards)

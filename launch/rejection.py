@@ -26,6 +26,7 @@ from trialign.algorithms.dialogue import pack_samples
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.rejection_config import RejectionConfig, check_rejection
 from trialign.algorithms.reward_model import pack_pairs
+from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample
 from trialign.algorithms.rounds import Answer, Rounds, drawn, make_answers, matches, read_round, winners, write_round
@@ -54,6 +55,7 @@ class Run(Answering):
         config, mesh = session.config, session.mesh
         shapes = session.together(lambda: read_shapes(cast(Any, config)))
         super().__init__(session, config, config.run, shapes[config.model.path])
+        self.shaper = RewardShaper(config.reward, config.rules)
         self.config, self.per_round, self.first_step = config, config.steps_per_round, 0
         options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
 

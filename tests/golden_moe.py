@@ -25,7 +25,7 @@ def balance(case: Case) -> Outputs:
     losses = []
     for layer, each in enumerate(logits):
         _, chosen = route(each[there].float(), moe.top_k, moe.normalise)
-        losses.append(routing.losses(layer, each[there], chosen, moe))
+        losses.append(routing.losses(layer, each[there], chosen, torch.tensor(0), moe))
     config = moe_config(moe, num_layers=len(names))
     outputs: Outputs = {"loss": router_metrics([routing], config, build_mesh())["router_aux_loss"]}
     if len(names) == 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -89,9 +90,15 @@ LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2)}
 
 
 def all_layouts(rank: int, world: int, folder: Path):
-    """Every layout of two ranks, for a whole answer's ratio and for tokens'."""
+    """Every layout of two ranks, for a whole answer's ratio and for tokens'; one of them for each recipe."""
     cases = [(layout, kind, knobs) for layout in LAYOUTS for kind, knobs in MIXES.items()]
+    layouts = itertools.cycle(LAYOUTS)
+    cases += [(layout, name, recipe(name)) for layout, name in zip(layouts, RECIPES, strict=False)]
     return {(layout, kind): two_updates(rank, world, folder, LAYOUTS[layout], knobs) for layout, kind, knobs in cases}
+
+
+def recipe(algorithm: str) -> GroupConfig:
+    return GroupConfig(algorithm=algorithm, micro_batch_size=3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +123,11 @@ def compare(got, expected, tolerance=1e-5):
 
 
 def test_layouts_equal_one_process(folder, alone):
+    expected = alone | {name: two_updates(0, 1, folder, (1, 1, 1), recipe(name)) for name in RECIPES}
     for rank in run_ranks(all_layouts, 2, folder, timeout=200):
-        assert {kind for _, kind in rank} == alone.keys()
+        assert {kind for _, kind in rank} == expected.keys()
         for (_, kind), got in rank.items():
-            compare(got, alone[kind])
+            compare(got, expected[kind])
 
 
 @pytest.mark.parametrize(

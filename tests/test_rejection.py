@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import digests, kill_after, launch, metrics, options, succeed
+from scripts import AXES, agree, digests, kill_after, launch, metrics, options, succeed, succeed_in_turn
 from tiny import tiny_chat_model, tiny_llama
 from trialign.algorithms.batch import Prompt, Rollout
 from trialign.algorithms.rejection_config import RejectionConfig, check_rejection
@@ -133,12 +133,13 @@ def whole(setting) -> Path:
     return run(setting, "whole", *DPO)
 
 
-def weights_agree(one: Path, other: Path) -> None:
-    ours, theirs = (Reader(path / "checkpoints" / f"step_{STEPS}") for path in (one, other))
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    for name in (name for name in theirs.tensors if "/master/" in name):
-        expected = theirs.read(name)
-        torch.testing.assert_close(ours.read(name), expected, rtol=0, atol=1e-5 * expected.abs().max().item(), msg=name)
+SFT = ("--round.epochs", 2, "--optimizer.lr", "1e-2", "--round.count", 1)
+
+
+@pytest.fixture(scope="module")
+def tuned(setting) -> Path:
+    """SFT on the winners, one round of as many steps."""
+    return run(setting, "tuned", *SFT)
 
 
 def test_what_a_run_leaves(setting, whole):
@@ -211,24 +212,59 @@ def test_a_round_that_was_answered_is_not_answered_again(setting, whole):
     assert changed.returncode != 0 and "the run was begun with rounds of {'method': 'dpo'" in changed.stderr
 
 
-@pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
-def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, layout):
-    moved = run(setting, layout, *DPO, f"--parallel.{layout}", 2, ranks=2)
-    for number in range(ROUNDS):
-        ours, theirs = (read_round(path / "rounds" / f"round_{number}.jsonl") for path in (moved, whole))
-        exact = [replace(a, reference=None, reward=None, rewards={}) for a in ours]
-        assert exact == [replace(a, reference=None, reward=None, rewards={}) for a in theirs]
-    weights_agree(moved, whole)
+@pytest.fixture(scope="module")
+def moved(setting) -> None:
+    """Both methods in every layout, from their beginning."""
+    succeed_in_turn(
+        [
+            ("rejection", "--config", setting / "config.toml", "--run.output", setting / f"{method}-{axis}", *words)
+            for axis in AXES
+            for method, given in (("dpo", DPO), ("sft", SFT))
+            for words in [(*given, f"--parallel.{axis}", 2)]
+        ]
+    )
 
 
-def test_sft_on_the_winners_makes_them_likelier(setting):
-    """One prompt a round long enough to see it: its best answer gains."""
-    out = run(setting, "sft", "--round.epochs", 4, "--optimizer.lr", "1e-2", "--round.count", 1)
-    steps = metrics(out)
-    assert len(steps) == 8 and steps[-1]["loss"] < steps[0]["loss"]
-    answers = read_round(out / "rounds" / "round_0.jsonl")
+def near(number: float | None):
+    return None if number is None else pytest.approx(number, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize(("method", "rounds"), [("dpo", ROUNDS), ("sft", 1)])
+def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, tuned, moved, method, rounds, axis):
+    run, alone = setting / f"{method}-{axis}", whole if method == "dpo" else tuned
+    for number in range(rounds):
+        ours, theirs = (read_round(path / "rounds" / f"round_{number}.jsonl") for path in (run, alone))
+        for got, expected in zip(ours, theirs, strict=True):
+            assert got.reward == near(expected.reward) and got.reference == near(expected.reference)
+            assert got.rewards == {name: near(value) for name, value in expected.rewards.items()}
+            numbers = {"reference": None, "reward": None, "rewards": {}}
+            assert replace(got, **numbers) == replace(expected, **numbers)
+    agree(run, alone, STEPS)
+
+
+def test_sft_on_the_winners_makes_them_likelier(tuned):
+    """One round long enough to see it: its best answers gain."""
+    from transformers import AutoModelForCausalLM
+
+    steps = metrics(tuned)
+    assert len(steps) == STEPS and steps[-1]["loss"] < steps[0]["loss"]
+    answers = read_round(tuned / "rounds" / "round_0.jsonl")
     assert sum(a.picked == "best" for a in answers) == 8 and not any(a.picked == "worst" for a in answers)
     assert steps[0]["picked"] == 8 and all(a.reference is None for a in answers)
+    model = AutoModelForCausalLM.from_pretrained(tuned / "model", dtype=torch.float32)
+    master = Reader(tuned / "checkpoints" / f"step_{STEPS}")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, master.read(f"actor/master/{name}")), name
+
+
+def test_sft_on_the_winners_killed_within_the_round_ends_bit_for_bit_the_same(setting, tuned):
+    folder = setting / "tuned-killed"
+    given = ("--config", setting / "config.toml", "--run.output", folder, *SFT)
+    kill_after("checkpoints/step_1", folder, "rejection", *given)
+    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
+    succeed("rejection", "--resume", folder)
+    assert digests(folder, STEPS) == digests(tuned, STEPS) and metrics(folder) == metrics(tuned)
 
 
 @pytest.mark.parametrize(
