@@ -133,7 +133,7 @@ def whole(setting) -> Path:
     return run(setting, "whole", *DPO)
 
 
-SFT = ("--round.epochs", 2, "--optimizer.lr", "1e-2", "--round.count", 1)
+SFT = ("--round.epochs", 2, "--optimizer.lr", "1e-2", "--optimizer.eps", "1e-3", "--round.count", 1)
 
 
 @pytest.fixture(scope="module")
