@@ -40,6 +40,17 @@ def variants(job: JSON) -> list[JSON]:
     return made
 
 
+def ends(model: str, tokenizer) -> list[int]:
+    """The tokens at which TRL takes an answer for ended."""
+    files = [os.path.join(model, name) for name in ("config.json", "generation_config.json")]
+    found = {tokenizer.eos_token_id}
+    for file in filter(os.path.isfile, files):
+        with open(file) as text:
+            named = json.load(text).get("eos_token_id") or []
+        found.update([named] if isinstance(named, int) else named)
+    return sorted(found)
+
+
 def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
     """TRL's trainer over these rows in their order."""
     import trl
@@ -47,6 +58,7 @@ def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
     from transformers import AutoTokenizer
 
     algorithm, micro = job["algorithm"], settings["micro"]
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
     options = {
         "output_dir": os.path.join(job["folder"], "trl"),
         "max_steps": steps,
@@ -73,7 +85,8 @@ def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
         options |= {
             "num_generations": job["group"],
             "max_completion_length": job["new_tokens"],
-            "generation_kwargs": {"min_new_tokens": job["new_tokens"]},
+            # No answer stops early; continuous batching knows no min_new_tokens.
+            "generation_kwargs": {"suppress_tokens": ends(job["model"], tokenizer)},
             "temperature": 1.0,
             "shuffle_dataset": False,
             "beta": 0.0,
@@ -108,7 +121,7 @@ def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
         model=job["model"],
         args=Config(**options),
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        processing_class=tokenizer,
         **more,
     )
 

@@ -38,7 +38,7 @@ class Spec:
     free: those of them that are sizes of a model or a call, for addresses, masks and counts of steps only: a launch may
     use any value, and configs names one;
     hip_configs: those of AMD where they differ; fp32_configs: those of fp32 tensors where they differ;
-    dot: it has to use the matrix units; traffic: bytes moved per element, as text, against the least possible.
+    dot: it has to use the matrix units.
     """
 
     kernel: Any
@@ -48,7 +48,6 @@ class Spec:
     fp32_configs: tuple[dict[str, Any], ...] | None = None
     free: tuple[str, ...] = ()
     dot: bool = False
-    traffic: str = ""
     unaligned: tuple[str, ...] = field(default=())  # arguments that need not be multiples of 16
 
 

@@ -71,7 +71,6 @@ SPECS = {
         | {"out_ptr": "*bf16", "n": "i64"}
         | dict.fromkeys(("beta1", "beta2", "decay", "rate", "correction", "eps", "grad_scale"), "fp32"),
         tuple(map(_constants, (False, True))),
-        traffic="30 bytes of 30 per element with a bf16 copy-out",
         unaligned=("n",),
     )
 }

@@ -76,25 +76,21 @@ def sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes=None, window=None):
 
 
 @jit
-def _scores(
-    q, k, rows, keys, length, slope, scale, window, ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr
-):
+def _scores(q, k, rows, keys, length, slope, scale, window, ALIBI: tl.constexpr, DOT: tl.constexpr):
     """Scores [rows, keys] with -inf where a key is hidden."""
     scores = tl.dot(q, tl.trans(k), input_precision=DOT) * scale
     distance = rows[:, None] - keys[None, :]
     if ALIBI:
         scores -= slope * distance.to(tl.float32)
-    hidden = (distance < 0) | (keys[None, :] >= length)
-    if WINDOW:
-        hidden = hidden | (distance >= window)
-    return tl.where(hidden, float("-inf"), scores)
+    seen = distance.to(tl.uint32, bitcast=True) < window  # 0 <= distance < window: below 0 is far beyond it
+    return tl.where(seen & (keys[None, :] < length), scores, float("-inf"))
 
 
 @jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, bounds_ptr, slopes_ptr, scale, window, q_stride, k_stride, v_stride, heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
+    ALIBI: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head of one document; online softmax over the blocks of keys."""
     block, head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -109,14 +105,14 @@ def _forward_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first = tl.maximum(block * BLOCK_M - window + 1, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
+    first = tl.maximum(block * BLOCK_M - window + 1, 0) // BLOCK_N * BLOCK_N
     for n in range(first, tl.minimum(length, (block + 1) * BLOCK_M), BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
         there = (keys[:, None] < length) & (columns[None, :] < D)
         offset = (start + keys)[:, None]
         k = tl.load(k_ptr + offset * k_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
         v = tl.load(v_ptr + offset * v_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
-        scores = _scores(q, k, rows, keys, length, slope, scale, window, ALIBI, WINDOW, DOT)
+        scores = _scores(q, k, rows, keys, length, slope, scale, window, ALIBI, DOT)
         risen = tl.maximum(peak, tl.max(scores, 1))
         level = tl.where(risen == float("-inf"), 0.0, risen)  # a window can hide a whole block from a row
         weights = tl.exp(scores - level[:, None])
@@ -146,7 +142,7 @@ def _dq_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, dq_ptr, delta_ptr, bounds_ptr, slopes_ptr, scale, window,
     q_stride, k_stride, v_stride, heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
+    ALIBI: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, and delta = rowsum(do * o) for the kernel below."""
     block, head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -166,14 +162,14 @@ def _dq_kernel(
     inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)
     slope = tl.load(slopes_ptr + head) if ALIBI else 0.0
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first = tl.maximum(block * BLOCK_M - window + 1, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
+    first = tl.maximum(block * BLOCK_M - window + 1, 0) // BLOCK_N * BLOCK_N
     for n in range(first, tl.minimum(length, (block + 1) * BLOCK_M), BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
         there = (keys[:, None] < length) & (columns[None, :] < D)
         offset = (start + keys)[:, None]
         k = tl.load(k_ptr + offset * k_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
         v = tl.load(v_ptr + offset * v_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
-        weights = _weights(_scores(q, k, rows, keys, length, slope, scale, window, ALIBI, WINDOW, DOT), peak, inverse)
+        weights = _weights(_scores(q, k, rows, keys, length, slope, scale, window, ALIBI, DOT), peak, inverse)
         ds = weights * (tl.dot(grad, tl.trans(v), input_precision=DOT) - delta[:, None])
         acc += tl.dot(ds.to(k.dtype), k, input_precision=DOT)
     tl.store(dq_ptr + token[:, None] * D + columns[None, :], (acc * scale).to(dq_ptr.dtype.element_ty), mask=real)
@@ -184,7 +180,7 @@ def _dkv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, bounds_ptr, slopes_ptr, scale, window,
     q_stride, k_stride, v_stride, heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
+    ALIBI: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one key/value head: sums over its query heads and the queries that see it."""
     block, kv_head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -198,7 +194,7 @@ def _dkv_kernel(
     v = tl.load(v_ptr + (start + keys)[:, None] * v_stride + kv_head * D + columns[None, :], mask=there, other=0.0)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    last = tl.minimum(length, (block + 1) * BLOCK_N + window - 1) if WINDOW else length
+    last = tl.minimum(length, (block + 1) * BLOCK_N + window - 1)
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         slope = tl.load(slopes_ptr + head) if ALIBI else 0.0
         for m in range(block * BLOCK_N // BLOCK_M * BLOCK_M, last, BLOCK_M):
@@ -210,9 +206,7 @@ def _dkv_kernel(
             delta = tl.load(delta_ptr + token, mask=rows < length, other=0.0)
             peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=0.0)
             inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)  # 0: padded rows weigh nothing
-            weights = _weights(
-                _scores(q, k, rows, keys, length, slope, scale, window, ALIBI, WINDOW, DOT), peak, inverse
-            )
+            weights = _weights(_scores(q, k, rows, keys, length, slope, scale, window, ALIBI, DOT), peak, inverse)
             dv += tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision=DOT)
             ds = weights * (tl.dot(grad, tl.trans(v), input_precision=DOT) - delta[:, None])
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=DOT)
@@ -231,8 +225,8 @@ def _launches(cu_seqlens: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
 
 
 def _reach(window: int | None, max_seqlen: int) -> int:
-    """The window as the kernels take it: they add it to positions, in 32 bits."""
-    return 0 if window is None else min(window, max_seqlen)
+    """The window as the kernels take it: they add it to positions, in 32 bits; without one all that there is."""
+    return max_seqlen if window is None else min(window, max_seqlen)
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) up to head dims 64, 128, 256: the largest blocks that the ahead-of-time
@@ -258,25 +252,25 @@ _FP32_BLOCKS = {
 MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
-def _constants(kernel: str, d: int, group: int, alibi: bool, window: bool, dtype: torch.dtype, gpu: str) -> dict:
+def _constants(kernel: str, d: int, group: int, alibi: bool, dtype: torch.dtype, gpu: str) -> dict:
     block_d = power_of_2(d, 64)
     assert block_d <= MAX_HEAD_DIM[dtype], f"head_dim {d}"
     blocks = _FP32_BLOCKS if dtype == torch.float32 else _BLOCKS[gpu]
     m, n, warps, stages = blocks[kernel][(block_d > 64) + (block_d > 128)]
     return {
-        "GROUP": group, "D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "ALIBI": alibi, "WINDOW": window,
+        "GROUP": group, "D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "ALIBI": alibi,
         "DOT": precision(dtype), "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
-def _constants_for(kernel: str, q, k, alibi_slopes, window) -> dict:
+def _constants_for(kernel: str, q, k, alibi_slopes) -> dict:
     group = q.shape[1] // k.shape[1]
-    return _constants(kernel, q.shape[2], group, alibi_slopes is not None, window is not None, q.dtype, vendor())
+    return _constants(kernel, q.shape[2], group, alibi_slopes is not None, q.dtype, vendor())
 
 
 def attention_triton(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window):
     """(out, stats) as torch.ops.trialign.attention gives them."""
-    constants = _constants_for("forward", q, k, alibi_slopes, window)
+    constants = _constants_for("forward", q, k, alibi_slopes)
     out = q.new_empty(q.shape)
     stats = q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
     blocks = cdiv(max_seqlen, constants["BLOCK_M"])
@@ -294,20 +288,13 @@ def attention_backward_triton(grad, q, k, v, out, stats, cu_seqlens, max_seqlen,
     delta = stats.new_empty(q.shape[:2])
     numbers = (scale, _reach(window, max_seqlen), q.stride(0), k.stride(0), v.stride(0), q.shape[1])
     for bounds, documents in _launches(cu_seqlens) if max_seqlen else ():
-        constants = _constants_for("dq", q, k, alibi_slopes, window)
+        constants = _constants_for("dq", q, k, alibi_slopes)
         grid = (cdiv(max_seqlen, constants["BLOCK_M"]), q.shape[1], documents)
         _dq_kernel[grid](grad, q, k, v, out, stats, dq, delta, bounds, alibi_slopes, *numbers, **constants)
-        constants = _constants_for("dkv", q, k, alibi_slopes, window)
+        constants = _constants_for("dkv", q, k, alibi_slopes)
         grid = (cdiv(max_seqlen, constants["BLOCK_N"]), k.shape[1], documents)
         _dkv_kernel[grid](grad, q, k, v, stats, delta, dk, dv, bounds, alibi_slopes, *numbers, **constants)
     return dq, dk, dv
-
-
-_TRAFFIC = {
-    "forward": "q, out once, k, v a query block of the group (through L2), + 8 bytes a query; least: each once",
-    "dq": "q, grad, out, dq once, k, v a query block of the group (through L2), + 12 bytes a query; least: each once",
-    "dkv": "k, v, dk, dv once, q, grad a key block (through L2), + 12 bytes a query of each; least: each once",
-}
 
 
 def _spec(name: str, kernel, tensors: str) -> Spec:
@@ -321,23 +308,13 @@ def _spec(name: str, kernel, tensors: str) -> Spec:
         "heads": "i32",
     }
     cuda, hip = (
-        tuple(
-            _constants(name, d, 3, alibi, window, torch.bfloat16, gpu)
-            for d in (64, 128, 256)
-            for alibi in (False, True)
-            for window in (False, True)
-        )
+        tuple(_constants(name, d, 3, alibi, torch.bfloat16, gpu) for d in (64, 128, 256) for alibi in (False, True))
         for gpu in ("cuda", "hip")
     )
     signature = {tensor: types.get(tensor, "*bf16") for tensor in tensors.split()} | numbers
-    wide = tuple(
-        _constants(name, d, 3, alibi, window, torch.float32, "cuda")
-        for d in (64, 128)
-        for alibi in (False, True)
-        for window in (False, True)
-    )
+    wide = tuple(_constants(name, d, 3, alibi, torch.float32, "cuda") for d in (64, 128) for alibi in (False, True))
     free, unaligned = ("GROUP", "D"), ("window", "heads")
-    return Spec(kernel, signature, cuda, hip, wide, free, dot=True, traffic=_TRAFFIC[name], unaligned=unaligned)
+    return Spec(kernel, signature, cuda, hip, wide, free, dot=True, unaligned=unaligned)
 
 
 SPECS = {

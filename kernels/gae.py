@@ -88,7 +88,6 @@ SPECS = {
             **{"mask": "*u8", "cu_seqlens": "*i64", "gamma": "fp32", "lam": "fp32"},
         },
         (_CONFIG,),
-        traffic="read 14 (the values and mask behind from cache), write 8 bytes a token; least 9 and 8",
     ),
 }
 

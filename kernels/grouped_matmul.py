@@ -122,12 +122,10 @@ SPECS = {
         {"x_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES | _STRIDES,
         tuple(_BF16 | counts for counts in _COUNTS), fp32_configs=tuple(_FP32 | counts for counts in _COUNTS),
         free=("EXPERTS",), dot=True, unaligned=("f_stride",),
-        traffic="per product: x f / 128 times, W rows / 64 times (through L2), y once; least: each once",
     ),
     "outer": Spec(
         _outer_kernel, {"x_ptr": "*bf16", "grad_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES,
         (_BF16,), fp32_configs=(_FP32,), dot=True,
-        traffic="per product: x f / 128 times, dy h / 64 times (through L2), dW once; least: each once",
     ),
 }  # fmt: skip
 

@@ -224,13 +224,10 @@ SPECS = {
     "stats": Spec(
         _stats_kernel, _POINTERS | {"part_ptr": "*fp32"} | _NUMBERS, (_CUDA | {"SHARE": SHARE},),
         (_HIP | {"SHARE": SHARE},), (_FP32 | {"SHARE": SHARE},), ("SHARE",), dot=True, unaligned=("n", "vocab_start"),
-        traffic="read 2 bytes a weight (bf16) for each 64 rows of hidden, 2 a hidden for each 128 columns, mostly "
-        "from the L2 cache, write 16 / 2048 a logit; least each once and 0",
     ),
     "join": Spec(
         _join_kernel, {"part_ptr": "*fp32", "stats_ptr": "*fp32", "n": "i32", "shares": "i32"},
         (_JOIN,), unaligned=("n", "shares"),
-        traffic="read 16 bytes a row and share, write 16 a row; least the same",
     ),
     "gradient": Spec(
         _gradient_kernel,
@@ -238,15 +235,11 @@ SPECS = {
         | {"out_ptr": "*bf16"} | _NUMBERS,
         *(tuple(blocks | wanted for wanted in WANTED) for blocks in (_CUDA, _HIP, _FP32)),
         dot=True, unaligned=("n", "vocab_start"),
-        traffic="read 2 bytes a weight (bf16) for each 64 rows of hidden, 2 a hidden for each 128 columns, mostly "
-        "from the L2 cache, write 2 a logit; least each once and 2",
     ),
     "accumulate": Spec(
         _accumulate_kernel,
         {"grad_ptr": "*bf16", "weight_ptr": "*bf16", "total_ptr": "*fp32"} | dict.fromkeys(("n", "v", "h"), "i32"),
         (_CUDA,), (_HIP,), (_FP32,), dot=True, unaligned=("n", "v"),
-        traffic="read 2 bytes a weight (bf16) for each 64 rows and 2 a d logit for each 128 columns of d hidden, "
-        "mostly from the L2 cache, read 4, write 4 a d hidden; least the same once",
     ),
 }  # fmt: skip
 

@@ -177,7 +177,6 @@ SPECS = {
         _update,
         {"stats": "*fp32", "logits": "*bf16", "labels": "*i64", **_NUMBERS},
         (_CONFIG,),
-        traffic="read 2 bytes a logit (bf16); least 2",
         unaligned=("n", "vocab_start"),
     ),
     "gradient": Spec(
@@ -188,7 +187,6 @@ SPECS = {
             **_NUMBERS,
         },
         tuple(_CONFIG | wanted for wanted in WANTED),
-        traffic="read 2, write 2 bytes a logit (bf16); least 2 and 2",
         unaligned=("n", "vocab_start"),
     ),
 }

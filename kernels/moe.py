@@ -275,38 +275,32 @@ _ROUTED = {"weights_ptr": "*fp32", "chosen_ptr": "*i64", "n": "i32", "experts": 
 SPECS = {
     "route": Spec(
         _route_kernel, {"logits_ptr": "*bf16"} | _ROUTED, _ROUTES, free=("K",), unaligned=("n", "experts"),
-        traffic="a token: 2 experts + 12 k bytes (bf16), each once",
     ),
     "route_backward": Spec(
         _route_backward_kernel, {"grad_ptr": "*fp32", "logits_ptr": "*bf16", "out_ptr": "*bf16"} | _ROUTED, _ROUTES,
         free=("K",), unaligned=("n", "experts"),
-        traffic="a token: 2 (normalised) or 4 experts + 16 k bytes (bf16), each once",
     ),
     "count": Spec(
         _count_kernel, {"experts_ptr": "*i64", "counts_ptr": "*i32", "slots": "i32"}, _RANKS, unaligned=("slots",),
-        traffic="a slot: 8 + 4 experts / 128 bytes; least 8",
     ),
     "rank": Spec(
         _rank_kernel, {"experts_ptr": "*i64", "starts_ptr": "*i32", "order_ptr": "*i64", "slots": "i32"}, _RANKS,
-        unaligned=("slots",), traffic="a slot: 16 + 4 experts / 128 bytes; least 16",
+        unaligned=("slots",),
     ),
     "permute": Spec(
         _permute_kernel, {"x_ptr": "*bf16", "order_ptr": "*i64", "rows_ptr": "*bf16", "h": "i32"},
         (_ROW | {"K": 8},), free=("K",),
-        traffic="an element of a row: read 2, write 2 bytes (bf16); least: each token read once, 2 / k",
     ),
     "unpermute": Spec(
         _unpermute_kernel,
         {"rows_ptr": "*bf16", "position_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*bf16", "h": "i32"},
         tuple(_ROW | {"K": 8, "WEIGHTED": weighted} for weighted in (True, False)), free=("K",),
-        traffic="an element of a token: read 2 k, write 2 bytes (bf16), each once",
     ),
     "unpermute_backward": Spec(
         _unpermute_backward_kernel,
         dict.fromkeys(("grad_ptr", "rows_ptr", "grad_rows_ptr"), "*bf16")
         | {"order_ptr": "*i64", "weights_ptr": "*fp32", "grad_weights_ptr": "*fp32", "h": "i32"},
         (_ROW | {"K": 8},), free=("K",),
-        traffic="an element of a row: read 4, write 2 bytes (bf16); least: each token's gradient read once, 2 + 2 / k",
     ),
 }  # fmt: skip
 

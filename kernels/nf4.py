@@ -205,15 +205,11 @@ SPECS = {
         _forward_kernel, {"x_ptr": "*bf16"} | _OPERANDS | {"y_ptr": "*bf16"} | _SIZES, (_constants(torch.bfloat16),),
         fp32_configs=(_constants(torch.float32),), dot=True,
         unaligned=("m",),
-        traffic="read 0.5625 bytes a weight for each 64 rows of x, 2 an x (bf16) for each 64 outputs; "
-        "least each once",
     ),
     "backward": Spec(
         _backward_kernel, {"grad_ptr": "*bf16"} | _OPERANDS | {"dx_ptr": "*bf16"} | _SIZES,
         (_constants(torch.bfloat16),), fp32_configs=(_constants(torch.float32),),
         dot=True, unaligned=("m",),
-        traffic="read 0.5625 bytes a weight for each 64 rows of dy, 2 a dy (bf16) for each 64 inputs; "
-        "least each once",
     ),
 }  # fmt: skip
 

@@ -62,14 +62,14 @@ def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, lengths_ptr, slopes_ptr, part_ptr, peaks_ptr, totals_ptr,
     scale, q_stride, table_stride, kv_heads, window,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One share of a sequence's keys for up to ROWS query heads of one key/value head: sum, maximum, total."""
     sequence, chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     chunks = tl.cdiv(GROUP, ROWS)
     kv_head = chunk // chunks
     length = tl.load(lengths_ptr + sequence)
-    first = tl.maximum(length - window, 0) if WINDOW else 0
+    first = tl.maximum(length - window, 0)
     share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
     # tl.dot wants at least 16 rows, a group is often smaller; larger ones are cut into chunks.
     row, columns = chunk % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -136,12 +136,12 @@ def write_kv_triton(k, v, k_cache, v_cache, slots) -> None:
         _write_kernel[(len(k),)](k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), **_write_constants(width))
 
 
-def _decode_constants(group: int, d: int, page: int, alibi: bool, window: bool, dtype: torch.dtype) -> dict:
+def _decode_constants(group: int, d: int, page: int, alibi: bool, dtype: torch.dtype) -> dict:
     block_d, fp32 = power_of_2(d, 64), dtype == torch.float32
     if block_d > MAX_HEAD_DIM:
         raise ValueError(f"head_dim {d}: the Triton decode kernel takes up to {MAX_HEAD_DIM}")
     return {
-        "GROUP": group, "ROWS": 16, "D": d, "BLOCK_D": block_d, "PAGE": page, "ALIBI": alibi, "WINDOW": window,
+        "GROUP": group, "ROWS": 16, "D": d, "BLOCK_D": block_d, "PAGE": page, "ALIBI": alibi,
         "BLOCK_N": 16 if fp32 and block_d > 128 else 32, "DOT": precision(dtype),
         "num_warps": 8 if fp32 and block_d > 64 else 4,  # fp32 spills at 4 under Triton 3.7
         "num_stages": 2,
@@ -160,8 +160,9 @@ def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, al
     batch, heads, d = q.shape
     page, kv_heads = k_cache.shape[1:3]
     splits = 1 if batch * kv_heads >= 256 else SPLITS
-    constants = _decode_constants(heads // kv_heads, d, page, alibi_slopes is not None, window is not None, q.dtype)
-    reach = 0 if window is None else min(window, block_tables.shape[1] * page)  # an argument of 32 bits
+    constants = _decode_constants(heads // kv_heads, d, page, alibi_slopes is not None, q.dtype)
+    span = block_tables.shape[1] * page
+    reach = span if window is None else min(window, span)  # an argument of 32 bits
     part = q.new_empty(batch, heads, splits, d, dtype=torch.float32)
     peaks, totals = (q.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(q.shape)
@@ -179,10 +180,7 @@ _HEAD_DIMS = (64, 128, 256)
 
 def _decode_configs(dtype: torch.dtype) -> tuple[dict, ...]:
     return tuple(
-        _decode_constants(8, d, 16, alibi, window, dtype) | {"SPLITS": SPLITS}
-        for d in _HEAD_DIMS
-        for alibi in (False, True)
-        for window in (False, True)
+        _decode_constants(8, d, 16, alibi, dtype) | {"SPLITS": SPLITS} for d in _HEAD_DIMS for alibi in (False, True)
     )
 
 
@@ -193,7 +191,6 @@ SPECS = {
         | {"slots_ptr": "*i64", "k_stride": "i64", "v_stride": "i64"},
         tuple(map(_write_constants, _WIDTHS)),
         free=("WIDTH",),
-        traffic="read 2, write 2 bytes an element of k and v (bf16); least 2 and 2",
     ),
     "decode": Spec(
         _decode_kernel,
@@ -205,7 +202,6 @@ SPECS = {
         fp32_configs=_decode_configs(torch.float32),
         free=("GROUP", "D", "PAGE", "SPLITS"),
         dot=True,
-        traffic="read 2 bytes a cached element (bf16), write 4 / share of keys for the partial sums; least 2 and 0",
         unaligned=("kv_heads", "table_stride", "window"),
     ),
     "combine": Spec(
@@ -213,7 +209,6 @@ SPECS = {
         {"part_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32", "out_ptr": "*bf16"},
         tuple(_combine_constants(d, splits) for d in _HEAD_DIMS for splits in (1, SPLITS)),
         free=("D",),
-        traffic="read 4 x shares, write 2 bytes an output (bf16); least 4 x shares and 2",
     ),
 }
 

@@ -139,10 +139,10 @@ def kl_estimate_triton(logp, logp_ref, kind):
 _CONFIG = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 
 
-def _spec(kernel, tensors: tuple[str, ...], numbers: tuple[str, ...], choice: str, values: tuple, traffic: str) -> Spec:
+def _spec(kernel, tensors: tuple[str, ...], numbers: tuple[str, ...], choice: str, values: tuple) -> Spec:
     configs = tuple(_CONFIG | {choice: value} for value in values)
     signature = {**dict.fromkeys(tensors, "*fp32"), "n": "i32", **dict.fromkeys(numbers, "fp32")}
-    return Spec(kernel, signature, configs, traffic=traffic, unaligned=("n",))
+    return Spec(kernel, signature, configs, unaligned=("n",))
 
 
 SPECS = {
@@ -152,7 +152,6 @@ SPECS = {
         ("low", "high", "dual"),
         "DUAL",
         (False, True),
-        "read 12, write 16 bytes a token; least 12 and 16",
     ),
     "value": _spec(
         _value,
@@ -160,7 +159,6 @@ SPECS = {
         ("clip",),
         "CLIP",
         (False, True),
-        "read 12, write 12 bytes a token; least 12 and 12",
     ),
     "kl": _spec(
         _kl,
@@ -168,7 +166,6 @@ SPECS = {
         (),
         "KIND",
         (1, 2, 3),
-        "read 8, write 8 bytes a token; least 8 and 8",
     ),
 }
 

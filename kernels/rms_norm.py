@@ -142,7 +142,6 @@ SPECS = {
             "eps": "fp32",
         },
         tuple(_constants(*shape) for shape in _SHAPES),
-        traffic="read 2, write 2 bytes an element (bf16), with the residual 4 and 4; least the same",
     ),
     "gradient": Spec(
         _gradient,
@@ -153,8 +152,6 @@ SPECS = {
         },
         tuple(_gradient_constants(*shape, "cuda") for shape in _GRADIENTS),
         tuple(_gradient_constants(*shape, "hip") for shape in _GRADIENTS),
-        traffic="read 4, with the residual's gradient 6, write 2.25 bytes an element (bf16), a sixteenth of 4 for "
-        "d weight's shares, which are read once more; least 4, 6 and 2",
         unaligned=("n",),
     ),
 }

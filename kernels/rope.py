@@ -73,7 +73,6 @@ SPECS = {
             "sign": "fp32",
         },
         tuple(_constants(d, interleaved) for d in (64, 128, 256) for interleaved in (False, True)),
-        traffic="read 2, write 2 bytes an element (bf16), cos and sin 4 more for each 8 heads; least 2 and 2",
         unaligned=("heads",),
     ),
 }

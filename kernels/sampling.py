@@ -239,8 +239,6 @@ SPECS = {
         }
         | {"counters_ptr": "*i64", "tokens_ptr": "*i64", "logprobs_ptr": "*fp32", "v": "i32", "stride": "i64"},
         (_CONFIG,),
-        traffic="read 2 bytes a logit (bf16) three times (maximum, mass, draw) and once for each step of a bisection, "
-        "all but the first out of the L2 cache; least 2",
         unaligned=("v",),
     )
 }

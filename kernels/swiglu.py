@@ -62,13 +62,11 @@ SPECS = {
         _forward,
         {"gate_up": "*bf16", "y": "*bf16", "f": "i32"},
         (_CONFIG,),
-        traffic="read 4, write 2 bytes an output (bf16); least 4 and 2",
     ),
     "gradient": Spec(
         _gradient,
         {"grad": "*bf16", "gate_up": "*bf16", "out": "*bf16", "f": "i32"},
         (_CONFIG,),
-        traffic="read 6, write 4 bytes an output (bf16); least 6 and 4",
     ),
 }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import triton.language as tl
@@ -41,26 +42,39 @@ def _widened(handle):
     return Handle(bf16_to_f32(handle.data), tl.float32) if _is_bf16(handle) else handle
 
 
+class Traffic(NamedTuple):
+    """Bytes a launch loaded and stored (lanes of one load that share an address count once), and how many they had
+    been with each address loaded once and stored once."""
+
+    loaded: int
+    stored: int
+    once: int
+
+
 class Storage:
-    """One tensor of the launch: its address range, and which program loaded and stored each byte."""
+    """One tensor of the launch: its address range, which program loaded and stored at each address, and how much."""
 
     def __init__(self, tensor):
         storage = tensor.untyped_storage()
         self.start, self.size = storage.data_ptr(), storage.nbytes()
         self.stored = np.full(self.size, NOBODY, np.int32)
         self.loaded = np.full(self.size, NOBODY, np.int32)
+        self.element = 0  # bytes
+        self.moved = {"load": 0, "store": 0, "atomic": 0}
 
 
 class Monitor:
     """The running launch's tensors. Tests of lock-protected stores may set `races = False`.
 
     watch(kernel, {name: argument, or option such as num_warps}) is called before every launch; execute = False leaves
-    it at that.
+    it at that. done(kernel) is called after it, when with `counting` set `traffic` tells what the launch moved.
     """
 
     races = True
     execute = True
+    counting = False
     watch: Callable[[Callable, dict], None] = staticmethod(lambda kernel, arguments: None)
+    done: Callable[[Callable], None] = staticmethod(lambda kernel: None)
     storages: list[Storage] = []
     starts: list[int] = []
 
@@ -88,9 +102,18 @@ class Monitor:
             here = (offset >= 0) & (offset + size <= storage.size) if storage else np.zeros(len(addresses), bool)
             if storage is None or not here[0]:
                 raise IndexError(f"{what} of {size} bytes out of bounds in program {program}")
+            if cls.counting:
+                storage.element = size
+                storage.moved[what] += size * len(np.unique(offset[here]))
             if cls.races:
                 cls._trace(storage, offset[here], me, what, program)
             addresses = addresses[~here]
+
+    @classmethod
+    def traffic(cls) -> Traffic:
+        """Of the last launch, which was counted, traced (`races`) and free of atomics."""
+        once = sum(s.element * int((touched != NOBODY).sum()) for s in cls.storages for touched in (s.loaded, s.stored))
+        return Traffic(*(sum(s.moved[what] for s in cls.storages) for what in ("load", "store")), once)
 
     @staticmethod
     def _trace(storage: Storage, offset: np.ndarray, me: int, what: str, program) -> None:
@@ -221,7 +244,9 @@ def _report_launches() -> None:
 
     def run(self, *args, grid, warmup, **named):
         Monitor.watch(self.fn, dict(zip(self.arg_names, args, strict=False)) | named)
-        return plain(self, *args, grid=grid, warmup=warmup, **named) if Monitor.execute else None
+        if Monitor.execute:
+            plain(self, *args, grid=grid, warmup=warmup, **named)
+            Monitor.done(self.fn)
 
     interpreter.InterpretedFunction.run = run
 

@@ -11,6 +11,7 @@ pytestmark = [*needs_triton, pytest.mark.skipif(not INTERPRET, reason="about the
 if INTERPRET:
     import triton
     import triton.language as tl
+    from interp_shim import Monitor
 
     @triton.jit
     def shifted_copy(x, y, n, shift, BLOCK: tl.constexpr):
@@ -33,6 +34,11 @@ if INTERPRET:
     @triton.jit
     def everyone_adds(y):
         tl.atomic_add(y, 1.0)
+
+    @triton.jit
+    def reads_twice(x, y, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y + i, tl.load(x + i) + tl.load(x + i) + tl.load(x + i * 0))
 
     @triton.jit
     def bf16_sum(x, y, total, BLOCK: tl.constexpr):
@@ -61,6 +67,14 @@ def test_a_good_kernel_passes():
 def test_out_of_bounds_by_one_element(shift):
     with pytest.raises(FAULT, match="load of 4 bytes out of bounds"):
         shifted_copy[(4,)](torch.randn(100), torch.zeros(100), 100, shift, 32)
+
+
+def test_what_a_launch_moves_is_counted(monkeypatch):
+    monkeypatch.setattr(Monitor, "counting", True)
+    shifted_copy[(4,)](torch.randn(100), torch.zeros(100), 100, 0, 32)
+    assert Monitor.traffic() == (400, 400, 800)
+    reads_twice[(4,)](torch.randn(128), torch.zeros(128, dtype=torch.bfloat16), 32)
+    assert Monitor.traffic() == (2 * 512 + 4 * 4, 256, 512 + 256)  # one address of all lanes is a single load
 
 
 def test_two_lanes_at_one_address():

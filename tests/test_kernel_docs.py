@@ -1,4 +1,4 @@
-"""docs/kernels.md names exactly the Triton kernels and configs that exist, and every one says what it moves."""
+"""docs/kernels.md names exactly the Triton kernels and configs that exist, and says of every one what it moves."""
 
 import re
 import sys
@@ -20,8 +20,8 @@ def test_the_report_is_of_these_kernels_and_configs():
 
 
 def test_the_report_says_what_every_kernel_moves():
-    for name, spec in specs():
-        assert spec.traffic and f"| {name} | {spec.traffic} |" in PAGE, f"{name}: make kernel-report ARGS=--write"
+    counted = re.findall(r"^\| (\w+\.\w+) \|(?: [^|]+ \|){5} [\d.]+ \|$", PAGE, re.M)
+    assert counted == sorted(name for name, _ in specs()), "make kernel-report ARGS=--write"
 
 
 def test_nothing_in_the_report_spills():

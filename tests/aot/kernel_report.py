@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ def cell(job) -> str:
 
 
 def triton_report() -> str:
-    """A table of kernels and what each moves, and one of every config on every architecture."""
+    """A table of every config on every architecture."""
     rows = [(name, *variant) for name, spec in specs() for variant in variants(spec)]
     head = " | ".join(ARCHITECTURES)
     lines = [f"| kernel | config | {head} |", "| --- " * (2 + len(ARCHITECTURES)) + "|"]
@@ -38,9 +39,14 @@ def triton_report() -> str:
             kind = "" if "*bf16" in spec.signature.values() or not spec.dot else "fp32: "
             figures = " | ".join(next(cells) for _ in ARCHITECTURES)
             lines.append(f"| {name} | {kind}{label(configs[ARCHITECTURES[0]])} | {figures} |")
-    traffic = ["| kernel | bytes moved, and the least possible |", "| --- | --- |"]
-    traffic += [f"| {name} | {spec.traffic} |" for name, spec in specs()]
-    return "\n".join([*traffic, "", *lines])
+    return "\n".join(lines)
+
+
+def traffic_report() -> str:
+    """What each kernel moves, by tests/traffic.py: the interpreter needs a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve().parent.parent / "traffic.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def cuda_report() -> str:
@@ -77,8 +83,12 @@ def cuda_report() -> str:
 
 
 def report() -> str:
-    """Both parts."""
+    """All parts."""
     return (
+        "Bytes per element, counted under the interpreter: what programs load and store (lanes of one load that share\n"
+        "an address count once), caches left out of account; and the same with each\n"
+        "address loaded once and stored once.\n\n"
+        f"{traffic_report()}\n\n"
         f"By Triton {triton.__version__}: registers a thread / bytes spilled / KB of shared memory, and the matrix\n"
         "instruction where there is a dot.\n\n"
         f"{triton_report()}\n\n"
