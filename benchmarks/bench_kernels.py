@@ -26,7 +26,8 @@ from typing import Literal
 
 import torch
 import tyro
-from contenders import CASES, Case, Run
+from case import Case, Run
+from contenders import CASES
 from rich.console import Console
 from rich.table import Table
 from torch._dynamo.exc import BackendCompilerFailed
