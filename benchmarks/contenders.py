@@ -8,6 +8,7 @@ saved, and heads in chunks of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import contenders_head as head
 import contenders_layer as layer
@@ -107,9 +108,14 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "add_rms_norm": layer.add_norm,
     "rope": layer.rotary,
     "swiglu": layer.gated,
+    "linear": layer.decode_product,
+    "nf4_linear": layer.quantized,
     "packed_attention": layer.packed,
     "paged_attention": layer.decode,
+    "write_kv": partial(layer.write, length=1),
+    "write_kv_prompts": partial(layer.write, length=128),
     "sampling": head.draw,
     "adamw": optimizer,
+    "route": layer.routing,
     "moe": layer.experts,
 }

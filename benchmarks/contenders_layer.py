@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from case import HIDDEN, Case, by_hand, case, compiled
+from case import HIDDEN, Case, Run, by_hand, case, compiled
+from torch import Tensor
 from trialign.kernels.attention import packed_attention, sdpa_attention
-from trialign.kernels.moe import grouped_matmul, permute, sort_by_expert, unpermute
-from trialign.kernels.paged_attention import paged_attention
+from trialign.kernels.linear import linear, pack
+from trialign.kernels.moe import grouped_matmul, permute, route, sort_by_expert, unpermute
+from trialign.kernels.nf4 import BLOCK, TABLE, nf4_linear, quantize_nf4
+from trialign.kernels.paged_attention import paged_attention, write_kv
 from trialign.kernels.rms_norm import add_rms_norm, rms_norm
 from trialign.kernels.rope import rope_
 from trialign.kernels.swiglu import swiglu
@@ -108,6 +115,43 @@ def gated(dtype: torch.dtype) -> Case:
     )
 
 
+def decode_product(dtype: torch.dtype) -> Case:
+    """By a weight packed before. Nothing is packed in fp32: there both are one call."""
+    x, weight = torch.randn(32, HIDDEN).to(dtype), (torch.randn(1536, HIDDEN) / 24).to(dtype)
+    order = pack(weight)
+    size = f"[32, {HIDDEN}] x [1536, {HIDDEN}], forward"
+    return case(size, (x, weight), (), ours=lambda x, w: linear(x, w, order), eager=F.linear)
+
+
+def quantized(dtype: torch.dtype) -> Case:
+    """On a CPU ours is plain torch too. eager keeps the unpacked weight for its backward; ours and bitsandbytes, where
+    installed, unpack it again."""
+    rows, outputs = 512, 2 * 1536
+    x, weight = torch.randn(rows, HIDDEN).to(dtype), (torch.randn(outputs, HIDDEN) / 24).to(dtype)
+    (codes, absmax), table = quantize_nf4(weight), torch.tensor(TABLE)
+
+    def eager(x):
+        values = table[torch.stack((codes >> 4, codes & 15), -1).int()].view(outputs, -1, BLOCK)
+        return x @ (values * absmax[:, :, None]).view(outputs, HIDDEN).to(x.dtype).T
+
+    peers = {}
+    if importlib.util.find_spec("bitsandbytes"):
+        bitsandbytes = importlib.import_module("bitsandbytes")
+        theirs, state = bitsandbytes.functional.quantize_4bit(
+            weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
+        )
+        peers["bitsandbytes"] = lambda x: bitsandbytes.matmul_4bit(x, theirs, quant_state=state)
+    return case(
+        f"[{rows}, {HIDDEN}] x [{outputs}, {HIDDEN}] in NF4",
+        (x,),
+        (0,),
+        ours=lambda x: nf4_linear(x, codes, absmax),
+        eager=eager,
+        compile=compiled(eager),
+        **peers,
+    )
+
+
 def packed(dtype: torch.dtype) -> Case:
     documents, length, scale = 8, 256, 64**-0.5
     total = documents * length
@@ -147,6 +191,62 @@ def decode(dtype: torch.dtype) -> Case:
         (),
         ours=lambda q, k, v: paged_attention(q, k, v, tables, lengths, scale),
         eager=gathered,
+    )
+
+
+def write(dtype: torch.dtype, length: int) -> Case:
+    """Keys and values as a layer has them, views of one projection, into caches of each contender's own: none passes
+    the check by what another wrote."""
+    batch, pages, block, kv, d = 32, 8, 16, 3, 64
+    k, v = torch.randn(batch * length, 15, d).to(dtype)[:, 9:].split(kv, 1)  # behind 9 query heads
+    tables = torch.randperm(batch * pages).view(batch, pages, 1)
+    slots = (tables * block + torch.arange(block)).flatten(1)[:, :length].flatten()
+
+    def index_copy(keys, values):
+        """As transformers' static cache has it."""
+        keys.view(-1, kv, d).index_copy_(0, slots, k)
+        values.view(-1, kv, d).index_copy_(0, slots, v)
+
+    def index_put(keys, values):
+        keys.view(-1, kv, d)[slots] = k
+        values.view(-1, kv, d)[slots] = v
+
+    def into_own(function: Callable[[Tensor, Tensor], None]) -> Run:
+        keys, values = torch.zeros(2, batch * pages, block, kv, d, dtype=dtype)
+
+        def run() -> tuple[Tensor, ...]:
+            function(keys, values)
+            return keys, values
+
+        return run
+
+    functions = {
+        "ours": lambda keys, values: write_kv(k, v, keys, values, slots),
+        "eager": index_copy,
+        "index_put": index_put,
+    }
+    size = f"{batch} x {length} new tokens, {kv} heads of {d}"
+    return Case(size, {name: into_own(function) for name, function in functions.items()})
+
+
+def routing(dtype: torch.dtype) -> Case:
+    tokens, count, k = 4096, 128, 8
+    # No two of a token are equal, in bf16 either: which of equals is chosen, and has the gradient, is left to each.
+    logits = ((torch.rand(tokens, count).argsort(1) - count // 2) / 16).to(dtype)
+
+    def eager(logits):
+        """As transformers has it."""
+        weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(k)
+        weights /= weights.sum(-1, keepdim=True)
+        return weights, chosen
+
+    return case(
+        f"[{tokens}, {count}], top {k}, normalised",
+        (logits,),
+        (0,),
+        ours=lambda logits: route(logits, k),
+        eager=eager,
+        compile=compiled(eager),
     )
 
 
