@@ -1,14 +1,14 @@
-"""Every op beside plain torch, torch.compile and liger-kernel's algorithm: time and peak memory, in one process.
+"""Time and memory of every op beside plain torch, torch.compile, liger-kernel's algorithm and bitsandbytes' NF4.
 
     python benchmarks/bench_kernels.py
     python benchmarks/bench_kernels.py --op logprob --op gae --dtype float32 --threads 2
 
-The contenders take turns; a turn repeats the call for some milliseconds and counts its mean. Of the turns' ratios the
-table has the median. "first" is the ratio of each turn's first call, with the caches as the others left them. Peak
-memory is what one call adds to the process, "scratch" what of it is not results. A contender whose results differ from
-ours is not timed, the program stops. The row "products" is the matrix products of ours alone: its ratio is their share
-of our time, and "ratio_bound" in the last line, eager's time over theirs, what no implementation here passes. The last
-line is one JSON object: {op: {"ratio": eager / ours, ...}}.
+The contenders, in one process, take turns; a turn repeats the call for some milliseconds and counts its mean. Of the
+turns' ratios the table has the median. "first" is the ratio of each turn's first call, with the caches as the others
+left them. Peak memory is what one call adds to the process, "scratch" what of it is not results. A contender whose
+results differ from ours is not timed, the program stops. The row "products" is the matrix products of ours alone: its
+ratio is their share of our time, and "ratio_bound" in the last line, eager's time over theirs, what no implementation
+here passes. The last line is one JSON object: {op: {"ratio": eager / ours, ...}}.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Literal
 
 import torch
 import tyro
-from contenders import CASES, Case, Run
+from case import Case, Run
+from contenders import CASES
 from rich.console import Console
 from rich.table import Table
 from torch._dynamo.exc import BackendCompilerFailed
