@@ -10,7 +10,7 @@ Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
 # The kernels' types are those of Triton's language.
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ._rt import Spec, jit, tl
 from .dispatch import choose, holds_data, register
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
+_END = tl.constexpr(0x7FFFFFFF) if tl else None  # behind every key and every index
 
 
 def philox(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
@@ -85,43 +86,84 @@ def _scaled(logits_ptr, i, v, peak, temperature):
 
 
 @jit
-def _kept(z, i, v, key, index):
-    """Which lanes are candidates up to `key`, those of exactly `key` up to `index`.
+def _place(z, i, v, key, index, EQUALS: tl.constexpr):
+    """Where a lane stands among the candidates up to `key`, those of exactly `key` up to `index`; _END if it is none.
 
-    The key of z <= 0 is the bit pattern of -z: a non-negative integer, smaller for larger z.
+    A candidate stands at its key, or with EQUALS at its index if it is of exactly `key`, at -1 if ahead of those. The
+    key of z <= 0 is the bit pattern of -z: a non-negative integer, smaller for larger z.
     """
     own = (0.0 - z).to(tl.int32, bitcast=True)
-    return ((own < key) | ((own == key) & (i <= index))) & (i < v)
+    kept = ((own < key) | ((own == key) & (i <= index))) & (i < v)
+    return tl.where(kept, tl.where(own == key, i, -1) if EQUALS else own, _END)
 
 
 @jit
-def _count(logits_ptr, v, peak, temperature, key, index, BLOCK: tl.constexpr):
-    """The number of candidates up to (key, index)."""
-    count = 0
+def _totals(
+    logits_ptr, v, peak, temperature, key, index, low, high, ends,
+    EQUALS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One pass: how many candidates (COUNT), or what mass e^z, lie up to each place of `ends`, in fp64.
+
+    Every mass is summed in the same order, so it never falls when the set grows. Also returns the first and the last
+    place in [low, high] where a candidate stands.
+    """
+    totals = tl.zeros(ends.shape, tl.float64)
+    first, last = tl.full([BLOCK], _END, tl.int32), tl.full([BLOCK], -1, tl.int32)
     for start in range(0, v, BLOCK):
         i = start + tl.arange(0, BLOCK)
         z = _scaled(logits_ptr, i, v, peak, temperature)
-        count += tl.sum(_kept(z, i, v, key, index).to(tl.int32), 0)
-    return count
+        place = _place(z, i, v, key, index, EQUALS)
+        weights = tl.full([BLOCK], 1.0, tl.float32) if COUNT else tl.exp(z)
+        totals += tl.sum(tl.where(place[None, :] <= ends[:, None], weights[None, :], 0.0), 1).to(tl.float64)
+        inside = (place >= low) & (place <= high)
+        first = tl.minimum(first, tl.where(inside, place, _END))
+        last = tl.maximum(last, tl.where(inside, place, -1))
+    return totals, tl.min(first, 0), tl.max(last, 0)
 
 
 @jit
-def _mass(logits_ptr, v, peak, temperature, key, index, BLOCK: tl.constexpr):
-    """The sum of e^z over the candidates up to (key, index), in fp64."""
-    mass = tl.full([], 0.0, tl.float64)
-    for start in range(0, v, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        z = _scaled(logits_ptr, i, v, peak, temperature)
-        mass += tl.sum(tl.where(_kept(z, i, v, key, index), tl.exp(z), 0.0), 0).to(tl.float64)
-    return mass
+def _search(
+    logits_ptr, v, peak, temperature, key, index, total, goal,
+    EQUALS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+):  # fmt: skip
+    """The least place up to which the candidates, `total` in all, reach `goal` > 0, and their total up to it.
+
+    Each pass narrows [low, high] to one of its WAYS equal parts and to the candidates that stood in it. A count stops
+    where it is exactly the goal: up to any such place the candidates are the same.
+    """
+    low, high = 0, tl.minimum(index, v - 1) if EQUALS else key
+    while (low < high) & ((total > goal) | (not COUNT)):
+        step = (high - low + WAYS) // WAYS
+        ends = tl.minimum(low - 1 + step * (1 + tl.arange(0, WAYS)), high)
+        totals, first, last = _totals(
+            logits_ptr, v, peak, temperature, key, index, low, high, ends, EQUALS, COUNT, BLOCK
+        )  # fmt: skip
+        short = tl.sum((totals < goal).to(tl.int32), 0)  # parts whose end does not reach the goal
+        total = tl.min(tl.where(totals < goal, float("inf"), totals), 0)
+        low += short * step
+        high = tl.minimum(high, tl.minimum(low + step - 1, last))
+        low = tl.maximum(low, first)
+    return high, total
+
+
+@jit
+def _cut(
+    logits_ptr, v, peak, temperature, key, index, total, goal,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+):  # fmt: skip
+    """Of the candidates up to (key, index) the fewest that reach `goal`: the last one's key and index, their total."""
+    found, total = _search(logits_ptr, v, peak, temperature, key, index, total, goal, False, COUNT, BLOCK, WAYS)
+    index = tl.where(found < key, _END, index)
+    index, total = _search(logits_ptr, v, peak, temperature, found, index, total, goal, True, COUNT, BLOCK, WAYS)
+    return found, index, total
 
 
 @jit
 def _sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, keys_ptr, counters_ptr, tokens_ptr, logprobs_ptr, v, stride,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
-    """One row. The cut of top-k and top-p is found by bisection over the candidates' keys, then over their indices."""
+    """One row. The cut of top-k and top-p is sought over the candidates' keys, then over the indices of equal ones."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     temperature, top_k, top_p = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
@@ -138,55 +180,22 @@ def _sample_kernel(
         tl.store(tokens_ptr + row, -1)
         tl.store(logprobs_ptr + row, float("nan"))
         return
-    cut_key, cut_index = 0x7FFFFFFF, 0x7FFFFFFF
-    limit = v
-    if (top_k > 0) & (greedy == 0):
-        limit = tl.minimum(top_k, v)
-    mass = _mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
-    if (limit < v) & (greedy == 0):
-        low, high = 0, 0x7FFFFFFF  # the least key up to which `limit` candidates lie
-        while low < high:
-            middle = low + (high - low) // 2
-            count = _count(logits_ptr, v, peak, temperature, middle, 0x7FFFFFFF, BLOCK)
-            if count >= limit:
-                high = middle
-            else:
-                low = middle + 1
-        cut_key = low
-        low, high = 0, v - 1  # among the equals of that key, the least index that completes them
-        while low < high:
-            middle = low + (high - low) // 2
-            count = _count(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK)
-            if count >= limit:
-                high = middle
-            else:
-                low = middle + 1
-        cut_index = low
-        mass = _mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
+    cut_key, cut_index = 0x7F800000, _END  # the key of -inf
+    if (top_k > 0) & (top_k < v) & (greedy == 0):
+        cut_key, cut_index, _ = _cut(
+            logits_ptr, v, peak, temperature, cut_key, cut_index, tl.full([], v, tl.float64), top_k, True, BLOCK, WAYS
+        )  # fmt: skip
+    ends = tl.full([WAYS], cut_key, tl.int32)
+    masses, _, _ = _totals(
+        logits_ptr, v, peak, temperature, cut_key, cut_index, 0, cut_key, ends, False, False, BLOCK
+    )  # fmt: skip
+    mass = tl.max(masses, 0)
     if (top_p < 1) & (greedy == 0):
-        # The nucleus of the top-k candidates is never larger than they are: the same search, over mass.
-        goal = mass * top_p.to(tl.float64)
-        low, high = 0, cut_key
-        while low < high:
-            middle = low + (high - low) // 2
-            if _mass(logits_ptr, v, peak, temperature, middle, 0x7FFFFFFF, BLOCK) >= goal:
-                high = middle
-            else:
-                low = middle + 1
-        old_key, old_index = cut_key, cut_index
-        cut_key = low
-        low, high = 0, v - 1
-        if cut_key == old_key:
-            high = tl.minimum(high, old_index)
-        while low < high:
-            middle = low + (high - low) // 2
-            reached = _mass(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK) >= goal
-            if reached & (_count(logits_ptr, v, peak, temperature, cut_key, middle, BLOCK) > 0):
-                high = middle
-            else:
-                low = middle + 1
-        cut_index = low
-        mass = _mass(logits_ptr, v, peak, temperature, cut_key, cut_index, BLOCK)
+        # The best candidate weighs 1 and always stays; the nucleus is sought among the top-k candidates.
+        goal = tl.maximum(mass * top_p.to(tl.float64), 1.0)
+        cut_key, cut_index, mass = _cut(
+            logits_ptr, v, peak, temperature, cut_key, cut_index, mass, goal, False, BLOCK, WAYS
+        )  # fmt: skip
     key, counter = tl.load(keys_ptr + row), tl.load(counters_ptr + row)
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = c0 * 0
@@ -199,7 +208,7 @@ def _sample_kernel(
         if settled == 0:
             i = start + tl.arange(0, BLOCK)
             z = _scaled(logits_ptr, i, v, peak, temperature)
-            weights = tl.where(_kept(z, i, v, cut_key, cut_index), tl.exp(z), 0.0)
+            weights = tl.where(_place(z, i, v, cut_key, cut_index, False) < _END, tl.exp(z), 0.0)
             if greedy:
                 chosen = (z == 0.0) & (i < v)
             else:
@@ -226,7 +235,7 @@ def sample_triton(logits, temperature, top_k, top_p, keys, counters):
     return tokens, logprobs
 
 
-_CONFIG = {"BLOCK": 4096, "num_warps": 8, "num_stages": 1}
+_CONFIG = {"BLOCK": 4096, "WAYS": 8, "num_warps": 16, "num_stages": 1}
 SPECS = {
     "sample": Spec(
         _sample_kernel,
