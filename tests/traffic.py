@@ -174,8 +174,8 @@ def all_kernels() -> dict[str, tuple[Case, Traffic]]:
 def table(kernels: dict[str, tuple[Case, Traffic]]) -> list[str]:
     """A row a kernel: bytes per element as loaded, as stored, with each address met once; moved over the last."""
     return [
-        f"| {name} | {case.size} | {case.per} | {traffic.loaded / case.count:.4g} | {traffic.stored / case.count:.4g} "
-        f"| {traffic.once / case.count:.4g} | {(traffic.loaded + traffic.stored) / traffic.once:.2f} |"
+        f"| {name} | {case.size} | {case.per} | {traffic.loaded / case.count:.5g} | {traffic.stored / case.count:.5g} "
+        f"| {traffic.once / case.count:.5g} | {(traffic.loaded + traffic.stored) / traffic.once:.2f} |"
         for name, (case, traffic) in kernels.items()
     ]
 
