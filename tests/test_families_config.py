@@ -219,6 +219,16 @@ def test_what_a_family_lacks_is_refused_by_key(architecture, keys, message):
         ModelConfig.from_hf_dict(SIZES | {"architectures": [architecture], "num_key_value_heads": 4} | keys)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_only_causal_attention_is_read(name):
+    """transformers gives every token the later ones too where the key is false."""
+    values = values_of(name)
+    config = ModelConfig.from_hf_dict(values)
+    assert all(ModelConfig.from_hf_dict(values | {"is_causal": said}) == config for said in (True, None))
+    with pytest.raises(ValueError, match="is_causal=False is not supported; allowed: true"):
+        ModelConfig.from_hf_dict(values | {"is_causal": False})
+
+
 def test_absent_keys_are_transformers_defaults():
     for architecture, expected in (
         ("MistralForCausalLM", {"window": 4096, "num_kv_heads": 8}),

@@ -61,7 +61,7 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
     Raises:
         ValueError: a missing or impossible number, a feature that is not supported.
     """
-    always = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0}
+    always = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0, "is_causal": True}
     for key, only in (always | dict(fixed or {})).items():
         if values.get(key) is not None and values[key] != only:
             raise ValueError(f"{key}={values[key]!r} is not supported; allowed: {json.dumps(only)}")
