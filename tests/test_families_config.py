@@ -173,6 +173,17 @@ def test_qwen2_windows(keys, window, full):
     assert [config.window_of(i) for i in range(4)] == [None if i in full else window for i in range(4)]
 
 
+@pytest.mark.parametrize(("kind", "window"), [("full_attention", None), ("sliding_attention", 9)])
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_layers_of_one_kind(architecture, kind, window):
+    """The kind of the layers decides, whatever number stands beside it."""
+    keys = {"sliding_window": 9, "layer_types": [kind] * 4, "num_key_value_heads": 4}
+    keys |= {"use_sliding_window": True} if "Qwen" in architecture else {}
+    config = ModelConfig.from_hf_dict(SIZES | {"architectures": [architecture]} | keys)
+    assert [config.window_of(i) for i in range(4)] == [window] * 4
+    assert ModelConfig.from_hf_dict(config.to_hf_dict()) == config
+
+
 WINDOWED = {"use_sliding_window": True, "moe_intermediate_size": 16}
 
 
@@ -194,6 +205,7 @@ WINDOWED = {"use_sliding_window": True, "moe_intermediate_size": 16}
             "original_max_position_embeddings=16 and 32 in rope_parameters disagree",
         ),
         ("MistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}, "Mistral's layers all have"),
+        ("MistralForCausalLM", {"layer_types": ["chunked_attention"] * 4}, "allowed: all sliding_attention, all full"),
         ("MistralForCausalLM", {"attention_bias": True}, "attention_bias=True is not supported; allowed: false"),
         ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window=0: expected a whole number of at least 1"),
         ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported; allowed: 0.0"),

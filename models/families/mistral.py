@@ -13,9 +13,13 @@ from .family import Family, read_decoder, whole, with_defaults, write_decoder
 def read(values: Mapping[str, Any]) -> ModelConfig:
     values = with_defaults(values, sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072)
     window = None if values["sliding_window"] is None else whole(values, "sliding_window")
-    kinds = set(values.get("layer_types") or ())
-    if len(kinds) > 1:  # transformers' MistralForCausalLM would leave them unread
-        raise ValueError(f"layer_types={sorted(kinds)}: Mistral's layers all have one window")
+    kinds, windowed, full = values.get("layer_types") or (), "sliding_attention", "full_attention"
+    if {*kinds} not in (set(), {windowed}, {full}):
+        raise ValueError(
+            f"layer_types={sorted({*kinds})}: Mistral's layers all have one window; allowed: all {windowed}, all {full}"
+        )
+    if full in kinds:  # as transformers' AutoModel, which takes a config with layer_types for Ministral's
+        window = None
     return read_decoder(values, {"attention_bias": False, "mlp_bias": False}, window=window)
 
 
