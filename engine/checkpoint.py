@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -32,6 +31,7 @@ from torch import Tensor
 from .mesh import Mesh
 from .parallel.collectives import gather_objects
 from .safetensors_io import DTYPES, fsync, sha256, write_stream
+from .whole_folder import whole_folder
 
 T = TypeVar("T")
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
@@ -145,7 +145,7 @@ def write(
     """Writes a checkpoint in one process, as ranks that hold these entries would: whole, or not at all.
 
     Args:
-        folder: the checkpoint itself; must not exist, or be empty.
+        folder: the checkpoint itself; must not exist, or be empty; or a symbolic link to such a one.
         ranks: each rank's entries; of their tensors only shape and dtype are looked at (device "meta" will do).
         numbers: gives an entry's numbers; one entry's at a time are held.
 
@@ -153,23 +153,14 @@ def write(
         ValueError: the folder is not empty, or the entries do not tile every tensor.
         OSError: the disk is full.
     """
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not an empty folder")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
-    try:
-        _begin(aside, state, assets)
-        parts = [_write_share(aside, entries, rank, numbers) for rank, entries in enumerate(ranks)]
-        _finish(aside, folder, parts, step=0)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with whole_folder(folder) as aside:
+        _fill(aside, state, assets)
+        _sign(aside, [_write_share(aside, entries, rank, numbers) for rank, entries in enumerate(ranks)], step=0)
 
 
-def _begin(aside: Path, state: dict[str, Any], assets: Mapping[str, Path]) -> None:
-    """Makes the folder, writes all that is not tensors."""
-    text = json.dumps(_checked(state, "state"))
-    aside.mkdir(parents=True)
-    (aside / "state.json").write_text(text, encoding="utf-8")
+def _fill(aside: Path, state: dict[str, Any], assets: Mapping[str, Path]) -> None:
+    """Writes all that is not tensors."""
+    (aside / "state.json").write_text(json.dumps(_checked(state, "state")), encoding="utf-8")
     for name, source in assets.items():
         target = aside / "assets" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +171,8 @@ def _begin_step(root: Path, aside: Path, state: dict[str, Any], assets: Mapping[
     """Clears what killed runs left, then begins."""
     for left in root.glob(".step_*"):
         shutil.rmtree(left)
-    _begin(aside, state, assets)
+    aside.mkdir(parents=True)
+    _fill(aside, state, assets)
 
 
 def _checked(value: Any, path: str) -> Any:
@@ -227,8 +219,8 @@ def _write_share(
     return index, sums
 
 
-def _finish(aside: Path, final: Path, parts: list[tuple[Index, dict[str, str]]], step: int) -> None:
-    """Joins the ranks' indices, signs all files, and gives the folder its name."""
+def _sign(aside: Path, parts: list[tuple[Index, dict[str, str]]], step: int) -> None:
+    """Joins the ranks' indices and signs all files; all is on the disk then."""
     index: Index = {}
     sums: dict[str, str] = {}
     for share, written in parts:
@@ -250,6 +242,11 @@ def _finish(aside: Path, final: Path, parts: list[tuple[Index, dict[str, str]]],
     fsync(aside / _SUMS)
     for folder in (*(p for p in aside.rglob("*") if p.is_dir()), aside):
         fsync(folder)
+
+
+def _finish(aside: Path, final: Path, parts: list[tuple[Index, dict[str, str]]], step: int) -> None:
+    """Signs the checkpoint and gives the folder its name."""
+    _sign(aside, parts, step)
     if final.exists():  # this step was saved before the run went back to an older one
         _discard(final)
     aside.rename(final)

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -26,7 +25,8 @@ from torch import Tensor
 from ..engine.checkpoint import Reader, read_state
 from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target, adapted_linears
 from ..engine.parallel.shard import shard_of, sinks
-from ..engine.safetensors_io import fsync, write_stream
+from ..engine.safetensors_io import write_stream
+from ..engine.whole_folder import whole_folder
 from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
 from .config import HeadKind, ModelConfig, read_json
 from .decoder import Decoder
@@ -401,9 +401,6 @@ def export_adapter(
     why = no_peft_form(config, lora)
     if why is not None:
         raise ValueError(f"{why}; export it merged")
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not an empty folder")
     score = HEADS["score"].theirs
     values = {
         "peft_type": "LORA",
@@ -420,19 +417,11 @@ def export_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
-    aside.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as aside:
         shapes = {n: tuple(reader.tensors[prefix + n]["shape"]) for n in held}
         described = {PREFIX + n if n == score else n: (dtype, shape) for n, shape in shapes.items()}
         write_stream(aside / TENSORS, described, (reader.read(prefix + n).to(dtype) for n in held))
         (aside / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            fsync(path)
-        aside.rename(folder)  # replaces an empty folder
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def merger(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..engine.checkpoint import Reader, read_state
-from ..engine.safetensors_io import DTYPES, fsync, write_stream
+from ..engine.safetensors_io import DTYPES, write_stream
+from ..engine.whole_folder import whole_folder
 from .adapter import merger, open_checkpoint, same_base, saved_adapter
 from .config import HeadKind, ModelConfig, model_folder, read_json
 from .hf import HEADS, INDEX, Rows, blocks, hf_shapes, part_shapes, whole_tensors
@@ -103,7 +103,7 @@ def export_hf(
     """Writes a folder that transformers and vLLM load: whole, or not at all. One tensor at a time is asked for.
 
     Args:
-        folder: must not exist, or be empty.
+        folder: must not exist, or be empty; or a symbolic link to such a one.
         tensors: Hugging Face's name -> whole tensor; a `Lazy` keeps a large model out of memory, `Rows` a large
             tensor. A fused tensor may come in parts, as `hf_name` names them.
         asset_folder: where tokenizer, chat template and generation config come from.
@@ -113,9 +113,6 @@ def export_hf(
         ValueError: the folder is not empty; a tensor is missing, unknown or of another shape.
         OSError: the disk is full.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not an empty folder")
     shapes, found = hf_shapes(config, head), whole_tensors(tensors, config, head)
     missing, unknown = (list(a - b) for a, b in ((shapes.keys(), found.keys()), (found.keys(), shapes.keys())))
     if missing:
@@ -133,9 +130,7 @@ def export_hf(
             yield from (tensor[rows].to(dtype) for rows in blocks(tensor.shape))
             del tensor  # else it is held while the next is read
 
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
-    aside.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as aside:
         shards = _shards(shapes, dtype, shard_bytes)
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         if len(shards) == 1:
@@ -149,12 +144,6 @@ def export_hf(
             write_stream(aside / file, described, chain.from_iterable(map(converted, names)))
         copy_assets(asset_folder, aside)
         _write_json(aside / "config.json", config.to_hf_dict(head, str(dtype).removeprefix("torch.")))
-        for path in (*aside.iterdir(), aside):
-            fsync(path)
-        aside.rename(folder)  # replaces an empty folder
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_json(path: Path, values: Mapping[str, object]) -> None:

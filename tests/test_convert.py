@@ -1,8 +1,10 @@
 """Conversion: into checkpoints of any layout and back, other families' words, GGUF files and pickles."""
 
 import json
+import os
 import pickle
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,40 @@ def test_refusals_name_the_reason_and_leave_nothing(tmp_path):
         with pytest.raises(ValueError, match=message):
             import_checkpoint(model, output, tp=options.get("tp", 1), pp=options.get("pp", 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_where_the_output_is_a_link_its_folder_is_filled(there, tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    for name in ("checkpoint", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        if there:
+            (tmp_path / "disk" / name).mkdir(parents=True)
+    import_checkpoint(model, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "folder")
+    assert (tmp_path / "checkpoint").is_symlink() and (tmp_path / "folder").is_symlink()
+    assert same(tensors_of(tmp_path / "disk" / "folder"), tensors_of(model))
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoint", "folder"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="loop: exists and is not an empty folder"):
+        import_checkpoint(model, tmp_path / "loop")
+
+
+def test_a_killed_conversion_is_in_nobodys_way(tmp_path, capsys):
+    """In a container the next process may have the killed one's number. What it left is named, and stays."""
+    model = tiny_llama(tmp_path / "model")
+    left = [tmp_path / f".{name}.{os.getpid()}.unfinished" for name in ("checkpoint", "folder")]
+    for folder in left:
+        folder.mkdir()
+        (folder / "file").write_text("of another process")
+    capsys.readouterr()
+    import_checkpoint(model, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "folder")
+    assert all((folder / "file").is_file() for folder in left)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(str(folder) in line for folder, line in zip(left, said, strict=True)), said
+    assert sorted(tmp_path.glob(".*")) == left
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == stat.S_IMODE(model.stat().st_mode)
 
 
 def test_the_way_from_pickles_to_safetensors(tmp_path):

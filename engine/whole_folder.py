@@ -1,0 +1,51 @@
+"""A folder that is there whole or not at all: filled under another name beside it, and renamed."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .safetensors_io import fsync
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a new, empty folder, which is on the disk as `folder` once the block ends, and gone where it fails.
+
+    What killed processes left beside it is named on stderr and stays: another process may still be filling it.
+
+    Args:
+        folder: must not exist, or be empty. Of a symbolic link the folder that it points at is meant.
+
+    Raises:
+        ValueError: `folder` is not empty.
+        OSError: the disk is full.
+    """
+    folder = Path(os.path.realpath(folder))
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]+\.unfinished")
+    left = sorted(str(path) for path in folder.parent.iterdir() if unfinished.fullmatch(path.name))
+    if left:
+        print(
+            f"left over from an interrupted conversion, unless one still runs: {', '.join(left)}; may be deleted",
+            file=sys.stderr,
+        )
+    # The name is random: in a container the next process has the killed one's number.
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.unfinished")
+    aside.mkdir()
+    try:
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            fsync(path)
+        aside.rename(folder)  # replaces an empty folder
+        fsync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # after a success it is no longer there
