@@ -78,7 +78,7 @@ class GGUFFile:
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path}: damaged, or no GGUF file: {error}") from None
         self.path, self.gguf = path, gguf
-        self.architecture = self.reader.fields["general.architecture"].contents()
+        self.architecture = self._value("general.architecture")
         if self.architecture not in _KNOWN:
             raise ValueError(
                 f"{path}: general.architecture={self.architecture}: allowed: {', '.join(_KNOWN)}; import the folder in"
@@ -88,10 +88,10 @@ class GGUFFile:
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         try:
             self.config = ModelConfig.from_hf_dict(self._values() | {"architectures": [family]})
-            turned = self.reader.fields.get(f"{self.architecture}.rope.dimension_count")
-            if turned is not None and turned.contents() != self.config.head_dim:
+            turned = self._value(f"{self.architecture}.rope.dimension_count")
+            if turned not in (None, self.config.head_dim):
                 raise ValueError(
-                    f"{self.architecture}.rope.dimension_count={turned.contents()} of heads of {self.config.head_dim}:"
+                    f"{self.architecture}.rope.dimension_count={turned} of heads of {self.config.head_dim}:"
                     " rotary embeddings of a part of each head are not supported"
                 )
         except ValueError as error:
@@ -101,13 +101,14 @@ class GGUFFile:
         self.names = {n: names.get_name(n, try_suffixes=(".weight", ".bias")) or n for n in hf_shapes(self.config)}
         self._check()
 
+    def _value(self, key: str) -> Any:
+        """What the file says behind a key; None where it lacks the key."""
+        field = self.reader.fields.get(key)
+        return None if field is None else field.contents()
+
     def _values(self) -> dict[str, Any]:
         """The content of a config.json."""
-
-        def found(key: str) -> Any:
-            field = self.reader.fields.get(key)
-            return None if field is None else field.contents()
-
+        found = self._value
         for key, harmless in _REFUSED.items():
             value = found(f"{self.architecture}.{key}")
             if value not in (None, *harmless):
@@ -174,8 +175,7 @@ class GGUFFile:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
         except Exception as error:  # the tokenizers library raises its own kinds, none of which names the file
             raise ValueError(f"{self.path}: no tokenizer can be read from it: {error}") from error
-        field = self.reader.fields.get("tokenizer.ggml.pre")
-        if field is not None and field.contents() == "smollm":
+        if self._value("tokenizer.ggml.pre") == "smollm":
             from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
             tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

@@ -110,6 +110,9 @@ def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             promised = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
+        for name, file in promised.items():
+            if not isinstance(file, str):
+                raise ValueError(f"{folder / INDEX}: weight_map, {name}: {file!r} is not the name of a file")
         files = sorted(set(promised.values()))
     else:
         raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{_other_formats(folder)}")

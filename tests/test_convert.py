@@ -333,10 +333,13 @@ def test_gguf_refusals(tmp_path):
     write_gguf(tmp_path / "scaled.gguf", folder, "llama", False, more={"rope_freqs.weight": torch.ones(4)})
     write_gguf(tmp_path / "extra.gguf", folder, "llama", False, more={"blk.9.attn_q.weight": torch.ones(4, 32)})
     write_gguf(tmp_path / "other.gguf", folder, "gemma", False)
+    other = (tmp_path / "other.gguf").read_bytes()
+    (tmp_path / "unnamed.gguf").write_bytes(other.replace(b"general.architecture", b"general.architectura"))
     for file, message in (
         ("scaled.gguf", "rope_freqs.weight: frequencies stretched in the file"),
         ("extra.gguf", "holds what the model has no place for: blk.9.attn_q.weight"),
         ("other.gguf", "general.architecture=gemma: allowed: llama, qwen2, qwen3"),
+        ("unnamed.gguf", "unnamed.gguf: general.architecture=None: allowed: llama, qwen2, qwen3"),
     ):
         with pytest.raises(ValueError, match=message):
             import_checkpoint(tmp_path / file, tmp_path / "out")

@@ -413,6 +413,8 @@ def test_spoilt_index(copy):
     for text in ("{", "[]", '{"weight_map": 3}'):
         index.write_text(text)
         refused(copy, "not an index of safetensors files")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors") | {LAST: ["a.safetensors"]}}))
+    refused(copy, rf"index.json: weight_map, {LAST}: \['a.safetensors'\] is not the name of a file")
 
 
 @pytest.mark.parametrize(
