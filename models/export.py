@@ -45,9 +45,11 @@ _ASSETS = {
 
 
 def assets(folder: Path | str, prefix: str = "") -> dict[str, Path]:
-    """Name -> path of what belongs to a folder's model beside its weights: configs, tokenizer, chat template."""
-    found = sorted(p for p in model_folder(folder).iterdir() if p.is_file())
-    return {prefix + p.name: p for p in found if p.name in _ASSETS or p.suffix in (".jinja", ".tiktoken")}
+    """Name -> path of what belongs to a folder's model beside its weights: configs, tokenizer, chat templates."""
+    own = model_folder(folder)
+    found = [p for p in own.iterdir() if p.name in _ASSETS or p.suffix in (".jinja", ".tiktoken")]
+    found += (own / "additional_chat_templates").glob("*.jinja")  # those of other names than "default"
+    return {prefix + p.relative_to(own).as_posix(): p for p in sorted(found) if p.is_file()}
 
 
 def copy_assets(source: Path | str, target: Path) -> None:
@@ -58,6 +60,7 @@ def copy_assets(source: Path | str, target: Path) -> None:
         ValueError: a sentencepiece model or a rank file that cannot be read.
     """
     for name, path in assets(source).items():
+        (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
     made = made_tokenizer(target)
     if made is not None:

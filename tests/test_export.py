@@ -125,9 +125,18 @@ def test_assets_are_what_a_model_is_loaded_with(folders, tmp_path):
     folder = Path(shutil.copytree(folders["tied"], tmp_path / "copy"))
     for other in ("trainer_state.json", "adapter_config.json", "model.safetensors.index.json", "notes.txt"):
         (folder / other).write_text("{}")
+    more = folder / "additional_chat_templates"
+    (more / "deep.jinja").mkdir(parents=True)
+    (more / "tool_use.jinja").write_text("{{ tools }}")
+    (more / "notes.txt").write_text("mine")
     found = assets(folder, "actor/")
     names = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    names.add("additional_chat_templates/tool_use.jinja")
     assert found == {f"actor/{name}": folder / name for name in names}
+    import_checkpoint(folder, tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
+    assert {f"actor/{name}" for name in names} == assets(tmp_path / "out", "actor/").keys()
+    assert (tmp_path / "out" / more.name / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
 def train(rank: int, world: int, root: Path, actor: Path, critic: Path, tp: int, pp: int) -> None:
