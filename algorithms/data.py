@@ -69,6 +69,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     raise ValueError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}:{number}: must be an object such as {{...}}, not {type(row).__name__}")
+                if "\\ud" in line.lower():
+                    _refuse_half_pairs(f"{path}:{number}", row)
                 yield f"{path}:{number}", row
     except UnicodeDecodeError as error:
         raise ValueError(f"data source {path}: not UTF-8: {error.reason} at byte {error.start}") from None
@@ -76,6 +78,16 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         raise ValueError(f"data source {path}: not a whole gzip file: {error}") from None
     except OSError as error:
         raise ValueError(f"data source {path}: {error.strerror or error}") from None
+
+
+def _refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
+    """JSON may write half of a surrogate pair, which no tokenizer takes: it is no text."""
+    for key, value in row.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"{where}: {key!r} holds {half!a}, half of a surrogate pair: not text") from None
 
 
 def _open_text(path: Path) -> TextIO:

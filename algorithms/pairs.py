@@ -7,8 +7,8 @@ by "Human:" and "Assistant:" after a blank line, as Anthropic's preference data 
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -108,7 +108,7 @@ def read_pairs(
 
 def _margin(where: str, row: dict[str, Any], key: str) -> float:
     margin = column(where, row, key, "data.margin_key") if key else 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= sys.float_info.max:
         raise ValueError(f"{where}: {key!r} must be a number of at least 0, not {brief(margin)}")
     return float(margin)
 

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 from .batch import Prompt
 
 T = TypeVar("T")
+LONGEST = 1 << 24
+"""Bytes of an answer: a thousand for each of 16,000 scores."""
 AGAIN = (429, 500, 502, 503, 504)
 """HTTP codes after which the same request may succeed."""
 
@@ -124,9 +126,12 @@ class RewardServer:
 
         def ask() -> bytes:
             with urllib.request.urlopen(request, timeout=self.time_limit) as response:
-                parts = []
+                parts, size = [], 0
                 while part := response.read(1 << 16):
                     parts.append(part)
+                    size += len(part)
+                    if size > LONGEST:
+                        raise ValueError(f"reward server {self.url}: answered more than {LONGEST:,} bytes {about}")
                     if time.monotonic() > deadline:  # nobody waits any more
                         raise TimeoutError
                 if response.length:

@@ -58,6 +58,10 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
 
 
+class Raised(ValueError):
+    """What a reward function raised, and for which row."""
+
+
 def score(
     function: Callable[..., Any], request: dict[str, Any], failures: list[str] | None = None
 ) -> list[float | None]:
@@ -67,7 +71,8 @@ def score(
         failures: where it is given, what is no finite number becomes None there, and the reason is added to it.
 
     Raises:
-        ValueError: it raised, or gave no finite number for some row; names the row.
+        Raised: it raised; names the row.
+        ValueError: it gave another number of scores, or no finite number for some row; names the row.
     """
     prompts, completions, sources = request["prompts"], request["completions"], request["sources"]
     parameters = inspect.signature(function).parameters.values()
@@ -77,15 +82,14 @@ def score(
     try:
         given = called(function, prompts, completions, fields)
     except Exception as error:
-        raise ValueError(
-            f"raised {brief(error)} for {culprit(function, prompts, completions, sources, fields)}"
-        ) from None
+        raise Raised(f"raised {brief(error)} for {culprit(function, prompts, completions, sources, fields)}") from None
     try:
         given = list(given)
     except TypeError:
         raise ValueError(f"returned {shown(given)}: must be one float for each completion") from None
-    if len(given) != len(completions):
-        raise ValueError(f"returned {len(given)} scores for {len(completions)} completions")
+    if len(given) != len(sources):
+        rows = f"{sources[0]} to {sources[-1]}" if sources else "no row"
+        raise ValueError(f"returned {len(given)} scores for {len(sources)} completions, of {rows}")
     numbers: list[float | None] = []
     for value, source, prompt in zip(given, sources, prompts, strict=True):
         number = as_number(value)
@@ -101,8 +105,11 @@ def score(
 
 
 def called(function: Callable[..., Any], prompts: list, completions: list, fields: dict[str, list]) -> Any:
-    """What the function gives; a generator's numbers as a list, for its body runs only as they are asked for."""
-    given = function(prompts, completions, **fields)
+    """What the function gives for lists of its own, which it may change.
+
+    A generator's numbers come as a list, for its body runs only as they are asked for.
+    """
+    given = function(list(prompts), list(completions), **{key: list(values) for key, values in fields.items()})
     return list(given) if inspect.isgenerator(given) else given
 
 
@@ -110,13 +117,16 @@ def score_or_abstain(function: Callable[..., Any], request: dict[str, Any]) -> t
     """Scores, None for rows that have none, and why.
 
     A function that raises is called with one row at a time, so that only the rows it fails on are without a score.
+    One that gives another number of scores says of no row which is its own.
     """
     scores: list[float | None] = []
     failures: list[str] = []
     try:
         return score(function, request, failures), failures
-    except ValueError as error:
+    except Raised as error:
         reason = str(error)
+    except ValueError as error:
+        return [None] * len(request["sources"]), [str(error)]
     names = ("prompts", "completions", "sources")
     for i in range(len(request["completions"])):
         row = {name: request[name][i : i + 1] for name in names}

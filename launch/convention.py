@@ -43,11 +43,20 @@ COLUMNS = ("logprobs", "old_logprobs", "sampling_logprobs", "ref_logprobs", "val
 def numbers(row: dict[str, Any], key: str, length: int, default: list[float], where: str) -> list[float]:
     """A column of a line, a 0 before it: the prompt, which no number speaks of."""
     values = row.get(key, default)
-    if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
-        raise ValueError(f"{where}: {key} must be a list of numbers")
+    if not isinstance(values, list) or not all(is_number(v) for v in values):
+        raise ValueError(f"{where}: {key} must be a list of finite numbers")
     if len(values) != length:
         raise ValueError(f"{where}: {key} has {len(values)} numbers, logprobs {length}")
+    if key.endswith("logprobs") and max(values) > 0:
+        raise ValueError(f"{where}: {key} holds {max(values)}: a log-probability is at most 0")
+    if key == "mask" and not set(values) <= {0, 1}:
+        raise ValueError(f"{where}: mask must hold 0 and 1 only")
     return [0.0, *(float(v) for v in values)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is finite, as a float too; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_line(line: str, where: str) -> dict[str, Any]:
@@ -62,8 +71,11 @@ def read_line(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("logprobs"), list) or not row["logprobs"]:
         raise ValueError(f"{where}: needs logprobs, a list of one number a token")
-    if isinstance(row.get("reward"), bool) or not isinstance(row.get("reward"), int | float):
-        raise ValueError(f"{where}: reward={row.get('reward')!r}: must be a number")
+    if unknown := row.keys() - {"group", "reward", *COLUMNS}:
+        allowed = ", ".join(("group", "reward", *COLUMNS))
+        raise ValueError(f"{where}: {', '.join(sorted(unknown))}: unknown; allowed are {allowed}")
+    if not is_number(row.get("reward")):
+        raise ValueError(f"{where}: reward={row.get('reward')!r:.60}: must be a finite number")
     if not isinstance(row.get("group", ""), str | int):
         raise ValueError(f"{where}: group={row['group']!r}: must be a whole number or a name")
     length = len(row["logprobs"])

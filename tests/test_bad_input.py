@@ -190,6 +190,10 @@ def load_prompts(path: Path | str, **knobs) -> PromptDataset:
 
 LINES = {
     "malformed JSON": ('{"prompt": "hello"}\n\n{"prompt": oops}\n', ":3: not valid JSON: Expecting value at column 12"),
+    "half a surrogate pair": (
+        '{"prompt": "\\ud83d\\ude00"}\n{"prompt": "\\uD83D?"}\n',
+        ":2: 'prompt' holds '\\ud83d', half of a surrogate pair: not text",
+    ),
     "cut short": ('{"prompt": "hello"}\n{"prompt": "he', ":2: not valid JSON: Unterminated string"),
     "not an object": ('["hello"]\n', ":1: must be an object such as {...}, not list"),
     "missing key": (
@@ -335,7 +339,8 @@ ANSWERS = {
         "assert len(prompts) == 1; return [0.0]",
         "the 3 rows from a.jsonl:1 to a.jsonl:3, but for none of them alone",
     ),
-    "wrong length": ("return [0.0]", "returned 1 scores for 3 completions"),
+    "wrong length": ("return [0.0]", "returned 1 scores for 3 completions, of a.jsonl:1 to a.jsonl:3"),
+    "wrong length, its rows emptied": ("completions.clear(); return [0.0]", "returned 1 scores for 3 completions, of"),
     "nothing": ("return None", "returned None: must be one float for each completion"),
     "one number for all": ("return 0.5", "returned 0.5: must be one float for each completion"),
     "NaN": (

@@ -150,6 +150,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
     "a negative margin": ("pairs", {"margin": -1}, {"margin_key": "margin"}, "'margin' must be a number of at least 0"),
     "a margin of NaN": ("pairs", {"margin": float("nan")}, {"margin_key": "margin"}, "at least 0, not nan"),
     "an endless margin": ("pairs", {"margin": float("inf")}, {"margin_key": "margin"}, "at least 0, not inf"),
+    "a margin beyond floats": ("pairs", {"margin": 10**400}, {"margin_key": "margin"}, "at least 0, not 1000"),
     "a margin in words": ("pairs", {"margin": "much"}, {"margin_key": "margin"}, "at least 0, not 'much'"),
     "a true margin": ("pairs", {"margin": True}, {"margin_key": "margin"}, "at least 0, not True"),
     "no label": ("labels", {"label": ...}, {}, "no column 'label' (data.label_key); it has: 'prompt', 'response'"),

@@ -90,11 +90,20 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
         ("", "holds no sample"),
         ("nonsense", "batch.jsonl:1: not JSON"),
         ('{"reward": 1}', "batch.jsonl:1: needs logprobs"),
-        ('{"reward": "much", "logprobs": [0]}', "reward='much': must be a number"),
+        ('{"reward": "much", "logprobs": [0]}', "reward='much': must be a finite number"),
+        ('{"reward": NaN, "logprobs": [0]}', "reward=nan: must be a finite number"),
+        ('{"reward": 1, "logprobs": [0, Infinity]}', "logprobs must be a list of finite numbers"),
+        ('{"reward": 1, "logprobs": [0, true]}', "logprobs must be a list of finite numbers"),
+        ('{"reward": 1, "logprobs": [0, 3.5]}', "logprobs holds 3.5: a log-probability is at most 0"),
+        ('{"reward": 1, "logprobs": [0], "mask": [0.5]}', "mask must hold 0 and 1 only"),
+        (
+            '{"reward": 1, "logprobs": [0], "old_logprob": [0]}',
+            "batch.jsonl:1: old_logprob: unknown; allowed are group",
+        ),
         ('{"reward": 1, "logprobs": [0], "values": [1, 2]}', "values has 2 numbers, logprobs 1"),
         ('{"reward": 1, "logprobs": [0], "mask": [0]}', "mask leaves no token"),
         ('{"group": [1], "reward": 1, "logprobs": [0]}', "batch.jsonl:1: group=[1]: must be a whole number or a name"),
-        ('{"group": null, "reward": true, "logprobs": [0]}', "reward=True: must be a number"),
+        ('{"group": null, "reward": true, "logprobs": [0]}', "reward=True: must be a finite number"),
         (
             '{"group": "a", "reward": 1, "logprobs": [0]}\n\n{"group": "a", "reward": 1, "logprobs": [0]}\n'
             '{"group": "b", "reward": 1, "logprobs": [0]}',

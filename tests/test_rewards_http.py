@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
+from trialign.algorithms import reward_server
 from trialign.algorithms.batch import Prompt, pack
 from trialign.algorithms.config import RewardConfig
 from trialign.algorithms.online import without
@@ -195,6 +196,15 @@ def test_a_broken_answer_is_no_answer_in_time(case):
         server.shutdown()
 
 
+def test_an_answer_without_end_is_given_up(monkeypatch):
+    """Not read until memory is full, nor asked for again."""
+    monkeypatch.setattr(reward_server, "LONGEST", 1 << 20)
+    with serving(lambda request: (200, b" " * (3 << 20))) as (url, seen):
+        with pytest.raises(ValueError, match="answered more than 1,048,576 bytes for 5 rows: a.jsonl:1"):
+            RewardServer(url).score(PROMPTS, TEXTS, ENDED)
+    assert len(seen) == 1
+
+
 def test_busy_at_first():
     answers = iter([(503, b"busy"), (429, b"later")])
 
@@ -228,6 +238,7 @@ FUNCTIONS = {
     "gives NaN": ("return [float('nan') if c == 'bb' else 2.0 for c in completions]", [2, None, 2, 2, 2]),
     "gives a huge integer": ("return [10 ** (5000 if c == 'bb' else 0) for c in completions]", [1, None, 1, 1, 1]),
     "raises as it yields": ("for c in completions:\n    yield {'bb': 'x'}.get(c, 1.0) + 1.0", [2, None, 2, 2, 2]),
+    "gives one score for all": ("return [1.0]", [None] * 5),
     "gives None": ("return [None if c == 'bb' else 2.0 for c in completions]", [2, None, 2, 2, 2]),
     "dies": ("import os\nif not os.path.exists('{flag}'): open('{flag}', 'w').close(); os._exit(3)\nreturn [1.0] * 5",
              [None] * 5),
