@@ -57,6 +57,8 @@ class Convention:
     """of the value's change"""
     ipo: Literal["sum", "mean"] = "sum"
     """of an answer's log-ratio over its tokens"""
+    nll: Literal["sum", "mean"] = "mean"
+    """DPO's term for the chosen answer, of -log π over its tokens"""
     reinforce_kl: Literal["reward", "advantage"] = "reward"
     """REINFORCE++'s: in the token rewards, whose returns gather that of later tokens, or each token's own, once"""
     reinforce_baseline_kl: Literal["off", "reward", "advantage"] = "reward"
@@ -123,6 +125,7 @@ PRESETS: dict[ConventionName, Convention] = {
         reinforce_baseline_kl="off",
     ),
     "nemo": Convention(
+        nll="sum",
         kl=KLRule(ALL_KINDS, input_limit=20.0, output_limit=10.0, weighted=True),
         whiten=WhitenRule(unbiased=True, floor="add", count_eps=1e-8),
         group=GroupRule("others", "others", eps=1e-6, unscaled_at_zero=True),

@@ -55,6 +55,12 @@ def log_ratios(batch: Batch, sums: Tensor, loss: DPOLoss) -> Tensor:
     return ratios / answer_lengths(batch) if loss.average == "mean" else ratios
 
 
+def nll_term(batch: Batch, sums: Tensor, loss: DPOLoss) -> Tensor:
+    """[pairs]: -log π of the chosen answers as the loss takes it, their sum or mean over the tokens."""
+    told = sums if loss.nll_average == "sum" else sums / answer_lengths(batch)
+    return -loss.nll_coef * told[::2]
+
+
 def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOLoss) -> dict[str, float]:
     """One optimizer step on pairs with their reference (`with_reference`; none where it is uniform).
 
@@ -69,18 +75,17 @@ def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOL
         sums = answer_sums(part, logprobs)
         ratios = log_ratios(part, sums, loss)
         chosen, rejected = ratios[::2], ratios[1::2]
-        losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing)
-        nll = -(sums / answer_lengths(part))[::2]
+        losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing) + nll_term(part, sums, loss)
         rewards = loss.beta * ratios
         stats.add(
-            loss=losses + loss.nll_coef * nll,
+            loss=losses,
             accuracy=(chosen > rejected).float(),
             chosen=rewards[::2],
             rejected=rewards[1::2],
             margin=rewards[::2] - rewards[1::2],
-            nll=nll,
+            nll=-(sums / answer_lengths(part))[::2],
         )
-        return (losses + loss.nll_coef * nll).sum() / pairs
+        return losses.sum() / pairs
 
     step = learner.step([(batch.select(share), read) for share in shares])
     return {name: value / pairs for name, value in stats.reduce(learner.mesh).items()} | step
@@ -93,8 +98,7 @@ def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: DPOLoss) -> d
     sums = answer_sums(batch, logprobs[batch.response])
     ratios = log_ratios(batch, sums, loss).double()
     chosen, rejected = ratios[::2], ratios[1::2]
-    nll = -(sums / answer_lengths(batch))[::2].double()
-    losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing) + loss.nll_coef * nll
+    losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing) + nll_term(batch, sums, loss)
     return {
         "eval_loss": losses.mean().item(),
         "eval_accuracy": (chosen > rejected).double().mean().item(),

@@ -156,7 +156,9 @@ class DPOLoss:
     average: Literal["preset", "sum", "mean"] = "preset"
     """an answer's log-ratio is the sum over its tokens or their mean; preset: a sum, but IPO's as convention.preset"""
     nll_coef: float = 0.0
-    """weight of -log π of the chosen answer, a mean over its tokens (0: off) [O]"""
+    """weight of -log π of the chosen answer (0: off) [O]"""
+    nll_average: Literal["preset", "sum", "mean"] = "preset"
+    """that is the sum over its tokens or their mean; preset: as convention.preset"""
     reference_free: bool = False
     """the reference counts as uniform: none is computed"""
 
@@ -171,9 +173,9 @@ class DPOLoss:
 
     def made(self, convention: ConventionConfig) -> DPOLoss:
         """The loss with every choice made: the knob's that is given, else the preset's."""
-        if self.average != "preset":
-            return self
-        return replace(self, average=convention.resolved().ipo if self.kind == "ipo" else "sum")
+        rules = convention.resolved()
+        preset = {"average": rules.ipo if self.kind == "ipo" else "sum", "nll_average": rules.nll}
+        return replace(self, **{name: made for name, made in preset.items() if getattr(self, name) == "preset"})
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ def nemo_pairs(case: Case) -> Outputs:
     averaged = args.get("preference_average_log_probs", False)
     sums = (rows.segments.means(d) if averaged else rows.segments.sums(d)).view(-1, 2)
     preference = pair_loss(sums[:, 0], sums[:, 1], args["reference_policy_kl_penalty"]).mean()
-    told = rows.segments.means(logp) if args.get("sft_average_log_probs") else rows.segments.sums(logp)
+    made = DPOLoss(nll_average="mean" if args.get("sft_average_log_probs") else "preset").made(ConventionConfig("nemo"))
+    told = rows.segments.means(logp) if made.nll_average == "mean" else rows.segments.sums(logp)
     nll = -told.view(-1, 2)[:, 0].mean()
     loss = preference + args.get("sft_loss_weight", 0) * nll
     outputs: Outputs = {"preference_loss": preference}

@@ -237,6 +237,7 @@ def routed(models: Models, draw: Draw) -> Iterator[Step]:
 PAIR_LOSSES = {
     "dpo": DPOLoss(beta=0.2),
     "dpo, nll": DPOLoss(beta=0.2, nll_coef=0.3),
+    "dpo, nll summed": DPOLoss(beta=0.2, nll_coef=0.01, nll_average="sum"),
     "dpo, reference-free": DPOLoss(beta=0.02, reference_free=True),
     "dpo, mean": DPOLoss(beta=0.2, average="mean"),
     "cdpo": DPOLoss(beta=0.2, label_smoothing=0.1),

@@ -12,6 +12,7 @@ from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.build import build_decoder, build_learner
 from trialign.algorithms.config import OptimizerConfig
+from trialign.algorithms.convention_config import ConventionConfig
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.dpo import held_out as held_out_dpo
 from trialign.algorithms.kto import held_out as held_out_kto
@@ -170,12 +171,15 @@ def test_losses_are_the_papers_formulas_over_transformers_logprobs(folders, name
     assert unseen["eval_loss"] == pytest.approx(metrics["loss"], rel=1e-5)
 
 
-def test_dpo_s_gradient_with_nll_and_without_a_reference_is_autograd_s(folders):
-    loss, drawn, policy = DPOLoss(beta=0.3, nll_coef=0.5, reference_free=True), pairs(0), theirs(folders["lm"])
+@pytest.mark.parametrize("preset", ["trialign", "nemo"])
+def test_dpo_s_gradient_with_nll_and_without_a_reference_is_autograd_s(folders, preset):
+    loss = DPOLoss(beta=0.3, nll_coef=0.5, reference_free=True).made(ConventionConfig(preset))
+    drawn, policy = pairs(0), theirs(folders["lm"])
     terms = []
     for pair in drawn:
         chosen, rejected = answer_sum(policy, pair.chosen), answer_sum(policy, pair.rejected)
-        terms.append(-F.logsigmoid(0.3 * (chosen - rejected)) - 0.5 * chosen / pair.chosen.targets)
+        told = chosen if preset == "nemo" else chosen / pair.chosen.targets
+        terms.append(-F.logsigmoid(0.3 * (chosen - rejected)) - 0.5 * told)
     total = torch.stack(terms).mean()
     total.backward()
     norm = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).norm().item()
