@@ -286,17 +286,27 @@ def test_a_bad_row_is_named(case, tiny, tmp_path):
     assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": oops}\n', ":2: not valid JSON: Expecting value"),
-        ("a.jsonl", b'["hi"]\n', ":1: must be an object such as {...}, not list"),
-        ("a.jsonl", b"\n", ": holds no rows"),
-        ("a.jsonl.gz", b'{"prompt": "a"}\n', ": not a whole gzip file: Not a gzipped file"),
-        ("b.jsonl.gz", gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 99)[:-20], ": not a whole gzip file"),
-    ],
-)
-def test_a_bad_file_is_named(name, content, message, tiny, tmp_path):
+# Named, for a compressed file carries the second it was made in, and workers that collect other ids run nothing.
+BAD_FILES = {
+    "not JSON": (
+        "a.jsonl",
+        b'{"prompt": "a", "response": "b"}\n{"prompt": oops}\n',
+        ":2: not valid JSON: Expecting value",
+    ),
+    "a list": ("a.jsonl", b'["hi"]\n', ":1: must be an object such as {...}, not list"),
+    "no rows": ("a.jsonl", b"\n", ": holds no rows"),
+    "not compressed": ("a.jsonl.gz", b'{"prompt": "a"}\n', ": not a whole gzip file: Not a gzipped file"),
+    "cut off": (
+        "b.jsonl.gz",
+        gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 99, mtime=0)[:-20],
+        ": not a whole gzip file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_named(case, tiny, tmp_path):
+    name, content, message = BAD_FILES[case]
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
