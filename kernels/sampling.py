@@ -86,34 +86,36 @@ def _scaled(logits_ptr, i, v, peak, temperature):
 
 
 @jit
-def _place(z, i, v, key, index, EQUALS: tl.constexpr):
-    """Where a lane stands among the candidates up to `key`, those of exactly `key` up to `index`; _END if it is none.
+def _key(z):
+    """The bit pattern of -z, z <= 0: a non-negative integer, smaller for larger z."""
+    return (0.0 - z).to(tl.int32, bitcast=True)
 
-    A candidate stands at its key, or with EQUALS at its index if it is of exactly `key`, at -1 if ahead of those. The
-    key of z <= 0 is the bit pattern of -z: a non-negative integer, smaller for larger z.
-    """
-    own = (0.0 - z).to(tl.int32, bitcast=True)
-    kept = ((own < key) | ((own == key) & (i <= index))) & (i < v)
-    return tl.where(kept, tl.where(own == key, i, -1) if EQUALS else own, _END)
+
+@jit
+def _kept(own, i, v, key, index):
+    """Whether lanes i of keys `own` are among the candidates up to `key`, those of exactly `key` up to `index`."""
+    return ((own < key) | ((own == key) & (i <= index))) & (i < v)
 
 
 @jit
 def _totals(
-    logits_ptr, v, peak, temperature, key, index, low, high, ends,
-    EQUALS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, v, peak, temperature, key, index, low, high, ends, by_index, count, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One pass: how many candidates (COUNT), or what mass e^z, lie up to each place of `ends`, in fp64.
+    """One pass: how many candidates (count), or what mass e^z, lie up to each place of `ends`, in fp64.
 
-    Every mass is summed in the same order, so it never falls when the set grows. Also returns the first and the last
-    place in [low, high] where a candidate stands.
+    A candidate stands at its key, or by_index at its index if it is of exactly `key`, at -1 if ahead of those. Every
+    mass is summed in the same order, so it never falls when the set grows. Also returns the first and the last place
+    in [low, high] where a candidate stands.
     """
     totals = tl.zeros(ends.shape, tl.float64)
     first, last = tl.full([BLOCK], _END, tl.int32), tl.full([BLOCK], -1, tl.int32)
     for start in range(0, v, BLOCK):
         i = start + tl.arange(0, BLOCK)
         z = _scaled(logits_ptr, i, v, peak, temperature)
-        place = _place(z, i, v, key, index, EQUALS)
-        weights = tl.full([BLOCK], 1.0, tl.float32) if COUNT else tl.exp(z)
+        own = _key(z)
+        place = tl.where(by_index, tl.where(own == key, i, -1), own)
+        place = tl.where(_kept(own, i, v, key, index), place, _END)
+        weights = tl.where(count, 1.0, tl.exp(z))
         totals += tl.sum(tl.where(place[None, :] <= ends[:, None], weights[None, :], 0.0), 1).to(tl.float64)
         inside = (place >= low) & (place <= high)
         first = tl.minimum(first, tl.where(inside, place, _END))
@@ -122,40 +124,50 @@ def _totals(
 
 
 @jit
-def _search(
-    logits_ptr, v, peak, temperature, key, index, total, goal,
-    EQUALS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+def _cut(
+    logits_ptr, v, peak, temperature, top_k, top_p, by_count, by_mass, BLOCK: tl.constexpr, WAYS: tl.constexpr
 ):  # fmt: skip
-    """The least place up to which the candidates, `total` in all, reach `goal` > 0, and their total up to it.
+    """(key, index) of the last token kept by top-k (by_count), then by top-p (by_mass), and the mass of those kept.
 
-    Each pass narrows [low, high] to one of its WAYS equal parts and to the candidates that stood in it. A count stops
-    where it is exactly the goal: up to any such place the candidates are the same.
+    Four searches in a row, one pass over the logits a step: of the fewest candidates that reach the goal first the
+    last key, then the last index among those of that key; by their number (stages 0 and 1), then by their mass (2 and
+    3), whose first pass tells the mass the goal is a part of. Each pass narrows [low, high] to one of its WAYS equal
+    parts and to the candidates that stood in it. A number ends a search where it is exactly the goal: up to any such
+    place the candidates are the same.
     """
-    low, high = 0, tl.minimum(index, v - 1) if EQUALS else key
-    while (low < high) & ((total > goal) | (not COUNT)):
+    key, index = 0x7F800000, _END  # the key of -inf
+    low, high, stage = 0, key, tl.where(by_count, 0, 2)
+    goal = tl.where(by_count, top_k, 0).to(tl.float64)  # 0: not known yet
+    total = goal
+    while stage < 4:
+        by_index, count = (stage & 1) == 1, stage < 2
         step = (high - low + WAYS) // WAYS
         ends = tl.minimum(low - 1 + step * (1 + tl.arange(0, WAYS)), high)
         totals, first, last = _totals(
-            logits_ptr, v, peak, temperature, key, index, low, high, ends, EQUALS, COUNT, BLOCK
+            logits_ptr, v, peak, temperature, key, index, low, high, ends, by_index, count, BLOCK
         )  # fmt: skip
-        short = tl.sum((totals < goal).to(tl.int32), 0)  # parts whose end does not reach the goal
-        total = tl.min(tl.where(totals < goal, float("inf"), totals), 0)
-        low += short * step
-        high = tl.minimum(high, tl.minimum(low + step - 1, last))
-        low = tl.maximum(low, first)
-    return high, total
-
-
-@jit
-def _cut(
-    logits_ptr, v, peak, temperature, key, index, total, goal,
-    COUNT: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
-):  # fmt: skip
-    """Of the candidates up to (key, index) the fewest that reach `goal`: the last one's key and index, their total."""
-    found, total = _search(logits_ptr, v, peak, temperature, key, index, total, goal, False, COUNT, BLOCK, WAYS)
-    index = tl.where(found < key, _END, index)
-    index, total = _search(logits_ptr, v, peak, temperature, found, index, total, goal, True, COUNT, BLOCK, WAYS)
-    return found, index, total
+        if goal == 0:
+            # The best candidate weighs 1 and always stays; the nucleus is sought among the top-k candidates.
+            total = tl.max(totals, 0)
+            goal = tl.maximum(total * top_p.to(tl.float64), 1.0)
+        if by_mass | count:
+            short = tl.sum((totals < goal).to(tl.int32), 0)  # parts whose end does not reach the goal
+            total = tl.min(tl.where(totals < goal, float("inf"), totals), 0)
+            low += short * step
+            high = tl.minimum(high, tl.minimum(low + step - 1, last))
+            low = tl.maximum(low, first)
+            if ((low >= high) | (count & (total <= goal))) & (by_index == 0):
+                index = tl.where(high < key, _END, index)
+                key = high
+                low, high, stage = 0, tl.minimum(index, v - 1), stage + 1
+                by_index = (stage & 1) == 1
+            if ((low >= high) | (count & (total <= goal))) & by_index:
+                index = high
+                low, high, stage = 0, key, stage + 1
+                goal = tl.where(count, 0.0, goal)
+        else:
+            stage = 4
+    return key, index, total
 
 
 @jit
@@ -163,7 +175,7 @@ def _sample_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, keys_ptr, counters_ptr, tokens_ptr, logprobs_ptr, v, stride,
     BLOCK: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
-    """One row. The cut of top-k and top-p is sought over the candidates' keys, then over the indices of equal ones."""
+    """One row."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     temperature, top_k, top_p = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
@@ -180,22 +192,10 @@ def _sample_kernel(
         tl.store(tokens_ptr + row, -1)
         tl.store(logprobs_ptr + row, float("nan"))
         return
-    cut_key, cut_index = 0x7F800000, _END  # the key of -inf
-    if (top_k > 0) & (top_k < v) & (greedy == 0):
-        cut_key, cut_index, _ = _cut(
-            logits_ptr, v, peak, temperature, cut_key, cut_index, tl.full([], v, tl.float64), top_k, True, BLOCK, WAYS
-        )  # fmt: skip
-    ends = tl.full([WAYS], cut_key, tl.int32)
-    masses, _, _ = _totals(
-        logits_ptr, v, peak, temperature, cut_key, cut_index, 0, cut_key, ends, False, False, BLOCK
+    by_count, by_mass = (top_k > 0) & (top_k < v) & (greedy == 0), (top_p < 1) & (greedy == 0)
+    cut_key, cut_index, mass = _cut(
+        logits_ptr, v, peak, temperature, top_k, top_p, by_count, by_mass, BLOCK, WAYS
     )  # fmt: skip
-    mass = tl.max(masses, 0)
-    if (top_p < 1) & (greedy == 0):
-        # The best candidate weighs 1 and always stays; the nucleus is sought among the top-k candidates.
-        goal = tl.maximum(mass * top_p.to(tl.float64), 1.0)
-        cut_key, cut_index, mass = _cut(
-            logits_ptr, v, peak, temperature, cut_key, cut_index, mass, goal, False, BLOCK, WAYS
-        )  # fmt: skip
     key, counter = tl.load(keys_ptr + row), tl.load(counters_ptr + row)
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = c0 * 0
@@ -208,7 +208,7 @@ def _sample_kernel(
         if settled == 0:
             i = start + tl.arange(0, BLOCK)
             z = _scaled(logits_ptr, i, v, peak, temperature)
-            weights = tl.where(_place(z, i, v, cut_key, cut_index, False) < _END, tl.exp(z), 0.0)
+            weights = tl.where(_kept(_key(z), i, v, cut_key, cut_index), tl.exp(z), 0.0)
             if greedy:
                 chosen = (z == 0.0) & (i < v)
             else:
