@@ -76,21 +76,30 @@ def sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes=None, window=None):
 
 
 @jit
-def _scores(q, k, rows, keys, length, slope, scale, window, ALIBI: tl.constexpr, DOT: tl.constexpr):
-    """Scores [rows, keys] with -inf where a key is hidden."""
-    scores = tl.dot(q, tl.trans(k), input_precision=DOT) * scale
-    distance = rows[:, None] - keys[None, :]
-    if ALIBI:
-        scores -= slope * distance.to(tl.float32)
-    seen = distance.to(tl.uint32, bitcast=True) < window  # 0 <= distance < window: below 0 is far beyond it
+def _lift(slope, positions, anchor):
+    """slope * (position - anchor). Row i's scores plus its lift are scale * q_i . k_j plus the lift of key j.
+
+    So ALiBi costs nothing a score: the product with `scale` takes the key's lift along. The anchor is the block's first
+    row, which keeps the lifts of all that counts small.
+    """
+    return slope * (positions - anchor).to(tl.float32)
+
+
+@jit
+def _scores(q, k, rows, keys, length, lift, scale, window, DOT: tl.constexpr):
+    """Lifted scores [rows, keys] with -inf where a key is hidden."""
+    scores = tl.dot(q, tl.trans(k), input_precision=DOT) * scale + lift[None, :]
+    distance = (rows[:, None] - keys[None, :]).to(tl.uint32, bitcast=True)
+    seen = distance < window  # 0 <= rows - keys < window: below 0 is far beyond it
     return tl.where(seen & (keys[None, :] < length), scores, float("-inf"))
 
 
 @jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, bounds_ptr, slopes_ptr, scale, window, q_stride, k_stride, v_stride, heads,
+    q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, bounds_ptr, slopes_ptr, alibi, scale, window, q_stride, k_stride, v_stride,
+    heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, DOT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head of one document; online softmax over the blocks of keys."""
     block, head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -101,7 +110,7 @@ def _forward_kernel(
     rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     real = (rows[:, None] < length) & (columns[None, :] < D)
     q = tl.load(q_ptr + (start + rows)[:, None] * q_stride + head * D + columns[None, :], mask=real, other=0.0)
-    slope = tl.load(slopes_ptr + head) if ALIBI else 0.0
+    slope = tl.load(slopes_ptr + head, alibi, 0.0)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -112,7 +121,7 @@ def _forward_kernel(
         offset = (start + keys)[:, None]
         k = tl.load(k_ptr + offset * k_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
         v = tl.load(v_ptr + offset * v_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
-        scores = _scores(q, k, rows, keys, length, slope, scale, window, ALIBI, DOT)
+        scores = _scores(q, k, rows, keys, length, _lift(slope, keys, block * BLOCK_M), scale, window, DOT)
         risen = tl.maximum(peak, tl.max(scores, 1))
         level = tl.where(risen == float("-inf"), 0.0, risen)  # a window can hide a whole block from a row
         weights = tl.exp(scores - level[:, None])
@@ -127,22 +136,22 @@ def _forward_kernel(
         (acc * inverse[:, None]).to(out_ptr.dtype.element_ty),
         mask=real,
     )
-    tl.store(stats_ptr + token * 2, peak, mask=rows < length)
+    tl.store(stats_ptr + token * 2, peak - _lift(slope, rows, block * BLOCK_M), mask=rows < length)
     tl.store(stats_ptr + token * 2 + 1, inverse, mask=rows < length)
 
 
 @jit
 def _weights(scores, peak, inverse):
-    """The forward's softmax weights again, from its stored maximum and 1 / sum."""
+    """The forward's softmax weights again, from its stored maximum, lifted, and 1 / sum."""
     return tl.exp(scores - peak[:, None]) * inverse[:, None]
 
 
 @jit
 def _dq_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, dq_ptr, delta_ptr, bounds_ptr, slopes_ptr, scale, window,
-    q_stride, k_stride, v_stride, heads,
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, dq_ptr, delta_ptr, bounds_ptr, slopes_ptr, alibi, scale,
+    window, q_stride, k_stride, v_stride, heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, DOT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries, and delta = rowsum(do * o) for the kernel below."""
     block, head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -160,7 +169,8 @@ def _dq_kernel(
     tl.store(delta_ptr + token, delta, mask=rows < length)
     peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=0.0)
     inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)
-    slope = tl.load(slopes_ptr + head) if ALIBI else 0.0
+    slope = tl.load(slopes_ptr + head, alibi, 0.0)
+    peak += _lift(slope, rows, block * BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first = tl.maximum(block * BLOCK_M - window + 1, 0) // BLOCK_N * BLOCK_N
     for n in range(first, tl.minimum(length, (block + 1) * BLOCK_M), BLOCK_N):
@@ -169,7 +179,8 @@ def _dq_kernel(
         offset = (start + keys)[:, None]
         k = tl.load(k_ptr + offset * k_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
         v = tl.load(v_ptr + offset * v_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
-        weights = _weights(_scores(q, k, rows, keys, length, slope, scale, window, ALIBI, DOT), peak, inverse)
+        scores = _scores(q, k, rows, keys, length, _lift(slope, keys, block * BLOCK_M), scale, window, DOT)
+        weights = _weights(scores, peak, inverse)
         ds = weights * (tl.dot(grad, tl.trans(v), input_precision=DOT) - delta[:, None])
         acc += tl.dot(ds.to(k.dtype), k, input_precision=DOT)
     tl.store(dq_ptr + token[:, None] * D + columns[None, :], (acc * scale).to(dq_ptr.dtype.element_ty), mask=real)
@@ -177,10 +188,10 @@ def _dq_kernel(
 
 @jit
 def _dkv_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, bounds_ptr, slopes_ptr, scale, window,
-    q_stride, k_stride, v_stride, heads,
+    grad_ptr, q_ptr, k_ptr, v_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, bounds_ptr, slopes_ptr, alibi, scale,
+    window, q_stride, k_stride, v_stride, heads,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIBI: tl.constexpr, DOT: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one key/value head: sums over its query heads and the queries that see it."""
     block, kv_head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -196,7 +207,7 @@ def _dkv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     last = tl.minimum(length, (block + 1) * BLOCK_N + window - 1)
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        slope = tl.load(slopes_ptr + head) if ALIBI else 0.0
+        slope = tl.load(slopes_ptr + head, alibi, 0.0)
         for m in range(block * BLOCK_N // BLOCK_M * BLOCK_M, last, BLOCK_M):
             rows = m + tl.arange(0, BLOCK_M)
             real = (rows[:, None] < length) & (columns[None, :] < D)
@@ -206,7 +217,9 @@ def _dkv_kernel(
             delta = tl.load(delta_ptr + token, mask=rows < length, other=0.0)
             peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=0.0)
             inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)  # 0: padded rows weigh nothing
-            weights = _weights(_scores(q, k, rows, keys, length, slope, scale, window, ALIBI, DOT), peak, inverse)
+            peak += _lift(slope, rows, m)
+            scores = _scores(q, k, rows, keys, length, _lift(slope, keys, m), scale, window, DOT)
+            weights = _weights(scores, peak, inverse)
             dv += tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision=DOT)
             ds = weights * (tl.dot(grad, tl.trans(v), input_precision=DOT) - delta[:, None])
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=DOT)
@@ -239,45 +252,49 @@ _BLOCKS = {
         "dkv": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
     },
     "hip": {
-        "forward": ((64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 8, 1)),
+        "forward": ((64, 32, 4, 2), (64, 32, 4, 1), (64, 16, 8, 1)),
         "dq": ((64, 32, 4, 2), (64, 32, 4, 2), (32, 16, 8, 1)),
-        "dkv": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
+        "dkv": ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1)),
     },
 }
 _FP32_BLOCKS = {
     "forward": ((32, 16, 8, 1), (16, 32, 8, 1)),
     "dq": ((32, 32, 8, 1), (16, 16, 8, 1)),
-    "dkv": ((32, 16, 4, 1), (16, 16, 8, 2)),
+    "dkv": ((32, 16, 8, 1), (16, 16, 8, 2)),
 }
 MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 
 
-def _constants(kernel: str, d: int, group: int, alibi: bool, dtype: torch.dtype, gpu: str) -> dict:
+def _constants(kernel: str, d: int, group: int, dtype: torch.dtype, gpu: str) -> dict:
     block_d = power_of_2(d, 64)
     assert block_d <= MAX_HEAD_DIM[dtype], f"head_dim {d}"
     blocks = _FP32_BLOCKS if dtype == torch.float32 else _BLOCKS[gpu]
     m, n, warps, stages = blocks[kernel][(block_d > 64) + (block_d > 128)]
     return {
-        "GROUP": group, "D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "ALIBI": alibi,
+        "GROUP": group, "D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n,
         "DOT": precision(dtype), "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
-def _constants_for(kernel: str, q, k, alibi_slopes) -> dict:
-    group = q.shape[1] // k.shape[1]
-    return _constants(kernel, q.shape[2], group, alibi_slopes is not None, q.dtype, vendor())
+def _constants_for(kernel: str, q, k) -> dict:
+    return _constants(kernel, q.shape[2], q.shape[1] // k.shape[1], q.dtype, vendor())
+
+
+def _slopes(alibi_slopes, like) -> tuple:
+    """(slopes, whether there are any) as the kernels take them: without ALiBi they read none."""
+    return (like, False) if alibi_slopes is None else (alibi_slopes, True)
 
 
 def attention_triton(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window):
     """(out, stats) as torch.ops.trialign.attention gives them."""
-    constants = _constants_for("forward", q, k, alibi_slopes)
+    constants = _constants_for("forward", q, k)
     out = q.new_empty(q.shape)
     stats = q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
     blocks = cdiv(max_seqlen, constants["BLOCK_M"])
     for bounds, documents in _launches(cu_seqlens) if blocks else ():
         _forward_kernel[(blocks, q.shape[1], documents)](
-            q, k, v, out, stats, bounds, alibi_slopes, scale, _reach(window, max_seqlen), q.stride(0), k.stride(0),
-            v.stride(0), q.shape[1], **constants,
+            q, k, v, out, stats, bounds, *_slopes(alibi_slopes, stats), scale, _reach(window, max_seqlen), q.stride(0),
+            k.stride(0), v.stride(0), q.shape[1], **constants,
         )  # fmt: skip
     return out, stats
 
@@ -286,20 +303,29 @@ def attention_backward_triton(grad, q, k, v, out, stats, cu_seqlens, max_seqlen,
     """(dq, dk, dv) as torch.ops.trialign.attention_backward gives them."""
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = stats.new_empty(q.shape[:2])
-    numbers = (scale, _reach(window, max_seqlen), q.stride(0), k.stride(0), v.stride(0), q.shape[1])
+    numbers = (
+        *_slopes(alibi_slopes, stats),
+        scale,
+        _reach(window, max_seqlen),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        q.shape[1],
+    )
     for bounds, documents in _launches(cu_seqlens) if max_seqlen else ():
-        constants = _constants_for("dq", q, k, alibi_slopes)
+        constants = _constants_for("dq", q, k)
         grid = (cdiv(max_seqlen, constants["BLOCK_M"]), q.shape[1], documents)
-        _dq_kernel[grid](grad, q, k, v, out, stats, dq, delta, bounds, alibi_slopes, *numbers, **constants)
-        constants = _constants_for("dkv", q, k, alibi_slopes)
+        _dq_kernel[grid](grad, q, k, v, out, stats, dq, delta, bounds, *numbers, **constants)
+        constants = _constants_for("dkv", q, k)
         grid = (cdiv(max_seqlen, constants["BLOCK_N"]), k.shape[1], documents)
-        _dkv_kernel[grid](grad, q, k, v, stats, delta, dk, dv, bounds, alibi_slopes, *numbers, **constants)
+        _dkv_kernel[grid](grad, q, k, v, stats, delta, dk, dv, bounds, *numbers, **constants)
     return dq, dk, dv
 
 
 def _spec(name: str, kernel, tensors: str) -> Spec:
     types = {"stats_ptr": "*fp32", "delta_ptr": "*fp32", "bounds_ptr": "*i64", "slopes_ptr": "*fp32"}
     numbers = {
+        "alibi": "u1",
         "scale": "fp32",
         "window": "i32",
         "q_stride": "i64",
@@ -307,12 +333,9 @@ def _spec(name: str, kernel, tensors: str) -> Spec:
         "v_stride": "i64",
         "heads": "i32",
     }
-    cuda, hip = (
-        tuple(_constants(name, d, 3, alibi, torch.bfloat16, gpu) for d in (64, 128, 256) for alibi in (False, True))
-        for gpu in ("cuda", "hip")
-    )
+    cuda, hip = (tuple(_constants(name, d, 3, torch.bfloat16, gpu) for d in (64, 128, 256)) for gpu in ("cuda", "hip"))
     signature = {tensor: types.get(tensor, "*bf16") for tensor in tensors.split()} | numbers
-    wide = tuple(_constants(name, d, 3, alibi, torch.float32, "cuda") for d in (64, 128) for alibi in (False, True))
+    wide = tuple(_constants(name, d, 3, torch.float32, "cuda") for d in (64, 128))
     free, unaligned = ("GROUP", "D"), ("window", "heads")
     return Spec(kernel, signature, cuda, hip, wide, free, dot=True, unaligned=unaligned)
 
