@@ -31,18 +31,17 @@ def grouped_outer_ref(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor
 
 @jit
 def _matmul_kernel(
-    x_ptr, weight_ptr, offsets_ptr, out_ptr, h, f, x_stride, e_stride, h_stride, f_stride,
-    EXPERTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
+    x_ptr, weight_ptr, offsets_ptr, out_ptr, experts, h, f, x_stride, e_stride, h_stride, f_stride,
+    GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A tile of out = x W_e. The tile finds its expert by itself: the host never waits for the counts."""
     tile, expert = tl.program_id(0), tl.arange(0, GROUPS)
-    begin = tl.load(offsets_ptr + expert, mask=expert < EXPERTS, other=0)
-    end = tl.load(offsets_ptr + expert + 1, mask=expert < EXPERTS, other=0)
+    begin = tl.load(offsets_ptr + expert, mask=expert < experts, other=0)
+    end = tl.load(offsets_ptr + expert + 1, mask=expert < experts, other=0)
     tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
     upto = tl.cumsum(tiles, 0)
     mine = tl.sum((upto <= tile).to(tl.int32), 0)
-    if mine >= EXPERTS:
+    if mine >= experts:
         return
     here = expert == mine
     first = tl.sum(tl.where(here, begin + (tile - (upto - tiles)) * BLOCK_M, 0), 0)
@@ -98,8 +97,8 @@ def grouped_matmul_triton(x, weight, offsets):
     if m:
         grid = (cdiv(m, constants["BLOCK_M"]) + experts, cdiv(f, constants["BLOCK_N"]))
         _matmul_kernel[grid](
-            x, weight, offsets, out, h, f, x.stride(0), *weight.stride(),
-            EXPERTS=experts, GROUPS=power_of_2(experts), **constants,
+            x, weight, offsets, out, experts, h, f, x.stride(0), *weight.stride(),
+            GROUPS=power_of_2(experts, _GROUPS), **constants,
         )  # fmt: skip
     return out
 
@@ -113,15 +112,16 @@ def grouped_outer_triton(x, grad, offsets):
     return out
 
 
+_GROUPS = 512  # one build for as many experts as models have: their offsets are nothing beside a tile of the product
 _BF16, _FP32, _SIZES = _constants(torch.bfloat16), _constants(torch.float32), {"h": "i32", "f": "i32"}
 _STRIDES = dict.fromkeys(("x_stride", "e_stride", "h_stride", "f_stride"), "i64")
-_COUNTS = tuple({"EXPERTS": count, "GROUPS": count} for count in (16, 32, 64, 128, 256, 512))
 SPECS = {
     "matmul": Spec(
         _matmul_kernel,
-        {"x_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES | _STRIDES,
-        tuple(_BF16 | counts for counts in _COUNTS), fp32_configs=tuple(_FP32 | counts for counts in _COUNTS),
-        free=("EXPERTS",), dot=True, unaligned=("f_stride",),
+        {"x_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16", "experts": "i32"}
+        | _SIZES | _STRIDES,
+        (_BF16 | {"GROUPS": _GROUPS},), fp32_configs=(_FP32 | {"GROUPS": _GROUPS},), dot=True,
+        unaligned=("experts", "f_stride"),
     ),
     "outer": Spec(
         _outer_kernel, {"x_ptr": "*bf16", "grad_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES,

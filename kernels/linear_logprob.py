@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ._rt import Spec, cdiv, jit, precision, tl, uses_triton, vendor
 from .dispatch import COMPILED_DTYPES
-from .logprob import WANTED, Merge, add_piece_, check_rows, finish, logprob_ref, merged, piece_gradient_
+from .logprob import Merge, add_piece_, check_rows, finish, logprob_ref, merged, piece_gradient_
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits held at a time: on the CPU what a second-level cache keeps, on a GPU enough for matmuls at full speed."""
@@ -105,28 +105,25 @@ def _join_kernel(part_ptr, stats_ptr, n, shares, BLOCK: tl.constexpr):
 @jit
 def _gradient_kernel(
     hidden_ptr, weight_ptr, labels_ptr, stats_ptr, grad_logprob_ptr, grad_entropy_ptr, out_ptr, n, v, h, vocab_start,
-    scale, LOGPROB: tl.constexpr, ENTROPY: tl.constexpr,
+    scale, of_logprob, of_entropy,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of d logits [n, v], from logits that are computed again."""
+    """A tile of d logits [n, v], from logits that are computed again; flags as in kernels/logprob.py."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = rows < n
     z = _logits_tile(hidden_ptr, weight_ptr, rows, columns, n, v, h, BLOCK_M, BLOCK_N, BLOCK_K, DOT)
     stats_ptr += rows
-    log_s = tl.log(tl.load(stats_ptr + n, real, 1.0))
+    total = tl.load(stats_ptr + n, real, 1.0)
+    log_s = tl.log(total)
+    entropy = log_s - tl.load(stats_ptr + 2 * n, real, 0.0) / total
     d = z * scale - tl.load(stats_ptr, real, 0.0)[:, None] - log_s[:, None]
     p = tl.exp(d)
+    g = tl.load(grad_logprob_ptr + rows, real & of_logprob, 0.0)[:, None]
+    pull = tl.load(grad_entropy_ptr + rows, real & of_entropy, 0.0)[:, None]
     local = tl.load(labels_ptr + rows, real, 0) - vocab_start
-    gradient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if LOGPROB:
-        g = tl.load(grad_logprob_ptr + rows, real, 0.0)[:, None]
-        gradient = tl.where(columns[None, :] == local[:, None], g, 0.0) - p * g
-    if ENTROPY:
-        below = tl.load(stats_ptr + 2 * n, real, 0.0) / tl.load(stats_ptr + n, real, 1.0)
-        entropy = (log_s - below)[:, None]
-        pull = tl.load(grad_entropy_ptr + rows, real, 0.0)[:, None]
-        gradient -= tl.where(p == 0.0, 0.0, pull * p * (d + entropy))
+    common = tl.where(p == 0.0, 0.0, p * (g + pull * (d + entropy[:, None])))
+    gradient = tl.where(columns[None, :] == local[:, None], g, 0.0) - common
     mask = real[:, None] & (columns < v)[None, :]
     tl.store(out_ptr + rows[:, None] * v + columns[None, :], (gradient * scale).to(out_ptr.dtype.element_ty), mask)
 
@@ -197,7 +194,7 @@ def linear_logprob_gradient_(
         _gradient_kernel[(cdiv(n, blocks["BLOCK_M"]), cdiv(v, blocks["BLOCK_N"]))](
             hidden, weight, labels, stats, stats if grad_logprob is None else grad_logprob,
             stats if grad_entropy is None else grad_entropy, out, n, v, h, vocab_start, scale,
-            LOGPROB=grad_logprob is not None, ENTROPY=grad_entropy is not None, **blocks,
+            grad_logprob is not None, grad_entropy is not None, **blocks,
         )  # fmt: skip
 
 
@@ -232,9 +229,8 @@ SPECS = {
     "gradient": Spec(
         _gradient_kernel,
         _POINTERS | dict.fromkeys(("stats_ptr", "grad_logprob_ptr", "grad_entropy_ptr"), "*fp32")
-        | {"out_ptr": "*bf16"} | _NUMBERS,
-        *(tuple(blocks | wanted for wanted in WANTED) for blocks in (_CUDA, _HIP, _FP32)),
-        dot=True, unaligned=("n", "vocab_start"),
+        | {"out_ptr": "*bf16"} | _NUMBERS | dict.fromkeys(("of_logprob", "of_entropy"), "u1"),
+        (_CUDA,), (_HIP,), (_FP32,), dot=True, unaligned=("n", "vocab_start"),
     ),
     "accumulate": Spec(
         _accumulate_kernel,

@@ -109,24 +109,23 @@ def _update(stats, logits, labels, n, v, stride, vocab_start, scale, BLOCK: tl.c
 
 @jit
 def _gradient(
-    logits, out, labels, stats, grad_logprob, grad_entropy, n, v, stride, vocab_start, scale,
-    LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    logits, out, labels, stats, grad_logprob, grad_entropy, n, v, stride, vocab_start, scale, of_logprob, of_entropy,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row a program; out may be logits itself, every element is read by the program that writes it."""
+    """One block of one row a program; out may be logits itself, every element is read by the program that writes it.
+
+    A result that no gradient came for (of_logprob, of_entropy) has gradient 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m, s, t = tl.load(stats + row), tl.load(stats + n + row), tl.load(stats + 2 * n + row)
     log_s = tl.log(s)
     d = tl.load(logits + row * stride + column, column < v, 0.0).to(tl.float32) * scale - m - log_s
     p = tl.exp(d)
-    g = 0.0
-    if LOGPROB:
-        g = tl.load(grad_logprob + row)
-    factor = d * 0.0 - g
-    if ENTROPY:
-        factor -= tl.load(grad_entropy + row) * (d + log_s - t / s)
+    g, pull = tl.load(grad_logprob + row, of_logprob, 0.0), tl.load(grad_entropy + row, of_entropy, 0.0)
     local = tl.load(labels + row) - vocab_start
-    gradient = tl.where(p == 0.0, 0.0, p * factor) + tl.where(column == local, g, 0.0)
+    common = tl.where(p == 0.0, 0.0, p * (g + pull * (d + log_s - t / s)))
+    gradient = tl.where(column == local, g, 0.0) - common
     tl.store(out + row * v + column, gradient * scale, column < v)
 
 
@@ -151,8 +150,7 @@ def _launch_gradient(out, logits, labels, stats, grad_logprob, grad_entropy, sca
         _gradient[(n, cdiv(v, _CONFIG["BLOCK"]))](
             logits, out, labels, stats,
             stats if grad_logprob is None else grad_logprob, stats if grad_entropy is None else grad_entropy,
-            n, v, logits.stride(0), vocab_start, scale,
-            LOGPROB=grad_logprob is not None, ENTROPY=grad_entropy is not None, **_CONFIG,
+            n, v, logits.stride(0), vocab_start, scale, grad_logprob is not None, grad_entropy is not None, **_CONFIG,
         )  # fmt: skip
 
 
@@ -169,8 +167,6 @@ def logprob_backward_triton_(logits, *rest):
 
 
 _CONFIG = {"BLOCK": 4096, "num_warps": 8, "num_stages": 3}
-# Which of the two results a gradient came for; for neither autograd asks nothing.
-WANTED = tuple({"LOGPROB": bool(i & 1), "ENTROPY": bool(i & 2)} for i in (1, 2, 3))
 _NUMBERS = {**dict.fromkeys(("n", "v", "stride", "vocab_start"), "i32"), "scale": "fp32"}
 SPECS = {
     "update": Spec(
@@ -185,8 +181,9 @@ SPECS = {
             **{"logits": "*bf16", "out": "*bf16", "labels": "*i64"},
             **dict.fromkeys(("stats", "grad_logprob", "grad_entropy"), "*fp32"),
             **_NUMBERS,
+            **dict.fromkeys(("of_logprob", "of_entropy"), "u1"),
         },
-        tuple(_CONFIG | wanted for wanted in WANTED),
+        (_CONFIG,),
         unaligned=("n", "vocab_start"),
     ),
 }

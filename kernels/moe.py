@@ -51,8 +51,8 @@ def unpermute_ref(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor
 
 @jit
 def _route_kernel(
-    logits_ptr, weights_ptr, chosen_ptr, n, experts,
-    K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, weights_ptr, chosen_ptr, n, experts, normalise,
+    K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens; the k largest one after the other. NaN counts as the largest."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -72,9 +72,8 @@ def _route_kernel(
         free = free & (expert != index[:, None])
     peak = tl.sum(tl.where(place == 0, best, 0.0), 1)[:, None]
     mass = tl.where(place < K, tl.exp(best - peak), 0.0)
-    if NORMALISE:
-        total = tl.sum(mass, 1)
-    else:
+    total = tl.sum(mass, 1)
+    if not normalise:
         total = tl.sum(tl.where(expert < experts, tl.exp(z - peak), 0.0), 1)
     mask = (place < K) & (row < n)[:, None]
     tl.store(weights_ptr + row[:, None] * K + place, mass / total[:, None], mask=mask)
@@ -83,8 +82,8 @@ def _route_kernel(
 
 @jit
 def _route_backward_kernel(
-    grad_ptr, logits_ptr, weights_ptr, chosen_ptr, out_ptr, n, experts,
-    K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, logits_ptr, weights_ptr, chosen_ptr, out_ptr, n, experts, normalise,
+    K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens; the softmax comes back from a chosen logit and its weight."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +94,7 @@ def _route_backward_kernel(
     chosen = tl.load(chosen_ptr + slot, mask=mask, other=0)
     s = tl.sum(grad * weight, 1)[:, None]
     d = tl.zeros([BLOCK, EXPERTS], tl.float32)
-    if not NORMALISE:
+    if not normalise:
         z = tl.load(logits_ptr + row[:, None] * experts + expert, mask=there, other=0.0).to(tl.float32)
         first = tl.sum(tl.where(place == 0, chosen, 0), 1)[:, None]
         peak = tl.sum(tl.where(expert == first, z, 0.0), 1)[:, None]
@@ -201,12 +200,12 @@ def sort_by_expert_triton(experts, num_experts):
     return order, offsets
 
 
-def _routing(experts: int, k: int, normalise: bool) -> dict:
+def _routing(experts: int, k: int) -> dict:
     if k > MAX_CHOICES:
         raise ValueError(f"{k} of {experts} experts: the Triton kernels choose up to {MAX_CHOICES}")
     columns = _columns(experts)
     return {
-        "K": k, "PLACES": MAX_CHOICES, "EXPERTS": columns, "NORMALISE": normalise,
+        "K": k, "PLACES": MAX_CHOICES, "EXPERTS": columns,
         "BLOCK": max(1, min(16, 512 // columns)),  # what the registers hold
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
@@ -214,21 +213,22 @@ def _routing(experts: int, k: int, normalise: bool) -> dict:
 
 def route_triton(logits, k, normalise):
     """torch.ops.trialign.route on a GPU."""
-    (n, experts), constants = logits.shape, _routing(logits.shape[1], k, normalise)
+    (n, experts), constants = logits.shape, _routing(logits.shape[1], k)
     weights = logits.new_empty(n, k, dtype=torch.float32)
     chosen = logits.new_empty(n, k, dtype=torch.int64)
     if n:
-        _route_kernel[(cdiv(n, constants["BLOCK"]),)](logits, weights, chosen, n, experts, **constants)
+        _route_kernel[(cdiv(n, constants["BLOCK"]),)](logits, weights, chosen, n, experts, normalise, **constants)
     return weights, chosen
 
 
 def route_backward_triton(grad, logits, weights, experts, normalise):
     """torch.ops.trialign.route_backward on a GPU."""
-    n, constants = len(logits), _routing(logits.shape[1], weights.shape[1], normalise)
+    n, constants = len(logits), _routing(logits.shape[1], weights.shape[1])
     out = torch.empty_like(logits)
     if n:
         grid = (cdiv(n, constants["BLOCK"]),)
-        _route_backward_kernel[grid](grad, logits, weights, experts, out, n, logits.shape[1], **constants)
+        sizes = n, logits.shape[1], normalise
+        _route_backward_kernel[grid](grad, logits, weights, experts, out, *sizes, **constants)
     return out
 
 
@@ -270,8 +270,8 @@ def unpermute_backward_triton(grad, rows, order, weights):
 
 
 _RANKS = tuple(map(_ranking, _COLUMNS))
-_ROUTES = tuple(_routing(experts, 4, normalise) for experts in _COLUMNS for normalise in (True, False))
-_ROUTED = {"weights_ptr": "*fp32", "chosen_ptr": "*i64", "n": "i32", "experts": "i32"}
+_ROUTES = tuple(_routing(experts, 4) for experts in _COLUMNS)
+_ROUTED = {"weights_ptr": "*fp32", "chosen_ptr": "*i64", "n": "i32", "experts": "i32", "normalise": "u1"}
 SPECS = {
     "route": Spec(
         _route_kernel, {"logits_ptr": "*bf16"} | _ROUTED, _ROUTES, free=("K",), unaligned=("n", "experts"),

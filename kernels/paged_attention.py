@@ -60,9 +60,9 @@ def _write_kernel(
 @jit
 def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, lengths_ptr, slopes_ptr, part_ptr, peaks_ptr, totals_ptr,
-    scale, q_stride, table_stride, kv_heads, window,
+    scale, q_stride, table_stride, kv_heads, window, alibi,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One share of a sequence's keys for up to ROWS query heads of one key/value head: sum, maximum, total."""
     sequence, chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -76,7 +76,8 @@ def _decode_kernel(
     head = kv_head * GROUP + row
     real = (row[:, None] < GROUP) & (columns[None, :] < D)
     q = tl.load(q_ptr + sequence * q_stride + head[:, None] * D + columns[None, :], mask=real, other=0.0)
-    slope = tl.load(slopes_ptr + head, mask=row < GROUP, other=0.0) if ALIBI else tl.zeros([ROWS], tl.float32)
+    # Without ALiBi the slopes are 0: what is read decides the time here, not one product a score.
+    slope = tl.load(slopes_ptr + head, mask=alibi & (row < GROUP), other=0.0)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -89,8 +90,7 @@ def _decode_kernel(
         k = tl.load(k_cache_ptr + offset, mask=mask, other=0.0)
         v = tl.load(v_cache_ptr + offset, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=DOT) * scale
-        if ALIBI:
-            scores += slope[:, None] * (position - (length - 1)).to(tl.float32)[None, :]
+        scores += slope[:, None] * (position - (length - 1)).to(tl.float32)[None, :]
         scores = tl.where(there[None, :], scores, float("-inf"))
         risen = tl.maximum(peak, tl.max(scores, 1))  # finite: every block holds at least one key
         weights = tl.exp(scores - risen[:, None])
@@ -136,12 +136,12 @@ def write_kv_triton(k, v, k_cache, v_cache, slots) -> None:
         _write_kernel[(len(k),)](k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), **_write_constants(width))
 
 
-def _decode_constants(group: int, d: int, page: int, alibi: bool, dtype: torch.dtype) -> dict:
+def _decode_constants(group: int, d: int, page: int, dtype: torch.dtype) -> dict:
     block_d, fp32 = power_of_2(d, 64), dtype == torch.float32
     if block_d > MAX_HEAD_DIM:
         raise ValueError(f"head_dim {d}: the Triton decode kernel takes up to {MAX_HEAD_DIM}")
     return {
-        "GROUP": group, "ROWS": 16, "D": d, "BLOCK_D": block_d, "PAGE": page, "ALIBI": alibi,
+        "GROUP": group, "ROWS": 16, "D": d, "BLOCK_D": block_d, "PAGE": page,
         "BLOCK_N": 16 if fp32 and block_d > 128 else 32, "DOT": precision(dtype),
         "num_warps": 8 if fp32 and block_d > 64 else 4,  # fp32 spills at 4 under Triton 3.7
         "num_stages": 2,
@@ -160,7 +160,8 @@ def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, al
     batch, heads, d = q.shape
     page, kv_heads = k_cache.shape[1:3]
     splits = 1 if batch * kv_heads >= 256 else SPLITS
-    constants = _decode_constants(heads // kv_heads, d, page, alibi_slopes is not None, q.dtype)
+    constants = _decode_constants(heads // kv_heads, d, page, q.dtype)
+    alibi = alibi_slopes is not None
     span = block_tables.shape[1] * page
     reach = span if window is None else min(window, span)  # an argument of 32 bits
     part = q.new_empty(batch, heads, splits, d, dtype=torch.float32)
@@ -168,8 +169,8 @@ def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, al
     out = q.new_empty(q.shape)
     if batch:
         _decode_kernel[(batch, kv_heads * cdiv(heads // kv_heads, constants["ROWS"]), splits)](
-            q, k_cache, v_cache, block_tables, lengths, alibi_slopes, part, peaks, totals, scale, q.stride(0),
-            block_tables.stride(0), kv_heads, reach, SPLITS=splits, **constants,
+            q, k_cache, v_cache, block_tables, lengths, alibi_slopes if alibi else peaks, part, peaks, totals, scale,
+            q.stride(0), block_tables.stride(0), kv_heads, reach, alibi, SPLITS=splits, **constants,
         )  # fmt: skip
         _combine_kernel[(batch * heads,)](part, peaks, totals, out, **_combine_constants(d, splits))
     return out
@@ -179,9 +180,7 @@ _HEAD_DIMS = (64, 128, 256)
 
 
 def _decode_configs(dtype: torch.dtype) -> tuple[dict, ...]:
-    return tuple(
-        _decode_constants(8, d, 16, alibi, dtype) | {"SPLITS": SPLITS} for d in _HEAD_DIMS for alibi in (False, True)
-    )
+    return tuple(_decode_constants(8, d, 16, dtype) | {"SPLITS": SPLITS} for d in _HEAD_DIMS)
 
 
 SPECS = {
@@ -197,7 +196,7 @@ SPECS = {
         dict.fromkeys(("q_ptr", "k_cache_ptr", "v_cache_ptr"), "*bf16")
         | dict.fromkeys(("slopes_ptr", "part_ptr", "peaks_ptr", "totals_ptr"), "*fp32")
         | {"tables_ptr": "*i32", "lengths_ptr": "*i32", "scale": "fp32"}
-        | {"q_stride": "i64", "table_stride": "i64", "kv_heads": "i32", "window": "i32"},
+        | {"q_stride": "i64", "table_stride": "i64", "kv_heads": "i32", "window": "i32", "alibi": "u1"},
         _decode_configs(torch.bfloat16),
         fp32_configs=_decode_configs(torch.float32),
         free=("GROUP", "D", "PAGE", "SPLITS"),

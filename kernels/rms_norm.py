@@ -37,17 +37,16 @@ def rms_norm_backward_ref(grad, x, weight, rstd, grad_total):
 
 
 @jit
-def _forward(x, residual, weight, y, total, rstd, h, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """One row a program."""
+def _forward(x, residual, weight, y, total, rstd, h, eps, add, BLOCK: tl.constexpr):
+    """One row a program. Without a residual to add the masks keep its memory, and the total's, untouched."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < h
     v = tl.load(x + row * h + column, inside, 0.0).to(tl.float32)
-    if ADD:
-        v += tl.load(residual + row * h + column, inside, 0.0).to(tl.float32)
-        v = v.to(total.dtype.element_ty)  # the norm is that of the rounded sum, as the next layer sees it
-        tl.store(total + row * h + column, v, inside)
-        v = v.to(tl.float32)
+    v += tl.load(residual + row * h + column, inside & add, 0.0).to(tl.float32)
+    v = v.to(total.dtype.element_ty)  # the norm is that of the rounded sum, as the next layer sees it
+    tl.store(total + row * h + column, v, inside & add)
+    v = v.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / h + eps)
     tl.store(rstd + row, r)
     w = tl.load(weight + column, inside, 0.0).to(tl.float32)
@@ -55,9 +54,7 @@ def _forward(x, residual, weight, y, total, rstd, h, eps, ADD: tl.constexpr, BLO
 
 
 @jit
-def _gradient(
-    grad, x, weight, rstd, through, grad_x, partial, n, h, ROWS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gradient(grad, x, weight, rstd, through, grad_x, partial, n, h, add, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """ROWS rows a program, which leaves its share of d weight in partial[program]: no atomics, so sums repeat."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -72,8 +69,7 @@ def _gradient(
         r = tl.load(rstd + row, row < n, 0.0)
         share += g * v * r
         d = r * (g * w - v * (r * r / h * tl.sum(g * w * v, 0)))
-        if ADD:
-            d += tl.load(through + row * h + column, mask, 0.0).to(tl.float32)
+        d += tl.load(through + row * h + column, mask & add, 0.0).to(tl.float32)
         tl.store(grad_x + row * h + column, d, mask)
     tl.store(partial + program * h + column, share, inside)
 
@@ -84,16 +80,16 @@ MAX_GRADIENT = 8192
 """The longest rows of the gradient's kernel; one of 16384 would spill on every NVIDIA architecture."""
 
 
-def _constants(h: int, add: bool) -> dict:
+def _constants(h: int) -> dict:
     block = next((b for b in _BLOCKS if b >= h), 0)
     if not block:
         raise ValueError(f"rows of {h}: the Triton RMSNorm takes up to {_BLOCKS[-1]}")
-    return {"ADD": add, "BLOCK": block, "num_warps": min(16, max(1, block // 512)), "num_stages": 3}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), "num_stages": 3}
 
 
-def _gradient_constants(h: int, add: bool, gpu: str) -> dict:
+def _gradient_constants(h: int, gpu: str) -> dict:
     """Twice the warps for long rows, whose fp32 sums would spill; AMD's blocks have no more than 16."""
-    constants = _constants(h, add)
+    constants = _constants(h)
     warps = 32 if constants["BLOCK"] > 4096 and gpu == "cuda" else constants["num_warps"]
     return constants | {"ROWS": ROWS, "num_warps": warps}
 
@@ -102,7 +98,7 @@ def rms_norm_triton(x, weight, eps):
     """(y, rstd) by Triton; arguments as those of torch.ops.trialign.rms_norm."""
     y, rstd = torch.empty_like(x), _rstd(x)
     if len(x):
-        _forward[(len(x),)](x, x, weight, y, y, rstd, x.shape[1], eps, **_constants(x.shape[1], False))
+        _forward[(len(x),)](x, x, weight, y, y, rstd, x.shape[1], eps, False, **_constants(x.shape[1]))
     return y, rstd
 
 
@@ -110,7 +106,7 @@ def add_rms_norm_triton(x, residual, weight, eps):
     """(y, total, rstd) by Triton; arguments as those of torch.ops.trialign.add_rms_norm."""
     y, total, rstd = torch.empty_like(x), torch.empty_like(x), _rstd(x)
     if len(x):
-        _forward[(len(x),)](x, residual, weight, y, total, rstd, x.shape[1], eps, **_constants(x.shape[1], True))
+        _forward[(len(x),)](x, residual, weight, y, total, rstd, x.shape[1], eps, True, **_constants(x.shape[1]))
     return y, total, rstd
 
 
@@ -124,14 +120,13 @@ def rms_norm_backward_triton(grad, x, weight, rstd, grad_total):
     through = grad if grad_total is None else grad_total
     if n:
         _gradient[(programs,)](
-            grad, x, weight, rstd, through, grad_x, partial, n, h,
-            **_gradient_constants(h, grad_total is not None, vendor()),
+            grad, x, weight, rstd, through, grad_x, partial, n, h, grad_total is not None,
+            **_gradient_constants(h, vendor()),
         )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
-_SHAPES = tuple((block, add) for block in _BLOCKS for add in (False, True))
-_GRADIENTS = tuple((block, add) for block, add in _SHAPES if block <= MAX_GRADIENT)
+_GRADIENTS = tuple(block for block in _BLOCKS if block <= MAX_GRADIENT)
 SPECS = {
     "forward": Spec(
         _forward,
@@ -140,8 +135,9 @@ SPECS = {
             "rstd": "*fp32",
             "h": "i32",
             "eps": "fp32",
+            "add": "u1",
         },
-        tuple(_constants(*shape) for shape in _SHAPES),
+        tuple(map(_constants, _BLOCKS)),
     ),
     "gradient": Spec(
         _gradient,
@@ -149,9 +145,10 @@ SPECS = {
             **dict.fromkeys(("grad", "x", "weight", "through", "grad_x"), "*bf16"),
             **dict.fromkeys(("rstd", "partial"), "*fp32"),
             **dict.fromkeys(("n", "h"), "i32"),
+            "add": "u1",
         },
-        tuple(_gradient_constants(*shape, "cuda") for shape in _GRADIENTS),
-        tuple(_gradient_constants(*shape, "hip") for shape in _GRADIENTS),
+        tuple(_gradient_constants(block, "cuda") for block in _GRADIENTS),
+        tuple(_gradient_constants(block, "hip") for block in _GRADIENTS),
         unaligned=("n",),
     ),
 }

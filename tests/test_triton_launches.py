@@ -161,7 +161,7 @@ def test_a_launch_that_is_not_in_the_table_is_refused(option, monkeypatch):
         (lambda: moe.route_triton(torch.ones(1, 513), 2, True), "513 experts"),
         (lambda: moe.route_triton(torch.ones(1, 64), 17, True), "17 of 64 experts"),
         (lambda: paged_attention._write_constants(16385), "16385 numbers of keys"),
-        (lambda: paged_attention._decode_constants(1, 257, 16, False, torch.float32), "head_dim 257"),
+        (lambda: paged_attention._decode_constants(1, 257, 16, torch.float32), "head_dim 257"),
     ],
 )
 def test_a_size_beyond_the_tables_is_refused(launch, said):

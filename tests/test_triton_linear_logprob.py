@@ -114,7 +114,7 @@ FAULTS = {
     "no rescaling": ("s = s * factor + tl.sum(p, 1)", "s = s + tl.sum(p, 1)", None),
     "a share is left out": ("range(shares)", "range(shares - 1)", None),
     "a chunk replaces the others": ("tl.load(place, mask, 0.0) + acc", "acc", None),
-    "the wrong sign": ("gradient -= tl.where(p", "gradient += tl.where(p", None),
+    "the wrong sign": ("0.0) - common", "0.0) + common", None),
 }
 
 
