@@ -63,7 +63,7 @@ class GGUFFile:
 
     Raises:
         ValueError: the package gguf is not installed, the file is damaged or of another architecture, or a tensor is
-            missing, unknown or of another shape.
+            missing, unknown, of another shape or of a type that gguf cannot dequantise.
     """
 
     def __init__(self, path: Path):
@@ -137,10 +137,26 @@ class GGUFFile:
         for what, which in (("lacks", missing), ("holds what the model has no place for:", extra)):
             if which:
                 raise ValueError(f"{self.path}: {what} {', '.join(which[:3])}")
+        for name in self.names.values():
+            kind = self.tensors[name].tensor_type
+            if not self._readable(kind):
+                allowed = ", ".join(kind.name for kind in self.gguf.GGMLQuantizationType if self._readable(kind))
+                raise ValueError(
+                    f"{self.path}: {name} is {kind.name}, which gguf cannot dequantise; allowed: {allowed}"
+                )
         for name, shape in hf_shapes(self.config).items():
             found = tuple(int(n) for n in reversed(self.tensors[self.names[name]].shape))
             if found != shape:
                 raise ValueError(f"{self.path}: {self.names[name]} has shape {list(found)}, expected {list(shape)}")
+
+    def _readable(self, kind: Any) -> bool:
+        """Whether gguf dequantises this type: tried on one block, for no list of them is public."""
+        _, size = self.gguf.GGML_QUANT_SIZES[kind]
+        try:
+            self.gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), kind)
+        except NotImplementedError:
+            return False
+        return True
 
     def dtype(self, place: Place) -> torch.dtype:
         kinds = self.gguf.GGMLQuantizationType
