@@ -382,6 +382,11 @@ def test_a_gguf_tensor_of_a_type_that_is_not_dequantised_is_named(tmp_path):
         import_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
     allowed = str(caught.value).rpartition("allowed: ")[2].split(", ")
     assert {kind.name for kind in gguf.quants._type_traits} | {"F32", "F16"} == {*allowed}
+    data = bytearray((tmp_path / "model.gguf").read_bytes())
+    data[data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8] = 31  # Q4_0_4_4, which is no more
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.gguf: output_norm.weight is of type 31, which .*; allowed: F32, F16"):
+        import_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.gguf"]
 
 
