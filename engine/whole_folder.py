@@ -8,7 +8,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .safetensors_io import fsync
@@ -24,7 +24,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         folder: must not exist, or be empty. Of a symbolic link the folder that it points at is meant.
 
     Raises:
-        ValueError: `folder` is not empty.
+        ValueError: `folder` is not empty, or no other can take its name: it is a mount point, say.
         OSError: the disk is full.
     """
     folder = Path(os.path.realpath(folder))
@@ -38,9 +38,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             f"left over from an interrupted conversion, unless one still runs: {', '.join(left)}; may be deleted",
             file=sys.stderr,
         )
-    # The name is random: in a container the next process has the killed one's number.
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.unfinished")
-    aside.mkdir()
+    aside = _begin(folder)
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
@@ -49,3 +47,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         fsync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # after a success it is no longer there
+
+
+def _begin(folder: Path) -> Path:
+    """The new folder, after one that was empty too has taken the name: what cannot be renamed so is found out now."""
+    # The name is random: in a container the next process has the killed one's number.
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.unfinished")
+    if folder.exists():
+        try:
+            aside.mkdir()
+            aside.rename(folder)
+        except OSError as error:
+            with suppress(OSError):
+                aside.rmdir()
+            raise ValueError(
+                f"{folder}: the output is made beside it and then takes its name, which fails here ({error.strerror}),"
+                " as on a mount point; name a folder in it"
+            ) from None
+    aside.mkdir()
+    return aside

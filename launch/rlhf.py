@@ -76,8 +76,8 @@ def prepare(session: Session[Any]) -> None:
     tokenizer = session.together(lambda: load_tokenizer(config.model.path, shape))
 
     def lay_out() -> None:
-        if config.run.resume and not session.folder.is_dir():
-            raise ValueError(f"run.resume={config.run.resume}: there is no such folder")
+        if config.run.resume and not (session.folder / "config.toml").is_file():
+            raise ValueError(f"run.resume={config.run.resume}: there is no run, config.toml is missing")
         if config.run.resume:
             same_as_finished(config, finished_here(session.folder))
         sides = split_prompts(config.prompts, config.run.seed)

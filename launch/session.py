@@ -40,6 +40,7 @@ from trialign.engine.logging import MetricLog, Progress
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.phases import Phases, matmul_peak
+from trialign.engine.sole_writer import sole_writer
 from trialign.models.adapter import adapter_facts, export_adapter, has_peft_form, same_adapter
 from trialign.models.export import ExportRole, assets, export_checkpoint
 from world import is_main, mesh_of, rank_prefix, world_size
@@ -76,7 +77,8 @@ def start(
     name: str,
     argv: Sequence[str],
 ) -> None:
-    """Runs a script: its config out of `argv`, checked before anything is read, then `main` on the mesh.
+    """Runs a script: its config out of `argv`, checked before anything is read, then `main` on the mesh, alone in the
+    run's folder.
 
     What a user can cause ends in a message without a traceback, and an exit code other than 0.
 
@@ -91,7 +93,9 @@ def start(
         leave(f"error: {error}", is_main())
     try:
         with mesh_of(config.parallel) as mesh, ExitStack() as stack:
-            main(Session(config, mesh, stack, name))
+            session = Session(config, mesh, stack, name)
+            session.together(lambda: stack.enter_context(sole_writer(session.folder)) if mesh.is_main else None)
+            main(session)
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"{rank_prefix()}error: {error}")
 

@@ -28,13 +28,13 @@ from ..engine.parallel.shard import shard_of, sinks
 from ..engine.safetensors_io import write_stream
 from ..engine.whole_folder import whole_folder
 from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
-from .config import HeadKind, ModelConfig, read_json
+from .config import HeadKind, ModelConfig
 from .decoder import Decoder
 from .hf import HEADS, Place, Rows, blocks, hf_name, places
+from .peft_config import CONFIG, check_targets, read_peft_config
 from .peft_file import PREFIX, TENSORS, PeftFile, adapter_name
 from .source import Source, open_source
 
-CONFIG = "adapter_config.json"
 _LETTERS = {"lora_a": "A", "lora_b": "B"}
 _TARGETS: dict[tuple[str, str], Target] = {
     ("attention.qkv.weight", "q"): "q",
@@ -58,24 +58,6 @@ _BOTH = r".*\.gate_up_proj"  # PEFT's pattern for the parameter that holds exper
 _FLOATS = ("router", "shared.router", "head")  # what a quantised base leaves as it is
 
 ALL = LoRA(1, 1.0, ("all",))
-
-# What PEFT's other kinds of adapters set, and the values under which they are plain LoRA.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "alora_invocation_tokens": (None, []),
-    "lora_bias": (False,),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    # The others begin from weights they have changed themselves: on the plain base they are another model.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-}
 
 
 def check_lora(config: ModelConfig, lora: LoRA, tp: int) -> None:
@@ -211,19 +193,13 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
     """What a PEFT adapter folder holds, for a model of this config.
 
     Raises:
-        ValueError: no such folder or file, another kind of adapter than LoRA, a tensor that is missing, of another
-            shape or on a weight that takes no adapter.
+        ValueError: as `read_peft_config`; a tensor that is missing, of another shape or type, with a NaN, or on a
+            weight that takes no adapter or that the config does not name.
     """
     folder = Path(folder)
-    values = _values(folder)
-    for key, allowed in _PLAIN.items():
-        if values.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{folder / CONFIG}: {key}={values[key]!r} is not supported; allowed: {allowed[0]!r}")
-    for key, kind, wanted in (("r", int, "a whole number"), ("lora_alpha", int | float, "a number")):
-        value = values.get(key, 8)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise ValueError(f"{folder / CONFIG}: {key}={value!r}: expected {wanted}")
-    found = PeftFile(folder, values, config).shapes
+    values = read_peft_config(folder)
+    file = PeftFile(folder, values, config)
+    found = file.shapes
     modules = {adapter_name(p.name, "A"): target for target, ps in adapted_places(config, ALL).items() for p in ps}
     targets = {modules[name] for name in found if name in modules}
     try:
@@ -241,9 +217,12 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
         if values.get(key) and values[key] != known[key]:
             allowed = f"{known[key]!r} or none" if known[key] else "none"
             raise ValueError(f"{folder / CONFIG}: {key}={values[key]!r} is not supported; allowed: {allowed}")
-    expected = adapter_shapes(config, lora)
+    expected: dict[str, tuple[int, ...]] = dict(adapter_shapes(config, lora))
+    score = PREFIX + HEADS["score"].theirs
+    if score in found:
+        expected[score] = 1, config.hidden_size
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and name != PREFIX + HEADS["score"].theirs]
+    extra = [name for name in found if name not in expected]
     for what, names in (("lacks", missing), ("holds what the model has no place for:", extra)):
         if names:
             more = f" and {len(names) - 3} more" * (len(names) > 3)
@@ -251,13 +230,9 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
     for name, shape in expected.items():
         if found[name] != shape:
             raise ValueError(f"{folder / TENSORS}: {name} has shape {list(found[name])}, expected {list(shape)}")
+    check_targets(folder, values, adapted_places(config, ALL), found)
+    file.check_finite()
     return lora
-
-
-def _values(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder}: no {CONFIG}, so no PEFT adapter")
-    return read_json(folder / CONFIG)
 
 
 def check_adapter(folder: Path | str, config: ModelConfig, lora: LoRA, head: HeadKind = "lm") -> None:
@@ -282,7 +257,7 @@ def load_adapter(model: Decoder, folder: Path | str) -> None:
     """
     assert model.lora is not None
     check_adapter(folder, model.config, model.lora, model.kind)
-    held = PeftFile(Path(folder), _values(Path(folder)), model.config)
+    held = PeftFile(Path(folder), read_peft_config(Path(folder)), model.config)
     for name, parameter in model.named_parameters():
         for piece, view in sinks(parameter) if parameter.requires_grad else ():
             theirs_ = trained_name(name, piece.part, model.config, model.kind)

@@ -58,12 +58,30 @@ _TOKENS = {"bos": "bos", "padding": "pad"}
 _ROWS = 1024  # dequantised at once
 
 
+def _reader(gguf: Any, path: Path) -> Any:
+    """gguf's reader, with a dict `unknown` besides: tensors of types that gguf has no name for -> the type's number.
+
+    By itself it would refuse such a file without naming the tensor.
+    """
+    known = {int(kind) for kind in gguf.GGMLQuantizationType}
+
+    class Reader(gguf.GGUFReader):
+        unknown: dict[str, int] = {}
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            kinds = {field.name: int(field.parts[4][0]) for field in fields}
+            self.unknown = {name: kind for name, kind in kinds.items() if kind not in known}
+            super()._build_tensors(start_offs, [field for field in fields if field.name not in self.unknown])
+
+    return Reader(path)
+
+
 class GGUFFile:
     """One GGUF file of a dense LLaMA, Mistral, Qwen2 or Qwen3.
 
     Raises:
         ValueError: the package gguf is not installed, the file is damaged or of another architecture, or a tensor is
-            missing, unknown or of another shape.
+            missing, unknown, of another shape or of a type that gguf cannot dequantise.
     """
 
     def __init__(self, path: Path):
@@ -74,10 +92,11 @@ class GGUFFile:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         try:
-            self.reader: Any = gguf.GGUFReader(path)
+            self.reader: Any = _reader(gguf, path)
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path}: damaged, or no GGUF file: {error}") from None
         self.path, self.gguf = path, gguf
+        self._check_types()
         self.architecture = self._value("general.architecture")
         if self.architecture not in _KNOWN:
             raise ValueError(
@@ -100,6 +119,26 @@ class GGUFFile:
         names = gguf.get_tensor_name_map(arch, self.config.num_layers)
         self.names = {n: names.get_name(n, try_suffixes=(".weight", ".bias")) or n for n in hf_shapes(self.config)}
         self._check()
+
+    def _check_types(self) -> None:
+        readable = [kind for kind in self.gguf.GGMLQuantizationType if self._readable(kind)]
+        kinds = {tensor.name: tensor.tensor_type for tensor in self.reader.tensors}
+        for name, kind in (self.reader.unknown | kinds).items():
+            if kind not in readable:
+                allowed = ", ".join(kind.name for kind in readable)
+                raise ValueError(
+                    f"{self.path}: {name} is {getattr(kind, 'name', f'of type {kind}')}, which gguf cannot dequantise;"
+                    f" allowed: {allowed}"
+                )
+
+    def _readable(self, kind: Any) -> bool:
+        """Whether gguf dequantises this type: tried on one block, for no list of them is public."""
+        _, size = self.gguf.GGML_QUANT_SIZES[kind]
+        try:
+            self.gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), kind)
+        except NotImplementedError:
+            return False
+        return True
 
     def _value(self, key: str) -> Any:
         """What the file says behind a key; None where it lacks the key."""

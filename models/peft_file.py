@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .config import ModelConfig
 from .hf import places
+from .source import tensor_shapes
 
 PREFIX = "base_model.model."  # PEFT's, before the name of a module of the model it wraps
 TENSORS = "adapter_model.safetensors"
@@ -41,18 +42,17 @@ class PeftFile:
         shapes: name, as `adapter_name` gives it, -> shape; what no weight of the model is adapted by keeps its own.
 
     Raises:
-        ValueError: no such file, a damaged one, or adapters on experts of another kind than those above.
+        ValueError: no such file, a damaged one, a tensor that is not of floating point, or adapters on experts of
+            another kind than those above.
     """
 
     def __init__(self, folder: Path, values: Mapping[str, Any], config: ModelConfig):
         if not (folder / TENSORS).is_file():
             pickled = " (adapter_model.bin is a pickle, which is not loaded: save it again with peft)"
             raise ValueError(f"{folder}: no {TENSORS}{pickled * (folder / 'adapter_model.bin').is_file()}")
-        try:
-            self.source = safe_open(folder / TENSORS, "pt")
-            self.shapes = {n: tuple(self.source.get_slice(n).get_shape()) for n in self.source.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{folder / TENSORS}: damaged or truncated: {error}") from None
+        self.path = folder / TENSORS
+        self.shapes = tensor_shapes(self.path)
+        self.source = safe_open(self.path, "pt")
         self.whole = lru_cache(2)(self.source.get_tensor)  # experts are read one after the other out of one tensor
         self.parts: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}  # name -> its tensor, and its part of that
         if config.moe is not None:
@@ -64,6 +64,12 @@ class PeftFile:
             return self.source.get_slice(name)[tuple(cut)]
         theirs, part = self.parts[name]
         return part(self.whole(theirs))[tuple(cut)]
+
+    def check_finite(self) -> None:
+        """Reads every tensor once; raises ValueError naming one that holds a NaN or an infinity."""
+        for name in self.source.keys():
+            if not self.source.get_tensor(name).isfinite().all():
+                raise ValueError(f"{self.path}: {name} holds NaN or infinity; allowed: finite numbers")
 
     def _unfold(self, config: ModelConfig, values: Mapping[str, Any]) -> None:
         assert config.moe is not None

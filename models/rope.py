@@ -227,6 +227,6 @@ def write_rope(rope: Rope, theta: float) -> dict[str, Any]:
 
 def _number(values: Mapping[str, Any], key: str, default: float) -> float:
     value = values.get(key) if values.get(key) is not None else default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{key}={value!r}: expected a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}={value!r}: expected a finite number above 0")
     return float(value)

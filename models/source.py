@@ -120,23 +120,33 @@ def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     for file in files:
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file}: missing, {INDEX} names it")
-        try:
-            with safe_open(folder / file, "pt") as source:
-                for name in source.keys():
-                    view = source.get_slice(name)
-                    if view.get_dtype() not in DTYPES.values():
-                        raise ValueError(
-                            f"{folder / file}: {name} is {view.get_dtype()}; allowed: {[*DTYPES.values()]}"
-                        )
-                    if name in found:
-                        raise ValueError(f"{folder / file}: holds {name}, which {found[name][0]} holds too")
-                    found[name] = file, tuple(view.get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file}: damaged or truncated: {error}") from None
+        for name, shape in tensor_shapes(folder / file).items():
+            if name in found:
+                raise ValueError(f"{folder / file}: holds {name}, which {found[name][0]} holds too")
+            found[name] = file, shape
     for name, file in promised.items():
         if name not in found:
             raise ValueError(f"{folder / file}: no tensor {name}, {INDEX} promises it")
     return found
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, from the header of one safetensors file.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor is not of floating point.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with safe_open(file, "pt") as source:
+            for name in source.keys():
+                view = source.get_slice(name)
+                if view.get_dtype() not in DTYPES.values():
+                    raise ValueError(f"{file}: {name} is {view.get_dtype()}; allowed: {[*DTYPES.values()]}")
+                shapes[name] = tuple(view.get_shape())
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged or truncated: {error}") from None
+    return shapes
 
 
 def _other_formats(folder: Path) -> str:

@@ -220,7 +220,7 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
     adapter = save_peft(peft_model(folder, LORA), tmp_path / "good")
     values = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
-    first = sorted(tensors)[0]
+    first, named = sorted(tensors)[0], values["target_modules"]
 
     def spoilt(changes: dict[str, Any], tensors: dict[str, Tensor] = tensors) -> Path:
         path = tmp_path / "spoilt"
@@ -231,22 +231,60 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
         return path
 
     for changes, message in (
-        ({"use_dora": True}, "use_dora=True is not supported; allowed: False"),
+        ({"use_dora": True}, "use_dora=True is not supported; allowed: null, false or empty"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA' is not supported; allowed: 'LORA'"),
         ({"r": None}, "adapter_config.json: r=None: expected a whole number"),
         ({"r": "8"}, "r='8': expected a whole number"),
         ({"lora_alpha": [8]}, r"lora_alpha=\[8\]: expected a number"),
-        ({"use_qalora": True}, "use_qalora=True is not supported; allowed: False"),
-        ({"use_bdlora": {"nblocks": 2}}, r"use_bdlora=.* is not supported; allowed: None"),
+        ({"use_qalora": True}, "use_qalora=True is not supported; allowed: null, false or empty"),
+        ({"use_bdlora": {"nblocks": 2}}, r"use_bdlora=.* is not supported; allowed: null"),
         ({"arrow_config": {"top_k": 2}}, r"arrow_config=.* is not supported"),
         ({"kasa_config": {"beta": 0.1}}, r"kasa_config=.* is not supported"),
         ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\] is not supported"),
+        (
+            {"velora_config": {"rank": 4}},
+            r"velora_config=\{'rank': 4\} is not supported; allowed: null, false or empty",
+        ),
+        ({"monteclora_config": {"use_entropy": True}}, "monteclora_config=.* is not supported"),
+        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\] is not supported"),
+        ({"a_key_of_tomorrow": 1}, "adapter_config.json: a_key_of_tomorrow=1 is not supported"),
+        ({"use_rslora": "false"}, "use_rslora='false' is not supported; allowed: False"),
+        ({"target_modules": 7}, "target_modules=7: expected a list of names or a regular expression"),
+        ({"target_modules": ["q_proj", None]}, "target_modules=.*None.*: expected a list of names"),
+        ({"target_modules": "(q_proj"}, r"target_modules='\(q_proj': no regular expression"),
+        ({"target_modules": ["q_proj"]}, "target_modules does not name model.layers.0.self_attn.v_proj, on which adap"),
+        (
+            {"target_modules": [*named, "k_proj"]},
+            "target_modules names model.layers.0.self_attn.k_proj, on which .* no a",
+        ),
+        ({"target_modules": "all-linear"}, "target_modules names model.layers.0.self_attn.k_proj"),
+        ({"target_modules": r".*layers\.[01]\..*(q|v|o|down)_proj"}, "does not name model.layers.2.self_attn.q_proj"),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "does not name model.layers.1.self_attn.q_proj"),
+        ({"exclude_modules": {"q_proj": 1}}, "exclude_modules=.*: expected a list of names"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"r": 8}, r"has shape \[4, 128\], expected \[8, 128\]"),
     ):
         with pytest.raises(ValueError, match=message):
             read_peft(spoilt(changes), shape)
+    for changes in (
+        {"target_modules": r".*(q|v|o|down)_proj"},
+        {"target_modules": [*named, "k_proj"], "exclude_modules": r".*\.k_proj"},
+        {"target_modules": None},
+        {"lora_dropout": 0.1, "a_key_of_tomorrow": False},
+    ):
+        assert read_peft(spoilt(changes), shape) == LORA
+    for tensor, message in (
+        (tensors[first].int(), f"{first} is I32; allowed: .*'F32'"),
+        (
+            tensors[first].index_fill(0, torch.tensor(3), math.nan),
+            f"{first} holds NaN or infinity; allowed: finite numbers",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"spoilt/adapter_model.safetensors: {message}"):
+            read_peft(spoilt({}, tensors | {first: tensor}), shape)
+    with pytest.raises(ValueError, match=r"model.score.weight has shape \[2, 128\], expected \[1, 128\]"):
+        read_peft(spoilt({}, tensors | {"base_model.model.score.weight": torch.zeros(2, 128)}), shape)
     unknown = tensors | {"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(4, 128)}
     with pytest.raises(ValueError, match="no place for: base_model.model.model.embed_tokens.lora_A"):
         read_peft(spoilt({}, unknown), shape)

@@ -1,5 +1,6 @@
 """Conversion: into checkpoints of any layout and back, other families' words, GGUF files and pickles."""
 
+import errno
 import json
 import os
 import pickle
@@ -23,6 +24,7 @@ from trialign.models.decoder import Decoder
 from trialign.models.export import export_checkpoint
 from trialign.models.hf import load_hf, pieces
 from trialign.models.importing import import_checkpoint
+from trialign.models.source import FolderSource
 from trialign.models.tokenizer import read_tokenizer
 from trialign.models.translate import translate_config
 
@@ -140,6 +142,26 @@ def test_where_the_output_is_a_link_its_folder_is_filled(there, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ValueError, match="loop: exists and is not an empty folder"):
         import_checkpoint(model, tmp_path / "loop")
+
+
+def test_an_output_that_no_folder_can_replace_is_refused_before_any_work(tmp_path, monkeypatch):
+    """The kernel renames nothing onto a mount point, which os.path.ismount does not always know."""
+    model, mount = tiny_llama(tmp_path / "model"), tmp_path / "mount"
+    mount.mkdir()
+    rename = os.rename
+
+    def busy(source: Any, target: Any) -> None:
+        if Path(target) == mount:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", busy)
+    monkeypatch.setattr(FolderSource, "read", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(ValueError, match="mount: the output .* fails here .Device or resource busy.*a folder in it"):
+        import_checkpoint(model, mount)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "mount"] and not list(mount.iterdir())
+    monkeypatch.undo()
+    import_checkpoint(model, mount / "in")
 
 
 def test_a_killed_conversion_is_in_nobodys_way(tmp_path, capsys):
@@ -265,6 +287,7 @@ def write_gguf(
     *,
     more: dict[str, Tensor] | None = None,
     keys: dict[str, Any] | None = None,
+    kinds: dict[str, str] | None = None,
 ) -> None:
     """`folder` as llama.cpp's converter lays it out; the tokenizer is not its affair here."""
     import gguf
@@ -303,7 +326,10 @@ def write_gguf(
             else gguf.GGMLQuantizationType.F32
         )
         written = gguf.quants.quantize(tensor.contiguous().numpy(), kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, written, raw_dtype=kind)
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if kinds and theirs in kinds:  # the same bytes, called another type
+            kind = gguf.GGMLQuantizationType[kinds[theirs]]
+        writer.add_tensor(theirs, written, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -343,6 +369,25 @@ def test_gguf_refusals(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             import_checkpoint(tmp_path / file, tmp_path / "out")
+
+
+def test_a_gguf_tensor_of_a_type_that_is_not_dequantised_is_named(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    folder = tiny_family(tmp_path / "folder", "llama")
+    write_gguf(tmp_path / "model.gguf", folder, "llama", False, kinds={"output_norm.weight": "I32"})
+    with pytest.raises(
+        ValueError,
+        match=r"model.gguf: output_norm.weight is I32, which gguf cannot dequantise; allowed: F32, F16, Q4_0, .*, BF16",
+    ) as caught:
+        import_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+    allowed = str(caught.value).rpartition("allowed: ")[2].split(", ")
+    assert {kind.name for kind in gguf.quants._type_traits} | {"F32", "F16"} == {*allowed}
+    data = bytearray((tmp_path / "model.gguf").read_bytes())
+    data[data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8] = 31  # Q4_0_4_4, which is no more
+    (tmp_path / "model.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.gguf: output_norm.weight is of type 31, which .*; allowed: F32, F16"):
+        import_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "model.gguf"]
 
 
 @pytest.mark.parametrize(

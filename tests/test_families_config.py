@@ -241,6 +241,15 @@ def test_only_causal_attention_is_read(name):
         ModelConfig.from_hf_dict(values | {"is_causal": False})
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_dual_chunk_attention_is_refused(name):
+    values = values_of(name)
+    said = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    ModelConfig.from_hf_dict(values | {"dual_chunk_attention_config": None})
+    with pytest.raises(ValueError, match=r"dual_chunk_attention_config=\{'chunk_size.* not supported; allowed: null"):
+        ModelConfig.from_hf_dict(values | {"dual_chunk_attention_config": said})
+
+
 def test_absent_keys_are_transformers_defaults():
     for architecture, expected in (
         ("MistralForCausalLM", {"window": 4096, "num_kv_heads": 8}),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -130,7 +131,12 @@ def test_rope_theta_old_and_new(copy, rope, theta):
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section not supported; allowed"),
         ({"rope_parameters": {"full_attention": {}}}, "full_attention not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5; allowed: 1.0"),
-        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1: expected a number above 0"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1: expected a finite number above 0"),
+        ({"rope_theta": math.inf}, "rope_theta=inf: expected a finite number above 0"),
+        ({"rope_theta": math.nan}, "rope_theta=nan: expected a finite number above 0"),
+        ({"rope_theta": 0}, "rope_theta=0: expected a finite number above 0"),
+        ({"rope_parameters": {"rope_theta": math.inf}}, "rope_theta=inf: expected a finite number above 0"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf: expected a finite number above 0"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; allowed: \"silu\""),
         ({"attention_bias": "yes"}, "attention_bias='yes': expected true or false"),
         ({"mlp_bias": 1}, "mlp_bias=1: expected true or false"),
@@ -143,7 +149,7 @@ def test_rope_theta_old_and_new(copy, rope, theta):
         ({"num_key_value_heads": 3}, "num_attention_heads=4 does not divide by num_key_value_heads=3"),
         ({"head_dim": None, "hidden_size": 30}, "hidden_size=30 does not divide by num_attention_heads=4"),
         ({"head_dim": 7}, "head_dim=7: rotary embeddings need an even number"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps='small': expected a number above 0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small': expected a finite number above 0"),
         ({"eos_token_id": ["x"]}, "eos_token_id=.*: expected a token id"),
         ({"bos_token_id": "<s>"}, "bos_token_id='<s>': expected a token id below vocab_size=96"),
         ({"pad_token_id": 96}, "pad_token_id=96: expected a token id below vocab_size=96"),

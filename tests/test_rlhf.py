@@ -275,6 +275,14 @@ def test_a_finished_stage_keeps_its_config(whole, launched):
     rlhf.same_as_finished(replace(config, reward=other), done)
 
 
+def test_a_run_that_is_not_there_is_not_gone_on_with(setting, launched, tmp_path):
+    rlhf, session = (importlib.import_module(name) for name in ("rlhf", "session"))
+    words = [*map(str, arguments(setting, "unused")), "--run.resume", str(tmp_path / "nowhere")]
+    with pytest.raises(SystemExit, match="run.resume=.*nowhere: there is no run, config.toml is missing"):
+        session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def moved(setting) -> None:
     """All stages in every layout."""

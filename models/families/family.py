@@ -61,7 +61,13 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
     Raises:
         ValueError: a missing or impossible number, a feature that is not supported.
     """
-    always = {"hidden_act": "silu", "quantization_config": None, "partial_rotary_factor": 1.0, "is_causal": True}
+    always = {
+        "hidden_act": "silu",
+        "quantization_config": None,
+        "partial_rotary_factor": 1.0,
+        "is_causal": True,
+        "dual_chunk_attention_config": None,  # vLLM's attention for Qwen2.5-1M
+    }
     for key, only in (always | dict(fixed or {})).items():
         if values.get(key) is not None and values[key] != only:
             raise ValueError(f"{key}={values[key]!r} is not supported; allowed: {json.dumps(only)}")
@@ -157,10 +163,10 @@ def _token(values: Mapping[str, Any], key: str, vocab_size: int) -> int | None:
 
 
 def positive(values: Mapping[str, Any], key: str, default: float) -> float:
-    """values[key], a number above 0; raises ValueError otherwise."""
+    """values[key], a finite number above 0; raises ValueError otherwise."""
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{key}={value!r}: expected a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}={value!r}: expected a finite number above 0")
     return float(value)
 
 
