@@ -26,7 +26,7 @@ AGAIN = {
     "nf4.backward": 1.9,
     "nf4.forward": 2.2,
     "rms_norm.forward": 1.25,  # the weight for each row, from L2
-    "sampling.sample": 17.0,  # a row, from L2, in each step of the search for the cut
+    "sampling.sample": 15.0,  # a row, from L2, in each step of the search for the cut
 }
 
 
