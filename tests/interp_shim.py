@@ -1,7 +1,7 @@
 """Makes TRITON_INTERPRET=1 trustworthy for tests. Call `install()` once, before the first launch.
 
 Corrects the interpreter: bf16 arithmetic, reductions and tl.dot (stock computes on the raw bit patterns, silently),
-rounding of fp32 to bf16 (stock truncates), the dtype of comparisons (block and scalar masks combined).
+rounding of fp32 to bf16 (stock truncates), the dtype of comparisons (block and scalar masks combined) and of flags.
 Checks every launch: each live lane's address lies inside a tensor passed to it; no address is stored to by two lanes or
 two programs, or stored by one program and loaded by another; grid axes 1 and 2 stay below CUDA's limit. Programs run in
 shuffled order, so a result that depends on their order changes from run to run. `Monitor.watch` hears of every launch.
@@ -208,6 +208,18 @@ def _correct_comparisons() -> None:
             wrap(name)
 
 
+def _correct_flags() -> None:
+    """A launch's True or False is one bit; Triton 3.7 makes a 32-bit number of it and then refuses that."""
+    plain = interpreter._implicit_cvt
+
+    def convert(arg):
+        if isinstance(arg, bool):
+            return tl.core.tensor(Handle(np.array([arg]), tl.int1), tl.int1)
+        return plain(arg)
+
+    interpreter._implicit_cvt = convert
+
+
 def _watch_memory() -> None:
     plain_load, plain_store = Builder.create_masked_load, Builder.create_masked_store
     plain_rmw, plain_cas = Builder.create_atomic_rmw, Builder.create_atomic_cas
@@ -275,6 +287,7 @@ def install() -> None:
         return
     _correct_bf16()
     _correct_comparisons()
+    _correct_flags()
     _watch_memory()
     _shuffle_programs()
     _report_launches()

@@ -94,12 +94,12 @@ def rows() -> Iterator[Case]:
 
 def heads() -> Iterator[Case]:
     """Ops of attention, 8 heads of 64 over 2."""
-    n, d = 512, 64
+    n, d = 256, 64
     q, k, v = (torch.randn(n, heads, d).to(BF16) for heads in (8, 2, 2))
     angles = torch.ones(n, d // 2)
-    yield Case("[512, 8, 64]", "element", q.numel(), lambda: rope.rope_triton(q.clone(), angles, angles, False, False))
+    yield Case("[256, 8, 64]", "element", q.numel(), lambda: rope.rope_triton(q.clone(), angles, angles, False, False))
     cu = torch.tensor([0, n])
-    size = "512 tokens, 8 heads of 64 over 2"
+    size = "256 tokens, 8 heads of 64 over 2"
     grad = torch.randn(n, 8, d).to(BF16)
     out, stats = attention.attention_triton(q, k, v, cu, n, 0.125, None, None)
     yield Case(size, "token", n, lambda: attention.attention_triton(q, k, v, cu, n, 0.125, None, None))
@@ -111,7 +111,7 @@ def heads() -> Iterator[Case]:
     )
     caches = [torch.zeros(64, 16, 2, d, dtype=BF16) for _ in range(2)]
     slots = torch.randperm(1024)[:n]
-    yield Case("[512, 2, 64]", "token", n, lambda: paged_attention.write_kv_triton(k, v, *caches, slots))
+    yield Case("[256, 2, 64]", "token", n, lambda: paged_attention.write_kv_triton(k, v, *caches, slots))
     tables, lengths = torch.randperm(64).view(4, 16).int(), torch.full((4,), 256, dtype=torch.int32)
     yield Case(
         "4 sequences of 256 keys, 8 heads of 64 over 2", "key", 4 * 256,
