@@ -80,7 +80,7 @@ def _lift(slope, positions, anchor):
     """slope * (position - anchor). Row i's scores plus its lift are scale * q_i . k_j plus the lift of key j.
 
     So ALiBi costs nothing a score: the product with `scale` takes the key's lift along. The anchor is the block's first
-    row, which keeps the lifts of all that counts small.
+    row: what a lift rounds off is below 2^-24 * slope * BLOCK_M for all rows, however long the document.
     """
     return slope * (positions - anchor).to(tl.float32)
 
@@ -167,7 +167,7 @@ def _dq_kernel(
     out = tl.load(out_ptr + token[:, None] * D + columns[None, :], mask=real, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + token, delta, mask=rows < length)
-    peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=0.0)
+    peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=float("inf"))
     inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)
     slope = tl.load(slopes_ptr + head, alibi, 0.0)
     peak += _lift(slope, rows, block * BLOCK_M)
@@ -215,8 +215,8 @@ def _dkv_kernel(
             q = tl.load(q_ptr + (start + rows)[:, None] * q_stride + head * D + columns[None, :], mask=real, other=0.0)
             grad = tl.load(grad_ptr + token[:, None] * D + columns[None, :], mask=real, other=0.0)
             delta = tl.load(delta_ptr + token, mask=rows < length, other=0.0)
-            peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=0.0)
-            inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)  # 0: padded rows weigh nothing
+            peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=float("inf"))  # padded rows weigh nothing
+            inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)
             peak += _lift(slope, rows, m)
             scores = _scores(q, k, rows, keys, length, _lift(slope, keys, m), scale, window, DOT)
             weights = _weights(scores, peak, inverse)

@@ -65,7 +65,7 @@ def _stats_kernel(
         factor = tl.exp(drop)
         d = z - base[:, None]
         p = tl.exp(d)
-        t = (t + drop * s) * factor + tl.sum(tl.where(p == 0.0, 0.0, p * d), 1)
+        t = t * factor + s * (drop * factor) + tl.sum(tl.where(p == 0.0, 0.0, p * d), 1)
         s = s * factor + tl.sum(p, 1)
         y += tl.sum(tl.where(columns[None, :] == label[:, None], z, 0.0), 1)
         m = new
@@ -90,7 +90,7 @@ def _join_kernel(part_ptr, stats_ptr, n, shares, BLOCK: tl.constexpr):
         new = tl.maximum(m, m_next)
         drop, drop_next = tl.where(s == 0.0, 0.0, m - new), tl.where(s_next == 0.0, 0.0, m_next - new)
         factor, factor_next = tl.exp(drop), tl.exp(drop_next)
-        t = (t + drop * s) * factor + (t_next + drop_next * s_next) * factor_next
+        t = t * factor + s * (drop * factor) + t_next * factor_next + s_next * (drop_next * factor_next)
         s = s * factor + s_next * factor_next
         y += y_next
         m = new

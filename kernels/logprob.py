@@ -55,13 +55,17 @@ def gradient_ref(logits, labels, stats, grad_logprob, grad_entropy, scale, vocab
 
 
 def join(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The stats [4, n] of two pieces of the vocabulary together."""
+    """The stats [4, n] of two pieces of the vocabulary together.
+
+    t + drop * s, rescaled, in an order in which logits of the least number, a common mask, do not overflow: the drop
+    from them to others is that number too, and its factor 0.
+    """
     m = torch.maximum(a[0], b[0])
     parts = []
     for piece in (a, b):
         drop = torch.where(piece[1] == 0, 0, piece[0] - m)  # an empty piece has m = -inf
         factor = torch.where(piece[1] == 0, 0, drop.exp())
-        parts.append((piece[1] * factor, (piece[2] + drop * piece[1]) * factor))
+        parts.append((piece[1] * factor, piece[2] * factor + piece[1] * (drop * factor)))
     return torch.stack((m, parts[0][0] + parts[1][0], parts[0][1] + parts[1][1], a[3] + b[3]))
 
 
@@ -70,7 +74,8 @@ def merged(stats: torch.Tensor, merge: Merge | None) -> torch.Tensor:
     if merge is None:
         return stats
     m, s, t, y = stats
-    m, s, t, y = merge(torch.stack((m, s, torch.where(s == 0, 0, t + m * s), y)))
+    limit = torch.finfo(t.dtype).max  # of a shard that is masked with the least number, which then weighs nothing
+    m, s, t, y = merge(torch.stack((m, s, torch.where(s == 0, 0, t + m * s).clamp(-limit, limit), y)))
     return torch.stack((m, s, t - m * s, y)).contiguous()
 
 
@@ -95,7 +100,7 @@ def _update(stats, logits, labels, n, v, stride, vocab_start, scale, BLOCK: tl.c
         factor = tl.exp(drop)
         d = z - base
         p = tl.exp(d)
-        t = (t + drop * s) * factor + tl.sum(tl.where(p == 0.0, 0.0, p * d), 0)
+        t = t * factor + s * (drop * factor) + tl.sum(tl.where(p == 0.0, 0.0, p * d), 0)
         s = s * factor + tl.sum(p, 0)
         m = new
     tl.store(stats + row, m)

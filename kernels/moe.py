@@ -251,9 +251,8 @@ def unpermute_triton(rows, order, weights, k):
     position[order] = torch.arange(len(order), device=order.device)
     out = rows.new_empty(n, h)
     if out.numel():
-        weighted = weights is not None
         _unpermute_kernel[(n, cdiv(h, _ROW["BLOCK"]))](
-            rows, position, weights if weighted else rows, out, h, K=k, WEIGHTED=weighted, **_ROW
+            rows, position, weights, out, h, K=k, WEIGHTED=weights is not None, **_ROW
         )
     return out
 

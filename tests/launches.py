@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "aot"))
 from kernel_table import specs  # pyright: ignore[reportMissingImports]
 
 KERNELS = {spec.kernel.fn: (name, spec) for name, spec in specs() if hasattr(spec.kernel, "fn")}
+TYPES = {"*fp32": torch.float32, "*i64": torch.int64, "*i32": torch.int32, "*u8": torch.uint8}
 Values = frozenset[tuple[str, object]]
 
 
@@ -35,11 +36,24 @@ def is_wide(spec: _rt.Spec, arguments: dict) -> bool:
     return any(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)
 
 
+def fits(given: object, kind: str) -> bool:
+    """Whether an argument has its type of `Spec.signature`: "*bf16" stands for each that the kernel may take; None is a
+    tensor that is never read."""
+    if kind.startswith("*"):
+        return given is None or isinstance(given, torch.Tensor) and given.dtype == TYPES.get(kind, given.dtype)
+    return type(given) is {"u1": bool, "fp32": float}.get(kind, int)
+
+
 def check(kernel: Callable, arguments: dict, vendor: str = "cuda") -> None:
-    """Raises ValueError for a launch of a kernel of the package with values that its table does not have."""
+    """Raises ValueError for a launch of a kernel of the package with types or values that its table does not have."""
     if kernel not in KERNELS:
         return
     name, spec = KERNELS[kernel]
+    for argument, kind in spec.signature.items():
+        given = arguments[argument]
+        if not fits(given, kind):
+            what = given.dtype if isinstance(given, torch.Tensor) else repr(given)
+            raise ValueError(f"{name} is launched with {argument} = {what}, where SPECS has {kind}")
     values = bound(arguments, spec)
     if values not in {bound(config, spec) for config in table(spec, is_wide(spec, arguments), vendor)}:
         raise ValueError(f"{name} is launched with values that SPECS does not have: {sorted(values)}")

@@ -100,18 +100,20 @@ def test_logprob(kernels, n, v, shift, dtype):
 
 
 def test_logprob_extremes(kernels):
-    logits = torch.randn(4, 900)
+    logits = torch.randn(5, 900)
     logits[0, 100:700] = -torch.inf
     logits[1] = torch.nan
     logits[2, 5] = torch.nan
     logits[3] = -torch.inf
-    stats = torch.zeros(4, 4)
+    logits[4, :700] = torch.finfo().min
+    stats = torch.zeros(4, 5)
     stats[0] = -torch.inf
-    labels = torch.zeros(4, dtype=torch.long)
-    call(kernels.launch_logprob_update, 0, stats, logits, labels, 4, 900, 900, 0, 1.0)
+    labels = torch.full((5,), 899)
+    call(kernels.launch_logprob_update, 0, stats, logits, labels, 5, 900, 900, 0, 1.0)
     logp, entropy = P.finish(stats)
-    assert logp.isfinite().tolist() == entropy.isfinite().tolist() == [True, False, False, False]
-    torch.testing.assert_close(stats[:3, 0], P.stats_ref(logits[:1], labels[:1], 1.0, 0)[:3, 0])
+    assert logp.isfinite().tolist() == entropy.isfinite().tolist() == [True, False, False, False, True]
+    for row in (0, 4):
+        torch.testing.assert_close(stats[:, row], P.stats_ref(logits, labels, 1.0, 0)[:, row])
     assert stats[1, 3] == 0  # a shard of padding adds nothing
 
 

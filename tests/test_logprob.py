@@ -7,6 +7,8 @@ from law import check_law
 from trialign.kernels.dispatch import has_op
 from trialign.kernels.logprob import gradient_ref, logprob, logprob_ref, stats_ref
 
+LEAST = torch.finfo(torch.float32).min  # the mask of many programs
+
 
 def merge_of(pieces: list[torch.Tensor]) -> torch.Tensor:
     """What the engine's all-reduce makes of the shards' (max, sum, sum of exp * logit, label): written out by hand."""
@@ -55,6 +57,19 @@ def test_law_with_huge_logits(size, dtype):
     check_law(lambda x: logprob(x, labels), lambda x: logprob_ref(x, labels), (logits,), (0,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [2, 700, 5000])
+def test_the_least_number_masks_as_minus_infinity_does(kept, dtype):
+    logits, labels = torch.randn(3, 10_000).to(dtype), torch.tensor([9999, 9998, 9999])
+    results = []
+    for mask in (-torch.inf, torch.finfo(dtype).min):
+        logits[:, :-kept] = mask
+        leaf = logits.clone().requires_grad_()
+        logp, entropy = logprob(leaf, labels)
+        results.append((logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), leaf)))
+    torch.testing.assert_close(*results)
+
+
 def test_minus_infinity():
     logits = torch.randn(4, 70)
     logits[:, 10:40] = -torch.inf
@@ -100,11 +115,13 @@ def test_vocabulary_shards_make_the_whole(cuts, dtype):
     torch.testing.assert_close(torch.cat(grads, 1), grad, rtol=tolerance, atol=tolerance)
 
 
-def test_a_shard_that_is_all_minus_infinity():
+@pytest.mark.parametrize("mask", [-torch.inf, LEAST])
+def test_a_shard_that_is_all_masked(mask):
     logits = torch.randn(3, 20)
-    logits[:, 10:] = -torch.inf  # a padded vocabulary
+    logits[:, 10:] = mask  # a padded vocabulary
     labels = torch.tensor([0, 3, 9])
     whole = logprob(logits, labels)
+    assert all(out.isfinite().all() for out in whole)
     _, outputs = shards(logits, labels, 1.0, [0, 10])
     for out in outputs:
         torch.testing.assert_close(out, whole)

@@ -154,6 +154,14 @@ def test_a_launch_that_is_not_in_the_table_is_refused(option, monkeypatch):
         swiglu.swiglu_triton(torch.ones(2, 8))
 
 
+def test_a_launch_of_other_types_is_refused():
+    x, rstd, constants = torch.ones(2, 8), torch.ones(2), rms_norm._constants(8)
+    with pytest.raises(ValueError, match="rms_norm.forward is launched with add = 1, where SPECS has u1"):
+        rms_norm._forward[(2,)](x, x, x[0], x, x, rstd, 8, 1e-5, 1, **constants)
+    with pytest.raises(ValueError, match="with rstd = torch.bfloat16, where SPECS has \\*fp32"):
+        rms_norm._forward[(2,)](x, x, x[0], x, x, rstd.bfloat16(), 8, 1e-5, True, **constants)
+
+
 @pytest.mark.parametrize(
     "launch, said",
     [

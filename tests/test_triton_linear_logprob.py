@@ -52,10 +52,11 @@ def test_law_with_huge_logits(size):
     )
 
 
-def test_a_padded_vocabulary_weighs_nothing():
-    """Logits of -inf, a whole share of them too, and a NaN that has to come out."""
+@pytest.mark.parametrize("mask, masked", [(-torch.inf, slice(200, 600)), (torch.finfo().min, slice(0, 600))])
+def test_a_masked_vocabulary_weighs_nothing(mask, masked):
+    """Logits of -inf or of the least number, whole tiles of them too, and a NaN that has to come out."""
     hidden, weight = torch.ones(3, 1, device=DEVICE), torch.randn(900, 1).to(DEVICE)
-    weight[200:600] = -torch.inf
+    weight[masked] = mask
     labels = torch.tensor([0, 899, 300], device=DEVICE)
     stats = L.linear_logprob_stats(hidden, weight, labels, 1.0, 0)
     logits = hidden @ weight.T

@@ -17,7 +17,7 @@ INLINE Stats join(Stats a, Stats b) {
   if (a.s == 0) return b;
   if (b.s == 0) return a;
   const float m = a.m > b.m ? a.m : b.m, da = a.m - m, db = b.m - m, fa = std::exp(da), fb = std::exp(db);
-  return {m, a.s * fa + b.s * fb, (a.t + da * a.s) * fa + (b.t + db * b.s) * fb};
+  return {m, a.s * fa + b.s * fb, a.t * fa + a.s * (da * fa) + b.t * fb + b.s * (db * fb)};
 }
 
 // Adds e^d and e^d d of one vector, d = (x - base) * scale: in this order it is exactly 0 at the maximum.

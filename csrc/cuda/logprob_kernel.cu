@@ -12,7 +12,7 @@ __device__ inline Stats join(Stats a, Stats b) {
   if (a.s == 0) return b;
   if (b.s == 0) return a;
   const float m = fmaxf(a.m, b.m), da = a.m - m, db = b.m - m, fa = expf(da), fb = expf(db);
-  return {m, a.s * fa + b.s * fb, (a.t + da * a.s) * fa + (b.t + db * b.s) * fb};
+  return {m, a.s * fa + b.s * fb, a.t * fa + a.s * (da * fa) + b.t * fb + b.s * (db * fb)};
 }
 
 // The stats joined with `count` more logits: one rescaling for all of them.
@@ -22,7 +22,7 @@ __device__ inline Stats take(Stats all, const float* z) {
 #pragma unroll
   for (int k = 0; k < count; ++k) m = fmaxf(m, z[k]);  // passes a NaN over, which then reaches s and t
   const float base = m == -INFINITY ? 0.f : m, drop = all.s == 0 ? 0.f : all.m - base, factor = expf(drop);
-  Stats next{m, all.s * factor, (all.t + drop * all.s) * factor};
+  Stats next{m, all.s * factor, all.t * factor + all.s * (drop * factor)};
 #pragma unroll
   for (int k = 0; k < count; ++k) {
     const float d = z[k] - base, p = expf(d);
