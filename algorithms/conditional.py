@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from .batch import Prompt, Rollout
 from .conditional_config import ConditionConfig, RewardedData
-from .data import read_rows
 from .dialogue import Dialogue, Sample, tokenise
 from .messages import brief, column
 from .pairs import read_answer
 from .rows import RowStream
 from .selection import Scored, conditioned
+from .sources import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .batch import Batch, Prompt, pack
-from .data import read_rows
 from .messages import (
     Message,
     brief,
@@ -34,6 +33,7 @@ from .messages import (
 )
 from .rows import RowStream
 from .sft_config import SFTData
+from .sources import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

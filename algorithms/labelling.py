@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .data import read_rows
 from .dialogue import Sample
 from .messages import column
 from .pairs import Pair
 from .rlhf_config import PromptsConfig
 from .rounds import Answer
 from .selection import Scored, best_against_worst
+from .sources import read_rows
 
 Rows = list[dict[str, Any]]
 

@@ -13,7 +13,6 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .data import read_rows
 from .dialogue import Dialogue, Sample, tokenise
 from .messages import (
     Message,
@@ -29,6 +28,7 @@ from .messages import (
 )
 from .pair_config import LabelData, PairData, StepData
 from .rows import RowStream
+from .sources import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

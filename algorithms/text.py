@@ -19,11 +19,11 @@ import numpy as np
 from ..engine.mesh import Mesh
 from .batch import Batch, deal_micro_batches, pack
 from .config import UpdateConfig
-from .data import read_rows
 from .messages import brief, column, end_of_text
 from .pretrain_config import TextData
 from .roles import Share
 from .rows import RowStream, check_left
+from .sources import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

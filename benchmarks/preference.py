@@ -20,7 +20,7 @@ from trialign.algorithms.config import (
     RewardConfig,
     UpdateConfig,
 )
-from trialign.algorithms.data import PromptDataset, read_rows
+from trialign.algorithms.data import PromptDataset
 from trialign.algorithms.dialogue import DialogueDataset, Sample, pack_samples
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.groups import make_groups
@@ -37,6 +37,7 @@ from trialign.algorithms.rollout import Scorer, sample, sampling_params
 from trialign.algorithms.sft import sft_step
 from trialign.algorithms.sft_config import SFTData, SFTRun
 from trialign.algorithms.shares import plan
+from trialign.algorithms.sources import read_rows
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.engine.rollout.generate import Generator
 from trialign.models.config import HeadKind, ModelConfig
