@@ -149,11 +149,9 @@ class GroupRule:
     scale: Literal["none", "unbiased", "population", "others", "batch"] = "unbiased"
     """the deviation advantages are divided by; "others" leaves the answer itself out, "batch" is over all rewards"""
     eps: float = 1e-6
-    """added to the deviation"""
+    """added to the deviation; where that is 0, for the rewards are equal, nothing is divided"""
     alone: Literal["zero", "reward"] = "zero"
     """the advantage of an answer without siblings"""
-    unscaled_at_zero: bool = False
-    """groups whose deviation is 0 are not divided at all"""
 
 
 def group_advantages(rewards: Tensor, group: Tensor, rule: GroupRule = GroupRule()) -> Tensor:
@@ -165,38 +163,47 @@ def group_advantages(rewards: Tensor, group: Tensor, rule: GroupRule = GroupRule
     """
     scored = ~rewards.isnan()
     wide = torch.where(scored, rewards, 0).double()
-    groups = int(group.max()) + 1 if len(group) else 0
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(groups).index_add(0, group, x)[group]
-
-    count = total(scored.double())
-    mean = total(wide) / count.clamp(min=1)
-    centred = torch.where(scored, wide - mean, 0)
-    squares = total(centred.square())
-    others = (count - 1).clamp(min=1)
-    mean_others = (total(wide) - wide) / others
-    centre = {"mean": mean, "others": mean_others, "none": torch.zeros_like(mean)}[rule.baseline]
-    advantages = wide - centre
-    if rule.scale == "batch":
-        everything = wide[scored]
-        deviation = everything.std() if len(everything) > 1 else torch.zeros((), dtype=wide.dtype)
-        deviation = deviation.expand_as(wide)
-    elif rule.scale == "others":  # of n - 1 siblings, Bessel's correction included
-        spread = total(wide.square()) - wide.square() - others * mean_others.square()
-        deviation = (spread.clamp(min=0) / (count - 2).clamp(min=1)).sqrt()
-    else:
-        divisor = others if rule.scale == "unbiased" else count.clamp(min=1)
-        deviation = (squares / divisor).sqrt()
+    members, there = _members(group)  # [samples, largest group] each
+    there = there & scored[members]
+    others = there & (members != torch.arange(len(group), device=group.device)[:, None])
+    mean, deviation, count = _moments(wide[members], there, 0 if rule.scale == "population" else 1)
+    mean_others, deviation_others, _ = _moments(wide[members], others)
+    if rule.scale == "others":
+        deviation = deviation_others
+    elif rule.scale == "batch":
+        deviation = _moments(wide[None], scored[None])[1].expand_as(wide)
+    advantages = wide - {"mean": mean, "others": mean_others, "none": torch.zeros_like(mean)}[rule.baseline]
     if rule.scale != "none":
-        scaled = advantages / (deviation + rule.eps)
-        advantages = torch.where(deviation > 0, scaled, advantages) if rule.unscaled_at_zero else scaled
+        advantages = torch.where(deviation > 0, advantages / (deviation + rule.eps), advantages)
     single = count == 1
     if rule.alone == "reward":
         advantages = torch.where(single, wide, advantages)
     else:
         advantages = torch.where(single, 0, advantages)
     return torch.where(scored, advantages, 0).to(rewards.dtype)
+
+
+def _members(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Whose group each sample is in: sample numbers, and which of them are there; [samples, largest group] both."""
+    sizes = torch.bincount(group)  # [groups]
+    begin, size = (sizes.cumsum(0) - sizes)[group, None], sizes[group, None]  # [samples, 1]
+    step = torch.arange(int(sizes.max()) if len(group) else 1, device=group.device)
+    there = step < size
+    return group.argsort(stable=True)[torch.where(there, begin + step, begin)], there
+
+
+def _moments(x: Tensor, there: Tensor, correction: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, deviation and count of the numbers that are there in each row of x [rows, numbers]: [rows] each.
+
+    The deviation of equal numbers, and of one alone, is 0 to the last bit, whatever the rounding of their mean; hence
+    each row's sums are its own: a group's sums less one number would have lost the digits that tell.
+    """
+    count = there.sum(1)
+    mean = torch.where(there, x, 0).sum(1) / count.clamp(min=1)
+    squares = torch.where(there, x - mean[:, None], 0).square().sum(1)
+    deviation = (squares / (count - correction).clamp(min=1)).sqrt()
+    least, most = x.masked_fill(~there, torch.inf).amin(1), x.masked_fill(~there, -torch.inf).amax(1)
+    return mean, deviation.masked_fill(most <= least, 0), count
 
 
 def soft_overlong_penalty(lengths: Tensor, limit: int, buffer: int, factor: float = 1.0, floor: float = 0.0) -> Tensor:

@@ -128,7 +128,7 @@ PRESETS: dict[ConventionName, Convention] = {
         nll="sum",
         kl=KLRule(ALL_KINDS, input_limit=20.0, output_limit=10.0, weighted=True),
         whiten=WhitenRule(unbiased=True, floor="add", count_eps=1e-8),
-        group=GroupRule("others", "others", eps=1e-6, unscaled_at_zero=True),
+        group=GroupRule("others", "others", eps=1e-6),
         reinforce_kl="advantage",
         reinforce_baseline_kl="advantage",
     ),

@@ -141,8 +141,6 @@ class GroupConvention(PolicyConvention):
     """added to the deviation of a group's rewards"""
     group_alone: Literal["preset", "zero", "reward"] = "preset"
     """advantage of an answer without siblings"""
-    group_unscaled_at_zero: Switch = "preset"
-    """groups whose deviation is 0 are not divided by it"""
     gspo_gradient: Literal["preset", "shared", "own"] = "preset"
     """of a sequence's ratio: through its mean, or to each token its own"""
     sequence_log_ratio_limit: float = AS_PRESET
@@ -161,12 +159,7 @@ class GroupConvention(PolicyConvention):
         return changed(
             made,
             kl=changed(made.kl, weighted=_switch(self.kl_weighted)),
-            group=changed(
-                made.group,
-                eps=self.group_eps,
-                alone=self.group_alone,
-                unscaled_at_zero=_switch(self.group_unscaled_at_zero),
-            ),
+            group=changed(made.group, eps=self.group_eps, alone=self.group_alone),
             gspo_gradient=self.gspo_gradient,
             sequence_log_ratio_limit=self.sequence_log_ratio_limit,
             cispo_bounds=self.cispo_bounds,

@@ -216,11 +216,14 @@ def is_label(value: Any) -> bool:
 
 
 def mismatched(sample: Sample, other: Sample, limit: int) -> Sample:
-    """The other row's answer put to this row's prompt, for KTO's reference point; cut at `limit` tokens."""
-    prompt, answer = sample.tokens[: sample.mask.index(1)], other.tokens[other.mask.index(1) :]
-    answer = answer[: max(1, limit - len(prompt))]
-    mask = bytes(len(prompt)) + b"\1" * len(answer)
-    return Sample(prompt + answer, mask, sample.text, f"{sample.where} with the answer of {other.where}")
+    """The other row's answer put to this row's prompt, for KTO's reference point; cut at `limit` tokens.
+
+    Its targets are those it has in its own row: white space that a template writes after the end is none.
+    """
+    prompt, begin = sample.tokens[: sample.mask.index(1)], other.mask.index(1)
+    answer = slice(begin, begin + max(1, limit - len(prompt)))
+    mask = bytes(len(prompt)) + other.mask[answer]
+    return Sample(prompt + other.tokens[answer], mask, sample.text, f"{sample.where} with the answer of {other.where}")
 
 
 class Steps(NamedTuple):

@@ -226,9 +226,9 @@ class RunningMoments:
 
     @property
     def deviation(self) -> float:
-        """Of the population; 1 while all numbers are equal, which leaves them at 0."""
+        """Of the population; 1 while all numbers are equal but for rounding, which leaves them at 0."""
         deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
-        return deviation if deviation > 1e-8 else 1.0
+        return deviation if deviation > 1e-8 * max(1.0, abs(self.mean)) else 1.0
 
     def state(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}

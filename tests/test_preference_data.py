@@ -194,6 +194,21 @@ def test_a_mismatched_answer_is_the_other_s_after_the_own_prompt_cut_at_the_limi
     assert both.where.endswith("a.jsonl:1 with the answer of " + two.sample.where)
 
 
+def test_a_mismatched_answer_has_the_targets_of_its_own_row(tiny, tmp_path, monkeypatch):
+    """ChatML's templates write a newline after the end of the turn, which is no target."""
+    monkeypatch.setattr(
+        tiny,
+        "chat_template",
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    )
+    rows = [{"prompt": "one", "response": "yes", "label": True}, {"prompt": "hi", "response": "nono", "label": False}]
+    one, two = (r.sample for r in read_labelled(str(write_jsonl(tmp_path / "a.jsonl", rows)), LabelData(), tiny, STOP))
+    both = mismatched(one, two, 100)
+    assert both.targets == two.targets == len("nono") + 1
+    assert tiny.decode([token for token, target in zip(both.tokens, both.mask, strict=True) if target]) == "nono</s>"
+
+
 def test_steps_end_where_the_data_says_and_carry_their_labels(tiny, tmp_path):
     row = {"prompt": "1+1+1?", "steps": ["1+1=2", "2+1=4"], "labels": [True, False]}
     (steps,) = read_steps(str(write_jsonl(tmp_path / "a.jsonl", [row])), StepData(), tiny)
