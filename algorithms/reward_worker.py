@@ -1,11 +1,15 @@
-"""The process a reward function runs in: `python -P reward_worker.py path/to/file.py:function`. Standard library only.
+"""The process a reward function runs in: `python -P reward_worker.py path/to/file.py:function PARENT [abstain]`.
+Standard library only.
+
+It ends with PARENT, the process that started it, even in the middle of a call that holds the interpreter lock.
 
 It answers pickled requests (prompts, completions, sources, fields) on stdin with one JSON object each,
-{"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr. With a second
+{"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr. With a last
 argument `abstain` rows that have no score get null, and {"failures": [...]} says why.
 """
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -13,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -167,9 +172,23 @@ def culprit(function: Any, prompts: list, completions: list, sources: list, fiel
     return f"the {len(sources)} rows from {sources[0]} to {sources[-1]}, but for none of them alone"
 
 
-def die_with_parent() -> None:
-    """Ends this process when the one that started it is gone, even in the middle of a call."""
-    parent = os.getppid()
+def end_with_parent(parent: int) -> None:
+    """Ends this process when `parent`, which started it, is gone, even in the middle of a call."""
+    by_kernel = signal_at_end_of_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the kernel was asked
+        os._exit(1)
+    if not by_kernel:
+        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+
+
+def signal_at_end_of_parent(number: signal.Signals) -> bool:
+    """Asks the kernel to send this process a signal when the thread that started it ends; whether it will."""
+    pr_set_pdeathsig = 1
+    return sys.platform == "linux" and ctypes.CDLL(None).prctl(pr_set_pdeathsig, number.value, 0, 0, 0) == 0
+
+
+def _watch_parent(parent: int) -> None:
+    """For want of the kernel's help: in vain while a call holds the interpreter lock."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -179,7 +198,7 @@ def main() -> None:
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the function prints must not get between the answers
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor is it to read the requests
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    end_with_parent(int(sys.argv[2]))
 
     def answer(**message: Any) -> None:
         sys.stdout.flush()  # what the function printed: a later kill would take it along
@@ -196,7 +215,7 @@ def main() -> None:
             request = pickle.load(requests)
         except EOFError:
             return
-        if sys.argv[2:] == ["abstain"]:
+        if sys.argv[3:] == ["abstain"]:
             scores, failures = score_or_abstain(function, request)
             answer(scores=scores, failures=failures)
             continue

@@ -30,7 +30,8 @@ class RewardFunction:
     """A Python function `(prompts, completions, **fields) -> one float each` in a process of its own.
 
     The process starts once and stays, so that what the function loads stays loaded; a call that takes longer than the
-    limit ends with the process and all its children killed. The process imports neither torch nor this package.
+    limit ends with the process and all its children killed. The process imports neither torch nor this package, and
+    ends with the thread that made this object (on Linux the kernel sees to it), so with the run, however that ends.
 
     Args:
         spec: path/to/file.py:function or module:function (modules are looked for in the working directory too).
@@ -55,7 +56,7 @@ class RewardFunction:
         mode = ["abstain"] if self.abstain else []
         self._process = subprocess.Popen(
             # -P: the worker's own folder is not to shadow modules
-            [sys.executable, "-P", str(worker), self.spec, *mode],
+            [sys.executable, "-P", str(worker), self.spec, str(os.getpid()), *mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # a process group of its own, killed whole

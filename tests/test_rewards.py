@@ -85,11 +85,15 @@ def test_a_row_that_failed_can_be_scored_again(tmp_path):
         assert reward.score(PROMPTS, ["x", "xx"]) == [1.0, 0.5]
 
 
-def test_the_process_ends_with_the_one_that_started_it(tmp_path):
-    """Even when that is killed while the function runs."""
-    spec = function(tmp_path, "import time\ntime.sleep(60)\nreturn [0.0]")
+CALLS = {"a sleep": "time.sleep(60)", "a call that holds the interpreter lock": "re.match('(a+)+$', 'a' * 60 + 'b')"}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_the_process_ends_with_the_one_that_started_it(tmp_path, call):
+    """Even when that is killed in the middle of a call."""
+    spec = function(tmp_path, f"import pathlib, re, time\npathlib.Path({str(tmp_path / 'in')!r}).touch()\n{call}")
     script = (
-        "import sys, threading, time\n"
+        "import sys\n"
         "from trialign.algorithms.batch import Prompt\nfrom trialign.algorithms.rewards import RewardFunction\n"
         "reward = RewardFunction(sys.argv[1])\nprint(reward._process.pid, flush=True)\n"
         "reward.score([Prompt(0, [1], 'x')], ['y'])\n"
@@ -97,12 +101,19 @@ def test_the_process_ends_with_the_one_that_started_it(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", script, spec], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "in").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 10
-    while _running(child):
-        assert time.monotonic() < deadline, "the reward process outlived its parent"
-        time.sleep(0.1)
+    try:
+        while _running(child):
+            assert time.monotonic() < deadline, "the reward process outlived its parent"
+            time.sleep(0.1)
+    finally:
+        if _running(child):
+            os.kill(child, signal.SIGKILL)
 
 
 def _running(pid: int) -> bool:
