@@ -128,7 +128,7 @@ class Batch:
 
     @property
     def last(self) -> Tensor:
-        """[samples] int64: where each sample's last token is, which gets the score."""
+        """[samples] int64: where each sample's last token is, its last target, which gets the score."""
         return self.cu_seqlens[1:].long() - 1
 
 

@@ -63,6 +63,11 @@ class Sample(NamedTuple):
     def targets(self) -> int:
         return sum(self.mask)
 
+    def to_last_target(self) -> Sample:
+        """The sample without the tokens behind its last target."""
+        end = self.mask.rindex(1) + 1
+        return self._replace(tokens=self.tokens[:end], mask=self.mask[:end])
+
     def first_turn(self) -> tuple[list[int], list[int]]:
         """The tokens before the first answer, and those of it."""
         begin = self.mask.index(1)

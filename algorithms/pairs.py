@@ -1,6 +1,8 @@
 """What preferences are read from: pairs of a chosen and a rejected answer, answers with a label, steps with labels.
 
-A pair is two samples with the same beginning; the targets of each are the tokens of its own last answer. Rows come as
+A pair is two samples with the same beginning; the targets of each are the tokens of its own last answer, and it ends
+with them: what a template writes behind the end of a turn (ChatML: a new line) is no part of a rollout, so a reward
+model trained there would be trained at another token than it is read at. Rows come as
 prompt, chosen and rejected strings; as two dialogues in messages; or as two dialogues in one string each, turns begun
 by "Human:" and "Assistant:" after a blank line, as Anthropic's preference data has them.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .dialogue import Dialogue, Sample, tokenise
@@ -102,8 +104,19 @@ def read_pairs(
         for answers, answer in zip((chosen, rejected), read_pair(where, row, config), strict=True):
             answers.append(answer)
         margins.append(_margin(where, row, config.margin_key))
-    samples = [tokenise(side, tokenizer, stop_ids, config.chat_template) for side in (chosen, rejected)]
+    samples = [tokenise_answers(side, config, tokenizer, stop_ids) for side in (chosen, rejected)]
     return [Pair(*pair) for pair in zip(*samples, margins, strict=True)]
+
+
+def tokenise_answers(
+    dialogues: Sequence[Dialogue],
+    config: PairData | LabelData,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+) -> Iterator[Sample]:
+    """Answers with what they answer as samples, each up to its last target. Raises ValueError as `tokenise` does."""
+    samples = tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
+    return (sample.to_last_target() for sample in samples)
 
 
 def _margin(where: str, row: dict[str, Any], key: str) -> float:
@@ -206,7 +219,7 @@ def read_labelled(
         if not is_label(label):
             raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
         labels.append(bool(label))
-    samples = tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
+    samples = tokenise_answers(dialogues, config, tokenizer, stop_ids)
     return [Labelled(*row) for row in zip(samples, labels, strict=True)]
 
 

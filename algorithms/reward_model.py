@@ -1,7 +1,7 @@
 """Reward models: −log σ(r_w − r_l − margin) over pairs (Bradley-Terry), or right steps told from wrong ones.
 
-A pair's score is read at the last token of each answer, a step's at its own last token. Means are over the whole batch,
-all data ranks and micro-batches.
+A pair's score is read at the last target of each response, its end of turn, as that of a rollout is; a step's at its
+own last token. Means are over the whole batch, all data ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def pack_pairs(pairs: Sequence[Pair]) -> Batch:
     """Samples chosen, rejected, chosen, rejected, ...; a pair's margin stands at its chosen answer's last token."""
     samples = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     batch = pack_samples(samples)
+    assert batch.mask[batch.last].all(), "a response with tokens behind its last target"
     margins = torch.zeros(len(batch.tokens))
     margins[batch.last[::2]] = torch.tensor([pair.margin for pair in pairs])
     return batch.with_(rewards=margins)
@@ -74,10 +75,38 @@ def pair_quality(scores: Tensor, margins: Tensor, centring: float) -> dict[str, 
     }
 
 
-def held_out_pairs(role: Role, batch: Batch, update: UpdateConfig, centring: float) -> dict[str, float]:
-    """`pair_quality` of pairs that are not learned from, the same on every rank."""
+def check_scores(scores: Tensor, names: Sequence[str]) -> None:
+    """Refuses scores that are no finite numbers.
+
+    Args:
+        names: what each score is of, by row; none: it is called by its number.
+
+    Raises:
+        ValueError: one is NaN or infinite; names the first and says how many there are.
+    """
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        name = names[bad[0]] if names else f"held-out score {bad[0] + 1}"
+        raise ValueError(
+            f"{name}: the reward model gives it {scores[bad[0]].item()}: must be a finite number"
+            f" ({len(bad)} of {len(scores)} held-out scores are not)"
+        )
+
+
+def held_out_pairs(
+    role: Role, batch: Batch, update: UpdateConfig, centring: float, names: Sequence[str] = ()
+) -> dict[str, float]:
+    """`pair_quality` of pairs that are not learned from, the same on every rank.
+
+    Args:
+        names: of the responses, chosen and rejected in turn, for messages.
+
+    Raises:
+        ValueError: a score is no finite number.
+    """
     assert batch.rewards is not None
     scores = role.scores(batch, plan_scoring(batch, update, role.mesh, 2))
+    check_scores(scores, names)
     return pair_quality(scores, batch.rewards[batch.last[::2]], centring)
 
 
@@ -97,10 +126,18 @@ def process_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dic
     return {name: value / count for name, value in stats.reduce(learner.mesh).items()} | step
 
 
-def held_out_process(role: Role, batch: Batch, update: UpdateConfig) -> dict[str, float]:
-    """eval_loss and eval_accuracy of steps that are not learned from, the same on every rank."""
+def held_out_process(role: Role, batch: Batch, update: UpdateConfig, names: Sequence[str] = ()) -> dict[str, float]:
+    """eval_loss and eval_accuracy of steps that are not learned from, the same on every rank.
+
+    Args:
+        names: of the steps, for messages.
+
+    Raises:
+        ValueError: a score is no finite number.
+    """
     assert batch.rewards is not None
     scores = role.token_scores(batch, plan_scoring(batch, update, role.mesh))[batch.response].double()
     labels = batch.rewards[batch.response].double()
+    check_scores(scores, names)
     losses = F.binary_cross_entropy_with_logits(scores, labels)
     return {"eval_loss": losses.item(), "eval_accuracy": ((scores > 0) == (labels > 0)).double().mean().item()}

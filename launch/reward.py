@@ -17,7 +17,7 @@ from report import Line, Panel
 from session import Session, start
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.pair_config import RewardModelConfig, check_reward
-from trialign.algorithms.pairs import Pair, PairStream, read_steps
+from trialign.algorithms.pairs import Pair, PairStream, Steps, read_steps
 from trialign.algorithms.reward_model import (
     held_out_pairs,
     held_out_process,
@@ -57,9 +57,10 @@ def main(session: Session[RewardModelConfig], read: Read | None = None) -> None:
 
     def measure(batch: Batch) -> dict[str, float]:
         if by_pairs:
-            return held_out_pairs(learner, batch, config.update, config.loss.centring)
-        return held_out_process(learner, batch, config.update)
+            return held_out_pairs(learner, batch, config.update, config.loss.centring, names)
+        return held_out_process(learner, batch, config.update, names)
 
+    names = scored_names(data.held_out)
     unseen = pack(data.held_out).to(mesh.device) if data.held_out else None
     work.begin(facts=FACTS)
 
@@ -78,6 +79,17 @@ def main(session: Session[RewardModelConfig], read: Read | None = None) -> None:
 
     work.held_out_last(unseen, measure)
     session.finish(PANELS, role="reward")
+
+
+def scored_names(rows: Sequence[Pair] | Sequence[Steps]) -> list[str]:
+    """What the scores of these rows are of, in their order: both responses of a pair, each step of an answer."""
+    names = []
+    for row in rows:
+        if isinstance(row, Pair):
+            names += [f"{row.chosen.where} (chosen)", f"{row.rejected.where} (rejected)"]
+        else:
+            names += [f"{row.sample.where} (step {i + 1})" for i in range(len(row.labels))]
+    return names
 
 
 def rows(config: RewardModelConfig, tokenizer, ends, read: Read | None = None) -> RowStream[Any]:

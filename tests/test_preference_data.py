@@ -1,5 +1,6 @@
 """Rows of preferences: pairs, labelled answers and labelled steps as tokens, with exactly the answer as targets."""
 
+import copy
 import json
 from collections import Counter
 
@@ -88,6 +89,29 @@ def test_of_a_pair_the_two_last_answers_are_the_targets(case, tiny, tmp_path):
     (pair,) = read(tiny, tmp_path, row)
     assert shown(tiny, pair.chosen) == (before, "yes</s>") and shown(tiny, pair.rejected) == (before, "no</s>")
     assert pair.lengths == (len(pair.chosen.tokens), len(pair.rejected.tokens)) and pair.margin == 0.0
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def test_a_response_ends_with_its_end_of_turn_whatever_the_template_writes_behind_it(tiny, tmp_path):
+    """ChatML's new line: a rollout has none, so neither a reward model nor KTO's mismatched responses may have one."""
+    tokenizer = copy.deepcopy(tiny)
+    tokenizer.chat_template = CHATML
+    turns = chat("Hi", "Hello", "2+2?", "4"), chat("Hi", "Hello", "2+2?", "five of them")
+    before = "<s>user: Hi</s>\n<s>assistant: Hello</s>\n<s>user: 2+2?</s>\n<s>assistant: "
+    (pair,) = read(tokenizer, tmp_path, dict(zip(("chosen", "rejected"), turns, strict=True)))
+    assert shown(tokenizer, pair.chosen) == (before, "4</s>")
+    assert shown(tokenizer, pair.rejected) == (before, "five of them</s>")
+    batch = pack_pairs([pair])
+    assert batch.tokens[batch.last].tolist() == [2, 2]
+    rows = write_jsonl(tmp_path / "labels.jsonl", [{"response": own, "label": own is turns[0]} for own in turns])
+    good, bad = (row.sample for row in read_labelled(str(rows), LabelData(), tokenizer, STOP))
+    assert shown(tokenizer, good) == (before, "4</s>")
+    assert shown(tokenizer, mismatched(good, bad, 1000)) == (before, "five of them</s>")
 
 
 def test_margins_and_other_names_of_the_columns(tiny, tmp_path):

@@ -20,6 +20,9 @@ from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
 from trialign.algorithms.build import build_decoder
 from trialign.algorithms.config import ModelPaths, PromptData, RewardConfig
 from trialign.algorithms.data import PromptDataset
+from trialign.algorithms.pair_config import PairData
+from trialign.algorithms.pairs import read_pairs
+from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import Scorer
 from trialign.engine.mesh import build_mesh
@@ -95,6 +98,26 @@ def test_models_and_servers_score_the_same_chat(folder, serve_reward, tmp_path):
     with served(serve_reward, folder) as url:
         own, theirs = by_both(folder, url, data)
     assert theirs == pytest.approx(own, rel=1e-4) and len({round(score, 4) for score in own}) == len(own)
+
+
+def test_a_pair_is_scored_where_it_is_trained(folder, serve_reward, tmp_path):
+    """The responses of a pair, as reward.py scores them, have the scores that a run and a server give them."""
+    from transformers import AutoTokenizer
+
+    tokenizer, mesh = AutoTokenizer.from_pretrained(folder), build_mesh()
+    sides = [[*CHAT, {"role": "assistant", "content": text}] for text in ("four", "five of them")]
+    row = dict(zip(("chosen", "rejected"), sides, strict=True))
+    (pair,) = read_pairs(str(write_jsonl(tmp_path / "pairs.jsonl", [row])), PairData(), tokenizer, (2,))
+    role = Role(build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, "float32", head="score"))
+    trained = role.scores(pack_pairs([pair]), [[0, 1]]).tolist()
+    with served(serve_reward, folder) as url:
+        body = json.dumps({"prompts": [CHAT, CHAT], "completions": [side[-1]["content"] for side in sides]})
+        assert post(url, body.encode())[1]["scores"] == pytest.approx(trained, rel=1e-4)
+    data = PromptData((str(write_jsonl(tmp_path / "chats.jsonl", [{"prompt": CHAT}])),))
+    (prompt,) = PromptDataset(data, tokenizer).next(1)
+    answers = [[*tokenizer(side[-1]["content"], add_special_tokens=False)["input_ids"], 2] for side in sides]
+    batch = from_rollouts([Rollout(prompt, tokens, [0.0] * len(tokens), "stop") for tokens in answers])
+    assert role.scores(batch, [[0, 1]]).tolist() == trained
 
 
 def test_models_and_servers_score_the_same_bare_text(folder, serve_reward, tmp_path):
