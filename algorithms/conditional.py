@@ -19,7 +19,7 @@ from .messages import brief, column
 from .pairs import read_answer
 from .rows import RowStream
 from .selection import Scored, conditioned
-from .sources import read_rows
+from .sources import Read, RowReader, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class Rewarded:
         return self.dialogue._replace(messages=changed)
 
 
-def read_rewarded(source: str, config: RewardedData, given: bool) -> list[Rewarded]:
+def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = read_rows) -> list[Rewarded]:
     """The rows of a source.
 
     Args:
@@ -61,7 +61,7 @@ def read_rewarded(source: str, config: RewardedData, given: bool) -> list[Reward
         ValueError: a column is missing or malformed, or a reward is no finite number; names the row.
     """
     rows = []
-    for where, row in read_rows(source):
+    for where, row in read(source):
         dialogue = read_answer(where, row, config.response_key, "response_key", config)
         if not any(message["role"] == "user" for message in dialogue.messages):
             raise ValueError(f"{where}: no user's turn to write the reward into")
@@ -108,6 +108,7 @@ class ConditionedRows(RowStream[Sample]):
     Args:
         rows: of each source; those without a reward are left out and counted.
         too_long: rows, by name, that are longer than `data.max_tokens` without a reward already.
+        reader: what they were read with.
 
     Raises:
         ValueError: no row has a reward, rewards do not differ, or no row is short enough.
@@ -122,6 +123,7 @@ class ConditionedRows(RowStream[Sample]):
         stop_ids: Sequence[int],
         seed: int = 0,
         too_long: frozenset[str] = frozenset(),
+        reader: RowReader | None = None,
     ):
         every = [row for own in rows.values() for row in own]
         known = [row for row in every if row.reward is not None]
@@ -145,7 +147,7 @@ class ConditionedRows(RowStream[Sample]):
             mine = [dialogues[row.dialogue.where] for row in rows[source] if row.dialogue.where in dialogues]
             return list(tokenise(mine, tokenizer, stop_ids, config.chat_template))
 
-        super().__init__(config, load, lambda sample: [len(sample.tokens)], seed)
+        super().__init__(config, load, lambda sample: [len(sample.tokens)], seed, reader=reader)
         self._ask = (tokenizer, tuple(stop_ids), config.chat_template, condition.template)
         self._rows = {row.dialogue.where: row for row in known}
 

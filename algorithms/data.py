@@ -28,7 +28,7 @@ from .messages import (
     users_words,
     with_system_prompt,
 )
-from .sources import read_rows
+from .sources import Read, RowReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,8 @@ class PromptDataset:
     def __init__(self, config: PromptData, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
         if config.chat_template:
             need_template(tokenizer)
-        read = [_load_prompts(source, config, tokenizer) for source in config.sources]
+        self._reader = RowReader()
+        read = [_load_prompts(source, config, tokenizer, self._reader) for source in config.sources]
         self.rows = sum(len(items) for items in read)
         kept = [[item for item in items if len(item.tokens) <= config.max_prompt_tokens] for items in read]
         self.dropped = self.rows - sum(len(items) for items in kept)
@@ -93,16 +94,17 @@ class PromptDataset:
         return Prompt(index, item.tokens.tolist(), users_words(item.messages), item.fields, item.where, item.messages)
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is, for a checkpoint."""
-        return self._draws.state()
+        """Where the stream is, and in which data, for a checkpoint."""
+        return self._draws.state() | {"digests": self._reader.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken.
 
         Raises:
-            ValueError: the data is not what it was then.
+            ValueError: the data is not what it was then; names the source.
         """
         self._draws.load_state(state)
+        self._reader.check(state.get("digests", ()))
 
 
 class Mixture:
@@ -162,9 +164,9 @@ class _Order:
         return int(self._permutation[place])
 
 
-def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenizerBase) -> list[_Item]:
+def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[_Item]:
     """All prompts of a source, over-long ones too, tokenised."""
-    rows = list(read_rows(source))
+    rows = list(read(source))
     if not rows:
         raise ValueError(f"data source {source}: holds no prompts")
     chats = [with_system_prompt(read_prompt(where, row, config.prompt_key, config), config) for where, row in rows]
@@ -194,7 +196,8 @@ class TextDataset:
     """
 
     def __init__(self, source: str, key: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
-        rows = list(read_rows(source))
+        self._reader = RowReader()
+        rows = list(self._reader(source))
         texts = [column(where, row, key, "data.ptx_key") for where, row in rows]
         for (where, _), text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
@@ -219,11 +222,11 @@ class TextDataset:
         self._position += 1
         return self._stream[place * self.length : (place + 1) * self.length]
 
-    def state(self) -> dict[str, int]:
-        """Where the stream is, for a checkpoint."""
-        return {"position": self._position, "tokens": self.tokens}
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, and in which text, for a checkpoint."""
+        return {"position": self._position, "tokens": self.tokens, "digests": self._reader.state()}
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken.
 
         Raises:
@@ -231,4 +234,5 @@ class TextDataset:
         """
         if state["tokens"] != self.tokens:
             raise ValueError(f"the text has changed since the checkpoint: {state['tokens']} tokens, now {self.tokens}")
+        self._reader.check(state.get("digests", ()))
         self._position = state["position"]

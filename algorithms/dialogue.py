@@ -33,7 +33,7 @@ from .messages import (
 )
 from .rows import RowStream
 from .sft_config import SFTData
-from .sources import read_rows
+from .sources import RowReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,11 +92,13 @@ class DialogueDataset(RowStream[Sample]):
     """
 
     def __init__(self, config: SFTData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
+        reader = RowReader()
+
         def load(source: str) -> list[Sample]:
-            dialogues = [read_dialogue(where, row, config) for where, row in read_rows(source)]
+            dialogues = [read_dialogue(where, row, config) for where, row in reader(source)]
             return list(tokenise(dialogues, tokenizer, stop_ids, config.chat_template))
 
-        super().__init__(config, load, lambda sample: [len(sample.tokens)], seed)
+        super().__init__(config, load, lambda sample: [len(sample.tokens)], seed, reader=reader)
         self.targets = sum(sample.targets for sample in self.rows())
         ends = set(stop_ids)
         self.endless = not any(ends & set(sample.tokens) for sample in self.rows())

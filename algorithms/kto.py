@@ -23,6 +23,7 @@ from .preference import kto_loss, kto_reference
 from .roles import Learner, Role, Share, Stats, target_logprobs
 from .rows import RowStream
 from .shares import plan_scoring
+from .sources import RowReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +61,9 @@ class LabelledStream(RowStream[Labelled]):
     """
 
     def __init__(self, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        load = lambda source: read_labelled(source, config, tokenizer, stop_ids)  # noqa: E731
-        super().__init__(config, load, lambda row: row.lengths, seed, "labelled answers")
+        reader = RowReader()
+        load = lambda source: read_labelled(source, config, tokenizer, stop_ids, reader)  # noqa: E731
+        super().__init__(config, load, lambda row: row.lengths, seed, "labelled answers", reader)
         labels = [row.desirable for row in self.rows()]
         if len(set(labels)) == 1:
             raise ValueError(

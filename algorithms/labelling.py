@@ -19,7 +19,7 @@ from .pairs import Pair
 from .rlhf_config import PromptsConfig
 from .rounds import Answer
 from .selection import Scored, best_against_worst
-from .sources import read_rows
+from .sources import Read, read_rows
 
 Rows = list[dict[str, Any]]
 
@@ -96,11 +96,11 @@ def label(answers: Sequence[Answer], pairs: int) -> Labels:
     return Labels(rows, counts)
 
 
-def read_labelled(source: str) -> list[Pair]:
+def read_labelled(source: str, read: Read = read_rows) -> list[Pair]:
     """The pairs of a file of `label`'s rows, token for token."""
 
     def sample(row: dict[str, Any], where: str, side: str) -> Sample:
         prompt, answer = row["prompt_tokens"], row[f"{side}_tokens"]
         return Sample(array("i", [*prompt, *answer]), bytes(len(prompt)) + b"\1" * len(answer), row["prompt"], where)
 
-    return [Pair(sample(row, at, "chosen"), sample(row, at, "rejected"), 0.0) for at, row in read_rows(source)]
+    return [Pair(sample(row, at, "chosen"), sample(row, at, "rejected"), 0.0) for at, row in read(source)]

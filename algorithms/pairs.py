@@ -30,7 +30,7 @@ from .messages import (
 )
 from .pair_config import LabelData, PairData, StepData
 from .rows import RowStream
-from .sources import read_rows
+from .sources import Read, RowReader, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,10 +73,10 @@ class PairStream(RowStream[Pair]):
     """
 
     def __init__(self, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        self.equal = 0
+        self.equal, reader = 0, RowReader()
 
         def load(source: str) -> list[Pair]:
-            pairs = read_pairs(source, config, tokenizer, stop_ids)
+            pairs = read_pairs(source, config, tokenizer, stop_ids, reader)
             kept = [pair for pair in pairs if pair.chosen.tokens != pair.rejected.tokens]
             if pairs and not kept:
                 raise ValueError(
@@ -85,14 +85,18 @@ class PairStream(RowStream[Pair]):
             self.equal += len(pairs) - len(kept)
             return kept
 
-        super().__init__(config, load, lambda pair: pair.lengths, seed, "pairs")
+        super().__init__(config, load, lambda pair: pair.lengths, seed, "pairs", reader)
 
     def __str__(self) -> str:
         return super().__str__() + (f"; {self.equal} dropped for two equal answers" if self.equal else "")
 
 
 def read_pairs(
-    source: str, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+    source: str,
+    config: PairData,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    read: Read = read_rows,
 ) -> list[Pair]:
     """The pairs of a source, over-long ones and those of equal answers too.
 
@@ -100,7 +104,7 @@ def read_pairs(
         ValueError: a column is missing or malformed; names the row.
     """
     chosen, rejected, margins = [], [], []
-    for where, row in read_rows(source):
+    for where, row in read(source):
         for answers, answer in zip((chosen, rejected), read_pair(where, row, config), strict=True):
             answers.append(answer)
         margins.append(_margin(where, row, config.margin_key))
@@ -209,11 +213,15 @@ def split_turns(where: str, key: str, text: str) -> list[Message]:
 
 
 def read_labelled(
-    source: str, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+    source: str,
+    config: LabelData,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    read: Read = read_rows,
 ) -> list[Labelled]:
     """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
     dialogues, labels = [], []
-    for where, row in read_rows(source):
+    for where, row in read(source):
         dialogues.append(read_answer(where, row, config.response_key, "response_key", config))
         label = column(where, row, config.label_key, "data.label_key")
         if not is_label(label):
@@ -251,12 +259,14 @@ class Steps(NamedTuple):
         return (len(self.sample.tokens),)
 
 
-def read_steps(source: str, config: StepData, tokenizer: PreTrainedTokenizerBase) -> list[Steps]:
+def read_steps(
+    source: str, config: StepData, tokenizer: PreTrainedTokenizerBase, read: Read = read_rows
+) -> list[Steps]:
     """Answers whose steps are labelled one by one, over-long ones too. Raises ValueError that names the row."""
     if config.chat_template:
         need_template(tokenizer)
     rows = []
-    for where, row in read_rows(source):
+    for where, row in read(source):
         prompt = with_system_prompt(read_prompt(where, row, config.prompt_key, config), config)
         tools = read_tools(where, row, config)
         steps = column(where, row, config.steps_key, f"{config.section}.steps_key")

@@ -138,12 +138,17 @@ def write_round(path: Path, answers: Sequence[Answer]) -> None:
     write_rows(path, map(asdict, answers))
 
 
+def as_line(row: object) -> str:
+    """A row as a line of JSONL. What JSON has no form for, a date for instance, becomes a string."""
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
 def write_rows(path: Path, rows: Iterable[object]) -> None:
-    """JSONL, written aside, then swapped in whole. What JSON has no form for, a date for instance, becomes a string."""
+    """JSONL, written aside, then swapped in whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.new")
     with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        file.writelines(map(as_line, rows))
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

@@ -10,6 +10,7 @@ import numpy as np
 
 from .config import DataConfig, require
 from .data import Mixture
+from .sources import RowReader
 
 Row = TypeVar("Row")
 
@@ -62,6 +63,7 @@ class RowStream(Generic[Row]):
         load: the rows of a source, over-long ones too.
         lengths: tokens of each sample of a row; the longest is what `max_tokens` limits.
         noun: what a row is called, in the plural.
+        reader: what `load` reads with: checkpoints keep its digests.
 
     Raises:
         ValueError: no row is short enough, or holding out leaves none; and what `load` raises.
@@ -74,7 +76,9 @@ class RowStream(Generic[Row]):
         lengths: Callable[[Row], Sequence[int]],
         seed: int,
         noun: str = "rows",
+        reader: RowReader | None = None,
     ):
+        self._reader = reader or RowReader()
         self.limit, self.noun, self.dropped, self.dropped_tokens = config.max_tokens, noun, 0, 0
         weights, section = config.weights(), config.section
         knob = f"{section}.max_tokens={config.max_tokens}"
@@ -153,9 +157,10 @@ class RowStream(Generic[Row]):
         return drawn
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is, for a checkpoint."""
-        return self._draws.state()
+        """Where the stream is, and in which data, for a checkpoint."""
+        return self._draws.state() | {"digests": self._reader.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken. ValueError where the data is not what it was then."""
         self._draws.load_state(state)
+        self._reader.check(state.get("digests", ()))

@@ -5,16 +5,69 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
 Row = tuple[str, dict[str, Any]]
 """(where it was read, as prompts.jsonl:12, and its columns)."""
 
+TEXT_FILES = (".txt", ".md")
+"""A file of text is one row, with the column `text`."""
+
+Read = Callable[[str], Iterator[Row]]
+"""Gives a source's rows: `read_rows`, or a `RowReader`."""
+
+
+class RowReader:
+    """`read_rows` that keeps the SHA-256 of the rows of each source it has read to the end.
+
+    The digest is of the rows as they were read, in order: of no file's name, format or compression, and of no layout.
+
+    Attributes:
+        digests: by source, in the order they were first read.
+    """
+
+    def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
+
+    def __call__(self, source: str) -> Iterator[Row]:
+        digest = sha256()
+        for where, row in read_rows(source):
+            digest.update(json.dumps(row, default=str).encode() + b"\n")
+            yield where, row
+        self.digests[source] = digest.hexdigest()
+
+    def state(self) -> list[str]:
+        """The digests in order, for a checkpoint: without names, for a source may be moved."""
+        return list(self.digests.values())
+
+    def check(self, state: Sequence[str]) -> None:
+        """Refuses rows that are not those of a checkpoint.
+
+        Args:
+            state: of the checkpoint's reader; empty in one of before digests were kept, which is taken at its word.
+
+        Raises:
+            ValueError: other rows, or more or fewer sources; names the source.
+        """
+        if state and len(state) != len(self.digests):
+            raise ValueError(
+                f"the run was begun with {len(state)} data sources, now it has {len(self.digests)}:"
+                f" {', '.join(self.digests)}"
+            )
+        for was, (source, digest) in zip(state, self.digests.items(), strict=False):
+            if was != digest:
+                raise ValueError(
+                    f"data source {source}: its rows have changed since the checkpoint (SHA-256 {was[:12]}, now"
+                    f" {digest[:12]})"
+                )
+
 
 def read_rows(source: str) -> Iterator[Row]:
-    """The rows of a .jsonl(.gz) or .parquet file, a folder `datasets` wrote, or a data set on the hub (name:split).
+    """The rows of a .jsonl(.gz) or .parquet file, a folder `datasets` wrote, or a data set on the hub (name:split); a
+    file of text is one row.
 
     Raises:
         ValueError: it does not exist, cannot be read, or a line is not a JSON object; names the file and the line.
@@ -24,7 +77,9 @@ def read_rows(source: str) -> Iterator[Row]:
         yield from _read_jsonl(path)
     elif path.suffix == ".parquet":
         yield from _read_parquet(path)
-    elif path.is_file() or path.suffix in (".json", ".csv", ".txt"):
+    elif source.endswith(TEXT_FILES):
+        yield source, {"text": _read_text(path)}
+    elif path.is_file() or path.suffix in (".json", ".csv"):
         raise ValueError(f"data source {source}: must be a .jsonl or .parquet file, a folder or a name on the hub")
     else:
         yield from _read_datasets(source)
@@ -65,6 +120,15 @@ def _refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
 
 def _open_text(path: Path) -> TextIO:
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data source {path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"data source {path}: {error.strerror or error}") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -11,7 +11,6 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from .messages import brief, column, end_of_text
 from .pretrain_config import TextData
 from .roles import Share
 from .rows import RowStream, check_left
-from .sources import read_rows
+from .sources import TEXT_FILES, Read, RowReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,25 +46,17 @@ def pack_tokens(row: Pack) -> int:
     return sum(len(piece.tokens) for piece in row)
 
 
-def read_texts(source: str, config: TextData) -> Iterator[tuple[str, str]]:
+def read_texts(source: str, config: TextData, read: Read) -> Iterator[tuple[str, str]]:
     """(where, text) of every document of a source; a .txt or .md file is one.
 
     Raises:
         ValueError: it does not exist or cannot be read, a row lacks the column, or it holds no string; names the row.
     """
-    path = Path(source)
-    if path.suffix in (".txt", ".md"):
-        try:
-            yield source, path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"data source {source}: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data source {source}: not UTF-8: {error.reason} at byte {error.start}") from None
-        return
-    for where, row in read_rows(source):
-        text = column(where, row, config.text_key, f"{config.section}.text_key")
+    key = "text" if source.endswith(TEXT_FILES) else config.text_key
+    for where, row in read(source):
+        text = column(where, row, key, f"{config.section}.text_key")
         if not isinstance(text, str):
-            raise ValueError(f"{where}: {config.text_key!r} must be a string, not {brief(text)}")
+            raise ValueError(f"{where}: {key!r} must be a string, not {brief(text)}")
         yield where, text
 
 
@@ -116,8 +107,9 @@ class TextStream(RowStream[Pack]):
     """
 
     def __init__(self, config: TextData, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
-        self.floor, self.short, self.short_tokens = config.min_tokens, 0, 0
-        read = {source: self._read(source, config, tokenizer) for source in (*config.sources, *config.eval_sources)}
+        self.floor, self.short, self.short_tokens, reader = config.min_tokens, 0, 0, RowReader()
+        sources = (*config.sources, *config.eval_sources)
+        read = {source: self._read(source, config, tokenizer, reader) for source in sources}
         unseen = [document for source in config.eval_sources for document in read[source]]
         learned = {source: read[source] for source in config.sources}
         if config.eval_fraction:
@@ -132,12 +124,12 @@ class TextStream(RowStream[Pack]):
         }
         # What is held out is whole documents, chosen before they are packed.
         rest = replace(config, sources=tuple(packed), eval_sources=(), eval_fraction=0.0)
-        super().__init__(rest, packed.__getitem__, lambda row: [pack_tokens(row)], seed)
+        super().__init__(rest, packed.__getitem__, lambda row: [pack_tokens(row)], seed, reader=reader)
         self.held_out = fill(pieces(unseen, config.max_tokens), config.max_tokens)
 
-    def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[Piece]:
         """The documents of a source that are long enough."""
-        documents = list(tokenise_texts(read_texts(source, config), tokenizer))
+        documents = list(tokenise_texts(read_texts(source, config, read), tokenizer))
         if not documents:
             raise ValueError(f"data source {source}: holds no documents")
         kept = [document for document in documents if len(document.tokens) >= config.min_tokens]

@@ -28,6 +28,7 @@ from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import Scorer, sample
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.shares import plan, plan_scoring
+from trialign.algorithms.sources import RowReader
 from trialign.engine.config import flatten
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.rollout.generate import Generator, SamplingParams
@@ -52,6 +53,7 @@ class Rewards:
         self.kept = Kept(session, "begun", asked, files)
         self.models = [Role(session.together(lambda p=p: self._model(p))) for p in config.reward.models]
         self.too_long: frozenset[str] = frozenset()
+        self.reader = RowReader()
 
     def _model(self, folder: str):
         config = self.config
@@ -78,7 +80,7 @@ class Rewards:
         config, session = self.config, self.session
         data, given = config.data, not config.reward.names
         sources = dict.fromkeys((*data.sources, *data.eval_sources))
-        rows = session.together(lambda: {source: read_rewarded(source, data, given) for source in sources})
+        rows = session.together(lambda: {source: read_rewarded(source, data, given, self.reader) for source in sources})
         if given:
             return rows
         every = [row for own in rows.values() for row in own]
@@ -145,8 +147,8 @@ def main(session: Session[ConditionalConfig]) -> None:
     rows = rewards.rows()
 
     def read(tokenizer, ends) -> ConditionedRows:
-        too_long = rewards.too_long
-        return ConditionedRows(config.data, config.condition, rows, tokenizer, ends, config.run.seed, too_long)
+        seed, too_long, reader = config.run.seed, rewards.too_long, rewards.reader
+        return ConditionedRows(config.data, config.condition, rows, tokenizer, ends, seed, too_long, reader)
 
     work = from_rows(session, config.data, read)
     learner, data = work.learner, work.rows

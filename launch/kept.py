@@ -69,8 +69,8 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def stamps(path: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of the last change in ns) of a file, or of every file right in a folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    """(name, bytes, time of the last change in ns) of a file, or of every file in a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 

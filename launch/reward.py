@@ -28,8 +28,9 @@ from trialign.algorithms.reward_model import (
 )
 from trialign.algorithms.rows import RowStream
 from trialign.algorithms.shares import plan
+from trialign.algorithms.sources import RowReader
 
-Read = Callable[[str], Sequence[Pair]]
+ReadPairs = Callable[[str, RowReader], Sequence[Pair]]
 FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (
     Panel("Loss", "nats a pair", (Line("loss", "#0f766e", "training"), Line("eval_loss", "#be123c", "held out", True))),
@@ -43,7 +44,7 @@ PANELS = (
 )
 
 
-def main(session: Session[RewardModelConfig], read: Read | None = None) -> None:
+def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> None:
     """Sets up, trains, and leaves the exported reward model and the plot in the run's folder.
 
     Args:
@@ -92,14 +93,15 @@ def scored_names(rows: Sequence[Pair] | Sequence[Steps]) -> list[str]:
     return names
 
 
-def rows(config: RewardModelConfig, tokenizer, ends, read: Read | None = None) -> RowStream[Any]:
+def rows(config: RewardModelConfig, tokenizer, ends, read: ReadPairs | None = None) -> RowStream[Any]:
     """The stream of pairs, or of answers in steps."""
-    seed = config.run.seed
+    seed, reader = config.run.seed, RowReader()
     if config.steps.sources:
-        load_steps = lambda source: read_steps(source, config.steps, tokenizer)  # noqa: E731
-        return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "answers in steps")
+        load_steps = lambda source: read_steps(source, config.steps, tokenizer, reader)  # noqa: E731
+        return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "answers in steps", reader)
     if read is not None:
-        return RowStream(config.data, read, lambda pair: pair.lengths, seed, "pairs")
+        load_pairs = lambda source: read(source, reader)  # noqa: E731
+        return RowStream(config.data, load_pairs, lambda pair: pair.lengths, seed, "pairs", reader)
     return PairStream(config.data, tokenizer, ends, seed)
 
 

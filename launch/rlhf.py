@@ -36,7 +36,7 @@ from trialign.algorithms.data import PromptDataset
 from trialign.algorithms.labelling import read_labelled, split_prompts
 from trialign.algorithms.rlhf_config import RLHFConfig, Stages, check_rlhf, prompt_files, stages
 from trialign.algorithms.rollout import Scorer
-from trialign.algorithms.rounds import write_rows
+from trialign.algorithms.rounds import as_line, write_rows
 from trialign.engine.config import flatten, to_toml
 from trialign.engine.logging import read_metrics
 from trialign.engine.parallel.collectives import gather_objects
@@ -86,6 +86,11 @@ def prepare(session: Session[Any]) -> None:
         for path, rows in zip(map(Path, prompt_files(config)), sides, strict=True):
             if not path.exists():
                 write_rows(path, rows)
+            elif path.read_text(encoding="utf-8") != "".join(map(as_line, rows)):
+                raise ValueError(
+                    f"prompts.sources={config.prompts.sources}: their rows, or how they are split, have changed since"
+                    f" the run began with those in {path}; a new run.output begins anew"
+                )
         save_run_config(config, session.folder)
 
     session.together(lambda: lay_out() if session.mesh.is_main else None)

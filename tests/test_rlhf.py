@@ -283,6 +283,17 @@ def test_a_run_that_is_not_there_is_not_gone_on_with(setting, launched, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_other_prompts_than_the_run_was_begun_with_are_refused(setting, whole, launched, tmp_path):
+    rlhf, session = (importlib.import_module(name) for name in ("rlhf", "session"))
+    shutil.copytree(whole / "prompts", tmp_path / "run" / "prompts")
+    shutil.copy(whole / "config.toml", tmp_path / "run")
+    rows = lines(setting / "prompts.jsonl")
+    other = write_jsonl(tmp_path / "other.jsonl", [*rows[:-1], {"prompt": "count no more"}])
+    words = ["--resume", str(tmp_path / "run"), "--prompts.sources", str(other)]
+    with pytest.raises(SystemExit, match=r"prompts.sources=\('\S+other.jsonl',\): their rows, .* have changed"):
+        session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
+
+
 @pytest.fixture(scope="module")
 def moved(setting) -> None:
     """All stages in every layout."""
