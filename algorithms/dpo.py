@@ -15,7 +15,7 @@ from .batch import Batch
 from .config import UpdateConfig
 from .pair_config import DPOLoss
 from .pairs import Pair
-from .preference import pair_loss
+from .preference import pair_loss, ranked_right
 from .reward_model import pack_pairs
 from .roles import Learner, Role, Share, Stats, target_logprobs
 from .shares import plan_scoring
@@ -65,8 +65,9 @@ def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOL
     """One optimizer step on pairs with their reference (`with_reference`; none where it is uniform).
 
     Returns:
-        loss, accuracy (how often the chosen answer gained more than the rejected one), margin and rewards in units of
-        the implicit reward β·log-ratio, nll (a token of the chosen answers), and what `Learner.step` gives.
+        loss, accuracy (share of pairs whose chosen answer gained more than the rejected one; a tie is half), margin and
+        rewards in units of the implicit reward β·log-ratio, nll (a token of the chosen answers), and what
+        `Learner.step` gives.
     """
     stats, pairs = Stats(), len(batch) // 2
 
@@ -79,7 +80,7 @@ def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOL
         rewards = loss.beta * ratios
         stats.add(
             loss=losses,
-            accuracy=(chosen > rejected).float(),
+            accuracy=ranked_right(chosen, rejected),
             chosen=rewards[::2],
             rejected=rewards[1::2],
             margin=rewards[::2] - rewards[1::2],
@@ -101,6 +102,6 @@ def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: DPOLoss) -> d
     losses = pair_loss(chosen, rejected, loss.beta, loss.kind, loss.label_smoothing) + nll_term(batch, sums, loss)
     return {
         "eval_loss": losses.mean().item(),
-        "eval_accuracy": (chosen > rejected).double().mean().item(),
+        "eval_accuracy": ranked_right(chosen, rejected).mean().item(),
         "eval_margin": (loss.beta * (chosen - rejected)).mean().item(),
     }

@@ -19,7 +19,7 @@ from .dialogue import Sample, pack_samples
 from .dpo import answer_sums
 from .pair_config import KTOLoss, LabelData
 from .pairs import Labelled, read_labelled
-from .preference import kto_loss, kto_reference
+from .preference import kto_loss, kto_reference, ranked_right
 from .roles import Learner, Role, Share, Stats, target_logprobs
 from .rows import RowStream
 from .shares import plan_scoring
@@ -150,5 +150,5 @@ def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: KTOLoss) -> d
     good, bad = loss.beta * ratios[wanted], loss.beta * ratios[~wanted]
     if not len(good) or not len(bad):
         return {}
-    above = (good[:, None] > bad[None]).double() + 0.5 * (good[:, None] == bad[None]).double()
+    above = ranked_right(good[:, None], bad[None])
     return {"eval_margin": (good.mean() - bad.mean()).item(), "eval_accuracy": above.mean().item()}

@@ -14,6 +14,11 @@ from torch import Tensor
 PairLoss = Literal["dpo", "robust", "ipo", "hinge", "exo", "apo_zero", "apo_down"]
 
 
+def ranked_right(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """[pairs]: 1 where the chosen answer is above the rejected one, 0.5 where they tie, as a guess would be, else 0."""
+    return (chosen > rejected).to(chosen.dtype) + 0.5 * (chosen == rejected).to(chosen.dtype)
+
+
 def pair_loss(
     chosen: Tensor, rejected: Tensor, beta: float, kind: PairLoss = "dpo", label_smoothing: float = 0.0
 ) -> Tensor:

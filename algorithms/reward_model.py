@@ -16,7 +16,7 @@ from .batch import Batch
 from .config import UpdateConfig
 from .dialogue import pack_samples
 from .pairs import Pair, Steps
-from .preference import reward_loss
+from .preference import ranked_right, reward_loss
 from .roles import Learner, Role, Share, Stats
 from .shares import plan_scoring
 
@@ -44,7 +44,8 @@ def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centring:
     """One optimizer step on pairs.
 
     Returns:
-        loss, accuracy (how often the chosen answer scores higher), the mean scores, and what `Learner.step` gives.
+        loss, accuracy (share of pairs whose chosen answer scores higher; a tie is half), the mean scores, and what
+        `Learner.step` gives.
     """
     stats, pairs = Stats(), len(batch) // 2
 
@@ -53,7 +54,7 @@ def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centring:
         scores = learner.model.scores(hidden[part.last])  # [samples]
         chosen, rejected = scores[::2], scores[1::2]
         losses = reward_loss(chosen, rejected, part.rewards[part.last[::2]], centring)
-        stats.add(loss=losses, accuracy=(chosen > rejected).float(), chosen=chosen, rejected=rejected)
+        stats.add(loss=losses, accuracy=ranked_right(chosen, rejected), chosen=chosen, rejected=rejected)
         return losses.sum() / pairs
 
     step = learner.step([(batch.select(share), loss) for share in shares])
@@ -64,7 +65,7 @@ def pair_quality(scores: Tensor, margins: Tensor, centring: float) -> dict[str, 
     """What scores [2 pairs], chosen and rejected in turn, are worth: eval_loss, eval_accuracy and eval_calibration, the
     expected calibration error (https://arxiv.org/abs/1706.04599) of σ(|r_w − r_l|) as the chance to be right."""
     chosen, rejected = scores[::2].double(), scores[1::2].double()
-    right = (chosen > rejected).double()
+    right = ranked_right(chosen, rejected)
     sure = torch.sigmoid((chosen - rejected).abs())
     bins = ((sure - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS, dtype=torch.float64, device=scores.device).index_add(0, bins, right - sure)

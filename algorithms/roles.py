@@ -19,6 +19,7 @@ from ..engine.optimizer import ShardedAdamW
 from ..engine.parallel.collectives import all_reduce, gather_objects
 from ..engine.parallel.layers import parallel_logprob
 from ..engine.pipeline.runner import run_forward, run_forward_backward
+from ..engine.progress import report
 from ..kernels.attention import packed_attention
 from ..models.decoder import Decoder
 from ..models.moe import Routing, moe_layers, router_metrics
@@ -88,6 +89,7 @@ class Role:
 
         def forward(i: int, x: Tensor | None) -> Tensor:
             hidden = stage_forward(self.model, parts[i], x)
+            report(i + 1, len(parts))
             return read(parts[i], hidden) if self.mesh.is_last_stage else hidden
 
         results = run_forward(self.mesh, shapes(self.model, parts), self.model.dtype, forward)
@@ -182,6 +184,7 @@ class Learner(Role):
         def forward(i: int, x: Tensor | None) -> Tensor:
             part, loss = parts[i]
             hidden = stage_forward(self.model, part, x, routings[i])
+            report(i + 1, len(parts))
             return loss(part, hidden) if self.mesh.is_last_stage else hidden
 
         run_forward_backward(

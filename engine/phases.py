@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,10 +33,18 @@ class Phases:
     Args:
         world: ranks that share the work that `Phase` counts.
         peak: FLOP/s one rank can reach.
+        around: entered around a phase with its name, to display it.
     """
 
-    def __init__(self, device: torch.device, world: int = 1, *, peak: float):
-        self.device, self.peak = device, peak * world
+    def __init__(
+        self,
+        device: torch.device,
+        world: int = 1,
+        *,
+        peak: float,
+        around: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    ):
+        self.device, self.peak, self.around = device, peak * world, around
         self._seconds: dict[str, float] = {}
         self._work: dict[str, Phase] = {}
         self._memory: dict[str, int] = {}
@@ -48,7 +56,8 @@ class Phases:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        yield phase
+        with self.around(name):
+            yield phase
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
-from report import Answer
+from report import Answer, response_text
 from session import Common, Session
 from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
 from trialign.algorithms.build import load_tokenizer
@@ -55,9 +55,9 @@ class Answering:
             session.mesh,
             shape,
         )
-        path = config.model.path
+        self.progress, path = session.progress, config.model.path
         self.tokenizer = session.together(lambda: load_tokenizer(path, shape))
-        self.dataset = session.together(lambda: PromptDataset(config.data, self.tokenizer, show.seed))
+        self.dataset = session.together(lambda: PromptDataset(config.data, self.tokenizer, show.seed), "prompts")
         place = self.dataset.state()
         self.shown: list[Prompt] = self.dataset.next(show.show)  # the same before and after, and after a resume
         self.dataset.load_state(place)
@@ -78,10 +78,12 @@ class Answering:
         if not prompts:
             return []
         greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
-        rollouts = sample(self.generator, prompts, greedy)
-        combined = self.scorer.combined(self.scores(rollouts, len(rollouts)))
+        with self.progress.work("answers"):
+            rollouts = sample(self.generator, prompts, greedy)
+            combined = self.scorer.combined(self.scores(rollouts, len(rollouts)))
         texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
-        return [(prompt.text, text, s) for prompt, text, s in zip(prompts, texts, combined, strict=True)]
+        named = zip(prompts, rollouts, texts, combined, strict=True)
+        return [(prompt.text, response_text(text, rollout.finish), s) for prompt, rollout, text, s in named]
 
     def scores(self, rollouts: list[Rollout], size: int) -> dict[str, list[float]]:
         """Every reward of any number of answers, this data rank's part in micro-batches of `size`. Collective."""

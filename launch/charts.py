@@ -52,7 +52,7 @@ def curves(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Markup:
     ends: list[tuple[float, str]] = []
     for line, points in lines:
         parts.append(curve(line, points, across, up))
-        last = mean(line, points)[-1]
+        last = points[-1][1]
         at = apart(up(last), [place for place, _ in ends])
         ends.append((at, line.colour))
         place = f'x="{across(points[-1][0]) + 7}" y="{at + 3.5}"'
@@ -63,14 +63,14 @@ def curves(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Markup:
 def mean(line: Line, points: Sequence[tuple[float, float]]) -> list[float]:
     """The values a line is drawn through: measurements as they are, a step's noisy metric smoothed."""
     values = [value for _, value in points]
-    return values if line.points else smooth(values)
+    return values if line.exact else smooth(values)
 
 
 def curve(line: Line, points: Sequence[tuple[float, float]], across: Scale, up: Scale) -> str:
     """One metric: a dot a step and the line through them."""
     smoothed = zip((x for x, _ in points), mean(line, points), strict=True)
     path = " ".join(f"{across(x)},{up(y)}" for x, y in smoothed)
-    strong, radius = (1, 3) if line.points else (0.35, 2)
+    strong, radius = (1, 3) if line.exact else (0.35, 2)
     dots = "".join(
         f'<circle cx="{across(x)}" cy="{up(y)}" r="{radius}"><title>step {x:g}: {y:.4g}</title></circle>'
         for x, y in points

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from from_rows import FromRows, from_rows
 from kept import Kept, scorer_files
-from report import SFT_PANELS, answer_table, completion_table
+from report import SFT_PANELS, answer_table, completion_table, response_text
 from session import Session, start
 from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
@@ -51,7 +51,7 @@ class Rewards:
         asked = {knob: v for name in ("model", "data", "reward") for knob, v in flatten(getattr(config, name)).items()}
         files = [folder, *config.data.sources, *config.data.eval_sources, *scorer_files(config.reward)]
         self.kept = Kept(session, "begun", asked, files)
-        self.models = [Role(session.together(lambda p=p: self._model(p))) for p in config.reward.models]
+        self.models = [Role(session.together(lambda p=p: self._model(p), p)) for p in config.reward.models]
         self.too_long: frozenset[str] = frozenset()
         self.reader = RowReader()
 
@@ -80,12 +80,15 @@ class Rewards:
         config, session = self.config, self.session
         data, given = config.data, not config.reward.names
         sources = dict.fromkeys((*data.sources, *data.eval_sources))
-        rows = session.together(lambda: {source: read_rewarded(source, data, given, self.reader) for source in sources})
+        rows = session.together(
+            lambda: {source: read_rewarded(source, data, given, self.reader) for source in sources}, "rows"
+        )
         if given:
             return rows
         every = [row for own in rows.values() for row in own]
         samples = session.together(
-            lambda: list(tokenise([r.dialogue for r in every], self.tokenizer, self.ends, data.chat_template))
+            lambda: list(tokenise([r.dialogue for r in every], self.tokenizer, self.ends, data.chat_template)),
+            "tokens of the rows",
         )
         short = [i for i, sample in enumerate(samples) if len(sample.tokens) <= data.max_tokens]
         self.too_long = frozenset(sample.where for sample in samples if len(sample.tokens) > data.max_tokens)
@@ -133,8 +136,10 @@ def answers(work: FromRows[ConditionedRows], rewards: Rewards) -> list[list[Any]
         return []
     room = longest - max(len(prompt.tokens) for prompt, _ in prompts)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(run.show_tokens, room)), stop_ids=work.ends)
-    rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
+    with work.session.progress.work("answers"):
+        rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
     texts = work.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
+    texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
     wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)
     scores = rewards.scores(rollouts) if rewards.config.reward.names else [None] * len(rollouts)
     return [list(row) for row in zip((p.text for p, _ in prompts), wanted, texts, scores, strict=True)]
@@ -159,18 +164,19 @@ def main(session: Session[ConditionalConfig]) -> None:
         session.remember("rewards.json", lambda: rewards.found)
     before = session.remember("before.json", lambda: answers(work, rewards))
 
+    work.held_out_before(unseen, measure)
     for _ in session.steps():
         batch = pack_samples(data.next(config.update.batch_size)).to(mesh.device)
-        metrics = work.epoch() | work.held_out(unseen, measure)
+        metrics = work.epoch()
 
         with session.phases("update") as phase:
             metrics |= sft_step(learner, batch, plan(batch, config.update, mesh))
             work.count(phase, batch, passes=3)
 
+        metrics |= work.held_out(unseen, measure)
         session.end_step(metrics, tokens=len(batch.tokens))
 
     rewards.kept.drop()
-    work.held_out_last(unseen, measure)
     after = answers(work, rewards)
     session.progress.say(f"answers are asked for with {data.best} as the reward in the prompt")
     session.finish(SFT_PANELS, *([table(before, after)] if after else []))

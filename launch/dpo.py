@@ -76,17 +76,18 @@ def main(session: Session[DPOConfig]) -> None:
     measure = lambda batch: held_out(learner, batch, config.update, config.pair_loss)  # noqa: E731
     work.begin(facts=FACTS)
 
+    work.held_out_before(unseen, measure)
     for _ in session.steps():
         batch = rows.next(config.update.batch_size)
-        metrics = work.epoch() | work.held_out(unseen, measure)
+        metrics = work.epoch()
 
         with session.phases("update") as phase:
             metrics |= dpo_step(learner, batch, plan(batch, config.update, mesh, 2), config.pair_loss)
             work.count(phase, batch, passes=3)
 
+        metrics |= work.held_out(unseen, measure)
         session.end_step(metrics, tokens=len(batch.tokens))
 
-    work.held_out_last(unseen, measure)
     session.finish(PANELS)
 
 

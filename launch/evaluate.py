@@ -52,7 +52,7 @@ class Evaluated:
         self.shape = session.together(self._read_shape)
         self.tokenizer = session.together(lambda: load_tokenizer(folder, self.shape))
         dtype = self.config.model.dtype
-        self.role = Role(session.together(lambda: build_decoder(folder, self.shape, self.mesh, dtype)))
+        self.role = Role(session.together(lambda: build_decoder(folder, self.shape, self.mesh, dtype), folder))
 
     def _read_shape(self) -> ModelConfig:
         """The model's shape, with room for every row."""
@@ -75,7 +75,7 @@ class Evaluated:
         config, session = self.config, self.session
         own = replace(config, model=replace(config.model, path=self.folder))
         answering = Answering(session, cast(Any, own), config.run, self.shape)
-        models = [Role(session.together(lambda p=p: self._reward_model(p))) for p in config.reward.models]
+        models = [Role(session.together(lambda p=p: self._reward_model(p), p)) for p in config.reward.models]
         answering.attach(cast(Any, self.role), models)
         there = answering.dataset.rows - answering.dataset.dropped
         self._say(answering.dataset)
@@ -91,10 +91,13 @@ class Evaluated:
     def _answers(self, answering: Answering, prompts: list[Prompt]) -> Answers:
         """The completions of some prompts, as lines of completions.jsonl have them. Collective."""
         config = self.config
-        rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
+        work = self.session.progress.work
+        with work("rollout"):
+            rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
         scores, rewards = {}, [None] * len(rollouts)
         if config.reward.names:
-            scores = answering.scores(rollouts, config.run.micro_batch_size)
+            with work("score"):
+                scores = answering.scores(rollouts, config.run.micro_batch_size)
             rewards = answering.scorer.combined(scores)
             for reason in answering.scorer.failures():  # there are none but on the first rank
                 self._say(f"abstains: {reason}")
@@ -129,19 +132,21 @@ class Evaluated:
         found = {}
         for name, rows in (("text", self._text), ("dialogues", self._dialogues)):
             if getattr(self.config, name).sources:
-                loss, _ = nats_a_token(self.role, rows(), self.config.run.micro_batch_size)
+                batches = rows()
+                with self.session.progress.work(f"perplexity of {name}"):
+                    loss, _ = nats_a_token(self.role, batches, self.config.run.micro_batch_size)
                 found[f"perplexity of {name}"] = Estimate(math.exp(loss), math.nan, math.nan)
         return found
 
     def _text(self) -> Iterator[Batch]:
-        rows = self.session.together(lambda: TextStream(self.config.text, self.tokenizer))
+        rows = self.session.together(lambda: TextStream(self.config.text, self.tokenizer), "text")
         self._say(rows)
         whole = list(rows.rows())
         return (pack_rows(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
 
     def _dialogues(self) -> Iterator[Batch]:
         ends = stop_ids(self.folder, self.shape)
-        rows = self.session.together(lambda: DialogueDataset(self.config.dialogues, self.tokenizer, ends))
+        rows = self.session.together(lambda: DialogueDataset(self.config.dialogues, self.tokenizer, ends), "dialogues")
         self._say(rows)
         whole = list(rows.rows())
         return (pack_samples(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))

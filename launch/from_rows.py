@@ -2,14 +2,14 @@
 
     work = from_rows(session, session.config.data, read)     # model, tokenizer and rows; what learns
     work.begin()
+    work.held_out_before(unseen, measure)
     for _ in session.steps():
         batch = ...                                          # of the next rows
-        metrics = work.epoch() | work.held_out(unseen, measure)
         with session.phases("update") as phase:
-            metrics |= ...
+            metrics = ...
             work.count(phase, batch, passes=3)
+        metrics |= work.epoch() | work.held_out(unseen, measure)
         session.end_step(metrics, tokens=len(batch.tokens))
-    work.held_out_last(unseen, measure)
 
 Only the update is an algorithm's own.
 """
@@ -92,21 +92,26 @@ class FromRows(Generic[Rows]):
         phase.tokens += len(batch.tokens)
         phase.flops += passes * forward_flops(self.shape, batch.lengths, logits)
 
+    def held_out_before(self, batch: Batch | None, measure: Measure) -> None:
+        """Measures the held-out rows before the first step of the run and logs that as step 0."""
+        if batch is not None and self.session.step == 0:
+            self.session.log(0, self._measured(batch, measure) | self.session.phases.take())
+
     def held_out(self, batch: Batch | None, measure: Measure) -> dict[str, float]:
-        """What is measured on the held-out rows, where it is due: of the weights before the step, as its loss is."""
-        if batch is None or self.session.step % (self.session.config.run.eval_every or self.steps):
+        """Measurements of the held-out rows after the update of a step, where they are due."""
+        done = self.session.step + 1
+        if batch is None or (done % (self.session.config.run.eval_every or self.steps) and done != self.steps):
             return {}
+        measured = self._measured(batch, measure)
+        if done == self.steps:
+            text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in measured.items())
+            self.session.progress.say(f"held out, after {done} steps: {text}")
+        return measured
+
+    def _measured(self, batch: Batch, measure: Measure) -> dict[str, float]:
         with self.session.phases("eval") as phase:
             self.count(phase, batch)
             return measure(batch)
-
-    def held_out_last(self, batch: Batch | None, measure: Measure) -> None:
-        """The same after the last step, logged and said."""
-        if batch is not None:
-            last = measure(batch)
-            self.session.log(self.steps, last)
-            text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in last.items())
-            self.session.progress.say(f"held out, after {self.steps} steps: {text}")
 
     def reference_sums(self, answers: Sequence[Sample], read: Callable[[Role], Tensor]) -> Tensor:
         """[answers] fp32: their log-probabilities under the reference, computed once. Collective.
@@ -132,7 +137,9 @@ class FromRows(Generic[Rows]):
         if session.mesh.is_main:  # said, for it may take a while before the run's first line
             name = folder or "the model as it is"
             print(f"reference: {name}; log-probabilities of {len(answers)} answers, computed once", flush=True)
-        sums = read(self._reference(folder) if folder else self.learner)
+        reference = self._reference(folder) if folder else self.learner
+        with session.progress.work("log-probabilities under the reference"):
+            sums = read(reference)
         if session.mesh.is_main:
             session.folder.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".new")
@@ -149,7 +156,7 @@ class FromRows(Generic[Rows]):
                 " both read the same tokens"
             )
         build = lambda: build_decoder(folder, shape, self.session.mesh, config.model.dtype)  # noqa: E731
-        return Role(self.session.together(build))
+        return Role(self.session.together(build, folder))
 
 
 def from_rows(
@@ -176,11 +183,12 @@ def from_rows(
 
     shape, tokenizer = session.together(look)
     ends = stop_ids(folder, shape)
-    rows = session.together(lambda: read(tokenizer, ends))
+    rows = session.together(lambda: read(tokenizer, ends), "rows")
     steps = config.run.total(len(rows), config.update.batch_size)
     options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
     model = session.together(
-        lambda: build_decoder(folder, shape, session.mesh, config.model.dtype, head=kind, trained=True, **options)
+        lambda: build_decoder(folder, shape, session.mesh, config.model.dtype, head=kind, trained=True, **options),
+        "model",
     )
     name = "actor" if kind == "lm" else "reward"
     learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay, name=name)

@@ -35,7 +35,7 @@ class Run(Answering):
         super().__init__(session, config, config.run, shapes[config.model.path])
         self.config = config
         self.shaper = RewardShaper(config.reward, config.rules)
-        self.roles: GroupRoles = session.together(lambda: build_group_roles(config, shapes, mesh))
+        self.roles: GroupRoles = session.together(lambda: build_group_roles(config, shapes, mesh), "models")
         self.attach(self.roles.actor, self.roles.rewards)
         self.learners = {"actor": (self.roles.actor, config.model.path)}
         self.parts = {"data": self.dataset, "reward": self.shaper}

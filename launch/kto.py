@@ -25,7 +25,7 @@ from trialign.algorithms.shares import plan
 FACTS = {"loss": "loss {:.4f}", "margin": "margin {:+.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (
     Panel("Loss", "an answer", (Line("loss", "#0f766e"),)),
-    Panel("Held-out accuracy", "wanted above unwanted", (Line("eval_accuracy", "#be123c", points=True),)),
+    Panel("Held-out accuracy", "wanted above unwanted", (Line("eval_accuracy", "#be123c", exact=True),)),
     Panel(
         "Implicit reward", "β log-ratio", (Line("chosen", "#4338ca", "wanted"), Line("rejected", "#b45309", "unwanted"))
     ),
@@ -90,9 +90,10 @@ def main(session: Session[KTOConfig]) -> None:
     measure = lambda batch: held_out(learner, batch, config.update, config.loss)  # noqa: E731
     work.begin(facts=FACTS)
 
+    work.held_out_before(unseen, measure)
     for _ in session.steps():
         batch, others, reference = rows.next(config.update.batch_size)
-        metrics = work.epoch() | work.held_out(unseen, measure)
+        metrics = work.epoch()
 
         with session.phases("reference point") as phase:
             z = reference_point(learner, others, reference, config.update)
@@ -102,9 +103,9 @@ def main(session: Session[KTOConfig]) -> None:
             metrics |= kto_step(learner, batch, plan(batch, config.update, mesh), config.loss, z)
             work.count(phase, batch, passes=3)
 
+        metrics |= work.held_out(unseen, measure)
         session.end_step(metrics, tokens=len(batch.tokens))
 
-    work.held_out_last(unseen, measure)
     session.finish(PANELS)
 
 

@@ -20,7 +20,6 @@ from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample
 from trialign.algorithms.rounds import read_round, unpicked, write_round, write_rows
 from trialign.engine.config import flatten
-from trialign.engine.logging import Progress
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.models.config import HeadKind
 
@@ -42,7 +41,7 @@ def main(session: Session[Any]) -> None:
 
     def build(folder: str, head: HeadKind) -> Role:
         return Role(
-            session.together(lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head))
+            session.together(lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head), folder)
         )
 
     answering = Answering(session, cast(Any, config), Show(run.seed), shapes[config.model.path])
@@ -55,20 +54,23 @@ def main(session: Session[Any]) -> None:
     answering.dataset.next(min(count, done * run.prompts_per_save))  # the parts that are there
     parts = -(-count // run.prompts_per_save)
     session.about = str(answering.dataset)
-    with Progress(parts, done=done, facts={"reward": "reward {:.3f}"}, enabled=mesh.is_main) as progress:
-        for part in range(done, parts):
-            prompts = answering.dataset.next(min(run.prompts_per_save, count - part * run.prompts_per_save))
+    progress = session.progress
+    progress.start(parts, done=done, facts={"reward": "reward {:.3f}"})
+    for part in range(done, parts):
+        prompts = answering.dataset.next(min(run.prompts_per_save, count - part * run.prompts_per_save))
+        with progress.work("rollout"):
             rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
+        with progress.work("score"):
             scores = answering.scores(rollouts, run.micro_batch_size)
-            combined = answering.scorer.combined(scores)
-            rewards = shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
-            for reason in answering.scorer.failures():
-                progress.say(f"abstains: {reason}")
-            if mesh.is_main:
-                texts = answering.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
-                write_round(session.folder / f"part_{part}.jsonl", unpicked(rollouts, texts, rewards, scores))
-                shown = [reward for reward in rewards if reward == reward]
-                progress.update(part + 1, {"reward": fmean(shown) if shown else float("nan")})
+        combined = answering.scorer.combined(scores)
+        rewards = shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
+        for reason in answering.scorer.failures():
+            progress.say(f"abstains: {reason}")
+        if mesh.is_main:
+            texts = answering.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+            write_round(session.folder / f"part_{part}.jsonl", unpicked(rollouts, texts, rewards, scores))
+            shown = [reward for reward in rewards if reward == reward]
+            progress.update(part + 1, {"reward": fmean(shown) if shown else float("nan")})
     session.together(lambda: finish(session.folder, config, parts) if mesh.is_main else None)
 
 

@@ -36,8 +36,8 @@ class Run(Answering):
         super().__init__(session, config, config.run, shapes[config.model.path])
         self.config = config
         self.shaper = RewardShaper(config.reward, config.rules)
-        self.text = session.together(self._read_text) if config.actor.ptx_coef else None
-        self.roles: Roles = session.together(lambda: build_roles(config, shapes, mesh))
+        self.text = session.together(self._read_text, "text") if config.actor.ptx_coef else None
+        self.roles: Roles = session.together(lambda: build_roles(config, shapes, mesh), "models")
         self.attach(self.roles.actor, self.roles.rewards)
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
         actor, critic = config.model.path, config.model.critic or config.model.path

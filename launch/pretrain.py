@@ -23,7 +23,7 @@ PANELS = (
     Panel(
         "Loss", "nats a token", (Line("loss", "#0f766e", "training"), Line("eval_loss", "#be123c", "held out", True))
     ),
-    Panel("Perplexity", "held out", (Line("eval_perplexity", "#be123c", points=True),)),
+    Panel("Perplexity", "held out", (Line("eval_perplexity", "#be123c", exact=True),)),
     Panel("Entropy", "nats a token", (Line("entropy", "#4338ca"),)),
     Panel("Gradient norm", "before clipping", (Line("grad_norm", "#b45309"),)),
 )
@@ -40,16 +40,17 @@ def main(session: Session[PretrainConfig]) -> None:
         loss = held_out_loss(work.learner, batch, config.update)
         return {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
 
+    work.held_out_before(unseen, measure)
     for _ in session.steps():
         rows = work.rows.next(config.update.batch_size)
         batch = pack_rows(rows).to(mesh.device)
-        metrics = work.epoch() | work.held_out(unseen, measure)
+        metrics = work.epoch()
         with session.phases("update") as phase:
             metrics |= sft_step(work.learner, batch, plan_rows(rows, config.update, mesh))
             work.count(phase, batch, passes=3)
+        metrics |= work.held_out(unseen, measure)
         session.end_step(metrics, tokens=len(batch.tokens))
 
-    work.held_out_last(unseen, measure)
     session.finish(PANELS)
 
 

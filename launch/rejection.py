@@ -40,10 +40,10 @@ PANELS = (
     Panel(
         "Reward",
         "mean over a round's answers",
-        (Line("reward", "#0f766e", "all", points=True), Line("reward_picked", "#4338ca", "the best", points=True)),
+        (Line("reward", "#0f766e", "all", exact=True), Line("reward_picked", "#4338ca", "the best", exact=True)),
     ),
     Panel("Loss", "of the step", (Line("loss", "#be123c"),)),
-    Panel("Answers", "tokens", (Line("response_length", "#b45309", points=True),)),
+    Panel("Answers", "tokens", (Line("response_length", "#b45309", exact=True),)),
     Panel("Gradient norm", "before clipping", (Line("grad_norm", "#475569"),)),
 )
 
@@ -64,8 +64,8 @@ class Run(Answering):
                 folder, shapes[folder], mesh, config.model.dtype, head=head, trained=trained, **options
             )
 
-        policy = session.together(lambda: build(config.model.path, "lm", True))
-        models = [Role(session.together(lambda f=f: build(f, "score", False))) for f in config.reward.models]
+        policy = session.together(lambda: build(config.model.path, "lm", True), "model")
+        models = [Role(session.together(lambda f=f: build(f, "score", False), f)) for f in config.reward.models]
         self.steps = config.round.count * self.per_round
         self.learner = build_learner(policy, config.optimizer, self.steps, ema_decay=config.update.ema_decay)
         self.attach(self.learner, models)

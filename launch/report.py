@@ -19,7 +19,7 @@ class Line(NamedTuple):
     metric: str
     colour: str
     label: str = ""  # where a panel has several
-    points: bool = False  # a point a measurement and a line through them, instead of a smoothed curve
+    exact: bool = False  # drawn as it is: not noise, or measured too rarely to be smoothed
 
 
 class Panel(NamedTuple):
@@ -46,28 +46,34 @@ SFT_PANELS = (
     Panel(
         "Loss",
         "nats a target token",
-        (Line("loss", "#0f766e", "training"), Line("eval_loss", "#be123c", "held out", points=True)),
+        (Line("loss", "#0f766e", "training"), Line("eval_loss", "#be123c", "held out", exact=True)),
     ),
     Panel("Entropy", "nats a token", (Line("entropy", "#4338ca"),)),
     Panel("Gradient norm", "before clipping", (Line("grad_norm", "#b45309"),)),
-    Panel("Learning rate", "of the step", (Line("lr", "#475569"),)),
+    Panel("Learning rate", "of the step", (Line("lr", "#475569", exact=True),)),
 )
 
+
+SPAN = 5  # steps in a mean
+FAINT: Any = {"alpha": 0.35, "linewidth": 1.2, "marker": "o", "markersize": 2}
+BOLD: Any = {"linewidth": 2.2, "solid_capstyle": "round"}
 
 Answer = tuple[str, str, float]
 """(prompt, completion, reward)."""
 
 
 def plot(metrics: Path, picture: Path, panels: Sequence[Panel], title: str = "") -> Path:
-    """Draws the panels, two in a row, over the steps of a metrics.jsonl as a PNG, and returns its path.
+    """Draws the panels that have data, two in a row, over the steps of a metrics.jsonl as a PNG; returns its path.
 
     A step may lack a metric (the actor's, while only the critic learns).
     """
     steps = read_metrics(metrics)
+    panels = [panel for panel in panels if any(line.metric in step for line in panel.lines for step in steps)]
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     style: Any = {
         "font.size": 9.5,
@@ -86,7 +92,7 @@ def plot(metrics: Path, picture: Path, panels: Sequence[Panel], title: str = "")
         "axes.labelcolor": "#475569",
     }
     with plt.rc_context(style):
-        rows = -(-len(panels) // 2)
+        rows = max(1, -(-len(panels) // 2))
         figure, axes = plt.subplots(rows, 2, figsize=(9.6, 3 * rows), sharex=True, layout="constrained", squeeze=False)
         for axis, panel in zip(axes.flat, panels, strict=False):
             axis.set_title(panel.title)
@@ -98,9 +104,16 @@ def plot(metrics: Path, picture: Path, panels: Sequence[Panel], title: str = "")
             axis.margins(x=0.03, y=0.12)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
-        for axis in axes[-1]:
+        for axis in axes.flat[max(0, len(panels) - 2) : len(panels)]:  # the lowest of each column
             axis.set_xlabel("step")
+            axis.tick_params(labelbottom=True)
             axis.xaxis.get_major_locator().set_params(integer=True)
+        if any(not line.exact for panel in panels for line in panel.lines):
+            handles = [Line2D([], [], color="#475569", **look) for look in (FAINT, BOLD)]
+            labels = ["each step, with the last value", f"mean of {SPAN} steps"]
+            figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)
+        elif not panels:
+            axes.flat[0].text(0, 1, "no step has been made")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, color="#475569")
         figure.savefig(picture, dpi=150)
@@ -109,17 +122,19 @@ def plot(metrics: Path, picture: Path, panels: Sequence[Panel], title: str = "")
 
 
 def draw(axis: Any, line: Line, points: Sequence[tuple[float, float]]) -> None:
-    """A metric's points and the curve through them, with its last value written at the end."""
+    """A metric's points, the curve through them or through their means, and the last value beside the last point."""
     if not points:
         return
     x, y = zip(*points, strict=True)
-    mean = list(y) if line.points else smooth(y)
-    strong = 1.0 if line.points else 0.28
-    axis.plot(x, y, color=line.colour, alpha=strong, linewidth=1.2, marker="o", markersize=4 if line.points else 2)
-    axis.plot(x, mean, color=line.colour, linewidth=2.2, solid_capstyle="round", label=line.label or None)
+    if line.exact:
+        marks = {"marker": "o", "markersize": 4} if len(points) <= 50 else {}
+        axis.plot(x, y, color=line.colour, **BOLD, **marks, label=line.label or None)
+    else:
+        axis.plot(x, y, color=line.colour, **FAINT)
+        axis.plot(x, smooth(y), color=line.colour, **BOLD, label=line.label or None)
     axis.annotate(
-        f"{mean[-1]:.3g}",
-        (x[-1], mean[-1]),
+        f"{y[-1]:.3g}",
+        (x[-1], y[-1]),
         xytext=(6, 0),
         textcoords="offset points",
         va="center",
@@ -129,11 +144,16 @@ def draw(axis: Any, line: Line, points: Sequence[tuple[float, float]]) -> None:
     )
 
 
-def smooth(values: Sequence[float], span: int = 5) -> list[float]:
+def smooth(values: Sequence[float], span: int = SPAN) -> list[float]:
     """Mean of each value and those up to `span` // 2 before and after it."""
     half = span // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
+
+
+def response_text(text: str, finish: str) -> str:
+    """A response as a table shows it: with an ellipsis where `max_new_tokens` cut it."""
+    return text if finish == "stop" else f"{text.rstrip()} …"
 
 
 def completion_table(before: Sequence[Answer], after: Sequence[Answer]) -> Table:
@@ -187,5 +207,6 @@ def sample_table(answers: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("reward", justify="right", no_wrap=True)
     for answer in answers:
         reward = "" if answer["reward"] is None else f"{answer['reward']:+.2f}"
-        table.add_row(*(Text(str(answer[key]).strip()) for key in ("model", "prompt", "completion")), reward)
+        completion = response_text(answer["completion"], answer["finish"])
+        table.add_row(*(Text(text.strip()) for text in (answer["model"], answer["prompt"], completion)), reward)
     return table

@@ -40,7 +40,7 @@ PANELS = (
         (Line("accuracy", "#0f766e", "training"), Line("eval_accuracy", "#be123c", "held out", True)),
     ),
     Panel("Scores", "mean", (Line("chosen", "#4338ca", "chosen"), Line("rejected", "#b45309", "rejected"))),
-    Panel("Calibration error", "held out", (Line("eval_calibration", "#475569", points=True),)),
+    Panel("Calibration error", "held out", (Line("eval_calibration", "#475569", exact=True),)),
 )
 
 
@@ -65,9 +65,10 @@ def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> 
     unseen = pack(data.held_out).to(mesh.device) if data.held_out else None
     work.begin(facts=FACTS)
 
+    work.held_out_before(unseen, measure)
     for _ in session.steps():
         batch = pack(data.next(config.update.batch_size)).to(mesh.device)
-        metrics = work.epoch() | work.held_out(unseen, measure)
+        metrics = work.epoch()
 
         with session.phases("update") as phase:
             if by_pairs:
@@ -76,9 +77,9 @@ def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> 
                 metrics |= process_step(learner, batch, plan(batch, config.update, mesh))
             work.count(phase, batch, passes=3)
 
+        metrics |= work.held_out(unseen, measure)
         session.end_step(metrics, tokens=len(batch.tokens))
 
-    work.held_out_last(unseen, measure)
     session.finish(PANELS, role="reward")
 
 

@@ -23,8 +23,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
@@ -36,10 +37,11 @@ from trialign.algorithms.roles import Learner
 from trialign.engine import checkpoint
 from trialign.engine.config import flatten, parse
 from trialign.engine.config import save as save_config
-from trialign.engine.logging import MetricLog, Progress
+from trialign.engine.logging import MetricLog
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.phases import Phases, matmul_peak
+from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.sole_writer import sole_writer
 from trialign.models.adapter import adapter_facts, export_adapter, has_peft_form, same_adapter
 from trialign.models.export import ExportRole, assets, export_checkpoint
@@ -118,7 +120,8 @@ class Session(Generic[Config]):
         step: steps that are done, of `total`.
         about: the data in a few words, once it is read.
         stack: what is to be closed when the script ends is entered here.
-        phases, progress: there after `begin`.
+        progress: the live display.
+        phases: there after `begin`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, stack: ExitStack, name: str):
@@ -126,18 +129,21 @@ class Session(Generic[Config]):
         self.folder = Path(config.run.folder)
         self.step = self.total = 0
         self.about = ""
+        self.progress = stack.enter_context(Progress(enabled=mesh.is_main))
         self.learners: Mapping[str, tuple[Learner, str]] = {}
         self.parts: Mapping[str, Stateful] = {}
 
-    def together(self, work: Callable[[], Result]) -> Result:
+    def together(self, work: Callable[[], Result], name: str = "") -> Result:
         """What `work` gives, on every rank; where it fails on any, every rank leaves and one of them says why.
 
         Args:
             work: reads and builds; no collectives in it.
+            name: shown while it goes on, where it may take seconds.
         """
         result, failure = None, ""
         try:
-            result = work()
+            with self.progress.work(name) if name else nullcontext():
+                result = work()
         except (ValueError, OSError) as error:
             failure = str(error)
         failures = [(rank, text) for rank, text in enumerate(gather_objects(failure, self.mesh.world)) if text]
@@ -172,11 +178,13 @@ class Session(Generic[Config]):
         if main:
             self._prepare()
         dtype = getattr(torch, config.model.dtype)
-        self.phases = Phases(self.mesh.device, self.mesh.world.size, peak=matmul_peak(dtype, self.mesh.device))
+        shown = partial(self.progress.work, line_after=LINE_EVERY)
+        peak = matmul_peak(dtype, self.mesh.device)
+        self.phases = Phases(self.mesh.device, self.mesh.world.size, peak=peak, around=shown)
         self.log = self.stack.enter_context(
-            MetricLog(self.folder, backends=config.run.log, start_step=self.step, config=flatten(config), enabled=main)
+            MetricLog(self.folder, backends=config.run.log, done=self.step, config=flatten(config), enabled=main)
         )
-        self.progress = self.stack.enter_context(Progress(steps, done=self.step, facts=facts, enabled=main))
+        self.progress.start(steps, done=self.step, facts=facts)
         self.progress.say(f"{self.folder}: {about}; {self.mesh}; {config.model.dtype}; from step {self.step}")
 
     def steps(self) -> Iterator[int]:
@@ -192,12 +200,13 @@ class Session(Generic[Config]):
         """
         costs = self.phases.take()
         metrics = {**metrics, **costs, "tokens_per_s": tokens / costs["seconds/step"]}
-        self.log(self.step, metrics)
         self.step += 1
+        self.log(self.step, metrics)
         self.progress.update(self.step, metrics)
         every = self.config.run.save_every
         if self.step == self.total or (every and self.step % every == 0):
-            self._save()
+            with self.progress.work("checkpoint"):
+                self._save()
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gave before the first step, as JSON has it; a resumed run finds it in its folder. Collective."""
@@ -211,10 +220,11 @@ class Session(Generic[Config]):
 
     def finish(self, panels: Sequence[Panel], *shown: Any, role: ExportRole = "actor") -> None:
         """Leaves the exported model and the plot in the folder, and says where they are below what is `shown`."""
-        self.progress.close()
         if self.mesh.is_main:
-            exported = self._export(role)
+            with self.progress.work("export"):
+                exported = self._export(role)
             picture = plot(self.folder / "metrics.jsonl", self.folder / f"{self.name}.png", panels)
+            self.progress.close()
             for text in shown:
                 self.progress.say(text)
             self.progress.say(f"model: {exported}\nplot:  {picture}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from from_rows import FromRows, from_rows
-from report import SFT_PANELS, answer_table
+from report import SFT_PANELS, answer_table, response_text
 from session import Session, start
 from trialign.algorithms.dialogue import DialogueDataset, pack_samples
 from trialign.algorithms.rollout import sample
@@ -34,17 +34,18 @@ def main(session: Session[SFTConfig]) -> None:
     work.begin(facts=FACTS)
     before = session.remember("before.json", lambda: answers(work))
 
+    work.held_out_before(unseen, measure)
     for _ in session.steps():
         batch = pack_samples(data.next(config.update.batch_size)).to(mesh.device)
-        metrics = work.epoch() | work.held_out(unseen, measure)
+        metrics = work.epoch()
 
         with session.phases("update") as phase:
             metrics |= sft_step(learner, batch, plan(batch, config.update, mesh))
             work.count(phase, batch, passes=3)
 
+        metrics |= work.held_out(unseen, measure)
         session.end_step(metrics, tokens=len(batch.tokens))
 
-    work.held_out_last(unseen, measure)
     after = answers(work)
     session.finish(SFT_PANELS, *([answer_table(before, after)] if after else []))
 
@@ -58,8 +59,10 @@ def answers(work: FromRows[DialogueDataset]) -> list[list[str]]:
         return []
     room = longest - max(len(prompt.tokens) for prompt, _ in prompts)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=min(run.show_tokens, room), stop_ids=work.ends)
-    rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
+    with work.session.progress.work("answers"):
+        rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
     texts = work.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
+    texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
     wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)
     return [list(row) for row in zip((prompt.text for prompt, _ in prompts), wanted, texts, strict=True)]
 

@@ -188,7 +188,7 @@ def test_what_a_run_leaves(setting, whole):
     ]
     assert not (whole / "begun").exists()
     steps = metrics(whole)
-    assert steps[-1]["eval_loss"] < steps[0]["eval_loss"] and steps[STEPS - 1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["eval_loss"] < steps[0]["eval_loss"] and steps[STEPS]["loss"] < steps[1]["loss"]
     AutoModelForCausalLM.from_pretrained(whole / "model")
     assert (whole / "conditional.png").stat().st_size > 10_000
 

@@ -63,7 +63,7 @@ def test_function_and_reward_model_over_four_ranks(setting, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "dp=2 pp=1 tp=2" in done.stdout and "before" in done.stdout and "after" in done.stdout
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == [0, 1]
+    assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         weighted = 0.5 * step["reward/rewards.py:length"] + 2 * step["reward/reward"]
         assert step["reward"] == pytest.approx(weighted, rel=1e-5)

@@ -1,7 +1,6 @@
-"""Metrics on disk, the live line, and what phases are said to cost."""
+"""Metrics on disk, and what phases cost."""
 
 import importlib.util
-import io
 import json
 import time
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
-from trialign.engine.logging import MetricLog, Progress, read_metrics, sparkline
+from trialign.engine.logging import MetricLog, read_metrics
 from trialign.engine.phases import Phases, forward_flops, matmul_peak
 from trialign.models.config import ModelConfig
 
@@ -35,7 +33,7 @@ def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):
             log(step, {"reward": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "rew')  # the kill came in the middle of a line
-    with MetricLog(tmp_path, start_step=3) as log:
+    with MetricLog(tmp_path, done=2) as log:
         log(3, {"reward": 30})
     steps = [(metrics["step"], metrics["reward"]) for metrics in read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == [(0, 0), (1, 1), (2, 2), (3, 30)]
@@ -77,43 +75,6 @@ def test_wandb_offline_gets_the_run(tmp_path, monkeypatch):
     with MetricLog(tmp_path, backends=("wandb",), config={"a": 1}) as log:
         log(0, METRICS)
     assert list(Path(tmp_path).glob("wandb/offline-run-*"))
-
-
-def console(terminal: bool) -> tuple[Console, io.StringIO]:
-    out = io.StringIO()
-    return Console(file=out, force_terminal=terminal, width=120, highlight=False), out
-
-
-def test_without_a_terminal_each_step_is_a_plain_line():
-    target, out = console(terminal=False)
-    with Progress(20, console=target) as progress:
-        progress.update(1, METRICS)
-        progress.update(2, METRICS)
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 2 and lines[1].startswith("step  2/20  reward +0.500  KL 1.250  1,234 tokens/s")
-    assert "\x1b" not in out.getvalue()
-
-
-def test_on_a_terminal_a_bar_shows_reward_kl_and_speed():
-    target, out = console(terminal=True)
-    with Progress(20, done=4, console=target) as progress:
-        progress.update(5, METRICS)
-        progress.say("something above")
-        progress.update(6, {**METRICS, "reward": 0.75})
-    text = out.getvalue()
-    assert "6/20" in text and "reward +0.750" in text and "KL 1.250" in text and "1,234 tokens/s" in text
-    assert "▁█" in text and "something above" in text
-
-
-def test_other_ranks_print_nothing(capsys):
-    with Progress(2, enabled=False) as progress:
-        progress.update(1, METRICS)
-        progress.say("x")
-    assert capsys.readouterr().out == ""
-
-
-def test_sparkline_spans_the_values():
-    assert sparkline([0.0, 1.0, 2.0]) == "▁▅█" and sparkline([3.0, 3.0]) == "▁▁"
 
 
 def test_phases_add_up_and_start_anew():

@@ -79,7 +79,7 @@ def test_qlora_run_resumes_in_another_layout_and_exports_again(setting, tmp_path
     run(setting, out, "--lora.quantize", "True")
     succeed("ppo", "--resume", out, "--run.steps", 2, "--parallel.tp", 2, ranks=2)
     steps = metrics(out)
-    assert [step["step"] for step in steps] == [0, 1]
+    assert [step["step"] for step in steps] == [1, 2]
     assert steps[0]["kl"] == 0 != steps[1]["kl"]
     last = out / "checkpoints" / "step_2"
     saved = saved_adapter(Reader(last), "actor")

@@ -412,7 +412,7 @@ def test_numbers_on_an_axis_can_be_told_apart(launched):
 def test_a_chart_leaves_out_what_a_step_lacks_and_keeps_labels_apart(launched):
     charts, report = importlib.import_module("charts"), importlib.import_module("report")
     panel = report.Panel(
-        "Loss", "nats", (report.Line("a", "#111111"), report.Line("b", "#222222", "held out", points=True))
+        "Loss", "nats", (report.Line("a", "#111111"), report.Line("b", "#222222", "held out", exact=True))
     )
     steps = [{"step": i, "a": 1.0 + 0.001 * i, **({"b": 1.0} if i % 2 else {})} for i in range(6)] + [
         {"step": 6, "a": math.nan}

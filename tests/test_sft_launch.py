@@ -69,7 +69,7 @@ def test_what_a_run_leaves(setting, whole):
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
     assert ["eval_loss" in step for step in steps] == [True, False, False, True, False, False, True]
     assert steps[-1]["eval_loss"] < steps[3]["eval_loss"] < steps[0]["eval_loss"]
-    assert steps[5]["loss"] < steps[0]["loss"] and steps[5]["epoch"] == pytest.approx(24 / 14)
+    assert steps[6]["loss"] < steps[1]["loss"] and steps[6]["epoch"] == pytest.approx(24 / 14)
     assert (whole / "sft.png").stat().st_size > 10_000
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -32,6 +32,7 @@ from ...kernels.paged_attention import paged_attention, write_kv
 from ...kernels.sampling import sample
 from ..mesh import Mesh
 from ..parallel.collectives import all_gather, all_reduce, broadcast, gather_objects
+from ..progress import report
 from .cache import BlockPool, PagedCache, blocks_for
 from .scheduler import Scheduler, Step
 
@@ -320,6 +321,7 @@ class _Run:
             result = self.results.pop(number - len(self.lanes))
             tokens, logprobs = result.tolist()
             keep = self.scheduler.commit(previous, [int(token) for token in tokens], logprobs)
+            report(self.scheduler.done, self.scheduler.total)
             self.lanes[lane].advance(result[0], previous.rows, keep)
         unfinished = torch.tensor(int(not self.scheduler.finished), device=self.mesh.device)
         if not all_reduce(unfinished, self.mesh.ep, "max").item():

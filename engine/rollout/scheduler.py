@@ -91,6 +91,7 @@ class Scheduler:
                 )
         self.waiting = deque(self.sequences)
         self.running: list[list[Sequence]] = [[] for _ in range(lanes)]
+        self.done, self.total = 0, len(prompts) * max_new_tokens  # tokens, a response that has ended counts in full
         # Lanes are filled evenly, or one would run everything while the other stages' turns pass empty.
         self.lane_size = blocks_for(min(max_running, len(prompts)), lanes)
 
@@ -129,6 +130,7 @@ class Scheduler:
         running = self.running[step.lane]
         assert len(tokens) == len(running) == step.rows, "a step's result does not match its rows"
         ended = False
+        self.done += len(running)
         for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
@@ -140,6 +142,7 @@ class Scheduler:
                 continue
             self.pool.free(sequence.blocks)
             sequence.blocks = []
+            self.done += self.max_new_tokens - len(sequence.tokens)
             ended = True
         if not ended:
             return None
