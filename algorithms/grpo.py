@@ -21,6 +21,7 @@ from .online import (
     check_first_ratio,
     one_pass,
     over_update,
+    sampler_mismatch,
     segments_of,
     target_count,
     target_segments,
@@ -67,14 +68,12 @@ def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOCon
     choices, rules, segments = config.choices, config.choices.rules, segments_of(batch)
     logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
     scores, group = scores.to(logprobs), group.to(logprobs.device)
-    kl, metrics = torch.zeros_like(logprobs), {}
+    kl, metrics = torch.zeros_like(logprobs), sampler_mismatch(batch, config.rollout)
     if batch.ref_logprobs is not None:
         kl = kl_estimate(logprobs, batch.ref_logprobs, choices.kl, replace(rules.kl, weighted=False))  # [total]
-        metrics["kl"] = segments.sums(kl).sum().item() / segments.filled  # nats a sequence
-        metrics["kl_per_token"] = (logprobs - batch.ref_logprobs)[batch.response].mean().item()
-    if batch.logprobs is not None:
-        difference = (batch.logprobs - batch.sampling_logprobs)[batch.response].abs()
-        metrics |= {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
+        if batch.logprobs is not None:  # else the update's forward has the actor's own
+            metrics["kl"] = segments.sums(kl).sum().item() / segments.filled  # nats a sequence
+            metrics["kl_per_token"] = (logprobs - batch.ref_logprobs)[batch.response].mean().item()
     rewards, advantages = advantages_of(scores, group, kl, segments, batch.cu_seqlens, choices, config.grpo.gamma)
     at = batch.response
     metrics |= {"advantage_max": advantages[at].max().item(), "advantage_min": advantages[at].min().item()}
@@ -162,7 +161,10 @@ def update(actor: Learner, batch: Batch, epochs: Sequence[Sequence[Minibatch]], 
         weighted = with_weights(batch, minibatch, choices.aggregation, choices.constant)
         parts = [weighted.select(share) for share in minibatch.shares]
         history.append(step(actor, parts, target_count(batch, minibatch), config, first=not history))
-    return over_update(history)
+    metrics = over_update(history)
+    if "kl_of_target" in metrics:
+        metrics["kl"] = metrics.pop("kl_of_target") * len(batch.response) / segments_of(batch).filled  # nats a sequence
+    return metrics
 
 
 def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfig, *, first: bool) -> dict[str, float]:
@@ -186,9 +188,14 @@ def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfi
         stats.largest(ratio_max=ratio, ratio_min=-ratio)
         if choices.importance != "off":
             stats.add(importance_weight=importance)
-        if part.logprobs is None:
+        if part.logprobs is None and not truncated(config.rollout):
             stats.add(sampler_mismatch=(logprobs - sampled).abs())
             stats.largest(sampler_mismatch_max=(logprobs - sampled).abs())
+        if (
+            part.logprobs is None and part.ref_logprobs is not None
+        ):  # the only step of the update, which it comes before
+            reference, rule = part.ref_logprobs[at], replace(choices.rules.kl, weighted=False)
+            stats.add(kl_of_target=kl_estimate(old, reference, choices.kl, rule), kl_per_token=old - reference)
         if choices.kl_in == "loss":
             assert part.ref_logprobs is not None
             kl = kl_estimate(logprobs, part.ref_logprobs[at], choices.kl, choices.rules.kl, old)

@@ -67,6 +67,14 @@ def truncated(rollout: RolloutConfig) -> bool:
     return rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_new_tokens > 0
 
 
+def sampler_mismatch(batch: Batch, rollout: RolloutConfig) -> dict[str, float]:
+    """How far the sampler's logprobs are from the actor's, where both are known and of the same distribution."""
+    if batch.logprobs is None or batch.sampling_logprobs is None or truncated(rollout):
+        return {}
+    difference = (batch.logprobs - batch.sampling_logprobs)[batch.response].abs()
+    return {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
+
+
 def segments_of(batch: Batch) -> Segments:
     """The batch's samples and their targets, over all its tokens."""
     return Segments.of_lengths(torch.tensor(batch.lengths), batch.mask)

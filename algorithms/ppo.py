@@ -22,6 +22,7 @@ from .online import (
     check_first_ratio,
     one_pass,
     over_update,
+    sampler_mismatch,
     segments_of,
     target_count,
     truncated,
@@ -75,10 +76,7 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
         "kl_per_token": (logprobs - batch.ref_logprobs)[batch.response].mean().item(),
         "kl_coef": kl_coef,
     }
-    if batch.logprobs is not None:
-        difference = (batch.logprobs - batch.sampling_logprobs)[batch.response].abs()
-        metrics |= {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
-    return batch.with_(rewards=rewards), metrics
+    return batch.with_(rewards=rewards), metrics | sampler_mismatch(batch, config.rollout)
 
 
 def advantages_of(batch: Batch, values: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:

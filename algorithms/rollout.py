@@ -59,6 +59,18 @@ def sample(
     ]
 
 
+def stop_tokens(stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What ends an answer, for a run's first line: each token with its id."""
+    names = [f"{name} ({i})" for i, name in zip(stop_ids, tokenizer.convert_ids_to_tokens(list(stop_ids)), strict=True)]
+    return f"stop tokens: {', '.join(names) or 'none, so every answer is cut'}"
+
+
+def texts_of(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The answers in words, without special tokens and without the token that ended them, special or not."""
+    tokens = [rollout.tokens[:-1] if rollout.finish == "stop" else rollout.tokens for rollout in rollouts]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
 class Scorer:
     """All rewards of a run: functions in processes of their own, models on the mesh, servers elsewhere.
 
@@ -103,7 +115,7 @@ class Scorer:
         def call() -> list[list[float]]:
             prompts = [rollout.prompt for rollout in rollouts]
             finished = [rollout.finish == "stop" for rollout in rollouts]
-            texts = self.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
+            texts = texts_of(rollouts, self.tokenizer)
             by_function = [function.score(prompts, texts) for function in self.functions]
             return by_function + [server.score(prompts, texts, finished) for server in self.servers]
 

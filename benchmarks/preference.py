@@ -117,7 +117,7 @@ class Base:
         kind = "lm" if head == "lm" else None
         self.shape: ModelConfig = read_shape(task.model, ParallelConfig(), SFTRun(), kind)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(task.model, self.shape)
-        self.ends = stop_ids(task.model, self.shape)
+        self.ends = stop_ids(task.model, self.shape, self.tokenizer)
 
     def learner(self, steps: int) -> Learner:
         """The model with its optimizer, as the scripts build it."""

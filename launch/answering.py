@@ -15,7 +15,7 @@ from trialign.algorithms.build import load_tokenizer
 from trialign.algorithms.config import PromptData, RewardConfig, RolloutConfig
 from trialign.algorithms.data import PromptDataset
 from trialign.algorithms.roles import Learner, Role
-from trialign.algorithms.rollout import Scorer, my_part, sample, sampling_params
+from trialign.algorithms.rollout import Scorer, my_part, sample, sampling_params, stop_tokens, texts_of
 from trialign.engine.rollout.generate import Generator
 from trialign.models.config import ModelConfig
 from trialign.models.hf import stop_ids
@@ -63,7 +63,9 @@ class Answering:
         self.dataset.load_state(place)
         self.scorer = Scorer(config.reward, self.tokenizer, self.mesh)
         session.stack.callback(self.scorer.close)
-        self.sampling = sampling_params(config.rollout, stop_ids(path, shape), show.seed)
+        ends = session.together(lambda: stop_ids(path, shape, self.tokenizer))
+        self.sampling = sampling_params(config.rollout, ends, show.seed)
+        self.about = f"{self.dataset}; {stop_tokens(ends, self.tokenizer)}"  # for the run's first line
         self.models: list[Role] = []
 
     def attach(self, actor: Learner, models: list[Role]) -> None:
@@ -81,7 +83,7 @@ class Answering:
         with self.progress.work("answers"):
             rollouts = sample(self.generator, prompts, greedy)
             combined = self.scorer.combined(self.scores(rollouts, len(rollouts)))
-        texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+        texts = texts_of(rollouts, self.tokenizer)
         named = zip(prompts, rollouts, texts, combined, strict=True)
         return [(prompt.text, response_text(text, rollout.finish), s) for prompt, rollout, text, s in named]
 

@@ -25,7 +25,7 @@ from trialign.algorithms.conditional import ConditionedRows, Rewarded, as_rollou
 from trialign.algorithms.conditional_config import ConditionalConfig, check_conditional
 from trialign.algorithms.dialogue import Sample, pack_samples, tokenise
 from trialign.algorithms.roles import Role
-from trialign.algorithms.rollout import Scorer, sample
+from trialign.algorithms.rollout import Scorer, sample, texts_of
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.shares import plan, plan_scoring
 from trialign.algorithms.sources import RowReader
@@ -45,7 +45,7 @@ class Rewards:
         self.config, folder = config, config.model.path
         self.shape = session.together(lambda: read_shape(folder, config.parallel, config.run, "lm", config.lora))
         self.tokenizer = session.together(lambda: load_tokenizer(folder, self.shape))
-        self.ends = stop_ids(folder, self.shape)
+        self.ends = session.together(lambda: stop_ids(folder, self.shape, self.tokenizer))
         self.scorer = Scorer(config.reward, self.tokenizer, session.mesh)
         session.stack.callback(self.scorer.close)
         asked = {knob: v for name in ("model", "data", "reward") for knob, v in flatten(getattr(config, name)).items()}
@@ -138,7 +138,7 @@ def answers(work: FromRows[ConditionedRows], rewards: Rewards) -> list[list[Any]
     greedy = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(run.show_tokens, room)), stop_ids=work.ends)
     with work.session.progress.work("answers"):
         rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
-    texts = work.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
+    texts = texts_of(rollouts, work.tokenizer)
     texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
     wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)
     scores = rewards.scores(rollouts) if rewards.config.reward.names else [None] * len(rollouts)

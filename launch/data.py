@@ -247,7 +247,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("data.sources is not given: nothing to show")
         shape = ModelConfig.from_hf(config.model.path)
         tokenizer = load_tokenizer(config.model.path, shape)
-        parts = show(config, tokenizer, stop_ids(config.model.path, shape), options.rows)
+        parts = show(config, tokenizer, stop_ids(config.model.path, shape, tokenizer), options.rows)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     console = Console(highlight=False)

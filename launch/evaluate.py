@@ -31,7 +31,7 @@ from trialign.algorithms.dialogue import DialogueDataset, pack_samples
 from trialign.algorithms.evaluate_config import EvaluateConfig, check_evaluate
 from trialign.algorithms.evaluation import Estimate, mean_of_prompts, nats_a_token, pass_at_k, wilson, win_rate
 from trialign.algorithms.roles import Role
-from trialign.algorithms.rollout import sample
+from trialign.algorithms.rollout import sample, texts_of
 from trialign.algorithms.rounds import write_rows
 from trialign.algorithms.text import TextStream, pack_rows
 from trialign.engine.config import flatten
@@ -78,7 +78,7 @@ class Evaluated:
         models = [Role(session.together(lambda p=p: self._reward_model(p), p)) for p in config.reward.models]
         answering.attach(cast(Any, self.role), models)
         there = answering.dataset.rows - answering.dataset.dropped
-        self._say(answering.dataset)
+        self._say(answering.about)
         count, size = min(config.data.limit or there, there), config.run.prompts_per_save
         begins = range(0, count, size)
         for part, begin in enumerate(begins):
@@ -101,7 +101,7 @@ class Evaluated:
             rewards = answering.scorer.combined(scores)
             for reason in answering.scorer.failures():  # there are none but on the first rank
                 self._say(f"abstains: {reason}")
-        texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+        texts = texts_of(rollouts, self.tokenizer)
         return [
             {
                 "model": self.folder,
@@ -145,7 +145,7 @@ class Evaluated:
         return (pack_rows(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
 
     def _dialogues(self) -> Iterator[Batch]:
-        ends = stop_ids(self.folder, self.shape)
+        ends = self.session.together(lambda: stop_ids(self.folder, self.shape, self.tokenizer))
         rows = self.session.together(lambda: DialogueDataset(self.config.dialogues, self.tokenizer, ends), "dialogues")
         self._say(rows)
         whole = list(rows.rows())

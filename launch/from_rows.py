@@ -31,6 +31,7 @@ from trialign.algorithms.build import build_decoder, build_learner, load_tokeniz
 from trialign.algorithms.config import EpochRun, LoRAConfig, OptimizerConfig, UpdateConfig
 from trialign.algorithms.dialogue import Sample
 from trialign.algorithms.roles import Learner, Role
+from trialign.algorithms.rollout import stop_tokens
 from trialign.algorithms.rows import RowData, RowStream
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.phases import Phase, forward_flops
@@ -80,7 +81,8 @@ class FromRows(Generic[Rows]):
         """`Session.begin` with what learns and its rows. Collective."""
         role = "actor" if self.learner.model.kind == "lm" else "reward"
         learners = {role: (self.learner, self.session.config.model.path)}
-        self.session.begin(learners, {"data": self.rows}, self.steps, about=str(self.rows), facts=facts)
+        about = f"{self.rows}; {stop_tokens(self.ends, self.tokenizer)}"
+        self.session.begin(learners, {"data": self.rows}, self.steps, about=about, facts=facts)
 
     def epoch(self) -> dict[str, float]:
         """Passes over the rows after this step."""
@@ -182,7 +184,7 @@ def from_rows(
         return shape, load_tokenizer(folder, shape)
 
     shape, tokenizer = session.together(look)
-    ends = stop_ids(folder, shape)
+    ends = session.together(lambda: stop_ids(folder, shape, tokenizer))
     rows = session.together(lambda: read(tokenizer, ends), "rows")
     steps = config.run.total(len(rows), config.update.batch_size)
     options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}

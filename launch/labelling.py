@@ -17,7 +17,7 @@ from trialign.algorithms.labelling import label
 from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.rlhf_config import PreferencesConfig
 from trialign.algorithms.roles import Role
-from trialign.algorithms.rollout import sample
+from trialign.algorithms.rollout import sample, texts_of
 from trialign.algorithms.rounds import read_round, unpicked, write_round, write_rows
 from trialign.engine.config import flatten
 from trialign.engine.parallel.collectives import gather_objects
@@ -53,7 +53,7 @@ def main(session: Session[Any]) -> None:
     done = gather_objects(session.together(lambda: begun(session.folder, config) if mesh.is_main else 0), mesh.world)[0]
     answering.dataset.next(min(count, done * run.prompts_per_save))  # the parts that are there
     parts = -(-count // run.prompts_per_save)
-    session.about = str(answering.dataset)
+    session.about = answering.about
     progress = session.progress
     progress.start(parts, done=done, facts={"reward": "reward {:.3f}"})
     for part in range(done, parts):
@@ -67,7 +67,7 @@ def main(session: Session[Any]) -> None:
         for reason in answering.scorer.failures():
             progress.say(f"abstains: {reason}")
         if mesh.is_main:
-            texts = answering.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+            texts = texts_of(rollouts, answering.tokenizer)
             write_round(session.folder / f"part_{part}.jsonl", unpicked(rollouts, texts, rewards, scores))
             shown = [reward for reward in rewards if reward == reward]
             progress.update(part + 1, {"reward": fmean(shown) if shown else float("nan")})

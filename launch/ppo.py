@@ -93,7 +93,7 @@ def train(run: Run, session: Session[PPOConfig]) -> None:
 def main(session: Session[PPOConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and the table of answers in the run's folder."""
     run = Run(session)
-    session.begin(run.learners, run.parts, run.config.run.steps, about=str(run.dataset))
+    session.begin(run.learners, run.parts, run.config.run.steps, about=run.about)
     before = session.remember("before.json", run.answer_shown)
     run.shown = run.shown[: len(before)]  # a resume may ask for more
     train(run, session)

@@ -28,7 +28,7 @@ from trialign.algorithms.rejection_config import RejectionConfig, check_rejectio
 from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.rewards import RewardShaper
 from trialign.algorithms.roles import Role
-from trialign.algorithms.rollout import sample
+from trialign.algorithms.rollout import sample, texts_of
 from trialign.algorithms.rounds import Answer, Rounds, drawn, make_answers, matches, read_round, winners, write_round
 from trialign.algorithms.sft import sft_step
 from trialign.algorithms.shares import plan
@@ -97,7 +97,7 @@ class Run(Answering):
             scores = self.scores(rollouts, self.config.update.micro_batch_size)
             combined = self.scorer.combined(scores)
             rewards = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
-            texts = self.tokenizer.batch_decode([r.tokens for r in rollouts], skip_special_tokens=True)
+            texts = texts_of(rollouts, self.tokenizer)
             answers = make_answers(rollouts, texts, rewards, scores, self.config.round.method)
             self._add_references(answers)
             phase.tokens = sum(lengths)
@@ -155,7 +155,7 @@ def main(session: Session[RejectionConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and the table of answers in the run's folder."""
     run = Run(session)
     learners = {"actor": (run.learner, run.config.model.path)}
-    session.begin(learners, run.parts, run.steps, about=f"{run.dataset}; {run.per_round} steps a round", facts=FACTS)
+    session.begin(learners, run.parts, run.steps, about=f"{run.about}; {run.per_round} steps a round", facts=FACTS)
     run.first_step = session.step
     if not run.config.run.resume and session.mesh.is_main:
         forget(session.folder / "rounds")

@@ -83,7 +83,7 @@ class Scores:
         self.tokenizer = load_tokenizer(folder, self.shape)
         if config.chat_template and not self.tokenizer.chat_template:
             raise ValueError(f"chat_template=true, but the tokenizer of {folder} has none: set it to false")
-        self.end = self._end_of_turn(stop_ids(folder, self.shape))
+        self.end = self._end_of_turn(stop_ids(folder, self.shape, self.tokenizer))
         model = build_decoder(folder, self.shape, mesh, config.model.dtype, head="score")
         self.role, self.lock, self.scored = Role(model), threading.Lock(), 0
 
@@ -125,7 +125,7 @@ class Scores:
             token for token in (*reversed(written), self.tokenizer.eos_token_id, *ends) if token in ends
         ]
         if not known:
-            raise ValueError(f"{self.config.model.path}: config.json names no eos_token_id, which ends an answer")
+            raise ValueError(f"{self.config.model.path}: neither its configs nor its tokenizer name an eos_token_id")
         return known[0]
 
 

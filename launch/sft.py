@@ -13,7 +13,7 @@ from from_rows import FromRows, from_rows
 from report import SFT_PANELS, answer_table, response_text
 from session import Session, start
 from trialign.algorithms.dialogue import DialogueDataset, pack_samples
-from trialign.algorithms.rollout import sample
+from trialign.algorithms.rollout import sample, texts_of
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.sft_config import SFTConfig, check
 from trialign.algorithms.shares import plan
@@ -61,7 +61,7 @@ def answers(work: FromRows[DialogueDataset]) -> list[list[str]]:
     greedy = SamplingParams(temperature=0.0, max_new_tokens=min(run.show_tokens, room), stop_ids=work.ends)
     with work.session.progress.work("answers"):
         rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
-    texts = work.tokenizer.batch_decode([rollout.tokens for rollout in rollouts], skip_special_tokens=True)
+    texts = texts_of(rollouts, work.tokenizer)
     texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
     wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)
     return [list(row) for row in zip((prompt.text for prompt, _ in prompts), wanted, texts, strict=True)]

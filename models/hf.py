@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..engine.parallel.shard import Piece, shard_of, sinks
 from .config import HeadKind, ModelConfig, model_folder, read_json
 from .decoder import Decoder
 from .families.family import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 _BLOCK = 1 << 20  # numbers of a large tensor that are converted at once
@@ -209,15 +212,22 @@ def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None
             raise ValueError(f"{folder}: {key}={theirs}, the model has {ours}")
 
 
-def stop_ids(folder: Path | str, config: ModelConfig) -> tuple[int, ...]:
-    """The tokens that end an answer: those of config.json and, as chat models have more, of generation_config.json.
+def stop_ids(folder: Path | str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: every end of sequence that config.json, generation_config.json and the tokenizer
+    name. Chat models have the end of a turn in one of them and the end of a text in another.
 
     Raises:
-        ValueError: generation_config.json is no JSON object, or its eos_token_id no token ids.
+        ValueError: generation_config.json is no JSON object, or an eos_token_id no token ids of the model.
     """
     path = model_folder(folder) / "generation_config.json"
-    named = read_json(path).get("eos_token_id") if path.is_file() else None
-    more = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(type(i) is int and i >= 0 for i in more):
-        raise ValueError(f"{path}: eos_token_id={named!r}: expected a token id or a list of them")
-    return tuple(sorted({*config.eos_ids, *more}))
+    named: Any = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends: set[int] = set(config.eos_ids)
+    for source, value in ((path, named), (f"{folder}: the tokenizer", tokenizer.eos_token_id)):
+        ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+            raise ValueError(
+                f"{source}: eos_token_id={value!r}: expected a token id below vocab_size={config.vocab_size} or a list"
+                " of them"
+            )
+        ends |= set(ids)
+    return tuple(sorted(ends))

@@ -175,7 +175,13 @@ log = []
 def whole(setting) -> Path:
     said = succeed("conditional", "--config", setting / "config.toml", "--run.output", setting / "whole")
     assert "1 dropped for more than 96 tokens" in said and "1 dropped for want of a score" in said
-    assert "3 rewards written" in said and "before" in said and "after" in said and "answers are asked for with" in said
+    assert (
+        "stop tokens: </s> (2)" in said
+        and "3 rewards written" in said
+        and "before" in said
+        and "after" in said
+        and "answers are asked for with" in said
+    )
     return setting / "whole"
 
 

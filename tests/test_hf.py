@@ -11,13 +11,14 @@ import torch
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
 from test_checkpoint import mesh_of
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig, check_layout
 from trialign.models.decoder import Decoder
 from trialign.models.hf import hf_name, hf_shapes, load_hf, pieces, stop_ids
 from trialign.models.rope import Rope
+from trialign.models.tokenizer import read_tokenizer
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)]  # tp, pp
 
@@ -182,21 +183,30 @@ def test_a_value_of_the_wrong_type_names_the_file(copy):
         ModelConfig.from_hf(copy)
 
 
-def test_stop_ids_are_those_of_both_configs(tmp_path):
+def test_stop_ids_are_those_of_both_configs_and_of_the_tokenizer(tmp_path):
     config = ModelConfig.from_hf(tiny_llama(tmp_path, eos_token_id=5))
+    tokenizer = read_tokenizer(tiny_tokenizer(tmp_path))  # its end of sequence is 2
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 5]}))
-    assert stop_ids(tmp_path, config) == (5, 9)
+    assert stop_ids(tmp_path, config, tokenizer) == (2, 5, 9)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert stop_ids(tmp_path, config, tokenizer) == (2, 5, 7)
     for text, message in (
         ("{", "not JSON"),
         ("[]", "expected a JSON object, found list"),
-        ('{"eos_token_id": "</s>"}', "eos_token_id='</s>': expected a token id or a list of them"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id='</s>': expected a token id below vocab_size=96 or a list"),
+        ('{"eos_token_id": [5, 96]}', r"eos_token_id=\[5, 96\]: expected a token id below vocab_size=96"),
         ('{"eos_token_id": [true]}', r"eos_token_id=\[True\]"),
     ):
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
-            stop_ids(tmp_path, config)
+            stop_ids(tmp_path, config, tokenizer)
     (tmp_path / "generation_config.json").unlink()
-    assert stop_ids(tmp_path, config) == (5,)
+    assert stop_ids(tmp_path, config, tokenizer) == (2, 5)
+    tokenizer.eos_token = None
+    assert stop_ids(tmp_path, config, tokenizer) == (5,)
+    tokenizer.eos_token = "z"  # a letter's token, beyond the model's vocabulary
+    with pytest.raises(ValueError, match=f"eos_token_id={tokenizer.eos_token_id}: expected a token id below"):
+        stop_ids(tmp_path, dataclasses.replace(config, vocab_size=8), tokenizer)
 
 
 CUT_HEADS = "num_kv_heads=4 does not divide by tp=6; allowed tp: 1, 2, 4, 12"  # 6 ranks cannot share 4 heads evenly

@@ -61,7 +61,7 @@ def test_function_and_reward_model_over_four_ranks(setting, tmp_path):
         ranks=4,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "dp=2 pp=1 tp=2" in done.stdout and "before" in done.stdout and "after" in done.stdout
+    assert "stop tokens: </s> (2); dp=2 pp=1 tp=2" in done.stdout and "before" in done.stdout and "after" in done.stdout
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:

@@ -208,7 +208,9 @@ def test_what_nobody_foresaw_is_answered_too(folder, serve_reward, monkeypatch):
 
 def test_folders_that_cannot_be_served_are_refused_before_the_model_is_loaded(serve_reward, tmp_path):
     endless = tiny_tokenizer(tiny_llama(tmp_path / "endless", score=True, vocab_size=260, eos_token_id=None))
-    with pytest.raises(ValueError, match="endless: config.json names no eos_token_id, which ends an answer"):
+    values = json.loads((endless / "tokenizer_config.json").read_text())
+    (endless / "tokenizer_config.json").write_text(json.dumps(values | {"eos_token": None}))
+    with pytest.raises(ValueError, match="endless: neither its configs nor its tokenizer name an eos_token_id"):
         serve_reward.Scores(serve_reward.ServeConfig(ModelPaths(str(endless))), build_mesh())
     (endless / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="chat_template=true, but the tokenizer of .*endless has none: set it to"):

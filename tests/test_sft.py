@@ -138,7 +138,7 @@ def test_smollm2_s_first_loss_is_transformers(smollm2, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in text))
     shape, tokenizer = ModelConfig.from_hf(smollm2), AutoTokenizer.from_pretrained(smollm2)
-    data = DialogueDataset(SFTData(sources=(str(path),)), tokenizer, stop_ids(smollm2, shape))
+    data = DialogueDataset(SFTData(sources=(str(path),)), tokenizer, stop_ids(smollm2, shape, tokenizer))
     samples = data.next(2)
     batch = pack_samples(samples)
     mesh = build_mesh()

@@ -61,6 +61,7 @@ def whole(setting) -> Path:
     """The run that nothing interrupts."""
     said = succeed("sft", "--config", f"{setting}/config.toml", "--run.output", f"{setting}/whole", "--run.keep", "6")
     assert "14 rows of" in said and "3 held out" in said and "in the data" in said
+    assert "stop tokens: </s> (2)" in said
     return setting / "whole"
 
 
@@ -78,7 +79,7 @@ def test_what_a_run_leaves(setting, whole):
     tokenizer = AutoTokenizer.from_pretrained(whole / "model")
     shape = ModelConfig.from_hf(whole / "model")
     data = SFTData(sources=(f"{setting}/rows.jsonl",), max_tokens=64, eval_fraction=0.2)
-    held_out = DialogueDataset(data, tokenizer, stop_ids(whole / "model", shape)).held_out
+    held_out = DialogueDataset(data, tokenizer, stop_ids(whole / "model", shape, tokenizer)).held_out
     targets = sum(sample.targets for sample in held_out)
     loss = 0.0
     for sample in held_out:
