@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from ..engine.checkpoint import Entry
 from ..engine.lr import lr_at
 from ..engine.mesh import Mesh
 from ..engine.optimizer import ShardedAdamW
+from ..engine.parallel.shard import Slot
 from ..models.adapter import check_adapter, check_lora, load_adapter, start_adapter, trained_name
 from ..models.config import HeadKind, ModelConfig, check_layout
 from ..models.decoder import Decoder
@@ -136,10 +137,15 @@ def build_decoder(
     adapters = lora.adapters(shape) if trained and lora is not None else None
     options = {"dtype": getattr(torch, dtype), "head": head, "recompute": trained and recompute, "lora": adapters}
     model = Decoder(shape, mesh, **options)
-    load_hf(model, folder, new_head="normal" if trained else "refuse")
-    start_adapter(model, seed)
-    if lora is not None and lora.adapter and adapters is not None:
-        load_adapter(model, lora.adapter)
+
+    def fill(model: Decoder, into: Sequence[Slot] | None = None) -> None:
+        load_hf(model, folder, new_head="normal" if trained else "refuse", into=into)
+        start_adapter(model, seed, into)
+        if lora is not None and lora.adapter and adapters is not None:
+            load_adapter(model, lora.adapter, into)
+
+    fill(model)
+    model.fill = fill
     return model if trained else model.requires_grad_(False)
 
 
@@ -153,6 +159,8 @@ def build_learner(
     name: str = "actor",
 ) -> Learner:
     """A trained model with its optimizer and a schedule over `updates` steps. `name` is for messages.
+
+    Masters begin as precise as what the model was filled from; its weights are those masters, rounded.
 
     Raises:
         ValueError: router losses are weighed in a model without experts.
@@ -169,6 +177,8 @@ def build_learner(
         ema_decay=ema_decay,
         name=name,
     )
+    if model.fill is not None:
+        optimizer.refine(partial(model.fill, model))
     return Learner(model, optimizer, schedule(settings, updates), temperature)
 
 

@@ -31,7 +31,7 @@ class ModelPaths:
     path: str = ""
     """folder in Hugging Face format, tokenizer included, from which training starts"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """compute type; optimizer states and master weights are float32 in any case"""
+    """compute type; optimizer states and master weights are float32 in any case, and begin as precise as the folder"""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,10 @@ from ..kernels.adamw import adamw_
 from .checkpoint import Entry, flat_rectangles
 from .mesh import Axis, Mesh
 from .parallel.collectives import all_gather_shards, all_reduce, reduce_scatter
-from .parallel.shard import shard_of
+from .parallel.shard import Piece, Slot, shard_of
 
 BUCKET_ELEMENTS = 25_000_000
+REFINED_ELEMENTS = 1 << 24  # masters that are read again at once
 ALIGNMENT = 64  # elements: every rank's share begins on a cache line in fp32 and bf16
 
 
@@ -85,6 +87,21 @@ class _Bucket:
         if mine.dtype != torch.float32:
             mine.copy_(self.states["master"])
         all_gather_shards(self.weights, mine, self.axis)
+
+
+class _Digits:
+    """Takes the digits of numbers beyond those of the weights into the masters that were made of the weights.
+
+    A master that the numbers do not round to stays: its weight has been changed since.
+    """
+
+    def __init__(self, master: Tensor, dtype: torch.dtype):
+        self.master, self.dtype = master, dtype
+
+    def copy_(self, source: Tensor) -> None:
+        numbers = source.to(self.master.device, torch.float32)
+        same = numbers.to(self.dtype) == self.master.to(self.dtype)
+        self.master.copy_(torch.where(same, numbers, self.master))
 
 
 class ShardedAdamW:
@@ -234,19 +251,47 @@ class ShardedAdamW:
         Args:
             hf_name: (parameter name, part) -> the whole tensor's name.
         """
+        for bucket, name, piece, share in self._rectangles():
+            whole = hf_name(name, piece.part)
+            for kind, state in bucket.states.items():
+                view = state[share].view(piece.shape)
+                yield Entry(f"{role}/{kind}/{whole}", piece.global_shape, piece.offset, view, bucket.counted)
+
+    def refine(self, fill: Callable[[Sequence[Slot]], None]) -> None:
+        """Gives masters the digits of what narrower weights were rounded from; averages begin from them.
+
+        Args:
+            fill: copies numbers into slots as it did into the model's, in whatever dtype it has them. A slot holds at
+                most REFINED_ELEMENTS numbers, or one row.
+        """
+        slots = []
+        for bucket, name, piece, share in self._rectangles():
+            if bucket.weights.dtype == torch.float32:  # the weights are the masters
+                continue
+            master = bucket.states["master"][share].view(piece.shape)
+            step = max(1, REFINED_ELEMENTS // math.prod(piece.shape[1:]))
+            for begin in range(0, piece.shape[0], step):
+                rows = master[begin : begin + step]
+                offset = (piece.offset[0] + begin, *piece.offset[1:])
+                part = replace(piece, offset=offset, shape=tuple(rows.shape))
+                slots.append(Slot(name, part, _Digits(rows, bucket.weights.dtype)))
+        fill(slots)
+        for bucket in self.buckets:
+            if "ema" in bucket.states:
+                bucket.states["ema"].copy_(bucket.states["master"])
+
+    def _rectangles(self) -> Iterator[tuple[_Bucket, str, Piece, slice]]:
+        """This rank's share of every state: (bucket, parameter's name, rectangle, its place in the share)."""
         for bucket in self.buckets:
             for (name, p), start in zip(bucket.named, bucket.starts, strict=True):
-                shard = shard_of(p)
-                for piece in shard.pieces:
+                for piece in shard_of(p).pieces:
                     stop = start + math.prod(piece.shape)
                     low, high = max(start, bucket.mine.start), min(stop, bucket.mine.stop)
                     if low < high:
-                        whole = hf_name(name, piece.part)
                         for offset, shape, at in flat_rectangles(piece.shape, piece.offset, low - start, high - start):
                             begin = start + at - bucket.mine.start
-                            for kind, state in bucket.states.items():
-                                view = state[begin : begin + math.prod(shape)].view(shape)
-                                yield Entry(f"{role}/{kind}/{whole}", piece.global_shape, offset, view, bucket.counted)
+                            rectangle = replace(piece, offset=offset, shape=shape)
+                            yield bucket, name, rectangle, slice(begin, begin + math.prod(shape))
                     start = stop
 
     def loaded(self, steps: int) -> None:

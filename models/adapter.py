@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..engine.checkpoint import Reader, read_state
-from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target, adapted_linears
-from ..engine.parallel.shard import shard_of, sinks
+from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target
+from ..engine.parallel.shard import Slot, slots
 from ..engine.safetensors_io import write_stream
 from ..engine.whole_folder import whole_folder
 from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
@@ -172,21 +172,23 @@ def _number(alpha: float) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def start_adapter(model: Decoder, seed: int) -> None:
+def start_adapter(model: Decoder, seed: int, into: Iterable[Slot] | None = None) -> None:
     """Fills a model's adapters as PEFT does: A uniform in ±1/√in (Kaiming with a = √5), B zero, so they change nothing.
 
     A depends on the seed and its own name alone, not on the layout.
+
+    Args:
+        into: as in `load_hf`.
     """
-    for linear in adapted_linears(model):
-        linear.lora_b.data.zero_()
-    for name, parameter in model.named_parameters():
-        if shard_of(parameter).adapter and name.endswith("lora_a"):
-            for piece, view in sinks(parameter):
-                known = f"{seed}:{trained_name(name, piece.part, model.config, model.kind)}"
-                key = int.from_bytes(hashlib.sha256(known.encode()).digest()[:7])
-                draws = torch.rand(piece.global_shape, generator=torch.Generator().manual_seed(key)) * 2 - 1
-                cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
-                view.copy_(draws[cut] / piece.global_shape[1] ** 0.5)
+    for name, piece, sink in slots(model) if into is None else into:
+        if name.endswith("lora_b"):
+            sink.copy_(torch.zeros(piece.shape))
+        elif name.endswith("lora_a"):
+            known = f"{seed}:{trained_name(name, piece.part, model.config, model.kind)}"
+            key = int.from_bytes(hashlib.sha256(known.encode()).digest()[:7])
+            draws = torch.rand(piece.global_shape, generator=torch.Generator().manual_seed(key)) * 2 - 1
+            cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            sink.copy_(draws[cut] / piece.global_shape[1] ** 0.5)
 
 
 def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False) -> LoRA:
@@ -249,8 +251,11 @@ def check_adapter(folder: Path | str, config: ModelConfig, lora: LoRA, head: Hea
             raise ValueError(f"{folder}: {key}={one}, the model's adapters have {other}")
 
 
-def load_adapter(model: Decoder, folder: Path | str) -> None:
+def load_adapter(model: Decoder, folder: Path | str, into: Iterable[Slot] | None = None) -> None:
     """Fills a model's adapters from a PEFT folder, each rank reading only its slices; a score head too, if it is there.
+
+    Args:
+        into: as in `load_hf`.
 
     Raises:
         ValueError: as `check_adapter`.
@@ -258,13 +263,12 @@ def load_adapter(model: Decoder, folder: Path | str) -> None:
     assert model.lora is not None
     check_adapter(folder, model.config, model.lora, model.kind)
     held = PeftFile(Path(folder), read_peft_config(Path(folder)), model.config)
-    for name, parameter in model.named_parameters():
-        for piece, view in sinks(parameter) if parameter.requires_grad else ():
-            theirs_ = trained_name(name, piece.part, model.config, model.kind)
-            key = theirs_ if shard_of(parameter).adapter else PREFIX + theirs_
-            if key in held.shapes:
-                cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
-                view.copy_(held.read(key, cut))
+    for name, piece, sink in slots(model) if into is None else into:
+        theirs_ = trained_name(name, piece.part, model.config, model.kind)
+        key = theirs_ if name.rpartition(".")[2] in _LETTERS else PREFIX + theirs_
+        if key in held.shapes:
+            cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            sink.copy_(held.read(key, cut))
 
 
 @cache

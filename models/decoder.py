@@ -7,7 +7,7 @@ forward. Parameters are uninitialised until models/hf.py fills them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ from ..engine.parallel.layers import (
     whole,
 )
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA, adapted_linears
-from ..engine.parallel.shard import Shard, shard_of, sharded_parameter
+from ..engine.parallel.shard import Shard, Slot, shard_of, sharded_parameter
 from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_
@@ -203,7 +203,12 @@ class Decoder(nn.Module):
         head: "lm" predicts tokens; "score" gives one number a token (critic, reward model).
         recompute: keep only each layer's input and run its forward again in the backward.
         lora: adapters in the linears, and the weights frozen; a "score" head is trained in full beside them.
+
+    Attributes:
+        fill: fills slots with what the parameters began from, in the precision that it is kept in; None: not known.
     """
+
+    fill: Callable[[Decoder, Sequence[Slot]], None] | None = None
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..engine.parallel.shard import Piece, shard_of, sinks
+from ..engine.parallel.shard import Piece, Slot, shard_of, sinks, slots
 from .config import HeadKind, ModelConfig, model_folder, read_json
 from .decoder import Decoder
 from .families.family import Row
@@ -166,13 +166,20 @@ def _placed(model: Decoder) -> Iterator[tuple[Place, Piece, Any]]:
                 yield table[name, piece.part], piece, sink
 
 
-def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "zero", "normal"] = "refuse") -> None:
+def load_hf(
+    model: Decoder,
+    folder: Path | str,
+    *,
+    new_head: Literal["refuse", "zero", "normal"] = "refuse",
+    into: Iterable[Slot] | None = None,
+) -> None:
     """Fills the model's parameters, each rank reading only its slices, converted to the parameters' dtype.
 
     Args:
         folder: config.json and safetensors, one file or several with an index; or a checkpoint of a run.
         new_head: how a "score" head begins when the folder holds a causal language model: "refuse", "zero", or
             "normal" with standard deviation 1/(hidden + 1), so that values begin near 0; equal on all ranks.
+        into: what is filled instead of the model: the optimizer's masters, with what the model's dtype cut off.
 
     Raises:
         ValueError: before any parameter is changed: a file or tensor that is missing, truncated, of another shape or
@@ -190,14 +197,19 @@ def load_hf(model: Decoder, folder: Path | str, *, new_head: Literal["refuse", "
         expected = next(name for name, kind in config.family.architectures.items() if kind == "score")
         raise ValueError(f"{folder}: {config.architecture} has no score.weight; expected {expected}")
 
-    for place, piece, view in _placed(model):
-        if not (fresh and place.tensor == HEADS["score"].theirs):
-            view.copy_(source.read(place, piece.offset, piece.shape))
-        elif new_head == "zero":
-            view.zero_()
-        else:
-            draws = torch.randn(view.shape, generator=torch.Generator().manual_seed(0))
-            view.copy_(draws / (config.hidden_size + 1))
+    table = places(model.config, model.kind)
+    for name, piece, sink in slots(model) if into is None else into:
+        place = table.get((name, piece.part))
+        if place is None:  # an adapter's
+            continue
+        if fresh and place.tensor == HEADS["score"].theirs:
+            draws = torch.randn(piece.global_shape, generator=torch.Generator().manual_seed(0))
+            cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            sink.copy_(draws[cut] / (config.hidden_size + 1) if new_head == "normal" else torch.zeros(piece.shape))
+        elif into is None or source.dtype(place) != model.dtype:
+            numbers = source.read(place, piece.offset, piece.shape)
+            # By way of float32, as masters go: float64 rounded twice may differ.
+            sink.copy_(numbers.float() if numbers.dtype == torch.float64 != model.dtype else numbers)
 
 
 def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,20 @@ def place(parameter: nn.Parameter, store: Store) -> None:
     """Says that `parameter`, which must be on the meta device, only stands for what `store` keeps."""
     assert parameter.is_meta
     parameter.store = store  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Slot(NamedTuple):
+    """Where the numbers of one rectangle of a whole tensor go."""
+
+    name: str  # of the parameter
+    piece: Piece
+    sink: Sink
+
+
+def slots(model: nn.Module) -> Iterator[Slot]:
+    """Every piece of every parameter."""
+    for name, parameter in model.named_parameters():
+        yield from (Slot(name, piece, sink) for piece, sink in sinks(parameter))
 
 
 def sinks(parameter: nn.Parameter) -> Iterator[tuple[Piece, Sink]]:
