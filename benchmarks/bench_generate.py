@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import refuse_ranks
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trialign.engine.mesh import build_mesh
 from trialign.engine.rollout.generate import Generator, SamplingParams
@@ -69,6 +70,7 @@ def hugging_face(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[i
 
 def main() -> None:
     args = arguments()
+    refuse_ranks("bench_generate.py")
     vocab = ModelConfig.from_hf(args.model).vocab_size
     prompts = torch.randint(vocab, (args.batch, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
     runs = {"ours": ours(args, prompts)} | ({} if args.no_peer else {"hf": hugging_face(args, prompts)})

@@ -28,6 +28,7 @@ import torch
 import tyro
 from case import Case, Run
 from contenders import CASES
+from ranks import refuse_ranks
 from rich.console import Console
 from rich.table import Table
 from torch._dynamo.exc import BackendCompilerFailed
@@ -168,6 +169,7 @@ def measure(op: str, bench: Bench, table: Table) -> dict[str, float | None]:
 
 
 def main(bench: Bench) -> None:
+    refuse_ranks("bench_kernels.py")
     if unknown := set(bench.op) - CASES.keys():
         raise SystemExit(f"--op {', '.join(sorted(unknown))}: allowed are {', '.join(CASES)}")
     torch.set_num_threads(bench.threads)

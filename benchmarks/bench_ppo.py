@@ -26,7 +26,7 @@ from trialign.algorithms.ppo import score, update, with_rewards
 from trialign.algorithms.ppo_config import AlgorithmConfig, PPOConfig, PPOData, PPOModels, PPORun
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample, sampling_params
-from trialign.engine.mesh import build_mesh
+from trialign.engine.mesh import build_mesh, check_layout
 from trialign.engine.phases import Phases, forward_flops, matmul_peak
 from trialign.engine.rollout.generate import Generator
 from trialign.models.decoder import Decoder
@@ -58,6 +58,12 @@ class Bench:
 
 
 def main(bench: Bench) -> None:
+    try:
+        dp = check_layout(int(os.environ.get("WORLD_SIZE", "1")), tp=bench.tp, pp=bench.pp)
+        if bench.prompts % dp:
+            raise ValueError(f"prompts={bench.prompts} do not divide by dp={dp}")
+    except ValueError as error:  # the same on every rank
+        raise SystemExit(f"error: {error}") from None
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if bench.device == "cuda" else "gloo")
     config = PPOConfig(
@@ -82,7 +88,7 @@ def main(bench: Bench) -> None:
     phases = Phases(mesh.device, mesh.world.size, peak=matmul_peak(dtype, mesh.device))
     history = []
     for step in range(bench.iters):
-        tokens = torch.randint(1000, shape.vocab_size, (bench.prompts, bench.prompt_tokens), generator=random).tolist()
+        tokens = torch.randint(shape.vocab_size, (bench.prompts, bench.prompt_tokens), generator=random).tolist()
         prompts = [Prompt(step * bench.prompts + i, row, "") for i, row in enumerate(tokens)]
         with phases("rollout") as phase:
             batch = from_rollouts(sample(generator, prompts, params)).to(mesh.device)

@@ -28,6 +28,7 @@ import torch
 import tyro
 from peer import Peer
 from preference import SIDES, Side, Task
+from ranks import refuse_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +69,7 @@ class Times(NamedTuple):
 
 
 def main(bench: Bench) -> None:
+    refuse_ranks("bench_preference.py")
     with tempfile.TemporaryDirectory() as folder:
         side = SIDES[bench.algorithm](bench, (bench.turns + 1) * bench.steps, Path(folder))
         report = run(bench, side, Path(folder))

@@ -13,6 +13,9 @@ from trialign.algorithms.config import ParallelConfig
 from trialign.engine.mesh import Mesh, build_mesh
 
 TIMEOUT = timedelta(minutes=30)
+# oneDNN keeps the primitives it has compiled, one a shape, by default 1024 of them: gigabytes where the number of
+# tokens differs from step to step. It reads this once, at its first operation.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def world_size() -> int:
