@@ -61,7 +61,7 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
         ValueError: a column is missing or malformed, or a reward is no finite number; names the row.
     """
     rows = []
-    for where, row in read(source):
+    for where, row in read(source, config.keys):
         dialogue = read_answer(where, row, config.response_key, "response_key", config)
         if not any(message["role"] == "user" for message in dialogue.messages):
             raise ValueError(f"{where}: no user's turn to write the reward into")

@@ -7,7 +7,7 @@ empty string turns a thing off where the text says so.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from ..engine.mesh import check_layout
@@ -40,7 +40,7 @@ class DataConfig:
 
     section: ClassVar[str] = "data"  # of the config, as messages name its knobs
     sources: tuple[str, ...] = ()
-    """.jsonl(.gz) or .parquet files, folders saved by `datasets`, or names on the Hugging Face hub (name:split)"""
+    """files (.jsonl, .json, .csv, .tsv, .parquet), folders of them or by `datasets`, names on the hub (name:split)"""
     probabilities: str = ""
     """how often each source is drawn from, as 0.5,0.4,0.1 ("": all rows alike)"""
     chat_template: bool = True
@@ -50,6 +50,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.weights()
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Option -> the column that it names."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_key")}
 
     def weights(self) -> tuple[float, ...]:
         """`probabilities` as numbers that add up to 1; empty where all rows are drawn alike."""

@@ -166,7 +166,7 @@ class _Order:
 
 def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[_Item]:
     """All prompts of a source, over-long ones too, tokenised."""
-    rows = list(read(source))
+    rows = list(read(source, config.keys))
     if not rows:
         raise ValueError(f"data source {source}: holds no prompts")
     chats = [with_system_prompt(read_prompt(where, row, config.prompt_key, config), config) for where, row in rows]
@@ -197,7 +197,7 @@ class TextDataset:
 
     def __init__(self, source: str, key: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
         self._reader = RowReader()
-        rows = list(self._reader(source))
+        rows = list(self._reader(source, {"text_key": key}))
         texts = [column(where, row, key, "data.ptx_key") for where, row in rows]
         for (where, _), text in zip(rows, texts, strict=True):
             if not isinstance(text, str):

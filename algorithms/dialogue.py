@@ -95,7 +95,7 @@ class DialogueDataset(RowStream[Sample]):
         reader = RowReader()
 
         def load(source: str) -> list[Sample]:
-            dialogues = [read_dialogue(where, row, config) for where, row in reader(source)]
+            dialogues = [read_dialogue(where, row, config) for where, row in reader(source, config.keys)]
             return list(tokenise(dialogues, tokenizer, stop_ids, config.chat_template))
 
         super().__init__(config, load, lambda sample: [len(sample.tokens)], seed, reader=reader)

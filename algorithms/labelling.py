@@ -32,7 +32,7 @@ def split_prompts(config: PromptsConfig, seed: int) -> tuple[Rows, Rows]:
     """
     rows, keys = [], []
     for source in config.sources:
-        for where, row in read_rows(source):
+        for where, row in read_rows(source, config.keys):
             keys.append(json.dumps(column(where, row, config.prompt_key, "prompts.prompt_key"), sort_keys=True))
             rows.append(row)
     distinct = list(dict.fromkeys(keys))
@@ -103,4 +103,4 @@ def read_labelled(source: str, read: Read = read_rows) -> list[Pair]:
         prompt, answer = row["prompt_tokens"], row[f"{side}_tokens"]
         return Sample(array("i", [*prompt, *answer]), bytes(len(prompt)) + b"\1" * len(answer), row["prompt"], where)
 
-    return [Pair(sample(row, at, "chosen"), sample(row, at, "rejected"), 0.0) for at, row in read(source)]
+    return [Pair(sample(row, at, "chosen"), sample(row, at, "rejected"), 0.0) for at, row in read(source, {})]

@@ -6,11 +6,12 @@ whatever else a message holds for the template.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .columns import from_sharegpt
 from .config import DataConfig
+from .text_files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ def read_messages(where: str, value: list[Any]) -> list[Message]:
     """
     messages = []
     for number, message in enumerate(value):
+        message = from_sharegpt(f"{where}[{number}]", message)
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where}[{number}] must be a message {{role, content}}, not {brief(message)}")
         message = {key: own for key, own in message.items() if own is not None}
@@ -84,9 +86,9 @@ def read_tools(where: str, row: dict[str, Any], config: DataConfig) -> list[Any]
     tools = row.get("tools") or None
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: 'tools' is not valid JSON: {error.msg} at column {error.colno}") from None
+            tools = parse_json(tools)
+        except ValueError as error:
+            raise ValueError(f"{where}: 'tools' is {error}") from None
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"{where}: 'tools' must be a list of function descriptions, not {brief(tools)}")
     if tools and not config.chat_template:

@@ -104,7 +104,7 @@ def read_pairs(
         ValueError: a column is missing or malformed; names the row.
     """
     chosen, rejected, margins = [], [], []
-    for where, row in read(source):
+    for where, row in read(source, config.keys):
         for answers, answer in zip((chosen, rejected), read_pair(where, row, config), strict=True):
             answers.append(answer)
         margins.append(_margin(where, row, config.margin_key))
@@ -221,7 +221,7 @@ def read_labelled(
 ) -> list[Labelled]:
     """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
     dialogues, labels = [], []
-    for where, row in read(source):
+    for where, row in read(source, config.keys):
         dialogues.append(read_answer(where, row, config.response_key, "response_key", config))
         label = column(where, row, config.label_key, "data.label_key")
         if not is_label(label):
@@ -266,7 +266,7 @@ def read_steps(
     if config.chat_template:
         need_template(tokenizer)
     rows = []
-    for where, row in read(source):
+    for where, row in read(source, config.keys):
         prompt = with_system_prompt(read_prompt(where, row, config.prompt_key, config), config)
         tools = read_tools(where, row, config)
         steps = column(where, row, config.steps_key, f"{config.section}.steps_key")

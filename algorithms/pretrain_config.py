@@ -22,7 +22,7 @@ class TextData(RowData):
     """Documents, how they are cut and packed, and what is held out."""
 
     sources: tuple[str, ...] = ()
-    """.txt and .md files (a document each), .jsonl(.gz), .parquet, folders saved by `datasets`, or names on the hub"""
+    """files (.txt and .md, a document each; .jsonl, .json, .csv, .tsv, .parquet), folders, or names on the hub"""
     chat_template: bool = False
     """must be false: text is learned as it stands"""
     max_tokens: int = 2048

@@ -99,7 +99,7 @@ class RewardServer:
             "finished": list(finished),
             "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
         }
-        body = json.dumps(request, default=str).encode()
+        body = json.dumps(as_json(request), default=str, allow_nan=False).encode()
         sources = [prompt.source or f"prompt {prompt.index}" for prompt in prompts]
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
         about = f"for {len(sources)} rows: {', '.join(sources[:8])}{more}"
@@ -215,3 +215,12 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def as_json(value: Any) -> Any:
+    """The value with None for every NaN and infinity, which JSON has no form for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: as_json(own) for key, own in value.items()}
+    return [as_json(own) for own in value] if isinstance(value, list | tuple) else value

@@ -1,22 +1,28 @@
-"""Rows of data, out of whatever they are kept in: files, folders that `datasets` wrote, data sets on the hub."""
+"""Rows of data, out of whatever they are kept in: files, folders, data sets on the hub."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO
+from types import MappingProxyType
 
-Row = tuple[str, dict[str, Any]]
-"""(where it was read, as prompts.jsonl:12, and its columns)."""
+from .arrow import named, read_parquet
+from .columns import own_columns
+from .text_files import Row, read_csv, read_json, read_jsonl, read_text
 
-TEXT_FILES = (".txt", ".md")
-"""A file of text is one row, with the column `text`."""
+FORMS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+"""Of files; those of text may be gzipped (.jsonl.gz). A .txt or .md file is one row."""
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
+"""Those that hold rows and nothing else."""
 
-Read = Callable[[str], Iterator[Row]]
+Keys = Mapping[str, str]
+"""Option -> the column that it names, as {"prompt_key": "prompt"}."""
+
+NO_KEYS: Keys = MappingProxyType({})
+
+Read = Callable[[str, Keys], Iterator[Row]]
 """Gives a source's rows: `read_rows`, or a `RowReader`."""
 
 
@@ -32,9 +38,9 @@ class RowReader:
     def __init__(self) -> None:
         self.digests: dict[str, str] = {}
 
-    def __call__(self, source: str) -> Iterator[Row]:
+    def __call__(self, source: str, keys: Keys) -> Iterator[Row]:
         digest = sha256()
-        for where, row in read_rows(source):
+        for where, row in read_rows(source, keys):
             digest.update(json.dumps(row, default=str).encode() + b"\n")
             yield where, row
         self.digests[source] = digest.hexdigest()
@@ -65,84 +71,78 @@ class RowReader:
                 )
 
 
-def read_rows(source: str) -> Iterator[Row]:
-    """The rows of a .jsonl(.gz) or .parquet file, a folder `datasets` wrote, or a data set on the hub (name:split); a
-    file of text is one row.
+NUMBERS = ("label_key", "margin_key", "reward_key")
+"""Options whose columns hold something else than text."""
+
+
+def read_rows(source: str, keys: Keys = NO_KEYS) -> Iterator[Row]:
+    """The rows of a file, of a folder of files, of one that `datasets` wrote, or of a data set on the hub (name:split).
+
+    Columns of ShareGPT and Alpaca become those that `keys` names; see columns.py.
 
     Raises:
-        ValueError: it does not exist, cannot be read, or a line is not a JSON object; names the file and the line.
+        ValueError: it does not exist, cannot be read, or a row is malformed; names the file and the line, or the row.
     """
+    for where, row in _read(source, keys):
+        yield where, own_columns(where, row, keys)
+
+
+def _read(source: str, keys: Keys) -> Iterator[Row]:
     path = Path(source)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _read_jsonl(path)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    elif source.endswith(TEXT_FILES):
-        yield source, {"text": _read_text(path)}
-    elif path.is_file() or path.suffix in (".json", ".csv"):
-        raise ValueError(f"data source {source}: must be a .jsonl or .parquet file, a folder or a name on the hub")
+    form = form_of(path)
+    if path.is_file() or form and not path.is_dir():
+        yield from _read_file(path, form, keys)
     else:
-        yield from _read_datasets(source)
+        name, _, split = source.partition(":")
+        folder = Path(name)
+        if folder.is_dir() and not any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            yield from _read_folder(folder, split, keys)
+        else:
+            yield from _read_datasets(source)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    try:
-        with _open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{number}: must be an object such as {{...}}, not {type(row).__name__}")
-                if "\\ud" in line.lower():
-                    _refuse_half_pairs(f"{path}:{number}", row)
-                yield f"{path}:{number}", row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data source {path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"data source {path}: not a whole gzip file: {error}") from None
-    except OSError as error:
-        raise ValueError(f"data source {path}: {error.strerror or error}") from None
+def form_of(path: Path) -> str:
+    """Which of FORMS a file has by its name; "" for none."""
+    name = path.name.removesuffix(".gz")
+    form = next((form for form in FORMS if name.endswith(form)), "")
+    return "" if form == ".parquet" and name != path.name else form
 
 
-def _refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
-    """JSON may write half of a surrogate pair, which no tokenizer takes: it is no text."""
-    for key, value in row.items():
-        try:
-            json.dumps({key: value}, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise ValueError(f"{where}: {key!r} holds {half!a}, half of a surrogate pair: not text") from None
+def _read_file(path: Path, form: str, keys: Keys) -> Iterator[Row]:
+    if form == ".jsonl":
+        yield from read_jsonl(path)
+    elif form == ".json":
+        yield from read_json(path)
+    elif form == ".parquet":
+        yield from read_parquet(path)
+    elif form in (".csv", ".tsv"):
+        text = [column for option, column in keys.items() if option not in NUMBERS]
+        yield from read_csv(path, "," if form == ".csv" else "\t", text)
+    elif not form:
+        raise ValueError(f"data source {path}: must be {', '.join(FORMS)}, a folder of these, or a name on the hub")
+    else:
+        yield str(path), {keys.get("text_key", "text"): read_text(path)}
 
 
-def _open_text(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data source {path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise ValueError(f"data source {path}: {error.strerror or error}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+def _read_folder(folder: Path, split: str, keys: Keys) -> Iterator[Row]:
+    """The rows of a folder of files; `datasets` says by their names which files are of which split."""
+    import datasets
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for part in file.iter_batches() for row in part.to_pylist())
-            yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data source {path}: not a parquet file: {error}") from None
-    except OSError as error:
-        raise ValueError(f"data source {path}: {error.strerror or error}") from None
+        splits = datasets.load_dataset_builder(str(folder)).config.data_files or {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data source {folder}: no folder of {', '.join(FORMS)} files: {error}") from None
+    kinds = sorted({form_of(file) for file in folder.rglob("*") if file.is_file()} & set(TABLES))
+    if len(kinds) > 1:  # `datasets` would read one kind and say nothing of the other
+        raise ValueError(
+            f"data source {folder}: holds {' and '.join(kinds)} files: name the files, or give each a folder"
+        )
+    files = {str(name): [Path(file) for file in own] for name, own in splits.items()}
+    split = split or (next(iter(files)) if len(files) == 1 else "")
+    if split not in files:
+        raise ValueError(f"data source {folder}: has splits, name one: {', '.join(f'{folder}:{key}' for key in files)}")
+    for file in files[split]:
+        yield from _read_file(file, form_of(file), keys)
 
 
 def _read_datasets(source: str) -> Iterator[Row]:
@@ -162,5 +162,4 @@ def _read_datasets(source: str) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         hub = "" if Path(name).is_dir() else "no such file or folder, and not to be had from the Hugging Face hub: "
         raise ValueError(f"data source {source}: {hub}{error}") from None
-    for number in range(len(loaded)):
-        yield f"{source}:{number + 1}", loaded[number]
+    yield from named(source, loaded.with_format("arrow").iter(1000))

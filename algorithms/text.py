@@ -22,7 +22,7 @@ from .messages import brief, column, end_of_text
 from .pretrain_config import TextData
 from .roles import Share
 from .rows import RowStream, check_left
-from .sources import TEXT_FILES, Read, RowReader
+from .sources import Read, RowReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,11 +52,10 @@ def read_texts(source: str, config: TextData, read: Read) -> Iterator[tuple[str,
     Raises:
         ValueError: it does not exist or cannot be read, a row lacks the column, or it holds no string; names the row.
     """
-    key = "text" if source.endswith(TEXT_FILES) else config.text_key
-    for where, row in read(source):
-        text = column(where, row, key, f"{config.section}.text_key")
+    for where, row in read(source, config.keys):
+        text = column(where, row, config.text_key, f"{config.section}.text_key")
         if not isinstance(text, str):
-            raise ValueError(f"{where}: {key!r} must be a string, not {brief(text)}")
+            raise ValueError(f"{where}: {config.text_key!r} must be a string, not {brief(text)}")
         yield where, text
 
 

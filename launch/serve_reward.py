@@ -30,6 +30,7 @@ from trialign.algorithms.config import ModelPaths, ParallelConfig, RunConfig, re
 from trialign.algorithms.messages import read_messages, render
 from trialign.algorithms.reward_worker import brief
 from trialign.algorithms.roles import Role
+from trialign.algorithms.text_files import parse_json
 from trialign.engine.config import parse
 from trialign.models.hf import stop_ids
 from world import mesh_of, world_size
@@ -176,7 +177,7 @@ def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any,
         raise ValueError(f"{where}: finished={finished!r:.60}: must be true or false")
     if isinstance(tools, str):  # as a column may hold them
         with suppress(ValueError):
-            tools = json.loads(tools)
+            tools = parse_json(tools)
     if tools and not isinstance(tools, list):
         raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or one as JSON")
     return Row(where, messages, completion, finished is not False, tools or None)

@@ -255,9 +255,9 @@ def test_empty_prompt_file(tmp_path):
 
 
 def test_prompt_file_of_another_kind(tmp_path):
-    path = tmp_path / "a.csv"
+    path = tmp_path / "a.xlsx"
     path.write_text("prompt\nhello\n")
-    with pytest.raises(ValueError, match=r"a\.csv: must be a \.jsonl or \.parquet file, a folder or a name on the hub"):
+    with pytest.raises(ValueError, match=r"a\.xlsx: must be \.jsonl, \.json, \.csv, .*, a folder of these, or a name"):
         load_prompts(path)
 
 

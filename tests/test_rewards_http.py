@@ -81,6 +81,14 @@ def test_requests_are_batches_with_columns():
     }
 
 
+def test_what_is_no_number_reaches_a_server_as_null():
+    columns = [{"goal": math.nan, "deep": {"a": [1.5, math.inf]}}, {"goal": 2.0, "deep": {"a": [-math.inf]}}]
+    prompts = [Prompt(i, [1], f"p{i}", fields) for i, fields in enumerate(columns)]
+    with serving(lengths) as (url, seen):
+        RewardServer(url).score(prompts, TEXTS[:2], ENDED[:2])
+    assert seen[0]["fields"] == {"goal": [None, 2.0], "deep": [{"a": [1.5, None]}, {"a": [None]}]}
+
+
 def free_port() -> int:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
