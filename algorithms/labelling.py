@@ -83,6 +83,8 @@ def label(answers: Sequence[Answer], pairs: int) -> Labels:
             "prompt_tokens": chosen.prompt_tokens,
             "chosen_tokens": chosen.tokens,
             "rejected_tokens": rejected.tokens,
+            "chosen_finish": chosen.finish,
+            "rejected_finish": rejected.finish,
         }
         for chosen, rejected in found
     ]
