@@ -7,7 +7,7 @@ with the same data it goes on exactly there.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,10 @@ class PromptDataset:
     def __str__(self) -> str:
         dropped = f", {self.dropped} dropped for more than {self.limit} tokens ({self.dropped_tokens:,} tokens)"
         return f"{self.rows - self.dropped} prompts{dropped if self.dropped else ''}"
+
+    def columns(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Where each prompt was read, and the other columns of its row."""
+        return ((item.where, item.fields) for pool in self._pools for item in pool)
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""

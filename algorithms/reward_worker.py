@@ -6,6 +6,10 @@ It ends with PARENT, the process that started it, even in the middle of a call t
 It answers pickled requests (prompts, completions, sources, fields) on stdin with one JSON object each,
 {"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr. With a last
 argument `abstain` rows that have no score get null, and {"failures": [...]} says why.
+
+Its first answer says which columns the function needs and which it cannot be given, and whether there is a function
+`check_NAME` beside it, which gets the columns alone, before the run, and gives the reason why a row cannot be scored,
+or None, for each. A request without completions is for it; its reasons are {"failures": [[row, reason], ...]}.
 """
 
 import contextlib
@@ -26,8 +30,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def load(spec: str) -> Callable[..., Any]:
-    """The function that `path/to/file.py:function` or `module:function` names.
+def load(spec: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """The function that `path/to/file.py:function` or `module:function` names, and the one that checks its rows.
 
     Raises:
         ValueError: no such file, module or function, or importing it failed.
@@ -52,7 +56,38 @@ def load(spec: str) -> Callable[..., Any]:
     if not callable(function):
         named = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
         raise ValueError(f"{place} has no function {name!r}; it has: {', '.join(named) or 'none'}")
-    return function
+    return function, getattr(module, f"check_{name}", None)
+
+
+def columns(function: Callable[..., Any]) -> dict[str, list[str]]:
+    """The columns it needs, and those it cannot be given, for its first two arguments have their names."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(function).parameters.values())
+    needed = [p.name for p in parameters[2:] if p.kind in named and p.default is inspect.Parameter.empty]
+    return {"needed": needed, "taken": [p.name for p in parameters[:2] if p.kind in named]}
+
+
+def accepted(function: Callable[..., Any], fields: dict[str, list]) -> dict[str, list]:
+    """The columns that a function has arguments for."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return fields
+    return {key: fields[key] for key in fields if key in {parameter.name for parameter in parameters}}
+
+
+def check(function: Callable[..., Any], fields: dict[str, list], count: int) -> list[tuple[int, str]]:
+    """(row, reason) of the rows that cannot be scored.
+
+    Raises:
+        ValueError: the function raised, or gave something else than `count` reasons or Nones.
+    """
+    try:
+        reasons = list(function(**accepted(function, fields)))
+    except Exception as error:
+        raise ValueError(f"its check raised {brief(error)}") from None
+    if len(reasons) != count or not all(reason is None or isinstance(reason, str) for reason in reasons):
+        raise ValueError(f"its check returned {shown(reasons)}: must be None or a reason for each of {count} rows")
+    return [(row, reason) for row, reason in enumerate(reasons) if reason is not None]
 
 
 def brief(error: BaseException) -> str:
@@ -80,10 +115,7 @@ def score(
         ValueError: it gave another number of scores, or no finite number for some row; names the row.
     """
     prompts, completions, sources = request["prompts"], request["completions"], request["sources"]
-    parameters = inspect.signature(function).parameters.values()
-    fields = request["fields"]
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        fields = {key: fields[key] for key in fields if key in {parameter.name for parameter in parameters}}
+    fields = accepted(function, request["fields"])
     try:
         given = called(function, prompts, completions, fields)
     except Exception as error:
@@ -205,16 +237,23 @@ def main() -> None:
         print(json.dumps(message), file=answers, flush=True)
 
     try:
-        function = load(sys.argv[1])
+        function, checks = load(sys.argv[1])
+        answer(scores=[], checks=checks is not None, **columns(function))
     except ValueError as error:
         answer(error=str(error))
         return
-    answer(scores=[])
     while True:
         try:
             request = pickle.load(requests)
         except EOFError:
             return
+        if "completions" not in request:
+            assert checks is not None
+            try:
+                answer(scores=[], failures=check(checks, request["fields"], len(request["sources"])))
+            except ValueError as error:
+                answer(error=str(error))
+            continue
         if sys.argv[3:] == ["abstain"]:
             scores, failures = score_or_abstain(function, request)
             answer(scores=scores, failures=failures)

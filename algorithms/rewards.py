@@ -25,6 +25,9 @@ from .config import RewardConfig
 from .convention import PRESETS, Convention
 from .convention_config import changed
 
+CHECKED = 1000
+"""Rows that are checked before the run within one time limit."""
+
 
 class RewardFunction:
     """A Python function `(prompts, completions, **fields) -> one float each` in a process of its own.
@@ -62,7 +65,47 @@ class RewardFunction:
             start_new_session=True,  # a process group of its own, killed whole
         )
         self._closed = False
-        self._answer("while it was imported")
+        about = self._answer("while it was imported")
+        self._needed, self._taken, self._checks = about["needed"], about["taken"], about["checks"]
+
+    def check(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+        """Before the run, finds rows that cannot be scored: their columns, and what a function `check_NAME` beside the
+        function says of them.
+
+        Args:
+            rows: where each was read, and its columns.
+
+        Raises:
+            ValueError: a column has the name of an argument, one that is needed is in no row, or a row cannot be scored
+                (which is only noted in `failures` where the function abstains); names the row.
+        """
+        for name in self._taken:
+            for where, fields in rows:
+                if name in fields:
+                    raise ValueError(
+                        f"{where}: the column {name!r} has the name of an argument of reward function {self.spec}:"
+                        " give it another name"
+                    )
+        named = dict.fromkeys(key for _, fields in rows for key in fields)
+        for name in self._needed:
+            if rows and name not in named:
+                raise ValueError(
+                    f"reward function {self.spec} needs the column {name!r}, which no row has from {rows[0][0]} on;"
+                    f" they have {', '.join(named) or 'none'}"
+                )
+        failures: list[str] = []
+        for start in range(0, len(rows) if self._checks else 0, CHECKED):
+            part = rows[start : start + CHECKED]
+            columns = {key: [fields.get(key) for _, fields in part] for key in named}
+            self._ask({"sources": [where for where, _ in part], "fields": columns})
+            answer = self._answer(f"while {len(part)} rows from {part[0][0]} on were checked")
+            failures += [f"{part[row][0]}: {reason}" for row, reason in answer["failures"]]
+        if failures:
+            more = f"; and {len(failures) - 3} more rows" if len(failures) > 3 else ""
+            reason = f"reward function {self.spec}: {'; '.join(failures[:3])}{more}"
+            if not self.abstain:
+                raise ValueError(reason)
+            self.failures.append(reason)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         """One finite score for each completion; NaN where it abstains. A column that a row lacks is None there.
@@ -84,7 +127,9 @@ class RewardFunction:
             if self.abstain and self._closed:
                 self._start()
             self._ask(request)
-            return self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
+            answer = self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
+            self.failures += [f"reward function {self.spec}: {reason}" for reason in answer.get("failures", ())]
+            return [math.nan if score is None else score for score in answer["scores"]]
         except ValueError as error:
             if not self.abstain:
                 raise
@@ -117,7 +162,7 @@ class RewardFunction:
             pickle.dump(request, stdin)
             stdin.flush()
 
-    def _answer(self, doing: str) -> list[float]:
+    def _answer(self, doing: str) -> dict[str, Any]:
         """Waits for the next answer; `doing` says in messages what it is the answer to."""
         line = self._line(doing)
         if not line.endswith(b"\n"):
@@ -134,8 +179,7 @@ class RewardFunction:
             if doing.startswith("while"):
                 self.close()
             raise ValueError(f"reward function {self.spec}: {answer['error']}")
-        self.failures += [f"reward function {self.spec}: {reason}" for reason in answer.get("failures", ())]
-        return [math.nan if score is None else score for score in answer["scores"]]
+        return answer
 
     def _line(self, doing: str) -> bytes:
         """The next line of the process, or what there is of it when it ends."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..engine.mesh import Axis, Mesh
 from ..engine.parallel.collectives import gather_objects
@@ -98,6 +98,19 @@ class Scorer:
                 self.servers.append(RewardServer(url, config.time_limit, abstain=abstain, **sizes))
 
         self._on_first_rank(start)
+
+    def check(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Before the run, and before a model is loaded: whether the functions can score these rows. Collective.
+
+        Args:
+            rows: where each was read, and its columns.
+
+        Raises:
+            ValueError: they cannot, on every rank; names the row.
+        """
+        if self.config.functions:
+            known = list(rows)
+            self._on_first_rank(lambda: [function.check(known) for function in self.functions])
 
     def __call__(
         self, rollouts: Sequence[Rollout], batch: Batch, models: Sequence[Role], shares: Sequence[Share]

@@ -63,6 +63,7 @@ class Answering:
         self.dataset.load_state(place)
         self.scorer = Scorer(config.reward, self.tokenizer, self.mesh)
         session.stack.callback(self.scorer.close)
+        self.scorer.check(self.dataset.columns())
         ends = session.together(lambda: stop_ids(path, shape, self.tokenizer))
         self.sampling = sampling_params(config.rollout, ends, show.seed)
         self.about = f"{self.dataset}; {stop_tokens(ends, self.tokenizer)}"  # for the run's first line

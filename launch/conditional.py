@@ -51,7 +51,7 @@ class Rewards:
         asked = {knob: v for name in ("model", "data", "reward") for knob, v in flatten(getattr(config, name)).items()}
         files = [folder, *config.data.sources, *config.data.eval_sources, *scorer_files(config.reward)]
         self.kept = Kept(session, "begun", asked, files)
-        self.models = [Role(session.together(lambda p=p: self._model(p), p)) for p in config.reward.models]
+        self.models: list[Role] = []
         self.too_long: frozenset[str] = frozenset()
         self.reader = RowReader()
 
@@ -94,6 +94,8 @@ class Rewards:
         self.too_long = frozenset(sample.where for sample in samples if len(sample.tokens) > data.max_tokens)
         if not short:
             raise ValueError(f"data.sources: all {len(samples)} rows are longer than data.max_tokens={data.max_tokens}")
+        self.scorer.check((samples[i].where, every[i].fields) for i in short)
+        self.models += [Role(session.together(lambda p=p: self._model(p), p)) for p in config.reward.models]
         self.found = self._before() or self._scored([every[i] for i in short], [samples[i] for i in short])
         return {
             source: [replace(row, reward=self.found.get(row.dialogue.where)) for row in own]

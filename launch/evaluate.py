@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,8 +52,13 @@ class Evaluated:
         self.config: EvaluateConfig = session.config
         self.shape = session.together(self._read_shape)
         self.tokenizer = session.together(lambda: load_tokenizer(folder, self.shape))
+
+    @cached_property
+    def role(self) -> Role:
+        """The model, loaded when it is first asked for: after all that could refuse the data. Collective."""
         dtype = self.config.model.dtype
-        self.role = Role(session.together(lambda: build_decoder(folder, self.shape, self.mesh, dtype), folder))
+        build = lambda: build_decoder(self.folder, self.shape, self.mesh, dtype)  # noqa: E731
+        return Role(self.session.together(build, self.folder))
 
     def _read_shape(self) -> ModelConfig:
         """The model's shape, with room for every row."""

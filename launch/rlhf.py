@@ -95,8 +95,10 @@ def prepare(session: Session[Any]) -> None:
 
     session.together(lambda: lay_out() if session.mesh.is_main else None)
     for stage in (stages(config).preferences, stages(config).ppo, stages(config).evaluation):
-        session.together(lambda stage=stage: PromptDataset(stage.data, tokenizer))
-    Scorer(config.preferences.reward, tokenizer, session.mesh).close()
+        prompts = session.together(lambda stage=stage: PromptDataset(stage.data, tokenizer))
+        scorer = Scorer(stage.reward, tokenizer, session.mesh)
+        scorer.check(prompts.columns())
+        scorer.close()
 
 
 def run_stage(session: Session[Any], name: str, config: Any) -> None:
