@@ -2,11 +2,11 @@
 
     POST {"prompts": ["..."], "completions": ["..."], "messages": [[{"role": "user", "content": "..."}]],
           "finished": [true], "fields": {"column": [...]}}
-    200  {"scores": [0.5, ...]}
+    200  {"scores": [0.5, null, ...]}
 
 A prompt is the user's last words, its messages are the whole chat that is answered, and an answer is finished that
-ended by itself. A server that is down, slow or overloaded is asked again; one that answers with what are no scores is
-not, for asking again would not make them true.
+ended by itself. A score is null where the row is not the server's own. A server that is down, slow or overloaded is
+asked again; one that answers with what are no scores is not, for asking again would not make them true.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from .batch import Prompt
+from .rewards import Score
 
 T = TypeVar("T")
 LONGEST = 1 << 24
@@ -66,8 +67,8 @@ class RewardServer:
         self.abstain, self.pause = abstain, pause
         self.failures: list[str] = []
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[float]:
-        """One finite score for each completion; NaN where it abstains.
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[Score]:
+        """One score for each completion.
 
         Args:
             finished: the completion ended by itself, rather than at max_new_tokens.
@@ -75,7 +76,7 @@ class RewardServer:
         Raises:
             ValueError: the server is down, too slow, or lies; names the rows. Not where it abstains.
         """
-        scores: list[float] = []
+        scores: list[Score] = []
         for start in range(0, len(completions), self.batch):
             part = slice(start, start + self.batch)
             try:
@@ -90,7 +91,7 @@ class RewardServer:
     def close(self) -> None:
         """Nothing stays open between requests."""
 
-    def _request(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[float]:
+    def _request(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[Score]:
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.fields)
         request = {
             "prompts": [prompt.text for prompt in prompts],
@@ -154,7 +155,7 @@ class RewardServer:
                 raise NoAnswer(f"took longer than reward.time_limit={self.time_limit:g} seconds") from error
             raise NoAnswer(f"no connection: {reason!s}" if str(reason) else f"no connection: {reason!r}") from error
 
-    def _scores(self, body: bytes, sources: Sequence[str], about: str) -> list[float]:
+    def _scores(self, body: bytes, sources: Sequence[str], about: str) -> list[Score]:
         """The scores in an answer.
 
         Raises:
@@ -176,14 +177,16 @@ class RewardServer:
             )
         return [self._score(value, source) for value, source in zip(scores, sources, strict=True)]
 
-    def _score(self, value: Any, source: str) -> float:
+    def _score(self, value: Any, source: str) -> Score:
+        if value is None:
+            return None
         number = math.nan
         if isinstance(value, int | float) and not isinstance(value, bool):
             with suppress(OverflowError):  # an integer may be larger than any float
                 number = float(value)
         if math.isfinite(number):
             return number
-        reason = f"reward server {self.url}: gave {value!r:.60} for {source}: must be a finite number"
+        reason = f"reward server {self.url}: gave {value!r:.60} for {source}: must be a finite number, or null"
         if not self.abstain:
             raise ValueError(reason)
         self.failures.append(reason)

@@ -4,8 +4,9 @@ Standard library only.
 It ends with PARENT, the process that started it, even in the middle of a call that holds the interpreter lock.
 
 It answers pickled requests (prompts, completions, sources, fields) on stdin with one JSON object each,
-{"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr. With a last
-argument `abstain` rows that have no score get null, and {"failures": [...]} says why.
+{"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr. A score is null where
+the function gave None: the row is not its own. With a last argument `abstain` rows that failed get NaN, and
+{"failures": [...]} says why.
 
 Its first answer says which columns the function needs and which it cannot be given, and whether there is a function
 `check_NAME` beside it, which gets the columns alone, before the run, and gives the reason why a row cannot be scored,
@@ -108,11 +109,14 @@ def score(
     """Calls the function and checks what it gives.
 
     Args:
-        failures: where it is given, what is no finite number becomes None there, and the reason is added to it.
+        failures: where it is given, what is no finite number becomes NaN, and the reason is added to it.
+
+    Returns:
+        A finite number for each completion; None where the function gave that, for a row that is not its own.
 
     Raises:
         Raised: it raised; names the row.
-        ValueError: it gave another number of scores, or no finite number for some row; names the row.
+        ValueError: it gave another number of scores, or neither a finite number nor None for some row; names the row.
     """
     prompts, completions, sources = request["prompts"], request["completions"], request["sources"]
     fields = accepted(function, request["fields"])
@@ -129,14 +133,13 @@ def score(
         raise ValueError(f"returned {len(given)} scores for {len(sources)} completions, of {rows}")
     numbers: list[float | None] = []
     for value, source, prompt in zip(given, sources, prompts, strict=True):
-        number = as_number(value)
-        if not math.isfinite(number):
-            reason = f"returned {shown(value)} for {source} (prompt {prompt!r:.80}): must be a finite number"
+        number = None if value is None else as_number(value)
+        if number is not None and not math.isfinite(number):
+            reason = f"returned {shown(value)} for {source} (prompt {prompt!r:.80}): must be a finite number, or None"
             if failures is None:
                 raise ValueError(reason)
             failures.append(reason)
-            numbers.append(None)
-            continue
+            number = math.nan
         numbers.append(number)
     return numbers
 
@@ -151,7 +154,7 @@ def called(function: Callable[..., Any], prompts: list, completions: list, field
 
 
 def score_or_abstain(function: Callable[..., Any], request: dict[str, Any]) -> tuple[list[float | None], list[str]]:
-    """Scores, None for rows that have none, and why.
+    """Scores, NaN for rows that failed, and why.
 
     A function that raises is called with one row at a time, so that only the rows it fails on are without a score.
     One that gives another number of scores says of no row which is its own.
@@ -163,7 +166,7 @@ def score_or_abstain(function: Callable[..., Any], request: dict[str, Any]) -> t
     except Raised as error:
         reason = str(error)
     except ValueError as error:
-        return [None] * len(request["sources"]), [str(error)]
+        return [math.nan] * len(request["sources"]), [str(error)]
     names = ("prompts", "completions", "sources")
     for i in range(len(request["completions"])):
         row = {name: request[name][i : i + 1] for name in names}
@@ -171,7 +174,7 @@ def score_or_abstain(function: Callable[..., Any], request: dict[str, Any]) -> t
         try:
             scores += score(function, row, failures)
         except ValueError as error:
-            scores.append(None)
+            scores.append(math.nan)
             failures.append(str(error))
     return scores, failures or [reason]
 

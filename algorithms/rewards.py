@@ -25,12 +25,14 @@ from .config import RewardConfig
 from .convention import PRESETS, Convention
 from .convention_config import changed
 
+Score = float | None
+"""A finite number; NaN where a scorer failed and abstains; None where the row is not its own."""
 CHECKED = 1000
 """Rows that are checked before the run within one time limit."""
 
 
 class RewardFunction:
-    """A Python function `(prompts, completions, **fields) -> one float each` in a process of its own.
+    """A Python function `(prompts, completions, **fields) -> one float or None each` in a process of its own.
 
     The process starts once and stays, so that what the function loads stays loaded; a call that takes longer than the
     limit ends with the process and all its children killed. The process imports neither torch nor this package, and
@@ -107,8 +109,8 @@ class RewardFunction:
                 raise ValueError(reason)
             self.failures.append(reason)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """One finite score for each completion; NaN where it abstains. A column that a row lacks is None there.
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
+        """One score for each completion. A column that a row lacks is None there.
 
         Raises:
             ValueError: the function raised, took too long, died, or did not return a finite number for each row;
@@ -129,7 +131,7 @@ class RewardFunction:
             self._ask(request)
             answer = self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
             self.failures += [f"reward function {self.spec}: {reason}" for reason in answer.get("failures", ())]
-            return [math.nan if score is None else score for score in answer["scores"]]
+            return answer["scores"]
         except ValueError as error:
             if not self.abstain:
                 raise
@@ -200,16 +202,19 @@ class RewardFunction:
         return line
 
 
-def combine(scores: Mapping[str, Sequence[float]], weights: Sequence[float] = ()) -> list[float]:
-    """The weighted sum of several rewards, sample by sample; NaN where one of them is.
+def combine(scores: Mapping[str, Sequence[Score]], weights: Sequence[float] = ()) -> list[float]:
+    """The weighted sum of the rewards that apply, sample by sample; NaN where one of them is, or none applies.
 
     Args:
-        scores: by name (a function's spec, a model's folder), in the order of the weights; one float each sample.
+        scores: by name (a function's spec, a model's folder), in the order of the weights; one each sample.
         weights: none: 1 each.
     """
     factors = weights or [1.0] * len(scores)
-    columns = zip(*scores.values(), strict=True)
-    return [sum(w * v for w, v in zip(factors, column, strict=True)) for column in columns]
+    combined = []
+    for column in zip(*scores.values(), strict=True):
+        parts = [weight * value for weight, value in zip(factors, column, strict=True) if value is not None]
+        combined.append(sum(parts) if parts else math.nan)
+    return combined
 
 
 class RewardShaper:

@@ -13,7 +13,7 @@ from .batch import Batch, Prompt, Rollout
 from .config import RewardConfig, RolloutConfig
 from .reward_server import RewardServer
 from .reward_worker import brief
-from .rewards import RewardFunction, combine
+from .rewards import RewardFunction, Score, combine
 from .roles import Role, Share
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Scorer:
 
     def __call__(
         self, rollouts: Sequence[Rollout], batch: Batch, models: Sequence[Role], shares: Sequence[Share]
-    ) -> dict[str, list[float]]:
+    ) -> dict[str, list[Score]]:
         """Every reward's name -> its scores, one a sample, in the order of the config's weights.
 
         Args:
@@ -125,7 +125,7 @@ class Scorer:
             ValueError: a scorer failed, on every rank; names scorer and rows.
         """
 
-        def call() -> list[list[float]]:
+        def call() -> list[list[Score]]:
             prompts = [rollout.prompt for rollout in rollouts]
             finished = [rollout.finish == "stop" for rollout in rollouts]
             texts = texts_of(rollouts, self.tokenizer)
@@ -133,16 +133,21 @@ class Scorer:
             return by_function + [server.score(prompts, texts, finished) for server in self.servers]
 
         called = self._on_first_rank(call)
-        by_model = [
+        by_model: list[list[Score]] = [
             self._finite(name, model.scores(batch, shares).tolist(), rollouts)
             for name, model in zip(self.config.models, models, strict=True)
         ]
         functions = len(self.config.functions)
         scores = called[:functions] + by_model + called[functions:]
+        nobodys = [r.prompt for r, own in zip(rollouts, zip(*scores, strict=True), strict=True) if set(own) == {None}]
+        if nobodys and self.mesh.is_main:
+            rows = list(dict.fromkeys(prompt.source or f"prompt {prompt.index}" for prompt in nobodys))
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            self._unscored.append(f"no scorer applies to {len(nobodys)} responses, of {', '.join(rows[:8])}{more}")
         return dict(zip(self.config.names, scores, strict=True))
 
-    def combined(self, scores: dict[str, list[float]]) -> list[float]:
-        """The weighted sum of all rewards, sample by sample; NaN where one abstains."""
+    def combined(self, scores: Mapping[str, Sequence[Score]]) -> list[float]:
+        """The weighted sum of the rewards that apply, sample by sample; NaN where one abstains, or none applies."""
         return combine(scores, self.config.weights)
 
     def failures(self) -> list[str]:
@@ -158,7 +163,7 @@ class Scorer:
         for function in self.functions:
             function.close()
 
-    def _finite(self, name: str, scores: list[float], rollouts: Sequence[Rollout]) -> list[float]:
+    def _finite(self, name: str, scores: list[float], rollouts: Sequence[Rollout]) -> list[Score]:
         """A model's scores, NaN for those that are no finite numbers where it may abstain."""
         for i, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
             if not math.isfinite(score):
@@ -169,7 +174,7 @@ class Scorer:
                 scores[i] = math.nan
                 if self.mesh.is_main:
                     self._unscored.append(reason)
-        return scores
+        return [*scores]
 
     def _on_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` gives there, on every rank; where it raises, whatever it is, every rank does: the others wait."""

@@ -18,6 +18,7 @@ from .batch import Rollout
 from .data import Mixture
 from .dialogue import Sample
 from .pairs import Pair
+from .rewards import Score
 from .selection import Scored, best_against_worst, best_of_n
 
 
@@ -46,7 +47,7 @@ def make_answers(
     rollouts: Sequence[Rollout],
     completions: Sequence[str],
     rewards: Sequence[float],
-    scores: Mapping[str, Sequence[float]],
+    scores: Mapping[str, Sequence[Score]],
     method: Literal["sft", "dpo"],
 ) -> list[Answer]:
     """The answers of a round, the best of each prompt picked, for DPO the worst too.
@@ -83,7 +84,7 @@ def unpicked(
     rollouts: Sequence[Rollout],
     completions: Sequence[str],
     rewards: Sequence[float],
-    scores: Mapping[str, Sequence[float]],
+    scores: Mapping[str, Sequence[Score]],
 ) -> list[Answer]:
     """The answers with their rewards, as `make_answers` takes them."""
     return [
@@ -102,9 +103,9 @@ def unpicked(
     ]
 
 
-def known(value: float) -> float | None:
+def known(value: Score) -> float | None:
     """A score as JSON has it: null where there is none."""
-    return None if math.isnan(value) else value
+    return None if value is None or math.isnan(value) else value
 
 
 def winners(answers: Sequence[Answer]) -> list[Sample]:

@@ -14,6 +14,7 @@ from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
 from trialign.algorithms.build import load_tokenizer
 from trialign.algorithms.config import PromptData, RewardConfig, RolloutConfig
 from trialign.algorithms.data import PromptDataset
+from trialign.algorithms.rewards import Score
 from trialign.algorithms.roles import Learner, Role
 from trialign.algorithms.rollout import Scorer, my_part, sample, sampling_params, stop_tokens, texts_of
 from trialign.engine.rollout.generate import Generator
@@ -88,7 +89,7 @@ class Answering:
         named = zip(prompts, rollouts, texts, combined, strict=True)
         return [(prompt.text, response_text(text, rollout.finish), s) for prompt, rollout, text, s in named]
 
-    def scores(self, rollouts: list[Rollout], size: int) -> dict[str, list[float]]:
+    def scores(self, rollouts: list[Rollout], size: int) -> dict[str, list[Score]]:
         """Every reward of any number of answers, this data rank's part in micro-batches of `size`. Collective."""
         batch = from_rollouts(rollouts).to(self.mesh.device)
         mine = list(range(len(batch)))[my_part(len(batch), self.mesh.dp)]
@@ -102,19 +103,21 @@ class Answering:
 
 
 def summary(
-    rollouts: Sequence[Rollout], scores: dict[str, list[float]], combined: Sequence[float], rewards: Sequence[float]
+    rollouts: Sequence[Rollout], scores: dict[str, list[Score]], combined: Sequence[float], rewards: Sequence[float]
 ) -> dict[str, float]:
     """What the answers were like: reward before and after shaping, each reward by name, lengths.
 
-    Answers without a score are in none of the means; `abstained` counts them.
+    Answers without a score are in none of the means; `abstained` counts them. A reward's mean is over the answers that
+    it applies to; it is left out of a step in which there is none.
     """
+    by_name = {f"reward/{Path(name).name}": _mean(values) for name, values in scores.items()}
     count = len(rollouts)
     lengths = [len(rollout.tokens) for rollout in rollouts]
     missing = sum(score != score for score in combined)
     return {
         "reward": _mean(combined),
         "reward_shaped": _mean(rewards),
-        **{f"reward/{Path(name).name}": _mean(values) for name, values in scores.items()},
+        **{name: mean for name, mean in by_name.items() if mean == mean},
         **({"abstained": missing} if missing else {}),
         "response_length": sum(lengths) / count,
         "response_length_max": max(lengths),
@@ -122,6 +125,6 @@ def summary(
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if value == value]
+def _mean(values: Sequence[Score]) -> float:
+    known = [value for value in values if value is not None and value == value]
     return fmean(known) if known else float("nan")

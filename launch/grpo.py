@@ -21,7 +21,7 @@ from trialign.algorithms.groups import Group, GroupPool, make_groups
 from trialign.algorithms.grpo import GroupRoles, score, update, with_advantages
 from trialign.algorithms.grpo_config import GRPOConfig, check
 from trialign.algorithms.online import plan, without
-from trialign.algorithms.rewards import RewardShaper
+from trialign.algorithms.rewards import RewardShaper, Score
 from trialign.algorithms.rollout import sample
 from trialign.engine.phases import forward_flops
 
@@ -45,7 +45,7 @@ class Run(Answering):
         config = self.config
         pool = GroupPool(config.run.prompts_per_step, config.choices.dynamic, config.grpo.max_draws)
         drawn: list[Rollout] = []
-        scores: dict[str, list[float]] = {}
+        scores: dict[str, list[Score]] = {}
         combined, shaped = [], []
         while pool.missing:
             prompts = self.dataset.next(pool.missing)

@@ -68,7 +68,8 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
     before, after = compared(config, root / "evaluation" / "completions.jsonl")
     metrics = {name: read_metrics(root / name / "metrics.jsonl") for name in ("sft", "reward", "ppo")}
     for step in metrics["ppo"]:
-        step |= {LEARNED: step["reward/model"], TRUE: true_reward(config, step, "reward/")}
+        true = true_reward(config, step, "reward/")
+        step |= {LEARNED: step["reward/model"]} | ({} if true is None else {TRUE: true})
     panels = {"sft": SFT_PANELS, "reward": REWARD_PANELS, "ppo": (REWARD, *PPO_PANELS[1:])}
     seconds = [done[name]["seconds"] for name in Stages._fields]
     template = Environment(
@@ -140,23 +141,24 @@ def compared(config: RLHFConfig, path: Path) -> tuple[list[Answered], list[Answe
 def answers(path: Path, model: str, config: RLHFConfig) -> list[Answered]:
     """A model's answers to the held-out prompts, those that both rewards have a score for."""
     learned = stages(config).ppo.reward.models[0]
+    rows = [row for row in read_lines(path) if Path(row["model"]) == Path(model) and row["reward"] is not None]
     return [
         Answered(
             row["prompt"],
             f"{row['source']}/{row['sample']}",
             row["completion"],
             row["rewards"][learned],
-            true_reward(config, row["rewards"]),
+            true,
             row["tokens"],
             row["finish"] == "stop",
         )
-        for row in read_lines(path)
-        if Path(row["model"]) == Path(model) and None not in row["rewards"].values()
+        for row in rows
+        if (true := true_reward(config, row["rewards"])) is not None
     ]
 
 
-def true_reward(config: RLHFConfig, scores: Mapping[str, float], prefix: str = "") -> float:
-    """The weighted sum of the scorers that labelled the preferences.
+def true_reward(config: RLHFConfig, scores: Mapping[str, float | None], prefix: str = "") -> float | None:
+    """The weighted sum of the scorers that labelled the preferences, of those that apply; None where none does.
 
     Args:
         prefix: of the scorers' names where they are metrics, which have the last part of a name only.
@@ -164,7 +166,9 @@ def true_reward(config: RLHFConfig, scores: Mapping[str, float], prefix: str = "
     scorer = config.preferences.reward
     weights = scorer.weights or (1.0,) * len(scorer.names)
     names = [f"{prefix}{Path(name).name}" if prefix else name for name in scorer.names]
-    return sum(weight * scores[name] for weight, name in zip(weights, names, strict=True))
+    known = [(weight, scores.get(name)) for weight, name in zip(weights, names, strict=True)]
+    parts = [weight * score for weight, score in known if score is not None]
+    return sum(parts) if parts else None
 
 
 def by_prompt(found: Sequence[Answered], key: str) -> list[list[float]]:

@@ -352,10 +352,7 @@ ANSWERS = {
         "returned -inf for a.jsonl:2 (prompt 'prompt 1'): must be a finite",
     ),
     "text": ("return [0.0, 'good', 0.0]", "returned 'good' for a.jsonl:2 (prompt 'prompt 1'): must be a finite number"),
-    "None in a row": (
-        "return [None, 0.0, 0.0]",
-        "returned None for a.jsonl:1 (prompt 'prompt 0'): must be a finite number",
-    ),
+    "None for all": ("return None", "returned None: must be one float for each completion"),
     "exits": ("sys.exit(3)", "its process ended (exit code 3) for 3 rows: a.jsonl:1, a.jsonl:2, a.jsonl:3"),
     "closes everything": (
         "os.closerange(0, 100); time.sleep(60)",

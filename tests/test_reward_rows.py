@@ -1,5 +1,6 @@
 """Rows that a reward function cannot score are refused by file and row, before a model is loaded, by every script."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -42,6 +43,46 @@ def asked(script: str, model: Path, source: Path, function: str, folder: Path) -
             **{"preferences_reward.functions": function, "sft_data.sources": source},
         )
     return options(model_path=model, data_sources=source, reward_functions=function, run_output=folder)
+
+
+@pytest.mark.parametrize("script", ["grpo", "evaluate"])
+def test_rows_of_several_kinds_are_scored_by_functions_of_their_own(script, tmp_path, monkeypatch, capsys):
+    """Rows that no function is for stay out: of the step, of the means."""
+    (tmp_path / "f.py").write_text(
+        "def long(prompts, completions, task, **f):\n"
+        "    return [1.0 + len(c) if t == 'a' else None for t, c in zip(task, completions)]\n"
+        "def half(prompts, completions, task, **f): return [0.5 if t == 'b' else None for t in task]\n"
+    )
+    rows = [{"prompt": f"p{i}", "task": task} for i, task in enumerate("abcab")]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    functions = tuple(f"{tmp_path}/f.py:{name}" for name in ("long", "half"))
+    words = options(
+        model_path=tiny_chat_model(tmp_path / "model"),
+        data_sources=source,
+        data_max_prompt_tokens=64,
+        reward_functions=functions,
+        reward_weights=(1.0, 2.0),
+        rollout_max_new_tokens=4,
+        rollout_samples_per_prompt=2,
+        run_output=tmp_path / "run",
+    )
+    training = options(run_prompts_per_step=5, run_steps=1, run_save_every=0, grpo_micro_batch_size=4)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, *(training if script == "grpo" else [])])
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    runpy.run_path(str(ROOT / "launch" / f"{script}.py"), run_name="__main__")
+    assert "no scorer applies to 2 responses, of " in "".join(capsys.readouterr().out.split("\n")).replace("  ", " ")
+    if script == "grpo":
+        step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+        assert step["abstained"] == 2 and step["reward/f.py:half"] == 0.5
+        assert step["reward"] == pytest.approx((4 * step["reward/f.py:long"] + 4 * 1.0) / 8)
+    else:
+        lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+        for line in lines:
+            task = "abcab"[int(line["prompt"][1])]
+            own = {"a": (1.0 + len(line["completion"]), None), "b": (None, 0.5), "c": (None, None)}[task]
+            assert tuple(line["rewards"].values()) == own
+            assert line["reward"] == {"a": own[0], "b": 1.0, "c": None}[task]
+        assert len(lines) == 10
 
 
 SCRIPTS = ("ppo", "grpo", "rejection", "conditional", "evaluate", "rlhf")

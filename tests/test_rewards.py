@@ -1,6 +1,7 @@
 """Reward functions in their process, and what becomes of scores. What goes wrong is in test_bad_input.py."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -173,3 +174,24 @@ def test_the_demo_s_reward_likes_what_is_pleasant():
     with RewardFunction(f"{spec}:sentiment") as reward:
         good, bad = reward.score(PROMPTS, ["What a wonderful, happy day!", "It was a terrible, sad failure."])
     assert good > 0.5 and bad < -0.5
+
+
+def test_a_row_is_rewarded_by_the_scorers_that_apply_to_it(tmp_path):
+    """None says that a row is not the function's own; NaN that the function failed, and then the row has no reward."""
+    (tmp_path / "multi.py").write_text(
+        "def maths_only(prompts, completions, task=None, **f): return [1.0 if t == 'maths' else None for t in task]\n"
+        "def code_only(prompts, completions, task=None, **f): return [0.5 if t == 'code' else None for t in task]\n"
+        "def broken(prompts, completions, task, **f): return [float('nan') if t == 'code' else None for t in task]\n"
+    )
+    tasks = ("maths", "code", "poetry")
+    prompts = [Prompt(i, [1], "?", {"task": task}, f"multi.jsonl:{i + 1}") for i, task in enumerate(tasks)]
+    scores = {}
+    for name in ("maths_only", "code_only", "broken"):
+        with RewardFunction(f"{tmp_path}/multi.py:{name}", abstain=True) as reward:
+            scores[name] = reward.score(prompts, ["2", "hello", "roses"])
+            assert len(reward.failures) == (name == "broken")
+    assert scores["maths_only"] == [1.0, None, None] and scores["code_only"] == [None, 0.5, None]
+    assert scores["broken"][::2] == [None, None] and math.isnan(scores["broken"][1])
+    assert combine({name: scores[name] for name in ("maths_only", "code_only")}, (2.0, 4.0))[:2] == [2.0, 2.0]
+    combined = combine(scores)
+    assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])

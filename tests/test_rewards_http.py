@@ -101,7 +101,6 @@ LIES = {
     "no scores": (lambda r: (200, b'{"result": 1}'), 'must be {"scores": [...]}'),
     "a list": (lambda r: (200, b"[1, 2, 3, 4, 5]"), 'must be {"scores": [...]}'),
     "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "gave nan for a.jsonl:3: must be a finite number"),
-    "null": (lambda r: (200, b'{"scores": [null, 2, 3, 4, 5]}'), "gave None for a.jsonl:1: must be a finite number"),
     "text": (lambda r: (200, b'{"scores": ["1", 2, 3, 4, 5]}'), "gave '1' for a.jsonl:1: must be a finite number"),
     "true": (lambda r: (200, b'{"scores": [true, 2, 3, 4, 5]}'), "gave True for a.jsonl:1: must be a finite number"),
     "a huge integer": (
@@ -236,6 +235,8 @@ def test_only_what_failed_abstains():
         scores = server.score(PROMPTS, TEXTS, ENDED)
     assert [s if s == s else None for s in scores] == [1, 2, None, None, 5]
     assert len(server.failures) == 1 and "answered HTTP 400" in server.failures[0]
+    with serving(lambda request: (200, b'{"scores": [null, 2, 3, 4, null]}')) as (url, _):  # rows that are not its own
+        assert RewardServer(url).score(PROMPTS, TEXTS, ENDED) == [None, 2, 3, 4, None]
     with serving(LIES["NaN"][0]) as (url, _):
         scores = RewardServer(url, abstain=True).score(PROMPTS, TEXTS, ENDED)
     assert [s if s == s else None for s in scores] == [1, 2, None, 4, 5]
@@ -247,7 +248,6 @@ FUNCTIONS = {
     "gives a huge integer": ("return [10 ** (5000 if c == 'bb' else 0) for c in completions]", [1, None, 1, 1, 1]),
     "raises as it yields": ("for c in completions:\n    yield {'bb': 'x'}.get(c, 1.0) + 1.0", [2, None, 2, 2, 2]),
     "gives one score for all": ("return [1.0]", [None] * 5),
-    "gives None": ("return [None if c == 'bb' else 2.0 for c in completions]", [2, None, 2, 2, 2]),
     "dies": ("import os\nif not os.path.exists('{flag}'): open('{flag}', 'w').close(); os._exit(3)\nreturn [1.0] * 5",
              [None] * 5),
 }  # fmt: skip
