@@ -61,6 +61,7 @@ class Batch:
     advantages: Tensor | None = None  # [total] fp32
     returns: Tensor | None = None  # [total] fp32
     weights: Tensor | None = None  # [total] fp32: what each token's loss counts for; None: all alike
+    names: tuple[str, ...] = ()  # of each sample, where it was read, for messages; () where nobody knows
     cu_seqlens: Tensor = field(init=False)  # [samples + 1] int32: sample i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]]
     positions: Tensor = field(init=False)  # [total] int64: place within the sample
     response: Tensor = field(init=False)  # [targets] int64: where mask holds
@@ -68,7 +69,8 @@ class Batch:
     def __post_init__(self) -> None:
         total = sum(self.lengths)
         assert self.lengths and min(self.lengths) > 0, "a batch without samples, or a sample without tokens"
-        for name in _PER_TOKEN:
+        assert len(self.names) in (0, len(self.lengths)), "as many names as samples"
+        for name in PER_TOKEN:
             value = getattr(self, name)
             assert value is None or value.shape == (total,), f"{name} is {tuple(value.shape)}, not ({total},)"
         device = self.tokens.device
@@ -102,7 +104,7 @@ class Batch:
 
     def per_token(self) -> dict[str, Tensor]:
         """The per-token tensors that are known so far, by name."""
-        return {name: value for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
+        return {name: value for name in PER_TOKEN if (value := getattr(self, name)) is not None}
 
     def rows(self, samples: Sequence[int]) -> Tensor:
         """Where the tokens of these samples are: [their total] int64."""
@@ -114,8 +116,13 @@ class Batch:
         rows = self.rows(samples)
         return Batch(
             lengths=tuple(self.lengths[i] for i in samples),
+            names=tuple(self.names[i] for i in samples if self.names),
             **{name: value[rows] for name, value in self.per_token().items()},
         )
+
+    def name(self, sample: int) -> str:
+        """What a message calls a sample."""
+        return self.names[sample] if self.names else f"sample {sample + 1} of {len(self)}"
 
     def spread(self, targets: Tensor) -> Tensor:
         """`targets` [targets], one number for each response token, in their places among all: [total], 0 elsewhere."""
@@ -132,7 +139,7 @@ class Batch:
         return self.cu_seqlens[1:].long() - 1
 
 
-_PER_TOKEN = (
+PER_TOKEN = (
     "tokens",
     "mask",
     "sampling_logprobs",
@@ -175,7 +182,13 @@ def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
     samples = [r.prompt.tokens + r.tokens for r in rollouts]
     batch = pack(samples, after_prompts([len(s) for s in samples], [len(r.prompt.tokens) for r in rollouts]))
     sampling = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], dtype=torch.float32)
-    return batch.with_(sampling_logprobs=batch.spread(sampling))
+    seen: dict[str, int] = {}  # answers to a prompt so far
+    names = []
+    for prompt in (rollout.prompt for rollout in rollouts):
+        where = prompt.source or f"prompt {prompt.index}"
+        seen[where] = seen.get(where, 0) + 1
+        names.append(f"{where}, response {seen[where]}")
+    return batch.with_(sampling_logprobs=batch.spread(sampling), names=tuple(names))
 
 
 def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:

@@ -179,7 +179,8 @@ def build_learner(
     )
     if model.fill is not None:
         optimizer.refine(partial(model.fill, model))
-    return Learner(model, optimizer, schedule(settings, updates), temperature)
+    max_skipped = settings.max_skipped if settings.on_nonfinite == "skip" else 0
+    return Learner(model, optimizer, schedule(settings, updates), temperature, max_skipped)
 
 
 def weigh_router(model: Decoder, settings: OptimizerConfig, name: str) -> None:

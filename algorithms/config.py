@@ -277,6 +277,11 @@ class OptimizerConfig:
     """where the decay ends, as a share of lr [O]"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this global norm (0: off)"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """what a NaN or an infinity in rewards, advantages, losses or gradients does: it stops the run by name, or its
+    step is left out: weights, moments, average and schedule stay as they are"""
+    max_skipped: int = 10
+    """steps left out in a row; one more stops the run"""
     router_aux_coef: float = AS_CONFIG
     """weight of the load-balancing loss of a model with experts (-1: router_aux_loss_coef of its config.json)"""
     router_z_coef: float = 0.0
@@ -286,6 +291,7 @@ class OptimizerConfig:
         require(0 <= self.lr < math.inf, "lr", self.lr, "0 or more")
         require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "0 or more and below 1")
         require(0 < self.eps < math.inf, "eps", self.eps, "above 0")
+        require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")
         for name in ("weight_decay", "max_grad_norm"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("warmup_ratio", "min_lr_ratio"):

@@ -77,7 +77,8 @@ class Sample(NamedTuple):
 
 def pack_samples(samples: Sequence[Sample]) -> Batch:
     """The batch of these rows."""
-    return pack([sample.tokens.tolist() for sample in samples], [[bool(m) for m in s.mask] for s in samples])
+    batch = pack([sample.tokens.tolist() for sample in samples], [[bool(m) for m in s.mask] for s in samples])
+    return batch.with_(names=tuple(sample.where for sample in samples))
 
 
 class DialogueDataset(RowStream[Sample]):

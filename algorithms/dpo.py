@@ -88,7 +88,7 @@ def dpo_step(learner: Learner, batch: Batch, shares: Sequence[Share], loss: DPOL
         )
         return losses.sum() / pairs
 
-    step = learner.step([(batch.select(share), read) for share in shares])
+    step = learner.step([(batch.select(share), read) for share in shares], stats, unit=2)
     return {name: value / pairs for name, value in stats.reduce(learner.mesh).items()} | step
 
 

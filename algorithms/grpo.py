@@ -203,11 +203,11 @@ def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfi
             losses = losses + choices.kl_coef * kl
         return weighed(losses - knobs.entropy_coef * entropy, part).sum() / targets
 
-    learned = actor.step([(part, loss) for part in parts])
+    learned = actor.step([(part, loss) for part in parts], stats)
     sums = stats.reduce(actor.mesh)
     extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
     if "ratio_min" in extremes:
         extremes["ratio_min"] *= -1
-    if first:
+    if first and not learned.get("skipped"):
         check_first_ratio(extremes)
     return {name: value / targets for name, value in sums.items()} | extremes | learned

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class KLController:
     """β of the penalty −β·KL in the reward.
@@ -15,7 +17,7 @@ class KLController:
 
     def update(self, kl: float, samples: int) -> None:
         """Moves β by the mean KL of a sequence (nats) over a batch."""
-        if self.target > 0:
+        if self.target > 0 and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * samples / self.horizon
 

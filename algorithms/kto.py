@@ -122,7 +122,7 @@ def kto_step(
         stats.add(loss=losses, wanted=wanted.float(), chosen=rewards * wanted, rejected=rewards * ~wanted)
         return losses.sum() / count
 
-    step = learner.step([(batch.select(share), read) for share in shares])
+    step = learner.step([(batch.select(share), read) for share in shares], stats)
     sums = stats.reduce(learner.mesh)
     return summary(sums, count) | {"kl": reference_point} | step
 

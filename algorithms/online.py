@@ -140,8 +140,8 @@ def check_first_ratio(extremes: Mapping[str, float]) -> None:
 
 
 def over_update(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The means of the steps' metrics, the extremes of their extremes."""
-    reduce = {"ratio_max": max, "ratio_min": min}
+    """The means of the steps' metrics, the extremes of their extremes, how many were skipped."""
+    reduce = {"ratio_max": max, "ratio_min": min} | dict.fromkeys(("skipped", "actor_skipped", "critic_skipped"), sum)
     names = dict.fromkeys(name for metrics in history for name in metrics)
     named = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
     return {name: reduce.get(name, statistics.fmean)(values) for name, values in named.items()}

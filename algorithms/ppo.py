@@ -181,7 +181,7 @@ def critic_step(
         stats.add(value_loss=losses, value_clip_fraction=clipped)
         return losses.sum() / targets
 
-    step = critic.step([(part, loss) for part in parts])
+    step = critic.step([(part, loss) for part in parts], stats)
     means = {name: value / targets for name, value in stats.reduce(critic.mesh).items()}
     values = collect(batch, minibatch.shares, seen, [part.response for part in parts], critic.mesh)
     return means | {f"critic_{name}": value for name, value in step.items()}, values
@@ -233,12 +233,12 @@ def actor_step(
         shares = deal_micro_batches(range(len(documents)), documents.lengths, actor.mesh.dp, *sizes)
         work += [(documents.select(share), ptx_loss) for share in shares]
 
-    step = actor.step(work)
+    step = actor.step(work, stats)
     sums = stats.reduce(actor.mesh)
     extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
     if "ratio_min" in extremes:
         extremes["ratio_min"] *= -1
     means = {name: value / (ptx_targets if name == "ptx_loss" else targets) for name, value in sums.items()}
-    if first:
+    if first and not step.get("skipped"):
         check_first_ratio(extremes)
     return means | extremes | {f"actor_{name}": value for name, value in step.items()}

@@ -57,7 +57,7 @@ def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centring:
         stats.add(loss=losses, accuracy=ranked_right(chosen, rejected), chosen=chosen, rejected=rejected)
         return losses.sum() / pairs
 
-    step = learner.step([(batch.select(share), loss) for share in shares])
+    step = learner.step([(batch.select(share), loss) for share in shares], stats, unit=2)
     return {name: value / pairs for name, value in stats.reduce(learner.mesh).items()} | step
 
 
@@ -123,7 +123,7 @@ def process_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dic
         stats.add(loss=losses, accuracy=((scores > 0) == (labels > 0)).float())
         return losses.sum() / count
 
-    step = learner.step([(batch.select(share), loss) for share in shares])
+    step = learner.step([(batch.select(share), loss) for share in shares], stats)
     return {name: value / count for name, value in stats.reduce(learner.mesh).items()} | step
 
 

@@ -24,6 +24,7 @@ from ..kernels.attention import packed_attention
 from ..models.decoder import Decoder
 from ..models.moe import Routing, moe_layers, router_metrics
 from .batch import Batch, pack
+from .nonfinite import named_inputs, named_losses, numbers_of, poison, told, unit_losses
 
 Share = list[int]
 """Sample numbers of one micro-batch."""
@@ -144,6 +145,13 @@ class Stats:
             if value.numel():
                 self.maxima.setdefault(name, []).append(value.detach().max())
 
+    def copy(self) -> Stats:
+        """The same so far."""
+        made = Stats()
+        made.sums = {name: list(values) for name, values in self.sums.items()}
+        made.maxima = {name: list(values) for name, values in self.maxima.items()}
+        return made
+
     def reduce(self, mesh: Mesh) -> dict[str, float]:
         """The same numbers on every rank. Collective over dp and pp."""
         mine = {name: torch.stack(values).sum().item() for name, values in self.sums.items()}
@@ -159,16 +167,31 @@ class Learner(Role):
     """A role that learns: optimizer and learning-rate schedule beside the decoder."""
 
     def __init__(
-        self, model: Decoder, optimizer: ShardedAdamW, lr_at: Callable[[int], float], temperature: float = 1.0
+        self,
+        model: Decoder,
+        optimizer: ShardedAdamW,
+        lr_at: Callable[[int], float],
+        temperature: float = 1.0,
+        max_skipped: int = 0,
     ):
         super().__init__(model, temperature)
-        self.optimizer, self.lr_at = optimizer, lr_at
+        self.optimizer, self.lr_at, self.max_skipped = optimizer, lr_at, max_skipped
+        self.skipped = 0
+        self.reasons: list[str] = []
 
-    def step(self, parts: Sequence[tuple[Batch, Read]]) -> dict[str, float]:
+    def step(self, parts: Sequence[tuple[Batch, Read]], stats: Stats | None = None, unit: int = 1) -> dict[str, float]:
         """One optimizer step over micro-batches, each with the loss to read off its hidden states.
 
+        Args:
+            stats: what the losses add to.
+            unit: neighboring samples that only have a loss together, as a pair.
+
         Returns:
-            grad_norm and lr, and of a model with experts what `router_metrics` gives.
+            grad_norm and lr, and of a model with experts what `router_metrics` gives. skipped, where steps may be: 1
+            if a number was not finite, so that weights, moments, average and the schedule are as before.
+
+        Raises:
+            FloatingPointError: a number is not finite, and the step may not be skipped; on every rank, naming it.
         """
         config = self.model.config
         first = padding(len(parts), self.mesh)
@@ -181,11 +204,17 @@ class Learner(Role):
         parts = [*((part, nothing) for part in first), *parts]
         batches = [part for part, _ in parts]
 
+        checked = [number for part in batches for number in numbers_of(part).values()]
+
         def forward(i: int, x: Tensor | None) -> Tensor:
             part, loss = parts[i]
             hidden = stage_forward(self.model, part, x, routings[i])
             report(i + 1, len(parts))
-            return loss(part, hidden) if self.mesh.is_last_stage else hidden
+            if not self.mesh.is_last_stage:
+                return hidden
+            value = loss(part, hidden)
+            checked.append(value.detach())
+            return value
 
         run_forward_backward(
             self.mesh,
@@ -195,5 +224,36 @@ class Learner(Role):
             before_last_backward=self.optimizer.expect_last_backward,
         )
         lr = self.lr_at(self.optimizer.steps)
-        metrics = {"grad_norm": self.optimizer.step(lr), "lr": lr}
+        try:
+            metrics = {"grad_norm": self.optimizer.step(lr, poison(checked, self.mesh.device)), "lr": lr}
+        except FloatingPointError as error:  # on every rank
+            self._skip(f"{error}: {self._culprits(parts, stats, unit)}")
+            return {"lr": lr, "skipped": 1.0}
+        self.skipped = 0
+        metrics |= {"skipped": 0.0} if self.max_skipped else {}
         return metrics | router_metrics(routings, config, self.mesh) if config.moe is not None else metrics
+
+    def _skip(self, reason: str) -> None:
+        self.skipped += 1
+        if self.skipped > self.max_skipped:
+            row = f"; {self.max_skipped} steps before it were skipped" if self.max_skipped else ""
+            raise FloatingPointError(f"{reason}{row} (optimizer.on_nonfinite, optimizer.max_skipped)")
+        self.reasons.append(reason)
+        self.optimizer.zero_grad()
+
+    def _culprits(self, parts: Sequence[tuple[Batch, Read]], stats: Stats | None, unit: int) -> str:
+        """Names what is not finite. Collective; `stats` stay as they are."""
+        before = stats.copy() if stats is not None else None
+
+        def forward(i: int, x: Tensor | None) -> Tensor:
+            part, loss = parts[i]
+            hidden = stage_forward(self.model, part, x)
+            return unit_losses(part, hidden, loss, unit) if self.mesh.is_last_stage else hidden
+
+        batches = [part for part, _ in parts]
+        made = run_forward(self.mesh, shapes(self.model, batches), self.model.dtype, forward)
+        losses = [name for part, own in zip(batches, made, strict=False) for name in named_losses(part, own, unit)]
+        if stats is not None and before is not None:
+            stats.sums, stats.maxima = before.sums, before.maxima
+        weights, gradient = (self.optimizer.not_finite(kind) for kind in ("master", "grad"))
+        return told([weights, *named_inputs(batches), losses, gradient], self.mesh)

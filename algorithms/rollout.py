@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+LARGEST = 3.4e38
+"""Size of the largest score: what is learned from is float32."""
 
 
 def my_part(count: int, dp: Axis) -> slice:
@@ -85,7 +87,7 @@ class Scorer:
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.functions: list[RewardFunction] = []
         self.servers: list[RewardServer] = []
-        self._unscored: list[str] = []  # why models' samples are without a score
+        self._unscored: list[str] = []  # why samples are without a score that a scorer gave
 
         def start() -> None:
             abstain, sizes = (
@@ -133,12 +135,13 @@ class Scorer:
             return by_function + [server.score(prompts, texts, finished) for server in self.servers]
 
         called = self._on_first_rank(call)
-        by_model: list[list[Score]] = [
-            self._finite(name, model.scores(batch, shares).tolist(), rollouts)
-            for name, model in zip(self.config.models, models, strict=True)
-        ]
+        by_model: list[list[Score]] = [[*model.scores(batch, shares).tolist()] for model in models]
         functions = len(self.config.functions)
+        kinds = ["reward function"] * functions + ["reward model"] * len(by_model)
+        kinds += ["reward server"] * len(self.config.servers)
         scores = called[:functions] + by_model + called[functions:]
+        for kind, name, own in zip(kinds, self.config.names, scores, strict=True):
+            self._check(f"{kind} {name}", own, rollouts, may_abstain=kind != "reward model")
         nobodys = [r.prompt for r, own in zip(rollouts, zip(*scores, strict=True), strict=True) if set(own) == {None}]
         if nobodys and self.mesh.is_main:
             rows = list(dict.fromkeys(prompt.source or f"prompt {prompt.index}" for prompt in nobodys))
@@ -163,18 +166,22 @@ class Scorer:
         for function in self.functions:
             function.close()
 
-    def _finite(self, name: str, scores: list[float], rollouts: Sequence[Rollout]) -> list[Score]:
-        """A model's scores, NaN for those that are no finite numbers where it may abstain."""
+    def _check(self, scorer: str, scores: list[Score], rollouts: Sequence[Rollout], *, may_abstain: bool) -> None:
+        """Refuses scores that float32 has no finite number for, or makes them NaN where a scorer that fails abstains.
+
+        Args:
+            may_abstain: a NaN is no score, which is the scorer's right, as None is everyone's.
+        """
         for i, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
-            if not math.isfinite(score):
-                where = rollout.prompt.source or f"prompt {rollout.prompt.index}"
-                reason = f"reward model {name}: gave {score} for {where}: must be a finite number"
-                if self.config.on_failure == "stop":
-                    raise ValueError(reason)
-                scores[i] = math.nan
-                if self.mesh.is_main:
-                    self._unscored.append(reason)
-        return [*scores]
+            if score is None or abs(score) <= LARGEST or (may_abstain and math.isnan(score)):
+                continue
+            where = rollout.prompt.source or f"prompt {rollout.prompt.index}"
+            reason = f"{scorer}: gave {score} for {where}: must be a finite number of float32"
+            if self.config.on_failure == "stop":
+                raise ValueError(reason)
+            scores[i] = math.nan
+            if self.mesh.is_main:
+                self._unscored.append(reason)
 
     def _on_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` gives there, on every rank; where it raises, whatever it is, every rank does: the others wait."""

@@ -32,7 +32,7 @@ def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[st
         stats.add(loss=-logprobs, entropy=entropy)
         return -logprobs.sum() / targets
 
-    step = learner.step([(batch.select(share), loss) for share in shares])
+    step = learner.step([(batch.select(share), loss) for share in shares], stats)
     means = {name: value / targets for name, value in stats.reduce(learner.mesh).items()}
     return means | {"target_tokens": targets} | step
 

@@ -189,7 +189,8 @@ def hold_out(
 
 def pack_rows(rows: Sequence[Pack]) -> Batch:
     """The batch of these rows, a sample a piece; all tokens are targets but each piece's first."""
-    return pack([piece.tokens.tolist() for row in rows for piece in row])
+    pieces = [piece for row in rows for piece in row]
+    return pack([piece.tokens.tolist() for piece in pieces]).with_(names=tuple(piece.where for piece in pieces))
 
 
 def plan_rows(rows: Sequence[Pack], update: UpdateConfig, mesh: Mesh) -> list[Share]:

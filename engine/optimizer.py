@@ -205,23 +205,30 @@ class ShardedAdamW:
             if bucket.reduction is not None:
                 bucket.reduction.wait()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, poison: Tensor | None = None) -> float:
         """Reduces what is not reduced yet, clips, updates and gathers the weights. Collective over the mesh.
+
+        Args:
+            poison: 0-d; NaN where this rank has met what is not finite: no rank makes the step then.
 
         Returns:
             the L2 norm of the whole gradient before clipping.
 
         Raises:
-            FloatingPointError: the norm is not finite; weights and optimizer state are as before.
+            FloatingPointError: on every rank: the norm is not finite, or a rank's poison. Weights and optimizer state
+                are as before; `zero_grad` forgets the gradients.
         """
         self._finish_reduction()
         squares = torch.zeros(1, dtype=torch.float64, device=self.mesh.device)
+        if poison is not None:
+            squares += poison
         for bucket in self.buckets:
             if bucket.counted:
                 squares += torch.linalg.vector_norm(bucket.grads[bucket.mine]).double() ** 2
         norm = math.sqrt(all_reduce(squares, self.mesh.world).item())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"{self.name}: the gradient norm of optimizer step {self.steps + 1} is {norm}")
+            what = "the gradient norm" if poison is None else "the loss or the gradient norm"
+            raise FloatingPointError(f"{self.name}: {what} of optimizer step {self.steps + 1} is {norm}")
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
         self.steps += 1
         for bucket in self.buckets:
@@ -279,6 +286,20 @@ class ShardedAdamW:
         for bucket in self.buckets:
             if "ema" in bucket.states:
                 bucket.states["ema"].copy_(bucket.states["master"])
+
+    def not_finite(self, kind: str = "") -> list[str]:
+        """Names (kind, parameter and part) of this rank's states that are not all finite.
+
+        Args:
+            kind: of the states: "master", "exp_avg", ... or "grad", the reduced gradient; "": all but that.
+        """
+        found = []
+        for bucket, name, piece, share in self._rectangles():
+            states = {"grad": bucket.grads[bucket.mine]} if kind == "grad" else bucket.states
+            for own in states if not kind else [kind]:
+                if not states[own][share].isfinite().all():
+                    found.append(f"{own} of {name}{'#' * bool(piece.part)}{piece.part}")
+        return list(dict.fromkeys(found))
 
     def _rectangles(self) -> Iterator[tuple[_Bucket, str, Piece, slice]]:
         """This rank's share of every state: (bucket, parameter's name, rectangle, its place in the share)."""

@@ -10,6 +10,7 @@ On a terminal these are bars; elsewhere a step is a line, and a work that takes 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -164,10 +165,12 @@ class Progress:
             return
         seconds, self._last = time.monotonic() - self._last, time.monotonic()
         self._steps.show(step, self._steps.total)
-        self._curve.append(metrics[next(iter(self._facts))])
+        value = metrics.get(next(iter(self._facts)), math.nan)
+        if math.isfinite(value):  # a step that was left out has none
+            self._curve.append(value)
         facts = "  ".join(text.format(metrics[name]) for name, text in self._facts.items() if name in metrics)
         if self._task is not None:
-            curve = sparkline(self._curve[-16:])
+            curve = sparkline(self._curve[-16:]) if self._curve else ""
             self.bar.update(self._task, completed=step, description=f"[cyan]{curve}[/] {facts}")
         else:
             width, total = len(str(self._steps.total)), self._steps.total

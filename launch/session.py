@@ -18,6 +18,7 @@ A run may be killed at any moment: what it resumes from is always whole.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -33,6 +34,7 @@ import torch
 from report import Panel, plot
 from trialign.algorithms.build import trained_entries
 from trialign.algorithms.config import DataConfig, ModelPaths, ParallelConfig, RunConfig
+from trialign.algorithms.nonfinite import check_states
 from trialign.algorithms.roles import Learner
 from trialign.engine import checkpoint
 from trialign.engine.config import flatten, parse
@@ -198,6 +200,12 @@ class Session(Generic[Config]):
         Args:
             tokens: of the whole batch, for tokens_per_s.
         """
+        for role, (learner, _) in self.learners.items():
+            for reason in learner.reasons:
+                self.progress.say(f"{role}: step {self.step + 1} is skipped: {reason}")
+            if learner.reasons:  # of a step that was not made
+                metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            learner.reasons.clear()
         costs = self.phases.take()
         metrics = {**metrics, **costs, "tokens_per_s": tokens / costs["seconds/step"]}
         self.step += 1
@@ -243,6 +251,7 @@ class Session(Generic[Config]):
             for role, (_, source) in self.learners.items()
             for name, path in assets(source, f"{role}/").items()
         }
+        check_states({role: learner.optimizer for role, (learner, _) in self.learners.items()}, self.mesh)
         entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
         root, keep = self.folder / "checkpoints", self.config.run.keep
         checkpoint.save(root, self.step, entries, state, self.mesh, keep=keep, assets=files)
