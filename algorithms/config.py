@@ -40,7 +40,7 @@ class DataConfig:
 
     section: ClassVar[str] = "data"  # of the config, as messages name its knobs
     sources: tuple[str, ...] = ()
-    """files (.jsonl, .json, .csv, .tsv, .parquet), folders of them or by `datasets`, names on the hub (name:split)"""
+    """files (.jsonl, .json, .csv, .tsv, .parquet), folders of them or by `datasets`, hub names (name:config:split)"""
     probabilities: str = ""
     """how often each source is drawn from, as 0.5,0.4,0.1 ("": all rows alike)"""
     chat_template: bool = True

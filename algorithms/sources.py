@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from .arrow import named, read_parquet
 from .columns import own_columns
@@ -71,12 +72,16 @@ class RowReader:
                 )
 
 
+LISTED = 16
+"""Configurations whose splits are listed, for each may take a request to the hub."""
+
 NUMBERS = ("label_key", "margin_key", "reward_key")
 """Options whose columns hold something else than text."""
 
 
 def read_rows(source: str, keys: Keys = NO_KEYS) -> Iterator[Row]:
-    """The rows of a file, of a folder of files, of one that `datasets` wrote, or of a data set on the hub (name:split).
+    """The rows of a file, of a folder of files, of one that `datasets` wrote, or of a data set on the hub
+    (name:config:split, name:split).
 
     Columns of ShareGPT and Alpaca become those that `keys` names; see columns.py.
 
@@ -93,12 +98,14 @@ def _read(source: str, keys: Keys) -> Iterator[Row]:
     if path.is_file() or form and not path.is_dir():
         yield from _read_file(path, form, keys)
     else:
-        name, _, split = source.partition(":")
+        name, _, chosen = source.partition(":")
         folder = Path(name)
-        if folder.is_dir() and not any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            yield from _read_folder(folder, split, keys)
+        if not folder.is_dir():
+            yield from _read_hub(name, chosen)
+        elif any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            yield from _read_saved(name, chosen)
         else:
-            yield from _read_datasets(source)
+            yield from _read_folder(folder, chosen, keys)
 
 
 def form_of(path: Path) -> str:
@@ -124,42 +131,104 @@ def _read_file(path: Path, form: str, keys: Keys) -> Iterator[Row]:
         yield str(path), {keys.get("text_key", "text"): read_text(path)}
 
 
-def _read_folder(folder: Path, split: str, keys: Keys) -> Iterator[Row]:
-    """The rows of a folder of files; `datasets` says by their names which files are of which split."""
+def _read_folder(folder: Path, chosen: str, keys: Keys) -> Iterator[Row]:
+    """The rows of a folder of files; `datasets` says by their names, or by the configurations that a README.md
+    declares, which files are of which split."""
     import datasets
 
     try:
-        splits = datasets.load_dataset_builder(str(folder)).config.data_files or {}
-    except (OSError, ValueError) as error:
+        config, split = configuration(str(folder), chosen)
+        splits = datasets.load_dataset_builder(str(folder), config).config.data_files or {}
+        declared = len(datasets.get_dataset_config_names(str(folder))) > 1
+    except OSError as error:
         raise ValueError(f"data source {folder}: no folder of {', '.join(FORMS)} files: {error}") from None
     kinds = sorted({form_of(file) for file in folder.rglob("*") if file.is_file()} & set(TABLES))
-    if len(kinds) > 1:  # `datasets` would read one kind and say nothing of the other
+    if len(kinds) > 1 and not declared:  # `datasets` would read one kind and say nothing of the other
         raise ValueError(
             f"data source {folder}: holds {' and '.join(kinds)} files: name the files, or give each a folder"
         )
     files = {str(name): [Path(file) for file in own] for name, own in splits.items()}
-    split = split or (next(iter(files)) if len(files) == 1 else "")
-    if split not in files:
-        raise ValueError(f"data source {folder}: has splits, name one: {', '.join(f'{folder}:{key}' for key in files)}")
     for file in files[split]:
         yield from _read_file(file, form_of(file), keys)
 
 
-def _read_datasets(source: str) -> Iterator[Row]:
+def _read_saved(name: str, split: str) -> Iterator[Row]:
+    """The rows of a folder that `datasets` saved."""
     import datasets
 
-    name, _, split = source.partition(":")
     try:
-        if Path(name).is_dir():
-            loaded = datasets.load_from_disk(name)
-            if isinstance(loaded, datasets.DatasetDict):
-                splits = ", ".join(f"{name}:{key}" for key in loaded)
-                if split not in loaded:
-                    raise ValueError(f"has splits, name one: {splits}")
-                loaded = loaded[split]
-        else:
-            loaded = datasets.load_dataset(name, split=split or "train")
+        loaded = datasets.load_from_disk(name)
+        if isinstance(loaded, datasets.DatasetDict):
+            splits = ", ".join(f"{name}:{key}" for key in loaded)
+            if split not in loaded:
+                raise ValueError(f"has splits, name one: {splits}")
+            loaded = loaded[split]
     except (OSError, ValueError) as error:
-        hub = "" if Path(name).is_dir() else "no such file or folder, and not to be had from the Hugging Face hub: "
-        raise ValueError(f"data source {source}: {hub}{error}") from None
-    yield from named(source, loaded.with_format("arrow").iter(1000))
+        raise ValueError(f"data source {name}{':' * bool(split)}{split}: {error}") from None
+    yield from _table_rows(f"{name}{':' * bool(split)}{split}", loaded)
+
+
+def _read_hub(name: str, chosen: str) -> Iterator[Row]:
+    """The rows of a data set on the hub."""
+    import datasets
+
+    source = f"{name}{':' * bool(chosen)}{chosen}"
+    try:
+        config, split = configuration(name, chosen, default="train")
+        loaded = datasets.load_dataset(name, config, split=split)
+    except OSError as error:
+        raise ValueError(
+            f"data source {source}: no such file or folder, and not to be had from the Hugging Face hub: {error}"
+        ) from None
+    yield from _table_rows(source, loaded)
+
+
+def _table_rows(source: str, table: Any) -> Iterator[Row]:
+    """Its rows, read a thousand at a time."""
+    yield from named(source, table.with_format("arrow").iter(1000))
+
+
+def configuration(name: str, chosen: str, default: str = "") -> tuple[str, str]:
+    """The configuration of a data set and the split that are chosen by `config:split`, `split`, `config` or nothing.
+
+    A split may be a slice, as `datasets` writes it: train[:100].
+
+    Args:
+        default: the split of those that have several, where none is chosen.
+
+    Raises:
+        ValueError: there are several, or none of that name; lists them.
+        OSError: there is no such data set.
+    """
+    import datasets
+
+    try:
+        configs = datasets.get_dataset_config_names(name)
+        first, colon, rest = chosen.partition(":")
+        if "[" in first:
+            first, colon, rest = "", "", chosen
+        if not colon and first not in configs:
+            first, rest = "", chosen
+        config = first or (configs[0] if len(configs) == 1 else datasets.get_dataset_default_config_name(name) or "")
+        splits = datasets.get_dataset_split_names(name, config) if config in configs else []
+    except ValueError as error:  # of `datasets`
+        raise ValueError(f"data source {name}{':' * bool(chosen)}{chosen}: {error}") from None
+    split = rest or (splits[0] if len(splits) == 1 else default)
+    if split.partition("[")[0].partition("+")[0] in splits:
+        return config, split
+    prefix = {config: f"{name}:" if len(configs) == 1 else f"{name}:{config}:" for config in configs}
+    whole = [f"{prefix[config]}{split}" for config in configs[:LISTED] for split in _splits_of(name, config)]
+    more = [f"and {len(configs) - LISTED} more: {', '.join(configs[LISTED:])}"] if len(configs) > LISTED else []
+    what = "configurations and splits" if len(configs) > 1 else "splits"
+    raise ValueError(
+        f"data source {name}{':' * bool(chosen)}{chosen}: has {what}, name one: {', '.join([*whole, *more])}"
+    )
+
+
+def _splits_of(name: str, config: str) -> list[str]:
+    import datasets
+
+    try:
+        return datasets.get_dataset_split_names(name, config)
+    except (OSError, ValueError):  # a damaged one must not hide the others' names
+        return ["..."]

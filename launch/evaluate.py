@@ -81,8 +81,9 @@ class Evaluated:
         config, session = self.config, self.session
         own = replace(config, model=replace(config.model, path=self.folder))
         answering = Answering(session, cast(Any, own), config.run, self.shape)
+        role = self.role
         models = [Role(session.together(lambda p=p: self._reward_model(p), p)) for p in config.reward.models]
-        answering.attach(cast(Any, self.role), models)
+        answering.attach(cast(Any, role), models)
         there = answering.dataset.rows - answering.dataset.dropped
         self._say(answering.about)
         count, size = min(config.data.limit or there, there), config.run.prompts_per_save
