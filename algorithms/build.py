@@ -19,7 +19,8 @@ from ..models.adapter import check_adapter, check_lora, load_adapter, start_adap
 from ..models.config import HeadKind, ModelConfig, check_layout
 from ..models.decoder import Decoder
 from ..models.hf import load_hf
-from ..models.tokenizer import read_tokenizer
+from ..models.tokenizer import has_tokenizer, read_tokenizer
+from .chat_encoder import check_vocabulary
 from .config import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
 from .grpo import GroupRoles
 from .grpo_config import GRPOConfig
@@ -81,7 +82,8 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
     """The shape of every folder PPO's or GRPO's roles come from, checked against the layout and each other.
 
     Raises:
-        ValueError: a folder is missing or unsupported, a size does not divide, or vocabularies differ.
+        ValueError: a folder is missing or unsupported, a size does not divide, the critic reads other tokens than the
+            actor, or a reward model has no tokenizer and another vocabulary.
     """
     trained = [config.model.path]
     if isinstance(config, PPOConfig):
@@ -92,18 +94,16 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
     actor = shapes[config.model.path]
     if actor.head != "lm":
         raise ValueError(f"model.path={config.model.path} holds a {actor.architecture}: the actor must predict tokens")
-    for folder, shape in shapes.items():
-        if shape.vocab_size != actor.vocab_size:
-            raise ValueError(
-                f"{folder}: vocab_size={shape.vocab_size}, but the actor's is {actor.vocab_size}:"
-                " all roles read the same tokens"
-            )
+    for folder in trained[1:]:
+        check_vocabulary(folder, shapes[folder], config.model.path, actor)
     adapters = config.lora.adapters(actor)
     if adapters is not None and config.lora.adapter:
         check_adapter(config.lora.adapter, actor, adapters)
     for folder in config.reward.models:
         if shapes[folder].head != "score":
             raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
+        if not has_tokenizer(folder):
+            check_vocabulary(folder, shapes[folder], config.model.path, actor)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for folder, shape in shapes.items():
         positions = shape.longest_rollout if shape is actor else shape.longest_document

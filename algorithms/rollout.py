@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..engine.mesh import Axis, Mesh
 from ..engine.parallel.collectives import gather_objects
 from ..engine.rollout.generate import Generator, SamplingParams
-from .batch import Batch, Prompt, Rollout
+from .batch import Batch, Prompt, Rollout, pack
+from .chat_encoder import ChatEncoder, completion_of
 from .config import RewardConfig, RolloutConfig
 from .reward_server import RewardServer
 from .reward_worker import brief
@@ -79,12 +80,23 @@ class Scorer:
     A function is called once a step, on the first rank, with the whole batch: one that looks across its rows (a rank, a
     diversity bonus) means the same in every layout. So are servers, in requests of `server_batch` rows.
 
+    Args:
+        tokenizer: the policy's.
+        encoders: of the reward models that do not read the policy's tokens, by folder (`reward_encoders`); they score
+            what was sampled decoded, and encoded again.
+
     Raises:
         ValueError: a function cannot be loaded; on every rank.
     """
 
-    def __init__(self, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh):
-        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
+    def __init__(
+        self,
+        config: RewardConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        mesh: Mesh,
+        encoders: Mapping[str, ChatEncoder] | None = None,
+    ):
+        self.config, self.tokenizer, self.mesh, self.encoders = config, tokenizer, mesh, encoders or {}
         self.functions: list[RewardFunction] = []
         self.servers: list[RewardServer] = []
         self._unscored: list[str] = []  # why samples are without a score that a scorer gave
@@ -135,13 +147,17 @@ class Scorer:
             return by_function + [server.score(prompts, texts, finished) for server in self.servers]
 
         called = self._on_first_rank(call)
-        by_model: list[list[Score]] = [[*model.scores(batch, shares).tolist()] for model in models]
+        unread: dict[str, dict[int, str]] = {}  # model -> samples that it cannot read, and why
+        by_model: list[list[Score]] = [
+            self._by_model(name, model, rollouts, batch, shares, unread.setdefault(name, {}))
+            for name, model in zip(self.config.models, models, strict=True)
+        ]
         functions = len(self.config.functions)
         kinds = ["reward function"] * functions + ["reward model"] * len(by_model)
         kinds += ["reward server"] * len(self.config.servers)
         scores = called[:functions] + by_model + called[functions:]
         for kind, name, own in zip(kinds, self.config.names, scores, strict=True):
-            self._check(f"{kind} {name}", own, rollouts, may_abstain=kind != "reward model")
+            self._check(f"{kind} {name}", own, rollouts, unread.get(name, {}), may_abstain=kind != "reward model")
         nobodys = [r.prompt for r, own in zip(rollouts, zip(*scores, strict=True), strict=True) if set(own) == {None}]
         if nobodys and self.mesh.is_main:
             rows = list(dict.fromkeys(prompt.source or f"prompt {prompt.index}" for prompt in nobodys))
@@ -166,22 +182,58 @@ class Scorer:
         for function in self.functions:
             function.close()
 
-    def _check(self, scorer: str, scores: list[Score], rollouts: Sequence[Rollout], *, may_abstain: bool) -> None:
+    def _check(
+        self,
+        scorer: str,
+        scores: list[Score],
+        rollouts: Sequence[Rollout],
+        unread: Mapping[int, str],
+        *,
+        may_abstain: bool,
+    ) -> None:
         """Refuses scores that float32 has no finite number for, or makes them NaN where a scorer that fails abstains.
 
         Args:
+            unread: samples that the scorer could not read and gave NaN, and why.
             may_abstain: a NaN is no score, which is the scorer's right, as None is everyone's.
         """
         for i, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
             if score is None or abs(score) <= LARGEST or (may_abstain and math.isnan(score)):
                 continue
             where = rollout.prompt.source or f"prompt {rollout.prompt.index}"
-            reason = f"{scorer}: gave {score} for {where}: must be a finite number of float32"
+            why = unread.get(i, f"gave {score} for {where}: must be a finite number of float32")
+            reason = f"{scorer}: {why}"
             if self.config.on_failure == "stop":
                 raise ValueError(reason)
             scores[i] = math.nan
             if self.mesh.is_main:
                 self._unscored.append(reason)
+
+    def _by_model(
+        self,
+        name: str,
+        model: Role,
+        rollouts: Sequence[Rollout],
+        batch: Batch,
+        shares: Sequence[Share],
+        unread: dict[int, str],
+    ) -> list[Score]:
+        """A model's scores; NaN for samples that its own tokenizer cannot encode, which are noted in `unread`."""
+        if name in self.encoders:
+            batch = self._encoded_again(self.encoders[name], rollouts, unread)
+        scores = model.scores(batch, shares).tolist()
+        return [math.nan if i in unread else score for i, score in enumerate(scores)]
+
+    def _encoded_again(self, encoder: ChatEncoder, rollouts: Sequence[Rollout], unread: dict[int, str]) -> Batch:
+        """The rollouts as another tokenizer's tokens; a single token for one that cannot be encoded."""
+        sequences: list[list[int]] = []
+        for i, (rollout, text) in enumerate(zip(rollouts, texts_of(rollouts, self.tokenizer), strict=True)):
+            try:
+                sequences.append(encoder.within_positions(completion_of(rollout, text)))
+            except ValueError as error:
+                unread[i] = str(error)
+                sequences.append([encoder.end])
+        return pack(sequences).to(self.mesh.device)
 
     def _on_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` gives there, on every rank; where it raises, whatever it is, every rank does: the others wait."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +12,7 @@ from report import Answer, response_text
 from session import Common, Session
 from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
 from trialign.algorithms.build import load_tokenizer
+from trialign.algorithms.chat_encoder import ChatEncoder, Policy, reward_encoders
 from trialign.algorithms.config import PromptData, RewardConfig, RolloutConfig
 from trialign.algorithms.data import PromptDataset
 from trialign.algorithms.rewards import Score
@@ -62,7 +63,10 @@ class Answering:
         place = self.dataset.state()
         self.shown: list[Prompt] = self.dataset.next(show.show)  # the same before and after, and after a resume
         self.dataset.load_state(place)
-        self.scorer = Scorer(config.reward, self.tokenizer, self.mesh)
+        policy = Policy(path, shape, self.tokenizer, config.data.chat_template)
+        encoders = session.together(lambda: reward_encoders(config.reward.models, policy))
+        say_encoders(encoders, self.mesh.is_main)
+        self.scorer = Scorer(config.reward, self.tokenizer, self.mesh, encoders)
         session.stack.callback(self.scorer.close)
         self.scorer.check(self.dataset.columns())
         ends = session.together(lambda: stop_ids(path, shape, self.tokenizer))
@@ -100,6 +104,12 @@ class Answering:
         """One line for each scorer's reason to abstain."""
         for reason in self.scorer.failures():
             session.progress.say(f"abstains: {reason}")
+
+
+def say_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:
+    """One line for each reward model that is given text, not the policy's tokens."""
+    for folder, encoder in encoders.items() if main else ():
+        print(f"{folder}: not the policy's tokenizer ({encoder.why}): completions are encoded again with its own")
 
 
 def summary(

@@ -15,12 +15,14 @@ import sys
 from dataclasses import replace
 from typing import Any, cast
 
+from answering import say_encoders
 from from_rows import FromRows, from_rows
 from kept import Kept, scorer_files
 from report import SFT_PANELS, answer_table, completion_table, response_text
 from session import Session, start
 from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.chat_encoder import Policy, reward_encoders
 from trialign.algorithms.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
 from trialign.algorithms.conditional_config import ConditionalConfig, check_conditional
 from trialign.algorithms.dialogue import Sample, pack_samples, tokenise
@@ -46,7 +48,10 @@ class Rewards:
         self.shape = session.together(lambda: read_shape(folder, config.parallel, config.run, "lm", config.lora))
         self.tokenizer = session.together(lambda: load_tokenizer(folder, self.shape))
         self.ends = session.together(lambda: stop_ids(folder, self.shape, self.tokenizer))
-        self.scorer = Scorer(config.reward, self.tokenizer, session.mesh)
+        policy = Policy(folder, self.shape, self.tokenizer, config.data.chat_template)
+        encoders = session.together(lambda: reward_encoders(config.reward.models, policy))
+        say_encoders(encoders, session.mesh.is_main)
+        self.scorer = Scorer(config.reward, self.tokenizer, session.mesh, encoders)
         session.stack.callback(self.scorer.close)
         asked = {knob: v for name in ("model", "data", "reward") for knob, v in flatten(getattr(config, name)).items()}
         files = [folder, *config.data.sources, *config.data.eval_sources, *scorer_files(config.reward)]
@@ -58,11 +63,6 @@ class Rewards:
     def _model(self, folder: str):
         config = self.config
         shape = read_shape(folder, config.parallel, config.run, "score")
-        if shape.vocab_size != self.shape.vocab_size:
-            raise ValueError(
-                f"{folder}: vocab_size={shape.vocab_size}, but that of {config.model.path} is {self.shape.vocab_size}:"
-                " both read the same tokens"
-            )
         if config.data.max_tokens > shape.longest_document:
             raise ValueError(
                 f"data.max_tokens={config.data.max_tokens}: {folder} has positions for {shape.longest_document}"

@@ -127,11 +127,6 @@ class Evaluated:
     def _reward_model(self, folder: str):
         config = self.config
         shape = read_shape(folder, config.parallel, cast(Any, config.run), "score")
-        if shape.vocab_size != self.shape.vocab_size:
-            raise ValueError(
-                f"{folder}: vocab_size={shape.vocab_size}, but that of {self.folder} is {self.shape.vocab_size}:"
-                " both read the same tokens"
-            )
         return build_decoder(folder, shape, self.mesh, config.model.dtype, head="score")
 
     def perplexities(self) -> dict[str, Estimate]:

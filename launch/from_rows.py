@@ -28,6 +28,7 @@ from session import Common, Session
 from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.build import build_decoder, build_learner, load_tokenizer, read_shape
+from trialign.algorithms.chat_encoder import check_vocabulary
 from trialign.algorithms.config import EpochRun, LoRAConfig, OptimizerConfig, UpdateConfig
 from trialign.algorithms.dialogue import Sample
 from trialign.algorithms.roles import Learner, Role
@@ -152,11 +153,6 @@ class FromRows(Generic[Rows]):
     def _reference(self, folder: str) -> Role:
         config: RowConfig = self.session.config
         shape = self.session.together(lambda: read_shape(folder, config.parallel, config.run, "lm"))
-        if shape.vocab_size != self.shape.vocab_size:
-            raise ValueError(
-                f"{folder}: vocab_size={shape.vocab_size}, but that of {config.model.path} is {self.shape.vocab_size}:"
-                " both read the same tokens"
-            )
         build = lambda: build_decoder(folder, shape, self.session.mesh, config.model.dtype)  # noqa: E731
         return Role(self.session.together(build, folder))
 
@@ -181,6 +177,9 @@ def from_rows(
         shape = read_shape(folder, config.parallel, config.run, "lm" if kind == "lm" else None, config.lora)
         if section.max_tokens > shape.longest_document:
             raise ValueError(f"max_tokens={section.max_tokens}: {folder} has positions for {shape.longest_document}")
+        reference = getattr(config.model, "reference", "")
+        if reference:
+            check_vocabulary(reference, read_shape(reference, config.parallel, config.run, "lm"), folder, shape)
         return shape, load_tokenizer(folder, shape)
 
     shape, tokenizer = session.together(look)

@@ -19,20 +19,18 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import Any
 
 from trialign.algorithms.batch import micro_batches, pack
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.chat_encoder import ChatEncoder, Completion, parse_tools
 from trialign.algorithms.config import ModelPaths, ParallelConfig, RunConfig, require
-from trialign.algorithms.messages import read_messages, render
+from trialign.algorithms.messages import read_messages
 from trialign.algorithms.reward_worker import brief
 from trialign.algorithms.roles import Role
-from trialign.algorithms.text_files import parse_json
 from trialign.engine.config import parse
-from trialign.models.hf import stop_ids
 from world import mesh_of, world_size
 
 MOST_BYTES = 64 << 20
@@ -61,16 +59,6 @@ class ServeConfig:
         require(self.batch_tokens >= self.max_tokens, "batch_tokens", self.batch_tokens, "at least max_tokens")
 
 
-class Row(NamedTuple):
-    """What a score is asked for."""
-
-    where: str
-    messages: list[dict[str, Any]]  # what is answered
-    completion: str
-    finished: bool
-    tools: list[Any] | None
-
-
 class Scores:
     """The model and its tokenizer; one request at a time.
 
@@ -81,14 +69,11 @@ class Scores:
     def __init__(self, config: ServeConfig, mesh: Any):
         self.config, folder = config, config.model.path
         self.shape = read_shape(folder, ParallelConfig(), RunConfig(), "score")
-        self.tokenizer = load_tokenizer(folder, self.shape)
-        if config.chat_template and not self.tokenizer.chat_template:
-            raise ValueError(f"chat_template=true, but the tokenizer of {folder} has none: set it to false")
-        self.end = self._end_of_turn(stop_ids(folder, self.shape, self.tokenizer))
+        self.encode = ChatEncoder(folder, self.shape, load_tokenizer(folder, self.shape), config.chat_template)
         model = build_decoder(folder, self.shape, mesh, config.model.dtype, head="score")
         self.role, self.lock, self.scored = Role(model), threading.Lock(), 0
 
-    def __call__(self, rows: Sequence[Row]) -> list[float]:
+    def __call__(self, rows: Sequence[Completion]) -> list[float]:
         """One score a row.
 
         Raises:
@@ -100,37 +85,14 @@ class Scores:
             self.scored += len(batch)
             return self.role.scores(batch, shares).tolist()
 
-    def _tokens(self, row: Row) -> list[int]:
-        """The prompt as a model is asked with it, the completion, and the end of its turn if it came to one."""
-        if self.config.chat_template:
-            text = render(row.where, row.messages, self.tokenizer, row.tools)
-            head: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        elif len(row.messages) == 1:
-            head = self.tokenizer(row.messages[0]["content"])["input_ids"]
-        else:
-            raise ValueError(f"{row.where}: a chat of {len(row.messages)} messages: needs chat_template=true")
-        answer: list[int] = self.tokenizer(row.completion, add_special_tokens=False)["input_ids"]
-        tokens = [*head, *answer, *([self.end] if row.finished else [])]
+    def _tokens(self, row: Completion) -> list[int]:
+        tokens = self.encode(row)
         if len(tokens) > self.config.max_tokens:
             raise ValueError(f"{row.where}: {len(tokens)} tokens, max_tokens={self.config.max_tokens}")
         return tokens
 
-    def _end_of_turn(self, ends: Sequence[int]) -> int:
-        """The token that an answer ends with: the one of the model's that its chat template writes, or its first."""
-        written: list[int] = []
-        if self.config.chat_template:
-            chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-            text = render("a chat of two turns", chat, self.tokenizer, None, generation_prompt=False)
-            written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        known: list[Any] = [
-            token for token in (*reversed(written), self.tokenizer.eos_token_id, *ends) if token in ends
-        ]
-        if not known:
-            raise ValueError(f"{self.config.model.path}: neither its configs nor its tokenizer name an eos_token_id")
-        return known[0]
 
-
-def read_request(body: bytes) -> list[Row]:
+def read_request(body: bytes) -> list[Completion]:
     """The rows of a request.
 
     Raises:
@@ -163,7 +125,7 @@ def _listed(section: Any, name: str, count: int) -> list[Any]:
     return values
 
 
-def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any, tools: Any) -> Row:
+def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any, tools: Any) -> Completion:
     """A row as it came.
 
     Raises:
@@ -175,12 +137,7 @@ def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any,
     messages = read_messages(f"{where}: 'messages'", messages)
     if finished is not None and not isinstance(finished, bool):
         raise ValueError(f"{where}: finished={finished!r:.60}: must be true or false")
-    if isinstance(tools, str):  # as a column may hold them
-        with suppress(ValueError):
-            tools = parse_json(tools)
-    if tools and not isinstance(tools, list):
-        raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or one as JSON")
-    return Row(where, messages, completion, finished is not False, tools or None)
+    return Completion(where, messages, completion, finished is not False, parse_tools(where, tools))
 
 
 def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:

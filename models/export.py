@@ -21,6 +21,7 @@ from ..engine.whole_folder import whole_folder
 from .adapter import merger, open_checkpoint, same_base, saved_adapter
 from .config import HeadKind, ModelConfig, model_folder, read_json
 from .hf import HEADS, INDEX, Rows, blocks, hf_shapes, part_shapes, whole_tensors
+from .padding import score_padding, write_padding
 from .tokenizer import made_tokenizer
 from .translate import Target, Translated, translate_config
 
@@ -102,6 +103,7 @@ def export_hf(
     head: HeadKind = "lm",
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = 5 << 30,
+    pad_token: str | None = None,
 ) -> None:
     """Writes a folder that transformers and vLLM load: whole, or not at all. One tensor at a time is asked for.
 
@@ -111,6 +113,7 @@ def export_hf(
             tensor. A fused tensor may come in parts, as `hf_name` names them.
         asset_folder: where tokenizer, chat template and generation config come from.
         shard_bytes: the largest file, unless one tensor is larger.
+        pad_token: of the tokenizer; None: its own.
 
     Raises:
         ValueError: the folder is not empty; a tensor is missing, unknown or of another shape.
@@ -146,6 +149,8 @@ def export_hf(
             described = {name: (dtype, shapes[name]) for name in names}
             write_stream(aside / file, described, chain.from_iterable(map(converted, names)))
         copy_assets(asset_folder, aside)
+        if pad_token is not None:
+            write_padding(aside, pad_token)
         _write_json(aside / "config.json", config.to_hf_dict(head, str(dtype).removeprefix("torch.")))
 
 
@@ -179,7 +184,8 @@ def export_checkpoint(
 ) -> None:
     """Streams one role's weights out of a checkpoint into a Hugging Face folder, without a process group.
 
-    The checkpoint's assets must hold `{role}/config.json` and what else belongs to the model. Adapters are merged.
+    The checkpoint's assets must hold `{role}/config.json` and what else belongs to the model. Adapters are merged. A
+    model with a score head that was trained here gets the padding token of `score_padding`.
 
     Args:
         dtype: of the numbers; None for the type that the model came in, as `own_dtype` finds it.
@@ -218,7 +224,10 @@ def export_checkpoint(
         own, config = config, translate_config(config, family, head)
         tensors = Translated(tensors, own, config, head)
     dtype = dtype or own_dtype(reader, prefix, asset_folder)
-    export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype)
+    pad_token = None
+    if head == "score" and "imported_from" not in read_state(reader.path):  # one that was trained here
+        config, pad_token = score_padding(config, asset_folder)
+    export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype, pad_token=pad_token)
 
 
 def own_dtype(reader: Reader, prefix: str, asset_folder: Path) -> torch.dtype:

@@ -22,13 +22,20 @@ SPACE = "▁"  # sentencepiece's mark for a space
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _KEPT = "chat_template additional_special_tokens model_max_length padding_side".split()
-_PROBES = (
+_FILES = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"}
+PROBES = (
     "The quick brown fox jumps over 12 lazy dogs.",
     "  Two  spaces,\ttabs\nand\n\nlines ",
     "naïve café, 你好，世界！ Привет 🙂 ١٢",
     "def f(x):\n    return x ** 2  # {'a': [1, 2]}\n",
     "",
 )
+
+
+def has_tokenizer(folder: Path | str) -> bool:
+    """Whether a model's folder, or a checkpoint, holds any file of a tokenizer."""
+    own = model_folder(folder)
+    return own.is_dir() and any(path.name in _FILES or path.suffix == ".tiktoken" for path in own.iterdir())
 
 
 def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
@@ -63,7 +70,7 @@ def _cuts_alike(read: PreTrainedTokenizerBase, saved: Tokenizer) -> bool:
     """
     return all(
         read.encode(probe, add_special_tokens=False) == saved.encode(probe, add_special_tokens=False).ids
-        for probe in _PROBES
+        for probe in PROBES
     )
 
 
@@ -118,7 +125,7 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _add_tokens(built, folder)
     specials |= _special_tokens(built, folder)
     original = SentencePieceProcessor(model_file=str(path))
-    for probe in _PROBES:
+    for probe in PROBES:
         ours, theirs = built.encode(probe, add_special_tokens=False).ids, original.encode(probe)
         if ours != theirs:
             raise ValueError(f"{path}: read by the tokenizers library {probe!r} becomes {ours}, it should be {theirs}")

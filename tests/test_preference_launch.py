@@ -5,11 +5,12 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scripts import AXES, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn
+from scripts import AXES, ROOT, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn
 from tiny import tiny_chat_model
 from trialign.algorithms.build import build_decoder
 from trialign.algorithms.config import UpdateConfig
@@ -20,6 +21,7 @@ from trialign.algorithms.roles import Role
 from trialign.algorithms.shares import plan_scoring
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
+from trialign.models.export import export_checkpoint
 
 STEPS = 4
 METRICS = {
@@ -103,22 +105,35 @@ def test_what_a_run_leaves(setting, whole, kind):
     assert all(moved) and len(moved) >= len(model) - 1
 
 
-def test_the_exported_reward_model_scores_the_same_in_transformers(setting, whole):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(setting, whole, tmp_path, side):
+    """One padded batch in transformers against ours, read where a rollout is; the template writes a line behind it."""
+    from transformers import AutoTokenizer
 
-    folder = whole["reward"] / "model"
-    tokenizer, shape = AutoTokenizer.from_pretrained(folder), ModelConfig.from_hf(folder)
+    folder = tmp_path / "model"
+    export_checkpoint(whole["reward"] / "checkpoints" / f"step_{STEPS}", folder, role="reward", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("</s>{% endfor", "</s>\n{% endfor")
+    tokenizer.save_pretrained(folder)
+    shape, mesh = ModelConfig.from_hf(folder), build_mesh()
+    assert shape.pad_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", PairData(), tokenizer, (2,))
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    batch, mesh = pack_pairs(drawn), build_mesh()
+    batch = pack_pairs(drawn)
     role = Role(build_decoder(str(folder), shape, mesh, "float32", head="score"))
     ours = role.scores(batch, plan_scoring(batch, UpdateConfig(), mesh, 2))
+    rows = [json.loads(line) for line in (setting / "reward.jsonl").read_text().splitlines()]
+    chats = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[key]}]
+        for row in rows
+        for key in ("chosen", "rejected")
+    ]
+    (lines,) = re.findall(r"```python\n(import torch\n.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.DOTALL)
+    names = {"chats": chats}
     with torch.no_grad():
-        # Without the final end of sequence, which is the padding token too, transformers would read one token before.
-        hidden = [theirs.model(torch.tensor(s.tokens.tolist())[None])[0][0, -1] for p in drawn for s in p[:2]]
-        expected = torch.stack([theirs.score(h)[0] for h in hidden])
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    assert (expected[::2] > expected[1::2]).float().mean() >= 0.75
+        exec(lines.replace("runs/reward_smollm2/model", str(folder)), names)
+    theirs: Any = names["scores"]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours[::2] > ours[1::2]).float().mean() >= 0.75 and len(set(batch.lengths)) > 2
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

@@ -1,0 +1,76 @@
+"""Whether two tokenizers make the same tokens of the same text, so that one model's token ids mean the same to another.
+
+A vocabulary of the same size says nothing: Llama 2 and Mistral both have 32,000 tokens and share few of their ids.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .tokenizer import PROBES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXTS = (
+    *PROBES,
+    "3.14159 and 1,000,000; 2024-05-01; 0x1F; x^2 + y^2 = z^2",
+    "\\boxed{\\frac{1}{2}} $\\sqrt{3}$ <think>\n\n</think> ```python\nimport os\n```\n",
+    "I'LL we've DON'T it’s “quoted” – dashes… ½ ² ™",
+    "日本語のテキスト 한국어 텍스트 العربية עברית हिन्दी ไทย ελληνικά",
+    "\r\n\t\t    eight        spaces\u00a0and\u200bothers 👩\u200d👩\u200d👧 e\u0301",
+)
+_USER, _ANSWER = {"role": "user", "content": " What is 2+2?\n"}, {"role": "assistant", "content": " It is 4.\n"}
+_TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}
+_CHATS: tuple[tuple[list[dict[str, Any]], list[Any] | None], ...] = (
+    ([_USER], None),
+    ([_USER, _ANSWER], None),
+    ([{"role": "system", "content": "Be brief."}, _USER, _ANSWER, _USER, _ANSWER], None),
+    ([_USER], [_TOOL]),
+)
+
+
+def tokens_differ(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, *, begins: bool = False) -> str:
+    """Where `theirs` gives a text, or one of `ours`'s ids, another meaning than `ours` does; "" where it does not.
+
+    Args:
+        begins: texts are compared with what the tokenizers put around them, too.
+    """
+    known, wanted = theirs.get_vocab(), ours.get_vocab()
+    if other := wanted.items() - known.items():
+        token, number = min(other, key=lambda item: item[1])
+        return f"{token!r} is token {number} in one and {known.get(token, 'none')} in the other"
+    specials = [f"a{token}b {token} c" for token in ours.all_special_tokens]
+    for text in (*_TEXTS, *specials):
+        for around in (False, True) if begins else (False,):
+            mine, other = (tokenizer.encode(text, add_special_tokens=around) for tokenizer in (ours, theirs))
+            if mine != other:
+                return f"{text!r} becomes {_brief(mine)} in one and {_brief(other)} in the other"
+    return ""
+
+
+def chats_differ(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str:
+    """The same of chats, as the chat templates write them and the tokenizers cut them; and of the token that begins a
+    text and the one that ends it, which templates write and turns end with."""
+    for name in ("bos_token", "eos_token"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if mine != other:
+            return f"{name} is {mine!r} in one and {other!r} in the other"
+    if ours.chat_template != theirs.chat_template:
+        for chat, tools in _CHATS:
+            for prompt in (True, False):
+                if _written(ours, chat, tools, prompt) != _written(theirs, chat, tools, prompt):
+                    roles = ", ".join(message["role"] for message in chat) + (" with tools" if tools else "")
+                    return f"their chat templates write a chat ({roles}) otherwise"
+    return ""
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=prompt, tokenize=False))
+    except Exception as error:  # a template may refuse a role, or fail in ways of its own
+        return f"refused: {type(error).__name__}"
+
+
+def _brief(ids: list[int]) -> str:
+    return str(ids if len(ids) <= 8 else [*ids[:7], "..."]).replace("'", "")
