@@ -55,7 +55,7 @@ def padding(count: int, mesh: Mesh) -> list[Batch]:
 def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the distribution each response token was chosen from, both [targets] fp32."""
     rows = hidden[batch.response - 1]  # [targets, hidden]: what predicts each response token
-    return parallel_logprob(model.head_inputs(rows), model.head_weight(), batch.labels, model.mesh, 1 / temperature)
+    return parallel_logprob(model.head_inputs(rows), model.head_weight(), batch.labels, model.vocab, 1 / temperature)
 
 
 class Role:

@@ -45,7 +45,7 @@ class _Bucket:
         self.named, self.axis, self.counted, self.decayed = named, axis, counted, decayed
         used = sum(p.numel() for _, p in named)
         unit = axis.size * ALIGNMENT
-        size = -(-used // unit) * unit
+        size = max(-(-used // unit), 1) * unit  # never empty, as a rank's share of a small vocabulary may be
         dtype = named[0][1].dtype
         self.weights = torch.zeros(size, dtype=dtype, device=device)
         self.grads = torch.zeros(size, dtype=torch.float32, device=device)

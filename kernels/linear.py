@@ -25,7 +25,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
 
     None where there is nothing to gain: off the CPU, in another dtype than bf16, or where oneDNN has no bf16.
     """
-    if MODE == "reference" or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    if MODE == "reference" or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not len(weight):
         return None
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None

@@ -13,6 +13,8 @@ d logits at once. d weight_c is then a plain matmul, best left to the vendor's l
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -22,6 +24,7 @@ from .logprob import Merge, add_piece_, check_rows, finish, logprob_ref, merged,
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits held at a time: on the CPU what a second-level cache keeps, on a GPU enough for matmuls at full speed."""
+TILE = 64
 
 
 def linear_logprob_ref(hidden, weight, labels, scale=1.0):
@@ -166,7 +169,7 @@ def linear_logprob_stats(
 ) -> torch.Tensor:
     """stats [4, n] of kernels/logprob.py of hidden [n, h] @ weight [v, h]^T, both packed."""
     (n, h), v, blocks = hidden.shape, weight.shape[0], _blocks(hidden.dtype, vendor())
-    shares = cdiv(v, SHARE)
+    shares = max(cdiv(v, SHARE), 1)  # a rank without rows of a small vocabulary has the stats of nothing
     part, stats = hidden.new_empty(shares, 4, n, dtype=torch.float32), hidden.new_empty(4, n, dtype=torch.float32)
     if n:
         _stats_kernel[(cdiv(n, blocks["BLOCK_M"]), shares)](
@@ -289,13 +292,17 @@ def _fused(hidden: torch.Tensor) -> bool:
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[list[tuple[int, int]], torch.Tensor]:
-    """Pieces of the vocabulary, and room for one piece's logits, used again by every piece."""
+    """Pieces of the vocabulary, and room for one piece's logits, used again by every piece.
+
+    On a GPU a product is slow where a row of logits is not a whole number of tiles long, as in a vocabulary of 49,153:
+    the columns past the last tile are a piece of their own.
+    """
     rows, vocab = hidden.shape[0], weight.shape[0]
     elements = CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"]
     size = max(1024, elements // max(rows, 1) // 256 * 256)
-    return [(start, min(start + size, vocab)) for start in range(0, vocab, size)], hidden.new_empty(
-        rows * min(size, vocab)
-    )
+    tiled = vocab // TILE * TILE if hidden.is_cuda else vocab
+    bounds = [*range(0, tiled, size), tiled, *[vocab] * (vocab > tiled)]
+    return list(pairwise(bounds)), hidden.new_empty(rows * min(size, vocab))
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, work: torch.Tensor) -> torch.Tensor:

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from ..engine.checkpoint import Reader, read_state
+from ..engine.mesh import mesh_as
 from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target
-from ..engine.parallel.shard import Slot, slots
+from ..engine.parallel.shard import Slot, slots, split
 from ..engine.safetensors_io import write_stream
 from ..engine.whole_folder import whole_folder
 from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
 from .config import HeadKind, ModelConfig
-from .decoder import Decoder
+from .decoder import Decoder, Heads
 from .hf import HEADS, Place, Rows, blocks, hf_name, places
 from .peft_config import CONFIG, check_targets, read_peft_config
 from .peft_file import PREFIX, TENSORS, PeftFile, adapter_name
@@ -71,16 +72,20 @@ def check_lora(config: ModelConfig, lora: LoRA, tp: int) -> None:
     if absent:
         raise ValueError(f"lora.targets: the model has no {', '.join(absent)}; allowed: {', '.join(held)}, all")
     if lora.quantize:
-        heads = config.num_heads * config.head_dim
-        rows = {"hidden_size": (config.hidden_size, 1), "num_heads x head_dim": (heads, tp)}
+        axis = mesh_as(0, tp=tp, pp=1).tp
+        queries = Heads.of(config, axis).queries.times(config.head_dim)
+        rows = {"hidden_size": [config.hidden_size], "num_heads x head_dim": queries.sizes}
         if "down" in held:
-            rows["ffn_size"] = (config.ffn_size, tp)
+            rows["ffn_size"] = split(config.ffn_size, axis).sizes
         if config.moe is not None:
-            rows |= {"moe.ffn_size": (config.moe.ffn_size, tp), "moe.shared_ffn_size": (config.moe.shared_ffn_size, tp)}
-        for name, (size, parts) in rows.items():
-            if size % (parts * BLOCK):
-                over = f" over tp={parts}" if parts > 1 else ""
-                raise ValueError(f"lora.quantize: NF4 needs rows of a multiple of {BLOCK}; {name}={size}{over} is not")
+            rows["moe.ffn_size"] = split(config.moe.ffn_size, axis).sizes
+            rows["moe.shared_ffn_size"] = split(config.moe.shared_ffn_size, axis).sizes
+        for name, sizes in rows.items():
+            if any(size % BLOCK for size in sizes):
+                over = f" over tp={tp}" if len(sizes) > 1 else ""
+                raise ValueError(
+                    f"lora.quantize: NF4 needs rows of a multiple of {BLOCK}; {name}={sum(sizes)}{over} is not"
+                )
 
 
 def trained_name(parameter: str, part: str, config: ModelConfig, head: HeadKind = "lm") -> str:

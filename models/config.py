@@ -195,30 +195,26 @@ def model_folder(path: Path | str) -> Path:
 
 
 def check_layout(config: ModelConfig, tp: int, pp: int, ep: int = 1) -> None:
-    """Refuses a layout that does not cut the model into equal parts.
-
-    Key/value heads may be fewer than tp ranks: then several ranks use the same head, and tp must be a multiple.
+    """Refuses a layout that the model cannot be cut into: every rank of tp needs a query head and a column of each MLP,
+    stages are equal, and so are ranks' numbers of experts. The vocabulary is cut over any tp.
 
     Raises:
-        ValueError: naming the size that does not divide and the sizes that would.
+        ValueError: naming the size that is too small, or does not divide, and what would be allowed.
     """
-    widths = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "vocab_size": config.vocab_size}
+    widths = {"num_heads": config.num_heads, "num_kv_heads x head_dim": config.num_kv_heads * config.head_dim}
     if config.moe is None or config.moe.dense_layers:
         widths["ffn_size"] = config.ffn_size
     if config.moe is not None:
         widths["moe.ffn_size"] = config.moe.ffn_size
     if config.moe is not None and config.moe.shared_ffn_size:
         widths["moe.shared_ffn_size"] = config.moe.shared_ffn_size
-
-    def fits(name: str, size: int, parts: int) -> bool:
-        if name == "num_kv_heads" and parts > size:
-            return parts % size == 0 and size * config.head_dim % parts == 0
-        return size % parts == 0
-
-    experts = {} if config.moe is None else {"moe.experts": config.moe.experts}
-    for axis, parts, sizes in (("tp", tp, widths), ("pp", pp, {"num_layers": config.num_layers}), ("ep", ep, experts)):
-        for name, size in sizes.items():
-            if parts < 1 or not fits(name, size, parts):
-                numbers = range(1, min(max(sizes.values()), 1024) + 1)
-                allowed = ", ".join(str(n) for n in numbers if all(fits(*one, n) for one in sizes.items()))
-                raise ValueError(f"{name}={size} does not divide by {axis}={parts}; allowed {axis}: {allowed}")
+    name = min(widths, key=lambda name: widths[name])
+    if not 1 <= tp <= widths[name]:
+        raise ValueError(f"{name}={widths[name]} cannot be shared by tp={tp} ranks; allowed tp: 1 to {widths[name]}")
+    counts = [("num_layers", config.num_layers, "pp", pp)]
+    if config.moe is not None:
+        counts.append(("moe.experts", config.moe.experts, "ep", ep))
+    for name, size, axis, parts in counts:
+        if parts < 1 or size % parts:
+            allowed = ", ".join(str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0)
+            raise ValueError(f"{name}={size} does not divide by {axis}={parts}; allowed {axis}: {allowed}")

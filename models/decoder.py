@@ -29,7 +29,7 @@ from ..engine.parallel.layers import (
     whole,
 )
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA, adapted_linears
-from ..engine.parallel.shard import Shard, Slot, shard_of, sharded_parameter
+from ..engine.parallel.shard import Shard, Slot, Split, shard_of, sharded_parameter, split
 from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_
@@ -67,6 +67,30 @@ class RMSNorm(nn.Module):
         return rms_norm(x.reshape(-1, x.shape[-1]), weight, self.eps).view(x.shape)
 
 
+class Heads(NamedTuple):
+    """How attention lies on the ranks of tp."""
+
+    queries: Split  # heads
+    kv: Split  # rows of the key's and of the value's weight
+    used: range  # the key/value heads of this rank's queries
+
+    @classmethod
+    def of(cls, config: ModelConfig, tp: Axis) -> Heads:
+        """Whole key/value heads with all their queries. Where there are fewer of them than ranks, each rank has some of
+        one head's queries, at least one, and its share of the rows of all key/value heads."""
+        heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
+        if heads >= tp.size:
+            kv = split(heads, tp)
+            return cls(kv.times(group), kv.times(config.head_dim), range(kv.start, kv.start + kv.size))
+        bounds = [0]
+        for rank in range(tp.size):
+            head = rank * heads // tp.size
+            first, stop = (-(-h * tp.size // heads) for h in (head, head + 1))  # the ranks that use this head
+            bounds.append(head * group + (rank + 1 - first) * group // (stop - first))
+        head = tp.rank * heads // tp.size
+        return cls(Split(tp, tuple(bounds)), split(heads * config.head_dim, tp), range(head, head + 1))
+
+
 class Attention(nn.Module):
     """Self-attention on this rank's heads.
 
@@ -77,12 +101,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
         self.head_dim, self.tp = config.head_dim, mesh.tp
-        self.heads, self.kv_heads = config.num_heads // mesh.tp.size, max(config.num_kv_heads // mesh.tp.size, 1)
+        queries, self.kv, self.used = Heads.of(config, mesh.tp)
+        self.heads, self.kv_heads = queries.size, len(self.used)
         self.gathered = config.num_kv_heads < mesh.tp.size
-        self.kv_head = mesh.tp.rank * config.num_kv_heads // mesh.tp.size  # the one used, where heads are gathered
-        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        sizes = {"q": q, "k": kv, "v": kv}
-        self.qkv = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, bias=config.qkv_bias, lora=lora)
+        q = queries.times(config.head_dim)
+        outputs = {"q": q, "k": self.kv, "v": self.kv}
+        self.qkv = ColumnParallelLinear(config.hidden_size, outputs, mesh, dtype, bias=config.qkv_bias, lora=lora)
         self.output = RowParallelLinear(
             q, config.hidden_size, mesh, dtype, bias=config.output_bias, lora=lora, target="output"
         )
@@ -110,19 +134,19 @@ class Attention(nn.Module):
 
     def _with_whole_heads(self, qkv: Tensor) -> Tensor:
         """[tokens, q/tp + 2 kv*d/tp] -> [tokens, q/tp + 2 d]: the key and value head of this rank's queries."""
-        q, kv = qkv.split([self.heads * self.head_dim, qkv.shape[1] - self.heads * self.head_dim], 1)
-        parts = gather_from_region(kv, self.tp).view(len(qkv), self.tp.size, 2, -1)  # [tokens, tp, k and v, kv*d/tp]
-        heads = parts.transpose(1, 2).reshape(len(qkv), 2, -1, self.head_dim)  # [tokens, k and v, kv, d]
-        return torch.cat((q, heads[:, :, self.kv_head].flatten(1)), 1)
+        n, sizes = len(qkv), [2 * size for size in self.kv.sizes]
+        q, kv = qkv.split([qkv.shape[1] - 2 * self.kv.size, 2 * self.kv.size], 1)
+        parts = gather_from_region(kv, self.tp, sizes).split(sizes, 1)  # of each rank: a part of k, then of v
+        heads = torch.cat([part.view(n, 2, -1) for part in parts], 2)  # [tokens, k and v, kv * d]
+        return torch.cat((q, heads.view(n, 2, -1, self.head_dim)[:, :, self.used.start].flatten(1)), 1)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
-        sizes = {"gate": config.ffn_size, "up": config.ffn_size}
-        options = {"bias": config.mlp_bias, "lora": lora}
-        self.gate_up = ColumnParallelLinear(config.hidden_size, sizes, mesh, dtype, **options)
-        self.down = RowParallelLinear(config.ffn_size, config.hidden_size, mesh, dtype, **options, target="down")
+        ffn, options = split(config.ffn_size, mesh.tp), {"bias": config.mlp_bias, "lora": lora}
+        self.gate_up = ColumnParallelLinear(config.hidden_size, {"gate": ffn, "up": ffn}, mesh, dtype, **options)
+        self.down = RowParallelLinear(ffn, config.hidden_size, mesh, dtype, **options, target="down")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
@@ -226,22 +250,24 @@ class Decoder(nn.Module):
         self.lora = lora
         share = config.num_layers // mesh.pp.size
         numbers = range(mesh.pp.rank * share, (mesh.pp.rank + 1) * share)
-        vocab_by_hidden = (config.vocab_size, config.hidden_size)
-        self.embedding = VocabParallelEmbedding(*vocab_by_hidden, mesh, dtype) if mesh.is_first_stage else None
+        self.vocab = split(config.vocab_size, mesh.tp)
+        self.embedding = None
+        if mesh.is_first_stage:
+            self.embedding = VocabParallelEmbedding(self.vocab, config.hidden_size, mesh, dtype)
         self.layers = nn.ModuleDict({str(i): Layer(config, i, mesh, dtype, lora) for i in numbers})
         self.norm = self.head = None
         if mesh.is_last_stage:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
             tied = head == "lm" and config.tie_embeddings
-            rows = Shard((cut(mesh.tp, 0, vocab_by_hidden),), "tp", duplicate=tied)
+            rows = Shard((cut(self.vocab, 0, (config.vocab_size, config.hidden_size)),), "tp", duplicate=tied)
             shard = rows if head == "lm" else whole(1, config.hidden_size)
             self.head = Head(shard, mesh, dtype, normalised=head == "lm" and config.norm_head)
             if tied and self.embedding is not None:
                 self.head.weight = self.embedding.weight
             if lora is not None and head == "lm" and lora.wants("head"):
                 a = Shard((all_of((lora.rank, config.hidden_size)),), adapter=True)
-                b = Shard((cut(mesh.tp, 0, (config.vocab_size, lora.rank)),), "tp", adapter=True)
-                adapter = Adapter(lora, {"": config.vocab_size // mesh.tp.size}, [""], "out", mesh.tp)
+                b = Shard((cut(self.vocab, 0, (config.vocab_size, lora.rank)),), "tp", adapter=True)
+                adapter = Adapter(lora, {"": self.vocab.size}, [""], "out", mesh.tp)
                 self.head.add_adapter(adapter, a, b, mesh, dtype)
         if lora is not None:
             for parameter in self.parameters():
@@ -252,14 +278,15 @@ class Decoder(nn.Module):
         self.inverse_frequencies: Tensor  # [head_dim/2]
         self.register_buffer("inverse_frequencies", inverse.to(mesh.device), persistent=False)
         self.alibi_slopes: Tensor | None  # [heads/tp] fp32
-        mine = slice(mesh.tp.rank * config.num_heads // mesh.tp.size, None)
-        slopes = alibi_slopes(config.num_heads)[mine][: config.num_heads // mesh.tp.size].to(mesh.device)
+        self.heads = Heads.of(config, mesh.tp)
+        queries = self.heads.queries
+        slopes = alibi_slopes(config.num_heads).narrow(0, queries.start, queries.size).to(mesh.device)
         self.register_buffer("alibi_slopes", slopes if config.alibi else None, persistent=False)
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """What a key/value cache of this stage holds: (local layers, key/value heads / tp or 1, head_dim)."""
-        return len(self.layers), max(self.config.num_kv_heads // self.mesh.tp.size, 1), self.config.head_dim
+        """What a key/value cache of this stage holds: (local layers, key/value heads used here, head_dim)."""
+        return len(self.layers), len(self.heads.used), self.config.head_dim
 
     def attention_options(self, layer: int) -> dict[str, Any]:
         """What attention has to be told in a local layer: scale, window, alibi_slopes (kernels/attention.py)."""

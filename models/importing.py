@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -40,7 +41,7 @@ def import_checkpoint(
         the model as it was read, and the role.
 
     Raises:
-        ValueError: a layout that does not cut the model into equal parts; a tensor or file that is missing, damaged or
+        ValueError: a layout that the model cannot be cut into; a tensor or file that is missing, damaged or
             not of the model; `output` is not empty.
         OSError: the disk is full.
     """
@@ -55,7 +56,7 @@ def import_checkpoint(
         for name, parameter in stage.named_parameters():
             shard = shard_of(parameter)
             owned = not shard.duplicate and (shard.axis is not None or rank % tp == 0)
-            for piece in shard.pieces:
+            for piece in (piece for piece in shard.pieces if math.prod(piece.shape)):
                 place = table[name, piece.part]
                 key = f"{role}/master/{place.name}"
                 found[key] = place

@@ -28,7 +28,7 @@ from ..engine.parallel.collectives import all_reduce, copy_to_region, reduce_fro
 from ..engine.parallel.experts import Dispatch, ExpertLinear, from_experts, to_experts
 from ..engine.parallel.layers import ColumnParallelLinear, RowParallelLinear, all_of, whole
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA
-from ..engine.parallel.shard import Shard, sharded_parameter
+from ..engine.parallel.shard import Shard, sharded_parameter, split
 from ..kernels.moe import permute, route, sort_by_expert, unpermute
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig, MoEConfig
@@ -132,8 +132,9 @@ class SharedExpert(nn.Module):
 
     def __init__(self, hidden: int, ffn: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
-        self.gate_up = ColumnParallelLinear(hidden, {"gate": ffn, "up": ffn}, mesh, dtype, lora=lora, target="shared.")
-        self.down = RowParallelLinear(ffn, hidden, mesh, dtype, lora=lora, target="shared.down")
+        cut = split(ffn, mesh.tp)
+        self.gate_up = ColumnParallelLinear(hidden, {"gate": cut, "up": cut}, mesh, dtype, lora=lora, target="shared.")
+        self.down = RowParallelLinear(cut, hidden, mesh, dtype, lora=lora, target="shared.down")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))

@@ -72,7 +72,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3Moe", _EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
 }
 
-_OWN = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6}
+_OWN = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6}
 _BAICHUAN = _OWN | {"intermediate_size": 36, "eos_token_id": 2, "initializer_range": 0.2}
 _QWEN = _OWN | {"intermediate_size": 72, "kv_channels": 8, "no_bias": True, "layer_norm_epsilon": 1e-6}
 # name -> config.json of families that transformers lacks, under the keys that their publishers use

@@ -40,14 +40,14 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
 
     def whole_logits(_: int, x: Tensor | None) -> Tensor:
         hidden = stage_forward(model, batch, x)
-        return all_gather(model.logits(hidden), mesh.tp, dim=1) if mesh.is_last_stage else hidden
+        return all_gather(model.logits(hidden), mesh.tp, 1, model.vocab.sizes) if mesh.is_last_stage else hidden
 
     def loss(_: int, x: Tensor | None) -> Tensor:
         hidden = stage_forward(model, batch, x)
         if not mesh.is_last_stage:
             return hidden
         rows = hidden[batch.response - 1]
-        return -parallel_logprob(rows, model.head_weight(), batch.labels, mesh)[0].mean()
+        return -parallel_logprob(rows, model.head_weight(), batch.labels, model.vocab)[0].mean()
 
     logits = run_forward(mesh, shapes(model, [batch]), model.dtype, whole_logits)
     greedy = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)

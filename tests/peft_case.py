@@ -110,9 +110,15 @@ def held(trained: Learner) -> dict[str, Tensor]:
 
 
 def two_steps(
-    rank: int, world: int, folder: Path, lora: LoRA, adapter: Path | None, layout: Layout, recompute: bool = False
+    rank: int,
+    world: int,
+    folder: Path,
+    lora: LoRA | None,
+    adapter: Path | None,
+    layout: Layout,
+    recompute: bool = False,
 ) -> dict[str, Tensor]:
-    """What two optimizer steps make of the adapters, in a layout."""
+    """What two optimizer steps make of the adapters, or of the weights without, in a layout."""
     tp, pp, dp = layout
     return held(train(build(folder, build_mesh(tp=tp, pp=pp, dp=dp), lora, adapter, recompute=recompute), 2))
 

@@ -28,7 +28,7 @@ from trialign.models.hf import hf_name, hf_shapes
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
-    vocab_size=24,
+    vocab_size=25,
     hidden_size=12,
     ffn_size=20,
     num_layers=4,
@@ -51,6 +51,7 @@ LAYOUTS: list[tuple[int, int, int]] = [
     (2, 4, 1),
     (1, 4, 5),
     (2, 1, 7),
+    (3, 1, 2),
 ]  # tp, pp, dp
 
 

@@ -35,7 +35,7 @@ def rank_logits(rank: int, world: int, folder: Path, prompts: list[list[int]], t
         return model.logits(hidden) if mesh.is_last_stage else hidden
 
     results = run_forward(mesh, shapes(model, [batch]), dtype, forward)
-    return all_gather(results[0], mesh.tp, dim=1).float() if results else None
+    return all_gather(results[0], mesh.tp, 1, model.vocab.sizes).float() if results else None
 
 
 def peer_logits(folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> Tensor:
@@ -82,7 +82,7 @@ def exact(questions) -> Tensor:
     return peer_logits(SMOLLM2, questions, torch.float32)
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 def test_smollm2_logits_are_transformers(questions, exact, tp, pp):
     got = last_stage(run_ranks(rank_logits, tp * pp, SMOLLM2, questions, tp, pp, torch.float32, timeout=180))
     assert (got - exact).abs().max().item() < 1e-4

@@ -18,7 +18,7 @@ from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf import pieces
 
-VOCAB, LAYERS = 96, 4
+VOCAB, LAYERS = 97, 4
 LENGTHS = [1, 7, 3, 16, 2, 17, 5, 1, 9, 4]
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
 
@@ -277,11 +277,11 @@ def test_no_prompts_no_completions():
     "kwargs, message",
     [
         ({"prompts": [[1], []]}, r"prompt 1 is empty"),
-        ({"prompts": [[1, VOCAB]]}, r"prompt 0 holds a token outside the vocabulary of 96"),
+        ({"prompts": [[1, VOCAB]]}, r"prompt 0 holds a token outside the vocabulary of 97"),
         ({"prompts": [[-1]]}, r"prompt 0 holds a token outside"),
         ({"prompts": [[1]], "ids": [1, 2]}, r"1 prompts but 2 sample ids"),
         ({"prompts": [[1] * 100], "max_new_tokens": 29}, r"100 tokens with max_new_tokens=29 .* 128 positions"),
-        ({"stop_ids": (VOCAB,)}, r"stop id 96 .* vocabulary of 96"),
+        ({"stop_ids": (VOCAB,)}, r"stop id 97 .* vocabulary of 97"),
         ({"options": {"cache_bytes": 2000}}, r"prompt 0 has 1 tokens .* the pool has 0"),
         ({"options": {"max_running": 0}}, r"max_running=0"),
         ({"options": {"block_size": 0}}, r"block_size=0"),
@@ -312,7 +312,7 @@ def rank_smollm2(rank: int, world: int, tp: int, pp: int, prompts: list[list[int
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2-135M-Instruct folder (make ppo makes it)")
 def test_smollm2_greedy_is_transformers():
-    """The real weights in fp32: the same 64 greedy tokens in one process, over tp=3 and over pp=2."""
+    """The real weights in fp32: the same 64 greedy tokens in one process, over tp=2 (9 heads, 3 for keys) and pp=2."""
     tokenizer = AutoTokenizer.from_pretrained(str(SMOLLM2))
     prompts = [tokenizer(question).input_ids for question in QUESTIONS]
     peer: Any = AutoModelForCausalLM.from_pretrained(str(SMOLLM2), dtype=torch.float32).eval()
@@ -325,6 +325,6 @@ def test_smollm2_greedy_is_transformers():
             out = peer.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         expected.append(out[0, len(prompt) :].tolist())
     del peer
-    for tp, pp in ((1, 1), (3, 1), (1, 2)):
+    for tp, pp in ((1, 1), (2, 1), (1, 2)):
         for result in run_ranks(rank_smollm2, tp * pp, tp, pp, prompts, timeout=180):
             assert result == expected, f"tp={tp} pp={pp}"

@@ -209,23 +209,16 @@ def test_stop_ids_are_those_of_both_configs_and_of_the_tokenizer(tmp_path):
         stop_ids(tmp_path, dataclasses.replace(config, vocab_size=8), tokenizer)
 
 
-CUT_HEADS = "num_kv_heads=4 does not divide by tp=6; allowed tp: 1, 2, 4, 12"  # 6 ranks cannot share 4 heads evenly
-WHOLE_NUMBERS = "num_kv_heads=1 does not divide by tp=4; allowed tp: 1, 2"  # 4 ranks cannot hold 2 rows
-
-
 def test_check_layout(folders):
     config = ModelConfig.from_hf(folders["tied"])  # 4 heads, 2 key/value heads, ffn 64, vocabulary 96, 4 layers
-    check_layout(config, tp=2, pp=4)
-    twelve = dataclasses.replace(config, num_heads=12, num_kv_heads=4, head_dim=12, ffn_size=96)
-    smol = dataclasses.replace(config, num_heads=9, num_kv_heads=3, ffn_size=1536, vocab_size=49152)
+    smol = dataclasses.replace(config, num_heads=9, num_kv_heads=3, ffn_size=1536, vocab_size=49153)
+    for shape, tp, pp in ((config, 2, 4), (config, 3, 1), (smol, 2, 1), (smol, 7, 2), (smol, 9, 1)):
+        check_layout(shape, tp, pp)
     for shape, tp, pp, message in (
-        (config, 8, 1, "num_heads=4 does not divide by tp=8; allowed tp: 1, 2, 4"),
-        (twelve, 6, 1, CUT_HEADS),
-        (dataclasses.replace(config, num_kv_heads=1, head_dim=2), 4, 1, WHOLE_NUMBERS),
+        (config, 8, 1, "num_heads=4 cannot be shared by tp=8 ranks; allowed tp: 1 to 4"),
+        (config, 0, 1, "num_heads=4 cannot be shared by tp=0 ranks; allowed tp: 1 to 4"),
+        (dataclasses.replace(smol, ffn_size=7), 8, 1, "ffn_size=7 cannot be shared by tp=8 ranks; allowed tp: 1 to 7"),
         (config, 1, 3, "num_layers=4 does not divide by pp=3; allowed pp: 1, 2, 4"),
-        (smol, 2, 1, "num_heads=9 does not divide by tp=2; allowed tp: 1, 3"),
-        (dataclasses.replace(smol, ffn_size=100), 3, 1, "ffn_size=100 does not divide by tp=3; allowed tp: 1"),
-        (dataclasses.replace(smol, vocab_size=100), 3, 1, "vocab_size=100 does not divide by tp=3; allowed tp: 1"),
     ):
         with pytest.raises(ValueError) as caught:
             check_layout(shape, tp, pp)

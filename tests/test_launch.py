@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
-    tiny_chat_model(folder / "model")
-    tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
+    tiny_chat_model(folder / "model", vocab_size=261)
+    tiny_llama(folder / "reward", score=True, vocab_size=261, seed=1)
     rows = [json.dumps({"prompt": f"count to {i}"}) for i in range(12)]
     (folder / "prompts.jsonl").write_text("\n".join(rows))
     (folder / "rewards.py").write_text(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from law import check_law
 from test_logprob import merge_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trialign.kernels import linear_logprob as L
 from trialign.kernels.dispatch import has_op
 from trialign.kernels.linear_logprob import linear_logprob, linear_logprob_ref
@@ -47,7 +48,16 @@ def test_chunks_cover_the_vocabulary_once(n, v, count):
     assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:], strict=False))
 
 
-@pytest.mark.parametrize("cuts", [[0, 1500], [0, 1030, 1031]])
+@pytest.mark.parametrize("v,last", [(49153, [(49152, 49153)]), (49152, []), (40, [(0, 40)])])
+def test_on_a_gpu_what_is_past_the_last_tile_is_a_chunk_of_its_own(v, last):
+    with FakeTensorMode():
+        chunks, _ = L._chunks(torch.empty(8192, 4, device="cuda"), torch.empty(v, 4, device="cuda"))
+    tiled = v // 64 * 64
+    assert chunks == [(a, min(a + 8192, tiled)) for a in range(0, tiled, 8192)] + last
+
+
+# The last one: a rank that has no part of a small vocabulary.
+@pytest.mark.parametrize("cuts", [[0, 1500], [0, 1030, 1031], [0, 0, 1500]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_vocabulary_shards_make_the_whole(small_chunks, cuts, dtype):
     hidden, weight, labels = draw(11, 24, 3001, dtype)
@@ -150,8 +160,6 @@ def test_scale_is_checked():
 
 
 def test_fake_and_meta_runs():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
         logp, entropy = linear_logprob(hidden, weight, torch.zeros(4, dtype=torch.long))

@@ -153,6 +153,25 @@ def test_recomputation_does_not_matter(folder, alone):
         compare(got, alone)
 
 
+ODD = {
+    **{"vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "intermediate_size": 67,
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def odd(request, tmp_path_factory):
+    """A model of which tp=2 and tp=4 divide nothing: with tp=4 three key/value heads are shared by four ranks."""
+    return tiny_llama(tmp_path_factory.mktemp("odd"), tied=request.param, **ODD)
+
+
+def test_sizes_that_tp_does_not_divide(odd):
+    alone = one_step(0, 1, odd, (1, 1, 1), CONFIG)
+    for layout in ((2, 1, 2), (4, 1, 1), (2, 2, 1)):
+        for got in run_ranks(one_step, 4, odd, layout, CONFIG, timeout=120):
+            compare(got, alone)
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     return tiny_mixtral(tmp_path_factory.mktemp("mixtral"))

@@ -21,7 +21,7 @@ STEPS = 6
 def setting(tmp_path_factory) -> Path:
     """A folder with a tiny chat model, rows of both kinds and a config with all that a run can have."""
     folder = tmp_path_factory.mktemp("sft")
-    tiny_chat_model(folder / "model")
+    tiny_chat_model(folder / "model", vocab_size=261)
     lines: list[dict] = [
         {"prompt": f"count to {i}", "response": " ".join(map(str, range(i + 1)))} for i in range(1, 12)
     ]

@@ -1,5 +1,7 @@
 """The Triton kernels of the fused head, by the public function: the law, shards, extreme logits, planted faults."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from law import check_law
@@ -79,7 +81,8 @@ def test_shards_of_the_vocabulary_make_the_whole(wanted):
     pick = lambda outputs: [o for o, w in zip(outputs, wanted, strict=True) if w]  # noqa: E731
     grad_hidden, grad_weight = torch.autograd.grad(pick(whole), leaves, pick(upstream))
     met, sums = [], torch.zeros_like(hidden)
-    parts = [(0, weight[:700].detach().requires_grad_()), (700, weight[700:].detach().requires_grad_())]
+    bounds = [0, 0, 700, 1300]  # the first rank has no part of the vocabulary
+    parts = [(a, weight[a:b].detach().requires_grad_()) for a, b in pairwise(bounds)]
     for start, part in parts:
         linear_logprob(hidden, part, labels, 0.8, merge=lambda s: met.append(s) or s, vocab_start=start)
     merged = merge_of(met)

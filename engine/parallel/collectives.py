@@ -6,6 +6,7 @@ Every function returns its input where the axis has size 1, so callers never ask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,13 +28,24 @@ def all_reduce(tensor: Tensor, axis: Axis, op: Literal["sum", "max", "min"] = "s
     return tensor
 
 
-def all_gather(tensor: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Concatenates every rank's tensor (all of one shape, one dim at least) along `dim`, in axis order."""
+def all_gather(tensor: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+    """Concatenates every rank's tensor (one dim at least) along `dim`, in axis order.
+
+    Args:
+        sizes: of all ranks' tensors along `dim`, where they are not of one shape.
+    """
     if axis.size == 1:
         return tensor
+    sizes = [tensor.shape[dim]] * axis.size if sizes is None else sizes
+    if tensor.shape[dim] < max(sizes):  # what travels is of one shape
+        shape = list(tensor.shape)
+        shape[dim] = max(sizes)
+        padded = tensor.new_zeros(shape)
+        padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        tensor = padded
     gathered = tensor.new_empty((axis.size, *tensor.shape))
     _all_gather_single(gathered.flatten(0, 1), tensor.contiguous(), group=axis.group)
-    return torch.cat(gathered.unbind(0), dim)
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered, sizes, strict=True)], dim)
 
 
 def all_gather_shards(whole: Tensor, shard: Tensor, axis: Axis) -> None:
@@ -101,19 +113,19 @@ class _ReduceFrom(torch.autograd.Function):
 
 class _GatherFrom(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.width = axis, x.shape[-1]
-        return all_gather(x, axis, -1)
+    def forward(ctx: Any, x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
+        ctx.axis, ctx.start, ctx.width = axis, sum(sizes[: axis.rank]), sizes[axis.rank]
+        return all_gather(x, axis, -1, sizes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         # Each rank used the whole in its own way: the gradient is the sum over the ranks.
-        return all_reduce(grads[0].contiguous(), ctx.axis).narrow(-1, ctx.axis.rank * ctx.width, ctx.width), None
+        return all_reduce(grads[0].contiguous(), ctx.axis).narrow(-1, ctx.start, ctx.width), None, None
 
 
-def gather_from_region(x: Tensor, axis: Axis) -> Tensor:
-    """All-gather of the last dim forward, this rank's slice of the summed gradient backward."""
-    return x if axis.size == 1 else _GatherFrom.apply(x, axis)
+def gather_from_region(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
+    """All-gather of the last dim, `sizes` long on the ranks; backward this rank's slice of the summed gradient."""
+    return x if axis.size == 1 else _GatherFrom.apply(x, axis, sizes)
 
 
 def copy_to_region(x: Tensor, axis: Axis) -> Tensor:

@@ -19,7 +19,7 @@ from .collectives import copy_to_region
 from .layers import all_of, cut, linear_weight
 from .lora import AdaptedLinear, Adapter, LoRA
 from .nf4 import NF4Weight
-from .shard import Piece, Shard
+from .shard import Piece, Shard, split
 
 
 def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
@@ -168,14 +168,16 @@ class ExpertLinear(AdaptedLinear):
                 for e in range(first, first + self.experts)
                 for part, shape in parts.items()
             ]
-            return tuple(all_of(s, name) if dim is None else cut(mesh.tp, dim, s, name) for name, s in names)
+            return tuple(
+                all_of(s, name) if dim is None else cut(split(s[dim], mesh.tp), dim, s, name) for name, s in names
+            )
 
         weight = Shard(pieces({part: (out, in_size) for part, out in out_sizes.items()}, dim), "tp", experts=True)
         self.weight, self.nf4 = linear_weight(weight, mesh, dtype, lora)
         parts = [part for part in out_sizes if lora is not None and lora.wants(target + part)]
         if lora is not None and parts:
             on_a, on_b = (None, 0) if dim == 0 else (1, None)  # the dim that is cut over tp
-            outputs = {part: out // (mesh.tp.size if dim == 0 else 1) for part, out in out_sizes.items()}
+            outputs = {part: split(out, mesh.tp).size if dim == 0 else out for part, out in out_sizes.items()}
             a, b = (
                 Shard(pieces(shapes, on), None if on is None else "tp", adapter=True, experts=True)
                 for shapes, on in (

@@ -1,6 +1,7 @@
 """Layers built sharded over the tensor axis: Megatron-LM's column, row and vocabulary cuts.
 
-Weights are [out, in] as in torch. Each parameter says by its `shard` which rectangle of the whole it holds.
+Weights are [out, in] as in torch. Each parameter says by its `shard` which rectangle of the whole it holds. Shares need
+not be equal (`split`), so no size has to divide and nothing is padded: "/tp" in a shape means this rank's share.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from ...kernels.linear import layer_linear
 from ...kernels.linear_logprob import linear_logprob
-from ..mesh import Axis, Mesh
+from ..mesh import Mesh
 from .collectives import all_reduce, copy_to_region, reduce_from_region
 from .lora import AdaptedLinear, Adapter, LoRA
 from .nf4 import NF4Weight
-from .shard import Piece, Shard, place, sharded_parameter
+from .shard import Piece, Shard, Split, place, sharded_parameter
 
 
 def all_of(shape: tuple[int, ...], part: str = "") -> Piece:
@@ -29,12 +30,11 @@ def whole(*shape: int) -> Shard:
     return Shard((all_of(shape),))
 
 
-def cut(axis: Axis, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
-    """This rank's equal share of a tensor of `shape`, cut along `dim`."""
-    share = shape[dim] // axis.size
-    assert share * axis.size == shape[dim], f"{shape}[{dim}] does not divide by {axis.name}={axis.size}"
-    offset = tuple(axis.rank * share if d == dim else 0 for d in range(len(shape)))
-    return Piece(part, shape, offset, tuple(share if d == dim else n for d, n in enumerate(shape)))
+def cut(at: Split, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
+    """This rank's share of a tensor of `shape`, cut along `dim`."""
+    assert shape[dim] == at.total, f"{shape}[{dim}] is not the {at.total} that are cut"
+    offset = tuple(at.start if d == dim else 0 for d in range(len(shape)))
+    return Piece(part, shape, offset, tuple(at.size if d == dim else n for d, n in enumerate(shape)))
 
 
 def linear_weight(
@@ -76,7 +76,7 @@ class ColumnParallelLinear(_Linear):
     def __init__(
         self,
         in_size: int,
-        out_sizes: Mapping[str, int],
+        outputs: Mapping[str, Split],
         mesh: Mesh,
         dtype: torch.dtype,
         *,
@@ -85,15 +85,14 @@ class ColumnParallelLinear(_Linear):
         target: str = "",
     ):
         def shard(*more: int) -> Shard:
-            return Shard(tuple(cut(mesh.tp, 0, (out, *more), part) for part, out in out_sizes.items()), "tp")
+            return Shard(tuple(cut(out, 0, (out.total, *more), part) for part, out in outputs.items()), "tp")
 
         super().__init__(shard(in_size), shard() if bias else None, mesh, dtype, lora)
-        parts = [part for part in out_sizes if lora is not None and lora.wants(target + part)]
+        parts = [part for part in outputs if lora is not None and lora.wants(target + part)]
         if lora is not None and parts:
             a = Shard(tuple(all_of((lora.rank, in_size), part) for part in parts), adapter=True)
-            b = tuple(cut(mesh.tp, 0, (out_sizes[part], lora.rank), part) for part in parts)
-            outputs = {part: out // mesh.tp.size for part, out in out_sizes.items()}
-            adapter = Adapter(lora, outputs, parts, "out", mesh.tp)
+            b = tuple(cut(outputs[part], 0, (outputs[part].total, lora.rank), part) for part in parts)
+            adapter = Adapter(lora, {part: out.size for part, out in outputs.items()}, parts, "out", mesh.tp)
             self.add_adapter(adapter, a, Shard(b, "tp", adapter=True), mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ class RowParallelLinear(_Linear):
 
     def __init__(
         self,
-        in_size: int,
+        inputs: Split,
         out_size: int,
         mesh: Mesh,
         dtype: torch.dtype,
@@ -118,10 +117,10 @@ class RowParallelLinear(_Linear):
         lora: LoRA | None = None,
         target: str = "",
     ):
-        shard = Shard((cut(mesh.tp, 1, (out_size, in_size)),), "tp")
+        shard = Shard((cut(inputs, 1, (out_size, inputs.total)),), "tp")
         super().__init__(shard, whole(out_size) if bias else None, mesh, dtype, lora)
         if lora is not None and lora.wants(target):
-            a = Shard((cut(mesh.tp, 1, (lora.rank, in_size)),), "tp", adapter=True)
+            a = Shard((cut(inputs, 1, (lora.rank, inputs.total)),), "tp", adapter=True)
             b = Shard((all_of((out_size, lora.rank)),), adapter=True)
             self.add_adapter(Adapter(lora, {"": out_size}, [""], "in", mesh.tp), a, b, mesh, dtype)
 
@@ -133,24 +132,25 @@ class RowParallelLinear(_Linear):
 class VocabParallelEmbedding(nn.Module):
     """Rows of the vocabulary cut over tp: token ids [tokens] -> [tokens, hidden]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, mesh: Mesh, dtype: torch.dtype):
+    def __init__(self, vocab: Split, hidden_size: int, mesh: Mesh, dtype: torch.dtype):
         super().__init__()
-        self.axis = mesh.tp
-        piece = cut(mesh.tp, 0, (vocab_size, hidden_size))
-        self.start, self.rows = piece.offset[0], piece.shape[0]
-        self.weight = sharded_parameter(Shard((piece,), "tp"), dtype=dtype, device=mesh.device)
+        self.vocab = vocab
+        shard = Shard((cut(vocab, 0, (vocab.total, hidden_size)),), "tp")
+        self.weight = sharded_parameter(shard, dtype=dtype, device=mesh.device)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.axis.size == 1:
+        if self.vocab.axis.size == 1:
             return F.embedding(tokens, self.weight)
-        local = tokens - self.start
-        elsewhere = (local < 0) | (local >= self.rows)
+        if not self.vocab.size:  # zeros that the backward goes through, as it does on the other ranks
+            return reduce_from_region(self.weight.new_zeros(len(tokens), 0) @ self.weight, self.vocab.axis)
+        local = tokens - self.vocab.start
+        elsewhere = (local < 0) | (local >= self.vocab.size)
         embedded = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from_region(embedded.masked_fill(elsewhere[:, None], 0), self.axis)
+        return reduce_from_region(embedded.masked_fill(elsewhere[:, None], 0), self.vocab.axis)
 
 
 def parallel_logprob(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mesh: Mesh, scale: float = 1.0
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab: Split, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy, from a head whose vocabulary is cut over tp.
 
@@ -158,6 +158,7 @@ def parallel_logprob(
         hidden: [tokens, hidden], whole on every rank of tp.
         weight: [vocab/tp, hidden], this rank's rows.
         labels: [tokens] global token ids.
+        vocab: how the vocabulary is cut.
         scale: 1/temperature; multiplies the logits.
 
     Returns:
@@ -165,16 +166,16 @@ def parallel_logprob(
     """
 
     def merge(stats: Tensor) -> Tensor:  # [4, tokens]: max, Σ exp, Σ exp·logit, label logit, of one shard
-        largest = all_reduce(stats[0].clone(), mesh.tp, "max")
+        largest = all_reduce(stats[0].clone(), vocab.axis, "max")
         factor = torch.exp(stats[0] - largest)
         sums = torch.stack((stats[1] * factor, stats[2] * factor, stats[3]))
-        return torch.cat((largest[None], all_reduce(sums, mesh.tp)))
+        return torch.cat((largest[None], all_reduce(sums, vocab.axis)))
 
     return linear_logprob(
-        copy_to_region(hidden, mesh.tp),
+        copy_to_region(hidden, vocab.axis),
         weight,
         labels,
         scale,
-        merge=merge if mesh.tp.size > 1 else None,
-        vocab_start=mesh.tp.rank * weight.shape[0],
+        merge=merge if vocab.axis.size > 1 else None,
+        vocab_start=vocab.start,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.nf4 import BLOCK, GROUP, dequantize_nf4, dequantize_scales, nf4_linear, quantize_nf4, quantize_scales
 from ..mesh import Axis
-from .collectives import all_gather
+from .collectives import all_reduce
 from .shard import Shard, Sink
 
 
@@ -79,10 +79,14 @@ class NF4Weight(nn.Module):
         """Double quantisation of what was filled. Collective over the axis where a piece is cut."""
         for index, absmax in sorted(self.filled.items()):
             piece = self.pieces[index]
-            cut = [d for d in (0, 1) if piece.shape[d] != piece.global_shape[d]]
-            scales, groups, offset = quantize_scales(all_gather(absmax, self.axis, cut[0]) if cut else absmax)
             top, left = piece.offset[0], piece.offset[1] // BLOCK
-            self.scales[self._rows(index)] = scales[top : top + absmax.shape[0], left : left + absmax.shape[1]]
+            here = slice(top, top + absmax.shape[0]), slice(left, left + absmax.shape[1])
+            if piece.shape != piece.global_shape:  # zeros elsewhere: the sum over the ranks only puts parts together
+                whole = absmax.new_zeros(piece.global_shape[0], piece.global_shape[1] // BLOCK)
+                whole[here] = absmax
+                absmax = all_reduce(whole, self.axis)
+            scales, groups, offset = quantize_scales(absmax)
+            self.scales[self._rows(index)] = scales[here]
             self.get_buffer(f"groups_{index}").copy_(groups)
             self.get_buffer(f"offset_{index}").copy_(offset)
         self.filled.clear()

@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from ..mesh import Axis
+
+TILE = 64
+"""Rows that a share is a multiple of where it can be: a tile of a GPU's matrix units, and a block of NF4."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A length that is cut over the ranks of an axis: rank r holds [bounds[r], bounds[r + 1]), none where they meet."""
+
+    axis: Axis
+    bounds: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def start(self) -> int:
+        """Where this rank's share begins."""
+        return self.bounds[self.axis.rank]
+
+    @property
+    def size(self) -> int:
+        """This rank's share."""
+        return self.sizes[self.axis.rank]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The shares of all ranks."""
+        return [stop - start for start, stop in pairwise(self.bounds)]
+
+    def times(self, width: int) -> Split:
+        """The same cut of a length in which each one is `width` long."""
+        return Split(self.axis, tuple(bound * width for bound in self.bounds))
+
+
+def split(size: int, axis: Axis) -> Split:
+    """Equal shares where the axis divides `size`. Where it does not, shares differ by one tile at most, or by one where
+    there is less than a tile a rank; only a size below the number of ranks leaves ranks with nothing."""
+    unit = 1 if size % axis.size == 0 or size < TILE * axis.size else TILE
+    units = -(-size // unit)
+    return Split(axis, tuple(min(rank * units // axis.size * unit, size) for rank in range(axis.size + 1)))
 
 
 @dataclass(frozen=True)
@@ -87,9 +133,10 @@ def slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def sinks(parameter: nn.Parameter) -> Iterator[tuple[Piece, Sink]]:
-    """Every piece of a parameter with what its numbers go into, of the piece's shape."""
+    """Every piece of a parameter that holds numbers, with what they go into, of the piece's shape."""
     store: Store | None = getattr(parameter, "store", None)
     begin = 0
     for i, piece in enumerate(shard_of(parameter).pieces):
-        yield piece, parameter.data[begin : begin + piece.shape[0]] if store is None else store.sink(i)
+        if math.prod(piece.shape):
+            yield piece, parameter.data[begin : begin + piece.shape[0]] if store is None else store.sink(i)
         begin += piece.shape[0]

@@ -32,6 +32,7 @@ from ...kernels.paged_attention import paged_attention, write_kv
 from ...kernels.sampling import sample
 from ..mesh import Mesh
 from ..parallel.collectives import all_gather, all_reduce, broadcast, gather_objects
+from ..parallel.shard import Split
 from ..progress import report
 from .cache import BlockPool, PagedCache, blocks_for
 from .scheduler import Scheduler, Step
@@ -42,6 +43,7 @@ class Model(Protocol):
 
     config: Any  # vocab_size, hidden_size, longest_rollout
     dtype: torch.dtype
+    vocab: Split
 
     @property
     def kv_shape(self) -> tuple[int, int, int]: ...
@@ -185,8 +187,9 @@ class Generator:
         if self.cache_bytes is None:
             return wanted
         allowed = self.cache_bytes // PagedCache.bytes_per_block(self.model.kv_shape, self.block_size, self.model.dtype)
-        # Stages may hold different numbers of layers, but must plan with one number of blocks.
-        return int(all_reduce(torch.tensor(min(wanted, allowed), device=self.mesh.device), self.mesh.pp, "min"))
+        # Stages may hold different numbers of layers, and ranks of tp of heads, but all plan with one number of blocks.
+        blocks = torch.tensor(min(wanted, allowed), device=self.mesh.device)
+        return int(all_reduce(all_reduce(blocks, self.mesh.tp, "min"), self.mesh.pp, "min"))
 
     def _check(self, prompts: list[list[int]], sample_ids: list[int], params: SamplingParams) -> None:
         vocab, positions = self.model.config.vocab_size, self.model.config.longest_rollout
@@ -380,7 +383,7 @@ class _Run:
     def sample(self, step: Step, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [2, rows] fp64: each row's next token (exact in fp64) and its logprob."""
         rows, state = step.rows, self.lanes[step.lane].state
-        logits = all_gather(self.model.logits(hidden), self.mesh.tp, dim=-1)  # [rows, vocab]
+        logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
         if self.min_new_tokens:
             early = state[2, :rows, None] < self.min_new_tokens  # [rows, 1]
             banned = logits[:, self.stop_ids].masked_fill(early, -torch.inf)
