@@ -124,6 +124,9 @@ class FromRows(Generic[Rows]):
 
         Args:
             read: computes them, given the reference.
+
+        Raises:
+            FloatingPointError: one is not finite, and its step may not be skipped; on every rank, naming its row.
         """
         session, folder = self.session, self.session.config.model.reference
         path = session.folder / "reference.safetensors"
@@ -143,6 +146,12 @@ class FromRows(Generic[Rows]):
         reference = self._reference(folder) if folder else self.learner
         with session.progress.work("log-probabilities under the reference"):
             sums = read(reference)
+        bad = (~sums.isfinite()).nonzero().flatten().tolist()
+        if bad and session.config.optimizer.on_nonfinite == "stop":  # else the steps that have them are skipped
+            raise FloatingPointError(
+                f"{folder or 'the model as it is'}: the reference's log-probability of {answers[bad[0]].where} is"
+                f" {sums[bad[0]].item()}: must be a finite number ({len(bad)} of {len(answers)} are not)"
+            )
         if session.mesh.is_main:
             session.folder.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".new")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import run_ranks
 from preferences import DPO, KTO, UPDATE, labelled, pairs, steps
+from safetensors.torch import load_file, save_file
 from scripts import launch, metrics, options, succeed
 from test_grpo import random_batch
 from tiny import tiny_chat_model, tiny_llama
@@ -280,3 +281,20 @@ def test_a_run_skips_the_step_of_a_reward_that_overflows(setting, tmp_path):
     if step > 1:
         before, after = (Reader(run_ / "checkpoints" / f"step_{number}") for number in (step - 1, step))
         assert all(torch.equal(before.read(name), after.read(name)) for name in before.tensors)
+
+
+def test_a_reference_that_gives_no_finite_number_stops_the_run_before_its_first_step(setting, tmp_path):
+    """Not kept for a resume either."""
+    bad = tiny_chat_model(tmp_path / "reference")
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say", "chosen": "hi", "rejected": "no"}\n' * 4)
+    given = options(
+        model_path=setting / "model", model_reference=bad, data_sources=tmp_path / "rows.jsonl", data_max_tokens=64,
+        update_batch_size=2, run_output=tmp_path / "run",
+    )  # fmt: skip
+    done = launch("dpo", *given)
+    assert done.returncode != 0
+    assert re.search(r"log-probability of \S*rows.jsonl:\d is nan: must be .* \(8 of 8 are not\)", done.stderr)
+    assert not (tmp_path / "run" / "reference.safetensors").exists()
