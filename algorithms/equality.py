@@ -33,8 +33,8 @@ _RATIO = re.compile(r"(?<=\d)\s*\bto\b\s*(?=\d)")
 _GROUP = re.compile(r",\d{3}(?!\d)")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|cup|cap)(?![A-Za-z])")
 _MEMBER = re.compile(rf"\s*{UPRIGHT}?[A-Za-z]\s*\\in\s*(?=\\\{{|[(\[])")
-_CONSTANTS = re.compile(r"\\[A-Za-z]+|[ei](?![A-Za-z])|\bdegrees?\b")
-_OPEN = re.compile(r"[A-Za-z,;:]|\\[{}]|\.\.\.")
+_CONSTANTS = re.compile(r"\\(?![bp]?mod)[A-Za-z]+|[ei](?![A-Za-z])|\bdegrees?\b")
+_OPEN = re.compile(r"[A-Za-z,;:]|\\[{}]|\.\.\.|\bmod\b")
 
 
 class Entries(NamedTuple):
@@ -63,7 +63,7 @@ def equal(wanted: str, given: str) -> bool:
     if choice(wanted):
         label = CHOICE.match(wanted)  # (E) 42 is chosen by its letter, or by its value
         if choice(given) or label is None or label.end() == len(wanted):
-            return choice(given) == choice(wanted)
+            return (choice(given) or choice(given.upper())) == choice(wanted)
         return equal(wanted[label.end() :], given)
     right = numeral(wanted)
     if right is not None:
@@ -168,7 +168,7 @@ def named_sides(text: str) -> tuple[str, list[str]]:
 
 def choice(text: str) -> str:
     """The letter of a choice, A to J: what `C`, `(C)`, `C.` and `(C) 3` choose; "" where the text is none."""
-    bare = text.strip().strip("$").strip()
+    bare = re.sub(r"^(?:option|choice|answer)\b:?", "", text.strip().strip("$").strip(), flags=re.IGNORECASE).strip()
     if match := re.fullmatch(rf"{UPRIGHT}?([A-J])\.?", bare):
         return match[1]
     match = CHOICE.match(bare)
@@ -195,7 +195,7 @@ def squeezed(text: str) -> str:
 
 def expression(text: str) -> str:
     """A text as `math-verify` takes it."""
-    text = text.replace(UPRIGHT, "").strip().strip("$").rstrip(". ")
+    text = text.replace(UPRIGHT, "").replace("Ω", "\\Omega ").strip().strip("$").rstrip(". ")
     angle = r"\\frac{\1\\pi}{180}" if _TRIGONOMETRY.search(text) else r"\1"
     return _DEGREES.sub(angle, _RATIO.sub(":", text))
 
@@ -205,6 +205,8 @@ def entries(text: str) -> Entries | None:
     name, sides = named_sides(_MEMBER.sub("", text))
     text = expression(sides[0] if name and len(sides) == 1 else text).strip()
     text = text.replace("\\langle", "(").replace("\\rangle", ")")
+    if text[:1] == "]" or text[-1:] == "[" and text[:1] in ("[", "]"):  # [1, 5[ as France writes it
+        text = f"{'[' if text[0] == '[' else '('}{text[1:-1]}{']' if text[-1] == ']' else ')'}"
     kind = ""
     if text.startswith("\\{") and text.endswith("\\}"):
         kind, text = "{}", text[2:-2]

@@ -49,7 +49,8 @@ _TAIL = re.compile(
     rf"(?:\s*(?:{UPRIGHT}?[A-Za-zΩ][A-Za-z']*\.?|[{MONEY}]|/|\\times|\^\s*\{{?\s*-?[1-4]\s*\}}?|-(?=[A-Za-z])))*"
     r"(?:\s*\(\s*[A-Za-z][A-Za-z.\s]*\))?\s*"
 )
-_PAIRS = ("st", "nd", "rd", "th", "am", "pm")
+_PAIRS = ("st", "nd", "rd", "th", "am", "pm", "of", "in")
+"""What two letters right behind a number may be beside units; others are two variables."""
 _SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 _FURTHER = re.compile(rf"({UPRIGHT}?[A-Za-z]+\.?)(?:\s*,|\s+and\b)?\s*(\d.*)")
 _NOT_ONE = frozenset(

@@ -71,7 +71,7 @@ _TABLE: dict[str, dict[str, str]] = {
     "hertz": {"Hz hertz": "1", "kHz kilohertz": "1000", "MHz megahertz": "1000000"},
     "pascal": {"Pa pascal pascals": "1", "kPa kilopascal kilopascals": "1000"},
     "mole": {"mol mole moles": "1"},
-    "ohm": {"Ω ohm ohms": "1"},
+    "ohm": {"Ω ohm ohms": "1", "kΩ kiloohm kiloohms": "1000"},
 }
 UNITS: dict[str, tuple[str, Fraction]] = {
     word: (dimension, Fraction(factor))
@@ -86,7 +86,7 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bill
 
 _SPEEDS = {"mph": "miles per hour", "kmh": "km per h", "kph": "km per h"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
-_TOKEN = re.compile(r"\s*(?:(/|\bper\b|\ban?\b)|\^\s*\{?\s*(-?[1-4])\s*\}?|([A-Za-z]+|[$€£¥₹¢Ω])|([-.*·]))")
+_TOKEN = re.compile(r"\s*(?:(/|\bper\b|\ban?\b)|\^\s*\{?\s*(-?[1-4])\s*\}?|([A-Za-zΩ]+|[$€£¥₹¢])|([-.*·]))")
 
 
 def known(word: str) -> str | None:

@@ -70,10 +70,16 @@ def main(session: Session[Any]) -> None:
 
 
 def prepare(session: Session[Any]) -> None:
-    """Makes the run's folder with its config and prompts, and finds what would stop a later stage. Collective."""
+    """Finds what would stop a later stage, and makes the run's folder with its config and prompts. Collective."""
     config: RLHFConfig = session.config
     shape = session.together(lambda: read_shape(config.model.path, config.parallel, RunConfig(), "lm", config.sft.lora))
     tokenizer = session.together(lambda: load_tokenizer(config.model.path, shape))
+
+    data = replace(stages(config).preferences.data, sources=config.prompts.sources)
+    prompts = session.together(lambda: PromptDataset(data, tokenizer))
+    scorer = Scorer(config.preferences.reward, tokenizer, session.mesh)
+    scorer.check(prompts.columns())
+    scorer.close()
 
     def lay_out() -> None:
         if config.run.resume and not (session.folder / "config.toml").is_file():
@@ -95,10 +101,7 @@ def prepare(session: Session[Any]) -> None:
 
     session.together(lambda: lay_out() if session.mesh.is_main else None)
     for stage in (stages(config).preferences, stages(config).ppo, stages(config).evaluation):
-        prompts = session.together(lambda stage=stage: PromptDataset(stage.data, tokenizer))
-        scorer = Scorer(stage.reward, tokenizer, session.mesh)
-        scorer.check(prompts.columns())
-        scorer.close()
+        session.together(lambda stage=stage: PromptDataset(stage.data, tokenizer))
 
 
 def run_stage(session: Session[Any], name: str, config: Any) -> None:
