@@ -7,8 +7,8 @@ empty string turns a thing off where the text says so.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Literal
 
 from ..engine.mesh import check_layout
 from ..engine.parallel.lora import MIXTURE_TARGETS, TARGETS, Choice, LoRA
@@ -189,6 +189,16 @@ class RewardConfig:
         if not self.names:
             raise ValueError("no reward: give reward.functions, reward.models, reward.servers or several")
 
+    def check_time_limit(self, timeout: float, path: str) -> None:
+        """Raises ValueError where a function's call or a server's tries of a request may take `timeout` seconds."""
+        if self.names and self.time_limit >= timeout:
+            raise ValueError(f"{path}.time_limit={self.time_limit:g}: must be below run.timeout={timeout:g}")
+        if self.servers and self.time_limit * self.server_tries >= timeout:
+            raise ValueError(
+                f"{path}.time_limit x {path}.server_tries = {self.time_limit:g} x {self.server_tries}:"
+                f" must be below run.timeout={timeout:g}"
+            )
+
     def check_unshaped(self) -> None:
         """Raises ValueError where one of `SHAPING` is set: for scripts that take scores as they are."""
         plain = RewardConfig()
@@ -357,8 +367,13 @@ class RunConfig:
     """where metrics go beside the JSONL file"""
     seed: int = 0
     """seeds shuffling, sampling and new heads"""
+    timeout: float = 1800.0
+    """seconds that a rank may keep the others waiting before the run ends and the late rank is named"""
+    grace: float = 15.0
+    """seconds after a request to stop in which the step at hand may still end; one that will not is dropped"""
 
     def __post_init__(self) -> None:
+        require_seconds(self.timeout, self.grace)
         require(self.keep >= 1, "keep", self.keep, "at least 1")
         for name in ("save_every", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -390,6 +405,22 @@ class EpochRun(RunConfig):
     def total(self, rows: int, batch_size: int) -> int:
         """Optimizer steps over `rows` rows."""
         return self.steps or -(-self.epochs * rows // batch_size)
+
+
+def require_seconds(timeout: float, grace: float = 0.0) -> None:
+    """Raises ValueError where run.timeout or run.grace makes no sense."""
+    require(0 < timeout < math.inf, "timeout", timeout, "above 0 (seconds)")
+    require(0 <= grace < math.inf, "grace", grace, "0 (a step is dropped at once) or more (seconds)")
+
+
+def check_time_limits(config: Any, timeout: float, path: str = "") -> None:
+    """Raises ValueError where a scorer may take longer than `timeout`, in any section: the other ranks wait for it."""
+    for field in fields(config):
+        section, name = getattr(config, field.name), f"{path}{field.name}"
+        if isinstance(section, RewardConfig):
+            section.check_time_limit(timeout, name)
+        elif is_dataclass(section):
+            check_time_limits(section, timeout, f"{name}.")
 
 
 def check_given(model: ModelPaths, data: DataConfig, parallel: ParallelConfig, world: int, rows: str) -> int:

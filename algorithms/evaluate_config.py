@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..engine.mesh import check_layout
-from .config import ModelPaths, ParallelConfig, PromptData, RewardConfig, RolloutConfig, require
+from .config import ModelPaths, ParallelConfig, PromptData, RewardConfig, RolloutConfig, require, require_seconds
 from .pretrain_config import TextData
 from .sft_config import SFTData
 
@@ -95,8 +95,11 @@ class EvaluateRun:
     """answers that are shown beneath the table"""
     seed: int = 0
     """seeds sampling and the choice of prompts"""
+    timeout: float = 1800.0
+    """seconds that a rank may keep the others waiting before the run ends and the late rank is named"""
 
     def __post_init__(self) -> None:
+        require_seconds(self.timeout)
         require(bool(self.output), "output", repr(self.output), "a folder")
         for name in ("prompts_per_save", "micro_batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

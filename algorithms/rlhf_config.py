@@ -21,6 +21,7 @@ from .config import (
     RolloutConfig,
     check_given,
     require,
+    require_seconds,
 )
 from .evaluate_config import EvaluateConfig, check_evaluate
 from .pair_config import RewardModelConfig, check_reward
@@ -119,8 +120,13 @@ class RLHFRun:
     """seeds every stage, and the choice of the prompts that are held out"""
     show: int = 8
     """held-out prompts whose answers before and after stand in the report; the first ones, whatever they are"""
+    timeout: float = 1800.0
+    """seconds that a rank may keep the others waiting before the run ends and the late rank is named"""
+    grace: float = 15.0
+    """seconds after a request to stop in which the step at hand may still end; one that will not is dropped"""
 
     def __post_init__(self) -> None:
+        require_seconds(self.timeout, self.grace)
         for name in ("seed", "show"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(bool(self.output), "output", repr(self.output), "a folder")
@@ -175,7 +181,17 @@ FILLED = {
     ),
 }
 """Knobs and sections of each stage that the pipeline fills in, besides those of every stage."""
-OF_EVERY_STAGE = ("model.path", "model.dtype", "parallel", "run.output", "run.resume", "run.log", "run.seed")
+OF_EVERY_STAGE = (
+    "model.path",
+    "model.dtype",
+    "parallel",
+    "run.output",
+    "run.resume",
+    "run.log",
+    "run.seed",
+    "run.timeout",
+    "run.grace",
+)
 
 
 def prompt_files(config: RLHFConfig) -> tuple[str, str]:
@@ -199,7 +215,9 @@ def stages(config: RLHFConfig) -> Stages:
         section = getattr(config, name)
         run: dict[str, Any] = {"output": str(root / name), "seed": config.run.seed}
         if hasattr(section.run, "log"):
-            run["log"] = config.run.log
+            run |= {"log": config.run.log, "grace": config.run.grace}
+        if hasattr(section.run, "timeout"):
+            run["timeout"] = config.run.timeout
         model = replace(section.model, path=path, dtype=dtype, **changes.pop("model", {}))
         return replace(section, model=model, parallel=config.parallel, run=replace(section.run, **run), **changes)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..engine.mesh import Axis, Mesh
 from ..engine.parallel.collectives import gather_objects
-from ..engine.rollout.generate import Generator, SamplingParams
+from ..engine.rollout.generate import Generator, Interrupted, SamplingParams
 from .batch import Batch, Prompt, Rollout, pack
 from .chat_encoder import ChatEncoder, completion_of
 from .config import RewardConfig, RolloutConfig
@@ -49,13 +50,21 @@ def sample(
     """Answers to all prompts, `samples_per_prompt` in a row for each, the same on every rank and in every layout.
 
     Random numbers belong to (seed, running number of the sample, position), so neither layout nor batch matter.
+
+    Raises:
+        Interrupted: on every rank, where the generator was on any.
     """
     requests = [
         (prompt, prompt.index * samples_per_prompt + j) for prompt in prompts for j in range(samples_per_prompt)
     ]
     mine = requests[my_part(len(requests), generator.mesh.dp)]
-    done = generator.generate([prompt.tokens for prompt, _ in mine], [number for _, number in mine], params)
-    completions = [completion for part in gather_objects(done, generator.mesh.dp) for completion in part]
+    done = None
+    with suppress(Interrupted):
+        done = generator.generate([prompt.tokens for prompt, _ in mine], [number for _, number in mine], params)
+    parts = gather_objects(done, generator.mesh.dp)
+    if None in parts:
+        raise Interrupted
+    completions = [completion for part in parts for completion in part]
     return [
         Rollout(prompt, completion.tokens, completion.logprobs, completion.finish)
         for (prompt, _), completion in zip(requests, completions, strict=True)

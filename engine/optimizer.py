@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..kernels.adamw import adamw_
 from .checkpoint import Entry, flat_rectangles
 from .mesh import Axis, Mesh
-from .parallel.collectives import all_gather_shards, all_reduce, reduce_scatter
+from .parallel.collectives import all_gather_shards, all_reduce, reduce_scatter, wait
 from .parallel.shard import Piece, Slot, shard_of
 
 BUCKET_ELEMENTS = 25_000_000
@@ -203,7 +203,7 @@ class ShardedAdamW:
                 bucket.start_reduction()
         for bucket in self.buckets:
             if bucket.reduction is not None:
-                bucket.reduction.wait()
+                wait(bucket.reduction, bucket.axis)
 
     def step(self, lr: float, poison: Tensor | None = None) -> float:
         """Reduces what is not reduced yet, clips, updates and gathers the weights. Collective over the mesh.

@@ -57,7 +57,7 @@ class Answering:
             session.mesh,
             shape,
         )
-        self.progress, path = session.progress, config.model.path
+        self.session, self.progress, path = session, session.progress, config.model.path
         self.tokenizer = session.together(lambda: load_tokenizer(path, shape))
         self.dataset = session.together(lambda: PromptDataset(config.data, self.tokenizer, show.seed), "prompts")
         place = self.dataset.state()
@@ -79,6 +79,7 @@ class Answering:
         rollout = self.rollout_config
         options = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
         self.generator, self.models = Generator(actor.model, self.mesh, **options), models
+        self.generator.interrupted = self.session.interrupted
 
     def answer_shown(self) -> list[Answer]:
         """(prompt, greedy answer, score) for the first `run.show` prompts of the data. Collective."""

@@ -9,6 +9,8 @@ A run that was killed while it scored its rows has no checkpoint yet: the same c
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import json
 import math
 import sys

@@ -10,6 +10,8 @@ one size. `old_logprobs` may be left out (equal to `logprobs`), so may `sampling
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import json
 import sys
 from collections import Counter

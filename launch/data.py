@@ -9,6 +9,8 @@ knobs of that script may follow. What is learned is green and bold; without colo
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import argparse
 import dataclasses
 import sys

@@ -7,6 +7,8 @@ torchrun ... launch/dpo.py --resume runs/dpo
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import sys
 
 import torch

@@ -10,6 +10,8 @@ that was killed goes on where it was when the same command is given again.
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import gc
 import json
 import math
@@ -216,7 +218,7 @@ def main(session: Session[Any]) -> None:
     """Measures each model, then writes and prints what was found."""
     config: EvaluateConfig = session.config
     folders = [folder for folder in (config.model.path, config.model.against) if folder]
-    no_matter = ("parallel.", "run.output", "run.show")
+    no_matter = ("parallel.", "run.output", "run.show", "run.timeout")
     asked = {knob: value for knob, value in flatten(config).items() if not knob.startswith(no_matter)}
     sources = (*config.data.sources, *config.text.sources, *config.dialogues.sources)
     kept = Kept(session, "begun", asked, [*folders, *sources, *scorer_files(config.reward)])

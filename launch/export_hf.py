@@ -8,6 +8,8 @@ along. One process, no GPU, the memory of one tensor: they are read one by one, 
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,6 +10,8 @@ what they do.
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

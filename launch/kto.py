@@ -7,6 +7,8 @@ torchrun ... launch/kto.py --resume runs/kto
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import sys
 from typing import NamedTuple
 

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import sys
 
 import torch

@@ -7,6 +7,8 @@ torchrun ... launch/pretrain.py --resume runs/pretrain
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import math
 import sys
 

@@ -10,6 +10,8 @@ RUN/rounds; a killed run goes on within its round.
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import shutil
 import sys
 from pathlib import Path

@@ -8,6 +8,8 @@ torchrun ... launch/reward.py --resume runs/reward
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -10,6 +10,8 @@ in; only one holds its models at a time. RUN/stages.json has a line on each stag
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import gc
 import json
 import os
@@ -111,7 +113,7 @@ def run_stage(session: Session[Any], name: str, config: Any) -> None:
     if gather_objects(saved, session.mesh.world)[0]:
         config = replace(config, run=replace(config.run, resume=str(folder)))
     with ExitStack() as stack:
-        stage = Session(config, session.mesh, stack, name)
+        stage = Session(config, session.mesh, stack, name, session.stopping)
         MAINS[name](stage)
     fact = {
         "seconds": time.time() - began + seconds_before(folder / "metrics.jsonl", began),

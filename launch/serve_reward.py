@@ -14,6 +14,8 @@ prompt that the model is asked with, at the completion's last token or the end o
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import json
 import signal
 import sys
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from stopping import SIGNALS
 from trialign.algorithms.batch import micro_batches, pack
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.chat_encoder import ChatEncoder, Completion, parse_tools
@@ -31,7 +34,8 @@ from trialign.algorithms.messages import read_messages
 from trialign.algorithms.reward_worker import brief
 from trialign.algorithms.roles import Role
 from trialign.engine.config import parse
-from world import mesh_of, world_size
+from trialign.engine.mesh import build_mesh
+from world import pick_device, world_size
 
 MOST_BYTES = 64 << 20
 """Of a request."""
@@ -186,21 +190,25 @@ def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:
 
 
 def main(argv: list[str]) -> None:
-    """Loads the model, then answers until it is told to stop."""
+    """Loads the model, then answers until a signal says to stop, which is no failure; a second one ends it at once."""
     config = parse(ServeConfig, argv, prog="serve_reward.py")
     if not config.model.path:
         sys.exit("error: model.path is not given: the folder of a reward model, in Hugging Face format")
     if world_size() > 1:
         sys.exit("error: one process serves a model: start it with python, not with torchrun")
     try:
-        with mesh_of(ParallelConfig()) as mesh:
-            scores = Scores(config, mesh)
-            with ThreadingHTTPServer((config.host, config.port), handler(scores)) as server:
-                signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
-                print(f"{config.model.path} at http://{config.host}:{server.server_port}/score", flush=True)
-                server.serve_forever()
-    except KeyboardInterrupt:
-        pass
+        scores = Scores(config, build_mesh(device=pick_device("auto")))
+        with ThreadingHTTPServer((config.host, config.port), handler(scores)) as server:
+
+            def stop(*_: Any) -> None:
+                for number in SIGNALS:
+                    signal.signal(number, signal.SIG_DFL)
+                threading.Thread(target=server.shutdown).start()
+
+            for number in SIGNALS:
+                signal.signal(number, stop)
+            print(f"{config.model.path} at http://{config.host}:{server.server_port}/score", flush=True)
+            server.serve_forever()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

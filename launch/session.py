@@ -21,24 +21,25 @@ import json
 import math
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+import failing
 import torch
 from report import Panel, plot
+from safe_points import SafePoints
+from stopping import Stopping
 from trialign.algorithms.build import trained_entries
-from trialign.algorithms.config import DataConfig, ModelPaths, ParallelConfig, RunConfig
+from trialign.algorithms.config import DataConfig, ModelPaths, ParallelConfig, RunConfig, check_time_limits
 from trialign.algorithms.nonfinite import check_states
 from trialign.algorithms.roles import Learner
 from trialign.engine import checkpoint
 from trialign.engine.config import flatten, parse
 from trialign.engine.config import save as save_config
+from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.logging import MetricLog
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
@@ -47,7 +48,7 @@ from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.sole_writer import sole_writer
 from trialign.models.adapter import adapter_facts, export_adapter, has_peft_form, same_adapter
 from trialign.models.export import ExportRole, assets, export_checkpoint
-from world import is_main, mesh_of, rank_prefix, world_size
+from world import is_main, mesh_of, world_size
 
 
 class Common(Protocol):
@@ -84,7 +85,8 @@ def start(
     """Runs a script: its config out of `argv`, checked before anything is read, then `main` on the mesh, alone in the
     run's folder.
 
-    What a user can cause ends in a message without a traceback, and an exit code other than 0.
+    What a user can cause ends in a message without a traceback, told by one rank, and an exit code other than 0. A
+    request to stop (stopping.py) ends in a checkpoint and the exit code `stopping.GO_ON`.
 
     Args:
         check: cross-checks of the config that read no file, given the world's size.
@@ -92,48 +94,40 @@ def start(
     """
     config = parse(cls, argv, prog=f"{name}.py", quiet=not is_main())
     try:
+        check_time_limits(config, config.run.timeout)
         check(config, world_size())
     except ValueError as error:  # the same on every rank
-        leave(f"error: {error}", is_main())
+        failing.leave(error, alike=True)
+    stopping = Stopping(Path(config.run.folder), is_main())
     try:
-        with mesh_of(config.parallel) as mesh, ExitStack() as stack:
-            session = Session(config, mesh, stack, name)
+        with stopping, mesh_of(config.parallel, config.run.timeout, stopping) as mesh, ExitStack() as stack:
+            session = Session(config, mesh, stack, name, stopping)
             session.together(lambda: stack.enter_context(sole_writer(session.folder)) if mesh.is_main else None)
             main(session)
-    except (ValueError, OSError, ArithmeticError) as error:
-        sys.exit(f"{rank_prefix()}error: {error}")
-
-
-def leave(message: str, main: bool) -> NoReturn:
-    """Ends every rank of what all of them found wrong; the main one says it.
-
-    The others wait for the launcher to end them: it ends all ranks as soon as one has left, before the main one may
-    have spoken.
-    """
-    if not main:
-        time.sleep(10)
-    sys.exit(message if main else 1)
+    except Exception as error:
+        failing.leave(error, stopping.watchdog)
 
 
 class Session(Generic[Config]):
     """One run of a script on its mesh. See the module for the order of its calls.
 
     Attributes:
-        step: steps that are done, of `total`.
+        step: steps that are done, of `total`; `saved`: of the newest checkpoint.
         about: the data in a few words, once it is read.
         stack: what is to be closed when the script ends is entered here.
         progress: the live display.
         phases: there after `begin`.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, stack: ExitStack, name: str):
-        self.config, self.mesh, self.stack, self.name = config, mesh, stack, name
+    def __init__(self, config: Config, mesh: Mesh, stack: ExitStack, name: str, stopping: Stopping):
+        self.config, self.mesh, self.stack, self.name, self.stopping = config, mesh, stack, name, stopping
         self.folder = Path(config.run.folder)
-        self.step = self.total = 0
+        HEARTBEAT.phase, self.step, self.saved, self.total = "loading", 0, -1, 0
         self.about = ""
         self.progress = stack.enter_context(Progress(enabled=mesh.is_main))
         self.learners: Mapping[str, tuple[Learner, str]] = {}
         self.parts: Mapping[str, Stateful] = {}
+        self.safe_points: SafePoints | None = None
 
     def together(self, work: Callable[[], Result], name: str = "") -> Result:
         """What `work` gives, on every rank; where it fails on any, every rank leaves and one of them says why.
@@ -152,7 +146,7 @@ class Session(Generic[Config]):
         if failures:
             rank, text = failures[0]
             where = f"rank {rank}: " if rank else ""
-            leave(f"{where}error: {text}", self.mesh.is_main)
+            failing.leave_together(f"{where}error: {text}", self.mesh.is_main)
         return result  # pyright: ignore[reportReturnType]
 
     def begin(
@@ -177,22 +171,35 @@ class Session(Generic[Config]):
         config, main = self.config, self.mesh.is_main
         if config.run.resume:
             self._resume()
-        if main:
-            self._prepare()
+        self.together(lambda: self._prepare() if main else None)
         dtype = getattr(torch, config.model.dtype)
-        shown = partial(self.progress.work, line_after=LINE_EVERY)
+        self.safe_points = SafePoints(self.stopping, self.mesh, config.run.grace, self._state_of_parts, self._save)
         peak = matmul_peak(dtype, self.mesh.device)
-        self.phases = Phases(self.mesh.device, self.mesh.world.size, peak=peak, around=shown)
-        self.log = self.stack.enter_context(
-            MetricLog(self.folder, backends=config.run.log, done=self.step, config=flatten(config), enabled=main)
-        )
+        self.phases = Phases(self.mesh.device, self.mesh.world.size, peak=peak, around=self._phase)
+        options = {"backends": config.run.log, "done": self.step, "config": flatten(config), "enabled": main}
+        self.log = self.together(lambda: self.stack.enter_context(MetricLog(self.folder, **options)))
         self.progress.start(steps, done=self.step, facts=facts)
         self.progress.say(f"{self.folder}: {about}; {self.mesh}; {config.model.dtype}; from step {self.step}")
 
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        assert self.safe_points is not None
+        with self.safe_points.phase(name), self.progress.work(name, line_after=LINE_EVERY):
+            yield
+
+    def interrupted(self) -> bool:
+        """Whether the answers that a step is at are no longer wanted, for the step will be dropped."""
+        return self.safe_points is not None and self.safe_points.too_long()
+
     def steps(self) -> Iterator[int]:
-        """The steps that are still to be made, from 0; the body ends with `end_step`."""
-        while self.step < self.total:
-            yield self.step
+        """The steps that are still to be made, from 0; the body ends with `end_step`. Collective."""
+        if self.step < self.total:
+            assert self.safe_points is not None
+            with self.stopping.held(), HEARTBEAT.at("step"):
+                while self.step < self.total:
+                    self.safe_points.step()
+                    yield self.step
+                    self.safe_points.after_step()
 
     def end_step(self, metrics: Mapping[str, float], tokens: int) -> None:
         """Logs and shows a step with the cost of its phases, and saves when it is time. Collective.
@@ -213,21 +220,20 @@ class Session(Generic[Config]):
         self.progress.update(self.step, metrics)
         every = self.config.run.save_every
         if self.step == self.total or (every and self.step % every == 0):
-            with self.progress.work("checkpoint"):
-                self._save()
+            self._save(self._state_of_parts())
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gave before the first step, as JSON has it; a resumed run finds it in its folder. Collective."""
         path = self.folder / name
         if self.step and path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        made = make()
-        if self.mesh.is_main:
-            path.write_text(json.dumps(made, indent=1), encoding="utf-8")
+        made, main = make(), self.mesh.is_main
+        self.together(lambda: path.write_text(json.dumps(made, indent=1), encoding="utf-8") if main else None)
         return made
 
     def finish(self, panels: Sequence[Panel], *shown: Any, role: ExportRole = "actor") -> None:
         """Leaves the exported model and the plot in the folder, and says where they are below what is `shown`."""
+        HEARTBEAT.phase = "export"
         if self.mesh.is_main:
             with self.progress.work("export"):
                 exported = self._export(role)
@@ -237,11 +243,17 @@ class Session(Generic[Config]):
                 self.progress.say(text)
             self.progress.say(f"model: {exported}\nplot:  {picture}")
 
-    def _save(self) -> None:
+    def _state_of_parts(self) -> dict[str, Any]:
+        return {name: part.state() for name, part in self.parts.items()}
+
+    def _save(self, parts: Mapping[str, Any]) -> None:
+        """Writes a checkpoint of the steps that are done, unless it is there. Collective."""
+        if self.saved == self.step:
+            return
         state = {
             "step": self.step,
             "optimizer_steps": {role: learner.optimizer.steps for role, (learner, _) in self.learners.items()},
-            "parts": {name: part.state() for name, part in self.parts.items()},
+            "parts": dict(parts),
             "adapters": {role: adapter_facts(learner.model, base) for role, (learner, base) in self.learners.items()},
         }
         mixtures = {role: learner.model.config.moe for role, (learner, _) in self.learners.items()}
@@ -254,7 +266,9 @@ class Session(Generic[Config]):
         check_states({role: learner.optimizer for role, (learner, _) in self.learners.items()}, self.mesh)
         entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
         root, keep = self.folder / "checkpoints", self.config.run.keep
-        checkpoint.save(root, self.step, entries, state, self.mesh, keep=keep, assets=files)
+        with HEARTBEAT.at("checkpoint"), self.progress.work("checkpoint"):
+            checkpoint.save(root, self.step, entries, state, self.mesh, keep=keep, assets=files)
+        self.saved = self.step
 
     def _resume(self) -> None:
         """Goes on from the newest whole checkpoint, written in any layout."""
@@ -272,7 +286,7 @@ class Session(Generic[Config]):
             part.load_state(state["parts"][name])
         for role, (learner, _) in self.learners.items():
             learner.optimizer.loaded(state["optimizer_steps"][role])
-        self.step = state["step"]
+        self.step = self.saved = state["step"]
 
     def _prepare(self) -> None:
         """Makes the run's folder and writes the config that a resume starts from.

@@ -7,6 +7,8 @@ torchrun ... launch/sft.py --resume runs/sft
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
 import sys
 
 from from_rows import FromRows, from_rows

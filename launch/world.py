@@ -9,10 +9,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from stopping import Stopping
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from trialign.algorithms.config import ParallelConfig
+from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.mesh import Mesh, build_mesh
+from watchdog import Watchdog
 
-TIMEOUT = timedelta(minutes=30)
 # oneDNN keeps the primitives it has compiled, one a shape, by default 1024 of them: gigabytes where the number of
 # tokens differs from step to step. It reads this once, at its first operation.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -26,11 +30,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """True on the rank that prints, known before any process group is."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def rank_prefix() -> str:
-    """What other ranks than the first put before their messages."""
-    return "" if is_main() else f"rank {os.environ['RANK']}: "
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -47,17 +46,42 @@ def pick_device(wanted: str) -> torch.device:
 
 
 @contextmanager
-def mesh_of(parallel: ParallelConfig) -> Iterator[Mesh]:
+def mesh_of(parallel: ParallelConfig, timeout: float, stopping: Stopping) -> Iterator[Mesh]:
     """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh and leaves the group at the end.
 
     After an error it is not left: that would wait for ranks which may be stuck. The launcher ends them.
+
+    Args:
+        timeout: seconds that a rank waits for others.
+        stopping: gets a watchdog where there are other ranks.
     """
     device = pick_device(parallel.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size() > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
-    yield build_mesh(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, ep=parallel.ep, device=device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    layout = {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp or None, "ep": parallel.ep, "device": device}
+    if world_size() == 1:
+        yield build_mesh(**layout)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Later than the watchdog, which says more; the library's own limit is for what the watchdog cannot see.
+    limit = timedelta(seconds=2 * timeout + 30)
+    store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
+    watchdog = Watchdog(PrefixStore("watch", store), rank, world, timeout, stopping, waits_show=backend == "gloo")
+    with HEARTBEAT.waiting("the start of all ranks"):
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=limit,
+            device_id=device if device.type == "cuda" else None,
+        )
+    with HEARTBEAT.waiting("the groups of the mesh"):
+        mesh = build_mesh(**layout)
+    try:
+        yield mesh
+    except SystemExit:  # it stops as all ranks do; after an error the others are to see that this one lives
+        watchdog.close()
+        raise
+    watchdog.close()
+    dist.destroy_process_group()

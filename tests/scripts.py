@@ -3,8 +3,8 @@
 As a program, under torchrun: runs several of them one after the other in its ranks, which import everything once.
 """
 
-import functools
 import hashlib
+import importlib
 import json
 import os
 import runpy
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from trialign.engine.checkpoint import Reader
@@ -132,13 +131,13 @@ def rewound(run: Path, folder: Path, step: int) -> Path:
 
 
 def _in_turn(jobs: list[list[str]]) -> None:
-    """Each rank's part of `succeed_in_turn`. A run's process group has keys of its own in the launcher's store."""
+    """Each rank's part of `succeed_in_turn`. A run has keys of its own in the launcher's store."""
     sys.path[0] = str(ROOT / "launch")
-    join = dist.init_process_group
+    world = importlib.import_module("world")
     for number, (script, *arguments) in enumerate(jobs):
-        store, rank, world = next(iter(rendezvous("env://")))
+        store, rank, size = next(iter(rendezvous("env://")))
         own = PrefixStore(f"run {number}", store)
-        dist.init_process_group = functools.partial(join, store=own, rank=rank, world_size=world)
+        world.rendezvous = lambda *_, own=own, rank=rank, size=size, **__: iter([(own, rank, size)])
         sys.argv = [f"{script}.py", *arguments]
         print(*sys.argv, flush=True)
         runpy.run_path(str(ROOT / "launch" / sys.argv[0]), run_name="__main__")

@@ -224,7 +224,8 @@ def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, 
     def begin() -> dict[str, float | None]:
         with ExitStack() as stack:
             config = parse(ConditionalConfig, words)
-            rewards = conditional.Rewards(session.Session(config, build_mesh(), stack, "conditional"))
+            unheard = session.Stopping(tmp_path, main=True)
+            rewards = conditional.Rewards(session.Session(config, build_mesh(), stack, "conditional", unheard))
             rewards.rows()
             return rewards.found
 

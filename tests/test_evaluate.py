@@ -251,9 +251,16 @@ def test_one_model_is_held_at_a_time(setting, scripts, monkeypatch, tmp_path):
     monkeypatch.setattr(scripts.evaluate, "build_decoder", watched)
     words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--passes.at"]
     with ExitStack() as stack:
-        session = scripts.session.Session(parse(EvaluateConfig, words), build_mesh(), stack, "evaluate")
+        session = scripts.session.Session(
+            parse(EvaluateConfig, words), build_mesh(), stack, "evaluate", unheard(scripts)
+        )
         scripts.evaluate.main(session)
     assert len(held) == 4
+
+
+def unheard(scripts) -> Any:
+    """Requests to stop that nobody hears."""
+    return scripts.session.Stopping(Path("nowhere"), main=True)
 
 
 def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
@@ -262,7 +269,7 @@ def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
     file.write_text("x")
 
     def kept(asked: int) -> Any:
-        session = scripts.session.Session(config, build_mesh(), ExitStack(), "s")
+        session = scripts.session.Session(config, build_mesh(), ExitStack(), "s", unheard(scripts))
         return scripts.kept.Kept(session, "begun", {"asked": asked}, [str(file), str(tmp_path / "nowhere")])
 
     assert kept(1).read("part_0") is None

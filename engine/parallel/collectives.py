@@ -1,6 +1,7 @@
 """Collectives over one axis of the mesh, and the conjugate pairs that tensor parallelism is made of.
 
-Every function returns its input where the axis has size 1, so callers never ask. The pairs f and g follow Megatron-LM
+Every function returns its input where the axis has size 1, so callers never ask. Whatever waits for other ranks does so
+within `HEARTBEAT.waiting`, for the watchdog. The pairs f and g follow Megatron-LM
 (https://arxiv.org/abs/1909.08053, section 3): f copies forward and all-reduces backward, g the other way round.
 """
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..heartbeat import HEARTBEAT
 from ..mesh import Axis
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -24,7 +26,8 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 def all_reduce(tensor: Tensor, axis: Axis, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
     """Reduces in place over the axis and returns the same tensor."""
     if axis.size > 1:
-        dist.all_reduce(tensor, _OPS[op], group=axis.group)
+        with HEARTBEAT.waiting(f"all_reduce over {axis.name}"):
+            dist.all_reduce(tensor, _OPS[op], group=axis.group)
     return tensor
 
 
@@ -44,7 +47,8 @@ def all_gather(tensor: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | 
         padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
         tensor = padded
     gathered = tensor.new_empty((axis.size, *tensor.shape))
-    _all_gather_single(gathered.flatten(0, 1), tensor.contiguous(), group=axis.group)
+    with HEARTBEAT.waiting(f"all_gather over {axis.name}"):
+        _all_gather_single(gathered.flatten(0, 1), tensor.contiguous(), group=axis.group)
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered, sizes, strict=True)], dim)
 
 
@@ -53,11 +57,12 @@ def all_gather_shards(whole: Tensor, shard: Tensor, axis: Axis) -> None:
     if axis.size > 1:
         # gloo copies the input after it has begun to write the output: an aliased shard must be a copy there.
         source = shard.clone() if shard.device.type == "cpu" else shard
-        _all_gather_single(whole, source, group=axis.group)
+        with HEARTBEAT.waiting(f"all_gather over {axis.name}"):
+            _all_gather_single(whole, source, group=axis.group)
 
 
 def reduce_scatter(shard: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None:
-    """Starts summing the flat `whole` [size * n] over the axis into this rank's `shard` [n]; wait on the result.
+    """Starts summing the flat `whole` [size * n] over the axis into this rank's `shard` [n]; `wait` on the result.
 
     Returns None where there is nothing to wait for: with one rank `shard` is a view of `whole`.
     """
@@ -70,7 +75,8 @@ def reduce_scatter(shard: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None
 def broadcast(tensor: Tensor, axis: Axis, src: int = 0) -> Tensor:
     """Overwrites `tensor` with that of the rank at place `src` of the axis and returns it."""
     if axis.size > 1:
-        dist.broadcast(tensor, axis.ranks[src], group=axis.group)
+        with HEARTBEAT.waiting(f"broadcast over {axis.name}"):
+            dist.broadcast(tensor, axis.ranks[src], group=axis.group)
     return tensor
 
 
@@ -79,14 +85,30 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
-    dist.all_gather_object(values, value, group=axis.group)
+    with HEARTBEAT.waiting(f"all_gather of objects over {axis.name}"):
+        dist.all_gather_object(values, value, group=axis.group)
     return values
 
 
 def barrier(axis: Axis) -> None:
     """Waits until every rank of the axis is here."""
     if axis.size > 1:
-        dist.barrier(group=axis.group)
+        with HEARTBEAT.waiting(f"barrier over {axis.name}"):
+            dist.barrier(group=axis.group)
+
+
+def exchange(operations: list[dist.P2POp], axis: Axis) -> None:
+    """Runs a batch of sends and receives along the axis, to its end."""
+    if operations:
+        with HEARTBEAT.waiting(f"send and receive over {axis.name}"):
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+
+def wait(work: dist.Work, axis: Axis) -> None:
+    """Waits for a collective that was started."""
+    with HEARTBEAT.waiting(f"reduce_scatter over {axis.name}"):
+        work.wait()
 
 
 class _CopyTo(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.moe import grouped_matmul, sort_by_expert
+from ..heartbeat import HEARTBEAT
 from ..mesh import Axis, Mesh
 from .collectives import copy_to_region
 from .layers import all_of, cut, linear_weight
@@ -30,7 +31,8 @@ def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], axis:
     if axis.size == 1:
         return rows
     out = rows.new_empty((sum(received), *rows.shape[1:]))
-    dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=axis.group)
+    with HEARTBEAT.waiting(f"all_to_all over {axis.name}"):
+        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=axis.group)
     return out
 
 

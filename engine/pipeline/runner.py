@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..mesh import Mesh
+from ..parallel.collectives import exchange
 from .schedule import Action, Message, forward_only, messages, one_f_one_b
 
 Forward = Callable[[int, Tensor | None], Tensor]
@@ -33,8 +34,7 @@ class _Transfers:
                 buffer = torch.empty(self.shapes[message.micro_batch], dtype=self.dtype, device=self.mesh.device)
                 self.inbox[action] = buffer
                 operations.append(dist.P2POp(dist.irecv, buffer, peer, pp.group))
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
+        exchange(operations, pp)
         self.outbox.clear()
 
 

@@ -31,7 +31,7 @@ from ...kernels.linear import pack
 from ...kernels.paged_attention import paged_attention, write_kv
 from ...kernels.sampling import sample
 from ..mesh import Mesh
-from ..parallel.collectives import all_gather, all_reduce, broadcast, gather_objects
+from ..parallel.collectives import all_gather, all_reduce, broadcast, exchange, gather_objects
 from ..parallel.shard import Split
 from ..progress import report
 from .cache import BlockPool, PagedCache, blocks_for
@@ -105,6 +105,10 @@ class Completion:
     finish: str  # "stop" | "length"
 
 
+class Interrupted(Exception):
+    """Nobody waits for these completions any more."""
+
+
 class Generator:
     """Samples from `model`, this rank's shard of the policy.
 
@@ -117,6 +121,9 @@ class Generator:
         max_running: sequences that run at once.
         prefill_tokens: prompt tokens one step takes in, which bounds its activations.
         cache_bytes: limit of the cache on this rank; None gives every running sequence its full length.
+
+    Attributes:
+        interrupted: asked at each step of a rank on the last stage: True ends the call soon.
 
     Raises:
         ValueError: a size below 1.
@@ -139,6 +146,7 @@ class Generator:
         self.model, self.mesh = model, mesh
         self.block_size, self.max_running = block_size, max_running
         self.prefill_tokens, self.cache_bytes = prefill_tokens, cache_bytes
+        self.interrupted: Callable[[], bool] = lambda: False
 
     def load(self, model: Model) -> None:
         """Samples from this model's weights from now on. It runs on the very shards, so nothing is copied."""
@@ -157,6 +165,7 @@ class Generator:
         Raises:
             ValueError: a prompt that is empty, too long for the model or for the cache, or holds an unknown token;
                 a stop id outside the vocabulary; not one sample id a prompt.
+            Interrupted: on all ranks of tp and pp, where it was.
         """
         self._check(prompts, sample_ids, params)
         if not any(gather_objects(len(prompts), self.mesh.ep)):
@@ -179,7 +188,10 @@ class Generator:
             )
             keys = [sample_key(params.seed, sample_id) for sample_id in sample_ids]
             with packed_weights(self.model, params.max_new_tokens):
-                _Run(self.model, self.mesh, scheduler, cache, keys, params, longest).run()
+                run = _Run(self.model, self.mesh, scheduler, cache, keys, params, longest, self.interrupted)
+                run.run()
+        if run.stopped:
+            raise Interrupted
         return [Completion(s.tokens, s.logprobs, s.finish) for s in scheduler.sequences]
 
     def _num_blocks(self, wanted: int) -> int:
@@ -282,7 +294,9 @@ class _Run:
         keys: list[int],
         params: SamplingParams,
         max_blocks: int,
+        interrupted: Callable[[], bool],
     ) -> None:
+        self.interrupted, self.stopped = interrupted, False
         self.model, self.mesh, self.scheduler, self.cache, self.keys = model, mesh, scheduler, cache, keys
         rows, device = scheduler.lane_size, mesh.device
         self.lanes = [_Lane(rows, max_blocks, device) for _ in range(mesh.pp.size)]
@@ -293,7 +307,8 @@ class _Run:
         self.min_new_tokens = params.min_new_tokens if params.stop_ids else 0
         self.stop_ids = torch.tensor(params.stop_ids, dtype=torch.int64, device=device)
         self.steps: dict[int, Step] = {}  # planned and not yet committed, by number; empty turns are left out
-        self.results: dict[int, Tensor] = {}  # [2, rows] fp64: tokens and logprobs of a step
+        # [2, rows + 1] fp64: tokens and logprobs of a step, then whether to stop: so all ranks stop at one step.
+        self.results: dict[int, Tensor] = {}
         self.end: int | None = None  # the first step number with nothing left to do
 
     def run(self) -> None:
@@ -322,15 +337,18 @@ class _Run:
         previous = self.steps.pop(number - len(self.lanes), None)
         if previous is not None:
             result = self.results.pop(number - len(self.lanes))
-            tokens, logprobs = result.tolist()
+            (*tokens, stop), (*logprobs, _) = result.tolist()
+            self.stopped |= bool(stop)
             keep = self.scheduler.commit(previous, [int(token) for token in tokens], logprobs)
             report(self.scheduler.done, self.scheduler.total)
-            self.lanes[lane].advance(result[0], previous.rows, keep)
-        unfinished = torch.tensor(int(not self.scheduler.finished), device=self.mesh.device)
+            self.lanes[lane].advance(result[0, :-1], previous.rows, keep)
+        # Steps that are at later stages run to the end.
+        waits = bool(self.steps) if self.stopped else not self.scheduler.finished
+        unfinished = torch.tensor(int(waits), device=self.mesh.device)
         if not all_reduce(unfinished, self.mesh.ep, "max").item():
             self.end = number
             return
-        step = self.scheduler.plan(lane)
+        step = None if self.stopped else self.scheduler.plan(lane)
         if step is not None:
             self.steps[number] = step
             if step.admitted:
@@ -381,7 +399,8 @@ class _Run:
         self.model(position if self.mesh.is_first_stage else hidden, position, lambda layer, q, k, v: q)
 
     def sample(self, step: Step, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [2, rows] fp64: each row's next token (exact in fp64) and its logprob."""
+        """[rows, hidden] -> [2, rows + 1] fp64: each row's next token (exact in fp64) and its logprob, and whether to
+        stop."""
         rows, state = step.rows, self.lanes[step.lane].state
         logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
         if self.min_new_tokens:
@@ -391,7 +410,8 @@ class _Run:
         tokens, logprobs = sample(
             logits, self.temperature[:rows], self.top_k[:rows], self.top_p[:rows], state[3, :rows], state[2, :rows]
         )
-        return broadcast(torch.stack((tokens.double(), logprobs.double())), self.mesh.tp)
+        stop = tokens.new_full((2, 1), self.interrupted(), dtype=torch.float64)
+        return broadcast(torch.cat((torch.stack((tokens.double(), logprobs.double())), stop), 1), self.mesh.tp)
 
     def exchange(self, number: int, made: Tensor | None) -> Tensor | None:
         """Meets the other stages after this one ran step `number`; returns the next step's hidden states."""
@@ -412,9 +432,8 @@ class _Run:
                 receivers = pp.ranks[:last]
                 operations += [dist.P2POp(dist.isend, self.results[sampled], peer, pp.group) for peer in receivers]
             else:
-                shape = (2, self.steps[sampled].rows)
+                shape = (2, self.steps[sampled].rows + 1)
                 self.results[sampled] = torch.empty(shape, dtype=torch.float64, device=self.mesh.device)
                 operations.append(dist.P2POp(dist.irecv, self.results[sampled], pp.ranks[last], pp.group))
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
+        exchange(operations, pp)
         return hidden
