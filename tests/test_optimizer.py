@@ -77,6 +77,16 @@ def test_is_adamw(world, micro, max_norm):
             torch.testing.assert_close(wholes[f"net/master/{name}"], parameter.data, rtol=1e-5, atol=1e-6)
 
 
+def test_the_norm_of_a_large_gradient_is_exact():
+    """Eight million numbers: summed up in fp32 in one go they would lose the fourth digit."""
+    model, mesh = nn.Linear(2048, 4096, bias=False), build_mesh()
+    model.weight.shard = whole(4096, 2048)  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer = ShardedAdamW(model, mesh, **SETTINGS)
+    gradient = torch.rand(4096, 2048, generator=torch.Generator().manual_seed(0)) ** 9
+    (model.weight * gradient).sum().backward()
+    assert optimizer.step(0.0) == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+
+
 def test_average_follows_the_masters():
     model, mesh = network(), build_mesh()
     optimizer = ShardedAdamW(model, mesh, ema_decay=0.75, **SETTINGS)
