@@ -16,7 +16,8 @@ from ..models.hf import stop_ids
 from ..models.same_tokens import chats_differ, tokens_differ
 from ..models.tokenizer import has_tokenizer, read_tokenizer
 from .batch import Rollout
-from .messages import Message, render
+from .encoding import encode_responses
+from .messages import Message, render, render_prompt
 from .text_files import parse_json
 
 if TYPE_CHECKING:
@@ -84,13 +85,12 @@ class ChatEncoder:
         """
         where, messages, text, finished, tools = completion
         if self.chat_template:
-            asked = render(where, messages, self.tokenizer, tools)
-            head: list[int] = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
+            asked = render_prompt(where, messages, self.tokenizer, tools)
         elif len(messages) == 1:
-            head = self.tokenizer(messages[0]["content"])["input_ids"]
+            asked = messages[0]["content"]
         else:
             raise ValueError(f"{where}: a chat of {len(messages)} messages: needs chat_template=true")
-        answer: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ((head, (answer, _)),) = encode_responses(self.tokenizer, [(asked, text)], self.chat_template)
         return [*head, *answer, *([self.end] if finished else [])]
 
     def within_positions(self, completion: Completion) -> list[int]:
@@ -108,7 +108,7 @@ class ChatEncoder:
         written: list[int] = []
         if self.chat_template:
             chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-            text = render("a chat of two turns", chat, self.tokenizer, None, generation_prompt=False)
+            text = render("a chat of two turns", chat, self.tokenizer, None)
             written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         known: list[Any] = [
             token for token in (*reversed(written), self.tokenizer.eos_token_id, *ends) if token in ends

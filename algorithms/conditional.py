@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .batch import Prompt, Rollout
 from .conditional_config import ConditionConfig, RewardedData
-from .dialogue import Dialogue, Sample, tokenise
+from .dialogue import Dialogue, Encoder, Sample
 from .messages import brief, column
 from .pairs import read_answer
 from .rows import RowStream
@@ -74,15 +74,15 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
     return rows
 
 
-def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample], stop_ids: Sequence[int]) -> list[Rollout]:
-    """The answers as scorers take them: up to the end of the turn, which the template may write white space after."""
+def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rollout]:
+    """The answers as scorers take them, each with its end."""
     made = []
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         begin = sample.mask.index(1)
-        tokens = sample.tokens[begin : sample.mask.rindex(1) + 1].tolist()
-        asked = tuple(row.dialogue.messages[: row.dialogue.learned[0]])
+        tokens = sample.tokens[begin:].tolist()
+        asked = tuple(row.dialogue.asked(row.dialogue.learned[0]))
         prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where, asked)
-        made.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop" if tokens[-1] in stop_ids else "length"))
+        made.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop"))
     return made
 
 
@@ -143,30 +143,32 @@ class ConditionedRows(RowStream[Sample]):
         dialogues = {row.dialogue.where: row.asking(new.prompt) for row, new in zip(known, asked, strict=True)}
         dialogues |= {row.dialogue.where: row.dialogue for row in every if row.dialogue.where in too_long}
 
+        self.encoder = Encoder(config, tokenizer, stop_ids)
+
         def load(source: str) -> list[Sample]:
             mine = [dialogues[row.dialogue.where] for row in rows[source] if row.dialogue.where in dialogues]
-            return list(tokenise(mine, tokenizer, stop_ids, config.chat_template))
+            return list(self.encoder.responses(mine))
 
         super().__init__(config, load, lambda sample: [len(sample.tokens)], seed, reader=reader)
-        self._ask = (tokenizer, tuple(stop_ids), config.chat_template, condition.template)
+        self._template = condition.template
         self._rows = {row.dialogue.where: row for row in known}
 
     def __str__(self) -> str:
         some = self.written if len(self.written) <= 6 else [*self.written[:2], "...", *self.written[-2:]]
         text = f"{super().__str__()}; {len(self.written)} rewards written: {', '.join(some)}"
-        return text + (f"; {self.unknown} dropped for want of a score" if self.unknown else "")
+        text += f"; {self.unknown} dropped for want of a score" if self.unknown else ""
+        return text + str(self.encoder)
 
     def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
         """(prompt asking for the best, the answer's tokens in the data) of the first rows, held-out ones if any."""
-        tokenizer, ends, chat_template, template = self._ask
         rows = [self._rows[sample.where] for sample in (self.held_out or list(self.rows()))[:count]]
         words = [row.words for row in rows]
-        best = [template.replace("{input}", text).replace("{reward}", self.best) for text in words]
+        best = [self._template.replace("{input}", text).replace("{reward}", self.best) for text in words]
         dialogues = [row.asking(text) for row, text in zip(rows, best, strict=True)]
         found = []
-        samples = tokenise(dialogues, tokenizer, ends, chat_template)
+        samples = self.encoder.responses(dialogues)
         for i, (row, text, dialogue, sample) in enumerate(zip(rows, words, dialogues, samples, strict=True)):
-            begin, asked = sample.mask.index(1), tuple(dialogue.messages[: dialogue.learned[0]])
+            begin, asked = sample.mask.index(1), tuple(dialogue.asked(dialogue.learned[0]))
             prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where, asked)
             found.append((prompt, sample.tokens[begin:].tolist()))
         return found

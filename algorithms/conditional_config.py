@@ -14,13 +14,13 @@ from .config import (
     check_given,
     require,
 )
-from .rows import RowData
+from .rows import ResponseData
 from .selection import CONDITION
 from .sft_config import SFTRun
 
 
 @dataclass(frozen=True)
-class RewardedData(RowData):
+class RewardedData(ResponseData):
     """Answers with what they are worth."""
 
     prompt_key: str = "prompt"

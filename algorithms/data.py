@@ -17,14 +17,14 @@ from torch import Tensor
 
 from .batch import Prompt
 from .config import PromptData
+from .encoding import encode_documents, encode_prompts
 from .messages import (
     brief,
     column,
-    end_of_text,
     need_template,
     read_prompt,
     read_tools,
-    render,
+    render_prompt,
     users_words,
     with_system_prompt,
 )
@@ -175,12 +175,12 @@ def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenize
         raise ValueError(f"data source {source}: holds no prompts")
     chats = [with_system_prompt(read_prompt(where, row, config.prompt_key, config), config) for where, row in rows]
     tools = [read_tools(where, row, config) for where, row in rows]
+    named = zip(rows, chats, tools, strict=True)
     if config.chat_template:
-        named = zip(rows, chats, tools, strict=True)
-        rendered = [render(where, chat, tokenizer, own) for (where, _), chat, own in named]
-        tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template writes its own
+        texts = [render_prompt(where, chat, tokenizer, own) for (where, _), chat, own in named]
     else:
-        tokens = tokenizer([chat[-1]["content"] for chat in chats])["input_ids"]
+        texts = [chat[-1]["content"] for chat in chats]
+    tokens = encode_prompts(tokenizer, texts, config.chat_template)
     return [
         _Item(array("i", ids), tuple(chat), {k: v for k, v in row.items() if k != config.prompt_key}, where)
         for (where, row), chat, ids in zip(rows, chats, tokens, strict=True)
@@ -206,8 +206,7 @@ class TextDataset:
         for (where, _), text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
                 raise ValueError(f"{where}: {key!r} must be a string, not {brief(text)}")
-        end, documents = end_of_text(tokenizer), tokenizer(texts)["input_ids"] if texts else []
-        self._documents = [np.array([*document, end], np.int64) for document in documents]
+        self._documents = [np.array(document, np.int64) for document in encode_documents(tokenizer, texts)]
         self.tokens = sum(len(document) for document in self._documents)
         if self.tokens < length:
             raise ValueError(f"data source {source}: {self.tokens} tokens are less than one sequence of {length}")

@@ -1,10 +1,12 @@
-"""What supervised fine-tuning reads: dialogues as tokens, with a mask of those the assistant is to say.
+"""Dialogues as tokens, with a mask of those the assistant is to say.
 
-A row is a whole dialogue ({role, content} messages: every assistant turn is a target) or a prompt with its response
-(only the response is). Which characters of the rendered dialogue an assistant turn is, the chat template says itself
-where it has {% generation %} marks. Where it has none, the turn is what the dialogue up to it adds to the dialogue
-before it with the generation prompt, which is what the model is given when it answers; a template that writes a turn
-otherwise once more turns follow is refused. A turn ends with its end-of-turn token; white space after it is no target.
+A turn that is learned stands behind the very tokens that a rollout of it begins with: the messages before it with the
+generation prompt, tokenized by themselves. It ends with its end of sequence, and where the chat template has
+{% generation %} marks, only what they mark is learned of it.
+
+A dialogue is one sample where each turn with what it answers is the beginning of what the next one answers. Where it
+is not, as in templates that leave the reasoning of earlier turns out, the sample ends there and the next turn begins
+another: each turn is learned behind what the model will see when it says it.
 """
 
 from __future__ import annotations
@@ -15,44 +17,46 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from .batch import Batch, Prompt, pack
-from .messages import (
-    Message,
-    brief,
-    column,
-    end_of_text,
-    need_template,
-    read_messages,
-    read_prompt,
-    read_tools,
-    render,
-    users_words,
-    with_system_prompt,
-)
-from .rows import RowStream
-from .sft_config import SFTData
-from .sources import RowReader
+from .batch import Batch, pack
+from .encoding import Tokens, encode_responses, turn_end
+from .messages import Message, end_of_text, need_template, render, users_words
+from .rows import ResponseData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 1000  # rows tokenised at once
+CHUNK = 1000  # rows tokenized at once
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+"""First character and the one behind the last."""
 
 
 class Dialogue(NamedTuple):
-    """A row before it is tokenised."""
+    """A row before it is tokenized."""
 
     where: str  # as rows.jsonl:12
     messages: list[Message]
     learned: list[int]  # the messages that are targets
     tools: list[Any] | None
+    prefill: str = ""  # how the last message begins already in the prompt
+
+    def asked(self, number: int) -> list[Message]:
+        """The messages that message `number` answers, and what of it is there already."""
+        before = self.messages[:number]
+        return [*before, {"role": "assistant", "content": self.prefill}] if self._opens(number) else before
+
+    def _opens(self, number: int) -> bool:
+        return bool(self.prefill) and number == len(self.messages) - 1
+
+    def prompt(self, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """That as the chat template writes it. Raises ValueError where it refuses."""
+        opened = self._opens(number)
+        asked = self.asked(number)
+        return render(self.where, asked, tokenizer, self.tools, generation_prompt=not opened, opened=opened)
 
 
 class Sample(NamedTuple):
-    """A tokenised row."""
+    """A tokenized row, or turns of one; the last token is a target."""
 
     tokens: array[int]
     mask: bytes  # 1 where a token is a target
@@ -63,16 +67,29 @@ class Sample(NamedTuple):
     def targets(self) -> int:
         return sum(self.mask)
 
-    def to_last_target(self) -> Sample:
-        """The sample without the tokens behind its last target."""
-        end = self.mask.rindex(1) + 1
-        return self._replace(tokens=self.tokens[:end], mask=self.mask[:end])
-
     def first_turn(self) -> tuple[list[int], list[int]]:
         """The tokens before the first answer, and those of it."""
         begin = self.mask.index(1)
         length = next(len(list(run)) for _, run in groupby(self.mask[begin:]))
         return self.tokens[:begin].tolist(), self.tokens[begin : begin + length].tolist()
+
+
+class Turn(NamedTuple):
+    """A message to learn, as text."""
+
+    where: str
+    number: int  # of the message
+    prompt: str
+    text: str  # the message, and what the template writes behind it
+    marked: list[Span] | None  # what of it the template marks; None where it has no marks
+
+
+class Learned(NamedTuple):
+    """A message to learn, as tokens."""
+
+    prompt: list[int]
+    tokens: list[int]
+    mask: bytes
 
 
 def pack_samples(samples: Sequence[Sample]) -> Batch:
@@ -81,188 +98,169 @@ def pack_samples(samples: Sequence[Sample]) -> Batch:
     return batch.with_(names=tuple(sample.where for sample in samples))
 
 
-class DialogueDataset(RowStream[Sample]):
-    """The rows of supervised fine-tuning as a stream.
+class Encoder:
+    """Turns dialogues into samples.
 
     Args:
         stop_ids: tokens that end a turn.
 
+    Attributes:
+        appended: turns so far whose end of sequence `append_eos` has put there or made a target.
+
     Raises:
-        ValueError: a source is missing, empty or malformed, a row has nothing to learn, the chat template does not fit,
-            or no row is short enough; names file, row and key.
+        ValueError: there is no chat template, or without one no end of sequence.
     """
 
-    def __init__(self, config: SFTData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        reader = RowReader()
-
-        def load(source: str) -> list[Sample]:
-            dialogues = [read_dialogue(where, row, config) for where, row in reader(source, config.keys)]
-            return list(tokenise(dialogues, tokenizer, stop_ids, config.chat_template))
-
-        super().__init__(config, load, lambda sample: [len(sample.tokens)], seed, reader=reader)
-        self.targets = sum(sample.targets for sample in self.rows())
-        ends = set(stop_ids)
-        self.endless = not any(ends & set(sample.tokens) for sample in self.rows())
-
-    def amount(self) -> str:
-        return f"{super().amount()}, {self.targets:,} of them targets"
+    def __init__(self, config: ResponseData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]):
+        self.config, self.tokenizer, self.appended = config, tokenizer, 0
+        if config.chat_template:
+            need_template(tokenizer)
+        needed = config.append_eos or not config.chat_template
+        self.end = end_of_text(tokenizer) if needed else None
+        self.stop_ids = {*stop_ids, self.end} if needed else set(stop_ids)
 
     def __str__(self) -> str:
-        endless = "; no row holds an end-of-sequence token: the model will not learn to stop"
-        return super().__str__() + (endless if self.endless else "")
+        count = f"{self.appended:,} turn" + "s" * (self.appended != 1)
+        return f"; {self.config.section}.append_eos: the end of {count} is learned" if self.appended else ""
 
-    def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
-        """(prompt, wanted answer's tokens) of the first rows, held-out ones if there are, for a look at the model."""
-        turns = [(sample, *sample.first_turn()) for sample in (self.held_out or list(self.rows()))[:count]]
-        return [(Prompt(i, prompt, s.text, source=s.where), answer) for i, (s, prompt, answer) in enumerate(turns)]
+    def samples(self, dialogues: Sequence[Dialogue]) -> Iterator[list[Sample]]:
+        """Each dialogue's samples: one, or several where its turns are answers to other texts than it goes on with.
 
+        Raises:
+            ValueError: the template does not fit a dialogue, leaves nothing to learn or writes no end; names the row.
+        """
+        for start in range(0, len(dialogues), CHUNK):
+            part = dialogues[start : start + CHUNK]
+            turns = [[self._turn(dialogue, number) for number in dialogue.learned] for dialogue in part]
+            learned = iter(self._encode([turn for own in turns for turn in own]))
+            for dialogue in part:
+                yield self._join(dialogue, [next(learned) for _ in dialogue.learned])
 
-def tokenise(
-    dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], chat_template: bool
-) -> Iterator[Sample]:
-    """The dialogues as tokens with masks of what is learned.
+    def responses(self, dialogues: Sequence[Dialogue]) -> Iterator[Sample]:
+        """The samples of dialogues with one turn to learn each. Raises ValueError as `samples` does."""
+        for samples in self.samples(dialogues):
+            (sample,) = samples
+            yield sample
 
-    Raises:
-        ValueError: there is no chat template, or without one no end of sequence; the template does not fit a dialogue,
-            or leaves nothing to learn; names the row.
-    """
-    if chat_template:
-        need_template(tokenizer)
-    for start in range(0, len(dialogues), CHUNK):
-        part = list(dialogues[start : start + CHUNK])
-        if chat_template:
-            yield from _with_template(part, tokenizer, set(stop_ids))
+    def _turn(self, dialogue: Dialogue, number: int) -> Turn:
+        where, messages, tools = dialogue.where, dialogue.messages, dialogue.tools
+        if not self.config.chat_template:
+            return Turn(where, number, messages[number - 1]["content"], messages[number]["content"], None)
+        prompt = dialogue.prompt(number, self.tokenizer)
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if MARKS.search(template):
+            text, spans = _render_with_marks(where, messages[: number + 1], self.tokenizer, tools, template)
         else:
-            yield from _without_template(part, tokenizer)
-
-
-def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:
-    """A row as messages.
-
-    Raises:
-        ValueError: a column is missing, malformed or empty, or the assistant says nothing; names the row.
-    """
-    key, section = config.messages_key, config.section
-    if row.get(key) is not None:
-        if not config.chat_template:
-            raise ValueError(f"{where}: {key!r} holds messages: needs {section}.chat_template=true")
-        if not isinstance(row[key], list) or not row[key]:
-            raise ValueError(f"{where}: {key!r} must be a list of {{role, content}} messages, not {brief(row[key])}")
-        messages = with_system_prompt(read_messages(f"{where}: {key!r}", row[key]), config)
-        learned = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not learned:
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"{where}: {key!r} has no assistant turn to learn (roles: {roles})")
-    else:
-        if config.prompt_key not in row:
+            text, spans = render(where, messages[: number + 1], self.tokenizer, tools), None
+        if not text.startswith(prompt):
             raise ValueError(
-                f"{where}: neither a column {key!r} ({section}.messages_key) nor {config.prompt_key!r}"
-                f" ({section}.prompt_key); it has: {', '.join(map(repr, row)) or 'none'}"
+                f"{where}: the chat template writes message {number} (assistant) otherwise than it asks for it: the"
+                f" prompt ends with {prompt[-40:]!r}, the dialogue with {text[-80:]!r}"
             )
-        messages = with_system_prompt(read_prompt(where, row, config.prompt_key, config), config)
-        answer = column(where, row, config.response_key, f"{section}.response_key")
-        if not isinstance(answer, str):
-            raise ValueError(f"{where}: {config.response_key!r} must be a string, not {brief(answer)}")
-        if not answer.strip():
-            raise ValueError(f"{where}: {config.response_key!r} is empty")
-        messages = [*messages, {"role": "assistant", "content": answer}]
-        learned = [len(messages) - 1]
-    if all(message["role"] == "system" for message in messages[: learned[0]]):
-        raise ValueError(f"{where}: the assistant speaks first: a turn to answer must come before its first one")
-    return Dialogue(where, messages, learned, read_tools(where, row, config))
+        begin = len(prompt)
+        if spans is not None:
+            spans = [(max(0, a - begin), b - begin) for a, b in spans if a < b and b > begin]
+        return Turn(where, number, prompt, text[begin:], spans)
 
+    def _encode(self, turns: Sequence[Turn]) -> list[Learned]:
+        """The turns as tokens. Raises ValueError where one has nothing to learn or no end; names the row."""
+        fast = any(turn.marked is not None for turn in turns) and bool(self.tokenizer.is_fast)
+        pairs = [(turn.prompt, turn.text) for turn in turns]
+        encoded = encode_responses(self.tokenizer, pairs, self.config.chat_template, fast)
+        made = []
+        for turn, (prompt, tokens) in zip(turns, encoded, strict=True):
+            end = turn_end(self.tokenizer, tokens.ids, self.stop_ids)
+            mask = self._mask(turn, prompt, tokens, end)
+            if not prompt or not any(mask):
+                raise ValueError(f"{turn.where}: the chat template leaves message {turn.number} no token to learn")
+            if end and mask[end - 1]:
+                made.append(Learned(prompt, tokens.ids[:end], bytes(mask[:end])))
+            elif self.end is None:
+                raise ValueError(self._endless(turn, tokens, end))
+            else:
+                self.appended += self.config.chat_template
+                made.append(self._ended(turn, prompt, tokens, mask, end))
+        return made
 
-def _with_template(
-    dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]
-) -> Iterator[Sample]:
-    rendered = [render_marked(dialogue, tokenizer) for dialogue in dialogues]
-    texts = [text for text, _ in rendered]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast))
-    for i, (dialogue, (text, spans)) in enumerate(zip(dialogues, rendered, strict=True)):
-        ids: list[int] = encoded["input_ids"][i]
-        if tokenizer.is_fast:
-            begins, ends = np.array(encoded["offset_mapping"][i]).reshape(-1, 2).T
-            ranges = [(int(np.searchsorted(ends, b, "right")), int(np.searchsorted(begins, e))) for b, e in spans]
+    def _mask(self, turn: Turn, prompt: list[int], tokens: Tokens, end: int) -> bytearray:
+        """1 where a token of the turn is to be learned, whether it has an end or not."""
+        if turn.marked is None:
+            return bytearray(b"\1" * (end or len(tokens.ids)))
+        mask = bytearray(len(tokens.ids))
+        for span in turn.marked:
+            if tokens.places:
+                mine = [i for i, (a, b) in enumerate(tokens.places) if a < span[1] and b > span[0]]
+                begin, behind = (mine[0], mine[-1] + 1) if mine else (0, 0)
+            else:
+                begin, behind = (self._tokens_before(turn, prompt, tokens, place) for place in span)
+            mask[begin:behind] = b"\1" * (behind - begin)
+        return mask[:end] if end else mask
+
+    def _tokens_before(self, turn: Turn, prompt: list[int], tokens: Tokens, place: int) -> int:
+        """How many tokens the turn's first `place` characters are, for a tokenizer that knows no characters."""
+        ((_, part),) = encode_responses(self.tokenizer, [(turn.prompt, turn.text[:place])], True)
+        if tokens.ids[: len(part.ids)] != part.ids:
+            raise ValueError(
+                f"{turn.where}: the tokenizer joins the end of a turn with what follows, and knows no offsets"
+            )
+        return len(part.ids)
+
+    def _ended(self, turn: Turn, prompt: list[int], tokens: Tokens, mask: bytearray, end: int) -> Learned:
+        """The turn with its end as a target: that of the text where it has one, otherwise one put behind it."""
+        assert self.end is not None
+        if end:  # the marks stop before it
+            behind = mask.rindex(1) + 1
+            return Learned(prompt, tokens.ids[:end], bytes(mask[:behind]) + b"\1" * (end - behind))
+        if self.config.chat_template:  # white space behind the last word is the template's
+            length = max(b for _, b in turn.marked) if turn.marked else len(turn.text)
+            turn = turn._replace(text=turn.text[:length].rstrip())
+            ((_, tokens),) = encode_responses(self.tokenizer, [(turn.prompt, turn.text)], True, bool(tokens.places))
+            mask = self._mask(turn, prompt, tokens, 0)
+        return Learned(prompt, [*tokens.ids, self.end], bytes(mask) + b"\1")
+
+    def _endless(self, turn: Turn, tokens: Tokens, end: int) -> str:
+        if end:
+            written = self.tokenizer.decode([tokens.ids[end - 1]])
+            what = f"its {{% generation %}} marks stop before {written!r}"
         else:
-            cuts = [[_tokens_of(text[:place], ids, tokenizer, dialogue.where) for place in span] for span in spans]
-            ranges = [(begin, end) for begin, end in cuts]
-        mask = bytearray(len(ids))
-        for begin, end in ranges:
-            end = _turn_end(ids, begin, end, stop_ids, tokenizer)
-            mask[begin:end] = b"\1" * (end - begin)
-        if not any(mask) or mask[0]:
-            raise ValueError(f"{dialogue.where}: the chat template leaves the assistant's turns no token to learn")
-        yield Sample(array("i", ids), bytes(mask), users_words(dialogue.messages), dialogue.where)
+            ends = " or ".join(repr(self.tokenizer.decode([token])) for token in sorted(self.stop_ids))
+            what = f"it writes {turn.text[-40:]!r}, without an end of sequence ({ends or 'the model has none'})"
+        return (
+            f"{turn.where}: the chat template lets the model learn no end of message {turn.number} (assistant): {what};"
+            f" {self.config.section}.append_eos=true learns one there"
+        )
 
-
-def _tokens_of(prefix: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, where: str) -> int:
-    """How many of `ids` are the text's beginning, for a tokenizer that does not say which characters a token is."""
-    own: list[int] = tokenizer(prefix, add_special_tokens=False)["input_ids"]
-    if ids[: len(own)] != own:
-        raise ValueError(f"{where}: the tokenizer joins the end of a turn with what follows, and knows no offsets")
-    return len(own)
-
-
-def _turn_end(ids: list[int], begin: int, end: int, stop_ids: set[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """`end`, or where the turn's last stop token is if only white space follows it."""
-    last = next((place for place in reversed(range(begin, end)) if ids[place] in stop_ids), end - 1)
-    return end if str(tokenizer.decode(ids[last + 1 : end])).strip() else last + 1
-
-
-def render_marked(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The dialogue as the chat template writes it, and which of its characters are to be learned.
-
-    Raises:
-        ValueError: the template refuses the messages, or does not let its turns be told apart; names the row.
-    """
-    where, messages, learned, tools = dialogue
-    template = tokenizer.get_chat_template(tools=tools)
-    if MARKS.search(template):
-        return _render_with_marks(dialogue, tokenizer, template)
-    text = render(where, messages, tokenizer, tools, generation_prompt=False)
-    spans = []
-    for turn in learned:
-        before = render(where, messages[:turn], tokenizer, tools)
-        after = render(where, messages[: turn + 1], tokenizer, tools, generation_prompt=False)
-        if not (text.startswith(after) and after.startswith(before)):
-            raise ValueError(
-                f"{where}: the chat template writes message {turn} (assistant) otherwise in the whole dialogue than"
-                " when it is answered; needed: a template with {% generation %} marks, or one that only appends"
-            )
-        spans.append((len(before), len(after)))
-    return text, spans
+    def _join(self, dialogue: Dialogue, turns: Sequence[Learned]) -> list[Sample]:
+        """The turns as few samples: each goes on with the one before where its prompt begins with that."""
+        made: list[tuple[list[int], bytes, int]] = []  # tokens, mask, number of the last message
+        for number, turn in zip(dialogue.learned, turns, strict=True):
+            before, mask = made[-1][:2] if made else ([], b"")
+            if made and turn.prompt[: len(before)] == before:
+                made.pop()
+            else:
+                mask = b""
+            mask += bytes(len(turn.prompt) - len(mask)) + turn.mask
+            made.append((turn.prompt + turn.tokens, mask, number))
+        words = users_words(dialogue.messages)
+        if len(made) == 1:
+            return [Sample(array("i", made[0][0]), made[0][1], words, dialogue.where)]
+        samples = []
+        for tokens, mask, number in made:
+            words = users_words(dialogue.messages[:number])
+            samples.append(Sample(array("i", tokens), mask, words, f"{dialogue.where}, message {number}"))
+        return samples
 
 
 def _render_with_marks(
-    dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, template: str
-) -> tuple[str, list[tuple[int, int]]]:
+    where: str, messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, template: str
+) -> tuple[str, list[Span]]:
+    """The messages as the chat template writes them, and what of it stands between its marks."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    where, messages, learned, tools = dialogue
     options = {"chat_template": template, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
     try:
         texts, marks = render_jinja_template(conversations=[messages], tools=tools, **options)
     except TemplateError as error:
         raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = [(int(begin), int(end)) for begin, end in marks[0] if begin < end]
-    if turns != learned:
-        if len(spans) != len(turns):
-            raise ValueError(
-                f"{where}: the chat template's {{% generation %}} marks {len(spans)} places for {len(turns)} assistant"
-                " turns: which of them is the response?"
-            )
-        spans = [span for turn, span in zip(turns, spans, strict=True) if turn in learned]
-    return texts[0], spans
-
-
-def _without_template(dialogues: list[Dialogue], tokenizer: PreTrainedTokenizerBase) -> Iterator[Sample]:
-    """Bare text: the prompt as the tokenizer begins a text, the response, an end of sequence."""
-    end = end_of_text(tokenizer)
-    prompts = tokenizer([d.messages[-2]["content"] for d in dialogues])["input_ids"]
-    answers = tokenizer([d.messages[-1]["content"] for d in dialogues], add_special_tokens=False)["input_ids"]
-    for dialogue, prompt, answer in zip(dialogues, prompts, answers, strict=True):
-        answer = [*answer, end]
-        mask = bytes(len(prompt)) + b"\1" * len(answer)
-        yield Sample(array("i", [*prompt, *answer]), mask, dialogue.messages[-2]["content"], dialogue.where)
+    return texts[0], [(int(begin), int(end)) for begin, end in marks[0]]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .config import UpdateConfig
-from .dialogue import Sample, pack_samples
+from .dialogue import Encoder, Sample, pack_samples
 from .dpo import answer_sums
 from .pair_config import KTOLoss, LabelData
 from .pairs import Labelled, read_labelled
@@ -61,8 +61,8 @@ class LabelledStream(RowStream[Labelled]):
     """
 
     def __init__(self, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        reader = RowReader()
-        load = lambda source: read_labelled(source, config, tokenizer, stop_ids, reader)  # noqa: E731
+        self.encoder, reader = Encoder(config, tokenizer, stop_ids), RowReader()
+        load = lambda source: read_labelled(source, config, self.encoder, reader)  # noqa: E731
         super().__init__(config, load, lambda row: row.lengths, seed, "labelled answers", reader)
         labels = [row.desirable for row in self.rows()]
         if len(set(labels)) == 1:
@@ -75,6 +75,9 @@ class LabelledStream(RowStream[Labelled]):
 
     def amount(self) -> str:
         return f"{super().amount()}, {self.wanted} of them wanted"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self.encoder}"
 
 
 def pack_labelled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:

@@ -6,7 +6,7 @@ whatever else a message holds for the template.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .columns import from_sharegpt
@@ -16,6 +16,8 @@ from .text_files import parse_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LEARNED = ("weight", "train")
+"""What a message says of whether it is learned; no template sees it."""
 Message = dict[str, Any]
 """role, content (a string), and what else the chat template reads."""
 
@@ -42,20 +44,50 @@ def read_messages(where: str, value: list[Any]) -> list[Message]:
     Raises:
         ValueError: one is no message, its content no string, or the assistant says and calls nothing; names it.
     """
-    messages = []
+    return [message for message, _ in _each(where, value)]
+
+
+def learned_messages(where: str, value: list[Any]) -> list[int]:
+    """Which of those messages are to be learned: the assistant's that do not say no. Raises ValueError as it does."""
+    messages = enumerate(_each(where, value))
+    return [i for i, (message, learned) in messages if learned and message["role"] == "assistant"]
+
+
+def _each(where: str, value: list[Any]) -> Iterator[tuple[Message, bool]]:
+    """The messages of a list, and whether each may be learned."""
     for number, message in enumerate(value):
         message = from_sharegpt(f"{where}[{number}]", message)
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where}[{number}] must be a message {{role, content}}, not {brief(message)}")
         message = {key: own for key, own in message.items() if own is not None}
+        learned = _is_learned(f"{where}[{number}]", message)
+        message = {key: own for key, own in message.items() if key not in LEARNED}
         role, calls = message["role"], message.get("tool_calls")
         content = message.get("content", "" if calls else None)
         if not isinstance(content, str):
             raise ValueError(f"{where}[{number}] ({role}): its content must be a string, not {brief(content)}")
         if role == "assistant" and not content.strip() and not calls:
             raise ValueError(f"{where}[{number}] (assistant) is empty")
-        messages.append({**message, "content": content})
-    return messages
+        yield {**message, "content": content}, learned
+
+
+def _is_learned(where: str, message: Message) -> bool:
+    """Whether a message may be learned: not with weight 0 or train false.
+
+    Raises:
+        ValueError: these are something else, contradict each other, or ask for another role's message to be learned.
+    """
+    role, weight, train = message["role"], message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise ValueError(f"{where} ({role}): weight={brief(weight)}: must be 0 (not learned) or 1 (learned)")
+    if train is not None and not isinstance(train, bool):
+        raise ValueError(f"{where} ({role}): train={brief(train)}: must be true or false")
+    if weight is not None and train is not None and bool(weight) != train:
+        raise ValueError(f"{where} ({role}): weight={weight} and train={train}: must say the same")
+    if role != "assistant" and (weight or train):
+        name, value = ("weight", weight) if weight else ("train", train)
+        raise ValueError(f"{where} ({role}): {name}={value}: only the assistant's messages are learned")
+    return weight != 0 and train is not False
 
 
 def read_prompt(where: str, row: dict[str, Any], key: str, config: DataConfig) -> list[Message]:
@@ -124,13 +156,18 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def render(
     where: str,
-    chat: list[Message],
+    chat: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     tools: list[Any] | None,
     *,
-    generation_prompt: bool = True,
+    generation_prompt: bool = False,
+    opened: bool = False,
 ) -> str:
     """The messages as the tokenizer's chat template writes them.
+
+    Args:
+        generation_prompt: the header of the answer that is asked for comes behind them.
+        opened: the last message's turn is not ended.
 
     Raises:
         ValueError: the template refuses them; names the row.
@@ -138,8 +175,48 @@ def render(
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
-    except TemplateError as error:
+        text = tokenizer.apply_chat_template(
+            list(chat),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            continue_final_message=opened,
+        )
+    except (TemplateError, ValueError) as error:
         raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
     assert isinstance(text, str)
     return text
+
+
+def render_prompt(
+    where: str, chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None
+) -> str:
+    """The messages as the model is given them: with the generation prompt, or where the last one is the assistant's,
+    with its turn open, to be continued (a prefill).
+
+    Raises:
+        ValueError: the template refuses them, or there is no text to continue; names the row.
+    """
+    opened = chat[-1]["role"] == "assistant"
+    if opened:
+        check_prefill(where, chat[-1])
+    return render(where, chat, tokenizer, tools, generation_prompt=not opened, opened=opened)
+
+
+def check_prefill(where: str, message: Message) -> None:
+    """Refuses to continue an assistant's message that calls tools. Raises ValueError."""
+    if message.get("tool_calls"):
+        raise ValueError(f"{where}: the prompt ends with tool calls of the assistant, whose results must follow")
+
+
+def answered(where: str, prompt: Sequence[Message], answer: Message) -> tuple[list[Message], str]:
+    """(the prompt's messages with the answer behind them, the prefill: what of the answer the prompt has already).
+
+    Raises:
+        ValueError: the prompt ends with what cannot be continued; names the row.
+    """
+    *before, last = prompt
+    if last["role"] != "assistant":
+        return [*prompt, answer], ""
+    check_prefill(where, last)
+    return [*before, {**last, **answer, "content": last["content"] + answer["content"]}], last["content"]

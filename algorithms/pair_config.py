@@ -18,7 +18,7 @@ from .config import (
 )
 from .convention_config import ConventionConfig
 from .preference import PairLoss
-from .rows import RowData
+from .rows import ResponseData, RowData
 
 
 def _columns(data: object, *names: str) -> None:
@@ -27,7 +27,7 @@ def _columns(data: object, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class PairData(RowData):
+class PairData(ResponseData):
     """Pairs of answers: prompt, chosen and rejected, or two dialogues. max_tokens is of each, prompt included."""
 
     prompt_key: str = "prompt"
@@ -45,7 +45,7 @@ class PairData(RowData):
 
 
 @dataclass(frozen=True)
-class LabelData(RowData):
+class LabelData(ResponseData):
     """Answers with a label each."""
 
     prompt_key: str = "prompt"

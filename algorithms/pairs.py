@@ -12,19 +12,22 @@ from __future__ import annotations
 import re
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .dialogue import Dialogue, Sample, tokenise
+from .dialogue import Dialogue, Encoder, Sample
+from .encoding import encode_prompts, encode_responses
 from .messages import (
     Message,
+    answered,
     brief,
     column,
+    learned_messages,
     need_template,
     read_messages,
     read_prompt,
     read_tools,
-    render,
+    render_prompt,
     users_words,
     with_system_prompt,
 )
@@ -73,10 +76,10 @@ class PairStream(RowStream[Pair]):
     """
 
     def __init__(self, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        self.equal, reader = 0, RowReader()
+        self.encoder, self.equal, reader = Encoder(config, tokenizer, stop_ids), 0, RowReader()
 
         def load(source: str) -> list[Pair]:
-            pairs = read_pairs(source, config, tokenizer, stop_ids, reader)
+            pairs = read_pairs(source, config, self.encoder, reader)
             kept = [pair for pair in pairs if pair.chosen.tokens != pair.rejected.tokens]
             if pairs and not kept:
                 raise ValueError(
@@ -88,16 +91,11 @@ class PairStream(RowStream[Pair]):
         super().__init__(config, load, lambda pair: pair.lengths, seed, "pairs", reader)
 
     def __str__(self) -> str:
-        return super().__str__() + (f"; {self.equal} dropped for two equal answers" if self.equal else "")
+        equal = f"; {self.equal} dropped for two equal answers" if self.equal else ""
+        return f"{super().__str__()}{equal}{self.encoder}"
 
 
-def read_pairs(
-    source: str,
-    config: PairData,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Sequence[int],
-    read: Read = read_rows,
-) -> list[Pair]:
+def read_pairs(source: str, config: PairData, encoder: Encoder, read: Read = read_rows) -> list[Pair]:
     """The pairs of a source, over-long ones and those of equal answers too.
 
     Raises:
@@ -108,19 +106,8 @@ def read_pairs(
         for answers, answer in zip((chosen, rejected), read_pair(where, row, config), strict=True):
             answers.append(answer)
         margins.append(_margin(where, row, config.margin_key))
-    samples = [tokenise_answers(side, config, tokenizer, stop_ids) for side in (chosen, rejected)]
+    samples = [encoder.responses(side) for side in (chosen, rejected)]
     return [Pair(*pair) for pair in zip(*samples, margins, strict=True)]
-
-
-def tokenise_answers(
-    dialogues: Sequence[Dialogue],
-    config: PairData | LabelData,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Sequence[int],
-) -> Iterator[Sample]:
-    """Answers with what they answer as samples, each up to its last target. Raises ValueError as `tokenise` does."""
-    samples = tokenise(dialogues, tokenizer, stop_ids, config.chat_template)
-    return (sample.to_last_target() for sample in samples)
 
 
 def _margin(where: str, row: dict[str, Any], key: str) -> float:
@@ -134,7 +121,7 @@ def read_pair(where: str, row: dict[str, Any], config: PairData) -> tuple[Dialog
     """A row as two dialogues. Raises ValueError that names the row."""
     chosen = read_answer(where, row, config.chosen_key, "chosen_key", config)
     rejected = read_answer(where, row, config.rejected_key, "rejected_key", config)
-    if chosen.messages[:-1] != rejected.messages[:-1]:
+    if (chosen.messages[:-1], chosen.prefill) != (rejected.messages[:-1], rejected.prefill):
         raise ValueError(f"{where}: {config.chosen_key!r} and {config.rejected_key!r} answer different dialogues")
     return chosen, rejected
 
@@ -152,7 +139,7 @@ def read_answer(
     Raises:
         ValueError: a column is missing or malformed, or it is no answer; names the row.
     """
-    answer, prompt = column(where, row, key, f"{config.section}.{knob}"), []
+    answer, prompt, prefill = column(where, row, key, f"{config.section}.{knob}"), [], ""
     if row.get(config.prompt_key) is not None:
         prompt = read_prompt(where, row, config.prompt_key, config)
     if isinstance(answer, str):
@@ -160,28 +147,33 @@ def read_answer(
         messages = [{"role": "assistant", "content": answer}] if alone else split_turns(where, key, answer)
     elif isinstance(answer, list) and answer:
         messages = read_messages(f"{where}: {key!r}", answer)
+        if messages[-1]["role"] == "assistant" and len(answer) - 1 not in learned_messages(f"{where}: {key!r}", answer):
+            raise ValueError(f"{where}: {key!r}: its answer has weight 0: there is nothing to learn")
     else:
         allowed = "a string or a list of {role, content} messages"
         raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(answer)}")
-    if len(messages) == 1:
-        messages = [*prompt, *messages]
-    elif prompt and not begins(messages, prompt):
+    if len(messages) > 1 and prompt and not begins(messages, prompt):
         raise ValueError(
             f"{where}: {key!r} holds {len(messages)} messages that do not begin with {config.prompt_key!r}: give the"
             " answer alone, or the dialogue with its prompt"
         )
-    messages = with_system_prompt(messages, config)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: {key!r} must end with the assistant, not with {messages[-1]['role']}")
     if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
         raise ValueError(f"{where}: {key!r} is empty")
+    if prompt:
+        whole = len(messages) > 1
+        own_system = whole and messages[0]["role"] == "system" != prompt[0]["role"]
+        if len(messages) == whole * len(prompt) + own_system + 1:  # nothing but the answer follows the prompt
+            messages, prefill = answered(where, messages[:-1] if whole else prompt, messages[-1])
+    messages = with_system_prompt(messages, config)
     if len(messages) < 2 or messages[-2]["role"] == "system":
         raise ValueError(f"{where}: {key!r} has no turn to answer; give the prompt in {config.prompt_key!r}")
     if len(messages) > 2 and not config.chat_template:
         raise ValueError(
             f"{where}: {key!r} is a dialogue of {len(messages)} turns: needs {config.section}.chat_template=true"
         )
-    return Dialogue(where, messages, [len(messages) - 1], read_tools(where, row, config))
+    return Dialogue(where, messages, [len(messages) - 1], read_tools(where, row, config), prefill)
 
 
 def begins(messages: list[Message], prompt: list[Message]) -> bool:
@@ -212,13 +204,7 @@ def split_turns(where: str, key: str, text: str) -> list[Message]:
     ]
 
 
-def read_labelled(
-    source: str,
-    config: LabelData,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Sequence[int],
-    read: Read = read_rows,
-) -> list[Labelled]:
+def read_labelled(source: str, config: LabelData, encoder: Encoder, read: Read = read_rows) -> list[Labelled]:
     """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
     dialogues, labels = [], []
     for where, row in read(source, config.keys):
@@ -227,8 +213,7 @@ def read_labelled(
         if not is_label(label):
             raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
         labels.append(bool(label))
-    samples = tokenise_answers(dialogues, config, tokenizer, stop_ids)
-    return [Labelled(*row) for row in zip(samples, labels, strict=True)]
+    return [Labelled(*row) for row in zip(encoder.responses(dialogues), labels, strict=True)]
 
 
 def is_label(value: Any) -> bool:
@@ -277,13 +262,12 @@ def read_steps(
             raise ValueError(f"{where}: {config.labels_key!r} must be a list of true and false, not {brief(labels)}")
         if len(labels) != len(steps):
             raise ValueError(f"{where}: {len(steps)} steps but {len(labels)} labels")
-        if config.chat_template:
-            head: list[int] = tokenizer(render(where, prompt, tokenizer, tools), add_special_tokens=False)["input_ids"]
-        else:
-            head = tokenizer(prompt[-1]["content"])["input_ids"]
+        text = render_prompt(where, prompt, tokenizer, tools) if config.chat_template else prompt[-1]["content"]
+        (head,) = encode_prompts(tokenizer, [text], config.chat_template)
         tokens, mask = array("i", head), bytearray(len(head))
         for step in steps:  # each with its separator, so that its last token is its own
-            ids: list[int] = tokenizer(step + config.separator, add_special_tokens=False)["input_ids"]
+            ((_, (ids, _)),) = encode_responses(tokenizer, [(text, step + config.separator)], config.chat_template)
+            text += step + config.separator
             tokens.extend(ids)
             mask += bytes(len(ids) - 1) + b"\1"
         sample = Sample(tokens, bytes(mask), users_words(prompt), where)

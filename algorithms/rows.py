@@ -34,6 +34,14 @@ class RowData(DataConfig):
             raise ValueError(f"eval_fraction={self.eval_fraction}: must be 0 where eval_sources are given")
 
 
+@dataclass(frozen=True)
+class ResponseData(RowData):
+    """Rows with responses to learn."""
+
+    append_eos: bool = False
+    """learn an end of sequence behind turns that the chat template gives none, or none to learn (false: refuse them)"""
+
+
 def check_left(config: RowData, before: Sequence[int], left: Sequence[int], noun: str) -> None:
     """Refuses an `eval_fraction` that leaves nothing, or nothing of a source with a probability of its own.
 

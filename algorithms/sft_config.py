@@ -14,11 +14,11 @@ from .config import (
     check_given,
     require,
 )
-from .rows import RowData
+from .rows import ResponseData
 
 
 @dataclass(frozen=True)
-class SFTData(RowData):
+class SFTData(ResponseData):
     """Dialogues, or prompts with their responses, and what is held out."""
 
     messages_key: str = "messages"

@@ -18,7 +18,8 @@ import numpy as np
 from ..engine.mesh import Mesh
 from .batch import Batch, deal_micro_batches, pack
 from .config import UpdateConfig
-from .messages import brief, column, end_of_text
+from .encoding import encode_documents
+from .messages import brief, column
 from .pretrain_config import TextData
 from .roles import Share
 from .rows import RowStream, check_left
@@ -153,14 +154,12 @@ class TextStream(RowStream[Pack]):
 
 def tokenise_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     """Each document whole, its end of sequence included; an empty one has nothing else."""
-    end = end_of_text(tokenizer)
     waiting: list[tuple[str, str]] = []
 
     def flush() -> Iterator[Piece]:
-        encoded = tokenizer([text for _, text in waiting], verbose=False)["input_ids"] if waiting else []
+        encoded = encode_documents(tokenizer, [text for _, text in waiting])
         for (where, text), ids in zip(waiting, encoded, strict=True):
-            own: list[int] = ids if text.strip() else []
-            yield Piece(array("i", own if own and own[-1] == end else [*own, end]), where)
+            yield Piece(array("i", ids if text.strip() else ids[-1:]), where)
         waiting.clear()
 
     for document in texts:

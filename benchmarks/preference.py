@@ -21,7 +21,8 @@ from trialign.algorithms.config import (
     UpdateConfig,
 )
 from trialign.algorithms.data import PromptDataset
-from trialign.algorithms.dialogue import DialogueDataset, Sample, pack_samples
+from trialign.algorithms.dialogue import Sample, pack_samples
+from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.groups import make_groups
 from trialign.algorithms.grpo import score, update, with_advantages
@@ -162,7 +163,7 @@ def sft_side(task: Task, steps: int, folder: Path) -> Side:
         prompt_key=task.prompt_key,
         response_key=task.response_key,
     )
-    samples: list[Sample] = DialogueDataset(data, base.tokenizer, base.ends, task.seed).next(steps * task.batch)
+    samples = joined(DialogueDataset(data, base.tokenizer, base.ends, task.seed).next(steps * task.batch))
     learner, batches = base.learner(steps), cut(samples, task.batch)
 
     def step(number: int) -> dict[str, float]:

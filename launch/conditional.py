@@ -27,7 +27,7 @@ from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.chat_encoder import Policy, reward_encoders
 from trialign.algorithms.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
 from trialign.algorithms.conditional_config import ConditionalConfig, check_conditional
-from trialign.algorithms.dialogue import Sample, pack_samples, tokenise
+from trialign.algorithms.dialogue import Encoder, Sample, pack_samples
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import Scorer, sample, texts_of
 from trialign.algorithms.sft import held_out_loss, sft_step
@@ -89,7 +89,7 @@ class Rewards:
             return rows
         every = [row for own in rows.values() for row in own]
         samples = session.together(
-            lambda: list(tokenise([r.dialogue for r in every], self.tokenizer, self.ends, data.chat_template)),
+            lambda: list(Encoder(data, self.tokenizer, self.ends).responses([row.dialogue for row in every])),
             "tokens of the rows",
         )
         short = [i for i, sample in enumerate(samples) if len(sample.tokens) <= data.max_tokens]
@@ -111,7 +111,7 @@ class Rewards:
         for part, begin in enumerate(range(0, len(rows), size)):
             known = self.kept.read(f"part_{part}")
             if known is None:
-                rollouts = as_rollouts(rows[begin : begin + size], samples[begin : begin + size], self.ends)
+                rollouts = as_rollouts(rows[begin : begin + size], samples[begin : begin + size])
                 scores = self.scores(rollouts)
                 known = [(r.prompt.source, None if math.isnan(s) else s) for r, s in zip(rollouts, scores, strict=True)]
                 self.kept.write(f"part_{part}", known)

@@ -27,7 +27,8 @@ from trialign.algorithms.conditional import ConditionedRows, read_rewarded
 from trialign.algorithms.conditional_config import ConditionalConfig
 from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset, TextDataset
-from trialign.algorithms.dialogue import DialogueDataset, Sample, tokenise
+from trialign.algorithms.dialogue import Encoder, Sample
+from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.evaluate_config import EvaluateConfig
 from trialign.algorithms.grpo_config import GRPOConfig
 from trialign.algorithms.kto import LabelledStream
@@ -68,7 +69,7 @@ def of_sample(sample: Sample, what: str = "") -> Shown:
 def dialogues(data: SFTData, seed: int, tokenizer: Any, ends: Sequence[int], count: int) -> Part:
     """Dialogues."""
     rows = DialogueDataset(data, tokenizer, ends, seed)
-    return Part(str(rows), [of_sample(sample) for sample in rows.next(count)])
+    return Part(str(rows), [of_sample(sample) for sample in joined(rows.next(count))])
 
 
 def text(data: TextData, seed: int, tokenizer: Any, count: int) -> Part:
@@ -127,13 +128,15 @@ def conditional(config: ConditionalConfig, tokenizer: Any, ends: Sequence[int], 
         data = ConditionedRows(config.data, config.condition, rows, tokenizer, ends, seed)
         return [Part(str(data), [of_sample(sample) for sample in data.next(count)])]
 
+    encoder = Encoder(config.data, tokenizer, ends)
+
     def load(source: str) -> list[Sample]:
         template = config.condition.template.replace("{reward}", "?")
         unscored = [row.asking(template.replace("{input}", row.words)) for row in rows[source]]
-        return list(tokenise(unscored, tokenizer, ends, config.data.chat_template))
+        return list(encoder.responses(unscored))
 
     stream = RowStream(config.data, load, lambda sample: [len(sample.tokens)], seed)
-    about = f"{stream}; ? stands for the rewards that {', '.join(config.reward.names)} will give"
+    about = f"{stream}{encoder}; ? stands for the rewards that {', '.join(config.reward.names)} will give"
     return [Part(about, [of_sample(sample) for sample in stream.next(count)])]
 
 

@@ -30,7 +30,8 @@ from rich.console import Console
 from session import Session, start
 from trialign.algorithms.batch import Batch, Prompt
 from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
-from trialign.algorithms.dialogue import DialogueDataset, pack_samples
+from trialign.algorithms.dialogue import pack_samples
+from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.evaluate_config import EvaluateConfig, check_evaluate
 from trialign.algorithms.evaluation import Estimate, mean_of_prompts, nats_a_token, pass_at_k, wilson, win_rate
 from trialign.algorithms.roles import Role
@@ -152,7 +153,7 @@ class Evaluated:
         ends = self.session.together(lambda: stop_ids(self.folder, self.shape, self.tokenizer))
         rows = self.session.together(lambda: DialogueDataset(self.config.dialogues, self.tokenizer, ends), "dialogues")
         self._say(rows)
-        whole = list(rows.rows())
+        whole = joined(rows.rows())
         return (pack_samples(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
 
     def _say(self, what: object) -> None:

@@ -14,7 +14,8 @@ import sys
 from from_rows import FromRows, from_rows
 from report import SFT_PANELS, answer_table, response_text
 from session import Session, start
-from trialign.algorithms.dialogue import DialogueDataset, pack_samples
+from trialign.algorithms.dialogue import pack_samples
+from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.rollout import sample, texts_of
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.sft_config import SFTConfig, check
@@ -31,14 +32,14 @@ def main(session: Session[SFTConfig]) -> None:
         session, config.data, lambda tokenizer, ends: DialogueDataset(config.data, tokenizer, ends, config.run.seed)
     )
     learner, data = work.learner, work.rows
-    unseen = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
+    unseen = pack_samples(joined(data.held_out)).to(mesh.device) if data.held_out else None
     measure = lambda batch: {"eval_loss": held_out_loss(learner, batch, config.update)}  # noqa: E731
     work.begin(facts=FACTS)
     before = session.remember("before.json", lambda: answers(work))
 
     work.held_out_before(unseen, measure)
     for _ in session.steps():
-        batch = pack_samples(data.next(config.update.batch_size)).to(mesh.device)
+        batch = pack_samples(joined(data.next(config.update.batch_size))).to(mesh.device)
         metrics = work.epoch()
 
         with session.phases("update") as phase:

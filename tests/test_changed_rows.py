@@ -11,7 +11,7 @@ from trialign.algorithms.conditional import ConditionedRows, read_rewarded
 from trialign.algorithms.conditional_config import ConditionConfig, RewardedData
 from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset, TextDataset
-from trialign.algorithms.dialogue import DialogueDataset
+from trialign.algorithms.dialogue_data import DialogueDataset
 from trialign.algorithms.kto import LabelledStream
 from trialign.algorithms.labelling import read_labelled
 from trialign.algorithms.pair_config import LabelData, PairData, RewardModelConfig, StepData

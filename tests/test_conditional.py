@@ -28,7 +28,7 @@ from trialign.algorithms.conditional_config import (
     RewardedData,
     check_conditional,
 )
-from trialign.algorithms.dialogue import tokenise
+from trialign.algorithms.dialogue import Encoder
 from trialign.engine.config import load, parse
 from trialign.engine.mesh import build_mesh
 
@@ -113,16 +113,17 @@ def test_rows_that_the_reward_makes_too_long_are_dropped_and_told(tokenizer, tmp
     assert len(data) == 2 and "1 dropped for more than 64 tokens" in str(data)
 
 
-@pytest.mark.parametrize(("after", "ended"), [("</s>\n", True), ("", False)])
-def test_scorers_read_up_to_the_end_of_the_turn(tokenizer, tmp_path, monkeypatch, after, ended):
+@pytest.mark.parametrize(("after", "append"), [("</s>\n", False), ("", True)])
+def test_scorers_read_up_to_the_end_of_the_turn(tokenizer, tmp_path, monkeypatch, after, append):
     monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("</s>", after))
     lines = [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}], "response": "r"}]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(lines[0]) + "\n")
-    read = read_rewarded(str(path), RewardedData(sources=(str(path),)), False)
-    (rollout,) = as_rollouts(read, list(tokenise([read[0].dialogue], tokenizer, (2,), True)), (2,))
-    assert tokenizer.decode(rollout.tokens) == ("r</s>" if ended else "r")
-    assert rollout.finish == ("stop" if ended else "length") and list(rollout.prompt.messages) == lines[0]["prompt"]
+    config = RewardedData(sources=(str(path),), append_eos=append)
+    read = read_rewarded(str(path), config, False)
+    (rollout,) = as_rollouts(read, list(Encoder(config, tokenizer, (2,)).responses([read[0].dialogue])))
+    assert tokenizer.decode(rollout.tokens) == "r</s>"
+    assert rollout.finish == "stop" and list(rollout.prompt.messages) == lines[0]["prompt"]
 
 
 @pytest.fixture(scope="module")

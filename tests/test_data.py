@@ -8,7 +8,7 @@ import pytest
 from samples import tokenizer, write_jsonl
 from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset, TextDataset
-from trialign.algorithms.dialogue import DialogueDataset
+from trialign.algorithms.dialogue_data import DialogueDataset
 from trialign.algorithms.evaluate_config import EvaluatedDialogues, EvaluatedText
 from trialign.algorithms.pretrain_config import TextData
 from trialign.algorithms.rlhf_config import PromptsConfig

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from samples import tokenizer as words
 from samples import write_jsonl
+from templates import TEMPLATES
 from tiny import tiny_tokenizer
-from trialign.algorithms.dialogue import DialogueDataset, Sample, pack_samples
+from trialign.algorithms.dialogue import Sample, pack_samples
+from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.sft_config import SFTData
 
 STOP = (2,)  # </s> of the tiny tokenizer
@@ -50,10 +52,15 @@ def dataset(tokenizer, *sources: Path | str, stop=STOP, seed: int = 0, **knobs) 
     return DialogueDataset(SFTData(sources=tuple(map(str, sources)), **knobs), tokenizer, stop, seed)
 
 
+def drawn(data: DialogueDataset, count: int) -> list[Sample]:
+    """The samples of the next rows."""
+    return joined(data.next(count))
+
+
 def read(tokenizer, folder: Path, *rows: dict, **knobs) -> list[Sample]:
     """The samples of these rows, in their order."""
     data = dataset(tokenizer, write_jsonl(folder / "rows.jsonl", rows), **knobs)
-    return sorted(data.next(len(rows)), key=lambda sample: int(sample.where.rpartition(":")[2]))
+    return sorted(drawn(data, len(rows)), key=lambda sample: int(sample.where.rpartition(":")[2]))
 
 
 def learned(tokenizer, sample: Sample) -> list[str]:
@@ -130,7 +137,8 @@ def test_smollm2_s_template_learns_the_answer_and_its_end(smollm2, tmp_path):
     )
     for sample, row in zip(samples, rows, strict=True):
         theirs = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-        assert list(sample.tokens) == theirs["input_ids"] and list(sample.mask) == theirs["assistant_masks"]
+        ids, mask = theirs["input_ids"][:-1], theirs["assistant_masks"][:-1]  # the line feed behind the last end
+        assert list(sample.tokens) == ids and list(sample.mask) == mask
         assert learned(tokenizer, sample) == ["yo<|im_end|>", "bye<|im_end|>"]
 
 
@@ -175,9 +183,99 @@ def test_without_a_template_the_response_follows_the_bare_prompt(tiny, tmp_path)
     assert tiny.decode(sample.tokens) == "hi yo</s>" and learned(tiny, sample) == ["yo</s>"]
 
 
-def test_a_template_that_ends_no_turn_is_told(tmp_path):
-    data = dataset(words(), write_jsonl(tmp_path / "a.jsonl", [{"prompt": "say a", "response": "a b"}]), stop=(1,))
-    assert learned(words(), data.next(1)[0]) == ["a b"] and "will not learn to stop" in str(data)
+ENDLESS = UNMARKED.replace("</s>", "")
+SHORT = MARKED.replace("{{ m.content }}</s>{% endgeneration %}", "{{ m.content }}{% endgeneration %}</s>")
+
+
+@pytest.mark.parametrize("template", [ENDLESS, SHORT], ids=["none is written", "marks stop before it"])
+def test_turns_without_an_end_to_learn_are_refused_or_get_one(template, with_template, tmp_path):
+    tokenizer = with_template(template)
+    rows = [{"messages": TWO_TURNS}, {"prompt": "hi", "response": "yo \n"}]
+    for row in rows:
+        with pytest.raises(ValueError, match=r"rows.jsonl:1: the chat template .*message \d .*data.append_eos=true"):
+            read(tokenizer, tmp_path, row)
+    data = dataset(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows), append_eos=True)
+    samples = joined(data.rows())
+    assert [turn for sample in samples for turn in learned(tokenizer, sample)] == [
+        *("yo</s>", "bye</s>"),
+        "yo</s>" if template == ENDLESS else "yo \n</s>",
+    ]
+    assert all(sample.tokens.tolist().count(2) <= 4 for sample in samples)  # none is doubled
+    assert "data.append_eos: the end of 3 turns is learned" in str(data)
+    # What ENDLESS goes on with behind an answer is not its end, so each turn is a sample.
+    assert len(samples) == (3 if template == ENDLESS else 2)
+
+
+def test_an_end_that_the_response_brings_is_not_doubled(tiny, tmp_path):
+    rows = [{"prompt": "hi", "response": f"yo{end}"} for end in ("</s>", "</s></s>", "</s>\n", "</s> </s>")]
+    for knobs in ({}, {"append_eos": True}, {"chat_template": False}):
+        assert [learned(tiny, sample) for sample in read(tiny, tmp_path, *rows, **knobs)] == [["yo</s>"]] * 4
+    (inside,) = read(tiny, tmp_path, {"prompt": "hi", "response": "yo</s>no"})
+    assert learned(tiny, inside) == ["yo</s>no</s>"]
+
+
+def test_messages_of_weight_0_are_read_and_not_learned(tiny, with_template, tmp_path):
+    no = [{"weight": 0}, {"train": False}, {"weight": 0, "train": False}, {"weight": 0.0}]
+    yes = [{}, {"weight": 1}, {"train": True}, {"weight": None, "train": None}]
+    last = {"role": "assistant", "content": "bye"}
+    rows = [
+        {"messages": [TWO_TURNS[0] | {"weight": 0}, TWO_TURNS[1] | a, TWO_TURNS[2], last | b]} for a in no for b in yes
+    ]
+    for sample in read(tiny, tmp_path, *rows):
+        assert learned(tiny, sample) == ["bye</s>"]
+        assert tiny.decode(sample.tokens) == "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>"
+    rows = [{"messages": [TWO_TURNS[0], TWO_TURNS[1], TWO_TURNS[2], last | own]} for own in no]
+    for sample in read(tiny, tmp_path, *rows, system_prompt="be kind"):
+        assert learned(tiny, sample) == ["yo</s>"] and str(tiny.decode(sample.tokens)).endswith("yo</s>")
+    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 0}]
+    (sample,) = read(tiny, tmp_path, {"messages": [*shared, {"from": "human", "value": "ok"}, last]})
+    assert learned(tiny, sample) == ["bye</s>"]
+    none = {"messages": [TWO_TURNS[0], TWO_TURNS[1] | no[0]]}
+    path = write_jsonl(tmp_path / "none.jsonl", [none, *rows])
+    assert "; 1 dropped whose messages all have weight 0" in str(dataset(tiny, path))
+    with pytest.raises(ValueError, match=r"none.jsonl: all messages of all 2 rows have weight 0"):
+        dataset(tiny, write_jsonl(tmp_path / "none.jsonl", [none, none]))
+    told = with_template(
+        "{% for m in messages %}{{ m.keys() | list }}</s>{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    (sample,) = read(told, tmp_path, {"messages": [TWO_TURNS[0] | no[0], TWO_TURNS[1] | yes[1]]})
+    assert "weight" not in str(told.decode(sample.tokens))
+
+
+QWEN3 = TEMPLATES["Qwen 3"].text.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
+THOUGHTS = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n\n4"},
+    {"role": "user", "content": "3+3?"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n\n6"},
+]
+
+
+def test_turns_are_samples_of_their_own_where_a_template_leaves_reasoning_out(with_template, tmp_path):
+    tokenizer = with_template(QWEN3)
+    rows = [{"messages": THOUGHTS}, {"messages": TWO_TURNS}]
+    data = dataset(tokenizer, write_jsonl(tmp_path / "a.jsonl", rows))
+    first, second = sorted(data.rows(), key=len, reverse=True)
+    assert [tokenizer.decode(sample.tokens) for sample in first] == [
+        "<s>user\n2+2?</s>\n<s>assistant\n<think>\nadd\n</think>\n\n4</s>",
+        "<s>user\n2+2?</s>\n<s>assistant\n4</s>\n<s>user\n3+3?</s>\n<s>assistant\n<think>\nadd\n</think>\n\n6</s>",
+    ]
+    thought = "<think>\nadd\n</think>\n\n"
+    assert [learned(tokenizer, sample) for sample in first] == [[f"{thought}4</s>"], [f"{thought}6</s>"]]
+    assert [sample.where.rpartition(":")[2] for sample in first] == ["1, message 1", "1, message 3"]
+    assert [sample.text for sample in first] == ["2+2?", "3+3?"]
+    # Without reasoning in the data an answer is given empty thoughts, which later turns leave out as well.
+    assert [learned(tokenizer, s) for s in second] == [
+        ["<think>\n\n</think>\n\nyo</s>"],
+        ["<think>\n\n</think>\n\nbye</s>"],
+    ]
+    assert (
+        "; 2 in 4 samples, turn by turn" in str(data)
+        and len(data) == 2
+        and data.tokens == sum(len(sample.tokens) for sample in joined(data.rows()))
+    )
+    held = dataset(tokenizer, tmp_path / "a.jsonl", eval_fraction=0.5)  # a dialogue is held out whole
+    assert len(held) == len(held.held_out) == 1 and len(held.held_out[0]) == 2
 
 
 def test_every_kind_of_source_gives_the_same_rows(tiny, tmp_path):
@@ -189,12 +287,12 @@ def test_every_kind_of_source_gives_the_same_rows(tiny, tmp_path):
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(tmp_path / "c.parquet")
     table.save_to_disk(tmp_path / "d")
-    expected = [(s.tokens, s.mask, s.text) for s in dataset(tiny, plain).next(12)]
+    expected = [(s.tokens, s.mask, s.text) for s in drawn(dataset(tiny, plain), 12)]
     for name in ("b.jsonl.gz", "c.parquet", "d"):
-        assert [(s.tokens, s.mask, s.text) for s in dataset(tiny, tmp_path / name).next(12)] == expected, name
+        assert [(s.tokens, s.mask, s.text) for s in drawn(dataset(tiny, tmp_path / name), 12)] == expected, name
     chats = datasets.Dataset.from_list([{"messages": TWO_TURNS, "prompt": None}])
     chats.to_parquet(tmp_path / "e.parquet")
-    assert learned(tiny, dataset(tiny, tmp_path / "e.parquet").next(1)[0]) == ["yo</s>", "bye</s>"]
+    assert learned(tiny, drawn(dataset(tiny, tmp_path / "e.parquet"), 1)[0]) == ["yo</s>", "bye</s>"]
 
 
 def test_over_long_rows_are_dropped_and_counted(tiny, tmp_path):
@@ -215,12 +313,14 @@ def test_what_is_held_out_is_never_learned_from_and_depends_on_the_seed(tiny, tm
         for name in "ab"
     ]
     data = dataset(tiny, *paths, eval_fraction=0.25)
-    held, seen = {s.text for s in data.held_out}, {s.text for s in data.next(60)}
+    held, seen = {s.text for s in joined(data.held_out)}, {s.text for s in drawn(data, 60)}
     assert len(data) == 15 and len(held) == 5 and len(seen) == 15 and not held & seen
-    assert [s.text for s in dataset(tiny, *paths, eval_fraction=0.25).held_out] == [s.text for s in data.held_out]
-    assert {s.text for s in dataset(tiny, *paths, eval_fraction=0.25, seed=1).held_out} != held
+    assert [s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25).held_out)] == [
+        s.text for s in joined(data.held_out)
+    ]
+    assert {s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25, seed=1).held_out)} != held
     apart = dataset(tiny, paths[0], eval_sources=(str(paths[1]),))
-    assert len(apart) == 10 and {s.text[0] for s in apart.held_out} == {"b"}
+    assert len(apart) == 10 and {s.text[0] for s in joined(apart.held_out)} == {"b"}
     with pytest.raises(ValueError, match=r"eval_fraction=0.9 of 1 rows leaves none to learn from"):
         dataset(tiny, write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}]), eval_fraction=0.9)
 
@@ -228,7 +328,7 @@ def test_what_is_held_out_is_never_learned_from_and_depends_on_the_seed(tiny, tm
 def test_the_stream_goes_on_where_its_state_was_taken(tiny, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"say {i}", "response": "x"} for i in range(7)])
     data = dataset(tiny, path)
-    assert len({s.text for s in data.next(7)}) == 7  # an epoch
+    assert len({s.text for s in drawn(data, 7)}) == 7  # an epoch
     state = json.loads(json.dumps(data.state()))
     expected = data.next(10)
     again = dataset(tiny, path)
@@ -265,6 +365,23 @@ REFUSED = {
         "'messages' has no assistant turn to learn (roles: system, user)",
     ),
     "an empty turn": (chat(("user", "a"), ("assistant", "")), "'messages'[1] (assistant) is empty"),
+    "a weight of a half": (
+        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}]},
+        "'messages'[1] (assistant): weight=0.5: must be 0 (not learned) or 1 (learned)",
+    ),
+    "a weight of true": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": True}]}, "weight=True: must be 0"),
+    "train in words": (
+        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"train": "no"}]},
+        "'messages'[1] (assistant): train='no': must be true or false",
+    ),
+    "a weight against train": (
+        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 1, "train": False}]},
+        "'messages'[1] (assistant): weight=1 and train=False: must say the same",
+    ),
+    "a user's message to learn": (
+        {"messages": [TWO_TURNS[0] | {"train": True}, TWO_TURNS[1]]},
+        "'messages'[0] (user): train=True: only the assistant's messages are learned",
+    ),
     "the assistant first": (
         chat(("system", "s"), ("assistant", "a"), ("user", "b"), ("assistant", "c")),
         "the assistant speaks first: a turn to answer must come before its first one",
@@ -315,18 +432,16 @@ def test_a_bad_file_is_named(case, tiny, tmp_path):
 
 
 def test_templates_that_do_not_tell_turns_apart_are_refused(with_template, tmp_path):
-    """One that writes an earlier turn otherwise, as those do that take the thoughts out of all answers but the last."""
-    forgetful = UNMARKED.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('!')[-1] }}")
-    thoughts = [TWO_TURNS[0], {"role": "assistant", "content": "hm!yo"}, *TWO_TURNS[2:]]
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}, {"messages": thoughts}])
-    with pytest.raises(ValueError, match=r"a.jsonl:2: the chat template writes message 1 \(assistant\) otherwise"):
-        dataset(with_template(forgetful), path)
+    otherwise = UNMARKED.replace("<s>assistant: {% endif %}", "<s>assistant: hm{% endif %}")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template writes message 1 \(assistant\) otherwise"):
+        dataset(with_template(otherwise), path)
     blind = MARKED.replace("m.role == 'assistant'", "loop.first")
     row = {"prompt": TWO_TURNS[:3], "response": "bye"}
-    with pytest.raises(ValueError, match=r"a.jsonl:1: .* marks 1 places for 2 assistant turns"):
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template leaves message 3 no token to learn"):
         dataset(with_template(blind), write_jsonl(path, [row]))
     never = MARKED.replace("m.role == 'assistant'", "false")
-    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template leaves the assistant's turns no token"):
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template leaves message 1 no token to learn"):
         dataset(with_template(never), write_jsonl(path, [{"messages": TWO_TURNS}]))
     strict = "{% if messages|length > 2 %}{{ raise_exception('two messages at most') }}{% endif %}" + UNMARKED
     with pytest.raises(ValueError, match=r"a.jsonl:1: the tokenizer's chat template refuses it: two messages"):

@@ -14,6 +14,7 @@ from scripts import AXES, ROOT, agree, digests, kill_after, launch, metrics, rew
 from tiny import tiny_chat_model
 from trialign.algorithms.build import build_decoder
 from trialign.algorithms.config import UpdateConfig
+from trialign.algorithms.dialogue import Encoder
 from trialign.algorithms.pair_config import PairData
 from trialign.algorithms.pairs import Pair, read_pairs
 from trialign.algorithms.reward_model import pack_pairs
@@ -117,7 +118,7 @@ def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(sett
     tokenizer.save_pretrained(folder)
     shape, mesh = ModelConfig.from_hf(folder), build_mesh()
     assert shape.pad_id == tokenizer.pad_token_id != tokenizer.eos_token_id
-    drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", PairData(), tokenizer, (2,))
+    drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", PairData(), Encoder(PairData(), tokenizer, (2,)))
     batch = pack_pairs(drawn)
     role = Role(build_decoder(str(folder), shape, mesh, "float32", head="score"))
     ours = role.scores(batch, plan_scoring(batch, UpdateConfig(), mesh, 2))

@@ -20,6 +20,7 @@ from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
 from trialign.algorithms.build import build_decoder
 from trialign.algorithms.config import ModelPaths, PromptData, RewardConfig
 from trialign.algorithms.data import PromptDataset
+from trialign.algorithms.dialogue import Encoder
 from trialign.algorithms.pair_config import PairData
 from trialign.algorithms.pairs import read_pairs
 from trialign.algorithms.reward_model import pack_pairs
@@ -107,7 +108,8 @@ def test_a_pair_is_scored_where_it_is_trained(folder, serve_reward, tmp_path):
     tokenizer, mesh = AutoTokenizer.from_pretrained(folder), build_mesh()
     sides = [[*CHAT, {"role": "assistant", "content": text}] for text in ("four", "five of them")]
     row = dict(zip(("chosen", "rejected"), sides, strict=True))
-    (pair,) = read_pairs(str(write_jsonl(tmp_path / "pairs.jsonl", [row])), PairData(), tokenizer, (2,))
+    encoder = Encoder(PairData(), tokenizer, (2,))
+    (pair,) = read_pairs(str(write_jsonl(tmp_path / "pairs.jsonl", [row])), PairData(), encoder)
     role = Role(build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, "float32", head="score"))
     trained = role.scores(pack_pairs([pair]), [[0, 1]]).tolist()
     with served(serve_reward, folder) as url:

@@ -13,7 +13,8 @@ from harness import run_ranks
 from tiny import VOCAB, assemble, tiny_llama
 from trialign.algorithms.build import build_decoder, build_learner
 from trialign.algorithms.config import OptimizerConfig, UpdateConfig
-from trialign.algorithms.dialogue import DialogueDataset, Sample, pack_samples
+from trialign.algorithms.dialogue import Sample, pack_samples
+from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.sft_config import SFTData
 from trialign.algorithms.shares import plan
@@ -139,7 +140,7 @@ def test_smollm2_s_first_loss_is_transformers(smollm2, tmp_path):
     path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in text))
     shape, tokenizer = ModelConfig.from_hf(smollm2), AutoTokenizer.from_pretrained(smollm2)
     data = DialogueDataset(SFTData(sources=(str(path),)), tokenizer, stop_ids(smollm2, shape, tokenizer))
-    samples = data.next(2)
+    samples = joined(data.next(2))
     batch = pack_samples(samples)
     mesh = build_mesh()
     model = build_decoder(str(smollm2), shape, mesh, "float32", trained=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scripts import AXES, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn
 from tiny import tiny_chat_model
-from trialign.algorithms.dialogue import DialogueDataset
+from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.sft_config import SFTConfig, SFTData, check
 from trialign.engine.config import load, parse
 from trialign.models.config import ModelConfig
@@ -79,7 +79,7 @@ def test_what_a_run_leaves(setting, whole):
     tokenizer = AutoTokenizer.from_pretrained(whole / "model")
     shape = ModelConfig.from_hf(whole / "model")
     data = SFTData(sources=(f"{setting}/rows.jsonl",), max_tokens=64, eval_fraction=0.2)
-    held_out = DialogueDataset(data, tokenizer, stop_ids(whole / "model", shape, tokenizer)).held_out
+    held_out = joined(DialogueDataset(data, tokenizer, stop_ids(whole / "model", shape, tokenizer)).held_out)
     targets = sum(sample.targets for sample in held_out)
     loss = 0.0
     for sample in held_out:

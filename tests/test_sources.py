@@ -12,7 +12,7 @@ from trialign.algorithms.conditional import read_rewarded
 from trialign.algorithms.conditional_config import RewardedData
 from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset
-from trialign.algorithms.dialogue import DialogueDataset
+from trialign.algorithms.dialogue_data import DialogueDataset
 from trialign.algorithms.kto import LabelledStream
 from trialign.algorithms.pair_config import LabelData, PairData
 from trialign.algorithms.pairs import PairStream
