@@ -12,7 +12,7 @@ from trialign.algorithms.conditional import read_rewarded
 from trialign.algorithms.conditional_config import RewardedData
 from trialign.algorithms.config import PromptData
 from trialign.algorithms.data import PromptDataset
-from trialign.algorithms.dialogue_data import DialogueDataset
+from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.kto import LabelledStream
 from trialign.algorithms.pair_config import LabelData, PairData
 from trialign.algorithms.pairs import PairStream
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq  # noqa: E402
 END = (1,)  # <eos> of the word tokenizer
 AS_JSON = (  # a template that writes all there is, as Hermes' does
     "{% if tools %}<system> {{ tools | tojson }} {% endif %}{% for m in messages %}<{{ m.role }}> {{ m.content }}"
-    "{% for c in m.tool_calls or [] %} {{ c | tojson }}{% endfor %}<eos>{% endfor %}"
+    "{% for c in m.tool_calls or [] %} {{ c | tojson }}{% endfor %}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 
@@ -98,8 +98,8 @@ def every_form(folder: Path, rows: list[dict]) -> dict[str, str]:
 
 def learned(source: str, characters) -> list[tuple]:
     """(text, mask) of the dialogues, prompts, pairs and labelled responses in rows of dialogues."""
-    whole = DialogueDataset(SFTData(sources=(source,)), characters, (2,)).rows()
-    prompts = PromptDataset(PromptData(sources=(source,), prompt_key="messages"), characters)
+    whole = joined(DialogueDataset(SFTData(sources=(source,)), characters, (2,)).rows())
+    prompts = PromptDataset(PromptData(sources=(source,), prompt_key="asked"), characters)
     pairs = PairData(sources=(source,), chosen_key="messages", rejected_key="other")
     labels = LabelData(sources=(source,), response_key="messages")
     found = [(s.tokens, s.mask) for s in whole]
@@ -111,7 +111,9 @@ def learned(source: str, characters) -> list[tuple]:
 
 def test_the_same_rows_give_the_same_tokens_in_every_kind_of_file(characters, tmp_path):
     rows = [
-        {**row, "other": [*row["messages"][:-1], {"role": "assistant", "content": "no"}], "label": i == 0}
+        row
+        | {"other": [*row["messages"][:-1], {"role": "assistant", "content": "no"}], "label": i == 0}
+        | {"asked": [*row["messages"], {"role": "user", "content": "so?"}]}
         for i, row in enumerate(CALLS)
     ]
     forms = every_form(tmp_path, rows)
@@ -128,7 +130,7 @@ def test_a_null_that_a_row_wrote_itself_stays(characters, tmp_path):
     sources = [write_jsonl(tmp_path / "a.jsonl", [written]), tmp_path / "b.parquet"]
     datasets.Dataset.from_list(as_text).to_parquet(sources[1])
     line, parquet = (
-        characters.decode(next(DialogueDataset(SFTData(sources=(str(source),)), characters, (2,)).rows()).tokens)
+        characters.decode(next(DialogueDataset(SFTData(sources=(str(source),)), characters, (2,)).rows())[0].tokens)
         for source in sources
     )
     assert '"arguments": {"a": null, "b": [null, {"c": null}]}' in line
@@ -198,7 +200,7 @@ def test_a_table_s_columns_are_numbers_truths_or_text(tmp_path):
     assert two["reward"] != two["reward"] and two["note"] == "null" and three["reward"] is None
     assert (two["label"], two["count"], three["prompt"], three["count"]) == (False, -2, "Ääh?", None)
     assert (first, second) == (f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:4")
-    data = LabelledStream(LabelData(sources=(str(tmp_path / "a.csv"),)), tokenizer(), END)
+    data = LabelledStream(LabelData(sources=(str(tmp_path / "a.csv"),), append_eos=True), tokenizer(), END)
     assert [row.desirable for row in data.rows()] == [True, False, True]
     (tmp_path / "a.tsv").write_text("text\tn\nhello you\t1\n")
     assert TextStream(TextData(sources=(str(tmp_path / "a.tsv"),)), tokenizer()).documents == 1
@@ -236,7 +238,8 @@ def test_sharegpt_and_alpaca_are_read_as_messages_by_all_that_learn_and_ask(case
         "theirs": write_jsonl(tmp_path / "a.jsonl", [{**row, "label": True, "chosen": "a", "rejected": "b"}] * 2),
         "ours": write_jsonl(tmp_path / "b.jsonl", [{"messages": chat}] * 2),
     }
-    theirs, ours = (list(DialogueDataset(SFTData(sources=(str(p),)), words, END).rows()) for p in both.values())
+    datasets_of = (SFTData(sources=(str(path),), append_eos=True) for path in both.values())
+    theirs, ours = (joined(DialogueDataset(data, words, END).rows()) for data in datasets_of)
     assert [(s.tokens, s.mask) for s in theirs] == [(s.tokens, s.mask) for s in ours]
     if "messages" in row:  # what a prompt would be, is not said
         return
@@ -259,7 +262,9 @@ def test_sharegpt_preferences_calls_and_unknown_turns(tmp_path):
     }
     plain = {"prompt": "hello", "chosen": "a", "rejected": "b"}
     theirs, ours = (
-        PairStream(PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", [row])),)), words, END).next(1)[0]
+        PairStream(
+            PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", [row])),), append_eos=True), words, END
+        ).next(1)[0]
         for row in (pair, plain)
     )
     assert theirs.chosen.tokens == ours.chosen.tokens and theirs.rejected.tokens == ours.rejected.tokens
