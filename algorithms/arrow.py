@@ -79,4 +79,6 @@ def restorer(kind: pyarrow.DataType) -> Restore | None:
 
 
 def _pairs(item: Restore | None) -> Restore:
-    return lambda value: {key: v if item is None or v is None else item(v) for key, v in value}
+    return lambda value: {
+        key if isinstance(key, str | int) else str(key): v if item is None or v is None else item(v) for key, v in value
+    }

@@ -19,6 +19,7 @@ from ..models.adapter import check_adapter, check_lora, load_adapter, start_adap
 from ..models.config import HeadKind, ModelConfig, check_layout
 from ..models.decoder import Decoder
 from ..models.hf import load_hf
+from ..models.source import open_source
 from ..models.tokenizer import has_tokenizer, read_tokenizer
 from .chat_encoder import check_vocabulary
 from .config import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
@@ -60,6 +61,7 @@ def read_shape(
             are not those of lora.adapter, or the run's export would replace it.
     """
     shape = ModelConfig.from_hf(folder)
+    open_source(folder)  # what is missing, damaged or of another shape is said before a row is read
     if head is not None and shape.head != head:
         wanted = {"lm": "a causal language model", "score": "a model with a score head"}[head]
         raise ValueError(f"{folder} holds a {shape.architecture}: {wanted} is needed")

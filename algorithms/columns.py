@@ -64,7 +64,7 @@ def from_sharegpt(where: str, message: Any) -> Any:
     if not isinstance(message, dict) or "from" not in message or "role" in message:
         return message
     said, rest = message.get("value"), {k: v for k, v in message.items() if k not in ("from", "value")}
-    if message["from"] not in ROLES:
+    if not isinstance(message["from"], str) or message["from"] not in ROLES:
         raise ValueError(f"{where}: from={message['from']!r}: must be one of {', '.join(ROLES)}")
     if message["from"] != "function_call":
         return {"role": ROLES[message["from"]], "content": said, **rest}
@@ -118,10 +118,9 @@ def _of_instruction(where: str, row: dict[str, Any], keys: Mapping[str, str]) ->
     """The columns of an instruction with its input, what was said before, and its output."""
     asked = [row["instruction"], row["input"]] if row.get("input") else [row["instruction"]]
     history = row.get("history") or []
-    texts = (
-        [text for pair in history if isinstance(pair, list) for text in pair] if isinstance(history, list) else [None]
-    )
-    if not all(isinstance(text, str) for text in (*asked, *texts)) or len(texts) != 2 * len(history):
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    texts = [text for pair in history for text in pair] if pairs else []
+    if not pairs or not all(isinstance(text, str) for text in (*asked, *texts)):
         raise ValueError(
             f"{where}: 'instruction' and 'input' must be strings, 'history' a list of [asked, answered] pairs of them"
         )

@@ -148,6 +148,8 @@ def _read_folder(folder: Path, chosen: str, keys: Keys) -> Iterator[Row]:
             f"data source {folder}: holds {' and '.join(kinds)} files: name the files, or give each a folder"
         )
     files = {str(name): [Path(file) for file in own] for name, own in splits.items()}
+    if split not in files:  # a slice of one, which only `datasets` cuts
+        raise ValueError(f"data source {folder}:{chosen}: the splits of a folder of files are {', '.join(files)}")
     for file in files[split]:
         yield from _read_file(file, form_of(file), keys)
 

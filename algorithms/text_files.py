@@ -123,7 +123,7 @@ def read_csv(path: Path, separator: str, text: Collection[str]) -> Iterator[Row]
     Args:
         text: columns that hold text whatever their cells look like.
     """
-    with _opened(path, newline="") as file:
+    with _opened(path) as file:
         names, lines = _cells(path, csv.reader(file, delimiter=separator, strict=True))
     columns = {name: [cells[i] for _, cells in lines] for i, name in enumerate(names)}
     typed = {name: cells if name in text else _typed(cells) for name, cells in columns.items()}
@@ -192,11 +192,11 @@ def _refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """A file of text, unpacked, without its byte-order mark."""
-    options: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": newline}
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A file of text, unpacked, without its byte-order mark; lines end with a line feed alone, within quotes too."""
+    opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with gzip.open(path, **options) if path.suffix == ".gz" else open(path, **options) as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"data source {path}: not UTF-8: {error.reason} at byte {error.start}") from None

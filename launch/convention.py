@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.convention import PRESETS
 from trialign.algorithms.convention_batch import Recorded, under
+from trialign.algorithms.text_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def read_line(line: str, where: str) -> dict[str, Any]:
         ValueError: a line that is no such object; names the field.
     """
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("logprobs"), list) or not row["logprobs"]:
         raise ValueError(f"{where}: needs logprobs, a list of one number a token")
     if unknown := row.keys() - {"group", "reward", *COLUMNS}:
@@ -119,7 +119,7 @@ def read(path: Path) -> Recorded:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
     samples = {number: read_line(line, f"{path}:{number}") for number, line in lines if line.strip()}
     if not samples:
         raise ValueError(f"{path}: holds no sample")

@@ -157,7 +157,10 @@ class ModelConfig:
         names = values.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or names[0] not in architectures():
             raise ValueError(f"architectures={names}: allowed: {', '.join(architectures())}")
-        return family_of(names[0]).read(values)
+        family, kind = family_of(names[0]), values.get("model_type")
+        if kind not in (None, "", family.model_type):  # transformers would read it as the other
+            raise ValueError(f"model_type={kind!r} is not that of {names[0]}: allowed: {family.model_type!r}")
+        return family.read(values)
 
     def to_hf_dict(self, head: HeadKind = "lm", dtype: str = "bfloat16") -> dict[str, Any]:
         """The content of a config.json that transformers 4 and 5 and vLLM read, for a folder with the given head."""
@@ -174,6 +177,8 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: lists or objects are nested too deep to be read") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .hf import Place, hf_shapes
+from .source import check_layer_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,6 +117,7 @@ class GGUFFile:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        check_layer_count(self.config, self.tensors, str(path))
         names = gguf.get_tensor_name_map(arch, self.config.num_layers)
         self.names = {n: names.get_name(n, try_suffixes=(".weight", ".bias")) or n for n in hf_shapes(self.config)}
         self._check()

@@ -183,9 +183,10 @@ def load_hf(
 
     Raises:
         ValueError: before any parameter is changed: a file or tensor that is missing, truncated, of another shape or
-            not of the model; a config.json that disagrees with the model's; a head that is not there.
+            not of the model; a config.json that disagrees with the model's; a head that is not there. A NaN or an
+            infinity in a tensor, as it is read.
     """
-    from .source import open_source  # the sources are built on this module's tables
+    from .source import open_source, read_finite  # the sources are built on this module's tables
 
     source = open_source(folder)
     folder, config = Path(folder), source.config
@@ -207,7 +208,7 @@ def load_hf(
             cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
             sink.copy_(draws[cut] / (config.hidden_size + 1) if new_head == "normal" else torch.zeros(piece.shape))
         elif into is None or source.dtype(place) != model.dtype:
-            numbers = source.read(place, piece.offset, piece.shape)
+            numbers = read_finite(source, folder, place, piece.offset, piece.shape)
             # By way of float32, as masters go: float64 rounded twice may differ.
             sink.copy_(numbers.float() if numbers.dtype == torch.float64 != model.dtype else numbers)
 

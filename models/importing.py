@@ -20,7 +20,7 @@ from .decoder import Decoder
 from .export import assets, copy_assets
 from .gguf_file import GGUFFile
 from .hf import Place, blocks, places
-from .source import Source, open_source
+from .source import Source, open_source, read_finite
 
 
 def import_checkpoint(
@@ -42,7 +42,7 @@ def import_checkpoint(
 
     Raises:
         ValueError: a layout that the model cannot be cut into; a tensor or file that is missing, damaged or
-            not of the model; `output` is not empty.
+            not of the model, or holds a NaN or an infinity; `output` is not empty.
         OSError: the disk is full.
     """
     source = open_source(model)
@@ -67,7 +67,7 @@ def import_checkpoint(
         piece, (top, *left) = torch.empty_like(entry.tensor, device="cpu"), entry.offset
         for rows in blocks(piece.shape):
             shape = (rows.stop - rows.start, *piece.shape[1:])
-            piece[rows] = source.read(found[entry.name], (top + rows.start, *left), shape)
+            piece[rows] = read_finite(source, model, found[entry.name], (top + rows.start, *left), shape)
         return piece
 
     with ExitStack() as stack:

@@ -5,8 +5,8 @@ Nothing stays open between two reads: a mapped file counts as memory of the proc
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engine.checkpoint import Reader
 from ..engine.safetensors_io import DTYPES
-from .config import ModelConfig, checkpoint_role
+from .config import ModelConfig, checkpoint_role, read_json
 from .hf import HEADS, INDEX, Place, hf_shapes, part_shapes, places
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -56,6 +56,7 @@ class FolderSource:
     def __init__(self, folder: Path):
         self.folder, self.config = folder, ModelConfig.from_hf(folder)
         self.files = tensor_files(folder)
+        check_layer_count(self.config, self.files, str(folder))
         _same_tensors(self.files, self.config, folder)
 
     def dtype(self, place: Place) -> torch.dtype:
@@ -81,6 +82,7 @@ class CheckpointSource:
             self.reader.check(name)
         self.config = ModelConfig.from_hf(path)
         held = {n.removeprefix(self.prefix) for n in self.reader.tensors if n.startswith(self.prefix)}
+        check_layer_count(self.config, held, str(path))
         shapes = part_shapes(self.config, self.config.head)
         extra = held - shapes.keys()
         for what, names in (("lacks", shapes.keys() - held), ("holds what the model has no place for:", extra)):
@@ -101,18 +103,41 @@ class CheckpointSource:
         return self.reader.read(self.prefix + place.name, offset, shape)
 
 
+def check_layer_count(config: ModelConfig, held: Collection[str], where: str) -> None:
+    """Refuses more layers than there are tensors, before a table of all the layers' tensors is made."""
+    experts = config.moe.experts if config.moe is not None else 0
+    sparse = config.num_layers - len(config.moe.dense_layers) if config.moe is not None else 0
+    for number, what in ((config.num_layers, "num_hidden_layers"), (sparse * experts, "experts in all layers")):
+        if number > len(held):
+            raise ValueError(f"{where}: config.json asks for {number} {what}, but there are {len(held)} tensors in all")
+
+
+def read_finite(
+    source: Source, where: Path | str, place: Place, offset: tuple[int, ...], shape: tuple[int, ...]
+) -> Tensor:
+    """`source.read`; raises ValueError naming the tensor where it holds a NaN or an infinity.
+
+    Args:
+        where: the source, as the message names it.
+    """
+    numbers = source.read(place, offset, shape)
+    if numbers.numel() and not all(math.isfinite(limit) for limit in numbers.aminmax()):  # a NaN is both
+        raise ValueError(f"{where}: {place.tensor} holds NaN or infinity; allowed: finite numbers")
+    return numbers
+
+
 def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> (file, shape), from the headers of all files."""
     if (folder / "model.safetensors").is_file():
         files, promised = ["model.safetensors"], {}
     elif (folder / INDEX).is_file():
         try:
-            promised = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            promised = dict(read_json(folder / INDEX)["weight_map"])
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
         for name, file in promised.items():
-            if not isinstance(file, str):
-                raise ValueError(f"{folder / INDEX}: weight_map, {name}: {file!r} is not the name of a file")
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{folder / INDEX}: weight_map, {name}: {file!r} is not the name of a file beside it")
         files = sorted(set(promised.values()))
     else:
         raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{_other_formats(folder)}")
@@ -127,6 +152,8 @@ def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     for name, file in promised.items():
         if name not in found:
             raise ValueError(f"{folder / file}: no tensor {name}, {INDEX} promises it")
+        if found[name][0] != file:
+            raise ValueError(f"{folder / file}: no tensor {name}, which {INDEX} promises; {found[name][0]} holds it")
     return found
 
 

@@ -88,7 +88,7 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "holds no sample"),
-        ("nonsense", "batch.jsonl:1: not JSON"),
+        ("nonsense", "batch.jsonl:1: not valid JSON"),
         ('{"reward": 1}', "batch.jsonl:1: needs logprobs"),
         ('{"reward": "much", "logprobs": [0]}', "reward='much': must be a finite number"),
         ('{"reward": NaN, "logprobs": [0]}', "reward=nan: must be a finite number"),

@@ -170,6 +170,8 @@ def test_a_folder_s_splits_are_named_and_two_kinds_of_files_refused(tmp_path):
     ]
     with pytest.raises(ValueError, match=rf"{tmp_path}: has splits, name one: {tmp_path}:train, {tmp_path}:test"):
         list(read_rows(str(tmp_path)))
+    with pytest.raises(ValueError, match=r"train\[:1\]: the splits of a folder of files are train, test"):
+        list(read_rows(f"{tmp_path}:train[:1]"))
     pq.write_table(pa.table({"prompt": ["d"]}), tmp_path / "train-2.parquet")
     with pytest.raises(ValueError, match=r"holds .jsonl and .parquet files"):
         list(read_rows(f"{tmp_path}:train"))
@@ -185,8 +187,8 @@ def test_a_table_s_columns_are_numbers_truths_or_text(tmp_path):
         ["Capital?", "7", "False", "nan", "8", "null", "-2"],
         ["Ääh?", "3", "true", "", "9", "x", ""],
     ]
-    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
-        csv.writer(file).writerows(rows)
+    with open(tmp_path / "a.csv", "w", newline="\r\n", encoding="utf-8-sig") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     (first, one), (second, two), (_, three) = read_rows(str(tmp_path / "a.csv"), LabelData().keys)
     assert one == {
         "prompt": 'say "hi",\nplease',
@@ -277,6 +279,22 @@ def test_sharegpt_preferences_calls_and_unknown_turns(tmp_path):
         ValueError, match=r"c.jsonl:1: 'conversations'\[0\]: from='alien': must be one of system, human"
     ):
         DialogueDataset(SFTData(sources=(str(bad),)), words, END)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"conversations": []}, "'conversations' must be a list of {from, value} messages"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"from=\['gpt'\]: must be one of system, human"),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "a function_call that is not valid JSON"),
+        ({"instruction": 3}, "'instruction' and 'input' must be strings"),
+        ({"instruction": "a", "history": [["b", "c", "d"], ["e"]]}, "'history' a list of .* pairs"),
+    ],
+)
+def test_malformed_sharegpt_and_alpaca_rows_are_named(row, message, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hi", "response": "ho"}, row])
+    with pytest.raises(ValueError, match=f"a.jsonl:2: .*{message}"):
+        list(read_rows(str(path), SFTData().keys))
 
 
 DEEP, NINES = "[" * 100_000 + "]" * 100_000, "9" * 5000

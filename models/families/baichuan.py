@@ -85,7 +85,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
-    values = write_decoder(config, head, "baichuan", model_max_length=config.max_positions)
+    values = write_decoder(config, head, model_max_length=config.max_positions)
     if head == "lm":
         first = not config.alibi and not config.norm_head
         values["architectures"] = ["BaiChuanForCausalLM" if first else "BaichuanForCausalLM"]
@@ -104,4 +104,5 @@ BAICHUAN = Family(
     read=read,
     write=write,
     table=table,
+    model_type="baichuan",
 )

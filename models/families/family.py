@@ -41,6 +41,7 @@ class Family:
         read: config.json's content -> config; raises ValueError naming the key and what is allowed.
         write: the way back, for a folder with the given head, all but the dtype.
         table: the rows of a model of this config, without its head.
+        model_type: what config.json calls it beside `architectures`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     read: Callable[[Mapping[str, Any]], ModelConfig]
     write: Callable[[ModelConfig, HeadKind], dict[str, Any]]
     table: Callable[[ModelConfig], tuple[Row, ...]]
+    model_type: str
 
 
 def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = None, **more: Any) -> ModelConfig:
@@ -113,12 +115,12 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
     return ModelConfig(**(fields | more))
 
 
-def write_decoder(config: ModelConfig, head: HeadKind, model_type: str, **more: Any) -> dict[str, Any]:
+def write_decoder(config: ModelConfig, head: HeadKind, **more: Any) -> dict[str, Any]:
     """The keys that `read_decoder` reads; `more` are the family's own."""
     names = config.family.architectures
     values: dict[str, Any] = {
         "architectures": [next(name for name, kind in names.items() if kind == head)],
-        "model_type": model_type,
+        "model_type": config.family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,

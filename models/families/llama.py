@@ -63,9 +63,14 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
 
 def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     assert config.qkv_bias == config.output_bias, "LLaMA has both biases or none"
-    return write_decoder(config, head, "llama", attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
+    return write_decoder(config, head, attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
 
 
 LLAMA = Family(
-    "LLaMA", {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}, read=read, write=write, table=table
+    "LLaMA",
+    {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"},
+    read=read,
+    write=write,
+    table=table,
+    model_type="llama",
 )

@@ -24,7 +24,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
-    return write_decoder(config, head, "mistral", sliding_window=config.window)
+    return write_decoder(config, head, sliding_window=config.window)
 
 
 MISTRAL = Family(
@@ -33,4 +33,5 @@ MISTRAL = Family(
     read=read,
     write=write,
     table=llama.table,
+    model_type="mistral",
 )

@@ -43,7 +43,6 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     return write_decoder(
         config,
         head,
-        "mixtral",
         sliding_window=config.window,
         num_local_experts=config.moe.experts,
         num_experts_per_tok=config.moe.top_k,
@@ -58,4 +57,5 @@ MIXTRAL = Family(
     read=read,
     write=write,
     table=table,
+    model_type="mixtral",
 )

@@ -65,7 +65,7 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     names = QWEN.architectures
     values = {
         "architectures": [next(name for name, kind in names.items() if kind == head)],
-        "model_type": "qwen",
+        "model_type": QWEN.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": 2 * config.ffn_size,
@@ -93,5 +93,10 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
 
 # No library has a class of the second name: it is ours, for critics and reward models.
 QWEN = Family(
-    "Qwen 1", {"QWenLMHeadModel": "lm", "QWenForSequenceClassification": "score"}, read=read, write=write, table=table
+    "Qwen 1",
+    {"QWenLMHeadModel": "lm", "QWenForSequenceClassification": "score"},
+    read=read,
+    write=write,
+    table=table,
+    model_type="qwen",
 )

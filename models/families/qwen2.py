@@ -52,7 +52,7 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
-    return write_decoder(config, head, "qwen2", **write_windows(config))
+    return write_decoder(config, head, **write_windows(config))
 
 
 QWEN2 = Family(
@@ -61,4 +61,5 @@ QWEN2 = Family(
     read=read,
     write=write,
     table=llama.table,
+    model_type="qwen2",
 )

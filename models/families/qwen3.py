@@ -27,7 +27,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
-    return write_decoder(config, head, "qwen3", attention_bias=config.qkv_bias, **write_windows(config))
+    return write_decoder(config, head, attention_bias=config.qkv_bias, **write_windows(config))
 
 
 QWEN3 = Family(
@@ -36,4 +36,5 @@ QWEN3 = Family(
     read=read,
     write=write,
     table=llama.table,
+    model_type="qwen3",
 )

@@ -74,7 +74,7 @@ def read_qwen2(values: Mapping[str, Any]) -> ModelConfig:
 def write_qwen2(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     assert config.moe is not None
     own = {"qkv_bias": config.qkv_bias, "shared_expert_intermediate_size": config.moe.shared_ffn_size}
-    return write_decoder(config, head, "qwen2_moe", **_written(config.moe), **own)
+    return write_decoder(config, head, **_written(config.moe), **own)
 
 
 def read_qwen3(values: Mapping[str, Any]) -> ModelConfig:
@@ -86,7 +86,7 @@ def read_qwen3(values: Mapping[str, Any]) -> ModelConfig:
 
 def write_qwen3(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     assert config.moe is not None
-    return write_decoder(config, head, "qwen3_moe", attention_bias=config.qkv_bias, **_written(config.moe))
+    return write_decoder(config, head, attention_bias=config.qkv_bias, **_written(config.moe))
 
 
 QWEN2_MOE = Family(
@@ -95,6 +95,7 @@ QWEN2_MOE = Family(
     read=read_qwen2,
     write=write_qwen2,
     table=table,
+    model_type="qwen2_moe",
 )
 QWEN3_MOE = Family(
     "Qwen3-MoE",
@@ -102,4 +103,5 @@ QWEN3_MOE = Family(
     read=read_qwen3,
     write=write_qwen3,
     table=table,
+    model_type="qwen3_moe",
 )
