@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
+from ..engine.config import AUTO, NEW, ContentPath, FilePath
 from ..engine.mesh import check_layout
 from ..engine.parallel.lora import MIXTURE_TARGETS, TARGETS, Choice, LoRA
 from ..models.config import ModelConfig
@@ -28,7 +29,7 @@ def require(holds: bool, name: str, value: object, allowed: str) -> None:
 class ModelPaths:
     """The model that is trained."""
 
-    path: str = ""
+    path: ContentPath = ""
     """folder in Hugging Face format, tokenizer included, from which training starts"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """compute type; optimizer states and master weights are float32 in any case, and begin as precise as the folder"""
@@ -39,7 +40,7 @@ class DataConfig:
     """Rows and how they become tokens."""
 
     section: ClassVar[str] = "data"  # of the config, as messages name its knobs
-    sources: tuple[str, ...] = ()
+    sources: tuple[FilePath, ...] = ()
     """files (.jsonl, .json, .csv, .tsv, .parquet), folders of them or by `datasets`, hub names (name:config:split)"""
     probabilities: str = ""
     """how often each source is drawn from, as 0.5,0.4,0.1 ("": all rows alike)"""
@@ -134,9 +135,9 @@ SHAPING = ("normalise", "clip", "missing_eos_penalty")
 class RewardConfig:
     """Where rewards come from and what is done to them: weighted sum, normalise, clip, penalty."""
 
-    functions: tuple[str, ...] = ()
+    functions: tuple[ContentPath, ...] = ()
     """path/to/file.py:function or module:function: (prompts, completions, **fields) -> one float each"""
-    models: tuple[str, ...] = ()
+    models: tuple[ContentPath, ...] = ()
     """folders of reward models (a decoder with a scalar head) in Hugging Face format"""
     servers: tuple[str, ...] = ()
     """addresses that score by HTTP, as http://host:8000/score of launch/serve_reward.py"""
@@ -246,7 +247,7 @@ class LoRAConfig:
     """must be 0: ranks could not draw one mask for any layout, and PPO's first ratios would not be 1"""
     quantize: bool = False
     """keep the frozen matrices in NF4 with double quantisation, 4.13 bits a weight"""
-    adapter: str = ""
+    adapter: ContentPath = ""
     """PEFT folder with adapters of this very kind that the actor's begin from ("": from none)"""
 
     def __post_init__(self) -> None:
@@ -352,7 +353,30 @@ class UpdateConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class FolderConfig:
+    """The folder of a run. One that holds a run already is refused, unless it is said what becomes of that."""
+
+    output: str = "runs/trialign"
+    """folder for what the run leaves"""
+    resume: str = NEW
+    """auto: go on with the run in run.output from its newest whole checkpoint, or begin it where there is none; a
+    folder: go on with the run in it, whose config.toml gives the defaults ("": begin a run)"""
+    overwrite: bool = False
+    """delete the run that run.output holds, and begin anew"""
+
+    def __post_init__(self) -> None:
+        require(bool(self.output), "output", repr(self.output), "a folder")
+        if self.overwrite and self.resume not in (NEW, AUTO):
+            raise ValueError(f"overwrite=True: deletes a run, and resume={self.resume} goes on with one")
+
+    @property
+    def folder(self) -> str:
+        """Where this run lives: a resumed one stays in its own folder."""
+        return self.output if self.resume in (NEW, AUTO) else self.resume
+
+
+@dataclass(frozen=True)
+class RunConfig(FolderConfig):
     """The run itself."""
 
     output: str = "runs/trialign"
@@ -361,8 +385,6 @@ class RunConfig:
     """steps between checkpoints (0: only at the end)"""
     keep: int = 2
     """newest checkpoints that stay"""
-    resume: str = ""
-    """folder of a run to go on with, from its newest whole checkpoint; its config.toml gives the defaults"""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """where metrics go beside the JSONL file"""
     seed: int = 0
@@ -373,16 +395,11 @@ class RunConfig:
     """seconds after a request to stop in which the step at hand may still end; one that will not is dropped"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_seconds(self.timeout, self.grace)
         require(self.keep >= 1, "keep", self.keep, "at least 1")
         for name in ("save_every", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(bool(self.output), "output", repr(self.output), "a folder")
-
-    @property
-    def folder(self) -> str:
-        """Where this run lives: a resumed one stays in its own folder."""
-        return self.resume or self.output
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..engine.config import ContentPath
 from ..engine.mesh import check_layout
-from .config import ModelPaths, ParallelConfig, PromptData, RewardConfig, RolloutConfig, require, require_seconds
+from .config import (
+    FolderConfig,
+    ModelPaths,
+    ParallelConfig,
+    PromptData,
+    RewardConfig,
+    RolloutConfig,
+    require,
+    require_seconds,
+)
 from .pretrain_config import TextData
 from .sft_config import SFTData
 
@@ -17,11 +27,11 @@ from .sft_config import SFTData
 class EvaluatedModels(ModelPaths):
     """What is evaluated."""
 
-    path: str = ""
+    path: ContentPath = ""
     """folder in Hugging Face format, tokenizer included"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """compute type"""
-    against: str = ""
+    against: ContentPath = ""
     """folder of a second model, measured likewise; the first one's wins over it are counted ("": none)"""
 
 
@@ -82,7 +92,7 @@ class PassConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateRun:
+class EvaluateRun(FolderConfig):
     """The run itself."""
 
     output: str = "runs/evaluate"
@@ -99,17 +109,12 @@ class EvaluateRun:
     """seconds that a rank may keep the others waiting before the run ends and the late rank is named"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_seconds(self.timeout)
-        require(bool(self.output), "output", repr(self.output), "a folder")
         for name in ("prompts_per_save", "micro_batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("show", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-
-    @property
-    def folder(self) -> str:
-        """Where the results go."""
-        return self.output
 
 
 @dataclass(frozen=True)

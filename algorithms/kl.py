@@ -13,7 +13,8 @@ class KLController:
     """
 
     def __init__(self, coef: float, target: float = 0.0, horizon: int = 10_000):
-        self.coef, self.target, self.horizon = coef, target, horizon
+        self.coef = self.start = coef
+        self.target, self.horizon = target, horizon
 
     def update(self, kl: float, samples: int) -> None:
         """Moves β by the mean KL of a sequence (nats) over a batch."""
@@ -23,7 +24,9 @@ class KLController:
 
     def state(self) -> dict[str, float]:
         """For a checkpoint."""
-        return {"coef": self.coef}
+        return {"coef": self.coef, "start": self.start}
 
     def load_state(self, state: dict[str, float]) -> None:
-        self.coef = state["coef"]
+        """Goes on with the weight that was reached, where it adapts and was begun with the same."""
+        if self.target > 0 and state.get("start", self.start) == self.start:
+            self.coef = state["coef"]

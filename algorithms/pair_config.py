@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ..engine.config import ContentPath
 from .config import (
     EpochRun,
     LoRAConfig,
@@ -139,7 +140,7 @@ def check_reward(config: RewardModelConfig, world: int) -> int:
 class DPOModels(ModelPaths):
     """The policy, and what it is compared with."""
 
-    reference: str = ""
+    reference: ContentPath = ""
     """folder of the reference ("": the policy as it is before the first step)"""
 
 

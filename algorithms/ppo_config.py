@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..engine.config import ContentPath, FilePath
 from .config import (
     LoRAConfig,
     ModelPaths,
@@ -30,7 +31,7 @@ from .online_config import OnlineRun, check_online
 class PPOModels(ModelPaths):
     """The four roles' weights: the actor starts from `path`, the reference stays at it."""
 
-    critic: str = ""
+    critic: ContentPath = ""
     """folder the critic's body starts from, a reward model's for instance ("": the actor's)"""
 
 
@@ -38,7 +39,7 @@ class PPOModels(ModelPaths):
 class PPOData(PromptData):
     """Prompts, and text for the pretraining mix."""
 
-    ptx_source: str = ""
+    ptx_source: FilePath = ""
     """text for the pretraining mix (actor.ptx_coef), given like a source"""
     ptx_key: str = "text"
     """column of ptx_source that holds the text"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..engine.config import FilePath
 from .config import (
     EpochRun,
     LoRAConfig,
@@ -21,7 +22,7 @@ from .rows import RowData
 class TextData(RowData):
     """Documents, how they are cut and packed, and what is held out."""
 
-    sources: tuple[str, ...] = ()
+    sources: tuple[FilePath, ...] = ()
     """files (.txt and .md, a document each; .jsonl, .json, .csv, .tsv, .parquet), folders, or names on the hub"""
     chat_template: bool = False
     """must be false: text is learned as it stands"""

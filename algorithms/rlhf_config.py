@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..engine.config import flatten
+from ..engine.config import AUTO, flatten
 from .config import (
     SHAPING,
+    FolderConfig,
     LoRAConfig,
     ModelPaths,
     ParallelConfig,
@@ -107,13 +108,11 @@ def check_preferences(config: PreferencesConfig, world: int) -> int:
 
 
 @dataclass(frozen=True)
-class RLHFRun:
+class RLHFRun(FolderConfig):
     """The run itself."""
 
     output: str = "runs/rlhf"
     """folder for the report, and for a folder a stage"""
-    resume: str = ""
-    """folder of a run to go on with: finished stages stay, the one that ran goes on from its newest checkpoint"""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """where metrics go beside the JSONL files"""
     seed: int = 0
@@ -126,15 +125,10 @@ class RLHFRun:
     """seconds after a request to stop in which the step at hand may still end; one that will not is dropped"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_seconds(self.timeout, self.grace)
         for name in ("seed", "show"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(bool(self.output), "output", repr(self.output), "a folder")
-
-    @property
-    def folder(self) -> str:
-        """Where this run lives: a resumed one stays in its own folder."""
-        return self.resume or self.output
 
 
 @dataclass(frozen=True)
@@ -187,6 +181,7 @@ OF_EVERY_STAGE = (
     "parallel",
     "run.output",
     "run.resume",
+    "run.overwrite",
     "run.log",
     "run.seed",
     "run.timeout",
@@ -218,6 +213,8 @@ def stages(config: RLHFConfig) -> Stages:
             run |= {"log": config.run.log, "grace": config.run.grace}
         if hasattr(section.run, "timeout"):
             run["timeout"] = config.run.timeout
+        if hasattr(section.run, "resume"):
+            run["resume"] = AUTO
         model = replace(section.model, path=path, dtype=dtype, **changes.pop("model", {}))
         return replace(section, model=model, parallel=config.parallel, run=replace(section.run, **run), **changes)
 

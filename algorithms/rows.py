@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from ..engine.config import FilePath
 from .config import DataConfig, require
 from .data import Mixture
 from .sources import RowReader
@@ -21,7 +22,7 @@ class RowData(DataConfig):
 
     max_tokens: int = 2048
     """rows with more tokens, template included, are counted and dropped [O]"""
-    eval_sources: tuple[str, ...] = ()
+    eval_sources: tuple[FilePath, ...] = ()
     """rows for the held-out measurements, given like sources"""
     eval_fraction: float = 0.0
     """instead of that, this share of the rows is held out, chosen by the seed (0: off)"""

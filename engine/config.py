@@ -1,30 +1,36 @@
 """Configs: frozen dataclasses, filled from a TOML file, overridden on the command line, refused before anything loads.
 
 A section is a dataclass; a field is a bool, int, float, str, Literal, tuple of those, or another section, with a
-docstring under it that `--help` shows. None is not used (TOML has none): 0 or "" says "off".
+docstring under it that `--help` shows. None is not used (TOML has none): 0 or "" says "off". A str that names files is
+of type `FilePath`, or `ContentPath` where what a run does depends on what is in them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import tomllib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 Config = TypeVar("Config")
+FilePath = Annotated[str, "path"]
+ContentPath = Annotated[str, "path", "content"]
+NEW, AUTO = "", "auto"
+"""Values of `run.resume` that are no folder: begin a run, or go on with the one in run.output if there is one."""
 
 
 def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, quiet: bool = False) -> Config:
     """The config that `argv` asks for: `--config FILE.toml` gives defaults, `--section.key value` overrides them.
 
     `--resume RUN` is short for `--run.resume RUN`; without `--config`, the defaults are then those the run was started
-    with: RUN/config.toml.
+    with: RUN/config.toml. (`auto` is no folder, and has no defaults.)
 
     Args:
         cls: a dataclass whose every field has a default.
@@ -38,14 +44,14 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
         run, others = _take(rest, "--resume")
         if run:  # no alias of the option's: a config may hold other scripts' whole configs as its sections
             rest = ["--run.resume", run, *others]
-        if not path and (run := _take(rest, "--run.resume")[0]):
-            path = str(Path(run) / "config.toml")
-        default = load(cls, path) if path else cls()
+        run, _ = _take(rest, "--run.resume")
+        own = bool(run) and run != AUTO and not path
+        default = load(cls, Path(run) / "config.toml" if own else path) if own or path else cls()
     except ValueError as error:
         if not quiet:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    return tyro.cli(
+    config = tyro.cli(
         cls,
         args=rest,
         default=default,
@@ -56,6 +62,15 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
         console_outputs=not quiet,
         config=(tyro.conf.FlagConversionOff,),
     )
+    section: Any = getattr(config, "run", None)
+    if section is not None and getattr(section, "resume", NEW) not in (NEW, AUTO):
+        given = section.output != (default if own else cls()).run.output  # pyright: ignore[reportAttributeAccessIssue]
+        if given and os.path.abspath(section.output) != os.path.abspath(section.resume):
+            message = f"run.output={section.output}: a resumed run stays in its folder, run.resume={section.resume}"
+            if not quiet:
+                print(f"error: {message}; to go on in run.output, give run.resume={AUTO}", file=sys.stderr)
+            raise SystemExit(2)
+    return config
 
 
 def load(cls: type[Config], path: str | Path) -> Config:
@@ -100,6 +115,51 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         flat |= flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
     return flat
+
+
+def paths(config: Any, prefix: str = "") -> dict[str, bool]:
+    """Dotted keys of the options that name files -> whether a run depends on what is in them (`ContentPath`)."""
+    found = {f"{prefix}{name}": content for name, content in _paths_of(type(config)).items()}
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            found |= paths(value, f"{prefix}{field.name}.")
+    return found
+
+
+def absolute(config: Config) -> Config:
+    """`config` with absolute paths in every option that names files: it means the same from any working directory.
+
+    What is not there stays as it is: it may be a name on a hub, or a module.
+    """
+    own, made = _paths_of(type(config)), {}
+    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            made[field.name] = absolute(value)
+        elif field.name in own and isinstance(value, tuple):
+            made[field.name] = tuple(map(_absolute, value))
+        elif field.name in own:
+            made[field.name] = _absolute(value)
+    return dataclasses.replace(config, **made)  # pyright: ignore[reportArgumentType]
+
+
+def _paths_of(cls: Any) -> dict[str, bool]:
+    """Fields of a section that name files -> whether of type `ContentPath`."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        for kind in (hint, *typing.get_args(hint)):  # of tuple[FilePath, ...] too
+            if "path" in getattr(kind, "__metadata__", ()):
+                found[name] = "content" in kind.__metadata__
+    return found
+
+
+def _absolute(path: str) -> str:
+    """`path`, or that in FILE.py:FUNCTION or FOLDER:SPLIT, from the root, where it is there."""
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    place, colon, name = path.partition(":")
+    there = os.path.isfile(place) or os.path.isfile(os.path.join(place, "dataset_dict.json"))  # a package may be PLACE
+    return os.path.abspath(place) + colon + name if there else path
 
 
 def suggest(name: str, allowed: Sequence[str]) -> str:

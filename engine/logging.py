@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -52,6 +53,8 @@ class MetricLog:
         if "tensorboard" in backends:
             from torch.utils.tensorboard import SummaryWriter
 
+            if not done:  # curves of steps that are made anew
+                shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
             self._tensorboard = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1 if done else None)
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import IO
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path) -> Iterator[str]:
     """Keeps others that ask for the same folder out of it until the block or the process ends: a killed run is in
     nobody's way. The folder is made; where nothing is written into it, it is gone afterwards.
+
+    Yields:
+        What FOLDER/.lock holds meanwhile and no other file does: who reads it there sees this very folder.
 
     Raises:
         ValueError: another process is in it.
@@ -26,8 +30,12 @@ def sole_writer(folder: Path) -> Iterator[None]:
         with open(folder / ".lock", "ab") as file:
             if not _lock(file):
                 raise ValueError(f"{folder}: another run writes to it; wait until it has ended, or name another folder")
+            token = uuid.uuid4().hex
+            file.truncate(0)
+            file.write(token.encode())
+            file.flush()
             try:
-                yield
+                yield token
             finally:
                 Path(file.name).unlink(missing_ok=True)
     finally:

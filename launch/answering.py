@@ -61,6 +61,7 @@ class Answering:
         self.tokenizer = session.together(lambda: load_tokenizer(path, shape))
         self.dataset = session.together(lambda: PromptDataset(config.data, self.tokenizer, show.seed), "prompts")
         place = self.dataset.state()
+        session.agree(place)
         self.shown: list[Prompt] = self.dataset.next(show.show)  # the same before and after, and after a resume
         self.dataset.load_state(place)
         policy = Policy(path, shape, self.tokenizer, config.data.chat_template)

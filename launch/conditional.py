@@ -4,7 +4,7 @@ python launch/conditional.py --config launch/configs/conditional_smollm2.toml
 torchrun --nproc-per-node 8 launch/conditional.py --config my.toml --condition.buckets 5 --reward.models DIR
 torchrun ... launch/conditional.py --resume runs/conditional
 
-A run that was killed while it scored its rows has no checkpoint yet: the same command goes on with the scoring.
+A run that was killed while it scored its rows goes on with the scoring.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from answering import say_encoders
 from from_rows import FromRows, from_rows
-from kept import Kept, scorer_files
+from kept import Kept
 from report import SFT_PANELS, answer_table, completion_table, response_text
 from session import Session, start
 from trialign.algorithms.batch import Rollout, from_rollouts
@@ -33,7 +33,6 @@ from trialign.algorithms.rollout import Scorer, sample, texts_of
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.shares import plan, plan_scoring
 from trialign.algorithms.sources import RowReader
-from trialign.engine.config import flatten
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.rollout.generate import Generator, SamplingParams
 from trialign.models.hf import stop_ids
@@ -55,9 +54,8 @@ class Rewards:
         say_encoders(encoders, session.mesh.is_main)
         self.scorer = Scorer(config.reward, self.tokenizer, session.mesh, encoders)
         session.stack.callback(self.scorer.close)
-        asked = {knob: v for name in ("model", "data", "reward") for knob, v in flatten(getattr(config, name)).items()}
-        files = [folder, *config.data.sources, *config.data.eval_sources, *scorer_files(config.reward)]
-        self.kept = Kept(session, "begun", asked, files)
+        asked = ("model", "data", "reward", "run.rows_per_save")
+        self.kept = Kept(session, "begun", asked, (*config.data.sources, *config.data.eval_sources))
         self.models: list[Role] = []
         self.too_long: frozenset[str] = frozenset()
         self.reader = RowReader()
@@ -98,7 +96,8 @@ class Rewards:
             raise ValueError(f"data.sources: all {len(samples)} rows are longer than data.max_tokens={data.max_tokens}")
         self.scorer.check((samples[i].where, every[i].fields) for i in short)
         self.models += [Role(session.together(lambda p=p: self._model(p), p)) for p in config.reward.models]
-        self.found = self._before() or self._scored([every[i] for i in short], [samples[i] for i in short])
+        rows_left, samples = [every[i] for i in short], [samples[i] for i in short]
+        self.found = self._before(samples) or self._scored(rows_left, samples)
         return {
             source: [replace(row, reward=self.found.get(row.dialogue.where)) for row in own]
             for source, own in rows.items()
@@ -106,6 +105,7 @@ class Rewards:
 
     def _scored(self, rows: list[Rewarded], samples: list[Sample]) -> dict[str, float | None]:
         """Where a row was read -> its reward, None for want of one; in parts that are kept as they come."""
+        self.kept.check()
         found: dict[str, float | None] = {}
         size = self.config.run.rows_per_save
         for part, begin in enumerate(range(0, len(rows), size)):
@@ -122,12 +122,17 @@ class Rewards:
             found |= dict(known)
         return found
 
-    def _before(self) -> dict[str, float | None] | None:
-        """The rewards that the run was begun with, where it is resumed."""
+    def _before(self, samples: list[Sample]) -> dict[str, float | None] | None:
+        """The rewards that the run was begun with, where it goes on from a checkpoint: by place, for data may move."""
         path, kept = self.session.folder / "rewards.json", None
-        if self.config.run.resume and self.session.mesh.is_main and path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        return gather_objects(kept, self.session.mesh.world)[0]
+        if self.session.checkpoint is not None and self.session.mesh.is_main and path.exists():
+            kept = list(json.loads(path.read_text(encoding="utf-8")).values())
+        kept = gather_objects(kept, self.session.mesh.world)[0]
+        if kept is None:
+            return None
+        if len(kept) != len(samples):
+            raise ValueError(f"{path}: rewards of {len(kept)} rows, and data.sources have {len(samples)}")
+        return {sample.where: reward for sample, reward in zip(samples, kept, strict=True)}
 
 
 def answers(work: FromRows[ConditionedRows], rewards: Rewards) -> list[list[Any]]:

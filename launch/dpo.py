@@ -49,8 +49,8 @@ class References:
         pairs = [self.data.pools[pool][row] for pool, row in self.rows] + self.data.held_out
         self.sums = torch.zeros(len(pairs), 2)
         if not config.loss.reference_free:
-            answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
-            sums = work.reference_sums(answers, lambda role: reference_sums(role, pairs, config.update))
+            read = lambda role, part: reference_sums(role, part, config.update)  # noqa: E731
+            sums = work.reference_sums(pairs, lambda pair: (pair.chosen, pair.rejected), read)
             self.sums = sums.view(-1, 2)
 
     def next(self, count: int) -> Batch:

@@ -5,7 +5,7 @@ torchrun --nproc-per-node 8 launch/evaluate.py --model.path DIR --model.against 
     --reward.functions rewards.py:score --rollout.samples_per_prompt 8 --passes.at 1 4
 
 Every completion is a line of RUN/completions.jsonl, every number of the table is in RUN/results.json. An evaluation
-that was killed goes on where it was when the same command is given again.
+that was killed goes on where it was with --run.resume auto.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from answering import Answering
-from kept import Kept, scorer_files
+from kept import Kept
 from report import estimate_table, sample_table
 from rich.console import Console
 from session import Session, start
@@ -38,7 +38,6 @@ from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample, texts_of
 from trialign.algorithms.rounds import write_rows
 from trialign.algorithms.text import TextStream, pack_rows
-from trialign.engine.config import flatten
 from trialign.models.config import ModelConfig
 from trialign.models.hf import stop_ids
 
@@ -219,10 +218,12 @@ def main(session: Session[Any]) -> None:
     """Measures each model, then writes and prints what was found."""
     config: EvaluateConfig = session.config
     folders = [folder for folder in (config.model.path, config.model.against) if folder]
-    no_matter = ("parallel.", "run.output", "run.show", "run.timeout")
-    asked = {knob: value for knob, value in flatten(config).items() if not knob.startswith(no_matter)}
+    asked = ("model", "data", "text", "dialogues", "rollout", "reward", "passes", "run.seed", "run.prompts_per_save")
     sources = (*config.data.sources, *config.text.sources, *config.dialogues.sources)
-    kept = Kept(session, "begun", asked, [*folders, *sources, *scorer_files(config.reward)])
+    kept = Kept(session, "begun", asked, sources)
+    kept.check()
+    if session.left:
+        return session.tell_end()
     results: dict[str, Estimates] = {}
     answers: dict[str, Answers] = {}
     for name, folder in zip(("model", "against"), folders, strict=False):
@@ -240,7 +241,8 @@ def main(session: Session[Any]) -> None:
             estimate_table(results), sample_table([a for own in answers.values() for a in own[: config.run.show]])
         )
         print(f"completions: {session.folder / 'completions.jsonl'}\nresults:     {session.folder / 'results.json'}")
-    kept.drop()
+        session.done(completions="completions.jsonl", results="results.json")
+    kept.drop(but=("asked",))
 
 
 def write(folder: Path, answers: dict[str, Answers], results: dict[str, Estimates]) -> None:

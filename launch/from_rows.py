@@ -16,14 +16,16 @@ Only the update is an algorithm's own.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from session import Common, Session
 from torch import Tensor
 from trialign.algorithms.batch import Batch
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Measure = Callable[[Batch], dict[str, float]]
+Row = TypeVar("Row")
+PART = 512
+"""Rows whose reference is computed between two writes of what there is."""
 
 
 class RowConfig(Common, Protocol):
@@ -116,54 +121,87 @@ class FromRows(Generic[Rows]):
             self.count(phase, batch)
             return measure(batch)
 
-    def reference_sums(self, answers: Sequence[Sample], read: Callable[[Role], Tensor]) -> Tensor:
-        """[answers] fp32: their log-probabilities under the reference, computed once. Collective.
+    def reference_sums(
+        self,
+        rows: Sequence[Row],
+        samples: Callable[[Row], Sequence[Sample]],
+        read: Callable[[Role, Sequence[Row]], Tensor],
+    ) -> Tensor:
+        """[samples of all rows] fp32: their log-probabilities under the reference, each computed once. Collective.
 
         The reference: model.reference, or where that is "" the learner as it is now. What it gave is kept in the run's
-        folder, where a resumed run that asks about the same answers finds it.
+        folder as it comes, in parts named after all that they depend on: a run that is started again computes only
+        what is not there.
 
         Args:
-            read: computes them, given the reference.
+            samples: of a row.
+            read: computes the log-probabilities of some rows' samples, given the reference.
 
         Raises:
             FloatingPointError: one is not finite, and its step may not be skipped; on every rank, naming its row.
         """
-        session, folder = self.session, self.session.config.model.reference
-        path = session.folder / "reference.safetensors"
-        asked = sha256(repr((folder or session.config.model.path, session.config.model.dtype)).encode())
-        for answer in answers:
-            asked.update(answer.tokens.tobytes() + answer.mask)
-        kept = None
-        if session.config.run.resume and session.mesh.is_main and path.exists():
-            with safe_open(path, "pt") as file:
-                kept = file.get_tensor("sums") if file.metadata()["answers"] == asked.hexdigest() else None
+        session, config = self.session, self.session.config
+        option = "model.reference" if config.model.reference else "model.path"
+        contents = [[*session.facts["contents"][key].values()] for key in (option, "lora.adapter")]
+        asked = json.dumps([*contents, config.model.dtype])
+        parts = [rows[i : i + PART] for i in range(0, len(rows), PART)]
+        names = [_digest(asked, (sample for row in part for sample in samples(row))) for part in parts]
+        folder = session.folder / "reference"
+        kept = session.together(lambda: _kept(folder, names) if session.mesh.is_main else {})
         kept = gather_objects(kept, session.mesh.world)[0]
-        if kept is not None:
-            return kept
-        if session.mesh.is_main:  # said, for it may take a while before the run's first line
-            name = folder or "the model as it is"
-            print(f"reference: {name}; log-probabilities of {len(answers)} answers, computed once", flush=True)
-        reference = self._reference(folder) if folder else self.learner
+        session.hold()
+        missing = [(name, part) for name, part in zip(names, parts, strict=True) if name not in kept]
+        role: Role = self.learner
+        if missing:
+            if session.mesh.is_main:  # said, for it may take a while before the run's first line
+                name, count = config.model.reference or "the model as it is", sum(len(part) for _, part in missing)
+                print(f"reference: {name}; log-probabilities of {count} rows, computed once", flush=True)
+            role = self._reference(config.model.reference) if config.model.reference else self.learner
         with session.progress.work("log-probabilities under the reference"):
-            sums = read(reference)
+            for name, part in missing:
+                kept[name] = sums = read(role, part).contiguous()
+                self._check_reference([sample for row in part for sample in samples(row)], sums)
+                session.together(lambda n=name, s=sums: _keep(folder, n, s) if session.mesh.is_main else None)
+        return torch.cat([kept[name] for name in names])
+
+    def _check_reference(self, samples: Sequence[Sample], sums: Tensor) -> None:
+        """Raises FloatingPointError where a sample's log-probability is not finite, unless its step is skipped."""
+        config = self.session.config
         bad = (~sums.isfinite()).nonzero().flatten().tolist()
-        if bad and session.config.optimizer.on_nonfinite == "stop":  # else the steps that have them are skipped
+        if bad and config.optimizer.on_nonfinite == "stop":
             raise FloatingPointError(
-                f"{folder or 'the model as it is'}: the reference's log-probability of {answers[bad[0]].where} is"
-                f" {sums[bad[0]].item()}: must be a finite number ({len(bad)} of {len(answers)} are not)"
+                f"{config.model.reference or 'the model as it is'}: the reference's log-probability of"
+                f" {samples[bad[0]].where} is {sums[bad[0]].item()}: must be a finite number"
+                f" ({len(bad)} of {len(samples)} are not)"
             )
-        if session.mesh.is_main:
-            session.folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".new")
-            save_file({"sums": sums.contiguous()}, aside, {"answers": asked.hexdigest()})
-            os.replace(aside, path)
-        return sums
 
     def _reference(self, folder: str) -> Role:
         config: RowConfig = self.session.config
         shape = self.session.together(lambda: read_shape(folder, config.parallel, config.run, "lm"))
         build = lambda: build_decoder(folder, shape, self.session.mesh, config.model.dtype)  # noqa: E731
         return Role(self.session.together(build, folder))
+
+
+def _digest(asked: str, samples: Iterable[Sample]) -> str:
+    """A name for what the reference gives these samples."""
+    digest = sha256(asked.encode())
+    for sample in samples:
+        digest.update(len(sample.tokens).to_bytes(8) + sample.tokens.tobytes() + sample.mask)
+    return digest.hexdigest()[:32]
+
+
+def _kept(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parts that are there."""
+    paths = {name: folder / f"{name}.safetensors" for name in names}
+    return {name: load_file(path)["sums"] for name, path in paths.items() if path.exists()}
+
+
+def _keep(folder: Path, name: str, sums: Tensor) -> None:
+    """Writes a part aside, then swaps it in whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{name}.new"
+    save_file({"sums": sums}, aside)
+    os.replace(aside, folder / f"{name}.safetensors")
 
 
 def from_rows(
@@ -194,6 +232,7 @@ def from_rows(
     shape, tokenizer = session.together(look)
     ends = session.together(lambda: stop_ids(folder, shape, tokenizer))
     rows = session.together(lambda: read(tokenizer, ends), "rows")
+    session.agree(rows.state())
     steps = config.run.total(len(rows), config.update.batch_size)
     options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
     model = session.together(

@@ -1,6 +1,7 @@
 """Work that is kept in parts as it is done: what was killed goes on behind its last part when it is asked for again.
 
 kept = Kept(session, "begun", asked, files)              # what it depends on
+kept.check()
 for part in range(parts):
     if kept.read(f"part_{part}") is None:
         kept.write(f"part_{part}", rows)
@@ -11,34 +12,44 @@ kept.drop()
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from changes import changes, chosen
 from session import Session
-from trialign.algorithms.config import RewardConfig
 from trialign.algorithms.rounds import write_rows
 from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.safetensors_io import sha256
 
 
 class Kept:
     """JSONL files in a folder of the run's. Collective, as all its methods are.
 
-    Parts of other work, or of files that have changed since, are not gone on with but deleted.
-
     Args:
         name: of the folder.
-        asked: knobs that the parts depend on.
-        files: files and folders that they depend on; those that are not there say nothing.
+        asked: options and sections that the parts depend on.
+        files: the data they depend on; what is not there, or no file, is passed over.
     """
 
-    def __init__(self, session: Session[Any], name: str, asked: Mapping[str, Any], files: Iterable[str]):
+    def __init__(self, session: Session[Any], name: str, asked: Iterable[str], files: Iterable[str]):
         self.session, self.folder = session, session.folder / name
-        facts = [{"asked": asked, "files": [stamp for file in dict.fromkeys(files) for stamp in stamps(Path(file))]}]
-        self.facts = json.loads(json.dumps(facts))
-        if self.read("asked") != self.facts:
-            self.drop()
+        self.facts = chosen(session.facts, tuple(asked))
+        self.facts["contents"]["files"] = session.together(lambda: {f: content(Path(f)) for f in dict.fromkeys(files)})
+
+    def check(self) -> None:
+        """Refuses parts of other work, or of files that have changed since.
+
+        Raises:
+            ValueError: on every rank; names what is another.
+        """
+        kept = self.read("asked")
+        found = changes(kept[0], self.facts, self.session.name, strict=False) if kept else []
+        if found:
+            raise ValueError(
+                f"{'; '.join(found)}: what {self.folder} keeps was made with another; --run.overwrite True deletes it,"
+                " another run.output begins anew"
+            )
 
     def read(self, name: str) -> list[Any] | None:
         """The rows of a part, on every rank; None where it is not there."""
@@ -48,18 +59,22 @@ class Kept:
 
     def write(self, name: str, rows: Iterable[Any]) -> None:
         """Keeps a part, the main rank's."""
+        self.session.hold()
 
         def write() -> None:
             if not self.folder.exists():
-                write_rows(self.folder / "asked.jsonl", self.facts)
+                write_rows(self.folder / "asked.jsonl", [self.facts])
             write_rows(self.folder / f"{name}.jsonl", rows)
 
         self.session.together(lambda: write() if self.session.mesh.is_main else None)
 
-    def drop(self) -> None:
-        """Deletes all parts."""
-        if self.session.mesh.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def drop(self, but: Sequence[str] = ()) -> None:
+        """Deletes all parts, but those of these names."""
+        if self.session.mesh.is_main and self.folder.is_dir():
+            for path in [path for path in self.folder.iterdir() if path.stem not in but]:
+                path.unlink()
+            if not but:
+                self.folder.rmdir()
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -68,12 +83,7 @@ def read_jsonl(path: Path) -> list[Any]:
         return [json.loads(line) for line in file]
 
 
-def stamps(path: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of the last change in ns) of a file, or of every file in a folder."""
+def content(path: Path) -> dict[str, str]:
+    """SHA-256 of a file, or of every file in a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-
-
-def scorer_files(reward: RewardConfig) -> list[str]:
-    """The files of reward functions and the folders of reward models."""
-    return [*(spec.rpartition(":")[0] for spec in reward.functions), *reward.models]
+    return {str(file.relative_to(path.parent)): sha256(file) for file in files if file.is_file()}

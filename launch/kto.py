@@ -58,7 +58,8 @@ class References:
         self.others = [mismatched(*two, config.data.max_tokens) for two in zip(drawn, partners, strict=True)]
         unseen = [row.sample for row in self.data.held_out]
         asked = drawn + self.others + unseen
-        sums = work.reference_sums(asked, lambda role: sums_of(role, asked, config.update))
+        read = lambda role, part: sums_of(role, part, config.update)  # noqa: E731
+        sums = work.reference_sums(asked, lambda sample: (sample,), read)
         self.sums, self.other_sums, self.unseen_sums = sums.split([len(drawn), len(drawn), len(unseen)])
 
     def _row(self, place: tuple[int, int]) -> Labelled:

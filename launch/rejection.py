@@ -14,7 +14,6 @@ import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import shutil
 import sys
-from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
@@ -81,7 +80,9 @@ class Run(Answering):
         steps is done: what is written next is the checkpoint after its first ones.
         """
         path, begun = session.folder / "rounds" / f"round_{number}.jsonl", session.step % self.per_round > 0
-        resumed = bool(self.config.run.resume) and session.step == self.first_step
+        resumed = session.record is not None and session.step == self.first_step
+        if resumed and not begun:  # to be answered in another way
+            resumed = not any(change.startswith(("model.", "rollout.", "reward.")) for change in session.changes)
         mine = read_round(path) if resumed and self.mesh.is_main and path.exists() else None
         kept = gather_objects(mine, self.mesh.world)[0]
         if kept is None and begun:
@@ -157,22 +158,14 @@ def main(session: Session[RejectionConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and the table of answers in the run's folder."""
     run = Run(session)
     learners = {"actor": (run.learner, run.config.model.path)}
+    if session.checkpoint is None and session.changes and session.mesh.is_main:  # answered in another way
+        shutil.rmtree(session.folder / "rounds", ignore_errors=True)
     session.begin(learners, run.parts, run.steps, about=f"{run.about}; {run.per_round} steps a round", facts=FACTS)
     run.first_step = session.step
-    if not run.config.run.resume and session.mesh.is_main:
-        forget(session.folder / "rounds")
     before = session.remember("before.json", run.answer_shown)
     run.shown = run.shown[: len(before)]  # a resume may ask for more
     train(run, session)
     session.finish(PANELS, completion_table(before[: len(run.shown)], run.answer_shown()))
-
-
-def forget(rounds: Path) -> None:
-    """Sets the rounds of an earlier run in the folder aside, as the session does with its checkpoints."""
-    if rounds.exists():
-        aside = rounds.with_name("rounds_of_the_run_before")
-        shutil.rmtree(aside, ignore_errors=True)
-        rounds.rename(aside)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import gc
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ import ppo
 import reward
 import sft
 from html_report import page
+from run_folder import write_whole
 from session import Session, start
 from trialign.algorithms.build import load_tokenizer, read_shape
 from trialign.algorithms.config import RunConfig
@@ -39,7 +38,7 @@ from trialign.algorithms.labelling import read_labelled, split_prompts
 from trialign.algorithms.rlhf_config import RLHFConfig, Stages, check_rlhf, prompt_files, stages
 from trialign.algorithms.rollout import Scorer
 from trialign.algorithms.rounds import as_line, write_rows
-from trialign.engine.config import flatten, to_toml
+from trialign.engine.config import flatten
 from trialign.engine.logging import read_metrics
 from trialign.engine.parallel.collectives import gather_objects
 
@@ -50,8 +49,6 @@ MAINS: dict[str, Callable[[Session[Any]], None]] = {
     "ppo": ppo.main,
     "evaluation": evaluate.main,
 }
-LEFT = ("prompts", "stages.json", "report.html", *Stages._fields)
-"""What a run leaves in its folder beside its config."""
 
 
 def main(session: Session[Any]) -> None:
@@ -84,36 +81,29 @@ def prepare(session: Session[Any]) -> None:
     scorer.close()
 
     def lay_out() -> None:
-        if config.run.resume and not (session.folder / "config.toml").is_file():
-            raise ValueError(f"run.resume={config.run.resume}: there is no run, config.toml is missing")
-        if config.run.resume:
-            same_as_finished(config, finished_here(session.folder))
+        same_as_finished(config, finished_here(session.folder))
         sides = split_prompts(config.prompts, config.run.seed)
-        if not config.run.resume:
-            set_aside(session.folder)
         for path, rows in zip(map(Path, prompt_files(config)), sides, strict=True):
-            if not path.exists():
+            if session.record is None or not path.exists():
                 write_rows(path, rows)
             elif path.read_text(encoding="utf-8") != "".join(map(as_line, rows)):
                 raise ValueError(
                     f"prompts.sources={config.prompts.sources}: their rows, or how they are split, have changed since"
                     f" the run began with those in {path}; a new run.output begins anew"
                 )
-        save_run_config(config, session.folder)
 
     session.together(lambda: lay_out() if session.mesh.is_main else None)
     for stage in (stages(config).preferences, stages(config).ppo, stages(config).evaluation):
         session.together(lambda stage=stage: PromptDataset(stage.data, tokenizer))
+    session.hold()
 
 
 def run_stage(session: Session[Any], name: str, config: Any) -> None:
     """A stage from its beginning or from its newest checkpoint to its end, noted in stages.json. Collective."""
     folder, began = session.folder / name, time.time()
-    saved = session.mesh.is_main and any((folder / "checkpoints").glob("step_*"))
-    if gather_objects(saved, session.mesh.world)[0]:
-        config = replace(config, run=replace(config.run, resume=str(folder)))
     with ExitStack() as stack:
         stage = Session(config, session.mesh, stack, name, session.stopping)
+        stage.open(f"{name}.")
         MAINS[name](stage)
     fact = {
         "seconds": time.time() - began + seconds_before(folder / "metrics.jsonl", began),
@@ -146,9 +136,8 @@ def finished_here(folder: Path) -> dict[str, Any]:
 
 def own_knobs(config: RLHFConfig, name: str) -> dict[str, Any]:
     """The knobs a stage's result depends on, as JSON has them; layouts change no result."""
-    flat = {"run.seed": config.run.seed} | flatten(config.model, "model.") | flatten(getattr(config, name), f"{name}.")
-    if name != "sft":
-        flat |= flatten(config.prompts, "prompts.")
+    flat = {"run.seed": config.run.seed, "model.dtype": config.model.dtype}
+    flat |= flatten(getattr(config, name), f"{name}.")
     return json.loads(json.dumps(flat))
 
 
@@ -163,35 +152,10 @@ def same_as_finished(config: RLHFConfig, done: dict[str, Any]) -> None:
                 )
 
 
-def set_aside(folder: Path) -> None:
-    """Moves what an earlier run left into a folder of its own, so that nothing of it is taken for the new run's."""
-    used = [folder / name for name in LEFT if (folder / name).exists()]
-    aside = folder / "the_run_before"
-    if used:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    for path in used:
-        path.rename(aside / path.name)
-
-
-def save_run_config(config: RLHFConfig, folder: Path) -> None:
-    """Writes the config that a resume starts from."""
-    whole = replace(config, run=replace(config.run, output=str(folder), resume=""))
-    write_whole(folder / "config.toml", to_toml(whole))
-
-
 def seconds_before(metrics: Path, now: float) -> float:
     """Seconds of the steps that were made before `now`, where a stage was resumed."""
     steps = read_metrics(metrics) if metrics.exists() else []
     return sum(step.get("seconds/step", 0.0) for step in steps if step["time"] < now)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file aside and swaps it in whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 if __name__ == "__main__":

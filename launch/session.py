@@ -19,16 +19,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import failing
+import run_folder
 import torch
+from changes import Facts, changes, facts_of
 from report import Panel, plot
 from safe_points import SafePoints
 from stopping import Stopping
@@ -37,8 +40,7 @@ from trialign.algorithms.config import DataConfig, ModelPaths, ParallelConfig, R
 from trialign.algorithms.nonfinite import check_states
 from trialign.algorithms.roles import Learner
 from trialign.engine import checkpoint
-from trialign.engine.config import flatten, parse
-from trialign.engine.config import save as save_config
+from trialign.engine.config import absolute, flatten, parse, to_toml
 from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.logging import MetricLog
 from trialign.engine.mesh import Mesh
@@ -48,7 +50,10 @@ from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.sole_writer import sole_writer
 from trialign.models.adapter import adapter_facts, export_adapter, has_peft_form, same_adapter
 from trialign.models.export import ExportRole, assets, export_checkpoint
-from world import is_main, mesh_of, world_size
+from world import is_main, mesh_of, node, world_size
+
+DISK_WAIT = 60.0
+"""Seconds until a node sees a file that another one wrote: NFS keeps what it knows of a folder for so long."""
 
 
 class Common(Protocol):
@@ -92,7 +97,7 @@ def start(
         check: cross-checks of the config that read no file, given the world's size.
         name: of the script and of its plot.
     """
-    config = parse(cls, argv, prog=f"{name}.py", quiet=not is_main())
+    config = absolute(parse(cls, argv, prog=f"{name}.py", quiet=not is_main()))
     try:
         check_time_limits(config, config.run.timeout)
         check(config, world_size())
@@ -102,8 +107,11 @@ def start(
     try:
         with stopping, mesh_of(config.parallel, config.run.timeout, stopping) as mesh, ExitStack() as stack:
             session = Session(config, mesh, stack, name, stopping)
-            session.together(lambda: stack.enter_context(sole_writer(session.folder)) if mesh.is_main else None)
-            main(session)
+            lock = sole_writer(session.folder)
+            session.same_disk(session.together(lambda: stack.enter_context(lock) if mesh.is_main else ""))
+            session.open()
+            if not session.finished():
+                main(session)
     except Exception as error:
         failing.leave(error, stopping.watchdog)
 
@@ -115,6 +123,9 @@ class Session(Generic[Config]):
         step: steps that are done, of `total`; `saved`: of the newest checkpoint.
         about: the data in a few words, once it is read.
         stack: what is to be closed when the script ends is entered here.
+        record: of the run that goes on in this folder (run_folder.py); None where one begins.
+        checkpoint: that the run goes on from; None where it has none yet.
+        changes: options that are others than before, a text each.
         progress: the live display.
         phases: there after `begin`.
     """
@@ -128,6 +139,131 @@ class Session(Generic[Config]):
         self.learners: Mapping[str, tuple[Learner, str]] = {}
         self.parts: Mapping[str, Stateful] = {}
         self.safe_points: SafePoints | None = None
+        self.record: dict[str, Any] | None = None
+        self.checkpoint: Path | None = None
+        self.changes: list[str] = []
+        self._held = False
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the run depends on. Collective where it is first asked for."""
+        try:
+            return facts_of(self.config, self.mesh, partial(self.together, name="digests of the models' files"))
+        except ValueError as error:  # the same on every rank
+            failing.leave_together(f"error: {error}", self.mesh.is_main)
+
+    def same_disk(self, token: str) -> None:
+        """Refuses a run whose folder a rank does not see. Collective.
+
+        Args:
+            token: the main rank's, which the folder's lock holds.
+        """
+        token, lock = gather_objects(token, self.mesh.world)[0], self.folder / ".lock"
+        deadline = time.monotonic() + DISK_WAIT
+        seen = self.mesh.is_main  # it would lose its lock, were it to open the file and close it
+        while not seen and time.monotonic() < deadline:
+            seen = lock.is_file() and lock.read_text() == token
+            time.sleep(0 if seen else 0.2)
+        looked = gather_objects((seen, node()[0], str(self.folder.absolute())), self.mesh.world)
+        blind = next(((rank, host, path) for rank, (there, host, path) in enumerate(looked) if not there), None)
+        if blind is not None:
+            rank, host, path = blind
+            failing.leave_together(
+                f"error: run.output={self.folder}: node {host} (rank {rank}) does not see in {path} what node"
+                f" {looked[0][1]} writes to {looked[0][2]}: the folder must be on a disk that all nodes share",
+                self.mesh.is_main,
+            )
+
+    def open(self, prefix: str = "") -> None:
+        """Finds out whether the run begins or goes on, and from where; refuses what may not change. Collective.
+
+        Args:
+            prefix: of the options' names in messages.
+        """
+        main, root = self.mesh.is_main, self.folder / "checkpoints"
+        record = self.together(lambda: run_folder.found(self.folder, self.name, self.config.run) if main else None)
+        self.record, saved = gather_objects((record, any(root.glob("step_*"))), self.mesh.world)[0]
+        if self.record is None:
+            return
+        if saved:
+            try:
+                self.checkpoint = checkpoint.latest(root, self.mesh)
+            except ValueError as error:
+                failing.leave_together(f"error: {error}", main)
+        before = self.record["facts"]
+        if self.checkpoint is not None:
+            before = checkpoint.read_state(self.checkpoint).get("facts", before)
+        strict = self.checkpoint is not None or self.name in ("evaluate", "rlhf")
+        try:
+            self.changes = changes(before, self.facts, self.name, strict=strict, prefix=prefix)
+        except ValueError as error:
+            failing.leave_together(f"error: {error}", main)
+
+    @property
+    def left(self) -> dict[str, str]:
+        """What it is -> path in the folder, of a run that has ended and whose files are there."""
+        files = self.record["finished"].get("files", {}) if self.record else {}
+        return files if all((self.folder / path).exists() for path in files.values()) else {}
+
+    def finished(self) -> bool:
+        """Whether all steps are made, and nothing is asked for in another way than when they were; says so then.
+
+        A run that is to go on in another way, and has no checkpoint any more, is refused.
+        """
+        step = self.record["finished"].get("step") if self.record else None
+        if not self.left or not step or self.checkpoint is not None and self.checkpoint.name != f"step_{step}":
+            return False
+        if self.changes and self.checkpoint is None:
+            failing.leave_together(
+                f"error: {self.folder}: the run has ended at step {step} and its checkpoints are gone: it cannot go on"
+                f" with {'; '.join(self.changes)}; another run.output begins anew",
+                self.mesh.is_main,
+            )
+        if not self.changes:
+            self.tell_end()
+        return not self.changes
+
+    def tell_end(self) -> None:
+        """Says that the run has ended, what it left, and how to begin anew."""
+        step = self.record["finished"]["step"] if self.record else 0
+        if self.mesh.is_main:
+            print(f"{self.folder}: this run has ended{f' at step {step}' * bool(step)}")
+            for name, path in self.left.items():
+                print(f"{name + ':':<6} {self.folder / path}")
+            print("to begin anew: --run.overwrite True, or another run.output" + "; to go on: more steps" * bool(step))
+
+    def hold(self) -> None:
+        """Makes the folder one that holds this run, with the config that a resume starts from. Collective."""
+        if not self._held:
+            self._held, facts = True, self.facts
+            self.together(lambda: self._hold(facts) if self.mesh.is_main else None)
+
+    def _hold(self, facts: Facts) -> None:
+        config: Any = absolute(self.config)
+        own = {"output": str(self.folder.absolute()), "resume": "", "overwrite": False}
+        own = {key: value for key, value in own.items() if hasattr(config.run, key)}
+        run_folder.write_whole(self.folder / "config.toml", to_toml(replace(config, run=replace(config.run, **own))))
+        run_folder.write(self.folder, {"script": self.name, "facts": facts, "finished": {}})
+
+    def agree(self, value: Any) -> None:
+        """Refuses ranks that differ in `value`, what was read of the data, say. Collective."""
+        read = gather_objects((node()[0], value), self.mesh.world)
+        for rank, (host, other) in enumerate(read):
+            if other != read[0][1]:
+                failing.leave_together(
+                    f"error: node {host} (rank {rank}) has read other data than node {read[0][0]}: {other}, there"
+                    f" {read[0][1]}",
+                    self.mesh.is_main,
+                )
+
+    def done(self, **files: str) -> None:
+        """Notes that the run has ended, and what it left. For the main rank.
+
+        Args:
+            files: what it is -> path in the folder.
+        """
+        ended = {"step": self.step, "files": files}
+        run_folder.write(self.folder, {"script": self.name, "facts": self.facts, "finished": ended})
 
     def together(self, work: Callable[[], Result], name: str = "") -> Result:
         """What `work` gives, on every rank; where it fails on any, every rank leaves and one of them says why.
@@ -169,9 +305,10 @@ class Session(Generic[Config]):
         """
         self.learners, self.parts, self.total, self.about = learners, parts, steps, about
         config, main = self.config, self.mesh.is_main
-        if config.run.resume:
-            self._resume()
-        self.together(lambda: self._prepare() if main else None)
+        self.agree({name: part.state() for name, part in parts.items()})
+        if self.checkpoint is not None:
+            self._load(self.checkpoint)
+        self.hold()
         dtype = getattr(torch, config.model.dtype)
         self.safe_points = SafePoints(self.stopping, self.mesh, config.run.grace, self._state_of_parts, self._save)
         peak = matmul_peak(dtype, self.mesh.device)
@@ -180,6 +317,8 @@ class Session(Generic[Config]):
         self.log = self.together(lambda: self.stack.enter_context(MetricLog(self.folder, **options)))
         self.progress.start(steps, done=self.step, facts=facts)
         self.progress.say(f"{self.folder}: {about}; {self.mesh}; {config.model.dtype}; from step {self.step}")
+        if self.changes:
+            self.progress.say(f"resumed with {'; '.join(self.changes)}")
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -241,6 +380,7 @@ class Session(Generic[Config]):
             self.progress.close()
             for text in shown:
                 self.progress.say(text)
+            self.done(model=exported.name, plot=picture.name)
             self.progress.say(f"model: {exported}\nplot:  {picture}")
 
     def _state_of_parts(self) -> dict[str, Any]:
@@ -252,6 +392,7 @@ class Session(Generic[Config]):
             return
         state = {
             "step": self.step,
+            "facts": self.facts,
             "optimizer_steps": {role: learner.optimizer.steps for role, (learner, _) in self.learners.items()},
             "parts": dict(parts),
             "adapters": {role: adapter_facts(learner.model, base) for role, (learner, base) in self.learners.items()},
@@ -270,44 +411,27 @@ class Session(Generic[Config]):
             checkpoint.save(root, self.step, entries, state, self.mesh, keep=keep, assets=files)
         self.saved = self.step
 
-    def _resume(self) -> None:
-        """Goes on from the newest whole checkpoint, written in any layout."""
-        path = checkpoint.latest(self.folder / "checkpoints", self.mesh)
+    def _load(self, path: Path) -> None:
+        """Goes on from a checkpoint, written in any layout."""
         entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
         adapters = checkpoint.read_state(path).get("adapters", {})
         for role, (learner, base) in self.learners.items():
             same_adapter(adapters.get(role), learner.model, base)
         state = checkpoint.load(path, entries, self.mesh)
         for name, part in self.parts.items():
-            if name not in state["parts"]:
-                raise ValueError(
-                    f"{path}: saved without {name}, which this config asks for; it holds {', '.join(state['parts'])}"
-                )
-            part.load_state(state["parts"][name])
+            if name in state["parts"]:  # what an option has only now brought in begins as in a new run
+                part.load_state(state["parts"][name])
         for role, (learner, _) in self.learners.items():
             learner.optimizer.loaded(state["optimizer_steps"][role])
         self.step = self.saved = state["step"]
 
-    def _prepare(self) -> None:
-        """Makes the run's folder and writes the config that a resume starts from.
-
-        A new run in a used folder sets the old run's checkpoints aside, so that no resume takes them for its own.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        used = self.folder / "checkpoints"
-        if not self.config.run.resume and used.exists():
-            shutil.rmtree(self.folder / "checkpoints_of_the_run_before", ignore_errors=True)
-            used.rename(self.folder / "checkpoints_of_the_run_before")
-        config: Any = self.config
-        whole = replace(config, run=replace(config.run, output=str(self.folder), resume=""))
-        aside = self.folder / "config.toml.new"
-        save_config(whole, aside)
-        os.replace(aside, self.folder / "config.toml")
-
     def _export(self, role: ExportRole) -> Path:
-        """The last checkpoint's model as a Hugging Face folder, its average beside it; written whole, then swapped."""
+        """The last checkpoint's model as a Hugging Face folder, its average beside it; written whole, then swapped.
+        An adapter or an average that an earlier run left is none of this model's."""
         last = self.folder / "checkpoints" / f"step_{self.step}"
         averaged = self.learners[role][0].optimizer.ema_decay > 0
+        for name in ("model_ema", "adapter"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         for weights in ("master", "ema") if averaged else ("master",):
             folder = self.folder / ("model" if weights == "master" else "model_ema")
             aside = folder.with_name(f"{folder.name}.new")
@@ -317,6 +441,5 @@ class Session(Generic[Config]):
             aside.rename(folder)
         model = self.learners[role][0].model
         if model.lora is not None and has_peft_form(model.config, model.lora):  # beside the model they are merged into
-            shutil.rmtree(self.folder / "adapter", ignore_errors=True)
             export_adapter(last, self.folder / "adapter", role=role)
         return self.folder / "model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +31,16 @@ def world_size() -> int:
 def is_main() -> bool:
     """True on the rank that prints, known before any process group is."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def restarted() -> bool:
+    """True where torchrun (--max-restarts) or SLURM (requeue) has started this very command before."""
+    return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def node() -> tuple[str, str]:
+    """The node that this rank is on: host name, and number of the torchrun agent (one host may have several)."""
+    return socket.gethostname(), os.environ.get("GROUP_RANK", "0")
 
 
 def pick_device(wanted: str) -> torch.device:

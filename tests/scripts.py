@@ -80,10 +80,11 @@ def kill_after(file: str, folder: Path, script: str, *arguments: object) -> None
 
 
 def digests(run: Path, step: int) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint that training fills."""
+    """SHA-256 of each file of a checkpoint that training fills; of its state without what the run was asked for."""
     last = run / "checkpoints" / f"step_{step}"
-    files = [*sorted(last.glob("*.safetensors")), last / "state.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.glob("*.safetensors"))}
+    state = json.loads((last / "state.json").read_text())
+    return sums | {"state.json": json.dumps({name: value for name, value in state.items() if name != "facts"})}
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

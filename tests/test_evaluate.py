@@ -114,7 +114,8 @@ threshold = 5.5
 def run(setting: Path, name: str, *arguments: object, ranks: int = 1) -> tuple[str, list[dict], dict]:
     """What was printed, the lines of completions.jsonl, and results.json."""
     out = setting / name
-    said = succeed("evaluate", "--config", setting / "config.toml", "--run.output", out, *arguments, ranks=ranks)
+    where = ("--run.output", out, "--run.resume", "auto")
+    said = succeed("evaluate", "--config", setting / "config.toml", *where, *arguments, ranks=ranks)
     lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
     return said, lines, json.loads((out / "results.json").read_text())
 
@@ -226,7 +227,11 @@ def test_killed_it_goes_on_behind_the_last_prompts_it_kept(setting, alone):
         for name, number in numbers.items():
             for key, value in number.items():
                 assert results[model][name][key] == (value if value is None else pytest.approx(value, rel=1e-5))
-    assert not (out / "begun").exists()
+    assert [path.name for path in (out / "begun").iterdir()] == ["asked.jsonl"]
+    said, _, _ = run(setting, "killed", "--run.prompts_per_save", 1)
+    assert "this run has ended" in said and str(out / "results.json") in said
+    other = launch("evaluate", *one_by_one, "--run.resume", "auto", "--rollout.top_k", 3)
+    assert other.returncode != 0 and "error: rollout.top_k=3 (was 0): may not change" in other.stderr
 
 
 @pytest.fixture
@@ -264,21 +269,24 @@ def unheard(scripts) -> Any:
 
 
 def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
-    config: Any = SimpleNamespace(run=SimpleNamespace(folder=str(tmp_path)))
     file, text = tmp_path / "data.jsonl", "a\u2028b\x85c"
     file.write_text("x")
 
-    def kept(asked: int) -> Any:
+    def kept(seed: int, show: int = 0) -> Any:
+        config = parse(EvaluateConfig, options(run_output=tmp_path, run_seed=seed, run_show=show))
         session = scripts.session.Session(config, build_mesh(), ExitStack(), "s", unheard(scripts))
-        return scripts.kept.Kept(session, "begun", {"asked": asked}, [str(file), str(tmp_path / "nowhere")])
+        return scripts.kept.Kept(session, "begun", ("run.seed",), [str(file), str(tmp_path / "nowhere")])
 
     assert kept(1).read("part_0") is None
     kept(1).write("part_0", [text, (1, None)])
+    kept(1, show=3).check()
     assert kept(1).read("part_0") == [text, [1, None]] and kept(1).read("part_1") is None
-    assert kept(2).read("part_0") is None
-    kept(1).write("part_0", [text])
-    file.write_text("y.")
-    assert kept(1).read("part_0") is None
+    with pytest.raises(ValueError, match=r"run.seed=2 \(was 1\): what .*begun keeps"):
+        kept(2).check()
+    file.write_text("y")
+    with pytest.raises(ValueError, match="data.jsonl is another"):
+        kept(1).check()
+    assert kept(1).read("part_0") == [text, [1, None]]
     answer = Answer(text, "", text, 0.0, {}, "stop", "", [1], [2])
     write_round(tmp_path / "round.jsonl", [answer] * 2)
     assert read_round(tmp_path / "round.jsonl") == [answer] * 2

@@ -83,7 +83,7 @@ def test_the_script_measures_every_prompt_with_an_answer_to_another(tiny, tmp_pa
         rows=LabelledStream(config.data, tiny, STOP),
         steps=3,
         batch_size=2,
-        reference_sums=lambda asked, read: torch.arange(float(len(asked))),
+        reference_sums=lambda asked, samples, read: torch.arange(float(len(asked))),
     )
     references = script.References(work)
     for _ in range(3):

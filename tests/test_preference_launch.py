@@ -154,7 +154,7 @@ def moved(setting, whole) -> None:
     runs = []
     for kind, axis in ((kind, axis) for kind in SCRIPTS for axis in AXES):
         folder = rewound(whole[kind], setting / f"{kind}-{axis}", 1)
-        (folder / "reference.safetensors").unlink(missing_ok=True)  # computed anew, in this layout
+        shutil.rmtree(folder / "reference", ignore_errors=True)  # computed anew, in this layout
         runs.append((SCRIPTS[kind], "--resume", folder, f"--parallel.{axis}", 2))
     succeed_in_turn(runs)
 

@@ -190,26 +190,27 @@ def test_killed_within_a_round_and_resumed_it_ends_bit_for_bit_the_same(setting,
 
 
 def test_a_round_that_was_answered_is_not_answered_again(setting, whole):
-    """Between the last step of a round and the first of the next: the rewards' file is gone, and none is asked."""
+    """Between the last step of a round and the first of the next; but where it is to be answered in another way."""
     import shutil
 
     folder = setting / "between"
     shutil.copytree(whole, folder)
     for step in range(PER_ROUND + 1, STEPS + 1):
         shutil.rmtree(folder / "checkpoints" / f"step_{step}")
-    silent = setting / "silent.py"
-    silent.write_text(
-        "def spread(prompts, completions, **_):\n    assert len(prompts) == 1, 'asked for a round'\n    return [0.0]\n"
-    )
-    other = ("--reward.functions", f"{silent}:spread")
-    succeed("rejection", "--resume", folder, *other)
-    assert digests(folder, STEPS) == digests(whole, STEPS)
+    answers = folder / "rounds" / "round_1.jsonl"
+    made = answers.stat().st_mtime_ns
+    shutil.copytree(folder, setting / "other")
+    succeed("rejection", "--resume", folder)
+    assert digests(folder, STEPS) == digests(whole, STEPS) and answers.stat().st_mtime_ns == made
+    said = succeed("rejection", "--resume", setting / "other", "--rollout.temperature", 0.5)
+    assert "resumed with rollout.temperature=0.5 (was 1.0)" in said
+    assert read_round(setting / "other" / "rounds" / "round_1.jsonl") != read_round(answers)
     shutil.rmtree(folder / "rounds")
     shutil.rmtree(folder / "checkpoints" / f"step_{STEPS}")
     gone = launch("rejection", "--resume", folder)
     assert gone.returncode != 0 and re.search(r"round_1.jsonl: is not there, but the run", gone.stderr), gone.stderr
     changed = launch("rejection", "--resume", folder, "--round.method", "sft")
-    assert changed.returncode != 0 and "the run was begun with rounds of {'method': 'dpo'" in changed.stderr
+    assert changed.returncode != 0 and "error: round.method=sft (was dpo): may not" in changed.stderr
 
 
 @pytest.fixture(scope="module")

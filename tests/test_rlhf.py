@@ -277,8 +277,8 @@ def test_a_finished_stage_keeps_its_config(whole, launched):
 
 def test_a_run_that_is_not_there_is_not_gone_on_with(setting, launched, tmp_path):
     rlhf, session = (importlib.import_module(name) for name in ("rlhf", "session"))
-    words = [*map(str, arguments(setting, "unused")), "--run.resume", str(tmp_path / "nowhere")]
-    with pytest.raises(SystemExit, match="run.resume=.*nowhere: there is no run, config.toml is missing"):
+    words = ["--config", str(setting / "config.toml"), "--run.resume", str(tmp_path / "nowhere")]
+    with pytest.raises(SystemExit, match="run.resume=.*nowhere: there is no run"):
         session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
     assert list(tmp_path.iterdir()) == []
 
