@@ -170,11 +170,11 @@ def render(
         opened: the last message's turn is not ended.
 
     Raises:
-        ValueError: the template refuses them; names the row.
+        ValueError: the template refuses them, or leaves out tools or calls of them; names the row.
     """
     from jinja2 import TemplateError
 
-    try:
+    def write(chat: Sequence[Message], tools: list[Any] | None) -> str:
         text = tokenizer.apply_chat_template(
             list(chat),
             tools=tools,
@@ -182,9 +182,25 @@ def render(
             add_generation_prompt=generation_prompt,
             continue_final_message=opened,
         )
+        assert isinstance(text, str)
+        return text
+
+    try:
+        text = write(chat, tools)
     except (TemplateError, ValueError) as error:
         raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
-    assert isinstance(text, str)
+
+    def is_the_same(chat: Sequence[Message], tools: list[Any] | None) -> bool:
+        try:
+            return text == write(chat, tools)
+        except (TemplateError, ValueError):
+            return False
+
+    if tools and is_the_same(chat, None):
+        raise ValueError(f"{where}: the tokenizer's chat template does not write the row's 'tools'")
+    called = [number for number, message in enumerate(chat) if message.get("tool_calls")]
+    if called and is_the_same([{k: v for k, v in message.items() if k != "tool_calls"} for message in chat], tools):
+        raise ValueError(f"{where}: the tokenizer's chat template does not write the tool calls of message {called[0]}")
     return text
 
 

@@ -448,6 +448,18 @@ def test_templates_that_do_not_tell_turns_apart_are_refused(with_template, tmp_p
         dataset(with_template(strict), path)
 
 
+def test_tools_and_calls_that_the_template_does_not_write_are_refused(with_template, tmp_path):
+    """A call that is left out would be learned as an empty turn."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    asked = {"role": "user", "content": "hi"}
+    calls = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    with pytest.raises(ValueError, match=r"a.jsonl:1: .* tool calls of message 1"):
+        dataset(with_template(UNMARKED), write_jsonl(tmp_path / "a.jsonl", [calls]))
+    tools = {"messages": TWO_TURNS, "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    with pytest.raises(ValueError, match=r"b.jsonl:1: .* 'tools'"):
+        dataset(with_template(UNMARKED), write_jsonl(tmp_path / "b.jsonl", [tools]))
+
+
 def test_messages_or_a_template_that_is_not_there(tiny, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
     with pytest.raises(ValueError, match=":1: 'messages' holds messages: needs data.chat_template=true"):
