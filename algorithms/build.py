@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..engine.checkpoint import Entry
+from ..engine.checkpoint import Entry, read_state
 from ..engine.lr import lr_at
 from ..engine.mesh import Mesh
 from ..engine.optimizer import ShardedAdamW
 from ..engine.parallel.shard import Slot
 from ..models.adapter import check_adapter, check_lora, load_adapter, start_adapter, trained_name
-from ..models.config import HeadKind, ModelConfig, check_layout
+from ..models.config import HeadKind, ModelConfig, check_layout, checkpoint_role, read_json
 from ..models.decoder import Decoder
+from ..models.export import SCORES
 from ..models.hf import load_hf
 from ..models.source import open_source
 from ..models.tokenizer import has_tokenizer, read_tokenizer
@@ -65,6 +66,8 @@ def read_shape(
     if head is not None and shape.head != head:
         wanted = {"lm": "a causal language model", "score": "a model with a score head"}[head]
         raise ValueError(f"{folder} holds a {shape.architecture}: {wanted} is needed")
+    if head == "score":
+        check_scores_responses(folder)
     try:
         check_layout(shape, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep)
         adapters = lora.adapters(shape) if lora is not None else None
@@ -104,6 +107,7 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
     for folder in config.reward.models:
         if shapes[folder].head != "score":
             raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
+        check_scores_responses(folder)
         if not has_tokenizer(folder):
             check_vocabulary(folder, shapes[folder], config.model.path, actor)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
@@ -114,6 +118,17 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: {folder} has positions for {positions}"
             )
     return shapes
+
+
+def check_scores_responses(folder: str) -> None:
+    """Refuses a process reward model where a whole response is to be scored. Raises ValueError."""
+    path = Path(folder)
+    said = read_state(path) if checkpoint_role(path) else read_json(path / "config.json")
+    if said.get(SCORES) == "steps":
+        raise ValueError(
+            f"{folder} is a process reward model, trained at the ends of steps: it has no score for a whole response;"
+            " reward.functions may read it step by step"
+        )
 
 
 def build_decoder(

@@ -56,7 +56,7 @@ def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> 
     by_pairs = config.rows is config.data
     pack: Any = pack_pairs if by_pairs else pack_steps
     work = from_rows(session, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends, read), "score")
-    learner, data = work.learner, work.rows
+    learner, data, session.scores = work.learner, work.rows, "" if by_pairs else "steps"
 
     def measure(batch: Batch) -> dict[str, float]:
         if by_pairs:

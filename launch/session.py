@@ -49,7 +49,7 @@ from trialign.engine.phases import Phases, matmul_peak
 from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.sole_writer import sole_writer
 from trialign.models.adapter import adapter_facts, export_adapter, has_peft_form, same_adapter
-from trialign.models.export import ExportRole, assets, export_checkpoint
+from trialign.models.export import SCORES, ExportRole, assets, export_checkpoint
 from world import is_main, mesh_of, node, world_size
 
 DISK_WAIT = 60.0
@@ -121,6 +121,7 @@ class Session(Generic[Config]):
 
     Attributes:
         step: steps that are done, of `total`; `saved`: of the newest checkpoint.
+        scores: "steps" where a score head learns at the ends of steps, which checkpoints and exports keep.
         about: the data in a few words, once it is read.
         stack: what is to be closed when the script ends is entered here.
         record: of the run that goes on in this folder (run_folder.py); None where one begins.
@@ -139,6 +140,7 @@ class Session(Generic[Config]):
         self.learners: Mapping[str, tuple[Learner, str]] = {}
         self.parts: Mapping[str, Stateful] = {}
         self.safe_points: SafePoints | None = None
+        self.scores = ""
         self.record: dict[str, Any] | None = None
         self.checkpoint: Path | None = None
         self.changes: list[str] = []
@@ -393,6 +395,7 @@ class Session(Generic[Config]):
         state = {
             "step": self.step,
             "facts": self.facts,
+            **({SCORES: self.scores} if self.scores else {}),
             "optimizer_steps": {role: learner.optimizer.steps for role, (learner, _) in self.learners.items()},
             "parts": dict(parts),
             "adapters": {role: adapter_facts(learner.model, base) for role, (learner, base) in self.learners.items()},

@@ -26,6 +26,8 @@ from .tokenizer import made_tokenizer
 from .translate import Target, Translated, translate_config
 
 ExportRole = Literal["actor", "critic", "reward"]
+SCORES = "scores"
+"""Key of a checkpoint's state and of config.json: "steps" where a score head was trained at the ends of steps."""
 """Whose weights of a checkpoint."""
 
 # Of the files that lie in models' folders, those that a model is loaded with; a trainer's and an adapter's are not.
@@ -104,6 +106,7 @@ def export_hf(
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = 5 << 30,
     pad_token: str | None = None,
+    more: Mapping[str, object] | None = None,
 ) -> None:
     """Writes a folder that transformers and vLLM load: whole, or not at all. One tensor at a time is asked for.
 
@@ -114,6 +117,7 @@ def export_hf(
         asset_folder: where tokenizer, chat template and generation config come from.
         shard_bytes: the largest file, unless one tensor is larger.
         pad_token: of the tokenizer; None: its own.
+        more: keys that config.json gets besides.
 
     Raises:
         ValueError: the folder is not empty; a tensor is missing, unknown or of another shape.
@@ -151,7 +155,7 @@ def export_hf(
         copy_assets(asset_folder, aside)
         if pad_token is not None:
             write_padding(aside, pad_token)
-        _write_json(aside / "config.json", config.to_hf_dict(head, str(dtype).removeprefix("torch.")))
+        _write_json(aside / "config.json", config.to_hf_dict(head, str(dtype).removeprefix("torch.")) | (more or {}))
 
 
 def _write_json(path: Path, values: Mapping[str, object]) -> None:
@@ -208,7 +212,8 @@ def export_checkpoint(
     asset_folder = checkpoint / "assets" / role
     config, head = ModelConfig.from_hf(asset_folder), "score" if HEADS["score"].theirs in held else "lm"
     reader.check("state.json")
-    used = read_state(reader.path).get("router_aux_coef", {}).get(role)
+    state = read_state(reader.path)
+    used = state.get("router_aux_coef", {}).get(role)
     if config.moe is not None and used is not None:
         config = replace(config, moe=replace(config.moe, aux_coef=used))
     trained = Lazy(held, lambda name: reader.read(prefix + name))
@@ -225,9 +230,10 @@ def export_checkpoint(
         tensors = Translated(tensors, own, config, head)
     dtype = dtype or own_dtype(reader, prefix, asset_folder)
     pad_token = None
-    if head == "score" and "imported_from" not in read_state(reader.path):  # one that was trained here
+    if head == "score" and "imported_from" not in state:  # one that was trained here
         config, pad_token = score_padding(config, asset_folder)
-    export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype, pad_token=pad_token)
+    more = {SCORES: state[SCORES]} if head == "score" and SCORES in state else {}
+    export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype, pad_token=pad_token, more=more)
 
 
 def own_dtype(reader: Reader, prefix: str, asset_folder: Path) -> torch.dtype:

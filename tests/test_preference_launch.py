@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scripts import AXES, ROOT, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn
 from tiny import tiny_chat_model
-from trialign.algorithms.build import build_decoder
-from trialign.algorithms.config import UpdateConfig
+from trialign.algorithms.build import build_decoder, read_shape
+from trialign.algorithms.config import ParallelConfig, RunConfig, UpdateConfig
 from trialign.algorithms.dialogue import Encoder
 from trialign.algorithms.pair_config import PairData
 from trialign.algorithms.pairs import Pair, read_pairs
@@ -135,6 +135,13 @@ def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(sett
     theirs: Any = names["scores"]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert (ours[::2] > ours[1::2]).float().mean() >= 0.75 and len(set(batch.lengths)) > 2
+
+
+@pytest.mark.parametrize("place", ["model", f"checkpoints/step_{STEPS}"])
+def test_a_process_reward_model_scores_no_whole_responses(whole, place):
+    with pytest.raises(ValueError, match="process reward model"):
+        read_shape(str(whole["process"] / place), ParallelConfig(), RunConfig(), "score")
+    assert read_shape(str(whole["reward"] / place), ParallelConfig(), RunConfig(), "score").head == "score"
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
