@@ -109,7 +109,7 @@ def test_the_table_shows_the_same_prompts_before_and_after_and_what_a_resume_cha
     done = launch(setting, "--resume", str(out), "--run.steps", "3", "--run.show", "4")
     assert done.returncode == 0, done.stderr
     assert "steps = 3" in (out / "config.toml").read_text()
-    assert "resumed with run.show=4 (was 2); run.steps=3 (was 2)" in done.stdout
+    assert "resumed with run.steps=3 (was 2); run.show=4 (was 2)" in done.stdout
 
 
 def test_a_reward_that_turns_to_nan_stops_the_run_and_keeps_its_checkpoints(setting, tmp_path):
