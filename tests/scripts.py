@@ -43,6 +43,11 @@ def launch(script: str, *arguments: object, ranks: int = 1) -> subprocess.Comple
     return _run(command(script, *arguments, ranks=ranks))
 
 
+def times_told(done: subprocess.CompletedProcess[str], message: str) -> int:
+    """How many ranks told an error. torchrun's table of failures, which repeats the first one's, is not counted."""
+    return sum(line.startswith("error: ") and message in line for line in done.stderr.splitlines())
+
+
 def _run(words: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         words, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False

@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scripts import AXES, ROOT, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn
+from scripts import (
+    AXES,
+    ROOT,
+    agree,
+    digests,
+    kill_after,
+    launch,
+    metrics,
+    rewound,
+    succeed,
+    succeed_in_turn,
+    times_told,
+)
 from tiny import tiny_chat_model
 from trialign.algorithms.build import build_decoder, read_shape
 from trialign.algorithms.config import ParallelConfig, RunConfig, UpdateConfig
@@ -197,7 +209,7 @@ def test_what_is_wrong_is_said_once_and_before_anything_is_written(setting, tmp_
     }
     for message, arguments in cases.items():
         done = launch("dpo", *given, *arguments, ranks=2)
-        assert done.returncode != 0 and done.stderr.count(message) == 1, done.stderr
+        assert done.returncode != 0 and times_told(done, message) == 1, done.stderr
         assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import AXES, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn
+from scripts import AXES, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn, times_told
 from tiny import tiny_chat_model
 from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.sft_config import SFTConfig, SFTData, check
@@ -126,7 +126,7 @@ def test_what_is_wrong_is_said_once_and_before_anything_is_written(setting, tmp_
     }
     for message, arguments in cases.items():
         done = launch("sft", *given, *arguments, ranks=2)
-        assert done.returncode != 0 and done.stderr.count(message) == 1, done.stderr
+        assert done.returncode != 0 and times_told(done, message) == 1, done.stderr
         assert not (tmp_path / "run").exists()
 
 
