@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +30,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_ENDED = signal.SIGUSR2  # the kernel sends it when torchrun's agent ends
 END = signal.SIGURG  # from our thread to the main one; ignored by default, so a stray one does no harm
 ONE_REQUEST = 1.0  # seconds: a scheduler signals all processes, and the agent passes it on to its ranks once more
+NOTED = 0.5  # seconds in which the main rank notes a stop, before another's end has the launcher end it
 UNWIND = 5.0  # seconds that the main thread gets to leave, which it does not where it waits within a library
 
 
@@ -63,6 +64,7 @@ class Stopping:
         # Python's own handlers run in the main thread alone, when that comes to it: only the number goes to ours.
         self._handlers = {number: signal.signal(number, _nothing) for number in (*SIGNALS, LAUNCHER_ENDED)}
         self._handlers[END] = signal.signal(END, self._leave)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._lost
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         if self._launched:
             signal_at_end_of_parent(LAUNCHER_ENDED)
@@ -73,6 +75,7 @@ class Stopping:
         for timer in self._timers:
             timer.cancel()
         signal.set_wakeup_fd(self._wakeup)
+        sys.unraisablehook = self._unraisable
         os.write(self._write, b"\0")
         self._thread.join()
         for number, handler in self._handlers.items():
@@ -116,10 +119,8 @@ class Stopping:
     def end(self, code: int, unwind: float = UNWIND) -> None:
         """Ends this process from any thread: its main thread leaves by SystemExit, unless it has no more time to."""
         self._code = code
-        self._timers.append(threading.Timer(unwind, os._exit, (code,)))
-        self._timers[-1].daemon = True
-        self._timers[-1].start()
-        signal.pthread_kill(threading.main_thread().ident or 0, END)
+        self._later(unwind, os._exit, code)
+        self._end_main()
 
     def _asked(self, held: bool) -> None:
         """What follows from a request: where nothing is at hand, the end."""
@@ -129,6 +130,7 @@ class Stopping:
             print(f"{self.asked}: the run stops at its next safe point", file=sys.stderr, flush=True)
         if not held and real:
             self._note()
+            time.sleep(0.0 if self.main else NOTED)
         if not held:
             self.end(GO_ON if real else 1)
 
@@ -137,6 +139,22 @@ class Stopping:
         if self._code is not None and not self._left:
             self._left = True
             raise SystemExit(self._code)
+
+    def _lost(self, what: Any) -> None:
+        """Leaves again where the first time was within a finalizer or a callback, of which Python drops exceptions."""
+        if self._left and isinstance(what.exc_value, SystemExit):
+            self._left = False
+            self._later(0.02, self._end_main)  # not within this hook, which is such a callback too
+        else:
+            self._unraisable(what)
+
+    def _later(self, seconds: float, work: Callable[..., Any], *given: Any) -> None:
+        self._timers.append(threading.Timer(seconds, work, given))
+        self._timers[-1].daemon = True
+        self._timers[-1].start()
+
+    def _end_main(self) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, END)
 
     def _listen(self) -> None:
         while True:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from forked import Forked
-from scripts import ENVIRONMENT, command, digests, metrics
+from scripts import ENVIRONMENT, ROOT, command, digests, metrics
 from tiny import tiny_chat_model
 
 STEPS = 4
@@ -130,6 +131,40 @@ def test_a_second_signal_ends_the_run_at_once_and_its_reward_process_with_it(for
     assert done.codes == [128 + signal.SIGTERM], done.output
     assert "Traceback" not in done.output
     wait_until(lambda: not running(int((setting / "pid").read_text())), "the reward process outlived its run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_while_python_imports_ends_the_run_with_the_same_code(number):
+    process = subprocess.Popen(command("sft"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), "torch is not imported")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (75, "")
+
+
+def test_a_request_within_a_finalizer_is_not_lost(tmp_path):
+    """Python drops exceptions that are raised there."""
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "launch")!r})
+from stopping import Stopping
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+with Stopping(Path({str(tmp_path)!r}), True):
+    try:
+        Finalized()
+        time.sleep(60)
+    finally:
+        print("left in order")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 75 and "left in order" in done.stdout, done.stderr
+    assert "ignored" not in done.stderr and (tmp_path / "STOPPED").exists()
 
 
 @pytest.mark.parametrize("phase", ["loading", "rollout", "score", "update", "checkpoint"])
