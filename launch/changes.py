@@ -80,8 +80,9 @@ def files_of(place: str) -> dict[str, Path]:
     """Name -> path of the files that a model's folder, or PATH:FUNCTION, is read from; none where it is not there."""
     path = Path(place)
     if not place or not path.exists():
-        path = Path(place.rpartition(":")[0])
-        return {path.name: path} if path.is_file() else {}
+        file, _, function = place.rpartition(":")
+        path = Path(file)
+        return {f"{path.name}:{function}": path} if path.is_file() else {}
     if path.is_file():
         return {path.name: path}
     found = assets(path) | {file.name: file for file in path.iterdir() if file.suffix in (".safetensors", ".json")}
@@ -161,7 +162,7 @@ def changes(before: Facts, now: Facts, script: str, *, strict: bool = True, pref
             found[key] = f"{key}={_short(value)} (was {_short(old)})"
     for key, own in now["contents"].items():
         old = before["contents"].get(key, own)
-        if list(old.values()) == list(own.values()):
+        if _sources(old) == _sources(own):
             continue
         found[key] = f"{key}={_short([*own])} (was {_short([*old])})"
         if len(old) == len(own):
@@ -174,6 +175,11 @@ def changes(before: Facts, now: Facts, script: str, *, strict: bool = True, pref
                 f"{prefix}{found[key]}: may not change once a run has begun; another run.output begins anew"
             )
     return list(found.values())
+
+
+def _sources(own: dict[str, Content]) -> list[Any]:
+    """What is in an option's files, or the name where there are none, as module:function has none."""
+    return [content or place for place, content in own.items()]
 
 
 def chosen(facts: Facts, names: Iterable[str]) -> Facts:

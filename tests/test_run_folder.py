@@ -16,6 +16,7 @@ from conftest import ROOT
 from harness import run_ranks
 from scripts import ENVIRONMENT, command, digests, kill_after, metrics, options, succeed
 from tiny import tiny_chat_model, tiny_llama
+from trialign.algorithms.ppo_config import PPOConfig
 from trialign.algorithms.sft_config import SFTConfig, check
 from trialign.engine.config import load, parse
 from trialign.engine.mesh import build_mesh
@@ -256,6 +257,24 @@ def on_nodes(rank: int, world: int, folder: Path) -> str:
         return ""
     except ValueError as error:
         return str(error)
+
+
+def test_another_function_is_another_reward(setting, monkeypatch):
+    """Of the same file, and of a module, which has no file here."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    changes = importlib.import_module("changes")
+
+    def told(before: str, now: str) -> list[str]:
+        configs = [parse(PPOConfig, options(reward_functions=spec)) for spec in (before, now)]
+        facts = [changes.facts_of(config, build_mesh(), lambda work, **_: work()) for config in configs]
+        return changes.changes(*facts, "ppo")
+
+    reward = f"{setting}/reward.py"
+    assert told(f"{reward}:once", f"{reward}:once") == told("os:getpid", "os:getpid") == []
+    assert told(f"{reward}:once", f"{setting}/./reward.py:once") == []
+    for before, now in ((f"{reward}:once", f"{reward}:twice"), ("os:getpid", "os:getppid")):
+        (change,) = told(before, now)
+        assert f"reward.functions={now} (was {before})" in change
 
 
 def test_nodes_whose_models_differ_are_named(setting, tmp_path):
