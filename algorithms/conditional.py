@@ -5,7 +5,7 @@ The model learns which answers earn which reward; asked with the best one, it an
 
 from __future__ import annotations
 
-import math
+import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +66,8 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
         if not any(message["role"] == "user" for message in dialogue.messages):
             raise ValueError(f"{where}: no user's turn to write the reward into")
         reward = column(where, row, config.reward_key, "data.reward_key") if given else None
-        if given and (isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward)):
+        number = isinstance(reward, int | float) and not isinstance(reward, bool)
+        if given and not (number and abs(reward) <= sys.float_info.max):  # an integer may be larger than any float
             raise ValueError(f"{where}: {config.reward_key!r} must be a finite number, not {brief(reward)}")
         own = (config.prompt_key, config.response_key)
         fields = {key: value for key, value in row.items() if key not in own}

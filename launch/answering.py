@@ -103,7 +103,7 @@ class Answering:
         return self.scorer(rollouts, batch, self.models, shares)
 
     def say_failures(self, session: Session) -> None:
-        """One line for each scorer's reason to abstain."""
+        """One line for each scorer's reason to abstain; before an error says that nothing is left to learn from."""
         for reason in self.scorer.failures():
             session.progress.say(f"abstains: {reason}")
 
@@ -122,7 +122,7 @@ def summary(
     Answers without a score are in none of the means; `abstained` counts them. A reward's mean is over the answers that
     it applies to; it is left out of a step in which there is none.
     """
-    by_name = {f"reward/{Path(name).name}": _mean(values) for name, values in scores.items()}
+    by_name = {f"reward/{name}": _mean(v) for name, v in zip(short_names(list(scores)), scores.values(), strict=True)}
     count = len(rollouts)
     lengths = [len(rollout.tokens) for rollout in rollouts]
     missing = sum(score != score for score in combined)
@@ -135,6 +135,13 @@ def summary(
         "response_length_max": max(lengths),
         "finished": sum(rollout.finish == "stop" for rollout in rollouts) / count,
     }
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The ends of paths and addresses, all different, as short as they can be: most reward models are called model."""
+    parts = [Path(name).parts for name in names]
+    ends = [["/".join(own[-count:]) for own in parts] for count in range(1, max(map(len, parts), default=1) + 1)]
+    return next((short for short in ends if len(set(short)) == len(names)), list(names))
 
 
 def _mean(values: Sequence[Score]) -> float:

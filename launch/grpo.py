@@ -59,6 +59,7 @@ class Run(Answering):
             with session.phases("score") as phase:  # rollout -> rewards
                 given = self.scores(rollouts, config.grpo.micro_batch_size)
                 here = self.scorer.combined(given)
+                self.say_failures(session)
                 rewards = self.shaper(here, [rollout.finish == "stop" for rollout in rollouts])
                 phase.flops = forward_flops(self.shape, batch.lengths) * len(self.roles.rewards)
             pool.add(make_groups(rollouts, here, rewards, config))
@@ -94,7 +95,6 @@ def train(run: Run, session: Session[GRPOConfig]) -> None:
         with phases("sync"):  # weights -> generator
             run.generator.load(roles.actor.model)
 
-        run.say_failures(session)
         session.end_step(metrics, tokens=len(batch.tokens))
 
 

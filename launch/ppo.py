@@ -69,6 +69,7 @@ def train(run: Run, session: Session[PPOConfig]) -> None:
         with phases("score") as phase:  # rollout -> rewards, reference logprobs, values
             scores = run.scorer(rollouts, batch, roles.rewards, shares)
             combined = run.scorer.combined(scores)
+            run.say_failures(session)
             rewards = run.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
             batch = score(without(batch, torch.tensor(rewards)), roles, config, shares)
             body = forward_flops(run.shape, batch.lengths)
@@ -88,7 +89,6 @@ def train(run: Run, session: Session[PPOConfig]) -> None:
         with phases("sync"):  # weights -> generator
             run.generator.load(roles.actor.model)
 
-        run.say_failures(session)
         session.end_step(metrics | summary(rollouts, scores, combined, rewards), tokens=len(batch.tokens))
 
 

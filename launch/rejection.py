@@ -99,6 +99,7 @@ class Run(Answering):
         with session.phases("score") as phase:  # answers -> rewards
             scores = self.scores(rollouts, self.config.update.micro_batch_size)
             combined = self.scorer.combined(scores)
+            self.say_failures(session)
             rewards = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
             texts = texts_of(rollouts, self.tokenizer)
             answers = make_answers(rollouts, texts, rewards, scores, self.config.round.method)
@@ -106,7 +107,6 @@ class Run(Answering):
             phase.tokens = sum(lengths)
         if self.mesh.is_main:
             write_round(path, answers)
-        self.say_failures(session)
         best = [answer.reward for answer in answers if answer.picked == "best" and answer.reward is not None]
         about = {"reward_picked": fmean(best), "picked": sum(bool(answer.picked) for answer in answers)}
         return answers, summary(rollouts, scores, combined, rewards) | about

@@ -100,6 +100,10 @@ def test_equal_rewards_share_a_bucket_and_buckets_are_equally_full():
         ({"prompt": "a", "response": "b"}, r"rows.jsonl:1: no column 'reward' \(data.reward_key\)"),
         ({"prompt": "a", "response": "b", "reward": "9"}, "rows.jsonl:1: 'reward' must be a finite number, not '9'"),
         ({"prompt": "a", "response": "b", "reward": True}, "rows.jsonl:1: 'reward' must be a finite number, not True"),
+        (
+            {"prompt": "a", "response": "b", "reward": 10**400},
+            "rows.jsonl:1: 'reward' must be a finite number, not 1000",
+        ),
         ({"prompt": "a", "response": " ", "reward": 1}, "rows.jsonl:1: 'response' is empty"),
     ],
 )

@@ -1,24 +1,29 @@
 """Rows that a reward function cannot score are refused by file and row, before a model is loaded, by every script."""
 
+import importlib
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from samples import write_jsonl
 from scripts import ROOT, options
 from tiny import tiny_chat_model
+from trialign.algorithms.batch import Prompt, Rollout
 
 MATHS = "trialign.algorithms.maths:maths"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A model without weights: whoever loads it fails with another error than the rows'."""
+    """A model whose weights are NaN: whoever loads it fails with another error than the rows'."""
     folder = tiny_chat_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
     for weights in folder.glob("*.safetensors"):
-        weights.unlink()
+        nothing = {name: tensor * math.nan for name, tensor in load_file(weights).items()}
+        save_file(nothing, weights, metadata={"format": "pt"})
     return folder
 
 
@@ -83,6 +88,45 @@ def test_rows_of_several_kinds_are_scored_by_functions_of_their_own(script, tmp_
             assert tuple(line["rewards"].values()) == own
             assert line["reward"] == {"a": own[0], "b": 1.0, "c": None}[task]
         assert len(lines) == 10
+
+
+@pytest.mark.parametrize("script", ["ppo", "grpo", "rejection"])
+def test_where_no_answer_has_a_score_the_reasons_come_before_the_refusal(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "f.py").write_text("def f(prompts, completions, **fields): raise RuntimeError('no such grader')")
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p0"}])
+    words = options(
+        model_path=tiny_chat_model(tmp_path / "model"),
+        data_sources=source,
+        reward_functions=f"{tmp_path}/f.py:f",
+        data_max_prompt_tokens=64,
+        reward_on_failure="abstain",
+        rollout_max_new_tokens=2,
+        rollout_samples_per_prompt=2,
+        run_output=tmp_path / "run",
+        run_show=0,
+        **({"round_prompts": 1} if script == "rejection" else {"run_prompts_per_step": 1, "run_steps": 1}),
+    )
+    said = refused(script, words, monkeypatch)
+    assert "without a score" in said or "no answer has a score" in said
+    reasons = capsys.readouterr().out
+    assert "abstains: reward function" in reasons and "no such grader" in reasons
+
+
+def test_scorers_whose_paths_end_alike_have_metrics_of_their_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    summary = importlib.import_module("answering").summary
+    rollout = Rollout(Prompt(0, [1], "p"), [2], [0.0], "stop")
+    for names, short in {
+        ("runs/a/model", "runs/b/model", "f.py:f"): ("a/model", "b/model", "f.py:f"),
+        ("http://h:1/score", "http://h:2/score"): ("h:1/score", "h:2/score"),
+        ("runs/a/model", "/x/f.py:f"): ("model", "f.py:f"),
+        ("model", "./model"): ("model", "./model"),
+    }.items():
+        scores = {name: [float(i)] for i, name in enumerate(names)}
+        made = summary([rollout], scores, [1.0], [1.0])
+        told = {name: value for name, value in made.items() if name.startswith("reward/")}
+        assert list(told.values()) == [float(i) for i in range(len(names))]
+        assert tuple(told)[: len(short)] == tuple(f"reward/{name}" for name in short)
 
 
 SCRIPTS = ("ppo", "grpo", "rejection", "conditional", "evaluate", "rlhf")
