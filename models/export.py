@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import reduce
 from itertools import chain
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def export_hf(
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = 5 << 30,
     pad_token: str | None = None,
-    more: Mapping[str, object] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Writes a folder that transformers and vLLM load: whole, or not at all. One tensor at a time is asked for.
 

@@ -69,7 +69,7 @@ def _serve() -> None:
     sys.path.insert(0, LAUNCH)
     for script in ("ppo", "sft", "dpo", "rejection", "evaluate"):
         importlib.import_module(script)
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     for line in sys.stdin:
         job = json.loads(line)

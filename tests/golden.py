@@ -103,7 +103,7 @@ class Rows:
         tokens, lengths = torch.zeros_like(self.mask, dtype=torch.int64), (self.shape[1] + 1,) * self.shape[0]
         if "logprobs" in per_token:
             per_token["sampling_logprobs"] = per_token["logprobs"]
-        return Batch(tokens, lengths, self.mask, **per_token)
+        return Batch(tokens, lengths, self.mask).with_(**per_token)
 
 
 def loss_and_gradient(rows: Rows, loss: Tensor, leaf: Tensor, name: str) -> Outputs:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def _in_turn(jobs: list[list[str]]) -> None:
     for number, (script, *arguments) in enumerate(jobs):
         store, rank, size = next(iter(rendezvous("env://")))
         own = PrefixStore(f"run {number}", store)
-        world.rendezvous = lambda *_, own=own, rank=rank, size=size, **__: iter([(own, rank, size)])
+        launch_world: Any = world
+        launch_world.rendezvous = lambda *_, own=own, rank=rank, size=size, **__: iter([(own, rank, size)])
         sys.argv = [f"{script}.py", *arguments]
         print(*sys.argv, flush=True)
         runpy.run_path(str(ROOT / "launch" / sys.argv[0]), run_name="__main__")

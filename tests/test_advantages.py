@@ -1,7 +1,9 @@
 """Advantages where a deviation is 0 or nearly so, and on a device that is not the CPU."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from trialign.algorithms.advantages import (
 from trialign.algorithms.rewards import RunningMoments
 from trialign.algorithms.segments import Segments, token_weights
 
-BASELINES, SCALES = ("mean", "others", "none"), ("none", "unbiased", "population", "others", "batch")
+BASELINES: Any = ("mean", "others", "none")
+SCALES: Any = ("none", "unbiased", "population", "others", "batch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -69,8 +72,9 @@ def test_groups_are_their_own_whatever_their_order_size_and_missing_scores(basel
             "others": others.std() if len(others) > 1 else torch.tensor(0.0),
             "batch": scored.std(),
         }.get(scale)
-        scaled = deviation is not None and deviation > 0
-        expected = (reward - center) / (deviation + 1e-3) if scaled else reward - center
+        expected = reward - center
+        if deviation is not None and deviation > 0:
+            expected = expected / (deviation + 1e-3)
         torch.testing.assert_close(made[number], expected)
 
 
@@ -92,10 +96,15 @@ SEGMENTS = Segments.of_lengths(torch.tensor([4, 3]), torch.tensor([0, 1, 1, 1, 0
 CU_SEQLENS = torch.tensor([0, 4, 7], dtype=torch.int32)
 X, Y = torch.linspace(-1, 1, 7), torch.linspace(0, 1, 7)
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+KINDS: Any = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+AGGREGATIONS: Any = ("token-mean", "token-sum", "sample-mean", "sample-sum", "constant", "sum-of-sample-means")
+PAIR_LOSSES: Any = (
+    ("dpo", 0.1), ("robust", 0.1), ("ipo", 0), ("hinge", 0), ("exo", 0.1), ("apo_zero", 0), ("apo_down", 0)
+)  # fmt: skip
 
 # The functions that a batch's tensors go through on the way from rewards to losses.
-ON_THE_WAY = {
-    **{f"kl {kind}": lambda kind=kind: kl_estimate(X, Y, kind) for kind in ("k1", "k2", "k3", "abs", "k1+", "k3+")},
+ON_THE_WAY: dict[str, Callable[[], Any]] = {
+    **{f"kl {kind}": lambda kind=kind: kl_estimate(X, Y, kind) for kind in KINDS},
     "token_rewards": lambda: token_rewards(torch.ones(2, device="cpu"), X, SEGMENTS, 0.1, clip=(-1, 1)),
     "whiten": lambda: whiten(X, SEGMENTS),
     "gae": lambda: gae(X, Y, SEGMENTS, CU_SEQLENS, 0.9, 0.9, "zero"),
@@ -111,7 +120,7 @@ ON_THE_WAY = {
     },
     **{
         f"token_weights {how}": lambda how=how: token_weights(SEGMENTS, how)
-        for how in ("token-mean", "token-sum", "sample-mean", "sample-sum", "constant", "sum-of-sample-means")
+        for how in AGGREGATIONS
     },
     "ppo_loss": lambda: policy_loss.ppo_loss(X, Y, 0.2, 0.2, 3.0),
     "cispo_loss": lambda: policy_loss.cispo_loss(X, X, Y, 0.1, 2.0),
@@ -124,9 +133,7 @@ ON_THE_WAY = {
     },
     **{
         f"pair_loss {kind}": lambda kind=kind, e=e: preference.pair_loss(X, Y, 0.1, kind, e)
-        for kind, e in (
-            ("dpo", 0.1), ("robust", 0.1), ("ipo", 0), ("hinge", 0), ("exo", 0.1), ("apo_zero", 0), ("apo_down", 0)
-        )
+        for kind, e in PAIR_LOSSES
     },
     "kto_loss": lambda: preference.kto_loss(X, Y > 0.5, preference.kto_reference(X), 0.1, 1.0, 2.0),
     "reward_loss": lambda: preference.reward_loss(X, Y, 0.5, 0.1),

@@ -20,6 +20,7 @@ from trialign.algorithms.build import build_decoder, load_tokenizer, read_shapes
 from trialign.algorithms.chat_encoder import ChatEncoder, Completion, Policy, reward_encoders
 from trialign.algorithms.config import ModelPaths, RewardConfig, RolloutConfig
 from trialign.algorithms.ppo_config import PPOConfig, PPOData, PPOModels
+from trialign.algorithms.rewards import Score
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import Scorer, my_part
 from trialign.engine.mesh import build_mesh
@@ -64,7 +65,7 @@ def small(tmp_path_factory) -> Path:
     """The same of small tokenizers: a policy of bytes, a reward model of the same bytes, one of bytes in another order
     and under another template, one of another vocabulary's size."""
     root = tmp_path_factory.mktemp("small")
-    sizes = SIZES | {"vocab_size": 260}
+    sizes: Any = SIZES | {"vocab_size": 260}
     tiny_tokenizer(tiny_llama(root / "policy", **sizes))
     for name, size in (("alike", 260), ("bytes", 260), ("large", 300)):
         tiny_tokenizer(tiny_llama(root / name, score=True, seed=1, **sizes | {"vocab_size": size}))
@@ -107,7 +108,7 @@ def sampled(root: Path) -> list[Rollout]:
 
 def scored(
     rank: int, world: int, root: Path, layout: tuple[int, int, int], other: tuple[str, ...]
-) -> dict[str, list[float]]:
+) -> dict[str, list[Score]]:
     """What a run's scorer gives them: by a reward model of the policy's tokens, by others."""
     tp, pp, dp = layout
     mesh, policy, rollouts = build_mesh(tp=tp, pp=pp, dp=dp), policy_of(root), sampled(root)
@@ -191,7 +192,7 @@ def test_a_long_text_of_the_model_s_own_tokens_is_refused_or_left_unscored_by_ro
     rollouts = [Rollout(prompt, own, [0.0] * len(own), "length") for own in (tokens[:9], tokens)]
     role = Role(build_decoder(name, ModelConfig.from_hf(name), mesh, "float32", head="score"))
 
-    def score(on_failure: Any) -> list[float]:
+    def score(on_failure: Any) -> list[Score]:
         config = RewardConfig(models=(name,), on_failure=on_failure)
         scorer = Scorer(config, policy.tokenizer, mesh, encoders_of(folders, name))
         return scorer(rollouts, from_rollouts(rollouts), [role], [[0, 1]])[name]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_recomputation_does_not_matter(folder, alone):
         compare(got, alone)
 
 
-ODD = {
+ODD: dict[str, Any] = {
     **{"vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
     "intermediate_size": 67,
 }

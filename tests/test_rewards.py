@@ -173,7 +173,7 @@ def test_the_demo_s_reward_likes_what_is_pleasant():
     spec = Path(__file__).parent.parent / "launch" / "rewards" / "sentiment.py"
     with RewardFunction(f"{spec}:sentiment") as reward:
         good, bad = reward.score(PROMPTS, ["What a wonderful, happy day!", "It was a terrible, sad failure."])
-    assert good > 0.5 and bad < -0.5
+    assert good is not None and good > 0.5 and bad is not None and bad < -0.5
 
 
 def test_a_row_is_rewarded_by_the_scorers_that_apply_to_it(tmp_path):

@@ -198,7 +198,7 @@ def test_a_broken_answer_is_no_answer_in_time(case):
             RewardServer(url, 0.4, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
         assert message in str(error.value) and len(seen) == asked and time.monotonic() - started < 1.5
         abstaining = RewardServer(url, 0.4, tries=1, abstain=True)
-        assert all(map(math.isnan, abstaining.score(PROMPTS, TEXTS, ENDED)))
+        assert all(score is not None and math.isnan(score) for score in abstaining.score(PROMPTS, TEXTS, ENDED))
         assert len(abstaining.failures) == 1 and message in abstaining.failures[0]
         server.shutdown()
 

@@ -74,7 +74,7 @@ def served(module: Any, folder: Path, **knobs: Any) -> Iterator[str]:
         server.shutdown()
 
 
-def by_both(folder: Path, url: str, data: PromptData) -> tuple[list[float], list[float]]:
+def by_both(folder: Path, url: str, data: PromptData) -> tuple[list[Any], list[Any]]:
     """The scores of ANSWERS to each prompt: by reward.models, by reward.servers."""
     from transformers import AutoTokenizer
 
