@@ -108,7 +108,7 @@ def sampled(root: Path) -> list[Rollout]:
 
 def scored(
     rank: int, world: int, root: Path, layout: tuple[int, int, int], other: tuple[str, ...]
-) -> dict[str, list[Score]]:
+) -> dict[str, list[Any]]:
     """What a run's scorer gives them: by a reward model of the policy's tokens, by others."""
     tp, pp, dp = layout
     mesh, policy, rollouts = build_mesh(tp=tp, pp=pp, dp=dp), policy_of(root), sampled(root)
