@@ -125,10 +125,12 @@ class Stopping:
     def _asked(self, held: bool) -> None:
         """What follows from a request: where nothing is at hand, the end."""
         # The launcher ends us too where another rank has died; the dead do not hear, and that was no request.
+        # Before they have met nothing tells the two apart: then no file says that the run was stopped.
         real = self.watchdog is None or self.watchdog.all_hear(self.asked)
+        known = self.watchdog is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1
         if held and real and self.main:
             print(f"{self.asked}: the run stops at its next safe point", file=sys.stderr, flush=True)
-        if not held and real:
+        if not held and real and known:
             self._note()
             time.sleep(0.0 if self.main else NOTED)
         if not held:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +59,38 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
+    """The part of the job's store that this start alone writes to: torchrun's restarts find what the ranks before them
+    have left there. Collective.
+
+    The restarts that a node counts are no name for it, for other nodes count others. So a rank asks under a name that
+    nobody had before, which only a living main rank answers.
+
+    Raises:
+        TimeoutError: on the main rank: others have not asked after `timeout` seconds.
+    """
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"asks/{store.add('asked', 1)}", name)
+        own = PrefixStore(store.get(name).decode(), store)
+        own.set(f"joined/{rank}", "")
+        return own
+    start, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    own, known, unanswered = PrefixStore(start, store), 0, set()
+    while missing := [other for other in range(1, world) if not own.check([f"joined/{other}"])]:
+        if time.monotonic() > deadline:
+            ranks = ", ".join(map(str, missing))
+            raise TimeoutError(f"rank {ranks} has not joined the run after {timeout:.0f} s (run.timeout)")
+        asked = store.add("asked", 0)
+        unanswered |= set(range(known + 1, asked + 1))
+        known = asked
+        for number in [number for number in unanswered if store.check([f"asks/{number}"])]:
+            store.set(store.get(f"asks/{number}").decode(), start)
+            unanswered.remove(number)
+        time.sleep(0.01)
+    return own
+
+
 @contextmanager
 def mesh_of(parallel: ParallelConfig, timeout: float, stopping: Stopping) -> Iterator[Mesh]:
     """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh and leaves the group at the end.
@@ -77,6 +112,7 @@ def mesh_of(parallel: ParallelConfig, timeout: float, stopping: Stopping) -> Ite
     # Later than the watchdog, which says more; the library's own limit is for what the watchdog cannot see.
     limit = timedelta(seconds=2 * timeout + 30)
     store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
+    store = own_part(store, rank, world, timeout)
     watchdog = Watchdog(PrefixStore("watch", store), rank, world, timeout, stopping, waits_show=backend == "gloo")
     with HEARTBEAT.waiting("the start of all ranks"):
         dist.init_process_group(

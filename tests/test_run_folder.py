@@ -209,7 +209,6 @@ def test_torchrun_restarts_a_run_where_it_was(setting, tmp_path, monkeypatch):
     given += options(run_log=(), run_output=tmp_path / "run", run_overwrite=True)
     torchrun = command("ppo", *given, ranks=2)
     torchrun[torchrun.index("--standalone")] = "--max-restarts=1"
-    torchrun[torchrun.index("2")] = "1"
     torchrun[3:3] = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
         torchrun, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False

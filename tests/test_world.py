@@ -1,12 +1,15 @@
 """What launch/world.py sets for a process."""
 
+import importlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 PRODUCTS = """
@@ -31,3 +34,25 @@ def test_the_cache_of_onednn_primitives_is_bounded_by_default():
     if not made:
         pytest.skip("oneDNN does not multiply bfloat16 on this machine")
     assert len(made) == 2
+
+
+def test_a_start_has_a_part_of_the_store_that_no_start_before_it_wrote_to(monkeypatch):
+    """Ranks ask that have died since, some before they wrote what they ask for; and one is never there."""
+    monkeypatch.syspath_prepend(LAUNCH)
+    world = importlib.import_module("world")
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def start() -> None:
+        server.add("asked", 1)
+        server.set(f"asks/{server.add('asked', 1)}", "of the dead")
+        with ThreadPoolExecutor(3) as pool:
+            stores = [TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(3)]
+            parts = list(pool.map(lambda rank: world.own_part(stores[rank], rank, 3, 60.0), range(3)))
+        assert not parts[0].check(["stop"])
+        parts[1].set("stop", "asked")
+        assert all(part.get("stop") == b"asked" for part in parts)
+
+    start()
+    start()
+    with pytest.raises(TimeoutError, match="rank 1, 2 has not joined the run"):
+        world.own_part(server, 0, 3, 0.1)
