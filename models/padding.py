@@ -43,7 +43,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], vo
     template does not write, at last those for unknown text and for a text's beginning. None where there is none."""
     written = _written(tokenizer)
     rare: list[int] = tokenizer.encode(_RARE, add_special_tokens=False)
-    ends: set[Any] = {*stop_ids, tokenizer.eos_token_id, *written[-1:], *rare[-1:]}
+    ends = (*stop_ids, tokenizer.eos_token_id, *written[-1:], *rare[-1:])
     last: list[Any] = [tokenizer.unk_token_id, tokenizer.bos_token_id]
     spare = {
         i: str(token)
