@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .batch import Batch
 from .config import UpdateConfig
 from .roles import Role
-from .shares import plan_scoring
+from .sft import target_nats
 
 Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 
@@ -73,12 +73,19 @@ def nats_a_token(role: Role, batches: Iterable[Batch], micro_batch_size: int) ->
     """−log π, a mean over all targets of the batches, and how many they are; perplexity is exp of the first.
 
     Collective; the same on every rank and in every layout within rounding.
+
+    Raises:
+        ValueError: one is not finite; names the row.
     """
     update = UpdateConfig(micro_batch_size=micro_batch_size)
     nats, targets = 0.0, 0
     for batch in batches:
         batch = batch.to(role.mesh.device)
-        logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh))
-        nats -= logprobs[batch.response].double().sum().item()
+        nats += target_nats(role, batch, update).sum().item()
         targets += len(batch.response)
     return nats / targets, targets
+
+
+def perplexity(nats: float) -> float:
+    """Of a mean of −log π; of a model that is as far off as no float says, the largest."""
+    return math.exp(min(nats, 709.0))

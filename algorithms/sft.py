@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .batch import Batch
@@ -38,6 +39,26 @@ def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[st
 
 
 def held_out_loss(role: Role, batch: Batch, update: UpdateConfig) -> float:
-    """The loss on rows that are not learned from, the same on every rank; nothing is divided by the data ranks."""
-    shares = plan_scoring(batch, update, role.mesh)
-    return -role.logprobs(batch, shares)[batch.response].double().mean().item()
+    """The loss on rows that are not learned from, the same on every rank; nothing is divided by the data ranks.
+
+    Raises:
+        ValueError: it is not finite; names the row.
+    """
+    return target_nats(role, batch, update).mean().item()
+
+
+def target_nats(role: Role, batch: Batch, update: UpdateConfig) -> Tensor:
+    """[targets] float64: −log π of each target, the same on every rank.
+
+    Raises:
+        ValueError: one is not finite; names the row.
+    """
+    nats = -role.logprobs(batch, plan_scoring(batch, update, role.mesh))[batch.response].double()
+    bad = (~nats.isfinite()).nonzero().flatten()
+    if len(bad):
+        sample = torch.bucketize(batch.response[bad[0]], batch.cu_seqlens[1:], right=True)
+        raise ValueError(
+            f"{batch.name(int(sample))}: the model gives it the loss {nats[bad[0]].item()} at a token: must be a finite"
+            f" number ({len(bad)} of {len(nats)} are not)"
+        )
+    return nats

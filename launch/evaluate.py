@@ -33,7 +33,15 @@ from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.dialogue import pack_samples
 from trialign.algorithms.dialogue_data import DialogueDataset, joined
 from trialign.algorithms.evaluate_config import EvaluateConfig, check_evaluate
-from trialign.algorithms.evaluation import Estimate, mean_of_prompts, nats_a_token, pass_at_k, wilson, win_rate
+from trialign.algorithms.evaluation import (
+    Estimate,
+    mean_of_prompts,
+    nats_a_token,
+    pass_at_k,
+    perplexity,
+    wilson,
+    win_rate,
+)
 from trialign.algorithms.roles import Role
 from trialign.algorithms.rollout import sample, texts_of
 from trialign.algorithms.rounds import write_rows
@@ -139,7 +147,7 @@ class Evaluated:
                 batches = rows()
                 with self.session.progress.work(f"perplexity of {name}"):
                     loss, _ = nats_a_token(self.role, batches, self.config.run.micro_batch_size)
-                found[f"perplexity of {name}"] = Estimate(math.exp(loss), math.nan, math.nan)
+                found[f"perplexity of {name}"] = Estimate(perplexity(loss), math.nan, math.nan)
         return found
 
     def _text(self) -> Iterator[Batch]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
-import math
 import sys
 
 from from_rows import from_rows
 from report import Line, Panel
 from session import Session, start
 from trialign.algorithms.batch import Batch
+from trialign.algorithms.evaluation import perplexity
 from trialign.algorithms.pretrain_config import PretrainConfig, check_pretrain
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.algorithms.text import TextStream, pack_rows, plan_rows
@@ -40,7 +40,7 @@ def main(session: Session[PretrainConfig]) -> None:
 
     def measure(batch: Batch) -> dict[str, float]:
         loss = held_out_loss(work.learner, batch, config.update)
-        return {"eval_loss": loss, "eval_perplexity": math.exp(loss)}
+        return {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
     work.held_out_before(unseen, measure)
     for _ in session.steps():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from test_grpo import random_batch
 from tiny import tiny_chat_model, tiny_llama
 from torch import Tensor
 from trialign.algorithms import sft
-from trialign.algorithms.batch import Batch
+from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.build import build_decoder, build_learner
 from trialign.algorithms.config import OptimizerConfig
 from trialign.algorithms.dpo import dpo_step, with_reference
+from trialign.algorithms.evaluation import nats_a_token, perplexity
 from trialign.algorithms.grpo import update as grpo_update
 from trialign.algorithms.grpo import with_advantages
 from trialign.algorithms.grpo_config import GroupConfig, GRPOConfig
@@ -30,7 +32,7 @@ from trialign.algorithms.ppo import Roles, with_rewards
 from trialign.algorithms.ppo import update as ppo_update
 from trialign.algorithms.ppo_config import PPOConfig
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
-from trialign.algorithms.roles import Learner, target_logprobs
+from trialign.algorithms.roles import Learner, Role, target_logprobs
 from trialign.algorithms.shares import plan
 from trialign.engine.checkpoint import Reader
 from trialign.engine.mesh import build_mesh
@@ -298,3 +300,27 @@ def test_a_reference_that_gives_no_finite_number_stops_the_run_before_its_first_
     assert done.returncode != 0
     assert re.search(r"log-probability of \S*rows.jsonl:\d is \S+: must be .* \(8 of 8 are not\)", done.stderr)
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_loss_of_held_out_rows_that_is_not_finite_is_refused_by_row(tmp_path):
+    folder = tiny_chat_model(tmp_path / "model", num_hidden_layers=1)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)  # finite, its products are not
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shape = ModelConfig.from_hf(folder)
+    mesh = build_mesh(device="cpu")
+    role = Role(build_decoder(str(folder), shape, mesh, "float32"))
+    batch = pack([[5, 6, 7], [8, 9]]).with_(names=("a.jsonl:1", "a.jsonl:2"))
+    for measure in (
+        lambda: sft.held_out_loss(role, batch, UPDATE),
+        lambda: nats_a_token(role, [batch], 2),
+    ):
+        with pytest.raises(ValueError, match=r"^a\.jsonl:1: the model gives it the loss \S+ at a token"):
+            measure()
+    assert perplexity(2.0) == math.exp(2.0) and math.isfinite(perplexity(1e4))
+
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "a", "response": "b"}\n')
+    given = {"model_path": folder, "model_dtype": "float32", "run_output": tmp_path / "run"}
+    done = launch("evaluate", *options(**given, dialogues_sources=source, dialogues_max_tokens=64))
+    assert done.returncode == 1 and f"error: {source}:1: " in done.stderr and "Traceback" not in done.stderr
