@@ -118,19 +118,23 @@ def test_what_a_run_leaves(setting, whole, kind):
     assert all(moved) and len(moved) >= len(model) - 1
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(setting, whole, tmp_path, side):
-    """One padded batch in transformers against ours, read where a rollout is; the template writes a line behind it."""
+@pytest.mark.parametrize(("side", "end"), [("right", "</s>"), ("left", "</s>"), ("right", "")])
+def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(setting, whole, tmp_path, side, end):
+    """One padded batch in transformers against ours, read where a rollout is; the template writes a line behind it.
+
+    Where the template writes no end, `append_eos` does, and so does what the docs say of it.
+    """
     from transformers import AutoTokenizer
 
     folder = tmp_path / "model"
     export_checkpoint(whole["reward"] / "checkpoints" / f"step_{STEPS}", folder, role="reward", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
-    tokenizer.chat_template = str(tokenizer.chat_template).replace("</s>{% endfor", "</s>\n{% endfor")
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("</s>{% endfor", f"{end}\n{{% endfor")
     tokenizer.save_pretrained(folder)
     shape, mesh = ModelConfig.from_hf(folder), build_mesh()
     assert shape.pad_id == tokenizer.pad_token_id != tokenizer.eos_token_id
-    drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", PairData(), Encoder(PairData(), tokenizer, (2,)))
+    data = PairData(append_eos=not end)
+    drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", data, Encoder(data, tokenizer, (2,)))
     batch = pack_pairs(drawn)
     role = Role(build_decoder(str(folder), shape, mesh, "float32", head="score"))
     ours = role.scores(batch, plan_scoring(batch, UpdateConfig(), mesh, 2))
@@ -141,6 +145,8 @@ def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(sett
         for key in ("chosen", "rejected")
     ]
     (lines,) = re.findall(r"```python\n(import torch\n.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.DOTALL)
+    if not end:
+        lines = lines.replace(".rstrip()", ".rstrip() + tokenizer.eos_token")
     names = {"chats": chats}
     with torch.no_grad():
         exec(lines.replace("runs/reward_smollm2/model", str(folder)), names)
