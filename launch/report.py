@@ -156,6 +156,13 @@ def response_text(text: str, finish: str) -> str:
     return text if finish == "stop" else f"{text.rstrip()} …"
 
 
+def reward_text(reward: float | None) -> str:
+    """A reward as a table shows it, a long one without the digits that would leave no room for words; "" for none."""
+    if reward is None or reward != reward:
+        return ""
+    return f"{reward:+.2f}" if abs(reward) < 1e6 else f"{reward:+.3g}"
+
+
 def completion_table(before: Sequence[Answer], after: Sequence[Answer]) -> Table:
     """Answers to the same prompts before and after the run, side by side, each with its reward."""
     table = Table(box=ROUNDED, show_lines=True, header_style="bold", border_style="bright_black", expand=True)
@@ -168,7 +175,7 @@ def completion_table(before: Sequence[Answer], after: Sequence[Answer]) -> Table
         change = "green" if high > low else "red" if high < low else "default"
         # Text: what a model writes is not to be read as markup.
         words = [Text(text.strip()) for text in (prompt, old, new)]
-        table.add_row(words[0], words[1], f"{low:+.2f}", words[2], f"[{change}]{high:+.2f}[/]")
+        table.add_row(words[0], words[1], reward_text(low), words[2], f"[{change}]{reward_text(high)}[/]")
     return table
 
 
@@ -206,7 +213,7 @@ def sample_table(answers: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("completion", ratio=6)
     table.add_column("reward", justify="right", no_wrap=True)
     for answer in answers:
-        reward = "" if answer["reward"] is None else f"{answer['reward']:+.2f}"
+        reward = reward_text(answer["reward"])
         completion = response_text(answer["completion"], answer["finish"])
         table.add_row(*(Text(text.strip()) for text in (answer["model"], answer["prompt"], completion)), reward)
     return table

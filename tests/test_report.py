@@ -47,6 +47,15 @@ def test_the_table_shows_answers_as_they_are(report):
         assert part in text
 
 
+def test_rewards_of_any_size_and_none_leave_room_for_words(report):
+    before, after = ("How was it?", "It was bad.", 3.3e38), ("How was it?", "Great!", float("nan"))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(report.completion_table([before], [after]))
+    text = console.export_text()
+    assert "+3.3e+38" in text and "nan" not in text and "Great!" in text
+    assert [report.reward_text(value) for value in (None, -0.5, 1e6)] == ["", "-0.50", "+1e+06"]
+
+
 def test_the_demo_s_prompts_are_many_short_and_distinct():
     rows = [json.loads(line) for line in (LAUNCH / "data" / "prompts.jsonl").read_text().splitlines()]
     assert len(rows) == len({row["prompt"] for row in rows}) == 300
