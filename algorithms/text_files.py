@@ -13,7 +13,7 @@ import re
 import sys
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -191,6 +191,17 @@ def _refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
             raise ValueError(f"{where}: {key!r} holds {half!a}, half of a surrogate pair: not text") from None
 
 
+def _undecodable(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    with suppress(UnicodeDecodeError, EOFError, OSError, zlib.error), opened(path, "rb") as file:
+        for line in file:
+            number += 1
+            line.decode()
+    return number
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     """A file of text, unpacked, without its byte-order mark; lines end with a line feed alone, within quotes too."""
@@ -198,8 +209,8 @@ def _opened(path: Path) -> Iterator[TextIO]:
     try:
         with opened(path, "rt", encoding="utf-8-sig") as file:
             yield file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data source {path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except UnicodeDecodeError as error:  # its place is within what was decoded at once
+        raise ValueError(f"{path}:{_undecodable(path)}: not UTF-8: {error.reason}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"data source {path}: not a whole gzip file: {error}") from None
     except OSError as error:

@@ -263,11 +263,11 @@ def test_prompt_file_of_another_kind(tmp_path):
 
 def test_prompt_file_that_is_not_what_its_name_says(tmp_path):
     (tmp_path / "a.parquet").write_text("no parquet")
-    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "good"}\n' * 3000 + b'{"prompt": "\xff"}\n')
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file"):
         load_prompts(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:3001: not UTF-8: invalid start byte"):
         load_prompts(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"data source .*folder: "):
         load_prompts(tmp_path / "folder")
