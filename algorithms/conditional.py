@@ -66,8 +66,8 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
         if not any(message["role"] == "user" for message in dialogue.messages):
             raise ValueError(f"{where}: no user's turn to write the reward into")
         reward = column(where, row, config.reward_key, "data.reward_key") if given else None
-        number = isinstance(reward, int | float) and not isinstance(reward, bool)
-        if given and not (number and abs(reward) <= sys.float_info.max):  # an integer may be larger than any float
+        limit = sys.float_info.max  # an integer may be larger than any float
+        if given and (isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= limit):
             raise ValueError(f"{where}: {config.reward_key!r} must be a finite number, not {brief(reward)}")
         own = (config.prompt_key, config.response_key)
         fields = {key: value for key, value in row.items() if key not in own}
