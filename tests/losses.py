@@ -63,11 +63,11 @@ class Draw:
     @cached_property
     def pairs(self) -> list[Pair]:
         own = pairs(self.seed, self.count)
-        return [Pair(self.padded(own[i].chosen, i), self.padded(own[i].rejected, i), own[i].margin) for i in self.order]
+        return [own[i] for i in self.order]  # a pair's responses end with their last target
 
     @property
     def answers(self) -> list[Sample]:
-        return [pair.chosen for pair in self.pairs]
+        return [self.padded(pair.chosen, i) for pair, i in zip(self.pairs, self.order, strict=True)]
 
     @property
     def scores(self) -> Tensor:

@@ -23,6 +23,7 @@ PEAK = """
 import runpy, sys
 def run(arguments):
     sys.argv = arguments
+    sys.path[0] = arguments[0].rpartition("/")[0]  # as where Python starts the script
     runpy.run_path(arguments[0], run_name="__main__")
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))

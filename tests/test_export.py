@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from harness import run_ranks
 from safetensors.torch import load_file
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from trialign.algorithms.build import build_decoder, read_shape
 from trialign.algorithms.config import ParallelConfig, RunConfig
@@ -56,7 +56,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "score": tiny_llama(root / "score", score=True),
     }
     for folder in made.values():
-        (folder / "tokenizer.json").write_text("{}")
+        tiny_tokenizer(folder)
         (folder / "chat_template.jinja").write_text("{{ messages }}")
     return made
 
@@ -130,7 +130,7 @@ def test_assets_are_what_a_model_is_loaded_with(folders, tmp_path):
     (more / "tool_use.jinja").write_text("{{ tools }}")
     (more / "notes.txt").write_text("mine")
     found = assets(folder, "actor/")
-    names = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     names.add("additional_chat_templates/tool_use.jinja")
     assert found == {f"actor/{name}": folder / name for name in names}
     import_checkpoint(folder, tmp_path / "checkpoint")

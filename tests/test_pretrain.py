@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import random
-import re
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from scripts import (
     options,
     succeed,
     succeed_in_turn,
+    times_told,
 )
 from tiny import VOCAB, assemble, tiny_chat_model, tiny_llama, tiny_tokenizer
 from trialign.algorithms.build import build_decoder, build_learner
@@ -301,7 +301,7 @@ def test_what_is_wrong_is_said_once(setting, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
     given = ("--config", setting / "config.toml", "--run.output", tmp_path / "run")
     done = launch("pretrain", *given, "--data.sources", tmp_path / "bad.jsonl", ranks=2)
-    assert done.returncode != 0 and len(re.findall("'text' must be a string, not 1", done.stderr)) == 1, done.stderr
+    assert done.returncode != 0 and times_told(done, "'text' must be a string, not 1") == 1, done.stderr
     assert not (tmp_path / "run").exists()
 
 
