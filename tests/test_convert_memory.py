@@ -37,7 +37,12 @@ print("peak KB", peak() - before)
 """
 MB = 1 << 20
 LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1}
-BAICHUAN2 = LLAMA | {"architectures": ["BaichuanForCausalLM"], "alibi": False, "norm_head": True}
+BAICHUAN2 = LLAMA | {
+    "architectures": ["BaichuanForCausalLM"],
+    "model_type": "baichuan",
+    "alibi": False,
+    "norm_head": True,
+}
 HEAD = {"hidden_size": 1024, "intermediate_size": 1024, "vocab_size": 16384}
 DOWN = {"hidden_size": 1024, "intermediate_size": 16384}
 

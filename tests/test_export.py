@@ -325,7 +325,8 @@ def test_demo_model_reuses_what_is_whole_and_refuses_what_is_not_its_own(smollm2
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_demo_model_sees_what_is_incomplete(smollm2, tmp_path):
+def test_demo_model_sees_what_is_incomplete(smollm2, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")  # as where Python starts the script
     incomplete = runpy.run_path(str(ROOT / "launch" / "demo_model.py"))["incomplete"]
     assert incomplete(smollm2) is None
     half = Path(shutil.copytree(smollm2, tmp_path / "half"))
