@@ -85,6 +85,7 @@ def ops_of_a_step(setting: Path, **environment: str) -> dict[str, set[str]]:
         "--rollout.max_new_tokens": 6,
         "--ppo.minibatches": 2,
         "--run.output": setting / "run",
+        "--run.overwrite": True,
         "--run.show": 0,
         "--run.steps": 1,
         "--run.prompts_per_step": 4,

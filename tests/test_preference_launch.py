@@ -221,12 +221,14 @@ def test_what_is_wrong_is_said_once_and_before_anything_is_written(setting, tmp_
 
 @pytest.mark.parametrize(("kind", "score"), [("reward", "(chosen)"), ("process", "(step 1)")])
 def test_a_held_out_score_that_is_no_number_ends_the_run_by_row(setting, tmp_path, kind, score):
-    """A model of NaN weights: one line, no traceback."""
+    """A model whose weights are finite and whose scores are not: one line, no traceback."""
     shutil.copytree(setting / "model", tmp_path / "model")
     weights = load_file(setting / "model" / "model.safetensors")
-    weights["model.norm.weight"].fill_(math.nan)
+    weights["model.norm.weight"].fill_(3e38)
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     given = ("--model.path", f"{tmp_path}/model", "--run.output", f"{tmp_path}/run")
     done = launch("reward", "--config", f"{setting}/{kind}.toml", *given)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(rf"error: \S+/{kind}\.jsonl:\d+ {re.escape(score)}: the reward model gives it nan", done.stderr)
+    assert re.search(rf"error: \S+/{kind}\.jsonl:\d+ {re.escape(score)}: the reward model gives it \S+", done.stderr), (
+        done.stderr
+    )
