@@ -61,10 +61,10 @@ rlhf: .venv/.package $(MODEL)/config.json ## fine-tuning, reward model and PPO i
 export TRITON_DEFAULT_FP_FUSION := 1
 # What the Triton that CUDA builds of torch 2.13 pin, and the installed one, compile is kept apart and between runs.
 OTHER_TRITON := 3.7.1
-INTERPRETED := tests/test_interp_shim.py $(sort $(wildcard tests/test_triton_*.py))
+INTERPRETED := tests/kernels/test_interp_shim.py $(sort $(wildcard tests/kernels/test_triton_*.py))
 OTHER := TRIALIGN_EXPECT_TRITON=$(OTHER_TRITON) PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
 COMPILED := $(foreach op,adamw attention cross_entropy cuda_emulated devices gae linear linear_logprob logprob moe \
-	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch ops kernel_docs cuda_build,$(wildcard tests/test_$(op).py))
+	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch ops kernel_docs cuda_build,$(wildcard tests/kernels/test_$(op).py))
 
 test: .venv/.package $(MODEL)/config.json .venv/triton-$(OTHER_TRITON) ## the whole test suite
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
@@ -80,13 +80,13 @@ kernels: .venv/.package .venv/triton-$(OTHER_TRITON) ## the kernels' tests: C++,
 compiled-numbers:
 	.venv/bin/pytest $(COMPILED)
 sanitized:
-	.venv/bin/pytest tests/test_cuda_sanitized.py
+	.venv/bin/pytest tests/kernels/test_cuda_sanitized.py
 aot:
-	TRITON_CACHE_DIR=.venv/triton-cache .venv/bin/pytest tests/aot
+	TRITON_CACHE_DIR=.venv/triton-cache .venv/bin/pytest tests/kernels/aot
 interpreted:
 	TRITON_INTERPRET=1 .venv/bin/pytest $(INTERPRETED)
 other-aot:
-	$(OTHER) .venv/bin/pytest tests/aot
+	$(OTHER) .venv/bin/pytest tests/kernels/aot
 other-interpreted: # but for what kernels move, which is theirs and not Triton's
 	$(OTHER) TRITON_INTERPRET=1 .venv/bin/pytest $(filter-out %_traffic.py,$(INTERPRETED))
 
@@ -94,12 +94,12 @@ other-interpreted: # but for what kernels move, which is theirs and not Triton's
 	.venv/bin/pip install --quiet --no-deps --target $@ triton==$(OTHER_TRITON)
 
 kernel-report: .venv/.package ## what the compilers make of every kernel; ARGS=--write puts it into docs/kernels.md
-	@TRITON_CACHE_DIR=.venv/triton-cache .venv/bin/python tests/aot/kernel_report.py $(ARGS)
+	@TRITON_CACHE_DIR=.venv/triton-cache .venv/bin/python tests/kernels/aot/kernel_report.py $(ARGS)
 
 check: lint types vllm test ## what CI runs: lint, types, vllm, test
 
-# vLLM has an environment of its own: it pins torch and a hundred others. Only tests/test_vllm.py uses it.
-vllm: .venv-vllm/.package ## .venv-vllm: vLLM for CPUs and our plugin (2.5 GB), which tests/test_vllm.py needs
+# vLLM has an environment of its own: it pins torch and a hundred others. Only tests/models/hf/test_vllm.py uses it.
+vllm: .venv-vllm/.package ## .venv-vllm: vLLM for CPUs and our plugin (2.5 GB), which tests/models/hf/test_vllm.py needs
 
 .venv-vllm/.package: vllm_plugin/requirements.txt vllm_plugin/pyproject.toml
 	@test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm

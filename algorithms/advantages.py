@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.gae import gae as gae_carrying
 from ..kernels.ppo_loss import kl_estimate as kl_unlimited
-from .segments import Segments
+from .losses.aggregation import Segments
 
 Gaps = Literal["carry", "zero"]
 KLKind = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]

@@ -10,17 +10,17 @@ from torch import Tensor
 from . import grpo, ppo
 from .advantages import kl_estimate
 from .batch import Batch
-from .config import RewardConfig
-from .convention import ConventionName
-from .convention_config import AS_PRESET, ConventionConfig, GroupConvention, PPOConvention
-from .grpo_config import Algorithm, GroupConfig, GRPOConfig
-from .online import segments_of, target_segments
-from .pair_config import DPOLoss
-from .policy_loss import CORRECTIONS, importance_weights
-from .ppo_config import ActorConfig, AlgorithmConfig, PPOConfig
-from .preference import pair_loss
-from .rewards import RewardShaper
-from .segments import Aggregation, token_weights
+from .config.common import RewardConfig
+from .config.convention import AS_PRESET, ConventionConfig, GroupConvention, PPOConvention
+from .config.grpo import Algorithm, GroupConfig, GRPOConfig
+from .config.ppo import ActorConfig, AlgorithmConfig, PPOConfig
+from .config.preference import DPOLoss
+from .config.presets import ConventionName
+from .losses.aggregation import Aggregation, token_weights
+from .losses.policy import CORRECTIONS, importance_weights
+from .losses.preference import pair_loss
+from .policy_step import segments_of, target_segments
+from .rewards.functions import RewardShaper
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .config import UpdateConfig
-from .pair_config import DPOLoss
-from .pairs import Pair
-from .preference import pair_loss, ranked_right
+from .config.common import UpdateConfig
+from .config.preference import DPOLoss
+from .data.preferences import Pair
+from .losses.preference import pair_loss, ranked_right
+from .micro_batch import plan_scoring
 from .reward_model import pack_pairs
-from .roles import Learner, Role, Share, Stats, target_logprobs
-from .shares import plan_scoring
+from .roles.role import Learner, Role, Share, Stats, target_logprobs
 
 
 def answer_sums(batch: Batch, targets: Tensor) -> Tensor:

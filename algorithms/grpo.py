@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .advantages import discounted_returns, group_advantages, kl_estimate, token_rewards, whiten
 from .batch import Batch
-from .grpo_config import Choices, GRPOConfig
-from .online import (
+from .config.grpo import Choices, GRPOConfig
+from .losses.aggregation import Segments
+from .losses.policy import CORRECTIONS, cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
+from .policy_step import (
     Minibatch,
     check_first_ratio,
     one_pass,
@@ -29,9 +31,7 @@ from .online import (
     weighed,
     with_weights,
 )
-from .policy_loss import CORRECTIONS, cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
-from .roles import Learner, Role, Share, Stats, target_logprobs
-from .segments import Segments
+from .roles.role import Learner, Role, Share, Stats, target_logprobs
 
 
 @dataclass

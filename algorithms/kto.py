@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .config import UpdateConfig
-from .dialogue import Encoder, Sample, pack_samples
+from .config.common import UpdateConfig
+from .config.preference import KTOLoss, LabelData
+from .data.dialogues import Encoder, Sample, pack_samples
+from .data.preferences import Labelled, read_labelled
+from .data.sources import RowReader
+from .data.streams import RowStream
 from .dpo import answer_sums
-from .pair_config import KTOLoss, LabelData
-from .pairs import Labelled, read_labelled
-from .preference import kto_loss, kto_reference, ranked_right
-from .roles import Learner, Role, Share, Stats, target_logprobs
-from .rows import RowStream
-from .shares import plan_scoring
-from .sources import RowReader
+from .losses.preference import kto_loss, kto_reference, ranked_right
+from .micro_batch import plan_scoring
+from .roles.role import Learner, Role, Share, Stats, target_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,10 @@ from torch import Tensor
 from ..kernels.ppo_loss import value_loss
 from .advantages import gae, kl_estimate, token_rewards, whiten
 from .batch import Batch, deal_micro_batches, pack
-from .convention import Convention
-from .online import (
+from .config.ppo import ActorConfig, PPOConfig
+from .config.presets import Convention
+from .losses.policy import log_ratio, ppo_loss
+from .policy_step import (
     Minibatch,
     check_first_ratio,
     one_pass,
@@ -29,9 +31,7 @@ from .online import (
     weighed,
     with_weights,
 )
-from .policy_loss import log_ratio, ppo_loss
-from .ppo_config import ActorConfig, PPOConfig
-from .roles import Learner, Role, Share, Stats, collect, target_logprobs
+from .roles.role import Learner, Role, Share, Stats, collect, target_logprobs
 
 
 @dataclass

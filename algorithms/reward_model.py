@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import Batch
-from .config import UpdateConfig
-from .dialogue import pack_samples
-from .pairs import Pair, Steps
-from .preference import ranked_right, reward_loss
-from .roles import Learner, Role, Share, Stats
-from .shares import plan_scoring
+from .config.common import UpdateConfig
+from .data.dialogues import pack_samples
+from .data.preferences import Pair, Steps
+from .losses.preference import ranked_right, reward_loss
+from .micro_batch import plan_scoring
+from .roles.role import Learner, Role, Share, Stats
 
 BINS = 10
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .config import UpdateConfig
-from .roles import Learner, Role, Share, Stats, target_logprobs
-from .shares import plan_scoring
+from .config.common import UpdateConfig
+from .micro_batch import plan_scoring
+from .roles.role import Learner, Role, Share, Stats, target_logprobs
 
 
 def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from ranks import refuse_ranks
 from transformers import AutoModelForCausalLM, GenerationConfig
+from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.mesh import build_mesh
-from trialign.engine.rollout.generate import Generator, SamplingParams
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf import load_hf
+from trialign.models.hf.table import load_hf
 
 
 def arguments() -> argparse.Namespace:

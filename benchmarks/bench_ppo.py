@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 import tyro
 from trialign.algorithms.batch import Prompt, from_rollouts
-from trialign.algorithms.build import build_roles, read_shapes
-from trialign.algorithms.config import ParallelConfig, RolloutConfig
-from trialign.algorithms.online import plan
+from trialign.algorithms.config.common import ParallelConfig, RolloutConfig
+from trialign.algorithms.config.ppo import AlgorithmConfig, PPOConfig, PPOData, PPOModels, PPORun
+from trialign.algorithms.policy_step import plan
 from trialign.algorithms.ppo import score, update, with_rewards
-from trialign.algorithms.ppo_config import AlgorithmConfig, PPOConfig, PPOData, PPOModels, PPORun
-from trialign.algorithms.roles import Role
-from trialign.algorithms.rollout import sample, sampling_params
+from trialign.algorithms.roles.build import build_roles, read_shapes
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.sync import sample, sampling_params
+from trialign.engine.generation.embedded import Generator
 from trialign.engine.mesh import build_mesh, check_layout
-from trialign.engine.phases import Phases, forward_flops, matmul_peak
-from trialign.engine.rollout.generate import Generator
+from trialign.engine.profiler import Phases, forward_flops, matmul_peak
 from trialign.models.decoder import Decoder
-from trialign.models.hf import load_hf
+from trialign.models.hf.table import load_hf
 
 
 @dataclass(frozen=True)

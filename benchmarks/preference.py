@@ -11,8 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 from trialign.algorithms.batch import Batch, from_rollouts
-from trialign.algorithms.build import build_decoder, build_group_roles, build_learner, load_tokenizer, read_shape
-from trialign.algorithms.config import (
+from trialign.algorithms.config.common import (
     ModelPaths,
     OptimizerConfig,
     ParallelConfig,
@@ -20,32 +19,33 @@ from trialign.algorithms.config import (
     RewardConfig,
     UpdateConfig,
 )
-from trialign.algorithms.data import PromptDataset
-from trialign.algorithms.dialogue import Sample, pack_samples
-from trialign.algorithms.dialogue_data import DialogueDataset, joined
+from trialign.algorithms.config.grpo import GroupConfig, GRPOConfig, GRPORollout, GRPORun
+from trialign.algorithms.config.preference import DPOLoss, KTOLoss, PairData
+from trialign.algorithms.config.sft import SFTData, SFTRun
+from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
+from trialign.algorithms.data.dialogues import Sample, pack_samples
+from trialign.algorithms.data.preferences import Pair, PairStream, mismatched
+from trialign.algorithms.data.prompts import PromptDataset
+from trialign.algorithms.data.sources import read_rows
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
-from trialign.algorithms.groups import make_groups
 from trialign.algorithms.grpo import score, update, with_advantages
-from trialign.algorithms.grpo_config import GroupConfig, GRPOConfig, GRPORollout, GRPORun
 from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
-from trialign.algorithms.online import plan as plan_minibatches
-from trialign.algorithms.pair_config import DPOLoss, KTOLoss, PairData
-from trialign.algorithms.pairs import Pair, PairStream, mismatched
+from trialign.algorithms.micro_batch import plan
+from trialign.algorithms.policy_step import plan as plan_minibatches
 from trialign.algorithms.reward_model import pack_pairs, pair_step
-from trialign.algorithms.rewards import RewardShaper
-from trialign.algorithms.roles import Learner
-from trialign.algorithms.rollout import Scorer, sample, sampling_params
+from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.roles.build import build_decoder, build_group_roles, build_learner, load_tokenizer, read_shape
+from trialign.algorithms.roles.role import Learner
+from trialign.algorithms.rollout.groups import make_groups
+from trialign.algorithms.rollout.sync import Scorer, sample, sampling_params
 from trialign.algorithms.sft import sft_step
-from trialign.algorithms.sft_config import SFTData, SFTRun
-from trialign.algorithms.shares import plan
-from trialign.algorithms.sources import read_rows
+from trialign.engine.generation.embedded import Generator
 from trialign.engine.mesh import Mesh, build_mesh
-from trialign.engine.rollout.generate import Generator
 from trialign.models.config import HeadKind, ModelConfig
-from trialign.models.hf import stop_ids
+from trialign.models.hf.table import stop_ids
 
 Algorithm = Literal["sft", "reward", "dpo", "kto", "grpo"]
-SHIPPED = Path(__file__).resolve().parent.parent / "launch" / "data"
+SHIPPED = Path(__file__).resolve().parent.parent / "launch" / "examples"
 OPTIMIZER = OptimizerConfig(lr=1e-6, betas=(0.9, 0.999), schedule="constant", warmup_ratio=0.0)
 
 
@@ -59,7 +59,7 @@ class Task:
     """folder in Hugging Face format"""
     data: str = ""
     """JSONL file: dialogues or prompts with responses for sft, pairs for reward, dpo and kto (which takes of each pair
-    one answer), prompts for grpo ("": what launch/data holds)"""
+    one answer), prompts for grpo ("": what launch/examples holds)"""
     prompt_key: str = "prompt"
     """column that holds the prompt"""
     response_key: str = "response"

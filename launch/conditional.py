@@ -9,7 +9,7 @@ A run that was killed while it scored its rows goes on with the scoring.
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import json
 import math
@@ -17,25 +17,25 @@ import sys
 from dataclasses import replace
 from typing import Any, cast
 
-from answering import say_encoders
-from from_rows import FromRows, from_rows
-from kept import Kept
-from report import SFT_PANELS, answer_table, completion_table, response_text
-from session import Session, start
+from common.chunks import Kept
+from common.online import say_encoders
+from common.run import Session, start
+from common.supervised import FromRows, from_rows
+from report.curves import SFT_PANELS, answer_table, completion_table, response_text
 from trialign.algorithms.batch import Rollout, from_rollouts
-from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
-from trialign.algorithms.chat_encoder import Policy, reward_encoders
-from trialign.algorithms.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
-from trialign.algorithms.conditional_config import ConditionalConfig, check_conditional
-from trialign.algorithms.dialogue import Encoder, Sample, pack_samples
-from trialign.algorithms.roles import Role
-from trialign.algorithms.rollout import Scorer, sample, texts_of
+from trialign.algorithms.config.conditional import ConditionalConfig, check_conditional
+from trialign.algorithms.data.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
+from trialign.algorithms.data.dialogues import Encoder, Sample, pack_samples
+from trialign.algorithms.data.sources import RowReader
+from trialign.algorithms.micro_batch import plan, plan_scoring
+from trialign.algorithms.rewards.encoder import Policy, reward_encoders
+from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.sync import Scorer, sample, texts_of
 from trialign.algorithms.sft import held_out_loss, sft_step
-from trialign.algorithms.shares import plan, plan_scoring
-from trialign.algorithms.sources import RowReader
+from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.parallel.collectives import gather_objects
-from trialign.engine.rollout.generate import Generator, SamplingParams
-from trialign.models.hf import stop_ids
+from trialign.models.hf.table import stop_ids
 
 FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch {:.2f}"}
 

@@ -8,7 +8,7 @@ is; the work is done in a folder beside it and renamed at the end, so what stand
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import importlib.util
 import json

@@ -7,20 +7,20 @@ torchrun ... launch/dpo.py --resume runs/dpo
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 
 import torch
-from from_rows import FromRows, from_rows
-from report import Line, Panel
-from session import Session, start
+from common.run import Session, start
+from common.supervised import FromRows, from_rows
+from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
+from trialign.algorithms.config.preference import DPOConfig, check_dpo
+from trialign.algorithms.data.preferences import Pair, PairStream
 from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
-from trialign.algorithms.pair_config import DPOConfig, check_dpo
-from trialign.algorithms.pairs import Pair, PairStream
+from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import pack_pairs
-from trialign.algorithms.shares import plan
 
 FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (

@@ -10,7 +10,7 @@ that was killed goes on where it was with --run.resume auto.
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import gc
 import json
@@ -23,17 +23,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from answering import Answering
-from kept import Kept
-from report import estimate_table, sample_table
+from common.chunks import Kept
+from common.online import Answering
+from common.run import Session, start
+from report.curves import estimate_table, sample_table
 from rich.console import Console
-from session import Session, start
 from trialign.algorithms.batch import Batch, Prompt
-from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
-from trialign.algorithms.dialogue import pack_samples
-from trialign.algorithms.dialogue_data import DialogueDataset, joined
-from trialign.algorithms.evaluate_config import EvaluateConfig, check_evaluate
-from trialign.algorithms.evaluation import (
+from trialign.algorithms.config.evaluate import EvaluateConfig, check_evaluate
+from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
+from trialign.algorithms.data.dialogues import pack_samples
+from trialign.algorithms.data.documents import TextStream, pack_rows
+from trialign.algorithms.data.responses import write_rows
+from trialign.algorithms.metrics import (
     Estimate,
     mean_of_prompts,
     nats_a_token,
@@ -42,12 +43,11 @@ from trialign.algorithms.evaluation import (
     wilson,
     win_rate,
 )
-from trialign.algorithms.roles import Role
-from trialign.algorithms.rollout import sample, texts_of
-from trialign.algorithms.rounds import write_rows
-from trialign.algorithms.text import TextStream, pack_rows
+from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.sync import sample, texts_of
 from trialign.models.config import ModelConfig
-from trialign.models.hf import stop_ids
+from trialign.models.hf.table import stop_ids
 
 Estimates = dict[str, Estimate]
 Answers = list[dict[str, Any]]

@@ -8,7 +8,7 @@ along. One process, no GPU, the memory of one tensor: they are read one by one, 
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from trialign.models.adapter import export_adapter
 from trialign.models.config import checkpoint_role
-from trialign.models.export import ExportRole, export_checkpoint
+from trialign.models.hf.save import ExportRole, export_checkpoint
+from trialign.models.lora import export_adapter
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,23 @@
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 
 import torch
-from answering import Answering, summary
-from report import GRPO_PANELS, completion_table
-from session import Session, start
+from common.online import Answering, summary
+from common.run import Session, start
+from report.curves import GRPO_PANELS, completion_table
 from trialign.algorithms.batch import Rollout, from_rollouts
-from trialign.algorithms.build import build_group_roles, read_shapes
-from trialign.algorithms.groups import Group, GroupPool, make_groups
+from trialign.algorithms.config.grpo import GRPOConfig, check
 from trialign.algorithms.grpo import GroupRoles, score, update, with_advantages
-from trialign.algorithms.grpo_config import GRPOConfig, check
-from trialign.algorithms.online import plan, without
-from trialign.algorithms.rewards import RewardShaper, Score
-from trialign.algorithms.rollout import sample
-from trialign.engine.phases import forward_flops
+from trialign.algorithms.policy_step import plan, without
+from trialign.algorithms.rewards.functions import RewardShaper, Score
+from trialign.algorithms.roles.build import build_group_roles, read_shapes
+from trialign.algorithms.rollout.groups import Group, GroupPool, make_groups
+from trialign.algorithms.rollout.sync import sample
+from trialign.engine.profiler import forward_flops
 
 
 class Run(Answering):

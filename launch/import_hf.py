@@ -10,7 +10,7 @@ what they do.
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 import tyro
-from trialign.models.importing import import_checkpoint
-from trialign.models.tokenizer import read_tokenizer
+from trialign.models.hf.convert import import_checkpoint
+from trialign.models.hf.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True)

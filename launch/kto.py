@@ -7,22 +7,22 @@ torchrun ... launch/kto.py --resume runs/kto
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 from typing import NamedTuple
 
-from from_rows import FromRows, from_rows
-from report import Line, Panel
-from session import Session, start
+from common.run import Session, start
+from common.supervised import FromRows, from_rows
+from report.curves import Line, Panel
 from torch import Tensor
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.dialogue import Sample, pack_samples
+from trialign.algorithms.config.preference import KTOConfig, check_kto
+from trialign.algorithms.data.dialogues import Sample, pack_samples
+from trialign.algorithms.data.preferences import Labelled, mismatched
 from trialign.algorithms.dpo import with_reference
 from trialign.algorithms.kto import LabelledStream, held_out, kto_step, pack_labelled, reference_point, sums_of
-from trialign.algorithms.pair_config import KTOConfig, check_kto
-from trialign.algorithms.pairs import Labelled, mismatched
-from trialign.algorithms.shares import plan
+from trialign.algorithms.micro_batch import plan
 
 FACTS = {"loss": "loss {:.4f}", "margin": "margin {:+.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (

@@ -9,24 +9,24 @@
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 
 import torch
-from answering import Answering, summary
-from report import PPO_PANELS, completion_table
-from session import Session, start
+from common.online import Answering, summary
+from common.run import Session, start
+from report.curves import PPO_PANELS, completion_table
 from trialign.algorithms.batch import from_rollouts
-from trialign.algorithms.build import build_roles, read_shapes
-from trialign.algorithms.data import TextDataset
-from trialign.algorithms.kl import KLController
-from trialign.algorithms.online import plan, without
+from trialign.algorithms.config.ppo import PPOConfig, check
+from trialign.algorithms.data.prompts import TextDataset
+from trialign.algorithms.losses.kl import KLController
+from trialign.algorithms.policy_step import plan, without
 from trialign.algorithms.ppo import Roles, score, update, with_rewards
-from trialign.algorithms.ppo_config import PPOConfig, check
-from trialign.algorithms.rewards import RewardShaper
-from trialign.algorithms.rollout import sample
-from trialign.engine.phases import forward_flops
+from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.roles.build import build_roles, read_shapes
+from trialign.algorithms.rollout.sync import sample
+from trialign.engine.profiler import forward_flops
 
 
 class Run(Answering):

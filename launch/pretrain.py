@@ -7,18 +7,18 @@ torchrun ... launch/pretrain.py --resume runs/pretrain
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 
-from from_rows import from_rows
-from report import Line, Panel
-from session import Session, start
+from common.run import Session, start
+from common.supervised import from_rows
+from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.evaluation import perplexity
-from trialign.algorithms.pretrain_config import PretrainConfig, check_pretrain
+from trialign.algorithms.config.pretrain import PretrainConfig, check_pretrain
+from trialign.algorithms.data.documents import TextStream, pack_rows, plan_rows
+from trialign.algorithms.metrics import perplexity
 from trialign.algorithms.sft import held_out_loss, sft_step
-from trialign.algorithms.text import TextStream, pack_rows, plan_rows
 
 FACTS = {"loss": "loss {:.4f}", "eval_perplexity": "held-out perplexity {:.3f}", "epoch": "epoch {:.2f}"}
 PANELS = (

@@ -10,7 +10,7 @@ RUN/rounds; a killed run goes on within its round.
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import shutil
 import sys
@@ -18,23 +18,32 @@ from statistics import fmean
 from typing import Any, cast
 
 import torch
-from answering import Answering, summary
-from report import Line, Panel, completion_table
-from session import Session, start
+from common.online import Answering, summary
+from common.run import Session, start
+from report.curves import Line, Panel, completion_table
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.build import build_decoder, build_learner, read_shapes
-from trialign.algorithms.dialogue import pack_samples
+from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
+from trialign.algorithms.data.dialogues import pack_samples
+from trialign.algorithms.data.responses import (
+    Answer,
+    Rounds,
+    drawn,
+    make_answers,
+    matches,
+    read_round,
+    winners,
+    write_round,
+)
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
-from trialign.algorithms.rejection_config import RejectionConfig, check_rejection
+from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import pack_pairs
-from trialign.algorithms.rewards import RewardShaper
-from trialign.algorithms.roles import Role
-from trialign.algorithms.rollout import sample, texts_of
-from trialign.algorithms.rounds import Answer, Rounds, drawn, make_answers, matches, read_round, winners, write_round
+from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.roles.build import build_decoder, build_learner, read_shapes
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.sync import sample, texts_of
 from trialign.algorithms.sft import sft_step
-from trialign.algorithms.shares import plan
 from trialign.engine.parallel.collectives import gather_objects
-from trialign.engine.phases import forward_flops
+from trialign.engine.profiler import forward_flops
 
 FACTS = {"round": "round {:.0f}", "reward": "reward {:.3f}", "reward_picked": "picked {:.3f}", "loss": "loss {:.4f}"}
 PANELS = (

@@ -8,18 +8,21 @@ torchrun ... launch/reward.py --resume runs/reward
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from from_rows import from_rows
-from report import Line, Panel
-from session import Session, start
+from common.run import Session, start
+from common.supervised import from_rows
+from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.pair_config import RewardModelConfig, check_reward
-from trialign.algorithms.pairs import Pair, PairStream, Steps, read_steps
+from trialign.algorithms.config.preference import RewardModelConfig, check_reward
+from trialign.algorithms.data.preferences import Pair, PairStream, Steps, read_steps
+from trialign.algorithms.data.sources import RowReader
+from trialign.algorithms.data.streams import RowStream
+from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import (
     held_out_pairs,
     held_out_process,
@@ -28,9 +31,6 @@ from trialign.algorithms.reward_model import (
     pair_step,
     process_step,
 )
-from trialign.algorithms.rows import RowStream
-from trialign.algorithms.shares import plan
-from trialign.algorithms.sources import RowReader
 
 ReadPairs = Callable[[str, RowReader], Sequence[Pair]]
 FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}

@@ -10,7 +10,7 @@ in; only one holds its models at a time. RUN/stages.json has a line on each stag
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import gc
 import json
@@ -24,27 +24,27 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import labelling
 import ppo
 import reward
 import sft
-from html_report import page
-from run_folder import write_whole
-from session import Session, start
-from trialign.algorithms.build import load_tokenizer, read_shape
-from trialign.algorithms.config import RunConfig
-from trialign.algorithms.data import PromptDataset
-from trialign.algorithms.labelling import read_labelled, split_prompts
-from trialign.algorithms.rlhf_config import RLHFConfig, Stages, check_rlhf, prompt_files, stages
-from trialign.algorithms.rollout import Scorer
-from trialign.algorithms.rounds import as_line, write_rows
+from common import labeling
+from common.run import Session, start
+from common.run_folder import write_whole
+from report.html import page
+from trialign.algorithms.config.common import RunConfig
+from trialign.algorithms.config.rlhf import RLHFConfig, Stages, check_rlhf, prompt_files, stages
+from trialign.algorithms.data.labeling import read_labelled, split_prompts
+from trialign.algorithms.data.prompts import PromptDataset
+from trialign.algorithms.data.responses import as_line, write_rows
+from trialign.algorithms.roles.build import load_tokenizer, read_shape
+from trialign.algorithms.rollout.sync import Scorer
 from trialign.engine.config import flatten
 from trialign.engine.logging import read_metrics
 from trialign.engine.parallel.collectives import gather_objects
 
 MAINS: dict[str, Callable[[Session[Any]], None]] = {
     "sft": sft.main,
-    "preferences": labelling.main,
+    "preferences": labeling.main,
     "reward": partial(reward.main, read=read_labelled),
     "ppo": ppo.main,
     "evaluation": evaluate.main,

@@ -14,7 +14,7 @@ prompt that the model is asked with, at the completion's last token or the end o
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import json
 import signal
@@ -25,17 +25,17 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from stopping import SIGNALS
+from common.env import pick_device, world_size
+from common.stop_requests import SIGNALS
 from trialign.algorithms.batch import micro_batches, pack
-from trialign.algorithms.build import build_decoder, load_tokenizer, read_shape
-from trialign.algorithms.chat_encoder import ChatEncoder, Completion, parse_tools
-from trialign.algorithms.config import ModelPaths, ParallelConfig, RunConfig, require
-from trialign.algorithms.messages import read_messages
-from trialign.algorithms.reward_worker import brief
-from trialign.algorithms.roles import Role
+from trialign.algorithms.config.common import ModelPaths, ParallelConfig, RunConfig, require
+from trialign.algorithms.data.chat import read_messages
+from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, parse_tools
+from trialign.algorithms.rewards.worker import brief
+from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.roles.role import Role
 from trialign.engine.config import parse
 from trialign.engine.mesh import build_mesh
-from world import pick_device, world_size
 
 MOST_BYTES = 64 << 20
 """Of a request."""

@@ -7,20 +7,20 @@ torchrun ... launch/sft.py --resume runs/sft
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
 
-from from_rows import FromRows, from_rows
-from report import SFT_PANELS, answer_table, response_text
-from session import Session, start
-from trialign.algorithms.dialogue import pack_samples
-from trialign.algorithms.dialogue_data import DialogueDataset, joined
-from trialign.algorithms.rollout import sample, texts_of
+from common.run import Session, start
+from common.supervised import FromRows, from_rows
+from report.curves import SFT_PANELS, answer_table, response_text
+from trialign.algorithms.config.sft import SFTConfig, check
+from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
+from trialign.algorithms.data.dialogues import pack_samples
+from trialign.algorithms.micro_batch import plan
+from trialign.algorithms.rollout.sync import sample, texts_of
 from trialign.algorithms.sft import held_out_loss, sft_step
-from trialign.algorithms.sft_config import SFTConfig, check
-from trialign.algorithms.shares import plan
-from trialign.engine.rollout.generate import Generator, SamplingParams
+from trialign.engine.generation.embedded import Generator, SamplingParams
 
 FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch {:.2f}"}
 

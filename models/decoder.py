@@ -1,7 +1,7 @@
 """The decoder of every family, in the order of LLaMA's paper, for one pipeline stage of a mesh.
 
 Attention itself is an argument: training passes packed attention, the generator its paged cache, so both run this one
-forward. Parameters are uninitialised until models/hf.py fills them.
+forward. Parameters are uninitialised until models/hf/table.py fills them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..engine.mesh import Axis, Mesh
 from ..engine.parallel.collectives import copy_to_region, gather_from_region
-from ..engine.parallel.layers import (
+from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA, adapted_linears
+from ..engine.parallel.shard import Shard, Slot, Split, shard_of, sharded_parameter, split
+from ..engine.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -28,8 +30,6 @@ from ..engine.parallel.layers import (
     cut,
     whole,
 )
-from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA, adapted_linears
-from ..engine.parallel.shard import Shard, Slot, Split, shard_of, sharded_parameter, split
 from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_

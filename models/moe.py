@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from ..engine.mesh import Mesh
 from ..engine.parallel.collectives import all_reduce, copy_to_region, reduce_from_region
-from ..engine.parallel.experts import Dispatch, ExpertLinear, from_experts, to_experts
-from ..engine.parallel.layers import ColumnParallelLinear, RowParallelLinear, all_of, whole
+from ..engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA
 from ..engine.parallel.shard import Shard, sharded_parameter, split
+from ..engine.parallel.tensor import ColumnParallelLinear, RowParallelLinear, all_of, whole
 from ..kernels.moe import permute, route, sort_by_expert, unpermute
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig, MoEConfig

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 # With the checkout's root importable, transformers would take our kernels/ for the Hub's package of that name
 # (`python -m pytest` puts the root there; an empty entry is the working directory).
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+# What tests share is found by bare names.
+sys.path[:0] = [str(folder) for folder in (ROOT / "tests").rglob("*") if folder.is_dir() and any(folder.glob("*.py"))]
 
 # One thread a process, also in the scripts that tests start: ranks share the cores, and sums keep their order.
 os.environ["OMP_NUM_THREADS"] = "1"

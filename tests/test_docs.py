@@ -9,17 +9,17 @@ import typing
 from pathlib import Path
 
 import pytest
-from trialign.algorithms.conditional_config import ConditionalConfig
-from trialign.algorithms.evaluate_config import EvaluateConfig
-from trialign.algorithms.grpo_config import GRPOConfig
-from trialign.algorithms.pair_config import DPOConfig, KTOConfig, RewardModelConfig
-from trialign.algorithms.ppo_config import PPOConfig
-from trialign.algorithms.pretrain_config import PretrainConfig
-from trialign.algorithms.rejection_config import RejectionConfig
-from trialign.algorithms.rlhf_config import RLHFConfig
-from trialign.algorithms.sft_config import SFTConfig
+from trialign.algorithms.config.conditional import ConditionalConfig
+from trialign.algorithms.config.evaluate import EvaluateConfig
+from trialign.algorithms.config.grpo import GRPOConfig
+from trialign.algorithms.config.ppo import PPOConfig
+from trialign.algorithms.config.preference import DPOConfig, KTOConfig, RewardModelConfig
+from trialign.algorithms.config.pretrain import PretrainConfig
+from trialign.algorithms.config.rejection import RejectionConfig
+from trialign.algorithms.config.rlhf import RLHFConfig
+from trialign.algorithms.config.sft import SFTConfig
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = {
     "reward.md": RewardModelConfig,
     "dpo.md": DPOConfig,

@@ -18,7 +18,7 @@ from ..rope import read_rope, write_rope
 
 @dataclass(frozen=True)
 class Row:
-    """One weight: our parameter and part of it, Hugging Face's name, the part's whole shape as keys of models/hf.py.
+    """One weight: our parameter and part of it, Hugging Face's name, the part's whole shape as keys of hf/table.py.
 
     `{i}` is the layer, `{e}` the expert. Rows of one layer with the same `theirs` are parts of one fused tensor, one
     below the other in the rows' order.

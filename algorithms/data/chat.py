@@ -1,0 +1,238 @@
+"""Chats: what a row holds as messages and tools, checked, and as the tokenizer's chat template writes them.
+
+One way to read them for all that learn: prompts, dialogues, pairs, labels and steps keep roles, tools, tool calls and
+whatever else a message holds for the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config.common import DataConfig
+from .columns import from_sharegpt
+from .text_files import parse_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEARNED = ("weight", "train")
+"""What a message says of whether it is learned; no template sees it."""
+Message = dict[str, Any]
+"""role, content (a string), and what else the chat template reads."""
+
+
+def column(where: str, row: dict[str, Any], key: str, knob: str) -> Any:
+    """A row's column. ValueError where there is none, naming row, knob and what there is."""
+    if key not in row:
+        raise ValueError(f"{where}: no column {key!r} ({knob}); it has: {', '.join(map(repr, row)) or 'none'}")
+    return row[key]
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_messages(where: str, value: list[Any]) -> list[Message]:
+    """A list of messages without what they lack in their row (parquet and `datasets` fill in None).
+
+    Args:
+        where: as rows.jsonl:12: 'messages'.
+
+    Raises:
+        ValueError: one is no message, its content no string, or the assistant says and calls nothing; names it.
+    """
+    return [message for message, _ in _each(where, value)]
+
+
+def learned_messages(where: str, value: list[Any]) -> list[int]:
+    """Which of those messages are to be learned: the assistant's that do not say no. Raises ValueError as it does."""
+    messages = enumerate(_each(where, value))
+    return [i for i, (message, learned) in messages if learned and message["role"] == "assistant"]
+
+
+def _each(where: str, value: list[Any]) -> Iterator[tuple[Message, bool]]:
+    """The messages of a list, and whether each may be learned."""
+    for number, message in enumerate(value):
+        message = from_sharegpt(f"{where}[{number}]", message)
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where}[{number}] must be a message {{role, content}}, not {brief(message)}")
+        message = {key: own for key, own in message.items() if own is not None}
+        learned = _is_learned(f"{where}[{number}]", message)
+        message = {key: own for key, own in message.items() if key not in LEARNED}
+        role, calls = message["role"], message.get("tool_calls")
+        content = message.get("content", "" if calls else None)
+        if not isinstance(content, str):
+            raise ValueError(f"{where}[{number}] ({role}): its content must be a string, not {brief(content)}")
+        if role == "assistant" and not content.strip() and not calls:
+            raise ValueError(f"{where}[{number}] (assistant) is empty")
+        yield {**message, "content": content}, learned
+
+
+def _is_learned(where: str, message: Message) -> bool:
+    """Whether a message may be learned: not with weight 0 or train false.
+
+    Raises:
+        ValueError: these are something else, contradict each other, or ask for another role's message to be learned.
+    """
+    role, weight, train = message["role"], message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise ValueError(f"{where} ({role}): weight={brief(weight)}: must be 0 (not learned) or 1 (learned)")
+    if train is not None and not isinstance(train, bool):
+        raise ValueError(f"{where} ({role}): train={brief(train)}: must be true or false")
+    if weight is not None and train is not None and bool(weight) != train:
+        raise ValueError(f"{where} ({role}): weight={weight} and train={train}: must say the same")
+    if role != "assistant" and (weight or train):
+        name, value = ("weight", weight) if weight else ("train", train)
+        raise ValueError(f"{where} ({role}): {name}={value}: only the assistant's messages are learned")
+    return weight != 0 and train is not False
+
+
+def read_prompt(where: str, row: dict[str, Any], key: str, config: DataConfig) -> list[Message]:
+    """The prompt in a row's column `key`, without the config's system prompt.
+
+    Raises:
+        ValueError: there is none, or it is neither a string nor a list of messages.
+    """
+    prompt = column(where, row, key, f"{config.section}.prompt_key")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{where}: {key!r} is empty")
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        allowed = "a string or a list of {role, content} messages"
+        raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(prompt)}")
+    if not config.chat_template:
+        raise ValueError(f"{where}: {key!r} is a list of messages: needs {config.section}.chat_template=true")
+    return read_messages(f"{where}: {key!r}", prompt)
+
+
+def read_tools(where: str, row: dict[str, Any], config: DataConfig) -> list[Any] | None:
+    """The row's column `tools`, for the template: a list, or one written as JSON.
+
+    Raises:
+        ValueError: it is something else, or there is no template to write it.
+    """
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = parse_json(tools)
+        except ValueError as error:
+            raise ValueError(f"{where}: 'tools' is {error}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"{where}: 'tools' must be a list of function descriptions, not {brief(tools)}")
+    if tools and not config.chat_template:
+        raise ValueError(f"{where}: 'tools' is not empty: needs {config.section}.chat_template=true")
+    return tools
+
+
+def with_system_prompt(chat: list[Message], config: DataConfig) -> list[Message]:
+    """The messages with the config's system prompt before them, where they bring none."""
+    if config.system_prompt and config.chat_template and chat[0]["role"] != "system":
+        return [{"role": "system", "content": config.system_prompt}, *chat]
+    return chat
+
+
+def users_words(chat: Sequence[Message]) -> str:
+    """The last thing the user said."""
+    return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
+
+
+def need_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer without a chat template. Raises ValueError."""
+    if not tokenizer.chat_template:
+        raise ValueError("chat_template=true, but the model's tokenizer has none: set it to false")
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a text which no template ends. Raises ValueError where the tokenizer has none."""
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError("the model's tokenizer has no end of sequence (eos_token) to put behind a text")
+    return end
+
+
+def render(
+    where: str,
+    chat: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[Any] | None,
+    *,
+    generation_prompt: bool = False,
+    opened: bool = False,
+) -> str:
+    """The messages as the tokenizer's chat template writes them.
+
+    Args:
+        generation_prompt: the header of the answer that is asked for comes behind them.
+        opened: the last message's turn is not ended.
+
+    Raises:
+        ValueError: the template refuses them, or leaves out tools or calls of them; names the row.
+    """
+    from jinja2 import TemplateError
+
+    def write(chat: Sequence[Message], tools: list[Any] | None) -> str:
+        text = tokenizer.apply_chat_template(
+            list(chat),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            continue_final_message=opened,
+        )
+        assert isinstance(text, str)
+        return text
+
+    try:
+        text = write(chat, tools)
+    except (TemplateError, ValueError) as error:
+        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
+
+    def is_the_same(chat: Sequence[Message], tools: list[Any] | None) -> bool:
+        try:
+            return text == write(chat, tools)
+        except (TemplateError, ValueError):
+            return False
+
+    if tools and is_the_same(chat, None):
+        raise ValueError(f"{where}: the tokenizer's chat template does not write the row's 'tools'")
+    called = [number for number, message in enumerate(chat) if message.get("tool_calls")]
+    if called and is_the_same([{k: v for k, v in message.items() if k != "tool_calls"} for message in chat], tools):
+        raise ValueError(f"{where}: the tokenizer's chat template does not write the tool calls of message {called[0]}")
+    return text
+
+
+def render_prompt(
+    where: str, chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None
+) -> str:
+    """The messages as the model is given them: with the generation prompt, or where the last one is the assistant's,
+    with its turn open, to be continued (a prefill).
+
+    Raises:
+        ValueError: the template refuses them, or there is no text to continue; names the row.
+    """
+    opened = chat[-1]["role"] == "assistant"
+    if opened:
+        check_prefill(where, chat[-1])
+    return render(where, chat, tokenizer, tools, generation_prompt=not opened, opened=opened)
+
+
+def check_prefill(where: str, message: Message) -> None:
+    """Refuses to continue an assistant's message that calls tools. Raises ValueError."""
+    if message.get("tool_calls"):
+        raise ValueError(f"{where}: the prompt ends with tool calls of the assistant, whose results must follow")
+
+
+def answered(where: str, prompt: Sequence[Message], answer: Message) -> tuple[list[Message], str]:
+    """(the prompt's messages with the answer behind them, the prefill: what of the answer the prompt has already).
+
+    Raises:
+        ValueError: the prompt ends with what cannot be continued; names the row.
+    """
+    *before, last = prompt
+    if last["role"] != "assistant":
+        return [*prompt, answer], ""
+    check_prefill(where, last)
+    return [*before, {**last, **answer, "content": last["content"] + answer["content"]}], last["content"]

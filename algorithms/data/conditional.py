@@ -1,0 +1,175 @@
+"""Rows of conditional SFT: answers whose reward is written into the user's last words (https://arxiv.org/abs/2308.12050).
+
+The model learns which answers earn which reward; asked with the best one, it answers so.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ..batch import Prompt, Rollout
+from ..config.conditional import ConditionConfig, RewardedData
+from .chat import brief, column
+from .dialogues import Dialogue, Encoder, Sample
+from .preferences import read_answer
+from .selection import Scored, conditioned
+from .sources import Read, RowReader, read_rows
+from .streams import RowStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """A row: an answer with its reward."""
+
+    dialogue: Dialogue
+    fields: dict[str, Any]  # what else the row holds, for reward functions
+    reward: float | None  # None where it is still to be scored, or has no score
+
+    @property
+    def asked(self) -> int:
+        """The message that the reward is written into: the user's last one."""
+        messages = self.dialogue.messages
+        return max(i for i, message in enumerate(messages[: self.dialogue.learned[0]]) if message["role"] == "user")
+
+    @property
+    def words(self) -> str:
+        """That message."""
+        return self.dialogue.messages[self.asked]["content"]
+
+    def asking(self, words: str) -> Dialogue:
+        """The dialogue with these as the user's last words."""
+        place, messages = self.asked, self.dialogue.messages
+        changed = [*messages[:place], {**messages[place], "content": words}, *messages[place + 1 :]]
+        return self.dialogue._replace(messages=changed)
+
+
+def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = read_rows) -> list[Rewarded]:
+    """The rows of a source.
+
+    Args:
+        given: they bring their rewards; otherwise those are to be scored.
+
+    Raises:
+        ValueError: a column is missing or malformed, or a reward is no finite number; names the row.
+    """
+    rows = []
+    for where, row in read(source, config.keys):
+        dialogue = read_answer(where, row, config.response_key, "response_key", config)
+        if not any(message["role"] == "user" for message in dialogue.messages):
+            raise ValueError(f"{where}: no user's turn to write the reward into")
+        reward = column(where, row, config.reward_key, "data.reward_key") if given else None
+        limit = sys.float_info.max  # an integer may be larger than any float
+        if given and (isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= limit):
+            raise ValueError(f"{where}: {config.reward_key!r} must be a finite number, not {brief(reward)}")
+        own = (config.prompt_key, config.response_key)
+        fields = {key: value for key, value in row.items() if key not in own}
+        rows.append(Rewarded(dialogue, fields, None if reward is None else float(reward)))
+    return rows
+
+
+def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rollout]:
+    """The answers as scorers take them, each with its end."""
+    made = []
+    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        begin = sample.mask.index(1)
+        tokens = sample.tokens[begin:].tolist()
+        asked = tuple(row.dialogue.asked(row.dialogue.learned[0]))
+        prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where, asked)
+        made.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop"))
+    return made
+
+
+def bucketed(rewards: Sequence[float], count: int) -> list[float]:
+    """Each reward's bucket, named by the mean of its rewards: equally many rewards a bucket, equal ones in the same.
+
+    Raises:
+        ValueError: all are in one bucket.
+    """
+    ordered = sorted(rewards)
+    buckets = [count * bisect_left(ordered, reward) // len(rewards) for reward in rewards]
+    if len(set(buckets)) < 2:
+        raise ValueError(
+            f"{len(rewards)} rewards fall into one of condition.buckets={count}: they do not differ enough"
+        )
+    means = {b: fmean(r for r, own in zip(rewards, buckets, strict=True) if own == b) for b in set(buckets)}
+    return [means[bucket] for bucket in buckets]
+
+
+class ConditionedRows(RowStream[Sample]):
+    """The rows of conditional SFT as a stream. Rewards are normalised and bucketed over all rows, held-out ones too.
+
+    Args:
+        rows: of each source; those without a reward are left out and counted.
+        too_long: rows, by name, that are longer than `data.max_tokens` without a reward already.
+        reader: what they were read with.
+
+    Raises:
+        ValueError: no row has a reward, rewards do not differ, or no row is short enough.
+    """
+
+    def __init__(
+        self,
+        config: RewardedData,
+        condition: ConditionConfig,
+        rows: Mapping[str, Sequence[Rewarded]],
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        seed: int = 0,
+        too_long: frozenset[str] = frozenset(),
+        reader: RowReader | None = None,
+    ):
+        every = [row for own in rows.values() for row in own]
+        known = [row for row in every if row.reward is not None]
+        self.unknown = len(every) - len(known) - len(too_long)
+        if not known:
+            raise ValueError(f"none of {len(every)} rows has a reward")
+        scored = [Scored(row.words, "", row.reward or 0.0) for row in known]
+        if condition.normalise:
+            scaled = conditioned(scored, True, condition.template)
+            scored = [answer._replace(reward=new.reward) for answer, new in zip(scored, scaled, strict=True)]
+        if condition.buckets:
+            numbers = bucketed([answer.reward for answer in scored], condition.buckets)
+            scored = [answer._replace(reward=number) for answer, number in zip(scored, numbers, strict=True)]
+        asked = conditioned(scored, False, condition.template)
+        self.written = sorted({f"{answer.reward:.2f}" for answer in asked}, key=float)
+        self.best = condition.best or self.written[-1]
+        dialogues = {row.dialogue.where: row.asking(new.prompt) for row, new in zip(known, asked, strict=True)}
+        dialogues |= {row.dialogue.where: row.dialogue for row in every if row.dialogue.where in too_long}
+
+        self.encoder = Encoder(config, tokenizer, stop_ids)
+
+        def load(source: str) -> list[Sample]:
+            mine = [dialogues[row.dialogue.where] for row in rows[source] if row.dialogue.where in dialogues]
+            return list(self.encoder.responses(mine))
+
+        super().__init__(config, load, lambda sample: [len(sample.tokens)], seed, reader=reader)
+        self._template = condition.template
+        self._rows = {row.dialogue.where: row for row in known}
+
+    def __str__(self) -> str:
+        some = self.written if len(self.written) <= 6 else [*self.written[:2], "...", *self.written[-2:]]
+        text = f"{super().__str__()}; {len(self.written)} rewards written: {', '.join(some)}"
+        text += f"; {self.unknown} dropped for want of a score" if self.unknown else ""
+        return text + str(self.encoder)
+
+    def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
+        """(prompt asking for the best, the answer's tokens in the data) of the first rows, held-out ones if any."""
+        rows = [self._rows[sample.where] for sample in (self.held_out or list(self.rows()))[:count]]
+        words = [row.words for row in rows]
+        best = [self._template.replace("{input}", text).replace("{reward}", self.best) for text in words]
+        dialogues = [row.asking(text) for row, text in zip(rows, best, strict=True)]
+        found = []
+        samples = self.encoder.responses(dialogues)
+        for i, (row, text, dialogue, sample) in enumerate(zip(rows, words, dialogues, samples, strict=True)):
+            begin, asked = sample.mask.index(1), tuple(dialogue.asked(dialogue.learned[0]))
+            prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where, asked)
+            found.append((prompt, sample.tokens[begin:].tolist()))
+        return found

@@ -1,0 +1,266 @@
+"""Dialogues as tokens, with a mask of those the assistant is to say.
+
+A turn that is learned stands behind the very tokens that a rollout of it begins with: the messages before it with the
+generation prompt, tokenized by themselves. It ends with its end of sequence, and where the chat template has
+{% generation %} marks, only what they mark is learned of it.
+
+A dialogue is one sample where each turn with what it answers is the beginning of what the next one answers. Where it
+is not, as in templates that leave the reasoning of earlier turns out, the sample ends there and the next turn begins
+another: each turn is learned behind what the model will see when it says it.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..batch import Batch, pack
+from .chat import Message, end_of_text, need_template, render, users_words
+from .encoding import Tokens, encode_responses, turn_end
+from .streams import ResponseData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1000  # rows tokenized at once
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+"""First character and the one behind the last."""
+
+
+class Dialogue(NamedTuple):
+    """A row before it is tokenized."""
+
+    where: str  # as rows.jsonl:12
+    messages: list[Message]
+    learned: list[int]  # the messages that are targets
+    tools: list[Any] | None
+    prefill: str = ""  # how the last message begins already in the prompt
+
+    def asked(self, number: int) -> list[Message]:
+        """The messages that message `number` answers, and what of it is there already."""
+        before = self.messages[:number]
+        return [*before, {"role": "assistant", "content": self.prefill}] if self._opens(number) else before
+
+    def _opens(self, number: int) -> bool:
+        return bool(self.prefill) and number == len(self.messages) - 1
+
+    def prompt(self, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """That as the chat template writes it. Raises ValueError where it refuses."""
+        opened = self._opens(number)
+        asked = self.asked(number)
+        return render(self.where, asked, tokenizer, self.tools, generation_prompt=not opened, opened=opened)
+
+
+class Sample(NamedTuple):
+    """A tokenized row, or turns of one; the last token is a target."""
+
+    tokens: array[int]
+    mask: bytes  # 1 where a token is a target
+    text: str  # the last thing the user said
+    where: str
+
+    @property
+    def targets(self) -> int:
+        return sum(self.mask)
+
+    def first_turn(self) -> tuple[list[int], list[int]]:
+        """The tokens before the first answer, and those of it."""
+        begin = self.mask.index(1)
+        length = next(len(list(run)) for _, run in groupby(self.mask[begin:]))
+        return self.tokens[:begin].tolist(), self.tokens[begin : begin + length].tolist()
+
+
+class Turn(NamedTuple):
+    """A message to learn, as text."""
+
+    where: str
+    number: int  # of the message
+    prompt: str
+    text: str  # the message, and what the template writes behind it
+    marked: list[Span] | None  # what of it the template marks; None where it has no marks
+
+
+class Learned(NamedTuple):
+    """A message to learn, as tokens."""
+
+    prompt: list[int]
+    tokens: list[int]
+    mask: bytes
+
+
+def pack_samples(samples: Sequence[Sample]) -> Batch:
+    """The batch of these rows."""
+    batch = pack([sample.tokens.tolist() for sample in samples], [[bool(m) for m in s.mask] for s in samples])
+    return batch.with_(names=tuple(sample.where for sample in samples))
+
+
+class Encoder:
+    """Turns dialogues into samples.
+
+    Args:
+        stop_ids: tokens that end a turn.
+
+    Attributes:
+        appended: turns so far whose end of sequence `append_eos` has put there or made a target.
+
+    Raises:
+        ValueError: there is no chat template, or without one no end of sequence.
+    """
+
+    def __init__(self, config: ResponseData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]):
+        self.config, self.tokenizer, self.appended = config, tokenizer, 0
+        if config.chat_template:
+            need_template(tokenizer)
+        needed = config.append_eos or not config.chat_template
+        self.end = end_of_text(tokenizer) if needed else None
+        self.stop_ids = {*stop_ids, self.end} if needed else set(stop_ids)
+
+    def __str__(self) -> str:
+        count = f"{self.appended:,} turn" + "s" * (self.appended != 1)
+        return f"; {self.config.section}.append_eos: the end of {count} is learned" if self.appended else ""
+
+    def samples(self, dialogues: Sequence[Dialogue]) -> Iterator[list[Sample]]:
+        """Each dialogue's samples: one, or several where its turns are answers to other texts than it goes on with.
+
+        Raises:
+            ValueError: the template does not fit a dialogue, leaves nothing to learn or writes no end; names the row.
+        """
+        for start in range(0, len(dialogues), CHUNK):
+            part = dialogues[start : start + CHUNK]
+            turns = [[self._turn(dialogue, number) for number in dialogue.learned] for dialogue in part]
+            learned = iter(self._encode([turn for own in turns for turn in own]))
+            for dialogue in part:
+                yield self._join(dialogue, [next(learned) for _ in dialogue.learned])
+
+    def responses(self, dialogues: Sequence[Dialogue]) -> Iterator[Sample]:
+        """The samples of dialogues with one turn to learn each. Raises ValueError as `samples` does."""
+        for samples in self.samples(dialogues):
+            (sample,) = samples
+            yield sample
+
+    def _turn(self, dialogue: Dialogue, number: int) -> Turn:
+        where, messages, tools = dialogue.where, dialogue.messages, dialogue.tools
+        if not self.config.chat_template:
+            return Turn(where, number, messages[number - 1]["content"], messages[number]["content"], None)
+        prompt = dialogue.prompt(number, self.tokenizer)
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if MARKS.search(template):
+            text, spans = _render_with_marks(where, messages[: number + 1], self.tokenizer, tools, template)
+        else:
+            text, spans = render(where, messages[: number + 1], self.tokenizer, tools), None
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"{where}: the chat template writes message {number} (assistant) otherwise than it asks for it: the"
+                f" prompt ends with {prompt[-40:]!r}, the dialogue with {text[-80:]!r}"
+            )
+        begin = len(prompt)
+        if spans is not None:
+            spans = [(max(0, a - begin), b - begin) for a, b in spans if a < b and b > begin]
+        return Turn(where, number, prompt, text[begin:], spans)
+
+    def _encode(self, turns: Sequence[Turn]) -> list[Learned]:
+        """The turns as tokens. Raises ValueError where one has nothing to learn or no end; names the row."""
+        fast = any(turn.marked is not None for turn in turns) and bool(self.tokenizer.is_fast)
+        pairs = [(turn.prompt, turn.text) for turn in turns]
+        encoded = encode_responses(self.tokenizer, pairs, self.config.chat_template, fast)
+        made = []
+        for turn, (prompt, tokens) in zip(turns, encoded, strict=True):
+            end = turn_end(self.tokenizer, tokens.ids, self.stop_ids)
+            mask = self._mask(turn, prompt, tokens, end)
+            if not prompt or not any(mask):
+                raise ValueError(f"{turn.where}: the chat template leaves message {turn.number} no token to learn")
+            if end and mask[end - 1]:
+                made.append(Learned(prompt, tokens.ids[:end], bytes(mask[:end])))
+            elif self.end is None:
+                raise ValueError(self._endless(turn, tokens, end))
+            else:
+                self.appended += self.config.chat_template
+                made.append(self._ended(turn, prompt, tokens, mask, end))
+        return made
+
+    def _mask(self, turn: Turn, prompt: list[int], tokens: Tokens, end: int) -> bytearray:
+        """1 where a token of the turn is to be learned, whether it has an end or not."""
+        if turn.marked is None:
+            return bytearray(b"\1" * (end or len(tokens.ids)))
+        mask = bytearray(len(tokens.ids))
+        for span in turn.marked:
+            if tokens.places:
+                mine = [i for i, (a, b) in enumerate(tokens.places) if a < span[1] and b > span[0]]
+                begin, behind = (mine[0], mine[-1] + 1) if mine else (0, 0)
+            else:
+                begin, behind = (self._tokens_before(turn, prompt, tokens, place) for place in span)
+            mask[begin:behind] = b"\1" * (behind - begin)
+        return mask[:end] if end else mask
+
+    def _tokens_before(self, turn: Turn, prompt: list[int], tokens: Tokens, place: int) -> int:
+        """How many tokens the turn's first `place` characters are, for a tokenizer that knows no characters."""
+        ((_, part),) = encode_responses(self.tokenizer, [(turn.prompt, turn.text[:place])], True)
+        if tokens.ids[: len(part.ids)] != part.ids:
+            raise ValueError(
+                f"{turn.where}: the tokenizer joins the end of a turn with what follows, and knows no offsets"
+            )
+        return len(part.ids)
+
+    def _ended(self, turn: Turn, prompt: list[int], tokens: Tokens, mask: bytearray, end: int) -> Learned:
+        """The turn with its end as a target: that of the text where it has one, otherwise one put behind it."""
+        assert self.end is not None
+        if end:  # the marks stop before it
+            behind = mask.rindex(1) + 1
+            return Learned(prompt, tokens.ids[:end], bytes(mask[:behind]) + b"\1" * (end - behind))
+        if self.config.chat_template:  # white space behind the last word is the template's
+            length = max(b for _, b in turn.marked) if turn.marked else len(turn.text)
+            turn = turn._replace(text=turn.text[:length].rstrip())
+            ((_, tokens),) = encode_responses(self.tokenizer, [(turn.prompt, turn.text)], True, bool(tokens.places))
+            mask = self._mask(turn, prompt, tokens, 0)
+        return Learned(prompt, [*tokens.ids, self.end], bytes(mask) + b"\1")
+
+    def _endless(self, turn: Turn, tokens: Tokens, end: int) -> str:
+        if end:
+            written = self.tokenizer.decode([tokens.ids[end - 1]])
+            what = f"its {{% generation %}} marks stop before {written!r}"
+        else:
+            ends = " or ".join(repr(self.tokenizer.decode([token])) for token in sorted(self.stop_ids))
+            what = f"it writes {turn.text[-40:]!r}, without an end of sequence ({ends or 'the model has none'})"
+        return (
+            f"{turn.where}: the chat template lets the model learn no end of message {turn.number} (assistant): {what};"
+            f" {self.config.section}.append_eos=true learns one there"
+        )
+
+    def _join(self, dialogue: Dialogue, turns: Sequence[Learned]) -> list[Sample]:
+        """The turns as few samples: each goes on with the one before where its prompt begins with that."""
+        made: list[tuple[list[int], bytes, int]] = []  # tokens, mask, number of the last message
+        for number, turn in zip(dialogue.learned, turns, strict=True):
+            before, mask = made[-1][:2] if made else ([], b"")
+            if made and turn.prompt[: len(before)] == before:
+                made.pop()
+            else:
+                mask = b""
+            mask += bytes(len(turn.prompt) - len(mask)) + turn.mask
+            made.append((turn.prompt + turn.tokens, mask, number))
+        words = users_words(dialogue.messages)
+        if len(made) == 1:
+            return [Sample(array("i", made[0][0]), made[0][1], words, dialogue.where)]
+        samples = []
+        for tokens, mask, number in made:
+            words = users_words(dialogue.messages[:number])
+            samples.append(Sample(array("i", tokens), mask, words, f"{dialogue.where}, message {number}"))
+        return samples
+
+
+def _render_with_marks(
+    where: str, messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, template: str
+) -> tuple[str, list[Span]]:
+    """The messages as the chat template writes them, and what of it stands between its marks."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options = {"chat_template": template, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
+    try:
+        texts, marks = render_jinja_template(conversations=[messages], tools=tools, **options)
+    except TemplateError as error:
+        raise ValueError(f"{where}: the tokenizer's chat template refuses it: {error}") from None
+    return texts[0], [(int(begin), int(end)) for begin, end in marks[0]]

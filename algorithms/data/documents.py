@@ -1,0 +1,204 @@
+"""What continued pretraining reads: documents cut into pieces, and pieces packed into rows of a token budget.
+
+A row's pieces do not see each other: each is a sample of its own in the batch, so attention and positions begin anew
+with it. A document ends with the end of sequence. One that is longer than a row is cut into pieces that share one
+token: the last of a piece begins the next, so that every token of the document but its first is predicted, once.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ...engine.mesh import Mesh
+from ..batch import Batch, deal_micro_batches, pack
+from ..config.common import UpdateConfig
+from ..config.pretrain import TextData
+from ..roles.role import Share
+from .chat import brief, column
+from .encoding import encode_documents
+from .sources import Read, RowReader
+from .streams import RowStream, check_left
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1000  # documents tokenised at once
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one."""
+
+    tokens: array[int]
+    where: str  # as text.jsonl:12
+
+
+Pack = list[Piece]
+"""A row: pieces of at most `data.max_tokens` tokens together."""
+
+
+def pack_tokens(row: Pack) -> int:
+    """Tokens of a row."""
+    return sum(len(piece.tokens) for piece in row)
+
+
+def read_texts(source: str, config: TextData, read: Read) -> Iterator[tuple[str, str]]:
+    """(where, text) of every document of a source; a .txt or .md file is one.
+
+    Raises:
+        ValueError: it does not exist or cannot be read, a row lacks the column, or it holds no string; names the row.
+    """
+    for where, row in read(source, config.keys):
+        text = column(where, row, config.text_key, f"{config.section}.text_key")
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {config.text_key!r} must be a string, not {brief(text)}")
+        yield where, text
+
+
+def cut(document: Sequence[int], length: int) -> Iterator[Sequence[int]]:
+    """A document's pieces of at most `length` tokens: each token but the first is in one piece behind another."""
+    for begin in range(0, max(1, len(document) - 1), length - 1):
+        yield document[begin : begin + length]
+
+
+def pieces(documents: Sequence[Piece], length: int) -> list[Piece]:
+    """All documents' pieces of at most `length` tokens."""
+    return [Piece(array("i", part), d.where) for d in documents for part in cut(d.tokens, length)]
+
+
+def fill(parts: Sequence[Piece], budget: int) -> list[Pack]:
+    """The pieces in rows of at most `budget` tokens: longest first, each into the fullest row that has room for it."""
+    rows: list[Pack] = []
+    open_rows: dict[int, list[int]] = {}  # room -> rows that have it
+    rooms: list[int] = []  # keys of open_rows, in order
+    for piece in sorted(parts, key=lambda piece: -len(piece.tokens)):
+        size = len(piece.tokens)
+        place = bisect_left(rooms, size)
+        if place == len(rooms):
+            room, row = budget, len(rows)
+            rows.append([])
+        else:
+            room = rooms[place]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[place]
+        rows[row].append(piece)
+        left = room - size
+        if left >= 2:  # the shortest piece
+            if left not in open_rows:
+                insort(rooms, left)
+            open_rows.setdefault(left, []).append(row)
+    return rows
+
+
+class TextStream(RowStream[Pack]):
+    """The rows of continued pretraining as a stream.
+
+    Args:
+        tokenizer: writes what it puts before a text; its end of sequence is put behind it.
+
+    Raises:
+        ValueError: a source is missing, empty or malformed, or no document is long enough; names file, row and key.
+    """
+
+    def __init__(self, config: TextData, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
+        self.floor, self.short, self.short_tokens, reader = config.min_tokens, 0, 0, RowReader()
+        sources = (*config.sources, *config.eval_sources)
+        read = {source: self._read(source, config, tokenizer, reader) for source in sources}
+        unseen = [document for source in config.eval_sources for document in read[source]]
+        learned = {source: read[source] for source in config.sources}
+        if config.eval_fraction:
+            learned, unseen = hold_out(learned, config, seed)
+        if not config.probabilities:
+            learned = {", ".join(learned): [document for documents in learned.values() for document in documents]}
+        self.documents = sum(map(len, learned.values()))
+        self.cut = sum(len(d.tokens) > config.max_tokens for documents in learned.values() for d in documents)
+        packed = {
+            source: fill(pieces(documents, config.max_tokens), config.max_tokens)
+            for source, documents in learned.items()
+        }
+        # What is held out is whole documents, chosen before they are packed.
+        rest = replace(config, sources=tuple(packed), eval_sources=(), eval_fraction=0.0)
+        super().__init__(rest, packed.__getitem__, lambda row: [pack_tokens(row)], seed, reader=reader)
+        self.held_out = fill(pieces(unseen, config.max_tokens), config.max_tokens)
+
+    def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[Piece]:
+        """The documents of a source that are long enough."""
+        documents = list(tokenise_texts(read_texts(source, config, read), tokenizer))
+        if not documents:
+            raise ValueError(f"data source {source}: holds no documents")
+        kept = [document for document in documents if len(document.tokens) >= config.min_tokens]
+        if not kept:
+            knob = f"{config.section}.min_tokens={config.min_tokens}"
+            raise ValueError(f"data source {source}: all {len(documents)} documents have fewer tokens than {knob}")
+        self.short += len(documents) - len(kept)
+        self.short_tokens += sum(len(d.tokens) for d in documents) - sum(len(d.tokens) for d in kept)
+        return kept
+
+    def amount(self) -> str:
+        full = self.tokens / (len(self) * self.limit)
+        text = f"{len(self)} rows of {self.tokens:,} tokens ({full:.1%} full) out of {self.documents:,} documents"
+        return text + (f", {self.cut:,} cut into pieces" if self.cut else "")
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if self.short:
+            text += f"; {self.short} dropped for fewer than {self.floor} tokens ({self.short_tokens:,} tokens)"
+        return text
+
+
+def tokenise_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """Each document whole, its end of sequence included; an empty one has nothing else."""
+    waiting: list[tuple[str, str]] = []
+
+    def flush() -> Iterator[Piece]:
+        encoded = encode_documents(tokenizer, [text for _, text in waiting])
+        for (where, text), ids in zip(waiting, encoded, strict=True):
+            yield Piece(array("i", ids if text.strip() else ids[-1:]), where)
+        waiting.clear()
+
+    for document in texts:
+        waiting.append(document)
+        if len(waiting) == CHUNK:
+            yield from flush()
+    yield from flush()
+
+
+def hold_out(
+    documents: Mapping[str, list[Piece]], config: TextData, seed: int
+) -> tuple[dict[str, list[Piece]], list[Piece]]:
+    """(the documents to learn from, by source; those held out): a share chosen by the seed, at least one.
+
+    Raises:
+        ValueError: none is left to learn from.
+    """
+    places = [(source, i) for source, own in documents.items() for i in range(len(own))]
+    order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
+    chosen = {places[i] for i in order[: max(1, round(config.eval_fraction * len(places)))]}
+    rest = {source: [d for i, d in enumerate(own) if (source, i) not in chosen] for source, own in documents.items()}
+    before, left = ([len(own) for own in side.values()] for side in (documents, rest))
+    check_left(config, before, left, "documents")
+    return rest, [documents[source][i] for source, i in sorted(chosen)]
+
+
+def pack_rows(rows: Sequence[Pack]) -> Batch:
+    """The batch of these rows, a sample a piece; all tokens are targets but each piece's first."""
+    pieces = [piece for row in rows for piece in row]
+    return pack([piece.tokens.tolist() for piece in pieces]).with_(names=tuple(piece.where for piece in pieces))
+
+
+def plan_rows(rows: Sequence[Pack], update: UpdateConfig, mesh: Mesh) -> list[Share]:
+    """This data rank's micro-batches of `pack_rows(rows)`: whole rows, equally many a rank or one more.
+
+    Raises:
+        ValueError: the rows are fewer than the data ranks.
+    """
+    lengths = [pack_tokens(row) for row in rows]
+    cuts = deal_micro_batches(range(len(rows)), lengths, mesh.dp, update.micro_batch_size, update.micro_batch_tokens)
+    first = np.cumsum([0, *map(len, rows)])  # sample with which each row begins
+    return [[sample for row in part for sample in range(first[row], first[row + 1])] for part in cuts]

@@ -1,0 +1,275 @@
+"""What preferences are read from: pairs of a chosen and a rejected answer, answers with a label, steps with labels.
+
+A pair is two samples with the same beginning; the targets of each are the tokens of its own last answer, and it ends
+with them: what a template writes behind the end of a turn (ChatML: a new line) is no part of a rollout, so a reward
+model trained there would be trained at another token than it is read at. Rows come as
+prompt, chosen and rejected strings; as two dialogues in messages; or as two dialogues in one string each, turns begun
+by "Human:" and "Assistant:" after a blank line, as Anthropic's preference data has them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..config.preference import LabelData, PairData, StepData
+from .chat import (
+    Message,
+    answered,
+    brief,
+    column,
+    learned_messages,
+    need_template,
+    read_messages,
+    read_prompt,
+    read_tools,
+    render_prompt,
+    users_words,
+    with_system_prompt,
+)
+from .dialogues import Dialogue, Encoder, Sample
+from .encoding import encode_prompts, encode_responses
+from .sources import Read, RowReader, read_rows
+from .streams import RowStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config.conditional import RewardedData
+
+TURN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, the chosen one first."""
+
+    chosen: Sample
+    rejected: Sample
+    margin: float  # by how much the chosen one is better, where the data says
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the two, prompt included."""
+        return len(self.chosen.tokens), len(self.rejected.tokens)
+
+
+class Labelled(NamedTuple):
+    """An answer that is wanted or not."""
+
+    sample: Sample
+    desirable: bool
+
+    @property
+    def lengths(self) -> tuple[int]:
+        """Tokens, prompt included."""
+        return (len(self.sample.tokens),)
+
+
+class PairStream(RowStream[Pair]):
+    """Pairs as a stream. Those whose two answers are the same tokens say nothing: they are left out and counted.
+
+    Raises:
+        ValueError: as RowStream and `read_pairs`; all pairs of a source are of equal answers.
+    """
+
+    def __init__(self, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
+        self.encoder, self.equal, reader = Encoder(config, tokenizer, stop_ids), 0, RowReader()
+
+        def load(source: str) -> list[Pair]:
+            pairs = read_pairs(source, config, self.encoder, reader)
+            kept = [pair for pair in pairs if pair.chosen.tokens != pair.rejected.tokens]
+            if pairs and not kept:
+                raise ValueError(
+                    f"data source {source}: in all {len(pairs)} pairs the chosen answer equals the rejected one"
+                )
+            self.equal += len(pairs) - len(kept)
+            return kept
+
+        super().__init__(config, load, lambda pair: pair.lengths, seed, "pairs", reader)
+
+    def __str__(self) -> str:
+        equal = f"; {self.equal} dropped for two equal answers" if self.equal else ""
+        return f"{super().__str__()}{equal}{self.encoder}"
+
+
+def read_pairs(source: str, config: PairData, encoder: Encoder, read: Read = read_rows) -> list[Pair]:
+    """The pairs of a source, over-long ones and those of equal answers too.
+
+    Raises:
+        ValueError: a column is missing or malformed; names the row.
+    """
+    chosen, rejected, margins = [], [], []
+    for where, row in read(source, config.keys):
+        for answers, answer in zip((chosen, rejected), read_pair(where, row, config), strict=True):
+            answers.append(answer)
+        margins.append(_margin(where, row, config.margin_key))
+    samples = [encoder.responses(side) for side in (chosen, rejected)]
+    return [Pair(*pair) for pair in zip(*samples, margins, strict=True)]
+
+
+def _margin(where: str, row: dict[str, Any], key: str) -> float:
+    margin = column(where, row, key, "data.margin_key") if key else 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= sys.float_info.max:
+        raise ValueError(f"{where}: {key!r} must be a number of at least 0, not {brief(margin)}")
+    return float(margin)
+
+
+def read_pair(where: str, row: dict[str, Any], config: PairData) -> tuple[Dialogue, Dialogue]:
+    """A row as two dialogues. Raises ValueError that names the row."""
+    chosen = read_answer(where, row, config.chosen_key, "chosen_key", config)
+    rejected = read_answer(where, row, config.rejected_key, "rejected_key", config)
+    if (chosen.messages[:-1], chosen.prefill) != (rejected.messages[:-1], rejected.prefill):
+        raise ValueError(f"{where}: {config.chosen_key!r} and {config.rejected_key!r} answer different dialogues")
+    return chosen, rejected
+
+
+def read_answer(
+    where: str, row: dict[str, Any], key: str, knob: str, config: PairData | LabelData | RewardedData
+) -> Dialogue:
+    """An answer with what it answers: the row's prompt, or the dialogue it ends. Only the answer is learned.
+
+    A dialogue may stand beside its own prompt, with which it then has to begin.
+
+    Args:
+        knob: that says the column's name, `key`.
+
+    Raises:
+        ValueError: a column is missing or malformed, or it is no answer; names the row.
+    """
+    answer, prompt, prefill = column(where, row, key, f"{config.section}.{knob}"), [], ""
+    if row.get(config.prompt_key) is not None:
+        prompt = read_prompt(where, row, config.prompt_key, config)
+    if isinstance(answer, str):
+        alone = prompt and not TURN.match(answer)
+        messages = [{"role": "assistant", "content": answer}] if alone else split_turns(where, key, answer)
+    elif isinstance(answer, list) and answer:
+        messages = read_messages(f"{where}: {key!r}", answer)
+        if messages[-1]["role"] == "assistant" and len(answer) - 1 not in learned_messages(f"{where}: {key!r}", answer):
+            raise ValueError(f"{where}: {key!r}: its answer has weight 0: there is nothing to learn")
+    else:
+        allowed = "a string or a list of {role, content} messages"
+        raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(answer)}")
+    if len(messages) > 1 and prompt and not begins(messages, prompt):
+        raise ValueError(
+            f"{where}: {key!r} holds {len(messages)} messages that do not begin with {config.prompt_key!r}: give the"
+            " answer alone, or the dialogue with its prompt"
+        )
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: {key!r} must end with the assistant, not with {messages[-1]['role']}")
+    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+        raise ValueError(f"{where}: {key!r} is empty")
+    if prompt:
+        whole = len(messages) > 1
+        own_system = whole and messages[0]["role"] == "system" != prompt[0]["role"]
+        if len(messages) == whole * len(prompt) + own_system + 1:  # nothing but the answer follows the prompt
+            messages, prefill = answered(where, messages[:-1] if whole else prompt, messages[-1])
+    messages = with_system_prompt(messages, config)
+    if len(messages) < 2 or messages[-2]["role"] == "system":
+        raise ValueError(f"{where}: {key!r} has no turn to answer; give the prompt in {config.prompt_key!r}")
+    if len(messages) > 2 and not config.chat_template:
+        raise ValueError(
+            f"{where}: {key!r} is a dialogue of {len(messages)} turns: needs {config.section}.chat_template=true"
+        )
+    return Dialogue(where, messages, [len(messages) - 1], read_tools(where, row, config), prefill)
+
+
+def begins(messages: list[Message], prompt: list[Message]) -> bool:
+    """Whether a dialogue begins with a prompt's messages, white space at their ends and a system message before them
+    aside."""
+    own, wanted = ([{**m, "content": m["content"].strip()} for m in chat] for chat in (messages, prompt))
+    if wanted[0]["role"] != "system" == own[0]["role"]:
+        own = own[1:]
+    return own[: len(wanted)] == wanted
+
+
+def split_turns(where: str, key: str, text: str) -> list[Message]:
+    """A dialogue in one string as messages.
+
+    Raises:
+        ValueError: it has no turns.
+    """
+    parts = TURN.split(text)
+    if len(parts) < 3 or parts[0].strip():
+        raise ValueError(
+            f"{where}: {key!r} is neither an answer to a prompt column nor a dialogue that begins with"
+            f" '\\n\\nHuman:'; it is {brief(text)}"
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": words.strip()}
+        for speaker, words in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def read_labelled(source: str, config: LabelData, encoder: Encoder, read: Read = read_rows) -> list[Labelled]:
+    """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
+    dialogues, labels = [], []
+    for where, row in read(source, config.keys):
+        dialogues.append(read_answer(where, row, config.response_key, "response_key", config))
+        label = column(where, row, config.label_key, "data.label_key")
+        if not is_label(label):
+            raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
+        labels.append(bool(label))
+    return [Labelled(*row) for row in zip(encoder.responses(dialogues), labels, strict=True)]
+
+
+def is_label(value: Any) -> bool:
+    """Whether a column says yes or no: true, false, 1 or 0."""
+    return isinstance(value, bool | int) and value in (0, 1)
+
+
+def mismatched(sample: Sample, other: Sample, limit: int) -> Sample:
+    """The other row's answer put to this row's prompt, for KTO's reference point; cut at `limit` tokens.
+
+    Its targets are those it has in its own row: white space that a template writes after the end is none.
+    """
+    prompt, begin = sample.tokens[: sample.mask.index(1)], other.mask.index(1)
+    answer = slice(begin, begin + max(1, limit - len(prompt)))
+    mask = bytes(len(prompt)) + other.mask[answer]
+    return Sample(prompt + other.tokens[answer], mask, sample.text, f"{sample.where} with the answer of {other.where}")
+
+
+class Steps(NamedTuple):
+    """An answer in steps; `sample.mask` marks the last token of each, `labels` says which are right."""
+
+    sample: Sample
+    labels: tuple[bool, ...]
+
+    @property
+    def lengths(self) -> tuple[int]:
+        """Tokens, prompt included."""
+        return (len(self.sample.tokens),)
+
+
+def read_steps(
+    source: str, config: StepData, tokenizer: PreTrainedTokenizerBase, read: Read = read_rows
+) -> list[Steps]:
+    """Answers whose steps are labelled one by one, over-long ones too. Raises ValueError that names the row."""
+    if config.chat_template:
+        need_template(tokenizer)
+    rows = []
+    for where, row in read(source, config.keys):
+        prompt = with_system_prompt(read_prompt(where, row, config.prompt_key, config), config)
+        tools = read_tools(where, row, config)
+        steps = column(where, row, config.steps_key, f"{config.section}.steps_key")
+        labels = column(where, row, config.labels_key, f"{config.section}.labels_key")
+        if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
+            raise ValueError(f"{where}: {config.steps_key!r} must be a list of steps in words, not {brief(steps)}")
+        if not isinstance(labels, list) or not all(map(is_label, labels)):
+            raise ValueError(f"{where}: {config.labels_key!r} must be a list of true and false, not {brief(labels)}")
+        if len(labels) != len(steps):
+            raise ValueError(f"{where}: {len(steps)} steps but {len(labels)} labels")
+        text = render_prompt(where, prompt, tokenizer, tools) if config.chat_template else prompt[-1]["content"]
+        (head,) = encode_prompts(tokenizer, [text], config.chat_template)
+        tokens, mask = array("i", head), bytearray(len(head))
+        for step in steps:  # each with its separator, so that its last token is its own
+            ((_, (ids, _)),) = encode_responses(tokenizer, [(text, step + config.separator)], config.chat_template)
+            text += step + config.separator
+            tokens.extend(ids)
+            mask += bytes(len(ids) - 1) + b"\1"
+        sample = Sample(tokens, bytes(mask), users_words(prompt), where)
+        rows.append(Steps(sample, tuple(bool(label) for label in labels)))
+    return rows

@@ -1,0 +1,175 @@
+"""A stream of rows to learn from, read and checked whole before the run; and the rows held out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from ...engine.config import FilePath
+from ..config.common import DataConfig, require
+from .prompts import Mixture
+from .sources import RowReader
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class RowData(DataConfig):
+    """Rows, how long they may be, and what is held out."""
+
+    max_tokens: int = 2048
+    """rows with more tokens, template included, are counted and dropped [O]"""
+    eval_sources: tuple[FilePath, ...] = ()
+    """rows for the held-out measurements, given like sources"""
+    eval_fraction: float = 0.0
+    """instead of that, this share of the rows is held out, chosen by the seed (0: off)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_tokens >= 2, "max_tokens", self.max_tokens, "at least 2")
+        require(0 <= self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "0 (off) or more and below 1")
+        if self.eval_sources and self.eval_fraction:
+            raise ValueError(f"eval_fraction={self.eval_fraction}: must be 0 where eval_sources are given")
+
+
+@dataclass(frozen=True)
+class ResponseData(RowData):
+    """Rows with responses to learn."""
+
+    append_eos: bool = False
+    """learn an end of sequence behind turns that the chat template gives none, or none to learn (false: refuse them)"""
+
+
+def check_left(config: RowData, before: Sequence[int], left: Sequence[int], noun: str) -> None:
+    """Refuses an `eval_fraction` that leaves nothing, or nothing of a source with a probability of its own.
+
+    Args:
+        before, left: rows of each source, before some are held out and after.
+
+    Raises:
+        ValueError: naming the knob and the source.
+    """
+    knob = f"{config.section}.eval_fraction={config.eval_fraction}"
+    if not any(left):
+        raise ValueError(f"{knob} of {sum(before)} {noun} leaves none to learn from")
+    for source, count, rest in zip(config.sources, before, left, strict=True):
+        if config.probabilities and not rest:
+            raise ValueError(
+                f"data source {source}: {knob} holds out all of its {count} {noun}, but"
+                f" {config.section}.probabilities draw from every source"
+            )
+
+
+class RowStream(Generic[Row]):
+    """An endless, seeded stream of rows, the same on every rank.
+
+    Without probabilities all rows form one pool, met once an epoch in shuffled order; with them each source is a pool.
+
+    Args:
+        load: the rows of a source, over-long ones too.
+        lengths: tokens of each sample of a row; the longest is what `max_tokens` limits.
+        noun: what a row is called, in the plural.
+        reader: what `load` reads with: checkpoints keep its digests.
+
+    Raises:
+        ValueError: no row is short enough, or holding out leaves none; and what `load` raises.
+    """
+
+    def __init__(
+        self,
+        config: RowData,
+        load: Callable[[str], Sequence[Row]],
+        lengths: Callable[[Row], Sequence[int]],
+        seed: int,
+        noun: str = "rows",
+        reader: RowReader | None = None,
+    ):
+        self._reader = reader or RowReader()
+        self.limit, self.noun, self.dropped, self.dropped_tokens = config.max_tokens, noun, 0, 0
+        weights, section = config.weights(), config.section
+        knob = f"{section}.max_tokens={config.max_tokens}"
+
+        def short(source: str, needed: bool) -> list[Row]:
+            rows = load(source)
+            if not rows:
+                raise ValueError(f"data source {source}: holds no {noun}")
+            kept = [row for row in rows if max(lengths(row)) <= self.limit]
+            if not kept and needed:
+                least = min(max(lengths(row)) for row in rows)
+                raise ValueError(
+                    f"data source {source}: all {len(rows)} {noun} are longer than {knob};"
+                    f" the shortest has {least} tokens"
+                )
+            self.dropped += len(rows) - len(kept)
+            self.dropped_tokens += sum(sum(lengths(row)) for row in rows) - sum(sum(lengths(row)) for row in kept)
+            return kept
+
+        alone = len(config.sources) == 1
+        pools = [short(source, alone or bool(weights)) for source in config.sources]
+        self.held_out = [row for source in config.eval_sources for row in short(source, True)]
+        if not any(pools):
+            raise ValueError(f"{section}.sources: all {noun} are longer than {knob}")
+        if config.eval_fraction:
+            pools = self._hold_out(config, pools, seed)
+        self.pools = pools if weights else [[row for pool in pools for row in pool]]
+        self.tokens = sum(sum(lengths(row)) for row in self.rows())
+        self._draws = Mixture([len(pool) for pool in self.pools], weights, seed, noun)
+
+    def _hold_out(self, config: RowData, pools: list[list[Row]], seed: int) -> list[list[Row]]:
+        """The pools without the rows that are held out."""
+        places = [(pool, row) for pool, rows in enumerate(pools) for row in range(len(rows))]
+        count = max(1, round(config.eval_fraction * len(places)))
+        order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
+        chosen = {places[i] for i in order[:count]}
+        self.held_out = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
+        rest = [[r for row, r in enumerate(rows) if (pool, row) not in chosen] for pool, rows in enumerate(pools)]
+        check_left(config, [len(pool) for pool in pools], [len(pool) for pool in rest], self.noun)
+        return rest
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return sum(map(len, self.pools))
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of an epoch, as they were read."""
+        return (row for pool in self.pools for row in pool)
+
+    def amount(self) -> str:
+        """How much there is to learn from."""
+        return f"{len(self)} {self.noun} of {self.tokens:,} tokens"
+
+    def __str__(self) -> str:
+        text = self.amount()
+        if self.held_out:
+            text += f"; {len(self.held_out)} held out"
+        if self.dropped:
+            text += f"; {self.dropped} dropped for more than {self.limit} tokens ({self.dropped_tokens:,} tokens)"
+        return text
+
+    def places(self, count: int) -> list[tuple[int, int]]:
+        """(pool, row) of the next `count` rows, which are drawn by this."""
+        return [self._draws.next() for _ in range(count)]
+
+    def next(self, count: int) -> list[Row]:
+        """The next `count` rows."""
+        return [self.pools[pool][row] for pool, row in self.places(count)]
+
+    def coming(self, count: int) -> list[tuple[int, int]]:
+        """(pool, row) of every row that the first `count` draws of the run give, each once, in order."""
+        here = self._draws.state()
+        self._draws.load_state({"drawn": 0, "positions": [0] * len(self.pools), "rows": here["rows"]})
+        drawn = sorted(set(self.places(count)))
+        self._draws.load_state(here)
+        return drawn
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, and in which data, for a checkpoint."""
+        return self._draws.state() | {"digests": self._reader.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken. ValueError where the data is not what it was then."""
+        self._draws.load_state(state)
+        self._reader.check(state.get("digests", ()))

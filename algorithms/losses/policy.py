@@ -1,0 +1,108 @@
+"""Policy-gradient losses per token: PPO's clip and its kin at token or sequence level, CISPO, importance correction.
+
+No masks and no means here: segments.token_weights makes one loss of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...kernels.ppo_loss import policy_loss as clipped_surrogate
+from .aggregation import Segments
+
+Level = Literal["token", "sequence", "sequence-sum"]
+Correction = Literal["off", "tis", "icepop", "sequence-tis", "sequence-icepop", "sequence-mask", "geometric-mask"]
+CORRECTIONS: dict[Correction, dict[str, Any]] = {
+    "tis": {"level": "token"},
+    "icepop": {"level": "token", "outside": "zero"},
+    "sequence-tis": {"level": "sequence"},
+    "sequence-icepop": {"level": "sequence", "outside": "zero"},
+    "sequence-mask": {"level": "sequence-mask"},
+    "geometric-mask": {"level": "geometric-mask"},
+}
+"""What each correction asks of `importance_weights`."""
+
+
+def log_ratio(logp: Tensor, old_logp: Tensor, limit: float = 0.0) -> Tensor:
+    """log pi - log pi_old per token, held within +-limit (no gradient beyond it); 0 for no limit."""
+    d = logp - old_logp.detach()
+    return d.clamp(-limit, limit) if limit else d
+
+
+def sequence_log_ratio(
+    d: Tensor,
+    segments: Segments,
+    gradient: Literal["shared", "own"] = "shared",
+    length: Literal["mean", "sum"] = "mean",
+    limit: float = 0.0,
+) -> Tensor:
+    """GSPO's ratio (https://arxiv.org/abs/2507.18071, eq. 7): each sample's mean log-ratio on all its tokens, [total].
+
+    Args:
+        gradient: "shared" goes through the mean; "own" gives each token the gradient of its own log-ratio (GSPO-token,
+            eq. 14), the same while a sample has one advantage.
+        length: "sum" is the ratio of the whole sequence's probabilities (RLOO).
+        limit: the most it may be (no gradient beyond it); 0 for no limit.
+    """
+    whole = segments.means(d) if length == "mean" else segments.sums(d)
+    spread = segments.spread(whole)
+    made = spread if gradient == "shared" else d - d.detach() + spread.detach()
+    return made.clamp(max=limit) if limit else made
+
+
+def ppo_loss(
+    d: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ratio, clipped) per token of PPO's clipped surrogate (https://arxiv.org/abs/1707.06347), asymmetric as in
+    DAPO, with dual clip (https://arxiv.org/abs/1912.09729) where given. d [total] is the log-ratio."""
+    return clipped_surrogate(d, torch.zeros_like(d), advantages, clip_low, clip_high, dual_clip)
+
+
+def cispo_loss(logp: Tensor, d: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """-sg(clip(ratio, low, high)) A log pi per token (https://arxiv.org/abs/2506.13585, eq. 4): no token is dropped.
+
+    Args:
+        low, high: bounds of the ratio itself.
+    """
+    return -d.exp().clamp(low, high).detach() * advantages * logp
+
+
+def importance_weights(
+    trained: Tensor,
+    sampled: Tensor,
+    segments: Segments,
+    *,
+    low: float = 0.0,
+    high: float = float("inf"),
+    outside: Literal["clamp", "zero"] = "clamp",
+    level: Literal["token", "sequence", "geometric", "sequence-mask", "geometric-mask"] = "token",
+    limit: float = 0.0,
+) -> Tensor:
+    """Weights [total] that correct for a sampler which is not quite the trained policy; no gradient.
+
+    exp(trained - sampled), held in [low, high] (truncated importance sampling)
+    or 0 outside of it (IcePop, https://arxiv.org/abs/2510.18855).
+
+    Args:
+        trained, sampled: [total] log-probabilities.
+        level: the ratio of each token, of the whole sequence, or the sequence's geometric mean; "-mask": the sequence
+            decides whether it counts at all, tokens keep their own ratios.
+        limit: of |log-ratio| before the exponential; 0 for none.
+    """
+    d = (trained - sampled).detach()
+    if level.startswith("sequence"):
+        judged = segments.spread(segments.sums(d))
+    elif level.startswith("geometric"):
+        judged = segments.spread(segments.means(d))
+    else:
+        judged = d
+    if limit:
+        d, judged = d.clamp(-limit, limit), judged.clamp(-limit, limit)
+    ratio = judged.exp()
+    inside = (ratio >= low) & (ratio <= high)
+    if level.endswith("-mask"):
+        return torch.where(inside, d.exp(), 0)
+    return ratio.clamp(low, high) if outside == "clamp" else torch.where(inside, ratio, 0)

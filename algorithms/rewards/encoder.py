@@ -1,0 +1,183 @@
+"""Prompts and completions as the tokens of a reward model's own tokenizer and chat template.
+
+So a served model reads them, and so does a model in `reward.models` whose tokenizer is not the policy's: what the
+policy sampled is decoded, and encoded again. Where the two make the same tokens nothing is, and the model reads the
+very ids that were sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...models.config import ModelConfig
+from ...models.hf.table import stop_ids
+from ...models.hf.tokenizer import has_tokenizer, read_tokenizer
+from ...models.hf.tokenizer_match import chats_differ, tokens_differ
+from ..batch import Rollout
+from ..data.chat import Message, render, render_prompt
+from ..data.encoding import encode_responses
+from ..data.text_files import parse_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Completion(NamedTuple):
+    """What a score is asked for."""
+
+    where: str
+    messages: list[Message]  # what is answered
+    text: str
+    finished: bool  # it came to its end of turn
+    tools: list[Any] | None
+
+
+def completion_of(rollout: Rollout, text: str) -> Completion:
+    """A rollout whose tokens are this text, special ones left out."""
+    prompt = rollout.prompt
+    messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
+    where, tools = prompt.source or f"prompt {prompt.index}", prompt.fields.get("tools")
+    return Completion(where, messages, text, rollout.finish == "stop", parse_tools(where, tools))
+
+
+def parse_tools(where: str, tools: Any) -> list[Any] | None:
+    """Function descriptions as a column holds them: a list, or one as JSON; None for none.
+
+    Raises:
+        ValueError: it is something else; names the row.
+    """
+    if isinstance(tools, str):
+        with suppress(ValueError):
+            tools = parse_json(tools)
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or one as JSON")
+    return tools or None
+
+
+class ChatEncoder:
+    """The tokens that a reward model reads of a completion, the last of which its score is read at.
+
+    Args:
+        folder: of the model.
+        chat_template: prompts are written by the tokenizer's chat template; false: as bare text.
+        why: the model is given text, for messages.
+
+    Raises:
+        ValueError: there is no chat template though one is asked for, or no token that ends a turn.
+    """
+
+    def __init__(
+        self, folder: str, shape: ModelConfig, tokenizer: PreTrainedTokenizerBase, chat_template: bool, why: str = ""
+    ):
+        self.folder, self.shape, self.tokenizer, self.why = folder, shape, tokenizer, why
+        self.chat_template = chat_template
+        if chat_template and not tokenizer.chat_template:
+            raise ValueError(f"chat_template=true, but the tokenizer of {folder} has none: set it to false")
+        self.end = self._end_of_turn(stop_ids(folder, shape, tokenizer))
+
+    def __call__(self, completion: Completion) -> list[int]:
+        """The prompt as a model is asked with it, the completion, and the end of its turn if it came to one.
+
+        Raises:
+            ValueError: the chat template refuses the prompt, or it is no bare text; names the row.
+        """
+        where, messages, text, finished, tools = completion
+        if self.chat_template:
+            asked = render_prompt(where, messages, self.tokenizer, tools)
+        elif len(messages) == 1:
+            asked = messages[0]["content"]
+        else:
+            raise ValueError(f"{where}: a chat of {len(messages)} messages: needs chat_template=true")
+        ((head, (answer, _)),) = encode_responses(self.tokenizer, [(asked, text)], self.chat_template)
+        return [*head, *answer, *([self.end] if finished else [])]
+
+    def within_positions(self, completion: Completion) -> list[int]:
+        """The same, where the model has positions for all of them. Raises ValueError where it has not."""
+        tokens = self(completion)
+        if len(tokens) > self.shape.longest_document:
+            raise ValueError(
+                f"{completion.where}: {len(tokens)} tokens of {self.folder}, which has positions for"
+                f" {self.shape.longest_document}"
+            )
+        return tokens
+
+    def _end_of_turn(self, ends: Sequence[int]) -> int:
+        """The token that an answer ends with: the one of the model's that its chat template writes, or its first."""
+        written: list[int] = []
+        if self.chat_template:
+            chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+            text = render("a chat of two turns", chat, self.tokenizer, None)
+            written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        known: list[Any] = [
+            token for token in (*reversed(written), self.tokenizer.eos_token_id, *ends) if token in ends
+        ]
+        if not known:
+            raise ValueError(f"{self.folder}: neither its configs nor its tokenizer name an eos_token_id")
+        return known[0]
+
+
+class Policy(NamedTuple):
+    """The model whose tokens other models are to read."""
+
+    folder: str
+    shape: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: bool
+
+
+def reward_encoders(folders: Sequence[str], policy: Policy) -> dict[str, ChatEncoder]:
+    """Folder -> encoder of each reward model that does not read the policy's tokens as the policy does.
+
+    A folder without a tokenizer is taken for a model of the policy's.
+
+    Raises:
+        ValueError: such a model has no chat template or no end of turn to encode with, or has no tokenizer and a
+            vocabulary of another size.
+    """
+    found = {}
+    for folder in folders:
+        shape = ModelConfig.from_hf(folder)
+        if not has_tokenizer(folder):
+            check_vocabulary(folder, shape, policy.folder, policy.shape)
+            continue
+        tokenizer = read_tokenizer(folder)
+        why = _reads_otherwise(tokenizer, shape, policy)
+        if why:
+            try:
+                found[folder] = ChatEncoder(folder, shape, tokenizer, policy.chat_template, why)
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder}: its tokenizer is not that of {policy.folder} ({why}), and {error}"
+                ) from None
+    return found
+
+
+def _reads_otherwise(tokenizer: PreTrainedTokenizerBase, shape: ModelConfig, policy: Policy) -> str:
+    """Why a reward model cannot be given the policy's tokens; "" where it can. A tokenizer without a chat template is
+    compared by its tokens alone."""
+    if why := tokens_differ(policy.tokenizer, tokenizer, begins=not policy.chat_template):
+        return why
+    if shape.vocab_size < policy.shape.vocab_size:
+        return f"vocab_size is {policy.shape.vocab_size} in one and {shape.vocab_size} in the other"
+    return chats_differ(policy.tokenizer, tokenizer) if policy.chat_template and tokenizer.chat_template else ""
+
+
+def check_vocabulary(folder: str, shape: ModelConfig, actor: str, actor_shape: ModelConfig) -> None:
+    """Refuses a model that cannot read the actor's tokens one by one, as a critic or a reference must.
+
+    Raises:
+        ValueError: their vocabularies differ in size, or their tokenizers, where both folders have one, in a token.
+    """
+    if shape.vocab_size != actor_shape.vocab_size:
+        raise ValueError(
+            f"{folder}: vocab_size={shape.vocab_size}, but the actor's is {actor_shape.vocab_size} ({actor}):"
+            " both read the same tokens"
+        )
+    if folder != actor and has_tokenizer(folder) and has_tokenizer(actor):
+        why = tokens_differ(read_tokenizer(actor), read_tokenizer(folder))
+        if why:
+            raise ValueError(
+                f"{folder}: its tokenizer is not that of {actor}, and both must read the same tokens: {why}"
+            )

@@ -1,0 +1,229 @@
+"""Rewards by HTTP: prompts and completions go out as JSON, scores come back.
+
+    POST {"prompts": ["..."], "completions": ["..."], "messages": [[{"role": "user", "content": "..."}]],
+          "finished": [true], "fields": {"column": [...]}}
+    200  {"scores": [0.5, null, ...]}
+
+A prompt is the user's last words, its messages are the whole chat that is answered, and an answer is finished that
+ended by itself. A score is null where the row is not the server's own. A server that is down, slow or overloaded is
+asked again; one that answers with what are no scores is not, for asking again would not make them true.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import queue
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from ..batch import Prompt
+from .functions import Score
+
+T = TypeVar("T")
+LONGEST = 1 << 24
+"""Bytes of an answer: a thousand for each of 16,000 scores."""
+AGAIN = (429, 500, 502, 503, 504)
+"""HTTP codes after which the same request may succeed."""
+
+
+class NoAnswer(Exception):
+    """No answer this time; another try may get one."""
+
+
+class RewardServer:
+    """Scores by HTTP.
+
+    Args:
+        url: where to post.
+        time_limit: seconds for one request, its answer included.
+        batch: completions in a request.
+        tries: of one request.
+        abstain: completions of requests that failed get NaN instead of raising.
+        pause: seconds before the second try; doubles with each.
+
+    Attributes:
+        failures: why completions are without a score, since it was last emptied.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        time_limit: float = 60.0,
+        *,
+        batch: int = 64,
+        tries: int = 3,
+        abstain: bool = False,
+        pause: float = 0.5,
+    ):
+        self.url, self.time_limit, self.batch, self.tries = url, time_limit, batch, tries
+        self.abstain, self.pause = abstain, pause
+        self.failures: list[str] = []
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[Score]:
+        """One score for each completion.
+
+        Args:
+            finished: the completion ended by itself, rather than at max_new_tokens.
+
+        Raises:
+            ValueError: the server is down, too slow, or lies; names the rows. Not where it abstains.
+        """
+        scores: list[Score] = []
+        for start in range(0, len(completions), self.batch):
+            part = slice(start, start + self.batch)
+            try:
+                scores += self._request(prompts[part], completions[part], finished[part])
+            except ValueError as error:
+                if not self.abstain:
+                    raise
+                self.failures.append(str(error))
+                scores += [math.nan] * len(completions[part])
+        return scores
+
+    def close(self) -> None:
+        """Nothing stays open between requests."""
+
+    def _request(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[Score]:
+        columns = dict.fromkeys(key for prompt in prompts for key in prompt.fields)
+        request = {
+            "prompts": [prompt.text for prompt in prompts],
+            "completions": list(completions),
+            "messages": [prompt.messages for prompt in prompts],
+            "finished": list(finished),
+            "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
+        }
+        body = json.dumps(as_json(request), default=str, allow_nan=False).encode()
+        sources = [prompt.source or f"prompt {prompt.index}" for prompt in prompts]
+        more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
+        about = f"for {len(sources)} rows: {', '.join(sources[:8])}{more}"
+        reason = ""
+        for attempt in range(self.tries):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                return self._scores(self._post(body, about), sources, about)
+            except NoAnswer as error:
+                reason = str(error)
+        tries = f"{self.tries} tries" if self.tries > 1 else "1 try"
+        raise ValueError(f"reward server {self.url}: {reason} ({tries}) {about}")
+
+    def _post(self, body: bytes, about: str) -> bytes:
+        """The answer's body.
+
+        Raises:
+            NoAnswer: there is none in time, or one of `AGAIN`.
+            ValueError: the server refuses the request.
+        """
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        deadline = time.monotonic() + self.time_limit
+
+        def ask() -> bytes:
+            with urllib.request.urlopen(request, timeout=self.time_limit) as response:
+                parts, size = [], 0
+                while part := response.read(1 << 16):
+                    parts.append(part)
+                    size += len(part)
+                    if size > LONGEST:
+                        raise ValueError(f"reward server {self.url}: answered more than {LONGEST:,} bytes {about}")
+                    if time.monotonic() > deadline:  # nobody waits any more
+                        raise TimeoutError
+                if response.length:
+                    raise http.client.IncompleteRead(b"".join(parts), response.length)
+                return b"".join(parts)
+
+        try:
+            return within(self.time_limit, ask)
+        except urllib.error.HTTPError as error:
+            said = b""
+            with suppress(OSError, http.client.HTTPException):  # the code says enough
+                said = within(max(0.0, deadline - time.monotonic()), partial(error.read, 200))
+            reason = f"answered HTTP {error.code}: {said.decode(errors='replace')!r}"
+            if error.code in AGAIN:
+                raise NoAnswer(reason) from None
+            raise ValueError(f"reward server {self.url}: {reason} {about}") from None
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise NoAnswer(f"took longer than reward.time_limit={self.time_limit:g} seconds") from error
+            raise NoAnswer(f"no connection: {reason!s}" if str(reason) else f"no connection: {reason!r}") from error
+
+    def _scores(self, body: bytes, sources: Sequence[str], about: str) -> list[Score]:
+        """The scores in an answer.
+
+        Raises:
+            ValueError: it is not what was asked for.
+        """
+        try:
+            answer: Any = json.loads(body)
+        except (ValueError, RecursionError):
+            text = body[:60].decode(errors="replace")
+            raise ValueError(f"reward server {self.url}: answered what is not JSON, {text!r}, {about}") from None
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, list):
+            raise ValueError(
+                f'reward server {self.url}: answered {str(answer)[:60]!r}: must be {{"scores": [...]}}, {about}'
+            )
+        if len(scores) != len(sources):
+            raise ValueError(
+                f"reward server {self.url}: gave {len(scores)} scores for {len(sources)} completions, {about}"
+            )
+        return [self._score(value, source) for value, source in zip(scores, sources, strict=True)]
+
+    def _score(self, value: Any, source: str) -> Score:
+        if value is None:
+            return None
+        number = math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with suppress(OverflowError):  # an integer may be larger than any float
+                number = float(value)
+        if math.isfinite(number):
+            return number
+        reason = f"reward server {self.url}: gave {value!r:.60} for {source}: must be a finite number, or null"
+        if not self.abstain:
+            raise ValueError(reason)
+        self.failures.append(reason)
+        return math.nan
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` gives or raises.
+
+    A socket's time limit is for each read alone, and a server that sends a byte now and then keeps it for ever: so the
+    work has a thread of its own, which is left to itself when the time is up.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((work(), None))
+        except BaseException as error:  # raised again where it is waited for
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return result
+
+
+def as_json(value: Any) -> Any:
+    """The value with None for every NaN and infinity, which JSON has no form for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: as_json(own) for key, own in value.items()}
+    return [as_json(own) for own in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,302 @@
+"""Roles, built on a mesh and filled from Hugging Face folders; and what a checkpoint holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...engine.mesh import Mesh
+from ...engine.optim.adamw import ShardedAdamW
+from ...engine.optim.lr_schedule import lr_at
+from ...engine.parallel.shard import Slot
+from ...engine.storage.checkpoint import Entry, read_state
+from ...models.config import HeadKind, ModelConfig, check_layout, checkpoint_role, read_json
+from ...models.decoder import Decoder
+from ...models.hf.save import SCORES
+from ...models.hf.source import open_source
+from ...models.hf.table import load_hf
+from ...models.hf.tokenizer import has_tokenizer, read_tokenizer
+from ...models.lora import check_adapter, check_lora, load_adapter, start_adapter, trained_name
+from ..config.common import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
+from ..config.grpo import GRPOConfig
+from ..config.ppo import PPOConfig
+from ..grpo import GroupRoles
+from ..ppo import Roles
+from ..rewards.encoder import check_vocabulary
+from .role import AdapterOff, Learner, Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: str, shape: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it knows tokens the model has no row for.
+    """
+    tokenizer = read_tokenizer(folder)
+    if len(tokenizer) > shape.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the model only vocab_size={shape.vocab_size}"
+        )
+    return tokenizer
+
+
+def read_shape(
+    folder: str, parallel: ParallelConfig, run: RunConfig, head: HeadKind | None = None, lora: LoRAConfig | None = None
+) -> ModelConfig:
+    """The shape of a model's folder, checked against the layout and against what the run will write.
+
+    Args:
+        head: what the folder must hold; None takes either, for a model with a score head.
+        lora: what adapters the model is to have, if it is to be trained.
+
+    Raises:
+        ValueError: the folder is missing or unsupported, a size does not divide, it cannot have these adapters or they
+            are not those of lora.adapter, or the run's export would replace it.
+    """
+    shape = ModelConfig.from_hf(folder)
+    open_source(folder)  # what is missing, damaged or of another shape is said before a row is read
+    if head is not None and shape.head != head:
+        wanted = {"lm": "a causal language model", "score": "a model with a score head"}[head]
+        raise ValueError(f"{folder} holds a {shape.architecture}: {wanted} is needed")
+    if head == "score":
+        check_scores_responses(folder)
+    try:
+        check_layout(shape, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep)
+        adapters = lora.adapters(shape) if lora is not None else None
+        if adapters is not None:
+            check_lora(shape, adapters, parallel.tp)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if adapters is not None and lora is not None and lora.adapter:
+        check_adapter(lora.adapter, shape, adapters, head or "score")
+    exported = Path(run.folder).resolve()
+    if Path(folder).resolve() in (exported / "model", exported / "model_ema"):
+        raise ValueError(f"run.output={run.folder}: its export would replace {folder}, which the run reads")
+    return shape
+
+
+def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
+    """The shape of every folder PPO's or GRPO's roles come from, checked against the layout and each other.
+
+    Raises:
+        ValueError: a folder is missing or unsupported, a size does not divide, the critic reads other tokens than the
+            actor, or a reward model has no tokenizer and another vocabulary.
+    """
+    trained = [config.model.path]
+    if isinstance(config, PPOConfig):
+        trained.append(config.model.critic or config.model.path)
+    shapes = {folder: read_shape(folder, config.parallel, config.run) for folder in config.reward.models}
+    plain = replace(config.lora, adapter="")  # adapters begin from a folder in the actor alone
+    shapes |= {folder: read_shape(folder, config.parallel, config.run, lora=plain) for folder in trained}
+    actor = shapes[config.model.path]
+    if actor.head != "lm":
+        raise ValueError(f"model.path={config.model.path} holds a {actor.architecture}: the actor must predict tokens")
+    for folder in trained[1:]:
+        check_vocabulary(folder, shapes[folder], config.model.path, actor)
+    adapters = config.lora.adapters(actor)
+    if adapters is not None and config.lora.adapter:
+        check_adapter(config.lora.adapter, actor, adapters)
+    for folder in config.reward.models:
+        if shapes[folder].head != "score":
+            raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
+        check_scores_responses(folder)
+        if not has_tokenizer(folder):
+            check_vocabulary(folder, shapes[folder], config.model.path, actor)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    for folder, shape in shapes.items():
+        positions = shape.longest_rollout if shape is actor else shape.longest_document
+        if longest > positions:
+            raise ValueError(
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: {folder} has positions for {positions}"
+            )
+    return shapes
+
+
+def check_scores_responses(folder: str) -> None:
+    """Refuses a process reward model where a whole response is to be scored. Raises ValueError."""
+    path = Path(folder)
+    said = read_state(path) if checkpoint_role(path) else read_json(path / "config.json")
+    if said.get(SCORES) == "steps":
+        raise ValueError(
+            f"{folder} is a process reward model, trained at the ends of steps: it has no score for a whole response;"
+            " reward.functions may read it step by step"
+        )
+
+
+def build_decoder(
+    folder: str,
+    shape: ModelConfig,
+    mesh: Mesh,
+    dtype: str,
+    *,
+    head: HeadKind = "lm",
+    trained: bool = False,
+    recompute: bool = False,
+    lora: LoRAConfig | None = None,
+    seed: int = 0,
+) -> Decoder:
+    """A model on its mesh with the weights of a folder; frozen unless it is trained.
+
+    Args:
+        lora: what is trained, if it is not the weights: adapters, drawn by `seed` or read from a PEFT folder.
+
+    Raises:
+        ValueError: the folder lacks a tensor or holds one of the wrong shape; adapters that are not the model's.
+    """
+    adapters = lora.adapters(shape) if trained and lora is not None else None
+    options = {"dtype": getattr(torch, dtype), "head": head, "recompute": trained and recompute, "lora": adapters}
+    model = Decoder(shape, mesh, **options)
+
+    def fill(model: Decoder, into: Sequence[Slot] | None = None) -> None:
+        load_hf(model, folder, new_head="normal" if trained else "refuse", into=into)
+        start_adapter(model, seed, into)
+        if lora is not None and lora.adapter and adapters is not None:
+            load_adapter(model, lora.adapter, into)
+
+    fill(model)
+    model.fill = fill
+    return model if trained else model.requires_grad_(False)
+
+
+def build_learner(
+    model: Decoder,
+    settings: OptimizerConfig,
+    updates: int,
+    *,
+    ema_decay: float = 0.0,
+    temperature: float = 1.0,
+    name: str = "actor",
+) -> Learner:
+    """A trained model with its optimizer and a schedule over `updates` steps. `name` is for messages.
+
+    Masters begin as precise as what the model was filled from; its weights are those masters, rounded.
+
+    Raises:
+        ValueError: router losses are weighed in a model without experts.
+    """
+    weigh_router(model, settings, name)
+    optimizer = ShardedAdamW(
+        model,
+        model.mesh,
+        tied=model.tied_parameter(),
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        ema_decay=ema_decay,
+        name=name,
+    )
+    if model.fill is not None:
+        optimizer.refine(partial(model.fill, model))
+    max_skipped = settings.max_skipped if settings.on_nonfinite == "skip" else 0
+    return Learner(model, optimizer, schedule(settings, updates), temperature, max_skipped)
+
+
+def weigh_router(model: Decoder, settings: OptimizerConfig, name: str) -> None:
+    """Gives a model with experts the weights of its router losses.
+
+    Raises:
+        ValueError: one is set and the model has no experts.
+    """
+    aux, z, moe = settings.router_aux_coef, settings.router_z_coef, model.config.moe
+    if moe is not None:
+        model.weigh_router(moe.aux_coef if aux == AS_CONFIG else aux, z)
+        return
+    for knob, value, off in (("router_aux_coef", aux, AS_CONFIG), ("router_z_coef", z, 0.0)):
+        if value != off:
+            raise ValueError(f"{knob}={value}: must be {off:g}, for the {name} model has no experts")
+
+
+def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -> Roles:
+    """All four roles, colocated on one mesh, with the weights of their folders.
+
+    Raises:
+        ValueError: a folder lacks a tensor or holds one of the wrong shape.
+    """
+    steps, per_step = config.run.steps, config.ppo.epochs * config.ppo.minibatches
+    temperature = config.rollout.temperature
+
+    def decoder(folder: str, head: HeadKind, *, trained: bool = False) -> Decoder:
+        # The folder that adapters begin from is the actor's.
+        lora = config.lora if head == "lm" else replace(config.lora, adapter="")
+        options = {"head": head, "trained": trained, "recompute": config.parallel.recompute}
+        return build_decoder(
+            folder, shapes[folder], mesh, config.model.dtype, **options, lora=lora, seed=config.run.seed
+        )
+
+    actor_steps = (steps - config.critic.warmup_steps) * per_step
+    actor, critic = config.model.path, config.model.critic or config.model.path
+    policy = decoder(actor, "lm", trained=True)
+    # Without its adapters the actor is the reference.
+    reference = AdapterOff(policy, temperature) if policy.lora else Role(decoder(actor, "lm"), temperature)
+    return Roles(
+        actor=build_learner(
+            policy,
+            config.actor.optimizer,
+            actor_steps,
+            ema_decay=config.actor.ema_decay,
+            temperature=temperature,
+        ),
+        critic=build_learner(
+            decoder(critic, "score", trained=True),
+            config.critic.optimizer,
+            steps * per_step,
+            temperature=temperature,
+            name="critic",
+        ),
+        reference=reference,
+        rewards=[Role(decoder(folder, "score")) for folder in config.reward.models],
+    )
+
+
+def build_group_roles(config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -> GroupRoles:
+    """GRPO's roles on one mesh, with the weights of their folders; a reference only where something needs it.
+
+    Raises:
+        ValueError: a folder lacks a tensor or holds one of the wrong shape.
+    """
+    folder, temperature = config.model.path, config.rollout.temperature
+
+    def decoder(path: str, head: HeadKind = "lm", *, trained: bool = False) -> Decoder:
+        options = {"head": head, "trained": trained, "recompute": config.parallel.recompute, "lora": config.lora}
+        return build_decoder(path, shapes[path], mesh, config.model.dtype, **options, seed=config.run.seed)
+
+    policy = decoder(folder, trained=True)
+    reference = None
+    if config.choices.needs_reference:
+        # Without its adapters the actor is the reference.
+        reference = AdapterOff(policy, temperature) if policy.lora else Role(decoder(folder), temperature)
+    updates = config.run.steps * config.grpo.epochs * config.grpo.minibatches
+    return GroupRoles(
+        build_learner(policy, config.optimizer, updates, ema_decay=config.grpo.ema_decay, temperature=temperature),
+        reference,
+        [Role(decoder(path, "score")) for path in config.reward.models],
+    )
+
+
+def schedule(settings: OptimizerConfig, updates: int) -> Callable[[int], float]:
+    """Learning rate by optimizer step over `updates` steps."""
+    return partial(
+        lr_at,
+        total=updates,
+        peak=settings.lr,
+        schedule=settings.schedule,
+        warmup_ratio=settings.warmup_ratio,
+        min_lr_ratio=settings.min_lr_ratio,
+    )
+
+
+def trained_entries(learners: Mapping[str, Learner]) -> Iterator[Entry]:
+    """Masters, moments and averages of every learner, as a checkpoint names them: `role/kind/weight`."""
+    for name, learner in learners.items():
+        yield from learner.optimizer.entries(
+            name, partial(trained_name, config=learner.model.config, head=learner.model.kind)
+        )

@@ -1,0 +1,87 @@
+"""What is not finite in an update, found and named: a NaN is in no weight, no moment and no checkpoint.
+
+Every micro-batch's inputs and loss, and the norm of the whole gradient, are looked at in one number that is the same on
+all ranks (`ShardedAdamW.step`), so all of them stop, or leave the step out, together. Only then is the culprit looked
+for: in the weights, in what the batch holds of each sample, in each sample's loss by one more forward, in the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...engine.mesh import Mesh
+from ...engine.optim.adamw import ShardedAdamW
+from ...engine.parallel.collectives import gather_objects
+from ..batch import PER_TOKEN, Batch
+
+NAMED = 3  # culprits that a message names
+NUMBERS = tuple(name for name in PER_TOKEN if name not in ("tokens", "mask"))
+
+
+def poison(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """0 where all numbers are finite, else NaN; 0-d float64. Waits for no device."""
+    made = torch.zeros((), dtype=torch.float64, device=device)
+    for tensor in tensors:
+        made = made.masked_fill(~tensor.detach().isfinite().all(), torch.nan)
+    return made
+
+
+def numbers_of(part: Batch) -> dict[str, Tensor]:
+    """What a micro-batch holds of its tokens beside their ids: logprobs, rewards, advantages and so on."""
+    known = part.per_token()
+    return {name: known[name] for name in NUMBERS if name in known}
+
+
+def named_inputs(parts: Sequence[Batch]) -> list[list[str]]:
+    """Samples whose numbers are not all finite: a list for each of `NUMBERS`, causes before what is made of them."""
+    found: dict[str, list[str]] = {name: [] for name in NUMBERS}
+    for part in parts:
+        sample = torch.bucketize(torch.arange(len(part.tokens)), part.cu_seqlens[1:].cpu().long(), right=True)
+        for name, value in numbers_of(part).items():
+            value = value.cpu()
+            for i in sample[~value.isfinite()].unique().tolist():
+                bad = value[(sample == i) & ~value.isfinite()]
+                found[name].append(f"{name} of {part.name(i)} ({bad[0].item()})")
+    return list(found.values())
+
+
+def unit_losses(part: Batch, hidden: Tensor, loss: Callable[[Batch, Tensor], Tensor], unit: int) -> Tensor:
+    """[samples / unit]: the loss of each sample alone, or of each `unit` of neighbors that only make one together."""
+    groups = [list(range(i, min(i + unit, len(part)))) for i in range(0, len(part), unit)]
+    return torch.stack([loss(part.select(group), hidden[part.rows(group)]) for group in groups])
+
+
+def named_losses(part: Batch, losses: Tensor, unit: int) -> Iterator[str]:
+    """Samples of a micro-batch whose loss (`unit_losses`) is not finite."""
+    for i in (~losses.isfinite()).nonzero().flatten().tolist():
+        samples = dict.fromkeys(part.name(j) for j in range(i * unit, min((i + 1) * unit, len(part))))
+        yield f"loss of {' and '.join(samples)} ({losses[i].item()})"
+
+
+def told(kinds: Sequence[Sequence[str]], mesh: Mesh) -> str:
+    """The first kind of culprits that any rank has found, a few of them by name. Collective over the world.
+
+    Args:
+        kinds: what this rank has found of each kind, causes before their effects.
+    """
+    ranks = gather_objects([list(kind) for kind in kinds], mesh.world)
+    for found in zip(*ranks, strict=True):
+        names = list(dict.fromkeys(name for rank in found for name in rank))
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            return f"not finite: {', '.join(names[:NAMED])}{more}"
+    return "each sample's loss is finite alone, and so is the gradient; their sum is not"
+
+
+def check_states(optimizers: dict[str, ShardedAdamW], mesh: Mesh) -> None:
+    """Refuses to save what is not finite. Collective over the world.
+
+    Raises:
+        FloatingPointError: a weight, moment or average is not; on every rank, naming the first ones.
+    """
+    mine = [f"{role}: {name}" for role, optimizer in optimizers.items() for name in optimizer.not_finite()]
+    if any(gather_objects(bool(mine), mesh.world)):
+        raise FloatingPointError(f"no checkpoint is written: {told([mine], mesh)}")

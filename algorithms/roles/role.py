@@ -1,0 +1,259 @@
+"""Roles: a decoder on its mesh with the passes PPO asks of it. Frozen ones only score; a Learner also updates.
+
+A pass works on this data rank's micro-batches and leaves one number a target on the last pipeline stage; `collect` puts
+the numbers of all data ranks in place in the whole batch, on every rank.
+
+Ranks that share experts run equally many micro-batches, for each takes part in the others' all-to-alls: those with
+fewer begin with single tokens that count for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...engine.mesh import Mesh
+from ...engine.optim.adamw import ShardedAdamW
+from ...engine.parallel.collectives import all_reduce, gather_objects
+from ...engine.parallel.tensor import parallel_logprob
+from ...engine.pipeline.runner import run_forward, run_forward_backward
+from ...engine.progress import report
+from ...kernels.attention import packed_attention
+from ...models.decoder import Decoder
+from ...models.moe import Routing, moe_layers, router_metrics
+from ..batch import Batch, pack
+from .nonfinite import named_inputs, named_losses, numbers_of, poison, told, unit_losses
+
+Share = list[int]
+"""Sample numbers of one micro-batch."""
+
+Read = Callable[[Batch, Tensor], Tensor]
+"""(micro-batch, hidden states [tokens, hidden] of the last stage) -> what is wanted of them."""
+
+
+def stage_forward(model: Decoder, batch: Batch, x: Tensor | None, routing: Routing | None = None) -> Tensor:
+    """This stage's hidden states [tokens, hidden] of a packed batch, attending within each sample only."""
+    lengths = batch.cu_seqlens.diff()
+    lengths = torch.repeat_interleave(lengths, lengths, output_size=len(batch.tokens))  # [tokens]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, **model.attention_options(layer))
+
+    return model(batch.tokens if x is None else x, batch.positions, attend, routing, lengths)
+
+
+def padding(count: int, mesh: Mesh) -> list[Batch]:
+    """Micro-batches a rank with `count` of its own needs besides to keep up with its ep group. Collective over ep.
+
+    They come first: gradients are reduced during the last backward, which must reach every parameter on every rank.
+    """
+    return [pack([[0]]).to(mesh.device)] * (max(gather_objects(count, mesh.ep)) - count)
+
+
+def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of the distribution each response token was chosen from, both [targets] fp32."""
+    rows = hidden[batch.response - 1]  # [targets, hidden]: what predicts each response token
+    return parallel_logprob(model.head_inputs(rows), model.head_weight(), batch.labels, model.vocab, 1 / temperature)
+
+
+class Role:
+    """A decoder that scores. `temperature` divides its logits, as it does when it samples."""
+
+    def __init__(self, model: Decoder, temperature: float = 1.0):
+        self.model, self.mesh, self.temperature = model, model.mesh, temperature
+
+    def logprobs(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """[total] fp32: each response token's log-probability, 0 elsewhere."""
+        read: Read = lambda part, hidden: target_logprobs(self.model, part, hidden, self.temperature)[0]  # noqa: E731
+        return self._pass(batch, shares, read, lambda part: part.response)
+
+    def values(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """[total] fp32: the value of the state each response token was chosen in, 0 elsewhere."""
+        read: Read = lambda part, hidden: self.model.scores(hidden[part.response - 1])  # noqa: E731
+        return self._pass(batch, shares, read, lambda part: part.response)
+
+    def token_scores(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """[total] fp32: a reward model's score at each response token, 0 elsewhere."""
+        read: Read = lambda part, hidden: self.model.scores(hidden[part.response])  # noqa: E731
+        return self._pass(batch, shares, read, lambda part: part.response)
+
+    def scores(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+        """[samples] fp32: a reward model's score, read at each sample's last token."""
+        read: Read = lambda part, hidden: self.model.scores(hidden[part.last])  # noqa: E731
+        return self._pass(batch, shares, read, lambda part: part.last)[batch.last]
+
+    def _pass(self, batch: Batch, shares: Sequence[Share], read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
+        first = padding(len(shares), self.mesh)
+        parts = [*first, *(batch.select(share) for share in shares)]
+
+        def forward(i: int, x: Tensor | None) -> Tensor:
+            hidden = stage_forward(self.model, parts[i], x)
+            report(i + 1, len(parts))
+            return read(parts[i], hidden) if self.mesh.is_last_stage else hidden
+
+        results = run_forward(self.mesh, shapes(self.model, parts), self.model.dtype, forward)
+        own = slice(len(first), None)
+        return collect(batch, shares, results[own], [where(part) for part in parts[own]], self.mesh)
+
+
+class AdapterOff(Role):
+    """The policy that a learner's adapters were put on: the learner's own model with them off, no second copy."""
+
+    def _pass(self, batch: Batch, shares: Sequence[Share], read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
+        with self.model.adapter_off():
+            return super()._pass(batch, shares, read, where)
+
+
+def collect(
+    batch: Batch, shares: Sequence[Share], results: Sequence[Tensor], places: Sequence[Tensor], mesh: Mesh
+) -> Tensor:
+    """Numbers of this data rank's micro-batches put in place in the whole batch: [total] fp32, on every rank.
+
+    Args:
+        results: one tensor a micro-batch on the last stage, none on the others.
+        places: where in its micro-batch each number belongs.
+    """
+    whole = torch.zeros(len(batch.tokens), device=mesh.device)
+    for share, place, result in zip(shares, places, results, strict=False):
+        whole[batch.rows(share)[place]] = result
+    # Every other rank holds zeros at these places: the sum only moves numbers, it rounds nothing.
+    return all_reduce(all_reduce(whole, mesh.dp), mesh.pp)
+
+
+def shapes(model: Decoder, parts: Sequence[Batch]) -> list[tuple[int, ...]]:
+    """Shape of each micro-batch's hidden states between stages."""
+    return [(len(part.tokens), model.config.hidden_size) for part in parts]
+
+
+class Stats:
+    """Sums and maxima over targets, gathered where the loss is and reduced over the mesh once an update."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[Tensor]] = {}
+        self.maxima: dict[str, list[Tensor]] = {}
+
+    def add(self, **values: Tensor) -> None:
+        """Adds the sum of each tensor."""
+        for name, value in values.items():
+            self.sums.setdefault(name, []).append(value.detach().sum())
+
+    def largest(self, **values: Tensor) -> None:
+        """Takes the maximum of each tensor; one without entries, of a micro-batch without targets, says nothing."""
+        for name, value in values.items():
+            if value.numel():
+                self.maxima.setdefault(name, []).append(value.detach().max())
+
+    def copy(self) -> Stats:
+        """The same so far."""
+        made = Stats()
+        made.sums = {name: list(values) for name, values in self.sums.items()}
+        made.maxima = {name: list(values) for name, values in self.maxima.items()}
+        return made
+
+    def reduce(self, mesh: Mesh) -> dict[str, float]:
+        """The same numbers on every rank. Collective over dp and pp."""
+        mine = {name: torch.stack(values).sum().item() for name, values in self.sums.items()}
+        mine |= {name: torch.stack(values).max().item() for name, values in self.maxima.items()}
+        over_dp = gather_objects((mine, set(self.maxima)), mesh.dp)
+        maxima = set().union(*(names for _, names in over_dp))
+        known = dict.fromkeys(name for numbers, _ in over_dp for name in numbers)
+        merged = {n: (max if n in maxima else sum)(rank[n] for rank, _ in over_dp if n in rank) for n in known}
+        return gather_objects(merged, mesh.pp)[-1]
+
+
+class Learner(Role):
+    """A role that learns: optimizer and learning-rate schedule beside the decoder."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: ShardedAdamW,
+        lr_at: Callable[[int], float],
+        temperature: float = 1.0,
+        max_skipped: int = 0,
+    ):
+        super().__init__(model, temperature)
+        self.optimizer, self.lr_at, self.max_skipped = optimizer, lr_at, max_skipped
+        self.skipped = 0
+        self.reasons: list[str] = []
+
+    def step(self, parts: Sequence[tuple[Batch, Read]], stats: Stats | None = None, unit: int = 1) -> dict[str, float]:
+        """One optimizer step over micro-batches, each with the loss to read off its hidden states.
+
+        Args:
+            stats: what the losses add to.
+            unit: neighboring samples that only have a loss together, as a pair.
+
+        Returns:
+            grad_norm and lr, and of a model with experts what `router_metrics` gives. skipped, where steps may be: 1
+            if a number was not finite, so that weights, moments, average and the schedule are as before.
+
+        Raises:
+            FloatingPointError: a number is not finite, and the step may not be skipped; on every rank, naming it.
+        """
+        config = self.model.config
+        first = padding(len(parts), self.mesh)
+        routings: list[Routing | None] = [None] * (len(first) + len(parts))
+        if config.moe is not None:
+            tokens = sum(gather_objects(sum(len(part.tokens) for part, _ in parts), self.mesh.dp))
+            scale = 1 / (tokens * len(moe_layers(config)))
+            routings[len(first) :] = [Routing(part.cu_seqlens, scale) for part, _ in parts]
+        nothing: Read = lambda part, hidden: hidden[:0].sum()  # noqa: E731
+        parts = [*((part, nothing) for part in first), *parts]
+        batches = [part for part, _ in parts]
+
+        checked = [number for part in batches for number in numbers_of(part).values()]
+
+        def forward(i: int, x: Tensor | None) -> Tensor:
+            part, loss = parts[i]
+            hidden = stage_forward(self.model, part, x, routings[i])
+            report(i + 1, len(parts))
+            if not self.mesh.is_last_stage:
+                return hidden
+            value = loss(part, hidden)
+            checked.append(value.detach())
+            return value
+
+        run_forward_backward(
+            self.mesh,
+            shapes(self.model, batches),
+            self.model.dtype,
+            forward,
+            before_last_backward=self.optimizer.expect_last_backward,
+        )
+        lr = self.lr_at(self.optimizer.steps)
+        try:
+            metrics = {"grad_norm": self.optimizer.step(lr, poison(checked, self.mesh.device)), "lr": lr}
+        except FloatingPointError as error:  # on every rank
+            self._skip(f"{error}: {self._culprits(parts, stats, unit)}")
+            return {"lr": lr, "skipped": 1.0}
+        self.skipped = 0
+        metrics |= {"skipped": 0.0} if self.max_skipped else {}
+        return metrics | router_metrics(routings, config, self.mesh) if config.moe is not None else metrics
+
+    def _skip(self, reason: str) -> None:
+        self.skipped += 1
+        if self.skipped > self.max_skipped:
+            row = f"; {self.max_skipped} steps before it were skipped" if self.max_skipped else ""
+            raise FloatingPointError(f"{reason}{row} (optimizer.on_nonfinite, optimizer.max_skipped)")
+        self.reasons.append(reason)
+        self.optimizer.zero_grad()
+
+    def _culprits(self, parts: Sequence[tuple[Batch, Read]], stats: Stats | None, unit: int) -> str:
+        """Names what is not finite. Collective; `stats` stay as they are."""
+        before = stats.copy() if stats is not None else None
+
+        def forward(i: int, x: Tensor | None) -> Tensor:
+            part, loss = parts[i]
+            hidden = stage_forward(self.model, part, x)
+            return unit_losses(part, hidden, loss, unit) if self.mesh.is_last_stage else hidden
+
+        batches = [part for part, _ in parts]
+        made = run_forward(self.mesh, shapes(self.model, batches), self.model.dtype, forward)
+        losses = [name for part, own in zip(batches, made, strict=False) for name in named_losses(part, own, unit)]
+        if stats is not None and before is not None:
+            stats.sums, stats.maxima = before.sums, before.maxima
+        weights, gradient = (self.optimizer.not_finite(kind) for kind in ("master", "grad"))
+        return told([weights, *named_inputs(batches), losses, gradient], self.mesh)

@@ -1,0 +1,199 @@
+"""Expert parallelism: tokens travel to the ranks that hold their experts and back (GShard, https://arxiv.org/abs/2006.16668).
+
+Rank r of the ep axis holds experts r·E/ep to (r + 1)·E/ep. Rows sorted by expert are therefore sorted by rank, and one
+all-to-all with uneven splits brings each to its expert. Nothing has a capacity, so nothing is ever dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...kernels.moe import grouped_matmul, sort_by_expert
+from ..heartbeat import HEARTBEAT
+from ..mesh import Axis, Mesh
+from .collectives import copy_to_region
+from .lora import AdaptedLinear, Adapter, LoRA
+from .nf4 import NF4Weight
+from .shard import Piece, Shard, split
+from .tensor import all_of, cut, linear_weight
+
+
+def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
+    """Sends `sent[r]` rows to each rank r of the axis and takes `received[r]` from it: [sum(received), ...], by rank.
+
+    `rows` [sum(sent), ...] lie in the order of the ranks they go to.
+    """
+    if axis.size == 1:
+        return rows
+    out = rows.new_empty((sum(received), *rows.shape[1:]))
+    with HEARTBEAT.waiting(f"all_to_all over {axis.name}"):
+        dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=axis.group)
+    return out
+
+
+class Dispatch:
+    """The way of one batch of rows to their experts' ranks, and back.
+
+    Args:
+        offsets: [experts + 1] int64: rows offsets[e] to offsets[e + 1] are for expert e.
+
+    Attributes:
+        offsets: [local experts + 1] int64: the same for the rows that arrive on this rank.
+    """
+
+    def __init__(self, offsets: Tensor, axis: Axis):
+        self.axis = axis
+        counts = offsets.diff().view(axis.size, -1)  # [ep, local experts]: rows for each expert of each rank
+        ones = [1] * axis.size
+        arriving = all_to_all(counts, ones, ones, axis)  # [ep, local experts]: each rank's rows for each expert here
+        # The host must know the splits: the one place where it waits for the device.
+        self.sent, self.received = torch.stack((counts.sum(1), arriving.sum(1))).tolist()
+        local = torch.arange(counts.shape[1], device=offsets.device).repeat(axis.size)
+        experts = local.repeat_interleave(arriving.flatten(), output_size=sum(self.received))  # [arriving rows]
+        # They arrive by rank and then by expert; the experts want them by expert.
+        self.order, self.offsets = sort_by_expert(experts[:, None], counts.shape[1])
+        self.place = torch.empty_like(self.order)
+        self.place[self.order] = torch.arange(len(self.order), device=offsets.device)
+
+    def there(self, rows: Tensor) -> Tensor:
+        """[rows, h] by expert -> [arriving rows, h] by local expert. Not differentiable; `to_experts` is."""
+        return all_to_all(rows, self.sent, self.received, self.axis)[self.order]
+
+    def back(self, rows: Tensor) -> Tensor:
+        """The inverse of `there`."""
+        return all_to_all(rows[self.place], self.received, self.sent, self.axis)
+
+
+class _ToExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, way: Dispatch) -> Tensor:
+        ctx.way = way
+        return way.there(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.way.back(grads[0]), None
+
+
+class _FromExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, way: Dispatch) -> Tensor:
+        ctx.way = way
+        return way.back(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.way.there(grads[0]), None
+
+
+def to_experts(rows: Tensor, way: Dispatch) -> Tensor:
+    """Rows [rows, h] sorted by expert to the ranks of their experts: [arriving rows, h]. Collective over the axis."""
+    return _ToExperts.apply(rows, way)
+
+
+def from_experts(rows: Tensor, way: Dispatch) -> Tensor:
+    """What the experts made of the rows [arriving rows, h] back to where they came from: [rows, h]."""
+    return _FromExperts.apply(rows, way)
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """Rows times experts' weights that are unpacked in the forward and again in the backward, and not kept between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, experts: int, offsets: Tensor) -> Tensor:
+        ctx.weight, ctx.experts = weight, experts
+        ctx.save_for_backward(offsets)
+        return grouped_matmul(x, weight.dequantized(x.dtype).view(experts, -1, x.shape[1]).transpose(1, 2), offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (offsets,), (grad,) = ctx.saved_tensors, grads
+        weight = ctx.weight.dequantized(grad.dtype).view(ctx.experts, grad.shape[1], -1)  # [local experts, out, in]
+        return grouped_matmul(grad, weight, offsets), None, None, None
+
+
+class ExpertAdapter(Adapter):
+    """An adapter for every expert: both products are grouped by expert, as those of the weights are.
+
+    Experts make parts of sums over tp and take gradients that are such sums' parts in turn, so nothing is reduced on
+    the way; what is reduced is the gradient of the one matrix that every rank of tp holds whole.
+    """
+
+    def narrow(self, x: Tensor, a: Tensor, *more: Any) -> Tensor:
+        return self._product(x, copy_to_region(a, self.axis) if self.cut == "out" else a, slice(None), *more)
+
+    def widen(self, old: Tensor, hidden: Tensor, b: Tensor, rows: slice, *more: Any) -> Tensor:
+        b = copy_to_region(b, self.axis) if self.cut == "in" else b
+        return torch.add(old, self._product(hidden, b, rows, *more), alpha=self.lora.scale)
+
+    @staticmethod
+    def _product(x: Tensor, weight: Tensor, rows: slice, offsets: Tensor) -> Tensor:
+        by_expert = weight.view(len(offsets) - 1, -1, x.shape[1])[:, rows]  # [local experts, out, in]
+        return grouped_matmul(x, by_expert.transpose(1, 2), offsets)
+
+
+class ExpertLinear(AdaptedLinear):
+    """One matrix an expert, of the experts this rank holds: [rows, in] sorted by expert -> [rows, out].
+
+    The weight stacks [out, in] of the parts of one expert after the other. It is cut over tp along its output
+    (`dim` 0: [rows, in] -> [rows, sum(out)/tp]) or its input (`dim` 1: [rows, in/tp] -> partial sums over tp).
+
+    Args:
+        out_sizes: part -> its rows, in every expert; expert e's part is named "e.part", or "e" where the part is "".
+        target: before a part, the name under which `lora` may ask for an adapter.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        in_size: int,
+        out_sizes: Mapping[str, int],
+        dim: int,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        *,
+        lora: LoRA | None = None,
+        target: str = "",
+    ):
+        super().__init__()
+        self.experts = experts // mesh.ep.size
+        first = mesh.ep.rank * self.experts
+
+        def pieces(parts: Mapping[str, tuple[int, int]], dim: int | None) -> tuple[Piece, ...]:
+            names = [
+                (f"{e}.{part}" if part else f"{e}", shape)
+                for e in range(first, first + self.experts)
+                for part, shape in parts.items()
+            ]
+            return tuple(
+                all_of(s, name) if dim is None else cut(split(s[dim], mesh.tp), dim, s, name) for name, s in names
+            )
+
+        weight = Shard(pieces({part: (out, in_size) for part, out in out_sizes.items()}, dim), "tp", experts=True)
+        self.weight, self.nf4 = linear_weight(weight, mesh, dtype, lora)
+        parts = [part for part in out_sizes if lora is not None and lora.wants(target + part)]
+        if lora is not None and parts:
+            on_a, on_b = (None, 0) if dim == 0 else (1, None)  # the dim that is cut over tp
+            outputs = {part: split(out, mesh.tp).size if dim == 0 else out for part, out in out_sizes.items()}
+            a, b = (
+                Shard(pieces(shapes, on), None if on is None else "tp", adapter=True, experts=True)
+                for shapes, on in (
+                    ({part: (lora.rank, in_size) for part in parts}, on_a),
+                    ({part: (out_sizes[part], lora.rank) for part in parts}, on_b),
+                )
+            )
+            adapter = ExpertAdapter(lora, outputs, parts, "in" if dim else "out", mesh.tp)
+            self.add_adapter(adapter, a, b, mesh, dtype)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        if self.nf4 is None:
+            weight = self.weight.view(self.experts, -1, x.shape[1])  # [local experts, out, in]
+            y = grouped_matmul(x, weight.transpose(1, 2), offsets)
+        else:
+            y = _QuantizedProduct.apply(x, self.nf4, self.experts, offsets)
+        return self.with_adapter(y, x, offsets)

@@ -1,0 +1,135 @@
+"""From torchrun's (or SLURM's) environment to a mesh: the only place outside kernels/dispatch.py that reads it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from trialign.algorithms.config.common import ParallelConfig
+from trialign.engine.heartbeat import HEARTBEAT
+from trialign.engine.mesh import Mesh, build_mesh
+
+from .stop_requests import Stopping
+from .watchdog import Watchdog
+
+# oneDNN keeps the primitives it has compiled, one a shape, by default 1024 of them: gigabytes where the number of
+# tokens differs from step to step. It reads this once, at its first operation.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
+def world_size() -> int:
+    """Ranks of this job; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the rank that prints, known before any process group is."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def restarted() -> bool:
+    """True where torchrun (--max-restarts) or SLURM (requeue) has started this very command before."""
+    return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def node() -> tuple[str, str]:
+    """The node that this rank is on: host name, and number of the torchrun agent (one host may have several)."""
+    return socket.gethostname(), os.environ.get("GROUP_RANK", "0")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("parallel.device=cuda: torch sees no CUDA device here; allowed: cpu, auto")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
+    """The part of the job's store that this start alone writes to: torchrun's restarts find what the ranks before them
+    have left there. Collective.
+
+    The restarts that a node counts are no name for it, for other nodes count others. So a rank asks under a name that
+    nobody had before, which only a living main rank answers.
+
+    Raises:
+        TimeoutError: on the main rank: others have not asked after `timeout` seconds.
+    """
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"asks/{store.add('asked', 1)}", name)
+        own = PrefixStore(store.get(name).decode(), store)
+        own.set(f"joined/{rank}", "")
+        return own
+    start, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    own, known, unanswered = PrefixStore(start, store), 0, set()
+    while missing := [other for other in range(1, world) if not own.check([f"joined/{other}"])]:
+        if time.monotonic() > deadline:
+            ranks = ", ".join(map(str, missing))
+            raise TimeoutError(f"rank {ranks} has not joined the run after {timeout:.0f} s (run.timeout)")
+        asked = store.add("asked", 0)
+        unanswered |= set(range(known + 1, asked + 1))
+        known = asked
+        for number in [number for number in unanswered if store.check([f"asks/{number}"])]:
+            store.set(store.get(f"asks/{number}").decode(), start)
+            unanswered.remove(number)
+        time.sleep(0.01)
+    return own
+
+
+@contextmanager
+def mesh_of(parallel: ParallelConfig, timeout: float, stopping: Stopping) -> Iterator[Mesh]:
+    """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh and leaves the group at the end.
+
+    After an error it is not left: that would wait for ranks which may be stuck. The launcher ends them.
+
+    Args:
+        timeout: seconds that a rank waits for others.
+        stopping: gets a watchdog where there are other ranks.
+    """
+    device = pick_device(parallel.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    layout = {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp or None, "ep": parallel.ep, "device": device}
+    if world_size() == 1:
+        yield build_mesh(**layout)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Later than the watchdog, which says more; the library's own limit is for what the watchdog cannot see.
+    limit = timedelta(seconds=2 * timeout + 30)
+    store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
+    store = own_part(store, rank, world, timeout)
+    watchdog = Watchdog(PrefixStore("watch", store), rank, world, timeout, stopping, waits_show=backend == "gloo")
+    with HEARTBEAT.waiting("the start of all ranks"):
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=limit,
+            device_id=device if device.type == "cuda" else None,
+        )
+    with HEARTBEAT.waiting("the groups of the mesh"):
+        mesh = build_mesh(**layout)
+    try:
+        yield mesh
+    except SystemExit:  # it stops as all ranks do; after an error the others are to see that this one lives
+        watchdog.close()
+        raise
+    watchdog.close()
+    dist.destroy_process_group()

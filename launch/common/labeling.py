@@ -1,0 +1,117 @@
+"""The stage between fine-tuning and the reward model: a model answers, a scorer labels, and pairs are written.
+
+Answers are kept in parts as they come; a labelling that was killed goes on behind the last part.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+from trialign.algorithms.config.rlhf import PreferencesConfig
+from trialign.algorithms.data.labeling import label
+from trialign.algorithms.data.responses import read_round, unpicked, write_round, write_rows
+from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.roles.build import build_decoder, read_shapes
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.sync import sample, texts_of
+from trialign.engine.config import flatten
+from trialign.engine.parallel.collectives import gather_objects
+from trialign.models.config import HeadKind
+
+from .online import Answering
+from .run import Session
+
+PLACES = ("model.path", "data.sources", "run.output")  # they move with the run's folder
+
+
+class Show:
+    """Of a session's table at the end, which this stage has none of."""
+
+    def __init__(self, seed: int):
+        self.show, self.seed = 0, seed
+
+
+def main(session: Session[Any]) -> None:
+    """Answers the prompts, labels the answers, and leaves pairs to learn from and pairs held out."""
+    config: PreferencesConfig = session.config
+    mesh, run = session.mesh, config.run
+    shapes = session.together(lambda: read_shapes(cast(Any, config)))
+
+    def build(folder: str, head: HeadKind) -> Role:
+        return Role(
+            session.together(lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head), folder)
+        )
+
+    answering = Answering(session, cast(Any, config), Show(run.seed), shapes[config.model.path])
+    policy: Any = build(config.model.path, "lm")
+    shaper = RewardShaper(config.reward)
+    answering.attach(policy, [build(folder, "score") for folder in config.reward.models])
+    there = answering.dataset.rows - answering.dataset.dropped
+    count = min(run.prompts or there, there)
+    done = gather_objects(session.together(lambda: begun(session.folder, config) if mesh.is_main else 0), mesh.world)[0]
+    answering.dataset.next(min(count, done * run.prompts_per_save))  # the parts that are there
+    parts = -(-count // run.prompts_per_save)
+    session.about = answering.about
+    progress = session.progress
+    progress.start(parts, done=done, facts={"reward": "reward {:.3f}"})
+    for part in range(done, parts):
+        prompts = answering.dataset.next(min(run.prompts_per_save, count - part * run.prompts_per_save))
+        with progress.work("rollout"):
+            rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
+        with progress.work("score"):
+            scores = answering.scores(rollouts, run.micro_batch_size)
+        combined = answering.scorer.combined(scores)
+        rewards = shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
+        for reason in answering.scorer.failures():
+            progress.say(f"abstains: {reason}")
+        if mesh.is_main:
+            texts = texts_of(rollouts, answering.tokenizer)
+            write_round(session.folder / f"part_{part}.jsonl", unpicked(rollouts, texts, rewards, scores))
+            shown = [reward for reward in rewards if reward == reward]
+            progress.update(part + 1, {"reward": fmean(shown) if shown else float("nan")})
+    session.together(lambda: finish(session.folder, config, parts) if mesh.is_main else None)
+
+
+def begun(folder: Path, config: PreferencesConfig) -> int:
+    """How many parts are there already.
+
+    Raises:
+        ValueError: they were made with another config.
+    """
+    path, now = folder / "begun.json", {k: v for k, v in flatten(config).items() if not k.startswith("parallel.")}
+    now = json.loads(json.dumps(now))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for knob in (knob for knob in now if before.get(knob) != now[knob] and knob not in PLACES):
+            raise ValueError(
+                f"preferences.{knob}={now[knob]}: the answers in {folder} were begun with {before.get(knob)}"
+            )
+        return len(list(folder.glob("part_*.jsonl")))
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now), encoding="utf-8")
+    return 0
+
+
+def finish(folder: Path, config: PreferencesConfig, parts: int) -> None:
+    """Writes train.jsonl and held_out.jsonl, split as the prompts are, and counts.json.
+
+    Raises:
+        ValueError: there are no pairs to learn from, or none that are held out.
+    """
+    answers = [answer for part in range(parts) for answer in read_round(folder / f"part_{part}.jsonl")]
+    counts = {}
+    for source in config.data.sources:
+        side = Path(source).stem
+        own = [answer for answer in answers if Path(answer.source.rpartition(":")[0]).stem == side]
+        labels = label(own, config.run.pairs)
+        counts[side] = labels.counts
+        if not labels.pairs:
+            raise ValueError(
+                f"no preferences: of {labels.counts['answers']} answers to the prompts in {source},"
+                f" {labels.counts['without_score']} have no score and the others tie"
+            )
+        write_rows(folder / f"{side}.jsonl", labels.pairs)
+    (folder / "counts.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")

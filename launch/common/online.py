@@ -1,0 +1,150 @@
+"""What scripts have in common whose model answers prompts and learns from rewards: prompts, sampling, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Protocol
+
+from report.curves import Answer, response_text
+from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
+from trialign.algorithms.config.common import PromptData, RewardConfig, RolloutConfig
+from trialign.algorithms.data.prompts import PromptDataset
+from trialign.algorithms.rewards.encoder import ChatEncoder, Policy, reward_encoders
+from trialign.algorithms.rewards.functions import Score
+from trialign.algorithms.roles.build import load_tokenizer
+from trialign.algorithms.roles.role import Learner, Role
+from trialign.algorithms.rollout.sync import Scorer, my_part, sample, sampling_params, stop_tokens, texts_of
+from trialign.engine.generation.embedded import Generator
+from trialign.models.config import ModelConfig
+from trialign.models.hf.table import stop_ids
+
+from .run import Common, Session
+
+
+class Show(Protocol):
+    """What a run section says of the table at the end."""
+
+    @property
+    def show(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class AnswerConfig(Common, Protocol):
+    """The sections of a script whose model answers."""
+
+    @property
+    def data(self) -> PromptData: ...
+    @property
+    def rollout(self) -> RolloutConfig: ...
+    @property
+    def reward(self) -> RewardConfig: ...
+
+
+class Answering:
+    """Prompts, tokenizer, scorers and how answers are sampled; `attach` adds what answers.
+
+    Args:
+        shape: of the model that answers.
+    """
+
+    def __init__(self, session: Session, config: AnswerConfig, show: Show, shape: ModelConfig):
+        self.reward_config, self.rollout_config, self.mesh, self.shape = (
+            config.reward,
+            config.rollout,
+            session.mesh,
+            shape,
+        )
+        self.session, self.progress, path = session, session.progress, config.model.path
+        self.tokenizer = session.together(lambda: load_tokenizer(path, shape))
+        self.dataset = session.together(lambda: PromptDataset(config.data, self.tokenizer, show.seed), "prompts")
+        place = self.dataset.state()
+        session.agree(place)
+        self.shown: list[Prompt] = self.dataset.next(show.show)  # the same before and after, and after a resume
+        self.dataset.load_state(place)
+        policy = Policy(path, shape, self.tokenizer, config.data.chat_template)
+        encoders = session.together(lambda: reward_encoders(config.reward.models, policy))
+        say_encoders(encoders, self.mesh.is_main)
+        self.scorer = Scorer(config.reward, self.tokenizer, self.mesh, encoders)
+        session.stack.callback(self.scorer.close)
+        self.scorer.check(self.dataset.columns())
+        ends = session.together(lambda: stop_ids(path, shape, self.tokenizer))
+        self.sampling = sampling_params(config.rollout, ends, show.seed)
+        self.about = f"{self.dataset}; {stop_tokens(ends, self.tokenizer)}"  # for the run's first line
+        self.models: list[Role] = []
+
+    def attach(self, actor: Learner, models: list[Role]) -> None:
+        """The policy that answers, and the reward models."""
+        rollout = self.rollout_config
+        options = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
+        self.generator, self.models = Generator(actor.model, self.mesh, **options), models
+        self.generator.interrupted = self.session.interrupted
+
+    def answer_shown(self) -> list[Answer]:
+        """(prompt, greedy answer, score) for the first `run.show` prompts of the data. Collective."""
+        prompts = self.shown
+        if not prompts:
+            return []
+        greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
+        with self.progress.work("answers"):
+            rollouts = sample(self.generator, prompts, greedy)
+            combined = self.scorer.combined(self.scores(rollouts, len(rollouts)))
+        texts = texts_of(rollouts, self.tokenizer)
+        named = zip(prompts, rollouts, texts, combined, strict=True)
+        return [(prompt.text, response_text(text, rollout.finish), s) for prompt, rollout, text, s in named]
+
+    def scores(self, rollouts: list[Rollout], size: int) -> dict[str, list[Score]]:
+        """Every reward of any number of answers, this data rank's part in micro-batches of `size`. Collective."""
+        batch = from_rollouts(rollouts).to(self.mesh.device)
+        mine = list(range(len(batch)))[my_part(len(batch), self.mesh.dp)]
+        shares = [mine[i : i + size] for i in range(0, len(mine), size)]
+        return self.scorer(rollouts, batch, self.models, shares)
+
+    def say_failures(self, session: Session) -> None:
+        """One line for each scorer's reason to abstain; before an error says that nothing is left to learn from."""
+        for reason in self.scorer.failures():
+            session.progress.say(f"abstains: {reason}")
+
+
+def say_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:
+    """One line for each reward model that is given text, not the policy's tokens."""
+    for folder, encoder in encoders.items() if main else ():
+        print(f"{folder}: not the policy's tokenizer ({encoder.why}): completions are encoded again with its own")
+
+
+def summary(
+    rollouts: Sequence[Rollout], scores: dict[str, list[Score]], combined: Sequence[float], rewards: Sequence[float]
+) -> dict[str, float]:
+    """What the answers were like: reward before and after shaping, each reward by name, lengths.
+
+    Answers without a score are in none of the means; `abstained` counts them. A reward's mean is over the answers that
+    it applies to; it is left out of a step in which there is none.
+    """
+    by_name = {f"reward/{name}": _mean(v) for name, v in zip(short_names(list(scores)), scores.values(), strict=True)}
+    count = len(rollouts)
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    missing = sum(score != score for score in combined)
+    return {
+        "reward": _mean(combined),
+        "reward_shaped": _mean(rewards),
+        **{name: mean for name, mean in by_name.items() if mean == mean},
+        **({"abstained": missing} if missing else {}),
+        "response_length": sum(lengths) / count,
+        "response_length_max": max(lengths),
+        "finished": sum(rollout.finish == "stop" for rollout in rollouts) / count,
+    }
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The ends of paths and addresses, all different, as short as they can be: most reward models are called model."""
+    parts = [Path(name).parts for name in names]
+    ends = [["/".join(own[-count:]) for own in parts] for count in range(1, max(map(len, parts), default=1) + 1)]
+    return next((short for short in ends if len(set(short)) == len(names)), list(names))
+
+
+def _mean(values: Sequence[Score]) -> float:
+    known = [value for value in values if value is not None and value == value]
+    return fmean(known) if known else float("nan")

@@ -1,0 +1,245 @@
+"""What scripts that learn from rows (SFT, reward models, DPO, KTO) have in common around a session.
+
+    work = from_rows(session, session.config.data, read)     # model, tokenizer and rows; what learns
+    work.begin()
+    work.held_out_before(unseen, measure)
+    for _ in session.steps():
+        batch = ...                                          # of the next rows
+        with session.phases("update") as phase:
+            metrics = ...
+            work.count(phase, batch, passes=3)
+        metrics |= work.epoch() | work.held_out(unseen, measure)
+        session.end_step(metrics, tokens=len(batch.tokens))
+
+Only the update is an algorithm's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.config.common import EpochRun, LoRAConfig, OptimizerConfig, UpdateConfig
+from trialign.algorithms.data.dialogues import Sample
+from trialign.algorithms.data.streams import RowData, RowStream
+from trialign.algorithms.rewards.encoder import check_vocabulary
+from trialign.algorithms.roles.build import build_decoder, build_learner, load_tokenizer, read_shape
+from trialign.algorithms.roles.role import Learner, Role
+from trialign.algorithms.rollout.sync import stop_tokens
+from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.profiler import Phase, forward_flops
+from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.hf.table import stop_ids
+
+from .run import Common, Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Measure = Callable[[Batch], dict[str, float]]
+Row = TypeVar("Row")
+PART = 512
+"""Rows whose reference is computed between two writes of what there is."""
+
+
+class RowConfig(Common, Protocol):
+    """The sections that the config of such a script has."""
+
+    @property
+    def lora(self) -> LoRAConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def update(self) -> UpdateConfig: ...
+    @property
+    def run(self) -> EpochRun: ...
+
+
+Rows = TypeVar("Rows", bound=RowStream[Any])
+
+
+@dataclass(frozen=True)
+class FromRows(Generic[Rows]):
+    """What there is before the first step, and what every step does besides its update."""
+
+    session: Session[Any]
+    shape: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    ends: tuple[int, ...]  # tokens that end an answer
+    rows: Rows
+    steps: int  # of the whole run
+    learner: Learner
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step."""
+        return self.session.config.update.batch_size
+
+    def begin(self, facts: Mapping[str, str] | None = None) -> None:
+        """`Session.begin` with what learns and its rows. Collective."""
+        role = "actor" if self.learner.model.kind == "lm" else "reward"
+        learners = {role: (self.learner, self.session.config.model.path)}
+        about = f"{self.rows}; {stop_tokens(self.ends, self.tokenizer)}"
+        self.session.begin(learners, {"data": self.rows}, self.steps, about=about, facts=facts)
+
+    def epoch(self) -> dict[str, float]:
+        """Passes over the rows after this step."""
+        return {"epoch": (self.session.step + 1) * self.batch_size / len(self.rows)}
+
+    def count(self, phase: Phase, batch: Batch, passes: int = 1) -> None:
+        """Notes what a phase did with a batch; a forward with its backward is three passes."""
+        logits = len(batch.response) if self.learner.model.kind == "lm" else 0
+        phase.tokens += len(batch.tokens)
+        phase.flops += passes * forward_flops(self.shape, batch.lengths, logits)
+
+    def held_out_before(self, batch: Batch | None, measure: Measure) -> None:
+        """Measures the held-out rows before the first step of the run and logs that as step 0."""
+        if batch is not None and self.session.step == 0:
+            self.session.log(0, self._measured(batch, measure) | self.session.phases.take())
+
+    def held_out(self, batch: Batch | None, measure: Measure) -> dict[str, float]:
+        """Measurements of the held-out rows after the update of a step, where they are due."""
+        done = self.session.step + 1
+        if batch is None or (done % (self.session.config.run.eval_every or self.steps) and done != self.steps):
+            return {}
+        measured = self._measured(batch, measure)
+        if done == self.steps:
+            text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in measured.items())
+            self.session.progress.say(f"held out, after {done} steps: {text}")
+        return measured
+
+    def _measured(self, batch: Batch, measure: Measure) -> dict[str, float]:
+        with self.session.phases("eval") as phase:
+            self.count(phase, batch)
+            return measure(batch)
+
+    def reference_sums(
+        self,
+        rows: Sequence[Row],
+        samples: Callable[[Row], Sequence[Sample]],
+        read: Callable[[Role, Sequence[Row]], Tensor],
+    ) -> Tensor:
+        """[samples of all rows] fp32: their log-probabilities under the reference, each computed once. Collective.
+
+        The reference: model.reference, or where that is "" the learner as it is now. What it gave is kept in the run's
+        folder as it comes, in parts named after all that they depend on: a run that is started again computes only
+        what is not there.
+
+        Args:
+            samples: of a row.
+            read: computes the log-probabilities of some rows' samples, given the reference.
+
+        Raises:
+            FloatingPointError: one is not finite, and its step may not be skipped; on every rank, naming its row.
+        """
+        session, config = self.session, self.session.config
+        option = "model.reference" if config.model.reference else "model.path"
+        contents = [[*session.facts["contents"][key].values()] for key in (option, "lora.adapter")]
+        asked = json.dumps([*contents, config.model.dtype])
+        parts = [rows[i : i + PART] for i in range(0, len(rows), PART)]
+        names = [_digest(asked, (sample for row in part for sample in samples(row))) for part in parts]
+        folder = session.folder / "reference"
+        kept = session.together(lambda: _kept(folder, names) if session.mesh.is_main else {})
+        kept = gather_objects(kept, session.mesh.world)[0]
+        session.hold()
+        missing = [(name, part) for name, part in zip(names, parts, strict=True) if name not in kept]
+        role: Role = self.learner
+        if missing:
+            if session.mesh.is_main:  # said, for it may take a while before the run's first line
+                name, count = config.model.reference or "the model as it is", sum(len(part) for _, part in missing)
+                print(f"reference: {name}; log-probabilities of {count} rows, computed once", flush=True)
+            role = self._reference(config.model.reference) if config.model.reference else self.learner
+        with session.progress.work("log-probabilities under the reference"):
+            for name, part in missing:
+                kept[name] = sums = read(role, part).contiguous()
+                self._check_reference([sample for row in part for sample in samples(row)], sums)
+                session.together(lambda n=name, s=sums: _keep(folder, n, s) if session.mesh.is_main else None)
+        return torch.cat([kept[name] for name in names])
+
+    def _check_reference(self, samples: Sequence[Sample], sums: Tensor) -> None:
+        """Raises FloatingPointError where a sample's log-probability is not finite, unless its step is skipped."""
+        config = self.session.config
+        bad = (~sums.isfinite()).nonzero().flatten().tolist()
+        if bad and config.optimizer.on_nonfinite == "stop":
+            raise FloatingPointError(
+                f"{config.model.reference or 'the model as it is'}: the reference's log-probability of"
+                f" {samples[bad[0]].where} is {sums[bad[0]].item()}: must be a finite number"
+                f" ({len(bad)} of {len(samples)} are not)"
+            )
+
+    def _reference(self, folder: str) -> Role:
+        config: RowConfig = self.session.config
+        shape = self.session.together(lambda: read_shape(folder, config.parallel, config.run, "lm"))
+        build = lambda: build_decoder(folder, shape, self.session.mesh, config.model.dtype)  # noqa: E731
+        return Role(self.session.together(build, folder))
+
+
+def _digest(asked: str, samples: Iterable[Sample]) -> str:
+    """A name for what the reference gives these samples."""
+    digest = sha256(asked.encode())
+    for sample in samples:
+        digest.update(len(sample.tokens).to_bytes(8) + sample.tokens.tobytes() + sample.mask)
+    return digest.hexdigest()[:32]
+
+
+def _kept(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parts that are there."""
+    paths = {name: folder / f"{name}.safetensors" for name in names}
+    return {name: load_file(path)["sums"] for name, path in paths.items() if path.exists()}
+
+
+def _keep(folder: Path, name: str, sums: Tensor) -> None:
+    """Writes a part aside, then swaps it in whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{name}.new"
+    save_file({"sums": sums}, aside)
+    os.replace(aside, folder / f"{name}.safetensors")
+
+
+def from_rows(
+    session: Session[Any],
+    section: RowData,
+    read: Callable[[PreTrainedTokenizerBase, tuple[int, ...]], Rows],
+    kind: HeadKind = "lm",
+) -> FromRows[Rows]:
+    """Reads the model's shape and tokenizer, then the rows, then builds what learns from them. Collective.
+
+    Args:
+        section: of the config, which says how long a row's samples may be.
+        read: the rows, given the tokenizer and the tokens that end an answer.
+        kind: the head of what learns; "score" puts one on a language model that has none.
+    """
+    config: RowConfig = session.config
+    folder = config.model.path
+
+    def look() -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+        shape = read_shape(folder, config.parallel, config.run, "lm" if kind == "lm" else None, config.lora)
+        if section.max_tokens > shape.longest_document:
+            raise ValueError(f"max_tokens={section.max_tokens}: {folder} has positions for {shape.longest_document}")
+        reference = getattr(config.model, "reference", "")
+        if reference:
+            check_vocabulary(reference, read_shape(reference, config.parallel, config.run, "lm"), folder, shape)
+        return shape, load_tokenizer(folder, shape)
+
+    shape, tokenizer = session.together(look)
+    ends = session.together(lambda: stop_ids(folder, shape, tokenizer))
+    rows = session.together(lambda: read(tokenizer, ends), "rows")
+    session.agree(rows.state())
+    steps = config.run.total(len(rows), config.update.batch_size)
+    options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
+    model = session.together(
+        lambda: build_decoder(folder, shape, session.mesh, config.model.dtype, head=kind, trained=True, **options),
+        "model",
+    )
+    name = "actor" if kind == "lm" else "reward"
+    learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay, name=name)
+    return FromRows(session, shape, tokenizer, ends, rows, steps, learner)

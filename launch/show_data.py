@@ -1,0 +1,268 @@
+"""Shows the first rows of a run exactly as the model will see them: tokens, which of them are learned, what is dropped.
+
+python launch/show_data.py --config launch/configs/sft_smollm2.toml
+python launch/show_data.py --script dpo --config my.toml --rows 5 --data.max_tokens 512
+
+--script names the script whose config it is; without it the file's name tells (sft_*.toml), or its sections do. All
+knobs of that script may follow. What is learned is green and bold; without colours it stands between ⟦ and ⟧.
+"""
+
+from __future__ import annotations
+
+import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+from trialign.algorithms.config.common import PromptData
+from trialign.algorithms.config.conditional import ConditionalConfig
+from trialign.algorithms.config.evaluate import EvaluateConfig
+from trialign.algorithms.config.grpo import GRPOConfig
+from trialign.algorithms.config.ppo import PPOConfig
+from trialign.algorithms.config.preference import DPOConfig, KTOConfig, RewardModelConfig
+from trialign.algorithms.config.pretrain import PretrainConfig, TextData
+from trialign.algorithms.config.rejection import RejectionConfig
+from trialign.algorithms.config.rlhf import RLHFConfig
+from trialign.algorithms.config.sft import SFTConfig, SFTData
+from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
+from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
+from trialign.algorithms.data.dialogues import Encoder, Sample
+from trialign.algorithms.data.documents import TextStream
+from trialign.algorithms.data.preferences import PairStream, read_steps
+from trialign.algorithms.data.prompts import PromptDataset, TextDataset
+from trialign.algorithms.data.streams import RowStream
+from trialign.algorithms.kto import LabelledStream
+from trialign.algorithms.roles.build import load_tokenizer
+from trialign.engine.config import load, parse
+from trialign.models.config import ModelConfig
+from trialign.models.hf.table import stop_ids
+
+
+class Shown(NamedTuple):
+    """A sample as the model gets it."""
+
+    title: str
+    tokens: Sequence[int]
+    mask: Sequence[int]  # 1 where a token is a target
+
+
+class Part(NamedTuple):
+    """One kind of rows that a run reads."""
+
+    about: str  # what the run says of them
+    rows: list[Shown]
+
+
+def of_sample(sample: Sample, what: str = "") -> Shown:
+    """A tokenised row."""
+    return Shown(f"{sample.where}{what and ', '}{what}", sample.tokens, sample.mask)
+
+
+def dialogues(data: SFTData, seed: int, tokenizer: Any, ends: Sequence[int], count: int) -> Part:
+    """Dialogues."""
+    rows = DialogueDataset(data, tokenizer, ends, seed)
+    return Part(str(rows), [of_sample(sample) for sample in joined(rows.next(count))])
+
+
+def text(data: TextData, seed: int, tokenizer: Any, count: int) -> Part:
+    """Rows of packed documents, piece by piece: none of them sees another."""
+    stream = TextStream(data, tokenizer, seed)
+    rows = enumerate(stream.next(count), 1)
+    pieces = [(f"row {number}: {piece.where}", piece.tokens) for number, row in rows for piece in row]
+    return Part(str(stream), [Shown(title, tokens, [0] + [1] * (len(tokens) - 1)) for title, tokens in pieces])
+
+
+def asked(data: PromptData, seed: int, tokenizer: Any, count: int) -> Part:
+    """Prompts; nothing of them is learned."""
+    rows = PromptDataset(data, tokenizer, seed)
+    return Part(str(rows), [Shown(p.source, p.tokens, [0] * len(p.tokens)) for p in rows.next(count)])
+
+
+def sft(config: SFTConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Dialogues."""
+    return [dialogues(config.data, config.run.seed, tokenizer, ends, count)]
+
+
+def pretrain(config: PretrainConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Text."""
+    return [text(config.data, config.run.seed, tokenizer, count)]
+
+
+def pairs(config: DPOConfig | RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Chosen and rejected answers."""
+    data = PairStream(config.data, tokenizer, ends, config.run.seed)
+    sides = [(pair, what) for pair in data.next(count) for what in ("chosen", "rejected")]
+    return [Part(str(data), [of_sample(getattr(pair, what), what) for pair, what in sides])]
+
+
+def reward(config: RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Pairs, or answers in steps, where the marked tokens are those a step is scored at."""
+    if not config.steps.sources:
+        return pairs(config, tokenizer, ends, count)
+    read = lambda source: read_steps(source, config.steps, tokenizer)  # noqa: E731
+    data = RowStream(config.steps, read, lambda row: row.lengths, config.run.seed, "answers in steps")
+    return [Part(str(data), [of_sample(row.sample, f"labels {row.labels}") for row in data.next(count)])]
+
+
+def kto(config: KTOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Answers with their labels."""
+    data = LabelledStream(config.data, tokenizer, ends, config.run.seed)
+    rows = [of_sample(row.sample, "wanted" if row.desirable else "not wanted") for row in data.next(count)]
+    return [Part(str(data), rows)]
+
+
+def conditional(config: ConditionalConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Answers with their rewards in the prompts; a question mark where the run's scorers are to say them."""
+    scored, seed = bool(config.reward.names), config.run.seed
+    sources = dict.fromkeys((*config.data.sources, *config.data.eval_sources))
+    rows = {source: read_rewarded(source, config.data, not scored) for source in sources}
+    if not scored:
+        data = ConditionedRows(config.data, config.condition, rows, tokenizer, ends, seed)
+        return [Part(str(data), [of_sample(sample) for sample in data.next(count)])]
+
+    encoder = Encoder(config.data, tokenizer, ends)
+
+    def load(source: str) -> list[Sample]:
+        template = config.condition.template.replace("{reward}", "?")
+        unscored = [row.asking(template.replace("{input}", row.words)) for row in rows[source]]
+        return list(encoder.responses(unscored))
+
+    stream = RowStream(config.data, load, lambda sample: [len(sample.tokens)], seed)
+    about = f"{stream}{encoder}; ? stands for the rewards that {', '.join(config.reward.names)} will give"
+    return [Part(about, [of_sample(sample) for sample in stream.next(count)])]
+
+
+def prompts(config: Any, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Prompts."""
+    if not config.data.sources:
+        raise ValueError("data.sources is not given: no prompts to show")
+    return [asked(config.data, config.run.seed, tokenizer, count)]
+
+
+def ppo(config: PPOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Prompts, and the text of the pretraining mix."""
+    made, data = prompts(config, tokenizer, ends, count), config.data
+    if config.actor.ptx_coef and data.ptx_source:
+        mix = TextDataset(data.ptx_source, data.ptx_key, tokenizer, data.ptx_tokens, config.run.seed)
+        rows = [Shown("pretraining mix", row, [0] + [1] * (len(row) - 1)) for row in mix.next(count).tolist()]
+        made.append(Part(f"{mix.tokens:,} tokens of {data.ptx_source}", rows))
+    return made
+
+
+def evaluate(config: EvaluateConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """Prompts, text and dialogues, whichever are given."""
+    made = [asked(config.data, config.run.seed, tokenizer, count)] if config.data.sources else []
+    made += [text(config.text, 0, tokenizer, count)] if config.text.sources else []
+    return made + ([dialogues(config.dialogues, 0, tokenizer, ends, count)] if config.dialogues.sources else [])
+
+
+def rlhf(config: RLHFConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
+    """The dialogues of its first stage, and the prompts of the others."""
+    if not config.sft.data.sources or not config.prompts.sources:
+        raise ValueError("sft.data.sources and prompts.sources: give both")
+    return [
+        dialogues(config.sft.data, config.run.seed, tokenizer, ends, count),
+        asked(config.prompts, config.run.seed, tokenizer, count),
+    ]
+
+
+SCRIPTS: dict[str, tuple[type[Any], Callable[..., list[Part]]]] = {
+    "pretrain": (PretrainConfig, pretrain),
+    "sft": (SFTConfig, sft),
+    "reward": (RewardModelConfig, reward),
+    "dpo": (DPOConfig, pairs),
+    "kto": (KTOConfig, kto),
+    "rejection": (RejectionConfig, prompts),
+    "conditional": (ConditionalConfig, conditional),
+    "ppo": (PPOConfig, ppo),
+    "grpo": (GRPOConfig, prompts),
+    "evaluate": (EvaluateConfig, evaluate),
+    "rlhf": (RLHFConfig, rlhf),
+}
+
+
+def script_of(path: str) -> str:
+    """The script that a config file is for: by the file's name, or because its keys fit no other.
+
+    Raises:
+        ValueError: it cannot be told; says which are possible.
+    """
+    if not path:
+        raise ValueError(f"--config FILE or --script NAME is needed; scripts: {', '.join(SCRIPTS)}")
+    named = Path(path).stem.split("_")[0]
+    if named in SCRIPTS:
+        return named
+    fits, refusals = [], {}
+    for name, (cls, _) in SCRIPTS.items():
+        try:
+            load(cls, path)
+            fits.append(name)
+        except ValueError as error:
+            refusals[name] = str(error)
+    if len(fits) == 1:
+        return fits[0]
+    if not fits:
+        raise ValueError(f"{path} fits no script: {refusals['sft']}; say which with --script")
+    raise ValueError(f"{path} fits several scripts ({', '.join(fits)}): say which with --script")
+
+
+def has_sources(config: Any) -> bool:
+    """Whether any section of a config, or a section's, names what is read."""
+    sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    return any(getattr(s, "sources", ()) or (dataclasses.is_dataclass(s) and has_sources(s)) for s in sections)
+
+
+def written(shown: Shown, tokenizer: Any, colours: bool) -> Text:
+    """A sample's tokens as text, runs of targets and of others told apart."""
+    text, place = Text(), 0
+    for target, run in groupby(shown.mask):
+        length = len(list(run))
+        words = tokenizer.decode(list(shown.tokens[place : place + length]), clean_up_tokenization_spaces=False)
+        text.append(words if colours or not target else f"⟦{words}⟧", style="bold green" if target else "dim")
+        place += length
+    return text
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the data as the script would, and shows it."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--script", choices=SCRIPTS, default="")
+    own.add_argument("--rows", type=int, default=3)
+    options, rest = own.parse_known_args(argv)
+    if "--help" in rest and not options.script:
+        print(f"{(__doc__ or '').strip()}\n\nscripts: {', '.join(SCRIPTS)}")
+        return
+    place = next((i for i, word in enumerate(rest) if word == "--config" or word.startswith("--config=")), None)
+    words = [] if place is None else (rest[place].partition("=")[2] or "".join(rest[place + 1 : place + 2]))
+    try:
+        name = options.script or script_of("".join(words))
+        cls, show = SCRIPTS[name]
+        config = parse(cls, rest, prog="data.py")
+        if not config.model.path:
+            raise ValueError("model.path is not given: the folder whose tokenizer reads the rows")
+        if not has_sources(config):
+            raise ValueError("data.sources is not given: nothing to show")
+        shape = ModelConfig.from_hf(config.model.path)
+        tokenizer = load_tokenizer(config.model.path, shape)
+        parts = show(config, tokenizer, stop_ids(config.model.path, shape, tokenizer), options.rows)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    console = Console(highlight=False)
+    for about, rows in parts:
+        console.print(f"{name}: {about}")
+        for row in rows:
+            learned = sum(row.mask)
+            console.print(Rule(Text(f"{row.title}: {len(row.tokens)} tokens, {learned} learned"), align="left"))
+            console.print(written(row, tokenizer, bool(console.color_system)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

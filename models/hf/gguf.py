@@ -1,0 +1,225 @@
+"""GGUF files (llama.cpp's) as a source of weights: dequantised a piece at a time, tokenizer and config out of the file.
+
+Weights of LLaMA-like models are as in Hugging Face's folders, but for the rows of q and k in files of architecture
+"llama": there the two halves of each head, which rotate_half keeps apart, are interleaved.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from .source import check_layer_count
+from .table import Place, hf_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# general.architecture -> the family whose names its tensors take, and whether q and k are interleaved.
+_KNOWN = {
+    "llama": ("LlamaForCausalLM", True),
+    "qwen2": ("Qwen2ForCausalLM", False),
+    "qwen3": ("Qwen3ForCausalLM", False),
+}
+# Keys behind the architecture's name -> config.json's; and those that mean what no such config says, with the values
+# that mean nothing.
+_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_REFUSED = {
+    "expert_count": (0,),
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.sliding_window_pattern": (0,),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "logit_scale": (0, 1),
+}
+_TOKENS = {"bos": "bos", "padding": "pad"}
+_ROWS = 1024  # dequantised at once
+
+
+def _reader(gguf: Any, path: Path) -> Any:
+    """gguf's reader, with a dict `unknown` besides: tensors of types that gguf has no name for -> the type's number.
+
+    By itself it would refuse such a file without naming the tensor.
+    """
+    known = {int(kind) for kind in gguf.GGMLQuantizationType}
+
+    class Reader(gguf.GGUFReader):
+        unknown: dict[str, int] = {}
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            kinds = {field.name: int(field.parts[4][0]) for field in fields}
+            self.unknown = {name: kind for name, kind in kinds.items() if kind not in known}
+            super()._build_tensors(start_offs, [field for field in fields if field.name not in self.unknown])
+
+    return Reader(path)
+
+
+class GGUFFile:
+    """One GGUF file of a dense LLaMA, Mistral, Qwen2 or Qwen3.
+
+    Raises:
+        ValueError: the package gguf is not installed, the file is damaged or of another architecture, or a tensor is
+            missing, unknown, of another shape or of a type that gguf cannot dequantise.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import gguf
+        except ImportError:
+            raise ValueError(f"{path}: GGUF files need the package gguf: pip install gguf") from None
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            self.reader: Any = _reader(gguf, path)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{path}: damaged, or no GGUF file: {error}") from None
+        self.path, self.gguf = path, gguf
+        self._check_types()
+        self.architecture = self._value("general.architecture")
+        if self.architecture not in _KNOWN:
+            raise ValueError(
+                f"{path}: general.architecture={self.architecture}: allowed: {', '.join(_KNOWN)}; import the folder in"
+                " Hugging Face format instead"
+            )
+        family, self.interleaved = _KNOWN[self.architecture]
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        try:
+            self.config = ModelConfig.from_hf_dict(self._values() | {"architectures": [family]})
+            turned = self._value(f"{self.architecture}.rope.dimension_count")
+            if turned not in (None, self.config.head_dim):
+                raise ValueError(
+                    f"{self.architecture}.rope.dimension_count={turned} of heads of {self.config.head_dim}:"
+                    " rotary embeddings of a part of each head are not supported"
+                )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        check_layer_count(self.config, self.tensors, str(path))
+        names = gguf.get_tensor_name_map(arch, self.config.num_layers)
+        self.names = {n: names.get_name(n, try_suffixes=(".weight", ".bias")) or n for n in hf_shapes(self.config)}
+        self._check()
+
+    def _check_types(self) -> None:
+        readable = [kind for kind in self.gguf.GGMLQuantizationType if self._readable(kind)]
+        kinds = {tensor.name: tensor.tensor_type for tensor in self.reader.tensors}
+        for name, kind in (self.reader.unknown | kinds).items():
+            if kind not in readable:
+                allowed = ", ".join(kind.name for kind in readable)
+                raise ValueError(
+                    f"{self.path}: {name} is {getattr(kind, 'name', f'of type {kind}')}, which gguf cannot dequantise;"
+                    f" allowed: {allowed}"
+                )
+
+    def _readable(self, kind: Any) -> bool:
+        """Whether gguf dequantises this type: tried on one block, for no list of them is public."""
+        _, size = self.gguf.GGML_QUANT_SIZES[kind]
+        try:
+            self.gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), kind)
+        except NotImplementedError:
+            return False
+        return True
+
+    def _value(self, key: str) -> Any:
+        """What the file says behind a key; None where it lacks the key."""
+        field = self.reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    def _values(self) -> dict[str, Any]:
+        """The content of a config.json."""
+        found = self._value
+        for key, harmless in _REFUSED.items():
+            value = found(f"{self.architecture}.{key}")
+            if value not in (None, *harmless):
+                raise ValueError(
+                    f"{self.architecture}.{key}={value} is not supported; import the model's folder instead"
+                )
+        values = {ours: found(f"{self.architecture}.{key}") for key, ours in _KEYS.items()}
+        values |= {f"{name}_token_id": found(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
+        # The end of a turn ends a chat model's answer as the end of the text does.
+        ends = [found(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+        values["eos_token_id"] = list(dict.fromkeys(i for i in ends if i is not None)) or None
+        if "token_embd.weight" not in self.tensors:
+            raise ValueError("lacks token_embd.weight")
+        values["vocab_size"] = int(self.tensors["token_embd.weight"].shape[-1])
+        values["tie_word_embeddings"] = "output.weight" not in self.tensors
+        return {key: value for key, value in values.items() if value is not None}
+
+    def _check(self) -> None:
+        missing = [name for name in self.names.values() if name not in self.tensors]
+        extra = sorted(self.tensors.keys() - set(self.names.values()))
+        if "rope_freqs.weight" in extra:
+            raise ValueError(
+                f"{self.path}: rope_freqs.weight: frequencies stretched in the file, which does not say how (Llama 3.1"
+                " and later); import the folder in Hugging Face format instead"
+            )
+        for what, which in (("lacks", missing), ("holds what the model has no place for:", extra)):
+            if which:
+                raise ValueError(f"{self.path}: {what} {', '.join(which[:3])}")
+        for name, shape in hf_shapes(self.config).items():
+            found = tuple(int(n) for n in reversed(self.tensors[self.names[name]].shape))
+            if found != shape:
+                raise ValueError(f"{self.path}: {self.names[name]} has shape {list(found)}, expected {list(shape)}")
+
+    def dtype(self, place: Place) -> torch.dtype:
+        kinds = self.gguf.GGMLQuantizationType
+        own = {kinds.F16: torch.float16, kinds.BF16: torch.bfloat16}
+        return own.get(self.tensors[self.names[place.tensor]].tensor_type, torch.float32)
+
+    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        shape = place.shape if shape is None else shape
+        offset = (0,) * len(shape) if offset is None else offset
+        tensor = self.tensors[self.names[place.tensor]]
+        stored = tensor.data if len(shape) == 2 else tensor.data[None]
+        rows = np.arange(offset[0], offset[0] + shape[0]) if len(shape) == 2 else np.zeros(1, dtype=np.int64)
+        if self.interleaved and place.tensor.endswith(("q_proj.weight", "k_proj.weight")):
+            head, row = np.divmod(rows, self.config.head_dim)
+            half, pair = np.divmod(row, self.config.head_dim // 2)
+            rows = head * self.config.head_dim + 2 * pair + half
+        columns = slice(offset[-1], offset[-1] + shape[-1])
+        out = torch.empty((len(rows), shape[-1]), dtype=self.dtype(place))
+        for begin in range(0, len(rows), _ROWS):
+            raw = np.ascontiguousarray(stored[rows[begin : begin + _ROWS]])
+            values = self.gguf.quants.dequantize(raw, tensor.tensor_type)
+            out[begin : begin + _ROWS] = torch.from_numpy(values[:, columns].astype(np.float32))
+        # The file is mapped: what was read of it would count as memory of this process.
+        self.reader.data._mmap.madvise(mmap.MADV_DONTNEED)
+        return out.view(shape)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """As transformers makes it, with the split into single digits that it does not read for "smollm"."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+        except Exception as error:  # the tokenizers library raises its own kinds, none of which names the file
+            raise ValueError(f"{self.path}: no tokenizer can be read from it: {error}") from error
+        if self._value("tokenizer.ggml.pre") == "smollm":
+            from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+            tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+                [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+            )
+        return tokenizer

@@ -1,0 +1,211 @@
+"""Where weights come from: a Hugging Face folder or a checkpoint, read rectangle by rectangle.
+
+Nothing stays open between two reads: a mapped file counts as memory of the process, page by page as it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...engine.storage.checkpoint import Reader
+from ...engine.storage.safetensors_io import DTYPES
+from ..config import ModelConfig, checkpoint_role, read_json
+from .table import HEADS, INDEX, Place, hf_shapes, part_shapes, places
+
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class Source(Protocol):
+    """A whole model's weights. Its config's tensors are all there and no others, or it could not be opened."""
+
+    config: ModelConfig
+
+    def dtype(self, place: Place) -> torch.dtype:
+        """The type the numbers there are kept in."""
+        ...
+
+    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The part at `place`, whole or the rectangle of `shape` at `offset` in it, on the host."""
+        ...
+
+
+def open_source(path: Path | str) -> Source:
+    """What `path` is: a GGUF file, a checkpoint (the weights of its `checkpoint_role`), or a folder.
+
+    Raises:
+        ValueError: a file or tensor that is missing, damaged, of another shape or not of the model; naming it.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from .gguf import GGUFFile  # needs the package gguf, which nothing else does
+
+        return GGUFFile(path)
+    return FolderSource(path) if checkpoint_role(path) is None else CheckpointSource(path)
+
+
+class FolderSource:
+    """config.json and safetensors, one file or several with an index."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.config = folder, ModelConfig.from_hf(folder)
+        self.files = tensor_files(folder)
+        check_layer_count(self.config, self.files, str(folder))
+        _same_tensors(self.files, self.config, folder)
+
+    def dtype(self, place: Place) -> torch.dtype:
+        with safe_open(self.folder / self.files[place.tensor][0], "pt") as file:
+            return _DTYPES[file.get_slice(place.tensor).get_dtype()]
+
+    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        shape = place.shape if shape is None else shape
+        offset = (0,) * len(shape) if offset is None else offset
+        begin = (place.start + offset[0], *offset[1:])
+        cut = tuple(slice(o, o + n) for o, n in zip(begin, shape, strict=True))
+        with safe_open(self.folder / self.files[place.tensor][0], "pt") as file:
+            return file.get_slice(place.tensor)[cut]
+
+
+class CheckpointSource:
+    """The masters of one role in a checkpoint of any layout."""
+
+    def __init__(self, path: Path):
+        role = checkpoint_role(path)
+        self.reader, self.prefix = Reader(path), f"{role}/master/"
+        for name in (name for name in self.reader.sums if name.startswith(f"assets/{role}/")):
+            self.reader.check(name)
+        self.config = ModelConfig.from_hf(path)
+        held = {n.removeprefix(self.prefix) for n in self.reader.tensors if n.startswith(self.prefix)}
+        check_layer_count(self.config, held, str(path))
+        shapes = part_shapes(self.config, self.config.head)
+        extra = held - shapes.keys()
+        for what, names in (("lacks", shapes.keys() - held), ("holds what the model has no place for:", extra)):
+            if names:
+                raise ValueError(
+                    f"{path}, {role}: {what} {', '.join(sorted(names)[:3])}; adapters are exported first"
+                    " (launch/export_hf.py)"
+                )
+        for name, shape in shapes.items():
+            found = tuple(self.reader.tensors[self.prefix + name]["shape"])
+            if found != shape:
+                raise ValueError(f"{path}: {self.prefix}{name} has shape {list(found)}, expected {list(shape)}")
+
+    def dtype(self, place: Place) -> torch.dtype:
+        return self.reader.dtype(self.prefix + place.name)
+
+    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        return self.reader.read(self.prefix + place.name, offset, shape)
+
+
+def check_layer_count(config: ModelConfig, held: Collection[str], where: str) -> None:
+    """Refuses more layers than there are tensors, before a table of all the layers' tensors is made."""
+    experts = config.moe.experts if config.moe is not None else 0
+    sparse = config.num_layers - len(config.moe.dense_layers) if config.moe is not None else 0
+    for number, what in ((config.num_layers, "num_hidden_layers"), (sparse * experts, "experts in all layers")):
+        if number > len(held):
+            raise ValueError(f"{where}: config.json asks for {number} {what}, but there are {len(held)} tensors in all")
+
+
+def read_finite(
+    source: Source, where: Path | str, place: Place, offset: tuple[int, ...], shape: tuple[int, ...]
+) -> Tensor:
+    """`source.read`; raises ValueError naming the tensor where it holds a NaN or an infinity.
+
+    Args:
+        where: the source, as the message names it.
+    """
+    numbers = source.read(place, offset, shape)
+    if numbers.numel() and not all(math.isfinite(limit) for limit in numbers.aminmax()):  # a NaN is both
+        raise ValueError(f"{where}: {place.tensor} holds NaN or infinity; allowed: finite numbers")
+    return numbers
+
+
+def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name -> (file, shape), from the headers of all files."""
+    if (folder / "model.safetensors").is_file():
+        files, promised = ["model.safetensors"], {}
+    elif (folder / INDEX).is_file():
+        try:
+            promised = dict(read_json(folder / INDEX)["weight_map"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
+        for name, file in promised.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{folder / INDEX}: weight_map, {name}: {file!r} is not the name of a file beside it")
+        files = sorted(set(promised.values()))
+    else:
+        raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{_other_formats(folder)}")
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / file}: missing, {INDEX} names it")
+        for name, shape in tensor_shapes(folder / file).items():
+            if name in found:
+                raise ValueError(f"{folder / file}: holds {name}, which {found[name][0]} holds too")
+            found[name] = file, shape
+    for name, file in promised.items():
+        if name not in found:
+            raise ValueError(f"{folder / file}: no tensor {name}, {INDEX} promises it")
+        if found[name][0] != file:
+            raise ValueError(f"{folder / file}: no tensor {name}, which {INDEX} promises; {found[name][0]} holds it")
+    return found
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, from the header of one safetensors file.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor is not of floating point.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with safe_open(file, "pt") as source:
+            for name in source.keys():
+                view = source.get_slice(name)
+                if view.get_dtype() not in DTYPES.values():
+                    raise ValueError(f"{file}: {name} is {view.get_dtype()}; allowed: {[*DTYPES.values()]}")
+                shapes[name] = tuple(view.get_shape())
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged or truncated: {error}") from None
+    return shapes
+
+
+def _other_formats(folder: Path) -> str:
+    """What else lies in the folder and how it becomes safetensors."""
+    pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
+    if pickles:
+        return (
+            f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one runs what it says."
+            " docs/conversion.md, Pickles, has the ten lines that make safetensors of them and run nothing)"
+        )
+    return ""
+
+
+def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, folder: Path) -> None:
+    """The folder holds exactly the tensors of its own config."""
+    expected = hf_shapes(config, config.head)
+    tied = config.head == "lm" and config.tie_embeddings
+    head, embedding = HEADS["lm"].theirs, places(config)["embedding.weight", ""].tensor
+    missing = [name for name in expected if name not in found]
+    # Old files carry the rotary frequencies, which follow from rope_theta.
+    extra = [
+        n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq") and not (tied and n == head)
+    ]
+    for what, names in (("lacks", missing), ("holds what the model has no place for:", extra)):
+        if names:
+            raise ValueError(
+                f"{folder} {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+            )
+    for name, shape in expected.items():
+        if found[name][1] != shape:
+            raise ValueError(f"{folder}: {name} has shape {list(found[name][1])}, config.json asks for {list(shape)}")
+    if tied and head in found:
+        with safe_open(folder / found[head][0], "pt") as one, safe_open(folder / found[embedding][0], "pt") as other:
+            if not torch.equal(one.get_tensor(head), other.get_tensor(embedding)):
+                raise ValueError(f"{folder}: config.json ties the embeddings, but {head} differs from {embedding}")

@@ -1,0 +1,228 @@
+"""The tokenizer of a model's folder, read without running code that lies in it.
+
+transformers reads most. A sentencepiece `tokenizer.model` of LLaMA's kind (LLaMA 1 and 2, Baichuan) it reads too, but
+version 5 cuts text by other merges than the model was trained with and leaves the first token out, so that one is
+built here and held against sentencepiece itself. Qwen 1's rank file it does not read (models/hf/tiktoken_file.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import model_folder, read_json
+from .tiktoken_file import END, NAME, rank_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+SPACE = "▁"  # sentencepiece's mark for a space
+# Classes of transformers that stand for the byte-pair model in tokenizer.model and nothing else.
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_KEPT = "chat_template additional_special_tokens model_max_length padding_side".split()
+_FILES = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"}
+PROBES = (
+    "The quick brown fox jumps over 12 lazy dogs.",
+    "  Two  spaces,\ttabs\nand\n\nlines ",
+    "naïve café, 你好，世界！ Привет 🙂 ١٢",
+    "def f(x):\n    return x ** 2  # {'a': [1, 2]}\n",
+    "",
+)
+
+
+def has_tokenizer(folder: Path | str) -> bool:
+    """Whether a model's folder, or a checkpoint, holds any file of a tokenizer."""
+    own = model_folder(folder)
+    return own.is_dir() and any(path.name in _FILES or path.suffix == ".tiktoken" for path in own.iterdir())
+
+
+def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in `folder`, as transformers reads it or `made_tokenizer` makes it.
+
+    Raises:
+        ValueError: there is none, or it needs code from the folder, or it cannot be read as it was meant.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = model_folder(folder)
+    made = made_tokenizer(folder)
+    if made is not None:
+        return made
+    # Said outright: left open, transformers asks on the terminal and waits.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        read = AutoTokenizer.from_pretrained(folder, **options)
+        whole = folder / "tokenizer.json"
+        if not whole.is_file() or _cuts_alike(read, Tokenizer.from_file(str(whole))):
+            return read
+        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    except Exception as error:  # the tokenizers library raises its own kinds, none of which names the folder
+        raise ValueError(f"{folder}: no tokenizer can be read from it: {error}") from error
+
+
+def _cuts_alike(read: PreTrainedTokenizerBase, saved: Tokenizer) -> bool:
+    """Whether a tokenizer does with text what its tokenizer.json does.
+
+    transformers 5 builds some classes anew from its vocabulary: a byte-level one under LLaMA's name loses spaces.
+    """
+    return all(
+        read.encode(probe, add_special_tokens=False) == saved.encode(probe, add_special_tokens=False).ids
+        for probe in PROBES
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def made_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder without tokenizer.json whose model of the text is read here: Qwen 1's rank file, or a
+    sentencepiece model of LLaMA's kind or without a class that transformers has. None for any other folder.
+
+    Raises:
+        ValueError: a file that is damaged, or that cannot be read as it was meant.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return None
+    if (folder / NAME).is_file():
+        return _for_transformers(rank_tokenizer(folder / NAME), {"eos_token": END, "pad_token": END}, folder)
+    settings = _settings(folder)
+    ours = settings.get("tokenizer_class") in (None, *_LLAMA) or "AutoTokenizer" in settings.get("auto_map", {})
+    return sentencepiece_tokenizer(folder) if ours and (folder / "tokenizer.model").is_file() else None
+
+
+def _for_transformers(built: Tokenizer, specials: dict[str, str], folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer of transformers, with the chat template and what else the folder says."""
+    from transformers import PreTrainedTokenizerFast
+
+    settings = _settings(folder)
+    options = {key: settings[key] for key in _KEPT if settings.get(key) is not None}
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        options["chat_template"] = template.read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=built, clean_up_tokenization_spaces=False, **specials | options)
+
+
+def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The byte-pair model in `folder`/tokenizer.model as a tokenizer of transformers.
+
+    tokenizer_config.json decides on the first and last token, on special tokens, on tokens behind the model's own, on
+    the chat template, and by `legacy` on whether text behind a special token begins with a space again, where it is
+    there; without it the first token is put before a text, as LLaMA's own code does.
+
+    Raises:
+        ValueError: it is no byte-pair model of sentencepiece, or what is built cuts a text in another way.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import processors
+
+    path, settings = folder / "tokenizer.model", _settings(folder)
+    built, specials = _byte_pair(path, settings.get("legacy") is not False)
+    _add_tokens(built, folder)
+    specials |= _special_tokens(built, folder)
+    original = SentencePieceProcessor(model_file=str(path))
+    for probe in PROBES:
+        ours, theirs = built.encode(probe, add_special_tokens=False).ids, original.encode(probe)
+        if ours != theirs:
+            raise ValueError(f"{path}: read by the tokenizers library {probe!r} becomes {ours}, it should be {theirs}")
+    first = [specials["bos_token"]] if settings.get("add_bos_token", True) and "bos_token" in specials else []
+    last = [specials["eos_token"]] if settings.get("add_eos_token", False) and "eos_token" in specials else []
+    if first or last:
+        built.post_processor = processors.TemplateProcessing(
+            single=[*first, "$A", *last],
+            pair=[*first, "$A", *last, *first, "$B", *last],
+            special_tokens=[(token, built.token_to_id(token)) for token in {*first, *last}],
+        )
+    return _for_transformers(built, specials, folder)
+
+
+def _special_tokens(built: Tokenizer, folder: Path) -> dict[str, str]:
+    """The special tokens that the folder names, by transformers' names."""
+    path = folder / "special_tokens_map.json"
+    found = {}
+    for values in (read_json(path) if path.is_file() else {}, _settings(folder)):
+        for name in _NAMED:
+            token = values.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and built.token_to_id(token) is None:
+                raise ValueError(f"{folder}: {name}={token!r} is no token of tokenizer.model or behind it")
+            found |= {} if token is None else {name: token}
+    return found
+
+
+def _add_tokens(built: Tokenizer, folder: Path) -> None:
+    """Appends the tokens a fine-tune has behind those of its model, under the ids it gives them."""
+    from tokenizers import AddedToken
+
+    path = folder / "added_tokens.json"
+    tokens = {
+        i: AddedToken(token, normalized=False) for token, i in (read_json(path) if path.is_file() else {}).items()
+    }
+    for i, said in _settings(folder).get("added_tokens_decoder", {}).items():
+        kinds = {key: said[key] for key in ("lstrip", "rstrip", "single_word", "special") if key in said}
+        tokens[int(i)] = AddedToken(said["content"], normalized=False, **kinds)
+    for i, token in sorted(tokens.items()):
+        built.add_tokens([token])
+        if built.token_to_id(token.content) != i:
+            raise ValueError(
+                f"{folder}: the added token {token.content!r} should have id {i}, it gets"
+                f" {built.token_to_id(token.content)}"
+            )
+
+
+def _byte_pair(path: Path, legacy: bool) -> tuple[Tokenizer, dict[str, str]]:
+    """The model as the tokenizers library has it, and its special tokens by transformers' names.
+
+    Args:
+        legacy: text behind a special token begins with a space, as that at the start does.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers.pre_tokenizers import Metaspace, Sequence
+
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path}: not a sentencepiece model: {error}") from None
+    trainer, rules, byte_pair = proto.trainer_spec, proto.normalizer_spec, 2
+    if trainer.model_type != byte_pair or not proto.pieces:
+        kinds = {1: "unigram", 3: "word", 4: "char"}
+        raise ValueError(
+            f"{path}: a {kinds.get(trainer.model_type, 'unknown')} model of {len(proto.pieces)} pieces; only byte-pair"
+            " models are read without tokenizer.json: save the tokenizer with transformers' save_pretrained"
+        )
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    ranked: list[tuple[float, int, int, tuple[str, str]]] = []
+    for piece in proto.pieces:
+        for cut in range(1, len(piece.piece)):
+            pair = piece.piece[:cut], piece.piece[cut:]
+            if pair[0] in ids and pair[1] in ids:
+                ranked.append((-piece.score, ids[pair[0]], ids[pair[1]], pair))  # the best score is merged first
+    merges = [pair for *_, pair in sorted(ranked)]
+    unknown = proto.pieces[trainer.unk_id].piece
+    built = Tokenizer(
+        models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bool(trainer.byte_fallback))
+    )
+    steps: list[Any] = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix and legacy:
+        steps.append(normalizers.Prepend(SPACE))
+    elif rules.add_dummy_prefix:  # a space before the whole text; those in it are marks by then, so it is always put
+        built.pre_tokenizer = Sequence([Metaspace(" ", "first", False), Metaspace(SPACE, "never", False)])
+    built.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
+    built.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    control, user = 3, 4
+    added = [piece for piece in proto.pieces if piece.type in (control, user)]
+    unk = [AddedToken(unknown, normalized=False, special=True)]
+    built.add_tokens([*unk, *(AddedToken(p.piece, normalized=False, special=p.type == control) for p in added)])
+    named = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
+    specials = {name: proto.pieces[i].piece for name, i in named.items() if i >= 0}
+    return built, specials

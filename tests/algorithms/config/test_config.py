@@ -1,0 +1,104 @@
+"""Configs: file under command line, exact round trips, help for every knob. What is refused is in test_bad_input.py."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trialign.algorithms.config.ppo import PPOConfig, PPORun, check
+from trialign.engine.config import flatten, load, parse, save, suggest, to_toml
+
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "launch" / "configs").glob("ppo*.toml"))
+GIVEN = ["--model.path", "m", "--data.sources", "p.jsonl", "--reward.functions", "r.py:f"]
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text('[actor.optimizer]\nlr = 1e-3\nschedule = "linear"\n[run]\nsteps = 7\n')
+    for flag in (["--config", str(file)], [f"--config={file}"]):
+        config = parse(PPOConfig, [*flag, "--actor.optimizer.lr", "5e-4", "--run.log", "--data.sources", "a", "b"])
+        assert config.actor.optimizer.lr == 5e-4
+        assert config.actor.optimizer.schedule == "linear" and config.run.steps == 7
+        assert config.critic.optimizer.lr == 9e-6
+        assert config.run.log == () and config.data.sources == ("a", "b")
+
+
+def test_an_int_will_do_for_a_float(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("[ppo]\nkl_coef = 1\n")
+    config = load(PPOConfig, file)
+    assert config.ppo.kl_coef == 1.0 and type(config.ppo.kl_coef) is float
+
+
+def test_saved_configs_load_as_they_were(tmp_path):
+    config = parse(
+        PPOConfig,
+        [*GIVEN, "--reward.weights", "0.25", "--parallel.recompute", "True", "--data.system_prompt", 'a "b"\\c\n\té'],
+    )
+    save(config, tmp_path / "config.toml")
+    assert load(PPOConfig, tmp_path / "config.toml") == config
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_text_survives_toml(text):
+    import tomllib
+
+    run = dataclasses.replace(PPORun(), output=text)
+    assert tomllib.loads(to_toml(run))["output"] == text
+
+
+def test_resume_takes_the_run_s_own_config(tmp_path):
+    started = parse(PPOConfig, [*GIVEN, "--run.steps", "9", "--run.output", "elsewhere"])
+    save(started, tmp_path / "config.toml")
+    resumed = parse(PPOConfig, ["--resume", str(tmp_path), "--run.steps", "12"])
+    assert resumed.run.resume == resumed.run.folder == str(tmp_path)
+    assert resumed == dataclasses.replace(started, run=dataclasses.replace(started.run, steps=12, resume=str(tmp_path)))
+
+
+def test_help_explains_every_knob_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse(PPOConfig, ["--help"], prog="ppo.py")
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    knobs = flatten(PPOConfig())
+    assert len(knobs) <= 120
+    parts = text.split(" --")  # one part a knob: its flag, its explanation, its default
+    for key in knobs:
+        (part,) = [part for part in parts if part.startswith(f"{key} ")]
+        assert "default: " in part, key
+        explanation = part[len(key) : part.index("default: ")]
+        assert sum(word.isalpha() and word.islower() for word in explanation.split()) >= 1, f"{key}: {explanation!r}"
+    assert "--config FILE.toml" in text
+
+
+def test_published_defaults():
+    config = PPOConfig()
+    assert (config.actor.clip_low, config.actor.clip_high, config.rules.value_clip) == (0.2, 0.2, 0.5)
+    assert (config.ppo.gamma, config.rules.lam, config.ppo.kl, config.ppo.kl_coef) == (1.0, 0.95, "k1", 0.01)
+    assert (config.actor.optimizer.lr, config.critic.optimizer.lr) == (1e-6, 9e-6)
+    assert config.rules.dual_clip == config.actor.ptx_coef == config.actor.ema_decay == config.ppo.importance_cap == 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_configs_that_ship_are_whole(path):
+    config = load(PPOConfig, path)
+    assert check(config, world=1) == 1
+    for source in config.data.sources:
+        assert (path.parent.parent.parent / source).is_file()
+
+
+def test_probabilities_are_shares():
+    config = parse(PPOConfig, ["--data.sources", "a", "b", "--data.probabilities", "3,1"])
+    assert config.data.weights() == (0.75, 0.25)
+
+
+def test_check_gives_the_size_of_the_data_axis():
+    config = parse(PPOConfig, [*GIVEN, "--parallel.tp", "2", "--parallel.pp", "2"])
+    assert check(config, world=16) == 4
+
+
+def test_near_misses_are_suggested():
+    assert suggest("warmup", ["warmup_ratio", "lr"]) == "did you mean 'warmup_ratio'? allowed: warmup_ratio, lr"
+    assert suggest("zzz", ["lr"]) == "allowed: lr"

@@ -1,0 +1,290 @@
+"""What is wrong with preference data is told with the file, the row and what is needed, before a model is loaded."""
+
+from typing import Any
+
+import pytest
+from samples import write_jsonl
+from tiny import tiny_tokenizer
+from trialign.algorithms.config.preference import LabelData, PairData, StepData
+from trialign.algorithms.data.preferences import PairStream, read_steps
+from trialign.algorithms.data.streams import RowStream
+from trialign.algorithms.kto import LabelledStream
+
+GOOD: dict[str, dict[str, Any]] = {
+    "pairs": {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
+    "labels": {"prompt": "a", "response": "b", "label": True},
+    "steps": {"prompt": "a", "steps": ["b"], "labels": [True]},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def stream(kind: str, tokenizer, *sources, **knobs) -> RowStream[Any]:
+    """As the scripts read them."""
+    given = {"sources": tuple(map(str, sources)), **knobs}
+    if kind == "pairs":
+        return PairStream(PairData(**given), tokenizer, (2,))
+    if kind == "labels":
+        return LabelledStream(LabelData(**given), tokenizer, (2,))
+    config = StepData(**given)
+    return RowStream(config, lambda source: read_steps(source, config, tokenizer), lambda row: row.lengths, 0, kind)
+
+
+def turns(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, changes to a good row, knobs, message
+    "no chosen": ("pairs", {"chosen": ...}, {}, "no column 'chosen' (data.chosen_key); it has: 'prompt', 'rejected'"),
+    "no rejected": ("pairs", {"rejected": ...}, {}, "no column 'rejected' (data.rejected_key); it has:"),
+    "no such margin": ("pairs", {}, {"margin_key": "by"}, "no column 'by' (data.margin_key); it has:"),
+    "empty chosen": ("pairs", {"chosen": " \n"}, {}, "'chosen' is empty"),
+    "empty rejected": ("pairs", {"rejected": ""}, {}, "'rejected' is empty"),
+    "empty prompt": ("pairs", {"prompt": ""}, {}, "'prompt' is empty"),
+    "a number for a prompt": ("pairs", {"prompt": 3}, {}, "'prompt' must be a string or a list of"),
+    "a number for an answer": ("pairs", {"chosen": 3}, {}, "'chosen' must be a string or a list of {role, content}"),
+    "nothing for an answer": ("pairs", {"rejected": None}, {}, "'rejected' must be a string or a list of"),
+    "messages without roles": (
+        "pairs",
+        {"chosen": [{"text": "b"}]},
+        {},
+        "'chosen'[0] must be a message {role, content}",
+    ),
+    "a role that is no string": (
+        "pairs",
+        {"chosen": [{"role": 1, "content": "b"}]},
+        {},
+        "'chosen'[0] must be a message {role, content}, not {'role': 1",
+    ),
+    "content in parts": (
+        "pairs",
+        {"chosen": [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}]},
+        {},
+        "'chosen'[0] (assistant): its content must be a string, not [{'type': 'text'",
+    ),
+    "a number for content": (
+        "labels",
+        {"response": [{"role": "assistant", "content": 3}]},
+        {},
+        "'response'[0] (assistant): its content must be a string, not 3",
+    ),
+    "parts in the prompt": (
+        "steps",
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        {},
+        "'prompt'[0] (user): its content must be a string, not [{'type': 'image'}]",
+    ),
+    "an empty turn before": (
+        "pairs",
+        {"prompt": ..., "chosen": turns(("user", "a"), ("assistant", ""), ("user", "c"), ("assistant", "d"))},
+        {},
+        "'chosen'[1] (assistant) is empty",
+    ),
+    "tools that are none": ("pairs", {"tools": {"a": 1}}, {}, "'tools' must be a list of function descriptions, not"),
+    "tools in words": ("labels", {"tools": "clock"}, {}, "'tools' is not valid JSON: Expecting value at column 1"),
+    "tools without a template": (
+        "pairs",
+        {"tools": [{"name": "clock"}]},
+        {"chat_template": False},
+        "'tools' is not empty: needs data.chat_template=true",
+    ),
+    "another dialogue than the prompt": (
+        "pairs",
+        {"chosen": turns(("user", "x"), ("assistant", "b"))},
+        {},
+        "'chosen' holds 2 messages that do not begin with 'prompt': give the answer alone, or the dialogue with its",
+    ),
+    "more than an answer": (
+        "labels",
+        {"response": turns(("assistant", "b"), ("user", "c"), ("assistant", "d"))},
+        {},
+        "'response' holds 3 messages that do not begin with 'prompt'",
+    ),
+    "another dialogue in one string": (
+        "pairs",
+        {"rejected": "\n\nHuman: x\n\nAssistant: b"},
+        {},
+        "'rejected' holds 2 messages that do not begin with 'prompt'",
+    ),
+    "different dialogues": (
+        "pairs",
+        {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"},
+        {},
+        "'chosen' and 'rejected' answer different dialogues",
+    ),
+    "the user last": (
+        "pairs",
+        {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"},
+        {},
+        "'chosen' must end with the assistant, not with user",
+    ),
+    "an empty last turn": (
+        "pairs",
+        {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: "},
+        {},
+        "'chosen' is empty",
+    ),
+    "no prompt anywhere": (
+        "pairs",
+        {"prompt": ...},
+        {},
+        "'chosen' is neither an answer to a prompt column nor a dialogue that begins with",
+    ),
+    "nothing to answer": (
+        "pairs",
+        {"prompt": ..., "chosen": turns(("system", "s"), ("assistant", "b"))},
+        {},
+        "'chosen' has no turn to answer; give the prompt in 'prompt'",
+    ),
+    "a dialogue without a template": (
+        "pairs",
+        {"prompt": ..., "chosen": turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))},
+        {"chat_template": False},
+        "'chosen' is a dialogue of 4 turns: needs data.chat_template=true",
+    ),
+    "a negative margin": ("pairs", {"margin": -1}, {"margin_key": "margin"}, "'margin' must be a number of at least 0"),
+    "a margin of NaN": ("pairs", {"margin": float("nan")}, {"margin_key": "margin"}, "at least 0, not nan"),
+    "an endless margin": ("pairs", {"margin": float("inf")}, {"margin_key": "margin"}, "at least 0, not inf"),
+    "a margin beyond floats": ("pairs", {"margin": 10**400}, {"margin_key": "margin"}, "at least 0, not 1000"),
+    "a margin in words": ("pairs", {"margin": "much"}, {"margin_key": "margin"}, "at least 0, not 'much'"),
+    "a true margin": ("pairs", {"margin": True}, {"margin_key": "margin"}, "at least 0, not True"),
+    "no label": ("labels", {"label": ...}, {}, "no column 'label' (data.label_key); it has: 'prompt', 'response'"),
+    "a label in words": ("labels", {"label": "good"}, {}, "'label' must be true or false, not 'good'"),
+    "a label between": ("labels", {"label": 0.5}, {}, "'label' must be true or false, not 0.5"),
+    "no label at all": ("labels", {"label": None}, {}, "'label' must be true or false, not None"),
+    "an empty response": ("labels", {"response": ""}, {}, "'response' is empty"),
+    "no response": ("labels", {"response": ...}, {}, "no column 'response' (data.response_key); it has:"),
+    "a list for a response": ("labels", {"response": ["b"]}, {}, "'response'[0] must be a message {role, content}"),
+    "no steps": ("steps", {"steps": []}, {}, "'steps' must be a list of steps in words, not []"),
+    "an empty step": ("steps", {"steps": ["b", ""]}, {}, "'steps' must be a list of steps in words, not ['b', '']"),
+    "steps in one string": ("steps", {"steps": "b"}, {}, "'steps' must be a list of steps in words, not 'b'"),
+    "a label too few": ("steps", {"steps": ["b", "c"]}, {}, "2 steps but 1 labels"),
+    "labels in numbers": ("steps", {"labels": [0.7]}, {}, "'labels' must be a list of true and false, not [0.7]"),
+    "one label": ("steps", {"labels": True}, {}, "'labels' must be a list of true and false, not True"),
+    "no labels of steps": ("steps", {"labels": ...}, {}, "no column 'labels' (steps.labels_key); it has:"),
+    "no column of steps": ("steps", {"steps": ...}, {}, "no column 'steps' (steps.steps_key); it has:"),
+    "no prompt of steps": ("steps", {"prompt": ...}, {}, "no column 'prompt' (steps.prompt_key); it has:"),
+    "a chat without a template": (
+        "steps",
+        {"prompt": turns(("user", "a"))},
+        {"chat_template": False},
+        "'prompt' is a list of messages: needs steps.chat_template=true",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_bad_row_is_named(case, tiny, tmp_path):
+    kind, changes, knobs, message = ROWS[case]
+    bad = {key: value for key, value in (GOOD[kind] | changes).items() if value is not ...}
+    if changes.get("prompt") is ... and "rejected" not in changes:
+        bad["rejected"] = "\n\nHuman: a\n\nAssistant: c"
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD[kind], bad])
+    with pytest.raises(ValueError) as error:
+        stream(kind, tiny, path, **knobs)
+    number = 1 if "no column 'by'" in message else 2
+    assert str(error.value).startswith(f"{path}:{number}: ") and message in str(error.value), error.value
+
+
+FILES = {
+    "not JSON": ("pairs", b'{"prompt": "a"\n', {}, ":1: not valid JSON: "),
+    "a list": ("labels", b'["a"]\n', {}, ":1: must be an object such as {...}, not list"),
+    "no rows": ("pairs", b"\n", {}, ": holds no pairs"),
+    "all equal": (
+        "pairs",
+        b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3,
+        {},
+        ": in all 3 pairs the chosen answer equals the rejected one",
+    ),
+    "all wanted": (
+        "labels",
+        b'{"prompt": "a", "response": "b", "label": true}\n' * 4,
+        {},
+        ": all 4 answers to learn from have the label True: there is nothing to tell apart",
+    ),
+    "all too long": (
+        "pairs",
+        b'{"prompt": "a", "chosen": "b", "rejected": "ccc"}\n' * 2,
+        {"max_tokens": 20},
+        ": all 2 pairs are longer than data.max_tokens=20; the shortest has 25 tokens",
+    ),
+    "all steps too long": (
+        "steps",
+        b'{"prompt": "a", "steps": ["b"], "labels": [1]}\n',
+        {"max_tokens": 9},
+        ": all 1 steps are longer than steps.max_tokens=9; the shortest has 24 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_is_named(case, tiny, tmp_path):
+    kind, content, knobs, message = FILES[case]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        stream(kind, tiny, path, **knobs)
+    assert f"{path}{message}" in str(error.value), error.value
+
+
+def test_holding_out_must_leave_rows(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD["pairs"]])
+    with pytest.raises(ValueError, match=r"data.eval_fraction=0.5 of 1 pairs leaves none to learn from"):
+        stream("pairs", tiny, path, eval_fraction=0.5)
+    path = write_jsonl(tmp_path / "b.jsonl", [GOOD["steps"]])
+    with pytest.raises(ValueError, match=r"steps.eval_fraction=0.5 of 1 steps leaves none to learn from"):
+        stream("steps", tiny, path, eval_fraction=0.5)
+
+
+def test_no_source_that_is_drawn_from_may_be_held_out_whole(tiny, tmp_path):
+    rows = [GOOD["pairs"] | {"prompt": f"{i}"} for i in range(9)]
+    many, one = write_jsonl(tmp_path / "many.jsonl", rows), write_jsonl(tmp_path / "one.jsonl", rows[:1])
+    knobs = {"eval_fraction": 0.9, "probabilities": "0.5,0.5"}  # one row is left
+    message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d pairs, but data.probabilities draw from every"
+    with pytest.raises(ValueError, match=message):
+        stream("pairs", tiny, many, one, **knobs)
+    assert len(stream("pairs", tiny, many, one, eval_fraction=0.9)) == 1  # all rows alike: it need not be drawn
+
+
+def test_without_a_template_an_end_of_sequence_is_needed(tiny, tmp_path):
+    from copy import deepcopy
+
+    endless = deepcopy(tiny)
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="the model's tokenizer has no end of sequence"):
+        stream("pairs", endless, write_jsonl(tmp_path / "a.jsonl", [GOOD["pairs"]]), chat_template=False)
+
+
+def test_a_held_out_file_is_read_as_strictly(tiny, tmp_path):
+    good, bad = (write_jsonl(tmp_path / f"{name}.jsonl", [GOOD["pairs"]]) for name in ("good", "bad"))
+    write_jsonl(bad, [GOOD["pairs"] | {"chosen": ""}])
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: 'chosen' is empty"):
+        stream("pairs", tiny, good, eval_sources=(str(bad),))
+    with pytest.raises(ValueError, match=r"eval_fraction=0.5: must be 0 where eval_sources are given"):
+        stream("pairs", tiny, good, eval_sources=(str(good),), eval_fraction=0.5)
+
+
+def test_a_template_must_be_there_and_tell_its_turns_apart(tiny, tmp_path):
+    from copy import deepcopy
+
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD["pairs"]])
+    other = deepcopy(tiny)
+    other.chat_template = None
+    with pytest.raises(ValueError, match=r"chat_template=true, but the model's tokenizer has none"):
+        stream("pairs", other, path)
+    with pytest.raises(ValueError, match=r"chat_template=true, but the model's tokenizer has none"):
+        stream("steps", other, write_jsonl(tmp_path / "b.jsonl", [GOOD["steps"]]))
+    # A template that writes an answer otherwise than it is asked for, and has no marks.
+    other.chat_template = (
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template writes message 1 \(assistant\) otherwise"):
+        stream("pairs", other, path)
+    other.chat_template = "{{ raise_exception('no pairs today') }}"
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the tokenizer's chat template refuses it: no pairs today"):
+        stream("pairs", other, path)

@@ -1,0 +1,99 @@
+"""Rows that have changed since a checkpoint: as many as before, and still every stream refuses them by name."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from samples import write_jsonl
+from tiny import tiny_tokenizer
+from trialign.algorithms.config.common import PromptData
+from trialign.algorithms.config.conditional import ConditionConfig, RewardedData
+from trialign.algorithms.config.preference import LabelData, PairData, RewardModelConfig, StepData
+from trialign.algorithms.config.pretrain import TextData
+from trialign.algorithms.config.sft import SFTData
+from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
+from trialign.algorithms.data.dialogue_rows import DialogueDataset
+from trialign.algorithms.data.documents import TextStream
+from trialign.algorithms.data.labeling import read_labelled
+from trialign.algorithms.data.preferences import PairStream
+from trialign.algorithms.data.prompts import PromptDataset, TextDataset
+from trialign.algorithms.data.sources import RowReader
+from trialign.algorithms.kto import LabelledStream
+
+STOP = (2,)  # </s> of the tiny tokenizer
+ROW = {
+    "prompt": "hi",
+    "response": "yo",
+    "chosen": "yes",
+    "rejected": "no",
+    "label": True,
+    "reward": 0.0,
+    "steps": ["a", "b"],
+    "labels": [1, 0],
+    "text": "some text",
+    "answer": "7",
+    "prompt_tokens": [1, 2],
+    "chosen_tokens": [3],
+    "rejected_tokens": [4],
+}
+ROWS = [ROW, {**ROW, "prompt": "ho", "response": "ya", "label": False, "reward": 1.0}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def conditioned(tokenizer, path: str) -> ConditionedRows:
+    data, reader = RewardedData(sources=(path,)), RowReader()
+    rows = {path: read_rewarded(path, data, True, reader)}
+    return ConditionedRows(data, ConditionConfig(), rows, tokenizer, STOP, reader=reader)
+
+
+def in_steps(tokenizer, path: str):
+    config = RewardModelConfig(steps=StepData(sources=(path,)))
+    return importlib.import_module("reward").rows(config, tokenizer, STOP)
+
+
+def of_answers(tokenizer, path: str):
+    config = RewardModelConfig(data=PairData(sources=(path,)))
+    return importlib.import_module("reward").rows(config, tokenizer, STOP, read_labelled)
+
+
+STREAMS = {
+    "prompts": (lambda t, p: PromptDataset(PromptData(sources=(p,)), t), "answer"),
+    "the pretraining mix": (lambda t, p: TextDataset(p, "text", t, 4), "text"),
+    "dialogues": (lambda t, p: DialogueDataset(SFTData(sources=(p,)), t, STOP), "response"),
+    "held-out dialogues": (lambda t, p: DialogueDataset(SFTData(sources=(p,), eval_fraction=0.5), t, STOP), "prompt"),
+    "text": (lambda t, p: TextStream(TextData(sources=(p,)), t), "text"),
+    "pairs": (lambda t, p: PairStream(PairData(sources=(p,)), t, STOP), "rejected"),
+    "labels": (lambda t, p: LabelledStream(LabelData(sources=(p,)), t, STOP), "response"),
+    "rewards": (conditioned, "response"),
+    "steps": (in_steps, "labels"),
+    "pairs of RLHF": (of_answers, "rejected_tokens"),
+}
+
+
+def changed(value):
+    return [value[0] ^ 1, *value[1:]] if isinstance(value, list) else f"{value[:-1]}#"
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_a_row_that_has_changed_is_refused_and_one_that_has_moved_is_not(case, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "launch"))
+    make, key = STREAMS[case]
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    stream = make(tokenizer, str(path))
+    stream.next(3)
+    state = json.loads(json.dumps(stream.state()))
+    there = make(tokenizer, str(write_jsonl(tmp_path / "moved.jsonl", ROWS)))
+    there.load_state(state)
+    assert there.state() == state
+    write_jsonl(path, [{**ROWS[0], key: changed(ROWS[0][key])}, ROWS[1]])
+    other = make(tokenizer, str(path))
+    with pytest.raises(ValueError, match=r"data source \S+rows.jsonl: its rows have changed since the checkpoint"):
+        other.load_state(state)
+    other.load_state({name: value for name, value in state.items() if name != "digests"})  # of before they were kept

@@ -1,0 +1,78 @@
+"""Data sets of several configurations: read by `name:config:split`, from a folder and by the code that reads the hub.
+
+To `datasets` a folder with a README.md is such a data set, so nothing is fetched here.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from samples import write_jsonl
+from trialign.algorithms.data.sources import _read_hub, read_rows
+
+ROWS = {"main": {"train": "ab", "test": "c"}, "socratic": {"train": "d"}}
+EVERY = ("main:train", "main:test", "socratic:train")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    card = "---\nconfigs:\n"
+    for config, splits in ROWS.items():
+        (folder / config).mkdir()
+        card += f"- config_name: {config}\n  data_files:\n"
+        for split, texts in splits.items():
+            card += f"  - split: {split}\n    path: {config}/{split}.jsonl\n"
+            write_jsonl(folder / config / f"{split}.jsonl", [{"prompt": text} for text in texts])
+    (folder / "README.md").write_text(f"{card}---\n")
+    return folder
+
+
+def from_folder(folder: Path, chosen: str) -> Iterator:
+    return read_rows(f"{folder}:{chosen}" if chosen else str(folder))
+
+
+def from_hub(folder: Path, chosen: str) -> Iterator:
+    return _read_hub(str(folder), chosen)
+
+
+@pytest.mark.parametrize("read", [from_folder, from_hub])
+def test_a_configuration_and_a_split_are_chosen(folder, read: Callable[..., Iterator]):
+    texts = {chosen: "".join(row["prompt"] for _, row in read(folder, chosen)) for chosen in (*EVERY, "socratic")}
+    assert texts == {"main:train": "ab", "main:test": "c", "socratic:train": "d", "socratic": "d"}
+
+
+def test_on_the_hub_the_split_is_train_and_may_be_a_slice(folder):
+    assert [row["prompt"] for _, row in from_hub(folder, "main")] == ["a", "b"]
+    assert [row["prompt"] for _, row in from_hub(folder, "main:train[1:]")] == ["b"]
+
+
+@pytest.mark.parametrize("read", [from_folder, from_hub])
+@pytest.mark.parametrize("chosen", ["", "train", "main:dev", "other:train", "train[:1]"])
+def test_what_there_is_is_listed(folder, read: Callable[..., Iterator], chosen):
+    with pytest.raises(ValueError) as error:
+        list(read(folder, chosen))
+    assert str(error.value).startswith(f"data source {folder}{':' * bool(chosen)}{chosen}: ")
+    assert ", ".join(f"{folder}:{one}" for one in EVERY) in str(error.value)
+
+
+def test_a_folder_of_several_splits_does_not_choose_among_them(folder):
+    with pytest.raises(ValueError, match="name one"):
+        list(from_folder(folder, "main"))
+
+
+def test_a_data_set_of_one_configuration_needs_no_name_of_it(tmp_path):
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": split}])
+    for read in (from_folder, from_hub):
+        assert [row["prompt"] for _, row in read(tmp_path, "test")] == ["test"]
+        with pytest.raises(ValueError, match=f"has splits, name one: {tmp_path}:train, {tmp_path}:test"):
+            list(read(tmp_path, "dev"))
+    assert [row["prompt"] for _, row in from_hub(tmp_path, "")] == ["train"]
+
+
+def test_a_data_set_that_is_not_to_be_had():
+    read = partial(read_rows, "no/such:main:train")
+    with pytest.raises(ValueError, match="data source no/such:main:train: no such file or folder.*hub"):
+        list(read())

@@ -1,0 +1,472 @@
+"""Rows of supervised fine-tuning: which tokens are targets, what is dropped and held out, and what is refused."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from samples import tokenizer as words
+from samples import write_jsonl
+from templates import TEMPLATES
+from tiny import tiny_tokenizer
+from trialign.algorithms.config.sft import SFTData
+from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
+from trialign.algorithms.data.dialogues import Sample, pack_samples
+
+STOP = (2,)  # </s> of the tiny tokenizer
+TWO_TURNS = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo"},
+    {"role": "user", "content": "ok"},
+    {"role": "assistant", "content": "bye"},
+]
+MARKED = (
+    "{% for m in messages %}<s>{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def with_template(tiny):
+    """The tiny tokenizer under another chat template, for one test."""
+    own = tiny.chat_template
+
+    def change(template: str):
+        tiny.chat_template = template
+        return tiny
+
+    yield change
+    tiny.chat_template = own
+
+
+def dataset(tokenizer, *sources: Path | str, stop=STOP, seed: int = 0, **knobs) -> DialogueDataset:
+    return DialogueDataset(SFTData(sources=tuple(map(str, sources)), **knobs), tokenizer, stop, seed)
+
+
+def drawn(data: DialogueDataset, count: int) -> list[Sample]:
+    """The samples of the next rows."""
+    return joined(data.next(count))
+
+
+def read(tokenizer, folder: Path, *rows: dict, **knobs) -> list[Sample]:
+    """The samples of these rows, in their order."""
+    data = dataset(tokenizer, write_jsonl(folder / "rows.jsonl", rows), **knobs)
+    return sorted(drawn(data, len(rows)), key=lambda sample: int(sample.where.rpartition(":")[2]))
+
+
+def learned(tokenizer, sample: Sample) -> list[str]:
+    """The text of every run of targets."""
+    runs, inside = [], False
+    for token, target in zip(sample.tokens, sample.mask, strict=True):
+        if target and not inside:
+            runs.append([])
+        if target:
+            runs[-1].append(token)
+        inside = bool(target)
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_a_dialogue_of_two_turns_by_hand(tiny, tmp_path):
+    """<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>, a token a letter."""
+    (sample,) = read(tiny, tmp_path, {"messages": TWO_TURNS})
+    user, header = 1 + len("user: hi") + 1, 1 + len("assistant: ")
+    expected = [0] * user + [0] * header + [1] * 3 + [0] * user + [0] * header + [1] * 4
+    assert list(sample.mask) == expected
+    assert tiny.decode(sample.tokens) == "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>"
+    batch = pack_samples([sample, sample])
+    assert batch.mask.int().tolist() == expected * 2 and len(batch.response) == 14
+
+
+def test_of_a_prompt_with_its_response_only_the_response_is_learned(tiny, tmp_path):
+    plain, chat = read(
+        tiny,
+        tmp_path,
+        {"prompt": "hi", "response": "yo"},
+        {"prompt": TWO_TURNS[:3], "response": "bye"},
+    )
+    assert learned(tiny, plain) == ["yo</s>"] and plain.text == "hi"
+    assert learned(tiny, chat) == ["bye</s>"] and chat.text == "ok"
+
+
+def test_other_names_of_the_columns(tiny, tmp_path):
+    names = {"prompt_key": "question", "response_key": "answer", "messages_key": "chat"}
+    one, two = read(tiny, tmp_path, {"question": "hi", "answer": "yo"}, {"chat": TWO_TURNS}, **names)
+    assert learned(tiny, one) == ["yo</s>"] and learned(tiny, two) == ["yo</s>", "bye</s>"]
+
+
+def test_marks_in_the_template_are_transformers_own(with_template, tmp_path):
+    tokenizer = with_template(MARKED)
+    (sample,) = read(tokenizer, tmp_path, {"messages": TWO_TURNS})
+    theirs = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True)
+    assert list(sample.tokens) == theirs["input_ids"] and list(sample.mask) == theirs["assistant_masks"]
+    (response,) = read(tokenizer, tmp_path, {"prompt": TWO_TURNS[:3], "response": "bye"})
+    assert list(response.tokens) == theirs["input_ids"] and learned(tokenizer, response) == ["bye</s>"]
+
+
+def test_without_marks_the_mask_is_the_same_and_white_space_after_a_turn_is_not_learned(with_template, tmp_path):
+    rows = [{"messages": TWO_TURNS}, {"prompt": "a\n", "response": " b </s>\nc "}]
+    marked = read(with_template(MARKED), tmp_path, *rows)
+    assert [(s.tokens, s.mask) for s in read(with_template(UNMARKED), tmp_path, *rows)] == [
+        (s.tokens, s.mask) for s in marked
+    ]
+
+
+def test_smollm2_s_template_learns_the_answer_and_its_end(smollm2, tmp_path):
+    """Against transformers, with marks put into the model's own template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = [{"messages": TWO_TURNS}, {"messages": [{"role": "system", "content": "Be brief."}, *TWO_TURNS]}]
+    samples = read(tokenizer, tmp_path, *rows, stop=(tokenizer.eos_token_id,))
+    own = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    assert own in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        own,
+        "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
+        "{% endif %}{{ '\n' }}",
+    )
+    for sample, row in zip(samples, rows, strict=True):
+        theirs = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = theirs["input_ids"][:-1], theirs["assistant_masks"][:-1]  # the line feed behind the last end
+        assert list(sample.tokens) == ids and list(sample.mask) == mask
+        assert learned(tokenizer, sample) == ["yo<|im_end|>", "bye<|im_end|>"]
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = UNMARKED.replace("<s>", "")
+    assert not tokenizer.is_fast
+    (sample,) = read(tokenizer, tmp_path, {"messages": TWO_TURNS}, stop=(tokenizer.eos_token_id,))
+    assert learned(tokenizer, sample) == ["yo</s>", "bye</s>"]
+
+
+def test_tools_reach_the_template_and_calls_are_learned(with_template, tmp_path):
+    tokenizer = with_template(
+        "{% for t in tools or [] %}<s>tool {{ t.function.name }}</s>{% endfor %}{% for m in messages %}"
+        "<s>{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+    messages = [
+        {"role": "user", "content": "when?", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "clock"}}]},
+        {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "at noon"},
+    ]
+    for given in (tools, json.dumps(tools)):
+        (sample,) = read(tokenizer, tmp_path, {"messages": messages, "tools": given})
+        assert learned(tokenizer, sample) == ["[clock]</s>", "at noon</s>"]
+        assert str(tokenizer.decode(sample.tokens)).startswith("<s>tool clock</s>")
+
+
+def test_a_system_prompt_goes_before_dialogues_that_bring_none(tiny, tmp_path):
+    own = {"role": "system", "content": "be kind"}
+    rows = [{"messages": TWO_TURNS}, {"messages": [own, *TWO_TURNS]}, {"prompt": "hi", "response": "yo"}]
+    texts = [tiny.decode(sample.tokens) for sample in read(tiny, tmp_path, *rows, system_prompt="be brief")]
+    assert [text.startswith("<s>system: be brief</s>") for text in texts] == [True, False, True]
+
+
+def test_without_a_template_the_response_follows_the_bare_prompt(tiny, tmp_path):
+    (sample,) = read(tiny, tmp_path, {"prompt": "hi ", "response": "yo"}, chat_template=False)
+    assert tiny.decode(sample.tokens) == "hi yo</s>" and learned(tiny, sample) == ["yo</s>"]
+
+
+ENDLESS = UNMARKED.replace("</s>", "")
+SHORT = MARKED.replace("{{ m.content }}</s>{% endgeneration %}", "{{ m.content }}{% endgeneration %}</s>")
+
+
+@pytest.mark.parametrize("template", [ENDLESS, SHORT], ids=["none is written", "marks stop before it"])
+def test_turns_without_an_end_to_learn_are_refused_or_get_one(template, with_template, tmp_path):
+    tokenizer = with_template(template)
+    rows = [{"messages": TWO_TURNS}, {"prompt": "hi", "response": "yo \n"}]
+    for row in rows:
+        with pytest.raises(ValueError, match=r"rows.jsonl:1: the chat template .*message \d .*data.append_eos=true"):
+            read(tokenizer, tmp_path, row)
+    data = dataset(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows), append_eos=True)
+    samples = joined(data.rows())
+    assert [turn for sample in samples for turn in learned(tokenizer, sample)] == [
+        *("yo</s>", "bye</s>"),
+        "yo</s>" if template == ENDLESS else "yo \n</s>",
+    ]
+    assert all(sample.tokens.tolist().count(2) <= 4 for sample in samples)  # none is doubled
+    assert "data.append_eos: the end of 3 turns is learned" in str(data)
+    # What ENDLESS goes on with behind an answer is not its end, so each turn is a sample.
+    assert len(samples) == (3 if template == ENDLESS else 2)
+
+
+def test_an_end_that_the_response_brings_is_not_doubled(tiny, tmp_path):
+    rows = [{"prompt": "hi", "response": f"yo{end}"} for end in ("</s>", "</s></s>", "</s>\n", "</s> </s>")]
+    for knobs in ({}, {"append_eos": True}, {"chat_template": False}):
+        assert [learned(tiny, sample) for sample in read(tiny, tmp_path, *rows, **knobs)] == [["yo</s>"]] * 4
+    (inside,) = read(tiny, tmp_path, {"prompt": "hi", "response": "yo</s>no"})
+    assert learned(tiny, inside) == ["yo</s>no</s>"]
+
+
+def test_messages_of_weight_0_are_read_and_not_learned(tiny, with_template, tmp_path):
+    no = [{"weight": 0}, {"train": False}, {"weight": 0, "train": False}, {"weight": 0.0}]
+    yes = [{}, {"weight": 1}, {"train": True}, {"weight": None, "train": None}]
+    last = {"role": "assistant", "content": "bye"}
+    rows = [
+        {"messages": [TWO_TURNS[0] | {"weight": 0}, TWO_TURNS[1] | a, TWO_TURNS[2], last | b]} for a in no for b in yes
+    ]
+    for sample in read(tiny, tmp_path, *rows):
+        assert learned(tiny, sample) == ["bye</s>"]
+        assert tiny.decode(sample.tokens) == "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>"
+    rows = [{"messages": [TWO_TURNS[0], TWO_TURNS[1], TWO_TURNS[2], last | own]} for own in no]
+    for sample in read(tiny, tmp_path, *rows, system_prompt="be kind"):
+        assert learned(tiny, sample) == ["yo</s>"] and str(tiny.decode(sample.tokens)).endswith("yo</s>")
+    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 0}]
+    (sample,) = read(tiny, tmp_path, {"messages": [*shared, {"from": "human", "value": "ok"}, last]})
+    assert learned(tiny, sample) == ["bye</s>"]
+    none = {"messages": [TWO_TURNS[0], TWO_TURNS[1] | no[0]]}
+    path = write_jsonl(tmp_path / "none.jsonl", [none, *rows])
+    assert "; 1 dropped whose messages all have weight 0" in str(dataset(tiny, path))
+    with pytest.raises(ValueError, match=r"none.jsonl: all messages of all 2 rows have weight 0"):
+        dataset(tiny, write_jsonl(tmp_path / "none.jsonl", [none, none]))
+    told = with_template(
+        "{% for m in messages %}{{ m.keys() | list }}</s>{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    (sample,) = read(told, tmp_path, {"messages": [TWO_TURNS[0] | no[0], TWO_TURNS[1] | yes[1]]})
+    assert "weight" not in str(told.decode(sample.tokens))
+
+
+QWEN3 = TEMPLATES["Qwen 3"].text.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
+THOUGHTS = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n\n4"},
+    {"role": "user", "content": "3+3?"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n\n6"},
+]
+
+
+def test_turns_are_samples_of_their_own_where_a_template_leaves_reasoning_out(with_template, tmp_path):
+    tokenizer = with_template(QWEN3)
+    rows = [{"messages": THOUGHTS}, {"messages": TWO_TURNS}]
+    data = dataset(tokenizer, write_jsonl(tmp_path / "a.jsonl", rows))
+    first, second = sorted(data.rows(), key=len, reverse=True)
+    assert [tokenizer.decode(sample.tokens) for sample in first] == [
+        "<s>user\n2+2?</s>\n<s>assistant\n<think>\nadd\n</think>\n\n4</s>",
+        "<s>user\n2+2?</s>\n<s>assistant\n4</s>\n<s>user\n3+3?</s>\n<s>assistant\n<think>\nadd\n</think>\n\n6</s>",
+    ]
+    thought = "<think>\nadd\n</think>\n\n"
+    assert [learned(tokenizer, sample) for sample in first] == [[f"{thought}4</s>"], [f"{thought}6</s>"]]
+    assert [sample.where.rpartition(":")[2] for sample in first] == ["1, message 1", "1, message 3"]
+    assert [sample.text for sample in first] == ["2+2?", "3+3?"]
+    # Without reasoning in the data an answer is given empty thoughts, which later turns leave out as well.
+    assert [learned(tokenizer, s) for s in second] == [
+        ["<think>\n\n</think>\n\nyo</s>"],
+        ["<think>\n\n</think>\n\nbye</s>"],
+    ]
+    assert (
+        "; 2 in 4 samples, turn by turn" in str(data)
+        and len(data) == 2
+        and data.tokens == sum(len(sample.tokens) for sample in joined(data.rows()))
+    )
+    held = dataset(tokenizer, tmp_path / "a.jsonl", eval_fraction=0.5)  # a dialogue is held out whole
+    assert len(held) == len(held.held_out) == 1 and len(held.held_out[0]) == 2
+
+
+def test_every_kind_of_source_gives_the_same_rows(tiny, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"say {i}", "response": "x" * i} for i in range(1, 6)]
+    plain = write_jsonl(tmp_path / "a.jsonl", rows)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(plain.read_text())
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "c.parquet")
+    table.save_to_disk(tmp_path / "d")
+    expected = [(s.tokens, s.mask, s.text) for s in drawn(dataset(tiny, plain), 12)]
+    for name in ("b.jsonl.gz", "c.parquet", "d"):
+        assert [(s.tokens, s.mask, s.text) for s in drawn(dataset(tiny, tmp_path / name), 12)] == expected, name
+    chats = datasets.Dataset.from_list([{"messages": TWO_TURNS, "prompt": None}])
+    chats.to_parquet(tmp_path / "e.parquet")
+    assert learned(tiny, drawn(dataset(tiny, tmp_path / "e.parquet"), 1)[0]) == ["yo</s>", "bye</s>"]
+
+
+def test_over_long_rows_are_dropped_and_counted(tiny, tmp_path):
+    rows = [{"prompt": "hi", "response": "x" * n} for n in (1, 2, 50, 60)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    lengths = [len(s.tokens) for s in read(tiny, tmp_path, *rows)]
+    data = dataset(tiny, path, max_tokens=40)
+    assert (len(data), data.dropped, data.dropped_tokens) == (2, 2, lengths[2] + lengths[3])
+    assert f"2 dropped for more than 40 tokens ({lengths[2] + lengths[3]:,} tokens)" in str(data)
+    assert f"2 rows of {lengths[0] + lengths[1]} tokens, 5 of them targets" in str(data)
+    with pytest.raises(ValueError, match="all 4 rows are longer than data.max_tokens=5; the shortest has 24 tokens"):
+        dataset(tiny, path, max_tokens=5)
+
+
+def test_what_is_held_out_is_never_learned_from_and_depends_on_the_seed(tiny, tmp_path):
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", "response": "x"} for i in range(10)])
+        for name in "ab"
+    ]
+    data = dataset(tiny, *paths, eval_fraction=0.25)
+    held, seen = {s.text for s in joined(data.held_out)}, {s.text for s in drawn(data, 60)}
+    assert len(data) == 15 and len(held) == 5 and len(seen) == 15 and not held & seen
+    assert [s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25).held_out)] == [
+        s.text for s in joined(data.held_out)
+    ]
+    assert {s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25, seed=1).held_out)} != held
+    apart = dataset(tiny, paths[0], eval_sources=(str(paths[1]),))
+    assert len(apart) == 10 and {s.text[0] for s in joined(apart.held_out)} == {"b"}
+    with pytest.raises(ValueError, match=r"eval_fraction=0.9 of 1 rows leaves none to learn from"):
+        dataset(tiny, write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}]), eval_fraction=0.9)
+
+
+def test_the_stream_goes_on_where_its_state_was_taken(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"say {i}", "response": "x"} for i in range(7)])
+    data = dataset(tiny, path)
+    assert len({s.text for s in drawn(data, 7)}) == 7  # an epoch
+    state = json.loads(json.dumps(data.state()))
+    expected = data.next(10)
+    again = dataset(tiny, path)
+    again.load_state(state)
+    assert again.next(10) == expected
+    with pytest.raises(ValueError, match=r"the rows have changed since the checkpoint: \[7\] rows, now \[6\]"):
+        dataset(tiny, path, eval_fraction=0.1).load_state(state)
+
+
+def chat(*turns: tuple[str, object]) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+REFUSED = {
+    "no columns": (
+        {"text": "a", "id": 1},
+        "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt_key); it has: 'text', 'id'",
+    ),
+    "no response": (
+        {"prompt": "a", "answer": "b"},
+        "no column 'response' (data.response_key); it has: 'prompt', 'answer'",
+    ),
+    "empty response": ({"prompt": "a", "response": " \n"}, "'response' is empty"),
+    "empty prompt": ({"prompt": "", "response": "b"}, "'prompt' is empty"),
+    "number for a response": ({"prompt": "a", "response": 4}, "'response' must be a string, not 4"),
+    "nothing for a response": ({"prompt": "a", "response": None}, "'response' must be a string, not None"),
+    "no messages": ({"messages": []}, "'messages' must be a list of {role, content} messages, not []"),
+    "a string for messages": ({"messages": "hi"}, "'messages' must be a list of {role, content} messages, not 'hi'"),
+    "no role": ({"messages": [{"content": "hi"}]}, "'messages'[0] must be a message {role, content}, not"),
+    "no content": (chat(("user", "a"), ("assistant", None)), "[1] (assistant): its content must be a string, not None"),
+    "content in parts": (chat(("user", [{"type": "text"}])), "'messages'[0] (user): its content must be a string, not"),
+    "no assistant turn": (
+        chat(("system", "a"), ("user", "b")),
+        "'messages' has no assistant turn to learn (roles: system, user)",
+    ),
+    "an empty turn": (chat(("user", "a"), ("assistant", "")), "'messages'[1] (assistant) is empty"),
+    "a weight of a half": (
+        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}]},
+        "'messages'[1] (assistant): weight=0.5: must be 0 (not learned) or 1 (learned)",
+    ),
+    "a weight of true": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": True}]}, "weight=True: must be 0"),
+    "train in words": (
+        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"train": "no"}]},
+        "'messages'[1] (assistant): train='no': must be true or false",
+    ),
+    "a weight against train": (
+        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 1, "train": False}]},
+        "'messages'[1] (assistant): weight=1 and train=False: must say the same",
+    ),
+    "a user's message to learn": (
+        {"messages": [TWO_TURNS[0] | {"train": True}, TWO_TURNS[1]]},
+        "'messages'[0] (user): train=True: only the assistant's messages are learned",
+    ),
+    "the assistant first": (
+        chat(("system", "s"), ("assistant", "a"), ("user", "b"), ("assistant", "c")),
+        "the assistant speaks first: a turn to answer must come before its first one",
+    ),
+    "tools in words": (
+        {"prompt": "a", "response": "b", "tools": "clock"},
+        "'tools' is not valid JSON: Expecting value at column 1",
+    ),
+    "tools that are none": ({"prompt": "a", "response": "b", "tools": {"a": 1}}, "'tools' must be a list of function"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_row_is_named(case, tiny, tmp_path):
+    row, message = REFUSED[case]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}, row])
+    with pytest.raises(ValueError) as error:
+        dataset(tiny, path)
+    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
+
+
+# Named, for a compressed file carries the second it was made in, and workers that collect other ids run nothing.
+BAD_FILES = {
+    "not JSON": (
+        "a.jsonl",
+        b'{"prompt": "a", "response": "b"}\n{"prompt": oops}\n',
+        ":2: not valid JSON: Expecting value",
+    ),
+    "a list": ("a.jsonl", b'["hi"]\n', ":1: must be an object such as {...}, not list"),
+    "no rows": ("a.jsonl", b"\n", ": holds no rows"),
+    "not compressed": ("a.jsonl.gz", b'{"prompt": "a"}\n', ": not a whole gzip file: Not a gzipped file"),
+    "cut off": (
+        "b.jsonl.gz",
+        gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 99, mtime=0)[:-20],
+        ": not a whole gzip file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_named(case, tiny, tmp_path):
+    name, content, message = BAD_FILES[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        dataset(tiny, path)
+    assert f"{path}{message}" in str(error.value)
+
+
+def test_templates_that_do_not_tell_turns_apart_are_refused(with_template, tmp_path):
+    otherwise = UNMARKED.replace("<s>assistant: {% endif %}", "<s>assistant: hm{% endif %}")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template writes message 1 \(assistant\) otherwise"):
+        dataset(with_template(otherwise), path)
+    blind = MARKED.replace("m.role == 'assistant'", "loop.first")
+    row = {"prompt": TWO_TURNS[:3], "response": "bye"}
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template leaves message 3 no token to learn"):
+        dataset(with_template(blind), write_jsonl(path, [row]))
+    never = MARKED.replace("m.role == 'assistant'", "false")
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template leaves message 1 no token to learn"):
+        dataset(with_template(never), write_jsonl(path, [{"messages": TWO_TURNS}]))
+    strict = "{% if messages|length > 2 %}{{ raise_exception('two messages at most') }}{% endif %}" + UNMARKED
+    with pytest.raises(ValueError, match=r"a.jsonl:1: the tokenizer's chat template refuses it: two messages"):
+        dataset(with_template(strict), path)
+
+
+def test_tools_and_calls_that_the_template_does_not_write_are_refused(with_template, tmp_path):
+    """A call that is left out would be learned as an empty turn."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    asked = {"role": "user", "content": "hi"}
+    calls = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    with pytest.raises(ValueError, match=r"a.jsonl:1: .* tool calls of message 1"):
+        dataset(with_template(UNMARKED), write_jsonl(tmp_path / "a.jsonl", [calls]))
+    tools = {"messages": TWO_TURNS, "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    with pytest.raises(ValueError, match=r"b.jsonl:1: .* 'tools'"):
+        dataset(with_template(UNMARKED), write_jsonl(tmp_path / "b.jsonl", [tools]))
+
+
+def test_messages_or_a_template_that_is_not_there(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
+    with pytest.raises(ValueError, match=":1: 'messages' holds messages: needs data.chat_template=true"):
+        dataset(tiny, path, chat_template=False)
+    with pytest.raises(ValueError, match="chat_template=true, but the model's tokenizer has none"):
+        dataset(words(template=False), path)
+    endless = words()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="the model's tokenizer has no end of sequence"):
+        dataset(endless, write_jsonl(path, [{"prompt": "a", "response": "b"}]), chat_template=False)

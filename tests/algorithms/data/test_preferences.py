@@ -1,0 +1,264 @@
+"""Rows of preferences: pairs, labelled answers and labelled steps as tokens, with exactly the answer as targets."""
+
+import copy
+import json
+from collections import Counter
+
+import pytest
+from samples import write_jsonl
+from tiny import tiny_tokenizer
+from trialign.algorithms.config.common import PromptData
+from trialign.algorithms.config.preference import LabelData, PairData, StepData
+from trialign.algorithms.config.sft import SFTData
+from trialign.algorithms.data.dialogue_rows import DialogueDataset
+from trialign.algorithms.data.dialogues import Encoder
+from trialign.algorithms.data.preferences import PairStream, mismatched, read_labelled, read_pairs, read_steps
+from trialign.algorithms.data.prompts import PromptDataset
+from trialign.algorithms.reward_model import pack_pairs, pack_steps
+
+STOP = (2,)  # </s> of the tiny tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def read(tokenizer, folder, *rows, **knobs):
+    config = PairData(**knobs)
+    return read_pairs(str(write_jsonl(folder / "rows.jsonl", rows)), config, Encoder(config, tokenizer, STOP))
+
+
+def labelled_rows(tokenizer, folder, *rows):
+    path, config = write_jsonl(folder / "rows.jsonl", rows), LabelData()
+    return read_labelled(str(path), config, Encoder(config, tokenizer, STOP))
+
+
+def shown(tokenizer, sample) -> tuple[str, str]:
+    """(what is not learned, what is); targets are one stretch at the end."""
+    begin = sample.mask.index(1)
+    assert sample.mask == bytes(begin) + b"\1" * (len(sample.mask) - begin)
+    return str(tokenizer.decode(sample.tokens[:begin])), str(tokenizer.decode(sample.tokens[begin:]))
+
+
+HELLO = "<s>user: hi</s><s>assistant: "
+TWO_TURNS = "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: "
+USER = [{"role": "user", "content": "hi"}]
+
+
+def chat(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+PAIRS = {
+    "strings": ({"prompt": "hi", "chosen": "yes", "rejected": "no"}, HELLO),
+    "a prompt of messages": ({"prompt": chat("hi", "yo", "ok"), "chosen": "yes", "rejected": "no"}, TWO_TURNS),
+    "answers as messages": (
+        {"prompt": USER, "chosen": chat("", "yes")[1:], "rejected": chat("", "no")[1:]},
+        HELLO,
+    ),
+    "dialogues in messages": (
+        {"chosen": chat("hi", "yo", "ok", "yes"), "rejected": chat("hi", "yo", "ok", "no")},
+        TWO_TURNS,
+    ),
+    "dialogues in strings": (
+        {
+            "chosen": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: ok\n\nAssistant: yes",
+            "rejected": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: ok\n\nAssistant: no ",
+        },
+        TWO_TURNS,
+    ),
+    "a prompt beside whole dialogues": (
+        {"prompt": "hi\n", "chosen": chat("hi", "yes"), "rejected": chat("hi", "no")},
+        HELLO,
+    ),
+    "a prompt beside longer dialogues": (
+        {"prompt": "hi", "chosen": chat("hi", "yo", "ok", "yes"), "rejected": chat("hi", "yo", "ok", "no")},
+        TWO_TURNS,
+    ),
+    "a prompt of messages beside dialogues": (
+        {"prompt": chat("hi", "yo", "ok"), "chosen": chat("hi", "yo", "ok", "yes"), "rejected": "no"},
+        TWO_TURNS,
+    ),
+    "a prompt beside dialogues in strings": (
+        {"prompt": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nAssistant: no"},
+        HELLO,
+    ),
+    "a prompt that is null": ({"prompt": None, "chosen": chat("hi", "yes"), "rejected": chat("hi", "no")}, HELLO),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_of_a_pair_the_two_last_answers_are_the_targets(case, tiny, tmp_path):
+    row, before = PAIRS[case]
+    (pair,) = read(tiny, tmp_path, row)
+    assert shown(tiny, pair.chosen) == (before, "yes</s>") and shown(tiny, pair.rejected) == (before, "no</s>")
+    assert pair.lengths == (len(pair.chosen.tokens), len(pair.rejected.tokens)) and pair.margin == 0.0
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def test_a_response_ends_with_its_end_of_turn_whatever_the_template_writes_behind_it(tiny, tmp_path):
+    """ChatML's new line: a rollout has none, so neither a reward model nor KTO's mismatched responses may have one."""
+    tokenizer = copy.deepcopy(tiny)
+    tokenizer.chat_template = CHATML
+    turns = chat("Hi", "Hello", "2+2?", "4"), chat("Hi", "Hello", "2+2?", "five of them")
+    before = "<s>user: Hi</s>\n<s>assistant: Hello</s>\n<s>user: 2+2?</s>\n<s>assistant: "
+    (pair,) = read(tokenizer, tmp_path, dict(zip(("chosen", "rejected"), turns, strict=True)))
+    assert shown(tokenizer, pair.chosen) == (before, "4</s>")
+    assert shown(tokenizer, pair.rejected) == (before, "five of them</s>")
+    batch = pack_pairs([pair])
+    assert batch.tokens[batch.last].tolist() == [2, 2]
+    rows = [{"response": own, "label": own is turns[0]} for own in turns]
+    good, bad = (row.sample for row in labelled_rows(tokenizer, tmp_path, *rows))
+    assert shown(tokenizer, good) == (before, "4</s>")
+    assert shown(tokenizer, mismatched(good, bad, 1000)) == (before, "five of them</s>")
+
+
+def test_margins_and_other_names_of_the_columns(tiny, tmp_path):
+    rows = [{"q": "hi", "good": "a", "bad": "b", "by": by} for by in (0.5, 2)]
+    names = {"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad", "margin_key": "by"}
+    drawn = read(tiny, tmp_path, *rows, **names)
+    assert [pair.margin for pair in drawn] == [0.5, 2.0]
+    batch = pack_pairs(drawn)
+    assert batch.rewards is not None and batch.lengths == (*drawn[0].lengths, *drawn[1].lengths)
+    assert batch.rewards[batch.last].tolist() == [0.5, 0.0, 2.0, 0.0] and batch.rewards.sum() == 2.5
+
+
+def test_a_system_prompt_and_bare_text(tiny, tmp_path):
+    row = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    (pair,) = read(tiny, tmp_path, row, system_prompt="be kind")
+    assert shown(tiny, pair.chosen) == (f"<s>system: be kind</s>{HELLO}", "yes</s>")
+    (pair,) = read(tiny, tmp_path, row, chat_template=False)
+    assert shown(tiny, pair.rejected) == ("hi", "no</s>")
+
+
+def test_pairs_of_equal_answers_are_left_out_and_counted_where_there_are_others(tiny, tmp_path):
+    rows = [{"prompt": "hi", "chosen": "yes", "rejected": other} for other in ("yes", "no", "yes")]
+    data = PairStream(PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", rows)),)), tiny, STOP)
+    assert len(data) == 1 and str(data).endswith("; 2 dropped for two equal answers")
+
+
+def test_a_prompt_beside_dialogues_with_a_system_message_of_their_own(tiny, tmp_path):
+    chosen, rejected = ([{"role": "system", "content": "be kind"}, *chat("hi", text)] for text in ("yes", "no"))
+    (pair,) = read(tiny, tmp_path, {"prompt": "hi", "chosen": chosen, "rejected": rejected}, system_prompt="be brief")
+    assert shown(tiny, pair.chosen) == (f"<s>system: be kind</s>{HELLO}", "yes</s>")
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "clock"}}]}
+ASKED = [{"role": "user", "content": "when?"}, CALL, {"role": "tool", "content": "noon", "name": "clock"}]
+WITH_TOOLS = (
+    "{% for t in tools or [] %}<s>tool {{ t.function.name }}</s>{% endfor %}{% for m in messages %}"
+    "<s>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+BEFORE = "<s>tool clock</s><s>user: when?</s><s>assistant: [clock]</s><s>tool clock: noon</s><s>assistant: "
+
+
+@pytest.fixture
+def with_tools(tiny):
+    """The tiny tokenizer under a template that writes tools and calls."""
+    own, tiny.chat_template = tiny.chat_template, WITH_TOOLS
+    yield tiny
+    tiny.chat_template = own
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["a list", "JSON"])
+def test_tools_and_calls_reach_the_template_of_all_that_learn_and_of_prompts(tools, with_tools, tmp_path):
+    end, row = {"role": "assistant", "content": "at noon"}, {"prompt": ASKED, "tools": tools}
+    sides = {"chosen": [*ASKED, end], "rejected": [*ASKED, end | {"content": "no"}], "tools": tools}
+    for given in (row | {"chosen": "at noon", "rejected": "no"}, row | sides, sides):
+        (pair,) = read(with_tools, tmp_path, given)
+        assert [shown(with_tools, side) for side in pair[:2]] == [(BEFORE, "at noon</s>"), (BEFORE, "no</s>")]
+    rows = write_jsonl(tmp_path / "a.jsonl", [row | {"response": "no", "label": 1, "steps": ["x"], "labels": [1]}])
+    (labelled,) = read_labelled(str(rows), LabelData(), Encoder(LabelData(), with_tools, STOP))
+    (steps,) = read_steps(str(rows), StepData(), with_tools)
+    (prompt,) = PromptDataset(PromptData(sources=(str(rows),)), with_tools).next(1)
+    ((sft,),) = DialogueDataset(SFTData(sources=(str(rows),)), with_tools, STOP).next(1)
+    assert shown(with_tools, labelled.sample) == shown(with_tools, sft) == (BEFORE, "no</s>")
+    assert with_tools.decode(steps.sample.tokens) == BEFORE + "x\n\n"
+    assert with_tools.decode(prompt.tokens) == BEFORE
+    assert [message["role"] for message in prompt.messages] == ["user", "assistant", "tool"]
+
+
+def test_an_answer_may_be_a_call(with_tools, tmp_path):
+    (pair,) = read(with_tools, tmp_path, {"prompt": "when?", "chosen": [CALL], "rejected": "noon", "tools": TOOLS})
+    assert [shown(with_tools, side)[1] for side in pair[:2]] == ["[clock]</s>", "noon</s>"]
+
+
+def test_rows_are_mixed_by_their_sources_probabilities(tiny, tmp_path):
+    paths = [
+        str(write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": name, "chosen": "b", "rejected": "c"}] * rows))
+        for name, rows in (("a", 30), ("b", 3), ("c", 7))
+    ]
+    data = PairStream(PairData(sources=tuple(paths), probabilities="0.5,0.4,0.1"), tiny, STOP)
+    counts = Counter(pair.chosen.text for pair in data.next(2000))
+    assert [counts[name] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
+
+
+def test_labels_are_true_and_false_or_1_and_0_and_a_response_may_be_a_dialogue(tiny, tmp_path):
+    rows = [
+        {"prompt": "hi", "response": "yes", "label": True},
+        {"prompt": "hi", "response": "no", "label": 0},
+        {"response": "\n\nHuman: hi\n\nAssistant: so", "label": 1},
+    ]
+    labelled = labelled_rows(tiny, tmp_path, *rows)
+    assert [row.desirable for row in labelled] == [True, False, True]
+    assert [shown(tiny, row.sample) for row in labelled] == [(HELLO, f"{text}</s>") for text in ("yes", "no", "so")]
+
+
+def test_a_mismatched_answer_is_the_other_s_after_the_own_prompt_cut_at_the_limit(tiny, tmp_path):
+    rows = [{"prompt": "one", "response": "yes", "label": True}, {"prompt": "hi", "response": "nono", "label": False}]
+    one, two = labelled_rows(tiny, tmp_path, *rows)
+    both = mismatched(one.sample, two.sample, 100)
+    assert shown(tiny, both) == ("<s>user: one</s><s>assistant: ", "nono</s>")
+    short = mismatched(one.sample, two.sample, len(both.tokens) - 2)
+    assert shown(tiny, short)[1] == "non"
+    assert both.where.endswith("rows.jsonl:1 with the answer of " + two.sample.where)
+
+
+def test_a_mismatched_answer_has_the_targets_of_its_own_row(tiny, tmp_path, monkeypatch):
+    """ChatML's templates write a newline after the end of the turn, which is no target."""
+    monkeypatch.setattr(
+        tiny,
+        "chat_template",
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    )
+    rows = [{"prompt": "one", "response": "yes", "label": True}, {"prompt": "hi", "response": "nono", "label": False}]
+    one, two = (r.sample for r in labelled_rows(tiny, tmp_path, *rows))
+    both = mismatched(one, two, 100)
+    assert both.targets == two.targets == len("nono") + 1
+    assert tiny.decode([token for token, target in zip(both.tokens, both.mask, strict=True) if target]) == "nono</s>"
+
+
+def test_steps_end_where_the_data_says_and_carry_their_labels(tiny, tmp_path):
+    row = {"prompt": "1+1+1?", "steps": ["1+1=2", "2+1=4"], "labels": [True, False]}
+    (steps,) = read_steps(str(write_jsonl(tmp_path / "a.jsonl", [row])), StepData(), tiny)
+    text = "<s>user: 1+1+1?</s><s>assistant: 1+1=2\n\n2+1=4\n\n"
+    assert tiny.decode(steps.sample.tokens) == text and steps.labels == (True, False)
+    ends = [place for place, end in enumerate(steps.sample.mask) if end]
+    assert [tiny.decode(steps.sample.tokens[: end + 1]) for end in ends] == [text[: text.index("=2") + 4], text]
+    batch = pack_steps([steps, steps])
+    assert batch.rewards is not None and batch.rewards[batch.response].tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_the_longer_answer_is_what_the_limit_is_for_and_the_stream_knows_what_is_to_come(tiny, tmp_path):
+    rows = [{"prompt": f"{i}", "chosen": "yes", "rejected": "n" * (1 + 10 * (i == 3))} for i in range(7)]
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    config = PairData(sources=(path,), max_tokens=32)
+    data = PairStream(config, tiny, STOP)
+    assert len(data) == 6 and "1 dropped for more than 32 tokens" in str(data) and str(data).startswith("6 pairs of")
+    coming, state = data.coming(4), data.state()
+    assert len(coming) == 4 and sorted(data.places(4)) == coming and data.coming(4) == coming
+    data.load_state(state)
+    assert sorted(data.places(4)) == coming
+    assert data.coming(20) == [(0, row) for row in range(6)]

@@ -1,0 +1,162 @@
+"""The maths scorer, case by case: what is taken for an answer, and what counts as equal."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from trialign.algorithms.batch import Prompt
+from trialign.algorithms.rewards.functions import RewardFunction
+from trialign.algorithms.rewards.math.reward import correct, maths
+from trialign.algorithms.rewards.math.symbolic import Symbolic
+
+MATHS = "trialign.algorithms.rewards.math.reward:maths"
+
+RIGHT = [
+    ("The answer is 72.", "72"),
+    ("First 10, then 20, so 72", 72),
+    ("She has 1,234 apples", "1234"),
+    ("It costs 1,234,567.50 in all", "1234567.5"),
+    ("It is 1{,}234", "1234"),
+    (r"It is 1\,234", "1234"),
+    ("It is 1\u202f234", 1234),
+    ("He pays $5", "5"),
+    (r"He pays \$5.50.", "5.5"),
+    ("He is $-5 down", "-5"),
+    ("He is -$5 down", "-5"),
+    ("x = -3", "-3"),
+    ("x = \u22123", "-3"),
+    ("x = - 3", "-3"),
+    ("10-3", "3"),
+    ("so 10 - 7", "7"),
+    ("+4", "4"),
+    ("x = .5", "1/2"),
+    ("0.50", "1/2"),
+    ("one half, 1/2", "0.5"),
+    ("it is 1 1/2 cups", "3/2"),
+    ("it is 1½ cups", "1.5"),
+    ("¾", "0.75"),
+    (r"\frac{3}{4}", "3/4"),
+    (r"\dfrac34", "0.75"),
+    (r"-\frac{3}{4}", "-0.75"),
+    (r"\frac{-3}{4}", "-3/4"),
+    (r"2\frac{1}{2}", "2.5"),
+    ("75%", "75%"),
+    ("75%", "0.75"),
+    (r"75\%", "3/4"),
+    ("0.75", "75%"),
+    ("75 percent", "75"),
+    (r"Thus \boxed{42}, not 7", "42"),
+    (r"\boxed{3} and then \boxed{4} in 5 steps", "4"),
+    (r"\boxed{\frac{1}{3}}", "1/3"),
+    (r"\boxed{x = 12}", "12"),
+    (r"\boxed{12\text{ cm}}", "12"),
+    (r"\boxed{12\text{ cm}^2}", "12 cm^2"),
+    (r"\boxed{\$18}", "18"),
+    (r"\boxed{-2.50}", "-5/2"),
+    (r"\boxed{90^\circ}", "90"),
+    ("3 + 4 = 7\n#### 7", "7"),
+    ("72", "48 + 24 = <<48+24=72>>72\n#### 72"),
+    ("2 km", "2000 m"),
+    ("150 cents", "$1.50"),
+    ("1.5 hours", "90 minutes"),
+    ("5 apples", "5"),
+    (r"6.02 \times 10^{23}", "602" + "0" * 21),
+    ("1e-3", "0.001"),
+    ("2^{10}", "1024"),
+    ("**Answer: 8**", "8"),
+    (r"\( 8 \)", "8"),
+    ("007", 7),
+    ("2.0", 2),
+    ("7.5", 7.5),
+]
+WRONG = [
+    ("", "1"),
+    ("no number at all", "1"),
+    ("72", "73"),
+    ("0.33", "1/3"),
+    ("7", "-7"),
+    ("x_1 and x_2", "2"),
+    (r"\boxed{x^2 + 3}", "3"),
+    (r"\boxed{\sqrt{2}}", "2"),
+    (r"it is 3, \boxed{}", "3"),
+    ("2 km", "2 m"),
+    ("2 km", "2 kg"),
+    ("1/0", "0"),
+    (r"\boxed{4}, or rather 5", "5"),
+    ("75%", "7.5"),
+    ("12,34", "1234"),
+]
+
+
+@pytest.mark.parametrize(("text", "wanted"), RIGHT)
+def test_equal(text, wanted):
+    assert correct(text, wanted)
+
+
+@pytest.mark.parametrize(("text", "wanted"), WRONG)
+def test_not_equal(text, wanted):
+    assert not correct(text, wanted)
+
+
+@pytest.mark.parametrize("wanted", ["none", "", None, True, [1]])
+def test_an_answer_without_a_number_is_refused(wanted):
+    with pytest.raises(ValueError, match="answer="):
+        correct("1", wanted)
+
+
+def test_each_completion_earns_what_it_should():
+    """[completion, reference, reward] of every way that models and data sets write answers which has come up."""
+    cases = json.loads((Path(__file__).parent / "math_cases.json").read_text(encoding="utf-8"))
+    earned = maths([""] * len(cases), [case[0] for case in cases], [case[1] for case in cases])
+    assert [case for case, reward in zip(cases, earned, strict=True) if case[2] != reward] == []
+    assert len(cases) > 500
+
+
+def test_as_a_reward_function_in_its_process(tmp_path: Path):
+    wanted = ("#### 5", "1/2", "2\\sqrt{3}", "(3, -2)")
+    prompts = [Prompt(i, [1], "?", {"answer": right}, f"a.jsonl:{i}") for i, right in enumerate(wanted)]
+    with RewardFunction(MATHS) as reward:
+        reward.check([(prompt.source, prompt.fields) for prompt in prompts])
+        answers = ["It is 5.", "It is 0.6.", "\\boxed{\\sqrt{12}}", "\\boxed{(5, 1)}"]
+        assert reward.score(prompts, answers) == [1.0, 0.0, 1.0, 0.0]
+    assert maths([""], ["50%"], [0.5]) == [1.0]
+
+
+def test_rows_that_cannot_be_scored_are_named_before_the_run():
+    rows = [(f"a.jsonl:{i}", {"answer": "3"}) for i in range(2500)]
+    rows[1700] = ("a.jsonl:1700", {"answer": "none"})
+    rows[2499] = ("a.jsonl:2499", {"answer": "\\frac{1}{"})
+    with RewardFunction(MATHS) as reward, pytest.raises(ValueError) as error:
+        reward.check(rows)
+    assert "a.jsonl:1700: answer='none'" in str(error.value) and "a.jsonl:2499: answer=" in str(error.value)
+    with RewardFunction(MATHS, abstain=True) as reward:
+        reward.check(rows)
+        assert len(reward.failures) == 1 and "a.jsonl:1700" in reward.failures[0]
+    with RewardFunction(MATHS) as reward, pytest.raises(ValueError, match="needs the column 'answer'.*they have topic"):
+        reward.check([("a.jsonl:1", {"topic": "3"})])
+
+
+@pytest.mark.parametrize(
+    "text", [r"\int_0^{10^9} x^x dx", r"\prod_{k=1}^{99999} k^k", r"\frac{1}{7^{99999}+\sqrt{2}}^{99999}"]
+)
+def test_what_takes_for_ever_is_wrong_and_the_next_answer_is_scored(text, monkeypatch):
+    """Computer algebra ends when its seconds of CPU time are over; they are few here."""
+    begun = time.monotonic()
+    assert not correct(rf"\boxed{{{text}}}", r"2\sqrt{3}")
+    assert time.monotonic() - begun < 100
+    assert correct(r"\boxed{\sqrt{12}}", r"2\sqrt{3}")
+
+
+def test_the_kernel_ends_what_no_signal_handler_can():
+    """A power of 10**9 digits is one C call, which Python's signal handlers wait for."""
+    asks = Symbolic()
+    assert not asks._answer((r"9^{9^{9}}+\sqrt{2}", r"3"))
+    assert asks._process is None or asks._process.poll() is None
+    assert asks.equal(r"\sqrt{8}", r"2\sqrt{2}")
+
+
+@pytest.mark.parametrize("text", ["1" * 20000, "1," * 5000, "-" * 5000, "\\frac{1" * 3000, "9^999 " * 500, "{" * 5000])
+def test_whatever_a_model_writes_is_read(text):
+    assert correct(f"{text} so it is 3", 3)
+    assert not correct("1" * 20000, 3)

@@ -1,0 +1,247 @@
+"""Models whose tokenizers differ: reward models read text again with their own, critics and references are refused."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import run_ranks
+from samples import write_jsonl
+from scripts import launch, options, succeed
+from test_rewards_served import serve_reward  # noqa: F401
+from tiny import tiny_llama, tiny_tokenizer
+from tokenizers import pre_tokenizers
+from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
+from trialign.algorithms.config.common import ModelPaths, RewardConfig, RolloutConfig
+from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels
+from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, Policy, reward_encoders
+from trialign.algorithms.rewards.functions import Score
+from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shapes
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.sync import Scorer, my_part
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig
+from trialign.models.hf.save import assets
+from trialign.models.hf.tokenizer import read_tokenizer
+from trialign.models.hf.tokenizer_match import chats_differ, tokens_differ
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 49152,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+}  # that of SmolLM2's tokenizer
+CHATS = (
+    [{"role": "user", "content": "What is 2+2?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello! 你好 🙂"},
+        {"role": "user", "content": "def f(x):\n    return x ** 2"},
+    ],
+)
+ANSWERS = (("It is 4.", True), (" It is 4.\n", True), ("naïve — и так", True), ("It is", False), ("", True))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, smollm2) -> Path:
+    """A policy with SmolLM2's tokenizer, a reward model with the same, and one of bytes with as large a vocabulary."""
+    root = tmp_path_factory.mktemp("tokens")
+    for name, score in (("policy", False), ("alike", True)):
+        tiny_llama(root / name, score=score, seed=score, **SIZES)
+        for asset, path in assets(smollm2).items():
+            if asset != "config.json":
+                shutil.copyfile(path, root / name / asset)
+    tiny_tokenizer(tiny_llama(root / "bytes", score=True, seed=1, **SIZES))
+    tiny_tokenizer(tiny_llama(root / "policy of bytes", **SIZES))
+    return root
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """The same of small tokenizers: a policy of bytes, a reward model of the same bytes, one of bytes in another order
+    and under another template, one of another vocabulary's size."""
+    root = tmp_path_factory.mktemp("small")
+    sizes: Any = SIZES | {"vocab_size": 260}
+    tiny_tokenizer(tiny_llama(root / "policy", **sizes))
+    for name, size in (("alike", 260), ("bytes", 260), ("large", 300)):
+        tiny_tokenizer(tiny_llama(root / name, score=True, seed=1, **sizes | {"vocab_size": size}))
+    for name in ("bytes", "large"):
+        path = root / name / "tokenizer.json"
+        whole = json.loads(path.read_text())
+        letters = whole["model"]["vocab"]
+        whole["model"]["vocab"] = {letter: i if i < 3 else 261 - i for letter, i in letters.items()}
+        path.write_text(json.dumps(whole))
+        (root / name / "chat_template.jinja").write_text(
+            "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant] {% endif %}"
+        )
+    return root
+
+
+@cache  # a rank's process makes several calls
+def policy_of(root: Path) -> Policy:
+    folder = str(root / "policy")
+    shape = ModelConfig.from_hf(folder)
+    return Policy(folder, shape, load_tokenizer(folder, shape), chat_template=True)
+
+
+@cache
+def encoders_of(root: Path, *names: str) -> dict[str, ChatEncoder]:
+    return reward_encoders(names, policy_of(root))
+
+
+def sampled(root: Path) -> list[Rollout]:
+    """ANSWERS to each of CHATS, as the policy would sample them."""
+    tokenizer, rollouts = policy_of(root).tokenizer, []
+    for number, chat in enumerate(CHATS):
+        head: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        prompt = Prompt(number, head, chat[-1]["content"], source=f"p.jsonl:{number + 1}", messages=tuple(chat))
+        for text, finished in ANSWERS:
+            tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([2] if finished else [])]
+            rollouts.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
+    return rollouts
+
+
+def scored(
+    rank: int, world: int, root: Path, layout: tuple[int, int, int], other: tuple[str, ...]
+) -> dict[str, list[Any]]:
+    """What a run's scorer gives them: by a reward model of the policy's tokens, by others."""
+    tp, pp, dp = layout
+    mesh, policy, rollouts = build_mesh(tp=tp, pp=pp, dp=dp), policy_of(root), sampled(root)
+    names = [str(root / name) for name in ("alike", *other)]
+    encoders = encoders_of(root, *names)
+    assert list(encoders) == names[1:]
+    models = [Role(build_decoder(name, ModelConfig.from_hf(name), mesh, "float32", head="score")) for name in names]
+    scorer = Scorer(RewardConfig(models=tuple(names)), policy.tokenizer, mesh, encoders)
+    mine = list(range(len(rollouts)))[my_part(len(rollouts), mesh.dp)]
+    return scorer(rollouts, from_rollouts(rollouts), models, [mine[i : i + 3] for i in range(0, len(mine), 3)])
+
+
+def by_server(module: Any, folder: str, rollouts: list[Rollout]) -> list[float]:
+    """What serve_reward.py answers about the same completions."""
+    score = module.Scores(module.ServeConfig(ModelPaths(folder, dtype="float32")), build_mesh())
+    rows = zip(rollouts, ANSWERS * len(CHATS), strict=True)
+    return score([Completion("row", list(r.prompt.messages), text, end, None) for r, (text, end) in rows])
+
+
+def test_a_model_of_other_tokens_scores_what_its_server_does(folders, serve_reward):  # noqa: F811
+    rollouts = sampled(folders)
+    for name, scores in scored(0, 1, folders, (1, 1, 1), ("bytes",)).items():
+        assert scores == pytest.approx(by_server(serve_reward, name, rollouts), rel=1e-5, abs=1e-6), name
+        assert len({round(score, 5) for score in scores}) == len(scores)
+
+
+def test_it_does_in_every_layout(small, serve_reward):  # noqa: F811
+    rollouts = sampled(small)
+    names = [str(small / name) for name in ("alike", "bytes", "large")]
+    alone = {name: by_server(serve_reward, name, rollouts) for name in names}
+    for layout in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        for got in run_ranks(scored, 2, small, layout, ("bytes", "large"), timeout=240):
+            for name in names:
+                assert got[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-6), (layout, name)
+
+
+def test_where_tokens_agree_the_model_reads_those_that_were_sampled(folders):
+    """To the last bit: a text that its tokenizer would cut in another way is not cut anew."""
+    name, policy, mesh = str(folders / "alike"), policy_of(folders), build_mesh()
+    assert reward_encoders([name], policy._replace(chat_template=False)) == encoders_of(folders, name) == {}
+    tokens = [token for letter in "hello" for token in policy.tokenizer(letter)["input_ids"]]
+    rollouts = [Rollout(Prompt(0, [1, 2, 3], "hi"), [*tokens, 2], [0.0] * 6, "stop")]
+    role = Role(build_decoder(name, ModelConfig.from_hf(name), mesh, "float32", head="score"))
+    batch = from_rollouts(rollouts)
+    scorer = Scorer(RewardConfig(models=(name,)), policy.tokenizer, mesh, encoders_of(folders, name))
+    assert scorer(rollouts, batch, [role], [[0]])[name] == role.scores(batch, [[0]]).tolist()
+
+
+def test_what_makes_two_tokenizers_differ(folders):
+    ours, theirs = policy_of(folders).tokenizer, read_tokenizer(folders / "alike")
+
+    def differences(name: str, value: object) -> tuple[str, str]:
+        """Of tokens, and of chats, once the other tokenizer is changed so."""
+        before = getattr(theirs, name)
+        setattr(theirs, name, value)
+        found = tokens_differ(ours, theirs, begins=True), chats_differ(ours, theirs)
+        setattr(theirs, name, before)
+        return found
+
+    template = str(ours.chat_template)
+    assert "is token" in tokens_differ(ours, read_tokenizer(folders / "bytes"))
+    assert differences("pad_token", "<repo_name>") == ("", "")
+    assert differences("chat_template", "{# the same #}" + template) == ("", "")
+    tokens, chats = differences("eos_token", "<|endoftext|>")
+    assert not tokens and "eos_token" in chats
+    tokens, chats = differences("chat_template", template.replace("'<|im_end|>'", "' <|im_end|>'"))
+    assert not tokens and "(user)" in chats
+    theirs.add_tokens(["<extra>"])
+    assert tokens_differ(ours, theirs) == ""
+    assert tokens_differ(theirs, ours) == "'<extra>' is token 49152 in one and none in the other"
+    core: Any = theirs.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert "becomes" in tokens_differ(ours, theirs)  # digits are no longer cut one by one
+
+
+def test_a_long_text_of_the_model_s_own_tokens_is_refused_or_left_unscored_by_row(folders):
+    name, policy, mesh = str(folders / "bytes"), policy_of(folders), build_mesh()
+    text = " ".join(random.Random(0).choices("yes no maybe".split(), k=200))  # 200 tokens of the policy's
+    tokens = policy.tokenizer(text)["input_ids"]
+    prompt = Prompt(0, [1], "hi", source="p.jsonl:1", messages=tuple(CHATS[0]))
+    rollouts = [Rollout(prompt, own, [0.0] * len(own), "length") for own in (tokens[:9], tokens)]
+    role = Role(build_decoder(name, ModelConfig.from_hf(name), mesh, "float32", head="score"))
+
+    def score(on_failure: Any) -> list[Score]:
+        config = RewardConfig(models=(name,), on_failure=on_failure)
+        scorer = Scorer(config, policy.tokenizer, mesh, encoders_of(folders, name))
+        return scorer(rollouts, from_rollouts(rollouts), [role], [[0, 1]])[name]
+
+    with pytest.raises(ValueError, match=r"bytes: p.jsonl:1: \d+ tokens of .*bytes, which has positions for 512"):
+        score("stop")
+    short, long = score("abstain")
+    assert short == short and long != long
+
+
+def test_who_must_read_the_very_tokens_is_refused_by_folder(folders, tmp_path):
+    models = PPOModels(str(folders / "policy"), critic=str(folders / "bytes"), dtype="float32")
+    config = PPOConfig(
+        model=models,
+        data=PPOData(max_prompt_tokens=20),
+        rollout=RolloutConfig(max_new_tokens=20),
+        reward=RewardConfig(),
+    )
+    with pytest.raises(ValueError, match=r"bytes: its tokenizer is not that of .*policy, and both must read the same"):
+        read_shapes(config)
+    read_shapes(replace(config, model=replace(models, critic=str(folders / "alike"))))
+    bare = tmp_path / "bare"
+    shutil.copytree(folders / "bytes", bare)
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="bare: its tokenizer is not that of .*policy .*chat_template=true, but"):
+        reward_encoders([str(bare)], policy_of(folders))
+    assert list(reward_encoders([str(bare)], policy_of(folders)._replace(chat_template=False))) == [str(bare)]
+    unknown = tmp_path / "unknown"  # without a tokenizer nothing but the size can be compared
+    tiny_llama(unknown, score=True)
+    with pytest.raises(ValueError, match="unknown: vocab_size=96, but the actor's is 49152"):
+        reward_encoders([str(unknown)], policy_of(folders))
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    given = options(model_path=folders / "policy", model_reference=folders / "policy of bytes", data_sources=pairs)
+    done = launch("dpo", *given, *options(run_output=tmp_path / "run", update_batch_size=1, data_max_tokens=64))
+    assert done.returncode != 0 and "policy of bytes: its tokenizer is not that of" in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_s_rewards_are_the_model_s_own(folders, serve_reward, tmp_path):  # noqa: F811
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": chat} for chat in CHATS])
+    given = options(model_path=folders / "policy", model_dtype="float32", reward_models=folders / "bytes")
+    given += options(data_sources=prompts, rollout_max_new_tokens=6, rollout_samples_per_prompt=2)
+    given += options(data_max_prompt_tokens=100, run_output=tmp_path / "run")
+    assert "bytes: not the policy's tokenizer ('" in succeed("evaluate", *given)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    config = serve_reward.ServeConfig(ModelPaths(str(folders / "bytes"), dtype="float32"))
+    score = serve_reward.Scores(config, build_mesh())
+    for line in lines:
+        chat = CHATS[int(line["source"].rpartition(":")[2]) - 1]
+        row = Completion("row", chat, line["completion"], line["finish"] == "stop", None)
+        assert line["reward"] == pytest.approx(score([row])[0], rel=1e-5)
+    assert len(lines) == 4

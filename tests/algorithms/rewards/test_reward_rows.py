@@ -1,0 +1,153 @@
+"""Rows that a reward function cannot score are refused by file and row, before a model is loaded, by every script."""
+
+import importlib
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from samples import write_jsonl
+from scripts import ROOT, options
+from tiny import tiny_chat_model
+from trialign.algorithms.batch import Prompt, Rollout
+
+MATHS = "trialign.algorithms.rewards.math.reward:maths"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model whose weights are NaN: whoever loads it fails with another error than the rows'."""
+    folder = tiny_chat_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
+    for weights in folder.glob("*.safetensors"):
+        nothing = {name: tensor * math.nan for name, tensor in load_file(weights).items()}
+        save_file(nothing, weights, metadata={"format": "pt"})
+    return folder
+
+
+def refused(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a script says as it leaves."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "launch" / f"{script}.py"), run_name="__main__")
+    return str(left.value)
+
+
+def asked(script: str, model: Path, source: Path, function: str, folder: Path) -> list[str]:
+    """A script's arguments."""
+    if script == "rlhf":
+        return options(
+            model_path=model,
+            prompts_sources=source,
+            prompts_eval_fraction=0.5,
+            run_output=folder,
+            **{"preferences_reward.functions": function, "sft_data.sources": source},
+        )
+    return options(model_path=model, data_sources=source, reward_functions=function, run_output=folder)
+
+
+@pytest.mark.parametrize("script", ["grpo", "evaluate"])
+def test_rows_of_several_kinds_are_scored_by_functions_of_their_own(script, tmp_path, monkeypatch, capsys):
+    """Rows that no function is for stay out: of the step, of the means."""
+    (tmp_path / "f.py").write_text(
+        "def long(prompts, completions, task, **f):\n"
+        "    return [1.0 + len(c) if t == 'a' else None for t, c in zip(task, completions)]\n"
+        "def half(prompts, completions, task, **f): return [0.5 if t == 'b' else None for t in task]\n"
+    )
+    rows = [{"prompt": f"p{i}", "task": task} for i, task in enumerate("abcab")]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    functions = tuple(f"{tmp_path}/f.py:{name}" for name in ("long", "half"))
+    words = options(
+        model_path=tiny_chat_model(tmp_path / "model"),
+        data_sources=source,
+        data_max_prompt_tokens=64,
+        reward_functions=functions,
+        reward_weights=(1.0, 2.0),
+        rollout_max_new_tokens=4,
+        rollout_samples_per_prompt=2,
+        run_output=tmp_path / "run",
+    )
+    training = options(run_prompts_per_step=5, run_steps=1, run_save_every=0, grpo_micro_batch_size=4)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, *(training if script == "grpo" else [])])
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    runpy.run_path(str(ROOT / "launch" / f"{script}.py"), run_name="__main__")
+    assert "no scorer applies to 2 responses, of " in "".join(capsys.readouterr().out.split("\n")).replace("  ", " ")
+    if script == "grpo":
+        step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+        assert step["abstained"] == 2 and step["reward/f.py:half"] == 0.5
+        assert step["reward"] == pytest.approx((4 * step["reward/f.py:long"] + 4 * 1.0) / 8)
+    else:
+        lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+        for line in lines:
+            task = "abcab"[int(line["prompt"][1])]
+            own = {"a": (1.0 + len(line["completion"]), None), "b": (None, 0.5), "c": (None, None)}[task]
+            assert tuple(line["rewards"].values()) == own
+            assert line["reward"] == {"a": own[0], "b": 1.0, "c": None}[task]
+        assert len(lines) == 10
+
+
+@pytest.mark.parametrize("script", ["ppo", "grpo", "rejection"])
+def test_where_no_answer_has_a_score_the_reasons_come_before_the_refusal(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "f.py").write_text("def f(prompts, completions, **fields): raise RuntimeError('no such grader')")
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p0"}])
+    words = options(
+        model_path=tiny_chat_model(tmp_path / "model"),
+        data_sources=source,
+        reward_functions=f"{tmp_path}/f.py:f",
+        data_max_prompt_tokens=64,
+        reward_on_failure="abstain",
+        rollout_max_new_tokens=2,
+        rollout_samples_per_prompt=2,
+        run_output=tmp_path / "run",
+        run_show=0,
+        **({"round_prompts": 1} if script == "rejection" else {"run_prompts_per_step": 1, "run_steps": 1}),
+    )
+    said = refused(script, words, monkeypatch)
+    assert "without a score" in said or "no answer has a score" in said
+    reasons = capsys.readouterr().out
+    assert "abstains: reward function" in reasons and "no such grader" in reasons
+
+
+def test_scorers_whose_paths_end_alike_have_metrics_of_their_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    summary = importlib.import_module("common.online").summary
+    rollout = Rollout(Prompt(0, [1], "p"), [2], [0.0], "stop")
+    for names, short in {
+        ("runs/a/model", "runs/b/model", "f.py:f"): ("a/model", "b/model", "f.py:f"),
+        ("http://h:1/score", "http://h:2/score"): ("h:1/score", "h:2/score"),
+        ("runs/a/model", "/x/f.py:f"): ("model", "f.py:f"),
+        ("model", "./model"): ("model", "./model"),
+    }.items():
+        scores = {name: [float(i)] for i, name in enumerate(names)}
+        made = summary([rollout], scores, [1.0], [1.0])
+        told = {name: value for name, value in made.items() if name.startswith("reward/")}
+        assert list(told.values()) == [float(i) for i in range(len(names))]
+        assert tuple(told)[: len(short)] == tuple(f"reward/{name}" for name in short)
+
+
+SCRIPTS = ("ppo", "grpo", "rejection", "conditional", "evaluate", "rlhf")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_reference_that_cannot_be_read_stops_the_run_by_its_row(script, model, tmp_path, monkeypatch):
+    wanted = ["3", "none", "2\\sqrt{3}", "none"]
+    rows = [{"prompt": f"p{i}", "response": "r", "answer": right} for i, right in enumerate(wanted)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    said = refused(script, asked(script, model, source, MATHS, tmp_path / "run"), monkeypatch)
+    assert "answer='none'" in said and MATHS in said
+    assert "rows.jsonl:2: " in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_columns_with_the_names_of_arguments_stop_the_run(script, model, tmp_path, monkeypatch):
+    (tmp_path / "f.py").write_text("def f(prompts, completions, **fields): return [0.0 for _ in prompts]")
+    for name in ("prompts", "completions"):
+        rows = [{"prompt": "p0", "response": "r"}, {"prompt": "p1", "response": "r", name: ["x"]}]
+        source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        said = refused(script, asked(script, model, source, f"{tmp_path}/f.py:f", tmp_path / "run"), monkeypatch)
+        assert f"the column '{name}' has the name of an argument" in said
+        assert f"{name}.jsonl:2: " in said

@@ -1,0 +1,198 @@
+"""Reward functions in their process, and what becomes of scores. What goes wrong is in test_bad_input.py."""
+
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from trialign.algorithms.batch import Prompt
+from trialign.algorithms.config.common import RewardConfig
+from trialign.algorithms.rewards.functions import RewardFunction, RewardShaper, RunningMoments, combine
+
+PROMPTS = [
+    Prompt(0, [1], "one", {"answer": 1, "topic": "x"}, "a.jsonl:1"),
+    Prompt(1, [1], "three", {"answer": 3}, "a.jsonl:2"),
+]
+
+
+def function(tmp_path: Path, body: str, signature: str = "prompts, completions, **fields") -> str:
+    path = tmp_path / "reward.py"
+    path.write_text(f"def score({signature}):\n" + "".join(f"    {line}\n" for line in body.splitlines()))
+    return f"{path}:score"
+
+
+def test_a_function_gets_prompts_completions_and_columns(tmp_path):
+    body = "return [len(p) + 10 * len(c) + a for p, c, a in zip(prompts, completions, answer)]"
+    spec = function(tmp_path, body, "prompts, completions, answer")
+    with RewardFunction(spec) as reward:
+        assert reward.score(PROMPTS, ["x", "yy"]) == [14.0, 28.0]
+        assert reward.score(PROMPTS[1:], [""]) == [8.0]
+
+
+def test_a_column_that_a_row_lacks_is_none(tmp_path):
+    with RewardFunction(function(tmp_path, "return [0.0 if t is None else 1.0 for t in fields['topic']]")) as reward:
+        assert reward.score(PROMPTS, ["", ""]) == [1.0, 0.0]
+
+
+def test_numpy_scalars_bools_and_generators_are_numbers(tmp_path):
+    body = "import numpy as np\nyield np.float32(0.5)\nyield True"
+    with RewardFunction(function(tmp_path, body)) as reward:
+        assert reward.score(PROMPTS, ["", ""]) == [0.5, 1.0]
+
+
+def test_prints_and_reads_of_the_function_do_not_disturb(tmp_path, capfd):
+    body = (
+        "import os, sys\nprint('hello from reward')\nos.system('echo from a child')\nreturn [len(sys.stdin.read())] * 2"
+    )
+    with RewardFunction(function(tmp_path, body)) as reward:
+        assert reward.score(PROMPTS, ["", ""]) == [0.0, 0.0]
+        assert reward.score(PROMPTS, ["", ""]) == [0.0, 0.0]
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err.count("hello from reward") == 2
+
+
+def test_the_process_keeps_what_it_loaded_and_leaves_torch_alone(tmp_path):
+    body = "import sys\nglobal calls\ncalls = globals().get('calls', 0) + 1\nreturn [calls, 'torch' in sys.modules]"
+    with RewardFunction(function(tmp_path, body)) as reward:
+        assert reward.score(PROMPTS, ["", ""]) == [1.0, 0.0]
+        assert reward.score(PROMPTS, ["", ""]) == [2.0, 0.0]
+
+
+def test_a_module_is_found_in_the_working_directory_and_finds_its_neighbours(tmp_path, monkeypatch):
+    (tmp_path / "neighbour.py").write_text("value = 7.0\n")
+    function(tmp_path, "import neighbour\nreturn [neighbour.value] * len(prompts)")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("reward:score", "reward.py:score", f"{tmp_path}/reward.py:score"):
+        with RewardFunction(spec) as reward:
+            assert reward.score(PROMPTS, ["", ""]) == [7.0, 7.0]
+
+
+def test_large_batches_go_through(tmp_path):
+    with RewardFunction(function(tmp_path, "return [len(c) for c in completions]")) as reward:
+        assert reward.score(PROMPTS * 500, ["x" * 2000] * 1000) == [2000.0] * 1000
+
+
+def test_a_row_that_failed_can_be_scored_again(tmp_path):
+    with RewardFunction(function(tmp_path, "return [1 / len(c) for c in completions]")) as reward:
+        with pytest.raises(ValueError, match="ZeroDivisionError"):
+            reward.score(PROMPTS, ["x", ""])
+        assert reward.score(PROMPTS, ["x", "xx"]) == [1.0, 0.5]
+
+
+CALLS = {"a sleep": "time.sleep(60)", "a call that holds the interpreter lock": "re.match('(a+)+$', 'a' * 60 + 'b')"}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_the_process_ends_with_the_one_that_started_it(tmp_path, call):
+    """Even when that is killed in the middle of a call."""
+    spec = function(tmp_path, f"import pathlib, re, time\npathlib.Path({str(tmp_path / 'in')!r}).touch()\n{call}")
+    script = (
+        "import sys\n"
+        "from trialign.algorithms.batch import Prompt\n"
+        "from trialign.algorithms.rewards.functions import RewardFunction\n"
+        "reward = RewardFunction(sys.argv[1])\nprint(reward._process.pid, flush=True)\n"
+        "reward.score([Prompt(0, [1], 'x')], ['y'])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, spec], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "in").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    try:
+        while _running(child):
+            assert time.monotonic() < deadline, "the reward process outlived its parent"
+            time.sleep(0.1)
+    finally:
+        if _running(child):
+            os.kill(child, signal.SIGKILL)
+
+
+def _running(pid: int) -> bool:
+    """False too for a zombie that nobody has waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_scores_are_combined_by_weight():
+    scores = {"a": [1.0, 2.0], "b": [10.0, -10.0]}
+    assert combine(scores) == [11.0, -8.0]
+    assert combine(scores, (0.5, 2.0)) == [20.5, -19.0]
+
+
+def test_running_statistics_equal_those_of_all_numbers_at_once():
+    draw = random.Random(0)
+    batches = [[draw.gauss(5, 3) for _ in range(n)] for n in (1, 7, 64, 3)]
+    moments = RunningMoments()
+    for batch in batches:
+        moments.update(batch)
+    whole = [value for batch in batches for value in batch]
+    assert moments.mean == pytest.approx(statistics.fmean(whole), rel=1e-12)
+    assert moments.deviation == pytest.approx(statistics.pstdev(whole), rel=1e-12)
+
+
+def test_rewards_are_normalised_then_clipped_then_penalised():
+    shape = RewardShaper(RewardConfig(normalise=True, clip=1.0, missing_eos_penalty=3.0))
+    scores = [0.0, 0.0, 0.0, 10.0]
+    mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
+    rewards = shape(scores, [True, False, True, True])
+    low = (0 - mean) / deviation
+    assert rewards == pytest.approx([low, low - 3.0, low, 1.0])
+
+
+def test_equal_rewards_normalise_to_zero():
+    assert RewardShaper(RewardConfig(normalise=True))([2.0, 2.0], [True, True]) == [0.0, 0.0]
+
+
+def test_by_default_only_the_clip_acts():
+    assert RewardShaper(RewardConfig())([3.0, -11.0, 50.0], [True, False, True]) == [3.0, -10.0, 10.0]
+    assert RewardShaper(RewardConfig(clip=0))([50.0], [True]) == [50.0]
+
+
+def test_the_statistics_go_on_from_a_checkpoint():
+    config = RewardConfig(normalise=True)
+    shape, again = RewardShaper(config), RewardShaper(config)
+    shape([1.0, 5.0, 2.0], [True] * 3)
+    again.load_state(json.loads(json.dumps(shape.state())))
+    assert again([4.0, 0.5], [True] * 2) == shape([4.0, 0.5], [True] * 2)
+
+
+def test_the_demo_s_reward_likes_what_is_pleasant():
+    pytest.importorskip("vaderSentiment")
+    spec = Path(__file__).resolve().parents[3] / "launch" / "examples" / "sentiment.py"
+    with RewardFunction(f"{spec}:sentiment") as reward:
+        good, bad = reward.score(PROMPTS, ["What a wonderful, happy day!", "It was a terrible, sad failure."])
+    assert good is not None and good > 0.5 and bad is not None and bad < -0.5
+
+
+def test_a_row_is_rewarded_by_the_scorers_that_apply_to_it(tmp_path):
+    """None says that a row is not the function's own; NaN that the function failed, and then the row has no reward."""
+    (tmp_path / "multi.py").write_text(
+        "def maths_only(prompts, completions, task=None, **f): return [1.0 if t == 'maths' else None for t in task]\n"
+        "def code_only(prompts, completions, task=None, **f): return [0.5 if t == 'code' else None for t in task]\n"
+        "def broken(prompts, completions, task, **f): return [float('nan') if t == 'code' else None for t in task]\n"
+    )
+    tasks = ("maths", "code", "poetry")
+    prompts = [Prompt(i, [1], "?", {"task": task}, f"multi.jsonl:{i + 1}") for i, task in enumerate(tasks)]
+    scores = {}
+    for name in ("maths_only", "code_only", "broken"):
+        with RewardFunction(f"{tmp_path}/multi.py:{name}", abstain=True) as reward:
+            scores[name] = reward.score(prompts, ["2", "hello", "roses"])
+            assert len(reward.failures) == (name == "broken")
+    assert scores["maths_only"] == [1.0, None, None] and scores["code_only"] == [None, 0.5, None]
+    assert scores["broken"][::2] == [None, None] and math.isnan(scores["broken"][1])
+    assert combine({name: scores[name] for name in ("maths_only", "code_only")}, (2.0, 4.0))[:2] == [2.0, 2.0]
+    combined = combine(scores)
+    assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])

@@ -1,0 +1,330 @@
+"""Rewards by HTTP: a server that is down, slow, broken or lies, scorers that abstain, and a served reward model."""
+
+import http.server
+import json
+import math
+import os
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from trialign.algorithms.batch import Prompt, pack
+from trialign.algorithms.config.common import RewardConfig
+from trialign.algorithms.policy_step import without
+from trialign.algorithms.rewards import http as reward_server
+from trialign.algorithms.rewards.functions import RewardFunction, RewardShaper, combine
+from trialign.algorithms.rewards.http import RewardServer
+
+ROOT = Path(__file__).resolve().parents[3]
+CHATS = [({"role": "system", "content": "be brief"}, {"role": "user", "content": f"p{i}"}) for i in range(5)]
+PROMPTS = [Prompt(i, [1], f"p{i}", {"goal": i}, f"a.jsonl:{i + 1}", CHATS[i]) for i in range(5)]
+TEXTS = ["a", "bb", "ccc", "dddd", "eeeee"]
+ENDED = [True, False, True, True, True]
+
+
+@contextmanager
+def serving(answer: Callable[[dict], tuple[int, bytes] | None]) -> Iterator[tuple[str, list[dict]]]:
+    """A server on loopback; `answer` gives code and body for a request, None closes the connection."""
+    seen: list[dict] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            made = answer(seen[-1])
+            if made is None:
+                return
+            self.send_response(made[0])
+            self.send_header("Content-Length", str(len(made[1])))
+            self.end_headers()
+            self.wfile.write(made[1])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/score", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def lengths(request: dict) -> tuple[int, bytes]:
+    return 200, json.dumps({"scores": [len(c) for c in request["completions"]]}).encode()
+
+
+def test_requests_are_batches_with_columns():
+    with serving(lengths) as (url, seen):
+        assert RewardServer(url, batch=2).score(PROMPTS, TEXTS, ENDED) == [1, 2, 3, 4, 5]
+    assert [len(request["completions"]) for request in seen] == [2, 2, 1]
+    assert seen[0]["finished"] == [True, False]
+    assert seen[1] == {
+        "prompts": ["p2", "p3"],
+        "completions": ["ccc", "dddd"],
+        "messages": [list(chat) for chat in CHATS[2:4]],
+        "finished": [True, True],
+        "fields": {"goal": [2, 3]},
+    }
+
+
+def test_what_is_no_number_reaches_a_server_as_null():
+    columns = [{"goal": math.nan, "deep": {"a": [1.5, math.inf]}}, {"goal": 2.0, "deep": {"a": [-math.inf]}}]
+    prompts = [Prompt(i, [1], f"p{i}", fields) for i, fields in enumerate(columns)]
+    with serving(lengths) as (url, seen):
+        RewardServer(url).score(prompts, TEXTS[:2], ENDED[:2])
+    assert seen[0]["fields"] == {"goal": [None, 2.0], "deep": [{"a": [1.5, None]}, {"a": [None]}]}
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+LIES = {
+    "wrong count": (lambda r: (200, b'{"scores": [1, 2]}'), "gave 2 scores for 5 completions"),
+    "not JSON": (lambda r: (200, b"<html>busy</html>"), "answered what is not JSON, '<html>busy</html>'"),
+    "no scores": (lambda r: (200, b'{"result": 1}'), 'must be {"scores": [...]}'),
+    "a list": (lambda r: (200, b"[1, 2, 3, 4, 5]"), 'must be {"scores": [...]}'),
+    "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "gave nan for a.jsonl:3: must be a finite number"),
+    "text": (lambda r: (200, b'{"scores": ["1", 2, 3, 4, 5]}'), "gave '1' for a.jsonl:1: must be a finite number"),
+    "true": (lambda r: (200, b'{"scores": [true, 2, 3, 4, 5]}'), "gave True for a.jsonl:1: must be a finite number"),
+    "a huge integer": (
+        lambda r: (200, b'{"scores": [1, 2, 3, 4, 1%s]}' % (b"0" * 400)),
+        "for a.jsonl:5: must be a finite number",
+    ),
+    "brackets": (lambda r: (200, b"[" * 100_000), "answered what is not JSON, '[[["),
+    "refusal": (lambda r: (400, b"no such model"), "answered HTTP 400: 'no such model'"),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_what_are_no_scores_is_refused_at_once(case):
+    answer, message = LIES[case]
+    with serving(answer) as (url, seen):
+        with pytest.raises(ValueError) as error:
+            RewardServer(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+    assert message in str(error.value) and url in str(error.value) and "a.jsonl:" in str(error.value)
+    assert len(seen) == 1
+
+
+def test_down():
+    url = f"http://127.0.0.1:{free_port()}/score"
+    with pytest.raises(ValueError, match=r"no connection: .*refused.* \(2 tries\) for 5 rows: a.jsonl:1, a.jsonl:2"):
+        RewardServer(url, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+
+
+def test_hung_up():
+    with serving(lambda request: None) as (url, seen):
+        with pytest.raises(ValueError, match=r"no connection: .*\(2 tries\)"):
+            RewardServer(url, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+    assert len(seen) == 2
+
+
+def test_slow():
+    def sleep(request: dict) -> tuple[int, bytes]:
+        time.sleep(1.0)
+        return lengths(request)
+
+    with serving(sleep) as (url, _):
+        with pytest.raises(ValueError, match=r"took longer than reward.time_limit=0.2 seconds \(1 try\) for 5 rows"):
+            RewardServer(url, 0.2, tries=1).score(PROMPTS, TEXTS, ENDED)
+
+
+def drip(connection: socket.socket) -> None:
+    """A header that never ends, each part of it in time."""
+    while True:
+        connection.sendall(b"a")
+        time.sleep(0.02)
+
+
+def reset(connection: socket.socket) -> None:
+    """Ends the connection as a process does that is killed."""
+    time.sleep(0.1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+BROKEN = {
+    "an error that hangs": (b"HTTP/1.1 503 X\r\nContent-Length: 9\r\n\r\n", lambda c: time.sleep(2), "HTTP 503: ''", 2),
+    "an error that is cut": (b"HTTP/1.1 503 X\r\nContent-Length: 9\r\n\r\n", reset, "answered HTTP 503: ''", 2),
+    "a refusal that hangs": (
+        b"HTTP/1.1 400 X\r\nContent-Length: 9\r\n\r\n",
+        lambda c: time.sleep(2),
+        "HTTP 400: ''",
+        1,
+    ),
+    "a refusal that is cut": (b"HTTP/1.1 400 X\r\nContent-Length: 9\r\n\r\n", reset, "answered HTTP 400: ''", 1),
+    "half an answer": (b'HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n{"sco', lambda c: None, "IncompleteRead", 2),
+    "an answer that is cut": (b'HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n{"sco', reset, "no connection: ", 2),
+    "a header without end": (b"HTTP/1.1 200 X\r\n", drip, "took longer than reward.time_limit=0.4 seconds", 2),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_answer_is_no_answer_in_time(case):
+    """It is asked for again, unless the code refuses; then all its rows are named, or abstain."""
+    begin, then, message, asked = BROKEN[case]
+    seen = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            seen.append(self.request.recv(1 << 16))
+            with suppress(OSError):
+                self.request.sendall(begin)
+                then(self.request)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads, block_on_close = True, False
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/score"
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="for 5 rows: a.jsonl:1") as error:
+            RewardServer(url, 0.4, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+        assert message in str(error.value) and len(seen) == asked and time.monotonic() - started < 1.5
+        abstaining = RewardServer(url, 0.4, tries=1, abstain=True)
+        assert all(score is not None and math.isnan(score) for score in abstaining.score(PROMPTS, TEXTS, ENDED))
+        assert len(abstaining.failures) == 1 and message in abstaining.failures[0]
+        server.shutdown()
+
+
+def test_an_answer_without_end_is_given_up(monkeypatch):
+    """Not read until memory is full, nor asked for again."""
+    monkeypatch.setattr(reward_server, "LONGEST", 1 << 20)
+    with serving(lambda request: (200, b" " * (3 << 20))) as (url, seen):
+        with pytest.raises(ValueError, match="answered more than 1,048,576 bytes for 5 rows: a.jsonl:1"):
+            RewardServer(url).score(PROMPTS, TEXTS, ENDED)
+    assert len(seen) == 1
+
+
+def test_busy_at_first():
+    answers = iter([(503, b"busy"), (429, b"later")])
+
+    def busy(request: dict) -> tuple[int, bytes]:
+        return next(answers, None) or lengths(request)
+
+    with serving(busy) as (url, seen):
+        assert RewardServer(url, pause=0.01).score(PROMPTS, TEXTS, ENDED) == [1, 2, 3, 4, 5]
+    assert len(seen) == 3
+    with serving(lambda request: (503, b"busy")) as (url, _):
+        with pytest.raises(ValueError, match=r"answered HTTP 503: 'busy' \(3 tries\)"):
+            RewardServer(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+
+
+def test_only_what_failed_abstains():
+    def second_fails(request: dict) -> tuple[int, bytes]:
+        return (400, b"no") if "ccc" in request["completions"] else lengths(request)
+
+    with serving(second_fails) as (url, _):
+        server = RewardServer(url, batch=2, abstain=True)
+        scores = server.score(PROMPTS, TEXTS, ENDED)
+    assert [s if s == s else None for s in scores] == [1, 2, None, None, 5]
+    assert len(server.failures) == 1 and "answered HTTP 400" in server.failures[0]
+    with serving(lambda request: (200, b'{"scores": [null, 2, 3, 4, null]}')) as (url, _):  # rows that are not its own
+        assert RewardServer(url).score(PROMPTS, TEXTS, ENDED) == [None, 2, 3, 4, None]
+    with serving(LIES["NaN"][0]) as (url, _):
+        scores = RewardServer(url, abstain=True).score(PROMPTS, TEXTS, ENDED)
+    assert [s if s == s else None for s in scores] == [1, 2, None, 4, 5]
+
+
+FUNCTIONS = {
+    "raises": ("if 'ccc' in completions: raise KeyError('x')\nreturn [1.0] * len(completions)", [1, 1, None, 1, 1]),
+    "gives NaN": ("return [float('nan') if c == 'bb' else 2.0 for c in completions]", [2, None, 2, 2, 2]),
+    "gives a huge integer": ("return [10 ** (5000 if c == 'bb' else 0) for c in completions]", [1, None, 1, 1, 1]),
+    "raises as it yields": ("for c in completions:\n    yield {'bb': 'x'}.get(c, 1.0) + 1.0", [2, None, 2, 2, 2]),
+    "gives one score for all": ("return [1.0]", [None] * 5),
+    "dies": ("import os\nif not os.path.exists('{flag}'): open('{flag}', 'w').close(); os._exit(3)\nreturn [1.0] * 5",
+             [None] * 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_a_function_that_fails_abstains_and_goes_on(case, tmp_path):
+    body, expected = FUNCTIONS[case]
+    path = tmp_path / "reward.py"
+    lines = body.replace("{flag}", str(tmp_path / "flag")).splitlines()
+    path.write_text("def score(prompts, completions, **fields):\n" + "".join(f"    {line}\n" for line in lines))
+    with RewardFunction(f"{path}:score", abstain=True) as reward:
+        scores = reward.score(PROMPTS, TEXTS)
+        assert [s if s == s else None for s in scores] == expected
+        assert reward.failures and str(path) in reward.failures[0]
+        again = reward.score(PROMPTS, TEXTS)
+        assert [s if s == s else None for s in again] == ([1.0] * 5 if case == "dies" else expected)
+
+
+def test_abstaining_samples_move_no_statistic():
+    nan = math.nan
+    combined = combine({"a": [1.0, nan, 3.0], "b": [1.0, 2.0, nan]}, [1.0, 0.0])
+    assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])
+    shaper, alone = (RewardShaper(RewardConfig(functions=("a:b",), normalise=True, clip=0.5)) for _ in range(2))
+    rewards = shaper([1.0, nan, 3.0, 5.0], [True] * 4)
+    assert math.isnan(rewards[1]) and [rewards[i] for i in (0, 2, 3)] == alone([1.0, 3.0, 5.0], [True] * 3)
+    assert shaper.state() == alone.state()
+
+
+def test_abstaining_samples_have_no_targets():
+    batch = pack([[1, 2, 3], [1, 2], [1, 2, 3, 4]])
+    left = without(batch, torch.tensor([0.5, math.nan, 1.0]))
+    assert left.response.tolist() == [1, 2, 6, 7, 8] and left.lengths == batch.lengths
+    assert without(batch, torch.tensor([0.5, 0.0, 1.0])) is batch
+    with pytest.raises(ValueError, match="every answer of the step is without a score"):
+        without(batch, torch.full((3,), math.nan))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"servers": ("localhost:80",)}, "'localhost:80': must be an address as http://host:8000/score"),
+        ({"servers": ("http://a/s", "http://a/s")}, "each may be named once"),
+        ({"servers": ("http://a/s",), "weights": (1.0, 2.0)}, "2 weights for 1 functions, models and servers"),
+        ({"server_tries": 0}, "server_tries=0: must be at least 1"),
+    ],
+)
+def test_configs_that_are_refused(changes, message):
+    with pytest.raises(ValueError) as error:
+        RewardConfig(**changes)
+    assert message in str(error.value)
+
+
+def test_a_served_reward_model_gives_transformers_scores(tmp_path):
+    folder = tiny_tokenizer(tiny_llama(tmp_path / "reward", score=True, vocab_size=260))
+    command = [sys.executable, str(ROOT / "launch/serve_reward.py"), "--port", "0", "--max_tokens", "64"]
+    command += ["--batch_tokens", "64", "--model.path", str(folder), "--model.dtype", "float32"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        server = RewardServer(url, batch=2, pause=0.01)
+        scores = server.score(PROMPTS, TEXTS, ENDED)
+        health = json.loads(urllib.request.urlopen(url.replace("/score", "/health"), timeout=10).read())
+        assert health == {"model": str(folder), "scored": 5}
+        with pytest.raises(ValueError, match=r"HTTP 400: .*row 1: \d+ tokens, max_tokens=64"):
+            server.score(PROMPTS[:2], ["a", "b" * 80], ENDED[:2])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    for chat, text, ended, mine in zip(CHATS, TEXTS, ENDED, scores, strict=True):
+        whole = [*chat, {"role": "assistant", "content": text}]
+        tokens = tokenizer.apply_chat_template(whole, return_tensors="pt", return_dict=True)["input_ids"]
+        body = model.model(tokens).last_hidden_state[0, -1 if ended else -2]
+        assert mine == pytest.approx(model.score(body).item(), rel=1e-4, abs=1e-5)

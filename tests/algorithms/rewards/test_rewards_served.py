@@ -1,0 +1,274 @@
+"""A reward model behind an address scores what the same model scores within the run; requests that are refused."""
+
+import http.client
+import importlib
+import json
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from samples import write_jsonl
+from tiny import tiny_llama, tiny_tokenizer
+from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
+from trialign.algorithms.config.common import ModelPaths, PromptData, RewardConfig
+from trialign.algorithms.config.preference import PairData
+from trialign.algorithms.data.dialogues import Encoder
+from trialign.algorithms.data.preferences import read_pairs
+from trialign.algorithms.data.prompts import PromptDataset
+from trialign.algorithms.reward_model import pack_pairs
+from trialign.algorithms.roles.build import build_decoder
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.sync import Scorer
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+CHAT = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+]
+# White space and cut answers are where text and tokens may come apart; the template writes a line after each turn.
+ANSWERS = (("four", True), (" four\n", True), ("fo", False), ("", True))
+TEMPLATE = (
+    "{% if tools %}<s>tools: {{ tools | length }}</s>\n{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    from transformers import AutoTokenizer
+
+    path = tiny_tokenizer(tiny_llama(tmp_path_factory.mktemp("reward"), score=True, vocab_size=260))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def serve_reward():
+    """launch/serve_reward.py as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "launch")
+        yield importlib.import_module("serve_reward")
+
+
+@contextmanager
+def served(module: Any, folder: Path, **knobs: Any) -> Iterator[str]:
+    """The address of a reward model."""
+    config = module.ServeConfig(ModelPaths(str(folder), dtype="float32"), max_tokens=128, **knobs)
+    scores = module.Scores(config, build_mesh())
+    with ThreadingHTTPServer(("127.0.0.1", 0), module.handler(scores)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/score"
+        server.shutdown()
+
+
+def by_both(folder: Path, url: str, data: PromptData) -> tuple[list[Any], list[Any]]:
+    """The scores of ANSWERS to each prompt: by reward.models, by reward.servers."""
+    from transformers import AutoTokenizer
+
+    tokenizer, mesh = AutoTokenizer.from_pretrained(folder), build_mesh()
+    dataset = PromptDataset(data, tokenizer)
+    rollouts = []
+    for prompt in dataset.next(dataset.rows):
+        for text, finished in ANSWERS:
+            tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([2] if finished else [])]
+            rollouts.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
+    scorer = Scorer(RewardConfig(models=(str(folder),), servers=(url,), server_batch=3), tokenizer, mesh)
+    model = Role(build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, "float32", head="score"))
+    batch = from_rollouts(rollouts)
+    scores = scorer(rollouts, batch, [model], [[i] for i in range(len(batch))])
+    return scores[str(folder)], scores[url]
+
+
+def test_models_and_servers_score_the_same_chat(folder, serve_reward, tmp_path):
+    """Several turns, a system prompt of the run's, answers that ended and that were cut."""
+    rows = [{"prompt": CHAT}, {"prompt": "hi"}, {"prompt": [{"role": "system", "content": "own"}, *CHAT]}]
+    data = PromptData((str(write_jsonl(tmp_path / "chats.jsonl", rows)),), system_prompt="be kind")
+    with served(serve_reward, folder) as url:
+        own, theirs = by_both(folder, url, data)
+    assert theirs == pytest.approx(own, rel=1e-4) and len({round(score, 4) for score in own}) == len(own)
+
+
+def test_a_pair_is_scored_where_it_is_trained(folder, serve_reward, tmp_path):
+    """The responses of a pair, as reward.py scores them, have the scores that a run and a server give them."""
+    from transformers import AutoTokenizer
+
+    tokenizer, mesh = AutoTokenizer.from_pretrained(folder), build_mesh()
+    sides = [[*CHAT, {"role": "assistant", "content": text}] for text in ("four", "five of them")]
+    row = dict(zip(("chosen", "rejected"), sides, strict=True))
+    encoder = Encoder(PairData(), tokenizer, (2,))
+    (pair,) = read_pairs(str(write_jsonl(tmp_path / "pairs.jsonl", [row])), PairData(), encoder)
+    role = Role(build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, "float32", head="score"))
+    trained = role.scores(pack_pairs([pair]), [[0, 1]]).tolist()
+    with served(serve_reward, folder) as url:
+        body = json.dumps({"prompts": [CHAT, CHAT], "completions": [side[-1]["content"] for side in sides]})
+        assert post(url, body.encode())[1]["scores"] == pytest.approx(trained, rel=1e-4)
+    data = PromptData((str(write_jsonl(tmp_path / "chats.jsonl", [{"prompt": CHAT}])),))
+    (prompt,) = PromptDataset(data, tokenizer).next(1)
+    answers = [[*tokenizer(side[-1]["content"], add_special_tokens=False)["input_ids"], 2] for side in sides]
+    batch = from_rollouts([Rollout(prompt, tokens, [0.0] * len(tokens), "stop") for tokens in answers])
+    assert role.scores(batch, [[0, 1]]).tolist() == trained
+
+
+def test_models_and_servers_score_the_same_bare_text(folder, serve_reward, tmp_path):
+    data = PromptData((str(write_jsonl(tmp_path / "texts.jsonl", [{"prompt": "hi"}])),), chat_template=False)
+    with served(serve_reward, folder, chat_template=False) as url:
+        own, theirs = by_both(folder, url, data)
+    assert theirs == pytest.approx(own, rel=1e-4)
+
+
+def post(url: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+    """Code and answer of a request."""
+    place, _, path = url.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(place, timeout=10)
+    connection.request("POST", f"/{path}", body, headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def test_tools_reach_the_template_and_older_clients_are_understood(folder, serve_reward):
+    with served(serve_reward, folder) as url:
+
+        def score(**more: Any) -> float:
+            code, answer = post(url, json.dumps({"prompts": ["three"], "completions": ["four"], **more}).encode())
+            assert code == 200, answer
+            return answer["scores"][0]
+
+        plain = score()
+        assert score(messages=[CHAT[2:]], finished=[True]) == score(messages=[[]], finished=[None]) == plain
+        assert score(fields={"tools": [None]}) == score(fields={"tools": [""]}) == plain
+        assert score(prompts=[CHAT]) == score(messages=[CHAT])
+        tools = [{"type": "function", "function": {"name": "look"}}]
+        assert score(fields={"tools": [tools]}) == score(fields={"tools": [json.dumps(tools)]}) != plain
+        assert len({plain, score(messages=[CHAT]), score(finished=[False])}) == 3
+
+
+def request(**changes: Any) -> bytes:
+    return json.dumps({"prompts": ["a", "b"], "completions": ["c", "d"]} | changes).encode()
+
+
+BAD = {
+    "not JSON": (b"nonsense", "not JSON"),
+    "brackets": (b"[" * 100_000, "not JSON"),
+    "a list": (b"[]", 'needs {"prompts": [...], "completions": [...]}'),
+    "too few": (request(completions=["c"]), "2 prompts and 1 completions: as many of each"),
+    "no prompt": (request(prompts=["a", 1]), "row 1: needs a prompt (a string, or messages)"),
+    "no completion": (
+        request(completions=["c", None]),
+        "row 1: needs a prompt (a string, or messages) and a completion",
+    ),
+    "no content": (
+        request(prompts=["a", [{"role": "user"}]]),
+        "row 1: 'messages'[0] (user): its content must be a string, not None",
+    ),
+    "content in parts": (
+        request(messages=[[{"role": "user", "content": [{"type": "text", "text": "a"}]}], None]),
+        "row 0: 'messages'[0] (user): its content must be a string, not [{'type': 'text'",
+    ),
+    "no role": (
+        request(prompts=[[{"content": "x"}], "b"]),
+        "row 0: 'messages'[0] must be a message {role, content}, not {'content': 'x'}",
+    ),
+    "a message of words": (
+        request(messages=[["x"], None]),
+        "row 0: 'messages'[0] must be a message {role, content}, not 'x'",
+    ),
+    "messages of one": (request(messages=[[]]), "messages: must be a list of 2, one entry a row"),
+    "finished in words": (request(finished=[True, "no"]), "row 1: finished='no': must be true or false"),
+    "tools in words": (request(fields={"tools": ["look", None]}), "row 0: tools='look': must be a list of function"),
+    "too long": (request(completions=["c", "d" * 200]), "max_tokens=128"),
+}
+
+
+def test_bad_requests_are_answered_with_what_is_wrong(folder, serve_reward):
+    with served(serve_reward, folder) as url:
+        for case, (body, message) in BAD.items():
+            code, answer = post(url, body)
+            assert code == 400 and message in answer["error"], (case, answer)
+        assert post(url, b"", **{"Content-Length": "-1"})[0] == post(url, b"", **{"Content-Length": "x"})[0] == 413
+        assert post(url, request())[0] == 200
+
+
+def test_what_nobody_foresaw_is_answered_too(folder, serve_reward, monkeypatch):
+    with served(serve_reward, folder) as url:
+        monkeypatch.setattr(serve_reward.Scores, "_tokens", lambda *_: {}["x"])
+        code, answer = post(url, request())
+        assert code == 500 and answer["error"].startswith("KeyError: 'x'"), answer
+
+
+def test_folders_that_cannot_be_served_are_refused_before_the_model_is_loaded(serve_reward, tmp_path):
+    endless = tiny_tokenizer(tiny_llama(tmp_path / "endless", score=True, vocab_size=260, eos_token_id=None))
+    values = json.loads((endless / "tokenizer_config.json").read_text())
+    (endless / "tokenizer_config.json").write_text(json.dumps(values | {"eos_token": None}))
+    with pytest.raises(ValueError, match="endless: neither its configs nor its tokenizer name an eos_token_id"):
+        serve_reward.Scores(serve_reward.ServeConfig(ModelPaths(str(endless))), build_mesh())
+    (endless / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="chat_template=true, but the tokenizer of .*endless has none: set it to"):
+        serve_reward.Scores(serve_reward.ServeConfig(ModelPaths(str(endless))), build_mesh())
+
+
+def fails_alone(rank: int, world: int, kind: str) -> str:
+    """What a rank hears of an error on the first one."""
+    tokenizer: Any = None
+    scorer = Scorer(RewardConfig(), tokenizer, build_mesh(dp=world))
+
+    def work() -> None:
+        raise {"foreseen": ValueError("a.jsonl:3: why"), "unforeseen": KeyError("x")}[kind]
+
+    try:
+        scorer._on_first_rank(work)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("kind", "message"), [("foreseen", "a.jsonl:3: why"), ("unforeseen", "KeyError: 'x' (")])
+def test_every_rank_hears_of_what_fails_on_the_first(kind, message):
+    heard = run_ranks(fails_alone, 2, kind)
+    assert heard[0] == heard[1] and heard[0].startswith(message)
+
+
+class Fixed:
+    """A reward model that gives these scores."""
+
+    def __init__(self, *scores: float):
+        self.given = scores
+
+    def scores(self, *_: Any) -> torch.Tensor:
+        return torch.tensor(self.given)
+
+
+class Wordless:
+    """A tokenizer of no words."""
+
+    def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
+        return ["" for _ in rows]
+
+
+def test_a_reward_model_s_nan_names_file_and_row():
+    rollouts = [Rollout(Prompt(i, [1], "", source=f"p.jsonl:{i + 1}"), [2], [0.0], "stop") for i in range(3)]
+    models: Any = [Fixed(1.0, math.nan, math.inf)]
+    tokenizer: Any = Wordless()
+
+    def score(on_failure: Any) -> tuple[list[float], list[str]]:
+        scorer = Scorer(RewardConfig(models=("runs/m",), on_failure=on_failure), tokenizer, build_mesh())
+        combined = scorer.combined(scorer(rollouts, from_rollouts(rollouts), models, []))
+        return combined, scorer.failures() + scorer.failures()
+
+    with pytest.raises(ValueError, match="reward model runs/m: gave nan for p.jsonl:2: must be a finite number"):
+        score("stop")
+    combined, why = score("abstain")
+    assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])
+    assert [reason.split(": ")[1] for reason in why] == ["gave nan for p.jsonl:2", "gave inf for p.jsonl:3"]

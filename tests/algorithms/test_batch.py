@@ -1,0 +1,175 @@
+"""Packing, selecting, cutting and whitening of batches, against plain per-sample references."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trialign.algorithms.advantages import whiten
+from trialign.algorithms.batch import (
+    Prompt,
+    Rollout,
+    deal,
+    deal_micro_batches,
+    from_rollouts,
+    micro_batches,
+    pack,
+)
+from trialign.algorithms.losses.aggregation import Segments
+from trialign.engine.mesh import Axis
+
+SAMPLES = [([5, 6, 7], [8, 9]), ([1], [2]), ([3, 4], [10, 11, 12])]
+
+
+def rollout(prompt: list[int], answer: list[int]) -> Rollout:
+    logprobs = [-0.1 * token for token in answer]
+    return Rollout(Prompt(0, prompt, "text", source="file:1"), answer, logprobs, "stop")
+
+
+def test_rollouts_are_packed_and_aligned_to_the_predicted_token():
+    batch = from_rollouts([rollout(*sample) for sample in SAMPLES])
+    assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4, 10, 11, 12]
+    assert batch.cu_seqlens.tolist() == [0, 5, 7, 12] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]
+    assert batch.response.tolist() == [3, 4, 6, 9, 10, 11]
+    assert batch.labels.tolist() == [8, 9, 2, 10, 11, 12]
+    assert batch.last.tolist() == [4, 6, 11]
+    assert batch.max_seqlen == 5 and len(batch) == 3
+    sampling = batch.sampling_logprobs
+    assert sampling is not None
+    expected = [-0.1 * t if m else 0.0 for t, m in zip(batch.tokens.tolist(), batch.mask.tolist(), strict=True)]
+    torch.testing.assert_close(sampling, torch.tensor(expected))
+
+
+def test_the_rows_before_the_response_belong_to_the_same_sample():
+    batch = from_rollouts([rollout(*sample) for sample in SAMPLES])
+    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(batch.lengths))
+    assert torch.equal(owner[batch.response], owner[batch.response - 1])
+
+
+def test_spread_is_differentiable_and_undoes_the_gather():
+    batch = from_rollouts([rollout(*sample) for sample in SAMPLES])
+    x = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    whole = batch.spread(x)
+    assert torch.equal(whole[batch.response], x) and whole[~batch.mask].abs().sum() == 0
+    (whole * torch.arange(12)).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, batch.response.double())
+
+
+def test_text_is_a_batch_whose_every_later_token_is_a_target():
+    batch = pack([[1, 2, 3], [4, 5]])
+    assert batch.mask.tolist() == [False, True, True, False, True]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_selecting_equals_packing_only_those_samples(data):
+    samples = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=6))
+    rollouts = [rollout(list(range(i, i + p)), list(range(50 + i, 50 + i + n))) for i, (p, n) in enumerate(samples)]
+    chosen = data.draw(st.lists(st.integers(0, len(samples) - 1), min_size=1, max_size=6))
+    whole = from_rollouts(rollouts)
+    whole = whole.with_(values=torch.arange(len(whole.tokens)).float())
+    part, alone = whole.select(chosen), from_rollouts([rollouts[i] for i in chosen])
+    for name in ("tokens", "cu_seqlens", "positions", "mask", "response", "sampling_logprobs"):
+        assert torch.equal(getattr(part, name), getattr(alone, name)), name
+    assert part.lengths == alone.lengths and torch.equal(part.mask, alone.mask)
+    starts = whole.cu_seqlens.tolist()
+    assert part.values is not None
+    assert part.values.tolist() == [t for i in chosen for t in range(starts[i], starts[i + 1])]
+
+
+def test_an_answer_without_tokens_is_refused_by_name():
+    with pytest.raises(ValueError, match="file:1.*0 tokens"):
+        from_rollouts([rollout([1], [])])
+
+
+def test_a_tensor_of_another_length_cannot_enter():
+    with pytest.raises(AssertionError, match="values"):
+        pack([[1, 2]]).with_(values=torch.zeros(3))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=24), st.integers(1, 5))
+def test_deal_gives_each_rank_equally_many_samples_once(lengths, parts):
+    lengths = lengths * parts
+    hands = deal(lengths, parts)
+    assert sorted(i for hand in hands for i in hand) == list(range(len(lengths)))
+    assert {len(hand) for hand in hands} == {len(lengths) // parts}
+
+
+def test_deal_balances_tokens():
+    lengths = [100, 1, 90, 2, 80, 3, 70, 4]
+    loads = [sum(lengths[i] for i in hand) for hand in deal(lengths, 2)]
+    assert max(loads) - min(loads) <= 10
+
+
+def test_where_samples_do_not_divide_some_ranks_hold_one_more():
+    chance = random.Random(0)
+    for count, parts in ((7, 2), (7, 3), (8, 3), (5, 4), (3, 3)):
+        lengths = [chance.randrange(1, 50) for _ in range(count)]
+        hands = deal(lengths, parts)
+        assert sorted(i for hand in hands for i in hand) == list(range(count))
+        assert sorted(map(len, hands)) == sorted(len(range(i, count, parts)) for i in range(parts))
+        axes = [Axis("dp", parts, rank, tuple(range(parts)), None) for rank in range(parts)]
+        cuts = [deal_micro_batches(range(count), lengths, axis, 1) for axis in axes]
+        assert [sorted(i for part in own for i in part) for own in cuts] == hands
+        assert all(part for own in cuts for part in own)
+    with pytest.raises(ValueError, match="2 samples are fewer than 3 data-parallel ranks"):
+        deal([4, 5], 3)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8), st.sampled_from([0, 50, 120]))
+def test_micro_batches_hold_every_sample_once_within_the_limit(lengths, size, max_tokens):
+    samples = list(range(0, len(lengths), 2))
+    cuts = micro_batches(samples, lengths, size, max_tokens)
+    assert sorted(i for cut in cuts for i in cut) == samples and all(cuts)
+    if max_tokens:
+        assert all(sum(lengths[i] for i in cut) <= max_tokens for cut in cuts)
+    else:
+        assert all(len(cut) <= size for cut in cuts) and len(cuts) == -(-len(samples) // size)
+
+
+def test_a_sample_beyond_the_token_budget_is_refused():
+    with pytest.raises(ValueError, match="51 tokens does not fit micro-batches of 50"):
+        micro_batches([0], [51], 1, 50)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([0, 50, 120]))
+def test_data_ranks_get_equally_many_micro_batches(lengths, parts, max_tokens):
+    lengths = [n for n in lengths for _ in range(parts)][::-1]
+    samples = list(range(len(lengths)))
+    dealt = [
+        deal_micro_batches(samples, lengths, Axis("dp", parts, rank, tuple(range(parts)), None), 3, max_tokens)
+        for rank in range(parts)
+    ]
+    assert len({len(cuts) for cuts in dealt}) == 1
+    assert sorted(i for cuts in dealt for cut in cuts for i in cut) == samples
+    for cut in (cut for cuts in dealt for cut in cuts):
+        assert cut and (sum(lengths[i] for i in cut) <= max_tokens if max_tokens else len(cut) <= 3)
+
+
+def one_sample(mask: torch.Tensor) -> Segments:
+    return Segments.of_lengths(torch.tensor([len(mask)]), mask)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.booleans()), min_size=1, max_size=40))
+def test_whitening_equals_its_float64_definition(entries):
+    x = torch.tensor([value for value, _ in entries])
+    mask = torch.tensor([keep for _, keep in entries])
+    kept = x[mask].double()
+    white = whiten(x, one_sample(mask))
+    assert white[~mask].abs().sum() == 0 and torch.isfinite(white).all()
+    if len(kept):
+        mean = sum(kept.tolist()) / len(kept)
+        variance = sum((value - mean) ** 2 for value in kept.tolist()) / len(kept)
+        expected = (kept - mean) / max(variance, 1e-8) ** 0.5
+        torch.testing.assert_close(white[mask].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_whitening_ignores_what_the_mask_hides():
+    x, mask = torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([True, False, True])
+    torch.testing.assert_close(whiten(x, one_sample(mask)), torch.tensor([-1.0, 0.0, 1.0]))

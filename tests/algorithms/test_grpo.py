@@ -1,0 +1,363 @@
+"""GRPO and its kin: two updates are the same in every layout and for every cut; groups, drawing, and the script."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+from scripts import AXES, agree, digests, kill_after, metrics, rewound, succeed, succeed_in_turn
+from tiny import VOCAB, assemble, tiny_chat_model, tiny_llama
+from trialign.algorithms.batch import Batch, Prompt, Rollout, after_prompts, pack
+from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, PromptData, RewardConfig
+from trialign.algorithms.config.grpo import RECIPES, GroupConfig, GRPOConfig, GRPORollout, GRPORun, check
+from trialign.algorithms.grpo import GroupRoles, score, step, update, with_advantages
+from trialign.algorithms.policy_step import plan, without
+from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.groups import GroupPool, make_groups
+from trialign.engine.mesh import build_mesh
+from trialign.engine.storage.checkpoint import Reader
+from trialign.models.config import ModelConfig
+from trialign.models.hf.table import hf_name
+
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+SCORES = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0, math.nan, 0.25, 0.25])
+# All that may lie across micro-batches: sequence ratios, sample means, a KL and an importance correction of answers.
+WHOLE = GroupConfig(
+    algorithm="gspo",
+    clip_low=0.1,
+    clip_high=0.1,
+    kl_in="loss",
+    kl_coef=0.1,
+    importance="sequence-mask",
+    importance_high=5.0,
+    entropy_coef=0.01,
+    micro_batch_size=3,
+    ema_decay=0.9,
+)
+
+
+def random_batch(seed: int) -> Batch:
+    """Eight answers of 2 to 13 tokens with a sampler's made-up logprobs."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 20, (8,), generator=generator).tolist()
+    samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    batch = pack(samples, after_prompts(lengths, [max(1, n // 3) for n in lengths]))
+    return batch.with_(sampling_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
+
+
+def config_of(knobs: GroupConfig) -> GRPOConfig:
+    return GRPOConfig(grpo=knobs, rollout=GRPORollout(max_new_tokens=16, samples_per_prompt=4))
+
+
+def two_updates(rank: int, world: int, folder: Path, layout: tuple[int, int, int], knobs: GroupConfig = WHOLE):
+    """Metrics of two batches, and gradients and weights put together from all ranks."""
+    tp, pp, dp = layout
+    mesh = build_mesh(tp=tp, pp=pp, dp=dp)
+    config, shape = config_of(knobs), ModelConfig.from_hf(folder)
+    model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
+    # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
+    settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, warmup_ratio=0.0)
+    actor = build_learner(model, settings, 8, ema_decay=knobs.ema_decay, temperature=0.8)
+    reference = (
+        Role(build_decoder(str(folder), shape, mesh, "float32"), 0.8) if config.choices.needs_reference else None
+    )
+    metrics = {}
+    for number in range(2):
+        batch = without(random_batch(number), SCORES)
+        epochs = plan(batch, knobs, mesh, seed=number)
+        shares = [share for minibatch in epochs[0] for share in minibatch.shares]
+        batch = score(batch, GroupRoles(actor, reference), config, shares)
+        batch, made = with_advantages(batch, SCORES, GROUPS, config)
+        made |= update(actor, batch, epochs, config)
+        metrics |= {f"{name}/{number}": value for name, value in made.items()}
+    for bucket in actor.optimizer.buckets:
+        bucket.states["grad"] = bucket.grads[bucket.mine]
+    entries = actor.optimizer.entries("actor", functools.partial(hf_name, config=shape, head="lm"))
+    return metrics, assemble(entries, mesh.world)
+
+
+MIXES = {
+    "sequence": WHOLE,
+    "token": dataclasses.replace(WHOLE, algorithm="dapo", importance="icepop", level="token", kl_in="reward"),
+}
+LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2)}
+
+
+def all_layouts(rank: int, world: int, folder: Path):
+    """Every layout of two ranks, for a whole answer's ratio and for tokens'; one of them for each recipe."""
+    cases = [(layout, kind, knobs) for layout in LAYOUTS for kind, knobs in MIXES.items()]
+    layouts = itertools.cycle(LAYOUTS)
+    cases += [(layout, name, recipe(name)) for layout, name in zip(layouts, RECIPES, strict=False)]
+    return {(layout, kind): two_updates(rank, world, folder, LAYOUTS[layout], knobs) for layout, kind, knobs in cases}
+
+
+def recipe(algorithm: str) -> GroupConfig:
+    return GroupConfig(algorithm=algorithm, micro_batch_size=3)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return {kind: two_updates(0, 1, folder, (1, 1, 1), knobs) for kind, knobs in MIXES.items()}
+
+
+def compare(got, expected, tolerance=1e-5):
+    """Within the relative tolerance: of each number for metrics, of the largest element for tensors."""
+    assert got[0].keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        assert got[0][name] == pytest.approx(value, rel=tolerance, abs=tolerance / 10), name
+    assert got[1].keys() == expected[1].keys()
+    for name, tensor in expected[1].items():
+        largest = tensor.abs().max().item()
+        torch.testing.assert_close(got[1][name], tensor, rtol=0, atol=tolerance * largest, msg=name)
+
+
+def test_layouts_equal_one_process(folder, alone):
+    expected = alone | {name: two_updates(0, 1, folder, (1, 1, 1), recipe(name)) for name in RECIPES}
+    for rank in run_ranks(all_layouts, 2, folder, timeout=200):
+        assert {kind for _, kind in rank} == expected.keys()
+        for (_, kind), got in rank.items():
+            compare(got, expected[kind])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch_size": 1}, {"micro_batch_size": 8}, {"micro_batch_tokens": 40}], ids=str
+)
+def test_micro_batches_do_not_matter(folder, alone, changes):
+    """With one sample a micro-batch, one of them has no targets: the answer without a score."""
+    compare(two_updates(0, 1, folder, (1, 1, 1), dataclasses.replace(WHOLE, **changes)), alone["sequence"])
+
+
+@pytest.mark.parametrize("algorithm", RECIPES)
+def test_every_algorithm_on_and_off_policy(folder, algorithm):
+    """The first ratio is exactly 1 (update raises otherwise), later ones are not, and the weights move."""
+    knobs = GroupConfig(algorithm=algorithm, minibatches=2, epochs=2, micro_batch_size=2)
+    metrics, _ = two_updates(0, 1, folder, (1, 1, 1), knobs)
+    assert metrics["ratio_min/0"] < 1 < metrics["ratio_max/0"] and metrics["grad_norm/1"] > 0
+    assert ("kl/0" in metrics) == (config_of(knobs).choices.kl_in != "off")
+    once, _ = two_updates(0, 1, folder, (1, 1, 1), GroupConfig(algorithm=algorithm))
+    assert once["ratio_min/0"] == once["ratio_max/0"] == 1
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("kl_in", ["score", "reward", "advantage", "loss"])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_new_tokens": 4}], ids=str)
+def test_the_kl_in_the_log_is_of_the_actor_s_own_logprobs(folder, cut, kl_in, epochs):
+    """Actor and reference are equal before the first step, whatever the sampler's logprobs (made up here) are."""
+    mesh, shape = build_mesh(), ModelConfig.from_hf(folder)
+    knobs = GroupConfig(algorithm="dapo", kl_in=kl_in, kl="k1", kl_coef=0.1, epochs=epochs, micro_batch_size=3)
+    config = dataclasses.replace(config_of(knobs), rollout=GRPORollout(max_new_tokens=16, **cut))
+    actor = build_learner(build_decoder(str(folder), shape, mesh, "float32", trained=True), OptimizerConfig(), 8)
+    reference = Role(build_decoder(str(folder), shape, mesh, "float32"))
+    batch = without(random_batch(0), SCORES)
+    minibatches = plan(batch, knobs, mesh, seed=0)
+    batch = score(batch, GroupRoles(actor, reference), config, minibatches[0][0].shares)
+    batch, metrics = with_advantages(batch, SCORES, GROUPS, config)
+    metrics |= update(actor, batch, minibatches, config)
+    assert metrics["kl"] == 0 and metrics["kl_per_token"] == 0
+    assert ("sampler_mismatch" in metrics) == (not cut)
+
+
+def advantages(scores: list[float], group: list[int], **knobs) -> list[float]:
+    """What each answer's tokens get; three tokens an answer."""
+    batch = pack([[1, 2, 3]] * len(scores)).with_(sampling_logprobs=torch.zeros(3 * len(scores)))
+    config = config_of(GroupConfig(**knobs))
+    made, _ = with_advantages(without(batch, torch.tensor(scores)), torch.tensor(scores), torch.tensor(group), config)
+    assert made.advantages is not None
+    assert torch.equal(made.advantages[1::3], made.advantages[2::3]) and not made.advantages[::3].any()
+    return made.advantages[1::3].tolist()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ("grpo", [1.5, -0.5, -0.5, -0.5]),
+        ("dapo", [1.5, -0.5, -0.5, -0.5]),
+        ("dr_grpo", [0.75, -0.25, -0.25, -0.25]),
+        ("rloo", [1.0, -1 / 3, -1 / 3, -1 / 3]),
+        ("reinforce++", [math.sqrt(3), *[-1 / math.sqrt(3)] * 3]),
+        ("reinforce++_baseline", [math.sqrt(3), *[-1 / math.sqrt(3)] * 3]),
+    ],
+)
+def test_the_winner_of_1_0_0_0(algorithm, expected):
+    assert advantages([1, 0, 0, 0], [0] * 4, algorithm=algorithm) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_answer_without_a_score_moves_no_baseline():
+    with_it = advantages([1.0, math.nan, 0.0, 0.5, 0.5], [0, 0, 0, 1, 1], algorithm="reinforce++_baseline")
+    without_it = advantages([1.0, 0.0, 0.5, 0.5], [0, 0, 1, 1], algorithm="reinforce++_baseline")
+    assert with_it[1] == 0 and [with_it[i] for i in (0, 2, 3, 4)] == without_it
+
+
+def test_a_kl_in_the_score_comes_before_the_baseline_and_in_the_reward_after_it():
+    batch = pack([[1, 2, 3]] * 2).with_(sampling_logprobs=torch.tensor([0, -1.0, -1.0, 0, -1.0, -1.0]))
+    batch = batch.with_(ref_logprobs=torch.tensor([0, -1.5, -1.5, 0, -1.0, -1.0]))  # d = 0.5 a token of the first
+    scores, group = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+    base = GroupConfig(algorithm="dr_grpo", kl="k1", kl_coef=0.2)
+    for where, expected in (("score", [0.4, 0.4, -0.4, -0.4]), ("reward", [0.3, 0.4, -0.5, -0.5])):
+        knobs = dataclasses.replace(base, **{"kl_in": where})
+        made, metrics = with_advantages(batch, scores, group, config_of(knobs))
+        assert made.advantages is not None and "kl" not in metrics  # the sampler's logprobs are not the actor's
+        assert made.advantages[made.mask].tolist() == pytest.approx(expected)
+
+
+def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
+    mesh, shape = build_mesh(), ModelConfig.from_hf(folder)
+    model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
+    actor = build_learner(model, OptimizerConfig(), 1)
+    batch = random_batch(0)
+    batch = batch.with_(logprobs=batch.sampling_logprobs, advantages=batch.spread(torch.ones(len(batch.response))))
+    with pytest.raises(RuntimeError, match="not at exactly 1"):
+        step(actor, [batch], len(batch.response), config_of(GroupConfig(algorithm="dapo")), first=True)
+
+
+def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:
+    """Answers with these rewards, four to a prompt."""
+    prompts = [Prompt((start + i) // 4, [1], "", source=f"p.jsonl:{(start + i) // 4}") for i in range(len(rewards))]
+    return [Rollout(prompt, [1] * (i + 1), [0.0] * (i + 1), "stop") for i, prompt in enumerate(prompts)]
+
+
+def test_groups_without_spread_are_drawn_again_until_there_are_enough():
+    config = config_of(GroupConfig(algorithm="dapo", overlong_buffer=0))
+    pool = GroupPool(3, True, 3)
+    assert pool.missing == 3
+    one = [1, 0, 0, 0, 1, 1, 1, 1, math.nan, 2, 2, 2]
+    pool.add(make_groups(drawn(one), one, one, config))
+    assert pool.missing == 2
+    two = [0.0] * 8
+    pool.add(make_groups(drawn(two, 12), two, two, config))
+    assert pool.missing == 2
+    three = [0.0] * 4 + [3, 3, 4, 4]
+    pool.add(make_groups(drawn(three, 20), three, three, config))
+    assert pool.missing == 0
+    groups, metrics = pool.take()
+    assert [group.scores for group in groups] == [[1, 0, 0, 0], [3, 3, 4, 4], [1, 1, 1, 1]]
+    assert metrics == {"groups_with_spread": 2 / 7, "draws": 3, "groups_filled": 1}
+
+
+@pytest.mark.parametrize("left_out", [0, 3, 4, 7])
+def test_a_group_of_another_size_is_refused_by_its_row(left_out):
+    config = config_of(GroupConfig(algorithm="dapo", overlong_buffer=0))
+    rollouts = drawn([0.0, 1.0] * 4)
+    del rollouts[left_out]
+    message = rf"p.jsonl:{left_out // 4}: 3 answers, but rollout.samples_per_prompt=4 in every group"
+    with pytest.raises(ValueError, match=message):
+        make_groups(rollouts, [0.0] * 7, [0.0] * 7, config)
+
+
+def test_long_answers_pay_and_their_spread_is_judged_before():
+    config = dataclasses.replace(
+        config_of(GroupConfig(algorithm="dapo", overlong_buffer=2, overlong_penalty=0.5)),
+        rollout=GRPORollout(max_new_tokens=4, samples_per_prompt=4),
+    )
+    (group,) = make_groups(drawn([1.0] * 4), [1.0] * 4, [1.0] * 4, config)
+    assert group.rewards == [1.0, 1.0, 0.75, 0.5] and not group.has_spread
+
+
+GIVEN = {
+    "model": ModelPaths("m"),
+    "data": PromptData(("p.jsonl",)),
+    "reward": RewardConfig(functions=("a:b",)),
+}
+REFUSED = {
+    "one answer": ({"rollout": GRPORollout(samples_per_prompt=1)}, 1, "samples_per_prompt=1: grpo.algorithm=grpo"),
+    "minibatches": ({"grpo": GroupConfig(minibatches=3)}, 1, "256 samples do not divide by grpo.minibatches=3"),
+    "ranks": ({"run": GRPORun(prompts_per_step=1)}, 3, "do not divide by dp=3"),
+    "clip": ({"grpo": GroupConfig(clip_low=1.0)}, 1, "grpo.clip_low=1.0: must be below 1"),
+    "bounds": ({"grpo": GroupConfig(importance_low=3.0)}, 1, "importance_low=3.0 is above importance_high=2.0"),
+    "buffer": ({"grpo": GroupConfig(overlong_buffer=2000)}, 1, "overlong_buffer=2000 is more than"),
+    "budget": ({"grpo": GroupConfig(micro_batch_tokens=99)}, 1, "micro_batch_tokens=99 is less than"),
+    "no reward": ({"reward": RewardConfig()}, 1, "no reward: give"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case):
+    changes, world, message = REFUSED[case]
+    with pytest.raises(ValueError) as error:
+        check(GRPOConfig(**(GIVEN | changes)), world)
+    assert message in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    tiny_chat_model(folder / "model")
+    rows = [{"prompt": f"say {i} words", "goal": i % 7} for i in range(20)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(
+        "def length(prompts, completions, goal, **fields):\n"
+        "    if 'say 13 words' in prompts and len(prompts) == 1: raise ValueError('thirteen')\n"
+        "    if 'say 13 words' in prompts: raise ValueError('thirteen among others')\n"
+        "    return [-abs(len(c) // 3 - g) / 10 for c, g in zip(completions, goal)]\n"
+    )
+    (folder / "config.toml").write_text(f"""
+[model]
+path = "{folder}/model"
+dtype = "float32"
+[data]
+sources = ["{folder}/prompts.jsonl"]
+max_prompt_tokens = 96
+[rollout]
+max_new_tokens = 8
+samples_per_prompt = 2
+[reward]
+functions = ["{folder}/reward.py:length"]
+normalise = true
+on_failure = "abstain"
+[optimizer]
+lr = 1e-3
+eps = 1e-5
+[grpo]
+algorithm = "dapo"
+kl_in = "loss"
+kl_coef = 0.01
+minibatches = 2
+micro_batch_size = 2
+[run]
+steps = 6
+prompts_per_step = 4
+save_every = 1
+show = 1
+log = []
+""")
+    return folder
+
+
+def test_killed_and_resumed_on_other_ranks_it_ends_the_same_and_its_export_loads(setting, tmp_path):
+    """The run that nothing interrupts; one that is killed and goes on alone, bit for bit; and on from its fourth step
+    in every layout of two ranks."""
+    config = f"{setting}/config.toml"
+    said = succeed("grpo", "--config", config, "--run.output", str(tmp_path / "whole"))
+    assert "stop tokens: </s> (2)" in said and "abstains: reward function" in said and "thirteen" in said
+    steps = metrics(tmp_path / "whole")
+    assert any(step.get("abstained") == 2 for step in steps) and all(step["draws"] >= 1 for step in steps)
+
+    killed = tmp_path / "killed"
+    kill_after("checkpoints/step_2", killed, "grpo", "--config", config, "--run.output", str(killed), "--run.keep", "6")
+    assert not (killed / "checkpoints" / "step_6").exists(), "killed too late to show anything"
+    succeed("grpo", "--resume", str(killed))
+    assert digests(killed, 6) == digests(tmp_path / "whole", 6) and metrics(killed) == steps
+
+    from transformers import AutoModelForCausalLM
+
+    master = Reader(tmp_path / "whole" / "checkpoints" / "step_6")
+    start = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(killed / "model", dtype=torch.float32)
+    for (name, weight), before in zip(model.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(weight, master.read(f"actor/master/{name}")) and not torch.equal(weight, before), name
+
+    folders = {axis: rewound(killed, tmp_path / axis, 4) for axis in AXES}
+    succeed_in_turn([("grpo", "--resume", folders[axis], f"--parallel.{axis}", 2) for axis in AXES])
+    for folder in folders.values():
+        agree(folder, tmp_path / "whole", 6)

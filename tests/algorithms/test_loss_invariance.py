@@ -1,0 +1,108 @@
+"""No loss and no gradient depends on micro-batches, packing, padding, order or layout: a property of every one."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from losses import KINDS, LONGEST, Draw, Models, run
+from preferences import answer
+from tiny import VOCAB, tiny_llama
+from tiny_moe import tiny_mixtral
+from trialign.algorithms.batch import micro_batches
+from trialign.algorithms.data.dialogues import pack_samples
+from trialign.algorithms.dpo import answer_sums
+
+LAYOUTS = {"tp": (2, 1, 1), "pp": (1, 2, 1), "dp": (1, 1, 2)}
+# One of every way to come by a loss: what a row is, which passes there are, what lies across the tokens of a sample.
+IN_LAYOUTS = [
+    *("sft", "pretrain", "reward", "process", "kto", "router", "dpo, nll", "ipo, mean", "hinge", "ppo, ptx"),
+    *("ppo, sample-mean", "grpo, k3 in the loss", "rloo, sequence-sum", "reinforce++", "gspo", "cispo"),
+    *("dapo, sequence-mask", "dr_grpo"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "lm": tiny_llama(root / "lm", num_hidden_layers=2),
+        "reference": tiny_llama(root / "reference", seed=1, num_hidden_layers=2),
+        "score": tiny_llama(root / "score", score=True, num_hidden_layers=2),
+        "mixture": tiny_mixtral(root / "mixture"),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(folders) -> Models:
+    return Models(folders)
+
+
+def drawn(data: st.DataObject, counts: tuple[int, ...]) -> tuple[Draw, Draw]:
+    """A batch in one micro-batch, and the same in another order, cut and padded."""
+    count, seed = data.draw(st.sampled_from(counts)), data.draw(st.integers(0, 999))
+    whole = Draw(seed, tuple(range(count)), count)
+    return whole, replace(
+        whole,
+        order=tuple(data.draw(st.permutations(range(count)))),
+        size=data.draw(st.integers(1, count)),
+        tokens=data.draw(st.sampled_from((0, LONGEST, 100))),
+        behind=data.draw(st.integers(0, 3)),
+    )
+
+
+def compare(kind: str, got, expected) -> None:
+    assert len(got) == len(expected)
+    for (losses, gradient), (whole, own) in zip(got, expected, strict=True):
+        assert losses == pytest.approx(whole, rel=1e-5, abs=2e-6), kind
+        largest = max(tensor.abs().max().item() for tensor in own.values())
+        assert largest > 1e-4, f"{kind} learns nothing from this batch"
+        assert gradient.keys() == own.keys()
+        for name, tensor in own.items():
+            torch.testing.assert_close(gradient[name], tensor, rtol=0, atol=1e-5 * largest, msg=f"{kind}: {name}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_the_batch_s_own(alone, kind):
+    @settings(max_examples=5, deadline=None, database=None)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        whole, cut = drawn(data, (2, 4, 6))
+        compare(kind, run(alone, kind, cut), run(alone, kind, whole))
+
+    check()
+
+
+def in_layouts(rank: int, world: int, folders: dict[str, Path], chosen: dict[str, str], draw: Draw):
+    """Each kind in its layout."""
+    models = {name: Models(folders, LAYOUTS[name]) for name in LAYOUTS}
+    return {kind: run(models[layout], kind, draw) for kind, layout in chosen.items()}
+
+
+@settings(max_examples=3, deadline=None, database=None)
+@given(st.data())
+def test_losses_and_gradients_are_those_of_any_layout(folders, alone, data):
+    whole, cut = drawn(data, (2, 4, 6))
+    chosen = {kind: data.draw(st.sampled_from(list(LAYOUTS))) for kind in IN_LAYOUTS}
+    expected = {kind: run(alone, kind, whole) for kind in IN_LAYOUTS}
+    for got in run_ranks(in_layouts, 2, folders, chosen, cut, timeout=120):
+        for kind in IN_LAYOUTS:
+            compare(f"{kind} in {chosen[kind]}=2", got[kind], expected[kind])
+
+
+def test_a_sample_s_log_probability_is_its_own_beside_any_others(alone):
+    """Packed with others, padded by none: attention stays within a sample."""
+    chance = random.Random(0)
+    samples = [answer([chance.randrange(3, VOCAB) for _ in range(4)], chance) for _ in range(5)]
+    batch = pack_samples(samples)
+    one_by_one = alone.lm.logprobs(batch, [[i] for i in range(5)])
+    packed = alone.lm.logprobs(batch, micro_batches(range(5), batch.lengths, 5))
+    torch.testing.assert_close(packed, one_by_one, rtol=1e-5, atol=1e-6)
+    sums = answer_sums(batch, packed[batch.response])
+    for i, sample in enumerate(samples):
+        single = pack_samples([sample])
+        torch.testing.assert_close(alone.lm.logprobs(single, [[0]]).sum(), sums[i], rtol=1e-5, atol=1e-5)

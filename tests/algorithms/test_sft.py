@@ -1,0 +1,156 @@
+"""SFT's update against transformers, in every layout and for every cut of the batch."""
+
+import functools
+import json
+import random
+from array import array
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+from tiny import VOCAB, assemble, tiny_llama
+from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
+from trialign.algorithms.config.sft import SFTData
+from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
+from trialign.algorithms.data.dialogues import Sample, pack_samples
+from trialign.algorithms.micro_batch import plan
+from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.sft import held_out_loss, sft_step
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig
+from trialign.models.hf.table import hf_name, stop_ids
+
+LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2)]  # tp, pp, dp
+UPDATE = UpdateConfig(batch_size=8, micro_batch_size=4)
+
+
+def rows(seed: int) -> list[Sample]:
+    """Eight rows of 4 to 24 tokens with one to three stretches of targets; one has but a single target."""
+    chance = random.Random(seed)
+    made = []
+    for i in range(8):
+        tokens = [chance.randrange(3, VOCAB) for _ in range(chance.randrange(4, 24))]
+        mask = [0, *(chance.random() < 0.5 for _ in tokens[1:-1]), 1]
+        made.append(Sample(array("i", tokens), bytes(mask) if i else bytes(len(tokens) - 1) + b"\1", "", f"rows:{i}"))
+    return made
+
+
+def two_steps(
+    rank: int,
+    world: int,
+    folder: Path,
+    layout: tuple[int, int, int],
+    update: UpdateConfig = UPDATE,
+    recompute: bool = False,
+    backwards: bool = False,
+):
+    """Two steps and a look at other rows; metrics, and gradients and weights put together from all ranks."""
+    tp, pp, dp = layout
+    mesh = build_mesh(tp=tp, pp=pp, dp=dp)
+    shape = ModelConfig.from_hf(folder)
+    model = build_decoder(str(folder), shape, mesh, "float32", trained=True, recompute=recompute)
+    # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
+    settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
+    learner = build_learner(model, settings, 4, ema_decay=0.9)
+    metrics = {}
+    for step in range(2):
+        samples = rows(step)[:: -1 if backwards else 1]
+        batch = pack_samples(samples)
+        metrics |= {f"{name}/{step}": v for name, v in sft_step(learner, batch, plan(batch, update, mesh)).items()}
+    metrics["held out"] = held_out_loss(learner, pack_samples(rows(9)[:5]), update)  # 5 rows, whatever dp is
+    for bucket in learner.optimizer.buckets:
+        bucket.states["grad"] = bucket.grads[bucket.mine]
+    entries = learner.optimizer.entries("actor", functools.partial(hf_name, config=shape, head="lm"))
+    return metrics, assemble(entries, mesh.world)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return two_steps(0, 1, folder, (1, 1, 1))
+
+
+def compare(got, expected, tolerance=1e-5):
+    """Within the relative tolerance: of each number for metrics, of the largest element for tensors."""
+    assert got[0] == pytest.approx(expected[0], rel=tolerance)
+    assert got[1].keys() == expected[1].keys()
+    for name, tensor in expected[1].items():
+        largest = tensor.abs().max().item()
+        torch.testing.assert_close(got[1][name], tensor, rtol=0, atol=tolerance * largest, msg=name)
+
+
+def test_the_loss_is_transformers_over_all_targets_of_the_batch(folder, alone):
+    """One sample after the other, without packing; gradients as autograd gives them."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    samples = rows(0)
+    targets = sum(sample.targets for sample in samples)
+    total = torch.tensor(0.0)
+    for sample in samples:
+        tokens = torch.tensor(sample.tokens.tolist())[None]
+        labels = torch.where(torch.tensor(list(sample.mask)).bool(), tokens, -100)
+        loss = model(input_ids=tokens, labels=labels, num_items_in_batch=targets).loss
+        loss.backward()
+        total += loss.detach()
+    assert alone[0]["loss/0"] == pytest.approx(total.item(), rel=1e-6)
+    assert alone[0]["target_tokens/0"] == targets
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+    assert alone[0]["grad_norm/0"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout))
+def test_layouts_equal_one_process(folder, alone, layout):
+    for got in run_ranks(two_steps, layout[0] * layout[1] * layout[2], folder, layout, timeout=120):
+        compare(got, alone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "recompute", "backwards"),
+    [
+        ({"micro_batch_size": 1}, False, False),
+        ({"micro_batch_size": 3}, False, True),
+        ({"micro_batch_tokens": 30}, False, False),
+        ({"micro_batch_tokens": 1000}, False, True),
+        ({}, True, False),
+    ],
+    ids=["one by one", "by threes, backwards", "small budget", "all at once, backwards", "recomputed"],
+)
+def test_cut_order_and_recomputation_do_not_matter(folder, alone, changes, recompute, backwards):
+    compare(two_steps(0, 1, folder, (1, 1, 1), replace(UPDATE, **changes), recompute, backwards), alone)
+
+
+def test_two_data_ranks_by_a_token_budget(folder, alone):
+    update = replace(UPDATE, micro_batch_tokens=30)
+    for got in run_ranks(two_steps, 2, folder, (1, 1, 2), update, timeout=120):
+        compare(got, alone)
+
+
+def test_smollm2_s_first_loss_is_transformers(smollm2, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = [("What is 2 + 3?", "2 + 3 = 5."), ("Name a colour.", "Blue is a colour, and so is green.")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in text))
+    shape, tokenizer = ModelConfig.from_hf(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    data = DialogueDataset(SFTData(sources=(str(path),)), tokenizer, stop_ids(smollm2, shape, tokenizer))
+    samples = joined(data.next(2))
+    batch = pack_samples(samples)
+    mesh = build_mesh()
+    model = build_decoder(str(smollm2), shape, mesh, "float32", trained=True)
+    learner = build_learner(model, OptimizerConfig(lr=0.0), 1)
+    metrics = sft_step(learner, batch, plan(batch, UpdateConfig(batch_size=2), mesh))
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    total = 0.0
+    for sample in samples:
+        tokens = torch.tensor(sample.tokens.tolist())[None]
+        labels = torch.where(torch.tensor(list(sample.mask)).bool(), tokens, -100)
+        with torch.no_grad():
+            total += theirs(input_ids=tokens, labels=labels, num_items_in_batch=len(batch.response)).loss.item()
+    assert abs(metrics["loss"] - total) < 1e-4

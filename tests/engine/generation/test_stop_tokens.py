@@ -1,0 +1,56 @@
+"""The tokens that end an answer: where a run finds them, what it says of them, and what it takes off the text."""
+
+import json
+from typing import Any
+
+from scripts import options, succeed
+from tiny import tiny_chat_model
+from trialign.algorithms.batch import Prompt, Rollout
+from trialign.algorithms.roles.build import build_decoder
+from trialign.algorithms.rollout.sync import stop_tokens, texts_of
+from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig
+from trialign.models.hf.tokenizer import read_tokenizer
+
+
+def test_the_token_that_ended_an_answer_is_no_part_of_its_text(tmp_path):
+    tokenizer = read_tokenizer(tiny_chat_model(tmp_path))
+    ids: Any = tokenizer.vocab
+    h, i, end = (ids[letter] for letter in "hi!")  # an end that is no special token
+    prompt = Prompt(0, [1], "p")
+    rollouts = [
+        Rollout(prompt, [h, i, end], [0.0] * 3, "stop"),
+        Rollout(prompt, [h, i, end], [0.0] * 3, "length"),
+        Rollout(prompt, [h, 2, i, 2], [0.0] * 4, "stop"),
+        Rollout(prompt, [end], [0.0], "stop"),
+    ]
+    assert texts_of(rollouts, tokenizer) == ["hi", "hi!", "hi", ""]
+    assert stop_tokens((2, end), tokenizer) == f"stop tokens: </s> (2), ! ({end})"
+    assert stop_tokens((), tokenizer) == "stop tokens: none, so every answer is cut"
+
+
+def test_an_evaluation_stops_at_the_tokenizer_s_own_end_of_sequence(tmp_path):
+    """No config names it: neither config.json nor generation_config.json has any."""
+    model, tokenizer = tmp_path / "model", read_tokenizer(tiny_chat_model(tmp_path / "model", tied=False))
+    prompt = tokenizer("<s>user: say</s><s>assistant: ", add_special_tokens=False)["input_ids"]
+    shape = ModelConfig.from_hf(model)
+    decoder = build_decoder(str(model), shape, build_mesh(), "float32")
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=8)
+    (answer,) = Generator(decoder, decoder.mesh).generate([prompt], [0], greedy)
+    length = next(n for n in range(1, 8) if answer.tokens[n] not in answer.tokens[:n])  # met there for the first time
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(answer.tokens[length])
+    tokenizer.save_pretrained(model)
+    values = json.loads((model / "config.json").read_text()) | {"eos_token_id": None}
+    (model / "config.json").write_text(json.dumps(values))
+    (model / "generation_config.json").unlink()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "say"}\n')
+    given = options(
+        model_path=model, model_dtype="float32", data_sources=tmp_path / "p.jsonl", run_output=tmp_path / "run",
+        data_max_prompt_tokens=96, rollout_temperature=1e-4, rollout_max_new_tokens=8,
+    )  # fmt: skip
+    said = succeed("evaluate", *given)
+    assert f"stop tokens: {tokenizer.eos_token} ({answer.tokens[length]})" in said
+    (line,) = map(json.loads, (tmp_path / "run" / "completions.jsonl").read_text().splitlines())
+    assert (line["finish"], line["tokens"]) == ("stop", length + 1)
+    assert line["completion"] == tokenizer.decode(answer.tokens[:length], skip_special_tokens=True)

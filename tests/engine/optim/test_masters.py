@@ -1,0 +1,141 @@
+"""bf16 runs begin from masters with every digit of their folder, in every layout; weights are these, rounded."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from peft_case import peft_model, save_peft
+from safetensors.torch import load_file, save_file
+from scripts import options, succeed
+from tiny import assemble, tiny_chat_model, tiny_llama
+from tiny_moe import tiny_mixtral
+from torch import Tensor
+from trialign.algorithms.config.common import LoRAConfig, OptimizerConfig
+from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.engine.mesh import build_mesh
+from trialign.engine.optim import adamw as optimizer
+from trialign.engine.parallel.lora import LoRA
+from trialign.engine.storage.checkpoint import Reader
+from trialign.models.config import ModelConfig
+from trialign.models.decoder import Decoder
+from trialign.models.lora import trained_name
+
+Case = tuple[Path, dict[str, Any]]  # a folder, and what is built of it
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict[str, Case]:
+    root = tmp_path_factory.mktemp("masters")
+    tied, lora = tiny_llama(root / "tied"), LoRA(4, 8.0, ("q", "down"))
+    adapter = save_peft(peft_model(tied, lora), root / "adapter")
+    section = {"rank": 4, "alpha": 8.0, "targets": lora.targets}
+    return {
+        "tied": (tied, {}),
+        "untied": (tiny_llama(root / "untied", tied=False), {}),
+        "a new critic": (tied, {"head": "score"}),
+        "a reward model": (tiny_llama(root / "score", score=True), {"head": "score"}),
+        "new adapters": (tied, {"lora": LoRAConfig(**section)}),
+        "adapters of a folder": (tied, {"lora": LoRAConfig(**section, adapter=str(adapter))}),
+        "experts": (tiny_mixtral(root / "moe"), {}),
+    }
+
+
+def started(case: Case, dtype: str, **sizes: Any) -> dict[str, Tensor]:
+    """Whole states, and the weights, after a step at a learning rate of 0."""
+    (folder, given), mesh = case, build_mesh(**sizes)
+    model = build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, dtype, trained=True, **given)
+    learner = build_learner(model, OptimizerConfig(lr=0.0, weight_decay=0.1), 1, ema_decay=0.5)
+    weights = [bucket.weights.clone() for bucket in learner.optimizer.buckets]
+    for bucket in learner.optimizer.buckets:
+        bucket.grads.fill_(1.0)
+        bucket.fresh.clear()
+    learner.optimizer.step(0.0)
+    for bucket, before in zip(learner.optimizer.buckets, weights, strict=True):
+        assert torch.equal(bucket.weights, before)  # what is computed with from the first forward on
+        bucket.states["weight"] = bucket.weights[bucket.mine]
+    return whole(model, learner.optimizer, mesh)
+
+
+def whole(model: Decoder, adamw: optimizer.ShardedAdamW, mesh: Any) -> dict[str, Tensor]:
+    return assemble(adamw.entries("r", partial(trained_name, config=model.config, head=model.kind)), mesh.world)
+
+
+def all_cases(rank: int, world: int, cases: dict[str, Case]) -> dict[str, dict[str, Tensor]]:
+    """Each case in a layout of its own; a mixture's experts are spread."""
+    optimizer.REFINED_ELEMENTS = 100
+    layouts = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"dp": 2, "ep": 2}]
+    return {
+        name: started(case, "bfloat16", **sizes) for (name, case), sizes in zip(cases.items(), layouts, strict=True)
+    }
+
+
+def check(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The states of a bf16 run against those of a float32 one."""
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        kind = name.split("/")[1]
+        theirs = expected[name.replace("/weight/", "/master/")]
+        if kind in ("master", "ema", "weight"):
+            assert torch.equal(tensor, theirs.bfloat16() if kind == "weight" else theirs), name
+
+
+def test_masters_have_the_digits_of_the_folder_in_every_layout(cases):
+    expected = {name: started(case, "float32") for name, case in cases.items()}
+    folder, _ = cases["untied"]
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(expected["untied"][f"r/master/{name}"], tensor), name
+        assert not torch.equal(tensor, tensor.bfloat16().float()) or tensor.dim() == 1, (
+            name
+        )  # there is something to lose
+    for name, case in cases.items():
+        check(started(case, "bfloat16"), expected[name])
+    for rank in run_ranks(all_cases, 2, cases, timeout=120, fresh=True):
+        for name, got in rank.items():
+            check(got, expected[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+def test_masters_of_other_types_of_folders(cases, tmp_path, dtype):
+    """float64 rounds by way of float32, as the masters do."""
+    folder, tensors = cases["untied"][0], load_file(cases["untied"][0] / "model.safetensors")
+    tensors = {name: tensor.to(dtype) * (1 + 1e-9) for name, tensor in tensors.items()}
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    got = started((tmp_path, {}), "bfloat16")
+    for name, tensor in tensors.items():
+        assert torch.equal(got[f"r/master/{name}"], tensor.float()), name
+        assert torch.equal(got[f"r/weight/{name}"], tensor.float().bfloat16()), name
+
+
+def test_a_weight_that_was_changed_after_it_was_read_keeps_its_own_master(cases):
+    folder, mesh = cases["tied"][0], build_mesh()
+    model = build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, "bfloat16", trained=True)
+    changed = model.get_parameter("norm.weight")
+    changed.data[:5] += 1
+    learner = build_learner(model, OptimizerConfig(), 1)
+    masters = whole(model, learner.optimizer, mesh)
+    assert torch.equal(masters["r/master/model.norm.weight"][:5], changed.data[:5].float())
+
+
+def test_a_run_that_learns_nothing_ends_with_the_folder_s_own_numbers(tmp_path):
+    """Through the script, its checkpoint, and a run in float32 from there."""
+    model = tiny_chat_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say", "response": "hi"}\n' * 4)
+    given = options(
+        data_sources=tmp_path / "rows.jsonl", data_max_tokens=64, update_batch_size=2, run_steps=1, run_show=0,
+        optimizer_lr=0,
+    )  # fmt: skip
+    run = tmp_path / "run"
+    succeed("sft", *given, *options(model_path=model, model_dtype="bfloat16", run_output=run))
+    reader = Reader(run / "checkpoints" / "step_1")
+    for name, tensor in load_file(model / "model.safetensors").items():
+        assert torch.equal(reader.read(f"actor/master/{name}"), tensor), name
+    shape = ModelConfig.from_hf(reader.path)
+    again = build_decoder(str(reader.path), shape, build_mesh(), "bfloat16", trained=True)
+    masters = whole(again, build_learner(again, OptimizerConfig(), 1).optimizer, again.mesh)
+    for name, tensor in load_file(model / "model.safetensors").items():
+        assert torch.equal(masters[f"r/master/{name}"], tensor), name

@@ -1,0 +1,140 @@
+"""Expert parallelism below the model: the mesh's axes, rows to their experts and back, and the optimizer's buckets."""
+
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from tiny import assemble
+from torch import Tensor, nn
+from trialign.engine.mesh import build_mesh, check_layout
+from trialign.engine.optim.adamw import ShardedAdamW
+from trialign.engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
+from trialign.engine.parallel.tensor import sharded_parameter, whole
+from trialign.kernels.moe import sort_by_expert
+
+EXPERTS, HIDDEN = 4, 6
+
+
+def axes(rank: int, world: int, sizes: dict[str, Any]):
+    mesh = build_mesh(**sizes)
+    return {name: getattr(mesh, name).ranks for name in ("pp", "dp", "edp", "ep", "tp")}, str(mesh)
+
+
+def test_ep_is_the_inner_part_of_dp():
+    results = run_ranks(axes, 8, {"tp": 2, "ep": 2})
+    assert results[3][0] == {"pp": (3,), "dp": (1, 3, 5, 7), "edp": (3, 7), "ep": (1, 3), "tp": (2, 3)}
+    assert results[4][0] == {"pp": (4,), "dp": (0, 2, 4, 6), "edp": (0, 4), "ep": (4, 6), "tp": (4, 5)}
+    assert results[0][1] == "dp=4 ep=2 pp=1 tp=2 on cpu"
+
+
+def test_without_ep_experts_are_reduced_over_dp():
+    for names, text in run_ranks(axes, 4, {"pp": 2}):
+        assert names["edp"] == names["dp"] and len(names["ep"]) == 1
+        assert text == "dp=2 pp=2 tp=1 on cpu"
+
+
+def test_layouts_that_are_refused():
+    assert check_layout(8, tp=2, pp=1, ep=4) == 4
+    with pytest.raises(ValueError, match=r"parallel\.ep=3: .* dp=4; allowed: 1, 2, 4"):
+        check_layout(8, tp=2, pp=1, ep=3)
+    with pytest.raises(ValueError, match=r"parallel\.ep=0: must be at least 1"):
+        check_layout(8, tp=2, pp=1, ep=0)
+
+
+def choices(case: str, rows: int, rank: int) -> Tensor:
+    """[rows, 2] experts each row goes to."""
+    if case == "none here":
+        rows = rows if rank else 0
+    if case == "one expert":
+        return torch.full((rows, 2), 3)
+    return torch.randint(EXPERTS, (rows, 2), generator=torch.Generator().manual_seed(rank))
+
+
+def travel(rank: int, world: int, case: str, dtype: torch.dtype):
+    """Rows go to their experts, are multiplied by 10^expert there, and come back."""
+    mesh = build_mesh(ep=world)
+    order, offsets = sort_by_expert(choices(case, 5, rank), EXPERTS)
+    rows = (torch.arange(len(order) * HIDDEN).view(-1, HIDDEN) + 1000.0 * rank).to(dtype).requires_grad_()
+    way = Dispatch(offsets, mesh.ep)
+    here = to_experts(rows, way)
+    local = EXPERTS // world
+    scale = 10.0 ** torch.arange(rank * local, (rank + 1) * local).repeat_interleave(way.offsets.diff())
+    out = from_experts(here * scale[:, None].to(dtype), way)
+    out.backward(torch.ones_like(out) * (rank + 1))
+    counts = offsets.diff()
+    expected = 10.0 ** torch.arange(EXPERTS).repeat_interleave(counts)[:, None]
+    assert torch.equal(out, rows * expected.to(dtype))
+    assert rows.grad is not None
+    assert torch.equal(rows.grad, ((rank + 1) * expected).expand_as(rows).to(dtype))
+    return way.offsets.diff().tolist(), counts.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["spread", "one expert", "none here"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_rows_reach_their_experts_and_return(world, case, dtype):
+    results = run_ranks(travel, world, case, dtype)
+    arrived = [count for here, _ in results for count in here]
+    assert arrived == torch.tensor([sent for _, sent in results]).sum(0).tolist()
+
+
+class Net(nn.Module):
+    """One matrix that all ranks hold and two for each expert."""
+
+    def __init__(self, mesh):
+        super().__init__()
+        self.all = nn.Linear(1, 1, bias=False)
+        self.all.weight = sharded_parameter(whole(3, HIDDEN), dtype=torch.float32, device=mesh.device)
+        self.experts = ExpertLinear(EXPERTS, HIDDEN, {"a": 4, "b": 2}, 0, mesh, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        wholes = {"": torch.randn(3, HIDDEN, generator=generator)}
+        for e in range(EXPERTS):
+            for part, out in (("a", 4), ("b", 2)):
+                wholes[f"{e}.{part}"] = torch.randn(out, HIDDEN, generator=generator)
+        for p in self.parameters():
+            p.data.copy_(torch.cat([wholes[piece.part][_slices(piece)] for piece in p.shard.pieces]))  # pyright: ignore
+
+
+def _slices(piece) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+
+
+def steps(rank: int, world: int, sizes: dict[str, Any], frozen: bool = False):
+    """Two optimizer steps on a loss that is a sum over eight rows, dealt to the data ranks; whole states, norms."""
+    mesh = build_mesh(**sizes)
+    net = Net(mesh)
+    net.all.weight.requires_grad_(not frozen)
+    optimizer = ShardedAdamW(net, mesh, weight_decay=0.1, max_grad_norm=0.5, eps=1e-5, ema_decay=0.5)
+    norms = []
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, HIDDEN, generator=generator).chunk(mesh.dp.size)[mesh.dp.rank]
+        experts = torch.randint(EXPERTS - 1, (8, 1), generator=generator).chunk(mesh.dp.size)[mesh.dp.rank]
+        order, offsets = sort_by_expert(experts, EXPERTS)
+        way = Dispatch(offsets, mesh.ep)
+        optimizer.expect_last_backward()
+        out = net.experts(to_experts(x[order], way), way.offsets)  # [rows here, 6/tp]: the loss is a sum over it
+        shared = (x @ net.all.weight.t()).square().sum()
+        (out.sin().sum() + shared).backward()
+        norms.append(optimizer.step(0.05))
+    return assemble(optimizer.entries("net", lambda name, part: f"{name}:{part}"), mesh.world), norms
+
+
+LAYOUTS = [{"ep": 2}, {"ep": 4}, {"dp": 4, "ep": 2}, {"dp": 4}, {"tp": 2, "ep": 2}, {"tp": 2, "dp": 4, "ep": 2}]
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_optimizer_steps_equal_one_process(sizes):
+    expected, norms = steps(0, 1, {})
+    world = sizes.get("tp", 1) * sizes.get("dp", sizes.get("ep", 1))
+    for got, theirs in run_ranks(steps, world, sizes):
+        assert theirs == pytest.approx(norms, rel=1e-6)
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_what_is_frozen_is_not_the_optimizers():
+    for got, _ in run_ranks(steps, 2, {"ep": 2}, True):
+        assert len(got) == 4 * 2 * EXPERTS and not any("all.weight" in name for name in got)

@@ -1,0 +1,435 @@
+"""Checkpoints: any layout from any other, damage found, nothing half written, whatever happens and wherever."""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+from tiny import mesh_of
+from torch import Tensor
+from trialign.engine.mesh import Mesh, build_mesh
+from trialign.engine.optim import adamw as optimizer
+from trialign.engine.optim.adamw import ShardedAdamW
+from trialign.engine.storage.checkpoint import Entry, Reader, flat_rectangles, latest, load, save
+from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.decoder import Decoder
+from trialign.models.hf.table import hf_name, hf_shapes
+
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=25,
+    hidden_size=12,
+    ffn_size=20,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    max_positions=64,
+    tie_embeddings=True,
+)
+ROLES: list[tuple[str, HeadKind]] = [("actor", "lm"), ("critic", "score")]
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+LAYOUTS: list[tuple[int, int, int]] = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 2, 1),
+    (1, 1, 3),
+    (2, 2, 2),
+    (2, 4, 1),
+    (1, 4, 5),
+    (2, 1, 7),
+    (3, 1, 2),
+]  # tp, pp, dp
+
+
+def entries_of(mesh: Mesh) -> list[Entry]:
+    """What one rank's optimizers of actor and critic hold."""
+    entries = []
+    for role, head in ROLES:
+        model = Decoder(CONFIG, mesh, dtype=torch.float32, head=head)
+        adam = ShardedAdamW(model, mesh, tied=model.tied_parameter(), ema_decay=0.9)
+        entries += adam.entries(role, partial(hf_name, config=CONFIG, head=head))
+    return entries
+
+
+def unique_numbers() -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, no number twice, all exact in fp32."""
+    wholes, begin = {}, 1
+    for role, head in ROLES:
+        for kind in KINDS:
+            for name, shape in hf_shapes(CONFIG, head).items():
+                wholes[f"{role}/{kind}/{name}"] = torch.arange(begin, begin + math.prod(shape)).view(shape).float()
+                begin += math.prod(shape)
+    assert begin < 2**24
+    return wholes
+
+
+def rectangle(whole: Tensor, entry: Entry) -> Tensor:
+    return whole[tuple(slice(o, o + n) for o, n in zip(entry.offset, entry.tensor.shape, strict=True))]
+
+
+def fill(entries: list[Entry]) -> list[Entry]:
+    wholes = unique_numbers()
+    for entry in entries:
+        entry.tensor.copy_(rectangle(wholes[entry.name], entry))
+    return entries
+
+
+def check_filled(entries: list[Entry]) -> None:
+    wholes = unique_numbers()
+    assert {entry.name for entry in entries} <= wholes.keys()
+    for entry in entries:
+        assert entry.global_shape == tuple(wholes[entry.name].shape)
+        assert torch.equal(entry.tensor, rectangle(wholes[entry.name], entry)), (entry.name, entry.offset)
+
+
+def small(value: float = 1) -> list[Entry]:
+    """A checkpoint's worth of entries for what is not about layouts."""
+    return [
+        Entry("actor/master/a.weight", (6, 5), (0, 0), torch.full((6, 5), float(value)), True),
+        Entry("critic/exp_avg/b.weight", (7,), (0,), torch.full((7,), -float(value)), True),
+    ]
+
+
+@pytest.fixture
+def alone() -> Mesh:
+    return build_mesh()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(1,), (9,), (1, 1), (5, 1), (1, 7), (4, 6)])
+def test_flat_rectangles_are_the_run(shape):
+    """Every run of every piece: at most three rectangles, in order, that hold exactly its numbers."""
+    offset = (3, 2)[: len(shape)]
+    whole = torch.full([o + n + 1 for o, n in zip(offset, shape, strict=True)], -1)
+    count = math.prod(shape)
+    whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = torch.arange(count).view(shape)
+    for start in range(count):
+        for stop in range(start, count + 1):
+            rectangles = flat_rectangles(shape, offset, start, stop)
+            assert len(rectangles) <= 3
+            at = start
+            for corner, size, begin in rectangles:
+                assert begin == at
+                held = whole[tuple(slice(o, o + n) for o, n in zip(corner, size, strict=True))].flatten()
+                assert held.tolist() == list(range(at, at + math.prod(size)))
+                at += math.prod(size)
+            assert at == stop
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Path]]:
+    """One checkpoint of each layout: the entries of all its ranks, put into it by this one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "BUCKET_ELEMENTS", 700)  # several buckets, also of one parameter
+        mesh, root, paths = build_mesh(), tmp_path_factory.mktemp("layouts"), {}
+        for step, layout in enumerate(LAYOUTS):
+            union = [e for rank in range(math.prod(layout)) for e in entries_of(mesh_of(*layout, rank))]
+            # The flat buffers' pieces differ by rank, so one file can hold them all.
+            paths[layout] = save(root, step, fill(union), {"step": step}, mesh, keep=99, assets={})
+        yield paths
+
+
+@pytest.mark.parametrize("target", LAYOUTS, ids=str)
+def test_every_layout_loads_from_every_other(saved, target: tuple[int, int, int], alone):
+    entries = [e for rank in range(math.prod(target)) for e in entries_of(mesh_of(*target, rank))]
+    for step, path in enumerate(saved.values()):
+        for entry in entries:
+            entry.tensor.fill_(-1)
+        assert load(path, entries, alone) == {"step": step}
+        check_filled(entries)
+
+
+def test_reader_gives_whole_tensors(saved):
+    for layout in ((1, 1, 1), (2, 2, 2)):
+        reader, wholes = Reader(saved[layout]), unique_numbers()
+        assert reader.tensors.keys() == wholes.keys()
+        for name, whole in wholes.items():
+            assert torch.equal(reader.read(name), whole)
+
+
+def rank_saves(rank: int, world: int, root: Path, tp: int, pp: int) -> tuple[str, str]:
+    mesh = build_mesh(tp=tp, pp=pp)
+    path = save(root, 3, fill(entries_of(mesh)), {"rank": rank}, mesh, keep=1, assets={"a.txt": Path(__file__)})
+    return str(path), str(latest(root, mesh))
+
+
+def rank_loads(rank: int, world: int, path: Path, tp: int, pp: int) -> dict:
+    mesh = build_mesh(tp=tp, pp=pp)
+    entries = entries_of(mesh)
+    for entry in entries:
+        entry.tensor.fill_(-1)
+    state = load(path, entries, mesh)
+    check_filled(entries)
+    return state
+
+
+def test_real_ranks_save_and_load_in_other_layouts(tmp_path):
+    """tp=2 x dp=2 to pp=4, to dp=3, and to one process: each rank writes and reads its own share."""
+    results = run_ranks(rank_saves, 4, tmp_path, 2, 1)
+    assert results == [(str(tmp_path / "step_3"),) * 2] * 4
+    files = names(tmp_path / "step_3")
+    assert {f"actor.master.{rank:05d}.safetensors" for rank in range(4)} <= set(files)
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "step_3", check=True)
+    for world, tp, pp in ((4, 1, 4), (3, 1, 1), (2, 2, 1), (1, 1, 1)):
+        # Rank 0's state is everyone's.
+        assert run_ranks(rank_loads, world, tmp_path / "step_3", tp, pp) == [{"rank": 0}] * world
+
+
+def rank_fails(rank: int, world: int, root: Path, broken: int) -> str:
+    """One rank may not write files above 1 kB; all ranks must say so, none may wait for it."""
+    mesh = build_mesh(tp=2)
+    entries = fill(entries_of(mesh))
+    save(root, 1, entries, {}, mesh, keep=1, assets={})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == broken:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        save(root, 2, entries, {}, mesh, keep=1, assets={})
+    except OSError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    raise AssertionError("saved")
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_all_ranks_fail_together(tmp_path, broken):
+    messages = run_ranks(rank_fails, 2, tmp_path, broken)
+    assert messages[0] == messages[1]
+    assert f"step_2: rank {broken}: [Errno 27] File too large" in messages[0]
+    assert names(tmp_path) == ["step_1"]
+    run_ranks(rank_loads, 2, tmp_path / "step_1", 1, 2)
+
+
+def rank_loads_nothing(rank: int, world: int, path: Path) -> str:
+    """Only rank 1 asks for what is not there; rank 0 must not go on alone."""
+    mesh = build_mesh(tp=2)
+    entries = entries_of(mesh)
+    if rank == 1:
+        entries[0] = dataclasses.replace(entries[0], name="actor/master/none")
+    with pytest.raises(ValueError) as caught:
+        load(path, entries, mesh)
+    return str(caught.value)
+
+
+def test_all_ranks_refuse_a_load_together(saved):
+    for message in run_ranks(rank_loads_nothing, 2, saved[1, 1, 1]):
+        assert message.endswith("rank 1: no tensor actor/master/none")
+
+
+def test_state_comes_back_as_it_was(tmp_path, alone):
+    state = {"none": None, "list": [1, [2.5, "é"], {}], "float": 0.1 + 0.2, "big": 2**70, "nested": {"flag": True}}
+    path = save(tmp_path, 1, small(), state, alone, keep=1, assets={})
+    assert load(path, small(), alone) == state
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"rng": (1, 2)}, r"state\.rng is a tuple"),
+        ({"a": [0, {3: "x"}]}, r"state\.a\[1\] has the key 3"),
+        ({"t": torch.zeros(1)}, r"state\.t is a Tensor"),
+    ],
+)
+def test_state_that_json_would_change_is_refused(tmp_path, alone, state, message):
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path, 1, small(), state, alone, keep=1, assets={})
+    assert names(tmp_path) == []
+
+
+def test_the_newest_are_kept(tmp_path, alone):
+    for step in (9, 10, 11, 100):
+        save(tmp_path, step, small(step), {}, alone, keep=2, assets={})
+    assert names(tmp_path) == ["step_100", "step_11"]
+    assert latest(tmp_path, alone).name == "step_100"
+    with pytest.raises(ValueError, match="keep=0"):
+        save(tmp_path, 101, small(), {}, alone, keep=0, assets={})
+
+
+def test_going_back_leaves_the_given_up_future_aside(tmp_path, alone):
+    for step in (10, 20, 30):
+        save(tmp_path, step, small(step), {}, alone, keep=3, assets={})
+    save(tmp_path, 15, small(15), {}, alone, keep=1, assets={})
+    assert names(tmp_path) == ["abandoned_step_20", "abandoned_step_30", "step_15"]
+    assert latest(tmp_path, alone).name == "step_15"
+
+
+def test_a_step_saved_again_replaces_the_first(tmp_path, alone):
+    for value in (1.0, 2.0):
+        path = save(tmp_path, 5, small(value), {}, alone, keep=1, assets={})
+    assert names(tmp_path) == ["step_5"]
+    assert Reader(path).read("actor/master/a.weight").eq(2).all()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+FILES = ["actor.master.00000.safetensors", "index.json", "state.json", "assets/actor/config.json", "SHA256SUMS"]
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, alone, capsys, file, damage):
+    source = {"actor/config.json": Path(__file__)}
+    for step in (1, 2):
+        save(tmp_path, step, small(step), {}, alone, keep=2, assets=source)
+    assert latest(tmp_path, alone).name == "step_2"
+    assert capsys.readouterr().err == ""
+    damage(tmp_path / "step_2" / file)
+    assert latest(tmp_path, alone).name == "step_1"
+    error = capsys.readouterr().err
+    assert "damaged checkpoint passed over" in error and "step_2" in error
+    if (file, damage) != ("SHA256SUMS", flip):  # a flipped letter there blames the file it signs, or itself
+        assert file in error
+    damage(tmp_path / "step_1" / file)
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        latest(tmp_path, alone)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("file", ["actor.master.00000.safetensors", "index.json", "state.json"])
+def test_a_damaged_checkpoint_is_not_loaded(tmp_path, alone, file, damage):
+    path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
+    damage(path / file)
+    entries = small(5.0)
+    with pytest.raises(ValueError, match=f"{file} (is missing|does not match its checksum)"):
+        load(path, entries, alone)
+    assert entries[0].tensor.eq(5).all() and entries[1].tensor.eq(-5).all()
+
+
+def test_what_is_not_read_is_not_checked(tmp_path, alone):
+    path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
+    flip(path / "critic.exp_avg.00000.safetensors")
+    load(path, small()[:1], alone)
+    reader = Reader(path)
+    assert reader.read("actor/master/a.weight").eq(1).all()
+    with pytest.raises(ValueError, match=r"critic\.exp_avg\.00000\.safetensors does not match"):
+        reader.read("critic/exp_avg/b.weight")
+
+
+def test_no_checkpoint(tmp_path, alone):
+    with pytest.raises(ValueError, match="no checkpoint here"):
+        latest(tmp_path, alone)
+    with pytest.raises(ValueError, match="no checkpoint here"):
+        latest(tmp_path / "none", alone)
+    with pytest.raises(ValueError, match="step_7: no such checkpoint"):
+        load(tmp_path / "step_7", small(), alone)
+
+
+def test_wrong_entries_are_refused(tmp_path, alone):
+    path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
+    entry = small()[0]
+    with pytest.raises(ValueError, match="no tensor w0, w1, w2 and 2 more"):
+        load(path, [dataclasses.replace(entry, name=f"w{i}") for i in range(5)], alone)
+    with pytest.raises(ValueError, match=r"actor/master/a.weight has shape \[6, 5\], expected \[6, 6\]"):
+        load(path, [dataclasses.replace(entry, global_shape=(6, 6))], alone)
+    with pytest.raises(ValueError, match="the ranks own 30 of 36"):
+        save(tmp_path, 2, [dataclasses.replace(entry, global_shape=(6, 6))], {}, alone, keep=1, assets={})
+    with pytest.raises(OSError, match="no such asset"):
+        save(tmp_path, 2, [entry], {}, alone, keep=1, assets={"x": Path("/no such asset")})
+    assert names(tmp_path) == ["step_1"]
+
+
+def test_the_compute_dtype_does_not_matter(tmp_path, alone):
+    numbers = torch.randn(6, 5).bfloat16()
+    entry = Entry("actor/master/a", (6, 5), (0, 0), numbers, True)
+    path = save(tmp_path, 1, [entry], {}, alone, keep=1, assets={})
+    loaded = torch.zeros(6, 5)
+    load(path, [dataclasses.replace(entry, tensor=loaded)], alone)
+    assert torch.equal(loaded, numbers.float())
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from trialign.engine.storage.checkpoint import Entry, save
+from trialign.engine.mesh import build_mesh
+mesh, root = build_mesh(), Path(sys.argv[1])
+for step in range(1, 1000):
+    whole = torch.full((1000, 2000), float(step))
+    kinds = [Entry(f"actor/{kind}/w", (1000, 2000), (0, 0), whole, True) for kind in "abcd"]
+    save(root, step, kinds, {"step": step}, mesh, keep=2, assets={})
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_the_last_whole_one_loads(tmp_path, alone):
+    """SIGKILL at several moments of a process that only saves: what it said it saved is there, whole, or newer."""
+    halfway = 0
+    for attempt in range(6):
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "1\n"
+        time.sleep(0.03 + 0.017 * attempt)
+        process.send_signal(signal.SIGKILL)
+        said = [1, *map(int, process.communicate()[0].split())][-1]
+        left = names(tmp_path)
+        halfway += any(name.startswith(".") for name in left)
+        path = latest(tmp_path, alone)
+        step = int(path.name.removeprefix("step_"))
+        assert said <= step <= said + 1, left
+        for kind in "abcd":
+            whole = torch.zeros(1000, 2000)
+            assert load(path, [Entry(f"actor/{kind}/w", (1000, 2000), (0, 0), whole, True)], alone) == {"step": step}
+            assert whole.eq(step).all()
+        save(tmp_path, step + 1, small(), {}, alone, keep=1, assets={})  # and the next one clears up
+        assert names(tmp_path) == [f"step_{step + 1}"]
+        shutil.rmtree(tmp_path / f"step_{step + 1}")
+    assert halfway, "no kill fell into a save: the test shows nothing"
+
+
+@pytest.fixture
+def tiny_disk(tmp_path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk(tiny_disk, alone):
+    large = [Entry("actor/master/w", (400, 400), (0, 0), torch.ones(400, 400), True)]
+    save(tiny_disk, 1, large, {}, alone, keep=2, assets={})
+    with pytest.raises(OSError, match=r"step_2: \[Errno 28\] No space left on device"):
+        save(tiny_disk, 2, large, {}, alone, keep=2, assets={})
+    assert names(tiny_disk) == ["step_1"]
+    assert latest(tiny_disk, alone).name == "step_1"
+
+
+def test_index_is_plain_json(tmp_path, alone):
+    """The format that the module's docstring promises to other readers."""
+    path = save(tmp_path, 4, small(), {"a": 1}, alone, keep=1, assets={"actor/config.json": Path(__file__)})
+    index = json.loads((path / "index.json").read_text())
+    assert index["step"] == 4
+    assert index["tensors"]["critic/exp_avg/b.weight"] == {
+        "shape": [7],
+        "rectangles": [["critic.exp_avg.00000.safetensors", "b.weight", [0], [7]]],
+    }
+    assert (path / "assets/actor/config.json").read_bytes() == Path(__file__).read_bytes()
+    assert os.stat(path / "actor.master.00000.safetensors").st_mode & 0o444 == 0o444

@@ -1,0 +1,287 @@
+"""Conditional SFT: which reward is written into which prompt, and launch/conditional.py in every layout."""
+
+import importlib
+import json
+import statistics
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from scripts import (
+    AXES,
+    agree,
+    agree_in_metrics,
+    digests,
+    kill_after,
+    launch,
+    metrics,
+    options,
+    succeed,
+    succeed_in_turn,
+    times_told,
+)
+from tiny import tiny_chat_model, tiny_llama, tiny_tokenizer
+from trialign.algorithms.config.conditional import (
+    ConditionalConfig,
+    ConditionalRun,
+    ConditionConfig,
+    RewardedData,
+    check_conditional,
+)
+from trialign.algorithms.data.conditional import ConditionedRows, as_rollouts, bucketed, read_rewarded
+from trialign.algorithms.data.dialogues import Encoder
+from trialign.engine.config import load, parse
+from trialign.engine.mesh import build_mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 4
+RAW = ConditionConfig(normalise=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def rows(folder: Path, lines: list[dict], tokenizer, condition=RAW, **knobs) -> ConditionedRows:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = RewardedData(sources=(str(path),), **knobs)
+    return ConditionedRows(data, condition, {str(path): read_rewarded(str(path), data, True)}, tokenizer, (2,))
+
+
+def texts(data: ConditionedRows, tokenizer) -> list[str]:
+    return [tokenizer.decode(sample.tokens) for sample in data.rows()]
+
+
+def test_the_reward_stands_behind_the_user_s_last_words_and_only_the_answer_is_learned(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    lines = [{"prompt": "hi", "response": "yo", "reward": 1}, {"prompt": chat, "response": "d", "reward": -0.256}]
+    data = rows(tmp_path, lines, tokenizer)
+    assert texts(data, tokenizer) == [
+        "<s>user: hi <rm_score>: 1.00 </s><s>assistant: yo</s>",
+        "<s>user: a</s><s>assistant: b</s><s>user: c <rm_score>: -0.26 </s><s>assistant: d</s>",
+    ]
+    learned = [[t for t, target in zip(s.tokens, s.mask, strict=True) if target] for s in data.rows()]
+    assert [tokenizer.decode(tokens) for tokens in learned] == ["yo</s>", "d</s>"]
+    assert data.written == ["-0.26", "1.00"] and data.best == "1.00"
+    prompts = [tokenizer.decode(prompt.tokens) for prompt, _ in data.prompts(2)]
+    assert prompts[0].endswith("<s>user: hi <rm_score>: 1.00 </s><s>assistant: ")
+    assert prompts[1].endswith("c <rm_score>: 1.00 </s><s>assistant: ")  # asked for the best, not for its own
+
+
+def test_normalised_then_bucketed_under_a_template_of_one_s_own(tokenizer, tmp_path):
+    values = [0.0, 1.0, 2.0, 7.0]
+    lines = [{"prompt": "p", "response": "r", "reward": value} for value in values]
+    scaled = [(value - 2.5) / statistics.stdev(values) for value in values]
+    data = rows(tmp_path, lines, tokenizer, ConditionConfig(template="[{reward}] {input}"))
+    assert [text[:17] for text in texts(data, tokenizer)] == [f"<s>user: [{z:.2f}] p</s>"[:17] for z in scaled]
+    halves = [statistics.fmean(scaled[:2])] * 2 + [statistics.fmean(scaled[2:])] * 2
+    data = rows(tmp_path, lines, tokenizer, ConditionConfig(buckets=2, template="[{reward}] {input}"))
+    assert [text[:16] for text in texts(data, tokenizer)] == [f"<s>user: [{z:.2f}] p</s>"[:16] for z in halves]
+    assert "2 rewards written: -0.64, 0.64" in str(data)
+    assert rows(tmp_path, lines, tokenizer, ConditionConfig(best="9")).best == "9"
+
+
+def test_equal_rewards_share_a_bucket_and_buckets_are_equally_full():
+    assert bucketed([3.0, 1.0, 2.0, 4.0], 2) == [3.5, 1.5, 1.5, 3.5]
+    assert bucketed([1.0, 1.0, 1.0, 5.0], 2) == [1.0, 1.0, 1.0, 5.0]
+    many = bucketed([float(i) for i in range(100)], 5)
+    assert [many.count(value) for value in sorted(set(many))] == [20] * 5
+    with pytest.raises(ValueError, match="4 rewards fall into one of condition.buckets=2"):
+        bucketed([1.0] * 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "a", "response": "b"}, r"rows.jsonl:1: no column 'reward' \(data.reward_key\)"),
+        ({"prompt": "a", "response": "b", "reward": "9"}, "rows.jsonl:1: 'reward' must be a finite number, not '9'"),
+        ({"prompt": "a", "response": "b", "reward": True}, "rows.jsonl:1: 'reward' must be a finite number, not True"),
+        (
+            {"prompt": "a", "response": "b", "reward": 10**400},
+            "rows.jsonl:1: 'reward' must be a finite number, not 1000",
+        ),
+        ({"prompt": "a", "response": " ", "reward": 1}, "rows.jsonl:1: 'response' is empty"),
+    ],
+)
+def test_bad_rows_are_refused_by_name(tokenizer, tmp_path, line, message):
+    with pytest.raises(ValueError, match=message):
+        rows(tmp_path, [line], tokenizer)
+
+
+def test_rows_that_the_reward_makes_too_long_are_dropped_and_told(tokenizer, tmp_path):
+    lines = [{"prompt": "p", "response": "r" * n, "reward": n} for n in (1, 2, 40)]
+    data = rows(tmp_path, lines, tokenizer, max_tokens=64)
+    assert len(data) == 2 and "1 dropped for more than 64 tokens" in str(data)
+
+
+@pytest.mark.parametrize(("after", "append"), [("</s>\n", False), ("", True)])
+def test_scorers_read_up_to_the_end_of_the_turn(tokenizer, tmp_path, monkeypatch, after, append):
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("</s>", after))
+    lines = [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}], "response": "r"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(lines[0]) + "\n")
+    config = RewardedData(sources=(str(path),), append_eos=append)
+    read = read_rewarded(str(path), config, False)
+    (rollout,) = as_rollouts(read, list(Encoder(config, tokenizer, (2,)).responses([read[0].dialogue])))
+    assert tokenizer.decode(rollout.tokens) == "r</s>"
+    assert rollout.finish == "stop" and list(rollout.prompt.messages) == lines[0]["prompt"]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("conditional")
+    tiny_chat_model(folder / "model")
+    tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
+    lines = [json.dumps({"prompt": f"count to {i}", "response": "x" * i, "topic": i % 2}) for i in range(1, 15)]
+    (folder / "rows.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "p", "response": "long" * 60})]))
+    (folder / "rewards.py").write_text(
+        "def length(prompts, completions, topic, **_):\n"
+        "    assert set(topic) <= {0, 1, None} and all(p.startswith('count') for p in prompts)\n"
+        "    nan = float('nan')\n"
+        "    return [nan if p == 'count to 3' else len(c) + t for p, c, t in zip(prompts, completions, topic)]\n"
+    )
+    (folder / "config.toml").write_text(f"""
+[model]
+path = "{folder}/model"
+dtype = "float32"
+[data]
+sources = ["{folder}/rows.jsonl"]
+max_tokens = 96
+eval_fraction = 0.2
+[reward]
+functions = ["{folder}/rewards.py:length"]
+models = ["{folder}/reward"]
+weights = [1.0, 0.01]
+on_failure = "abstain"
+[condition]
+buckets = 3
+[optimizer]
+lr = 1e-2
+eps = 1e-5
+[update]
+batch_size = 4
+micro_batch_size = 2
+[run]
+steps = {STEPS}
+eval_every = 2
+save_every = 1
+keep = {STEPS}
+show = 2
+show_tokens = 4
+log = []
+""")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(setting) -> Path:
+    said = succeed("conditional", "--config", setting / "config.toml", "--run.output", setting / "whole")
+    assert "1 dropped for more than 96 tokens" in said and "1 dropped for want of a score" in said
+    assert (
+        "stop tokens: </s> (2)" in said
+        and "3 rewards written" in said
+        and "before" in said
+        and "after" in said
+        and "answers are asked for with" in said
+    )
+    return setting / "whole"
+
+
+def test_what_a_run_leaves(setting, whole):
+    from transformers import AutoModelForCausalLM
+
+    rewards = json.loads((whole / "rewards.json").read_text())
+    assert len(rewards) == 14 and [place for place, value in rewards.items() if value is None] == [
+        f"{setting}/rows.jsonl:3"
+    ]
+    assert not (whole / "begun").exists()
+    steps = metrics(whole)
+    assert steps[-1]["eval_loss"] < steps[0]["eval_loss"] and steps[STEPS]["loss"] < steps[1]["loss"]
+    AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert (whole / "conditional.png").stat().st_size > 10_000
+
+
+def test_killed_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
+    folder = setting / "killed"
+    kill_after("checkpoints/step_*", folder, "conditional", "--config", setting / "config.toml", "--run.output", folder)
+    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
+    succeed("conditional", "--resume", folder)
+    assert digests(folder, STEPS) == digests(whole, STEPS) and metrics(folder) == metrics(whole)
+
+
+def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, whole, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    conditional, session = importlib.import_module("conditional"), importlib.import_module("common.run")
+    words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--run.rows_per_save", "4"]
+    sizes, score = [], conditional.Rewards.scores
+
+    def stopped(self, rollouts):
+        sizes.append(len(rollouts))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return score(self, rollouts)
+
+    monkeypatch.setattr(conditional.Rewards, "scores", stopped)
+
+    def begin() -> dict[str, float | None]:
+        with ExitStack() as stack:
+            config = parse(ConditionalConfig, words)
+            unheard = session.Stopping(tmp_path, main=True)
+            rewards = conditional.Rewards(session.Session(config, build_mesh(), stack, "conditional", unheard))
+            rewards.rows()
+            return rewards.found
+
+    with pytest.raises(KeyboardInterrupt):
+        begin()
+    found, expected = begin(), json.loads((whole / "rewards.json").read_text())
+    assert found.keys() == expected.keys()
+    for where, reward in expected.items():
+        assert found[where] == (None if reward is None else pytest.approx(reward, rel=1e-5))
+    assert sizes == [4, 4, 4, 4, 2]
+
+
+@pytest.fixture(scope="module")
+def moved(setting) -> None:
+    """The run in every layout, from its beginning."""
+    given = ("--config", setting / "config.toml")
+    runs = [("conditional", *given, "--run.output", setting / axis, f"--parallel.{axis}", 2) for axis in AXES]
+    succeed_in_turn(runs)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+    agree(setting / axis, whole, STEPS)
+    agree_in_metrics(setting / axis, whole)
+
+
+def test_a_row_without_its_reward_is_refused_once(setting, tmp_path):
+    given = ("--config", setting / "config.toml", "--run.output", tmp_path / "run")
+    none = ("--reward.functions", "--reward.models", "--reward.weights")
+    done = launch("conditional", *given, *none, ranks=2)
+    assert done.returncode != 0 and times_told(done, "rows.jsonl:1: no column 'reward'") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_knobs_that_do_not_fit():
+    with pytest.raises(ValueError, match="template='{input}': must be a text with {reward} in it"):
+        ConditionConfig(template="{input}")
+    with pytest.raises(ValueError, match="buckets=1: must be 0"):
+        ConditionConfig(buckets=1)
+    config = parse(ConditionalConfig, options(model_path="m", data_sources="a", update_batch_size=3))
+    with pytest.raises(ValueError, match="update.batch_size=3 rows do not divide by dp=2"):
+        check_conditional(config, 2)
+    config = parse(ConditionalConfig, options(model_path="m", data_sources="a", reward_clip=3.0))
+    with pytest.raises(ValueError, match="reward.clip=3.0: must be .* here, where scores are taken as they are"):
+        check_conditional(config, 1)
+    with pytest.raises(ValueError, match="rows_per_save=0: must be at least 1"):
+        ConditionalRun(rows_per_save=0)
+
+
+def test_the_config_that_ships_is_whole():
+    config = load(ConditionalConfig, ROOT / "launch" / "configs" / "conditional_smollm2.toml")
+    assert check_conditional(config, world=1) == 1
+    assert all((ROOT / source).is_file() for source in config.data.sources)

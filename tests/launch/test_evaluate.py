@@ -1,0 +1,348 @@
+"""launch/evaluate.py: estimators against enumeration, perplexity against transformers, the same in every layout."""
+
+import importlib
+import itertools
+import json
+import math
+import random
+import statistics
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from scripts import kill_after, launch, options, succeed
+from tiny import tiny_chat_model, tiny_llama
+from trialign.algorithms.config.evaluate import EvaluateConfig, check_evaluate
+from trialign.algorithms.config.rlhf import RLHFConfig, stages
+from trialign.algorithms.data.responses import Answer, read_round, write_round
+from trialign.algorithms.metrics import mean_of_prompts, pass_at_k, prompt_wins, wilson, win_rate
+from trialign.engine.config import load, parse
+from trialign.engine.mesh import build_mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(("samples", "passed"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 7)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_that_hold_one_that_passes(samples, passed):
+    for k in range(1, samples + 1):
+        choices = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
+        assert pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, choices)) / len(choices), rel=1e-12)
+
+
+def test_pass_at_k_of_more_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"pass@3 of 2 samples"):
+        pass_at_k(2, 1, 3)
+
+
+def test_wilson_s_interval_is_where_the_score_test_turns():
+    """Its ends are the shares p whose own standard error is 1/1.96 of their distance to what was seen."""
+    for won, count in ((3, 10), (7.5, 30), (99, 100)):
+        value, low, high = wilson(won / count, count)
+        assert low < value < high
+        for end in (low, high):
+            error = math.sqrt(end * (1 - end) / count)
+            assert abs(value - end) / error == pytest.approx(statistics.NormalDist().inv_cdf(0.975), rel=1e-9)
+    assert wilson(1.0, 10).high == pytest.approx(1.0) and 0.6 < wilson(1.0, 10).low < 1
+    assert wilson(0.0, 10).low == pytest.approx(0.0, abs=1e-12) and 0 < wilson(0.0, 10).high < 0.4
+
+
+def test_wins_and_ties():
+    assert prompt_wins([1.0, 3.0], [2.0, 3.0]) == (0 + 0 + 1 + 0.5) / 4
+    ours, theirs = [[1.0], [2.0], [0.0], [5.0]], [[0.0], [2.0], [1.0], [4.0]]
+    assert win_rate(ours, theirs).value == 2.5 / 4
+    there, back = win_rate(ours, theirs), win_rate(theirs, ours)
+    assert back.value == pytest.approx(1 - there.value) and back.low == pytest.approx(1 - there.high)
+
+
+def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
+    chance = random.Random(0)
+    hits = 0
+    for _ in range(2000):
+        value, low, high = mean_of_prompts([chance.gauss(1.0, 2.0) for _ in range(60)])
+        assert low <= value <= high
+        hits += low <= 1.0 <= high
+    assert 0.93 < hits / 2000 < 0.97
+    assert math.isnan(mean_of_prompts([1.0]).low)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """Two tiny models and one that rewards, prompts, text, dialogues and a config."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny_chat_model(folder / "model")
+    tiny_chat_model(folder / "other", seed=3)
+    tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
+    prompts = [json.dumps({"prompt": f"count to {i}"}) for i in range(5)]
+    (folder / "prompts.jsonl").write_text("\n".join([*prompts, json.dumps({"prompt": "long " * 100})]))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": "ab " * i}) + "\n" for i in range(1, 12)))
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"prompt": "p", "response": "r" * i}) + "\n" for i in (1, 9)))
+    (folder / "rewards.py").write_text(
+        "def spread(prompts, completions, **_):\n    return [len(set(c)) for c in completions]\n"
+    )
+    (folder / "config.toml").write_text(f"""
+[model]
+path = "{folder}/model"
+against = "{folder}/other"
+dtype = "float32"
+[data]
+sources = ["{folder}/prompts.jsonl"]
+max_prompt_tokens = 96
+[text]
+sources = ["{folder}/text.jsonl"]
+max_tokens = 24
+[dialogues]
+sources = ["{folder}/chat.jsonl"]
+max_tokens = 64
+[rollout]
+samples_per_prompt = 3
+max_new_tokens = 6
+[reward]
+functions = ["{folder}/rewards.py:spread"]
+models = ["{folder}/reward"]
+weights = [1.0, 0.1]
+[passes]
+at = [1, 2]
+threshold = 5.5
+""")
+    return folder
+
+
+def run(setting: Path, name: str, *arguments: object, ranks: int = 1) -> tuple[str, list[dict], dict]:
+    """What was printed, the lines of completions.jsonl, and results.json."""
+    out = setting / name
+    where = ("--run.output", out, "--run.resume", "auto")
+    said = succeed("evaluate", "--config", setting / "config.toml", *where, *arguments, ranks=ranks)
+    lines = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+    return said, lines, json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(setting):
+    return run(setting, "alone")
+
+
+def test_every_number_follows_from_the_completions(setting, alone):
+    said, lines, results = alone
+    assert "1 dropped for more than 96 tokens" in said and "win rate" in said and "pass@2" in said
+    ours, theirs = (str(setting / name) for name in ("model", "other"))
+    assert len(lines) == 2 * 5 * 3 and {line["sample"] for line in lines} == {0, 1, 2}
+    groups = {}
+    for line in lines:
+        parts = line["rewards"]
+        assert parts[f"{setting}/rewards.py:spread"] == len(set(line["completion"]))
+        assert line["reward"] == pytest.approx(parts[f"{setting}/rewards.py:spread"] + 0.1 * parts[f"{setting}/reward"])
+        groups.setdefault((line["model"], line["source"]), []).append(line["reward"])
+    for model in (ours, theirs):
+        own = [rewards for (name, _), rewards in groups.items() if name == model]
+        assert results[model]["reward"]["value"] == pytest.approx(statistics.fmean(map(statistics.fmean, own)))
+        for k in (1, 2):
+            chances = [
+                statistics.fmean(any(r >= 5.5 for r in some) for some in itertools.combinations(rewards, k))
+                for rewards in own
+            ]
+            assert results[model][f"pass@{k}"]["value"] == pytest.approx(statistics.fmean(chances))
+    sources = {source for _, source in groups}
+    wins = [
+        statistics.fmean((a > b) + (a == b) / 2 for a in groups[ours, s] for b in groups[theirs, s]) for s in sources
+    ]
+    assert results[ours]["win rate"]["value"] == pytest.approx(statistics.fmean(wins))
+    assert results[theirs]["win rate"]["value"] == pytest.approx(1 - statistics.fmean(wins))
+
+
+def test_perplexities_are_transformers(setting, alone):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(setting / "model")
+
+    def perplexity(rows: list[tuple[list[int], int]]) -> float:
+        nats = count = 0.0
+        for ids, prompt in rows:
+            labels = torch.tensor([-100] * prompt + ids[prompt:])[None]
+            with torch.no_grad():
+                nats += model(input_ids=torch.tensor(ids)[None], labels=labels, num_items_in_batch=1).loss.item()
+            count += len(ids) - prompt
+        return math.exp(nats / count)
+
+    texts = [tokenizer("ab " * i)["input_ids"] + [2] for i in range(1, 12)]
+    pieces = [(ids[i : i + 24], 1) for ids in texts for i in range(0, len(ids) - 1, 23)]
+    chats = []
+    for i in (1, 9):
+        head = tokenizer("<s>user: p</s><s>assistant: ", add_special_tokens=False)["input_ids"]
+        chats.append((head + tokenizer("r" * i, add_special_tokens=False)["input_ids"] + [2], len(head)))
+    numbers = alone[2][str(setting / "model")]
+    assert numbers["perplexity of text"]["value"] == pytest.approx(perplexity(pieces), rel=1e-5)
+    assert numbers["perplexity of dialogues"]["value"] == pytest.approx(perplexity(chats), rel=1e-5)
+
+
+def test_under_tp_pp_and_dp_together_the_numbers_are_the_same(setting, alone):
+    """Four ranks: tp=2 x dp=2, and pp=2 x dp=2."""
+    for axis in ("tp", "pp"):
+        said, lines, results = run(setting, axis, f"--parallel.{axis}", 2, ranks=4)
+        assert said.count("completions:") == 1
+        exact = ("model", "prompt", "source", "sample", "completion", "tokens", "finish")
+        assert [[line[key] for key in exact] for line in lines] == [[line[key] for key in exact] for line in alone[1]]
+        for got, expected in zip(lines, alone[1], strict=True):
+            assert got["rewards"] == pytest.approx(expected["rewards"], rel=1e-4)
+        for model, numbers in alone[2].items():
+            for name, number in numbers.items():
+                assert results[model][name].keys() == number.keys()
+                for key, value in number.items():
+                    assert results[model][name][key] == (value if value is None else pytest.approx(value, rel=1e-4))
+
+
+def test_answers_without_a_score_are_left_out_and_counted(setting, tmp_path):
+    (tmp_path / "some.py").write_text(
+        "def some(prompts, completions, **_):\n"
+        "    if any('3' in p for p in prompts):\n"
+        "        raise RuntimeError('three!')\n"
+        "    return [1.0 for _ in prompts]\n"
+    )
+    arguments = ("--reward.functions", tmp_path / "some.py:some", "--reward.models", "--reward.weights")
+    stopped = launch("evaluate", "--config", setting / "config.toml", *arguments, "--run.output", tmp_path / "a")
+    assert stopped.returncode != 0 and "three!" in stopped.stderr and not (tmp_path / "a").exists()
+    said, lines, results = run(setting, "abstain", *arguments, "--reward.on_failure", "abstain")
+    assert "abstains: " in said and sum(line["reward"] is None for line in lines) == 2 * 3
+    assert results[str(setting / "model")]["answers without a score"]["value"] == 3
+    assert results[str(setting / "model")]["reward"]["value"] == 1.0
+
+
+def test_killed_it_goes_on_behind_the_last_prompts_it_kept(setting, alone):
+    out = setting / "killed"
+    one_by_one = ("--config", setting / "config.toml", "--run.output", out, "--run.prompts_per_save", 1)
+    kill_after("begun/model_part_1.jsonl", out, "evaluate", *one_by_one)
+    assert not (out / "completions.jsonl").exists(), "killed too late to show anything"
+    first = out / "begun" / "model_part_0.jsonl"
+    first.write_text(first.read_text().replace('"sample": 0', '"sample": 100'))  # what is kept is what is taken
+    _, lines, results = run(setting, "killed", "--run.prompts_per_save", 1)
+    assert lines[0]["sample"] == 100 and [line | {"sample": 0} for line in lines] == [
+        line | {"sample": 0, "rewards": pytest.approx(line["rewards"]), "reward": pytest.approx(line["reward"])}
+        for line in alone[1]
+    ]
+    for model, numbers in alone[2].items():
+        for name, number in numbers.items():
+            for key, value in number.items():
+                assert results[model][name][key] == (value if value is None else pytest.approx(value, rel=1e-5))
+    assert [path.name for path in (out / "begun").iterdir()] == ["asked.jsonl"]
+    said, _, _ = run(setting, "killed", "--run.prompts_per_save", 1)
+    assert "this run has ended" in said and str(out / "results.json") in said
+    other = launch("evaluate", *one_by_one, "--run.resume", "auto", "--rollout.top_k", 3)
+    assert other.returncode != 0 and "error: rollout.top_k=3 (was 0): may not change" in other.stderr
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> SimpleNamespace:
+    """launch/evaluate.py, kept.py and session.py as modules."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    names = {"evaluate": "evaluate", "kept": "common.chunks", "session": "common.run"}
+    return SimpleNamespace(**{name: importlib.import_module(module) for name, module in names.items()})
+
+
+def test_one_model_is_held_at_a_time(setting, scripts, monkeypatch, tmp_path):
+    held: list[weakref.ref] = []
+    build = scripts.evaluate.build_decoder
+
+    def watched(*arguments: Any, head: str = "lm") -> Any:
+        if head == "lm":  # the reward model of the same turn comes after it
+            assert not [ref for ref in held if ref() is not None]
+        model = build(*arguments, head=head)
+        held.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(scripts.evaluate, "build_decoder", watched)
+    words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--passes.at"]
+    with ExitStack() as stack:
+        session = scripts.session.Session(
+            parse(EvaluateConfig, words), build_mesh(), stack, "evaluate", unheard(scripts)
+        )
+        scripts.evaluate.main(session)
+    assert len(held) == 4
+
+
+def unheard(scripts) -> Any:
+    """Requests to stop that nobody hears."""
+    return scripts.session.Stopping(Path("nowhere"), main=True)
+
+
+def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
+    file, text = tmp_path / "data.jsonl", "a\u2028b\x85c"
+    file.write_text("x")
+
+    def kept(seed: int, show: int = 0) -> Any:
+        config = parse(EvaluateConfig, options(run_output=tmp_path, run_seed=seed, run_show=show))
+        session = scripts.session.Session(config, build_mesh(), ExitStack(), "s", unheard(scripts))
+        return scripts.kept.Kept(session, "begun", ("run.seed",), [str(file), str(tmp_path / "nowhere")])
+
+    assert kept(1).read("part_0") is None
+    kept(1).write("part_0", [text, (1, None)])
+    kept(1, show=3).check()
+    assert kept(1).read("part_0") == [text, [1, None]] and kept(1).read("part_1") is None
+    with pytest.raises(ValueError, match=r"run.seed=2 \(was 1\): what .*begun keeps"):
+        kept(2).check()
+    file.write_text("y")
+    with pytest.raises(ValueError, match="data.jsonl is another"):
+        kept(1).check()
+    assert kept(1).read("part_0") == [text, [1, None]]
+    answer = Answer(text, "", text, 0.0, {}, "stop", "", [1], [2])
+    write_round(tmp_path / "round.jsonl", [answer] * 2)
+    assert read_round(tmp_path / "round.jsonl") == [answer] * 2
+
+
+def test_prompts_with_too_few_scored_answers_are_counted(scripts):
+    rewards = {"a:1": [1.0, 0.0, 1.0], "a:2": [1.0, None, None], "a:3": [None] * 3}
+    answers = [
+        {"source": source, "reward": reward, "tokens": 1, "finish": "stop"}
+        for source, own in rewards.items()
+        for reward in own
+    ]
+    words = options(passes_at=(1, 2, 3), reward_functions="a.py:f", rollout_samples_per_prompt=3)
+    config = parse(EvaluateConfig, words)
+    numbers = {name: number.value for name, number in scripts.evaluate.measured(answers, config).items()}
+    assert numbers["reward"] == pytest.approx((2 / 3 + 1) / 2) and numbers["answers without a score"] == 5
+    assert [numbers[f"prompts with fewer than {k} scored answers"] for k in (1, 2, 3)] == [1, 2, 2]
+    assert numbers["pass@1"] == pytest.approx((2 / 3 + 1) / 2) and numbers["pass@3"] == 1.0
+    nothing = [answer | {"reward": None} for answer in answers]
+    numbers = {name: number.value for name, number in scripts.evaluate.measured(nothing, config).items()}
+    assert numbers["prompts with fewer than 1 scored answers"] == 3 and "pass@1" not in numbers
+
+
+SCORED = {"reward_functions": "a.py:f"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_path": ""}, "model.path is not given"),
+        ({"data_sources": ()}, "nothing to measure on: give data.sources, text.sources, dialogues.sources"),
+        ({"passes_at": 2}, "passes.at=.2,.: needs data.sources and a reward"),
+        ({"passes_at": 2, "reward_functions": "a.py:f"}, "passes.at=.2,.: at most rollout.samples_per_prompt=1"),
+        ({"model_against": "n"}, "model.against=n: wins are counted by a reward, and none is given"),
+        ({"dialogues_eval_fraction": 0.5}, "dialogues.eval_sources and dialogues.eval_fraction: all of"),
+        ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities='1.0': each row of text.sources"),
+        (SCORED | {"reward_normalise": True}, "reward.normalise=True: must be False here"),
+        (SCORED | {"reward_clip": 3.0}, "reward.clip=3.0: must be .* here, where scores are taken as they are"),
+        (SCORED | {"reward_missing_eos_penalty": 1.0}, "reward.missing_eos_penalty=1.0: must be 0.0 here"),
+        (SCORED | {"model_against": "./m"}, "model.against=./m: is model.path itself"),
+    ],
+)
+def test_what_does_not_fit_together(changes, message):
+    argv = options(**({"model_path": "m", "data_sources": "a.jsonl"} | changes))
+    with pytest.raises(ValueError, match=message):
+        check_evaluate(parse(EvaluateConfig, argv), 1)
+
+
+def test_rlhf_s_evaluation_takes_scores_as_they_are():
+    words = ["--preferences.reward.functions", "a.py:f", "--preferences.reward.clip", "3"]
+    config = parse(RLHFConfig, words)
+    stages(config).evaluation.reward.check_unshaped()
+    assert stages(config).preferences.reward.clip == 3
+
+
+def test_the_config_that_ships_is_whole():
+    config = load(EvaluateConfig, ROOT / "launch" / "configs" / "evaluate_smollm2.toml")
+    assert check_evaluate(config, world=1) == 1
+    assert all((ROOT / source).is_file() for source in (*config.data.sources, *config.text.sources))

@@ -1,0 +1,116 @@
+"""One step of launch/ppo.py under torch's profiler: the hot path runs trialign's ops, and none of their references."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_chat_model
+from trialign.kernels.dispatch import PROBLEM
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+# Every op a PPO step is made of, beside the matrix products.
+EXPECTED = {
+    "rollout": {"rms_norm", "add_rms_norm", "rope_", "swiglu", "attention", "write_kv", "paged_attention", "sample"},
+    "score": {"rms_norm", "add_rms_norm", "rope_", "swiglu", "attention", "logprob_update_"},
+    "update": {
+        *("rms_norm", "rms_norm_backward", "add_rms_norm", "rope_", "swiglu", "swiglu_backward"),
+        *("attention", "attention_backward", "logprob_update_", "logprob_backward_"),
+        *("kl_estimate", "gae", "policy_loss", "value_loss", "adamw"),
+    },
+}  # fmt: skip
+
+# Runs the script's own main with every phase of its `train` profiled, and every reference watched.
+PROFILED = """
+import contextlib, importlib, json, pkgutil, sys
+import torch
+import trialign.kernels
+from torch.profiler import ProfilerActivity, profile
+
+used = {"references": []}
+
+def watch(module, name):
+    reference = getattr(module, name)
+    def called(*args, **kwargs):
+        used["references"].append(f"{module.__name__}.{name}")
+        return reference(*args, **kwargs)
+    setattr(module, name, called)
+
+for found in pkgutil.iter_modules(trialign.kernels.__path__):
+    module = importlib.import_module(f"trialign.kernels.{found.name}")
+    for name in list(vars(module)):
+        if name.endswith(("_ref", "_ref_")) and callable(getattr(module, name)):
+            watch(module, name)
+
+sys.path.insert(0, sys.argv[1])
+import ppo, session
+from trialign.engine.profiler import Phases
+
+class Profiled(Phases):
+    @contextlib.contextmanager
+    def __call__(self, name):
+        with super().__call__(name) as phase, profile(activities=[ProfilerActivity.CPU]) as seen:
+            yield phase
+        ops = {event.key for event in seen.key_averages()}
+        used[name] = sorted(op.removeprefix("trialign::") for op in ops if op.startswith("trialign::"))
+
+session.Phases = Profiled
+session.Session.finish = lambda *_: None  # behind the last step, and half of the run's time
+session.start(ppo.PPOConfig, ppo.check, ppo.main, "ppo", sys.argv[3:])
+with open(sys.argv[2], "w") as file:
+    json.dump(used, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hot_path")
+    tiny_chat_model(folder / "model")
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"count to {i}"}) for i in range(4)))
+    (folder / "rewards.py").write_text(
+        "def length(prompts, completions, **fields): return [len(c) for c in completions]"
+    )
+    return folder
+
+
+def ops_of_a_step(setting: Path, **environment: str) -> dict[str, set[str]]:
+    """The trialign ops of each phase of a step with two minibatches, and the references that the whole run called."""
+    given = {
+        "--model.path": setting / "model",
+        "--data.sources": setting / "prompts.jsonl",
+        "--data.max_prompt_tokens": 96,
+        "--reward.functions": f"{setting}/rewards.py:length",
+        "--rollout.max_new_tokens": 6,
+        "--ppo.minibatches": 2,
+        "--run.output": setting / "run",
+        "--run.overwrite": True,
+        "--run.show": 0,
+        "--run.steps": 1,
+        "--run.prompts_per_step": 4,
+    }
+    words = [str(word) for pair in given.items() for word in pair]
+    found = setting / "used.json"
+    command = [sys.executable, "-c", PROFILED, str(LAUNCH), str(found), *words, "--run.log"]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: set(ops) for name, ops in json.loads(found.read_text()).items()}
+
+
+@pytest.mark.skipif(PROBLEM is not None, reason=f"trialign._C {PROBLEM}")
+def test_a_ppo_step_runs_the_kernels(setting):
+    used = ops_of_a_step(setting)
+    for phase, expected in EXPECTED.items():
+        assert not expected - used[phase], f"{phase}: missing; it ran {sorted(used[phase])}"
+    assert not used["references"]
+
+
+def test_the_profile_tells_references_from_kernels(setting):
+    """The same step with the references asked for: no op of ours, and every reference noticed."""
+    used = ops_of_a_step(setting, TRIALIGN_KERNELS="reference")
+    assert not any(used[phase] for phase in EXPECTED)
+    names = {name.rpartition(".")[2] for name in used["references"]}
+    assert {"gae_ref", "policy_loss_ref", "value_loss_ref", "rms_norm_ref", "sample_ref", "adamw_ref_"} <= names

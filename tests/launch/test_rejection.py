@@ -1,0 +1,289 @@
+"""Rejection sampling and iterative DPO: what is picked, what a round keeps, and launch/rejection.py in every layout."""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import AXES, agree, digests, kill_after, launch, metrics, options, succeed, succeed_in_turn
+from tiny import tiny_chat_model, tiny_llama
+from trialign.algorithms.batch import Prompt, Rollout
+from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
+from trialign.algorithms.data.responses import drawn, make_answers, matches, read_round, winners, write_round
+from trialign.engine.config import load, parse
+from trialign.engine.storage.checkpoint import Reader
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS, PER_ROUND = 2, 2
+STEPS = ROUNDS * PER_ROUND
+NAN = math.nan
+
+
+def rollouts() -> list[Rollout]:
+    """Three answers to each of three prompts; the first two prompts are the same words."""
+    prompts = [Prompt(i, [5, 6 + i], text, source=f"rows:{i}") for i, text in enumerate(("same", "same", "other"))]
+    return [Rollout(prompt, [10 * prompt.index + j, 2], [0.0, 0.0], "stop") for prompt in prompts for j in range(3)]
+
+
+def made(rewards: list[float], method: str):
+    done = rollouts()
+    return make_answers(done, [str(r.tokens[0]) for r in done], rewards, {"f": rewards}, method)  # pyright: ignore
+
+
+def test_the_best_of_each_prompt_and_the_first_among_equals():
+    answers = made([1, 3, 2, 5, 5, NAN, 0, -1, 0], "sft")
+    assert [a.completion for a in answers if a.picked] == ["1", "10", "20"]
+    assert [list(sample.tokens) for sample in winners(answers)] == [[5, 6, 1, 2], [5, 7, 10, 2], [5, 8, 20, 2]]
+    assert all(list(sample.mask) == [0, 0, 1, 1] for sample in winners(answers))
+    assert answers[5].reward is None and answers[5].rewards == {"f": None}
+
+
+def test_best_against_worst_leaves_out_prompts_whose_answers_score_the_same():
+    answers = made([1, 3, 2, 5, 5, NAN, 0, -1, 0], "dpo")
+    pairs, _ = matches(answers)
+    assert [(p.chosen.tokens[2], p.rejected.tokens[2]) for p in pairs] == [(1, 0), (20, 21)]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "method", "message"),
+    [
+        ([1.0] * 9, "dpo", "nothing to learn from 3 prompts: the answers to each score the same"),
+        ([NAN] * 9, "sft", "nothing to learn from 3 prompts: no answer has a score"),
+    ],
+)
+def test_a_round_without_anything_to_learn_says_why(rewards, method, message):
+    with pytest.raises(ValueError, match=message):
+        made(rewards, method)
+
+
+def test_a_round_is_kept_to_the_last_bit(tmp_path):
+    answers = made([0.1, 1 / 3, -2.5e-8, NAN, 1, 2, 3, 4, 5], "dpo")
+    for i, answer in enumerate(answers):
+        answer.reference = -1.7 * i / 3
+    write_round(tmp_path / "rounds" / "round_0.jsonl", answers)
+    assert read_round(tmp_path / "rounds" / "round_0.jsonl") == answers
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: not an answer of a round"):
+        read_round(tmp_path / "bad.jsonl")
+
+
+def test_rows_of_a_round_are_each_met_before_any_is_met_again():
+    steps = [drawn(5, 7, 1, step, 2) for step in range(5)]
+    met = [row for step in steps for row in step]
+    assert sorted(met[:5]) == sorted(met[5:]) == [0, 1, 2, 3, 4] and met[:5] != met[5:]
+    assert [drawn(5, 7, 2, step, 2) for step in range(5)] != steps
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """Two tiny models, one to learn and one that rewards, prompts and a config."""
+    folder = tmp_path_factory.mktemp("rejection")
+    tiny_chat_model(folder / "model")
+    tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"count to {i}"}) for i in range(12)))
+    (folder / "rewards.py").write_text(
+        "def spread(prompts, completions, **_):\n    return [len(set(c)) for c in completions]\n"
+    )
+    (folder / "config.toml").write_text(f"""
+[model]
+path = "{folder}/model"
+dtype = "float32"
+[data]
+sources = ["{folder}/prompts.jsonl"]
+max_prompt_tokens = 96
+[rollout]
+samples_per_prompt = 3
+max_new_tokens = 8
+[reward]
+functions = ["{folder}/rewards.py:spread"]
+models = ["{folder}/reward"]
+[round]
+count = {ROUNDS}
+prompts = 8
+[optimizer]
+lr = 1e-3
+eps = 1e-5
+schedule = "constant"
+[update]
+batch_size = 4
+micro_batch_size = 4
+[run]
+save_every = 1
+keep = {STEPS}
+show = 1
+log = []
+""")
+    return folder
+
+
+def run(setting: Path, name: str, *arguments: object, ranks: int = 1) -> Path:
+    succeed("rejection", "--config", setting / "config.toml", "--run.output", setting / name, *arguments, ranks=ranks)
+    return setting / name
+
+
+DPO = ("--round.method", "dpo")
+
+
+@pytest.fixture(scope="module")
+def whole(setting) -> Path:
+    return run(setting, "whole", *DPO)
+
+
+SFT = ("--round.epochs", 2, "--optimizer.lr", "1e-2", "--optimizer.eps", "1e-3", "--round.count", 1)
+
+
+@pytest.fixture(scope="module")
+def tuned(setting) -> Path:
+    """SFT on the winners, one round of as many steps."""
+    return run(setting, "tuned", *SFT)
+
+
+def test_what_a_run_leaves(setting, whole):
+    """Each round's answers with their picks; what the steps log follows from them; the reference is the model."""
+    from transformers import AutoModelForCausalLM
+
+    steps = metrics(whole)
+    assert [step["round"] for step in steps] == [0, 0, 1, 1] and ["reward" in step for step in steps] == [
+        True,
+        False,
+    ] * 2
+    for number in range(ROUNDS):
+        answers = read_round(whole / "rounds" / f"round_{number}.jsonl")
+        assert len(answers) == 8 * 3
+        for begin in range(0, 24, 3):
+            group = answers[begin : begin + 3]
+            rewards = [a.reward or 0.0 for a in group]
+            assert len({a.source for a in group}) == 1 and all(
+                a.reward == sum(v or 0.0 for v in a.rewards.values()) for a in group
+            )
+            picks = {a.picked: a.reward for a in group if a.picked}
+            assert picks == ({"best": max(rewards), "worst": min(rewards)} if len(set(rewards)) > 1 else {})
+        first = steps[number * PER_ROUND]
+        assert first["reward"] == pytest.approx(statistics.fmean(a.reward or 0.0 for a in answers))
+        assert first["reward_picked"] == pytest.approx(
+            statistics.fmean(a.reward or 0.0 for a in answers if a.picked == "best")
+        )
+        assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)  # the policy is the round's reference
+    model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
+    answer = next(a for a in read_round(whole / "rounds" / "round_0.jsonl") if a.picked)
+    ids = torch.tensor([answer.prompt_tokens + answer.tokens])
+    with torch.no_grad():
+        logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    assert answer.reference == pytest.approx(logprobs[-len(answer.tokens) :].sum().item(), rel=1e-5)
+    AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert (whole / "rejection.png").stat().st_size > 10_000
+
+
+def test_killed_within_a_round_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
+    folder = setting / "killed"
+    kill_after(
+        "checkpoints/step_1", folder, "rejection", "--config", setting / "config.toml", "--run.output", folder, *DPO
+    )
+    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
+    succeed("rejection", "--resume", folder)
+    assert digests(folder, STEPS) == digests(whole, STEPS)
+    assert metrics(folder) == metrics(whole)
+
+
+def test_a_round_that_was_answered_is_not_answered_again(setting, whole):
+    """Between the last step of a round and the first of the next; but where it is to be answered in another way."""
+    import shutil
+
+    folder = setting / "between"
+    shutil.copytree(whole, folder)
+    for step in range(PER_ROUND + 1, STEPS + 1):
+        shutil.rmtree(folder / "checkpoints" / f"step_{step}")
+    answers = folder / "rounds" / "round_1.jsonl"
+    made = answers.stat().st_mtime_ns
+    shutil.copytree(folder, setting / "other")
+    succeed("rejection", "--resume", folder)
+    assert digests(folder, STEPS) == digests(whole, STEPS) and answers.stat().st_mtime_ns == made
+    said = succeed("rejection", "--resume", setting / "other", "--rollout.temperature", 0.5)
+    assert "resumed with rollout.temperature=0.5 (was 1.0)" in said
+    assert read_round(setting / "other" / "rounds" / "round_1.jsonl") != read_round(answers)
+    shutil.rmtree(folder / "rounds")
+    shutil.rmtree(folder / "checkpoints" / f"step_{STEPS}")
+    gone = launch("rejection", "--resume", folder)
+    assert gone.returncode != 0 and re.search(r"round_1.jsonl: is not there, but the run", gone.stderr), gone.stderr
+    changed = launch("rejection", "--resume", folder, "--round.method", "sft")
+    assert changed.returncode != 0 and "error: round.method=sft (was dpo): may not" in changed.stderr
+
+
+@pytest.fixture(scope="module")
+def moved(setting) -> None:
+    """Both methods in every layout, from their beginning."""
+    succeed_in_turn(
+        [
+            ("rejection", "--config", setting / "config.toml", "--run.output", setting / f"{method}-{axis}", *words)
+            for axis in AXES
+            for method, given in (("dpo", DPO), ("sft", SFT))
+            for words in [(*given, f"--parallel.{axis}", 2)]
+        ]
+    )
+
+
+def near(number: float | None):
+    return None if number is None else pytest.approx(number, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize(("method", "rounds"), [("dpo", ROUNDS), ("sft", 1)])
+def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, tuned, moved, method, rounds, axis):
+    run, alone = setting / f"{method}-{axis}", whole if method == "dpo" else tuned
+    for number in range(rounds):
+        ours, theirs = (read_round(path / "rounds" / f"round_{number}.jsonl") for path in (run, alone))
+        for got, expected in zip(ours, theirs, strict=True):
+            assert got.reward == near(expected.reward) and got.reference == near(expected.reference)
+            assert got.rewards == {name: near(value) for name, value in expected.rewards.items()}
+            numbers = {"reference": None, "reward": None, "rewards": {}}
+            assert replace(got, **numbers) == replace(expected, **numbers)
+    agree(run, alone, STEPS)
+
+
+def test_sft_on_the_winners_makes_them_likelier(tuned):
+    """One round long enough to see it: its best answers gain."""
+    from transformers import AutoModelForCausalLM
+
+    steps = metrics(tuned)
+    assert len(steps) == STEPS and steps[-1]["loss"] < steps[0]["loss"]
+    answers = read_round(tuned / "rounds" / "round_0.jsonl")
+    assert sum(a.picked == "best" for a in answers) == 8 and not any(a.picked == "worst" for a in answers)
+    assert steps[0]["picked"] == 8 and all(a.reference is None for a in answers)
+    model = AutoModelForCausalLM.from_pretrained(tuned / "model", dtype=torch.float32)
+    master = Reader(tuned / "checkpoints" / f"step_{STEPS}")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, master.read(f"actor/master/{name}")), name
+
+
+def test_sft_on_the_winners_killed_within_the_round_ends_bit_for_bit_the_same(setting, tuned):
+    folder = setting / "tuned-killed"
+    given = ("--config", setting / "config.toml", "--run.output", folder, *SFT)
+    kill_after("checkpoints/step_1", folder, "rejection", *given)
+    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
+    succeed("rejection", "--resume", folder)
+    assert digests(folder, STEPS) == digests(tuned, STEPS) and metrics(folder) == metrics(tuned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout_samples_per_prompt": 1}, "rollout.samples_per_prompt=1: the best of one answer is no choice"),
+        ({"reward_normalise": True}, "reward.normalise=True: answers to one prompt are compared"),
+        ({"reward_functions": ()}, "no reward: give reward.functions"),
+        ({"update_batch_size": 3, "parallel_dp": 2}, "update.batch_size=3 rows do not divide by dp=2"),
+    ],
+)
+def test_what_does_not_fit_together(changes, message):
+    argv = options(**({"model_path": "m", "data_sources": "a.jsonl", "reward_functions": "r.py:f"} | changes))
+    with pytest.raises(ValueError, match=message):
+        check_rejection(parse(RejectionConfig, argv), 2 if "parallel_dp" in changes else 1)
+
+
+def test_the_config_that_ships_is_whole():
+    config = load(RejectionConfig, ROOT / "launch" / "configs" / "rejection_smollm2.toml")
+    assert check_rejection(config, world=1) == 1
+    assert all((ROOT / source).is_file() for source in config.data.sources)

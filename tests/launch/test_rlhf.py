@@ -1,0 +1,424 @@
+"""launch/rlhf.py: preferences out of scored answers, stages tied together, killed and resumed, and its report."""
+
+import importlib
+import json
+import math
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from samples import write_jsonl
+from scripts import AXES, ROOT, agree, digests, kill_after, metrics, options, succeed, succeed_in_turn
+from tiny import tiny_chat_model
+from trialign.algorithms.config.rlhf import (
+    FILLED,
+    PromptsConfig,
+    RLHFConfig,
+    check_rlhf,
+    prompt_files,
+    stages,
+)
+from trialign.algorithms.data.labeling import label, read_labelled, split_prompts
+from trialign.algorithms.data.responses import Answer
+from trialign.engine.config import load, parse
+
+PPO_STEPS = 3
+CURVES = {
+    "sft": ("loss", "eval_loss", "entropy", "grad_norm", "lr"),
+    "reward": ("loss", "eval_loss", "accuracy", "eval_accuracy", "chosen", "rejected", "eval_calibration"),
+    "ppo": ("reward/model", "reward/rewards.py:spread", "kl", "entropy", "value_loss"),
+}
+NAMES = ("sft", "preferences", "reward", "ppo", "evaluation")
+
+
+def answer(prompt: int, number: int, reward: float | None) -> Answer:
+    return Answer(
+        f"p{prompt}", f"x:{prompt}", f"a{number}", reward, {"f": reward}, "stop", "", [5, prompt], [number, 2]
+    )
+
+
+def test_the_better_of_two_answers_is_chosen_and_ties_are_counted():
+    rewards = [[3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 1.0, 0.0], [1.0, None, 1.0, 1.0], [None] * 4, [0.5, None, None, -0.5]]
+    answers = [answer(p, 10 * p + i, r) for p, own in enumerate(rewards) for i, r in enumerate(own)]
+    found = label(answers, 2)
+    assert [(row["chosen"], row["rejected"]) for row in found.pairs] == [
+        ("a0", "a3"),
+        ("a2", "a1"),
+        ("a10", "a13"),
+        ("a40", "a43"),
+    ]
+    assert found.counts == {"prompts": 5, "answers": 20, "without_score": 7, "pairs": 4, "ties": 2}
+    assert len(label(answers, 1).pairs) == 3
+
+
+def test_pairs_are_read_back_token_for_token(tmp_path):
+    rows = label([answer(7, 1, 0.0), answer(7, 3, 1.0)], 1).pairs
+    (pair,) = read_labelled(str(write_jsonl(tmp_path / "pairs.jsonl", rows)))
+    assert list(pair.chosen.tokens) == [5, 7, 3, 2] and list(pair.rejected.tokens) == [5, 7, 1, 2]
+    assert list(pair.chosen.mask) == [0, 0, 1, 1] and pair.margin == 0.0
+
+
+def test_equal_prompts_are_held_out_together(tmp_path):
+    rows = [{"prompt": f"p{i % 10}", "row": i} for i in range(30)]
+    source = str(write_jsonl(tmp_path / "prompts.jsonl", rows))
+    train, held_out = split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.3), 1)
+    assert len(held_out) == 9 and not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
+    assert sorted(r["row"] for r in train + held_out) == list(range(30))
+    assert split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.3), 2)[1] != held_out
+    with pytest.raises(ValueError, match=r"prompts.eval_fraction=0.96 of 10 prompts leaves none to learn from"):
+        split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.96), 1)
+
+
+def test_each_stage_starts_from_what_the_ones_before_it_left():
+    config = load(RLHFConfig, ROOT / "launch" / "configs" / "rlhf_smollm2.toml")
+    assert check_rlhf(config, world=1) == 1
+    assert all((ROOT / source).is_file() for source in (*config.prompts.sources, *config.sft.data.sources))
+    tied, root = stages(config), config.run.output
+    train, held_out = prompt_files(config)
+    assert tied.sft.model.path == config.model.path
+    for stage in (tied.preferences, tied.reward, tied.ppo):
+        assert stage.model.path == f"{root}/sft/model"
+    assert tied.ppo.model.critic == tied.ppo.reward.models[0] == f"{root}/reward/model"
+    assert dict(zip(tied.ppo.reward.names, tied.ppo.reward.weights, strict=True)) == {
+        "launch/examples/sentiment.py:sentiment": 0.0,
+        f"{root}/reward/model": 1.0,
+    }
+    assert (tied.evaluation.model.path, tied.evaluation.model.against) == (f"{root}/ppo/model", f"{root}/sft/model")
+    assert tied.ppo.data.sources == (train,) and tied.evaluation.data.sources == (held_out,)
+    assert tied.ppo.data.max_prompt_tokens == config.prompts.max_prompt_tokens
+    assert {stage.run.output for stage in tied} == {f"{root}/{name}" for name in NAMES}
+
+
+GIVEN = {"model_path": "m", "prompts_sources": "p.jsonl", "sft_data.sources": "d.jsonl"}
+SCORER = {"preferences_reward.functions": "r.py:f"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_path": ""}, "model.path is not given"),
+        ({"prompts_sources": ()}, "data.sources is not given: at least one file of prompts"),
+        ({"sft_data.sources": ()}, r"\[sft\] data.sources is not given"),
+        ({"preferences_reward.functions": ()}, r"\[preferences\] no reward: give reward.functions"),
+        ({"preferences_run.pairs": 3}, r"\[preferences\] rollout.samples_per_prompt=4: run.pairs=3 needs two answers"),
+        ({"preferences_reward.normalise": True}, r"\[preferences\] reward.normalise=True"),
+        ({"ppo_ppo.minibatches": 3}, r"\[ppo\] .* do not divide by ppo.minibatches=3"),
+        ({"sft_model.path": "x"}, "sft.model.path=x: the pipeline fills it in; give model.path"),
+        ({"reward_parallel.tp": 2}, "reward.parallel.tp=2: the pipeline fills it in; give parallel"),
+        ({"ppo_run.resume": "r"}, "ppo.run.resume=r: the pipeline fills it in; --resume RUN goes on"),
+        ({"ppo_data.system_prompt": "s"}, "ppo.data.system_prompt=s: .*; give prompts.system_prompt"),
+        ({"ppo_reward.models": "x"}, r"ppo.reward.models=\('x',\): .*; PPO's reward is the model that"),
+        ({"evaluation_reward.clip": 3}, "evaluation.reward.clip=3.0: .*; the rewards are those of preferences.reward"),
+        ({"reward_data.max_tokens": 64}, "reward.data.max_tokens=64: .*; it is no choice here"),
+        ({"preferences_reward.models": "a/model"}, "preferences.reward: f, model, model: scorers are told apart"),
+        ({"model_path": "runs/rlhf/ppo/model"}, "model.path=runs/rlhf/ppo/model: is within run.output=runs/rlhf"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(changes, message):
+    words = options(**{name: value for name, value in (GIVEN | SCORER | changes).items() if value != ()})
+    with pytest.raises(ValueError, match=message.replace("f, model", "r.py:f, model")):
+        check_rlhf(parse(RLHFConfig, words), 1)
+
+
+def test_all_that_is_filled_in_is_a_knob():
+    for stage, names in FILLED.items():
+        for name in names:
+            section = getattr(RLHFConfig(), stage)
+            for part in name.split("."):
+                section = getattr(section, part)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """A tiny model, prompts, rows to fine-tune on, a scorer and a config."""
+    folder = tmp_path_factory.mktemp("rlhf")
+    tiny_chat_model(folder / "model", num_hidden_layers=2)
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"count to <{i}>"} for i in range(20)])
+    write_jsonl(folder / "rows.jsonl", [{"prompt": f"say {i}", "response": "yes & no"} for i in range(10)])
+    (folder / "rewards.py").write_text(
+        "def spread(prompts, completions, **_):\n    return [len(set(c)) / 10 for c in completions]\n"
+    )
+    (folder / "config.toml").write_text(f"""
+[model]
+path = "{folder}/model"
+dtype = "float32"
+[prompts]
+sources = ["{folder}/prompts.jsonl"]
+max_prompt_tokens = 64
+eval_fraction = 0.3
+[sft.data]
+sources = ["{folder}/rows.jsonl"]
+max_tokens = 64
+eval_fraction = 0.2
+[sft.optimizer]
+lr = 1e-3
+eps = 1e-5
+[sft.update]
+batch_size = 4
+[sft.run]
+save_every = 1
+show_tokens = 4
+[preferences.rollout]
+samples_per_prompt = 4
+max_new_tokens = 6
+[preferences.reward]
+functions = ["{folder}/rewards.py:spread"]
+[preferences.run]
+pairs = 2
+prompts_per_save = 6
+[reward.optimizer]
+lr = 1e-3
+eps = 1e-5
+[reward.update]
+batch_size = 4
+[reward.run]
+save_every = 1
+[ppo.rollout]
+max_new_tokens = 6
+[ppo.actor.optimizer]
+lr = 1e-3
+eps = 1e-5
+[ppo.critic.optimizer]
+lr = 1e-3
+eps = 1e-5
+[ppo.run]
+steps = {PPO_STEPS}
+prompts_per_step = 4
+save_every = 1
+show = 1
+[evaluation.rollout]
+max_new_tokens = 6
+samples_per_prompt = 2
+[run]
+log = []
+show = 3
+""")
+    return folder
+
+
+@pytest.fixture
+def launched(monkeypatch) -> None:
+    """Modules of launch/ can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+
+
+def arguments(setting: Path, name: str) -> tuple[object, ...]:
+    return "--config", setting / "config.toml", "--run.output", setting / name
+
+
+@pytest.fixture(scope="module")
+def whole(setting) -> Path:
+    printed = succeed("rlhf", *arguments(setting, "whole"))
+    assert f"report: {setting / 'whole' / 'report.html'}" in printed
+    return setting / "whole"
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_the_stages_leave(whole):
+    """Pairs from prompts of their own side, learned rewards of the answers, and a model that transformers loads."""
+    from transformers import AutoModelForCausalLM
+
+    done = json.loads((whole / "stages.json").read_text())
+    assert tuple(done) == NAMES and all(fact["seconds"] > 0 for fact in done.values())
+    prompts = {
+        side: {row["prompt"] for row in lines(whole / "prompts" / f"{side}.jsonl")} for side in ("train", "held_out")
+    }
+    counts = json.loads((whole / "preferences" / "counts.json").read_text())
+    for side, own in prompts.items():
+        pairs = lines(whole / "preferences" / f"{side}.jsonl")
+        assert {row["prompt"] for row in pairs} <= own and len(pairs) == counts[side]["pairs"]
+        assert counts[side]["pairs"] + counts[side]["ties"] == 2 * len(own) and counts[side]["answers"] == 4 * len(own)
+        assert all(row["chosen_reward"] > row["rejected_reward"] for row in pairs)
+    steps = metrics(whole / "ppo")
+    assert len(steps) == PPO_STEPS and all(step["reward"] == pytest.approx(step["reward/model"]) for step in steps)
+    assert all("reward/rewards.py:spread" in step for step in steps)
+    assert {row["prompt"] for row in lines(whole / "evaluation" / "completions.jsonl")} == prompts["held_out"]
+    AutoModelForCausalLM.from_pretrained(whole / "ppo" / "model")
+
+
+def test_killed_in_two_stages_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
+    folder = setting / "killed"
+    kill_after("preferences/part_0.jsonl", folder, "rlhf", *arguments(setting, "killed"))
+    assert not (folder / "preferences" / "train.jsonl").exists(), "killed too late to show anything"
+    tuned = (folder / "sft" / "model" / "model.safetensors").stat().st_mtime_ns
+    kill_after("ppo/checkpoints/step_1", folder, "rlhf", "--resume", folder)
+    assert not (folder / "ppo" / "checkpoints" / f"step_{PPO_STEPS}").exists(), "killed too late to show anything"
+    printed = succeed("rlhf", "--resume", folder)
+    assert "stage 3 of 5: reward is finished" in printed and f"{PPO_STEPS}/{PPO_STEPS}" in printed
+    assert "step 1/" not in printed and (folder / "sft" / "model" / "model.safetensors").stat().st_mtime_ns == tuned
+    for name, steps in (("sft", 2), ("ppo", PPO_STEPS)):
+        assert digests(folder / name, steps) == digests(whole / name, steps)
+        assert metrics(folder / name) == metrics(whole / name)
+    ours, theirs = (
+        [row | {"model": "", "rewards": sorted(row["rewards"].values()), "source": ""} for row in lines(path)]
+        for path in (run / "evaluation" / "completions.jsonl" for run in (folder, whole))
+    )
+    assert ours == theirs
+    assert (folder / "report.html").exists()
+
+
+def test_a_finished_stage_keeps_its_config(whole, launched):
+    rlhf = importlib.import_module("rlhf")
+    config, done = load(RLHFConfig, whole / "config.toml"), rlhf.finished_here(whole)
+    rlhf.same_as_finished(replace(config, parallel=replace(config.parallel, tp=2)), done)
+    other = replace(config.reward, optimizer=replace(config.reward.optimizer, lr=0.5))
+    with pytest.raises(ValueError, match="reward.optimizer.lr=0.5: the stage reward is finished and had 0.001; a new"):
+        rlhf.same_as_finished(replace(config, reward=other), done)
+    del done["reward"]
+    rlhf.same_as_finished(replace(config, reward=other), done)
+
+
+def test_a_run_that_is_not_there_is_not_gone_on_with(setting, launched, tmp_path):
+    rlhf, session = (importlib.import_module(name) for name in ("rlhf", "common.run"))
+    words = ["--config", str(setting / "config.toml"), "--run.resume", str(tmp_path / "nowhere")]
+    with pytest.raises(SystemExit, match="run.resume=.*nowhere: there is no run"):
+        session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_prompts_than_the_run_was_begun_with_are_refused(setting, whole, launched, tmp_path):
+    rlhf, session = (importlib.import_module(name) for name in ("rlhf", "common.run"))
+    shutil.copytree(whole / "prompts", tmp_path / "run" / "prompts")
+    shutil.copy(whole / "config.toml", tmp_path / "run")
+    rows = lines(setting / "prompts.jsonl")
+    other = write_jsonl(tmp_path / "other.jsonl", [*rows[:-1], {"prompt": "count no more"}])
+    words = ["--resume", str(tmp_path / "run"), "--prompts.sources", str(other)]
+    with pytest.raises(SystemExit, match=r"prompts.sources=\('\S+other.jsonl',\): their rows, .* have changed"):
+        session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
+
+
+@pytest.fixture(scope="module")
+def moved(setting) -> None:
+    """All stages in every layout."""
+    succeed_in_turn([("rlhf", *arguments(setting, axis), f"--parallel.{axis}", 2) for axis in AXES])
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+    run = setting / axis
+    for side in ("train", "held_out"):
+        ours, theirs = (lines(folder / "preferences" / f"{side}.jsonl") for folder in (run, whole))
+        assert [row | {"source": ""} for row in ours] == [row | {"source": ""} for row in theirs]
+    for step, expected in zip(metrics(run / "ppo"), metrics(whole / "ppo"), strict=True):
+        assert step["reward"] == pytest.approx(expected["reward"], rel=1e-5, abs=1e-6)
+    done = json.loads((whole / "stages.json").read_text())
+    for stage in ("sft", "reward", "ppo"):
+        agree(run / stage, whole / stage, done[stage]["steps"])
+    assert f"{axis}=2" in Page((run / "report.html").read_text()).text
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its text, its elements, and what they refer to."""
+
+    VOID = ("meta", "circle", "polyline", "polygon", "line", "br")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.parts: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.text = " ".join(" ".join(self.parts).split())
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.parts.append(data)
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def test_the_report_needs_nothing_but_itself(whole):
+    html = (whole / "report.html").read_text()
+    page = Page(html)
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "embed", "base", "use"}
+    for _, attributes in page.elements:
+        assert not attributes.keys() & {"src", "href", "xlink:href", "srcset", "action"}
+        assert "url(" not in (attributes.get("style") or "")
+    assert "http" not in html and "@import" not in html and "url(" not in html
+
+
+def test_the_report_holds_curves_samples_and_the_whole_config(whole):
+    from trialign.engine.config import to_toml
+
+    page = Page((whole / "report.html").read_text())
+    labels = [attributes["aria-label"] or "" for attributes in page.named("svg")]
+    for name in ("true reward", "learned reward", "Loss, nats a pair", "KL to the reference", "Rewards, mean"):
+        assert any(name in text for text in labels), name
+    assert len(labels) == 2 + 4 + 4 + 4
+    logged = {name: metrics(whole / name) for name in CURVES}
+    expected = [sum(key in step for step in logged[name]) for name, keys in CURVES.items() for key in keys]
+    assert [len((attributes["points"] or "").split()) for attributes in page.named("polyline")] == expected
+    assert min(expected) >= 2 and expected[-1] == PPO_STEPS
+    rows = lines(whole / "evaluation" / "completions.jsonl")
+    model = str(whole / "sft" / "model")
+    for row in [row for row in rows if row["model"] == model and row["sample"] == 0][:3]:
+        for text in (row["prompt"], row["completion"]):
+            assert " ".join(text.replace("\0", "\N{REPLACEMENT CHARACTER}").split()) in page.text
+    both = [[r["rewards"] for r in rows if (r["model"] == model) == first] for first in (True, False)]
+    for part in ("spread", "reward/model"):
+        before, after = (fmean(v for own in side for k, v in own.items() if k.endswith(part)) for side in both)
+        assert f"{before:.2f} → {after:.2f}".replace("-0.00", "0.00") in page.text.replace("-0.00", "0.00")
+    toml = to_toml(load(RLHFConfig, whole / "config.toml"))
+    assert " ".join(toml.split()) in page.text
+    assert f"torch {torch.__version__}" in page.text
+
+
+def test_what_a_model_writes_is_not_read_as_html(setting, whole, launched):
+    folder = setting / "hostile"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoints*", "model*"))
+    path = folder / "evaluation" / "completions.jsonl"
+    text = path.read_text().replace(str(whole), str(folder))
+    rows = [json.loads(line) | {"completion": "<script>alert(1)</script>"} for line in text.splitlines()]
+    write_jsonl(path, rows)
+    config = load(RLHFConfig, folder / "config.toml")
+    config = replace(config, run=replace(config.run, output=str(folder)))
+    html_report, done = importlib.import_module("report.html"), json.loads((folder / "stages.json").read_text())
+    page = Page(html_report.page(config, done))
+    assert not page.named("script") and "<script>alert(1)</script>" in page.text
+    write_jsonl(path, [row | {"rewards": dict.fromkeys(row["rewards"])} for row in rows])
+    with pytest.raises(ValueError, match="no prompt has answers of both models that every reward has a score for"):
+        html_report.page(config, done)
+
+
+def test_numbers_on_an_axis_can_be_told_apart(launched):
+    charts = importlib.import_module("report.charts")
+    assert [text for _, text in charts.ticks(-0.11, 0.42, 4)] == ["0.00", "0.15", "0.30"]
+    assert [text for _, text in charts.ticks(0, 20, 6, whole=True)] == ["0", "4", "8", "12", "16", "20"]
+    assert [text for _, text in charts.ticks(1e-6, 9e-6, 4)] == ["2.0e-6", "4.0e-6", "6.0e-6", "8.0e-6"]
+    wide = charts.ticks(5.1234, 5.1239, 4)
+    assert len({text for _, text in wide}) == len(wide)
+
+
+def test_a_chart_leaves_out_what_a_step_lacks_and_keeps_labels_apart(launched):
+    charts, report = importlib.import_module("report.charts"), importlib.import_module("report.curves")
+    panel = report.Panel(
+        "Loss", "nats", (report.Line("a", "#111111"), report.Line("b", "#222222", "held out", exact=True))
+    )
+    steps = [{"step": i, "a": 1.0 + 0.001 * i, **({"b": 1.0} if i % 2 else {})} for i in range(6)] + [
+        {"step": 6, "a": math.nan}
+    ]
+    page = Page(charts.curves(panel, steps))
+    assert [len((p["points"] or "").split()) for p in page.named("polyline")] == [6, 3]
+    ends = [float(t["y"] or 0) for t in page.named("text") if "font-weight" in t]
+    assert len(ends) == 2 and abs(ends[0] - ends[1]) >= 12
+    assert charts.curves(report.Panel("x", "y", (report.Line("none", "#111111"),)), steps) == ""

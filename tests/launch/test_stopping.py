@@ -1,0 +1,246 @@
+"""Runs that are asked to stop, whose ranks hang or end: what is saved, what is told, what is left (docs/runs.md)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import Forked
+from scripts import ENVIRONMENT, ROOT, command, digests, metrics
+from tiny import tiny_chat_model
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forked]:
+    server = Forked()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """A folder with a tiny chat model, rows for several scripts, rewards and a config."""
+    folder = tmp_path_factory.mktemp("stopping")
+    tiny_chat_model(folder / "model")
+    rows = [{"prompt": f"say {i} words", "chosen": "a b", "rejected": "c", "goal": i % 7} for i in range(20)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(
+        "import os, pathlib, time\n"
+        "def length(prompts, completions, goal, **fields):\n"
+        "    return [-abs(len(c) - g) / 10 for c, g in zip(completions, goal)]\n"
+        "def slow(prompts, completions, **fields):\n"
+        f"    pathlib.Path({str(folder / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+    )
+    (folder / "config.toml").write_text(f"""
+[model]
+path = "{folder}/model"
+dtype = "float32"
+[data]
+sources = ["{folder}/prompts.jsonl"]
+max_prompt_tokens = 96
+[rollout]
+max_new_tokens = 8
+samples_per_prompt = 2
+[reward]
+functions = ["{folder}/reward.py:length"]
+normalise = true
+time_limit = 2.5
+[actor]
+ema_decay = 0.9
+[actor.optimizer]
+lr = 1e-3
+[critic.optimizer]
+lr = 1e-3
+[ppo]
+kl_target = 0.1
+kl_horizon = 100
+minibatches = 2
+micro_batch_size = 2
+[run]
+steps = {STEPS}
+prompts_per_step = 4
+save_every = 0
+show = 1
+log = []
+""")
+    return folder
+
+
+def begin(setting: Path, folder: Path, *more: object) -> list[object]:
+    """The words of a run of its own."""
+    return ["--config", setting / "config.toml", "--run.output", folder, *more]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
+
+
+def test_stopped_in_every_phase_and_resumed_it_ends_bit_for_bit_as_if_it_never_was(forked, setting):
+    """Dropped in a rollout and before the update, finished in the update and while it saves; by each way to ask."""
+    folder, whole = setting / "stopped", setting / "whole"
+    assert forked.run("ppo", *begin(setting, whole)).codes == [0]
+    grace = ("--run.grace", "0")
+    ways: list[tuple[dict[str, Any], list[str]]] = [
+        ({"phase": "loading", "signal": "SIGINT"}, []),
+        ({"phase": "rollout", "signal": "SIGUSR1"}, ["step_0"]),
+        ({"phase": "rollout", "nth": 2, "signal": "SIGTERM"}, ["step_0", "step_1"]),
+        ({"phase": "update", "signal": "SIGINT"}, ["step_1", "step_2"]),
+        ({"phase": "score", "touch": str(folder / "STOP")}, ["step_2", "step_3"]),
+        ({"phase": "checkpoint", "signal": "SIGTERM"}, ["step_3", "step_4"]),
+    ]
+    words = begin(setting, folder)
+    for fault, expected in ways:
+        if "touch" in fault:  # it is made while the step is at hand, and found when the update is to begin
+            fault["nth"] = 2
+        done = forked.run("ppo", *words, *grace, fault=fault)
+        assert done.codes == [75], (fault, done.output)
+        assert "Traceback" not in done.output and "exit code 75" in done.output, done.output
+        assert json.loads((folder / "STOPPED").read_text())["during"]
+        assert not (folder / ".lock").exists() and not (folder / "STOP").exists()
+        assert checkpoints(folder) == expected, (fault, done.output)
+        words = ["--resume", folder] if expected else words
+    assert forked.run("ppo", "--resume", folder).codes == [0]
+    assert digests(folder, STEPS) == digests(whole, STEPS)
+    assert metrics(folder) == metrics(whole)
+    assert not (folder / "STOPPED").exists() and (folder / "model").exists()
+
+
+def test_one_rank_that_is_asked_stops_all_within_a_rollout(forked, setting):
+    """Over two pipeline stages, whose steps on the way run to the end first."""
+    folder = setting / "stages"
+    words = begin(setting, folder, "--parallel.pp", 2, "--rollout.max_new_tokens", 60, "--run.grace", 0)
+    done = forked.run("ppo", *words, ranks=2, fault={"phase": "rollout", "nth": 2, "rank": 1, "signal": "SIGUSR1"})
+    assert done.codes == [75, 75], done.output
+    assert done.output.count("exit code 75") == 1 and checkpoints(folder) == ["step_1"]
+    assert json.loads((folder / "STOPPED").read_text())["during"] == "rollout"
+
+
+def test_a_second_signal_ends_the_run_at_once_and_its_reward_process_with_it(forked, setting):
+    words = begin(setting, setting / "twice", "--reward.functions", f"{setting}/reward.py:slow")
+    words += ["--reward.time_limit", 60, "--run.show", 0]
+    done = forked.run("ppo", *words, fault={"phase": "score", "signal": "SIGTERM", "again": 3})
+    assert done.codes == [128 + signal.SIGTERM], done.output
+    assert "Traceback" not in done.output
+    wait_until(lambda: not running(int((setting / "pid").read_text())), "the reward process outlived its run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_while_python_imports_ends_the_run_with_the_same_code(number):
+    process = subprocess.Popen(command("sft"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), "torch is not imported")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (75, "")
+
+
+def test_a_request_within_a_finalizer_is_not_lost(tmp_path):
+    """Python drops exceptions that are raised there."""
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "launch")!r})
+from common.stop_requests import Stopping
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+with Stopping(Path({str(tmp_path)!r}), True):
+    try:
+        Finalized()
+        time.sleep(60)
+    finally:
+        print("left in order")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 75 and "left in order" in done.stdout, done.stderr
+    assert "ignored" not in done.stderr and (tmp_path / "STOPPED").exists()
+
+
+@pytest.mark.parametrize("phase", ["loading", "rollout", "score", "update", "checkpoint"])
+def test_a_rank_that_hangs_is_named_with_its_phase_and_its_stack(forked, setting, tmp_path, phase):
+    words = begin(setting, tmp_path / "run", "--run.timeout", 3, "--run.save_every", 1)
+    done = forked.run("ppo", *words, ranks=2, fault={"phase": phase, "rank": 1, "signal": "SIGSTOP"})
+    assert done.codes == [1, None], done.output
+    assert done.output.count("error:") == 1 and "run.timeout" in done.output, done.output
+    assert f"late: rank 1, phase {phase}, without a sign of life" in done.output, done.output
+    assert "in strike" in done.output and "forked.py" in done.output  # where it sleeps before it stops
+    assert done.errors[1] is None and "late: rank 1" in str(done.errors[0])
+
+
+def test_what_the_main_rank_alone_fails_in_ends_all_and_is_told_once(forked, setting, tmp_path):
+    (tmp_path / "wandb.py").write_text("raise ImportError('not here')\n")
+    words = begin(setting, tmp_path / "run", "--run.log", "wandb")
+    done = forked.run("ppo", *words, ranks=2)
+    assert done.codes[0] == 1 and done.codes[1] != 0
+    assert done.output.count("error:") == 1 and "Traceback" not in done.output, done.output
+    assert "wandb" in str(done.errors[0]) and done.errors[1] is None
+
+
+def test_a_failure_that_every_rank_meets_is_told_once(forked, setting, tmp_path):
+    words = begin(setting, tmp_path / "run", "--actor.optimizer.lr", 1e30, "--critic.optimizer.lr", 1e30)
+    done = forked.run("ppo", *words, ranks=2)
+    assert 0 not in done.codes, done.output
+    assert done.output.count("error:") == 1, done.output
+    assert sum(error is not None for error in done.errors) == 1
+
+
+def test_a_scorer_may_not_take_longer_than_the_other_ranks_wait(forked, setting, tmp_path):
+    done = forked.run("ppo", *begin(setting, tmp_path / "run", "--run.timeout", 2))
+    assert done.codes == [1] and "reward.time_limit=2.5: must be below run.timeout=2" in done.output
+    words = begin(setting, tmp_path / "run", "--reward.functions", "--reward.servers", "http://localhost:1/score")
+    done = forked.run("ppo", *words, "--reward.server_tries", 5, "--run.timeout", 10)
+    assert done.codes == [1] and "reward.server_tries = 2.5 x 5" in done.output
+
+
+def test_torchruns_ranks_stop_with_their_agent(setting):
+    """When it is killed, and when it is told to stop."""
+    folder = setting / "launched"
+    words = begin(setting, folder, "--run.steps", 1000)
+    for number, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 1)):
+        with open(setting / "output", "w+") as output:
+            agent = subprocess.Popen(
+                command("ppo", *words, ranks=2), env=os.environ | ENVIRONMENT, stdout=output, stderr=output
+            )
+            wait_until(lambda: (folder / "metrics.jsonl").exists() and metrics(folder), "no step")
+            before = len(metrics(folder))
+            wait_until(lambda: len(metrics(folder)) > before, "no step")  # noqa: B023
+            ranks = children(agent.pid)
+            assert len(ranks) == 2
+            agent.send_signal(number)
+            assert agent.wait(60) == expected
+            wait_until(lambda: not any(map(running, ranks)), "ranks outlived their agent")  # noqa: B023
+            output.seek(0)
+            text = output.read()
+        assert "exit code 75" in text, text
+        assert checkpoints(folder)[-1] == f"step_{len(metrics(folder))}" and (folder / "STOPPED").exists(), text
+        words = ["--resume", folder]
+
+
+def wait_until(holds: Any, otherwise: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid: int) -> bool:
+    """False too for a zombie that nobody has waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

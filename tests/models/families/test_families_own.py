@@ -1,0 +1,293 @@
+"""Qwen 1 and Baichuan, which transformers lacks, against a plain float64 reference of their papers and configs.
+
+The reference shares nothing with trialign: it reads the published names, and goes by the formulas, a head at a time.
+"""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import OWN, random_folder, tiny_family
+from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_same, room_for
+from harness import run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+from trialign.algorithms.batch import pack
+from trialign.algorithms.roles.role import stage_forward
+from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.mesh import build_mesh
+from trialign.models.alibi import alibi_slopes
+from trialign.models.config import ModelConfig
+from trialign.models.decoder import Decoder
+from trialign.models.hf.table import load_hf
+
+Weights = dict[str, Tensor]
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def turned(x: Tensor, trained: int | None) -> Tensor:
+    """RoFormer's rotation of [length, d] at positions 0, 1, ...: entry i with entry i + d/2, base 10000; under Qwen's
+    dynamic NTK the base grows by alpha^(d/(d-2)), where alpha + 1 is the power of two from twice length/trained on."""
+    length, d = x.shape
+    alpha = 1
+    while trained is not None and alpha + 1 < 2 * length / trained:
+        alpha = 2 * alpha + 1
+    base = 10000 * alpha ** (d / (d - 2))
+    rows = []
+    for position in range(length):
+        angle = torch.tensor([position / base ** (2 * i / d) for i in range(d // 2)], dtype=torch.float64)
+        a, b = x[position, : d // 2], x[position, d // 2 :]
+        rows.append(torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin())))
+    return torch.stack(rows)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, slope: float | None, log_base: int | None, trained: int | None = None
+) -> Tensor:
+    """One head, [length, d] each: row by row over the keys up to its own."""
+    if slope is None:
+        q, k = turned(q, trained), turned(k, trained)
+    rows = []
+    for i in range(len(q)):
+        query = q[i] * (math.log(i + 1, log_base) if log_base is not None and i + 1 > log_base else 1.0)
+        scores = k[: i + 1] @ query / math.sqrt(q.shape[1])
+        if slope is not None:
+            scores = scores - slope * torch.arange(i, -1, -1)
+        rows.append(scores.softmax(0) @ v[: i + 1])
+    return torch.stack(rows)
+
+
+def paper_slopes(heads: int) -> list[float]:
+    """ALiBi, section 3: a geometric sequence; else the sequence of the power below, filled up from that of the next."""
+    if math.log2(heads).is_integer():
+        start = 2 ** (-(2 ** -(math.log2(heads) - 3)))
+        return [start * start**i for i in range(heads)]
+    below = 2 ** math.floor(math.log2(heads))
+    return paper_slopes(below) + paper_slopes(2 * below)[0::2][: heads - below]
+
+
+def qwen(w: Weights, config: dict[str, Any], tokens: list[int]) -> Tensor:
+    """[length, vocab]: Qwen's technical report, section 2.3, and the published names."""
+    heads, d = config["num_attention_heads"], config["kv_channels"]
+    log_base = config["seq_length"] if config.get("use_logn_attn") else None
+    trained = config["seq_length"] if config.get("use_dynamic_ntk") else None
+    x = w["transformer.wte.weight"][tokens]
+    for i in range(config["num_hidden_layers"]):
+        name = f"transformer.h.{i}."
+        fused = rms(x, w[name + "ln_1.weight"]) @ w[name + "attn.c_attn.weight"].T + w[name + "attn.c_attn.bias"]
+        q, k, v = (part.reshape(-1, heads, d) for part in fused.chunk(3, -1))
+        out = torch.cat([attention(q[:, h], k[:, h], v[:, h], None, log_base, trained) for h in range(heads)], -1)
+        x = x + out @ w[name + "attn.c_proj.weight"].T
+        y = rms(x, w[name + "ln_2.weight"])
+        x = (
+            x
+            + (y @ w[name + "mlp.w1.weight"].T * silu(y @ w[name + "mlp.w2.weight"].T))
+            @ w[name + "mlp.c_proj.weight"].T
+        )
+    return rms(x, w["transformer.ln_f.weight"]) @ w["lm_head.weight"].T
+
+
+def baichuan(w: Weights, config: dict[str, Any], tokens: list[int]) -> Tensor:
+    """[length, vocab]: Baichuan 2's report, sections 2.3 and 2.6, and the published names."""
+    heads = config["num_attention_heads"]
+    slopes = paper_slopes(heads) if "max_position_embeddings" not in config else [None] * heads
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(config["num_hidden_layers"]):
+        name = f"model.layers.{i}."
+        fused = rms(x, w[name + "input_layernorm.weight"]) @ w[name + "self_attn.W_pack.weight"].T
+        q, k, v = (part.reshape(len(tokens), heads, -1) for part in fused.chunk(3, -1))
+        out = torch.cat([attention(q[:, h], k[:, h], v[:, h], slopes[h], None) for h in range(heads)], -1)
+        x = x + out @ w[name + "self_attn.o_proj.weight"].T
+        y = rms(x, w[name + "post_attention_layernorm.weight"])
+        gate, up = (y @ w[f"{name}mlp.{which}_proj.weight"].T for which in ("gate", "up"))
+        x = x + (silu(gate) * up) @ w[name + "mlp.down_proj.weight"].T
+    head = w["lm_head.weight"]
+    if "z_loss_weight" in config:
+        head = head / head.pow(2).sum(1, keepdim=True).sqrt()
+    return rms(x, w["model.norm.weight"]) @ head.T
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("own")
+    return {name: tiny_family(root / name, name) for name in OWN}
+
+
+# Trained on 8 positions: documents of 2 to 40 tokens have four different bases, and log-n attention past the eighth.
+STRETCHED = OWN["qwen"] | {"seq_length": 8}
+
+
+def logits_of(name: str, weights: Weights, tokens: list[int]) -> Tensor:
+    values = STRETCHED if name == "stretched" else OWN[name]
+    return (baichuan if name.startswith("baichuan") else qwen)(weights, values, tokens)
+
+
+@cache
+def reference(name: str, folder: Path) -> tuple[Tensor, Weights, list[list[int]]]:
+    """Logits [tokens, vocab], gradients of the mean logprob by name, greedy tokens."""
+    weights = {key: t.double().requires_grad_() for key, t in load_file(folder / "model.safetensors").items()}
+    prompts = LONG if name == "stretched" else PROMPTS
+    logits = [logits_of(name, weights, prompt) for prompt in prompts]
+    picked = [part[:-1].log_softmax(-1)[range(len(p) - 1), p[1:]] for part, p in zip(logits, prompts, strict=True)]
+    (-torch.cat(picked).mean()).backward()
+    with torch.no_grad():
+        answers = []
+        for prompt in room_for(ModelConfig.from_hf(folder), prompts)[:2]:
+            tokens = list(prompt)
+            for _ in range(NEW_TOKENS):
+                tokens.append(int(logits_of(name, weights, tokens)[-1].argmax()))
+            answers.append(tokens[len(prompt) :])
+    return torch.cat(logits).detach(), {key: w.grad for key, w in weights.items() if w.grad is not None}, answers
+
+
+# Six heads: no power of two, so ALiBi's slopes are of both kinds, and each rank of tp has its own; of four, one or two.
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (2, 2)])
+def test_the_published_models(folders, tp, pp):
+    for name, got in as_trialign(folders, tp, pp).items():
+        logits, gradients, tokens = reference(name, folders[name])
+        assert_same(got["logits"], logits, f"{name}: logits")
+        assert got["gradients"].keys() == gradients.keys()
+        for tensor, gradient in gradients.items():
+            assert_same(got["gradients"][tensor], gradient, f"{name}: gradient of {tensor}")
+        assert got["tokens"][:2] == tokens, name
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_qwen_past_its_trained_length(tmp_path, tp, pp):
+    folder = random_folder(tmp_path / "stretched", STRETCHED)
+    got = as_trialign({"stretched": folder}, tp, pp, prompts=LONG)["stretched"]
+    logits, gradients, _ = reference("stretched", folder)
+    assert_same(got["logits"], logits, "logits")
+    assert got["gradients"].keys() == gradients.keys()
+    for tensor, gradient in gradients.items():
+        assert_same(got["gradients"][tensor], gradient, f"gradient of {tensor}")
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 32, 40])
+def test_slopes_are_the_papers(heads):
+    torch.testing.assert_close(alibi_slopes(heads).double(), torch.tensor(paper_slopes(heads)).double())
+
+
+def test_the_normalised_head_is_frozen_only_while_it_generates(folders):
+    config = ModelConfig.from_hf(folders["baichuan2-7b"])
+    model = Decoder(config, build_mesh(), dtype=torch.float32)
+    load_hf(model, folders["baichuan2-7b"])
+    assert model.head is not None
+    generator, params = Generator(model, model.mesh), SamplingParams(temperature=0, max_new_tokens=12)
+    before = generator.generate(PROMPTS, list(range(4)), params)
+    with torch.no_grad():
+        model.head.weight.mul_(2)  # rows of the same direction, to the bit
+        assert generator.generate(PROMPTS, list(range(4)), params) == before
+        model.head.weight.copy_(model.head.weight.flip(0))
+    assert generator.generate(PROMPTS, list(range(4)), params) != before
+    torch.testing.assert_close(model.head_weight().norm(dim=1), torch.ones(101))
+    assert model.head_weight().requires_grad
+
+
+def rank_values(rank: int, world: int, folders: dict[str, Path]) -> dict[str, Tensor]:
+    """Scores of the prompts' last tokens by a critic made of each language model."""
+    found = {}
+    for name, folder in folders.items():
+        model = Decoder(ModelConfig.from_hf(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
+        load_hf(model, folder, new_head="normal")
+        batch = pack(PROMPTS)
+        with torch.no_grad():
+            found[name] = model.scores(stage_forward(model, batch, None)[batch.last])
+    return found
+
+
+def test_critics(folders):
+    """The head is one plain row, also where the language model's rows are normalised."""
+    alone, (cut, other) = run_ranks(rank_values, 1, folders)[0], run_ranks(rank_values, 2, folders)
+    draws = torch.randn(1, 48, generator=torch.Generator().manual_seed(0)) / 49
+    for name, folder in folders.items():
+        weights = {key: t.double() for key, t in load_file(folder / "model.safetensors").items()}
+        weights["lm_head.weight"] = draws.double()
+        plain = {key: value for key, value in OWN[name].items() if key != "z_loss_weight"}
+        model = qwen if name.startswith("qwen") else baichuan
+        expected = torch.stack([model(weights, plain, prompt)[-1, 0] for prompt in PROMPTS])
+        for scores in (alone[name], cut[name], other[name]):
+            assert_same(scores, expected, name)
+
+
+PUBLISHED = {  # what the publishers' config.json files say about their sizes
+    "7B": {"architectures": ["BaiChuanForCausalLM"], "hidden_size": 4096, "max_position_embeddings": 4096},
+    "13B": {"architectures": ["BaichuanForCausalLM"], "hidden_size": 5120, "model_max_length": 4096},
+    "2-7B": {"architectures": ["BaichuanForCausalLM"], "hidden_size": 4096, "max_position_embeddings": 4096}
+    | {"model_max_length": 4096, "vocab_size": 125696},
+    "2-13B": {"architectures": ["BaichuanForCausalLM"], "hidden_size": 5120, "model_max_length": 4096}
+    | {"vocab_size": 125696, "z_loss_weight": 0},
+}
+
+
+def baichuan_config(values: dict[str, Any]) -> ModelConfig:
+    sizes = {"num_attention_heads": values["hidden_size"] // 128, "num_hidden_layers": 2, "intermediate_size": 128}
+    return ModelConfig.from_hf_dict({"vocab_size": 64000} | sizes | values)
+
+
+def test_which_baichuan():
+    found = {name: baichuan_config(values) for name, values in PUBLISHED.items()}
+    assert {name: (c.alibi, c.norm_head, c.max_positions) for name, c in found.items()} == {
+        "7B": (False, False, 4096),
+        "13B": (True, False, 4096),
+        "2-7B": (False, True, 4096),
+        "2-13B": (True, True, 4096),
+    }
+    for config in found.values():
+        written = json.loads(json.dumps(config.to_hf_dict()))
+        assert ModelConfig.from_hf_dict(written) == config
+        bare = {key: value for key, value in written.items() if key not in ("alibi", "norm_head")}
+        assert ModelConfig.from_hf_dict(bare).alibi == config.alibi
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("7B", {"hidden_size": 5120}, "hidden_size=5120.*BaiChuanForCausalLM: neither a 7B .* nor a 13B"),
+        ("13B", {"hidden_size": 4096}, "hidden_size=4096, max_position_embeddings=None.*key alibi: true or false"),
+        ("13B", {"max_position_embeddings": 4096}, "hidden_size=5120, max_position_embeddings=4096.*neither"),
+        ("13B", {"model_max_length": None}, "neither a 7B"),
+        ("2-7B", {"vocab_size": 125700}, "vocab_size=125700 and z_loss_weight=None: neither Baichuan .* norm_head"),
+        ("13B", {"z_loss_weight": 0}, "vocab_size=64000 and z_loss_weight=0: neither"),
+        ("7B", {"num_key_value_heads": 4}, "num_key_value_heads=4 is not supported"),
+        ("7B", {"norm_head": "no"}, "norm_head='no': expected true or false"),
+    ],
+)
+def test_a_baichuan_that_does_not_say_which_is_refused(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        baichuan_config(PUBLISHED[name] | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 71}, "intermediate_size=71: Qwen 1 counts both"),
+        ({"rotary_pct": 0.5}, "rotary_pct=0.5 is not supported; allowed: 1.0"),
+        ({"no_bias": False}, "no_bias=False is not supported; allowed: true"),
+        ({"use_dynamic_ntk": 1}, "use_dynamic_ntk=1: expected true or false"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+    ],
+)
+def test_qwen_is_refused_by_key(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf_dict(OWN["qwen"] | changes)
+
+
+def test_dynamic_ntk_is_not_sampled_past_the_trained_length(folders):
+    """A growing document would change its own past; scored and learned it may be, its length being known."""
+    model = Decoder(ModelConfig.from_hf(folders["qwen"]), build_mesh(), dtype=torch.float32)
+    load_hf(model, folders["qwen"])
+    assert (model.config.longest_rollout, model.config.longest_document) == (64, math.inf)
+    with pytest.raises(ValueError, match="prompt 0 of 60 tokens with max_new_tokens=5 passes the model's 64 positions"):
+        Generator(model, model.mesh).generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))

@@ -1,0 +1,164 @@
+"""Every weight element accounted for: in each family each has a number of its own, through all layouts bit for bit."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import ALL, OWN, SPARSE, mesh_by_hand, peer_class, peer_config, write_folder
+from harness import run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+from trialign.engine.mesh import build_mesh
+from trialign.engine.optim.adamw import ShardedAdamW
+from trialign.engine.parallel.shard import shard_of
+from trialign.engine.storage.checkpoint import save
+from trialign.models.config import HeadKind, ModelConfig, check_layout
+from trialign.models.decoder import Decoder
+from trialign.models.hf.save import assets, export_checkpoint, export_hf
+from trialign.models.hf.table import hf_name, hf_shapes, load_hf, part_shapes, pieces
+
+LAYOUTS = [(tp, pp, dp, 1) for tp in (1, 2, 4) for pp in (1, 2) for dp in (1, 2)]  # tp, pp, dp, ep
+EXPERT_LAYOUTS = [(tp, pp, dp, ep) for tp in (1, 2, 4) for pp in (1, 2) for dp, ep in ((2, 2), (4, 2))]
+
+
+def numbered(config: ModelConfig, head: HeadKind) -> dict[str, Tensor]:
+    """Tensors whose elements are 1, 2, 3, ..., none twice: exact in fp32."""
+    tensors, begin = {}, 1
+    for name, shape in hf_shapes(config, head).items():
+        count = torch.Size(shape).numel()
+        tensors[name] = torch.arange(begin, begin + count, dtype=torch.float32).view(shape)
+        begin += count
+    assert begin < 1 << 24
+    return tensors
+
+
+def values_of(name: str) -> dict[str, Any]:
+    """The config.json of a family."""
+    return OWN[name] if name in OWN else peer_config(name).to_dict() | {"architectures": [peer_class(name).__name__]}
+
+
+def layouts(name: str) -> list[tuple[int, int, int, int]]:
+    found = LAYOUTS if name not in SPARSE else [one for one in LAYOUTS if one[2] == 1] + EXPERT_LAYOUTS
+    widest = 3 if name in OWN else 4  # of six heads
+    return [(min(tp, widest), pp, dp, ep) for tp, pp, dp, ep in found]
+
+
+def place_of(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    configs = {name: ModelConfig.from_hf_dict(values_of(name)) for name in ALL}
+    return {name: write_folder(root / name, values_of(name), numbered(configs[name], "lm")) for name in ALL}
+
+
+def gathered(folder: Path, head: HeadKind, layout: tuple[int, int, int, int]) -> dict[str, Tensor]:
+    """The parts of a model loaded by every rank of a layout; each element must be on as many ranks as hold it."""
+    tp, pp, dp, ep = layout
+    config = ModelConfig.from_hf(folder)
+    shapes = part_shapes(config, head)
+    parts, seen = ({part: torch.zeros(shape) for part, shape in shapes.items()} for _ in range(2))
+    expected: dict[str, int] = {}
+    for rank in range(tp * pp * dp):
+        model = Decoder(config, mesh_by_hand(tp, pp, dp, ep, rank), dtype=torch.float32, head=head)
+        load_hf(model, folder)
+        for name, parameter in model.named_parameters():
+            shard = shard_of(parameter)
+            for piece in shard.pieces:
+                part = hf_name(name, piece.part, config, head)
+                tied = pp > 1 and config.tie_embeddings and head == "lm" and name in ("embedding.weight", "head.weight")
+                copies = (dp // ep if shard.experts else dp) * (1 if shard.axis == "tp" else tp)
+                expected[part] = 2 * copies if tied else copies
+        for part, piece, view in pieces(model):
+            place = place_of(piece.offset, piece.shape)
+            assert piece.global_shape == shapes[part]
+            parts[part][place] = view
+            seen[part][place] += 1
+    for part, counts in seen.items():
+        assert counts.eq(expected[part]).all(), (part, layout)
+    return parts
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+@pytest.mark.parametrize("name", ALL)
+def test_every_layout_and_back(folders, name, head, tmp_path):
+    config, folder = ModelConfig.from_hf(folders[name]), folders[name]
+    source = numbered(config, head)
+    if head == "score":
+        folder = write_folder(tmp_path / "score", config.to_hf_dict("score"), source)
+    todo = dict.fromkeys(layouts(name))
+    assert len(todo) >= 12
+    for layout in todo if head == "lm" else [(2, 2, 1, 1)]:
+        check_layout(config, layout[0], layout[1])
+        parts = gathered(folder, head, layout)
+        out = tmp_path / "-".join(map(str, layout))
+        export_hf(out, config, parts, folder, head=head, dtype=torch.float32)
+        exported = load_file(out / "model.safetensors")
+        assert exported.keys() == source.keys()
+        assert all(torch.equal(exported[tensor], source[tensor]) for tensor in source), layout
+        assert ModelConfig.from_hf(out).head == head
+
+
+def spoilt(source: dict[str, Tensor], name: str) -> dict[str, tuple[dict[str, Tensor], str]]:
+    """What may be wrong with a folder -> (its tensors, the refusal)."""
+    rest = {key: tensor for key, tensor in source.items() if key != name}
+    tensor, shape = source[name], list(source[name].shape)
+    return {
+        "missing": (rest, f"lacks {name}"),
+        "extra": (source | {f"{name}.scales": tensor.clone()}, f"no place for: {name}.scales"),
+        "renamed": (rest | {f"x.{name}": tensor}, f"lacks {name}"),
+        "shape": (rest | {name: tensor[:-1]}, f"{name} has shape .*config.json asks for {shape}".replace("[", r"\[")),
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_spoilt_folder_is_refused_by_name(folders, name, tmp_path):
+    """A tensor of each kind the table has: the last layer's, and those outside the layers."""
+    config, source = ModelConfig.from_hf(folders[name]), load_file(folders[name] / "model.safetensors")
+    model = Decoder(config, mesh_by_hand(1, 1, 1, 1, 0), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.fill_(-7.0)
+    last = f".{config.num_layers - 1}."
+    tensors = [t for t in source if (last in t or ".0." not in t and ".1." not in t and ".2." not in t)]
+    assert len(tensors) >= 9
+    for i, tensor in enumerate(tensors):
+        cases = spoilt(source, tensor)
+        if i:  # one kind of fault each, all kinds for the first
+            cases = dict([list(cases.items())[i % len(cases)]])
+        for fault, (changed, message) in cases.items():
+            folder = write_folder(tmp_path / f"{i}-{fault}", values_of(name), changed)
+            with pytest.raises(ValueError, match=message):
+                load_hf(model, folder)
+    folder = write_folder(tmp_path / "cut", values_of(name), source)
+    os.truncate(folder / "model.safetensors", os.path.getsize(folder / "model.safetensors") - 4)
+    with pytest.raises(ValueError, match="model.safetensors: damaged or truncated"):
+        load_hf(model, folder)
+    assert all(parameter.eq(-7).all() for parameter in model.parameters())
+
+
+def rank_saves(rank: int, world: int, folders: dict[str, Path], root: Path) -> None:
+    """Real ranks: loaded, taken over by the optimizer, saved as a run saves."""
+    for name, folder in folders.items():
+        sparse = name in SPARSE
+        mesh = build_mesh(tp=2, ep=2) if sparse else build_mesh(tp=2, pp=2)
+        config = ModelConfig.from_hf(folder)
+        model = Decoder(config, mesh, dtype=torch.float32)
+        load_hf(model, folder)
+        adam = ShardedAdamW(model, mesh, tied=model.tied_parameter())
+        entries = adam.entries("actor", partial(hf_name, config=config, head="lm"))
+        save(root / name, 1, entries, {}, mesh, keep=1, assets=assets(folder, "actor/"))
+
+
+def test_checkpoints_of_real_ranks_export_bit_for_bit(folders, tmp_path):
+    """Fused tensors, gathered heads and experts over ep, through masters in a checkpoint."""
+    chosen = ("llama", "mistral-full", "qwen", "baichuan2-13b", "mixtral", "qwen2-moe")
+    run_ranks(rank_saves, 4, {name: folders[name] for name in chosen}, tmp_path)
+    for name in chosen:
+        export_checkpoint(tmp_path / name / "step_1", tmp_path / f"{name}-out", dtype=torch.float32)
+        exported, source = (load_file(f / "model.safetensors") for f in (tmp_path / f"{name}-out", folders[name]))
+        assert exported.keys() == source.keys() and all(torch.equal(exported[t], source[t]) for t in source), name

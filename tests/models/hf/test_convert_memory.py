@@ -1,0 +1,140 @@
+"""What the conversion scripts hold in memory: always less than three times the largest tensor they meet."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from families import SIZES, write_folder
+from test_convert import same, tensors_of, write_gguf
+from trialign.engine.parallel.lora import Choice, LoRA
+from trialign.engine.storage.checkpoint import Entry, write
+from trialign.models.config import ModelConfig
+from trialign.models.hf.convert import import_checkpoint
+from trialign.models.hf.save import assets
+from trialign.models.hf.table import hf_shapes
+from trialign.models.lora import adapter_shapes, base_digest
+
+PEAK = """
+import runpy, sys
+def run(arguments):
+    sys.argv = arguments
+    sys.path[0] = arguments[0].rpartition("/")[0]  # as where Python starts the script
+    runpy.run_path(arguments[0], run_name="__main__")
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+small, large = (sys.argv[1:][i :: 2] for i in (0, 1))
+run(small)  # whatever is imported and kept, is now
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew
+before = peak()
+run(large)
+print("peak KB", peak() - before)
+"""
+MB = 1 << 20
+LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 1}
+BAICHUAN2 = LLAMA | {
+    "architectures": ["BaichuanForCausalLM"],
+    "model_type": "baichuan",
+    "alibi": False,
+    "norm_head": True,
+}
+HEAD = {"hidden_size": 1024, "intermediate_size": 1024, "vocab_size": 16384}
+DOWN = {"hidden_size": 1024, "intermediate_size": 16384}
+
+
+def folder_of(folder: Path, values: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A folder of this config; its numbers are cheap to make, and no two rows of a tensor are alike."""
+    tensors = {}
+    for name, shape in hf_shapes(ModelConfig.from_hf_dict(values)).items():
+        numbers = torch.arange(torch.Size(shape).numel()) % 9973 - 4986 + len(name)
+        tensors[name] = (numbers / 9973).to(dtype).view(shape)
+    return write_folder(folder, values, tensors)
+
+
+def largest(values: dict[str, Any], bytes_: int) -> int:
+    return max(torch.Size(shape).numel() for shape in hf_shapes(ModelConfig.from_hf_dict(values)).values()) * bytes_
+
+
+def adapters(base: Path, checkpoint: Path, lora: LoRA) -> None:
+    """What a LoRA run on `base` leaves: a checkpoint of adapters alone."""
+    shapes = adapter_shapes(ModelConfig.from_hf(base), lora)
+    entries = [Entry(f"actor/master/{n}", s, (0, 0), torch.full(s, 0.1), True) for n, s in shapes.items()]
+    facts = {key: getattr(lora, key) for key in ("rank", "alpha", "rslora", "quantize")}
+    facts |= {"targets": list(lora.targets), "base": str(base), "digest": base_digest(base)}
+    write(checkpoint, [entries], lambda entry: entry.tensor, {"adapters": {"actor": facts}}, assets(base, "actor/"))
+
+
+def assert_small(script: str, arguments: tuple[str, ...], root: Path, bound: int) -> None:
+    """Runs a script on `small` and then on `large` ("{}" in its arguments), whose peak stays below three bounds."""
+    both = [str(ROOT / "launch" / script)] * 2
+    for argument in arguments:
+        both += [argument.format(root / size) for size in ("small", "large")]
+    result = subprocess.run([sys.executable, "-c", PEAK, *both], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    peak = int(result.stdout.split("peak KB")[1]) << 10
+    assert peak < 3 * bound, f"{script}: {peak / bound:.2f} times the largest tensor"
+
+
+def test_many_tensors_in_and_out(tmp_path):
+    """250 MB of weights in tensors of at most 32 MB, sharded."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 4096}
+    values = LLAMA | sizes
+    folder, bound = folder_of(tmp_path / "large", values, torch.float32), largest(values, 4)
+    folder_of(tmp_path / "small", LLAMA | {"num_hidden_layers": 2}, torch.float32)
+    tensors = tensors_of(folder)
+    assert bound == 32 * MB and sum(4 * t.numel() for t in tensors.values()) > 7 * bound
+    (folder / "model.safetensors").unlink()
+    places = {name: f"part{number % 5}.safetensors" for number, name in enumerate(tensors)}
+    for file in set(places.values()):
+        write_folder(folder, values, {name: tensors[name] for name, place in places.items() if place == file})
+        (folder / "model.safetensors").rename(folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    layout = ("--tp", "2", "--pp", "2")
+    assert_small("import_hf.py", ("--model", "{}", "--output", "{}_checkpoint", *layout), tmp_path, bound)
+    exporting = ("--checkpoint", "{}_checkpoint", "--output", "{}_out", "--dtype", "float32")
+    assert_small("export_hf.py", exporting, tmp_path, bound)
+    assert same(tensors_of(tmp_path / "large_out"), tensors)
+
+
+def test_another_type_on_the_way_in(tmp_path):
+    for name, values in (("small", LLAMA), ("large", LLAMA | HEAD)):
+        folder_of(tmp_path / name, values)
+    arguments = ("--model", "{}", "--output", "{}_checkpoint", "--dtype", "float32")
+    assert_small("import_hf.py", arguments, tmp_path, largest(LLAMA | HEAD, 2))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_normalised_head(dtype, tmp_path):
+    """Of a Baichuan2 in bfloat16, published so: in its own type and in a wider one, 32 MB as it comes."""
+    for name, values in (("small", BAICHUAN2), ("large", BAICHUAN2 | HEAD)):
+        import_checkpoint(folder_of(tmp_path / name, values), tmp_path / f"{name}_checkpoint")
+    arguments = ("--checkpoint", "{}_checkpoint", "--output", "{}_out", "--as", "llama", "--dtype", dtype)
+    assert_small("export_hf.py", arguments, tmp_path, largest(BAICHUAN2 | HEAD, 2))
+
+
+@pytest.mark.parametrize(
+    ("targets", "quantize", "sizes"), [(("head",), False, HEAD), (("q", "down"), True, DOWN)], ids=["head", "qlora"]
+)
+def test_merged_adapters(targets: tuple[Choice, ...], quantize, sizes, tmp_path):
+    lora = LoRA(4, 8.0, targets, quantize=quantize)
+    for name, values in (("small", LLAMA | {"hidden_size": 64, "intermediate_size": 64}), ("large", LLAMA | sizes)):
+        base = folder_of(tmp_path / f"{name}_base", values)
+        adapters(base, tmp_path / f"{name}_checkpoint", lora)
+    arguments = ("--checkpoint", "{}_checkpoint", "--output", "{}_out")
+    assert_small("export_hf.py", arguments, tmp_path, largest(LLAMA | sizes, 2))
+    assert tensors_of(tmp_path / "large_out")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_a_gguf_file(tmp_path):
+    """8-bit numbers, which become float32: 32 MB of them."""
+    pytest.importorskip("gguf")
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192}
+    for name, values in (("small", LLAMA), ("large", LLAMA | sizes)):
+        write_gguf(tmp_path / f"{name}.gguf", folder_of(tmp_path / name, values, torch.float32), "llama", True)
+    arguments = ("--model", "{}.gguf", "--output", "{}_checkpoint")
+    assert_small("import_hf.py", arguments, tmp_path, largest(LLAMA | sizes, 4))

@@ -1,0 +1,453 @@
+"""Hugging Face folders into decoders: what config.json may say, the table against transformers, slices, refusals."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+from safetensors.torch import load_file, save_file
+from tiny import mesh_of, tiny_llama, tiny_tokenizer
+from torch import Tensor
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig, check_layout
+from trialign.models.decoder import Decoder
+from trialign.models.hf.table import hf_name, hf_shapes, load_hf, pieces, stop_ids
+from trialign.models.hf.tokenizer import read_tokenizer
+from trialign.models.rope import Rope
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)]  # tp, pp
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("hf")
+    return {
+        "tied": tiny_llama(root / "tied", tied=True),
+        "untied": tiny_llama(root / "untied", tied=False),
+        "score": tiny_llama(root / "score", score=True),
+    }
+
+
+@pytest.fixture
+def copy(folders, tmp_path) -> Path:
+    """An untied folder to spoil."""
+    return Path(shutil.copytree(folders["untied"], tmp_path / "copy"))
+
+
+def rewrite(folder: Path, **changes) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+def test_config_names(folders):
+    config = ModelConfig.from_hf(folders["tied"])
+    assert dataclasses.asdict(config) == {
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "ffn_size": 64,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "rope_theta": 10000.0,
+        "norm_eps": 1e-6,
+        "max_positions": 256,
+        "tie_embeddings": True,
+        "qkv_bias": False,
+        "output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "window": None,
+        "full_layers": (),
+        "rope": dataclasses.asdict(Rope()),
+        "alibi": False,
+        "logn": None,
+        "norm_head": False,
+        "moe": None,
+        "initializer_range": 0.1,
+        "bos_id": 1,
+        "eos_ids": (2,),
+        "pad_id": 2,
+    }
+    assert ModelConfig.from_hf(folders["score"]).head == "score"
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_config_round_trip(folders, head):
+    config = dataclasses.replace(ModelConfig.from_hf(folders["untied"]), eos_ids=(2, 5), rope_theta=5e5, head_dim=16)
+    again = ModelConfig.from_hf_dict(json.loads(json.dumps(config.to_hf_dict(head))))
+    assert again.head == head
+    assert dataclasses.replace(again, architecture=config.architecture) == config
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "score"])
+def test_transformers_reads_our_config_alike(folders, kind, tmp_path):
+    from transformers import AutoConfig
+
+    config = ModelConfig.from_hf(folders[kind])
+    config = dataclasses.replace(config, rope_theta=123456.0)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf_dict(config.head, "float32")))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_theta"] == 123456.0 and theirs.dtype == torch.float32
+    assert theirs.tie_word_embeddings == (kind == "tied")
+    theirs.save_pretrained(tmp_path)
+    assert ModelConfig.from_hf(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta"),
+    [
+        ({"rope_theta": 7e4}, 7e4),
+        ({"rope_theta": 7e4, "rope_scaling": None}, 7e4),
+        ({"rope_theta": 7e4, "rope_scaling": {"type": "default"}}, 7e4),
+        ({"rope_parameters": {"rope_theta": 8e4, "rope_type": "default"}}, 8e4),
+        ({}, 1e4),
+    ],
+)
+def test_rope_theta_old_and_new(copy, rope, theta):
+    values = json.loads((copy / "config.json").read_text())
+    del values["rope_parameters"]
+    (copy / "config.json").write_text(json.dumps(values | rope))
+    assert ModelConfig.from_hf(copy).rope_theta == theta
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures=.*GPT2.*allowed: LlamaForCausalLM, LlamaForSeq"),
+        ({"architectures": None}, "architectures=None: allowed"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+            "rope_type='longrope'.*allowed: default, l",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3' needs low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters=.* and rope_scaling=.* disagree"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5: expected at least 1"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section not supported; allowed"),
+        ({"rope_parameters": {"full_attention": {}}}, "full_attention not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5; allowed: 1.0"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1: expected a finite number above 0"),
+        ({"rope_theta": math.inf}, "rope_theta=inf: expected a finite number above 0"),
+        ({"rope_theta": math.nan}, "rope_theta=nan: expected a finite number above 0"),
+        ({"rope_theta": 0}, "rope_theta=0: expected a finite number above 0"),
+        ({"rope_parameters": {"rope_theta": math.inf}}, "rope_theta=inf: expected a finite number above 0"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf: expected a finite number above 0"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; allowed: \"silu\""),
+        ({"attention_bias": "yes"}, "attention_bias='yes': expected true or false"),
+        ({"mlp_bias": 1}, "mlp_bias=1: expected true or false"),
+        ({"sliding_window": 4096}, "sliding_window=4096 is not supported; allowed: null"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.*not supported"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "32"}, "hidden_size='32': expected a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0: expected a whole number of at least 1"),
+        ({"vocab_size": True}, "vocab_size=True: expected a whole number"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 does not divide by num_key_value_heads=3"),
+        ({"head_dim": None, "hidden_size": 30}, "hidden_size=30 does not divide by num_attention_heads=4"),
+        ({"head_dim": 7}, "head_dim=7: rotary embeddings need an even number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small': expected a finite number above 0"),
+        ({"eos_token_id": ["x"]}, "eos_token_id=.*: expected a token id"),
+        ({"bos_token_id": "<s>"}, "bos_token_id='<s>': expected a token id below vocab_size=96"),
+        ({"pad_token_id": 96}, "pad_token_id=96: expected a token id below vocab_size=96"),
+        ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, "num_labels=2"),
+    ],
+)
+def test_config_is_refused_by_key(copy, changes, message):
+    rewrite(copy, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelConfig.from_hf(copy)
+    assert str(copy / "config.json") in str(caught.value)
+
+
+def test_config_that_is_no_config(tmp_path):
+    with pytest.raises(ValueError, match=r"x.gguf: a GGUF file is imported first \(launch/import_hf.py\)"):
+        ModelConfig.from_hf("x.gguf")
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        ModelConfig.from_hf(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no config.json in this folder"):
+        ModelConfig.from_hf(tmp_path)
+    for text, message in (("{", "not JSON"), ("[1]", "expected a JSON object, found list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            ModelConfig.from_hf(tmp_path)
+
+
+def test_a_value_of_the_wrong_type_names_the_file(copy):
+    rewrite(copy, id2label=3)
+    with pytest.raises(ValueError, match="config.json: a value of the wrong type: .*len"):
+        ModelConfig.from_hf(copy)
+
+
+def test_stop_ids_are_those_of_both_configs_and_of_the_tokenizer(tmp_path):
+    config = ModelConfig.from_hf(tiny_llama(tmp_path, eos_token_id=5))
+    tokenizer = read_tokenizer(tiny_tokenizer(tmp_path))  # its end of sequence is 2
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 5]}))
+    assert stop_ids(tmp_path, config, tokenizer) == (2, 5, 9)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert stop_ids(tmp_path, config, tokenizer) == (2, 5, 7)
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id='</s>': expected a token id below vocab_size=96 or a list"),
+        ('{"eos_token_id": [5, 96]}', r"eos_token_id=\[5, 96\]: expected a token id below vocab_size=96"),
+        ('{"eos_token_id": [true]}', r"eos_token_id=\[True\]"),
+    ):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+            stop_ids(tmp_path, config, tokenizer)
+    (tmp_path / "generation_config.json").unlink()
+    assert stop_ids(tmp_path, config, tokenizer) == (2, 5)
+    tokenizer.eos_token = None
+    assert stop_ids(tmp_path, config, tokenizer) == (5,)
+    tokenizer.eos_token = "z"  # a letter's token, beyond the model's vocabulary
+    with pytest.raises(ValueError, match=f"eos_token_id={tokenizer.eos_token_id}: expected a token id below"):
+        stop_ids(tmp_path, dataclasses.replace(config, vocab_size=8), tokenizer)
+
+
+def test_check_layout(folders):
+    config = ModelConfig.from_hf(folders["tied"])  # 4 heads, 2 key/value heads, ffn 64, vocabulary 96, 4 layers
+    smol = dataclasses.replace(config, num_heads=9, num_kv_heads=3, ffn_size=1536, vocab_size=49153)
+    for shape, tp, pp in ((config, 2, 4), (config, 3, 1), (smol, 2, 1), (smol, 7, 2), (smol, 9, 1)):
+        check_layout(shape, tp, pp)
+    for shape, tp, pp, message in (
+        (config, 8, 1, "num_heads=4 cannot be shared by tp=8 ranks; allowed tp: 1 to 4"),
+        (config, 0, 1, "num_heads=4 cannot be shared by tp=0 ranks; allowed tp: 1 to 4"),
+        (dataclasses.replace(smol, ffn_size=7), 8, 1, "ffn_size=7 cannot be shared by tp=8 ranks; allowed tp: 1 to 7"),
+        (config, 1, 3, "num_layers=4 does not divide by pp=3; allowed pp: 1, 2, 4"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            check_layout(shape, tp, pp)
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "score"])
+def test_the_table_is_transformers_list(folders, kind):
+    config = ModelConfig.from_hf(folders[kind])
+    theirs = load_file(folders[kind] / "model.safetensors")
+    assert {name: tuple(t.shape) for name, t in theirs.items()} == hf_shapes(config, config.head)
+
+
+def test_names():
+    config = ModelConfig.from_hf_dict({"architectures": ["LlamaForCausalLM"]} | SIZES)
+    tied = dataclasses.replace(config, tie_embeddings=True)
+    assert hf_name("layers.1.attention.qkv.weight", "k", config) == "model.layers.1.self_attn.k_proj.weight"
+    assert hf_name("head.weight", "", config) == "lm_head.weight"
+    assert hf_name("head.weight", "", tied) == "model.embed_tokens.weight"
+    assert hf_name("head.weight", "", tied, "score") == "score.weight"
+
+
+SIZES = {
+    "vocab_size": 10,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def build(folder: Path, tp: int, pp: int, rank: int, *, head=None, dtype=torch.float32, **options) -> Decoder:
+    config = ModelConfig.from_hf(folder)
+    model = Decoder(config, mesh_of(tp, pp, 1, rank), dtype=dtype, head=head or config.head)
+    for parameter in model.parameters():
+        parameter.data.fill_(-7.0)
+    load_hf(model, folder, **options)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "score"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_every_rank_gets_its_slices(folders, kind, tp, pp):
+    """All ranks' pieces together are the file, every number once a tp group (or on each rank where not cut)."""
+    theirs = load_file(folders[kind] / "model.safetensors")
+    seen: dict[str, Tensor] = {name: torch.zeros_like(t) for name, t in theirs.items()}
+    for rank in range(tp * pp):
+        for name, piece, view in pieces(build(folders[kind], tp, pp, rank)):
+            place = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            assert piece.global_shape == tuple(theirs[name].shape)
+            assert torch.equal(view, theirs[name][place]), (rank, name)
+            seen[name][place] = 1
+    assert all(t.all() for t in seen.values())
+
+
+def test_the_cut_written_out(folders):
+    """tp=2 x pp=2, last rank, by hand: heads 2 and 3, key/value head 1, the upper half of everything cut."""
+    theirs = load_file(folders["untied"] / "model.safetensors")
+    parameters = dict(build(folders["untied"], 2, 2, 3).named_parameters())
+    old = "model.layers.3."
+    q, k, v = (theirs[f"{old}self_attn.{x}_proj.weight"] for x in "qkv")
+    gate, up = (theirs[f"{old}mlp.{x}_proj.weight"] for x in ("gate", "up"))
+    expected = {
+        "layers.3.attention.qkv.weight": torch.cat((q[16:], k[8:], v[8:])),
+        "layers.3.attention.output.weight": theirs[f"{old}self_attn.o_proj.weight"][:, 16:],
+        "layers.3.mlp.gate_up.weight": torch.cat((gate[32:], up[32:])),
+        "layers.3.mlp.down.weight": theirs[f"{old}mlp.down_proj.weight"][:, 32:],
+        "layers.3.attention_norm.weight": theirs[f"{old}input_layernorm.weight"],
+        "layers.3.mlp_norm.weight": theirs[f"{old}post_attention_layernorm.weight"],
+        "norm.weight": theirs["model.norm.weight"],
+        "head.weight": theirs["lm_head.weight"][48:],
+    }
+    for name, tensor in expected.items():
+        assert torch.equal(parameters[name], tensor), name
+    assert "embedding.weight" not in parameters and "layers.1.mlp.down.weight" not in parameters
+
+
+def rank_loads(rank: int, world: int, folder: Path, tp: int, pp: int) -> dict[str, Tensor]:
+    model = Decoder(ModelConfig.from_hf(folder), build_mesh(tp=tp, pp=pp), dtype=torch.float32)
+    load_hf(model, folder)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_real_ranks_load_as_the_simulated_ones(folders):
+    for rank, loaded in enumerate(run_ranks(rank_loads, 4, folders["tied"], 2, 2)):
+        simulated = dict(build(folders["tied"], 2, 2, rank).named_parameters())
+        assert loaded.keys() == simulated.keys()
+        assert all(torch.equal(loaded[name], p) for name, p in simulated.items())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_is_the_parameters(copy, stored, dtype):
+    theirs = {name: t.to(stored) for name, t in load_file(copy / "model.safetensors").items()}
+    save_file(theirs, copy / "model.safetensors")
+    for name, _, view in pieces(build(copy, 1, 1, 0, dtype=dtype)):
+        assert view.dtype == dtype and torch.equal(view, theirs[name].to(dtype))
+
+
+def test_several_files(copy):
+    """Sharded by transformers itself: same weights as out of one file."""
+    from transformers import LlamaForCausalLM
+
+    before = load_file(copy / "model.safetensors")
+    model = LlamaForCausalLM.from_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="20KB")
+    assert len(list(copy.glob("*.safetensors"))) > 2
+    for rank in (0, 3):
+        for name, piece, view in pieces(build(copy, 2, 2, rank)):
+            place = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            assert torch.equal(view, before[name][place])
+
+
+def test_critic_from_a_causal_model(folders):
+    for kind in ("tied", "untied"):
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no score.weight; expected LlamaForSequence"):
+            build(folders[kind], 1, 1, 0, head="score")
+        zero = build(folders[kind], 1, 1, 0, head="score", new_head="zero")
+        assert zero.head is not None and zero.head.weight.eq(0).all()
+        assert set(hf_shapes(zero.config, "score")) == {name for name, _, _ in pieces(zero)}
+        heads = [build(folders[kind], 2, 2, rank, head="score", new_head="normal").head for rank in range(4)]
+        assert heads[0] is heads[1] is None
+        last, other = heads[2:]
+        assert last is not None and other is not None
+        assert torch.equal(last.weight, other.weight)
+        assert 0.5 < last.weight.std() * 33 < 1.5
+
+
+def test_a_language_model_from_a_score_model_is_refused(folders):
+    with pytest.raises(ValueError, match="has a score head; a language model needs lm_head.weight"):
+        build(folders["score"], 1, 1, 0, head="lm")
+
+
+def refused(folder: Path, message: str, config: ModelConfig | None = None) -> None:
+    """load_hf refuses the folder and has changed nothing by then."""
+    model = Decoder(config or ModelConfig.from_hf(folder), mesh_of(1, 1, 1, 0), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.fill_(-7.0)
+    with pytest.raises(ValueError, match=message):
+        load_hf(model, folder)
+    assert all(parameter.eq(-7).all() for parameter in model.parameters())
+
+
+def change(folder: Path, **tensors: Tensor | None) -> None:
+    """Rewrites model.safetensors with some tensors replaced, added or (None) left out."""
+    merged = load_file(folder / "model.safetensors") | tensors
+    save_file({name: t for name, t in merged.items() if t is not None}, folder / "model.safetensors")
+
+
+LAST = "model.layers.3.mlp.down_proj.weight"
+
+
+def test_missing_tensor(copy):
+    change(copy, **{LAST: None})
+    refused(copy, f"lacks {LAST}")
+
+
+def test_extra_tensor(copy):
+    change(copy, **{"model.layers.4.mlp.down_proj.weight": torch.zeros(1), "x": torch.zeros(1)})
+    refused(copy, "holds what the model has no place for: model.layers.4.mlp.down_proj.weight, x")
+
+
+def test_old_files_rotary_frequencies_are_no_extra(copy):
+    change(copy, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
+    build(copy, 1, 1, 0)
+
+
+def test_wrong_shape(copy):
+    change(copy, **{LAST: torch.zeros(32, 63)})
+    refused(copy, rf"{LAST} has shape \[32, 63\], config.json asks for \[32, 64\]")
+
+
+def test_integer_tensor(copy):
+    change(copy, **{LAST: torch.zeros(32, 64, dtype=torch.int8)})
+    refused(copy, f"{LAST} is I8; allowed: .*BF16")
+
+
+@pytest.mark.parametrize("keep", [4, 100, -1, -1000])
+def test_truncated_file(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(copy, r"model.safetensors: damaged or truncated")
+
+
+def test_only_bin_files(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    refused(copy, "no model.safetensors.*found pytorch_model.bin; pickles are not loaded.*docs/conversion.md, Pickles")
+
+
+def test_spoilt_index(copy):
+    (copy / "model.safetensors").rename(copy / "a.safetensors")
+    index = copy / "model.safetensors.index.json"
+    names = load_file(copy / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
+    build(copy, 1, 1, 0)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors") | {LAST: "b.safetensors"}}))
+    refused(copy, "b.safetensors: missing, model.safetensors.index.json names it")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*names, "y"], "a.safetensors")}))
+    refused(copy, "a.safetensors: no tensor y, model.safetensors.index.json promises it")
+    for text in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(text)
+        refused(copy, "not an index of safetensors files")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors") | {LAST: ["a.safetensors"]}}))
+    refused(copy, rf"index.json: weight_map, {LAST}: \['a.safetensors'\] is not the name of a file")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_heads", 8), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("vocab_size", 97), ("tie_embeddings", True)],
+)
+def test_a_model_of_another_config(folders, key, value):
+    config = dataclasses.replace(ModelConfig.from_hf(folders["untied"]), **{key: value})
+    refused(folders["untied"], f"{key}=.*, the model has {value}", config)
+
+
+def test_a_tensor_in_two_shards(copy):
+    both = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").rename(copy / "a.safetensors")
+    save_file({LAST: both[LAST] + 1}, copy / "b.safetensors")
+    places = dict.fromkeys(both, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    refused(copy, f"b.safetensors: holds {LAST}, which a.safetensors holds too")
+
+
+def test_tied_file_with_a_head_of_its_own(folders, tmp_path):
+    """Equal: taken from the embedding. Not equal: the file contradicts its config, and nobody guesses."""
+    folder = Path(shutil.copytree(folders["tied"], tmp_path / "copy"))
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change(folder, **{"lm_head.weight": embedding.clone()})
+    build(folder, 1, 1, 0)
+    change(folder, **{"lm_head.weight": embedding + 1})
+    refused(folder, "config.json ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight")

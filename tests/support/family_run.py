@@ -1,0 +1,112 @@
+"""Our side of the families' tests: logits, gradients and greedy tokens of folders, in any layout."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import run_ranks
+from torch import Tensor
+from trialign.algorithms.batch import pack
+from trialign.algorithms.roles.role import shapes, stage_forward
+from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.mesh import build_mesh
+from trialign.engine.parallel.collectives import all_gather
+from trialign.engine.parallel.shard import shard_of
+from trialign.engine.parallel.tensor import parallel_logprob
+from trialign.engine.pipeline.runner import run_forward, run_forward_backward
+from trialign.models.config import ModelConfig
+from trialign.models.decoder import Decoder
+from trialign.models.hf.table import hf_name, load_hf, whole_tensors
+
+NEW_TOKENS = 12
+_generator = torch.Generator().manual_seed(3)
+PROMPTS = [torch.randint(3, 96, (n,), generator=_generator).tolist() for n in (7, 20, 2, 13)]
+LONG = [torch.randint(3, 96, (n,), generator=_generator).tolist() for n in (7, 40, 16, 17, 33, 2)]
+
+
+def room_for(config: ModelConfig, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The prompts that can be continued."""
+    return [prompt for prompt in prompts if len(prompt) + NEW_TOKENS <= config.longest_rollout]
+
+
+def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int) -> dict[str, Any]:
+    """What this rank has: logits (last stage), tokens, and its pieces of the gradient of the mean logprob."""
+    mesh = build_mesh(tp=tp, pp=pp, ep=ep)
+    config = ModelConfig.from_hf(folder)
+    model = Decoder(config, mesh, dtype=torch.float32)
+    load_hf(model, folder)
+    batch = pack(prompts, [[False] + [True] * (len(prompt) - 1) for prompt in prompts])
+
+    def whole_logits(_: int, x: Tensor | None) -> Tensor:
+        hidden = stage_forward(model, batch, x)
+        return all_gather(model.logits(hidden), mesh.tp, 1, model.vocab.sizes) if mesh.is_last_stage else hidden
+
+    def loss(_: int, x: Tensor | None) -> Tensor:
+        hidden = stage_forward(model, batch, x)
+        if not mesh.is_last_stage:
+            return hidden
+        rows = hidden[batch.response - 1]
+        return -parallel_logprob(rows, model.head_weight(), batch.labels, model.vocab)[0].mean()
+
+    logits = run_forward(mesh, shapes(model, [batch]), model.dtype, whole_logits)
+    greedy = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
+    short = room_for(config, prompts)
+    completions = Generator(model, mesh, block_size=4, max_running=3).generate(short, list(range(len(short))), greedy)
+    run_forward_backward(mesh, shapes(model, [batch]), model.dtype, loss)
+    gradients = []
+    for name, parameter in model.named_parameters():
+        begin, shard = 0, shard_of(parameter)
+        # Every data rank runs the whole batch here; an expert gets the tokens of all ranks of ep.
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradient = gradient / ep if shard.experts else gradient
+        for piece in shard.pieces:
+            rows = gradient[begin : begin + piece.shape[0]].clone()
+            gradients.append((name, piece, rows))
+            begin += piece.shape[0]
+    tokens = [completion.tokens for completion in completions]
+    return {"logits": logits[0] if logits else None, "tokens": tokens, "gradients": gradients}
+
+
+def rank_runs(
+    rank: int, world: int, folders: Mapping[str, Path], prompts: list[list[int]], tp: int, pp: int, ep: int
+) -> dict[str, Any]:
+    return {name: run_folder(folder, prompts, tp, pp, ep) for name, folder in folders.items()}
+
+
+def as_trialign(
+    folders: Mapping[str, Path], tp: int, pp: int, ep: int = 1, prompts: list[list[int]] = PROMPTS
+) -> dict[str, dict[str, Any]]:
+    """By folder: logits [tokens, vocab], gradients by Hugging Face's names, greedy tokens of the prompts that there is
+    room for; all ranks must agree."""
+    results = run_ranks(rank_runs, tp * pp * ep, dict(folders), prompts, tp, pp, ep, timeout=180)
+    return {name: together([result[name] for result in results], folder) for name, folder in folders.items()}
+
+
+def together(ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    config = ModelConfig.from_hf(folder)
+    wholes: dict[tuple[str, str], Tensor] = {}
+    for name, piece, rows in (entry for rank in ranks for entry in rank["gradients"]):
+        whole = wholes.setdefault((name, piece.part), torch.full(piece.global_shape, torch.nan))
+        place = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+        known = ~whole[place].isnan()
+        torch.testing.assert_close(rows[known], whole[place][known], rtol=1e-5, atol=1e-6)
+        whole[place] = rows
+    parts: dict[str, Tensor] = {}
+    for (name, part), whole in wholes.items():
+        assert not whole.isnan().any(), f"{name} {part}: elements that no rank has a gradient of"
+        theirs = hf_name(name, part, config)
+        parts[theirs] = parts[theirs] + whole if theirs in parts else whole  # both ends of a tied embedding
+    assert all(rank["tokens"] == ranks[0]["tokens"] for rank in ranks), "ranks sampled different tokens"
+    logits = next(rank["logits"] for rank in ranks if rank["logits"] is not None)
+    return {
+        "logits": logits,
+        "gradients": {n: torch.cat([parts[p] for p in ps]) for n, ps in whole_tensors(parts, config).items()},
+        "tokens": ranks[0]["tokens"],
+    }
+
+
+def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
+    """Within 1e-5 of the largest number there; or of 0.02, for what is the small rest of sums that cancel."""
+    error = (got.double() - expected.double()).abs().max().item()
+    assert got.shape == expected.shape and error <= 1e-5 * max(0.02, expected.abs().max().item()), f"{what}: {error}"

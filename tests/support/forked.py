@@ -1,0 +1,178 @@
+"""Runs scripts of launch/ in processes forked from one that has imported them: `Forked().run(...)`, in a second or two.
+
+As a program: that process. For each line of JSON on stdin it forks the ranks, with a store and an environment as
+torchrun's agent gives them, and answers with a line on stdout when all of them have ended or the time is up.
+
+A fault is a signal that a rank sends itself, {"phase": "rollout", "nth": 2, "rank": 1, "signal": "SIGSTOP"}, and once
+more after `again` seconds if that is given; or a file that it makes, where `touch` is given.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = str(ROOT / "launch")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+
+
+class Ended(NamedTuple):
+    """How the ranks of a run ended; a code is negative where a signal ended one, None where it had to be killed."""
+
+    codes: list[int | None]
+    output: str  # of all ranks, both streams
+    errors: list[str | None]  # what each rank wrote into torchrun's error file
+
+
+class Forked:
+    """The process that forks, until `close`."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, script: str, *arguments: object, ranks: int = 1, fault: dict[str, Any] | None = None, seconds: float = 90
+    ) -> Ended:
+        """A script's ranks, to their end; what has not ended in time is killed."""
+        job = {"script": script, "arguments": list(map(str, arguments)), "ranks": ranks, "fault": fault}
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(job | {"seconds": seconds}), file=self.process.stdin, flush=True)
+        return Ended(*json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path.insert(0, LAUNCH)
+    for script in ("ppo", "sft", "dpo", "rejection", "evaluate"):
+        importlib.import_module(script)
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with tempfile.TemporaryDirectory() as folder:
+            output, files = Path(folder, "output"), [Path(folder, f"{rank}.json") for rank in range(job["ranks"])]
+            output.touch()
+            pids = [_fork(job, rank, store.port, output, file) for rank, file in enumerate(files)]
+            codes = _wait(pids, time.monotonic() + job["seconds"])
+            errors = [json.loads(f.read_text())["message"]["message"] if f.exists() else None for f in files]
+            print(json.dumps([codes, output.read_text(), errors]), file=answers, flush=True)
+
+
+def _wait(pids: list[int], deadline: float) -> list[int | None]:
+    codes: dict[int, int | None] = dict.fromkeys(pids)
+    failed = False
+    while None in codes.values() and time.monotonic() < deadline:
+        for pid in pids:
+            if codes[pid] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
+        if not failed and any(
+            code not in (None, 0) for code in codes.values()
+        ):  # torchrun's agent then ends the others
+            failed, deadline = True, min(deadline, time.monotonic() + 5)
+            for pid in (pid for pid, code in codes.items() if code is None):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.02)
+    for pid in (pid for pid, code in codes.items() if code is None):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return list(codes.values())
+
+
+def _fork(job: dict[str, Any], rank: int, port: int, output: Path, error: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.setsid()
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in where.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": str(error)}
+        if job["fault"] and rank == job["fault"].get("rank", 0):
+            _plant(job["fault"])
+        sys.argv = [str(ROOT / "launch" / f"{job['script']}.py"), *job["arguments"]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _plant(fault: dict[str, Any]) -> None:
+    """Sends this process the fault's signal at the nth time that the phase begins."""
+    from trialign.engine.heartbeat import HEARTBEAT
+
+    session: Any = importlib.import_module("common.run")
+    left = [fault.get("nth", 1)]
+
+    def strike() -> None:
+        if "touch" in fault:
+            return Path(fault["touch"]).touch()
+        number = signal.Signals[fault["signal"]]
+        time.sleep(0.5 if number == signal.SIGSTOP else 0)  # no rank hangs in the very moment that it begins a phase
+        if "again" in fault:
+            threading.Timer(fault["again"], os.kill, (os.getpid(), number)).start()
+        os.kill(os.getpid(), number)
+
+    def begins(phase: str) -> None:
+        if phase == fault["phase"]:
+            left[0] -= 1
+            if not left[0]:
+                strike()
+
+    at: Callable[[str], AbstractContextManager[None]] = HEARTBEAT.at
+    begin = session.Session.begin
+
+    @contextmanager
+    def at_phase(phase: str) -> Iterator[None]:
+        with at(phase):
+            begins(phase)
+            yield
+
+    def at_begin(*given: Any, **named: Any) -> None:
+        begins("loading")
+        begin(*given, **named)
+
+    HEARTBEAT.at = at_phase
+    session.Session.begin = at_begin
+
+
+if __name__ == "__main__":
+    _serve()

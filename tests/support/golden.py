@@ -1,0 +1,112 @@
+"""Golden vectors: cases that other trainers' own functions computed, and how each is put to ours."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.config.convention import GroupConvention, PPOConvention, changed
+from trialign.algorithms.config.grpo import Choices, GroupConfig, GRPOConfig
+from trialign.algorithms.config.ppo import AlgorithmConfig, CriticConfig, PPOConfig
+from trialign.algorithms.config.presets import PRESETS, Convention, ConventionName
+from trialign.algorithms.losses.aggregation import Segments
+
+WHOLE_NUMBERS = ("index", "labels", "lengths", "_ids", "num_turns", "sequence_lengths", "response_length")
+
+Case = dict[str, Any]
+Outputs = dict[str, Tensor | float]
+Adapter = Callable[[Case], Outputs]
+ADAPTERS: dict[tuple[str, str], Adapter] = {}
+
+
+def adapter(framework: str, *functions: str) -> Callable[[Adapter], Adapter]:
+    """Registers what computes the outputs of these functions of a framework with ours."""
+
+    def register(function: Adapter) -> Adapter:
+        for name in functions:
+            ADAPTERS[framework, name] = function
+        return function
+
+    return register
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """(name, case) of every case in tests/golden, or in the folder that TRIALIGN_GOLDEN names."""
+    folder = Path(os.environ.get("TRIALIGN_GOLDEN") or Path(__file__).resolve().parents[1] / "golden")
+    for path in sorted(folder.glob("*.json")):
+        for number, case in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+            function = case["function"].split("::")[1]
+            yield f"{path.stem}[{number}] {case['framework']} {function} {case.get('kind', '')}", case
+
+
+def tensor(case: Case, name: str) -> Tensor:
+    """An input in the default dtype, or int64 where it counts or names something."""
+    whole = any(name.endswith(ending) for ending in WHOLE_NUMBERS)
+    return torch.tensor(case["inputs"][name], dtype=torch.int64 if whole else torch.get_default_dtype())
+
+
+NAMES: dict[str, ConventionName] = {
+    "OpenRLHF": "openrlhf",
+    "OpenRLHF-0.9.6": "openrlhf",
+    "TRL": "trl",
+    "verl": "verl",
+    "NeMo-RL": "nemo",
+    "slime": "slime",
+}
+
+
+def rules(case: Case, **said: Any) -> Convention:
+    """The preset of the case's framework, with what its args say instead; -1 and "preset" say nothing."""
+    return changed(PRESETS[NAMES[case["framework"]]], **said)
+
+
+def choices(case: Case, algorithm: Any, **said: Any) -> Choices:
+    """What our grpo.algorithm does under the preset of the case's framework, with what its args say instead."""
+    convention = GroupConvention(NAMES[case["framework"]])
+    return GRPOConfig(grpo=GroupConfig(algorithm=algorithm, **said), convention=convention).choices
+
+
+def ppo_config(case: Case, value_clip: float = -1, **said: Any) -> PPOConfig:
+    """PPO under the preset of the case's framework, with what its args say instead."""
+    convention = PPOConvention(NAMES[case["framework"]])
+    return PPOConfig(ppo=AlgorithmConfig(**said), critic=CriticConfig(value_clip=value_clip), convention=convention)
+
+
+class Rows:
+    """A padded [rows, tokens] case as one packed batch: a prompt's token before each row, then every place a token,
+    `mask` saying which count."""
+
+    def __init__(self, mask: Tensor):
+        rows, tokens = self.shape = mask.shape
+        self.mask = torch.nn.functional.pad(mask.bool(), (1, 0)).flatten()  # [total]
+        self.segments = Segments.of_lengths(torch.full((rows,), tokens + 1), self.mask)
+        self.cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * (tokens + 1)
+
+    def pack(self, x: Tensor, *, grad: bool = False) -> Tensor:
+        """[rows, tokens], or [rows] put on all tokens, as [total]; a leaf where `grad`."""
+        wide = x if x.dim() == 2 else x[:, None].expand(self.shape)
+        flat = torch.nn.functional.pad(wide, (1, 0)).flatten()
+        return flat.requires_grad_() if grad else flat
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[total] as [rows, tokens]."""
+        return x.reshape(self.shape[0], -1)[:, 1:]
+
+    def batch(self, **per_token: Tensor) -> Batch:
+        """The batch that PPO's functions take, out of packed tensors; the sampler's logprobs are the old ones."""
+        tokens, lengths = torch.zeros_like(self.mask, dtype=torch.int64), (self.shape[1] + 1,) * self.shape[0]
+        if "logprobs" in per_token:
+            per_token["sampling_logprobs"] = per_token["logprobs"]
+        return Batch(tokens, lengths, self.mask).with_(**per_token)
+
+
+def loss_and_gradient(rows: Rows, loss: Tensor, leaf: Tensor, name: str) -> Outputs:
+    """The loss and its gradient at `leaf`, under the name the case gives it."""
+    (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+    return {"loss": loss, name: rows.unpack(torch.zeros_like(leaf) if gradient is None else gradient)}

@@ -1,0 +1,475 @@
+"""How the golden vectors of losses are put to ours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from golden import NAMES, Case, Outputs, Rows, adapter, choices, loss_and_gradient, rules, tensor
+from trialign.algorithms.advantages import kl_estimate
+from trialign.algorithms.config.convention import ConventionConfig
+from trialign.algorithms.config.ppo import ActorConfig
+from trialign.algorithms.config.preference import DPOLoss
+from trialign.algorithms.grpo import corrected, token_losses
+from trialign.algorithms.losses.aggregation import token_weights
+from trialign.algorithms.losses.policy import importance_weights
+from trialign.algorithms.losses.preference import kto_loss, kto_reference, pair_loss, reward_loss
+from trialign.algorithms.ppo import policy_losses, value_losses
+from trialign.kernels.logprob import logprob
+
+VERL_MODES = {
+    "token-mean": "token-mean",
+    "token-sum": "token-sum",
+    "seq-mean-token-sum": "sample-sum",
+    "seq-mean-token-mean": "sample-mean",
+    "seq-mean-token-sum-norm": "constant",
+}
+
+
+def weights(rows: Rows, how: Any, **more) -> torch.Tensor:
+    return token_weights(rows.segments, how, dtype=torch.get_default_dtype(), **more)
+
+
+def said(args: dict, **names: str) -> dict[str, Any]:
+    """Our knobs where the args say something, a None as 0."""
+    return {ours: args[theirs] or 0.0 for ours, theirs in names.items() if theirs in args}
+
+
+def verl_weights(rows: Rows, args: dict, preset: str) -> torch.Tensor:
+    """verl's modes, with its counts over all ranks where they are given."""
+    info = args.get("global_batch_info", args)
+    how = VERL_MODES[args["loss_agg_mode"]] if "loss_agg_mode" in args else preset
+    filled = int((rows.segments.sizes > 0).sum())
+    if how == "constant":
+        made = weights(rows, how, constant=args.get("loss_scale_factor", rows.shape[1])) * rows.segments.count / filled
+    else:
+        made = weights(rows, how, mean_eps=1e-8 if how == "sample-mean" else 0.0)
+    if "dp_size" in info:
+        there = {"token-mean": int(rows.segments.mask.sum()) / info["batch_num_tokens"], "token-sum": 1}
+        made = made * info["dp_size"] * there.get(how, filled / info["global_batch_size"])
+    return made
+
+
+@adapter("verl", "agg_loss")
+def aggregation(case: Case) -> Outputs:
+    rows = Rows(tensor(case, "loss_mask"))
+    return {
+        "loss": (rows.pack(tensor(case, "loss_mat")) * verl_weights(rows, case["args"], rules(case).aggregation)).sum()
+    }
+
+
+@adapter("verl", "compute_policy_loss_vanilla", "compute_policy_loss_gspo", "compute_policy_loss_cispo")
+def verl_policy(case: Case) -> Outputs:
+    args, rows = case["args"], Rows(tensor(case, "response_mask"))
+    clips = said(args, clip_low="clip_ratio_low", clip_high="clip_ratio_high", dual_clip="clip_ratio_c")
+    made = choices(case, {"vanilla": "grpo"}.get(args["loss"], args["loss"]), **clips)
+    logp, old = rows.pack(tensor(case, "log_prob"), grad=True), rows.pack(tensor(case, "old_log_prob"))
+    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    if "rollout_is_weights" in case["inputs"]:
+        losses = losses * rows.pack(tensor(case, "rollout_is_weights"))
+    loss = (losses * verl_weights(rows, args, made.aggregation)).sum()
+    fraction = (clipped * weights(rows, "token-mean")).sum()
+    return {"pg_clipfrac": fraction} | loss_and_gradient(rows, loss, logp, "grad_log_prob")
+
+
+def averaged(rows: Rows, how: Any) -> torch.Tensor:
+    """Weights of OpenRLHF and NeMo-RL, which add 1e-8 to a sample's tokens."""
+    return weights(rows, how, mean_eps=1e-8 if "sample-mean" in how else 0.0)
+
+
+@adapter("OpenRLHF", "PolicyLoss")
+def openrlhf_policy(case: Case) -> Outputs:
+    args, rows = case["args"], Rows(tensor(case, "action_mask"))
+    logp, old = rows.pack(tensor(case, "log_probs"), grad=True), rows.pack(tensor(case, "old_log_probs"))
+    algorithm = "gspo" if args.get("policy_loss_type") == "gspo" else "grpo"
+    knobs: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}  # what its function has where nothing is said
+    knobs |= said(args, clip_low="clip_eps_low", clip_high="clip_eps_high", dual_clip="dual_clip")
+    sampled = old
+    if args.get("enable_vllm_is_correction"):
+        sampled = rows.pack(tensor(case, "rollout_log_probs"))
+        if algorithm == "gspo":  # takes the ratio to the sampler's instead
+            old = sampled
+        else:
+            knobs["importance"] = OPENRLHF_IMPORTANCE[args["vllm_is_correction_type"]]
+            knobs |= zip(("importance_low", "importance_high"), args["vllm_is_truncated_threshold"], strict=True)
+    made = choices(case, algorithm, **knobs)
+    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses = corrected(losses, old, sampled, rows.segments, made)[0]
+    fraction = (clipped * weights(rows, "token-mean")).sum()
+    spread = averaged(rows, made.aggregation if args.get("token_level_loss", True) else "sample-mean")
+    if "batch_num_tokens" in args:
+        spread = spread * rows.segments.mask.sum() / args["batch_num_tokens"] * args["dp_size"]
+    elif "global_batch_size" in args:
+        spread = spread * (rows.segments.sizes > 0).sum() / args["global_batch_size"] * args["dp_size"]
+    return {"clip_ratio": fraction} | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_log_probs")
+
+
+OPENRLHF_IMPORTANCE = {"tis": "tis", "icepop": "icepop", "seq-mask-tis": "geometric-mask"}
+
+
+@adapter("OpenRLHF", "ValueLoss")
+@adapter("verl", "compute_value_loss")
+@adapter("NeMo-RL", "MseValueLossFn")
+@adapter("slime", "value_loss_function")
+def values(case: Case) -> Outputs:
+    args, inputs = case["args"], case["inputs"]
+    rows = Rows(tensor(case, next(name for name in inputs if name.endswith("mask"))))
+    new, old = ("vpreds", "values") if "vpreds" in inputs else ("values", "old_values")
+    leaf = rows.pack(tensor(case, new), grad=True)
+    clip = next(args[key] for key in ("cliprange_value", "cliprange", "clip_eps", "value_clip") if key in args)
+    made, framework = rules(case, value_clip=clip or 0.0), case["framework"]
+    losses, clipped = value_losses(leaf, rows.pack(tensor(case, old)), rows.pack(tensor(case, "returns")), made)
+    how = made.value_aggregation
+    if framework == "verl":
+        spread = verl_weights(rows, args, how)
+    elif framework == "slime":
+        spread = slime_weights(rows, args, how)
+    else:
+        spread = averaged(rows, how if args.get("token_level_loss", True) else "sample-mean") * args.get("scale", 1)
+    part = (clipped * weights(rows, "token-mean")).sum()
+    told = {"clipfrac": part, "vf_clipfrac": part}
+    return told | loss_and_gradient(rows, (losses * spread).sum(), leaf, f"grad_{new}")
+
+
+def slime_weights(rows: Rows, args: dict, preset: Any) -> torch.Tensor:
+    """slime's losses are sums over samples, or tokens; its trainer divides by their number in the global batch."""
+    if args["calculate_per_token_loss"]:
+        return weights(rows, "token-sum")
+    return weights(rows, preset) * rows.segments.filled
+
+
+@adapter("OpenRLHF", "DPOLoss")
+def openrlhf_pairs(case: Case) -> Outputs:
+    args = case["args"]
+    chosen = tensor(case, "policy_chosen_logps").requires_grad_()
+    rejected = tensor(case, "policy_rejected_logps").requires_grad_()
+    ratios = chosen - tensor(case, "reference_chosen_logps"), rejected - tensor(case, "reference_rejected_logps")
+    kind = "ipo" if args["method"] == "ipo" else "dpo"
+    assert rules(case).ipo == "sum"  # the inputs are summed
+    loss = pair_loss(*ratios, args["beta"], kind, args.get("label_smoothing", 0.0)).mean()
+    gradients = torch.autograd.grad(loss, (chosen, rejected))
+    return {
+        "loss": loss,
+        "chosen_rewards": args["beta"] * ratios[0],
+        "rejected_rewards": args["beta"] * ratios[1],
+        "grad_policy_chosen_logps": gradients[0],
+        "grad_policy_rejected_logps": gradients[1],
+    }
+
+
+TRL_PAIRS = {"sigmoid": "dpo", "sigmoid_norm": "dpo", "exo_pair": "exo"}
+SMOOTHED = ("robust", "exo")
+
+
+@adapter("TRL", "DPOTrainer._compute_loss")
+def trl_pairs(case: Case) -> Outputs:
+    args, rows = case["args"], Rows(tensor(case, "mask"))
+    logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
+    if args["method"] == "sft":  # launch/sft.py's loss on the chosen answers
+        chosen = Rows(tensor(case, "mask") * (torch.arange(rows.shape[0]) < rows.shape[0] // 2)[:, None])
+        return loss_and_gradient(rows, -(logp * weights(chosen, "token-mean")).sum(), logp, "grad_logps")
+    kind: Any = TRL_PAIRS.get(args["method"], args["method"])
+    knobs = {"label_smoothing": args["label_smoothing"]} if kind in SMOOTHED else {}
+    if args["method"] == "sigmoid_norm":
+        knobs["average"] = "mean"
+    made = DPOLoss(kind, args["beta"], **knobs).made(ConventionConfig(NAMES[case["framework"]]))
+    d = logp - rows.pack(tensor(case, "ref_per_token_logps"))
+    ratios = rows.segments.sums(d) if made.average == "sum" else rows.segments.means(d)
+    chosen, rejected = ratios.chunk(2)
+    loss = pair_loss(chosen, rejected, made.beta, made.kind, made.label_smoothing).mean()
+    sums = rows.segments.sums(d).chunk(2)  # its rewards are sums, whatever the loss takes
+    rewards = {
+        f"{name}_rewards_mean": made.beta * x.mean() for name, x in zip(("chosen", "rejected"), sums, strict=True)
+    }
+    return rewards | loss_and_gradient(rows, loss, logp, "grad_logps")
+
+
+@adapter("NeMo-RL", "DPOLossFn")
+def nemo_pairs(case: Case) -> Outputs:
+    args, rows = case["args"], Rows(tensor(case, "mask"))
+    logp = rows.pack(tensor(case, "logprobs"), grad=True)
+    d = logp - rows.pack(tensor(case, "reference_logprobs"))
+    averaged = args.get("preference_average_log_probs", False)
+    sums = (rows.segments.means(d) if averaged else rows.segments.sums(d)).view(-1, 2)
+    preference = pair_loss(sums[:, 0], sums[:, 1], args["reference_policy_kl_penalty"]).mean()
+    made = DPOLoss(nll_average="mean" if args.get("sft_average_log_probs") else "preset").made(ConventionConfig("nemo"))
+    told = rows.segments.means(logp) if made.nll_average == "mean" else rows.segments.sums(logp)
+    nll = -told.view(-1, 2)[:, 0].mean()
+    loss = preference + args.get("sft_loss_weight", 0) * nll
+    outputs: Outputs = {"preference_loss": preference}
+    if args.get("sft_loss_weight"):
+        outputs["sft_loss"] = nll
+    return outputs | loss_and_gradient(rows, loss, logp, "grad_logprobs")
+
+
+@adapter("OpenRLHF", "PairWiseLoss", "LogExpLoss")
+@adapter("TRL", "RewardTrainer.compute_loss")
+def reward_models(case: Case) -> Outputs:
+    chosen, rejected = tensor(case, "chosen_reward").requires_grad_(), tensor(case, "reject_reward").requires_grad_()
+    margin = tensor(case, "margin") if case["args"]["margin"] else 0.0
+    loss = reward_loss(chosen, rejected, margin, case["args"].get("center_rewards_coefficient") or 0.0).mean()
+    gradients = torch.autograd.grad(loss, (chosen, rejected))
+    return {"loss": loss, "grad_chosen_reward": gradients[0], "grad_reject_reward": gradients[1]}
+
+
+@adapter("NeMo-RL", "PreferenceLossFn")
+def nemo_reward_model(case: Case) -> Outputs:
+    rewards = tensor(case, "rewards").requires_grad_()
+    loss = reward_loss(rewards[0::2, 0], rewards[1::2, 0]).mean()
+    return {"loss": loss, "grad_rewards": torch.autograd.grad(loss, rewards)[0]}
+
+
+@adapter("OpenRLHF", "SFTLoss")
+@adapter("NeMo-RL", "NLLLossFn")
+def told(case: Case) -> Outputs:
+    rows = Rows(tensor(case, "loss_mask"))
+    logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
+    name = next(name for name in case["outputs"] if name.startswith("grad"))
+    made = averaged(rows, "token-mean" if case["args"].get("token_level_loss", True) else "sample-mean")
+    return loss_and_gradient(rows, -(logp * made).sum(), logp, name)
+
+
+@adapter("TRL", "entropy_from_logits", "selective_log_softmax")
+@adapter("OpenRLHF", "compute_entropy", "log_probs_from_logits")
+@adapter("slime", "calculate_log_probs_and_entropy")
+@adapter("verl", "compute_entropy_loss")
+def entropies(case: Case) -> Outputs:
+    logits = tensor(case, "logits").requires_grad_()
+    labels = tensor(case, "labels") if "labels" in case["inputs"] else torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    flat = logits.flatten(0, -2)
+    logp, entropy = logprob(flat, labels.flatten(), 1 / case["args"].get("temperature", 1))
+    outputs: Outputs = {"log_probs": logp.view(labels.shape), "entropy": entropy.view(labels.shape)}
+    if case["framework"] == "slime":
+        outputs["grad_logits"] = torch.autograd.grad(logp.sum() + 0.5 * entropy.sum(), logits)[0]
+    if case["framework"] == "verl":
+        rows = Rows(tensor(case, "response_mask"))
+        loss = (rows.pack(entropy.view(labels.shape)) * verl_weights(rows, case["args"], rules(case).aggregation)).sum()
+        outputs |= {"token_entropy": outputs["entropy"], "loss": loss}
+        outputs["grad_logits"] = torch.autograd.grad(loss, logits)[0]
+    return outputs
+
+
+@adapter("TRL", "KTOTrainer._compute_loss")
+def trl_kto(case: Case) -> Outputs:
+    args = case["args"]
+    rows, other = Rows(tensor(case, "mask")), Rows(tensor(case, "KL_mask"))
+    logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
+    ratios = rows.segments.sums(logp - rows.pack(tensor(case, "ref_per_token_logps")))
+    mismatched = other.segments.sums(
+        other.pack(tensor(case, "KL_per_token_logps")) - other.pack(tensor(case, "KL_ref_per_token_logps"))
+    )
+    desirable = tensor(case, "label").bool()
+    kl = kto_reference(mismatched) if args["loss_type"] == "kto" else torch.zeros(())
+    losses = kto_loss(ratios, desirable, kl, args["beta"], args["desirable_weight"], args["undesirable_weight"])
+    return {"kl": kl} | loss_and_gradient(rows, losses.mean(), logp, "grad_logps")
+
+
+@adapter("OpenRLHF-0.9.6", "KTOLoss")
+def openrlhf_kto(case: Case) -> Outputs:
+    args = case["args"]
+    names = ("policy_chosen_logps", "policy_rejected_logps")
+    leaves = [tensor(case, name).requires_grad_() for name in names]
+    references = [tensor(case, name.replace("policy", "reference")) for name in names]
+    ratios = torch.cat([leaf - reference for leaf, reference in zip(leaves, references, strict=True)])
+    desirable = torch.arange(len(ratios)) < len(leaves[0])
+    kl = kto_reference(tensor(case, "policy_KL_logps") - tensor(case, "reference_KL_logps"))
+    weights_ = args["desirable_weight"], args["undesirable_weight"]
+    loss = kto_loss(ratios, desirable, kl, args["beta"], *weights_).mean()
+    gradients = torch.autograd.grad(loss, leaves)
+    rewards = args["beta"] * ratios
+    return {
+        "loss": loss,
+        "kl": kl,
+        "chosen_rewards": rewards[desirable],
+        "rejected_rewards": rewards[~desirable],
+        **{f"grad_{name}": gradient for name, gradient in zip(names, gradients, strict=True)},
+    }
+
+
+@adapter("TRL", "PPOTrainer.train (losses)")
+def trl_ppo(case: Case) -> Outputs:
+    args = case["args"]
+    answer, longer = Rows(~tensor(case, "padding_mask").bool()), Rows(~tensor(case, "padding_mask_p1").bool())
+    logp, value = answer.pack(tensor(case, "new_logprobs"), grad=True), longer.pack(tensor(case, "vpred"), grad=True)
+    old, advantages = answer.pack(tensor(case, "mb_logprobs")), answer.pack(tensor(case, "mb_advantage"))
+    made, actor = (
+        rules(case, value_clip=args["cliprange_value"]),
+        ActorConfig(clip_low=args["cliprange"], clip_high=args["cliprange"]),
+    )
+    policy = (policy_losses(logp, old, advantages, actor, made)[0] * weights(answer, made.aggregation)).sum()
+    before, returns = longer.pack(tensor(case, "mb_values")), longer.pack(tensor(case, "mb_return"))
+    critic = (value_losses(value, before, returns, made)[0] * weights(longer, made.value_aggregation)).sum()
+    loss = policy + args["vf_coef"] * critic
+    gradients = torch.autograd.grad(loss, (logp, value))
+    return {
+        "loss": loss,
+        "pg_loss": policy,
+        "vf_loss": critic,
+        "grad_new_logprobs": answer.unpack(gradients[0]),
+        "grad_vpred": longer.unpack(gradients[1]),
+    }
+
+
+TRL_IMPORTANCE = {
+    "token_truncate": "tis",
+    "token_mask": "icepop",
+    "sequence_truncate": "sequence-tis",
+    "sequence_mask": "preset",
+}
+
+
+@adapter("TRL", "GRPOTrainer._compute_loss")
+def trl_grpo(case: Case) -> Outputs:
+    args, rows = case["args"], Rows(tensor(case, "completion_mask"))
+    logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
+    old = rows.pack(tensor(case, "old_per_token_logps")) if "old_per_token_logps" in case["inputs"] else logp.detach()
+    algorithm = "gspo" if args["importance_sampling_level"] == "sequence" else "grpo"
+    knobs = said(args, clip_low="epsilon_low", clip_high="epsilon_high", dual_clip="delta")
+    if args["loss_type"] == "cispo":  # its upper bound alone
+        algorithm, knobs["clip_low"] = "cispo", 0.0
+    sampled = old
+    if "vllm_importance_sampling_mode" in args:
+        sampled = rows.pack(tensor(case, "sampling_per_token_logps"))
+        knobs["importance"] = TRL_IMPORTANCE[args["vllm_importance_sampling_mode"]]
+        knobs |= said(args, importance_low="clip_min", importance_high="clip_max")
+    made = choices(case, algorithm, **knobs)
+    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses = corrected(losses, old, sampled, rows.segments, made)[0]
+    fraction = (clipped * weights(rows, "sample-mean" if algorithm == "gspo" else "token-mean")).sum()
+    outputs: Outputs = {} if algorithm == "cispo" else {"clip_ratio/region_mean": fraction}
+    if args["beta"]:
+        ref = rows.pack(tensor(case, "ref_per_token_logps"))
+        rule = replace(made.rules.kl, weighted=args.get("use_bias_correction_kl", False))
+        kl = kl_estimate(logp, ref, made.kl, rule, old)
+        losses = losses + args["beta"] * kl
+        outputs["kl"] = (kl * weights(rows, "token-mean")).sum()
+    spread = {
+        "grpo": lambda: weights(rows, "sample-mean") * (rows.segments.sizes > 0).sum() / rows.segments.count,
+        "bnpo": lambda: weights(rows, "token-mean"),
+        "dr_grpo": lambda: weights(rows, "constant", constant=args["max_completion_length"]),
+        "dapo": lambda: weights(rows, "token-sum") / args["num_items_in_batch"],
+        "cispo": lambda: weights(rows, "token-sum") / args["num_items_in_batch"],
+    }[args["loss_type"]]()
+    return outputs | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_per_token_logps")
+
+
+@adapter("TRL", "RLOOTrainer._compute_loss")
+def trl_rloo(case: Case) -> Outputs:
+    args, rows = case["args"], Rows(tensor(case, "completion_mask"))
+    logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
+    old = rows.pack(tensor(case, "old_logps") / rows.segments.sizes)  # the case has those of whole answers
+    made = choices(case, "rloo", **said(args, clip_low="epsilon_low", clip_high="epsilon_high"))
+    losses = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
+    return loss_and_gradient(rows, (losses * weights(rows, made.aggregation)).sum(), logp, "grad_per_token_logps")
+
+
+NEMO_IMPORTANCE = {None: "tis", "tis": "tis", "icepop": "icepop", "seq-mask-tis": "geometric-mask"}
+
+
+@adapter("NeMo-RL", "ClippedPGLossFn")
+def nemo_policy(case: Case) -> Outputs:
+    args = case["args"]
+    rows = Rows(tensor(case, "token_mask") * tensor(case, "sample_mask")[:, None])
+    logp = rows.pack(tensor(case, "log_probs"), grad=True)
+    prior, sampled = rows.pack(tensor(case, "prev_logprobs")), rows.pack(tensor(case, "generation_logprobs"))
+    old = logp.detach() if args.get("force_on_policy_ratio") else prior
+    by_sequence = args.get("sequence_level_importance_ratios", False)
+    algorithm = "gspo" if by_sequence else "cispo" if args.get("use_cispo") else "grpo"
+    knobs = said(args, clip_low="ratio_clip_min", clip_high="ratio_clip_max", dual_clip="ratio_clip_c")
+    if args.get("disable_ppo_ratio"):  # -A log π: CISPO whose weights are 1
+        algorithm, knobs["clip_low"], knobs["clip_high"] = "cispo", 0.0, 0.0
+    if args.get("use_importance_sampling_correction"):
+        kind = args.get("truncated_importance_sampling_type")
+        whole = "sequence-icepop" if kind == "icepop" else "sequence-tis"
+        knobs["importance"] = whole if by_sequence else NEMO_IMPORTANCE[kind]
+        knobs |= {"importance_low": 0.0, "importance_high": float("inf")}
+        if kind is not None:
+            knobs["importance_low"] = args["truncated_importance_sampling_ratio_min"] or 0.0
+            knobs["importance_high"] = args["truncated_importance_sampling_ratio"]
+    made = choices(case, algorithm, **knobs)
+    losses = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
+    losses, outputs = corrected(losses, prior, sampled, rows.segments, made)[0], {}
+    if args["token_level_loss"]:
+        spread = weights(rows, "token-sum") / (args["global_valid_toks"] + 1e-8)
+    else:
+        spread = averaged(rows, "sum-of-sample-means") / (args["global_valid_seqs"] + 1e-8)
+    if args["reference_policy_kl_penalty"]:
+        before = sampled if args.get("use_on_policy_kl_approximation") else None
+        ref = rows.pack(tensor(case, "reference_policy_logprobs"))
+        kl = kl_estimate(logp, ref, made.kl, made.rules.kl, before)
+        losses = losses + args["reference_policy_kl_penalty"] * kl
+        outputs = {"kl_penalty": (kl * spread).sum()}
+    return outputs | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_next_token_logprobs")
+
+
+@adapter("slime", "policy_loss_function")
+def slime_policy(case: Case) -> Outputs:
+    args, mask = case["args"], tensor(case, "mask")
+    here = torch.arange(mask.shape[1])[None] < tensor(case, "response_lengths")[:, None]
+    rows = Rows(mask * here)
+    logp = rows.pack(tensor(case, "log_probs"), grad=True)
+    old = rows.pack(tensor(case, "old_log_probs"))
+    knobs, sampled = said(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c"), old
+    if args.get("use_tis"):
+        sampled = rows.pack(tensor(case, "rollout_log_probs"))
+        knobs["importance"] = "icepop" if args.get("tis_function") == "icepop_function" else "tis"
+        knobs |= said(args, importance_low="tis_clip_low", importance_high="tis_clip")
+    made = choices(case, args["advantage_estimator"], **knobs)
+    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses, outputs = corrected(losses, old, sampled, rows.segments, made)[0], {}
+    spread = slime_weights(rows, args, made.aggregation)
+    if args.get("use_kl_loss"):
+        kind: Any = {"low_var_kl": "k3"}.get(args.get("kl_loss_type", "low_var_kl"), args.get("kl_loss_type"))
+        clamped = made.rules.kl.clamped if args.get("kl_loss_type", "low_var_kl") == "low_var_kl" else ()
+        rule = replace(made.rules.kl, weighted=args.get("use_unbiased_kl", False), clamped=clamped)
+        kl = kl_estimate(logp, rows.pack(tensor(case, "ref_log_probs")), kind, rule, old)
+        losses = losses + args.get("kl_loss_coef", 0.01) * kl
+        outputs = {"kl_loss": (kl * spread).sum()}
+    outputs |= {"pg_clipfrac": (clipped * spread).sum()}
+    return outputs | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_log_probs")
+
+
+@adapter("slime", "compute_policy_loss")
+def slime_tokens(case: Case) -> Outputs:
+    args, advantages = case["args"], tensor(case, "advantages")
+    rows = Rows(torch.ones_like(advantages).reshape(-1, advantages.shape[-1]))
+    if "ppo_kl" in case["inputs"]:
+        logp, old = -tensor(case, "ppo_kl"), torch.zeros_like(advantages)
+    else:
+        logp, old = tensor(case, "log_probs"), tensor(case, "old_log_probs")
+    made = choices(case, "grpo", **said(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c"))
+    packed = (rows.pack(x.reshape(rows.shape)) for x in (logp, old, advantages))
+    losses, _, clipped = token_losses(*packed, rows.segments, made)
+    return {
+        name: rows.unpack(x).reshape(advantages.shape) for name, x in (("pg_losses", losses), ("clipfrac", clipped))
+    }
+
+
+def verl_bounds(threshold: float | str) -> dict:
+    """verl's one number truncates, its "low_high" drops what is outside."""
+    if isinstance(threshold, str) and "_" in threshold:
+        low, high = map(float, threshold.split("_"))
+        return {"low": low, "high": high, "outside": "zero"}
+    return {"high": float(threshold)}
+
+
+@adapter("verl", "compute_rollout_correction_weights")
+def verl_importance(case: Case) -> Outputs:
+    args, rows = case["args"], Rows(tensor(case, "response_mask"))
+    old, sampled = rows.pack(tensor(case, "old_log_prob")), rows.pack(tensor(case, "rollout_log_prob"))
+    made = importance_weights(
+        old, sampled, rows.segments, level=args["rollout_is"], limit=20.0, **verl_bounds(args["rollout_is_threshold"])
+    )
+    return {"weights": rows.unpack(made)}
+
+
+@adapter("OpenRLHF", "DPOTrainer._get_batch_logps")
+def summed(case: Case) -> Outputs:
+    logp = tensor(case, "per_token_logps")
+    place = torch.arange(logp.shape[1])[None]
+    mask = tensor(case, "attention_mask")[:, 1:] * (
+        place >= torch.tensor(case["inputs"]["prompt_id_lens"])[:, None] - 1
+    )
+    rows = Rows(mask)
+    return {"sums": rows.segments.sums(rows.pack(logp)), "means": rows.segments.means(rows.pack(logp))}

@@ -1,0 +1,402 @@
+"""How the golden vectors of rewards, KL, whitening, GAE and group advantages are put to ours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from golden import Case, Outputs, Rows, adapter, choices, ppo_config, rules, tensor
+from trialign.algorithms import ppo
+from trialign.algorithms.advantages import (
+    GroupRule,
+    discounted_returns,
+    group_advantages,
+    kl_estimate,
+    soft_overlong_penalty,
+    token_rewards,
+    whiten,
+)
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.config.common import RewardConfig
+from trialign.algorithms.data.selection import CONDITION, Scored, best_against_worst, best_of_n, conditioned
+from trialign.algorithms.grpo import advantages_of
+from trialign.algorithms.losses.kl import KLController
+from trialign.algorithms.rewards.functions import RewardShaper
+
+SPELLINGS: dict[str, Any] = {"kl": "k1", "low_var_kl": "k3", "mse": "k2"}
+
+
+@adapter("verl", "kl_penalty")
+@adapter("OpenRLHF", "compute_approx_kl")
+@adapter("slime", "compute_approx_kl")
+@adapter("NeMo-RL", "calculate_kl")
+def kl(case: Case) -> Outputs:
+    args, names = case["args"], list(case["inputs"])
+    logp, ref = tensor(case, names[0]).requires_grad_(), tensor(case, names[1])
+    kind: Any = next(args[key] for key in ("kl_penalty", "kl_estimator", "kl_loss_type", "kl_type") if key in args)
+    rule = rules(case).kl
+    if args.get("input_clamp_value", 0) is None:
+        rule = replace(rule, clamped=())
+    if case["framework"] == "slime":  # its k3 under its own name has no limit
+        rule = replace(rule, weighted=args.get("unbiased", False), clamped=() if kind == "k3" else rule.clamped)
+    old = tensor(case, "old_log_probs") if "old_log_probs" in case["inputs"] else None
+    estimate = kl_estimate(logp, ref, SPELLINGS.get(kind, kind), rule, old)
+    (gradient,) = torch.autograd.grad(estimate.sum(), logp)
+    return {"kl": estimate, f"grad_{names[0]}": gradient}
+
+
+@adapter("verl", "AdaptiveKLController")
+@adapter("OpenRLHF", "AdaptiveKLController")
+def kl_controller(case: Case) -> Outputs:
+    args = case["args"]
+    controller = KLController(args["init_kl_coef"], args["target"], args["horizon"])
+    coefficients = []
+    for kl in case["inputs"]["kl"]:
+        controller.update(kl, args["n_steps"])
+        coefficients.append(controller.coef)
+    return {"value": torch.tensor(coefficients)}
+
+
+@adapter("TRL", "masked_whiten")
+@adapter("verl", "masked_whiten")
+@adapter("NeMo-RL", "GeneralizedAdvantageEstimator._reward_whiten")
+@adapter("slime", "distributed_masked_whiten")
+def whitening(case: Case) -> Outputs:
+    rows = Rows(tensor(case, "mask"))
+    rule = rules(case).whiten
+    shift = case["args"].get("shift_mean", True)
+    return {"out": rows.unpack(whiten(rows.pack(tensor(case, "values")), rows.segments, rule, shift_mean=shift))}
+
+
+@adapter("OpenRLHF", "masked_normalize")
+def whitening_by_row(case: Case) -> Outputs:
+    outputs = []
+    for values, mask in zip(tensor(case, "tensor"), tensor(case, "mask"), strict=True):
+        rows = Rows(mask[None])
+        outputs.append(rows.unpack(whiten(rows.pack(values[None]), rows.segments, rules(case).whiten)))
+    return {"out": torch.cat(outputs)}
+
+
+@adapter("verl", "apply_kl_penalty")
+def penalised_scores(case: Case) -> Outputs:
+    rows, args = Rows(tensor(case, "response_mask")), case["args"]
+    kind: Any = SPELLINGS.get(args["kl_penalty"], args["kl_penalty"])
+    kl = kl_estimate(tensor(case, "old_log_probs"), tensor(case, "ref_log_prob"), kind, rules(case).kl)
+    penalty = token_rewards(torch.zeros(rows.shape[0]), rows.pack(kl), rows.segments, args["kl_coef"])
+    return {"token_level_rewards": tensor(case, "token_level_scores") + rows.unpack(penalty)}
+
+
+@adapter("NeMo-RL", "GeneralizedAdvantageEstimator._build_token_level_rewards")
+@adapter("OpenRLHF", "compute_reward")
+def scores_and_kl(case: Case) -> Outputs:
+    args = case["args"]
+    if case["framework"] == "OpenRLHF":
+        rows, kl, scores = Rows(tensor(case, "action_mask")), tensor(case, "kl"), tensor(case, "r")
+        clip = rules(case, reward_clip=args["reward_clip_range"][1] if args["reward_clip_range"] else 0.0).token_clip
+    else:
+        rows, scores, clip = Rows(tensor(case, "mask")), tensor(case, "rewards"), rules(case).token_clip
+        logp, ref = tensor(case, "logprobs"), tensor(case, "reference_logprobs")
+        kl = kl_estimate(logp, ref, args["kl_type"], replace(rules(case).kl, weighted=False))
+    return {"reward": rows.unpack(token_rewards(scores, rows.pack(kl), rows.segments, args["kl_coef"], clip=clip))}
+
+
+@adapter("verl", "compute_gae_advantage_return")
+@adapter("NeMo-RL", "GeneralizedAdvantageEstimator._compute_gae")
+@adapter("OpenRLHF", "RemoteExperienceMaker.get_advantages_and_returns")
+def estimated(case: Case) -> Outputs:
+    args, names = case["args"], list(case["inputs"])
+    rows = Rows(tensor(case, next(name for name in names if name.endswith("mask"))))
+    rewards = rows.pack(tensor(case, next(name for name in names if name.endswith("rewards"))))
+    lam = next(args[key] for key in ("lam", "gae_lambda", "lambd") if key in args)
+    config = ppo_config(case, lam=lam, gamma=args.get("gamma", args.get("gae_gamma")))
+    batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
+    if case["framework"] == "verl":  # whitened in the same function
+        return experience(rows, ppo.with_advantages(batch, config)[0])
+    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+    return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
+
+
+def values_of(batch: Batch) -> torch.Tensor:
+    assert batch.values is not None
+    return batch.values
+
+
+def experience(rows: Rows, batch: Batch) -> Outputs:
+    assert batch.advantages is not None and batch.returns is not None
+    return {"advantages": rows.unpack(batch.advantages), "returns": rows.unpack(batch.returns)}
+
+
+@adapter("OpenRLHF", "RemoteExperienceMaker.get_cumulative_returns")
+def cumulative(case: Case) -> Outputs:
+    rows = Rows(tensor(case, "action_mask"))
+    rewards = rows.pack(tensor(case, "rewards"))
+    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], rules(case).gaps)
+    return {"returns": rows.unpack(returns)}
+
+
+def prefix_mask(case: Case, like: str) -> torch.Tensor:
+    """[rows, tokens]: the first `response_lengths` places of each row."""
+    width = tensor(case, like).shape[1]
+    return (torch.arange(width)[None] < tensor(case, "response_lengths")[:, None]).double()
+
+
+@adapter("slime", "get_advantages_and_returns_batch")
+def estimated_by_length(case: Case) -> Outputs:
+    rows, args = Rows(prefix_mask(case, "rewards")), case["args"]
+    batch = rows.batch(rewards=rows.pack(tensor(case, "rewards")), values=rows.pack(tensor(case, "values")))
+    config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
+    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+    return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
+
+
+@adapter("TRL", "GRPOTrainer._generate_and_score_completions")
+def trl_groups(case: Case) -> Outputs:
+    args, rewards = case["args"], tensor(case, "rewards")
+    scale: Any = {"group": "unbiased", "batch": "batch", "none": "none"}[str(args["scale_rewards"])]
+    group = torch.arange(len(rewards)) // args["num_generations"]
+    return {"advantages": group_advantages(rewards, group, choices(case, "grpo", scale=scale).group)}
+
+
+@adapter("slime", "RolloutManager._post_process_rewards")
+def slime_groups(case: Case) -> Outputs:
+    args, rewards = case["args"], tensor(case, "rewards")
+    group = torch.arange(len(rewards)) // args["n_samples_per_prompt"]
+    plain = args["estimator"] == "grpo" and not args["grpo_std_normalization"]
+    algorithm = {"reinforce_plus_plus": "reinforce++", "reinforce_plus_plus_baseline": "reinforce++_baseline"}.get(
+        args["estimator"], "dr_grpo" if plain else "grpo"
+    )
+    return {"advantages": group_advantages(rewards, group, choices(case, algorithm).group)}
+
+
+@adapter("verl", "compute_grpo_outcome_advantage", "compute_grpo_vectorized_outcome_advantage")
+@adapter("verl", "compute_rloo_outcome_advantage", "compute_rloo_vectorized_outcome_advantage")
+def verl_groups(case: Case) -> Outputs:
+    args, mask = case["args"], tensor(case, "response_mask")
+    scores = tensor(case, "token_level_rewards").sum(1)
+    plain = not args.get("norm_adv_by_std_in_grpo", True)
+    algorithm = "rloo" if "rloo" in args["estimator"] else "dr_grpo" if plain else "grpo"
+    advantages = group_advantages(scores, tensor(case, "index"), choices(case, algorithm).group)
+    return {"advantages": advantages[:, None] * mask, "returns": advantages[:, None] * mask}
+
+
+@adapter("NeMo-RL", "GRPOAdvantageEstimator.compute_advantage")
+def nemo_groups(case: Case) -> Outputs:
+    args, rewards, prompts = case["args"], tensor(case, "rewards"), tensor(case, "prompt_ids")
+    others = args["use_leave_one_out_baseline"]
+    scale = ("preset" if others else "unbiased") if args["normalize_rewards"] else "none"
+    rule = choices(case, "grpo", baseline="preset" if others else "mean", scale=scale).group
+    group = (
+        prompts.unique(return_inverse=True)[1] if prompts.dim() == 1 else prompts.unique(dim=0, return_inverse=True)[1]
+    )
+    return {"advantages": group_advantages(rewards, group, rule)}
+
+
+@adapter("verl", "compute_reinforce_plus_plus_outcome_advantage")
+def verl_returns(case: Case) -> Outputs:
+    rows = Rows(tensor(case, "response_mask"))
+    rewards = rows.pack(tensor(case, "token_level_rewards"))
+    made = rules(case)
+    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], made.gaps)
+    white = whiten(returns, rows.segments, made.whiten_returns)
+    return {"advantages": rows.unpack(white), "returns": rows.unpack(returns)}
+
+
+@adapter("verl", "compute_reinforce_plus_plus_baseline_outcome_advantage")
+def verl_baseline(case: Case) -> Outputs:
+    rows = Rows(tensor(case, "response_mask"))
+    scores, made = tensor(case, "token_level_rewards").sum(1), choices(case, "reinforce++_baseline")
+    no_kl = torch.zeros_like(rows.mask, dtype=scores.dtype)
+    advantages = advantages_of(scores, tensor(case, "index"), no_kl, rows.segments, rows.cu_seqlens, made)[1]
+    return {"advantages": rows.unpack(advantages), "returns": rows.unpack(advantages)}
+
+
+# Its KL is in the token rewards under every estimator.
+OPENRLHF_ESTIMATORS: dict[str, dict[str, Any]] = {
+    "rloo": {"algorithm": "rloo"},
+    "reinforce": {"algorithm": "reinforce++"},
+    "reinforce_baseline": {"algorithm": "reinforce++_baseline"},
+    "group_norm": {"algorithm": "grpo", "kl_in": "reward"},
+    "dr_grpo": {"algorithm": "dr_grpo", "kl_in": "reward"},
+}
+
+
+@adapter("OpenRLHF", "RemoteExperienceMaker.compute_advantages_and_returns")
+def openrlhf_experience(case: Case) -> Outputs:
+    args, rows, scores = case["args"], Rows(tensor(case, "action_mask")), tensor(case, "rewards")
+    kl, segments = rows.pack(tensor(case, "kl")), rows.segments
+    assert tuple(args["reward_clip_range"]) == rules(case).token_clip
+    if args["estimator"] == "gae":
+        config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
+        batch = rows.batch(logprobs=kl, ref_logprobs=torch.zeros_like(kl), values=rows.pack(tensor(case, "values")))
+        batch, _ = ppo.with_rewards(batch, scores, config, args["kl_coef"])
+        assert batch.rewards is not None
+        outputs = experience(rows, ppo.with_advantages(batch, config)[0])
+        if args["no_std_norm"]:
+            plain = ppo.advantages_of(batch, values_of(batch), config)[0]
+            outputs["advantages"] = rows.unpack(whiten(plain, segments, replace(config.rules.whiten, scale=False)))
+        return outputs
+    group = torch.arange(len(scores)) // args["n_samples_per_prompt"]
+    made = choices(case, kl_coef=args["kl_coef"], **OPENRLHF_ESTIMATORS[args["estimator"]])
+    if args["no_std_norm"]:
+        made = replace(made, rules=rules(case, whiten_returns=replace(made.rules.whiten_returns, scale=False)))
+    given = scores, group, kl, segments, rows.cu_seqlens
+    returns = advantages_of(*given, replace(made, whiten=False), args["gamma"])[1]
+    return {
+        "advantages": rows.unpack(advantages_of(*given, made, args["gamma"])[1]),
+        "returns": rows.unpack(returns),
+    }
+
+
+@adapter("slime", "compute_advantages_and_returns")
+def slime_experience(case: Case) -> Outputs:
+    args, scores = case["args"], tensor(case, "rewards")
+    here = prefix_mask(case, "log_probs")
+    rows, counted = Rows(here), Rows(here * tensor(case, "mask"))
+    kl = rows.pack(kl_estimate(tensor(case, "log_probs"), tensor(case, "ref_log_probs"), args["kl_loss_type"]))
+    whole = args["normalize_advantages"]
+    if args["estimator"] == "ppo":
+        config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
+        rewards = token_rewards(scores, kl, rows.segments, args["kl_coef"], clip=config.rules.token_clip)
+        batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
+        advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+        if whole:
+            advantages = whiten(advantages, counted.segments, config.rules.whiten)
+        return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
+    algorithm, kl_in = {
+        "reinforce_plus_plus": ("reinforce++", "preset"),
+        "reinforce_plus_plus_baseline": ("reinforce++_baseline", "preset"),
+    }.get(args["estimator"], ("grpo", "off"))
+    # The baseline is taken off before, in RolloutManager._post_process_rewards.
+    made = choices(case, algorithm, baseline="none", scale="none", kl_in=kl_in, kl_coef=args["kl_coef"])
+    group = torch.arange(len(scores))
+    given = scores, group, kl, counted.segments, rows.cu_seqlens
+    returns = advantages_of(*given, replace(made, whiten=False), args["gamma"])[1]
+    advantages = advantages_of(*given, replace(made, whiten=whole), args["gamma"])[1]
+    return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
+
+
+@adapter("NeMo-RL", "ReinforcePlusPlusAdvantageEstimator.compute_advantage")
+def nemo_reinforce(case: Case) -> Outputs:
+    args, rows, scores = case["args"], Rows(tensor(case, "mask")), tensor(case, "rewards")
+    algorithm = "reinforce++_baseline" if args["minus_baseline"] else "reinforce++"
+    made = choices(case, algorithm, kl_coef=args["kl_coef"], kl_in="preset" if args["use_kl_in_reward"] else "off")
+    logp, ref = tensor(case, "logprobs_policy"), tensor(case, "logprobs_reference")
+    kl = rows.pack(kl_estimate(logp, ref, args["kl_type"], replace(made.rules.kl, weighted=False)))
+    group = tensor(case, "prompt_ids").unique(return_inverse=True)[1]
+    return {"advantages": rows.unpack(advantages_of(scores, group, kl, rows.segments, rows.cu_seqlens, made)[1])}
+
+
+@adapter("NeMo-RL", "RawRewardAdvantageEstimator.compute_advantage")
+def nemo_raw(case: Case) -> Outputs:
+    rows = Rows(tensor(case, "mask"))
+    rewards = rows.pack(tensor(case, "rewards"))
+    return {"advantages": rows.unpack(whiten(rewards, rows.segments, rules(case).whiten_returns))}
+
+
+@adapter("NeMo-RL", "GeneralizedAdvantageEstimator.compute_advantage")
+def nemo_experience(case: Case) -> Outputs:
+    args, rows = case["args"], Rows(tensor(case, "mask"))
+    logp, ref = tensor(case, "logprobs"), tensor(case, "reference_logprobs")
+    coef = args["reference_policy_kl_penalty"] if args["use_kl_in_reward"] else 0.0
+    packed = {"logprobs": logp, "ref_logprobs": ref, "values": tensor(case, "values")}
+    batch = rows.batch(**{name: rows.pack(x) for name, x in packed.items()})
+
+    def at(lam: float) -> Batch:
+        config = ppo_config(case, gamma=args["gae_gamma"], lam=lam, kl=args["reference_policy_kl_type"])
+        rewarded, _ = ppo.with_rewards(batch, tensor(case, "rewards"), config, coef)
+        return ppo.with_advantages(rewarded, config)[0]
+
+    outputs = experience(rows, at(args["gae_lambda_policy"] or args["gae_lambda"]))
+    if args["gae_lambda_value"]:  # a lambda of its own
+        outputs["returns"] = experience(rows, at(args["gae_lambda_value"]))["returns"]
+    return outputs
+
+
+@adapter("TRL", "PPOTrainer.train (steps 3-6)")
+def trl_experience(case: Case) -> Outputs:
+    args, ends = case["args"], tensor(case, "sequence_lengths")
+    logp, ref, values = (tensor(case, name) for name in ("logprobs", "ref_logprobs", "values"))
+    place = torch.arange(logp.shape[1])[None]
+    answer, longer = Rows(place <= ends[:, None]), Rows(place <= ends[:, None] + 1)
+    kl = torch.where(place <= ends[:, None], kl_estimate(logp, ref, args["kl_estimator"]), 0)
+    # The score comes one token after the answer, where there is room for it.
+    rewards = token_rewards(tensor(case, "scores"), longer.pack(kl), longer.segments, args["kl_coef"])
+    config = ppo_config(case, gamma=args["gamma"], lam=args["lam"])
+    rule = config.rules.whiten
+    if args["whiten_rewards"]:
+        rewards = whiten(rewards, longer.segments, rule, shift_mean=False)
+    batch = longer.batch(rewards=rewards, values=longer.pack(values))
+    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+    return {
+        "rewards": longer.unpack(rewards),
+        "advantages": answer.unpack(whiten(advantages, answer.segments, rule)),
+        "returns": longer.unpack(returns),
+    }
+
+
+@adapter("TRL", "RLOOTrainer._generate_and_score_completions")
+def trl_rloo(case: Case) -> Outputs:
+    args = case["args"]
+    made = choices(case, "rloo", kl_coef=args["beta"])
+    shaper = RewardShaper(RewardConfig(clip=args["reward_clip_range"][1]), made.rules)
+    rewards = tensor(case, "rewards")
+    rewards = rewards.new_tensor(shaper(rewards.tolist(), [True] * len(rewards)))
+    rows = Rows(tensor(case, "completion_mask") if args["beta"] else torch.ones(len(rewards), 1))
+    kl = torch.zeros_like(rows.mask, dtype=rewards.dtype)
+    if args["beta"]:
+        logp, ref = tensor(case, "old_per_token_logps"), tensor(case, "ref_per_token_logps")
+        kl = rows.pack(kl_estimate(logp, ref, made.kl, made.rules.kl))
+    group = torch.arange(len(rewards)) // args["num_generations"]
+    each = advantages_of(rewards, group, kl, rows.segments, rows.cu_seqlens, made)[1]
+    advantages = rows.segments.means(each)
+    if args["normalize_advantages"]:
+        advantages = group_advantages(
+            advantages, torch.zeros_like(group), GroupRule("mean", "unbiased", eps=1e-4)
+        )  # of the batch
+    return {"advantages": advantages}
+
+
+@adapter("OpenRLHF-0.9.6", "get_processor")
+def selection(case: Case) -> Outputs:
+    """Text, not numbers: compared here, so that the numbers' test has the rewards left to compare."""
+    args, told = case["args"], case["outputs"]["objs"]
+    answers = [Scored(row["input"], row["output"], row["reward"]) for row in case["inputs"]["objs"]]
+    if args["name"] == "rs":
+        made = [{"input": a.prompt, "output": a.answer, "reward": a.reward} for a in best_of_n(answers)]
+    elif args["name"] == "iter_dpo":
+        made = [
+            {
+                "prompt": pair.chosen.prompt,
+                "chosen": pair.chosen.answer,
+                "chosen_reward": pair.chosen.reward,
+                "rejected": pair.rejected.answer,
+                "rejected_reward": pair.rejected.reward,
+            }
+            for pair in best_against_worst(answers)
+        ]
+    else:
+        given = conditioned(answers, args["normalize_reward"], args.get("reward_template", CONDITION))
+        made = [{"input": a.prompt, "output": a.answer, "reward": a.reward} for a in given]
+    names = [name for name in told[0] if "reward" not in name]
+    assert [[row[n] for n in names] for row in made] == [[row[n] for n in names] for row in told]
+    numbers = [[value for name, value in row.items() if "reward" in name] for row in made]
+    case["outputs"] = {"rewards": [[value for name, value in row.items() if "reward" in name] for row in told]}
+    return {"rewards": torch.tensor(numbers)}
+
+
+@adapter("TRL", "get_soft_overlong_punishment")
+def trl_overlong(case: Case) -> Outputs:
+    args, lengths = case["args"], tensor(case, "response_length")
+    return {"penalty": soft_overlong_penalty(lengths, args["max_completion_len"], args["soft_punish_cache"], floor=-1)}
+
+
+@adapter("verl", "DAPORewardManager.__call__")
+@adapter("NeMo-RL", "apply_reward_shaping")
+@adapter("OpenRLHF", "apply_overlong_penalty")
+def overlong(case: Case) -> Outputs:
+    args = list(case["args"].values())
+    limit, buffer, factor = args
+    floor = -factor if case["framework"] == "OpenRLHF" else 0.0
+    penalty = soft_overlong_penalty(tensor(case, "response_length"), limit, buffer, factor, floor)
+    return {"rewards": tensor(case, "rewards") + penalty}

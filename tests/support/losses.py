@@ -1,0 +1,303 @@
+"""Every loss there is, by name: the product's own updates on drawn rows, cut and ordered as told."""
+
+import functools
+import random
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from preferences import answer, pairs, steps
+from tiny import assemble
+from torch import Tensor
+from trialign.algorithms import grpo, ppo
+from trialign.algorithms import policy_step as online
+from trialign.algorithms.batch import Batch
+from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
+from trialign.algorithms.config.convention import PPOConvention
+from trialign.algorithms.config.grpo import RECIPES, GroupConfig, GRPOConfig, GRPORollout
+from trialign.algorithms.config.ppo import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
+from trialign.algorithms.config.preference import DPOLoss, KTOLoss
+from trialign.algorithms.data.dialogues import Sample, pack_samples
+from trialign.algorithms.data.documents import Piece, pack_rows, plan_rows
+from trialign.algorithms.data.preferences import Pair, mismatched
+from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
+from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.micro_batch import plan
+from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
+from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.roles.role import Learner, Role
+from trialign.algorithms.sft import sft_step
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig
+from trialign.models.hf.table import hf_name
+
+LONGEST = 42  # tokens of a pair: two answers of 17 and what is put behind them
+DOCUMENTS = [list(range(5, 25)), list(range(40, 70))]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A batch, and how it comes: rows are numbered, and a row is the same whatever comes beside it."""
+
+    seed: int
+    order: tuple[int, ...]  # of the rows
+    size: int  # rows of a micro-batch
+    tokens: int = 0  # or its tokens
+    behind: int = 0  # tokens at most behind a row's samples, which count for nothing
+
+    @property
+    def count(self) -> int:
+        return len(self.order)
+
+    @property
+    def update(self) -> UpdateConfig:
+        return UpdateConfig(batch_size=self.count, micro_batch_size=self.size, micro_batch_tokens=self.tokens)
+
+    def padded(self, sample: Sample, row: int) -> Sample:
+        more = row % (self.behind + 1)
+        return sample._replace(tokens=sample.tokens + array("i", [7] * more), mask=sample.mask + bytes(more))
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        own = pairs(self.seed, self.count)
+        return [own[i] for i in self.order]  # a pair's responses end with their last target
+
+    @property
+    def answers(self) -> list[Sample]:
+        return [self.padded(pair.chosen, i) for pair, i in zip(self.pairs, self.order, strict=True)]
+
+    @property
+    def scores(self) -> Tensor:
+        """[rows] of every answer; the last row of some batches has none."""
+        made = torch.randn(self.count, generator=torch.Generator().manual_seed(self.seed))
+        if self.count > 3 and self.seed % 2:
+            made[-1] = torch.nan
+        return made[list(self.order)]
+
+    def noise(self, batch: Batch, scale: float, number: int) -> Tensor:
+        """[total] at the targets of the batch; none in the first row, whose ratios are all 1 and inside every clip."""
+        parts = []
+        for row, sample in zip(self.order, self.answers, strict=True):
+            generator = torch.Generator().manual_seed(9000 * number + 10 * self.seed + row)
+            parts.append(torch.randn(sum(sample.mask), generator=generator) * (scale if row else 0))
+        whole = pack_samples(self.answers)
+        return whole.spread(torch.cat(parts)) * batch.mask
+
+
+class Models:
+    """What learns, each at a learning rate of 0, so that it stays as it is."""
+
+    def __init__(self, folders: dict[str, Path], layout: tuple[int, int, int] = (1, 1, 1)):
+        tp, pp, dp = layout
+        self.folders = folders
+        self.mesh = build_mesh(tp=tp, pp=pp, dp=dp)
+        self.spread = build_mesh(tp=tp, pp=pp, dp=dp, ep=dp)  # experts over the data ranks
+
+    def _learner(self, name: str) -> Learner:
+        mesh = self.spread if name == "mixture" else self.mesh
+        shape, head = ModelConfig.from_hf(self.folders[name]), "score" if name == "score" else "lm"
+        model = build_decoder(str(self.folders[name]), shape, mesh, "float32", head=head, trained=True)
+        return build_learner(model, OptimizerConfig(lr=0.0, max_grad_norm=0.0), 1)
+
+    @cached_property
+    def lm(self) -> Learner:
+        return self._learner("lm")
+
+    @cached_property
+    def score(self) -> Learner:
+        return self._learner("score")
+
+    @cached_property
+    def mixture(self) -> Learner:
+        return self._learner("mixture")
+
+    @cached_property
+    def reference(self) -> Role:
+        folder = self.folders["reference"]
+        return Role(build_decoder(str(folder), ModelConfig.from_hf(folder), self.mesh, "float32"))
+
+
+Step = tuple[Learner, dict[str, float]]
+Kind = Callable[[Models, Draw], Iterator[Step]]
+
+
+def sft(models: Models, draw: Draw) -> Iterator[Step]:
+    batch = pack_samples(draw.answers)
+    yield models.lm, sft_step(models.lm, batch, plan(batch, draw.update, models.mesh))
+
+
+def router(models: Models, draw: Draw) -> Iterator[Step]:
+    """Every token of a sample counts in the losses of the router, so nothing is put behind any."""
+    batch = pack_samples(replace(draw, behind=0).answers)
+    yield models.mixture, sft_step(models.mixture, batch, plan(batch, draw.update, models.mesh))
+
+
+def pretrain(models: Models, draw: Draw) -> Iterator[Step]:
+    """Three documents a row; which ones lie in a row together is the order's choice."""
+    chance = random.Random(draw.seed)
+    texts = [
+        [answer([3], chance).tokens for _ in range(3)] + [array("i", [7])] * (row % (draw.behind + 1))
+        for row in range(draw.count)
+    ]
+    pieces = [Piece(text, "") for place in range(3) for row in draw.order for text in texts[row][place : place + 1]]
+    rows = [pieces[i : i + 3] for i in range(0, len(pieces), 3)]
+    rows[0] = rows[0] + [Piece(text, "") for row in draw.order for text in texts[row][3:]]
+    yield models.lm, sft_step(models.lm, pack_rows(rows), plan_rows(rows, draw.update, models.mesh))
+
+
+def reward(models: Models, draw: Draw) -> Iterator[Step]:
+    """The score is read at an answer's last token, so nothing is put behind it."""
+    batch = pack_pairs(replace(draw, behind=0).pairs)
+    yield models.score, pair_step(models.score, batch, plan(batch, draw.update, models.mesh, 2), 0.1)
+
+
+def process(models: Models, draw: Draw) -> Iterator[Step]:
+    own = steps(draw.seed, draw.count)
+    batch = pack_steps([own[i]._replace(sample=draw.padded(own[i].sample, i)) for i in draw.order])
+    yield models.score, process_step(models.score, batch, plan(batch, draw.update, models.mesh))
+
+
+def dpo(models: Models, draw: Draw, loss: DPOLoss) -> Iterator[Step]:
+    batch = pack_pairs(draw.pairs)
+    if not loss.reference_free:
+        batch = with_reference(batch, reference_sums(models.reference, draw.pairs, draw.update))
+    yield models.lm, dpo_step(models.lm, batch, plan(batch, draw.update, models.mesh, 2), loss)
+
+
+def kto(models: Models, draw: Draw) -> Iterator[Step]:
+    """With its reference point, above 0, of each answer's prompt with the next row's answer."""
+    plain, others = [pair.chosen for pair in pairs(draw.seed, draw.count)], []
+    for i in draw.order:
+        others.append(draw.padded(mismatched(plain[i], plain[(i + 1) % draw.count], LONGEST), i))
+    z = reference_point(models.lm, others, sums_of(models.reference, others, draw.update) - 4, draw.update)
+    batch = pack_labelled(draw.answers, [i % 3 == 0 for i in draw.order])
+    batch = with_reference(batch, sums_of(models.reference, draw.answers, draw.update))
+    loss = KTOLoss(beta=0.2, desirable_weight=1.2)
+    assert z > 0
+    yield models.lm, kto_step(models.lm, batch, plan(batch, draw.update, models.mesh), loss, z)
+
+
+def answered(actor: Learner, draw: Draw, passes: online.Passes) -> tuple[Batch, online.Minibatch]:
+    """Answers of a sampler that is not quite the actor, those without a score without targets; all in one minibatch."""
+    batch = online.without(pack_samples(draw.answers), draw.scores)
+    ((minibatch,),) = online.plan(batch, passes, actor.mesh, seed=draw.seed)
+    sampled = actor.logprobs(batch, minibatch.shares) + draw.noise(batch, 0.2, 1)
+    return batch.with_(sampling_logprobs=sampled), minibatch
+
+
+def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]:
+    """The update on the policy, then critic and actor off it, so that clips decide."""
+    passes = replace(config.ppo, micro_batch_size=draw.size, micro_batch_tokens=draw.tokens)
+    config = replace(config, ppo=passes)
+    roles = ppo.Roles(models.lm, models.score, models.reference)
+    ptx = DOCUMENTS if config.actor.ptx_coef else ()
+    batch, minibatch = answered(models.lm, draw, passes)
+    batch = ppo.score(batch, roles, config, minibatch.shares)
+    batch, _ = ppo.with_rewards(batch, draw.scores, config, kl_coef=0.1)
+    metrics = ppo.update(roles, batch, [[minibatch]], config, ptx=ptx)
+    yield models.lm, metrics
+    yield models.score, {}
+    values = roles.critic.values(batch, minibatch.shares) + draw.noise(batch, 0.5, 2)
+    batch = batch.with_(values=values)
+    metrics = ppo.update(roles, batch, [[minibatch]], config, train_actor=False)
+    yield models.score, metrics
+    old = models.lm.logprobs(batch, minibatch.shares) + draw.noise(batch, 0.4, 3)
+    batch, _ = ppo.with_advantages(batch.with_(logprobs=old), config)
+    weighted = online.with_weights(batch, minibatch, config.rules.aggregation)
+    parts = [weighted.select(share) for share in minibatch.shares]
+    targets = online.target_count(batch, minibatch)
+    yield models.lm, ppo.actor_step(models.lm, parts, targets, config, ptx, first=False)
+
+
+def grpo_updates(models: Models, draw: Draw, knobs: GroupConfig, role: str = "lm") -> Iterator[Step]:
+    """The update on the policy, then a step off it, so that clips decide. Rows 2i and 2i + 1 are a group."""
+    knobs = replace(knobs, micro_batch_size=draw.size, micro_batch_tokens=draw.tokens)
+    config = GRPOConfig(grpo=knobs, rollout=GRPORollout(max_new_tokens=16, samples_per_prompt=2))
+    choices, actor = config.choices, getattr(models, role)
+    group = torch.tensor([row // 2 for row in draw.order])
+    batch, minibatch = answered(actor, draw, knobs)
+    roles = grpo.GroupRoles(actor, models.reference if choices.needs_reference else None)
+    batch = grpo.score(batch, roles, config, minibatch.shares)
+    batch, _ = grpo.with_advantages(batch, draw.scores, group, config)
+    yield actor, grpo.update(actor, batch, [[minibatch]], config)
+    far = 3e-4 if knobs.algorithm == "gspo" else 0.3
+    old = actor.logprobs(batch, minibatch.shares) + draw.noise(batch, far, 3)
+    weighted = online.with_weights(batch.with_(logprobs=old), minibatch, choices.aggregation, choices.constant)
+    parts = [weighted.select(share) for share in minibatch.shares]
+    yield actor, grpo.step(actor, parts, online.target_count(batch, minibatch), config, first=False)
+
+
+def routed(models: Models, draw: Draw) -> Iterator[Step]:
+    yield from grpo_updates(models, replace(draw, behind=0), GroupConfig(algorithm="dapo"), "mixture")
+
+
+PAIR_LOSSES = {
+    "dpo": DPOLoss(beta=0.2),
+    "dpo, nll": DPOLoss(beta=0.2, nll_coef=0.3),
+    "dpo, nll summed": DPOLoss(beta=0.2, nll_coef=0.01, nll_average="sum"),
+    "dpo, reference-free": DPOLoss(beta=0.02, reference_free=True),
+    "dpo, mean": DPOLoss(beta=0.2, average="mean"),
+    "cdpo": DPOLoss(beta=0.2, label_smoothing=0.1),
+    "robust": DPOLoss(beta=0.2, kind="robust", label_smoothing=0.1),
+    "ipo, sum": DPOLoss(beta=0.2, kind="ipo", average="sum"),
+    "ipo, mean": DPOLoss(beta=0.2, kind="ipo", average="mean"),
+    "hinge": DPOLoss(beta=0.2, kind="hinge"),
+    "exo": DPOLoss(beta=0.2, kind="exo", label_smoothing=0.1),
+    "apo_zero": DPOLoss(beta=0.2, kind="apo_zero"),
+    "apo_down": DPOLoss(beta=0.2, kind="apo_down"),
+}
+AGGREGATIONS: tuple[Any, ...] = ("token-mean", "token-sum", "sample-mean", "sample-sum", "sum-of-sample-means")
+PPO = {
+    "ppo": PPOConfig(critic=CriticConfig(value_clip=0.2)),
+    "ppo, values not clipped": PPOConfig(critic=CriticConfig(value_clip=0.0), ppo=AlgorithmConfig(whiten=False)),
+    "ppo, dual clip and entropy": PPOConfig(actor=ActorConfig(dual_clip=1.1, entropy_coef=0.01)),
+    "ppo, ptx": PPOConfig(actor=ActorConfig(ptx_coef=0.5)),
+    "ppo, importance": PPOConfig(ppo=AlgorithmConfig(importance_cap=1.1)),
+    **{f"ppo, {how}": PPOConfig(convention=PPOConvention(aggregation=how)) for how in AGGREGATIONS[1:]},
+}
+ESTIMATORS: tuple[Any, ...] = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+NEAR: dict[str, Any] = {"importance_low": 0.9, "importance_high": 1.1}
+ALGORITHMS: tuple[Any, ...] = tuple(RECIPES)
+GRPO = {
+    **{name: GroupConfig(algorithm=name) for name in ALGORITHMS},
+    **{f"grpo, {how}": GroupConfig(algorithm="grpo", aggregation=how) for how in (*AGGREGATIONS, "constant")},
+    **{f"grpo, {kl} in the loss": GroupConfig(algorithm="grpo", kl=kl, kl_coef=0.5) for kl in ESTIMATORS},
+    **{f"dapo, {how}": GroupConfig(algorithm="dapo", importance=how, **NEAR) for how in grpo.CORRECTIONS},
+    "rloo, sequence-sum": GroupConfig(algorithm="rloo", level="sequence-sum"),
+    "grpo, dual clip and entropy": GroupConfig(algorithm="grpo", dual_clip=1.1, entropy_coef=0.01),
+}
+KINDS: dict[str, Kind] = {
+    "sft": sft,
+    "pretrain": pretrain,
+    "reward": reward,
+    "process": process,
+    "kto": kto,
+    "router": router,
+    "dapo, router": routed,
+    **{name: functools.partial(dpo, loss=loss) for name, loss in PAIR_LOSSES.items()},
+    **{name: functools.partial(ppo_updates, config=config) for name, config in PPO.items()},
+    **{name: functools.partial(grpo_updates, knobs=knobs) for name, knobs in GRPO.items()},
+}
+
+
+def gradients(learner: Learner) -> dict[str, Tensor]:
+    """Of the learner's last step, put together from all ranks."""
+    for bucket in learner.optimizer.buckets:
+        bucket.states["grad"] = bucket.grads[bucket.mine]
+    name = functools.partial(hf_name, config=learner.model.config, head=learner.model.kind)
+    made = assemble((e for e in learner.optimizer.entries("", name) if "/grad/" in e.name), learner.mesh.world)
+    for bucket in learner.optimizer.buckets:
+        del bucket.states["grad"]
+    return made
+
+
+def run(models: Models, kind: str, draw: Draw) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
+    """Losses and gradients of each step."""
+    return [
+        ({name: value for name, value in metrics.items() if "loss" in name or "norm" in name}, gradients(learner))
+        for learner, metrics in KINDS[kind](models, draw)
+    ]

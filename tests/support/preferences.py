@@ -1,0 +1,158 @@
+"""Pairs, labelled answers and labelled steps of random tokens, and what learns from them on tiny models."""
+
+import functools
+import random
+from array import array
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VOCAB, assemble
+from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
+from trialign.algorithms.config.preference import DPOLoss, KTOLoss
+from trialign.algorithms.data.dialogues import Sample
+from trialign.algorithms.data.preferences import Pair, Steps, mismatched
+from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
+from trialign.algorithms.kto import held_out as held_out_labelled
+from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.micro_batch import plan
+from trialign.algorithms.reward_model import (
+    held_out_pairs,
+    held_out_process,
+    pack_pairs,
+    pack_steps,
+    pair_step,
+    process_step,
+)
+from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.roles.role import Role
+from trialign.engine.mesh import build_mesh
+from trialign.models.config import ModelConfig
+from trialign.models.hf.table import hf_name
+
+UPDATE = UpdateConfig(batch_size=8, micro_batch_size=4)
+KINDS = ("reward", "process", "dpo", "kto")
+DPO = DPOLoss(beta=0.2, label_smoothing=0.1, nll_coef=0.3)
+KTO = KTOLoss(beta=0.2, desirable_weight=1.2)
+
+
+def answer(prompt: list[int], chance: random.Random, where: str = "") -> Sample:
+    """A prompt with an answer of 1 to 9 tokens, its targets."""
+    tokens = [chance.randrange(3, VOCAB) for _ in range(chance.randrange(1, 10))]
+    return Sample(array("i", prompt + tokens), bytes(len(prompt)) + b"\1" * len(tokens), "", where)
+
+
+def pairs(seed: int, count: int = 8) -> list[Pair]:
+    """Pairs whose answers are of unequal length, with margins."""
+    chance = random.Random(seed)
+    prompts = [[chance.randrange(3, VOCAB) for _ in range(chance.randrange(2, 9))] for _ in range(count)]
+    return [Pair(answer(prompt, chance), answer(prompt, chance), 0.1 * i) for i, prompt in enumerate(prompts)]
+
+
+def labelled(seed: int, count: int = 8) -> tuple[list[Sample], list[bool]]:
+    """Answers to a prompt each, three of eight of them wanted."""
+    return [pair.chosen for pair in pairs(seed, count)], [i % 8 in (0, 3, 4) for i in range(count)]
+
+
+def steps(seed: int, count: int = 8) -> list[Steps]:
+    """Answers of one to four steps."""
+    chance, rows = random.Random(seed), []
+    for pair in pairs(seed, count):
+        prompt, ends = pair.chosen.mask.index(1), [len(pair.chosen.tokens) - 1]
+        ends += [place for place in range(prompt, ends[0]) if chance.random() < 0.3]
+        mask = bytes(int(place in ends) for place in range(len(pair.chosen.tokens)))
+        rows.append(Steps(pair.chosen._replace(mask=mask), tuple(chance.random() < 0.5 for _ in ends)))
+    return rows
+
+
+def two_steps(
+    rank: int,
+    world: int,
+    folders: dict[str, Path],
+    layout: tuple[int, int, int],
+    kinds: tuple[str, ...] = KINDS,
+    changes: dict[str, int] | None = None,
+    order: tuple[int, ...] = tuple(range(8)),
+    ep: int = 1,
+):
+    """Two steps of each kind and a look at seven other rows: {kind: (metrics, gradients and weights)}.
+
+    Args:
+        folders: of the language model, of the reference and of the reward model.
+        changes: to UPDATE.
+        order: of the rows in a batch.
+    """
+    tp, pp, dp = layout
+    mesh = build_mesh(tp=tp, pp=pp, dp=dp, ep=ep)
+    update = replace(UPDATE, **(changes or {}))
+    # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
+    settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
+    results = {}
+    for kind in kinds:
+        head = "score" if kind in ("reward", "process") else "lm"
+        shape = ModelConfig.from_hf(folders[head])
+        learner = build_learner(
+            build_decoder(str(folders[head]), shape, mesh, "float32", head=head, trained=True), settings, 4
+        )
+        reference = Role(build_decoder(str(folders["reference"]), shape, mesh, "float32")) if head == "lm" else learner
+        metrics: dict[str, float] = {}
+        for step in (0, 1, 9):
+            count = 7 if step == 9 else 8  # the last ones are only looked at
+            rows = [i for i in order if i < count]
+            drawn = [pairs(step, count)[i] for i in rows]
+            if kind == "reward":
+                batch = pack_pairs(drawn)
+                if step == 9:
+                    got = held_out_pairs(learner, batch, update, 0.05)
+                else:
+                    got = pair_step(learner, batch, plan(batch, update, mesh, 2), 0.05)
+            elif kind == "process":
+                batch = pack_steps([steps(step, count)[i] for i in rows])
+                if step == 9:
+                    got = held_out_process(learner, batch, update)
+                else:
+                    got = process_step(learner, batch, plan(batch, update, mesh))
+            elif kind == "dpo":
+                batch = with_reference(pack_pairs(drawn), reference_sums(reference, drawn, update))
+                if step == 9:
+                    got = held_out(learner, batch, update, DPO)
+                else:
+                    got = dpo_step(learner, batch, plan(batch, update, mesh, 2), DPO)
+            else:
+                samples, labels = labelled(step, count)
+                others = [mismatched(samples[i], samples[(i + 1) % count], 64) for i in rows]
+                z = reference_point(learner, others, sums_of(reference, others, update), update)
+                samples, labels = [samples[i] for i in rows], [labels[i] for i in rows]
+                batch = with_reference(pack_labelled(samples, labels), sums_of(reference, samples, update))
+                if step == 9:
+                    got = held_out_labelled(learner, batch, update, KTO) | {"kl": z}
+                else:
+                    got = kto_step(learner, batch, plan(batch, update, mesh), KTO, z)
+            metrics |= {f"{name}/{step}": value for name, value in got.items()}
+        for bucket in learner.optimizer.buckets:
+            bucket.states["grad"] = bucket.grads[bucket.mine]
+        entries = learner.optimizer.entries("actor", functools.partial(hf_name, config=shape, head=head))
+        results[kind] = metrics, assemble(entries, mesh.world)
+    return results
+
+
+def odd_batches(
+    rank: int, world: int, folders: dict[str, Path], dp: int, counts: tuple[int, ...], size: int = 4, ep: int = 1
+):
+    """KTO's two steps on batches of so many rows in micro-batches of `size`: {rows: as `two_steps` gives them}."""
+    changes = {"batch_size": 5, "micro_batch_size": size}  # the reference is computed in chunks of at most five
+    runs = {n: two_steps(rank, world, folders, (1, 1, dp), ("kto",), changes, tuple(range(n)), ep) for n in counts}
+    return {n: run["kto"] for n, run in runs.items()}
+
+
+def compare(got, expected, tolerance: float = 1e-5) -> None:
+    """Within the relative tolerance: of each number for metrics, of the largest element for tensors."""
+    assert got.keys() == expected.keys()
+    for kind, (metrics, tensors) in expected.items():
+        # Implicit rewards are small differences of sums of tens of nats.
+        assert got[kind][0] == pytest.approx(metrics, rel=tolerance, abs=tolerance / 5), kind
+        assert got[kind][1].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            limit = tolerance * tensor.abs().max().item()
+            torch.testing.assert_close(got[kind][1][name], tensor, rtol=0, atol=limit, msg=f"{kind}: {name}")

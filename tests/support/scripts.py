@@ -1,0 +1,155 @@
+"""Starts scripts of launch/ as a user does, kills them, and reads what they leave.
+
+As a program, under torchrun: runs several of them one after the other in its ranks, which import everything once.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from trialign.engine.storage.checkpoint import Reader
+
+ROOT = Path(__file__).resolve().parents[2]
+AXES = ("tp", "pp", "dp")  # of the mesh
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+
+
+def command(script: str, *arguments: object, ranks: int = 1) -> list[str]:
+    """The words of `python launch/SCRIPT.py ...`, or of torchrun."""
+    launcher = [sys.executable] if ranks == 1 else torchrun(ranks)
+    return [*launcher, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The words that stand before a script."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+
+
+def launch(script: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a script to its end."""
+    return _run(command(script, *arguments, ranks=ranks))
+
+
+def times_told(done: subprocess.CompletedProcess[str], message: str) -> int:
+    """How many ranks told an error. torchrun's table of failures, which repeats the first one's, is not counted."""
+    return sum(line.startswith("error: ") and message in line for line in done.stderr.splitlines())
+
+
+def _run(words: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def succeed(script: str, *arguments: object, ranks: int = 1) -> str:
+    """Runs a script that must succeed; what it printed."""
+    done = launch(script, *arguments, ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def succeed_in_turn(runs: Sequence[tuple[object, ...]], ranks: int = 2) -> None:
+    """`succeed(*run, ranks=ranks)` of each, all by one torchrun: a script that fails is named and ends it."""
+    jobs = json.dumps([list(map(str, run)) for run in runs])
+    done = _run([*torchrun(ranks), __file__, jobs], timeout=300 * len(runs))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kill_after(file: str, folder: Path, script: str, *arguments: object) -> None:
+    """Starts a script that writes into `folder`, and kills it as soon as a file there matches the pattern."""
+    process = subprocess.Popen(
+        command(script, *arguments),
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(file)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def digests(run: Path, step: int) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint that training fills; of its state without what the run was asked for."""
+    last = run / "checkpoints" / f"step_{step}"
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.glob("*.safetensors"))}
+    state = json.loads((last / "state.json").read_text())
+    return sums | {"state.json": json.dumps({name: value for name, value in state.items() if name != "facts"})}
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The logged steps without what they cost."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    costs = ("time", "seconds", "tokens_per_s", "mfu", "memory_gb")
+    return [{name: value for name, value in line.items() if not name.startswith(costs)} for line in lines]
+
+
+def options(**given: object) -> list[str]:
+    """`model_path="m"` as `--model.path m`; a tuple as several words."""
+    words = []
+    for name, value in given.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name.replace('_', '.', 1)}", *map(str, values)]
+    return words
+
+
+def agree(run: Path, other: Path, step: int, tolerance: float = 1e-5) -> None:
+    """The weights of two runs' checkpoints, and their averages, within the tolerance of each one's largest number."""
+    ours, theirs = (Reader(folder / "checkpoints" / f"step_{step}") for folder in (run, other))
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    compared = [name for name in theirs.tensors if "/master/" in name or "/ema/" in name]
+    assert compared
+    for name in compared:
+        expected = theirs.read(name)
+        limit = tolerance * expected.abs().max().item()
+        torch.testing.assert_close(ours.read(name), expected, rtol=0, atol=limit, msg=f"{run.name}: {name}")
+
+
+def agree_in_metrics(run: Path, other: Path, tolerance: float = 1e-4) -> None:
+    """The logged numbers of two runs, within the tolerance."""
+    for ours, theirs in zip(metrics(run), metrics(other), strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance / 10), run.name
+
+
+def rewound(run: Path, folder: Path, step: int) -> Path:
+    """A copy of a run in `folder` as it was after this step."""
+    shutil.copytree(run, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    assert (folder / "checkpoints" / f"step_{step}").exists()
+    return folder
+
+
+def _in_turn(jobs: list[list[str]]) -> None:
+    """Each rank's part of `succeed_in_turn`. A run has keys of its own in the launcher's store."""
+    sys.path[0] = str(ROOT / "launch")
+    world = importlib.import_module("common.env")
+    for number, (script, *arguments) in enumerate(jobs):
+        store, rank, size = next(iter(rendezvous("env://")))
+        own = PrefixStore(f"run {number}", store)
+        launch_world: Any = world
+        launch_world.rendezvous = lambda *_, own=own, rank=rank, size=size, **__: iter([(own, rank, size)])
+        sys.argv = [f"{script}.py", *arguments]
+        print(*sys.argv, flush=True)
+        runpy.run_path(str(ROOT / "launch" / sys.argv[0]), run_name="__main__")
+
+
+if __name__ == "__main__":
+    _in_turn(json.loads(sys.argv[1]))

@@ -1,0 +1,184 @@
+"""What every Triton kernel moves between programs and memory, counted under the interpreter, as a table in Markdown.
+
+TRITON_INTERPRET=1 python tests/support/traffic.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from interp_shim import Monitor, Traffic
+from launches import KERNELS
+from trialign.kernels import (
+    adamw,
+    attention,
+    gae,
+    grouped_matmul,
+    linear_logprob,
+    logprob,
+    moe,
+    nf4,
+    paged_attention,
+    ppo_loss,
+    rms_norm,
+    rope,
+    sampling,
+    swiglu,
+)
+from triton_case import DEVICE
+
+BF16 = torch.bfloat16
+HEAD = "| kernel | counted at | per | loaded | stored | each address once | ratio |\n" + "| --- " * 7 + "|"
+
+
+class Case(NamedTuple):
+    """A call that launches kernels, in bf16 where they take it, and what their bytes are divided by."""
+
+    size: str
+    per: str
+    count: int
+    call: Callable[[], object]
+
+
+def rows() -> Iterator[Case]:
+    """Ops along rows: of a head, a norm, an MLP, tokens and parameters."""
+    n = 4096
+    a, b, c, d = torch.ones(4, n)
+    mask, cu = torch.ones(n, dtype=torch.bool), torch.arange(9) * (n // 8)
+    yield Case(
+        f"[{n}], bf16 copy-out", "parameter", n,
+        lambda: adamw.adamw_triton(a, b, c, d, a.to(BF16), 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0),
+    )  # fmt: skip
+    yield Case(f"8 sequences of {n // 8}", "token", n, lambda: gae.gae_triton(a, b, mask, cu, 0.99, 0.95))
+    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.policy_loss_triton(a, b, c, 0.2, 0.2, 3.0))
+    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.value_loss_triton(a, b, c, 0.2))
+    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.kl_estimate_triton(a, b, 3))
+
+    n, h = 64, 1024
+    (x, residual, grad), weight, rstd = torch.ones(3, n, h).to(BF16), torch.ones(h).to(BF16), torch.ones(n)
+    size = f"[{n}, {h}] and residual"
+    yield Case(size, "element", n * h, lambda: rms_norm.add_rms_norm_triton(x, residual, weight, 1e-5))
+    yield Case(size, "element", n * h, lambda: rms_norm.rms_norm_backward_triton(grad, x, weight, rstd, residual))
+    size, half = f"[{n}, 2 x {h // 2}]", grad.view(2, n, h // 2)[0]
+    yield Case(size, "output", half.numel(), lambda: swiglu.swiglu_triton(x))
+    yield Case(size, "output", half.numel(), lambda: swiglu.swiglu_backward_triton(half, x))
+
+    n, v, h = 128, 4096, 64
+    logits, labels, ones = torch.randn(n, v).to(BF16), torch.randint(v, (n,)), torch.ones(n)
+    hidden, head = torch.randn(n, h).to(BF16), torch.randn(v, h).to(BF16)
+    stats = logprob.logprob_stats_triton(logits, labels, 1.0, 0)
+    total, size = torch.zeros(n, h), f"[{n}, {v}]"
+    yield Case(size, "logit", n * v, lambda: logprob.logprob_stats_triton(logits, labels, 1.0, 0))
+    yield Case(size, "logit", n * v, lambda: logprob.logprob_backward_triton(logits, labels, stats, ones, ones, 1.0, 0))
+    size = f"[{n}, {h}] x [{v}, {h}]"
+    yield Case(size, "logit", n * v, lambda: linear_logprob.linear_logprob_stats(hidden, head, labels, 1.0, 0))
+    yield Case(
+        size, "logit", n * v,
+        lambda: linear_logprob.linear_logprob_gradient_(logits, hidden, head, labels, stats, ones, ones, 1.0, 0),
+    )  # fmt: skip
+    yield Case(size, "logit", n * v, lambda: linear_logprob.add_product_(total, logits, head))
+
+    n, v = 4, 16384
+    logits, settings = (
+        torch.randn(n, v).to(BF16),
+        (torch.full((n,), 0.7), torch.full((n,), 50).int(), torch.full((n,), 0.9)),
+    )
+    keys, counters = torch.arange(2 * n).view(2, n)
+    yield Case(
+        f"[{n}, {v}], top-k 50, top-p 0.9", "logit", n * v,
+        lambda: sampling.sample_triton(logits, *settings, keys, counters),
+    )  # fmt: skip
+
+
+def heads() -> Iterator[Case]:
+    """Ops of attention, 8 heads of 64 over 2."""
+    n, d = 256, 64
+    q, k, v = (torch.randn(n, heads, d).to(BF16) for heads in (8, 2, 2))
+    angles = torch.ones(n, d // 2)
+    yield Case("[256, 8, 64]", "element", q.numel(), lambda: rope.rope_triton(q.clone(), angles, angles, False, False))
+    cu = torch.tensor([0, n])
+    size = "256 tokens, 8 heads of 64 over 2"
+    grad = torch.randn(n, 8, d).to(BF16)
+    out, stats = attention.attention_triton(q, k, v, cu, n, 0.125, None, None)
+    yield Case(size, "token", n, lambda: attention.attention_triton(q, k, v, cu, n, 0.125, None, None))
+    yield Case(
+        size,
+        "token",
+        n,
+        lambda: attention.attention_backward_triton(grad, q, k, v, out, stats, cu, n, 0.125, None, None),
+    )
+    caches = [torch.zeros(64, 16, 2, d, dtype=BF16) for _ in range(2)]
+    slots = torch.randperm(1024)[:n]
+    yield Case("[256, 2, 64]", "token", n, lambda: paged_attention.write_kv_triton(k, v, *caches, slots))
+    tables, lengths = torch.randperm(64).view(4, 16).int(), torch.full((4,), 256, dtype=torch.int32)
+    yield Case(
+        "4 sequences of 256 keys, 8 heads of 64 over 2", "key", 4 * 256,
+        lambda: paged_attention.paged_attention_triton(q[:4], *caches, tables, lengths, 0.125, None, None),
+    )  # fmt: skip
+
+
+def weights() -> Iterator[Case]:
+    """Products with experts' and with 4-bit weights."""
+    n, h, f, experts, k = 256, 128, 256, 8, 2
+    x, logits = torch.randn(n, h).to(BF16), torch.randn(n, experts).to(BF16)
+    given, chosen = moe.route_triton(logits, k, True)
+    order, offsets = moe.sort_by_expert_triton(chosen, experts)
+    permuted = moe.permute_triton(x, order, k)
+    size = f"{n} tokens, {k} of {experts} experts"
+    yield Case(size, "token", n, lambda: moe.route_triton(logits, k, True))
+    yield Case(size, "token", n, lambda: moe.route_backward_triton(given.clone(), logits, given, chosen, True))
+    yield Case(size, "token", n, lambda: moe.sort_by_expert_triton(chosen, experts))
+    size = f"{size}, [{n}, {h}]"
+    yield Case(size, "element", n * h, lambda: moe.permute_triton(x, order, k))
+    yield Case(size, "element", n * h, lambda: moe.unpermute_triton(permuted, order, given, k))
+    yield Case(size, "element", n * h, lambda: moe.unpermute_backward_triton(x, permuted, order, given))
+    weight, grad = torch.randn(experts, h, f).to(BF16), torch.randn(n * k, f).to(BF16)
+    size = f"[{n * k}, {h}] x [{experts}, {h}, {f}]"
+    yield Case(size, "row", n * k, lambda: grouped_matmul.grouped_matmul_triton(permuted, weight, offsets))
+    yield Case(size, "row", n * k, lambda: grouped_matmul.grouped_outer_triton(permuted, grad, offsets))
+    codes, scales = torch.zeros(f, h // 2, dtype=torch.uint8), torch.ones(f, h // 64)
+    size = f"[{n}, {h}] x [{f}, {h}]"
+    yield Case(size, "weight", f * h, lambda: nf4.nf4_linear_triton(x, codes, scales))
+    yield Case(size, "weight", f * h, lambda: nf4.nf4_linear_backward_triton(grad[:n], codes, scales))
+
+
+def counted(cases: Iterator[Case]) -> Iterator[tuple[str, Case, Traffic]]:
+    """(kernel, the first case that launches it, what that launch moved), in the cases' order."""
+    torch.manual_seed(0)
+    met: set[str] = set()
+    current: list[tuple[str, Traffic]] = []
+    Monitor.counting, Monitor.done = (
+        True,
+        staticmethod(lambda kernel: current.append((KERNELS[kernel][0], Monitor.traffic()))),
+    )
+    try:
+        with torch.device(DEVICE):
+            for case in cases:
+                current.clear()  # what was launched to make the inputs
+                case.call()
+                for name, traffic in [each for each in current if each[0] not in met]:
+                    met.add(name)
+                    yield name, case, traffic
+    finally:
+        Monitor.counting, Monitor.done = False, staticmethod(lambda kernel: None)
+
+
+def all_kernels() -> dict[str, tuple[Case, Traffic]]:
+    """{kernel: (case, what it moved)}, sorted by name."""
+    found = [(name, case, traffic) for part in (rows, heads, weights) for name, case, traffic in counted(part())]
+    return {name: (case, traffic) for name, case, traffic in sorted(found, key=lambda each: each[0])}
+
+
+def table(kernels: dict[str, tuple[Case, Traffic]]) -> list[str]:
+    """A row a kernel: bytes per element as loaded, as stored, with each address met once; moved over the last."""
+    return [
+        f"| {name} | {case.size} | {case.per} | {traffic.loaded / case.count:.5g} | {traffic.stored / case.count:.5g} "
+        f"| {traffic.once / case.count:.5g} | {(traffic.loaded + traffic.stored) / traffic.once:.2f} |"
+        for name, (case, traffic) in kernels.items()
+    ]
+
+
+if __name__ == "__main__":
+    print("\n".join([HEAD, *table(all_kernels())]))
