@@ -53,7 +53,7 @@ class Batch:
     tokens: Tensor  # [total] int64
     lengths: tuple[int, ...]  # tokens of each sample
     mask: Tensor  # [total] bool: the targets, which are the tokens of answers; never a sample's first
-    sampling_logprobs: Tensor | None = None  # [total] fp32: the sampler's
+    rollout_logprobs: Tensor | None = None  # [total] fp32: the sampler's
     logprobs: Tensor | None = None  # [total] fp32: the actor's before the update ("old")
     ref_logprobs: Tensor | None = None  # [total] fp32: the reference's
     values: Tensor | None = None  # [total] fp32: the critic's before the update
@@ -142,7 +142,7 @@ class Batch:
 PER_TOKEN = (
     "tokens",
     "mask",
-    "sampling_logprobs",
+    "rollout_logprobs",
     "logprobs",
     "ref_logprobs",
     "values",
@@ -188,7 +188,7 @@ def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
         where = prompt.source or f"prompt {prompt.index}"
         seen[where] = seen.get(where, 0) + 1
         names.append(f"{where}, response {seen[where]}")
-    return batch.with_(sampling_logprobs=batch.spread(sampling), names=tuple(names))
+    return batch.with_(rollout_logprobs=batch.spread(sampling), names=tuple(names))
 
 
 def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -243,7 +243,7 @@ def micro_batches(samples: Sequence[int], lengths: Sequence[int], size: int, max
 def deal_micro_batches(
     samples: Sequence[int], lengths: Sequence[int], dp: Axis, size: int, max_tokens: int = 0
 ) -> list[list[int]]:
-    """This data rank's share of `samples` in micro-batches, as many as every other data rank has, or one fewer where it
+    """This DP rank's share of `samples` in micro-batches, as many as every other DP rank has, or one fewer where it
     has a sample less and each alone.
 
     Under ep the n-th micro-batches of some ranks run together and go through the same experts: they must be the same

@@ -12,8 +12,8 @@ from .advantages import kl_estimate
 from .batch import Batch
 from .config.common import RewardConfig
 from .config.convention import AS_PRESET, ConventionConfig, GroupConvention, PPOConvention
-from .config.grpo import Algorithm, GroupConfig, GRPOConfig
-from .config.ppo import ActorConfig, AlgorithmConfig, PPOConfig
+from .config.grpo import Algorithm, GRPOConfig, GRPOOptions
+from .config.ppo import ActorConfig, PPOConfig, PPOOptions
 from .config.preference import DPOLoss
 from .config.presets import ConventionName
 from .losses.aggregation import Aggregation, token_weights
@@ -27,7 +27,7 @@ from .rewards.functions import RewardShaper
 class Recorded:
     """One batch as a trainer saw it, in fp64."""
 
-    batch: Batch  # with sampling_logprobs, logprobs ("old"), ref_logprobs and values ("old")
+    batch: Batch  # with rollout_logprobs, logprobs ("old"), ref_logprobs and values ("old")
     group: Tensor  # [samples] int64: answers to one prompt share a number
     scores: Tensor  # [samples]
     logprobs: Tensor  # [total] of the policy that is trained
@@ -45,7 +45,7 @@ def under(name: ConventionName, recorded: Recorded, *, kl_coef: float, clip: flo
     assert batch.logprobs is not None and batch.ref_logprobs is not None and batch.values is not None
     config = PPOConfig(
         actor=ActorConfig(clip_low=clip, clip_high=clip),
-        ppo=AlgorithmConfig(kl_coef=kl_coef),
+        ppo=PPOOptions(kl_coef=kl_coef),
         convention=PPOConvention(name),
     )
     rules, segments, targets = config.rules, segments_of(batch), target_segments(batch)
@@ -100,26 +100,26 @@ def _learned(
 ) -> tuple[Tensor, grpo.Choices, Tensor]:
     """(advantages [targets], choices, losses [targets]) of an algorithm without a critic."""
     batch, at = recorded.batch, recorded.batch.response
-    assert batch.logprobs is not None and batch.sampling_logprobs is not None
+    assert batch.logprobs is not None and batch.rollout_logprobs is not None
     given = AS_PRESET if algorithm in OWN_CLIP else clip
-    knobs = GroupConfig(algorithm=algorithm, kl_coef=kl_coef, clip_low=given, clip_high=given)
+    knobs = GRPOOptions(algorithm=algorithm, kl_coef=kl_coef, clip_low=given, clip_high=given)
     config = GRPOConfig(grpo=knobs, convention=GroupConvention(name))
     choices, targets = config.choices, target_segments(batch)
     scored, _ = grpo.with_advantages(batch, scores, recorded.group, config)
     assert scored.advantages is not None
     advantages, old = scored.advantages[at], batch.logprobs[at]
     losses = grpo.token_losses(recorded.logprobs[at], old, advantages, targets, choices)[0]
-    return advantages, choices, grpo.corrected(losses, old, batch.sampling_logprobs[at], targets, choices)[0]
+    return advantages, choices, grpo.corrected(losses, old, batch.rollout_logprobs[at], targets, choices)[0]
 
 
 def _importance(name: ConventionName, batch: Batch) -> float:
     """Mean weight of a token under the convention's correction, or tis where it has none."""
-    assert batch.logprobs is not None and batch.sampling_logprobs is not None
+    assert batch.logprobs is not None and batch.rollout_logprobs is not None
     rules, at = GroupConvention(name).resolved(), batch.response
     how = CORRECTIONS["tis" if rules.importance == "off" else rules.importance]
     bounds = {"low": rules.importance_low, "high": rules.importance_high}
     weights = importance_weights(
-        batch.logprobs[at], batch.sampling_logprobs[at], target_segments(batch), **bounds, **how
+        batch.logprobs[at], batch.rollout_logprobs[at], target_segments(batch), **bounds, **how
     )
     return weights.mean().item()
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its kin, one update on pairs.
+"""Direct preference optimization (https://arxiv.org/abs/2305.18290) and its kin, one update on pairs.
 
 The reference's log-probabilities are computed once, before the first step, by the policy as it then is: no second model
 is held. A batch carries them summed over each answer, at its last token.

@@ -20,16 +20,16 @@ from .losses.aggregation import Segments
 from .losses.policy import CORRECTIONS, cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
 from .policy_step import (
     Minibatch,
+    apply_loss_weights,
     check_first_ratio,
-    one_pass,
-    over_update,
+    mean_metrics,
     sampler_mismatch,
     segments_of,
+    set_loss_weights,
+    single_update,
     target_count,
     target_segments,
     truncated,
-    weighed,
-    with_weights,
 )
 from .roles.role import Learner, Role, Share, Stats, target_logprobs
 
@@ -52,7 +52,7 @@ def score(batch: Batch, roles: GroupRoles, config: GRPOConfig, shares: Sequence[
     if roles.reference is not None:
         batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
     before_update = config.choices.kl_in in ("score", "reward", "advantage")
-    if one_pass(config.grpo) and not (before_update and truncated(config.rollout)):
+    if single_update(config.grpo) and not (before_update and truncated(config.rollout)):
         return batch
     return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
 
@@ -64,9 +64,9 @@ def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOCon
         scores: [samples] fp32, one reward for each answer; NaN where there is none (such samples have no targets).
         group: [samples] int64: answers to one prompt share a number.
     """
-    assert batch.sampling_logprobs is not None
+    assert batch.rollout_logprobs is not None
     choices, rules, segments = config.choices, config.choices.rules, segments_of(batch)
-    logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
+    logprobs = batch.rollout_logprobs if batch.logprobs is None else batch.logprobs
     scores, group = scores.to(logprobs), group.to(logprobs.device)
     kl, metrics = torch.zeros_like(logprobs), sampler_mismatch(batch, config.rollout)
     if batch.ref_logprobs is not None:
@@ -158,10 +158,10 @@ def update(actor: Learner, batch: Batch, epochs: Sequence[Sequence[Minibatch]], 
     """
     choices, history = config.choices, []
     for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
-        weighted = with_weights(batch, minibatch, choices.aggregation, choices.constant)
+        weighted = set_loss_weights(batch, minibatch, choices.aggregation, choices.constant)
         parts = [weighted.select(share) for share in minibatch.shares]
         history.append(step(actor, parts, target_count(batch, minibatch), config, first=not history))
-    metrics = over_update(history)
+    metrics = mean_metrics(history)
     if "kl_of_target" in metrics:
         metrics["kl"] = metrics.pop("kl_of_target") * len(batch.response) / segments_of(batch).filled  # nats a sequence
     return metrics
@@ -171,20 +171,25 @@ def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfi
     """One optimizer step on the policy loss, the KL where it is a loss, and the entropy bonus.
 
     Args:
-        targets: response tokens of all data ranks.
+        targets: response tokens of all DP ranks.
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
     stats, choices, knobs = Stats(), config.choices, config.grpo
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
-        assert part.advantages is not None and part.sampling_logprobs is not None
+        assert part.advantages is not None and part.rollout_logprobs is not None
         at, segments = part.response, target_segments(part)
         logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
         old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
-        sampled = part.sampling_logprobs[at]
+        sampled = part.rollout_logprobs[at]
         losses, ratio, clipped = token_losses(logprobs, old, part.advantages[at], segments, choices)
         losses, importance = corrected(losses, old, sampled, segments, choices)
-        stats.add(policy_loss=weighed(losses, part), clip_fraction=clipped, entropy=entropy, approx_kl=old - logprobs)
+        stats.add(
+            policy_loss=apply_loss_weights(losses, part),
+            clip_fraction=clipped,
+            entropy=entropy,
+            approx_kl=old - logprobs,
+        )
         stats.largest(ratio_max=ratio, ratio_min=-ratio)
         if choices.importance != "off":
             stats.add(importance_weight=importance)
@@ -199,9 +204,9 @@ def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfi
         if choices.kl_in == "loss":
             assert part.ref_logprobs is not None
             kl = kl_estimate(logprobs, part.ref_logprobs[at], choices.kl, choices.rules.kl, old)
-            stats.add(kl_loss=weighed(kl, part))
+            stats.add(kl_loss=apply_loss_weights(kl, part))
             losses = losses + choices.kl_coef * kl
-        return weighed(losses - knobs.entropy_coef * entropy, part).sum() / targets
+        return apply_loss_weights(losses - knobs.entropy_coef * entropy, part).sum() / targets
 
     learned = actor.step([(part, loss) for part in parts], stats)
     sums = stats.reduce(actor.mesh)

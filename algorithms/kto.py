@@ -1,8 +1,8 @@
-"""Kahneman-Tversky optimisation (https://arxiv.org/abs/2402.01306), one update on answers that are wanted or not.
+"""Kahneman-Tversky optimization (https://arxiv.org/abs/2402.01306), one update on answers that are wanted or not.
 
 The reference point z is the mean log-ratio of answers put to other rows' prompts, at least 0. Each row's partner is
 the next row of its pool that answers another prompt, whatever the batch, so z's samples exist for odd batches, one row
-a rank and any layout; z itself is the mean over the whole batch, of all data ranks.
+a rank and any layout; z itself is the mean over the whole batch, of all DP ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .batch import Batch
 from .config.common import UpdateConfig
 from .config.preference import KTOLoss, LabelData
 from .data.dialogues import Encoder, Sample, pack_samples
-from .data.preferences import Labelled, read_labelled
+from .data.preferences import Labeled, read_labeled
 from .data.sources import RowReader
 from .data.streams import RowStream
 from .dpo import answer_sums
@@ -50,8 +50,8 @@ def partners(pool: Sequence[Sample]) -> list[int]:
     return found[::-1]
 
 
-class LabelledStream(RowStream[Labelled]):
-    """Labelled answers as a stream.
+class LabeledStream(RowStream[Labeled]):
+    """Labeled answers as a stream.
 
     Attributes:
         partners: of each pool, what `partners` gives.
@@ -62,8 +62,8 @@ class LabelledStream(RowStream[Labelled]):
 
     def __init__(self, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
         self.encoder, reader = Encoder(config, tokenizer, stop_ids), RowReader()
-        load = lambda source: read_labelled(source, config, self.encoder, reader)  # noqa: E731
-        super().__init__(config, load, lambda row: row.lengths, seed, "labelled answers", reader)
+        load = lambda source: read_labeled(source, config, self.encoder, reader)  # noqa: E731
+        super().__init__(config, load, lambda row: row.lengths, seed, "labeled answers", reader)
         labels = [row.desirable for row in self.rows()]
         if len(set(labels)) == 1:
             raise ValueError(
@@ -80,7 +80,7 @@ class LabelledStream(RowStream[Labelled]):
         return f"{super().__str__()}{self.encoder}"
 
 
-def pack_labelled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:
+def pack_labeled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:
     """The batch of these answers; the reward at each last token is +1 where the answer is wanted, else -1."""
     batch = pack_samples(samples)
     rewards = torch.zeros(len(batch.tokens))
@@ -93,7 +93,7 @@ def sums_of(role: Role, samples: Sequence[Sample], update: UpdateConfig) -> Tens
     sums = []
     for start in range(0, len(samples), update.batch_size):
         part = samples[start : start + update.batch_size]
-        batch = pack_labelled(part, [True] * len(part)).to(role.mesh.device)
+        batch = pack_labeled(part, [True] * len(part)).to(role.mesh.device)
         logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh))
         sums.append(answer_sums(batch, logprobs[batch.response]))
     return torch.cat(sums).cpu()
@@ -107,7 +107,7 @@ def reference_point(role: Role, samples: Sequence[Sample], reference: Tensor, up
 def kto_step(
     learner: Learner, batch: Batch, shares: Sequence[Share], loss: KTOLoss, reference_point: float
 ) -> dict[str, float]:
-    """One optimizer step on labelled answers with their reference (dpo.with_reference).
+    """One optimizer step on labeled answers with their reference (dpo.with_reference).
 
     Returns:
         loss; rewards β·log-ratio of the two kinds and their difference, margin; kl, the reference point; and what
@@ -144,7 +144,7 @@ def summary(sums: dict[str, float], count: int) -> dict[str, float]:
 
 
 def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: KTOLoss) -> dict[str, float]:
-    """Of labelled answers that are not learned from: eval_margin, and eval_accuracy, how often a wanted answer's
+    """Of labeled answers that are not learned from: eval_margin, and eval_accuracy, how often a wanted answer's
     implicit reward is above an unwanted one's (the area under the ROC curve). The same on every rank."""
     assert batch.ref_logprobs is not None and batch.rewards is not None
     logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh))

@@ -1,4 +1,4 @@
-"""Which rows of a batch a data rank computes, in which micro-batches.
+"""Which rows of a batch a DP rank computes, in which micro-batches.
 
 A row is one sample, or several that one loss needs together (a pair): they stay in one micro-batch, side by side.
 """
@@ -15,14 +15,14 @@ from .rollout.sync import my_part
 
 
 def plan(batch: Batch, update: UpdateConfig, mesh: Mesh, width: int = 1) -> list[Share]:
-    """This data rank's micro-batches of a step: equally many rows a rank, or one more where they do not divide, and
+    """This DP rank's micro-batches of a step: equally many rows a rank, or one more where they do not divide, and
     about equally many tokens.
 
     Args:
         width: samples of a row.
 
     Raises:
-        ValueError: the rows are fewer than the data ranks, or one has more tokens than a micro-batch may.
+        ValueError: the rows are fewer than the DP ranks, or one has more tokens than a micro-batch may.
     """
     lengths = row_lengths(batch, width)
     sizes = update.micro_batch_size, update.micro_batch_tokens
@@ -30,7 +30,7 @@ def plan(batch: Batch, update: UpdateConfig, mesh: Mesh, width: int = 1) -> list
 
 
 def plan_scoring(batch: Batch, update: UpdateConfig, mesh: Mesh, width: int = 1) -> list[Share]:
-    """The same of rows that are only scored, whose number need not divide by the data ranks."""
+    """The same of rows that are only scored, whose number need not divide by the DP ranks."""
     lengths = row_lengths(batch, width)
     mine = range(len(lengths))[my_part(len(lengths), mesh.dp)]
     return _samples(micro_batches(mine, lengths, update.micro_batch_size, update.micro_batch_tokens), width)

@@ -32,12 +32,12 @@ class Passes(Protocol):
 class Minibatch(NamedTuple):
     """What one optimizer step learns from."""
 
-    samples: list[int]  # of all data ranks
-    shares: list[Share]  # this data rank's, cut into micro-batches
+    samples: list[int]  # of all DP ranks
+    shares: list[Share]  # this DP rank's, cut into micro-batches
 
 
 def plan(batch: Batch, passes: Passes, mesh: Mesh, seed: int) -> list[list[Minibatch]]:
-    """The minibatches of each epoch: the batch shuffled and cut, each part dealt to the data ranks and cut again.
+    """The minibatches of each epoch: the batch shuffled and cut, each part dealt to the DP ranks and cut again.
 
     Which samples make up a minibatch depends on the seed alone, not on the layout.
     """
@@ -56,7 +56,7 @@ def plan(batch: Batch, passes: Passes, mesh: Mesh, seed: int) -> list[list[Minib
     return epochs
 
 
-def one_pass(passes: Passes) -> bool:
+def single_update(passes: Passes) -> bool:
     """True where the weights do not change before the last use of the batch: old and new logprobs, and old and new
     values, are one forward."""
     return passes.epochs == passes.minibatches == 1
@@ -69,9 +69,9 @@ def truncated(rollout: RolloutConfig) -> bool:
 
 def sampler_mismatch(batch: Batch, rollout: RolloutConfig) -> dict[str, float]:
     """How far the sampler's logprobs are from the actor's, where both are known and of the same distribution."""
-    if batch.logprobs is None or batch.sampling_logprobs is None or truncated(rollout):
+    if batch.logprobs is None or batch.rollout_logprobs is None or truncated(rollout):
         return {}
-    difference = (batch.logprobs - batch.sampling_logprobs)[batch.response].abs()
+    difference = (batch.logprobs - batch.rollout_logprobs)[batch.response].abs()
     return {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
 
 
@@ -87,11 +87,11 @@ def target_segments(batch: Batch) -> Segments:
 
 
 def target_count(batch: Batch, minibatch: Minibatch) -> int:
-    """Response tokens of a minibatch, over all data ranks; 1 where there are none, for it divides."""
+    """Response tokens of a minibatch, over all DP ranks; 1 where there are none, for it divides."""
     return max(1, int(batch.mask[batch.rows(minibatch.samples)].sum()))
 
 
-def with_weights(batch: Batch, minibatch: Minibatch, how: Aggregation, constant: float = 1.0) -> Batch:
+def set_loss_weights(batch: Batch, minibatch: Minibatch, how: Aggregation, constant: float = 1.0) -> Batch:
     """The batch with the weights of a minibatch's tokens, as multiples of 1 / its targets; none where all are 1."""
     if how == "token-mean":
         return batch
@@ -102,7 +102,7 @@ def with_weights(batch: Batch, minibatch: Minibatch, how: Aggregation, constant:
     return batch.with_(weights=torch.zeros(len(batch.tokens), device=made.device).index_copy(0, rows, made))
 
 
-def weighed(losses: Tensor, part: Batch) -> Tensor:
+def apply_loss_weights(losses: Tensor, part: Batch) -> Tensor:
     """[targets]: the losses times their weights; their sum over 1 / targets is the loss."""
     return losses if part.weights is None else losses * part.weights[part.response]
 
@@ -139,7 +139,7 @@ def check_first_ratio(extremes: Mapping[str, float]) -> None:
         )
 
 
-def over_update(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The means of the steps' metrics, the extremes of their extremes, how many were skipped."""
     reduce = {"ratio_max": max, "ratio_min": min} | dict.fromkeys(("skipped", "actor_skipped", "critic_skipped"), sum)
     names = dict.fromkeys(name for metrics in history for name in metrics)

@@ -21,15 +21,15 @@ from .config.presets import Convention
 from .losses.policy import log_ratio, ppo_loss
 from .policy_step import (
     Minibatch,
+    apply_loss_weights,
     check_first_ratio,
-    one_pass,
-    over_update,
+    mean_metrics,
     sampler_mismatch,
     segments_of,
+    set_loss_weights,
+    single_update,
     target_count,
     truncated,
-    weighed,
-    with_weights,
 )
 from .roles.role import Learner, Role, Share, Stats, collect, target_logprobs
 
@@ -52,9 +52,9 @@ def score(batch: Batch, roles: Roles, config: PPOConfig, shares: Sequence[Share]
     cut the sampler's distribution those would not do, and the actor's pass is run.
     """
     batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
-    if not one_pass(config.ppo):
+    if not single_update(config.ppo):
         batch = batch.with_(values=roles.critic.values(batch, shares))
-    if one_pass(config.ppo) and not truncated(config.rollout) and not config.ppo.importance_cap:
+    if single_update(config.ppo) and not truncated(config.rollout) and not config.ppo.tis_clip:
         return batch
     return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
 
@@ -66,8 +66,8 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
         scores: [samples] fp32, one reward for each answer; of samples without targets (`without`) none is used.
         kl_coef: β.
     """
-    assert batch.ref_logprobs is not None and batch.sampling_logprobs is not None
-    logprobs = batch.sampling_logprobs if batch.logprobs is None else batch.logprobs
+    assert batch.ref_logprobs is not None and batch.rollout_logprobs is not None
+    logprobs = batch.rollout_logprobs if batch.logprobs is None else batch.logprobs
     rules, segments = config.rules, segments_of(batch)
     kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl, replace(rules.kl, weighted=False))  # [total]
     rewards = token_rewards(scores.to(kl), kl, segments, kl_coef, clip=rules.token_clip)
@@ -127,19 +127,19 @@ def update(
     history: list[dict[str, float]] = []
     learned = None
     if batch.values is None:
-        assert one_pass(config.ppo)
+        assert single_update(config.ppo)
         learned, values = critic_step(roles.critic, batch, epochs[0][0], config)
         batch = batch.with_(values=values)
     batch, about_values = with_advantages(batch, config)
     for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
         metrics = learned or critic_step(roles.critic, batch, minibatch, config)[0]
         if train_actor:
-            weighted = with_weights(batch, minibatch, config.rules.aggregation)
+            weighted = set_loss_weights(batch, minibatch, config.rules.aggregation)
             parts = [weighted.select(share) for share in minibatch.shares]
             targets = target_count(batch, minibatch)
             metrics |= actor_step(roles.actor, parts, targets, config, ptx, first=not history)
         history.append(metrics)
-    return about_values | over_update(history)
+    return about_values | mean_metrics(history)
 
 
 def policy_losses(
@@ -165,7 +165,7 @@ def critic_step(
     returns need the values of no other.
     """
     stats, rules = Stats(), config.rules
-    weighted = with_weights(batch, minibatch, rules.value_aggregation)
+    weighted = set_loss_weights(batch, minibatch, rules.value_aggregation)
     parts = [weighted.select(share) for share in minibatch.shares]
     targets = target_count(batch, minibatch)
     seen: list[Tensor] = []
@@ -177,7 +177,7 @@ def critic_step(
         old = part.spread(values.detach()) if part.values is None else part.values
         returns = advantages_of(part, old, config)[1] if part.returns is None else part.returns
         losses, clipped = value_losses(values, old[at], returns[at], rules)
-        losses = weighed(losses, part)
+        losses = apply_loss_weights(losses, part)
         stats.add(value_loss=losses, value_clip_fraction=clipped)
         return losses.sum() / targets
 
@@ -199,26 +199,31 @@ def actor_step(
     """One step on the clipped policy loss, the entropy bonus and the pretraining mix.
 
     Args:
-        targets: response tokens of all data ranks.
+        targets: response tokens of all DP ranks.
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
     stats, rules = Stats(), config.rules
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
-        assert part.advantages is not None and part.sampling_logprobs is not None
+        assert part.advantages is not None and part.rollout_logprobs is not None
         at = part.response
         logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
         old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
-        sampled = part.sampling_logprobs[at]
+        sampled = part.rollout_logprobs[at]
         losses, ratio, clipped = policy_losses(logprobs, old, part.advantages[at], config.actor, rules)
-        if config.ppo.importance_cap:  # truncated importance sampling: the sampler is not quite the actor
-            losses = losses * torch.exp(old - sampled).clamp_max(config.ppo.importance_cap)
-        stats.add(policy_loss=weighed(losses, part), clip_fraction=clipped, entropy=entropy, approx_kl=old - logprobs)
+        if config.ppo.tis_clip:  # truncated importance sampling: the sampler is not quite the actor
+            losses = losses * torch.exp(old - sampled).clamp_max(config.ppo.tis_clip)
+        stats.add(
+            policy_loss=apply_loss_weights(losses, part),
+            clip_fraction=clipped,
+            entropy=entropy,
+            approx_kl=old - logprobs,
+        )
         stats.largest(ratio_max=ratio, ratio_min=-ratio)
         if part.logprobs is None:
             stats.add(sampler_mismatch=(logprobs - sampled).abs())
             stats.largest(sampler_mismatch_max=(logprobs - sampled).abs())
-        return weighed(losses - config.actor.entropy_coef * entropy, part).sum() / targets
+        return apply_loss_weights(losses - config.actor.entropy_coef * entropy, part).sum() / targets
 
     def ptx_loss(part: Batch, hidden: Tensor) -> Tensor:
         logprobs, _ = target_logprobs(actor.model, part, hidden, temperature=1.0)

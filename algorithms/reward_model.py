@@ -1,7 +1,7 @@
 """Reward models: −log σ(r_w − r_l − margin) over pairs (Bradley-Terry), or right steps told from wrong ones.
 
 A pair's score is read at the last target of each response, its end of turn, as that of a rollout is; a step's at its
-own last token. Means are over the whole batch, all data ranks and micro-batches.
+own last token. Means are over the whole batch, all DP ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pack_steps(rows: Sequence[Steps]) -> Batch:
     return batch.with_(rewards=batch.spread(labels))
 
 
-def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centring: float) -> dict[str, float]:
+def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centering: float) -> dict[str, float]:
     """One optimizer step on pairs.
 
     Returns:
@@ -53,7 +53,7 @@ def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centring:
         assert part.rewards is not None
         scores = learner.model.scores(hidden[part.last])  # [samples]
         chosen, rejected = scores[::2], scores[1::2]
-        losses = reward_loss(chosen, rejected, part.rewards[part.last[::2]], centring)
+        losses = reward_loss(chosen, rejected, part.rewards[part.last[::2]], centering)
         stats.add(loss=losses, accuracy=ranked_right(chosen, rejected), chosen=chosen, rejected=rejected)
         return losses.sum() / pairs
 
@@ -61,7 +61,7 @@ def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centring:
     return {name: value / pairs for name, value in stats.reduce(learner.mesh).items()} | step
 
 
-def pair_quality(scores: Tensor, margins: Tensor, centring: float) -> dict[str, float]:
+def pair_quality(scores: Tensor, margins: Tensor, centering: float) -> dict[str, float]:
     """What scores [2 pairs], chosen and rejected in turn, are worth: eval_loss, eval_accuracy and eval_calibration, the
     expected calibration error (https://arxiv.org/abs/1706.04599) of σ(|r_w − r_l|) as the chance to be right."""
     chosen, rejected = scores[::2].double(), scores[1::2].double()
@@ -70,7 +70,7 @@ def pair_quality(scores: Tensor, margins: Tensor, centring: float) -> dict[str, 
     bins = ((sure - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS, dtype=torch.float64, device=scores.device).index_add(0, bins, right - sure)
     return {
-        "eval_loss": reward_loss(chosen, rejected, margins.double(), centring).mean().item(),
+        "eval_loss": reward_loss(chosen, rejected, margins.double(), centering).mean().item(),
         "eval_accuracy": right.mean().item(),
         "eval_calibration": (gaps.abs().sum() / len(right)).item(),
     }
@@ -95,7 +95,7 @@ def check_scores(scores: Tensor, names: Sequence[str]) -> None:
 
 
 def held_out_pairs(
-    role: Role, batch: Batch, update: UpdateConfig, centring: float, names: Sequence[str] = ()
+    role: Role, batch: Batch, update: UpdateConfig, centering: float, names: Sequence[str] = ()
 ) -> dict[str, float]:
     """`pair_quality` of pairs that are not learned from, the same on every rank.
 
@@ -108,11 +108,11 @@ def held_out_pairs(
     assert batch.rewards is not None
     scores = role.scores(batch, plan_scoring(batch, update, role.mesh, 2))
     check_scores(scores, names)
-    return pair_quality(scores, batch.rewards[batch.last[::2]], centring)
+    return pair_quality(scores, batch.rewards[batch.last[::2]], centering)
 
 
 def process_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:
-    """One optimizer step on labelled steps: binary cross-entropy at the last token of each
+    """One optimizer step on labeled steps: binary cross-entropy at the last token of each
     (https://arxiv.org/abs/2305.20050)."""
     stats, count = Stats(), len(batch.response)
 

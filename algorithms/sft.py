@@ -1,6 +1,6 @@
 """Supervised fine-tuning: −log π(y_t) of what the assistant said, a mean over all target tokens of a step.
 
-The mean is over the whole batch, all data ranks and micro-batches: neither micro-batches, packing, layout nor the order
+The mean is over the whole batch, all DP ranks and micro-batches: neither micro-batches, packing, layout nor the order
 of the rows changes the loss.
 """
 
@@ -21,7 +21,7 @@ def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[st
     """One optimizer step on the whole batch.
 
     Args:
-        shares: this data rank's micro-batches.
+        shares: this DP rank's micro-batches.
 
     Returns:
         loss and entropy in nats a target token, before the step; target_tokens; and what `Learner.step` gives.
@@ -39,7 +39,7 @@ def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[st
 
 
 def held_out_loss(role: Role, batch: Batch, update: UpdateConfig) -> float:
-    """The loss on rows that are not learned from, the same on every rank; nothing is divided by the data ranks.
+    """The loss on rows that are not learned from, the same on every rank; nothing is divided by the DP ranks.
 
     Raises:
         ValueError: it is not finite; names the row.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import tyro
 from trialign.algorithms.batch import Prompt, from_rollouts
 from trialign.algorithms.config.common import ParallelConfig, RolloutConfig
-from trialign.algorithms.config.ppo import AlgorithmConfig, PPOConfig, PPOData, PPOModels, PPORun
+from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels, PPOOptions, PPORun
 from trialign.algorithms.policy_step import plan
 from trialign.algorithms.ppo import score, update, with_rewards
 from trialign.algorithms.roles.build import build_roles, read_shapes
@@ -28,7 +28,7 @@ from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample, sampling_params
 from trialign.engine.generation.embedded import Generator
 from trialign.engine.mesh import build_mesh, check_layout
-from trialign.engine.profiler import Phases, forward_flops, matmul_peak
+from trialign.engine.profiler import Profiler, forward_flops, matmul_peak
 from trialign.models.decoder import Decoder
 from trialign.models.hf.table import load_hf
 
@@ -71,7 +71,7 @@ def main(bench: Bench) -> None:
         data=PPOData(max_prompt_tokens=bench.prompt_tokens),
         rollout=RolloutConfig(max_new_tokens=bench.new_tokens),
         parallel=ParallelConfig(tp=bench.tp, pp=bench.pp),
-        ppo=AlgorithmConfig(micro_batch_size=bench.micro),
+        ppo=PPOOptions(micro_batch_size=bench.micro),
         run=PPORun(steps=bench.iters, prompts_per_step=bench.prompts),
     )
     mesh = build_mesh(tp=bench.tp, pp=bench.pp, device=bench.device)
@@ -85,7 +85,7 @@ def main(bench: Bench) -> None:
     generator = Generator(roles.actor.model, mesh)
     params = sampling_params(config.rollout, stop_ids=(), seed=config.run.seed)  # no early stop
     random = torch.Generator().manual_seed(0)
-    phases = Phases(mesh.device, mesh.world.size, peak=matmul_peak(dtype, mesh.device))
+    phases = Profiler(mesh.device, mesh.world.size, peak=matmul_peak(dtype, mesh.device))
     history = []
     for step in range(bench.iters):
         tokens = torch.randint(shape.vocab_size, (bench.prompts, bench.prompt_tokens), generator=random).tolist()

@@ -241,7 +241,7 @@ def routing(dtype: torch.dtype) -> Case:
         return weights, chosen
 
     return case(
-        f"[{tokens}, {count}], top {k}, normalised",
+        f"[{tokens}, {count}], top {k}, normalized",
         (logits,),
         (0,),
         ours=lambda logits: route(logits, k),

@@ -19,7 +19,7 @@ from trialign.algorithms.config.common import (
     RewardConfig,
     UpdateConfig,
 )
-from trialign.algorithms.config.grpo import GroupConfig, GRPOConfig, GRPORollout, GRPORun
+from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions, GRPORollout, GRPORun
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss, PairData
 from trialign.algorithms.config.sft import SFTData, SFTRun
 from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
@@ -29,7 +29,7 @@ from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.sources import read_rows
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.grpo import score, update, with_advantages
-from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.policy_step import plan as plan_minibatches
 from trialign.algorithms.reward_model import pack_pairs, pair_step
@@ -229,7 +229,7 @@ def kto_side(task: Task, steps: int, folder: Path) -> Side:
     def step(number: int) -> dict[str, float]:
         z = reference_point(learner, others[number], other_references[number], task.update)
         wanted = cut(labels, task.batch)[number]
-        batch = with_reference(pack_labelled(batches[number], wanted), references[number])
+        batch = with_reference(pack_labeled(batches[number], wanted), references[number])
         return kto_step(learner, batch, plan(batch, task.update, base.mesh), loss, z)
 
     rows = []
@@ -250,7 +250,7 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
         rollout=GRPORollout(max_new_tokens=task.new_tokens, samples_per_prompt=task.group),
         reward=RewardConfig(functions=(reward,)),
         optimizer=OPTIMIZER,
-        grpo=GroupConfig(kl_in="off", micro_batch_tokens=max(task.micro_tokens, task.max_tokens + task.new_tokens)),
+        grpo=GRPOOptions(kl_in="off", micro_batch_tokens=max(task.micro_tokens, task.max_tokens + task.new_tokens)),
         run=GRPORun(steps=steps, prompts_per_step=size),
     )
     prompts = PromptDataset(config.data, base.tokenizer, task.seed).next(steps * size)

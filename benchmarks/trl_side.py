@@ -105,13 +105,13 @@ def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
     if algorithm in ("dpo", "kto"):
         options["precompute_ref_log_probs"] = True
 
-        class Tokenised(Trainer):
+        class Tokenized(Trainer):
             """Takes the rows as they are: they are token ids already."""
 
             def _prepare_dataset(self, dataset, *args, **kwargs):
                 return dataset
 
-        Trainer = Tokenised
+        Trainer = Tokenized
     if algorithm == "kto":  # as TRL pairs them: within a micro-batch each prompt with the answer before
         parts = [rows[i : i + micro] for i in range(0, len(rows), micro)]
         rows = [

@@ -47,7 +47,7 @@ struct Registration {
 // Anonymous: every level has its own copy of what follows.
 namespace {
 
-// A fresh uninitialised tensor on the device of `like`. A big one asks for huge pages: faulting in 4 KB pages would cost
+// A fresh uninitialized tensor on the device of `like`. A big one asks for huge pages: faulting in 4 KB pages would cost
 // as much as the arithmetic of an elementwise op.
 [[maybe_unused]] Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor made = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);

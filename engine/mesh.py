@@ -24,8 +24,8 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None  # None where size is 1: a collective over it returns its input
 
-    def neighbour(self, step: int) -> int:
-        """Global rank of the neighbour `step` places on (wraps around)."""
+    def neighbor(self, step: int) -> int:
+        """Global rank of the neighbor `step` places on (wraps around)."""
         return self.ranks[(self.rank + step) % self.size]
 
 
@@ -111,17 +111,17 @@ def mesh_as(rank: int, *, tp: int, pp: int, device: torch.device | str = "cpu") 
 def build_mesh(
     *, tp: int = 1, pp: int = 1, dp: int | None = None, ep: int = 1, device: torch.device | str = "cpu"
 ) -> Mesh:
-    """Cuts the world (the initialised default group, or one process) into axes. Collective: every rank must call it.
+    """Cuts the world (the initialized default group, or one process) into axes. Collective: every rank must call it.
 
     Args:
         dp: size of the data axis; None takes what tp x pp leaves.
-        ep: how many of the data ranks share one set of experts.
+        ep: how many of the DP ranks share one set of experts.
 
     Raises:
         ValueError: the sizes do not make up the world.
     """
-    initialised = dist.is_initialized()
-    world, rank = (dist.get_world_size(), dist.get_rank()) if initialised else (1, 0)
+    initialized = dist.is_initialized()
+    world, rank = (dist.get_world_size(), dist.get_rank()) if initialized else (1, 0)
     dp = check_layout(world, tp=tp, pp=pp, dp=dp, ep=ep)
     grid = torch.arange(world).view(pp, dp, 1, tp)
     experts = grid.view(pp, dp // ep, ep, tp)

@@ -1,4 +1,4 @@
-"""What the phases of a step cost: seconds, tokens/s, model FLOPs utilisation (MFU) and memory."""
+"""What the phases of a step cost: seconds, tokens/s, model FLOPs utilization (MFU) and memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Phase:
     flops: float = 0.0
 
 
-class Phases:
+class Profiler:
     """Times phases by name. One that is entered several times a step adds up.
 
-        phases = Phases(device, world, peak=matmul_peak(dtype, device))
+        phases = Profiler(device, world, peak=matmul_peak(dtype, device))
         with phases("rollout") as phase:
             ...
             phase.tokens, phase.flops = 1000, forward_flops(shape, lengths)

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation (Schulman et al. 2016, eq. 16) over packed sequences.
+"""Generalized advantage estimation (Schulman et al. 2016, eq. 16) over packed sequences.
 
 delta_t = r_t + gamma V_t' - V_t,   A_t = delta_t + gamma lambda A_t',   R_t = A_t + V_t
 t' is the next unmasked token of the same sequence (V = A = 0 after the last one): the recursion carries over gaps.

@@ -1,7 +1,7 @@
 """Mixture of experts around the experts' products: top-k routing, sorting tokens by expert, and the way back.
 
-    p = softmax(logits),   the k largest are chosen (equals by index),   w_j = p_j  (or p_j / sum_j p_j when normalised)
-    dlogit_e = p_e ([e chosen] dw_e - s)  (normalised: w_e (dw_e - s) on the chosen, else 0),   s = sum_j dw_j w_j
+    p = softmax(logits),   the k largest are chosen (equals by index),   w_j = p_j  (or p_j / sum_j p_j when normalized)
+    dlogit_e = p_e ([e chosen] dw_e - s)  (normalized: w_e (dw_e - s) on the chosen, else 0),   s = sum_j dw_j w_j
     slot s = token * k + choice;   order: slots sorted by expert, stable;   offsets[e]: where expert e's rows start
     rows[r] = x[order[r] // k];   y[t] = sum_j w[t, j] out[position(t, j)],   position the inverse of order
     dout[r] = w[s] dy[t],   dw[s] = out[r] . dy[t]   with s = order[r], t = s // k
@@ -22,11 +22,11 @@ from .grouped_matmul import grouped_matmul
 __all__ = ["grouped_matmul", "permute", "route", "sort_by_expert", "unpermute"]
 
 
-def route_ref(logits: torch.Tensor, k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route_ref(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula in plain torch. Shapes as in `route`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     experts = logits.detach().argsort(dim=1, descending=True, stable=True)[:, :k]
-    if normalise:  # the softmax over the chosen alone is the same and needs no division
+    if normalize:  # the softmax over the chosen alone is the same and needs no division
         return logits.gather(1, experts).softmax(1), experts
     return logits.softmax(1).gather(1, experts), experts
 
@@ -51,7 +51,7 @@ def unpermute_ref(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor
 
 @jit
 def _route_kernel(
-    logits_ptr, weights_ptr, chosen_ptr, n, experts, normalise,
+    logits_ptr, weights_ptr, chosen_ptr, n, experts, normalize,
     K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens; the k largest one after the other. NaN counts as the largest."""
@@ -73,7 +73,7 @@ def _route_kernel(
     peak = tl.sum(tl.where(place == 0, best, 0.0), 1)[:, None]
     mass = tl.where(place < K, tl.exp(best - peak), 0.0)
     total = tl.sum(mass, 1)
-    if not normalise:
+    if not normalize:
         total = tl.sum(tl.where(expert < experts, tl.exp(z - peak), 0.0), 1)
     mask = (place < K) & (row < n)[:, None]
     tl.store(weights_ptr + row[:, None] * K + place, mass / total[:, None], mask=mask)
@@ -82,7 +82,7 @@ def _route_kernel(
 
 @jit
 def _route_backward_kernel(
-    grad_ptr, logits_ptr, weights_ptr, chosen_ptr, out_ptr, n, experts, normalise,
+    grad_ptr, logits_ptr, weights_ptr, chosen_ptr, out_ptr, n, experts, normalize,
     K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens; the softmax comes back from a chosen logit and its weight."""
@@ -94,7 +94,7 @@ def _route_backward_kernel(
     chosen = tl.load(chosen_ptr + slot, mask=mask, other=0)
     s = tl.sum(grad * weight, 1)[:, None]
     d = tl.zeros([BLOCK, EXPERTS], tl.float32)
-    if not normalise:
+    if not normalize:
         z = tl.load(logits_ptr + row[:, None] * experts + expert, mask=there, other=0.0).to(tl.float32)
         first = tl.sum(tl.where(place == 0, chosen, 0), 1)[:, None]
         peak = tl.sum(tl.where(expert == first, z, 0.0), 1)[:, None]
@@ -211,23 +211,23 @@ def _routing(experts: int, k: int) -> dict:
     }  # fmt: skip
 
 
-def route_triton(logits, k, normalise):
+def route_triton(logits, k, normalize):
     """torch.ops.trialign.route on a GPU."""
     (n, experts), constants = logits.shape, _routing(logits.shape[1], k)
     weights = logits.new_empty(n, k, dtype=torch.float32)
     chosen = logits.new_empty(n, k, dtype=torch.int64)
     if n:
-        _route_kernel[(cdiv(n, constants["BLOCK"]),)](logits, weights, chosen, n, experts, normalise, **constants)
+        _route_kernel[(cdiv(n, constants["BLOCK"]),)](logits, weights, chosen, n, experts, normalize, **constants)
     return weights, chosen
 
 
-def route_backward_triton(grad, logits, weights, experts, normalise):
+def route_backward_triton(grad, logits, weights, experts, normalize):
     """torch.ops.trialign.route_backward on a GPU."""
     n, constants = len(logits), _routing(logits.shape[1], weights.shape[1])
     out = torch.empty_like(logits)
     if n:
         grid = (cdiv(n, constants["BLOCK"]),)
-        sizes = n, logits.shape[1], normalise
+        sizes = n, logits.shape[1], normalize
         _route_backward_kernel[grid](grad, logits, weights, experts, out, *sizes, **constants)
     return out
 
@@ -270,7 +270,7 @@ def unpermute_backward_triton(grad, rows, order, weights):
 
 _RANKS = tuple(map(_ranking, _COLUMNS))
 _ROUTES = tuple(_routing(experts, 4) for experts in _COLUMNS)
-_ROUTED = {"weights_ptr": "*fp32", "chosen_ptr": "*i64", "n": "i32", "experts": "i32", "normalise": "u1"}
+_ROUTED = {"weights_ptr": "*fp32", "chosen_ptr": "*i64", "n": "i32", "experts": "i32", "normalize": "u1"}
 SPECS = {
     "route": Spec(
         _route_kernel, {"logits_ptr": "*bf16"} | _ROUTED, _ROUTES, free=("K",), unaligned=("n", "experts"),
@@ -305,12 +305,12 @@ SPECS = {
 
 
 def _save_route(ctx, inputs, output) -> None:
-    logits, _, ctx.normalise = inputs
+    logits, _, ctx.normalize = inputs
     ctx.save_for_backward(logits, *output)
 
 
 def _route_backward(ctx, grad, _):
-    return torch.ops.trialign.route_backward(grad.contiguous(), *ctx.saved_tensors, ctx.normalise), None, None
+    return torch.ops.trialign.route_backward(grad.contiguous(), *ctx.saved_tensors, ctx.normalize), None, None
 
 
 def _save_permute(ctx, inputs, output) -> None:
@@ -339,7 +339,7 @@ def _unpermute_backward(ctx, grad):
 
 register(
     "route",
-    lambda logits, k, normalise: (
+    lambda logits, k, normalize: (
         logits.new_empty(logits.shape[0], k, dtype=torch.float32),
         logits.new_empty(logits.shape[0], k, dtype=torch.int64),
     ),
@@ -349,7 +349,7 @@ register(
 )
 register(
     "route_backward",
-    lambda grad, logits, weights, experts, normalise: torch.empty_like(logits),
+    lambda grad, logits, weights, experts, normalize: torch.empty_like(logits),
     triton=route_backward_triton,
 )
 register(
@@ -378,16 +378,16 @@ register(
 )
 
 
-def route(logits: torch.Tensor, k: int, normalise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits: torch.Tensor, k: int, normalize: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [n, k] fp32 (differentiable in the logits) and experts [n, k] int64 of router logits [n, experts].
 
-    The largest comes first; normalise: a token's weights sum to 1. ValueError where k is not in 1 to experts.
+    The largest comes first; normalize: a token's weights sum to 1. ValueError where k is not in 1 to experts.
     """
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"top-{k} of {logits.shape[1]} experts")
     if choose("route", logits) == "reference":
-        return route_ref(logits, k, normalise)
-    return torch.ops.trialign.route(logits.contiguous(), k, normalise)
+        return route_ref(logits, k, normalize)
+    return torch.ops.trialign.route(logits.contiguous(), k, normalize)
 
 
 def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@
 Two codes share a byte, the even column in the high half. TABLE holds 16 quantiles of a normal distribution, scaled to
 [-1, 1], with an exact zero (appendix E of the paper).
 
-Double quantisation (section 3 of the paper) holds the scales themselves in 8 bits, by groups of 256 along the flattened
+Double quantization (section 3 of the paper) holds the scales themselves in 8 bits, by groups of 256 along the flattened
 weight:   absmax[i] = group[i // 256] * DYNAMIC[scale_code[i]] + offset,   offset the mean of all scales of the weight.
 DYNAMIC is the 8-bit type with a sign, a decimal exponent in unary and a linear fraction in the bits that are left
 (https://arxiv.org/abs/1511.04561). Together 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight.
@@ -27,7 +27,7 @@ TABLE = (
 )  # fmt: skip
 BLOCK = 64  # weights that share a scale
 GROUP = 256  # scales that share a scale of their own
-CHUNK = 1 << 22  # weights quantised at a time
+CHUNK = 1 << 22  # weights quantized at a time
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype
 
 
 def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Double quantisation of a whole weight's scales [n, k / 64] fp32.
+    """Double quantization of a whole weight's scales [n, k / 64] fp32.
 
     Returns:
         codes [n, k / 64] uint8, each scale to its nearest entry of DYNAMIC; groups [ceil(n k / 64 / 256)] fp32; offset,

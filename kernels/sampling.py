@@ -265,7 +265,7 @@ def sample(
 
     logits [b, v] fp32 or bf16; temperature [b] fp32 (0 = greedy); top_k [b] int32 (0 = off); top_p [b] fp32 (1 = off);
     keys and counters [b] int64. Returns tokens [b] int64 and logprobs [b] fp32 of the distribution drawn from (after
-    temperature and renormalisation; for greedy rows the log-softmax of the raw logits).
+    temperature and renormalization; for greedy rows the log-softmax of the raw logits).
     Raises ValueError when a row holds NaN or +inf, or nothing but -inf, when a temperature is negative, or a setting is
     not one a row.
     """

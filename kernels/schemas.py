@@ -30,8 +30,8 @@ SCHEMAS = {
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     "rms_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? grad_total) -> (Tensor, Tensor)",
     "rope_": "(Tensor(a!) x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()",
-    "route": "(Tensor logits, int k, bool normalise) -> (Tensor, Tensor)",
-    "route_backward": "(Tensor grad, Tensor logits, Tensor weights, Tensor experts, bool normalise) -> Tensor",
+    "route": "(Tensor logits, int k, bool normalize) -> (Tensor, Tensor)",
+    "route_backward": "(Tensor grad, Tensor logits, Tensor weights, Tensor experts, bool normalize) -> Tensor",
     "sample": "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor keys, Tensor counters) "
     "-> (Tensor, Tensor)",
     "sort_by_expert": "(Tensor experts, int num_experts) -> (Tensor, Tensor)",

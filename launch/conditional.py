@@ -17,10 +17,10 @@ import sys
 from dataclasses import replace
 from typing import Any, cast
 
-from common.chunks import Kept
+from common.chunks import ChunkStore
 from common.online import say_encoders
 from common.run import Session, start
-from common.supervised import FromRows, from_rows
+from common.supervised import SupervisedRun, supervised_run
 from report.curves import SFT_PANELS, answer_table, completion_table, response_text
 from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.config.conditional import ConditionalConfig, check_conditional
@@ -55,7 +55,7 @@ class Rewards:
         self.scorer = Scorer(config.reward, self.tokenizer, session.mesh, encoders)
         session.stack.callback(self.scorer.close)
         asked = ("model", "data", "reward", "run.rows_per_save")
-        self.kept = Kept(session, "begun", asked, (*config.data.sources, *config.data.eval_sources))
+        self.kept = ChunkStore(session, "begun", asked, (*config.data.sources, *config.data.eval_sources))
         self.models: list[Role] = []
         self.too_long: frozenset[str] = frozenset()
         self.reader = RowReader()
@@ -135,7 +135,7 @@ class Rewards:
         return {sample.where: reward for sample, reward in zip(samples, kept, strict=True)}
 
 
-def answers(work: FromRows[ConditionedRows], rewards: Rewards) -> list[list[Any]]:
+def answers(work: SupervisedRun[ConditionedRows], rewards: Rewards) -> list[list[Any]]:
     """[prompt, answer in the data, the model's greedy answer to the prompt that asks for the best, its reward or None]
     of the first `run.show` rows. Collective."""
     run, model, mesh = work.session.config.run, work.learner.model, work.session.mesh
@@ -164,7 +164,7 @@ def main(session: Session[ConditionalConfig]) -> None:
         seed, too_long, reader = config.run.seed, rewards.too_long, rewards.reader
         return ConditionedRows(config.data, config.condition, rows, tokenizer, ends, seed, too_long, reader)
 
-    work = from_rows(session, config.data, read)
+    work = supervised_run(session, config.data, read)
     learner, data = work.learner, work.rows
     unseen = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
     measure = lambda batch: {"eval_loss": held_out_loss(learner, batch, config.update)}  # noqa: E731

@@ -13,7 +13,7 @@ import sys
 
 import torch
 from common.run import Session, start
-from common.supervised import FromRows, from_rows
+from common.supervised import SupervisedRun, supervised_run
 from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import DPOConfig, check_dpo
@@ -43,7 +43,7 @@ class References:
     To be made before `begin`, which puts a checkpoint's weights in: the reference is the model before the first step.
     """
 
-    def __init__(self, work: FromRows[PairStream]):
+    def __init__(self, work: SupervisedRun[PairStream]):
         config, self.data, self.device = work.session.config, work.rows, work.session.mesh.device
         self.rows = {place: i for i, place in enumerate(self.data.coming(work.steps * work.batch_size))}
         pairs = [self.data.pools[pool][row] for pool, row in self.rows] + self.data.held_out
@@ -72,7 +72,7 @@ def main(session: Session[DPOConfig]) -> None:
     config, mesh = session.config, session.mesh
 
     read = lambda tokenizer, ends: PairStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
-    work = from_rows(session, config.data, read)
+    work = supervised_run(session, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()
     measure = lambda batch: held_out(learner, batch, config.update, config.pair_loss)  # noqa: E731

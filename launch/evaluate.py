@@ -23,8 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from common.chunks import Kept
-from common.online import Answering
+from common.chunks import ChunkStore
+from common.online import OnlineRun
 from common.run import Session, start
 from report.curves import estimate_table, sample_table
 from rich.console import Console
@@ -86,11 +86,11 @@ class Evaluated:
                 raise ValueError(f"{knob} = {longest}: {self.folder} has positions for {positions}")
         return shape
 
-    def answer(self, kept: Kept, name: str) -> int:
+    def answer(self, kept: ChunkStore, name: str) -> int:
         """Keeps every completion with its rewards, in parts that are called after `name`: how many. Collective."""
         config, session = self.config, self.session
         own = replace(config, model=replace(config.model, path=self.folder))
-        answering = Answering(session, cast(Any, own), config.run, self.shape)
+        answering = OnlineRun(session, cast(Any, own), config.run, self.shape)
         role = self.role
         models = [Role(session.together(lambda p=p: self._reward_model(p), p)) for p in config.reward.models]
         answering.attach(cast(Any, role), models)
@@ -105,7 +105,7 @@ class Evaluated:
         answering.scorer.close()
         return len(begins)
 
-    def _answers(self, answering: Answering, prompts: list[Prompt]) -> Answers:
+    def _answers(self, answering: OnlineRun, prompts: list[Prompt]) -> Answers:
         """The completions of some prompts, as lines of completions.jsonl have them. Collective."""
         config = self.config
         work = self.session.progress.work
@@ -205,7 +205,7 @@ def measured(answers: Answers, config: EvaluateConfig) -> Estimates:
     return numbers
 
 
-def measure(session: Session[Any], kept: Kept, name: str, folder: str) -> tuple[Answers, Estimates]:
+def measure(session: Session[Any], kept: ChunkStore, name: str, folder: str) -> tuple[Answers, Estimates]:
     """A model's completions and its numbers. It is held no longer than this takes. Collective."""
     config: EvaluateConfig = session.config
     rows = kept.read(f"{name}_measured")
@@ -228,7 +228,7 @@ def main(session: Session[Any]) -> None:
     folders = [folder for folder in (config.model.path, config.model.against) if folder]
     asked = ("model", "data", "text", "dialogues", "rollout", "reward", "passes", "run.seed", "run.prompts_per_save")
     sources = (*config.data.sources, *config.text.sources, *config.dialogues.sources)
-    kept = Kept(session, "begun", asked, sources)
+    kept = ChunkStore(session, "begun", asked, sources)
     kept.check()
     if session.left:
         return session.tell_end()

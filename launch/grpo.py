@@ -14,7 +14,7 @@ import common.interrupts  # noqa: F401  # isort: skip  (before what takes second
 import sys
 
 import torch
-from common.online import Answering, summary
+from common.online import OnlineRun, summary
 from common.run import Session, start
 from report.curves import GRPO_PANELS, completion_table
 from trialign.algorithms.batch import Rollout, from_rollouts
@@ -28,7 +28,7 @@ from trialign.algorithms.rollout.sync import sample
 from trialign.engine.profiler import forward_flops
 
 
-class Run(Answering):
+class Run(OnlineRun):
     """What GRPO works with: prompts, rewards, roles, generator; and what of it a checkpoint holds."""
 
     def __init__(self, session: Session[GRPOConfig]):

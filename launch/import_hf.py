@@ -26,7 +26,7 @@ from trialign.models.hf.tokenizer import read_tokenizer
 @dataclass(frozen=True)
 class Import:
     model: Path
-    """A folder with config.json and safetensors, or a .gguf file (dequantised)."""
+    """A folder with config.json and safetensors, or a .gguf file (dequantized)."""
     output: Path
     """The checkpoint to write: a new or an empty folder."""
     tp: int = 1
@@ -34,7 +34,7 @@ class Import:
     pp: int = 1
     """Pipeline parallelism of the runs to come, likewise."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto keeps every tensor as it is; quantised ones become float32."""
+    """auto keeps every tensor as it is; quantized ones become float32."""
 
 
 def main(config: Import) -> None:

@@ -13,15 +13,15 @@ import sys
 from typing import NamedTuple
 
 from common.run import Session, start
-from common.supervised import FromRows, from_rows
+from common.supervised import SupervisedRun, supervised_run
 from report.curves import Line, Panel
 from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import KTOConfig, check_kto
 from trialign.algorithms.data.dialogues import Sample, pack_samples
-from trialign.algorithms.data.preferences import Labelled, mismatched
+from trialign.algorithms.data.preferences import Labeled, mismatched
 from trialign.algorithms.dpo import with_reference
-from trialign.algorithms.kto import LabelledStream, held_out, kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.kto import LabeledStream, held_out, kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.micro_batch import plan
 
 FACTS = {"loss": "loss {:.4f}", "margin": "margin {:+.3f}", "eval_accuracy": "held out {:.3f}"}
@@ -50,7 +50,7 @@ class References:
     first step.
     """
 
-    def __init__(self, work: FromRows[LabelledStream]):
+    def __init__(self, work: SupervisedRun[LabeledStream]):
         config, self.data, self.device = work.session.config, work.rows, work.session.mesh.device
         self.rows = {place: i for i, place in enumerate(self.data.coming(work.steps * work.batch_size))}
         drawn = [self._row(place).sample for place in self.rows]
@@ -62,7 +62,7 @@ class References:
         sums = work.reference_sums(asked, lambda sample: (sample,), read)
         self.sums, self.other_sums, self.unseen_sums = sums.split([len(drawn), len(drawn), len(unseen)])
 
-    def _row(self, place: tuple[int, int]) -> Labelled:
+    def _row(self, place: tuple[int, int]) -> Labeled:
         pool, row = place
         return self.data.pools[pool][row]
 
@@ -77,8 +77,8 @@ class References:
         """The rows that are held out, with theirs."""
         return self._pack(self.data.held_out, self.unseen_sums) if self.data.held_out else None
 
-    def _pack(self, rows: list[Labelled], sums: Tensor) -> Batch:
-        batch = pack_labelled([row.sample for row in rows], [row.desirable for row in rows])
+    def _pack(self, rows: list[Labeled], sums: Tensor) -> Batch:
+        batch = pack_labeled([row.sample for row in rows], [row.desirable for row in rows])
         return with_reference(batch, sums).to(self.device)
 
 
@@ -86,8 +86,8 @@ def main(session: Session[KTOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
     config, mesh = session.config, session.mesh
 
-    read = lambda tokenizer, ends: LabelledStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
-    work = from_rows(session, config.data, read)
+    read = lambda tokenizer, ends: LabeledStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
+    work = supervised_run(session, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()
     measure = lambda batch: held_out(learner, batch, config.update, config.loss)  # noqa: E731

@@ -12,7 +12,7 @@ import common.interrupts  # noqa: F401  # isort: skip  (before what takes second
 import sys
 
 from common.run import Session, start
-from common.supervised import from_rows
+from common.supervised import supervised_run
 from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.pretrain import PretrainConfig, check_pretrain
@@ -34,7 +34,9 @@ PANELS = (
 def main(session: Session[PretrainConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
     config, mesh = session.config, session.mesh
-    work = from_rows(session, config.data, lambda tokenizer, _: TextStream(config.data, tokenizer, config.run.seed))
+    work = supervised_run(
+        session, config.data, lambda tokenizer, _: TextStream(config.data, tokenizer, config.run.seed)
+    )
     unseen = pack_rows(work.rows.held_out).to(mesh.device) if work.rows.held_out else None
     work.begin(facts=FACTS)
 

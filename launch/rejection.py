@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any, cast
 
 import torch
-from common.online import Answering, summary
+from common.online import OnlineRun, summary
 from common.run import Session, start
 from report.curves import Line, Panel, completion_table
 from trialign.algorithms.batch import Batch
@@ -58,7 +58,7 @@ PANELS = (
 )
 
 
-class Run(Answering):
+class Run(OnlineRun):
     """What rejection sampling works with: prompts, rewards, the policy; and what of it a checkpoint holds."""
 
     def __init__(self, session: Session[RejectionConfig]):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.run import Session, start
-from common.supervised import from_rows
+from common.supervised import supervised_run
 from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import RewardModelConfig, check_reward
@@ -55,12 +55,12 @@ def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> 
     config, mesh = session.config, session.mesh
     by_pairs = config.rows is config.data
     pack: Any = pack_pairs if by_pairs else pack_steps
-    work = from_rows(session, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends, read), "score")
+    work = supervised_run(session, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends, read), "score")
     learner, data, session.scores = work.learner, work.rows, "" if by_pairs else "steps"
 
     def measure(batch: Batch) -> dict[str, float]:
         if by_pairs:
-            return held_out_pairs(learner, batch, config.update, config.loss.centring, names)
+            return held_out_pairs(learner, batch, config.update, config.loss.centering, names)
         return held_out_process(learner, batch, config.update, names)
 
     names = scored_names(data.held_out)
@@ -74,7 +74,7 @@ def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> 
 
         with session.phases("update") as phase:
             if by_pairs:
-                metrics |= pair_step(learner, batch, plan(batch, config.update, mesh, 2), config.loss.centring)
+                metrics |= pair_step(learner, batch, plan(batch, config.update, mesh, 2), config.loss.centering)
             else:
                 metrics |= process_step(learner, batch, plan(batch, config.update, mesh))
             work.count(phase, batch, passes=3)

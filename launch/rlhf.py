@@ -33,7 +33,7 @@ from common.run_folder import write_whole
 from report.html import page
 from trialign.algorithms.config.common import RunConfig
 from trialign.algorithms.config.rlhf import RLHFConfig, Stages, check_rlhf, prompt_files, stages
-from trialign.algorithms.data.labeling import read_labelled, split_prompts
+from trialign.algorithms.data.labeling import read_labeled, split_prompts
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.responses import as_line, write_rows
 from trialign.algorithms.roles.build import load_tokenizer, read_shape
@@ -45,7 +45,7 @@ from trialign.engine.parallel.collectives import gather_objects
 MAINS: dict[str, Callable[[Session[Any]], None]] = {
     "sft": sft.main,
     "preferences": labeling.main,
-    "reward": partial(reward.main, read=read_labelled),
+    "reward": partial(reward.main, read=read_labeled),
     "ppo": ppo.main,
     "evaluation": evaluate.main,
 }

@@ -12,7 +12,7 @@ import common.interrupts  # noqa: F401  # isort: skip  (before what takes second
 import sys
 
 from common.run import Session, start
-from common.supervised import FromRows, from_rows
+from common.supervised import SupervisedRun, supervised_run
 from report.curves import SFT_PANELS, answer_table, response_text
 from trialign.algorithms.config.sft import SFTConfig, check
 from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
@@ -28,7 +28,7 @@ FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch 
 def main(session: Session[SFTConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and a table of answers in the run's folder."""
     config, mesh = session.config, session.mesh
-    work = from_rows(
+    work = supervised_run(
         session, config.data, lambda tokenizer, ends: DialogueDataset(config.data, tokenizer, ends, config.run.seed)
     )
     learner, data = work.learner, work.rows
@@ -53,7 +53,7 @@ def main(session: Session[SFTConfig]) -> None:
     session.finish(SFT_PANELS, *([answer_table(before, after)] if after else []))
 
 
-def answers(work: FromRows[DialogueDataset]) -> list[list[str]]:
+def answers(work: SupervisedRun[DialogueDataset]) -> list[list[str]]:
     """[prompt, wanted answer, the model's greedy answer] of the first `run.show` rows. Collective."""
     run, model, mesh = work.session.config.run, work.learner.model, work.session.mesh
     longest = work.shape.longest_rollout

@@ -4,7 +4,7 @@ python launch/show_data.py --config launch/configs/sft_smollm2.toml
 python launch/show_data.py --script dpo --config my.toml --rows 5 --data.max_tokens 512
 
 --script names the script whose config it is; without it the file's name tells (sft_*.toml), or its sections do. All
-knobs of that script may follow. What is learned is green and bold; without colours it stands between ⟦ and ⟧.
+knobs of that script may follow. What is learned is green and bold; without colors it stands between ⟦ and ⟧.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trialign.algorithms.data.documents import TextStream
 from trialign.algorithms.data.preferences import PairStream, read_steps
 from trialign.algorithms.data.prompts import PromptDataset, TextDataset
 from trialign.algorithms.data.streams import RowStream
-from trialign.algorithms.kto import LabelledStream
+from trialign.algorithms.kto import LabeledStream
 from trialign.algorithms.roles.build import load_tokenizer
 from trialign.engine.config import load, parse
 from trialign.models.config import ModelConfig
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
 
 def of_sample(sample: Sample, what: str = "") -> Shown:
-    """A tokenised row."""
+    """A tokenized row."""
     return Shown(f"{sample.where}{what and ', '}{what}", sample.tokens, sample.mask)
 
 
@@ -114,7 +114,7 @@ def reward(config: RewardModelConfig, tokenizer: Any, ends: Sequence[int], count
 
 def kto(config: KTOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
     """Answers with their labels."""
-    data = LabelledStream(config.data, tokenizer, ends, config.run.seed)
+    data = LabeledStream(config.data, tokenizer, ends, config.run.seed)
     rows = [of_sample(row.sample, "wanted" if row.desirable else "not wanted") for row in data.next(count)]
     return [Part(str(data), rows)]
 
@@ -220,13 +220,13 @@ def has_sources(config: Any) -> bool:
     return any(getattr(s, "sources", ()) or (dataclasses.is_dataclass(s) and has_sources(s)) for s in sections)
 
 
-def written(shown: Shown, tokenizer: Any, colours: bool) -> Text:
+def written(shown: Shown, tokenizer: Any, colors: bool) -> Text:
     """A sample's tokens as text, runs of targets and of others told apart."""
     text, place = Text(), 0
     for target, run in groupby(shown.mask):
         length = len(list(run))
         words = tokenizer.decode(list(shown.tokens[place : place + length]), clean_up_tokenization_spaces=False)
-        text.append(words if colours or not target else f"⟦{words}⟧", style="bold green" if target else "dim")
+        text.append(words if colors or not target else f"⟦{words}⟧", style="bold green" if target else "dim")
         place += length
     return text
 

@@ -2,9 +2,9 @@
 
     python launch/show_presets.py --batch FILE.jsonl
 
-A line a sample: {"group": 0, "reward": 1.0, "logprobs": [...], "old_logprobs": [...], "sampling_logprobs": [...],
+A line a sample: {"group": 0, "reward": 1.0, "logprobs": [...], "old_logprobs": [...], "rollout_logprobs": [...],
 "ref_logprobs": [...], "values": [...], "old_values": [...], "mask": [1, 1, 0]}. `group` names the prompt; groups are of
-one size. `old_logprobs` may be left out (equal to `logprobs`), so may `sampling_logprobs` (equal to the old ones),
+one size. `old_logprobs` may be left out (equal to `logprobs`), so may `rollout_logprobs` (equal to the old ones),
 `ref_logprobs`, `values` and `old_values` (zeros) and `mask` (all the policy's own words).
 """
 
@@ -39,7 +39,7 @@ class Options:
     """clip of the ratio on both sides; GSPO and CISPO have their own"""
 
 
-COLUMNS = ("logprobs", "old_logprobs", "sampling_logprobs", "ref_logprobs", "values", "old_values", "mask")
+COLUMNS = ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "old_values", "mask")
 
 
 def numbers(row: dict[str, Any], key: str, length: int, default: list[float], where: str) -> list[float]:
@@ -82,7 +82,7 @@ def read_line(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: group={row['group']!r}: must be a whole number or a name")
     length = len(row["logprobs"])
     old = row.get("old_logprobs", row["logprobs"])
-    defaults = {"old_logprobs": old, "sampling_logprobs": old, "mask": [1.0] * length}
+    defaults = {"old_logprobs": old, "rollout_logprobs": old, "mask": [1.0] * length}
     defaults["old_values"] = row.get("values", [0.0] * length)
     columns = {key: numbers(row, key, length, defaults.get(key, [0.0] * length), where) for key in COLUMNS}
     return columns | {"group": row.get("group"), "reward": float(row["reward"])}
@@ -135,7 +135,7 @@ def read(path: Path) -> Recorded:
         torch.zeros_like(mask, dtype=torch.int64),
         tuple(len(row["mask"]) for row in rows),
         mask,
-        column("sampling_logprobs"),
+        column("rollout_logprobs"),
         column("old_logprobs"),
         column("ref_logprobs"),
         column("old_values"),

@@ -28,7 +28,7 @@ class MoEConfig:
     experts: int
     top_k: int
     ffn_size: int
-    normalise: bool = True
+    normalize: bool = True
     """divide the chosen experts' weights by their sum"""
     shared_ffn_size: int = 0
     """one more MLP that every token takes (Qwen2-MoE); 0 for none"""

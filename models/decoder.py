@@ -1,7 +1,7 @@
 """The decoder of every family, in the order of LLaMA's paper, for one pipeline stage of a mesh.
 
 Attention itself is an argument: training passes packed attention, the generator its paged cache, so both run this one
-forward. Parameters are uninitialised until models/hf/table.py fills them.
+forward. Parameters are uninitialized until models/hf/table.py fills them.
 """
 
 from __future__ import annotations
@@ -182,21 +182,21 @@ class Head(AdaptedLinear):
     takes inputs and rows of a head takes an adapted one too. The weight itself, which may be the embedding's, stays.
 
     Args:
-        normalised: logits are made with each row divided by its length (Baichuan2's NormHead).
+        normalized: logits are made with each row divided by its length (Baichuan2's NormHead).
     """
 
     packed: Tensor | None = None
     frozen: Tensor | None = None  # the generator's: the rows as they are used, while the weight does not change
 
-    def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype, normalised: bool = False):
+    def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype, normalized: bool = False):
         super().__init__()
-        self.normalised, self.tp = normalised, mesh.tp
+        self.normalized, self.tp = normalized, mesh.tp
         self.weight = sharded_parameter(shard, dtype=dtype, device=mesh.device)
 
     @property
     def made(self) -> bool:
         """Whether the rows have to be computed."""
-        return self.normalised or self.active is not None
+        return self.normalized or self.active is not None
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the rows are multiplied with: [n, hidden] -> [n, hidden], or [n, hidden + r] with an adapter."""
@@ -209,7 +209,7 @@ class Head(AdaptedLinear):
         if self.frozen is not None or not self.made:
             return self.weight if self.frozen is None else self.frozen
         rows = self.weight if self.active is None else torch.cat((self.weight, self.lora_b), 1)
-        if not self.normalised:
+        if not self.normalized:
             return rows
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         whole_rows = self.weight.to(dtype)
@@ -261,7 +261,7 @@ class Decoder(nn.Module):
             tied = head == "lm" and config.tie_embeddings
             rows = Shard((cut(self.vocab, 0, (config.vocab_size, config.hidden_size)),), "tp", duplicate=tied)
             shard = rows if head == "lm" else whole(1, config.hidden_size)
-            self.head = Head(shard, mesh, dtype, normalised=head == "lm" and config.norm_head)
+            self.head = Head(shard, mesh, dtype, normalized=head == "lm" and config.norm_head)
             if tied and self.embedding is not None:
                 self.head.weight = self.embedding.weight
             if lora is not None and head == "lm" and lora.wants("head"):

@@ -2,7 +2,7 @@
 
 A checkpoint of a LoRA run holds the adapters alone (and a critic's score head), with a note of what they belong to:
 rank, scale, targets, and the base by its folder and a digest of its weights. Merging reads the base again. With a
-quantised base it merges into the numbers that the NF4 codes stand for, which are what the adapters were trained on: the
+quantized base it merges into the numbers that the NF4 codes stand for, which are what the adapters were trained on: the
 merged model is then the trained one, while adapters on weights they have never seen would be another model.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..engine.mesh import mesh_as
 from ..engine.parallel.lora import EVERY_TARGET, LoRA, Target
 from ..engine.parallel.shard import Slot, slots, split
-from ..engine.storage.atomic import whole_folder
+from ..engine.storage.atomic import atomic_folder
 from ..engine.storage.checkpoint import Reader, read_state
 from ..engine.storage.safetensors_io import write_stream
 from ..kernels.nf4 import BLOCK, dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
@@ -56,13 +56,13 @@ _TARGETS: dict[tuple[str, str], Target] = {
     ("head.weight", ""): "head",
 }  # parameter, a layer's without its number, and its part, an expert's without its number
 _BOTH = r".*\.gate_up_proj"  # PEFT's pattern for the parameter that holds experts' gate and up
-_FLOATS = ("router", "shared.router", "head")  # what a quantised base leaves as it is
+_FLOATS = ("router", "shared.router", "head")  # what a quantized base leaves as it is
 
 ALL = LoRA(1, 1.0, ("all",))
 
 
 def check_lora(config: ModelConfig, lora: LoRA, tp: int) -> None:
-    """Refuses adapters or a quantised base that this model cannot have.
+    """Refuses adapters or a quantized base that this model cannot have.
 
     Raises:
         ValueError: naming what and what is allowed.
@@ -401,7 +401,7 @@ def export_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         shapes = {n: tuple(reader.tensors[prefix + n]["shape"]) for n in held}
         described = {PREFIX + n if n == score else n: (dtype, shape) for n, shape in shapes.items()}
         write_stream(aside / TENSORS, described, (reader.read(prefix + n).to(dtype) for n in held))
@@ -443,7 +443,7 @@ def _rows_at(source: Source, place: Place, rows: slice) -> Tensor:
 
 
 def _in_nf4(weight: Rows) -> Rows:
-    """What a weight is in NF4 with double quantisation, fp32; a sixth of float32's memory and less."""
+    """What a weight is in NF4 with double quantization, fp32; a sixth of float32's memory and less."""
     quantized = zip(*(quantize_nf4(weight[rows]) for rows in blocks(weight.shape)), strict=True)
     codes, absmax = map(torch.cat, quantized)
     scales = dequantize_scales(*quantize_scales(absmax))

@@ -161,7 +161,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """`routing`: of the micro-batch, in an update; None where nothing is learned."""
         logits = self.router(x)  # [n, experts]
-        weights, chosen = route(logits, self.moe.top_k, self.moe.normalise)  # [n, k] both
+        weights, chosen = route(logits, self.moe.top_k, self.moe.normalize)  # [n, k] both
         # The experts' outputs are parts of sums over tp: so are the gradients they give their inputs and weights.
         y, lost = self.experts(copy_to_region(x, self.tp), copy_to_region(weights, self.tp), chosen)
         y = reduce_from_region(y, self.tp)

@@ -17,7 +17,7 @@ class BaichuanConfig(PretrainedConfig):
     Args:
         alibi: ALiBi instead of rotary positions. None goes by what tells the published ones apart (models/families/
             baichuan.py has the table): the 13B models name no max_position_embeddings, and their hidden_size is 5120.
-        norm_head: the head's rows are normalised. None goes by the vocabulary and Baichuan2's key z_loss_weight.
+        norm_head: the head's rows are normalized. None goes by the vocabulary and Baichuan2's key z_loss_weight.
 
     Raises:
         ValueError: a config.json that says neither and is like none of those published.

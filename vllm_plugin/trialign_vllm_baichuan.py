@@ -1,4 +1,4 @@
-"""Baichuan for vLLM: LLaMA with a fused W_pack, ALiBi in the 13B models, a normalised head in Baichuan2.
+"""Baichuan for vLLM: LLaMA with a fused W_pack, ALiBi in the 13B models, a normalized head in Baichuan2.
 
 ALiBi needs an attention backend that applies it: vLLM's CPU, Triton and FlashAttention 2 backends do. FlashInfer takes
 the slopes and leaves them out, so it must not be chosen for the 13B models.
@@ -71,7 +71,7 @@ class BaichuanForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BaichuanLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """LLaMA's names out of Baichuan's: W_pack in its three parts, the head's rows normalised once."""
+        """LLaMA's names out of Baichuan's: W_pack in its three parts, the head's rows normalized once."""
 
         def renamed() -> Iterator[tuple[str, Tensor]]:
             for name, weight in weights:

@@ -127,13 +127,13 @@ class RolloutConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
-SHAPING = ("normalise", "clip", "missing_eos_penalty")
+SHAPING = ("normalize", "clip", "missing_eos_penalty")
 """Knobs of what is done to scores before they are learned from."""
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Where rewards come from and what is done to them: weighted sum, normalise, clip, penalty."""
+    """Where rewards come from and what is done to them: weighted sum, normalize, clip, penalty."""
 
     functions: tuple[ContentPath, ...] = ()
     """path/to/file.py:function or module:function: (prompts, completions, **fields) -> one float each"""
@@ -151,10 +151,10 @@ class RewardConfig:
     """times a request is made before the server counts as failed; what is no score is not asked for again"""
     on_failure: Literal["stop", "abstain"] = "stop"
     """what a scorer does that fails: it stops the run, or the answers it has no score for are left out of the step"""
-    normalise: bool = False
+    normalize: bool = False
     """subtract the running mean of all rewards so far and divide by their deviation"""
     clip: float = -1.0
-    """rewards are clipped to this size, after normalising (0: off; -1: as convention.preset says, ours 10) [O]"""
+    """rewards are clipped to this size, after normalizing (0: off; -1: as convention.preset says, ours 10) [O]"""
     missing_eos_penalty: float = 0.0
     """taken off the reward of an answer cut at max_new_tokens"""
 
@@ -246,7 +246,7 @@ class LoRAConfig:
     dropout: float = 0.0
     """must be 0: ranks could not draw one mask for any layout, and PPO's first ratios would not be 1"""
     quantize: bool = False
-    """keep the frozen matrices in NF4 with double quantisation, 4.13 bits a weight"""
+    """keep the frozen matrices in NF4 with double quantization, 4.13 bits a weight"""
     adapter: ContentPath = ""
     """PEFT folder with adapters of this very kind that the actor's begin from ("": from none)"""
 
@@ -337,7 +337,7 @@ class UpdateConfig:
         """Cross-checks with the layout and with the most tokens a row may have, which is what `knob` says.
 
         Args:
-            even: every data rank is to have equally many rows.
+            even: every DP rank is to have equally many rows.
 
         Raises:
             ValueError: naming the knobs and numbers that do not fit.

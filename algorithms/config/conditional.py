@@ -42,7 +42,7 @@ class ConditionConfig:
 
     template: str = CONDITION
     """the user's last words with the reward: {input} and {reward}, which has two decimals [O]"""
-    normalise: bool = True
+    normalize: bool = True
     """write rewards less their mean, over their deviation, both over all rows [O]"""
     buckets: int = 0
     """write the mean of the reward's bucket, of so many with equally many rows each (0: the reward itself)"""

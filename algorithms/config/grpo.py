@@ -25,7 +25,7 @@ from .common import (
     require,
 )
 from .convention import AS_PRESET, GroupConvention, changed, check_preset_number, is_preset
-from .online import OnlineRun, check_online
+from .online import OnlineRunConfig, check_online
 from .presets import Convention
 
 Algorithm = Literal["grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "dapo", "gspo", "cispo"]
@@ -95,7 +95,7 @@ def recipe(algorithm: Algorithm, rules: Convention) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class GroupConfig:
+class GRPOOptions:
     """The algorithm, and each of its choices. -1 or "preset": as the algorithm says, or else convention.preset."""
 
     algorithm: Algorithm = "grpo"
@@ -190,7 +190,7 @@ class GRPORollout(RolloutConfig):
 
 
 @dataclass(frozen=True)
-class GRPORun(OnlineRun):
+class GRPORun(OnlineRunConfig):
     """The run itself."""
 
     output: str = "runs/grpo"
@@ -213,7 +213,7 @@ class GRPOConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    grpo: GroupConfig = field(default_factory=GroupConfig)
+    grpo: GRPOOptions = field(default_factory=GRPOOptions)
     convention: GroupConvention = field(default_factory=GroupConvention)
     run: GRPORun = field(default_factory=GRPORun)
 

@@ -9,7 +9,7 @@ from .common import ModelPaths, ParallelConfig, PromptData, RewardConfig, Rollou
 
 
 @dataclass(frozen=True)
-class OnlineRun(RunConfig):
+class OnlineRunConfig(RunConfig):
     """The run itself."""
 
     steps: int = 100
@@ -49,7 +49,7 @@ class Online(Protocol):
     @property
     def parallel(self) -> ParallelConfig: ...
     @property
-    def run(self) -> OnlineRun: ...
+    def run(self) -> OnlineRunConfig: ...
     @property
     def batch_size(self) -> int: ...
 

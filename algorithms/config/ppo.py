@@ -23,7 +23,7 @@ from .common import (
     require,
 )
 from .convention import AS_PRESET, PPOConvention, check_preset_number
-from .online import OnlineRun, check_online
+from .online import OnlineRunConfig, check_online
 from .presets import Convention
 
 
@@ -96,7 +96,7 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig:
+class PPOOptions:
     """Advantages, KL penalty, and how a batch becomes updates."""
 
     gamma: float = 1.0
@@ -121,13 +121,13 @@ class AlgorithmConfig:
     """samples in one forward and backward of a data-parallel rank; changes speed and memory only"""
     micro_batch_tokens: int = 0
     """instead of a number of samples, at most this many tokens a micro-batch (0: by samples)"""
-    importance_cap: float = 0.0
+    tis_clip: float = 0.0
     """weights tokens by the ratio of actor to sampler, truncated here (0: off; 2 is usual)"""
 
     def __post_init__(self) -> None:
         require(0 <= self.gamma <= 1, "gamma", self.gamma, "from 0 to 1")
         check_preset_number(self, "lam", 0 <= self.lam <= 1, "from 0 to 1")
-        for name in ("kl_coef", "kl_target", "importance_cap"):
+        for name in ("kl_coef", "kl_target", "tis_clip"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("kl_horizon", "epochs", "minibatches", "micro_batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -139,7 +139,7 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
-class PPORun(OnlineRun):
+class PPORun(OnlineRunConfig):
     """The run itself."""
 
     output: str = "runs/ppo"
@@ -161,7 +161,7 @@ class PPOConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    ppo: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    ppo: PPOOptions = field(default_factory=PPOOptions)
     convention: PPOConvention = field(default_factory=PPOConvention)
     run: PPORun = field(default_factory=PPORun)
 

@@ -93,11 +93,11 @@ class RewardRun(EpochRun):
 class RewardLoss:
     """What a reward model learns."""
 
-    centring: float = 0.0
+    centering: float = 0.0
     """weight of (r_chosen + r_rejected)², which keeps rewards near 0 (0: off) [T]"""
 
     def __post_init__(self) -> None:
-        require(0 <= self.centring < math.inf, "centring", self.centring, "0 (off) or more")
+        require(0 <= self.centering < math.inf, "centering", self.centering, "0 (off) or more")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class RewardModelConfig:
     model: ModelPaths = field(default_factory=ModelPaths)
     data: PairData = field(default_factory=PairData)
     steps: StepData = field(default_factory=StepData)
-    """rows of labelled steps instead of pairs, where steps.sources are given"""
+    """rows of labeled steps instead of pairs, where steps.sources are given"""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6))
@@ -153,7 +153,7 @@ class DPOLoss:
     beta: float = 0.1
     """how strongly the policy is held to the reference [O, T]"""
     label_smoothing: float = 0.0
-    """share of pairs thought to be labelled the wrong way round, for dpo (cDPO), robust and exo"""
+    """share of pairs thought to be labeled the wrong way round, for dpo (cDPO), robust and exo"""
     average: Literal["preset", "sum", "mean"] = "preset"
     """an answer's log-ratio is the sum over its tokens or their mean; preset: a sum, but IPO's as convention.preset"""
     nll_coef: float = 0.0
@@ -189,7 +189,7 @@ class DPORun(EpochRun):
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """Direct preference optimisation and its kin: the policy learns from pairs, without a reward model.
+    """Direct preference optimization and its kin: the policy learns from pairs, without a reward model.
 
     Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
     """
@@ -246,7 +246,7 @@ class KTORun(EpochRun):
 
 @dataclass(frozen=True)
 class KTOConfig:
-    """Kahneman-Tversky optimisation: the policy learns from answers that are wanted or not, no pairs needed.
+    """Kahneman-Tversky optimization: the policy learns from answers that are wanted or not, no pairs needed.
 
     Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
     """

@@ -98,8 +98,8 @@ def check_rejection(config: RejectionConfig, world: int) -> int:
     config.reward.check_given()
     if config.rollout.samples_per_prompt < 2:
         raise ValueError("rollout.samples_per_prompt=1: the best of one answer is no choice, 2 at least")
-    if config.reward.normalise:
-        raise ValueError("reward.normalise=True: answers to one prompt are compared, which no scale changes")
+    if config.reward.normalize:
+        raise ValueError("reward.normalize=True: answers to one prompt are compared, which no scale changes")
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     config.update.check(dp, longest, "data.max_prompt_tokens + rollout.max_new_tokens")
     return dp

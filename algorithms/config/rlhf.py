@@ -48,7 +48,7 @@ class PromptsConfig(PromptData):
 
 @dataclass(frozen=True)
 class PreferencesRun:
-    """The labelling itself."""
+    """The labeling itself."""
 
     output: str = "runs/preferences"
     """folder for the answers and the pairs"""
@@ -102,8 +102,8 @@ def check_preferences(config: PreferencesConfig, world: int) -> int:
         raise ValueError(
             f"rollout.samples_per_prompt={samples}: run.pairs={pairs} needs two answers each, {2 * pairs} at least"
         )
-    if config.reward.normalise:
-        raise ValueError("reward.normalise=True: answers to one prompt are compared, which no scale changes")
+    if config.reward.normalize:
+        raise ValueError("reward.normalize=True: answers to one prompt are compared, which no scale changes")
     return dp
 
 

@@ -104,7 +104,7 @@ def bucketed(rewards: Sequence[float], count: int) -> list[float]:
 
 
 class ConditionedRows(RowStream[Sample]):
-    """The rows of conditional SFT as a stream. Rewards are normalised and bucketed over all rows, held-out ones too.
+    """The rows of conditional SFT as a stream. Rewards are normalized and bucketed over all rows, held-out ones too.
 
     Args:
         rows: of each source; those without a reward are left out and counted.
@@ -132,7 +132,7 @@ class ConditionedRows(RowStream[Sample]):
         if not known:
             raise ValueError(f"none of {len(every)} rows has a reward")
         scored = [Scored(row.words, "", row.reward or 0.0) for row in known]
-        if condition.normalise:
+        if condition.normalize:
             scaled = conditioned(scored, True, condition.template)
             scored = [answer._replace(reward=new.reward) for answer, new in zip(scored, scaled, strict=True)]
         if condition.buckets:

@@ -28,7 +28,7 @@ from .streams import RowStream, check_left
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 1000  # documents tokenised at once
+CHUNK = 1000  # documents tokenized at once
 
 
 class Piece(NamedTuple):
@@ -129,7 +129,7 @@ class TextStream(RowStream[Pack]):
 
     def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[Piece]:
         """The documents of a source that are long enough."""
-        documents = list(tokenise_texts(read_texts(source, config, read), tokenizer))
+        documents = list(tokenize_texts(read_texts(source, config, read), tokenizer))
         if not documents:
             raise ValueError(f"data source {source}: holds no documents")
         kept = [document for document in documents if len(document.tokens) >= config.min_tokens]
@@ -152,7 +152,7 @@ class TextStream(RowStream[Pack]):
         return text
 
 
-def tokenise_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+def tokenize_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     """Each document whole, its end of sequence included; an empty one has nothing else."""
     waiting: list[tuple[str, str]] = []
 
@@ -193,10 +193,10 @@ def pack_rows(rows: Sequence[Pack]) -> Batch:
 
 
 def plan_rows(rows: Sequence[Pack], update: UpdateConfig, mesh: Mesh) -> list[Share]:
-    """This data rank's micro-batches of `pack_rows(rows)`: whole rows, equally many a rank or one more.
+    """This DP rank's micro-batches of `pack_rows(rows)`: whole rows, equally many a rank or one more.
 
     Raises:
-        ValueError: the rows are fewer than the data ranks.
+        ValueError: the rows are fewer than the DP ranks.
     """
     lengths = [pack_tokens(row) for row in rows]
     cuts = deal_micro_batches(range(len(rows)), lengths, mesh.dp, update.micro_batch_size, update.micro_batch_tokens)

@@ -98,7 +98,7 @@ def label(answers: Sequence[Answer], pairs: int) -> Labels:
     return Labels(rows, counts)
 
 
-def read_labelled(source: str, read: Read = read_rows) -> list[Pair]:
+def read_labeled(source: str, read: Read = read_rows) -> list[Pair]:
     """The pairs of a file of `label`'s rows, token for token."""
 
     def sample(row: dict[str, Any], where: str, side: str) -> Sample:

@@ -56,7 +56,7 @@ class Pair(NamedTuple):
         return len(self.chosen.tokens), len(self.rejected.tokens)
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """An answer that is wanted or not."""
 
     sample: Sample
@@ -204,7 +204,7 @@ def split_turns(where: str, key: str, text: str) -> list[Message]:
     ]
 
 
-def read_labelled(source: str, config: LabelData, encoder: Encoder, read: Read = read_rows) -> list[Labelled]:
+def read_labeled(source: str, config: LabelData, encoder: Encoder, read: Read = read_rows) -> list[Labeled]:
     """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
     dialogues, labels = [], []
     for where, row in read(source, config.keys):
@@ -213,7 +213,7 @@ def read_labelled(source: str, config: LabelData, encoder: Encoder, read: Read =
         if not is_label(label):
             raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
         labels.append(bool(label))
-    return [Labelled(*row) for row in zip(encoder.responses(dialogues), labels, strict=True)]
+    return [Labeled(*row) for row in zip(encoder.responses(dialogues), labels, strict=True)]
 
 
 def is_label(value: Any) -> bool:
@@ -247,7 +247,7 @@ class Steps(NamedTuple):
 def read_steps(
     source: str, config: StepData, tokenizer: PreTrainedTokenizerBase, read: Read = read_rows
 ) -> list[Steps]:
-    """Answers whose steps are labelled one by one, over-long ones too. Raises ValueError that names the row."""
+    """Answers whose steps are labeled one by one, over-long ones too. Raises ValueError that names the row."""
     if config.chat_template:
         need_template(tokenizer)
     rows = []

@@ -169,7 +169,7 @@ class _Order:
 
 
 def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[_Item]:
-    """All prompts of a source, over-long ones too, tokenised."""
+    """All prompts of a source, over-long ones too, tokenized."""
     rows = list(read(source, config.keys))
     if not rows:
         raise ValueError(f"data source {source}: holds no prompts")

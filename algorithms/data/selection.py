@@ -55,11 +55,11 @@ def best_against_worst(answers: Sequence[Scored], count: int = 1) -> list[Pair]:
 CONDITION = "{input} <rm_score>: {reward} "
 
 
-def conditioned(answers: Sequence[Scored], normalise: bool = False, template: str = CONDITION) -> list[Scored]:
+def conditioned(answers: Sequence[Scored], normalize: bool = False, template: str = CONDITION) -> list[Scored]:
     """The same answers with their reward written into the prompt: conditional SFT (https://arxiv.org/abs/2308.12050).
 
     Args:
-        normalise: rewards less their mean, over their deviation (unbiased).
+        normalize: rewards less their mean, over their deviation (unbiased).
         template: with {input} and {reward}, which is written with two decimals.
 
     Raises:
@@ -69,7 +69,7 @@ def conditioned(answers: Sequence[Scored], normalise: bool = False, template: st
         if field not in template:
             raise ValueError(f"template={template!r}: {field} must stand in it")
     rewards = [answer.reward for answer in answers]
-    if normalise:
+    if normalize:
         deviation = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
         if deviation == 0:
             raise ValueError(f"{len(rewards)} rewards are all {rewards[:1]}: they have no deviation to divide by")

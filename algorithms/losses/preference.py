@@ -1,4 +1,4 @@
-"""Losses on pairs and on labelled answers: DPO and its kin, KTO, Bradley-Terry reward models. One number a pair each.
+"""Losses on pairs and on labeled answers: DPO and its kin, KTO, Bradley-Terry reward models. One number a pair each.
 
 x_w, x_l: chosen and rejected. h = (log pi(w) - log ref(w)) - (log pi(l) - log ref(l)), summed over the answer's tokens.
 """
@@ -32,7 +32,7 @@ def pair_loss(
 
     Args:
         chosen, rejected: [pairs].
-        label_smoothing: e, the share of pairs thought to be labelled the wrong way round.
+        label_smoothing: e, the share of pairs thought to be labeled the wrong way round.
 
     Raises:
         ValueError: a label_smoothing outside [0, 0.5), or given to a loss that has none.
@@ -88,8 +88,8 @@ def kto_reference(mismatched: Tensor) -> Tensor:
     return mismatched.detach().mean().clamp(min=0)
 
 
-def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centring: float = 0.0) -> Tensor:
+def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
     """Bradley-Terry, -log s(r_w - r_l - margin) a pair [pairs] (https://arxiv.org/abs/2203.02155, eq. 1; the margin
-    https://arxiv.org/abs/2307.09288), plus centring (r_w + r_l)^2 (https://arxiv.org/abs/2312.09244)."""
+    https://arxiv.org/abs/2307.09288), plus centering (r_w + r_l)^2 (https://arxiv.org/abs/2312.09244)."""
     loss = -F.logsigmoid(chosen - rejected - margin)
-    return loss + centring * (chosen + rejected).square() if centring else loss
+    return loss + centering * (chosen + rejected).square() if centering else loss

@@ -218,7 +218,7 @@ def combine(scores: Mapping[str, Sequence[Score]], weights: Sequence[float] = ()
 
 
 class RewardShaper:
-    """From combined scores to rewards: normalised by all that came before, clipped, less the penalty for no end.
+    """From combined scores to rewards: normalized by all that came before, clipped, less the penalty for no end.
 
     In this order, so that the penalty is in units of the final reward and neither moves the statistics nor is clipped.
 
@@ -239,7 +239,7 @@ class RewardShaper:
             finished: the answer ended by itself (end of sequence), rather than at max_new_tokens.
         """
         rewards = list(scores)
-        if self.config.normalise:
+        if self.config.normalize:
             self.moments.update([reward for reward in rewards if not math.isnan(reward)])
             rewards = [(reward - self.moments.mean) / self.moments.deviation for reward in rewards]
         if self.limit:

@@ -180,7 +180,7 @@ def build_learner(
     Masters begin as precise as what the model was filled from; its weights are those masters, rounded.
 
     Raises:
-        ValueError: router losses are weighed in a model without experts.
+        ValueError: router losses are weighted in a model without experts.
     """
     weigh_router(model, settings, name)
     optimizer = ShardedAdamW(

@@ -1,7 +1,7 @@
 """Roles: a decoder on its mesh with the passes PPO asks of it. Frozen ones only score; a Learner also updates.
 
-A pass works on this data rank's micro-batches and leaves one number a target on the last pipeline stage; `collect` puts
-the numbers of all data ranks in place in the whole batch, on every rank.
+A pass works on this DP rank's micro-batches and leaves one number a target on the last pipeline stage; `collect` puts
+the numbers of all DP ranks in place in the whole batch, on every rank.
 
 Ranks that share experts run equally many micro-batches, for each takes part in the others' all-to-alls: those with
 fewer begin with single tokens that count for nothing.
@@ -109,7 +109,7 @@ class AdapterOff(Role):
 def collect(
     batch: Batch, shares: Sequence[Share], results: Sequence[Tensor], places: Sequence[Tensor], mesh: Mesh
 ) -> Tensor:
-    """Numbers of this data rank's micro-batches put in place in the whole batch: [total] fp32, on every rank.
+    """Numbers of this DP rank's micro-batches put in place in the whole batch: [total] fp32, on every rank.
 
     Args:
         results: one tensor a micro-batch on the last stage, none on the others.

@@ -73,7 +73,7 @@ class GroupPool:
 def make_groups(
     rollouts: Sequence[Rollout], scores: Sequence[float], rewards: Sequence[float], config: GRPOConfig
 ) -> list[Group]:
-    """Groups of neighbours; their rewards less the penalty of answers that come near the longest there may be.
+    """Groups of neighbors; their rewards less the penalty of answers that come near the longest there may be.
 
     Raises:
         ValueError: a prompt has more or fewer answers than the others; names its row.

@@ -1,4 +1,4 @@
-"""Prompt to rollout, rollout to scores: each data rank answers and scores its part, then every rank holds the whole."""
+"""Prompt to rollout, rollout to scores: each DP rank answers and scores its part, then every rank holds the whole."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGEST = 3.4e38
 
 
 def my_part(count: int, dp: Axis) -> slice:
-    """This data rank's contiguous part of `count` samples; parts differ by one at most."""
+    """This DP rank's contiguous part of `count` samples; parts differ by one at most."""
     return slice(count * dp.rank // dp.size, count * (dp.rank + 1) // dp.size)
 
 
@@ -142,7 +142,7 @@ class Scorer:
 
         Args:
             models: the reward models, in the order of the config.
-            shares: this data rank's micro-batches of `batch`.
+            shares: this DP rank's micro-batches of `batch`.
 
         Raises:
             ValueError: a scorer failed, on every rank; names scorer and rows.

@@ -37,7 +37,7 @@ float mass(const T* logits, int64_t experts, float peak) {
   return hsum(sum);
 }
 
-std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, bool normalise) {
+std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, bool normalize) {
   CHECK_CONTIGUOUS(logits);
   const int64_t n = logits.size(0), experts = logits.size(1);
   STD_TORCH_CHECK(1 <= k && k <= experts, "trialign: top-", k, " of ", experts, " experts");
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, bool normalise
           w[i * k + j] = std::exp(best[j].z - peak);
           total += w[i * k + j];
         }
-        if (!normalise) total = mass(z + i * experts, experts, peak);
+        if (!normalize) total = mass(z + i * experts, experts, peak);
         for (int64_t j = 0; j < k; ++j) w[i * k + j] /= total;
       }
     });
@@ -69,8 +69,8 @@ void check_expert(int64_t expert, int64_t experts) {
   STD_TORCH_CHECK(0 <= expert && expert < experts, "trialign: expert ", expert, ", allowed are 0 to ", experts - 1);
 }
 
-// Normalised: dz_j = w_j (g_j - s), with s = sum_j g_j w_j, on the chosen alone. Else dz_e = p_e ([e chosen] g_e - s).
-Tensor route_backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& chosen, bool normalise) {
+// Normalized: dz_j = w_j (g_j - s), with s = sum_j g_j w_j, on the chosen alone. Else dz_e = p_e ([e chosen] g_e - s).
+Tensor route_backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& chosen, bool normalize) {
   CHECK_CONTIGUOUS(logits);
   const int64_t n = logits.size(0), experts = logits.size(1), k = weights.size(1);
   STD_TORCH_CHECK(1 <= k && k <= experts, "trialign: top-", k, " of ", experts, " experts");
@@ -90,7 +90,7 @@ Tensor route_backward(const Tensor& grad, const Tensor& logits, const Tensor& we
         T* to = d + i * experts;
         float s = 0;
         for (int64_t j = i * k; j < (i + 1) * k; ++j) s += g[j] * w[j];
-        if (normalise) {
+        if (normalize) {
           std::fill(to, to + experts, T{});
         } else {  // p_e from a chosen one: w_0 = e^(z_0 - peak) / mass with z_0 the peak
           const float peak = get(row + c[i * k]), scale = -s * w[i * k];
@@ -216,8 +216,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad, const Tensor& 
 }  // namespace
 
 TRIALIGN_OPS(ops) {
-  ops.add("route(Tensor logits, int k, bool normalise) -> (Tensor, Tensor)", TORCH_BOX(&route));
-  ops.add("route_backward(Tensor grad, Tensor logits, Tensor weights, Tensor experts, bool normalise) -> Tensor", TORCH_BOX(&route_backward));
+  ops.add("route(Tensor logits, int k, bool normalize) -> (Tensor, Tensor)", TORCH_BOX(&route));
+  ops.add("route_backward(Tensor grad, Tensor logits, Tensor weights, Tensor experts, bool normalize) -> Tensor", TORCH_BOX(&route_backward));
   ops.add("sort_by_expert(Tensor experts, int num_experts) -> (Tensor, Tensor)", TORCH_BOX(&sort_by_expert));
   ops.add("permute(Tensor x, Tensor order, int k) -> Tensor", TORCH_BOX(&permute));
   ops.add("unpermute(Tensor rows, Tensor order, Tensor? weights, int k) -> Tensor", TORCH_BOX(&unpermute));

@@ -242,7 +242,7 @@ def packed_weights(model: Model, steps: int) -> Iterator[None]:
 
 
 def sample_key(seed: int, sample_id: int) -> int:
-    """The 64-bit key of a sample's random numbers, signed as int64: SplitMix64 over both numbers, so that neighbouring
+    """The 64-bit key of a sample's random numbers, signed as int64: SplitMix64 over both numbers, so that neighboring
     seeds and ids share nothing (Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
 
     def mix(x: int) -> int:

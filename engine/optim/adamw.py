@@ -2,8 +2,8 @@
 
 Each bucket holds whole parameters back to back. Gradients are summed over micro-batches in fp32, reduce-scattered
 bucket by bucket while the last backward still runs, clipped by the norm over the whole mesh, applied to this rank's
-share of the fp32 masters, and the new weights are gathered back. One data rank is the
-same code with shares that are everything. Experts' buckets do all this over edp: the other data ranks of their ep group
+share of the fp32 masters, and the new weights are gathered back. One DP rank is the
+same code with shares that are everything. Experts' buckets do all this over edp: the other DP ranks of their ep group
 hold other experts, and have sent their tokens' gradients here already.
 """
 
@@ -82,7 +82,7 @@ class _Bucket:
         self.reduced = True
 
     def gather_weights(self) -> None:
-        """Weights of all data ranks from their masters' shares."""
+        """Weights of all DP ranks from their masters' shares."""
         mine = self.weights[self.mine]
         if mine.dtype != torch.float32:
             mine.copy_(self.states["master"])
@@ -191,7 +191,7 @@ class ShardedAdamW:
             bucket.waiting, bucket.reduced, bucket.reduction = len(bucket.named), False, None
 
     def expect_last_backward(self) -> None:
-        """From now on a bucket is reduced over its data ranks as soon as all its gradients have arrived."""
+        """From now on a bucket is reduced over its DP ranks as soon as all its gradients have arrived."""
         self._last_backward = True
 
     def _finish_reduction(self) -> None:

@@ -1,10 +1,10 @@
-"""The frozen weight of a parallel linear in NF4 with double quantisation (QLoRA, https://arxiv.org/abs/2305.14314).
+"""The frozen weight of a parallel linear in NF4 with double quantization (QLoRA, https://arxiv.org/abs/2305.14314).
 
-Every rank reads and quantises its own rectangle of each weight, as it is loaded: nothing is ever whole on a device in
+Every rank reads and quantizes its own rectangle of each weight, as it is loaded: nothing is ever whole on a device in
 the weights' own type. Its codes do not depend on the layout, for a block of 64 lies in one row and no cut divides one.
-The scales' own quantisation does look at the whole weight (its mean, its groups of 256), so the ranks of tp gather the
-scales of one weight, 1/64 of its numbers, quantise them all, and keep their rectangle. So every layout multiplies by
-the same numbers, bit for bit, and they are those of the whole weight quantised at once. That is done in the weight's
+The scales' own quantization does look at the whole weight (its mean, its groups of 256), so the ranks of tp gather the
+scales of one weight, 1/64 of its numbers, quantize them all, and keep their rectangle. So every layout multiplies by
+the same numbers, bit for bit, and they are those of the whole weight quantized at once. That is done in the weight's
 first forward, where the ranks of tp meet anyway: loading has no collective that a rank with a bad disk could miss.
 """
 
@@ -49,7 +49,7 @@ class NF4Weight(nn.Module):
                     f"NF4 needs rows of a multiple of {BLOCK} weights: {list(piece.global_shape)} leaves rows of {cols}"
                     f" on each of {axis.size} ranks of {axis.name}"
                 )
-        self.filled: dict[int, Tensor] = {}  # piece -> its scales [rows, cols / 64] fp32, until they are quantised too
+        self.filled: dict[int, Tensor] = {}  # piece -> its scales [rows, cols / 64] fp32, until they are quantized too
         rows = sum(piece.shape[0] for piece in shard.pieces)
         self.codes: Tensor  # [rows, cols / 2], two codes a byte
         self.scales: Tensor  # [rows, cols / 64], 8-bit codes of the scales
@@ -62,7 +62,7 @@ class NF4Weight(nn.Module):
             self.register_buffer(f"offset_{i}", torch.empty((), device=device))
 
     def sink(self, piece: int) -> Sink:
-        """Where the numbers of a piece go: its `copy_` quantises them."""
+        """Where the numbers of a piece go: its `copy_` quantizes them."""
         return _Part(self, piece)
 
     def _rows(self, index: int) -> slice:
@@ -70,13 +70,13 @@ class NF4Weight(nn.Module):
         return slice(begin, begin + self.pieces[index].shape[0])
 
     def fill(self, index: int, source: Tensor) -> None:
-        """Quantises one piece [rows, cols] from floats."""
+        """Quantizes one piece [rows, cols] from floats."""
         piece, rows = self.pieces[index], self._rows(index)
         assert tuple(source.shape) == piece.shape, f"{list(source.shape)} for a piece of {piece.shape}"
         self.codes[rows], self.filled[index] = quantize_nf4(source.to(self.codes.device))
 
     def _quantize_scales(self) -> None:
-        """Double quantisation of what was filled. Collective over the axis where a piece is cut."""
+        """Double quantization of what was filled. Collective over the axis where a piece is cut."""
         for index, absmax in sorted(self.filled.items()):
             piece = self.pieces[index]
             top, left = piece.offset[0], piece.offset[1] // BLOCK

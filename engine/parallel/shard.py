@@ -75,7 +75,7 @@ class Shard:
 
     `duplicate`: a tied copy (the head on the last pipeline stage) of another rank's tensor, counted and saved there.
     `adapter`: not a weight of the model but of an adapter on one (engine/parallel/lora.py).
-    `experts`: only this place of ep holds these pieces: data ranks of one edp hold copies of it, not all of dp.
+    `experts`: only this place of ep holds these pieces: DP ranks of one edp hold copies of it, not all of dp.
     """
 
     pieces: tuple[Piece, ...]
@@ -86,7 +86,7 @@ class Shard:
 
 
 def sharded_parameter(shard: Shard, *, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """An uninitialised parameter that holds the shard's pieces, stacked along dim 0."""
+    """An uninitialized parameter that holds the shard's pieces, stacked along dim 0."""
     shape = (sum(piece.shape[0] for piece in shard.pieces), *shard.pieces[0].shape[1:])
     parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
     parameter.shard = shard  # pyright: ignore[reportAttributeAccessIssue]
@@ -101,7 +101,7 @@ def shard_of(parameter: nn.Parameter) -> Shard:
 
 
 class Sink(Protocol):
-    """What a weight's numbers can be copied into: a view of a parameter, or a place that keeps them quantised."""
+    """What a weight's numbers can be copied into: a view of a parameter, or a place that keeps them quantized."""
 
     def copy_(self, source: Tensor, /) -> object: ...
 

@@ -43,7 +43,7 @@ def messages(actions: list[Action], stage: int, stages: int) -> list[list[Messag
     """The transfers around each action: entry i happens before action i, the last one after all of them.
 
     What one action makes is sent together with the receipt of what the next one needs. Posted as one batch they match
-    by order (NCCL knows no tags), and neighbours that send to each other at the same time cannot wait for each other.
+    by order (NCCL knows no tags), and neighbors that send to each other at the same time cannot wait for each other.
     """
 
     def needs(action: Action) -> list[Message]:

@@ -15,7 +15,7 @@ from .safetensors_io import fsync
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Gives a new, empty folder, which is on the disk as `folder` once the block ends, and gone where it fails.
 
     What killed processes left beside it is named on stderr and stays: another process may still be filling it.

@@ -1,6 +1,6 @@
 """Checkpoints that any layout reads: named whole tensors, cut into the rectangles that the ranks hold.
 
-A data rank's share of a flat buffer is a run of numbers in a 2-D piece of a weight, and such a run is at most three
+A DP rank's share of a flat buffer is a run of numbers in a 2-D piece of a weight, and such a run is at most three
 rectangles: the rest of a row, whole rows, the start of a row. So masters, moments and averages of every layout are
 lists of (name, rectangle), and loading is intersecting rectangles.
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..mesh import Mesh
 from ..parallel.collectives import gather_objects
-from .atomic import whole_folder
+from .atomic import atomic_folder
 from .safetensors_io import DTYPES, fsync, sha256, write_stream
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ def write(
         ValueError: the folder is not empty, or the entries do not tile every tensor.
         OSError: the disk is full.
     """
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         _fill(aside, state, assets)
         _sign(aside, [_write_share(aside, entries, rank, numbers) for rank, entries in enumerate(ranks)], step=0)
 

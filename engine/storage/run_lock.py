@@ -13,7 +13,7 @@ from typing import IO
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[str]:
+def run_lock(folder: Path) -> Iterator[str]:
     """Keeps others that ask for the same folder out of it until the block or the process ends: a killed run is in
     nobody's way. The folder is made; where nothing is written into it, it is gone afterwards.
 

@@ -1,6 +1,6 @@
 """Work that is kept in parts as it is done: what was killed goes on behind its last part when it is asked for again.
 
-kept = Kept(session, "begun", asked, files)              # what it depends on
+kept = ChunkStore(session, "begun", asked, files)              # what it depends on
 kept.check()
 for part in range(parts):
     if kept.read(f"part_{part}") is None:
@@ -24,7 +24,7 @@ from .fingerprint import changes, chosen
 from .run import Session
 
 
-class Kept:
+class ChunkStore:
     """JSONL files in a folder of the run's. Collective, as all its methods are.
 
     Args:

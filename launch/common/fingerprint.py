@@ -29,7 +29,7 @@ FIXED = (
     *("model.path", "model.critic", "model.reference", "lora", "data", "steps", "run.seed", "run.prompts_per_step"),
     *("rollout.samples_per_prompt", "update.batch_size", "update.ema_decay", "actor.ema_decay", "grpo.ema_decay"),
     *("ppo.epochs", "ppo.minibatches", "grpo.epochs", "grpo.minibatches", "round.method", "round.prompts"),
-    *("round.epochs", "condition.template", "condition.normalise", "condition.buckets"),
+    *("round.epochs", "condition.template", "condition.normalize", "condition.buckets"),
 )
 """Options and sections that stay as they were."""
 FIXED_OF = {

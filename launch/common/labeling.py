@@ -1,6 +1,6 @@
 """The stage between fine-tuning and the reward model: a model answers, a scorer labels, and pairs are written.
 
-Answers are kept in parts as they come; a labelling that was killed goes on behind the last part.
+Answers are kept in parts as they come; a labeling that was killed goes on behind the last part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trialign.engine.config import flatten
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.models.config import HeadKind
 
-from .online import Answering
+from .online import OnlineRun
 from .run import Session
 
 PLACES = ("model.path", "data.sources", "run.output")  # they move with the run's folder
@@ -45,7 +45,7 @@ def main(session: Session[Any]) -> None:
             session.together(lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head), folder)
         )
 
-    answering = Answering(session, cast(Any, config), Show(run.seed), shapes[config.model.path])
+    answering = OnlineRun(session, cast(Any, config), Show(run.seed), shapes[config.model.path])
     policy: Any = build(config.model.path, "lm")
     shaper = RewardShaper(config.reward)
     answering.attach(policy, [build(folder, "score") for folder in config.reward.models])

@@ -44,7 +44,7 @@ class AnswerConfig(Common, Protocol):
     def reward(self) -> RewardConfig: ...
 
 
-class Answering:
+class OnlineRun:
     """Prompts, tokenizer, scorers and how answers are sampled; `attach` adds what answers.
 
     Args:
@@ -97,7 +97,7 @@ class Answering:
         return [(prompt.text, response_text(text, rollout.finish), s) for prompt, rollout, text, s in named]
 
     def scores(self, rollouts: list[Rollout], size: int) -> dict[str, list[Score]]:
-        """Every reward of any number of answers, this data rank's part in micro-batches of `size`. Collective."""
+        """Every reward of any number of answers, this DP rank's part in micro-batches of `size`. Collective."""
         batch = from_rollouts(rollouts).to(self.mesh.device)
         mine = list(range(len(batch)))[my_part(len(batch), self.mesh.dp)]
         shares = [mine[i : i + size] for i in range(0, len(mine), size)]

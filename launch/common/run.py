@@ -39,10 +39,10 @@ from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.logging import MetricLog
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
-from trialign.engine.profiler import Phases, matmul_peak
+from trialign.engine.profiler import Profiler, matmul_peak
 from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.storage import checkpoint
-from trialign.engine.storage.run_lock import sole_writer
+from trialign.engine.storage.run_lock import run_lock
 from trialign.models.hf.save import SCORES, ExportRole, assets, export_checkpoint
 from trialign.models.lora import adapter_facts, export_adapter, has_peft_form, same_adapter
 
@@ -107,7 +107,7 @@ def start(
     try:
         with stopping, mesh_of(config.parallel, config.run.timeout, stopping) as mesh, ExitStack() as stack:
             session = Session(config, mesh, stack, name, stopping)
-            lock = sole_writer(session.folder)
+            lock = run_lock(session.folder)
             session.same_disk(session.together(lambda: stack.enter_context(lock) if mesh.is_main else ""))
             session.open()
             if not session.finished():
@@ -314,7 +314,7 @@ class Session(Generic[Config]):
         dtype = getattr(torch, config.model.dtype)
         self.safe_points = SafePoints(self.stopping, self.mesh, config.run.grace, self._state_of_parts, self._save)
         peak = matmul_peak(dtype, self.mesh.device)
-        self.phases = Phases(self.mesh.device, self.mesh.world.size, peak=peak, around=self._phase)
+        self.phases = Profiler(self.mesh.device, self.mesh.world.size, peak=peak, around=self._phase)
         options = {"backends": config.run.log, "done": self.step, "config": flatten(config), "enabled": main}
         self.log = self.together(lambda: self.stack.enter_context(MetricLog(self.folder, **options)))
         self.progress.start(steps, done=self.step, facts=facts)

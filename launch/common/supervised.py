@@ -1,6 +1,6 @@
 """What scripts that learn from rows (SFT, reward models, DPO, KTO) have in common around a session.
 
-    work = from_rows(session, session.config.data, read)     # model, tokenizer and rows; what learns
+    work = supervised_run(session, session.config.data, read)     # model, tokenizer and rows; what learns
     work.begin()
     work.held_out_before(unseen, measure)
     for _ in session.steps():
@@ -68,7 +68,7 @@ Rows = TypeVar("Rows", bound=RowStream[Any])
 
 
 @dataclass(frozen=True)
-class FromRows(Generic[Rows]):
+class SupervisedRun(Generic[Rows]):
     """What there is before the first step, and what every step does besides its update."""
 
     session: Session[Any]
@@ -205,12 +205,12 @@ def _keep(folder: Path, name: str, sums: Tensor) -> None:
     os.replace(aside, folder / f"{name}.safetensors")
 
 
-def from_rows(
+def supervised_run(
     session: Session[Any],
     section: RowData,
     read: Callable[[PreTrainedTokenizerBase, tuple[int, ...]], Rows],
     kind: HeadKind = "lm",
-) -> FromRows[Rows]:
+) -> SupervisedRun[Rows]:
     """Reads the model's shape and tokenizer, then the rows, then builds what learns from them. Collective.
 
     Args:
@@ -242,4 +242,4 @@ def from_rows(
     )
     name = "actor" if kind == "lm" else "reward"
     learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay, name=name)
-    return FromRows(session, shape, tokenizer, ends, rows, steps, learner)
+    return SupervisedRun(session, shape, tokenizer, ends, rows, steps, learner)

@@ -55,9 +55,9 @@ def curves(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Markup:
         parts.append(curve(line, points, across, up))
         last = points[-1][1]
         at = apart(up(last), [place for place, _ in ends])
-        ends.append((at, line.colour))
+        ends.append((at, line.color))
         place = f'x="{across(points[-1][0]) + 7}" y="{at + 3.5}"'
-        parts.append(f'<text {place} fill="{line.colour}" font-weight="600">{short(last)}</text>')
+        parts.append(f'<text {place} fill="{line.color}" font-weight="600">{short(last)}</text>')
     return svg(parts, f"{panel.title}, {panel.unit}")
 
 
@@ -77,8 +77,8 @@ def curve(line: Line, points: Sequence[tuple[float, float]], across: Scale, up: 
         for x, y in points
     )
     return (
-        f'<g fill="{line.colour}" fill-opacity="{strong}">{dots}</g>'
-        f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2" stroke-linejoin="round"/>'
+        f'<g fill="{line.color}" fill-opacity="{strong}">{dots}</g>'
+        f'<polyline points="{path}" fill="none" stroke="{line.color}" stroke-width="2" stroke-linejoin="round"/>'
     )
 
 
@@ -92,18 +92,18 @@ def histogram(before: Sequence[float], after: Sequence[float], name: str) -> Mar
     across = Scale(low, high, LEFT, WIDTH - RIGHT)
     up = Scale(0, 1.12 * float(max(map(max, heights))), HEIGHT - BOTTOM, TOP)
     parts = [axes(across, up, percent=True)]
-    for shares, colour in zip(heights, (BEFORE, AFTER), strict=True):
+    for shares, color in zip(heights, (BEFORE, AFTER), strict=True):
         corners = [(edges[0], 0.0)]
         for i, share in enumerate(shares):
             corners += [(edges[i], share), (edges[i + 1], share)]
         path = " ".join(f"{across(x)},{up(y)}" for x, y in [*corners, (edges[-1], 0.0)])
         parts.append(
-            f'<polygon points="{path}" fill="{colour}" fill-opacity="0.3" stroke="{colour}" stroke-width="1.5"/>'
+            f'<polygon points="{path}" fill="{color}" fill-opacity="0.3" stroke="{color}" stroke-width="1.5"/>'
         )
-    for values, colour in zip((before, after), (BEFORE, AFTER), strict=True):
+    for values, color in zip((before, after), (BEFORE, AFTER), strict=True):
         middle = across(math.fsum(values) / len(values))
         parts.append(
-            f'<line x1="{middle}" x2="{middle}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{colour}" stroke-width="1.5"'
+            f'<line x1="{middle}" x2="{middle}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{color}" stroke-width="1.5"'
             f' stroke-dasharray="4 3"><title>mean {math.fsum(values) / len(values):.4g}</title></line>'
         )
     return svg(parts, f"distribution of {name}, share of the answers")

@@ -17,7 +17,7 @@ class Line(NamedTuple):
     """One metric in a panel."""
 
     metric: str
-    colour: str
+    color: str
     label: str = ""  # where a panel has several
     exact: bool = False  # drawn as it is: not noise, or measured too rarely to be smoothed
 
@@ -128,17 +128,17 @@ def draw(axis: Any, line: Line, points: Sequence[tuple[float, float]]) -> None:
     x, y = zip(*points, strict=True)
     if line.exact:
         marks = {"marker": "o", "markersize": 4} if len(points) <= 50 else {}
-        axis.plot(x, y, color=line.colour, **BOLD, **marks, label=line.label or None)
+        axis.plot(x, y, color=line.color, **BOLD, **marks, label=line.label or None)
     else:
-        axis.plot(x, y, color=line.colour, **FAINT)
-        axis.plot(x, smooth(y), color=line.colour, **BOLD, label=line.label or None)
+        axis.plot(x, y, color=line.color, **FAINT)
+        axis.plot(x, smooth(y), color=line.color, **BOLD, label=line.label or None)
     axis.annotate(
         f"{y[-1]:.3g}",
         (x[-1], y[-1]),
         xytext=(6, 0),
         textcoords="offset points",
         va="center",
-        color=line.colour,
+        color=line.color,
         fontweight="bold",
         annotation_clip=False,
     )

@@ -159,7 +159,7 @@ def answers(path: Path, model: str, config: RLHFConfig) -> list[Answered]:
 
 
 def true_reward(config: RLHFConfig, scores: Mapping[str, float | None], prefix: str = "") -> float | None:
-    """The weighted sum of the scorers that labelled the preferences, of those that apply; None where none does.
+    """The weighted sum of the scorers that labeled the preferences, of those that apply; None where none does.
 
     Args:
         prefix: of the scorers' names where they are metrics, which have the last part of a name only.
@@ -223,7 +223,7 @@ def cards(
     accuracy = wilson([step["eval_accuracy"] for step in metrics["reward"] if "eval_accuracy" in step][-1], held_out)
     return [
         ("True reward", f"{mean['true'][0]:.2f} → {mean['true'][1]:.2f}", "held-out prompts, before and after PPO"),
-        ("Learned reward", f"{mean['learned'][0]:.2f} → {mean['learned'][1]:.2f}", "what PPO optimised, same answers"),
+        ("Learned reward", f"{mean['learned'][0]:.2f} → {mean['learned'][1]:.2f}", "what PPO optimized, same answers"),
         (
             "Reward model",
             f"{accuracy.value:.0%}",
@@ -243,15 +243,15 @@ def samples(before: Sequence[Answered], after: Sequence[Answered], count: int) -
 def counts(config: RLHFConfig, parts: Stages, root: Path) -> list[tuple[str, ...]]:
     """(what, to learn from, held out)."""
     sides = [len(read_lines(Path(path))) for path in prompt_files(config)]
-    labelled = json.loads((root / "preferences" / "counts.json").read_text(encoding="utf-8"))
+    labeled = json.loads((root / "preferences" / "counts.json").read_text(encoding="utf-8"))
     rows = [("prompts", *map(str, sides))]
     for key, name in (
         ("answers", "answers compared"),
         ("without_score", "of them without a score"),
         ("pairs", "pairs"),
     ):
-        rows.append((name, *(str(labelled[side][key]) for side in ("train", "held_out"))))
-    rows.append(("ties, dropped", *(str(labelled[side]["ties"]) for side in ("train", "held_out"))))
+        rows.append((name, *(str(labeled[side][key]) for side in ("train", "held_out"))))
+    rows.append(("ties, dropped", *(str(labeled[side]["ties"]) for side in ("train", "held_out"))))
     rows.append(("answers PPO learned from", f"{parts.ppo.run.steps * parts.ppo.batch_size:,}", ""))
     return rows
 

@@ -35,7 +35,7 @@ def import_checkpoint(
         output: the checkpoint; must not exist, or be an empty folder.
         tp, pp: the files are cut as the ranks of this layout hold the model, so that each reads only its own. A run in
             any other layout reads it too.
-        dtype: of the numbers; None keeps each tensor's own (float32 for quantised ones).
+        dtype: of the numbers; None keeps each tensor's own (float32 for quantized ones).
 
     Returns:
         the model as it was read, and the role.

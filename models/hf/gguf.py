@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp's) as a source of weights: dequantised a piece at a time, tokenizer and config out of the file.
+"""GGUF files (llama.cpp's) as a source of weights: dequantized a piece at a time, tokenizer and config out of the file.
 
 Weights of LLaMA-like models are as in Hugging Face's folders, but for the rows of q and k in files of architecture
 "llama": there the two halves of each head, which rotate_half keeps apart, are interleaved.
@@ -56,7 +56,7 @@ _REFUSED = {
     "logit_scale": (0, 1),
 }
 _TOKENS = {"bos": "bos", "padding": "pad"}
-_ROWS = 1024  # dequantised at once
+_ROWS = 1024  # dequantized at once
 
 
 def _reader(gguf: Any, path: Path) -> Any:
@@ -82,7 +82,7 @@ class GGUFFile:
 
     Raises:
         ValueError: the package gguf is not installed, the file is damaged or of another architecture, or a tensor is
-            missing, unknown, of another shape or of a type that gguf cannot dequantise.
+            missing, unknown, of another shape or of a type that gguf cannot dequantize.
     """
 
     def __init__(self, path: Path):
@@ -129,12 +129,12 @@ class GGUFFile:
             if kind not in readable:
                 allowed = ", ".join(kind.name for kind in readable)
                 raise ValueError(
-                    f"{self.path}: {name} is {getattr(kind, 'name', f'of type {kind}')}, which gguf cannot dequantise;"
+                    f"{self.path}: {name} is {getattr(kind, 'name', f'of type {kind}')}, which gguf cannot dequantize;"
                     f" allowed: {allowed}"
                 )
 
     def _readable(self, kind: Any) -> bool:
-        """Whether gguf dequantises this type: tried on one block, for no list of them is public."""
+        """Whether gguf dequantizes this type: tried on one block, for no list of them is public."""
         _, size = self.gguf.GGML_QUANT_SIZES[kind]
         try:
             self.gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), kind)

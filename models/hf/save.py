@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ...engine.storage.atomic import whole_folder
+from ...engine.storage.atomic import atomic_folder
 from ...engine.storage.checkpoint import Reader, read_state
 from ...engine.storage.safetensors_io import DTYPES, write_stream
 from ..config import HeadKind, ModelConfig, model_folder, read_json
@@ -140,7 +140,7 @@ def export_hf(
             yield from (tensor[rows].to(dtype) for rows in blocks(tensor.shape))
             del tensor  # else it is held while the next is read
 
-    with whole_folder(folder) as aside:
+    with atomic_folder(folder) as aside:
         shards = _shards(shapes, dtype, shard_bytes)
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         if len(shards) == 1:

@@ -151,7 +151,7 @@ def whole_tensors(held: Iterable[str], config: ModelConfig, head: HeadKind = "lm
 def pieces(model: Decoder) -> Iterator[tuple[str, Piece, Any]]:
     """Every piece of every weight of this stage, adapters left out: (name as `hf_name` gives it, rectangle, numbers).
 
-    The numbers are a view of the parameter, or a `Sink` that quantises what is copied into it. A tied head that is a
+    The numbers are a view of the parameter, or a `Sink` that quantizes what is copied into it. A tied head that is a
     copy (pp > 1) comes under the embedding's name too.
     """
     for place, piece, sink in _placed(model):

@@ -2,7 +2,7 @@
 
 Nothing is said of single weights here: both families' tables name our parameters, so a weight's new name is what the
 other table calls the same part. Baichuan 7B is LLaMA with q, k and v in one tensor, Baichuan2 7B the same once the
-head's rows are normalised, and Qwen 1 within its trained length is Qwen2.
+head's rows are normalized, and Qwen 1 within its trained length is Qwen2.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _FAMILIES = dict(zip(get_args(Target), (LLAMA, QWEN2), strict=True))
 def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm") -> ModelConfig:
     """The config of the family `target` that gives the same logits at all of `config.max_positions`.
 
-    Dynamic NTK does nothing up to there, and log-n attention where its base is no less; a normalised head becomes a
-    plain one, for `Translated` to normalise.
+    Dynamic NTK does nothing up to there, and log-n attention where its base is no less; a normalized head becomes a
+    plain one, for `Translated` to normalize.
 
     Raises:
         ValueError: the family has no words for something in `config`.
@@ -41,7 +41,7 @@ def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm")
             f" positions, and {family.name} scales none"
         )
     if config.norm_head and config.tie_embeddings and head == "lm":
-        raise ValueError(f"{refused} its head is normalised, its embedding is not, and they are one tensor")
+        raise ValueError(f"{refused} its head is normalized, its embedding is not, and they are one tensor")
     if family is LLAMA and config.qkv_bias != config.output_bias:
         raise ValueError(f"{refused} it has biases on q, k and v but not on the output; {family.name} has all or none")
     plain = replace(
@@ -73,11 +73,11 @@ class Translated(Mapping[str, Tensor | Rows]):
         theirs, ours = places(old, head), places(new, head)
         self.tensors = tensors
         self.source = {ours[key].name: theirs[key].name for key in theirs}
-        self.normalised = ours[HEADS["lm"].ours, ""].name if head == "lm" and old.norm_head else None
+        self.normalized = ours[HEADS["lm"].ours, ""].name if head == "lm" and old.norm_head else None
 
     def __getitem__(self, name: str) -> Tensor | Rows:
         tensor = self.tensors[self.source[name]]
-        if name != self.normalised:
+        if name != self.normalized:
             return tensor
         return Rows(tuple(tensor.shape), lambda rows: F.normalize(tensor[rows].float(), dim=-1))
 

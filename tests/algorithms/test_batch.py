@@ -36,7 +36,7 @@ def test_rollouts_are_packed_and_aligned_to_the_predicted_token():
     assert batch.labels.tolist() == [8, 9, 2, 10, 11, 12]
     assert batch.last.tolist() == [4, 6, 11]
     assert batch.max_seqlen == 5 and len(batch) == 3
-    sampling = batch.sampling_logprobs
+    sampling = batch.rollout_logprobs
     assert sampling is not None
     expected = [-0.1 * t if m else 0.0 for t, m in zip(batch.tokens.tolist(), batch.mask.tolist(), strict=True)]
     torch.testing.assert_close(sampling, torch.tensor(expected))
@@ -71,7 +71,7 @@ def test_selecting_equals_packing_only_those_samples(data):
     whole = from_rollouts(rollouts)
     whole = whole.with_(values=torch.arange(len(whole.tokens)).float())
     part, alone = whole.select(chosen), from_rollouts([rollouts[i] for i in chosen])
-    for name in ("tokens", "cu_seqlens", "positions", "mask", "response", "sampling_logprobs"):
+    for name in ("tokens", "cu_seqlens", "positions", "mask", "response", "rollout_logprobs"):
         assert torch.equal(getattr(part, name), getattr(alone, name)), name
     assert part.lengths == alone.lengths and torch.equal(part.mask, alone.mask)
     starts = whole.cu_seqlens.tolist()

@@ -14,7 +14,7 @@ from scripts import AXES, agree, digests, kill_after, metrics, rewound, succeed,
 from tiny import VOCAB, assemble, tiny_chat_model, tiny_llama
 from trialign.algorithms.batch import Batch, Prompt, Rollout, after_prompts, pack
 from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, PromptData, RewardConfig
-from trialign.algorithms.config.grpo import RECIPES, GroupConfig, GRPOConfig, GRPORollout, GRPORun, check
+from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GRPORollout, GRPORun, check
 from trialign.algorithms.grpo import GroupRoles, score, step, update, with_advantages
 from trialign.algorithms.policy_step import plan, without
 from trialign.algorithms.roles.build import build_decoder, build_learner
@@ -28,7 +28,7 @@ from trialign.models.hf.table import hf_name
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
 SCORES = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0, math.nan, 0.25, 0.25])
 # All that may lie across micro-batches: sequence ratios, sample means, a KL and an importance correction of answers.
-WHOLE = GroupConfig(
+WHOLE = GRPOOptions(
     algorithm="gspo",
     clip_low=0.1,
     clip_high=0.1,
@@ -48,14 +48,14 @@ def random_batch(seed: int) -> Batch:
     lengths = torch.randint(3, 20, (8,), generator=generator).tolist()
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     batch = pack(samples, after_prompts(lengths, [max(1, n // 3) for n in lengths]))
-    return batch.with_(sampling_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
+    return batch.with_(rollout_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
 
 
-def config_of(knobs: GroupConfig) -> GRPOConfig:
+def config_of(knobs: GRPOOptions) -> GRPOConfig:
     return GRPOConfig(grpo=knobs, rollout=GRPORollout(max_new_tokens=16, samples_per_prompt=4))
 
 
-def two_updates(rank: int, world: int, folder: Path, layout: tuple[int, int, int], knobs: GroupConfig = WHOLE):
+def two_updates(rank: int, world: int, folder: Path, layout: tuple[int, int, int], knobs: GRPOOptions = WHOLE):
     """Metrics of two batches, and gradients and weights put together from all ranks."""
     tp, pp, dp = layout
     mesh = build_mesh(tp=tp, pp=pp, dp=dp)
@@ -97,8 +97,8 @@ def all_layouts(rank: int, world: int, folder: Path):
     return {(layout, kind): two_updates(rank, world, folder, LAYOUTS[layout], knobs) for layout, kind, knobs in cases}
 
 
-def recipe(algorithm: str) -> GroupConfig:
-    return GroupConfig(algorithm=algorithm, micro_batch_size=3)  # pyright: ignore[reportArgumentType]
+def recipe(algorithm: str) -> GRPOOptions:
+    return GRPOOptions(algorithm=algorithm, micro_batch_size=3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +141,11 @@ def test_micro_batches_do_not_matter(folder, alone, changes):
 @pytest.mark.parametrize("algorithm", RECIPES)
 def test_every_algorithm_on_and_off_policy(folder, algorithm):
     """The first ratio is exactly 1 (update raises otherwise), later ones are not, and the weights move."""
-    knobs = GroupConfig(algorithm=algorithm, minibatches=2, epochs=2, micro_batch_size=2)
+    knobs = GRPOOptions(algorithm=algorithm, minibatches=2, epochs=2, micro_batch_size=2)
     metrics, _ = two_updates(0, 1, folder, (1, 1, 1), knobs)
     assert metrics["ratio_min/0"] < 1 < metrics["ratio_max/0"] and metrics["grad_norm/1"] > 0
     assert ("kl/0" in metrics) == (config_of(knobs).choices.kl_in != "off")
-    once, _ = two_updates(0, 1, folder, (1, 1, 1), GroupConfig(algorithm=algorithm))
+    once, _ = two_updates(0, 1, folder, (1, 1, 1), GRPOOptions(algorithm=algorithm))
     assert once["ratio_min/0"] == once["ratio_max/0"] == 1
 
 
@@ -155,7 +155,7 @@ def test_every_algorithm_on_and_off_policy(folder, algorithm):
 def test_the_kl_in_the_log_is_of_the_actor_s_own_logprobs(folder, cut, kl_in, epochs):
     """Actor and reference are equal before the first step, whatever the sampler's logprobs (made up here) are."""
     mesh, shape = build_mesh(), ModelConfig.from_hf(folder)
-    knobs = GroupConfig(algorithm="dapo", kl_in=kl_in, kl="k1", kl_coef=0.1, epochs=epochs, micro_batch_size=3)
+    knobs = GRPOOptions(algorithm="dapo", kl_in=kl_in, kl="k1", kl_coef=0.1, epochs=epochs, micro_batch_size=3)
     config = dataclasses.replace(config_of(knobs), rollout=GRPORollout(max_new_tokens=16, **cut))
     actor = build_learner(build_decoder(str(folder), shape, mesh, "float32", trained=True), OptimizerConfig(), 8)
     reference = Role(build_decoder(str(folder), shape, mesh, "float32"))
@@ -170,8 +170,8 @@ def test_the_kl_in_the_log_is_of_the_actor_s_own_logprobs(folder, cut, kl_in, ep
 
 def advantages(scores: list[float], group: list[int], **knobs) -> list[float]:
     """What each answer's tokens get; three tokens an answer."""
-    batch = pack([[1, 2, 3]] * len(scores)).with_(sampling_logprobs=torch.zeros(3 * len(scores)))
-    config = config_of(GroupConfig(**knobs))
+    batch = pack([[1, 2, 3]] * len(scores)).with_(rollout_logprobs=torch.zeros(3 * len(scores)))
+    config = config_of(GRPOOptions(**knobs))
     made, _ = with_advantages(without(batch, torch.tensor(scores)), torch.tensor(scores), torch.tensor(group), config)
     assert made.advantages is not None
     assert torch.equal(made.advantages[1::3], made.advantages[2::3]) and not made.advantages[::3].any()
@@ -200,10 +200,10 @@ def test_an_answer_without_a_score_moves_no_baseline():
 
 
 def test_a_kl_in_the_score_comes_before_the_baseline_and_in_the_reward_after_it():
-    batch = pack([[1, 2, 3]] * 2).with_(sampling_logprobs=torch.tensor([0, -1.0, -1.0, 0, -1.0, -1.0]))
+    batch = pack([[1, 2, 3]] * 2).with_(rollout_logprobs=torch.tensor([0, -1.0, -1.0, 0, -1.0, -1.0]))
     batch = batch.with_(ref_logprobs=torch.tensor([0, -1.5, -1.5, 0, -1.0, -1.0]))  # d = 0.5 a token of the first
     scores, group = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
-    base = GroupConfig(algorithm="dr_grpo", kl="k1", kl_coef=0.2)
+    base = GRPOOptions(algorithm="dr_grpo", kl="k1", kl_coef=0.2)
     for where, expected in (("score", [0.4, 0.4, -0.4, -0.4]), ("reward", [0.3, 0.4, -0.5, -0.5])):
         knobs = dataclasses.replace(base, **{"kl_in": where})
         made, metrics = with_advantages(batch, scores, group, config_of(knobs))
@@ -216,9 +216,9 @@ def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     actor = build_learner(model, OptimizerConfig(), 1)
     batch = random_batch(0)
-    batch = batch.with_(logprobs=batch.sampling_logprobs, advantages=batch.spread(torch.ones(len(batch.response))))
+    batch = batch.with_(logprobs=batch.rollout_logprobs, advantages=batch.spread(torch.ones(len(batch.response))))
     with pytest.raises(RuntimeError, match="not at exactly 1"):
-        step(actor, [batch], len(batch.response), config_of(GroupConfig(algorithm="dapo")), first=True)
+        step(actor, [batch], len(batch.response), config_of(GRPOOptions(algorithm="dapo")), first=True)
 
 
 def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:
@@ -228,7 +228,7 @@ def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:
 
 
 def test_groups_without_spread_are_drawn_again_until_there_are_enough():
-    config = config_of(GroupConfig(algorithm="dapo", overlong_buffer=0))
+    config = config_of(GRPOOptions(algorithm="dapo", overlong_buffer=0))
     pool = GroupPool(3, True, 3)
     assert pool.missing == 3
     one = [1, 0, 0, 0, 1, 1, 1, 1, math.nan, 2, 2, 2]
@@ -247,7 +247,7 @@ def test_groups_without_spread_are_drawn_again_until_there_are_enough():
 
 @pytest.mark.parametrize("left_out", [0, 3, 4, 7])
 def test_a_group_of_another_size_is_refused_by_its_row(left_out):
-    config = config_of(GroupConfig(algorithm="dapo", overlong_buffer=0))
+    config = config_of(GRPOOptions(algorithm="dapo", overlong_buffer=0))
     rollouts = drawn([0.0, 1.0] * 4)
     del rollouts[left_out]
     message = rf"p.jsonl:{left_out // 4}: 3 answers, but rollout.samples_per_prompt=4 in every group"
@@ -257,7 +257,7 @@ def test_a_group_of_another_size_is_refused_by_its_row(left_out):
 
 def test_long_answers_pay_and_their_spread_is_judged_before():
     config = dataclasses.replace(
-        config_of(GroupConfig(algorithm="dapo", overlong_buffer=2, overlong_penalty=0.5)),
+        config_of(GRPOOptions(algorithm="dapo", overlong_buffer=2, overlong_penalty=0.5)),
         rollout=GRPORollout(max_new_tokens=4, samples_per_prompt=4),
     )
     (group,) = make_groups(drawn([1.0] * 4), [1.0] * 4, [1.0] * 4, config)
@@ -271,12 +271,12 @@ GIVEN = {
 }
 REFUSED = {
     "one answer": ({"rollout": GRPORollout(samples_per_prompt=1)}, 1, "samples_per_prompt=1: grpo.algorithm=grpo"),
-    "minibatches": ({"grpo": GroupConfig(minibatches=3)}, 1, "256 samples do not divide by grpo.minibatches=3"),
+    "minibatches": ({"grpo": GRPOOptions(minibatches=3)}, 1, "256 samples do not divide by grpo.minibatches=3"),
     "ranks": ({"run": GRPORun(prompts_per_step=1)}, 3, "do not divide by dp=3"),
-    "clip": ({"grpo": GroupConfig(clip_low=1.0)}, 1, "grpo.clip_low=1.0: must be below 1"),
-    "bounds": ({"grpo": GroupConfig(importance_low=3.0)}, 1, "importance_low=3.0 is above importance_high=2.0"),
-    "buffer": ({"grpo": GroupConfig(overlong_buffer=2000)}, 1, "overlong_buffer=2000 is more than"),
-    "budget": ({"grpo": GroupConfig(micro_batch_tokens=99)}, 1, "micro_batch_tokens=99 is less than"),
+    "clip": ({"grpo": GRPOOptions(clip_low=1.0)}, 1, "grpo.clip_low=1.0: must be below 1"),
+    "bounds": ({"grpo": GRPOOptions(importance_low=3.0)}, 1, "importance_low=3.0 is above importance_high=2.0"),
+    "buffer": ({"grpo": GRPOOptions(overlong_buffer=2000)}, 1, "overlong_buffer=2000 is more than"),
+    "budget": ({"grpo": GRPOOptions(micro_batch_tokens=99)}, 1, "micro_batch_tokens=99 is less than"),
     "no reward": ({"reward": RewardConfig()}, 1, "no reward: give"),
 }
 
@@ -313,7 +313,7 @@ max_new_tokens = 8
 samples_per_prompt = 2
 [reward]
 functions = ["{folder}/reward.py:length"]
-normalise = true
+normalize = true
 on_failure = "abstain"
 [optimizer]
 lr = 1e-3

@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.config.preference import DPOModels, KTOConfig, LabelData, check_kto
 from trialign.algorithms.data.dialogues import Sample
-from trialign.algorithms.kto import LabelledStream, partners
+from trialign.algorithms.kto import LabeledStream, partners
 from trialign.engine.mesh import build_mesh
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -64,12 +64,12 @@ def test_each_pool_needs_two_prompts_and_partners_stay_within_it(tiny, tmp_path)
     two, one = write_jsonl(tmp_path / "two.jsonl", both_answers("p", "q")), tmp_path / "one.jsonl"
     write_jsonl(one, both_answers("r"))
     sources = (str(two), str(one))
-    together = LabelledStream(LabelData(sources=sources), tiny, STOP)
+    together = LabeledStream(LabelData(sources=sources), tiny, STOP)
     assert together.partners == [[2, 2, 4, 4, 0, 0]]
     with pytest.raises(ValueError, match=r"data source \S*one.jsonl: all 2 answers are to one prompt"):
-        LabelledStream(LabelData(sources=sources, probabilities="0.5,0.5"), tiny, STOP)
+        LabeledStream(LabelData(sources=sources, probabilities="0.5,0.5"), tiny, STOP)
     write_jsonl(one, both_answers("r", "s"))
-    apart = LabelledStream(LabelData(sources=sources, probabilities="0.5,0.5"), tiny, STOP)
+    apart = LabeledStream(LabelData(sources=sources, probabilities="0.5,0.5"), tiny, STOP)
     assert apart.partners == [[2, 2, 0, 0]] * 2
 
 
@@ -80,7 +80,7 @@ def test_the_script_measures_every_prompt_with_an_answer_to_another(tiny, tmp_pa
     config = SimpleNamespace(data=LabelData(sources=(str(path),)), update=None)
     work = SimpleNamespace(
         session=SimpleNamespace(config=config, mesh=build_mesh()),
-        rows=LabelledStream(config.data, tiny, STOP),
+        rows=LabeledStream(config.data, tiny, STOP),
         steps=3,
         batch_size=2,
         reference_sums=lambda asked, samples, read: torch.arange(float(len(asked))),
@@ -98,10 +98,10 @@ def test_the_script_measures_every_prompt_with_an_answer_to_another(tiny, tmp_pa
 def test_labels_are_compared_over_all_sources(tiny, tmp_path):
     rows = both_answers("p", "q")
     wanted, unwanted = (write_jsonl(tmp_path / f"{name}.jsonl", rows[i::2]) for i, name in enumerate(("yes", "no")))
-    data = LabelledStream(LabelData(sources=(str(wanted), str(unwanted))), tiny, STOP)
+    data = LabeledStream(LabelData(sources=(str(wanted), str(unwanted))), tiny, STOP)
     assert len(data) == 4 and ", 2 of them wanted" in str(data)
     with pytest.raises(ValueError, match=r"yes.jsonl: all 2 answers to learn from have the label True"):
-        LabelledStream(LabelData(sources=(str(wanted),), eval_sources=(str(unwanted),)), tiny, STOP)
+        LabeledStream(LabelData(sources=(str(wanted),), eval_sources=(str(unwanted),)), tiny, STOP)
 
 
 def test_batches_need_a_row_a_rank_and_may_be_odd():

@@ -11,7 +11,7 @@ from harness import run_ranks
 from tiny import VOCAB, assemble, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.batch import Batch, after_prompts, pack
-from trialign.algorithms.config.ppo import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
+from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.policy_step import plan
 from trialign.algorithms.ppo import Roles, score, update, with_rewards
 from trialign.algorithms.roles.role import Learner, Role
@@ -25,7 +25,7 @@ LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]  # 
 CONFIG = PPOConfig(
     actor=ActorConfig(clip_high=0.3, dual_clip=3.0, entropy_coef=0.01, ema_decay=0.9, ptx_coef=0.5),
     critic=CriticConfig(value_clip=0.2),
-    ppo=AlgorithmConfig(kl="k3", kl_coef=0.1, micro_batch_size=4, importance_cap=2.0),
+    ppo=PPOOptions(kl="k3", kl_coef=0.1, micro_batch_size=4, tis_clip=2.0),
 )
 
 
@@ -36,7 +36,7 @@ def random_batch() -> Batch:
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     prompts = [max(1, n // 3) for n in lengths]
     batch = pack(samples, after_prompts(lengths, prompts))
-    return batch.with_(sampling_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
+    return batch.with_(rollout_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
 
 
 def one_step(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_ranks
-from preferences import KINDS, KTO, UPDATE, compare, labelled, odd_batches, pairs, steps, two_steps
+from preferences import KINDS, KTO, UPDATE, compare, labeled, odd_batches, pairs, steps, two_steps
 from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.config.common import OptimizerConfig
@@ -17,7 +17,7 @@ from trialign.algorithms.data.preferences import mismatched
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.dpo import held_out as held_out_dpo
 from trialign.algorithms.kto import held_out as held_out_kto
-from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.micro_batch import plan, plan_scoring
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_quality, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
@@ -247,7 +247,7 @@ def test_accuracy_and_calibration_by_hand():
 
 @pytest.mark.parametrize("count", [7, 8], ids=["odd", "even"])
 def test_kto_is_the_paper_s_formula_with_the_mean_kl_of_mismatched_answers(folders, count):
-    samples, labels = labelled(0, count)
+    samples, labels = labeled(0, count)
     others = [mismatched(samples[i], samples[(i + 1) % count], 64) for i in range(count)]
     policy, reference = theirs(folders["lm"]), theirs(folders["reference"])
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_kto_is_the_paper_s_formula_with_the_mean_kl_of_mismatched_answers(folde
         (1.2 if label else 1.0) * (1 - 1 / (1 + math.exp(-0.2 * (r - point if label else point - r))))
         for r, label in zip(ratios, labels, strict=True)
     ]
-    batch = with_reference(pack_labelled(samples, labels), sums_of(role, samples, UPDATE))
+    batch = with_reference(pack_labeled(samples, labels), sums_of(role, samples, UPDATE))
     metrics = kto_step(learner, batch, plan(batch, UPDATE, learner.mesh), KTO, point)
     assert metrics["loss"] == pytest.approx(sum(losses) / count, rel=1e-5) and metrics["kl"] == point
     good = [0.2 * r for r, label in zip(ratios, labels, strict=True) if label]
@@ -278,9 +278,9 @@ def test_kto_is_the_paper_s_formula_with_the_mean_kl_of_mismatched_answers(folde
 
 
 def test_a_batch_of_one_kind_has_no_margin(folders):
-    samples, _ = labelled(0)
+    samples, _ = labeled(0)
     learner = learner_of(folders["lm"])
-    batch = with_reference(pack_labelled(samples, [True] * 8), torch.zeros(8))
+    batch = with_reference(pack_labeled(samples, [True] * 8), torch.zeros(8))
     metrics = kto_step(learner, batch, plan(batch, UPDATE, learner.mesh), KTOLoss(), 0.0)
     assert "chosen" in metrics and "rejected" not in metrics and "margin" not in metrics
     assert held_out_kto(learner, batch, UPDATE, KTOLoss()) == {}

@@ -135,7 +135,7 @@ def test_two_data_ranks_by_a_token_budget(folder, alone):
 def test_smollm2_s_first_loss_is_transformers(smollm2, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    text = [("What is 2 + 3?", "2 + 3 = 5."), ("Name a colour.", "Blue is a colour, and so is green.")]
+    text = [("What is 2 + 3?", "2 + 3 = 5."), ("Name a color.", "Blue is a color, and so is green.")]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in text))
     shape, tokenizer = ModelConfig.from_hf(smollm2), AutoTokenizer.from_pretrained(smollm2)

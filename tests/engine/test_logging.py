@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from trialign.engine.logging import MetricLog, read_metrics
-from trialign.engine.profiler import Phases, forward_flops, matmul_peak
+from trialign.engine.profiler import Profiler, forward_flops, matmul_peak
 from trialign.models.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_wandb_offline_gets_the_run(tmp_path, monkeypatch):
 
 
 def test_phases_add_up_and_start_anew():
-    phases = Phases(CPU, world=2, peak=500.0)
+    phases = Profiler(CPU, world=2, peak=500.0)
     for tokens in (10, 30):
         with phases("rollout") as phase:
             time.sleep(0.05)

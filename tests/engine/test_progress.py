@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 from trialign.engine import progress as module
-from trialign.engine.profiler import Phases
+from trialign.engine.profiler import Profiler
 from trialign.engine.progress import Pace, Progress, clock, report, sparkline
 
 METRICS = {"reward": 0.5, "kl": 1.25, "tokens_per_s": 1234.0}
@@ -121,7 +121,7 @@ def test_phases_are_works():
         seen.append(name)
         return progress.work(name)
 
-    phases = Phases(torch.device("cpu"), peak=1.0, around=around)
+    phases = Profiler(torch.device("cpu"), peak=1.0, around=around)
     with phases("rollout"):
         pass
     assert seen == ["rollout"]

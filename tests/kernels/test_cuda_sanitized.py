@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels under address, undefined-behaviour and thread sanitizers, run on the CPU by tests/emu; faults
+"""The CUDA C++ kernels under address, undefined-behavior and thread sanitizers, run on the CPU by tests/emu; faults
 planted in the kernels prove each of them, and the emulator's own checks, awake."""
 
 import os
@@ -27,7 +27,7 @@ def objects(tmp_path_factory):
 
 
 def run(driver: Path, *names: str) -> subprocess.CompletedProcess:
-    """The driver without address randomisation, which ThreadSanitizer does not always bear, in shuffled order."""
+    """The driver without address randomization, which ThreadSanitizer does not always bear, in shuffled order."""
     settings = {"EMU_SEED": "7", "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
     command = [*([shutil.which("setarch") or "", "-R"] if shutil.which("setarch") else []), str(driver), *names]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120)

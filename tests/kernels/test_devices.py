@@ -138,11 +138,11 @@ def test_paged_attention(draw, device, slopes, window):
     same(paged_attention, paged_attention_ref, (q, *caches[0]), tables, lengths, 0.125, falling, window)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_moe(draw, device, normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_moe(draw, device, normalize):
     n, k, experts = 33, 3, 10
     logits, weights = draw(n, experts, spread=3), torch.rand(n, k, device=device)
-    check_law(lambda x: moe.route(x, k, normalise), lambda x: moe.route_ref(x, k, normalise), (logits,), (0,))
+    check_law(lambda x: moe.route(x, k, normalize), lambda x: moe.route_ref(x, k, normalize), (logits,), (0,))
     order, offsets = moe.sort_by_expert(chosen := moe.route(logits, k)[1], experts)
     for ours, right in zip((order, offsets), moe.sort_by_expert_ref(chosen, experts), strict=True):
         assert torch.equal(ours, right)

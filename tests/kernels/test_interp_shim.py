@@ -27,7 +27,7 @@ if INTERPRET:
         tl.store(y, tl.program_id(0))
 
     @triton.jit
-    def reads_its_neighbour(y, BLOCK: tl.constexpr):
+    def reads_its_neighbor(y, BLOCK: tl.constexpr):
         i = tl.program_id(0)
         tl.store(y + i, tl.load(y + (i + 1) % BLOCK) + 1)
 
@@ -89,7 +89,7 @@ def test_two_programs_store_to_one_address():
 
 def test_a_program_reads_what_another_writes():
     with pytest.raises(FAULT, match="another one"):
-        reads_its_neighbour[(4,)](torch.zeros(4), 4)
+        reads_its_neighbor[(4,)](torch.zeros(4), 4)
 
 
 def test_atomics_are_no_race():

@@ -21,30 +21,30 @@ def slots(n, k, num, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("n, k, num, _", SIZES)
 @pytest.mark.parametrize("shift", [0.0, 1e4])
-def test_route_law(n, k, num, _, normalise, dtype, shift):
+def test_route_law(n, k, num, _, normalize, dtype, shift):
     torch.manual_seed(n)
     logits = (torch.randn(n, num) * 3 + shift).to(dtype)
-    check_law(lambda x: route(x, k, normalise), lambda x: moe.route_ref(x, k, normalise), (logits,), (0,))
+    check_law(lambda x: route(x, k, normalize), lambda x: moe.route_ref(x, k, normalize), (logits,), (0,))
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_route_by_hand(normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route_by_hand(normalize):
     torch.manual_seed(0)
     logits = torch.randn(7, 5)
     logits[3] = 0.25  # equals rank by index
     logits[4, :3] = -torch.inf
-    weights, experts = route(logits, 2, normalise)
+    weights, experts = route(logits, 2, normalize)
     p = logits.double().softmax(1)
     for n in range(7):
         best = sorted(range(5), key=lambda e: (-p[n, e].item(), e))[:2]
-        expected = p[n, best] / (p[n, best].sum() if normalise else 1)
+        expected = p[n, best] / (p[n, best].sum() if normalize else 1)
         assert experts[n].tolist() == best
         assert torch.allclose(weights[n].double(), expected, atol=1e-6)
     leaf = logits.requires_grad_()
-    (grad,) = torch.autograd.grad(route(leaf, 2, normalise)[0], leaf, torch.randn(7, 2))
+    (grad,) = torch.autograd.grad(route(leaf, 2, normalize)[0], leaf, torch.randn(7, 2))
     assert grad.isfinite().all() and not grad[4, :3].any()
     with pytest.raises(ValueError, match="top-6 of 5 experts"):
         route(logits, 6)
@@ -52,11 +52,11 @@ def test_route_by_hand(normalise):
         route(logits, 0)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_a_row_without_a_number_or_without_an_expert_stays_nan(normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_row_without_a_number_or_without_an_expert_stays_nan(normalize):
     logits = torch.tensor([[1.0, torch.nan, 0.5], [-torch.inf] * 3, [0.0, 1.0, 2.0]], requires_grad=True)
-    weights, experts = route(logits, 2, normalise)
-    reference = moe.route_ref(logits, 2, normalise)
+    weights, experts = route(logits, 2, normalize)
+    reference = moe.route_ref(logits, 2, normalize)
     assert experts.tolist() == reference[1].tolist() == [[1, 0], [0, 1], [2, 1]]
     assert weights.isnan().tolist() == reference[0].isnan().tolist() == [[True] * 2, [True] * 2, [False] * 2]
     (grad,) = torch.autograd.grad(weights[:, 0].sum(), logits)
@@ -100,8 +100,8 @@ def test_reference_gradients():
     torch.manual_seed(0)
     order, weights = slots(4, 2, 3), torch.rand(4, 2).double().requires_grad_()
     x, rows = torch.randn(4, 5).double().requires_grad_(), torch.randn(8, 5).double().requires_grad_()
-    for normalise in (True, False):
-        assert torch.autograd.gradcheck(lambda z, flag=normalise: moe.route_ref(z, 2, flag)[0], (x,))
+    for normalize in (True, False):
+        assert torch.autograd.gradcheck(lambda z, flag=normalize: moe.route_ref(z, 2, flag)[0], (x,))
     assert torch.autograd.gradcheck(lambda x: moe.permute_ref(x, order, 2), (x,))
     assert torch.autograd.gradcheck(lambda r, w: moe.unpermute_ref(r, order, w), (rows, weights))
     weight, offsets = torch.randn(3, 5, 4).double().requires_grad_(), torch.tensor([0, 2, 2, 8])
@@ -109,8 +109,8 @@ def test_reference_gradients():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normalise", [True, False])
-def test_layer_equals_a_loop_over_tokens(dtype, normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_layer_equals_a_loop_over_tokens(dtype, normalize):
     torch.manual_seed(0)
     n, k, num, h, f = 19, 2, 6, 24, 40
     x, up, down = torch.randn(n, h).to(dtype), torch.randn(num, h, f).to(dtype), torch.randn(num, f, h).to(dtype)
@@ -118,7 +118,7 @@ def test_layer_equals_a_loop_over_tokens(dtype, normalise):
     logits[:, 4] = -50.0  # an expert nobody chooses
 
     def layer(x, up, down, logits):
-        weights, experts = route(logits, k, normalise)
+        weights, experts = route(logits, k, normalize)
         order, offsets = sort_by_expert(experts, num)
         rows = grouped_matmul(grouped_matmul(permute(x, order, k), up, offsets).relu(), down, offsets)
         return unpermute(rows, order, weights)
@@ -126,7 +126,7 @@ def test_layer_equals_a_loop_over_tokens(dtype, normalise):
     def loop(x, up, down, logits):
         chosen = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
         p = logits.softmax(1).gather(1, chosen)
-        weights = (p / p.sum(1, keepdim=True) if normalise else p).to(x.dtype)
+        weights = (p / p.sum(1, keepdim=True) if normalize else p).to(x.dtype)
         rows = [
             sum(weights[t, j] * ((x[t] @ up[e]).relu() @ down[e]) for j, e in enumerate(chosen[t].tolist()))
             for t in range(n)
@@ -182,9 +182,9 @@ def test_opcheck(dtype):
     ops, check, order = torch.ops.trialign, torch.library.opcheck, slots(6, 2, 5)
     logits, x, rows = (torch.randn(*s).to(dtype).requires_grad_() for s in ((6, 5), (6, 9), (12, 9)))
     weights, experts = (t.detach() for t in route(logits, 2, False))
-    for normalise in (True, False):
-        check(ops.route.default, (logits, 2, normalise))
-        check(ops.route_backward.default, (torch.randn(6, 2), logits.detach(), weights, experts, normalise))
+    for normalize in (True, False):
+        check(ops.route.default, (logits, 2, normalize))
+        check(ops.route_backward.default, (torch.randn(6, 2), logits.detach(), weights, experts, normalize))
     check(ops.sort_by_expert.default, (experts, 5))
     check(ops.permute.default, (x, order, 2))
     check(ops.unpermute.default, (rows, order, weights.requires_grad_(), 2))

@@ -31,7 +31,7 @@ def test_codes_are_the_nearest_and_survive_a_round_trip():
     assert torch.equal(again[0], codes) and torch.equal(again[1], absmax)
 
 
-def test_codes_do_not_depend_on_how_many_rows_are_quantised_at_a_time(monkeypatch):
+def test_codes_do_not_depend_on_how_many_rows_are_quantized_at_a_time(monkeypatch):
     torch.manual_seed(0)
     weight = torch.randn(100, 192)
     whole = quantize_nf4(weight)

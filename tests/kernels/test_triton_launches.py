@@ -122,9 +122,9 @@ def launch_experts(dtype):
         for k in {1, min(2, experts), min(10, experts)}:
             logits, chosen = torch.zeros(1, experts, dtype=dtype), torch.zeros(1, k, dtype=torch.long)
             order, weights, rows = torch.arange(k), torch.ones(1, k), x.repeat(k, 1)
-            for normalise in (True, False):
-                moe.route_triton(logits, k, normalise)
-                moe.route_backward_triton(weights, logits, weights, chosen, normalise)
+            for normalize in (True, False):
+                moe.route_triton(logits, k, normalize)
+                moe.route_backward_triton(weights, logits, weights, chosen, normalize)
             moe.sort_by_expert_triton(chosen, experts)
             moe.permute_triton(x, order, k)
             for given in (None, weights):

@@ -24,19 +24,19 @@ def with_grads(function, leaves, upstream):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("n, k, num, shift", [(0, 2, 3, 0.0), (1, 1, 1, 0.0), (19, 2, 5, 1e4), (17, 6, 40, 0.0)])
-def test_route(dtype, normalise, n, k, num, shift):
+def test_route(dtype, normalize, n, k, num, shift):
     torch.manual_seed(0)
     logits = (torch.randn(n, num, device=DEVICE) * 3 + shift).to(dtype)
     logits[:1] = 0.5  # equals rank by index
     logits[1:2, 1:] = -torch.inf
     grad = torch.randn(n, k, device=DEVICE)
-    weights, experts = moe.route_triton(logits, k, normalise)
-    assert torch.equal(experts, moe.route_ref(logits, k, normalise)[1])
-    ours = weights, moe.route_backward_triton(grad, logits, weights, experts, normalise)
+    weights, experts = moe.route_triton(logits, k, normalize)
+    assert torch.equal(experts, moe.route_ref(logits, k, normalize)[1])
+    ours = weights, moe.route_backward_triton(grad, logits, weights, experts, normalize)
     eager, exact = (
-        with_grads(lambda z: moe.route_ref(z, k, normalise)[0], (z,), grad) for z in (logits, logits.double())
+        with_grads(lambda z: moe.route_ref(z, k, normalize)[0], (z,), grad) for z in (logits, logits.double())
     )
     for name, got, plain, right in zip(("weights", "dlogits"), ours, eager, exact, strict=True):
         assert_law(got, plain, right, name)
@@ -44,8 +44,8 @@ def test_route(dtype, normalise, n, k, num, shift):
 
 def test_a_row_without_a_number_stays_nan():
     logits = torch.tensor([[1.0, torch.nan, 0.5], [-torch.inf] * 3, [0.0, 1.0, 2.0]], device=DEVICE)
-    for normalise in (True, False):
-        weights, experts = moe.route_triton(logits, 2, normalise)
+    for normalize in (True, False):
+        weights, experts = moe.route_triton(logits, 2, normalize)
         assert experts.tolist() == [[1, 0], [0, 1], [2, 1]]
         assert weights.isnan().any(1).tolist() == [True, True, False]
 

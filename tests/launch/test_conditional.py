@@ -35,7 +35,7 @@ from trialign.engine.mesh import build_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
-RAW = ConditionConfig(normalise=False)
+RAW = ConditionConfig(normalize=False)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_the_reward_stands_behind_the_user_s_last_words_and_only_the_answer_is_l
     assert prompts[1].endswith("c <rm_score>: 1.00 </s><s>assistant: ")  # asked for the best, not for its own
 
 
-def test_normalised_then_bucketed_under_a_template_of_one_s_own(tokenizer, tmp_path):
+def test_normalized_then_bucketed_under_a_template_of_one_s_own(tokenizer, tmp_path):
     values = [0.0, 1.0, 2.0, 7.0]
     lines = [{"prompt": "p", "response": "r", "reward": value} for value in values]
     scaled = [(value - 2.5) / statistics.stdev(values) for value in values]

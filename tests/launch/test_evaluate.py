@@ -275,7 +275,7 @@ def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
     def kept(seed: int, show: int = 0) -> Any:
         config = parse(EvaluateConfig, options(run_output=tmp_path, run_seed=seed, run_show=show))
         session = scripts.session.Session(config, build_mesh(), ExitStack(), "s", unheard(scripts))
-        return scripts.kept.Kept(session, "begun", ("run.seed",), [str(file), str(tmp_path / "nowhere")])
+        return scripts.kept.ChunkStore(session, "begun", ("run.seed",), [str(file), str(tmp_path / "nowhere")])
 
     assert kept(1).read("part_0") is None
     kept(1).write("part_0", [text, (1, None)])
@@ -323,7 +323,7 @@ SCORED = {"reward_functions": "a.py:f"}
         ({"model_against": "n"}, "model.against=n: wins are counted by a reward, and none is given"),
         ({"dialogues_eval_fraction": 0.5}, "dialogues.eval_sources and dialogues.eval_fraction: all of"),
         ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities='1.0': each row of text.sources"),
-        (SCORED | {"reward_normalise": True}, "reward.normalise=True: must be False here"),
+        (SCORED | {"reward_normalize": True}, "reward.normalize=True: must be False here"),
         (SCORED | {"reward_clip": 3.0}, "reward.clip=3.0: must be .* here, where scores are taken as they are"),
         (SCORED | {"reward_missing_eos_penalty": 1.0}, "reward.missing_eos_penalty=1.0: must be 0.0 here"),
         (SCORED | {"model_against": "./m"}, "model.against=./m: is model.path itself"),

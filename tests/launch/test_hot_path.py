@@ -46,9 +46,9 @@ for found in pkgutil.iter_modules(trialign.kernels.__path__):
 
 sys.path.insert(0, sys.argv[1])
 import ppo, session
-from trialign.engine.profiler import Phases
+from trialign.engine.profiler import Profiler
 
-class Profiled(Phases):
+class Profiled(Profiler):
     @contextlib.contextmanager
     def __call__(self, name):
         with super().__call__(name) as phase, profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -56,7 +56,7 @@ class Profiled(Phases):
         ops = {event.key for event in seen.key_averages()}
         used[name] = sorted(op.removeprefix("trialign::") for op in ops if op.startswith("trialign::"))
 
-session.Phases = Profiled
+session.Profiler = Profiled
 session.Session.finish = lambda *_: None  # behind the last step, and half of the run's time
 session.start(ppo.PPOConfig, ppo.check, ppo.main, "ppo", sys.argv[3:])
 with open(sys.argv[2], "w") as file:

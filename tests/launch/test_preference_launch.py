@@ -43,7 +43,7 @@ METRICS = {
     "dpo": ("loss", "accuracy", "chosen", "rejected", "margin", "nll"),
     "kto": ("loss", "kl"),
 }
-SCRIPTS = {name: "reward" if name == "process" else name for name in METRICS}  # process: labelled steps
+SCRIPTS = {name: "reward" if name == "process" else name for name in METRICS}  # process: labeled steps
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def setting(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("preference")
     tiny_chat_model(folder / "model", num_hidden_layers=2)
     pairs = [{"prompt": f"say {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no" * (1 + i % 4)} for i in range(14)]
-    labelled = [
+    labeled = [
         {"prompt": row["prompt"], "response": row[key], "label": key == "chosen"}
         for row in pairs
         for key in ("chosen", "rejected")
@@ -62,7 +62,7 @@ def setting(tmp_path_factory) -> Path:
         for i, row in enumerate(pairs)
         for labels in [[True] * (1 + i % 2) + [False] * (1 + i % 3)]
     ]
-    for name, rows in (("reward", pairs), ("process", steps), ("dpo", pairs), ("kto", labelled)):
+    for name, rows in (("reward", pairs), ("process", steps), ("dpo", pairs), ("kto", labeled)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.toml").write_text(f"""
 [model]

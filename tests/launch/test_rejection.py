@@ -272,7 +272,7 @@ def test_sft_on_the_winners_killed_within_the_round_ends_bit_for_bit_the_same(se
     ("changes", "message"),
     [
         ({"rollout_samples_per_prompt": 1}, "rollout.samples_per_prompt=1: the best of one answer is no choice"),
-        ({"reward_normalise": True}, "reward.normalise=True: answers to one prompt are compared"),
+        ({"reward_normalize": True}, "reward.normalize=True: answers to one prompt are compared"),
         ({"reward_functions": ()}, "no reward: give reward.functions"),
         ({"update_batch_size": 3, "parallel_dp": 2}, "update.batch_size=3 rows do not divide by dp=2"),
     ],

@@ -33,7 +33,7 @@ def test_curves_are_drawn_even_where_steps_lack_a_metric(report, tmp_path):
     assert report.plot(nothing, tmp_path / "empty.png", report.PPO_PANELS).stat().st_size > 1000
 
 
-def test_smoothing_is_a_centred_mean(report):
+def test_smoothing_is_a_centered_mean(report):
     assert report.smooth([0.0, 3.0, 6.0, 0.0], span=3) == [1.5, 3.0, 3.0, 3.0]
 
 

@@ -40,7 +40,7 @@ max_new_tokens = 8
 samples_per_prompt = 2
 [reward]
 functions = ["{folder}/reward.py:length"]
-normalise = true
+normalize = true
 [actor]
 ema_decay = 0.9
 ptx_coef = 0.1

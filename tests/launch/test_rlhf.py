@@ -22,7 +22,7 @@ from trialign.algorithms.config.rlhf import (
     prompt_files,
     stages,
 )
-from trialign.algorithms.data.labeling import label, read_labelled, split_prompts
+from trialign.algorithms.data.labeling import label, read_labeled, split_prompts
 from trialign.algorithms.data.responses import Answer
 from trialign.engine.config import load, parse
 
@@ -57,7 +57,7 @@ def test_the_better_of_two_answers_is_chosen_and_ties_are_counted():
 
 def test_pairs_are_read_back_token_for_token(tmp_path):
     rows = label([answer(7, 1, 0.0), answer(7, 3, 1.0)], 1).pairs
-    (pair,) = read_labelled(str(write_jsonl(tmp_path / "pairs.jsonl", rows)))
+    (pair,) = read_labeled(str(write_jsonl(tmp_path / "pairs.jsonl", rows)))
     assert list(pair.chosen.tokens) == [5, 7, 3, 2] and list(pair.rejected.tokens) == [5, 7, 1, 2]
     assert list(pair.chosen.mask) == [0, 0, 1, 1] and pair.margin == 0.0
 
@@ -105,7 +105,7 @@ SCORER = {"preferences_reward.functions": "r.py:f"}
         ({"sft_data.sources": ()}, r"\[sft\] data.sources is not given"),
         ({"preferences_reward.functions": ()}, r"\[preferences\] no reward: give reward.functions"),
         ({"preferences_run.pairs": 3}, r"\[preferences\] rollout.samples_per_prompt=4: run.pairs=3 needs two answers"),
-        ({"preferences_reward.normalise": True}, r"\[preferences\] reward.normalise=True"),
+        ({"preferences_reward.normalize": True}, r"\[preferences\] reward.normalize=True"),
         ({"ppo_ppo.minibatches": 3}, r"\[ppo\] .* do not divide by ppo.minibatches=3"),
         ({"sft_model.path": "x"}, "sft.model.path=x: the pipeline fills it in; give model.path"),
         ({"reward_parallel.tp": 2}, "reward.parallel.tp=2: the pipeline fills it in; give parallel"),

@@ -20,7 +20,7 @@ from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.config.sft import SFTConfig, check
 from trialign.engine.config import load, parse
 from trialign.engine.mesh import build_mesh
-from trialign.engine.storage.run_lock import sole_writer
+from trialign.engine.storage.run_lock import run_lock
 
 STEPS = 3
 
@@ -229,7 +229,7 @@ def on_disks(rank: int, world: int, folder: Path, output: str) -> str:
         with ExitStack() as stack:
             config, stopping = parse(SFTConfig, words(run_output=output)), session.Stopping(Path("nowhere"), rank == 0)
             run = session.Session(config, build_mesh(dp=world), stack, "sft", stopping)
-            run.same_disk(stack.enter_context(sole_writer(run.folder)) if rank == 0 else "")
+            run.same_disk(stack.enter_context(run_lock(run.folder)) if rank == 0 else "")
         return ""
     except SystemExit as error:
         return str(error)

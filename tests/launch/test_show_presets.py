@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "show_presets.py"
 # Two prompts with two answers each: of different lengths, one with another's words in between, one far from its
 # sampler, one reward above every clip.
 BATCH = [
-    {"group": "a", "reward": 12, "logprobs": [-1.0], "old_logprobs": [-1.2], "sampling_logprobs": [-2.5],
+    {"group": "a", "reward": 12, "logprobs": [-1.0], "old_logprobs": [-1.2], "rollout_logprobs": [-2.5],
      "ref_logprobs": [-1.5], "values": [0.5], "old_values": [0.2]},
     {"group": "a", "reward": 0, "logprobs": [-2.0, -9.0, -0.5], "old_logprobs": [-1.0, -9.0, -0.8],
      "ref_logprobs": [-1.5, -9.0, -0.8], "values": [1.0, 7.0, 0.0], "old_values": [0.4, 7.0, 0.1], "mask": [1, 0, 1]},

@@ -52,7 +52,7 @@ max_new_tokens = 8
 samples_per_prompt = 2
 [reward]
 functions = ["{folder}/reward.py:length"]
-normalise = true
+normalize = true
 time_limit = 2.5
 [actor]
 ema_decay = 0.9

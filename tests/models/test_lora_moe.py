@@ -73,8 +73,8 @@ def test_logits_gradients_and_a_step_are_those_of_the_merged_weights(folder):
     assert_near({n.removeprefix("master/"): t for n, t in ours.items() if n.startswith("master/")}, dict(leaves), 1e-4)
 
 
-def test_a_normalised_head_is_that_of_the_merged_weights(tmp_path):
-    """Baichuan2's: rows and their adapter are normalised together; over tp each rank takes its own rows' lengths."""
+def test_a_normalized_head_is_that_of_the_merged_weights(tmp_path):
+    """Baichuan2's: rows and their adapter are normalized together; over tp each rank takes its own rows' lengths."""
     folder, lora = tiny_family(tmp_path, "baichuan2-7b"), LoRA(2, 4.0, ("head",))
     before = {n: t.clone() for n, t in masters(learner(adapted(folder, lora))).items()}
     a, b = (adapter_name("lm_head.weight", letter) for letter in "AB")
@@ -148,7 +148,7 @@ def test_the_generator_samples_with_the_adapters(folder):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-def test_a_quantised_mixture_is_the_dequantised_one(folder):
+def test_a_quantized_mixture_is_the_dequantized_one(folder):
     """Logits, gradients and a step; in NF4 are all matrices but the embedding, the head and the routers."""
     model, floats = adapted(folder, QUANTIZED), adapted(folder, EVERY)
     names = {name.rpartition(".")[0] for name, module in model.named_modules() if isinstance(module, NF4Weight)}
@@ -165,5 +165,5 @@ def test_a_quantised_mixture_is_the_dequantised_one(folder):
             weight.copy_(nf4.dequantized(torch.float32))
         expected = floats.logits(stage_forward(floats, batch, None))
     assert_near({"logits": got}, {"logits": expected})
-    assert (got - exact).norm() > 0.01 * exact.norm()  # quantised it is
+    assert (got - exact).norm() > 0.01 * exact.norm()  # quantized it is
     assert_near(held(train(model, 1)), held(train(floats, 1)))

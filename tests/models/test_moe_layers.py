@@ -38,7 +38,7 @@ def transformers_block(family: str) -> tuple[Any, MoEConfig]:
         block = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(norm_topk_prob=True, **qwen))
     else:
         block = Qwen2MoeSparseMoeBlock(Qwen2MoeConfig(norm_topk_prob=False, shared_expert_intermediate_size=12, **qwen))
-        ours = dataclasses.replace(ours, normalise=False, shared_ffn_size=12)
+        ours = dataclasses.replace(ours, normalize=False, shared_ffn_size=12)
     generator = torch.Generator().manual_seed(0)
     for parameter in block.parameters():
         parameter.data.normal_(0, 0.3, generator=generator)
@@ -155,7 +155,7 @@ def documents() -> list[list[int]]:
 def one_step(
     rank: int, world: int, sizes: dict[str, Any], moe: MoEConfig, recompute: bool, max_tokens: int, samples: int = 1
 ):
-    """One optimizer step of language modelling: metrics, whole gradients, weights and moments, logprobs after it."""
+    """One optimizer step of language modeling: metrics, whole gradients, weights and moments, logprobs after it."""
     mesh = build_mesh(**sizes)
     model = moe_decoder(moe_config(moe), mesh, recompute=recompute)
     optimizer = ShardedAdamW(model, mesh, eps=1e-5, max_grad_norm=0.5)

@@ -86,14 +86,14 @@ def in_floats(model: Decoder, folder: Path, adapter: Path) -> Decoder:
     return plain
 
 
-def test_logits_and_gradients_are_those_of_the_dequantised_weights(folder, adapter):
+def test_logits_and_gradients_are_those_of_the_dequantized_weights(folder, adapter):
     model = build(folder, build_mesh(), ON, adapter)
     plain, base = in_floats(model, folder, adapter), build(folder, build_mesh(), LoRA(4, 8.0), adapter)
     batch = pack(samples(VOCAB))
     with torch.no_grad():
         got, expected, exact = (m.logits(stage_forward(m, batch, None)) for m in (model, plain, base))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert (got - exact).norm() > 0.01 * exact.norm()  # quantised it is
+    assert (got - exact).norm() > 0.01 * exact.norm()  # quantized it is
     assert_near(held(train(model, 2)), held(train(plain, 2)))
 
 
@@ -105,7 +105,7 @@ def test_layouts_equal_one_process_after_two_steps(folder, adapter, layout):
 
 
 def rectangles(rank: int, world: int, folder: Path, tp: int, pp: int) -> list[tuple]:
-    """(parameter, part, offset, numbers) of every piece of every quantised weight."""
+    """(parameter, part, offset, numbers) of every piece of every quantized weight."""
     model = build(folder, build_mesh(tp=tp, pp=pp), ON)
     found = []
     for name, module in model.named_modules():
@@ -142,16 +142,16 @@ def test_a_base_of_4_bits_a_weight_and_nothing_in_floats_kept_for_the_backward(f
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         hidden = stage_forward(model, batch, None)
     hidden.sum().backward()
-    quantised = [m for m in model.modules() if isinstance(m, NF4Weight)]
-    stored = sum(b.numel() * b.element_size() for m in quantised for b in m.buffers())
+    quantized = [m for m in model.modules() if isinstance(m, NF4Weight)]
+    stored = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
     groups = sum(
-        4 * (math.ceil(p.global_shape[0] * p.global_shape[1] / 64 / 256) + 1) for m in quantised for p in m.pieces
+        4 * (math.ceil(p.global_shape[0] * p.global_shape[1] / 64 / 256) + 1) for m in quantized for p in m.pieces
     )
     assert stored == weights // 2 + weights // 64 + groups  # 4.125 bits a weight and the groups' scales
-    assert not any(m.filled for m in quantised)
+    assert not any(m.filled for m in quantized)
     # Of a weight the backward keeps its codes: a tensor of its own size in floats is not among what is saved.
-    sizes = {n for m in quantised for n in (m.codes.numel() * 8, m.scales.numel() * 4)}
-    codes = {m.codes.data_ptr() for m in quantised[1:]}  # the first one's input needs no gradient
+    sizes = {n for m in quantized for n in (m.codes.numel() * 8, m.scales.numel() * 4)}
+    codes = {m.codes.data_ptr() for m in quantized[1:]}  # the first one's input needs no gradient
     activations = len(batch.tokens) * 4 * 256 * 2
     assert codes <= held_bytes.keys()
     assert not [n for n in held_bytes.values() if n in sizes and n > activations]

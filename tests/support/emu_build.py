@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or ""
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-w", f"-I{ROOT / 'tests' / 'kernels' / 'emu'}"]
-# Optimising for it takes longer than what the optimised code saves; ThreadSanitizer misses a planted race without.
+# Optimizing for it takes longer than what the optimized code saves; ThreadSanitizer misses a planted race without.
 ASAN = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 TSAN = ["-fsanitize=thread"]
 

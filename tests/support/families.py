@@ -114,7 +114,7 @@ def peer_class(name: str, kind: str = "ForCausalLM") -> Any:
 
 
 def shake(tensors: Mapping[str, Tensor], seed: int) -> None:
-    """Random numbers in every tensor, biases and norms too: what is initialised to 0 or 1 would hide a mistake."""
+    """Random numbers in every tensor, biases and norms too: what is initialized to 0 or 1 would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(tensors.items()):
         noise = torch.randn(tensor.shape, generator=generator)

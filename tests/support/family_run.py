@@ -57,7 +57,7 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
     gradients = []
     for name, parameter in model.named_parameters():
         begin, shard = 0, shard_of(parameter)
-        # Every data rank runs the whole batch here; an expert gets the tokens of all ranks of ep.
+        # Every DP rank runs the whole batch here; an expert gets the tokens of all ranks of ep.
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradient = gradient / ep if shard.experts else gradient
         for piece in shard.pieces:

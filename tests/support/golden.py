@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.convention import GroupConvention, PPOConvention, changed
-from trialign.algorithms.config.grpo import Choices, GroupConfig, GRPOConfig
-from trialign.algorithms.config.ppo import AlgorithmConfig, CriticConfig, PPOConfig
+from trialign.algorithms.config.grpo import Choices, GRPOConfig, GRPOOptions
+from trialign.algorithms.config.ppo import CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.config.presets import PRESETS, Convention, ConventionName
 from trialign.algorithms.losses.aggregation import Segments
 
@@ -69,13 +69,13 @@ def rules(case: Case, **said: Any) -> Convention:
 def choices(case: Case, algorithm: Any, **said: Any) -> Choices:
     """What our grpo.algorithm does under the preset of the case's framework, with what its args say instead."""
     convention = GroupConvention(NAMES[case["framework"]])
-    return GRPOConfig(grpo=GroupConfig(algorithm=algorithm, **said), convention=convention).choices
+    return GRPOConfig(grpo=GRPOOptions(algorithm=algorithm, **said), convention=convention).choices
 
 
 def ppo_config(case: Case, value_clip: float = -1, **said: Any) -> PPOConfig:
     """PPO under the preset of the case's framework, with what its args say instead."""
     convention = PPOConvention(NAMES[case["framework"]])
-    return PPOConfig(ppo=AlgorithmConfig(**said), critic=CriticConfig(value_clip=value_clip), convention=convention)
+    return PPOConfig(ppo=PPOOptions(**said), critic=CriticConfig(value_clip=value_clip), convention=convention)
 
 
 class Rows:
@@ -102,7 +102,7 @@ class Rows:
         """The batch that PPO's functions take, out of packed tensors; the sampler's logprobs are the old ones."""
         tokens, lengths = torch.zeros_like(self.mask, dtype=torch.int64), (self.shape[1] + 1,) * self.shape[0]
         if "logprobs" in per_token:
-            per_token["sampling_logprobs"] = per_token["logprobs"]
+            per_token["rollout_logprobs"] = per_token["logprobs"]
         return Batch(tokens, lengths, self.mask).with_(**per_token)
 
 

@@ -24,7 +24,7 @@ def balance(case: Case) -> Outputs:
     routing = Routing(torch.tensor([0, int(there.sum())], dtype=torch.int32), 1 / int(there.sum()))
     losses = []
     for layer, each in enumerate(logits):
-        _, chosen = route(each[there].float(), moe.top_k, moe.normalise)
+        _, chosen = route(each[there].float(), moe.top_k, moe.normalize)
         losses.append(routing.losses(layer, each[there], chosen, torch.tensor(0), moe))
     config = moe_config(moe, num_layers=len(names))
     outputs: Outputs = {"loss": router_metrics([routing], config, build_mesh())["router_aux_loss"]}

@@ -79,7 +79,7 @@ def whitening_by_row(case: Case) -> Outputs:
 
 
 @adapter("verl", "apply_kl_penalty")
-def penalised_scores(case: Case) -> Outputs:
+def penalized_scores(case: Case) -> Outputs:
     rows, args = Rows(tensor(case, "response_mask")), case["args"]
     kind: Any = SPELLINGS.get(args["kl_penalty"], args["kl_penalty"])
     kl = kl_estimate(tensor(case, "old_log_probs"), tensor(case, "ref_log_prob"), kind, rules(case).kl)

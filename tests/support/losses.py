@@ -18,14 +18,14 @@ from trialign.algorithms import policy_step as online
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.convention import PPOConvention
-from trialign.algorithms.config.grpo import RECIPES, GroupConfig, GRPOConfig, GRPORollout
-from trialign.algorithms.config.ppo import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
+from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GRPORollout
+from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss
 from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.data.documents import Piece, pack_rows, plan_rows
 from trialign.algorithms.data.preferences import Pair, mismatched
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
-from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
@@ -95,7 +95,7 @@ class Models:
         tp, pp, dp = layout
         self.folders = folders
         self.mesh = build_mesh(tp=tp, pp=pp, dp=dp)
-        self.spread = build_mesh(tp=tp, pp=pp, dp=dp, ep=dp)  # experts over the data ranks
+        self.spread = build_mesh(tp=tp, pp=pp, dp=dp, ep=dp)  # experts over the DP ranks
 
     def _learner(self, name: str) -> Learner:
         mesh = self.spread if name == "mixture" else self.mesh
@@ -174,7 +174,7 @@ def kto(models: Models, draw: Draw) -> Iterator[Step]:
     for i in draw.order:
         others.append(draw.padded(mismatched(plain[i], plain[(i + 1) % draw.count], LONGEST), i))
     z = reference_point(models.lm, others, sums_of(models.reference, others, draw.update) - 4, draw.update)
-    batch = pack_labelled(draw.answers, [i % 3 == 0 for i in draw.order])
+    batch = pack_labeled(draw.answers, [i % 3 == 0 for i in draw.order])
     batch = with_reference(batch, sums_of(models.reference, draw.answers, draw.update))
     loss = KTOLoss(beta=0.2, desirable_weight=1.2)
     assert z > 0
@@ -186,7 +186,7 @@ def answered(actor: Learner, draw: Draw, passes: online.Passes) -> tuple[Batch, 
     batch = online.without(pack_samples(draw.answers), draw.scores)
     ((minibatch,),) = online.plan(batch, passes, actor.mesh, seed=draw.seed)
     sampled = actor.logprobs(batch, minibatch.shares) + draw.noise(batch, 0.2, 1)
-    return batch.with_(sampling_logprobs=sampled), minibatch
+    return batch.with_(rollout_logprobs=sampled), minibatch
 
 
 def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]:
@@ -207,13 +207,13 @@ def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]
     yield models.score, metrics
     old = models.lm.logprobs(batch, minibatch.shares) + draw.noise(batch, 0.4, 3)
     batch, _ = ppo.with_advantages(batch.with_(logprobs=old), config)
-    weighted = online.with_weights(batch, minibatch, config.rules.aggregation)
+    weighted = online.set_loss_weights(batch, minibatch, config.rules.aggregation)
     parts = [weighted.select(share) for share in minibatch.shares]
     targets = online.target_count(batch, minibatch)
     yield models.lm, ppo.actor_step(models.lm, parts, targets, config, ptx, first=False)
 
 
-def grpo_updates(models: Models, draw: Draw, knobs: GroupConfig, role: str = "lm") -> Iterator[Step]:
+def grpo_updates(models: Models, draw: Draw, knobs: GRPOOptions, role: str = "lm") -> Iterator[Step]:
     """The update on the policy, then a step off it, so that clips decide. Rows 2i and 2i + 1 are a group."""
     knobs = replace(knobs, micro_batch_size=draw.size, micro_batch_tokens=draw.tokens)
     config = GRPOConfig(grpo=knobs, rollout=GRPORollout(max_new_tokens=16, samples_per_prompt=2))
@@ -226,13 +226,13 @@ def grpo_updates(models: Models, draw: Draw, knobs: GroupConfig, role: str = "lm
     yield actor, grpo.update(actor, batch, [[minibatch]], config)
     far = 3e-4 if knobs.algorithm == "gspo" else 0.3
     old = actor.logprobs(batch, minibatch.shares) + draw.noise(batch, far, 3)
-    weighted = online.with_weights(batch.with_(logprobs=old), minibatch, choices.aggregation, choices.constant)
+    weighted = online.set_loss_weights(batch.with_(logprobs=old), minibatch, choices.aggregation, choices.constant)
     parts = [weighted.select(share) for share in minibatch.shares]
     yield actor, grpo.step(actor, parts, online.target_count(batch, minibatch), config, first=False)
 
 
 def routed(models: Models, draw: Draw) -> Iterator[Step]:
-    yield from grpo_updates(models, replace(draw, behind=0), GroupConfig(algorithm="dapo"), "mixture")
+    yield from grpo_updates(models, replace(draw, behind=0), GRPOOptions(algorithm="dapo"), "mixture")
 
 
 PAIR_LOSSES = {
@@ -253,22 +253,22 @@ PAIR_LOSSES = {
 AGGREGATIONS: tuple[Any, ...] = ("token-mean", "token-sum", "sample-mean", "sample-sum", "sum-of-sample-means")
 PPO = {
     "ppo": PPOConfig(critic=CriticConfig(value_clip=0.2)),
-    "ppo, values not clipped": PPOConfig(critic=CriticConfig(value_clip=0.0), ppo=AlgorithmConfig(whiten=False)),
+    "ppo, values not clipped": PPOConfig(critic=CriticConfig(value_clip=0.0), ppo=PPOOptions(whiten=False)),
     "ppo, dual clip and entropy": PPOConfig(actor=ActorConfig(dual_clip=1.1, entropy_coef=0.01)),
     "ppo, ptx": PPOConfig(actor=ActorConfig(ptx_coef=0.5)),
-    "ppo, importance": PPOConfig(ppo=AlgorithmConfig(importance_cap=1.1)),
+    "ppo, importance": PPOConfig(ppo=PPOOptions(tis_clip=1.1)),
     **{f"ppo, {how}": PPOConfig(convention=PPOConvention(aggregation=how)) for how in AGGREGATIONS[1:]},
 }
 ESTIMATORS: tuple[Any, ...] = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 NEAR: dict[str, Any] = {"importance_low": 0.9, "importance_high": 1.1}
 ALGORITHMS: tuple[Any, ...] = tuple(RECIPES)
 GRPO = {
-    **{name: GroupConfig(algorithm=name) for name in ALGORITHMS},
-    **{f"grpo, {how}": GroupConfig(algorithm="grpo", aggregation=how) for how in (*AGGREGATIONS, "constant")},
-    **{f"grpo, {kl} in the loss": GroupConfig(algorithm="grpo", kl=kl, kl_coef=0.5) for kl in ESTIMATORS},
-    **{f"dapo, {how}": GroupConfig(algorithm="dapo", importance=how, **NEAR) for how in grpo.CORRECTIONS},
-    "rloo, sequence-sum": GroupConfig(algorithm="rloo", level="sequence-sum"),
-    "grpo, dual clip and entropy": GroupConfig(algorithm="grpo", dual_clip=1.1, entropy_coef=0.01),
+    **{name: GRPOOptions(algorithm=name) for name in ALGORITHMS},
+    **{f"grpo, {how}": GRPOOptions(algorithm="grpo", aggregation=how) for how in (*AGGREGATIONS, "constant")},
+    **{f"grpo, {kl} in the loss": GRPOOptions(algorithm="grpo", kl=kl, kl_coef=0.5) for kl in ESTIMATORS},
+    **{f"dapo, {how}": GRPOOptions(algorithm="dapo", importance=how, **NEAR) for how in grpo.CORRECTIONS},
+    "rloo, sequence-sum": GRPOOptions(algorithm="rloo", level="sequence-sum"),
+    "grpo, dual clip and entropy": GRPOOptions(algorithm="grpo", dual_clip=1.1, entropy_coef=0.01),
 }
 KINDS: dict[str, Kind] = {
     "sft": sft,

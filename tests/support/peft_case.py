@@ -86,7 +86,7 @@ def learner(model: Decoder) -> Learner:
 
 
 def train(model: Decoder, steps: int) -> Learner:
-    """Some steps on the next tokens of `samples`, dealt to the data ranks, in micro-batches of two."""
+    """Some steps on the next tokens of `samples`, dealt to the DP ranks, in micro-batches of two."""
     trained, rows = learner(model), samples(model.config.vocab_size)
     total = sum(len(row) - 1 for row in rows)
     mine = rows[model.mesh.dp.rank :: model.mesh.dp.size]

@@ -1,4 +1,4 @@
-"""Pairs, labelled answers and labelled steps of random tokens, and what learns from them on tiny models."""
+"""Pairs, labeled answers and labeled steps of random tokens, and what learns from them on tiny models."""
 
 import functools
 import random
@@ -14,8 +14,8 @@ from trialign.algorithms.config.preference import DPOLoss, KTOLoss
 from trialign.algorithms.data.dialogues import Sample
 from trialign.algorithms.data.preferences import Pair, Steps, mismatched
 from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
-from trialign.algorithms.kto import held_out as held_out_labelled
-from trialign.algorithms.kto import kto_step, pack_labelled, reference_point, sums_of
+from trialign.algorithms.kto import held_out as held_out_labeled
+from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import (
     held_out_pairs,
@@ -50,7 +50,7 @@ def pairs(seed: int, count: int = 8) -> list[Pair]:
     return [Pair(answer(prompt, chance), answer(prompt, chance), 0.1 * i) for i, prompt in enumerate(prompts)]
 
 
-def labelled(seed: int, count: int = 8) -> tuple[list[Sample], list[bool]]:
+def labeled(seed: int, count: int = 8) -> tuple[list[Sample], list[bool]]:
     """Answers to a prompt each, three of eight of them wanted."""
     return [pair.chosen for pair in pairs(seed, count)], [i % 8 in (0, 3, 4) for i in range(count)]
 
@@ -120,13 +120,13 @@ def two_steps(
                 else:
                     got = dpo_step(learner, batch, plan(batch, update, mesh, 2), DPO)
             else:
-                samples, labels = labelled(step, count)
+                samples, labels = labeled(step, count)
                 others = [mismatched(samples[i], samples[(i + 1) % count], 64) for i in rows]
                 z = reference_point(learner, others, sums_of(reference, others, update), update)
                 samples, labels = [samples[i] for i in rows], [labels[i] for i in rows]
-                batch = with_reference(pack_labelled(samples, labels), sums_of(reference, samples, update))
+                batch = with_reference(pack_labeled(samples, labels), sums_of(reference, samples, update))
                 if step == 9:
-                    got = held_out_labelled(learner, batch, update, KTO) | {"kl": z}
+                    got = held_out_labeled(learner, batch, update, KTO) | {"kl": z}
                 else:
                     got = kto_step(learner, batch, plan(batch, update, mesh), KTO, z)
             metrics |= {f"{name}/{step}": value for name, value in got.items()}

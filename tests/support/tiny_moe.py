@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = dict(
 )
 MIXTRAL = MoEConfig(experts=4, top_k=2, ffn_size=24, aux_coef=0.5, z_coef=0.1)
 SHARED = MoEConfig(
-    experts=4, top_k=3, ffn_size=24, normalise=False, shared_ffn_size=16, dense_layers=(1,), aux_coef=0.5, z_coef=0.1
+    experts=4, top_k=3, ffn_size=24, normalize=False, shared_ffn_size=16, dense_layers=(1,), aux_coef=0.5, z_coef=0.1
 )
 
 

@@ -1,6 +1,6 @@
 """A verifiable reward: is an answer the right one?
 
-    reward.functions = ["trialign.algorithms.rewards.math.reward:maths"]
+    reward.functions = ["trialign.algorithms.rewards.math.reward:math"]
 
 The answer is what is in the last \\boxed{}, or else follows the last ####, or else "the answer is", or else the last
 number of the text. A reference that is one number is compared by value, exactly: 0.75, 3/4, \\frac{3}{4} and 75% are
@@ -19,7 +19,7 @@ from .symbolic import LONGEST
 from .tex import last_boxed, tidy
 
 
-def maths(prompts: list[str], completions: list[str], answer: list[Any], **fields: list) -> list[float]:
+def math(prompts: list[str], completions: list[str], answer: list[Any], **fields: list) -> list[float]:
     """1 where a completion's answer is that of the row's column `answer`, else 0.
 
     Raises:
@@ -28,7 +28,7 @@ def maths(prompts: list[str], completions: list[str], answer: list[Any], **field
     return [float(correct(completion, wanted)) for completion, wanted in zip(completions, answer, strict=True)]
 
 
-def check_maths(answer: list[Any], **fields: list) -> list[str | None]:
+def check_math(answer: list[Any], **fields: list) -> list[str | None]:
     """Before the run: why a row's answer cannot be compared with, None for those that can."""
     reasons: list[str | None] = []
     for wanted in answer:

@@ -78,7 +78,7 @@ def test_published_defaults():
     assert (config.actor.clip_low, config.actor.clip_high, config.rules.value_clip) == (0.2, 0.2, 0.5)
     assert (config.ppo.gamma, config.rules.lam, config.ppo.kl, config.ppo.kl_coef) == (1.0, 0.95, "k1", 0.01)
     assert (config.actor.optimizer.lr, config.critic.optimizer.lr) == (1e-6, 9e-6)
-    assert config.rules.dual_clip == config.actor.ptx_coef == config.actor.ema_decay == config.ppo.importance_cap == 0
+    assert config.rules.dual_clip == config.actor.ptx_coef == config.actor.ema_decay == config.ppo.tis_clip == 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

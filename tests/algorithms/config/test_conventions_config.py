@@ -19,8 +19,8 @@ from trialign.algorithms.advantages import (
 from trialign.algorithms.batch import Batch, after_prompts, pack
 from trialign.algorithms.config.common import OptimizerConfig, RewardConfig
 from trialign.algorithms.config.convention import ConventionConfig, GroupConvention, PPOConvention
-from trialign.algorithms.config.grpo import GroupConfig, GRPOConfig, GRPORollout
-from trialign.algorithms.config.ppo import ActorConfig, AlgorithmConfig, CriticConfig, PPOConfig
+from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions, GRPORollout
+from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.config.preference import DPOConfig, DPOLoss
 from trialign.algorithms.config.presets import PRESETS, Convention, ConventionName
 from trialign.algorithms.config.rejection import RejectionConfig
@@ -28,7 +28,7 @@ from trialign.algorithms.grpo import advantages_of, step, token_losses, with_adv
 from trialign.algorithms.losses.aggregation import Segments, token_weights
 from trialign.algorithms.losses.policy import importance_weights, log_ratio, ppo_loss, sequence_log_ratio
 from trialign.algorithms.policy_step import Minibatch
-from trialign.algorithms.policy_step import with_weights as online_weights
+from trialign.algorithms.policy_step import set_loss_weights as online_weights
 from trialign.algorithms.ppo import actor_step, critic_step, with_rewards
 from trialign.algorithms.ppo import with_advantages as ppo_advantages
 from trialign.algorithms.rewards.functions import RewardShaper
@@ -70,7 +70,7 @@ def batch_of(actor: Learner, far: float = 3.0) -> Batch:
     old[loser] = now[loser] - far
     ref[batch.last[0]] += 12
     values = batch.spread(torch.randn(len(batch.response), generator=generator))
-    return batch.with_(logprobs=old, ref_logprobs=ref, sampling_logprobs=near(0.3), values=values)
+    return batch.with_(logprobs=old, ref_logprobs=ref, rollout_logprobs=near(0.3), values=values)
 
 
 def pure(batch: Batch) -> tuple[Segments, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,14 +81,14 @@ def pure(batch: Batch) -> tuple[Segments, torch.Tensor, torch.Tensor, torch.Tens
 
 
 def sampled(batch: Batch) -> torch.Tensor:
-    assert batch.sampling_logprobs is not None
-    return batch.sampling_logprobs
+    assert batch.rollout_logprobs is not None
+    return batch.rollout_logprobs
 
 
 @pytest.mark.parametrize("far", [3.0, 25.0])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_ppo_s_losses_are_the_preset_s(folder, preset, far):
-    rules, config = PRESETS[preset], PPOConfig(convention=PPOConvention(preset), ppo=AlgorithmConfig(kl="k3"))
+    rules, config = PRESETS[preset], PPOConfig(convention=PPOConvention(preset), ppo=PPOOptions(kl="k3"))
     actor, critic = learner(folder), learner(folder, "score")
     batch = batch_of(actor, far)
     now, value = actor.logprobs(batch, WHOLE.shares), critic.values(batch, WHOLE.shares)
@@ -118,7 +118,7 @@ def test_ppo_s_losses_are_the_preset_s(folder, preset, far):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_grpo_s_losses_are_the_preset_s(folder, preset, algorithm, far):
     rules = PRESETS[preset]
-    config = GRPOConfig(convention=GroupConvention(preset), grpo=GroupConfig(algorithm=algorithm))
+    config = GRPOConfig(convention=GroupConvention(preset), grpo=GRPOOptions(algorithm=algorithm))
     actor = learner(folder)
     batch = batch_of(actor, far)
     now = actor.logprobs(batch, WHOLE.shares)
@@ -154,7 +154,7 @@ def test_presets_differ_where_they_say(folder):
     batch = batch_of(actor)
     losses = {}
     for preset in PRESETS:
-        config = GRPOConfig(convention=GroupConvention(preset), grpo=GroupConfig(kl_coef=0.1))
+        config = GRPOConfig(convention=GroupConvention(preset), grpo=GRPOOptions(kl_coef=0.1))
         scored, _ = with_advantages(batch, SCORES, GROUP, config)
         weighted = online_weights(scored, WHOLE, config.choices.aggregation)
         made = step(actor, [weighted.select(s) for s in WHOLE.shares], len(batch.response), config, first=False)
@@ -165,7 +165,7 @@ def test_presets_differ_where_they_say(folder):
 KNOBS = {
     "ppo": (
         PPOConfig(
-            ppo=AlgorithmConfig(lam=0.5),
+            ppo=PPOOptions(lam=0.5),
             reward=RewardConfig(clip=2.0),
             actor=ActorConfig(dual_clip=0.0),
             critic=CriticConfig(value_clip=0.0),
@@ -201,7 +201,7 @@ KNOBS = {
                 whiten_eps=1e-3,
             ),
             reward=RewardConfig(clip=3.0),
-            grpo=GroupConfig(importance_low=0.25, importance_high=4.0, dual_clip=5.0, baseline="mean"),
+            grpo=GRPOOptions(importance_low=0.25, importance_high=4.0, dual_clip=5.0, baseline="mean"),
         ).choices.rules,
         {"group": GroupRule("others", "others", 0.5, "reward"), "gspo_gradient": "own", "score_clip": 3.0,
          "sequence_log_ratio_limit": 7.0, "whiten_returns": WhitenRule(eps=1e-3),
@@ -230,22 +230,22 @@ def test_nothing_given_is_the_preset(section, preset):
 
 def test_grpo_s_choices_are_the_knob_s_then_the_algorithm_s_then_the_convention_s():
     def made(**knobs):
-        return GRPOConfig(convention=GroupConvention("slime"), grpo=GroupConfig(**knobs)).choices
+        return GRPOConfig(convention=GroupConvention("slime"), grpo=GRPOOptions(**knobs)).choices
 
     assert made().aggregation == "sample-mean" and made(algorithm="dapo").aggregation == "token-mean"
     assert made(algorithm="dapo", aggregation="constant").aggregation == "constant"
     nemo = GRPOConfig(convention=GroupConvention("nemo"))
     assert nemo.choices.group == PRESETS["nemo"].group
-    rloo = replace(nemo, grpo=GroupConfig(algorithm="rloo")).choices.group
+    rloo = replace(nemo, grpo=GRPOOptions(algorithm="rloo")).choices.group
     assert (rloo.baseline, rloo.scale) == ("others", "none")
     assert made(algorithm="dr_grpo").constant == GRPORollout().max_new_tokens
-    trl = GRPOConfig(convention=GroupConvention("trl"), grpo=GroupConfig(algorithm="cispo")).choices
+    trl = GRPOConfig(convention=GroupConvention("trl"), grpo=GRPOOptions(algorithm="cispo")).choices
     assert trl.bounds == made(algorithm="cispo").bounds == (0.0, 5.0)
     assert made(algorithm="dapo").overlong_buffer == 1024 // 5 and made(algorithm="dapo", overlong_buffer=0).dynamic
 
 
 def choices_of(preset: ConventionName, **knobs):
-    return GRPOConfig(convention=GroupConvention(preset), grpo=GroupConfig(**knobs)).choices
+    return GRPOConfig(convention=GroupConvention(preset), grpo=GRPOOptions(**knobs)).choices
 
 
 @pytest.mark.parametrize(
@@ -358,9 +358,9 @@ def test_ipo_s_log_ratio_is_the_preset_s_unless_it_is_said(config):
         (lambda: PPOConvention(kl_input_limit=-2), "kl_input_limit=-2: must be 0 or more, or -1"),
         (lambda: PPOConvention(value_loss_factor=0.0), "value_loss_factor=0.0: must be above 0, or -1"),
         (lambda: GroupConvention(group_eps=math.inf), "group_eps=inf: must be 0 or more, or -1"),
-        (lambda: AlgorithmConfig(lam=1.5), "lam=1.5: must be from 0 to 1, or -1 (as convention.preset says)"),
+        (lambda: PPOOptions(lam=1.5), "lam=1.5: must be from 0 to 1, or -1 (as convention.preset says)"),
         (lambda: ActorConfig(dual_clip=0.5), "dual_clip=0.5: must be 0 (off) or above 1, or -1"),
-        (lambda: GroupConfig(kl_coef=math.nan), "kl_coef=nan: must be 0 or more, or -1"),
+        (lambda: GRPOOptions(kl_coef=math.nan), "kl_coef=nan: must be 0 or more, or -1"),
     ],
 )
 def test_impossible_numbers_are_refused(make, message):

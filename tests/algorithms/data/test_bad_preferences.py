@@ -8,7 +8,7 @@ from tiny import tiny_tokenizer
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.data.preferences import PairStream, read_steps
 from trialign.algorithms.data.streams import RowStream
-from trialign.algorithms.kto import LabelledStream
+from trialign.algorithms.kto import LabeledStream
 
 GOOD: dict[str, dict[str, Any]] = {
     "pairs": {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
@@ -30,7 +30,7 @@ def stream(kind: str, tokenizer, *sources, **knobs) -> RowStream[Any]:
     if kind == "pairs":
         return PairStream(PairData(**given), tokenizer, (2,))
     if kind == "labels":
-        return LabelledStream(LabelData(**given), tokenizer, (2,))
+        return LabeledStream(LabelData(**given), tokenizer, (2,))
     config = StepData(**given)
     return RowStream(config, lambda source: read_steps(source, config, tokenizer), lambda row: row.lengths, 0, kind)
 

@@ -15,11 +15,11 @@ from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
 from trialign.algorithms.data.dialogue_rows import DialogueDataset
 from trialign.algorithms.data.documents import TextStream
-from trialign.algorithms.data.labeling import read_labelled
+from trialign.algorithms.data.labeling import read_labeled
 from trialign.algorithms.data.preferences import PairStream
 from trialign.algorithms.data.prompts import PromptDataset, TextDataset
 from trialign.algorithms.data.sources import RowReader
-from trialign.algorithms.kto import LabelledStream
+from trialign.algorithms.kto import LabeledStream
 
 STOP = (2,)  # </s> of the tiny tokenizer
 ROW = {
@@ -60,7 +60,7 @@ def in_steps(tokenizer, path: str):
 
 def of_answers(tokenizer, path: str):
     config = RewardModelConfig(data=PairData(sources=(path,)))
-    return importlib.import_module("reward").rows(config, tokenizer, STOP, read_labelled)
+    return importlib.import_module("reward").rows(config, tokenizer, STOP, read_labeled)
 
 
 STREAMS = {
@@ -70,7 +70,7 @@ STREAMS = {
     "held-out dialogues": (lambda t, p: DialogueDataset(SFTData(sources=(p,), eval_fraction=0.5), t, STOP), "prompt"),
     "text": (lambda t, p: TextStream(TextData(sources=(p,)), t), "text"),
     "pairs": (lambda t, p: PairStream(PairData(sources=(p,)), t, STOP), "rejected"),
-    "labels": (lambda t, p: LabelledStream(LabelData(sources=(p,)), t, STOP), "response"),
+    "labels": (lambda t, p: LabeledStream(LabelData(sources=(p,)), t, STOP), "response"),
     "rewards": (conditioned, "response"),
     "steps": (in_steps, "labels"),
     "pairs of RLHF": (of_answers, "rejected_tokens"),

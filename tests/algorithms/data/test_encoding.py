@@ -18,9 +18,9 @@ from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
 from trialign.algorithms.data.dialogues import Encoder, Sample
 from trialign.algorithms.data.documents import TextStream
 from trialign.algorithms.data.encoding import encode_responses, first_tokens
-from trialign.algorithms.data.preferences import mismatched, read_labelled, read_pairs, read_steps
+from trialign.algorithms.data.preferences import mismatched, read_labeled, read_pairs, read_steps
 from trialign.algorithms.data.prompts import PromptDataset, TextDataset
-from trialign.algorithms.kto import LabelledStream
+from trialign.algorithms.kto import LabeledStream
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion
 from trialign.models.hf.tokenizer import read_tokenizer
 
@@ -104,15 +104,15 @@ def test_every_turn_is_learned_behind_the_tokens_that_a_rollout_begins_with(name
     path = str(write_jsonl(tmp_path / "rows.jsonl", [a | b | c for a, b, c in zip(answers, more, steps, strict=True)]))
     expected = [learned[i] for i in last]
     pairs = read_pairs(path, PairData(), Encoder(PairData(), tokenizer, ends))
-    labelled = read_labelled(path, LabelData(), Encoder(LabelData(), tokenizer, ends))
+    labeled = read_labeled(path, LabelData(), Encoder(LabelData(), tokenizer, ends))
     rewarded = [row.dialogue for row in read_rewarded(path, RewardedData(), True)]
     conditional = Encoder(RewardedData(), tokenizer, ends).responses(rewarded)
-    for samples in ([p.chosen for p in pairs], [row.sample for row in labelled], conditional):
+    for samples in ([p.chosen for p in pairs], [row.sample for row in labeled], conditional):
         assert [split(sample) for sample in samples] == [[turn] for turn in expected]
     assert [split(pair.rejected)[0][0] for pair in pairs] == [before for before, _ in expected]
     for i, row in enumerate(read_steps(path, StepData(), tokenizer)):
         assert row.sample.tokens[: len(expected[i][0])].tolist() == expected[i][0]
-    for row, other in pairwise(row.sample for row in labelled):
+    for row, other in pairwise(row.sample for row in labeled):
         assert split(mismatched(row, other, 10_000)) == [(split(row)[0][0], split(other)[0][1])]
 
 
@@ -127,7 +127,7 @@ def test_the_reward_server_reads_the_tokens_that_a_reward_model_is_trained_on(na
         prompt = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": prefill}]
         rows.append({"prompt": prompt, "response": " weather", "label": 1})
     path, config = str(write_jsonl(tmp_path / "a.jsonl", rows)), LabelData()
-    trained = read_labelled(path, config, Encoder(config, tokenizer, (encoder.end,)))
+    trained = read_labeled(path, config, Encoder(config, tokenizer, (encoder.end,)))
     for row, own in zip(rows, trained, strict=True):
         completion = Completion("row", row["prompt"], row["response"], True, None)
         assert encoder(completion) == own.sample.tokens.tolist()
@@ -174,11 +174,11 @@ def test_no_end_of_sequence_comes_behind_a_bare_prompt_and_one_behind_a_response
     pair_data, label_data, steps = PairData(chat_template=False), LabelData(chat_template=False), StepData
     for pair in read_pairs(path, pair_data, Encoder(pair_data, ending, (2,))):
         assert (decode(pair.chosen.tokens), decode(pair.rejected.tokens)) == ("<s>hiyo</s>", "<s>hino</s>")
-    for row in read_labelled(path, label_data, Encoder(label_data, ending, (2,))):
+    for row in read_labeled(path, label_data, Encoder(label_data, ending, (2,))):
         assert decode(row.sample.tokens) == "<s>hiyo</s>"
     for row in read_steps(path, steps(chat_template=False), ending):
         assert decode(row.sample.tokens) == "<s>hiyo\n\n"
-    data, condition = RewardedData(sources=(path,), chat_template=False), ConditionConfig(normalise=False)
+    data, condition = RewardedData(sources=(path,), chat_template=False), ConditionConfig(normalize=False)
     found = ConditionedRows(data, condition, {path: read_rewarded(path, data, True)}, ending, (2,))
     assert {decode(sample.tokens)[-5:] for sample in found.rows()} == {"yo</s>"[-5:]}
 
@@ -197,4 +197,4 @@ def test_kto_finds_equal_prompts_by_their_tokens(tokenizers, tmp_path):
     rows = [{"prompt": "same", "response": text, "label": i} for i, text in enumerate(("hi", " hi"))]
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(ValueError, match="all 2 answers are to one prompt"):
-        LabelledStream(LabelData(sources=(path,)), tokenizer, (tokenizer.eos_token_id,))
+        LabeledStream(LabelData(sources=(path,)), tokenizer, (tokenizer.eos_token_id,))

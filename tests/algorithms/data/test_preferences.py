@@ -1,4 +1,4 @@
-"""Rows of preferences: pairs, labelled answers and labelled steps as tokens, with exactly the answer as targets."""
+"""Rows of preferences: pairs, labeled answers and labeled steps as tokens, with exactly the answer as targets."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogue_rows import DialogueDataset
 from trialign.algorithms.data.dialogues import Encoder
-from trialign.algorithms.data.preferences import PairStream, mismatched, read_labelled, read_pairs, read_steps
+from trialign.algorithms.data.preferences import PairStream, mismatched, read_labeled, read_pairs, read_steps
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.reward_model import pack_pairs, pack_steps
 
@@ -31,9 +31,9 @@ def read(tokenizer, folder, *rows, **knobs):
     return read_pairs(str(write_jsonl(folder / "rows.jsonl", rows)), config, Encoder(config, tokenizer, STOP))
 
 
-def labelled_rows(tokenizer, folder, *rows):
+def labeled_rows(tokenizer, folder, *rows):
     path, config = write_jsonl(folder / "rows.jsonl", rows), LabelData()
-    return read_labelled(str(path), config, Encoder(config, tokenizer, STOP))
+    return read_labeled(str(path), config, Encoder(config, tokenizer, STOP))
 
 
 def shown(tokenizer, sample) -> tuple[str, str]:
@@ -116,7 +116,7 @@ def test_a_response_ends_with_its_end_of_turn_whatever_the_template_writes_behin
     batch = pack_pairs([pair])
     assert batch.tokens[batch.last].tolist() == [2, 2]
     rows = [{"response": own, "label": own is turns[0]} for own in turns]
-    good, bad = (row.sample for row in labelled_rows(tokenizer, tmp_path, *rows))
+    good, bad = (row.sample for row in labeled_rows(tokenizer, tmp_path, *rows))
     assert shown(tokenizer, good) == (before, "4</s>")
     assert shown(tokenizer, mismatched(good, bad, 1000)) == (before, "five of them</s>")
 
@@ -179,11 +179,11 @@ def test_tools_and_calls_reach_the_template_of_all_that_learn_and_of_prompts(too
         (pair,) = read(with_tools, tmp_path, given)
         assert [shown(with_tools, side) for side in pair[:2]] == [(BEFORE, "at noon</s>"), (BEFORE, "no</s>")]
     rows = write_jsonl(tmp_path / "a.jsonl", [row | {"response": "no", "label": 1, "steps": ["x"], "labels": [1]}])
-    (labelled,) = read_labelled(str(rows), LabelData(), Encoder(LabelData(), with_tools, STOP))
+    (labeled,) = read_labeled(str(rows), LabelData(), Encoder(LabelData(), with_tools, STOP))
     (steps,) = read_steps(str(rows), StepData(), with_tools)
     (prompt,) = PromptDataset(PromptData(sources=(str(rows),)), with_tools).next(1)
     ((sft,),) = DialogueDataset(SFTData(sources=(str(rows),)), with_tools, STOP).next(1)
-    assert shown(with_tools, labelled.sample) == shown(with_tools, sft) == (BEFORE, "no</s>")
+    assert shown(with_tools, labeled.sample) == shown(with_tools, sft) == (BEFORE, "no</s>")
     assert with_tools.decode(steps.sample.tokens) == BEFORE + "x\n\n"
     assert with_tools.decode(prompt.tokens) == BEFORE
     assert [message["role"] for message in prompt.messages] == ["user", "assistant", "tool"]
@@ -210,14 +210,14 @@ def test_labels_are_true_and_false_or_1_and_0_and_a_response_may_be_a_dialogue(t
         {"prompt": "hi", "response": "no", "label": 0},
         {"response": "\n\nHuman: hi\n\nAssistant: so", "label": 1},
     ]
-    labelled = labelled_rows(tiny, tmp_path, *rows)
-    assert [row.desirable for row in labelled] == [True, False, True]
-    assert [shown(tiny, row.sample) for row in labelled] == [(HELLO, f"{text}</s>") for text in ("yes", "no", "so")]
+    labeled = labeled_rows(tiny, tmp_path, *rows)
+    assert [row.desirable for row in labeled] == [True, False, True]
+    assert [shown(tiny, row.sample) for row in labeled] == [(HELLO, f"{text}</s>") for text in ("yes", "no", "so")]
 
 
 def test_a_mismatched_answer_is_the_other_s_after_the_own_prompt_cut_at_the_limit(tiny, tmp_path):
     rows = [{"prompt": "one", "response": "yes", "label": True}, {"prompt": "hi", "response": "nono", "label": False}]
-    one, two = labelled_rows(tiny, tmp_path, *rows)
+    one, two = labeled_rows(tiny, tmp_path, *rows)
     both = mismatched(one.sample, two.sample, 100)
     assert shown(tiny, both) == ("<s>user: one</s><s>assistant: ", "nono</s>")
     short = mismatched(one.sample, two.sample, len(both.tokens) - 2)
@@ -234,7 +234,7 @@ def test_a_mismatched_answer_has_the_targets_of_its_own_row(tiny, tmp_path, monk
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     )
     rows = [{"prompt": "one", "response": "yes", "label": True}, {"prompt": "hi", "response": "nono", "label": False}]
-    one, two = (r.sample for r in labelled_rows(tiny, tmp_path, *rows))
+    one, two = (r.sample for r in labeled_rows(tiny, tmp_path, *rows))
     both = mismatched(one, two, 100)
     assert both.targets == two.targets == len("nono") + 1
     assert tiny.decode([token for token, target in zip(both.tokens, both.mask, strict=True) if target]) == "nono</s>"

@@ -19,7 +19,7 @@ from trialign.algorithms.data.documents import TextStream
 from trialign.algorithms.data.preferences import PairStream
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.sources import read_rows
-from trialign.algorithms.kto import LabelledStream
+from trialign.algorithms.kto import LabeledStream
 
 datasets = pytest.importorskip("datasets")
 import pyarrow as pa  # noqa: E402
@@ -97,7 +97,7 @@ def every_form(folder: Path, rows: list[dict]) -> dict[str, str]:
 
 
 def learned(source: str, characters) -> list[tuple]:
-    """(text, mask) of the dialogues, prompts, pairs and labelled responses in rows of dialogues."""
+    """(text, mask) of the dialogues, prompts, pairs and labeled responses in rows of dialogues."""
     whole = joined(DialogueDataset(SFTData(sources=(source,)), characters, (2,)).rows())
     prompts = PromptDataset(PromptData(sources=(source,), prompt_key="asked"), characters)
     pairs = PairData(sources=(source,), chosen_key="messages", rejected_key="other")
@@ -105,7 +105,7 @@ def learned(source: str, characters) -> list[tuple]:
     found = [(s.tokens, s.mask) for s in whole]
     found += [(p.tokens, None) for p in sorted(prompts.next(prompts.rows), key=lambda prompt: prompt.source)]
     found += [(s.tokens, s.mask) for pair in PairStream(pairs, characters, (2,)).rows() for s in pair[:2]]
-    found += [(row.sample.tokens, row.sample.mask) for row in LabelledStream(labels, characters, (2,)).rows()]
+    found += [(row.sample.tokens, row.sample.mask) for row in LabeledStream(labels, characters, (2,)).rows()]
     return [(characters.decode(tokens), mask) for tokens, mask in found]
 
 
@@ -202,7 +202,7 @@ def test_a_table_s_columns_are_numbers_truths_or_text(tmp_path):
     assert two["reward"] != two["reward"] and two["note"] == "null" and three["reward"] is None
     assert (two["label"], two["count"], three["prompt"], three["count"]) == (False, -2, "Ääh?", None)
     assert (first, second) == (f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:4")
-    data = LabelledStream(LabelData(sources=(str(tmp_path / "a.csv"),), append_eos=True), tokenizer(), END)
+    data = LabeledStream(LabelData(sources=(str(tmp_path / "a.csv"),), append_eos=True), tokenizer(), END)
     assert [row.desirable for row in data.rows()] == [True, False, True]
     (tmp_path / "a.tsv").write_text("text\tn\nhello you\t1\n")
     assert TextStream(TextData(sources=(str(tmp_path / "a.tsv"),)), tokenizer()).documents == 1

@@ -69,7 +69,7 @@ def why_left_out(case: Case) -> str | None:
     if args.get("length_adaptive_alpha"):
         return "VAPO's length-adaptive lambda is not among the algorithms"
     if args.get("rollout_is_batch_normalize"):
-        return "weights normalised over the batch are verl's alone"
+        return "weights normalized over the batch are verl's alone"
     if args.get("multi_objective_aggregation"):
         return "several rewards are summed before they get here (algorithms/rewards/functions.py)"
     rounded = function == "compute_grpo_vectorized_outcome_advantage" and case["kind"] == "zero_var"

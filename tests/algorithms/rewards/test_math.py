@@ -1,4 +1,4 @@
-"""The maths scorer, case by case: what is taken for an answer, and what counts as equal."""
+"""The math scorer, case by case: what is taken for an answer, and what counts as equal."""
 
 import json
 import time
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from trialign.algorithms.batch import Prompt
 from trialign.algorithms.rewards.functions import RewardFunction
-from trialign.algorithms.rewards.math.reward import correct, maths
+from trialign.algorithms.rewards.math.reward import correct, math
 from trialign.algorithms.rewards.math.symbolic import Symbolic
 
-MATHS = "trialign.algorithms.rewards.math.reward:maths"
+MATH = "trialign.algorithms.rewards.math.reward:math"
 
 RIGHT = [
     ("The answer is 72.", "72"),
@@ -108,7 +108,7 @@ def test_an_answer_without_a_number_is_refused(wanted):
 def test_each_completion_earns_what_it_should():
     """[completion, reference, reward] of every way that models and data sets write answers which has come up."""
     cases = json.loads((Path(__file__).parent / "math_cases.json").read_text(encoding="utf-8"))
-    earned = maths([""] * len(cases), [case[0] for case in cases], [case[1] for case in cases])
+    earned = math([""] * len(cases), [case[0] for case in cases], [case[1] for case in cases])
     assert [case for case, reward in zip(cases, earned, strict=True) if case[2] != reward] == []
     assert len(cases) > 500
 
@@ -116,24 +116,24 @@ def test_each_completion_earns_what_it_should():
 def test_as_a_reward_function_in_its_process(tmp_path: Path):
     wanted = ("#### 5", "1/2", "2\\sqrt{3}", "(3, -2)")
     prompts = [Prompt(i, [1], "?", {"answer": right}, f"a.jsonl:{i}") for i, right in enumerate(wanted)]
-    with RewardFunction(MATHS) as reward:
+    with RewardFunction(MATH) as reward:
         reward.check([(prompt.source, prompt.fields) for prompt in prompts])
         answers = ["It is 5.", "It is 0.6.", "\\boxed{\\sqrt{12}}", "\\boxed{(5, 1)}"]
         assert reward.score(prompts, answers) == [1.0, 0.0, 1.0, 0.0]
-    assert maths([""], ["50%"], [0.5]) == [1.0]
+    assert math([""], ["50%"], [0.5]) == [1.0]
 
 
 def test_rows_that_cannot_be_scored_are_named_before_the_run():
     rows = [(f"a.jsonl:{i}", {"answer": "3"}) for i in range(2500)]
     rows[1700] = ("a.jsonl:1700", {"answer": "none"})
     rows[2499] = ("a.jsonl:2499", {"answer": "\\frac{1}{"})
-    with RewardFunction(MATHS) as reward, pytest.raises(ValueError) as error:
+    with RewardFunction(MATH) as reward, pytest.raises(ValueError) as error:
         reward.check(rows)
     assert "a.jsonl:1700: answer='none'" in str(error.value) and "a.jsonl:2499: answer=" in str(error.value)
-    with RewardFunction(MATHS, abstain=True) as reward:
+    with RewardFunction(MATH, abstain=True) as reward:
         reward.check(rows)
         assert len(reward.failures) == 1 and "a.jsonl:1700" in reward.failures[0]
-    with RewardFunction(MATHS) as reward, pytest.raises(ValueError, match="needs the column 'answer'.*they have topic"):
+    with RewardFunction(MATH) as reward, pytest.raises(ValueError, match="needs the column 'answer'.*they have topic"):
         reward.check([("a.jsonl:1", {"topic": "3"})])
 
 

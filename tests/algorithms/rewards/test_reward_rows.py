@@ -14,7 +14,7 @@ from scripts import ROOT, options
 from tiny import tiny_chat_model
 from trialign.algorithms.batch import Prompt, Rollout
 
-MATHS = "trialign.algorithms.rewards.math.reward:maths"
+MATH = "trialign.algorithms.rewards.math.reward:math"
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def test_a_reference_that_cannot_be_read_stops_the_run_by_its_row(script, model,
     wanted = ["3", "none", "2\\sqrt{3}", "none"]
     rows = [{"prompt": f"p{i}", "response": "r", "answer": right} for i, right in enumerate(wanted)]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    said = refused(script, asked(script, model, source, MATHS, tmp_path / "run"), monkeypatch)
-    assert "answer='none'" in said and MATHS in said
+    said = refused(script, asked(script, model, source, MATH, tmp_path / "run"), monkeypatch)
+    assert "answer='none'" in said and MATH in said
     assert "rows.jsonl:2: " in said
 
 

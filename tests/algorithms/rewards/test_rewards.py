@@ -65,9 +65,9 @@ def test_the_process_keeps_what_it_loaded_and_leaves_torch_alone(tmp_path):
         assert reward.score(PROMPTS, ["", ""]) == [2.0, 0.0]
 
 
-def test_a_module_is_found_in_the_working_directory_and_finds_its_neighbours(tmp_path, monkeypatch):
-    (tmp_path / "neighbour.py").write_text("value = 7.0\n")
-    function(tmp_path, "import neighbour\nreturn [neighbour.value] * len(prompts)")
+def test_a_module_is_found_in_the_working_directory_and_finds_its_neighbors(tmp_path, monkeypatch):
+    (tmp_path / "neighbor.py").write_text("value = 7.0\n")
+    function(tmp_path, "import neighbor\nreturn [neighbor.value] * len(prompts)")
     monkeypatch.chdir(tmp_path)
     for spec in ("reward:score", "reward.py:score", f"{tmp_path}/reward.py:score"):
         with RewardFunction(spec) as reward:
@@ -143,8 +143,8 @@ def test_running_statistics_equal_those_of_all_numbers_at_once():
     assert moments.deviation == pytest.approx(statistics.pstdev(whole), rel=1e-12)
 
 
-def test_rewards_are_normalised_then_clipped_then_penalised():
-    shape = RewardShaper(RewardConfig(normalise=True, clip=1.0, missing_eos_penalty=3.0))
+def test_rewards_are_normalized_then_clipped_then_penalized():
+    shape = RewardShaper(RewardConfig(normalize=True, clip=1.0, missing_eos_penalty=3.0))
     scores = [0.0, 0.0, 0.0, 10.0]
     mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
     rewards = shape(scores, [True, False, True, True])
@@ -152,8 +152,8 @@ def test_rewards_are_normalised_then_clipped_then_penalised():
     assert rewards == pytest.approx([low, low - 3.0, low, 1.0])
 
 
-def test_equal_rewards_normalise_to_zero():
-    assert RewardShaper(RewardConfig(normalise=True))([2.0, 2.0], [True, True]) == [0.0, 0.0]
+def test_equal_rewards_normalize_to_zero():
+    assert RewardShaper(RewardConfig(normalize=True))([2.0, 2.0], [True, True]) == [0.0, 0.0]
 
 
 def test_by_default_only_the_clip_acts():
@@ -162,7 +162,7 @@ def test_by_default_only_the_clip_acts():
 
 
 def test_the_statistics_go_on_from_a_checkpoint():
-    config = RewardConfig(normalise=True)
+    config = RewardConfig(normalize=True)
     shape, again = RewardShaper(config), RewardShaper(config)
     shape([1.0, 5.0, 2.0], [True] * 3)
     again.load_state(json.loads(json.dumps(shape.state())))
@@ -180,19 +180,19 @@ def test_the_demo_s_reward_likes_what_is_pleasant():
 def test_a_row_is_rewarded_by_the_scorers_that_apply_to_it(tmp_path):
     """None says that a row is not the function's own; NaN that the function failed, and then the row has no reward."""
     (tmp_path / "multi.py").write_text(
-        "def maths_only(prompts, completions, task=None, **f): return [1.0 if t == 'maths' else None for t in task]\n"
+        "def math_only(prompts, completions, task=None, **f): return [1.0 if t == 'math' else None for t in task]\n"
         "def code_only(prompts, completions, task=None, **f): return [0.5 if t == 'code' else None for t in task]\n"
         "def broken(prompts, completions, task, **f): return [float('nan') if t == 'code' else None for t in task]\n"
     )
-    tasks = ("maths", "code", "poetry")
+    tasks = ("math", "code", "poetry")
     prompts = [Prompt(i, [1], "?", {"task": task}, f"multi.jsonl:{i + 1}") for i, task in enumerate(tasks)]
     scores = {}
-    for name in ("maths_only", "code_only", "broken"):
+    for name in ("math_only", "code_only", "broken"):
         with RewardFunction(f"{tmp_path}/multi.py:{name}", abstain=True) as reward:
             scores[name] = reward.score(prompts, ["2", "hello", "roses"])
             assert len(reward.failures) == (name == "broken")
-    assert scores["maths_only"] == [1.0, None, None] and scores["code_only"] == [None, 0.5, None]
+    assert scores["math_only"] == [1.0, None, None] and scores["code_only"] == [None, 0.5, None]
     assert scores["broken"][::2] == [None, None] and math.isnan(scores["broken"][1])
-    assert combine({name: scores[name] for name in ("maths_only", "code_only")}, (2.0, 4.0))[:2] == [2.0, 2.0]
+    assert combine({name: scores[name] for name in ("math_only", "code_only")}, (2.0, 4.0))[:2] == [2.0, 2.0]
     combined = combine(scores)
     assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])

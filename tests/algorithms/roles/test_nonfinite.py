@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from preferences import DPO, KTO, UPDATE, labelled, pairs, steps
+from preferences import DPO, KTO, UPDATE, labeled, pairs, steps
 from safetensors.torch import load_file, save_file
 from scripts import launch, metrics, options, succeed
 from test_grpo import random_batch
@@ -19,12 +19,12 @@ from torch import Tensor
 from trialign.algorithms import sft
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.common import OptimizerConfig
-from trialign.algorithms.config.grpo import GroupConfig, GRPOConfig
+from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
 from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.dpo import dpo_step, with_reference
 from trialign.algorithms.grpo import update as grpo_update
 from trialign.algorithms.grpo import with_advantages
-from trialign.algorithms.kto import kto_step, pack_labelled
+from trialign.algorithms.kto import kto_step, pack_labeled
 from trialign.algorithms.metrics import nats_a_token, perplexity
 from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.policy_step import plan as plan_epochs
@@ -68,7 +68,7 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
     elif kind == "process":
         batch = pack_steps(steps(seed))
     elif kind == "kto":
-        batch = pack_labelled(*labelled(seed))
+        batch = pack_labeled(*labeled(seed))
     else:
         batch = random_batch(seed)
     batch = batch.with_(names=tuple(f"rows.jsonl:{i}" for i in range(len(batch))))
@@ -94,7 +94,7 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
         if spoilt:
             scores[SPOILT] = torch.inf
     if kind == "grpo":
-        knobs = GroupConfig(algorithm="dapo", micro_batch_size=3)
+        knobs = GRPOOptions(algorithm="dapo", micro_batch_size=3)
         group = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])  # alone, so that no sibling's advantage is spoilt
         config = GRPOConfig(grpo=dataclasses.replace(knobs, baseline="none", scale="none"))
         made, _ = with_advantages(batch, scores, group, config)
@@ -104,7 +104,7 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
         return grpo_update(learner, made, plan_epochs(made, knobs, mesh, seed), config)
     if kind == "ppo":
         config = PPOConfig()
-        batch = batch.with_(ref_logprobs=batch.sampling_logprobs)
+        batch = batch.with_(ref_logprobs=batch.rollout_logprobs)
         batch, _ = with_rewards(batch, scores, config, 0.1)
         roles = Roles(learner, learners[1], learner)
         return ppo_update(roles, batch, plan_epochs(batch, config.ppo, mesh, seed), config)

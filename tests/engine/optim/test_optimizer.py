@@ -51,7 +51,7 @@ def torch_steps(max_norm: float) -> tuple[nn.Module, list[float]]:
 
 
 def sharded_steps(rank: int, world: int, max_norm: float, micro: int = 1):
-    """Each data rank takes its rows, in micro-batches; returns whole masters and the gradient norms."""
+    """Each DP rank takes its rows, in micro-batches; returns whole masters and the gradient norms."""
     model, mesh = network(), build_mesh(dp=world)
     optimizer = ShardedAdamW(model, mesh, max_grad_norm=max_norm, ema_decay=0.5, **SETTINGS)
     norms = []

@@ -101,7 +101,7 @@ def _slices(piece) -> tuple[slice, ...]:
 
 
 def steps(rank: int, world: int, sizes: dict[str, Any], frozen: bool = False):
-    """Two optimizer steps on a loss that is a sum over eight rows, dealt to the data ranks; whole states, norms."""
+    """Two optimizer steps on a loss that is a sum over eight rows, dealt to the DP ranks; whole states, norms."""
     mesh = build_mesh(**sizes)
     net = Net(mesh)
     net.all.weight.requires_grad_(not frozen)

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from trialign.algorithms.config.evaluate import EvaluateConfig
-from trialign.engine.storage.run_lock import sole_writer
+from trialign.engine.storage.run_lock import run_lock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from trialign.engine.storage.run_lock import sole_writer
-with sole_writer(Path(sys.argv[1])):
+from trialign.engine.storage.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
     print("in", flush=True)
     sys.stdin.read()
 """
@@ -42,18 +42,18 @@ def test_the_second_is_refused_until_the_first_is_killed(tmp_path):
     folder = tmp_path / "runs" / "a"
     with another_run(folder):
         with pytest.raises(ValueError, match="runs/a: another run writes to it; wait until it has ended, or name"):
-            with sole_writer(folder):
+            with run_lock(folder):
                 pytest.fail("two in one folder")
-        with sole_writer(tmp_path / "runs" / "b"):
+        with run_lock(tmp_path / "runs" / "b"):
             pass
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    with sole_writer(folder):
+    with run_lock(folder):
         (folder / "metrics.jsonl").touch()
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_folder_into_which_nothing_was_written_is_gone(tmp_path):
-    with pytest.raises(ZeroDivisionError), sole_writer(tmp_path / "runs" / "a"):
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path / "runs" / "a"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
 
@@ -63,7 +63,7 @@ def test_a_disk_without_locks_keeps_no_run_from_starting(tmp_path, monkeypatch, 
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", without)
-    with sole_writer(tmp_path / "a"):
+    with run_lock(tmp_path / "a"):
         assert "no locks on this disk (No locks available)" in capsys.readouterr().err
 
 

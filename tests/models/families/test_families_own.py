@@ -179,7 +179,7 @@ def test_slopes_are_the_papers(heads):
     torch.testing.assert_close(alibi_slopes(heads).double(), torch.tensor(paper_slopes(heads)).double())
 
 
-def test_the_normalised_head_is_frozen_only_while_it_generates(folders):
+def test_the_normalized_head_is_frozen_only_while_it_generates(folders):
     config = ModelConfig.from_hf(folders["baichuan2-7b"])
     model = Decoder(config, build_mesh(), dtype=torch.float32)
     load_hf(model, folders["baichuan2-7b"])
@@ -208,7 +208,7 @@ def rank_values(rank: int, world: int, folders: dict[str, Path]) -> dict[str, Te
 
 
 def test_critics(folders):
-    """The head is one plain row, also where the language model's rows are normalised."""
+    """The head is one plain row, also where the language model's rows are normalized."""
     alone, (cut, other) = run_ranks(rank_values, 1, folders)[0], run_ranks(rank_values, 2, folders)
     draws = torch.randn(1, 48, generator=torch.Generator().manual_seed(0)) / 49
     for name, folder in folders.items():

@@ -283,7 +283,7 @@ def write_gguf(
     path: Path,
     folder: Path,
     arch: str,
-    quantised: bool,
+    quantized: bool,
     *,
     more: dict[str, Tensor] | None = None,
     keys: dict[str, Any] | None = None,
@@ -322,7 +322,7 @@ def write_gguf(
             tensor = tensor.view(-1, 2, config.head_dim // 2, columns).transpose(1, 2).reshape(rows, columns)
         kind = (
             gguf.GGMLQuantizationType.Q8_0
-            if quantised and tensor.dim() == 2 and tensor.shape[1] % 32 == 0
+            if quantized and tensor.dim() == 2 and tensor.shape[1] % 32 == 0
             else gguf.GGMLQuantizationType.F32
         )
         written = gguf.quants.quantize(tensor.contiguous().numpy(), kind)
@@ -340,16 +340,16 @@ def write_gguf(
 def test_gguf_files_are_the_folders_they_were_made_of(name, arch, tmp_path):
     pytest.importorskip("gguf")
     folder = tiny_family(tmp_path / "folder", name)
-    for quantised in (False, True):
-        write_gguf(tmp_path / f"{quantised}.gguf", folder, arch, quantised)
-        checkpoint, out = tmp_path / f"checkpoint{quantised}", tmp_path / f"out{quantised}"
-        import_checkpoint(tmp_path / f"{quantised}.gguf", checkpoint, tp=2, pp=2)
+    for quantized in (False, True):
+        write_gguf(tmp_path / f"{quantized}.gguf", folder, arch, quantized)
+        checkpoint, out = tmp_path / f"checkpoint{quantized}", tmp_path / f"out{quantized}"
+        import_checkpoint(tmp_path / f"{quantized}.gguf", checkpoint, tp=2, pp=2)
         export_checkpoint(checkpoint, out, dtype=torch.float32)
         ours, theirs = tensors_of(out), tensors_of(folder)
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
             # Q8_0 keeps 8 bits of 32 numbers at a time: half a step is the largest / 254, the step itself is float16.
-            slack = tensor.abs().max() / 220 if quantised and tensor.dim() == 2 else 0
+            slack = tensor.abs().max() / 220 if quantized and tensor.dim() == 2 else 0
             assert (ours[key] - tensor).abs().max() <= slack, key
 
 
@@ -371,13 +371,13 @@ def test_gguf_refusals(tmp_path):
             import_checkpoint(tmp_path / file, tmp_path / "out")
 
 
-def test_a_gguf_tensor_of_a_type_that_is_not_dequantised_is_named(tmp_path):
+def test_a_gguf_tensor_of_a_type_that_is_not_dequantized_is_named(tmp_path):
     gguf = pytest.importorskip("gguf")
     folder = tiny_family(tmp_path / "folder", "llama")
     write_gguf(tmp_path / "model.gguf", folder, "llama", False, kinds={"output_norm.weight": "I32"})
     with pytest.raises(
         ValueError,
-        match=r"model.gguf: output_norm.weight is I32, which gguf cannot dequantise; allowed: F32, F16, Q4_0, .*, BF16",
+        match=r"model.gguf: output_norm.weight is I32, which gguf cannot dequantize; allowed: F32, F16, Q4_0, .*, BF16",
     ) as caught:
         import_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
     allowed = str(caught.value).rpartition("allowed: ")[2].split(", ")

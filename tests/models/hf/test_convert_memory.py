@@ -109,7 +109,7 @@ def test_another_type_on_the_way_in(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_a_normalised_head(dtype, tmp_path):
+def test_a_normalized_head(dtype, tmp_path):
     """Of a Baichuan2 in bfloat16, published so: in its own type and in a wider one, 32 MB as it comes."""
     for name, values in (("small", BAICHUAN2), ("large", BAICHUAN2 | HEAD)):
         import_checkpoint(folder_of(tmp_path / name, values), tmp_path / f"{name}_checkpoint")

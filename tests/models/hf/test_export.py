@@ -282,7 +282,7 @@ def test_smollm2_goes_through_unchanged(smollm2, tmp_path):
 
 
 def test_demo_model_is_the_gguf_files(smollm2):
-    """Weights against the gguf package's own dequantisation; tokens against what the chat template spells."""
+    """Weights against the gguf package's own dequantization; tokens against what the chat template spells."""
     import importlib.util
 
     gguf = pytest.importorskip("gguf")

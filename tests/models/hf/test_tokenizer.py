@@ -153,7 +153,7 @@ def merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 
 def by_ranks(text: str, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule, plainly: of all neighbours the two that make the lowest rank become one, the first of equals."""
+    """tiktoken's rule, plainly: of all neighbors the two that make the lowest rank become one, the first of equals."""
     ids = []
     for word in regex.findall(PATTERN, unicodedata.normalize("NFC", text)):
         parts = [bytes([byte]) for byte in word.encode()]
