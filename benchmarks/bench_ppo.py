@@ -28,8 +28,9 @@ from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample, sampling_params
 from trialign.engine.generation.embedded import Generator
 from trialign.engine.mesh import build_mesh, check_layout
-from trialign.engine.profiler import Profiler, forward_flops, matmul_peak
+from trialign.engine.profiler import Profiler, matmul_peak
 from trialign.models.decoder import Decoder
+from trialign.models.flops import forward_flops
 from trialign.models.hf.table import load_hf
 
 
@@ -85,7 +86,7 @@ def main(bench: Bench) -> None:
     generator = Generator(roles.actor.model, mesh)
     params = sampling_params(config.rollout, stop_ids=(), seed=config.run.seed)  # no early stop
     random = torch.Generator().manual_seed(0)
-    phases = Profiler(mesh.device, mesh.world.size, peak=matmul_peak(dtype, mesh.device))
+    phases = Profiler(mesh, peak=matmul_peak(dtype, mesh.device))
     history = []
     for step in range(bench.iters):
         tokens = torch.randint(shape.vocab_size, (bench.prompts, bench.prompt_tokens), generator=random).tolist()

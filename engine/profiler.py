@@ -1,87 +1,115 @@
-"""What the phases of a step cost: seconds, tokens/s, model FLOPs utilization (MFU) and memory."""
+"""Cost of a step's phases: seconds, tokens/s, model FLOPs utilization (MFU) and memory.
+
+The script opens the phases; roles, generator and optimizer report their tokens and FLOPs to the phase that is open.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+
+from .mesh import Mesh
+from .parallel.collectives import all_reduce
 
 
 @dataclass
 class Phase:
-    """What was done in a phase, over all ranks; set inside the `with`."""
+    """Work done in a phase: by this rank where `Profiler.add` reports it, of all ranks where the script sets it."""
 
     tokens: int = 0
     flops: float = 0.0
 
 
 class Profiler:
-    """Times phases by name. One that is entered several times a step adds up.
+    """Times phases by name and counts their work. Phases do not nest; one that is entered several times a step adds up.
 
-        phases = Profiler(device, world, peak=matmul_peak(dtype, device))
-        with phases("rollout") as phase:
-            ...
-            phase.tokens, phase.flops = 1000, forward_flops(shape, lengths)
-        metrics = phases.take()
+        profiler = Profiler(mesh, peak=matmul_peak(dtype, mesh.device))
+        with profiler("rollout"):
+            ...                                    # workers call profiler.add(mesh, tokens=1000, flops=2e12)
+        metrics = profiler.take()
 
     Args:
-        world: ranks that share the work that `Phase` counts.
-        peak: FLOP/s one rank can reach.
+        mesh: of all ranks that take part in the phases.
         around: entered around a phase with its name, to display it.
+
+    Attributes:
+        peak: FLOP/s one rank can reach; None until it is measured, and MFU is left out.
     """
 
     def __init__(
         self,
-        device: torch.device,
-        world: int = 1,
+        mesh: Mesh,
         *,
-        peak: float,
+        peak: float | None = None,
         around: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ):
-        self.device, self.peak, self.around = device, peak * world, around
+        self.mesh, self.peak, self.around = mesh, peak, around
+        self._open: Phase | None = None
         self._seconds: dict[str, float] = {}
-        self._work: dict[str, Phase] = {}
+        self._work: dict[str, list[Phase]] = {}  # phase -> work of this rank's reports, work of all ranks
         self._memory: dict[str, int] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[Phase]:
-        phase = Phase()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+        assert self._open is None, f"phase {name} opened within another"
+        device, total = self.mesh.device, Phase()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        own, whole = self._work.setdefault(name, [Phase(), Phase()])
         start = time.perf_counter()
-        with self.around(name):
-            yield phase
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self._open = own
+        try:
+            with self.around(name):
+                yield total
+        finally:
+            self._open = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-        work = self._work.setdefault(name, Phase())
-        work.tokens += phase.tokens
-        work.flops += phase.flops
-        self._memory[name] = max(self._memory.get(name, 0), memory_high_water(self.device))
+        whole.tokens += total.tokens
+        whole.flops += total.flops
+        self._memory[name] = max(self._memory.get(name, 0), memory_high_water(device))
+
+    def add(self, mesh: Mesh, *, tokens: int = 0, flops: float = 0.0) -> None:
+        """Adds work of one DP rank of a worker's `mesh` to the open phase; without one it is not counted.
+
+        All ranks of the DP rank (its tp, pp, cp) may call this alike: it is counted once.
+        """
+        if self._open is not None and mesh.tp.rank == mesh.pp.rank == mesh.cp.rank == 0:
+            self._open.tokens += tokens
+            self._open.flops += flops
 
     def take(self) -> dict[str, float]:
-        """The metrics since the last call: for each phase seconds/NAME, memory_gb/NAME and, where they were counted,
-        tokens_per_s/NAME and mfu/NAME; and over all phases seconds/step and mfu/step."""
-        metrics = {}
-        for name, seconds in self._seconds.items():
-            work = self._work[name]
+        """Metrics since the last call. Collective over the world, whose ranks have been through the same phases.
+
+        For each phase seconds/NAME (of this rank), memory_gb/NAME (of this rank) and, where they were counted,
+        tokens_per_s/NAME and mfu/NAME (of all ranks); over all phases seconds/step and mfu/step.
+        """
+        if not self._seconds:
+            return {}
+        own = [[self._work[name][0].tokens, self._work[name][0].flops] for name in self._seconds]
+        sums = all_reduce(torch.tensor(own, dtype=torch.float64, device=self.mesh.device), self.mesh.world).tolist()
+        metrics, all_flops = {}, 0.0
+        peak = None if self.peak is None else self.peak * self.mesh.world.size
+        for (name, seconds), (tokens, flops) in zip(self._seconds.items(), sums, strict=True):
+            tokens, flops = tokens + self._work[name][1].tokens, flops + self._work[name][1].flops
+            all_flops += flops
             metrics[f"seconds/{name}"] = seconds
-            if work.tokens:
-                metrics[f"tokens_per_s/{name}"] = work.tokens / seconds
-            if work.flops:
-                metrics[f"mfu/{name}"] = work.flops / seconds / self.peak
+            if tokens:
+                metrics[f"tokens_per_s/{name}"] = tokens / seconds
+            if flops and peak is not None:
+                metrics[f"mfu/{name}"] = flops / seconds / peak
             metrics[f"memory_gb/{name}"] = self._memory[name] / 2**30
-        whole = sum(self._seconds.values())
-        if whole:
-            metrics["seconds/step"] = whole
-            metrics["mfu/step"] = sum(work.flops for work in self._work.values()) / whole / self.peak
+        metrics["seconds/step"] = whole = sum(self._seconds.values())
+        if peak is not None:
+            metrics["mfu/step"] = all_flops / whole / peak
         self._seconds, self._work, self._memory = {}, {}, {}
         return metrics
 
@@ -115,39 +143,3 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) 
     while time.perf_counter() < end:
         best = min(best, run())
     return 2 * size**3 / best
-
-
-class Shape(Protocol):
-    """The sizes of a decoder that its FLOPs depend on."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def mlp_weights(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-
-
-def forward_flops(shape: Shape, lengths: Sequence[int], head_rows: int = 0) -> float:
-    """FLOPs of one forward pass; a backward pass has twice as many, generating the same tokens as many.
-
-    Matrix products only: 2 for each weight and token; causal attention has 4·width for each pair of tokens.
-
-    Args:
-        lengths: tokens of each sequence.
-        head_rows: tokens whose vocabulary logits are computed (0 for a scalar head, which costs nothing next to it).
-    """
-    width = shape.num_heads * shape.head_dim
-    kv = shape.num_kv_heads * shape.head_dim
-    weights = shape.num_layers * shape.hidden_size * (2 * width + 2 * kv) + shape.mlp_weights
-    tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
-    body = 2.0 * weights * tokens + shape.num_layers * 4.0 * width * pairs
-    return body + 2.0 * shape.hidden_size * shape.vocab_size * head_rows

@@ -25,7 +25,7 @@ from trialign.algorithms.rewards.functions import RewardShaper, Score
 from trialign.algorithms.roles.build import build_group_roles, read_shapes
 from trialign.algorithms.rollout.groups import Group, GroupPool, make_groups
 from trialign.algorithms.rollout.sync import sample
-from trialign.engine.profiler import forward_flops
+from trialign.models.flops import forward_flops
 
 
 class Run(OnlineRun):

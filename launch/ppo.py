@@ -26,7 +26,7 @@ from trialign.algorithms.ppo import Roles, score, update, with_rewards
 from trialign.algorithms.rewards.functions import RewardShaper
 from trialign.algorithms.roles.build import build_roles, read_shapes
 from trialign.algorithms.rollout.sync import sample
-from trialign.engine.profiler import forward_flops
+from trialign.models.flops import forward_flops
 
 
 class Run(OnlineRun):

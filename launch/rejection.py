@@ -43,7 +43,7 @@ from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample, texts_of
 from trialign.algorithms.sft import sft_step
 from trialign.engine.parallel.collectives import gather_objects
-from trialign.engine.profiler import forward_flops
+from trialign.models.flops import forward_flops
 
 FACTS = {"round": "round {:.0f}", "reward": "reward {:.3f}", "reward_picked": "picked {:.3f}", "loss": "loss {:.4f}"}
 PANELS = (

@@ -128,7 +128,7 @@ class Session(Generic[Config]):
         checkpoint: that the run goes on from; None where it has none yet.
         changes: options that are others than before, a text each.
         progress: the live display.
-        phases: there after `begin`.
+        phases: the profiler that roles and generator report to; phases are opened after `begin`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, stack: ExitStack, name: str, stopping: Stopping):
@@ -137,6 +137,7 @@ class Session(Generic[Config]):
         HEARTBEAT.phase, self.step, self.saved, self.total = "loading", 0, -1, 0
         self.about = ""
         self.progress = stack.enter_context(Progress(enabled=mesh.is_main))
+        self.phases = Profiler(mesh, around=self._phase)
         self.learners: Mapping[str, tuple[Learner, str]] = {}
         self.parts: Mapping[str, Stateful] = {}
         self.safe_points: SafePoints | None = None
@@ -313,8 +314,7 @@ class Session(Generic[Config]):
         self.hold()
         dtype = getattr(torch, config.model.dtype)
         self.safe_points = SafePoints(self.stopping, self.mesh, config.run.grace, self._state_of_parts, self._save)
-        peak = matmul_peak(dtype, self.mesh.device)
-        self.phases = Profiler(self.mesh.device, self.mesh.world.size, peak=peak, around=self._phase)
+        self.phases.peak = matmul_peak(dtype, self.mesh.device)
         options = {"backends": config.run.log, "done": self.step, "config": flatten(config), "enabled": main}
         self.log = self.together(lambda: self.stack.enter_context(MetricLog(self.folder, **options)))
         self.progress.start(steps, done=self.step, facts=facts)

@@ -36,8 +36,9 @@ from trialign.algorithms.roles.build import build_decoder, build_learner, load_t
 from trialign.algorithms.roles.role import Learner, Role
 from trialign.algorithms.rollout.sync import stop_tokens
 from trialign.engine.parallel.collectives import gather_objects
-from trialign.engine.profiler import Phase, forward_flops
+from trialign.engine.profiler import Phase
 from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.flops import forward_flops
 from trialign.models.hf.table import stop_ids
 
 from .run import Common, Session

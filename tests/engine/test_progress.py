@@ -6,6 +6,7 @@ import time
 import pytest
 from rich.console import Console
 from trialign.engine import progress as module
+from trialign.engine.mesh import build_mesh
 from trialign.engine.profiler import Profiler
 from trialign.engine.progress import Pace, Progress, clock, report, sparkline
 
@@ -112,8 +113,6 @@ def test_a_work_that_fails_is_not_shown_any_longer(monkeypatch):
 
 
 def test_phases_are_works():
-    import torch
-
     seen = []
     progress = Progress(enabled=False)
 
@@ -121,7 +120,7 @@ def test_phases_are_works():
         seen.append(name)
         return progress.work(name)
 
-    phases = Profiler(torch.device("cpu"), peak=1.0, around=around)
+    phases = Profiler(build_mesh(), around=around)
     with phases("rollout"):
         pass
     assert seen == ["rollout"]
