@@ -57,7 +57,7 @@ class RewardFunction:
         self._start()
 
     def _start(self) -> None:
-        worker = Path(__file__).with_name("reward_worker.py")
+        worker = Path(__file__).with_name("worker.py")
         mode = ["abstain"] if self.abstain else []
         self._process = subprocess.Popen(
             # -P: the worker's own folder is not to shadow modules

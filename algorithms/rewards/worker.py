@@ -1,4 +1,4 @@
-"""The process a reward function runs in: `python -P reward_worker.py path/to/file.py:function PARENT [abstain]`.
+"""The process a reward function runs in: `python -P worker.py path/to/file.py:function PARENT [abstain]`.
 Standard library only.
 
 It ends with PARENT, the process that started it, even in the middle of a call that holds the interpreter lock.

@@ -1,17 +1,15 @@
 """GRPO and its kin: two updates are the same in every layout and for every cut; groups, drawing, and the script."""
 
 import dataclasses
-import functools
-import itertools
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from harness import run_ranks
+from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
 from scripts import AXES, agree, digests, kill_after, metrics, rewound, succeed, succeed_in_turn
-from tiny import VOCAB, assemble, tiny_chat_model, tiny_llama
+from tiny import VOCAB, tiny_chat_model, tiny_llama
 from trialign.algorithms.batch import Batch, Prompt, Rollout, after_prompts, pack
 from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, PromptData, RewardConfig
 from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GRPORollout, GRPORun, check
@@ -23,7 +21,6 @@ from trialign.algorithms.rollout.groups import GroupPool, make_groups
 from trialign.engine.mesh import build_mesh
 from trialign.engine.storage.checkpoint import Reader
 from trialign.models.config import ModelConfig
-from trialign.models.hf.table import hf_name
 
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
 SCORES = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0, math.nan, 0.25, 0.25])
@@ -55,10 +52,9 @@ def config_of(knobs: GRPOOptions) -> GRPOConfig:
     return GRPOConfig(grpo=knobs, rollout=GRPORollout(max_new_tokens=16, samples_per_prompt=4))
 
 
-def two_updates(rank: int, world: int, folder: Path, layout: tuple[int, int, int], knobs: GRPOOptions = WHOLE):
+def two_updates(rank: int, world: int, layout: Layout, folder: Path, knobs: GRPOOptions = WHOLE):
     """Metrics of two batches, and gradients and weights put together from all ranks."""
-    tp, pp, dp = layout
-    mesh = build_mesh(tp=tp, pp=pp, dp=dp)
+    mesh = layout.mesh()
     config, shape = config_of(knobs), ModelConfig.from_hf(folder)
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
@@ -76,25 +72,19 @@ def two_updates(rank: int, world: int, folder: Path, layout: tuple[int, int, int
         batch, made = with_advantages(batch, SCORES, GROUPS, config)
         made |= update(actor, batch, epochs, config)
         metrics |= {f"{name}/{number}": value for name, value in made.items()}
-    for bucket in actor.optimizer.buckets:
-        bucket.states["grad"] = bucket.grads[bucket.mine]
-    entries = actor.optimizer.entries("actor", functools.partial(hf_name, config=shape, head="lm"))
-    return metrics, assemble(entries, mesh.world)
+    return metrics, whole_states(actor=actor)
 
 
 MIXES = {
     "sequence": WHOLE,
     "token": dataclasses.replace(WHOLE, algorithm="dapo", importance="icepop", level="token", kl_in="reward"),
 }
-LAYOUTS = {"tp2": (2, 1, 1), "pp2": (1, 2, 1), "dp2": (1, 1, 2)}
 
 
-def all_layouts(rank: int, world: int, folder: Path):
-    """Every layout of two ranks, for a whole answer's ratio and for tokens'; one of them for each recipe."""
-    cases = [(layout, kind, knobs) for layout in LAYOUTS for kind, knobs in MIXES.items()]
-    layouts = itertools.cycle(LAYOUTS)
-    cases += [(layout, name, recipe(name)) for layout, name in zip(layouts, RECIPES, strict=False)]
-    return {(layout, kind): two_updates(rank, world, folder, LAYOUTS[layout], knobs) for layout, kind, knobs in cases}
+def every_recipe(rank: int, world: int, layout: Layout, folder: Path):
+    """Two updates of each algorithm, and of the mixes above."""
+    options = MIXES | {name: recipe(name) for name in RECIPES}
+    return {name: two_updates(rank, world, layout, folder, option) for name, option in options.items()}
 
 
 def recipe(algorithm: str) -> GRPOOptions:
@@ -108,26 +98,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    return {kind: two_updates(0, 1, folder, (1, 1, 1), knobs) for kind, knobs in MIXES.items()}
+    return {kind: two_updates(0, 1, ALONE, folder, knobs) for kind, knobs in MIXES.items()}
 
 
-def compare(got, expected, tolerance=1e-5):
-    """Within the relative tolerance: of each number for metrics, of the largest element for tensors."""
-    assert got[0].keys() == expected[0].keys()
-    for name, value in expected[0].items():
-        assert got[0][name] == pytest.approx(value, rel=tolerance, abs=tolerance / 10), name
-    assert got[1].keys() == expected[1].keys()
-    for name, tensor in expected[1].items():
-        largest = tensor.abs().max().item()
-        torch.testing.assert_close(got[1][name], tensor, rtol=0, atol=tolerance * largest, msg=name)
-
-
-def test_layouts_equal_one_process(folder, alone):
-    expected = alone | {name: two_updates(0, 1, folder, (1, 1, 1), recipe(name)) for name in RECIPES}
-    for rank in run_ranks(all_layouts, 2, folder, timeout=200):
-        assert {kind for _, kind in rank} == expected.keys()
-        for (_, kind), got in rank.items():
-            compare(got, expected[kind])
+def test_layouts_equal_one_process(folder):
+    assert_layouts_agree(every_recipe, TWO_RANKS, folder)
 
 
 @pytest.mark.parametrize(
@@ -135,17 +110,17 @@ def test_layouts_equal_one_process(folder, alone):
 )
 def test_micro_batches_do_not_matter(folder, alone, changes):
     """With one sample a micro-batch, one of them has no targets: the answer without a score."""
-    compare(two_updates(0, 1, folder, (1, 1, 1), dataclasses.replace(WHOLE, **changes)), alone["sequence"])
+    assert_close(two_updates(0, 1, ALONE, folder, dataclasses.replace(WHOLE, **changes)), alone["sequence"])
 
 
 @pytest.mark.parametrize("algorithm", RECIPES)
 def test_every_algorithm_on_and_off_policy(folder, algorithm):
     """The first ratio is exactly 1 (update raises otherwise), later ones are not, and the weights move."""
     knobs = GRPOOptions(algorithm=algorithm, minibatches=2, epochs=2, micro_batch_size=2)
-    metrics, _ = two_updates(0, 1, folder, (1, 1, 1), knobs)
+    metrics, _ = two_updates(0, 1, ALONE, folder, knobs)
     assert metrics["ratio_min/0"] < 1 < metrics["ratio_max/0"] and metrics["grad_norm/1"] > 0
     assert ("kl/0" in metrics) == (config_of(knobs).choices.kl_in != "off")
-    once, _ = two_updates(0, 1, folder, (1, 1, 1), GRPOOptions(algorithm=algorithm))
+    once, _ = two_updates(0, 1, ALONE, folder, GRPOOptions(algorithm=algorithm))
     assert once["ratio_min/0"] == once["ratio_max/0"] == 1
 
 

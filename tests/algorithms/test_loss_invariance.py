@@ -9,6 +9,7 @@ import torch
 from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import TWO_RANKS
 from losses import KINDS, LONGEST, Draw, Models, run
 from preferences import answer
 from tiny import VOCAB, tiny_llama
@@ -17,7 +18,7 @@ from trialign.algorithms.batch import micro_batches
 from trialign.algorithms.data.dialogues import pack_samples
 from trialign.algorithms.dpo import answer_sums
 
-LAYOUTS = {"tp": (2, 1, 1), "pp": (1, 2, 1), "dp": (1, 1, 2)}
+LAYOUTS = {str(layout): layout for layout in TWO_RANKS}
 # One of every way to come by a loss: what a row is, which passes there are, what lies across the tokens of a sample.
 IN_LAYOUTS = [
     *("sft", "pretrain", "reward", "process", "kto", "router", "dpo, nll", "ipo, mean", "hinge", "ppo, ptx"),
@@ -91,7 +92,7 @@ def test_losses_and_gradients_are_those_of_any_layout(folders, alone, data):
     expected = {kind: run(alone, kind, whole) for kind in IN_LAYOUTS}
     for got in run_ranks(in_layouts, 2, folders, chosen, cut, timeout=120):
         for kind in IN_LAYOUTS:
-            compare(f"{kind} in {chosen[kind]}=2", got[kind], expected[kind])
+            compare(f"{kind} in {chosen[kind]}", got[kind], expected[kind])
 
 
 def test_a_sample_s_log_probability_is_its_own_beside_any_others(alone):

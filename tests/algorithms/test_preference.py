@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import run_ranks
-from preferences import KINDS, KTO, UPDATE, compare, labeled, odd_batches, pairs, steps, two_steps
+from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree
+from preferences import KINDS, KTO, UPDATE, labeled, odd_batches, pairs, steps, two_steps
 from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.config.common import OptimizerConfig
@@ -25,8 +25,6 @@ from trialign.algorithms.roles.role import Learner, Role
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
 
-LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)]  # tp, pp, dp
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -40,14 +38,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folders):
-    return two_steps(0, 1, folders, (1, 1, 1))
+    return two_steps(0, 1, ALONE, folders)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout))
+@pytest.mark.parametrize("layout", [*TWO_RANKS, Layout(tp=2, pp=2)], ids=str)
 def test_layouts_equal_one_process(folders, alone, layout):
-    """Two steps: loss, gradients, weights; and what is measured on seven rows, which divide by no layout."""
-    for got in run_ranks(two_steps, layout[0] * layout[1] * layout[2], folders, layout, timeout=120):
-        compare(got, alone)
+    """Two steps: loss, gradients, weights; and the eval losses of seven rows, which divide by no layout."""
+    assert_layouts_agree(two_steps, [layout], folders, expected=alone)
 
 
 @pytest.mark.parametrize(
@@ -60,33 +57,24 @@ def test_layouts_equal_one_process(folders, alone, layout):
     ids=["one by one", "by twos, shuffled", "by tokens"],
 )
 def test_cut_and_order_do_not_matter(folders, alone, changes, order):
-    compare(two_steps(0, 1, folders, (1, 1, 1), KINDS, changes, order), alone)
+    assert_close(two_steps(0, 1, ALONE, folders, KINDS, changes, order), alone)
 
 
-def test_two_data_ranks_by_tokens_and_shuffled(folders, alone):
-    changes = {"micro_batch_tokens": 40}
-    for got in run_ranks(two_steps, 2, folders, (1, 1, 2), ("dpo", "kto"), changes, (5, 2, 7, 0, 1, 6, 3, 4)):
-        compare(got, {kind: alone[kind] for kind in ("dpo", "kto")})
+def test_two_dp_ranks_by_tokens_and_shuffled(folders, alone):
+    arguments = folders, ("dpo", "kto"), {"micro_batch_tokens": 40}, (5, 2, 7, 0, 1, 6, 3, 4)
+    expected = {kind: alone[kind] for kind in ("dpo", "kto")}
+    assert_layouts_agree(two_steps, [Layout(dp=2)], *arguments, expected=expected)
 
 
-@pytest.fixture(scope="module")
-def odd(folders):
-    return odd_batches(0, 1, folders, 1, (7, 5, 3))
+def test_kto_on_batches_that_do_not_divide_by_the_dp_ranks(folders):
+    """Uneven micro-batches, one row a rank among them: loss, z, gradients and weights are one process's."""
+    assert_layouts_agree(odd_batches, (Layout(dp=2), Layout(dp=3)), folders, (7, 5, 3))
 
 
-@pytest.mark.parametrize("dp", [2, 3])
-def test_kto_on_batches_that_do_not_divide_by_the_data_ranks(folders, odd, dp):
-    """Uneven shares, one row a rank among them: loss, z, gradients and weights are one process's."""
-    for got in run_ranks(odd_batches, dp, folders, dp, (7, 5, 3)):
-        compare(got, odd)
-
-
-def test_kto_on_an_odd_batch_whose_data_ranks_share_experts(tmp_path):
+def test_kto_on_an_odd_batch_whose_dp_ranks_share_experts(tmp_path):
     """The rank with fewer micro-batches of one row keeps up with the other's."""
     folders = {name: tiny_mixtral(tmp_path / name, vocab_size=VOCAB) for name in ("lm", "reference")}
-    alone = odd_batches(0, 1, folders, 1, (7,), 1)
-    for got in run_ranks(odd_batches, 2, folders, 2, (7,), 1, 2):
-        compare(got, alone)
+    assert_layouts_agree(odd_batches, [Layout(dp=2, ep=2)], folders, (7,), 1)
 
 
 def learner_of(folder, lr: float = 0.0) -> Learner:

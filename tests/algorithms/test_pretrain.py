@@ -1,6 +1,5 @@
 """Continued pretraining: how text becomes rows, the loss against transformers, every layout, and launch/pretrain.py."""
 
-import functools
 import json
 import math
 import random
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
 from scripts import (
     AXES,
     agree,
@@ -26,7 +25,7 @@ from scripts import (
     succeed_in_turn,
     times_told,
 )
-from tiny import VOCAB, assemble, tiny_chat_model, tiny_llama, tiny_tokenizer
+from tiny import VOCAB, tiny_chat_model, tiny_llama, tiny_tokenizer
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.pretrain import PretrainConfig, TextData, check_pretrain
 from trialign.algorithms.data.documents import (
@@ -43,11 +42,8 @@ from trialign.algorithms.data.documents import (
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.config import load, parse
-from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
-from trialign.models.hf.table import hf_name
 
-LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2)]  # tp, pp, dp
 BUDGET, STEPS = 32, 4
 UPDATE = UpdateConfig(batch_size=4, micro_batch_size=2)
 
@@ -158,10 +154,9 @@ def rows(seed: int, count: int = 4) -> list[Pack]:
     ]
 
 
-def two_steps(rank: int, world: int, folder: Path, layout: tuple[int, int, int], update=UPDATE, backwards=False):
+def two_steps(rank: int, world: int, layout: Layout, folder: Path, update=UPDATE, backwards=False):
     """Two steps and a look at other rows; metrics, and gradients and weights put together from all ranks."""
-    tp, pp, dp = layout
-    mesh = build_mesh(tp=tp, pp=pp, dp=dp)
+    mesh = layout.mesh()
     shape = ModelConfig.from_hf(folder)
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
@@ -172,10 +167,7 @@ def two_steps(rank: int, world: int, folder: Path, layout: tuple[int, int, int],
         done = sft_step(learner, pack_rows(own), plan_rows(own, update, mesh))
         numbers |= {f"{name}/{step}": value for name, value in done.items()}
     numbers["held out"] = held_out_loss(learner, pack_rows(rows(9, 3)), update)
-    for bucket in learner.optimizer.buckets:
-        bucket.states["grad"] = bucket.grads[bucket.mine]
-    entries = learner.optimizer.entries("actor", functools.partial(hf_name, config=shape, head="lm"))
-    return numbers, assemble(entries, mesh.world)
+    return numbers, whole_states(actor=learner)
 
 
 @pytest.fixture(scope="module")
@@ -185,14 +177,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    return two_steps(0, 1, folder, (1, 1, 1))
-
-
-def compare(got, expected):
-    assert got[0] == pytest.approx(expected[0], rel=1e-5)
-    assert got[1].keys() == expected[1].keys()
-    for name, tensor in expected[1].items():
-        torch.testing.assert_close(got[1][name], tensor, rtol=0, atol=1e-5 * tensor.abs().max().item(), msg=name)
+    return two_steps(0, 1, ALONE, folder)
 
 
 def test_the_loss_is_transformers_document_by_document(folder, alone):
@@ -214,15 +199,14 @@ def test_the_loss_is_transformers_document_by_document(folder, alone):
     assert alone[0]["grad_norm/0"] == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout))
+@pytest.mark.parametrize("layout", [*TWO_RANKS, Layout(pp=2, dp=2)], ids=str)
 def test_layouts_equal_one_process(folder, alone, layout):
-    for got in run_ranks(two_steps, layout[0] * layout[1] * layout[2], folder, layout, timeout=120):
-        compare(got, alone)
+    assert_layouts_agree(two_steps, [layout], folder, expected=alone)
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_tokens": 100}])
 def test_cut_and_order_do_not_matter(folder, alone, changes):
-    compare(two_steps(0, 1, folder, (1, 1, 1), replace(UPDATE, **changes), backwards=True), alone)
+    assert_close(two_steps(0, 1, ALONE, folder, replace(UPDATE, **changes), backwards=True), alone)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """SFT's update against transformers, in every layout and for every cut of the batch."""
 
-import functools
 import json
 import random
 from array import array
@@ -9,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import run_ranks
-from tiny import VOCAB, assemble, tiny_llama
+from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
+from tiny import VOCAB, tiny_llama
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
@@ -20,9 +19,8 @@ from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
-from trialign.models.hf.table import hf_name, stop_ids
+from trialign.models.hf.table import stop_ids
 
-LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2)]  # tp, pp, dp
 UPDATE = UpdateConfig(batch_size=8, micro_batch_size=4)
 
 
@@ -40,15 +38,14 @@ def rows(seed: int) -> list[Sample]:
 def two_steps(
     rank: int,
     world: int,
+    layout: Layout,
     folder: Path,
-    layout: tuple[int, int, int],
     update: UpdateConfig = UPDATE,
     recompute: bool = False,
     backwards: bool = False,
 ):
     """Two steps and a look at other rows; metrics, and gradients and weights put together from all ranks."""
-    tp, pp, dp = layout
-    mesh = build_mesh(tp=tp, pp=pp, dp=dp)
+    mesh = layout.mesh()
     shape = ModelConfig.from_hf(folder)
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True, recompute=recompute)
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
@@ -60,10 +57,7 @@ def two_steps(
         batch = pack_samples(samples)
         metrics |= {f"{name}/{step}": v for name, v in sft_step(learner, batch, plan(batch, update, mesh)).items()}
     metrics["held out"] = held_out_loss(learner, pack_samples(rows(9)[:5]), update)  # 5 rows, whatever dp is
-    for bucket in learner.optimizer.buckets:
-        bucket.states["grad"] = bucket.grads[bucket.mine]
-    entries = learner.optimizer.entries("actor", functools.partial(hf_name, config=shape, head="lm"))
-    return metrics, assemble(entries, mesh.world)
+    return metrics, whole_states(actor=learner)
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    return two_steps(0, 1, folder, (1, 1, 1))
-
-
-def compare(got, expected, tolerance=1e-5):
-    """Within the relative tolerance: of each number for metrics, of the largest element for tensors."""
-    assert got[0] == pytest.approx(expected[0], rel=tolerance)
-    assert got[1].keys() == expected[1].keys()
-    for name, tensor in expected[1].items():
-        largest = tensor.abs().max().item()
-        torch.testing.assert_close(got[1][name], tensor, rtol=0, atol=tolerance * largest, msg=name)
+    return two_steps(0, 1, ALONE, folder)
 
 
 def test_the_loss_is_transformers_over_all_targets_of_the_batch(folder, alone):
@@ -105,10 +90,9 @@ def test_the_loss_is_transformers_over_all_targets_of_the_batch(folder, alone):
     assert alone[0]["grad_norm/0"] == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout))
+@pytest.mark.parametrize("layout", [*TWO_RANKS, Layout(pp=2, dp=2)], ids=str)
 def test_layouts_equal_one_process(folder, alone, layout):
-    for got in run_ranks(two_steps, layout[0] * layout[1] * layout[2], folder, layout, timeout=120):
-        compare(got, alone)
+    assert_layouts_agree(two_steps, [layout], folder, expected=alone)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +107,11 @@ def test_layouts_equal_one_process(folder, alone, layout):
     ids=["one by one", "by threes, backwards", "small budget", "all at once, backwards", "recomputed"],
 )
 def test_cut_order_and_recomputation_do_not_matter(folder, alone, changes, recompute, backwards):
-    compare(two_steps(0, 1, folder, (1, 1, 1), replace(UPDATE, **changes), recompute, backwards), alone)
+    assert_close(two_steps(0, 1, ALONE, folder, replace(UPDATE, **changes), recompute, backwards), alone)
 
 
 def test_two_data_ranks_by_a_token_budget(folder, alone):
-    update = replace(UPDATE, micro_batch_tokens=30)
-    for got in run_ranks(two_steps, 2, folder, (1, 1, 2), update, timeout=120):
-        compare(got, alone)
+    assert_layouts_agree(two_steps, [Layout(dp=2)], folder, replace(UPDATE, micro_batch_tokens=30), expected=alone)
 
 
 def test_smollm2_s_first_loss_is_transformers(smollm2, tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layouts import ALONE, Layout, whole_states
 from preferences import answer, pairs, steps
-from tiny import assemble
 from torch import Tensor
 from trialign.algorithms import grpo, ppo
 from trialign.algorithms import policy_step as online
@@ -31,9 +31,7 @@ from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, 
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Learner, Role
 from trialign.algorithms.sft import sft_step
-from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
-from trialign.models.hf.table import hf_name
 
 LONGEST = 42  # tokens of a pair: two answers of 17 and what is put behind them
 DOCUMENTS = [list(range(5, 25)), list(range(40, 70))]
@@ -91,11 +89,10 @@ class Draw:
 class Models:
     """What learns, each at a learning rate of 0, so that it stays as it is."""
 
-    def __init__(self, folders: dict[str, Path], layout: tuple[int, int, int] = (1, 1, 1)):
-        tp, pp, dp = layout
+    def __init__(self, folders: dict[str, Path], layout: Layout = ALONE):
         self.folders = folders
-        self.mesh = build_mesh(tp=tp, pp=pp, dp=dp)
-        self.spread = build_mesh(tp=tp, pp=pp, dp=dp, ep=dp)  # experts over the DP ranks
+        self.mesh = layout.mesh()
+        self.spread = layout._replace(ep=layout.dp).mesh()  # experts over the DP ranks
 
     def _learner(self, name: str) -> Learner:
         mesh = self.spread if name == "mixture" else self.mesh
@@ -285,14 +282,8 @@ KINDS: dict[str, Kind] = {
 
 
 def gradients(learner: Learner) -> dict[str, Tensor]:
-    """Of the learner's last step, put together from all ranks."""
-    for bucket in learner.optimizer.buckets:
-        bucket.states["grad"] = bucket.grads[bucket.mine]
-    name = functools.partial(hf_name, config=learner.model.config, head=learner.model.kind)
-    made = assemble((e for e in learner.optimizer.entries("", name) if "/grad/" in e.name), learner.mesh.world)
-    for bucket in learner.optimizer.buckets:
-        del bucket.states["grad"]
-    return made
+    """Whole gradients of the learner's last step."""
+    return {name: tensor for name, tensor in whole_states(role=learner).items() if "/grad/" in name}
 
 
 def run(models: Models, kind: str, draw: Draw) -> list[tuple[dict[str, float], dict[str, Tensor]]]:

@@ -1,14 +1,12 @@
 """Pairs, labeled answers and labeled steps of random tokens, and what learns from them on tiny models."""
 
-import functools
 import random
 from array import array
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from tiny import VOCAB, assemble
+from layouts import Layout, whole_states
+from tiny import VOCAB
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss
 from trialign.algorithms.data.dialogues import Sample
@@ -27,9 +25,7 @@ from trialign.algorithms.reward_model import (
 )
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Role
-from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
-from trialign.models.hf.table import hf_name
 
 UPDATE = UpdateConfig(batch_size=8, micro_batch_size=4)
 KINDS = ("reward", "process", "dpo", "kto")
@@ -69,12 +65,11 @@ def steps(seed: int, count: int = 8) -> list[Steps]:
 def two_steps(
     rank: int,
     world: int,
+    layout: Layout,
     folders: dict[str, Path],
-    layout: tuple[int, int, int],
     kinds: tuple[str, ...] = KINDS,
     changes: dict[str, int] | None = None,
     order: tuple[int, ...] = tuple(range(8)),
-    ep: int = 1,
 ):
     """Two steps of each kind and a look at seven other rows: {kind: (metrics, gradients and weights)}.
 
@@ -83,8 +78,7 @@ def two_steps(
         changes: to UPDATE.
         order: of the rows in a batch.
     """
-    tp, pp, dp = layout
-    mesh = build_mesh(tp=tp, pp=pp, dp=dp, ep=ep)
+    mesh = layout.mesh()
     update = replace(UPDATE, **(changes or {}))
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
@@ -130,29 +124,13 @@ def two_steps(
                 else:
                     got = kto_step(learner, batch, plan(batch, update, mesh), KTO, z)
             metrics |= {f"{name}/{step}": value for name, value in got.items()}
-        for bucket in learner.optimizer.buckets:
-            bucket.states["grad"] = bucket.grads[bucket.mine]
-        entries = learner.optimizer.entries("actor", functools.partial(hf_name, config=shape, head=head))
-        results[kind] = metrics, assemble(entries, mesh.world)
+        results[kind] = metrics, whole_states(actor=learner)
     return results
 
 
 def odd_batches(
-    rank: int, world: int, folders: dict[str, Path], dp: int, counts: tuple[int, ...], size: int = 4, ep: int = 1
+    rank: int, world: int, layout: Layout, folders: dict[str, Path], counts: tuple[int, ...], size: int = 4
 ):
     """KTO's two steps on batches of so many rows in micro-batches of `size`: {rows: as `two_steps` gives them}."""
     changes = {"batch_size": 5, "micro_batch_size": size}  # the reference is computed in chunks of at most five
-    runs = {n: two_steps(rank, world, folders, (1, 1, dp), ("kto",), changes, tuple(range(n)), ep) for n in counts}
-    return {n: run["kto"] for n, run in runs.items()}
-
-
-def compare(got, expected, tolerance: float = 1e-5) -> None:
-    """Within the relative tolerance: of each number for metrics, of the largest element for tensors."""
-    assert got.keys() == expected.keys()
-    for kind, (metrics, tensors) in expected.items():
-        # Implicit rewards are small differences of sums of tens of nats.
-        assert got[kind][0] == pytest.approx(metrics, rel=tolerance, abs=tolerance / 5), kind
-        assert got[kind][1].keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            limit = tolerance * tensor.abs().max().item()
-            torch.testing.assert_close(got[kind][1][name], tensor, rtol=0, atol=limit, msg=f"{kind}: {name}")
+    return {n: two_steps(0, 1, layout, folders, ("kto",), changes, tuple(range(n)))["kto"] for n in counts}
