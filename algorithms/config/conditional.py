@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..data.selection import CONDITION
-from ..data.streams import ResponseData
 from .common import (
     LoRAConfig,
     ModelPaths,
@@ -16,7 +14,11 @@ from .common import (
     check_given,
     require,
 )
+from .data import ResponseData
 from .sft import SFTRun
+
+CONDITION = "{input} <rm_score>: {reward} "
+"""OpenRLHF's template of a prompt with its reward."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ...engine.config import ContentPath
-from ..data.streams import ResponseData, RowData
 from ..losses.preference import PairLoss
 from .common import (
     EpochRun,
@@ -20,6 +19,7 @@ from .common import (
     require,
 )
 from .convention import ConventionConfig
+from .data import ResponseData, RowData
 
 
 def _columns(data: object, *names: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...engine.config import FilePath
-from ..data.streams import RowData
 from .common import (
     EpochRun,
     LoRAConfig,
@@ -16,6 +15,7 @@ from .common import (
     check_given,
     require,
 )
+from .data import RowData
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..data.streams import ResponseData
 from .common import (
     EpochRun,
     LoRAConfig,
@@ -15,6 +14,7 @@ from .common import (
     check_given,
     require,
 )
+from .data import ResponseData
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..batch import Batch, pack
+from ..config.data import ResponseData
 from .chat import Message, end_of_text, need_template, render, users_words
 from .encoding import Tokens, encode_responses, turn_end
-from .streams import ResponseData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..config.conditional import CONDITION
+
 
 class Scored(NamedTuple):
     """An answer with its reward."""
@@ -50,9 +52,6 @@ def best_against_worst(answers: Sequence[Scored], count: int = 1) -> list[Pair]:
         matches = map(Pair, best[:count], worst[:count])
         pairs += [pair for pair in matches if pair.chosen.reward > pair.rejected.reward]
     return pairs
-
-
-CONDITION = "{input} <rm_score>: {reward} "
 
 
 def conditioned(answers: Sequence[Scored], normalize: bool = False, template: str = CONDITION) -> list[Scored]:

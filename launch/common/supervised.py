@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.common import EpochRun, LoRAConfig, OptimizerConfig, UpdateConfig
+from trialign.algorithms.config.data import RowData
 from trialign.algorithms.data.dialogues import Sample
-from trialign.algorithms.data.streams import RowData, RowStream
+from trialign.algorithms.data.streams import RowStream
 from trialign.algorithms.rewards.encoder import check_vocabulary
 from trialign.algorithms.roles.build import build_decoder, build_learner, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Learner, Role
