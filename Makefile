@@ -120,6 +120,7 @@ trl: .venv-trl/.trl-1.16.0 ## .venv-trl: TRL, which benchmarks/bench_preference.
 lint: .venv/.package
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+	.venv/bin/codespell
 
 types: .venv/.package dev
 	.venv/bin/pyright --pythonpath .venv/bin/python
