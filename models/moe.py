@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.mesh import Mesh
-from ..engine.parallel.collectives import all_reduce, copy_to_region, reduce_from_region
+from ..engine.parallel.collectives import all_reduce, copy_to_region, from_mesh, reduce_from_region
 from ..engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA
 from ..engine.parallel.shard import Shard, sharded_parameter, split
@@ -177,7 +177,7 @@ def moe_layers(config: ModelConfig) -> list[int]:
 
 
 def router_metrics(micro_batches: Sequence[Routing | None], config: ModelConfig, mesh: Mesh) -> dict[str, float]:
-    """Statistics of an update's routers, over all tokens and layers; the same on every rank. Collective over dp and pp.
+    """Statistics of an update's routers, over all tokens and layers; the same on every rank. Collective over the mesh.
 
     Returns:
         router_balance_loss and router_z_loss: as in the module's text, without their coefficients;
@@ -192,7 +192,7 @@ def router_metrics(micro_batches: Sequence[Routing | None], config: ModelConfig,
     for routing in micro_batches:
         for layer, values in routing.sums.items() if routing else ():
             sums[layers.index(layer)] += values
-    all_reduce(all_reduce(sums, mesh.dp), mesh.pp)
+    from_mesh(all_reduce(all_reduce(sums, mesh.dp_cp), mesh.pp), mesh)
     chosen, p, rest = sums.split([experts, experts, 5], 1)  # [layers, experts] twice, [layers, 5]
     balance, z, entropy, rows, lost = rest.sum(0).tolist()
     return {

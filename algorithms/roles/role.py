@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...engine.mesh import Mesh
 from ...engine.optim.adamw import ShardedAdamW
-from ...engine.parallel.collectives import all_reduce, gather_objects
+from ...engine.parallel.collectives import all_reduce, from_mesh, gather_objects, object_from_mesh
 from ...engine.parallel.tensor import parallel_logprob
 from ...engine.pipeline.runner import run_forward, run_forward_backward
 from ...engine.progress import report
@@ -114,12 +114,14 @@ def collect(
     Args:
         results: one tensor a micro-batch on the last stage, none on the others.
         places: where in its micro-batch each number belongs.
+
+    Collective over the job: numbers of a mesh on a part of the ranks reach all of them.
     """
     whole = torch.zeros(len(batch.tokens), device=mesh.device)
     for share, place, result in zip(shares, places, results, strict=False):
         whole[batch.rows(share)[place]] = result
     # Every other rank holds zeros at these places: the sum only moves numbers, it rounds nothing.
-    return all_reduce(all_reduce(whole, mesh.dp), mesh.pp)
+    return from_mesh(all_reduce(all_reduce(whole, mesh.dp_cp), mesh.pp), mesh)
 
 
 def shapes(model: Decoder, parts: Sequence[Batch]) -> list[tuple[int, ...]]:
@@ -153,14 +155,14 @@ class Stats:
         return made
 
     def reduce(self, mesh: Mesh) -> dict[str, float]:
-        """The same numbers on every rank. Collective over dp and pp."""
+        """The same numbers on every rank, those outside the mesh too. Collective over the job."""
         mine = {name: torch.stack(values).sum().item() for name, values in self.sums.items()}
         mine |= {name: torch.stack(values).max().item() for name, values in self.maxima.items()}
-        over_dp = gather_objects((mine, set(self.maxima)), mesh.dp)
+        over_dp = gather_objects((mine, set(self.maxima)), mesh.dp_cp)
         maxima = set().union(*(names for _, names in over_dp))
         known = dict.fromkeys(name for numbers, _ in over_dp for name in numbers)
         merged = {n: (max if n in maxima else sum)(rank[n] for rank, _ in over_dp if n in rank) for n in known}
-        return gather_objects(merged, mesh.pp)[-1]
+        return object_from_mesh(gather_objects(merged, mesh.pp)[-1], mesh)
 
 
 class Learner(Role):
@@ -197,7 +199,7 @@ class Learner(Role):
         first = padding(len(parts), self.mesh)
         routings: list[Routing | None] = [None] * (len(first) + len(parts))
         if config.moe is not None:
-            tokens = sum(gather_objects(sum(len(part.tokens) for part, _ in parts), self.mesh.dp))
+            tokens = sum(gather_objects(sum(len(part.tokens) for part, _ in parts), self.mesh.dp_cp))
             scale = 1 / (tokens * len(moe_layers(config)))
             routings[len(first) :] = [Routing(part.cu_seqlens, scale) for part, _ in parts]
         nothing: Read = lambda part, hidden: hidden[:0].sum()  # noqa: E731

@@ -147,7 +147,7 @@ class ShardedAdamW:
         self.buckets = [
             _Bucket(
                 named,
-                mesh.edp if experts else mesh.dp,
+                mesh.edp if experts else mesh.dp_cp,
                 mesh.device,
                 counted=counted,
                 decayed=decayed,

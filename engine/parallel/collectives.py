@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..heartbeat import HEARTBEAT
-from ..mesh import Axis
+from ..mesh import Axis, Mesh
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renamed both; the old names warn.
@@ -88,6 +88,19 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
     with HEARTBEAT.waiting(f"all_gather of objects over {axis.name}"):
         dist.all_gather_object(values, value, group=axis.group)
     return values
+
+
+def from_mesh(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """Gives a tensor that all ranks of a mesh hold to ranks outside it, in place, and returns it.
+
+    Collective over the job, except where the mesh has all of its ranks and there is nothing to do.
+    """
+    return tensor if len(mesh.ranks) == mesh.world.size else broadcast(tensor, mesh.world, mesh.ranks[0])
+
+
+def object_from_mesh(value: Any, mesh: Mesh) -> Any:
+    """A picklable value that all ranks of a mesh hold, on ranks outside it too. Collective as `from_mesh` is."""
+    return value if len(mesh.ranks) == mesh.world.size else gather_objects(value, mesh.world)[mesh.ranks[0]]
 
 
 def barrier(axis: Axis) -> None:

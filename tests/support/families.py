@@ -1,6 +1,5 @@
 """Tiny models of every family as Hugging Face folders: by transformers where it has the family, by hand elsewhere."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny import mesh_of
 from torch import Tensor
-from trialign.engine.mesh import Mesh
 from trialign.models.config import ModelConfig
 from trialign.models.hf.table import hf_shapes
 
@@ -138,14 +135,3 @@ def tiny_family(folder: Path, name: str, seed: int = 0) -> Path:
     shake(dict(model.named_parameters()), seed)
     model.save_pretrained(folder)
     return folder
-
-
-def mesh_by_hand(tp: int, pp: int, dp: int, ep: int, rank: int) -> Mesh:
-    """The mesh as `rank` of tp x pp x dp sees it, ep folded from dp, without groups: enough to fill a model."""
-    mesh = mesh_of(tp, pp, dp, rank)
-    inner, outer = mesh.dp.rank % ep, mesh.dp.rank // ep
-    return dataclasses.replace(
-        mesh,
-        ep=dataclasses.replace(mesh.ep, size=ep, rank=inner, ranks=tuple(range(ep))),
-        edp=dataclasses.replace(mesh.edp, size=dp // ep, rank=outer, ranks=tuple(range(dp // ep))),
-    )

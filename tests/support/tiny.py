@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from trialign.engine.mesh import Axis, Mesh
+from trialign.engine.mesh import Axis
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.storage.checkpoint import Entry
 
@@ -75,23 +75,3 @@ def assemble(entries: Iterable[Entry], world: Axis) -> dict[str, torch.Tensor]:
     for name, whole in wholes.items():
         assert not whole.isnan().any(), f"{name}: numbers that no rank owns"
     return wholes
-
-
-def mesh_of(tp: int, pp: int, dp: int, rank: int) -> Mesh:
-    """The mesh as `rank` of tp x pp x dp sees it, without groups: enough to build a model, not to run one."""
-    tp_rank, dp_rank, pp_rank = rank % tp, rank // tp % dp, rank // tp // dp
-
-    def axis(name: str, size: int, place: int) -> Axis:
-        return Axis(name, size, place, tuple(range(size)), None)
-
-    return Mesh(
-        world=axis("world", tp * pp * dp, rank),
-        dp=axis("dp", dp, dp_rank),
-        pp=axis("pp", pp, pp_rank),
-        cp=axis("cp", 1, 0),
-        ep=axis("ep", 1, 0),
-        edp=axis("edp", dp, dp_rank),
-        tp=axis("tp", tp, tp_rank),
-        embedding=axis("embedding", 2 if pp > 1 and pp_rank in (0, pp - 1) else 1, 0),
-        device=torch.device("cpu"),
-    )

@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_ranks
-from tiny import mesh_of
 from torch import Tensor
-from trialign.engine.mesh import Mesh, build_mesh
+from trialign.engine.mesh import Mesh, build_mesh, mesh_as
 from trialign.engine.optim import adamw as optimizer
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.storage.checkpoint import Entry, Reader, flat_rectangles, latest, load, save
@@ -54,6 +53,11 @@ LAYOUTS: list[tuple[int, int, int]] = [
     (2, 1, 7),
     (3, 1, 2),
 ]  # tp, pp, dp
+
+
+def meshes(tp: int, pp: int, dp: int) -> list[Mesh]:
+    """The mesh as each of its ranks sees it."""
+    return [mesh_as(rank, tp=tp, pp=pp, dp=dp) for rank in range(tp * pp * dp)]
 
 
 def entries_of(mesh: Mesh) -> list[Entry]:
@@ -141,7 +145,7 @@ def saved(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Path]]:
         patch.setattr(optimizer, "BUCKET_ELEMENTS", 700)  # several buckets, also of one parameter
         mesh, root, paths = build_mesh(), tmp_path_factory.mktemp("layouts"), {}
         for step, layout in enumerate(LAYOUTS):
-            union = [e for rank in range(math.prod(layout)) for e in entries_of(mesh_of(*layout, rank))]
+            union = [e for rank_mesh in meshes(*layout) for e in entries_of(rank_mesh)]
             # The flat buffers' pieces differ by rank, so one file can hold them all.
             paths[layout] = save(root, step, fill(union), {"step": step}, mesh, keep=99, assets={})
         yield paths
@@ -149,7 +153,7 @@ def saved(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Path]]:
 
 @pytest.mark.parametrize("target", LAYOUTS, ids=str)
 def test_every_layout_loads_from_every_other(saved, target: tuple[int, int, int], alone):
-    entries = [e for rank in range(math.prod(target)) for e in entries_of(mesh_of(*target, rank))]
+    entries = [e for mesh in meshes(*target) for e in entries_of(mesh)]
     for step, path in enumerate(saved.values()):
         for entry in entries:
             entry.tensor.fill_(-1)

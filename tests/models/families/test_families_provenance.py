@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL, OWN, SPARSE, mesh_by_hand, peer_class, peer_config, write_folder
+from families import ALL, OWN, SPARSE, peer_class, peer_config, write_folder
 from harness import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from trialign.engine.mesh import build_mesh
+from trialign.engine.mesh import build_mesh, mesh_as
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel.shard import shard_of
 from trialign.engine.storage.checkpoint import save
@@ -65,7 +65,7 @@ def gathered(folder: Path, head: HeadKind, layout: tuple[int, int, int, int]) ->
     parts, seen = ({part: torch.zeros(shape) for part, shape in shapes.items()} for _ in range(2))
     expected: dict[str, int] = {}
     for rank in range(tp * pp * dp):
-        model = Decoder(config, mesh_by_hand(tp, pp, dp, ep, rank), dtype=torch.float32, head=head)
+        model = Decoder(config, mesh_as(rank, tp=tp, pp=pp, dp=dp, ep=ep), dtype=torch.float32, head=head)
         load_hf(model, folder)
         for name, parameter in model.named_parameters():
             shard = shard_of(parameter)
@@ -120,7 +120,7 @@ def spoilt(source: dict[str, Tensor], name: str) -> dict[str, tuple[dict[str, Te
 def test_a_spoilt_folder_is_refused_by_name(folders, name, tmp_path):
     """A tensor of each kind the table has: the last layer's, and those outside the layers."""
     config, source = ModelConfig.from_hf(folders[name]), load_file(folders[name] / "model.safetensors")
-    model = Decoder(config, mesh_by_hand(1, 1, 1, 1, 0), dtype=torch.float32)
+    model = Decoder(config, build_mesh(), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.fill_(-7.0)
     last = f".{config.num_layers - 1}."

@@ -10,9 +10,9 @@ import pytest
 import torch
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import mesh_of, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
-from trialign.engine.mesh import build_mesh
+from trialign.engine.mesh import build_mesh, mesh_as
 from trialign.models.config import ModelConfig, check_layout
 from trialign.models.decoder import Decoder
 from trialign.models.hf.table import hf_name, hf_shapes, load_hf, pieces, stop_ids
@@ -251,7 +251,7 @@ SIZES = {
 
 def build(folder: Path, tp: int, pp: int, rank: int, *, head=None, dtype=torch.float32, **options) -> Decoder:
     config = ModelConfig.from_hf(folder)
-    model = Decoder(config, mesh_of(tp, pp, 1, rank), dtype=dtype, head=head or config.head)
+    model = Decoder(config, mesh_as(rank, tp=tp, pp=pp), dtype=dtype, head=head or config.head)
     for parameter in model.parameters():
         parameter.data.fill_(-7.0)
     load_hf(model, folder, **options)
@@ -354,7 +354,7 @@ def test_a_language_model_from_a_score_model_is_refused(folders):
 
 def refused(folder: Path, message: str, config: ModelConfig | None = None) -> None:
     """load_hf refuses the folder and has changed nothing by then."""
-    model = Decoder(config or ModelConfig.from_hf(folder), mesh_of(1, 1, 1, 0), dtype=torch.float32)
+    model = Decoder(config or ModelConfig.from_hf(folder), build_mesh(), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.fill_(-7.0)
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,67 @@
+"""The mesh: its axes in layouts, meshes of a part of the ranks, and sizes that are refused."""
+
+import pytest
+import torch
+from harness import run_ranks
+from trialign.engine.mesh import build_mesh, check_layout, mesh_as
+from trialign.engine.parallel.collectives import all_reduce, from_mesh, object_from_mesh
+
+AXES = ("dp", "pp", "cp", "dp_cp", "ep", "edp", "tp", "embedding")
+
+
+def test_axes_of_a_layout():
+    """tp is fastest and pp slowest; ep and edp are folded from dp."""
+    mesh = mesh_as(11, tp=2, pp=2, dp=4, ep=2)  # at pp 1, dp 1, tp 1
+    assert {name: getattr(mesh, name).ranks for name in AXES} == {
+        "tp": (10, 11),
+        "dp": (9, 11, 13, 15),
+        "dp_cp": (9, 11, 13, 15),
+        "ep": (9, 11),
+        "edp": (11, 15),
+        "pp": (3, 11),
+        "embedding": (3, 11),
+        "cp": (11,),
+    }
+    assert [axis.rank for axis in (mesh.world, mesh.tp, mesh.dp, mesh.ep, mesh.edp, mesh.pp)] == [11, 1, 1, 1, 0, 1]
+    assert mesh_as(1, pp=3).embedding.size == 1
+
+
+def two_meshes(rank: int, world: int):
+    """A mesh of ranks 3 and 1, as pp 2, beside one of all; sums over both and numbers given to ranks outside."""
+    part, whole = build_mesh(pp=2, ranks=[3, 1]), build_mesh(tp=2)
+    total = all_reduce(torch.tensor([rank + 1.0]), part.pp).item()
+    sizes = {name: (getattr(part, name).size, getattr(part, name).rank) for name in AXES}
+    given = from_mesh(torch.tensor([float(rank)]), part).item(), object_from_mesh([rank], part)
+    same = from_mesh(torch.tensor([float(rank)]), whole).item()
+    return part.is_member, part.ranks, sizes, total, given, same, all_reduce(torch.ones(1), part.world).item()
+
+
+def test_a_mesh_of_a_part_of_the_ranks():
+    one = dict.fromkeys(AXES, (1, 0))
+    for rank, (member, ranks, sizes, total, given, same, everyone) in enumerate(run_ranks(two_meshes, 4)):
+        assert (member, ranks, same, everyone) == (rank in (1, 3), (3, 1), rank, 4)
+        place = (2, [3, 1].index(rank)) if member else (1, 0)
+        assert sizes == one | {"pp": place, "embedding": place}
+        assert total == (6 if member else rank + 1)
+        assert given == (3, [3])
+
+
+@pytest.mark.parametrize("ranks", [[0, 0], [1], [-1]])
+def test_ranks_that_are_not_there_are_refused(ranks):
+    with pytest.raises(ValueError, match="ranks="):
+        build_mesh(ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes", "named"),
+    [
+        (6, {"tp": 2, "pp": 2}, "6"),
+        (8, {"tp": 2, "pp": 1, "dp": 2}, "8"),
+        (4, {"tp": 1, "pp": 0}, "parallel.pp=0"),
+        (4, {"tp": 1, "pp": 1, "cp": 2}, "parallel.cp=2"),
+        (4, {"tp": 1, "pp": 1, "ep": 3}, "parallel.ep=3"),
+    ],
+)
+def test_sizes_that_make_no_layout_are_refused(world, sizes, named):
+    with pytest.raises(ValueError, match=named):
+        check_layout(world, **sizes)
