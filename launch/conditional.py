@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from common.chunks import ChunkStore
 from common.online import say_encoders
-from common.run import Session, start
+from common.run import Run, start
 from common.supervised import SupervisedRun, supervised_run
 from report.curves import SFT_PANELS, answer_table, completion_table, response_text
 from trialign.algorithms.batch import Rollout, from_rollouts
@@ -43,19 +43,19 @@ FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch 
 class Rewards:
     """The rewards of rows and of answers: scorers where the config gives any, a column of the data otherwise."""
 
-    def __init__(self, session: Session[ConditionalConfig]):
-        self.session, config = session, session.config
+    def __init__(self, run: Run[ConditionalConfig]):
+        self.run, config = run, run.config
         self.config, folder = config, config.model.path
-        self.shape = session.together(lambda: read_shape(folder, config.parallel, config.run, "lm", config.lora))
-        self.tokenizer = session.together(lambda: load_tokenizer(folder, self.shape))
-        self.ends = session.together(lambda: stop_ids(folder, self.shape, self.tokenizer))
+        self.shape = run.on_all_ranks(lambda: read_shape(folder, config.parallel, config.run, "lm", config.lora))
+        self.tokenizer = run.on_all_ranks(lambda: load_tokenizer(folder, self.shape))
+        self.ends = run.on_all_ranks(lambda: stop_ids(folder, self.shape, self.tokenizer))
         policy = Policy(folder, self.shape, self.tokenizer, config.data.chat_template)
-        encoders = session.together(lambda: reward_encoders(config.reward.models, policy))
-        say_encoders(encoders, session.mesh.is_main)
-        self.scorer = Scorer(config.reward, self.tokenizer, session.mesh, encoders)
-        session.stack.callback(self.scorer.close)
+        encoders = run.on_all_ranks(lambda: reward_encoders(config.reward.models, policy))
+        say_encoders(encoders, run.mesh.is_main)
+        self.scorer = Scorer(config.reward, self.tokenizer, run.mesh, encoders)
+        run.stack.callback(self.scorer.close)
         asked = ("model", "data", "reward", "run.rows_per_save")
-        self.kept = ChunkStore(session, "begun", asked, (*config.data.sources, *config.data.eval_sources))
+        self.kept = ChunkStore(run, "begun", asked, (*config.data.sources, *config.data.eval_sources))
         self.models: list[Role] = []
         self.too_long: frozenset[str] = frozenset()
         self.reader = RowReader()
@@ -67,26 +67,26 @@ class Rewards:
             raise ValueError(
                 f"data.max_tokens={config.data.max_tokens}: {folder} has positions for {shape.longest_document}"
             )
-        return build_decoder(folder, shape, self.session.mesh, config.model.dtype, head="score")
+        return build_decoder(folder, shape, self.run.mesh, config.model.dtype, head="score")
 
     def scores(self, rollouts: list[Rollout]) -> list[float]:
         """One number an answer, NaN where a scorer abstains. Collective."""
-        batch = from_rollouts(rollouts).to(self.session.mesh.device)
-        shares = plan_scoring(batch, self.config.update, self.session.mesh)
+        batch = from_rollouts(rollouts).to(self.run.mesh.device)
+        shares = plan_scoring(batch, self.config.update, self.run.mesh)
         return self.scorer.combined(self.scorer(rollouts, batch, self.models, shares))
 
     def rows(self) -> dict[str, list[Rewarded]]:
         """The rows of every source with their rewards, which a resumed run finds in its folder. Collective."""
-        config, session = self.config, self.session
+        config, run = self.config, self.run
         data, given = config.data, not config.reward.names
         sources = dict.fromkeys((*data.sources, *data.eval_sources))
-        rows = session.together(
+        rows = run.on_all_ranks(
             lambda: {source: read_rewarded(source, data, given, self.reader) for source in sources}, "rows"
         )
         if given:
             return rows
         every = [row for own in rows.values() for row in own]
-        samples = session.together(
+        samples = run.on_all_ranks(
             lambda: list(Encoder(data, self.tokenizer, self.ends).responses([row.dialogue for row in every])),
             "tokens of the rows",
         )
@@ -95,7 +95,7 @@ class Rewards:
         if not short:
             raise ValueError(f"data.sources: all {len(samples)} rows are longer than data.max_tokens={data.max_tokens}")
         self.scorer.check((samples[i].where, every[i].fields) for i in short)
-        self.models += [Role(session.together(lambda p=p: self._model(p), p)) for p in config.reward.models]
+        self.models += [Role(run.on_all_ranks(lambda p=p: self._model(p), p)) for p in config.reward.models]
         rows_left, samples = [every[i] for i in short], [samples[i] for i in short]
         self.found = self._before(samples) or self._scored(rows_left, samples)
         return {
@@ -117,17 +117,17 @@ class Rewards:
                 self.kept.write(f"part_{part}", known)
                 for reason in self.scorer.failures():  # there are none but on the first rank
                     print(f"abstains: {reason}")
-                if self.session.mesh.is_main:
+                if self.run.mesh.is_main:
                     print(f"{begin + len(known)} of {len(rows)} rows are scored", flush=True)
             found |= dict(known)
         return found
 
     def _before(self, samples: list[Sample]) -> dict[str, float | None] | None:
         """The rewards that the run was begun with, where it goes on from a checkpoint: by place, for data may move."""
-        path, kept = self.session.folder / "rewards.json", None
-        if self.session.checkpoint is not None and self.session.mesh.is_main and path.exists():
+        path, kept = self.run.folder / "rewards.json", None
+        if self.run.record.checkpoint is not None and self.run.mesh.is_main and path.exists():
             kept = list(json.loads(path.read_text(encoding="utf-8")).values())
-        kept = gather_objects(kept, self.session.mesh.world)[0]
+        kept = gather_objects(kept, self.run.mesh.world)[0]
         if kept is None:
             return None
         if len(kept) != len(samples):
@@ -138,14 +138,14 @@ class Rewards:
 def answers(work: SupervisedRun[ConditionedRows], rewards: Rewards) -> list[list[Any]]:
     """[prompt, answer in the data, the model's greedy answer to the prompt that asks for the best, its reward or None]
     of the first `run.show` rows. Collective."""
-    run, model, mesh = work.session.config.run, work.learner.model, work.session.mesh
+    run, model, mesh = work.run.config.run, work.learner.model, work.run.mesh
     longest = work.shape.longest_rollout
     prompts = [row for row in work.rows.prompts(run.show) if len(row[0].tokens) < longest]
     if not prompts:
         return []
     room = longest - max(len(prompt.tokens) for prompt, _ in prompts)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(run.show_tokens, room)), stop_ids=work.ends)
-    with work.session.progress.work("answers"):
+    with work.run.progress.work("answers"):
         rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
     texts = texts_of(rollouts, work.tokenizer)
     texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
@@ -154,41 +154,41 @@ def answers(work: SupervisedRun[ConditionedRows], rewards: Rewards) -> list[list
     return [list(row) for row in zip((p.text for p, _ in prompts), wanted, texts, scores, strict=True)]
 
 
-def main(session: Session[ConditionalConfig]) -> None:
+def main(run: Run[ConditionalConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and a table of answers in the run's folder."""
-    config, mesh = session.config, session.mesh
-    rewards = Rewards(session)
+    config, mesh = run.config, run.mesh
+    rewards = Rewards(run)
     rows = rewards.rows()
 
     def read(tokenizer, ends) -> ConditionedRows:
         seed, too_long, reader = config.run.seed, rewards.too_long, rewards.reader
         return ConditionedRows(config.data, config.condition, rows, tokenizer, ends, seed, too_long, reader)
 
-    work = supervised_run(session, config.data, read)
+    work = supervised_run(run, config.data, read)
     learner, data = work.learner, work.rows
     unseen = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
     measure = lambda batch: {"eval_loss": held_out_loss(learner, batch, config.update)}  # noqa: E731
     work.begin(facts=FACTS)
     if config.reward.names:
-        session.remember("rewards.json", lambda: rewards.found)
-    before = session.remember("before.json", lambda: answers(work, rewards))
+        run.remember("rewards.json", lambda: rewards.found)
+    before = run.remember("before.json", lambda: answers(work, rewards))
 
     work.held_out_before(unseen, measure)
-    for _ in session.steps():
+    for _ in run.steps():
         batch = pack_samples(data.next(config.update.batch_size)).to(mesh.device)
         metrics = work.epoch()
 
-        with session.phases("update") as phase:
+        with run.phases("update") as phase:
             metrics |= sft_step(learner, batch, plan(batch, config.update, mesh))
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)
-        session.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics, tokens=len(batch.tokens))
 
     rewards.kept.drop()
     after = answers(work, rewards)
-    session.progress.say(f"answers are asked for with {data.best} as the reward in the prompt")
-    session.finish(SFT_PANELS, *([table(before, after)] if after else []))
+    run.progress.say(f"answers are asked for with {data.best} as the reward in the prompt")
+    run.finish(SFT_PANELS, *([table(before, after)] if after else []))
 
 
 def table(before: list[list[Any]], after: list[list[Any]]):

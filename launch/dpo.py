@@ -12,7 +12,7 @@ import common.interrupts  # noqa: F401  # isort: skip  (before what takes second
 import sys
 
 import torch
-from common.run import Session, start
+from common.run import Run, start
 from common.supervised import SupervisedRun, supervised_run
 from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
@@ -44,7 +44,7 @@ class References:
     """
 
     def __init__(self, work: SupervisedRun[PairStream]):
-        config, self.data, self.device = work.session.config, work.rows, work.session.mesh.device
+        config, self.data, self.device = work.run.config, work.rows, work.run.mesh.device
         self.rows = {place: i for i, place in enumerate(self.data.coming(work.steps * work.batch_size))}
         pairs = [self.data.pools[pool][row] for pool, row in self.rows] + self.data.held_out
         self.sums = torch.zeros(len(pairs), 2)
@@ -67,30 +67,30 @@ class References:
         return with_reference(pack_pairs(pairs), self.sums[numbers].flatten()).to(self.device)
 
 
-def main(session: Session[DPOConfig]) -> None:
+def main(run: Run[DPOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
-    config, mesh = session.config, session.mesh
+    config, mesh = run.config, run.mesh
 
     read = lambda tokenizer, ends: PairStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
-    work = supervised_run(session, config.data, read)
+    work = supervised_run(run, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()
     measure = lambda batch: held_out(learner, batch, config.update, config.pair_loss)  # noqa: E731
     work.begin(facts=FACTS)
 
     work.held_out_before(unseen, measure)
-    for _ in session.steps():
+    for _ in run.steps():
         batch = rows.next(config.update.batch_size)
         metrics = work.epoch()
 
-        with session.phases("update") as phase:
+        with run.phases("update") as phase:
             metrics |= dpo_step(learner, batch, plan(batch, config.update, mesh, 2), config.pair_loss)
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)
-        session.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics, tokens=len(batch.tokens))
 
-    session.finish(PANELS)
+    run.finish(PANELS)
 
 
 if __name__ == "__main__":

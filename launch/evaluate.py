@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from common.chunks import ChunkStore
 from common.online import OnlineRun
-from common.run import Session, start
+from common.run import Run, start
 from report.curves import estimate_table, sample_table
 from rich.console import Console
 from trialign.algorithms.batch import Batch, Prompt
@@ -57,18 +57,18 @@ CHUNK = 256  # rows of text or dialogues that are packed at once
 class Evaluated:
     """A model on its mesh, and what is asked of it."""
 
-    def __init__(self, session: Session[Any], folder: str):
-        self.session, self.mesh, self.folder = session, session.mesh, folder
-        self.config: EvaluateConfig = session.config
-        self.shape = session.together(self._read_shape)
-        self.tokenizer = session.together(lambda: load_tokenizer(folder, self.shape))
+    def __init__(self, run: Run[Any], folder: str):
+        self.run, self.mesh, self.folder = run, run.mesh, folder
+        self.config: EvaluateConfig = run.config
+        self.shape = run.on_all_ranks(self._read_shape)
+        self.tokenizer = run.on_all_ranks(lambda: load_tokenizer(folder, self.shape))
 
     @cached_property
     def role(self) -> Role:
         """The model, loaded when it is first asked for: after all that could refuse the data. Collective."""
         dtype = self.config.model.dtype
         build = lambda: build_decoder(self.folder, self.shape, self.mesh, dtype)  # noqa: E731
-        return Role(self.session.together(build, self.folder))
+        return Role(self.run.on_all_ranks(build, self.folder))
 
     def _read_shape(self) -> ModelConfig:
         """The model's shape, with room for every row."""
@@ -88,11 +88,11 @@ class Evaluated:
 
     def answer(self, kept: ChunkStore, name: str) -> int:
         """Keeps every completion with its rewards, in parts that are called after `name`: how many. Collective."""
-        config, session = self.config, self.session
+        config, run = self.config, self.run
         own = replace(config, model=replace(config.model, path=self.folder))
-        answering = OnlineRun(session, cast(Any, own), config.run, self.shape)
+        answering = OnlineRun(run, cast(Any, own), config.run, self.shape)
         role = self.role
-        models = [Role(session.together(lambda p=p: self._reward_model(p), p)) for p in config.reward.models]
+        models = [Role(run.on_all_ranks(lambda p=p: self._reward_model(p), p)) for p in config.reward.models]
         answering.attach(cast(Any, role), models)
         there = answering.dataset.rows - answering.dataset.dropped
         self._say(answering.about)
@@ -108,7 +108,7 @@ class Evaluated:
     def _answers(self, answering: OnlineRun, prompts: list[Prompt]) -> Answers:
         """The completions of some prompts, as lines of completions.jsonl have them. Collective."""
         config = self.config
-        work = self.session.progress.work
+        work = self.run.progress.work
         with work("rollout"):
             rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
         scores, rewards = {}, [None] * len(rollouts)
@@ -145,20 +145,20 @@ class Evaluated:
         for name, rows in (("text", self._text), ("dialogues", self._dialogues)):
             if getattr(self.config, name).sources:
                 batches = rows()
-                with self.session.progress.work(f"perplexity of {name}"):
+                with self.run.progress.work(f"perplexity of {name}"):
                     loss, _ = nats_a_token(self.role, batches, self.config.run.micro_batch_size)
                 found[f"perplexity of {name}"] = Estimate(perplexity(loss), math.nan, math.nan)
         return found
 
     def _text(self) -> Iterator[Batch]:
-        rows = self.session.together(lambda: TextStream(self.config.text, self.tokenizer), "text")
+        rows = self.run.on_all_ranks(lambda: TextStream(self.config.text, self.tokenizer), "text")
         self._say(rows)
         whole = list(rows.rows())
         return (pack_rows(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
 
     def _dialogues(self) -> Iterator[Batch]:
-        ends = self.session.together(lambda: stop_ids(self.folder, self.shape, self.tokenizer))
-        rows = self.session.together(lambda: DialogueDataset(self.config.dialogues, self.tokenizer, ends), "dialogues")
+        ends = self.run.on_all_ranks(lambda: stop_ids(self.folder, self.shape, self.tokenizer))
+        rows = self.run.on_all_ranks(lambda: DialogueDataset(self.config.dialogues, self.tokenizer, ends), "dialogues")
         self._say(rows)
         whole = joined(rows.rows())
         return (pack_samples(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
@@ -205,12 +205,12 @@ def measured(answers: Answers, config: EvaluateConfig) -> Estimates:
     return numbers
 
 
-def measure(session: Session[Any], kept: ChunkStore, name: str, folder: str) -> tuple[Answers, Estimates]:
+def measure(run: Run[Any], kept: ChunkStore, name: str, folder: str) -> tuple[Answers, Estimates]:
     """A model's completions and its numbers. It is held no longer than this takes. Collective."""
-    config: EvaluateConfig = session.config
+    config: EvaluateConfig = run.config
     rows = kept.read(f"{name}_measured")
     if rows is None:
-        model = Evaluated(session, folder)
+        model = Evaluated(run, folder)
         parts = model.answer(kept, name) if config.data.sources else 0
         rows = [{"parts": parts, "perplexities": model.perplexities()}]
         kept.write(f"{name}_measured", rows)
@@ -222,20 +222,20 @@ def measure(session: Session[Any], kept: ChunkStore, name: str, folder: str) -> 
     return answers, numbers | {what: Estimate(*number) for what, number in about["perplexities"].items()}
 
 
-def main(session: Session[Any]) -> None:
+def main(run: Run[Any]) -> None:
     """Measures each model, then writes and prints what was found."""
-    config: EvaluateConfig = session.config
+    config: EvaluateConfig = run.config
     folders = [folder for folder in (config.model.path, config.model.against) if folder]
     asked = ("model", "data", "text", "dialogues", "rollout", "reward", "passes", "run.seed", "run.prompts_per_save")
     sources = (*config.data.sources, *config.text.sources, *config.dialogues.sources)
-    kept = ChunkStore(session, "begun", asked, sources)
+    kept = ChunkStore(run, "begun", asked, sources)
     kept.check()
-    if session.left:
-        return session.tell_end()
+    if run.record.results:
+        return run.record.print_finished()
     results: dict[str, Estimates] = {}
     answers: dict[str, Answers] = {}
     for name, folder in zip(("model", "against"), folders, strict=False):
-        answers[folder], results[folder] = measure(session, kept, name, folder)
+        answers[folder], results[folder] = measure(run, kept, name, folder)
     if len(folders) == 2 and config.data.sources:
         ours, theirs = (by_prompt(answers[folder]) for folder in folders)
         both = [source for source in ours if ours[source] and theirs.get(source)]
@@ -243,13 +243,13 @@ def main(session: Session[Any]) -> None:
             won = win_rate([ours[source] for source in both], [theirs[source] for source in both])
             results[folders[0]]["win rate"] = won
             results[folders[1]]["win rate"] = Estimate(1 - won.value, 1 - won.high, 1 - won.low)
-    if session.mesh.is_main:
-        write(session.folder, answers, results)
+    if run.mesh.is_main:
+        write(run.folder, answers, results)
         Console(highlight=False).print(
             estimate_table(results), sample_table([a for own in answers.values() for a in own[: config.run.show]])
         )
-        print(f"completions: {session.folder / 'completions.jsonl'}\nresults:     {session.folder / 'results.json'}")
-        session.done(completions="completions.jsonl", results="results.json")
+        print(f"completions: {run.folder / 'completions.jsonl'}\nresults:     {run.folder / 'results.json'}")
+        run.record.write_finished(run.step, completions="completions.jsonl", results="results.json")
     kept.drop(but=("asked",))
 
 

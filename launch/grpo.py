@@ -15,7 +15,7 @@ import sys
 
 import torch
 from common.online import OnlineRun, summary
-from common.run import Session, start
+from common.run import Run, start
 from report.curves import GRPO_PANELS, completion_table
 from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.config.grpo import GRPOConfig, check
@@ -28,21 +28,21 @@ from trialign.algorithms.rollout.sync import sample
 from trialign.models.flops import forward_flops
 
 
-class Run(OnlineRun):
+class GRPORun(OnlineRun):
     """What GRPO works with: prompts, rewards, roles, generator; and what of it a checkpoint holds."""
 
-    def __init__(self, session: Session[GRPOConfig]):
-        config, mesh = session.config, session.mesh
-        shapes = session.together(lambda: read_shapes(config))
-        super().__init__(session, config, config.run, shapes[config.model.path])
+    def __init__(self, run: Run[GRPOConfig]):
+        config, mesh = run.config, run.mesh
+        shapes = run.on_all_ranks(lambda: read_shapes(config))
+        super().__init__(run, config, config.run, shapes[config.model.path])
         self.config = config
         self.shaper = RewardShaper(config.reward, config.rules)
-        self.roles: GroupRoles = session.together(lambda: build_group_roles(config, shapes, mesh), "models")
+        self.roles: GroupRoles = run.on_all_ranks(lambda: build_group_roles(config, shapes, mesh), "models")
         self.attach(self.roles.actor, self.roles.rewards)
         self.learners = {"actor": (self.roles.actor, config.model.path)}
         self.parts = {"data": self.dataset, "reward": self.shaper}
 
-    def draw(self, session: Session[GRPOConfig]) -> tuple[list[Group], dict[str, float]]:
+    def draw(self, run: Run[GRPOConfig]) -> tuple[list[Group], dict[str, float]]:
         """The groups of a step, and what all answers drawn for it were like."""
         config = self.config
         pool = GroupPool(config.run.prompts_per_step, config.choices.dynamic, config.grpo.max_draws)
@@ -51,15 +51,15 @@ class Run(OnlineRun):
         combined, shaped = [], []
         while pool.missing:
             prompts = self.dataset.next(pool.missing)
-            with session.phases("rollout") as phase:  # prompt -> rollout
+            with run.phases("rollout") as phase:  # prompt -> rollout
                 rollouts = sample(self.generator, prompts, self.sampling, config.rollout.samples_per_prompt)
                 batch = from_rollouts(rollouts)
                 phase.tokens = len(batch.response)
                 phase.flops = forward_flops(self.shape, batch.lengths, len(batch.response))
-            with session.phases("score") as phase:  # rollout -> rewards
+            with run.phases("score") as phase:  # rollout -> rewards
                 given = self.scores(rollouts, config.grpo.micro_batch_size)
                 here = self.scorer.combined(given)
-                self.say_failures(session)
+                self.say_failures(run)
                 rewards = self.shaper(here, [rollout.finish == "stop" for rollout in rollouts])
                 phase.flops = forward_flops(self.shape, batch.lengths) * len(self.roles.rewards)
             pool.add(make_groups(rollouts, here, rewards, config))
@@ -69,16 +69,16 @@ class Run(OnlineRun):
         return groups, metrics | summary(drawn, scores, combined, shaped)
 
 
-def train(run: Run, session: Session[GRPOConfig]) -> None:
-    """GRPO from the session's step to its last."""
-    config, roles, phases = run.config, run.roles, session.phases
-    for step in session.steps():
-        groups, metrics = run.draw(session)
+def train(work: GRPORun, run: Run[GRPOConfig]) -> None:
+    """GRPO from the run's step to its last."""
+    config, roles, phases = work.config, work.roles, run.phases
+    for step in run.steps():
+        groups, metrics = work.draw(run)
         rewards = torch.tensor([reward for group in groups for reward in group.rewards])
         number = torch.arange(len(groups)).repeat_interleave(config.rollout.samples_per_prompt)
-        batch = from_rollouts([rollout for group in groups for rollout in group.rollouts]).to(run.mesh.device)
-        epochs = plan(batch, config.grpo, run.mesh, seed=(config.run.seed << 32) + step)
-        forward = forward_flops(run.shape, batch.lengths, len(batch.response))
+        batch = from_rollouts([rollout for group in groups for rollout in group.rollouts]).to(work.mesh.device)
+        epochs = plan(batch, config.grpo, work.mesh, seed=(config.run.seed << 32) + step)
+        forward = forward_flops(work.shape, batch.lengths, len(batch.response))
 
         with phases("score") as phase:  # rollout -> reference logprobs, old logprobs
             shares = [share for minibatch in epochs[0] for share in minibatch.shares]
@@ -93,19 +93,19 @@ def train(run: Run, session: Session[GRPOConfig]) -> None:
             phase.flops = 3 * config.grpo.epochs * forward
 
         with phases("sync"):  # weights -> generator
-            run.generator.load(roles.actor.model)
+            work.generator.load(roles.actor.model)
 
-        session.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics, tokens=len(batch.tokens))
 
 
-def main(session: Session[GRPOConfig]) -> None:
+def main(run: Run[GRPOConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and the table of answers in the run's folder."""
-    run = Run(session)
-    session.begin(run.learners, run.parts, run.config.run.steps, about=run.about)
-    before = session.remember("before.json", run.answer_shown)
-    run.shown = run.shown[: len(before)]  # a resume may ask for more
-    train(run, session)
-    session.finish(GRPO_PANELS, completion_table(before[: len(run.shown)], run.answer_shown()))
+    work = GRPORun(run)
+    run.begin(work.learners, work.parts, work.config.run.steps, about=work.about)
+    before = run.remember("before.json", work.answer_shown)
+    work.shown = work.shown[: len(before)]  # a resume may ask for more
+    train(work, run)
+    run.finish(GRPO_PANELS, completion_table(before[: len(work.shown)], work.answer_shown()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import common.interrupts  # noqa: F401  # isort: skip  (before what takes second
 import sys
 from typing import NamedTuple
 
-from common.run import Session, start
+from common.run import Run, start
 from common.supervised import SupervisedRun, supervised_run
 from report.curves import Line, Panel
 from torch import Tensor
@@ -51,7 +51,7 @@ class References:
     """
 
     def __init__(self, work: SupervisedRun[LabeledStream]):
-        config, self.data, self.device = work.session.config, work.rows, work.session.mesh.device
+        config, self.data, self.device = work.run.config, work.rows, work.run.mesh.device
         self.rows = {place: i for i, place in enumerate(self.data.coming(work.steps * work.batch_size))}
         drawn = [self._row(place).sample for place in self.rows]
         partners = [self._row((pool, self.data.partners[pool][row])).sample for pool, row in self.rows]
@@ -82,34 +82,34 @@ class References:
         return with_reference(batch, sums).to(self.device)
 
 
-def main(session: Session[KTOConfig]) -> None:
+def main(run: Run[KTOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
-    config, mesh = session.config, session.mesh
+    config, mesh = run.config, run.mesh
 
     read = lambda tokenizer, ends: LabeledStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
-    work = supervised_run(session, config.data, read)
+    work = supervised_run(run, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()
     measure = lambda batch: held_out(learner, batch, config.update, config.loss)  # noqa: E731
     work.begin(facts=FACTS)
 
     work.held_out_before(unseen, measure)
-    for _ in session.steps():
+    for _ in run.steps():
         batch, others, reference = rows.next(config.update.batch_size)
         metrics = work.epoch()
 
-        with session.phases("reference point") as phase:
+        with run.phases("reference point") as phase:
             z = reference_point(learner, others, reference, config.update)
             work.count(phase, pack_samples(others))
 
-        with session.phases("update") as phase:
+        with run.phases("update") as phase:
             metrics |= kto_step(learner, batch, plan(batch, config.update, mesh), config.loss, z)
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)
-        session.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics, tokens=len(batch.tokens))
 
-    session.finish(PANELS)
+    run.finish(PANELS)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 
 import torch
 from common.online import OnlineRun, summary
-from common.run import Session, start
+from common.run import Run, start
 from report.curves import PPO_PANELS, completion_table
 from trialign.algorithms.batch import from_rollouts
 from trialign.algorithms.config.ppo import PPOConfig, check
@@ -29,17 +29,17 @@ from trialign.algorithms.rollout.sync import sample
 from trialign.models.flops import forward_flops
 
 
-class Run(OnlineRun):
+class PPORun(OnlineRun):
     """What PPO works with: prompts, rewards, roles, generator; and what of it a checkpoint holds."""
 
-    def __init__(self, session: Session[PPOConfig]):
-        config, mesh = session.config, session.mesh
-        shapes = session.together(lambda: read_shapes(config))
-        super().__init__(session, config, config.run, shapes[config.model.path])
+    def __init__(self, run: Run[PPOConfig]):
+        config, mesh = run.config, run.mesh
+        shapes = run.on_all_ranks(lambda: read_shapes(config))
+        super().__init__(run, config, config.run, shapes[config.model.path])
         self.config = config
         self.shaper = RewardShaper(config.reward, config.rules)
-        self.text = session.together(self._read_text, "text") if config.actor.ptx_coef else None
-        self.roles: Roles = session.together(lambda: build_roles(config, shapes, mesh), "models")
+        self.text = run.on_all_ranks(self._read_text, "text") if config.actor.ptx_coef else None
+        self.roles: Roles = run.on_all_ranks(lambda: build_roles(config, shapes, mesh), "models")
         self.attach(self.roles.actor, self.roles.rewards)
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
         actor, critic = config.model.path, config.model.critic or config.model.path
@@ -52,54 +52,54 @@ class Run(OnlineRun):
         return TextDataset(data.ptx_source, data.ptx_key, self.tokenizer, data.ptx_tokens, self.config.run.seed)
 
 
-def train(run: Run, session: Session[PPOConfig]) -> None:
-    """PPO from the session's step to its last."""
-    config, roles, phases = run.config, run.roles, session.phases
-    for step in session.steps():
-        prompts = run.dataset.next(config.run.prompts_per_step)
+def train(work: PPORun, run: Run[PPOConfig]) -> None:
+    """PPO from the run's step to its last."""
+    config, roles, phases = work.config, work.roles, run.phases
+    for step in run.steps():
+        prompts = work.dataset.next(config.run.prompts_per_step)
 
         with phases("rollout") as phase:  # prompt -> rollout
-            rollouts = sample(run.generator, prompts, run.sampling, config.rollout.samples_per_prompt)
-            batch = from_rollouts(rollouts).to(run.mesh.device)
-            epochs = plan(batch, config.ppo, run.mesh, seed=(config.run.seed << 32) + step)
+            rollouts = sample(work.generator, prompts, work.sampling, config.rollout.samples_per_prompt)
+            batch = from_rollouts(rollouts).to(work.mesh.device)
+            epochs = plan(batch, config.ppo, work.mesh, seed=(config.run.seed << 32) + step)
             shares = [share for minibatch in epochs[0] for share in minibatch.shares]
             phase.tokens = len(batch.response)
-            phase.flops = forward = forward_flops(run.shape, batch.lengths, len(batch.response))
+            phase.flops = forward = forward_flops(work.shape, batch.lengths, len(batch.response))
 
         with phases("score") as phase:  # rollout -> rewards, reference logprobs, values
-            scores = run.scorer(rollouts, batch, roles.rewards, shares)
-            combined = run.scorer.combined(scores)
-            run.say_failures(session)
-            rewards = run.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
+            scores = work.scorer(rollouts, batch, roles.rewards, shares)
+            combined = work.scorer.combined(scores)
+            work.say_failures(run)
+            rewards = work.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
             batch = score(without(batch, torch.tensor(rewards)), roles, config, shares)
-            body = forward_flops(run.shape, batch.lengths)
+            body = forward_flops(work.shape, batch.lengths)
             phase.tokens = len(batch.tokens)
             passes = 1 + (batch.logprobs is not None), len(roles.rewards) + (batch.values is not None)
             phase.flops = forward * passes[0] + body * passes[1]
 
         with phases("update") as phase:  # rewards -> advantages -> new weights
-            batch, metrics = with_rewards(batch, torch.tensor(rewards), config, run.kl.coef)
-            text = run.text.next(config.batch_size // config.ppo.minibatches).tolist() if run.text else ()
+            batch, metrics = with_rewards(batch, torch.tensor(rewards), config, work.kl.coef)
+            text = work.text.next(config.batch_size // config.ppo.minibatches).tolist() if work.text else ()
             train_actor = step >= config.critic.warmup_steps
             metrics |= update(roles, batch, epochs, config, train_actor=train_actor, ptx=text)
-            run.kl.update(metrics["kl"], len(batch))
+            work.kl.update(metrics["kl"], len(batch))
             phase.tokens = len(batch.tokens) * config.ppo.epochs
             phase.flops = 3 * config.ppo.epochs * (body + forward * train_actor)
 
         with phases("sync"):  # weights -> generator
-            run.generator.load(roles.actor.model)
+            work.generator.load(roles.actor.model)
 
-        session.end_step(metrics | summary(rollouts, scores, combined, rewards), tokens=len(batch.tokens))
+        run.end_step(metrics | summary(rollouts, scores, combined, rewards), tokens=len(batch.tokens))
 
 
-def main(session: Session[PPOConfig]) -> None:
+def main(run: Run[PPOConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and the table of answers in the run's folder."""
-    run = Run(session)
-    session.begin(run.learners, run.parts, run.config.run.steps, about=run.about)
-    before = session.remember("before.json", run.answer_shown)
-    run.shown = run.shown[: len(before)]  # a resume may ask for more
-    train(run, session)
-    session.finish(PPO_PANELS, completion_table(before[: len(run.shown)], run.answer_shown()))
+    work = PPORun(run)
+    run.begin(work.learners, work.parts, work.config.run.steps, about=work.about)
+    before = run.remember("before.json", work.answer_shown)
+    work.shown = work.shown[: len(before)]  # a resume may ask for more
+    train(work, run)
+    run.finish(PPO_PANELS, completion_table(before[: len(work.shown)], work.answer_shown()))
 
 
 if __name__ == "__main__":

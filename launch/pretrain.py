@@ -11,7 +11,7 @@ import common.interrupts  # noqa: F401  # isort: skip  (before what takes second
 
 import sys
 
-from common.run import Session, start
+from common.run import Run, start
 from common.supervised import supervised_run
 from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
@@ -31,12 +31,10 @@ PANELS = (
 )
 
 
-def main(session: Session[PretrainConfig]) -> None:
+def main(run: Run[PretrainConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
-    config, mesh = session.config, session.mesh
-    work = supervised_run(
-        session, config.data, lambda tokenizer, _: TextStream(config.data, tokenizer, config.run.seed)
-    )
+    config, mesh = run.config, run.mesh
+    work = supervised_run(run, config.data, lambda tokenizer, _: TextStream(config.data, tokenizer, config.run.seed))
     unseen = pack_rows(work.rows.held_out).to(mesh.device) if work.rows.held_out else None
     work.begin(facts=FACTS)
 
@@ -45,17 +43,17 @@ def main(session: Session[PretrainConfig]) -> None:
         return {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
     work.held_out_before(unseen, measure)
-    for _ in session.steps():
+    for _ in run.steps():
         rows = work.rows.next(config.update.batch_size)
         batch = pack_rows(rows).to(mesh.device)
         metrics = work.epoch()
-        with session.phases("update") as phase:
+        with run.phases("update") as phase:
             metrics |= sft_step(work.learner, batch, plan_rows(rows, config.update, mesh))
             work.count(phase, batch, passes=3)
         metrics |= work.held_out(unseen, measure)
-        session.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics, tokens=len(batch.tokens))
 
-    session.finish(PANELS)
+    run.finish(PANELS)
 
 
 if __name__ == "__main__":

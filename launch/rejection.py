@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from common.online import OnlineRun, summary
-from common.run import Session, start
+from common.run import Run, start
 from report.curves import Line, Panel, completion_table
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
@@ -58,13 +58,13 @@ PANELS = (
 )
 
 
-class Run(OnlineRun):
+class RejectionRun(OnlineRun):
     """What rejection sampling works with: prompts, rewards, the policy; and what of it a checkpoint holds."""
 
-    def __init__(self, session: Session[RejectionConfig]):
-        config, mesh = session.config, session.mesh
-        shapes = session.together(lambda: read_shapes(cast(Any, config)))
-        super().__init__(session, config, config.run, shapes[config.model.path])
+    def __init__(self, run: Run[RejectionConfig]):
+        config, mesh = run.config, run.mesh
+        shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
+        super().__init__(run, config, config.run, shapes[config.model.path])
         self.shaper = RewardShaper(config.reward, config.rules)
         self.config, self.per_round, self.first_step = config, config.steps_per_round, 0
         options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
@@ -74,24 +74,24 @@ class Run(OnlineRun):
                 folder, shapes[folder], mesh, config.model.dtype, head=head, trained=trained, **options
             )
 
-        policy = session.together(lambda: build(config.model.path, "lm", True), "model")
-        models = [Role(session.together(lambda f=f: build(f, "score", False), f)) for f in config.reward.models]
+        policy = run.on_all_ranks(lambda: build(config.model.path, "lm", True), "model")
+        models = [Role(run.on_all_ranks(lambda f=f: build(f, "score", False), f)) for f in config.reward.models]
         self.steps = config.round.count * self.per_round
         self.learner = build_learner(policy, config.optimizer, self.steps, ema_decay=config.update.ema_decay)
         self.attach(self.learner, models)
         rounds = Rounds(config.round.method, self.per_round, config.round.prompts * config.rollout.samples_per_prompt)
         self.parts = {"data": self.dataset, "rounds": rounds}
 
-    def answers(self, session: Session[RejectionConfig], number: int) -> tuple[list[Answer], dict[str, float]]:
+    def answers(self, run: Run[RejectionConfig], number: int) -> tuple[list[Answer], dict[str, float]]:
         """A round's answers, and what they were like. Collective.
 
         The round in which a run is resumed is found in its folder, made by the weights of the checkpoint if none of its
         steps is done: what is written next is the checkpoint after its first ones.
         """
-        path, begun = session.folder / "rounds" / f"round_{number}.jsonl", session.step % self.per_round > 0
-        resumed = session.record is not None and session.step == self.first_step
+        path, begun = run.folder / "rounds" / f"round_{number}.jsonl", run.step % self.per_round > 0
+        resumed = run.record.found is not None and run.step == self.first_step
         if resumed and not begun:  # to be answered in another way
-            resumed = not any(change.startswith(("model.", "rollout.", "reward.")) for change in session.changes)
+            resumed = not any(change.startswith(("model.", "rollout.", "reward.")) for change in run.record.changes)
         mine = read_round(path) if resumed and self.mesh.is_main and path.exists() else None
         kept = gather_objects(mine, self.mesh.world)[0]
         if kept is None and begun:
@@ -99,16 +99,16 @@ class Run(OnlineRun):
         prompts = [] if begun else self.dataset.next(self.config.round.prompts)
         if kept is not None:
             return kept, {}
-        with session.phases("rollout") as phase:  # prompt -> answers
+        with run.phases("rollout") as phase:  # prompt -> answers
             count = self.config.rollout.samples_per_prompt
             rollouts = sample(self.generator, prompts, self.sampling, count)
             lengths = [len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts]
             phase.tokens = sum(len(rollout.tokens) for rollout in rollouts)
             phase.flops = forward_flops(self.shape, lengths, phase.tokens)
-        with session.phases("score") as phase:  # answers -> rewards
+        with run.phases("score") as phase:  # answers -> rewards
             scores = self.scores(rollouts, self.config.update.micro_batch_size)
             combined = self.scorer.combined(scores)
-            self.say_failures(session)
+            self.say_failures(run)
             rewards = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
             texts = texts_of(rollouts, self.tokenizer)
             answers = make_answers(rollouts, texts, rewards, scores, self.config.round.method)
@@ -141,40 +141,40 @@ class Run(OnlineRun):
         return with_reference(pack_pairs([pairs[i] for i in mine]), torch.tensor([sums[i] for i in mine]).flatten())
 
 
-def train(run: Run, session: Session[RejectionConfig]) -> None:
-    """Rounds from the session's step to its last."""
-    config, answers = run.config, []
-    for step in session.steps():
-        number, place = divmod(step, run.per_round)
+def train(work: RejectionRun, run: Run[RejectionConfig]) -> None:
+    """Rounds from the run's step to its last."""
+    config, answers = work.config, []
+    for step in run.steps():
+        number, place = divmod(step, work.per_round)
         metrics: dict[str, float] = {}
         if not answers or place == 0:
-            run.generator.load(run.learner.model)
-            answers, metrics = run.answers(session, number)
-        batch = run.batch(answers, number, place).to(run.mesh.device)
+            work.generator.load(work.learner.model)
+            answers, metrics = work.answers(run, number)
+        batch = work.batch(answers, number, place).to(work.mesh.device)
 
-        with session.phases("update") as phase:
+        with run.phases("update") as phase:
             if config.round.method == "sft":
-                metrics |= sft_step(run.learner, batch, plan(batch, config.update, run.mesh))
+                metrics |= sft_step(work.learner, batch, plan(batch, config.update, work.mesh))
             else:
-                metrics |= dpo_step(run.learner, batch, plan(batch, config.update, run.mesh, 2), config.pair_loss)
+                metrics |= dpo_step(work.learner, batch, plan(batch, config.update, work.mesh, 2), config.pair_loss)
             phase.tokens = len(batch.tokens)
-            phase.flops = 3 * forward_flops(run.shape, batch.lengths, len(batch.response))
+            phase.flops = 3 * forward_flops(work.shape, batch.lengths, len(batch.response))
 
-        session.end_step({"round": number} | metrics, tokens=len(batch.tokens))
+        run.end_step({"round": number} | metrics, tokens=len(batch.tokens))
 
 
-def main(session: Session[RejectionConfig]) -> None:
+def main(run: Run[RejectionConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and the table of answers in the run's folder."""
-    run = Run(session)
-    learners = {"actor": (run.learner, run.config.model.path)}
-    if session.checkpoint is None and session.changes and session.mesh.is_main:  # answered in another way
-        shutil.rmtree(session.folder / "rounds", ignore_errors=True)
-    session.begin(learners, run.parts, run.steps, about=f"{run.about}; {run.per_round} steps a round", facts=FACTS)
-    run.first_step = session.step
-    before = session.remember("before.json", run.answer_shown)
-    run.shown = run.shown[: len(before)]  # a resume may ask for more
-    train(run, session)
-    session.finish(PANELS, completion_table(before[: len(run.shown)], run.answer_shown()))
+    work = RejectionRun(run)
+    learners = {"actor": (work.learner, work.config.model.path)}
+    if run.record.checkpoint is None and run.record.changes and run.mesh.is_main:  # answered in another way
+        shutil.rmtree(run.folder / "rounds", ignore_errors=True)
+    run.begin(learners, work.parts, work.steps, about=f"{work.about}; {work.per_round} steps a round", facts=FACTS)
+    work.first_step = run.step
+    before = run.remember("before.json", work.answer_shown)
+    work.shown = work.shown[: len(before)]  # a resume may ask for more
+    train(work, run)
+    run.finish(PANELS, completion_table(before[: len(work.shown)], work.answer_shown()))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.run import Session, start
+from common.run import Run, start
 from common.supervised import supervised_run
 from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
@@ -46,17 +46,17 @@ PANELS = (
 )
 
 
-def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> None:
+def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
     """Sets up, trains, and leaves the exported reward model and the plot in the run's folder.
 
     Args:
         read: the pairs of a source, where they are not rows of text.
     """
-    config, mesh = session.config, session.mesh
+    config, mesh = run.config, run.mesh
     by_pairs = config.rows is config.data
     pack: Any = pack_pairs if by_pairs else pack_steps
-    work = supervised_run(session, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends, read), "score")
-    learner, data, session.scores = work.learner, work.rows, "" if by_pairs else "steps"
+    work = supervised_run(run, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends, read), "score")
+    learner, data, run.scores = work.learner, work.rows, "" if by_pairs else "steps"
 
     def measure(batch: Batch) -> dict[str, float]:
         if by_pairs:
@@ -68,11 +68,11 @@ def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> 
     work.begin(facts=FACTS)
 
     work.held_out_before(unseen, measure)
-    for _ in session.steps():
+    for _ in run.steps():
         batch = pack(data.next(config.update.batch_size)).to(mesh.device)
         metrics = work.epoch()
 
-        with session.phases("update") as phase:
+        with run.phases("update") as phase:
             if by_pairs:
                 metrics |= pair_step(learner, batch, plan(batch, config.update, mesh, 2), config.loss.centering)
             else:
@@ -80,9 +80,9 @@ def main(session: Session[RewardModelConfig], read: ReadPairs | None = None) -> 
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)
-        session.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics, tokens=len(batch.tokens))
 
-    session.finish(PANELS, role="reward")
+    run.finish(PANELS, role="reward")
 
 
 def scored_names(rows: Sequence[Pair] | Sequence[Steps]) -> list[str]:

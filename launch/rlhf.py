@@ -28,8 +28,8 @@ import ppo
 import reward
 import sft
 from common import labeling
-from common.run import Session, start
-from common.run_folder import write_whole
+from common.run import Run, start
+from common.run_record import write_whole
 from report.html import page
 from trialign.algorithms.config.common import RunConfig
 from trialign.algorithms.config.rlhf import RLHFConfig, Stages, check_rlhf, prompt_files, stages
@@ -42,7 +42,7 @@ from trialign.engine.config import flatten
 from trialign.engine.logging import read_metrics
 from trialign.engine.parallel.collectives import gather_objects
 
-MAINS: dict[str, Callable[[Session[Any]], None]] = {
+MAINS: dict[str, Callable[[Run[Any]], None]] = {
     "sft": sft.main,
     "preferences": labeling.main,
     "reward": partial(reward.main, read=read_labeled),
@@ -51,40 +51,40 @@ MAINS: dict[str, Callable[[Session[Any]], None]] = {
 }
 
 
-def main(session: Session[Any]) -> None:
+def main(run: Run[Any]) -> None:
     """The stages that are not finished, in order, and then the report."""
-    config: RLHFConfig = session.config
-    prepare(session)
+    config: RLHFConfig = run.config
+    prepare(run)
     for number, (name, stage) in enumerate(zip(Stages._fields, stages(config), strict=True), 1):
-        if name not in finished(session):
-            if session.mesh.is_main:
+        if name not in finished(run):
+            if run.mesh.is_main:
                 print(f"\nstage {number} of {len(Stages._fields)}: {name}", flush=True)
-            run_stage(session, name, stage)
-        elif session.mesh.is_main:
+            run_stage(run, name, stage)
+        elif run.mesh.is_main:
             print(f"stage {number} of {len(Stages._fields)}: {name} is finished", flush=True)
-    if session.mesh.is_main:
-        path = session.folder / "report.html"
-        write_whole(path, page(config, finished_here(session.folder)))
-        print(f"\nmodel:  {session.folder / 'ppo' / 'model'}\nreport: {path}")
+    if run.mesh.is_main:
+        path = run.folder / "report.html"
+        write_whole(path, page(config, finished_here(run.folder)))
+        print(f"\nmodel:  {run.folder / 'ppo' / 'model'}\nreport: {path}")
 
 
-def prepare(session: Session[Any]) -> None:
+def prepare(run: Run[Any]) -> None:
     """Finds what would stop a later stage, and makes the run's folder with its config and prompts. Collective."""
-    config: RLHFConfig = session.config
-    shape = session.together(lambda: read_shape(config.model.path, config.parallel, RunConfig(), "lm", config.sft.lora))
-    tokenizer = session.together(lambda: load_tokenizer(config.model.path, shape))
+    config: RLHFConfig = run.config
+    shape = run.on_all_ranks(lambda: read_shape(config.model.path, config.parallel, RunConfig(), "lm", config.sft.lora))
+    tokenizer = run.on_all_ranks(lambda: load_tokenizer(config.model.path, shape))
 
     data = replace(stages(config).preferences.data, sources=config.prompts.sources)
-    prompts = session.together(lambda: PromptDataset(data, tokenizer))
-    scorer = Scorer(config.preferences.reward, tokenizer, session.mesh)
+    prompts = run.on_all_ranks(lambda: PromptDataset(data, tokenizer))
+    scorer = Scorer(config.preferences.reward, tokenizer, run.mesh)
     scorer.check(prompts.columns())
     scorer.close()
 
     def lay_out() -> None:
-        same_as_finished(config, finished_here(session.folder))
+        same_as_finished(config, finished_here(run.folder))
         sides = split_prompts(config.prompts, config.run.seed)
         for path, rows in zip(map(Path, prompt_files(config)), sides, strict=True):
-            if session.record is None or not path.exists():
+            if run.record.found is None or not path.exists():
                 write_rows(path, rows)
             elif path.read_text(encoding="utf-8") != "".join(map(as_line, rows)):
                 raise ValueError(
@@ -92,37 +92,37 @@ def prepare(session: Session[Any]) -> None:
                     f" the run began with those in {path}; a new run.output begins anew"
                 )
 
-    session.together(lambda: lay_out() if session.mesh.is_main else None)
+    run.on_all_ranks(lambda: lay_out() if run.mesh.is_main else None)
     for stage in (stages(config).preferences, stages(config).ppo, stages(config).evaluation):
-        session.together(lambda stage=stage: PromptDataset(stage.data, tokenizer))
-    session.hold()
+        run.on_all_ranks(lambda stage=stage: PromptDataset(stage.data, tokenizer))
+    run.record.write_begun()
 
 
-def run_stage(session: Session[Any], name: str, config: Any) -> None:
+def run_stage(run: Run[Any], name: str, config: Any) -> None:
     """A stage from its beginning or from its newest checkpoint to its end, noted in stages.json. Collective."""
-    folder, began = session.folder / name, time.time()
+    folder, began = run.folder / name, time.time()
     with ExitStack() as stack:
-        stage = Session(config, session.mesh, stack, name, session.stopping)
-        stage.open(f"{name}.")
+        stage = Run(config, run.mesh, stack, name, run.signals)
+        stage.record.open(f"{name}.")
         MAINS[name](stage)
     fact = {
         "seconds": time.time() - began + seconds_before(folder / "metrics.jsonl", began),
         "ended": time.time(),
         "steps": stage.total,
         "data": stage.about,
-        "layout": str(session.mesh),
-        "config": own_knobs(session.config, name),
+        "layout": str(run.mesh),
+        "config": own_knobs(run.config, name),
     }
     del stage, stack
     gc.collect()  # modules and their hooks refer to each other: without it the models would stay until later
-    if session.mesh.is_main:
-        write_whole(session.folder / "stages.json", json.dumps(finished_here(session.folder) | {name: fact}, indent=1))
+    if run.mesh.is_main:
+        write_whole(run.folder / "stages.json", json.dumps(finished_here(run.folder) | {name: fact}, indent=1))
 
 
-def finished(session: Session[Any]) -> dict[str, Any]:
+def finished(run: Run[Any]) -> dict[str, Any]:
     """What stages.json says of the stages that are finished, on every rank. Collective."""
-    found = session.together(lambda: finished_here(session.folder) if session.mesh.is_main else {})
-    return gather_objects(found, session.mesh.world)[0]
+    found = run.on_all_ranks(lambda: finished_here(run.folder) if run.mesh.is_main else {})
+    return gather_objects(found, run.mesh.world)[0]
 
 
 def finished_here(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from common.env import pick_device, world_size
-from common.stop_requests import SIGNALS
+from common.signals import SIGNALS
 from trialign.algorithms.batch import micro_batches, pack
 from trialign.algorithms.config.common import ModelPaths, ParallelConfig, RunConfig, require
 from trialign.algorithms.data.chat import read_messages

@@ -11,7 +11,7 @@ import common.interrupts  # noqa: F401  # isort: skip  (before what takes second
 
 import sys
 
-from common.run import Session, start
+from common.run import Run, start
 from common.supervised import SupervisedRun, supervised_run
 from report.curves import SFT_PANELS, answer_table, response_text
 from trialign.algorithms.config.sft import SFTConfig, check
@@ -25,44 +25,44 @@ from trialign.engine.generation.embedded import Generator, SamplingParams
 FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch {:.2f}"}
 
 
-def main(session: Session[SFTConfig]) -> None:
+def main(run: Run[SFTConfig]) -> None:
     """Sets up, trains, and leaves the exported model, the plot and a table of answers in the run's folder."""
-    config, mesh = session.config, session.mesh
+    config, mesh = run.config, run.mesh
     work = supervised_run(
-        session, config.data, lambda tokenizer, ends: DialogueDataset(config.data, tokenizer, ends, config.run.seed)
+        run, config.data, lambda tokenizer, ends: DialogueDataset(config.data, tokenizer, ends, config.run.seed)
     )
     learner, data = work.learner, work.rows
     unseen = pack_samples(joined(data.held_out)).to(mesh.device) if data.held_out else None
     measure = lambda batch: {"eval_loss": held_out_loss(learner, batch, config.update)}  # noqa: E731
     work.begin(facts=FACTS)
-    before = session.remember("before.json", lambda: answers(work))
+    before = run.remember("before.json", lambda: answers(work))
 
     work.held_out_before(unseen, measure)
-    for _ in session.steps():
+    for _ in run.steps():
         batch = pack_samples(joined(data.next(config.update.batch_size))).to(mesh.device)
         metrics = work.epoch()
 
-        with session.phases("update") as phase:
+        with run.phases("update") as phase:
             metrics |= sft_step(learner, batch, plan(batch, config.update, mesh))
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)
-        session.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics, tokens=len(batch.tokens))
 
     after = answers(work)
-    session.finish(SFT_PANELS, *([answer_table(before, after)] if after else []))
+    run.finish(SFT_PANELS, *([answer_table(before, after)] if after else []))
 
 
 def answers(work: SupervisedRun[DialogueDataset]) -> list[list[str]]:
     """[prompt, wanted answer, the model's greedy answer] of the first `run.show` rows. Collective."""
-    run, model, mesh = work.session.config.run, work.learner.model, work.session.mesh
+    run, model, mesh = work.run.config.run, work.learner.model, work.run.mesh
     longest = work.shape.longest_rollout
     prompts = [row for row in work.rows.prompts(run.show) if len(row[0].tokens) < longest]
     if not prompts:
         return []
     room = longest - max(len(prompt.tokens) for prompt, _ in prompts)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=min(run.show_tokens, room), stop_ids=work.ends)
-    with work.session.progress.work("answers"):
+    with work.run.progress.work("answers"):
         rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
     texts = texts_of(rollouts, work.tokenizer)
     texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]

@@ -1,6 +1,6 @@
 """Work that is kept in parts as it is done: what was killed goes on behind its last part when it is asked for again.
 
-kept = ChunkStore(session, "begun", asked, files)              # what it depends on
+kept = ChunkStore(run, "begun", asked, files)              # what it depends on
 kept.check()
 for part in range(parts):
     if kept.read(f"part_{part}") is None:
@@ -21,7 +21,7 @@ from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.storage.safetensors_io import sha256
 
 from .fingerprint import changes, chosen
-from .run import Session
+from .run import Run
 
 
 class ChunkStore:
@@ -33,10 +33,10 @@ class ChunkStore:
         files: the data they depend on; what is not there, or no file, is passed over.
     """
 
-    def __init__(self, session: Session[Any], name: str, asked: Iterable[str], files: Iterable[str]):
-        self.session, self.folder = session, session.folder / name
-        self.facts = chosen(session.facts, tuple(asked))
-        self.facts["contents"]["files"] = session.together(lambda: {f: content(Path(f)) for f in dict.fromkeys(files)})
+    def __init__(self, run: Run[Any], name: str, asked: Iterable[str], files: Iterable[str]):
+        self.run, self.folder = run, run.folder / name
+        self.facts = chosen(run.record.facts, tuple(asked))
+        self.facts["contents"]["files"] = run.on_all_ranks(lambda: {f: content(Path(f)) for f in dict.fromkeys(files)})
 
     def check(self) -> None:
         """Refuses parts of other work, or of files that have changed since.
@@ -45,7 +45,7 @@ class ChunkStore:
             ValueError: on every rank; names what is another.
         """
         kept = self.read("asked")
-        found = changes(kept[0], self.facts, self.session.name, strict=False) if kept else []
+        found = changes(kept[0], self.facts, self.run.name, strict=False) if kept else []
         if found:
             raise ValueError(
                 f"{'; '.join(found)}: what {self.folder} keeps was made with another; --run.overwrite True deletes it,"
@@ -54,24 +54,24 @@ class ChunkStore:
 
     def read(self, name: str) -> list[Any] | None:
         """The rows of a part, on every rank; None where it is not there."""
-        path, main = self.folder / f"{name}.jsonl", self.session.mesh.is_main
-        rows = self.session.together(lambda: read_jsonl(path) if main and path.exists() else None)
-        return gather_objects(rows, self.session.mesh.world)[0]
+        path, main = self.folder / f"{name}.jsonl", self.run.mesh.is_main
+        rows = self.run.on_all_ranks(lambda: read_jsonl(path) if main and path.exists() else None)
+        return gather_objects(rows, self.run.mesh.world)[0]
 
     def write(self, name: str, rows: Iterable[Any]) -> None:
         """Keeps a part, the main rank's."""
-        self.session.hold()
+        self.run.record.write_begun()
 
         def write() -> None:
             if not self.folder.exists():
                 write_rows(self.folder / "asked.jsonl", [self.facts])
             write_rows(self.folder / f"{name}.jsonl", rows)
 
-        self.session.together(lambda: write() if self.session.mesh.is_main else None)
+        self.run.on_all_ranks(lambda: write() if self.run.mesh.is_main else None)
 
     def drop(self, but: Sequence[str] = ()) -> None:
         """Deletes all parts, but those of these names."""
-        if self.session.mesh.is_main and self.folder.is_dir():
+        if self.run.mesh.is_main and self.folder.is_dir():
             for path in [path for path in self.folder.iterdir() if path.stem not in but]:
                 path.unlink()
             if not but:

@@ -1,4 +1,4 @@
-"""From torchrun's (or SLURM's) environment to a mesh: the only place outside kernels/dispatch.py that reads it."""
+"""Environment variables that torchrun sets, and the mesh that is built from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trialign.algorithms.config.common import ParallelConfig
 from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.mesh import Mesh, build_mesh
 
-from .stop_requests import Stopping
+from .signals import StopSignals
 from .watchdog import Watchdog
 
 # oneDNN keeps the primitives it has compiled, one a shape, by default 1024 of them: gigabytes where the number of
@@ -33,17 +33,17 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True on the rank that prints, known before any process group is."""
+    """True on the rank that prints; needs no process group."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def restarted() -> bool:
-    """True where torchrun (--max-restarts) or SLURM (requeue) has started this very command before."""
+    """True where torchrun (--max-restarts) or SLURM (requeue) has started this command before."""
     return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def node() -> tuple[str, str]:
-    """The node that this rank is on: host name, and number of the torchrun agent (one host may have several)."""
+    """This rank's node: host name, and number of the torchrun agent (one host may have several)."""
     return socket.gethostname(), os.environ.get("GROUP_RANK", "0")
 
 
@@ -61,11 +61,11 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
-    """The part of the job's store that this start alone writes to: torchrun's restarts find what the ranks before them
-    have left there. Collective.
+    """A prefix of the job's store that this start alone uses: after a restart by torchrun it holds old keys too.
+    Collective.
 
-    The restarts that a node counts are no name for it, for other nodes count others. So a rank asks under a name that
-    nobody had before, which only a living main rank answers.
+    The number of restarts is no such prefix, for nodes count it differently. So a rank asks under a name that is new,
+    and only a living main rank responds.
 
     Raises:
         TimeoutError: on the main rank: others have not asked after `timeout` seconds.
@@ -77,30 +77,30 @@ def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
         own.set(f"joined/{rank}", "")
         return own
     start, deadline = uuid.uuid4().hex, time.monotonic() + timeout
-    own, known, unanswered = PrefixStore(start, store), 0, set()
+    own, seen, pending = PrefixStore(start, store), 0, set()
     while missing := [other for other in range(1, world) if not own.check([f"joined/{other}"])]:
         if time.monotonic() > deadline:
             ranks = ", ".join(map(str, missing))
             raise TimeoutError(f"rank {ranks} has not joined the run after {timeout:.0f} s (run.timeout)")
         asked = store.add("asked", 0)
-        unanswered |= set(range(known + 1, asked + 1))
-        known = asked
-        for number in [number for number in unanswered if store.check([f"asks/{number}"])]:
+        pending |= set(range(seen + 1, asked + 1))
+        seen = asked
+        for number in [number for number in pending if store.check([f"asks/{number}"])]:
             store.set(store.get(f"asks/{number}").decode(), start)
-            unanswered.remove(number)
+            pending.remove(number)
         time.sleep(0.01)
     return own
 
 
 @contextmanager
-def mesh_of(parallel: ParallelConfig, timeout: float, stopping: Stopping) -> Iterator[Mesh]:
+def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> Iterator[Mesh]:
     """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh and leaves the group at the end.
 
     After an error it is not left: that would wait for ranks which may be stuck. The launcher ends them.
 
     Args:
         timeout: seconds that a rank waits for others.
-        stopping: gets a watchdog where there are other ranks.
+        signals: gets a watchdog where there are other ranks.
     """
     device = pick_device(parallel.device)
     if device.type == "cuda":
@@ -114,7 +114,7 @@ def mesh_of(parallel: ParallelConfig, timeout: float, stopping: Stopping) -> Ite
     limit = timedelta(seconds=2 * timeout + 30)
     store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
     store = own_part(store, rank, world, timeout)
-    watchdog = Watchdog(PrefixStore("watch", store), rank, world, timeout, stopping, waits_show=backend == "gloo")
+    watchdog = Watchdog(PrefixStore("watch", store), rank, world, timeout, signals, waits_show=backend == "gloo")
     with HEARTBEAT.waiting("the start of all ranks"):
         dist.init_process_group(
             backend,

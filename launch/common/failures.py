@@ -1,4 +1,4 @@
-"""Failures under a launcher: told once, by one rank, which also writes torchrun's error file; the others end."""
+"""Exits after an error under a launcher: one rank reports it and writes torchrun's error file, the others wait."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from .watchdog import WAIT, Watchdog
 
 
 def leave(error: Exception, watchdog: Watchdog | None = None, *, alike: bool = False) -> NoReturn:
-    """Ends this rank of an error: in a line where users can cause it, else with a traceback. The first rank tells.
+    """Exits this rank after an error: in one line where users can cause it, else with a traceback. The first rank to
+    fail reports.
 
     Args:
         watchdog: None where there are no other ranks, or they have not met yet.
-        alike: every rank has this very error.
+        alike: every rank has the same error.
     """
     if watchdog is not None and HEARTBEAT.broken and isinstance(error, RuntimeError):
-        known = watchdog.lost()
-        if not known:
+        report = watchdog.lost()
+        if not report:
             wait()
-        error = ConnectionError(f"{known}\nin {HEARTBEAT.broken}: {error}")
+        error = ConnectionError(f"{report}\nin {HEARTBEAT.broken}: {error}")
     if not (is_main() if alike else watchdog is None or watchdog.first()):
         wait()
     try:
         raise error
-    except Exception:  # the handler writes the traceback of what is handled
+    except Exception:  # the handler writes the traceback of the exception being handled
         get_error_handler().record_exception(error)
     if isinstance(error, ValueError | OSError | ArithmeticError):
         sys.exit(f"error: {error}")
@@ -39,7 +40,7 @@ def leave(error: Exception, watchdog: Watchdog | None = None, *, alike: bool = F
 
 
 def leave_together(message: str, main: bool) -> NoReturn:
-    """Ends every rank of what all of them know; the main one tells it."""
+    """Exits every rank after an error that all of them have; the main one reports it."""
     if not main:
         wait()
     try:
@@ -50,7 +51,7 @@ def leave_together(message: str, main: bool) -> NoReturn:
 
 
 def wait() -> NoReturn:
-    """Ends a rank that has nothing to tell, after the one that has.
+    """Exits a rank that has nothing to report, after the one that has.
 
     A launcher ends all ranks as soon as one has left, and takes the first that left for the cause.
     """

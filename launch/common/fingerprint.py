@@ -1,11 +1,11 @@
-"""What a run depends on, and what of it is another when the run is resumed: options, and what is in models' files.
+"""Fingerprint of a run, options and digests of model files, and its changes when the run is resumed.
 
 One rule for every option. Those in `FIXED` may not change once there is a checkpoint: the samples drawn so far, the
 reference, or the optimizer's state and schedule depend on them; a change is refused by name. Every other option may
-change and takes effect from the step on at which the run is resumed; the run's first line says which have.
+change, and takes effect from the step at which the run is resumed; the run's first line lists those that have.
 
-An option that names a model or a reward function stands for what is in its files: a folder that was moved is the same,
-other weights under the same name are a change. Rows are compared by the streams of rows, in what a checkpoint keeps.
+An option that names a model or a reward function is compared by the content of its files: a folder that was moved is
+the same, other weights under the same name are a change. Rows are compared by their streams, in the checkpoint's state.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ FIXED = (
     *("ppo.epochs", "ppo.minibatches", "grpo.epochs", "grpo.minibatches", "round.method", "round.prompts"),
     *("round.epochs", "condition.template", "condition.normalize", "condition.buckets"),
 )
-"""Options and sections that stay as they were."""
+"""Options and sections that may not change."""
 FIXED_OF = {
     "conditional": ("reward",),  # the rows are scored once, before the first step
-    "rlhf": ("prompts",),  # split once; each stage has its own session
+    "rlhf": ("prompts",),  # split once; each stage has a record of its own
     "evaluate": ("model", "text", "dialogues", "rollout", "reward", "passes", "run.prompts_per_save"),
 }
-"""The same, of one script alone."""
+"""More of them, of one script alone."""
 FREE = (
     *("data.sources", "data.eval_sources", "data.ptx_source", "steps.sources", "steps.eval_sources"),
     "prompts.sources",
 )
-"""Of those, what may change all the same: the rows are compared, not the names of their files."""
-NO_MATTER = ("run.output", "run.resume", "run.overwrite", "run.log", "run.timeout", "run.grace", "parallel")
-"""Options that no number depends on: nothing is said of them."""
+"""Exceptions within those sections: the rows are compared, not the names of their files."""
+IGNORED = ("run.output", "run.resume", "run.overwrite", "run.log", "run.timeout", "run.grace", "parallel")
+"""Options that no number depends on: a change is not reported."""
 
-Content = dict[str, Any]  # file -> SHA-256; config.json -> what it says
+Content = dict[str, Any]  # file -> SHA-256; config.json -> its keys
 Facts = dict[str, Any]  # "options": dotted key -> value; "contents": dotted key -> {path: Content}
-Together = Callable[[Callable[[], Any]], Any]
+OnAllRanks = Callable[[Callable[[], Any]], Any]
 
 
-def facts_of(config: Any, mesh: Mesh, together: Together) -> Facts:
-    """What the run depends on, as JSON has it. Every node reads its own files, its ranks a part each. Collective.
+def facts_of(config: Any, mesh: Mesh, on_all_ranks: OnAllRanks) -> Facts:
+    """Options and file contents that the run depends on, as JSON. Every node reads its own files, each rank a part.
+    Collective.
 
     Args:
-        together: runs what may fail on one rank so that all ranks learn of it (`Session.together`).
+        on_all_ranks: `Run.on_all_ranks`.
 
     Raises:
         ValueError: on every rank: a node has other files than the first one; names option, file and both nodes.
@@ -65,20 +66,20 @@ def facts_of(config: Any, mesh: Mesh, together: Together) -> Facts:
     places = {
         key: flat[key] if isinstance(flat[key], tuple) else (flat[key],) for key, inside in kinds.items() if inside
     }
-    files = together(lambda: {key: {place: files_of(place) for place in own} for key, own in places.items()})
+    files = on_all_ranks(lambda: {key: {place: files_of(place) for place in own} for key, own in places.items()})
     every = {path for own in files.values() for found in own.values() for path in found.values()}
-    sums = _sums(sorted(every, key=lambda path: (-path.stat().st_size, path)), mesh, together)
+    sums = _sums(sorted(every, key=lambda path: (-path.stat().st_size, path)), mesh, on_all_ranks)
     contents = {
         key: {place: {name: sums[path] for name, path in found.items()} for place, found in own.items() if place}
         for key, own in files.items()
     }
     _same_on_all(contents, mesh)
-    options = {key: v for key, v in flat.items() if key not in places and not _is_of(key, NO_MATTER)}
+    options = {key: v for key, v in flat.items() if key not in places and not _is_of(key, IGNORED)}
     return json.loads(json.dumps({"options": options, "contents": contents}))
 
 
 def files_of(place: str) -> dict[str, Path]:
-    """Name -> path of the files that a model's folder, or PATH:FUNCTION, is read from; none where it is not there."""
+    """Name -> path of the files that a model's folder, or PATH:FUNCTION, is read from; {} where it does not exist."""
     path = Path(place)
     if not place or not path.exists():
         file, _, function = place.rpartition(":")
@@ -87,32 +88,32 @@ def files_of(place: str) -> dict[str, Path]:
     if path.is_file():
         return {path.name: path}
     found = assets(path) | {file.name: file for file in path.iterdir() if file.suffix in (".safetensors", ".json")}
-    if checkpoint_role(path) is not None:  # signs its files, which hold the optimizer's too
+    if checkpoint_role(path) is not None:  # SHA256SUMS covers its files, which hold the optimizer's state too
         found = assets(path) | {"SHA256SUMS": path / "SHA256SUMS"}
     return {name: file for name, file in found.items() if file.is_file()}
 
 
-def _sums(files: Sequence[Path], mesh: Mesh, together: Together) -> dict[Path, Any]:
+def _sums(files: Sequence[Path], mesh: Mesh, on_all_ranks: OnAllRanks) -> dict[Path, Any]:
     """Path -> content of a file, each read by one rank of this node. Collective."""
     nodes = gather_objects(node(), mesh.world)
     ranks = [rank for rank, other in enumerate(nodes) if other == nodes[mesh.world.rank]]
     mine = files[ranks.index(mesh.world.rank) :: len(ranks)]
 
     def read() -> dict[Path, Any]:
-        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             return dict(zip(mine, pool.map(_content, mine), strict=True))
 
-    shares = gather_objects(together(read), mesh.world)
-    return {path: value for rank in ranks for path, value in shares[rank].items()}
+    parts = gather_objects(on_all_ranks(read), mesh.world)
+    return {path: value for rank in ranks for path, value in parts[rank].items()}
 
 
 def _content(path: Path) -> Any:
-    """SHA-256 of a file; of config.json what it says of the model."""
+    """SHA-256 of a file; of config.json the keys that describe the model."""
     if path.name != "config.json":
         return sha256(path)
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return {key: value for key, value in said.items() if key not in ("_name_or_path", "transformers_version")}
+        keys = json.loads(path.read_text(encoding="utf-8"))
+        return {key: value for key, value in keys.items() if key not in ("_name_or_path", "transformers_version")}
     except (ValueError, AttributeError, RecursionError):
         return sha256(path)
 
@@ -131,7 +132,7 @@ def _same_on_all(contents: dict[str, dict[str, Content]], mesh: Mesh) -> None:
 
 
 def difference(before: Content, now: Content) -> str:
-    """The first file that is another, and of config.json the keys."""
+    """The first file that differs, and of config.json the keys."""
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "config.json", name)):
         old, new = before.get(name), now.get(name)
         if old == new:
@@ -146,15 +147,15 @@ def difference(before: Content, now: Content) -> str:
 
 
 def changes(before: Facts, now: Facts, script: str, *, strict: bool = True, prefix: str = "") -> list[str]:
-    """What is another now, a text for each option.
+    """A text for each option that differs.
 
     Args:
-        before, now: what `facts_of` gave; what only one of them knows, another version's option, is passed over.
+        before, now: of `facts_of`; an option that only one of them has, of another version, is ignored.
         prefix: of the options' names in the message.
-        strict: there is something that depends on what may not change.
+        strict: options of `FIXED` may not change any more.
 
     Raises:
-        ValueError: an option of `FIXED` is another and `strict`; names it with both values.
+        ValueError: `strict`, and an option of `FIXED` differs; names it with both values.
     """
     found: dict[str, str] = {}
     for key, value in now["options"].items():
@@ -179,23 +180,23 @@ def changes(before: Facts, now: Facts, script: str, *, strict: bool = True, pref
 
 
 def _sources(own: dict[str, Content]) -> list[Any]:
-    """What is in an option's files, or the name where there are none, as module:function has none."""
+    """The contents of an option's files, or its value where it has none, like module:function."""
     return [content or place for place, content in own.items()]
 
 
 def chosen(facts: Facts, names: Iterable[str]) -> Facts:
-    """The facts of these options and sections alone."""
+    """The facts of some options and sections."""
     names = tuple(names)
     return {kind: {key: v for key, v in own.items() if _is_of(key, names)} for kind, own in facts.items()}
 
 
 def _is_of(key: str, names: Iterable[str]) -> bool:
-    """Whether an option is one of these, or in one of these sections."""
+    """Whether an option is in a list of options and sections."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _short(value: Any) -> str:
-    """A value as a message has it."""
+    """A value as messages show it."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return repr(value) if value == "" else str(value)

@@ -1,7 +1,7 @@
-"""Imported first by every script: from here until a script hears signals itself, those that ask it to stop end it at
-once, without a traceback and with `stopping.GO_ON`.
+"""Signal handlers for the seconds in which Python imports torch; every script imports this module first.
 
-Importing torch takes seconds, in which Python would show where it stood.
+Until a script handles signals itself (signals.py), a request to stop ends it at once, with `signals.EXIT_RESUMABLE`
+and without a traceback.
 """
 
 import os
@@ -9,6 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # not where a script is only imported
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:  # not where a script is only imported
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(75))  # an exception may be lost within what is imported
+        signal.signal(number, lambda *_: os._exit(75))  # an exception could be swallowed within an import

@@ -22,57 +22,57 @@ from trialign.engine.parallel.collectives import gather_objects
 from trialign.models.config import HeadKind
 
 from .online import OnlineRun
-from .run import Session
+from .run import Run
 
 PLACES = ("model.path", "data.sources", "run.output")  # they move with the run's folder
 
 
 class Show:
-    """Of a session's table at the end, which this stage has none of."""
+    """Of a run's table at the end, which this stage has none of."""
 
     def __init__(self, seed: int):
         self.show, self.seed = 0, seed
 
 
-def main(session: Session[Any]) -> None:
+def main(run: Run[Any]) -> None:
     """Answers the prompts, labels the answers, and leaves pairs to learn from and pairs held out."""
-    config: PreferencesConfig = session.config
-    mesh, run = session.mesh, config.run
-    shapes = session.together(lambda: read_shapes(cast(Any, config)))
+    config: PreferencesConfig = run.config
+    mesh, options = run.mesh, config.run
+    shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
 
     def build(folder: str, head: HeadKind) -> Role:
         return Role(
-            session.together(lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head), folder)
+            run.on_all_ranks(lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head), folder)
         )
 
-    answering = OnlineRun(session, cast(Any, config), Show(run.seed), shapes[config.model.path])
+    answering = OnlineRun(run, cast(Any, config), Show(options.seed), shapes[config.model.path])
     policy: Any = build(config.model.path, "lm")
     shaper = RewardShaper(config.reward)
     answering.attach(policy, [build(folder, "score") for folder in config.reward.models])
     there = answering.dataset.rows - answering.dataset.dropped
-    count = min(run.prompts or there, there)
-    done = gather_objects(session.together(lambda: begun(session.folder, config) if mesh.is_main else 0), mesh.world)[0]
-    answering.dataset.next(min(count, done * run.prompts_per_save))  # the parts that are there
-    parts = -(-count // run.prompts_per_save)
-    session.about = answering.about
-    progress = session.progress
+    count = min(options.prompts or there, there)
+    done = gather_objects(run.on_all_ranks(lambda: begun(run.folder, config) if mesh.is_main else 0), mesh.world)[0]
+    answering.dataset.next(min(count, done * options.prompts_per_save))  # the parts that are there
+    parts = -(-count // options.prompts_per_save)
+    run.about = answering.about
+    progress = run.progress
     progress.start(parts, done=done, facts={"reward": "reward {:.3f}"})
     for part in range(done, parts):
-        prompts = answering.dataset.next(min(run.prompts_per_save, count - part * run.prompts_per_save))
+        prompts = answering.dataset.next(min(options.prompts_per_save, count - part * options.prompts_per_save))
         with progress.work("rollout"):
             rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
         with progress.work("score"):
-            scores = answering.scores(rollouts, run.micro_batch_size)
+            scores = answering.scores(rollouts, options.micro_batch_size)
         combined = answering.scorer.combined(scores)
         rewards = shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
         for reason in answering.scorer.failures():
             progress.say(f"abstains: {reason}")
         if mesh.is_main:
             texts = texts_of(rollouts, answering.tokenizer)
-            write_round(session.folder / f"part_{part}.jsonl", unpicked(rollouts, texts, rewards, scores))
+            write_round(run.folder / f"part_{part}.jsonl", unpicked(rollouts, texts, rewards, scores))
             shown = [reward for reward in rewards if reward == reward]
             progress.update(part + 1, {"reward": fmean(shown) if shown else float("nan")})
-    session.together(lambda: finish(session.folder, config, parts) if mesh.is_main else None)
+    run.on_all_ranks(lambda: finish(run.folder, config, parts) if mesh.is_main else None)
 
 
 def begun(folder: Path, config: PreferencesConfig) -> int:

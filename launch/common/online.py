@@ -21,7 +21,7 @@ from trialign.engine.generation.embedded import Generator
 from trialign.models.config import ModelConfig
 from trialign.models.hf.table import stop_ids
 
-from .run import Common, Session
+from .run import Run, ScriptConfig
 
 
 class Show(Protocol):
@@ -33,7 +33,7 @@ class Show(Protocol):
     def seed(self) -> int: ...
 
 
-class AnswerConfig(Common, Protocol):
+class AnswerConfig(ScriptConfig, Protocol):
     """The sections of a script whose model answers."""
 
     @property
@@ -51,27 +51,27 @@ class OnlineRun:
         shape: of the model that answers.
     """
 
-    def __init__(self, session: Session, config: AnswerConfig, show: Show, shape: ModelConfig):
+    def __init__(self, run: Run, config: AnswerConfig, show: Show, shape: ModelConfig):
         self.reward_config, self.rollout_config, self.mesh, self.shape = (
             config.reward,
             config.rollout,
-            session.mesh,
+            run.mesh,
             shape,
         )
-        self.session, self.progress, path = session, session.progress, config.model.path
-        self.tokenizer = session.together(lambda: load_tokenizer(path, shape))
-        self.dataset = session.together(lambda: PromptDataset(config.data, self.tokenizer, show.seed), "prompts")
+        self.run, self.progress, path = run, run.progress, config.model.path
+        self.tokenizer = run.on_all_ranks(lambda: load_tokenizer(path, shape))
+        self.dataset = run.on_all_ranks(lambda: PromptDataset(config.data, self.tokenizer, show.seed), "prompts")
         place = self.dataset.state()
-        session.agree(place)
+        run.check_same_on_all(place)
         self.shown: list[Prompt] = self.dataset.next(show.show)  # the same before and after, and after a resume
         self.dataset.load_state(place)
         policy = Policy(path, shape, self.tokenizer, config.data.chat_template)
-        encoders = session.together(lambda: reward_encoders(config.reward.models, policy))
+        encoders = run.on_all_ranks(lambda: reward_encoders(config.reward.models, policy))
         say_encoders(encoders, self.mesh.is_main)
         self.scorer = Scorer(config.reward, self.tokenizer, self.mesh, encoders)
-        session.stack.callback(self.scorer.close)
+        run.stack.callback(self.scorer.close)
         self.scorer.check(self.dataset.columns())
-        ends = session.together(lambda: stop_ids(path, shape, self.tokenizer))
+        ends = run.on_all_ranks(lambda: stop_ids(path, shape, self.tokenizer))
         self.sampling = sampling_params(config.rollout, ends, show.seed)
         self.about = f"{self.dataset}; {stop_tokens(ends, self.tokenizer)}"  # for the run's first line
         self.models: list[Role] = []
@@ -81,7 +81,7 @@ class OnlineRun:
         rollout = self.rollout_config
         options = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
         self.generator, self.models = Generator(actor.model, self.mesh, **options), models
-        self.generator.interrupted = self.session.interrupted
+        self.generator.interrupted = self.run.interrupted
 
     def answer_shown(self) -> list[Answer]:
         """(prompt, greedy answer, score) for the first `run.show` prompts of the data. Collective."""
@@ -103,10 +103,10 @@ class OnlineRun:
         shares = [mine[i : i + size] for i in range(0, len(mine), size)]
         return self.scorer(rollouts, batch, self.models, shares)
 
-    def say_failures(self, session: Session) -> None:
+    def say_failures(self, run: Run) -> None:
         """One line for each scorer's reason to abstain; before an error says that nothing is left to learn from."""
         for reason in self.scorer.failures():
-            session.progress.say(f"abstains: {reason}")
+            run.progress.say(f"abstains: {reason}")
 
 
 def say_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:

@@ -1,15 +1,15 @@
-"""What scripts that learn from rows (SFT, reward models, DPO, KTO) have in common around a session.
+"""What scripts that learn from rows (SFT, reward models, DPO, KTO) have in common around a run.
 
-    work = supervised_run(session, session.config.data, read)     # model, tokenizer and rows; what learns
+    work = supervised_run(run, run.config.data, read)     # model, tokenizer and rows; what learns
     work.begin()
     work.held_out_before(unseen, measure)
-    for _ in session.steps():
+    for _ in run.steps():
         batch = ...                                          # of the next rows
-        with session.phases("update") as phase:
+        with run.phases("update") as phase:
             metrics = ...
             work.count(phase, batch, passes=3)
         metrics |= work.epoch() | work.held_out(unseen, measure)
-        session.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics, tokens=len(batch.tokens))
 
 Only the update is an algorithm's own.
 """
@@ -42,7 +42,7 @@ from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.flops import forward_flops
 from trialign.models.hf.table import stop_ids
 
-from .run import Common, Session
+from .run import Run, ScriptConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ PART = 512
 """Rows whose reference is computed between two writes of what there is."""
 
 
-class RowConfig(Common, Protocol):
+class RowConfig(ScriptConfig, Protocol):
     """The sections that the config of such a script has."""
 
     @property
@@ -73,7 +73,7 @@ Rows = TypeVar("Rows", bound=RowStream[Any])
 class SupervisedRun(Generic[Rows]):
     """What there is before the first step, and what every step does besides its update."""
 
-    session: Session[Any]
+    run: Run[Any]
     shape: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     ends: tuple[int, ...]  # tokens that end an answer
@@ -84,18 +84,18 @@ class SupervisedRun(Generic[Rows]):
     @property
     def batch_size(self) -> int:
         """Rows of a step."""
-        return self.session.config.update.batch_size
+        return self.run.config.update.batch_size
 
     def begin(self, facts: Mapping[str, str] | None = None) -> None:
-        """`Session.begin` with what learns and its rows. Collective."""
+        """`Run.begin` with what learns and its rows. Collective."""
         role = "actor" if self.learner.model.kind == "lm" else "reward"
-        learners = {role: (self.learner, self.session.config.model.path)}
+        learners = {role: (self.learner, self.run.config.model.path)}
         about = f"{self.rows}; {stop_tokens(self.ends, self.tokenizer)}"
-        self.session.begin(learners, {"data": self.rows}, self.steps, about=about, facts=facts)
+        self.run.begin(learners, {"data": self.rows}, self.steps, about=about, facts=facts)
 
     def epoch(self) -> dict[str, float]:
         """Passes over the rows after this step."""
-        return {"epoch": (self.session.step + 1) * self.batch_size / len(self.rows)}
+        return {"epoch": (self.run.step + 1) * self.batch_size / len(self.rows)}
 
     def count(self, phase: Phase, batch: Batch, passes: int = 1) -> None:
         """Notes what a phase did with a batch; a forward with its backward is three passes."""
@@ -105,22 +105,22 @@ class SupervisedRun(Generic[Rows]):
 
     def held_out_before(self, batch: Batch | None, measure: Measure) -> None:
         """Measures the held-out rows before the first step of the run and logs that as step 0."""
-        if batch is not None and self.session.step == 0:
-            self.session.log(0, self._measured(batch, measure) | self.session.phases.take())
+        if batch is not None and self.run.step == 0:
+            self.run.log(0, self._measured(batch, measure) | self.run.phases.take())
 
     def held_out(self, batch: Batch | None, measure: Measure) -> dict[str, float]:
         """Measurements of the held-out rows after the update of a step, where they are due."""
-        done = self.session.step + 1
-        if batch is None or (done % (self.session.config.run.eval_every or self.steps) and done != self.steps):
+        done = self.run.step + 1
+        if batch is None or (done % (self.run.config.run.eval_every or self.steps) and done != self.steps):
             return {}
         measured = self._measured(batch, measure)
         if done == self.steps:
             text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in measured.items())
-            self.session.progress.say(f"held out, after {done} steps: {text}")
+            self.run.progress.say(f"held out, after {done} steps: {text}")
         return measured
 
     def _measured(self, batch: Batch, measure: Measure) -> dict[str, float]:
-        with self.session.phases("eval") as phase:
+        with self.run.phases("eval") as phase:
             self.count(phase, batch)
             return measure(batch)
 
@@ -143,33 +143,33 @@ class SupervisedRun(Generic[Rows]):
         Raises:
             FloatingPointError: one is not finite, and its step may not be skipped; on every rank, naming its row.
         """
-        session, config = self.session, self.session.config
+        run, config = self.run, self.run.config
         option = "model.reference" if config.model.reference else "model.path"
-        contents = [[*session.facts["contents"][key].values()] for key in (option, "lora.adapter")]
+        contents = [[*run.record.facts["contents"][key].values()] for key in (option, "lora.adapter")]
         asked = json.dumps([*contents, config.model.dtype])
         parts = [rows[i : i + PART] for i in range(0, len(rows), PART)]
         names = [_digest(asked, (sample for row in part for sample in samples(row))) for part in parts]
-        folder = session.folder / "reference"
-        kept = session.together(lambda: _kept(folder, names) if session.mesh.is_main else {})
-        kept = gather_objects(kept, session.mesh.world)[0]
-        session.hold()
+        folder = run.folder / "reference"
+        kept = run.on_all_ranks(lambda: _kept(folder, names) if run.mesh.is_main else {})
+        kept = gather_objects(kept, run.mesh.world)[0]
+        run.record.write_begun()
         missing = [(name, part) for name, part in zip(names, parts, strict=True) if name not in kept]
         role: Role = self.learner
         if missing:
-            if session.mesh.is_main:  # said, for it may take a while before the run's first line
+            if run.mesh.is_main:  # said, for it may take a while before the run's first line
                 name, count = config.model.reference or "the model as it is", sum(len(part) for _, part in missing)
                 print(f"reference: {name}; log-probabilities of {count} rows, computed once", flush=True)
             role = self._reference(config.model.reference) if config.model.reference else self.learner
-        with session.progress.work("log-probabilities under the reference"):
+        with run.progress.work("log-probabilities under the reference"):
             for name, part in missing:
                 kept[name] = sums = read(role, part).contiguous()
                 self._check_reference([sample for row in part for sample in samples(row)], sums)
-                session.together(lambda n=name, s=sums: _keep(folder, n, s) if session.mesh.is_main else None)
+                run.on_all_ranks(lambda n=name, s=sums: _keep(folder, n, s) if run.mesh.is_main else None)
         return torch.cat([kept[name] for name in names])
 
     def _check_reference(self, samples: Sequence[Sample], sums: Tensor) -> None:
         """Raises FloatingPointError where a sample's log-probability is not finite, unless its step is skipped."""
-        config = self.session.config
+        config = self.run.config
         bad = (~sums.isfinite()).nonzero().flatten().tolist()
         if bad and config.optimizer.on_nonfinite == "stop":
             raise FloatingPointError(
@@ -179,10 +179,10 @@ class SupervisedRun(Generic[Rows]):
             )
 
     def _reference(self, folder: str) -> Role:
-        config: RowConfig = self.session.config
-        shape = self.session.together(lambda: read_shape(folder, config.parallel, config.run, "lm"))
-        build = lambda: build_decoder(folder, shape, self.session.mesh, config.model.dtype)  # noqa: E731
-        return Role(self.session.together(build, folder))
+        config: RowConfig = self.run.config
+        shape = self.run.on_all_ranks(lambda: read_shape(folder, config.parallel, config.run, "lm"))
+        build = lambda: build_decoder(folder, shape, self.run.mesh, config.model.dtype)  # noqa: E731
+        return Role(self.run.on_all_ranks(build, folder))
 
 
 def _digest(asked: str, samples: Iterable[Sample]) -> str:
@@ -208,7 +208,7 @@ def _keep(folder: Path, name: str, sums: Tensor) -> None:
 
 
 def supervised_run(
-    session: Session[Any],
+    run: Run[Any],
     section: RowData,
     read: Callable[[PreTrainedTokenizerBase, tuple[int, ...]], Rows],
     kind: HeadKind = "lm",
@@ -220,7 +220,7 @@ def supervised_run(
         read: the rows, given the tokenizer and the tokens that end an answer.
         kind: the head of what learns; "score" puts one on a language model that has none.
     """
-    config: RowConfig = session.config
+    config: RowConfig = run.config
     folder = config.model.path
 
     def look() -> tuple[ModelConfig, PreTrainedTokenizerBase]:
@@ -232,16 +232,16 @@ def supervised_run(
             check_vocabulary(reference, read_shape(reference, config.parallel, config.run, "lm"), folder, shape)
         return shape, load_tokenizer(folder, shape)
 
-    shape, tokenizer = session.together(look)
-    ends = session.together(lambda: stop_ids(folder, shape, tokenizer))
-    rows = session.together(lambda: read(tokenizer, ends), "rows")
-    session.agree(rows.state())
+    shape, tokenizer = run.on_all_ranks(look)
+    ends = run.on_all_ranks(lambda: stop_ids(folder, shape, tokenizer))
+    rows = run.on_all_ranks(lambda: read(tokenizer, ends), "rows")
+    run.check_same_on_all(rows.state())
     steps = config.run.total(len(rows), config.update.batch_size)
     options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
-    model = session.together(
-        lambda: build_decoder(folder, shape, session.mesh, config.model.dtype, head=kind, trained=True, **options),
+    model = run.on_all_ranks(
+        lambda: build_decoder(folder, shape, run.mesh, config.model.dtype, head=kind, trained=True, **options),
         "model",
     )
     name = "actor" if kind == "lm" else "reward"
     learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay, name=name)
-    return SupervisedRun(session, shape, tokenizer, ends, rows, steps, learner)
+    return SupervisedRun(run, shape, tokenizer, ends, rows, steps, learner)

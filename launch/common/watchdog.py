@@ -1,8 +1,8 @@
-"""A thread on every rank that says what the rank is at, and finds the rank that all wait for.
+"""A watchdog thread on every rank that names the rank all others wait for.
 
 Every rank writes its heartbeat into the job's store: phase, collectives begun, the main thread's Python stack. One
-whose collectives have stood still for run.timeout reads the others' and names those that are late: that show no sign of
-life, or do not wait as the others do. By the same store a request to stop reaches all ranks, and a failure is told
+whose collectives have stood still for run.timeout reads the others' and names those that are late: without a heartbeat,
+or not waiting as the others do. Through the same store a request to stop reaches all ranks, and a failure is reported
 once.
 """
 
@@ -20,78 +20,77 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from trialign.engine.heartbeat import HEARTBEAT
 
-from .stop_requests import Stopping
+from .signals import StopSignals
 
 FRAMES = 12  # innermost frames of a stack that are shown
 TICK = 0.2  # seconds between looks at the store
-HEARING = 3.0  # seconds in which every living rank has heard of a request
-WAIT = 10.0  # seconds in which a launcher ends the ranks that have nothing to tell
+CONFIRM = 3.0  # seconds in which every living rank confirms a request
+WAIT = 10.0  # seconds in which a launcher ends the ranks that have nothing to report
 Beats = dict[int, dict[str, Any]]
 
 
 class Watchdog:
-    """Watches from now on.
+    """Starts the watchdog thread.
 
     Args:
-        store: the job's; what is called from two threads needs a connection of its own, which this makes.
+        store: the job's; it is called from two threads, and gets a connection of its own.
         timeout: seconds without progress.
-        waits_show: a rank that waits in a collective stays in its call, as gloo has it. NCCL's calls return at once.
+        waits_show: a rank that waits in a collective stays in its call, as under gloo. NCCL's calls return at once.
     """
 
     def __init__(
-        self, store: PrefixStore, rank: int, world: int, timeout: float, stopping: Stopping, *, waits_show: bool
+        self, store: PrefixStore, rank: int, world: int, timeout: float, signals: StopSignals, *, waits_show: bool
     ):
         self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.stopping, self.waits_show = stopping, waits_show
+        self.signals, self.waits_show = signals, waits_show
         self.interval = min(5.0, max(0.2, timeout / 10))
         self._beat, self._closed = 0, threading.Event()
         self._lock = threading.Lock()  # of the store's connection
-        stopping.watchdog = self
+        signals.watchdog = self
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the watch."""
+        """Ends the thread."""
         self._closed.set()
         HEARTBEAT.moved.set()
-        self._thread.join(WAIT)  # it may wait for a store that does not answer
+        self._thread.join(WAIT)  # it may wait for a store that does not respond
 
     def first(self) -> bool:
-        """Whether this rank is the first to tell a failure; True too where the store cannot be asked and it is the main
-        one."""
+        """Whether this rank is the first to report a failure; without the store, whether it is the main one."""
         try:
-            self.stopping.failed = True
+            self.signals.failed = True
             with self._lock:
-                return self.store.add("told", 1) == 1
+                return self.store.add("reported", 1) == 1
         except RuntimeError:
             return self.rank == 0
 
     def lost(self) -> str:
-        """What is known of the ranks that another rank's end leaves without an answer; "" where it is told already."""
+        """The report on a failed collective, whose peer has ended; "" where another rank has reported."""
         deadline = time.monotonic() + 5
-        while time.monotonic() < deadline and not self.stopping.asked:
-            if self._there("told"):
+        while time.monotonic() < deadline and not self.signals.reason:
+            if self._exists("reported"):
                 return ""
             time.sleep(0.2)
-        if self.stopping.asked:  # the launcher ends us, and shows which rank it was
+        if self.signals.reason:  # the launcher ends us, and shows which rank it was
             return ""
         return self._report(self._late() or self._beats(), "a rank has ended, or cannot be reached")
 
-    def all_hear(self, what: str) -> bool:
-        """Passes a request to stop on; whether all ranks have heard of it in time."""
-        deadline = time.monotonic() + HEARING
+    def broadcast(self, reason: str) -> bool:
+        """Passes a request to stop on; whether all ranks have confirmed it in time."""
+        deadline = time.monotonic() + CONFIRM
         try:
             with self._lock:
-                self.store.set("stop", what)
-                heard = self.store.add("heard", 1)
-            while heard < self.world and time.monotonic() < deadline:
+                self.store.set("stop", reason)
+                confirmed = self.store.add("confirmed", 1)
+            while confirmed < self.world and time.monotonic() < deadline:
                 time.sleep(TICK)
                 with self._lock:
-                    heard = self.store.add("heard", 0)
+                    confirmed = self.store.add("confirmed", 0)
         except RuntimeError:  # the store has ended with the launcher: nobody is left to ask
             return True
-        return heard >= self.world
+        return confirmed >= self.world
 
     def _watch(self) -> None:
         moved, count, published = time.monotonic(), -1, 0.0
@@ -113,14 +112,14 @@ class Watchdog:
                 return
 
     def _listen(self) -> None:
-        """Requests to stop from the other ranks, and the news that a failure is told."""
-        if not self.stopping.asked and self._there("stop"):
+        """Receives requests to stop from other ranks, and whether a failure is reported."""
+        if not self.signals.reason and self._exists("stop"):
             with self._lock:
-                what = self.store.get("stop").decode()
-            self.stopping.ask(what)
-        if not self.stopping.failed and self._there("told"):
-            self.stopping.failed = True
-            timer = threading.Timer(WAIT, self.stopping.end, (1,))  # where no launcher ends this rank before
+                reason = self.store.get("stop").decode()
+            self.signals.request(reason)
+        if not self.signals.failed and self._exists("reported"):
+            self.signals.failed = True
+            timer = threading.Timer(WAIT, self.signals.end, (1,))  # where no launcher ends this rank before
             timer.daemon = True
             timer.start()
 
@@ -157,7 +156,7 @@ class Watchdog:
         return busy or {rank: beat for rank, beat in after.items() if beat["collectives"] == fewest}
 
     def _beats(self) -> Beats:
-        """Every rank's last heartbeat; {} of one that never came."""
+        """Every rank's last heartbeat; {} where there is none."""
         beats: Beats = {}
         with self._lock:
             for rank in range(self.world):
@@ -165,8 +164,8 @@ class Watchdog:
                 beats[rank] = json.loads(self.store.get(name)) if self.store.check([name]) else {}
         return beats
 
-    def _report(self, late: Beats, what: str) -> str:
-        lines = [what]
+    def _report(self, late: Beats, headline: str) -> str:
+        lines = [headline]
         for rank, beat in sorted(late.items()):
             if not beat:
                 lines.append(f"rank {rank} has not joined the run")
@@ -179,12 +178,12 @@ class Watchdog:
         return "\n".join(lines)
 
     def _end(self, late: Beats, seconds: float) -> None:
-        """Tells which ranks are late, where nobody has, and ends this one, whose main thread waits in vain."""
-        waited = HEARTBEAT.waits_in or "a collective"
-        what = f"rank {self.rank} has waited for {waited} for {seconds:.0f} s in phase {HEARTBEAT.phase} (run.timeout)"
+        """Reports late ranks, unless another rank has, and ends this one, whose main thread waits in vain."""
+        waited = f"for {HEARTBEAT.waits_in or 'a collective'} for {seconds:.0f} s"
+        headline = f"rank {self.rank} has waited {waited} in phase {HEARTBEAT.phase} (run.timeout)"
         if self.first():
             try:
-                raise TimeoutError(self._report(late, what))
+                raise TimeoutError(self._report(late, headline))
             except TimeoutError as error:
                 get_error_handler().record_exception(error)
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -192,6 +191,6 @@ class Watchdog:
         time.sleep(WAIT)
         os._exit(1)
 
-    def _there(self, key: str) -> bool:
+    def _exists(self, key: str) -> bool:
         with self._lock:
             return self.store.check([key])

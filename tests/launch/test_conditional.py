@@ -215,7 +215,7 @@ def test_killed_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
 
 def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, whole, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "launch")
-    conditional, session = importlib.import_module("conditional"), importlib.import_module("common.run")
+    conditional, module = importlib.import_module("conditional"), importlib.import_module("common.run")
     words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--run.rows_per_save", "4"]
     sizes, score = [], conditional.Rewards.scores
 
@@ -230,8 +230,8 @@ def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, 
     def begin() -> dict[str, float | None]:
         with ExitStack() as stack:
             config = parse(ConditionalConfig, words)
-            unheard = session.Stopping(tmp_path, main=True)
-            rewards = conditional.Rewards(session.Session(config, build_mesh(), stack, "conditional", unheard))
+            unheard = module.StopSignals(tmp_path, main=True)
+            rewards = conditional.Rewards(module.Run(config, build_mesh(), stack, "conditional", unheard))
             rewards.rows()
             return rewards.found
 

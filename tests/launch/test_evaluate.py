@@ -238,7 +238,7 @@ def test_killed_it_goes_on_behind_the_last_prompts_it_kept(setting, alone):
 def scripts(monkeypatch) -> SimpleNamespace:
     """launch/evaluate.py, kept.py and session.py as modules."""
     monkeypatch.syspath_prepend(ROOT / "launch")
-    names = {"evaluate": "evaluate", "kept": "common.chunks", "session": "common.run"}
+    names = {"evaluate": "evaluate", "kept": "common.chunks", "run": "common.run"}
     return SimpleNamespace(**{name: importlib.import_module(module) for name, module in names.items()})
 
 
@@ -256,16 +256,14 @@ def test_one_model_is_held_at_a_time(setting, scripts, monkeypatch, tmp_path):
     monkeypatch.setattr(scripts.evaluate, "build_decoder", watched)
     words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--passes.at"]
     with ExitStack() as stack:
-        session = scripts.session.Session(
-            parse(EvaluateConfig, words), build_mesh(), stack, "evaluate", unheard(scripts)
-        )
-        scripts.evaluate.main(session)
+        run = scripts.run.Run(parse(EvaluateConfig, words), build_mesh(), stack, "evaluate", unheard(scripts))
+        scripts.evaluate.main(run)
     assert len(held) == 4
 
 
 def unheard(scripts) -> Any:
     """Requests to stop that nobody hears."""
-    return scripts.session.Stopping(Path("nowhere"), main=True)
+    return scripts.run.StopSignals(Path("nowhere"), main=True)
 
 
 def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
@@ -274,8 +272,8 @@ def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
 
     def kept(seed: int, show: int = 0) -> Any:
         config = parse(EvaluateConfig, options(run_output=tmp_path, run_seed=seed, run_show=show))
-        session = scripts.session.Session(config, build_mesh(), ExitStack(), "s", unheard(scripts))
-        return scripts.kept.ChunkStore(session, "begun", ("run.seed",), [str(file), str(tmp_path / "nowhere")])
+        run = scripts.run.Run(config, build_mesh(), ExitStack(), "s", unheard(scripts))
+        return scripts.kept.ChunkStore(run, "begun", ("run.seed",), [str(file), str(tmp_path / "nowhere")])
 
     assert kept(1).read("part_0") is None
     kept(1).write("part_0", [text, (1, None)])

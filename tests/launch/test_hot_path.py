@@ -45,7 +45,8 @@ for found in pkgutil.iter_modules(trialign.kernels.__path__):
             watch(module, name)
 
 sys.path.insert(0, sys.argv[1])
-import ppo, session
+import ppo
+from common import run
 from trialign.engine.profiler import Profiler
 
 class Profiled(Profiler):
@@ -56,9 +57,9 @@ class Profiled(Profiler):
         ops = {event.key for event in seen.key_averages()}
         used[name] = sorted(op.removeprefix("trialign::") for op in ops if op.startswith("trialign::"))
 
-session.Profiler = Profiled
-session.Session.finish = lambda *_: None  # behind the last step, and half of the run's time
-session.start(ppo.PPOConfig, ppo.check, ppo.main, "ppo", sys.argv[3:])
+run.Profiler = Profiled
+run.Run.finish = lambda *_: None  # behind the last step, and half of the run's time
+run.start(ppo.PPOConfig, ppo.check, ppo.main, "ppo", sys.argv[3:])
 with open(sys.argv[2], "w") as file:
     json.dump(used, file)
 """

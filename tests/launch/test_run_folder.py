@@ -221,15 +221,15 @@ def test_torchrun_restarts_a_run_where_it_was(setting, tmp_path, monkeypatch):
 def on_disks(rank: int, world: int, folder: Path, output: str) -> str:
     """What a rank is told, in a working directory of its own, of a run that writes to `output`; or ""."""
     sys.path.insert(0, str(ROOT / "launch"))
-    session = importlib.import_module("common.run")
-    vars(session)["DISK_WAIT"] = 1.0
+    module = importlib.import_module("common.run")
+    vars(importlib.import_module("common.run_record"))["DISK_WAIT"] = 1.0
     os.environ["GROUP_RANK"] = str(rank)
     os.chdir(folder / str(rank))
     try:
         with ExitStack() as stack:
-            config, stopping = parse(SFTConfig, words(run_output=output)), session.Stopping(Path("nowhere"), rank == 0)
-            run = session.Session(config, build_mesh(dp=world), stack, "sft", stopping)
-            run.same_disk(stack.enter_context(run_lock(run.folder)) if rank == 0 else "")
+            config, signals = parse(SFTConfig, words(run_output=output)), module.StopSignals(Path("nowhere"), rank == 0)
+            run = module.Run(config, build_mesh(dp=world), stack, "sft", signals)
+            run.record.check_shared_disk(stack.enter_context(run_lock(run.folder)) if rank == 0 else "")
         return ""
     except SystemExit as error:
         return str(error)

@@ -148,14 +148,14 @@ def test_a_request_within_a_finalizer_is_not_lost(tmp_path):
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT / "launch")!r})
-from common.stop_requests import Stopping
+from common.signals import StopSignals
 
 class Finalized:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-with Stopping(Path({str(tmp_path)!r}), True):
+with StopSignals(Path({str(tmp_path)!r}), True):
     try:
         Finalized()
         time.sleep(60)

@@ -139,7 +139,7 @@ def _plant(fault: dict[str, Any]) -> None:
     """Sends this process the fault's signal at the nth time that the phase begins."""
     from trialign.engine.heartbeat import HEARTBEAT
 
-    session: Any = importlib.import_module("common.run")
+    run: Any = importlib.import_module("common.run")
     left = [fault.get("nth", 1)]
 
     def strike() -> None:
@@ -158,7 +158,7 @@ def _plant(fault: dict[str, Any]) -> None:
                 strike()
 
     at: Callable[[str], AbstractContextManager[None]] = HEARTBEAT.at
-    begin = session.Session.begin
+    begin = run.Run.begin
 
     @contextmanager
     def at_phase(phase: str) -> Iterator[None]:
@@ -171,7 +171,7 @@ def _plant(fault: dict[str, Any]) -> None:
         begin(*given, **named)
 
     HEARTBEAT.at = at_phase
-    session.Session.begin = at_begin
+    run.Run.begin = at_begin
 
 
 if __name__ == "__main__":

@@ -1,0 +1,230 @@
+"""The record of the run in a folder: resumed, already finished, deleted or refused when a script starts there again.
+
+RUN/run.json holds the script, what the run depends on (fingerprint.py) and, once it has ended, what it left. A folder
+with that file is never overwritten silently: a start resumes its run, deletes it, or is refused, as the `run` section
+of the config has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trialign.engine.config import AUTO, NEW, absolute, to_toml
+from trialign.engine.mesh import Mesh
+from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.storage import checkpoint
+
+from . import failures
+from .env import node, restarted
+from .fingerprint import Facts, changes, facts_of
+
+DISK_WAIT = 60.0
+"""Seconds until a node sees a file that another one wrote: NFS caches a folder's listing for so long."""
+OUTPUTS = (
+    *("run.json", "config.toml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb", "wandb_id", "before.json"),
+    *("model", "model_ema", "adapter", "reference", "begun", "rewards.json", "rounds", "completions.jsonl"),
+    *("results.json", "STOP", "STOPPED"),
+)
+"""Files and folders that runs leave, beside their plot."""
+OUTPUTS_OF = {"rlhf": ("prompts", "stages.json", "report.html", "sft", "preferences", "reward", "ppo", "evaluation")}
+"""More of them, of one script alone."""
+
+
+class RunRecord:
+    """The run in a folder, from one start of a script to the next. Its methods are collective.
+
+    Args:
+        on_all_ranks: `Run.on_all_ranks`.
+
+    Attributes:
+        found: run.json of the run that is resumed; None where one begins.
+        checkpoint: that the run resumes from; None where it has none yet.
+        changes: a text for each option that differs from before.
+    """
+
+    def __init__(self, config: Any, script: str, mesh: Mesh, on_all_ranks: Callable[..., Any]):
+        self.config, self.script, self.mesh, self.on_all_ranks = config, script, mesh, on_all_ranks
+        self.folder = Path(config.run.folder)
+        self.found: dict[str, Any] | None = None
+        self.checkpoint: Path | None = None
+        self.changes: list[str] = []
+        self._claimed = False
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Options and file contents that the run depends on. Collective at its first use."""
+        try:
+            return facts_of(self.config, self.mesh, partial(self.on_all_ranks, name="digests of the models' files"))
+        except ValueError as error:  # the same on every rank
+            self._refuse(str(error))
+
+    def check_shared_disk(self, token: str) -> None:
+        """Refuses a run whose folder a rank does not see.
+
+        Args:
+            token: the main rank's, which the folder's lock holds.
+        """
+        token, lock = gather_objects(token, self.mesh.world)[0], self.folder / ".lock"
+        deadline = time.monotonic() + DISK_WAIT
+        seen = self.mesh.is_main  # it would lose its lock, were it to open the file and close it
+        while not seen and time.monotonic() < deadline:
+            seen = lock.is_file() and lock.read_text() == token
+            time.sleep(0 if seen else 0.2)
+        looked = gather_objects((seen, node()[0], str(self.folder.absolute())), self.mesh.world)
+        blind = next(((rank, host, path) for rank, (sees, host, path) in enumerate(looked) if not sees), None)
+        if blind is not None:
+            rank, host, path = blind
+            self._refuse(
+                f"run.output={self.folder}: node {host} (rank {rank}) does not see in {path} what node"
+                f" {looked[0][1]} writes to {looked[0][2]}: the folder must be on a disk that all nodes share"
+            )
+
+    def open(self, prefix: str = "") -> None:
+        """Finds whether the run begins or is resumed, and from where; refuses options that may not change.
+
+        Args:
+            prefix: of the options' names in messages.
+        """
+        main, root = self.mesh.is_main, self.folder / "checkpoints"
+        found = self.on_all_ranks(lambda: resumed(self.folder, self.script, self.config.run) if main else None)
+        self.found, saved = gather_objects((found, any(root.glob("step_*"))), self.mesh.world)[0]
+        if self.found is None:
+            return
+        try:
+            self.checkpoint = checkpoint.latest(root, self.mesh) if saved else None
+            before = self.found["facts"]
+            if self.checkpoint is not None:
+                before = checkpoint.read_state(self.checkpoint).get("facts", before)
+            strict = self.checkpoint is not None or self.script in ("evaluate", "rlhf")
+            self.changes = changes(before, self.facts, self.script, strict=strict, prefix=prefix)
+        except ValueError as error:
+            self._refuse(str(error))
+
+    @property
+    def results(self) -> dict[str, str]:
+        """Kind -> path in the folder, of a run that has ended and whose files all exist."""
+        files = self.found["finished"].get("files", {}) if self.found else {}
+        return files if all((self.folder / path).exists() for path in files.values()) else {}
+
+    def is_finished(self) -> bool:
+        """Whether all steps are done and no option differs; prints the results then.
+
+        A finished run with changed options and without a checkpoint to resume from is refused.
+        """
+        step = self.found["finished"].get("step") if self.found else None
+        if not self.results or not step or self.checkpoint is not None and self.checkpoint.name != f"step_{step}":
+            return False
+        if self.changes and self.checkpoint is None:
+            self._refuse(
+                f"{self.folder}: the run has ended at step {step} and its checkpoints are gone: it cannot be resumed"
+                f" with {'; '.join(self.changes)}; another run.output begins anew"
+            )
+        if not self.changes:
+            self.print_finished()
+        return not self.changes
+
+    def print_finished(self) -> None:
+        """Prints that the run has ended, its results, and how to begin anew."""
+        step = self.found["finished"]["step"] if self.found else 0
+        if self.mesh.is_main:
+            print(f"{self.folder}: this run has ended{f' at step {step}' * bool(step)}")
+            for name, path in self.results.items():
+                print(f"{name + ':':<6} {self.folder / path}")
+            more = "; to go on: more steps" * bool(step)
+            print(f"to begin anew: --run.overwrite True, or another run.output{more}")
+
+    def write_begun(self) -> None:
+        """Writes the record of a run that has begun, and the config that a resume starts from."""
+        if not self._claimed:
+            self._claimed, facts = True, self.facts
+            self.on_all_ranks(lambda: self._write_begun(facts) if self.mesh.is_main else None)
+
+    def _write_begun(self, facts: Facts) -> None:
+        config: Any = absolute(self.config)
+        own = {"output": str(self.folder.absolute()), "resume": "", "overwrite": False}
+        own = {key: value for key, value in own.items() if hasattr(config.run, key)}
+        write_whole(self.folder / "config.toml", to_toml(replace(config, run=replace(config.run, **own))))
+        self._write({"script": self.script, "facts": facts, "finished": {}})
+
+    def write_finished(self, step: int, **files: str) -> None:
+        """Writes that the run has ended. On the main rank alone.
+
+        Args:
+            files: kind -> path in the folder.
+        """
+        self._write({"script": self.script, "facts": self.facts, "finished": {"step": step, "files": files}})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        write_whole(self.folder / "run.json", json.dumps(record, indent=1))
+
+    def _refuse(self, text: str) -> NoReturn:
+        failures.leave_together(f"error: {text}", self.mesh.is_main)
+
+
+def resumed(folder: Path, script: str, section: Any) -> dict[str, Any] | None:
+    """The record of the run to resume in this folder; None where a run is to begin. On the main rank alone.
+
+    Args:
+        section: `run` of the config; a stage of a pipeline, whose section has no `resume`, is always resumed.
+
+    Raises:
+        ValueError: the folder holds a run and no option resumes or deletes it, or it holds another script's run; or
+            a run is to be resumed and there is none.
+    """
+    resume, overwrite = getattr(section, "resume", AUTO), getattr(section, "overwrite", False)
+    record = read(folder)
+    if record is None:
+        if resume not in (NEW, AUTO):
+            raise ValueError(f"run.resume={resume}: there is no run in this folder")
+        return None
+    if record["script"] not in (script, ""):
+        raise ValueError(f"{folder}: holds a run of {record['script']}.py, not of {script}.py; name another folder")
+    if overwrite and not restarted():  # by the launcher: then it is this command's own run
+        delete(folder, script)
+        return None
+    if resume == NEW and not overwrite:
+        ended = " that has ended" if record["finished"] else ""
+        raise ValueError(
+            f"run.output={folder}: holds a run{ended}: --run.resume auto resumes it, --run.overwrite True deletes it,"
+            " another run.output leaves it alone"
+        )
+    return record
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The record in a folder; None where it holds no run."""
+    path = folder / "run.json"
+    if path.exists():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if (folder / "config.toml").exists() or (folder / "checkpoints").exists():  # written before there were records
+        return {"script": "", "facts": {"options": {}, "contents": {}}, "finished": {}}
+    return None
+
+
+def delete(folder: Path, script: str) -> None:
+    """Deletes what a run left; other files stay. The record goes last: killed halfway, the folder still holds a run."""
+    for name in reversed((*OUTPUTS, f"{script}.png", *OUTPUTS_OF.get(script, ()))):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file aside and renames it, so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
