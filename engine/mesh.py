@@ -61,14 +61,6 @@ class Mesh:
         return self.world.rank in self.ranks
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp.rank == self.pp.size - 1
-
-    @property
     def is_main(self) -> bool:
         """True on the one rank of the job that prints and writes shared files."""
         return self.world.rank == 0

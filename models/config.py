@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..engine.pipeline.stage import split_layers
 from .rope import Rope
 
 if TYPE_CHECKING:
@@ -199,9 +200,9 @@ def model_folder(path: Path | str) -> Path:
     return Path(path) if role is None else Path(path) / "assets" / role
 
 
-def check_layout(config: ModelConfig, tp: int, pp: int, ep: int = 1) -> None:
+def check_layout(config: ModelConfig, tp: int, pp: int, ep: int = 1, pp_layers: Sequence[int] = ()) -> None:
     """Refuses a layout that the model cannot be cut into: every rank of tp needs a query head and a column of each MLP,
-    stages are equal, and so are ranks' numbers of experts. The vocabulary is cut over any tp.
+    every stage a layer, and ranks' numbers of experts are equal. The vocabulary is cut over any tp.
 
     Raises:
         ValueError: naming the size that is too small, or does not divide, and what would be allowed.
@@ -216,10 +217,8 @@ def check_layout(config: ModelConfig, tp: int, pp: int, ep: int = 1) -> None:
     name = min(widths, key=lambda name: widths[name])
     if not 1 <= tp <= widths[name]:
         raise ValueError(f"{name}={widths[name]} cannot be shared by tp={tp} ranks; allowed tp: 1 to {widths[name]}")
-    counts = [("num_layers", config.num_layers, "pp", pp)]
-    if config.moe is not None:
-        counts.append(("moe.experts", config.moe.experts, "ep", ep))
-    for name, size, axis, parts in counts:
-        if parts < 1 or size % parts:
-            allowed = ", ".join(str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0)
-            raise ValueError(f"{name}={size} does not divide by {axis}={parts}; allowed {axis}: {allowed}")
+    split_layers(config.num_layers, pp, pp_layers)
+    experts = config.moe.experts if config.moe is not None else 0
+    if ep < 1 or experts % ep:
+        allowed = ", ".join(str(n) for n in range(1, min(experts, 1024) + 1) if experts % n == 0)
+        raise ValueError(f"moe.experts={experts} does not divide by ep={ep}; allowed ep: {allowed}")

@@ -30,6 +30,7 @@ from ..engine.parallel.tensor import (
     cut,
     whole,
 )
+from ..engine.pipeline.stage import Chunk, Stage, stage_of
 from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_
@@ -221,12 +222,15 @@ class Head(AdaptedLinear):
 
 
 class Decoder(nn.Module):
-    """One pipeline stage: the embedding on the first, its share of the layers, norm and head on the last.
+    """One pipeline stage: its chunks of layers, the embedding with the first chunk, norm and head with the last.
+
+    Outside the mesh it has no parameters.
 
     Args:
         head: "lm" predicts tokens; "score" gives one number a token (critic, reward model).
         recompute: keep only each layer's input and run its forward again in the backward.
         lora: adapters in the linears, and the weights frozen; a "score" head is trained in full beside them.
+        stage: None: one chunk, layers shared as evenly as they can be.
 
     Attributes:
         fill: fills slots with what the parameters began from, in the precision that it is kept in; None: not known.
@@ -243,20 +247,20 @@ class Decoder(nn.Module):
         head: HeadKind = "lm",
         recompute: bool = False,
         lora: LoRA | None = None,
+        stage: Stage | None = None,
     ):
         super().__init__()
         self.config, self.mesh, self.dtype, self.recompute = config, mesh, dtype, recompute
+        self.stage = stage_of(mesh, config.num_layers) if stage is None else stage
         self.kind: HeadKind = head
         self.lora = lora
-        share = config.num_layers // mesh.pp.size
-        numbers = range(mesh.pp.rank * share, (mesh.pp.rank + 1) * share)
         self.vocab = split(config.vocab_size, mesh.tp)
         self.embedding = None
-        if mesh.is_first_stage:
+        if self.stage.has_embedding:
             self.embedding = VocabParallelEmbedding(self.vocab, config.hidden_size, mesh, dtype)
-        self.layers = nn.ModuleDict({str(i): Layer(config, i, mesh, dtype, lora) for i in numbers})
+        self.layers = nn.ModuleDict({str(i): Layer(config, i, mesh, dtype, lora) for i in self.stage.layers})
         self.norm = self.head = None
-        if mesh.is_last_stage:
+        if self.stage.has_head:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
             tied = head == "lm" and config.tie_embeddings
             rows = Shard((cut(self.vocab, 0, (config.vocab_size, config.hidden_size)),), "tp", duplicate=tied)
@@ -292,7 +296,7 @@ class Decoder(nn.Module):
         """What attention has to be told in a local layer: scale, window, alibi_slopes (kernels/attention.py)."""
         return {
             "scale": self.config.head_dim**-0.5,
-            "window": self.config.window_of(int(list(self.layers)[layer])),
+            "window": self.config.window_of(self.stage.layers[layer]),
             "alibi_slopes": self.alibi_slopes,
         }
 
@@ -317,10 +321,9 @@ class Decoder(nn.Module):
 
     def tied_parameter(self) -> nn.Parameter | None:
         """The weight this stage shares with the other end of the pipeline, if it does."""
-        if self.kind != "lm" or not self.config.tie_embeddings or self.mesh.embedding.size == 1:
+        module = self.head if self.embedding is None else self.embedding
+        if self.kind != "lm" or not self.config.tie_embeddings or self.mesh.embedding.size == 1 or module is None:
             return None
-        module = self.embedding if self.embedding is not None else self.head
-        assert module is not None
         return module.weight
 
     @contextmanager
@@ -342,30 +345,37 @@ class Decoder(nn.Module):
         attend: Attend,
         routing: Routing | None = None,
         lengths: Tensor | None = None,
+        chunk: Chunk | None = None,
     ) -> Tensor:
-        """Runs this stage.
+        """Runs a chunk of this stage.
 
         Args:
-            x: token ids [tokens] on the first stage, else hidden states [tokens, hidden] of the stage before.
+            x: token ids [tokens] for the first chunk, else hidden states [tokens, hidden] of the chunk before.
             positions: [tokens], each token's place in its own document.
             routing: what the routers' losses need of an update's micro-batch; None without experts or learning.
             lengths: [tokens], of each token's document, which dynamic NTK turns by; None where none is longer than the
                 trained length.
+            chunk: None: the only one.
 
         Returns:
-            hidden states [tokens, hidden], after the final norm on the last stage.
+            hidden states [tokens, hidden], after the final norm of the last chunk.
         """
-        if self.embedding is not None:
+        (chunk,) = self.stage.chunks if chunk is None else (chunk,)
+        if chunk.has_embedding:
+            assert self.embedding is not None
             x = self.embedding(x)
         turn = self._turn(positions, lengths)
-        for i, layer in enumerate(self.layers.values()):
-            arguments = (turn, partial(attend, i), routing)
+        for i, number in enumerate(chunk.layers, self.stage.layers.index(chunk.layers.start)):
+            layer, arguments = self.layers[str(number)], (turn, partial(attend, i), routing)
             if self.recompute and torch.is_grad_enabled():
                 # preserve_rng_state: there is no dropout, so no random state to put back.
                 x = checkpoint(layer, x, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, *arguments)
-        return x if self.norm is None else self.norm(x)
+        if not chunk.has_head:
+            return x
+        assert self.norm is not None
+        return self.norm(x)
 
     def _turn(self, positions: Tensor, lengths: Tensor | None) -> Turn:
         cos = sin = query_scale = None

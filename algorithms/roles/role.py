@@ -18,7 +18,9 @@ from ...engine.mesh import Mesh
 from ...engine.optim.adamw import ShardedAdamW
 from ...engine.parallel.collectives import all_reduce, from_mesh, gather_objects, object_from_mesh
 from ...engine.parallel.tensor import parallel_logprob
-from ...engine.pipeline.runner import run_forward, run_forward_backward
+from ...engine.pipeline.runner import run_schedule
+from ...engine.pipeline.schedule import forward_only, one_f_one_b
+from ...engine.pipeline.stage import Chunk
 from ...engine.progress import report
 from ...kernels.attention import packed_attention
 from ...models.decoder import Decoder
@@ -33,15 +35,17 @@ Read = Callable[[Batch, Tensor], Tensor]
 """(micro-batch, hidden states [tokens, hidden] of the last stage) -> what is wanted of them."""
 
 
-def stage_forward(model: Decoder, batch: Batch, x: Tensor | None, routing: Routing | None = None) -> Tensor:
-    """This stage's hidden states [tokens, hidden] of a packed batch, attending within each sample only."""
+def stage_forward(
+    model: Decoder, batch: Batch, x: Tensor | None, routing: Routing | None = None, chunk: Chunk | None = None
+) -> Tensor:
+    """A chunk's hidden states [tokens, hidden] of a packed batch, attending within each sample only."""
     lengths = batch.cu_seqlens.diff()
     lengths = torch.repeat_interleave(lengths, lengths, output_size=len(batch.tokens))  # [tokens]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, **model.attention_options(layer))
 
-    return model(batch.tokens if x is None else x, batch.positions, attend, routing, lengths)
+    return model(batch.tokens if x is None else x, batch.positions, attend, routing, lengths, chunk)
 
 
 def padding(count: int, mesh: Mesh) -> list[Batch]:
@@ -88,12 +92,14 @@ class Role:
         first = padding(len(shares), self.mesh)
         parts = [*first, *(batch.select(share) for share in shares)]
 
-        def forward(i: int, x: Tensor | None) -> Tensor:
-            hidden = stage_forward(self.model, parts[i], x)
+        def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
+            hidden = stage_forward(self.model, parts[i], x, chunk=chunk)
             report(i + 1, len(parts))
-            return read(parts[i], hidden) if self.mesh.is_last_stage else hidden
+            return read(parts[i], hidden) if chunk.has_head else hidden
 
-        results = run_forward(self.mesh, shapes(self.model, parts), self.model.dtype, forward)
+        results = run_schedule(
+            forward_only, self.model.stage, self.mesh, shapes(self.model, parts), self.model.dtype, forward
+        )
         own = slice(len(first), None)
         return collect(batch, shares, results[own], [where(part) for part in parts[own]], self.mesh)
 
@@ -125,7 +131,7 @@ def collect(
 
 
 def shapes(model: Decoder, parts: Sequence[Batch]) -> list[tuple[int, ...]]:
-    """Shape of each micro-batch's hidden states between stages."""
+    """Shape of each micro-batch's hidden states between chunks."""
     return [(len(part.tokens), model.config.hidden_size) for part in parts]
 
 
@@ -208,17 +214,19 @@ class Learner(Role):
 
         checked = [number for part in batches for number in numbers_of(part).values()]
 
-        def forward(i: int, x: Tensor | None) -> Tensor:
+        def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
             part, loss = parts[i]
-            hidden = stage_forward(self.model, part, x, routings[i])
+            hidden = stage_forward(self.model, part, x, routings[i], chunk)
             report(i + 1, len(parts))
-            if not self.mesh.is_last_stage:
+            if not chunk.has_head:
                 return hidden
             value = loss(part, hidden)
             checked.append(value.detach())
             return value
 
-        run_forward_backward(
+        run_schedule(
+            one_f_one_b,
+            self.model.stage,
             self.mesh,
             shapes(self.model, batches),
             self.model.dtype,
@@ -247,13 +255,15 @@ class Learner(Role):
         """Names what is not finite. Collective; `stats` stay as they are."""
         before = stats.copy() if stats is not None else None
 
-        def forward(i: int, x: Tensor | None) -> Tensor:
+        def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
             part, loss = parts[i]
-            hidden = stage_forward(self.model, part, x)
-            return unit_losses(part, hidden, loss, unit) if self.mesh.is_last_stage else hidden
+            hidden = stage_forward(self.model, part, x, chunk=chunk)
+            return unit_losses(part, hidden, loss, unit) if chunk.has_head else hidden
 
         batches = [part for part, _ in parts]
-        made = run_forward(self.mesh, shapes(self.model, batches), self.model.dtype, forward)
+        made = run_schedule(
+            forward_only, self.model.stage, self.mesh, shapes(self.model, batches), self.model.dtype, forward
+        )
         losses = [name for part, own in zip(batches, made, strict=False) for name in named_losses(part, own, unit)]
         if stats is not None and before is not None:
             stats.sums, stats.maxima = before.sums, before.maxima

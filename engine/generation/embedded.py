@@ -33,6 +33,7 @@ from ...kernels.sampling import sample
 from ..mesh import Mesh
 from ..parallel.collectives import all_gather, all_reduce, broadcast, exchange, gather_objects
 from ..parallel.shard import Split
+from ..pipeline.stage import Stage
 from ..progress import report
 from .kv_cache import BlockPool, PagedCache, blocks_for
 from .scheduler import Scheduler, Step
@@ -44,6 +45,7 @@ class Model(Protocol):
     config: Any  # vocab_size, hidden_size, longest_rollout
     dtype: torch.dtype
     vocab: Split
+    stage: Stage
 
     @property
     def kv_shape(self) -> tuple[int, int, int]: ...
@@ -316,14 +318,14 @@ class _Run:
         number, hidden = -self.mesh.pp.rank, None
         while True:
             if number >= 0:
-                if self.mesh.is_first_stage:
+                if self.model.stage.has_embedding:
                     self.plan(number)
                 if self.end is not None:
                     return
             step, made = self.steps.get(number), None
             if step is not None:
                 made = self.forward(step, hidden)
-                if self.mesh.is_last_stage:
+                if self.model.stage.has_head:
                     self.results[number] = self.sample(step, made)
             elif number >= 0 and self.mesh.ep.size > 1:
                 self.idle()
@@ -387,7 +389,7 @@ class _Run:
             return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))
 
         made = self.model(tokens if hidden is None else hidden, positions, attend)
-        if step.admitted and self.mesh.is_last_stage:
+        if step.admitted and self.model.stage.has_head:
             # Only the last token of a prompt is sampled from.
             made = made[torch.cat((self.rows[:decoding], starts[1:] + (decoding - 1)))]
         return made
@@ -396,7 +398,7 @@ class _Run:
         """One token through this stage, for the other ranks of ep; nothing is made of it."""
         position = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
         hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.mesh.device)
-        self.model(position if self.mesh.is_first_stage else hidden, position, lambda layer, q, k, v: q)
+        self.model(position if self.model.stage.has_embedding else hidden, position, lambda layer, q, k, v: q)
 
     def sample(self, step: Step, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [2, rows + 1] fp64: each row's next token (exact in fp64) and its logprob, and whether to

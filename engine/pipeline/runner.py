@@ -1,8 +1,9 @@
-"""Executes a pipeline schedule: moves activations and gradients between stages, runs forwards and backwards."""
+"""Executes any pipeline schedule: moves activations and gradients between ranks, runs forwards and backwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -10,96 +11,127 @@ from torch import Tensor
 
 from ..mesh import Mesh
 from ..parallel.collectives import exchange
-from .schedule import Action, Message, forward_only, messages, one_f_one_b
+from .schedule import Action, Message, Schedule, Transfer, count_chunks, received, sent, transfers
+from .stage import Chunk, Stage, chunk_rank
 
-Forward = Callable[[int, Tensor | None], Tensor]
-"""(micro-batch, hidden states from the previous stage or None on the first) -> what this stage makes of it."""
-
-
-class _Transfers:
-    """Buffers of one run of a schedule, and the batches of sends and receives between its actions."""
-
-    def __init__(self, mesh: Mesh, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype):
-        self.mesh, self.shapes, self.dtype = mesh, shapes, dtype
-        self.outbox: dict[Action, Tensor] = {}
-        self.inbox: dict[Action, Tensor] = {}
-
-    def exchange(self, batch: list[Message]) -> None:
-        pp, operations = self.mesh.pp, []
-        for message in batch:
-            action, peer = Action(message.kind, message.micro_batch), pp.ranks[message.peer]
-            if message.direction == "send":
-                operations.append(dist.P2POp(dist.isend, self.outbox[action], peer, pp.group))
-            else:
-                buffer = torch.empty(self.shapes[message.micro_batch], dtype=self.dtype, device=self.mesh.device)
-                self.inbox[action] = buffer
-                operations.append(dist.P2POp(dist.irecv, buffer, peer, pp.group))
-        exchange(operations, pp)
-        self.outbox.clear()
+Forward = Callable[[Chunk, int, Tensor | None], Tensor]
+"""(chunk, micro-batch, hidden states of the chunk before or None for the first) -> the chunk's output"""
 
 
-def run_forward(mesh: Mesh, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, forward: Forward) -> list[Tensor]:
-    """Runs every micro-batch forward through all stages, without gradients.
-
-    Args:
-        shapes: of each micro-batch's hidden states between stages, [tokens, hidden].
-
-    Returns:
-        what `forward` gave on the last stage, one per micro-batch; an empty list on the other stages.
-    """
-    actions = forward_only(len(shapes))
-    transfers = _Transfers(mesh, shapes, dtype)
-    results = []
-    with torch.no_grad():
-        batches = messages(actions, mesh.pp.rank, mesh.pp.size)
-        for action, batch in zip(actions, batches, strict=False):
-            transfers.exchange(batch)
-            made = forward(action.micro_batch, transfers.inbox.pop(action, None))
-            if mesh.is_last_stage:
-                results.append(made)
-            else:
-                transfers.outbox[action] = made.contiguous()
-        transfers.exchange(batches[-1])
-    return results
-
-
-def run_forward_backward(
+def run_schedule(
+    schedule: Schedule,
+    stage: Stage,
     mesh: Mesh,
     shapes: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
     forward: Forward,
     before_last_backward: Callable[[], None] | None = None,
-) -> None:
-    """Runs every micro-batch forward and backward by 1F1B; gradients accumulate in the parameters.
+) -> list[Tensor]:
+    """Runs every micro-batch through the pipeline. Gradients accumulate in the parameters; where the schedule has
+    forwards only, nothing is kept for a backward.
+
+    A rank without chunks does nothing. A backward of the weights ("W") runs the whole backward once more for them: in
+    place of the memory of every layer's gradient it costs the gradients of the activations a second time.
 
     Args:
-        forward: on the last stage it must return the micro-batch's scalar loss, already divided by the global count.
-        before_last_backward: called once, when the next backward completes the gradients (they may be reduced from
-            then on).
+        shapes: of each micro-batch's hidden states between chunks, [tokens, hidden].
+        forward: for the last chunk it returns the micro-batch's scalar loss, already divided by the global count; or,
+            where there is no backward, any tensor.
+        before_last_backward: called once, when the next action completes the gradients: from then on those that a
+            backward reaches may be reduced.
+
+    Returns:
+        what `forward` gave for the last chunk, detached, one per micro-batch; an empty list on ranks without it.
     """
-    actions = one_f_one_b(mesh.pp.rank, mesh.pp.size, len(shapes))
-    transfers = _Transfers(mesh, shapes, dtype)
-    inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
-    batches = messages(actions, mesh.pp.rank, mesh.pp.size)
-    for action, batch in zip(actions, batches, strict=False):
-        transfers.exchange(batch)
-        received = transfers.inbox.pop(action, None)
-        i = action.micro_batch
-        if action.kind == "F":
-            if received is not None:
-                inputs[i] = received.requires_grad_()
-            outputs[i] = forward(i, received)
-            if not mesh.is_last_stage:
-                transfers.outbox[action] = outputs[i].detach().contiguous()
-        else:
-            if i == len(shapes) - 1 and before_last_backward is not None:
+    pp, count = mesh.pp, len(shapes)
+    schedules = [schedule(rank, pp.size, count) for rank in range(pp.size)] if stage.chunks else [[]]
+    actions, batches = schedules[pp.rank], transfers(schedules)[pp.rank]
+    last = max((i for i, action in enumerate(actions) if action.kind in "BW"), default=-1)
+    run = _Run(stage, mesh, shapes, dtype, forward, count_chunks(schedules))
+    with nullcontext() if last >= 0 else torch.no_grad():
+        for i, action in enumerate(actions):
+            run.exchange(batches[i])
+            if i == last and before_last_backward is not None:
                 before_last_backward()
-            output = outputs.pop(i)
-            if output.requires_grad:  # a first stage may hold nothing that is trained
-                torch.autograd.backward(output, received)
-            if i in inputs:
-                gradient = inputs.pop(i).grad
-                assert gradient is not None
-                transfers.outbox[action] = gradient
-    transfers.exchange(batches[-1])
+            run.act(action)
+        run.exchange(batches[-1])
+    return [run.results[i] for i in sorted(run.results)]
+
+
+class _Run:
+    """One run of a schedule on one rank: messages on their way, and what forwards left for backwards."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        mesh: Mesh,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        forward: Forward,
+        chunks: int,
+    ):
+        self.mesh, self.shapes, self.dtype, self.forward, self.chunks = mesh, shapes, dtype, forward, chunks
+        self.held = {chunk.index: chunk for chunk in stage.chunks}
+        self.outbox: dict[Message, Tensor] = {}
+        self.inbox: dict[Message | None, Tensor] = {}
+        # By chunk and micro-batch: the input, the output, and the output's gradient between "I" and "W".
+        self.inputs: dict[tuple[int, int], Tensor] = {}
+        self.outputs: dict[tuple[int, int], Tensor] = {}
+        self.gradients: dict[tuple[int, int], Tensor | None] = {}
+        self.results: dict[int, Tensor] = {}
+
+    def exchange(self, batch: Sequence[Transfer]) -> None:
+        """Sends and receives a batch of transfers, to its end."""
+        pp, operations = self.mesh.pp, []
+        for message, source, target in batch:
+            if source == pp.rank:
+                operations.append(dist.P2POp(dist.isend, self.outbox[message], pp.ranks[target], pp.group))
+            else:
+                buffer = torch.empty(self.shapes[message.micro_batch], dtype=self.dtype, device=self.mesh.device)
+                self.inbox[message] = buffer
+                operations.append(dist.P2POp(dist.irecv, buffer, pp.ranks[source], pp.group))
+        exchange(operations, pp)
+        self.outbox.clear()
+
+    def act(self, action: Action) -> None:
+        """Runs one action, of which the message has arrived."""
+        key, x = (action.chunk, action.micro_batch), self.inbox.pop(received(action, self.chunks), None)
+        if action.kind == "F":
+            self.send(action, self.run_forward(key, x))
+        elif action.kind == "B":
+            output = self.outputs.pop(key)
+            if output.requires_grad:  # a first chunk may hold nothing that is trained
+                torch.autograd.backward(output, x)
+            if key in self.inputs:
+                self.send(action, self.inputs.pop(key).grad)
+        elif action.kind == "I":
+            self.gradients[key] = x
+            if key in self.inputs:
+                output = self.outputs[key]
+                (gradient,) = torch.autograd.grad(output, self.inputs[key], x, retain_graph=True)
+                self.send(action, gradient)
+        else:
+            output, gradient = self.outputs.pop(key), self.gradients.pop(key)
+            self.inputs.pop(key, None)
+            if output.requires_grad:
+                torch.autograd.backward(output, gradient)
+
+    def run_forward(self, key: tuple[int, int], x: Tensor | None) -> Tensor:
+        """The output of a chunk, detached; with gradients it and the input stay for the backward."""
+        index, micro_batch = key
+        if x is not None and torch.is_grad_enabled():
+            self.inputs[key] = x.requires_grad_()
+        output = self.forward(self.held[index], micro_batch, x)
+        if torch.is_grad_enabled():
+            self.outputs[key] = output
+        if index == self.chunks - 1:
+            self.results[micro_batch] = output.detach()
+        return output.detach()
+
+    def send(self, action: Action, tensor: Tensor | None) -> None:
+        """Puts a tensor where the next exchange, or this rank's next action, finds it."""
+        message = sent(action, self.chunks)
+        if message is not None:
+            assert tensor is not None
+            box = self.inbox if chunk_rank(message.chunk, self.mesh.pp.size) == self.mesh.pp.rank else self.outbox
+            box[message] = tensor.contiguous()

@@ -15,7 +15,9 @@ from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import shapes, stage_forward
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.collectives import all_gather
-from trialign.engine.pipeline.runner import run_forward
+from trialign.engine.pipeline.runner import run_schedule
+from trialign.engine.pipeline.schedule import forward_only
+from trialign.engine.pipeline.stage import Chunk
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf.table import load_hf
@@ -30,11 +32,11 @@ def rank_logits(rank: int, world: int, folder: Path, prompts: list[list[int]], t
     load_hf(model, folder)
     batch = pack(prompts)
 
-    def forward(_: int, x: Tensor | None) -> Tensor:
-        hidden = stage_forward(model, batch, x)
-        return model.logits(hidden) if mesh.is_last_stage else hidden
+    def forward(chunk: Chunk, _: int, x: Tensor | None) -> Tensor:
+        hidden = stage_forward(model, batch, x, chunk=chunk)
+        return model.logits(hidden) if chunk.has_head else hidden
 
-    results = run_forward(mesh, shapes(model, [batch]), dtype, forward)
+    results = run_schedule(forward_only, model.stage, mesh, shapes(model, [batch]), dtype, forward)
     return all_gather(results[0], mesh.tp, 1, model.vocab.sizes).float() if results else None
 
 

@@ -14,7 +14,9 @@ from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.collectives import all_gather
 from trialign.engine.parallel.shard import shard_of
 from trialign.engine.parallel.tensor import parallel_logprob
-from trialign.engine.pipeline.runner import run_forward, run_forward_backward
+from trialign.engine.pipeline.runner import run_schedule
+from trialign.engine.pipeline.schedule import forward_only, one_f_one_b
+from trialign.engine.pipeline.stage import Chunk
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf.table import hf_name, load_hf, whole_tensors
@@ -38,22 +40,22 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
     load_hf(model, folder)
     batch = pack(prompts, [[False] + [True] * (len(prompt) - 1) for prompt in prompts])
 
-    def whole_logits(_: int, x: Tensor | None) -> Tensor:
-        hidden = stage_forward(model, batch, x)
-        return all_gather(model.logits(hidden), mesh.tp, 1, model.vocab.sizes) if mesh.is_last_stage else hidden
+    def whole_logits(chunk: Chunk, _: int, x: Tensor | None) -> Tensor:
+        hidden = stage_forward(model, batch, x, chunk=chunk)
+        return all_gather(model.logits(hidden), mesh.tp, 1, model.vocab.sizes) if chunk.has_head else hidden
 
-    def loss(_: int, x: Tensor | None) -> Tensor:
-        hidden = stage_forward(model, batch, x)
-        if not mesh.is_last_stage:
+    def loss(chunk: Chunk, _: int, x: Tensor | None) -> Tensor:
+        hidden = stage_forward(model, batch, x, chunk=chunk)
+        if not chunk.has_head:
             return hidden
         rows = hidden[batch.response - 1]
         return -parallel_logprob(rows, model.head_weight(), batch.labels, model.vocab)[0].mean()
 
-    logits = run_forward(mesh, shapes(model, [batch]), model.dtype, whole_logits)
+    logits = run_schedule(forward_only, model.stage, mesh, shapes(model, [batch]), model.dtype, whole_logits)
     greedy = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
     short = room_for(config, prompts)
     completions = Generator(model, mesh, block_size=4, max_running=3).generate(short, list(range(len(short))), greedy)
-    run_forward_backward(mesh, shapes(model, [batch]), model.dtype, loss)
+    run_schedule(one_f_one_b, model.stage, mesh, shapes(model, [batch]), model.dtype, loss)
     gradients = []
     for name, parameter in model.named_parameters():
         begin, shard = 0, shard_of(parameter)

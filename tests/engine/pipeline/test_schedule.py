@@ -1,72 +1,97 @@
-"""Pipeline schedules, simulated: every transfer a rendezvous, every batch of them complete before the next action."""
+"""Pipeline schedules, simulated: they end, keep no more micro-batches than they must, and leave the bubble they claim;
+and layers shared by stages."""
 
-import itertools
+from functools import partial
 
 import pytest
-from trialign.engine.pipeline.schedule import Action, Message, forward_only, messages, one_f_one_b
+from schedules import gpipe, interleaved, split_backward
+from trialign.engine.mesh import build_mesh, mesh_as
+from trialign.engine.pipeline.schedule import Action, forward_only, one_f_one_b
+from trialign.engine.pipeline.simulate import simulate
+from trialign.engine.pipeline.stage import split_layers, stage_of
 
 
-def simulate(schedules: list[list[Action]]) -> list[int]:
-    """Runs all stages against each other; returns each stage's peak of live micro-batches.
-
-    A batch of transfers is posted whole and ends when each of its messages has met its counterpart in the peer's
-    posted batch, as on NCCL; messages of one direction between two stages match in order.
-    """
-    stages = len(schedules)
-    plans = [messages(actions, stage, stages) for stage, actions in enumerate(schedules)]
-    place = [0] * stages  # which batch each stage has posted
-    pending = [list(plan[0]) for plan in plans]
-    live, peak, finished = [0] * stages, [0] * stages, [False] * stages
-    while not all(finished):
-        moved = False
-        for stage in range(stages):
-            for message in list(pending[stage]):
-                if message.direction == "send":
-                    counterpart = Message("recv", stage, message.kind, message.micro_batch)
-                    theirs = [m for m in pending[message.peer] if m.direction == "recv" and m.peer == stage]
-                    mine = [m for m in pending[stage] if m.direction == "send" and m.peer == message.peer]
-                    if theirs and mine[0] == message:
-                        assert theirs[0] == counterpart, f"{message} of stage {stage} would match {theirs[0]}"
-                        pending[stage].remove(message)
-                        pending[message.peer].remove(counterpart)
-                        moved = True
-        for stage in range(stages):
-            if finished[stage] or pending[stage]:
-                continue
-            moved = True
-            if place[stage] == len(schedules[stage]):
-                finished[stage] = True
-                continue
-            live[stage] += 1 if schedules[stage][place[stage]].kind == "F" else -1
-            peak[stage] = max(peak[stage], live[stage])
-            place[stage] += 1
-            pending[stage] = list(plans[stage][place[stage]])
-        assert moved, f"deadlock: stages wait for {pending}"
-    return peak
-
-
-@pytest.mark.parametrize("stages", range(1, 9))
-def test_1f1b_ends_and_holds_no_more_than_it_must(stages):
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_1f1b_ends_and_holds_no_more_than_it_must(ranks):
     for count in range(1, 20):
-        schedules = [one_f_one_b(stage, stages, count) for stage in range(stages)]
-        for actions in schedules:
-            kinds = itertools.groupby(sorted(actions), key=lambda action: action.kind)
-            assert {kind: [a.micro_batch for a in group] for kind, group in kinds} == {
-                "B": list(range(count)),
-                "F": list(range(count)),
-            }
-        assert simulate(schedules) == [min(stages - stage, count) for stage in range(stages)]
+        schedules = [one_f_one_b(rank, ranks, count) for rank in range(ranks)]
+        for rank, actions in enumerate(schedules):
+            assert sorted(actions) == [Action(kind, rank, i) for kind in ("B", "F") for i in range(count)]
+        found = simulate(schedules)
+        assert found.live == [min(ranks - rank, count) for rank in range(ranks)]
+        assert found.bubble == pytest.approx((ranks - 1) / (count + ranks - 1))
 
 
-@pytest.mark.parametrize("stages", range(1, 9))
-def test_forward_only_ends(stages):
-    for count in range(1, 12):
-        simulate([forward_only(count)] * stages)
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_forward_only_ends(ranks):
+    for count in range(12):
+        simulate([forward_only(rank, ranks, count) for rank in range(ranks)])
 
 
-def test_the_simulator_sees_a_deadlock():
-    """Stage 1 asks for gradients before it has sent on what they are gradients of."""
-    first = [Action("F", 0), Action("B", 0)]
-    second = [Action("B", 0), Action("F", 0)]
-    with pytest.raises(AssertionError, match="deadlock|would match"):
-        simulate([first, second, first])
+@pytest.mark.parametrize("ranks", range(1, 6))
+def test_other_schedules_end(ranks):
+    """GPipe has 1F1B's bubble and keeps all alive; two chunks halve the bubble; a split backward makes it smaller."""
+    count = 2 * ranks
+    figures = [
+        simulate([schedule(rank, ranks, count) for rank in range(ranks)])
+        for schedule in (gpipe, partial(interleaved, chunks=2), split_backward, partial(interleaved, chunks=3))
+    ]
+    bubble = (ranks - 1) / (count + ranks - 1)
+    assert figures[0] == ([count] * ranks, pytest.approx(bubble))
+    assert figures[1].bubble == pytest.approx((ranks - 1) / (2 * count + ranks - 1))
+    assert max(figures[1].live) == min(3 * ranks - 1, 2 * count)
+    assert figures[2].bubble < bubble or ranks == 1
+    assert figures[3].bubble < figures[1].bubble or ranks == 1
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        [Action("B", 1, 0), Action("F", 1, 0)],  # gradients before what they are gradients of was sent on
+        [Action("F", 1, 0), Action("W", 1, 0), Action("I", 1, 0)],
+        [Action("F", 1, 0)],
+    ],
+)
+def test_a_deadlock_is_found(middle):
+    first, last = ([Action(kind, chunk, 0) for kind in ("F", "B")] for chunk in (0, 2))
+    with pytest.raises(ValueError, match="never ends"):
+        simulate([first, middle, last])
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranks", "chunks", "sizes"),
+    [
+        (4, 2, 1, [2, 2]),
+        (5, 2, 1, [3, 2]),
+        (8, 3, 1, [3, 3, 2]),
+        (6, 4, 1, [1, 2, 2, 1]),
+        (7, 4, 1, [2, 2, 2, 1]),
+        (30, 4, 1, [7, 8, 8, 7]),
+        (5, 2, 2, [1, 1, 2, 1]),
+    ],
+)
+def test_layers_of_stages(layers, ranks, chunks, sizes):
+    """They differ by one at most, and the last has no more than any."""
+    found = split_layers(layers, ranks, chunks=chunks)
+    assert [len(one) for one in found] == sizes
+    assert [layer for one in found for layer in one] == list(range(layers))
+
+
+def test_chunks_of_ranks():
+    held = [stage_of(mesh_as(rank, pp=2), 7, (1, 3, 2, 1), chunks=2) for rank in range(2)]
+    assert [stage.layers for stage in held] == [[0, 4, 5], [1, 2, 3, 6]]
+    assert [[(c.index, c.has_embedding, c.has_head) for c in stage.chunks] for stage in held] == [
+        [(0, True, False), (2, False, False)],
+        [(1, False, False), (3, False, True)],
+    ]
+    assert [(stage.has_embedding, stage.has_head) for stage in held] == [(True, False), (False, True)]
+    alone = stage_of(build_mesh(), 3)
+    assert (alone.layers, alone.has_embedding, alone.has_head) == ([0, 1, 2], True, True)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (4,), (0, 4), (1, 2, 1)])
+def test_sizes_that_are_no_layout_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"parallel.pp_layers=\["):
+        split_layers(4, 2, sizes)
+    with pytest.raises(ValueError, match="pp=5"):
+        split_layers(4, 5)

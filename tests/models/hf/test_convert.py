@@ -114,7 +114,7 @@ def test_refusals_name_the_reason_and_leave_nothing(tmp_path):
     out = tmp_path / "out"
     cases: tuple[tuple[Path, Path, dict[str, int], str], ...] = (
         (folder, out, {"tp": 5}, "num_heads=4 cannot be shared by tp=5"),
-        (folder, out, {"pp": 3}, "num_layers=4 does not divide by pp=3"),
+        (folder, out, {"pp": 5}, "num_layers=4 cannot be shared by pp=5"),
         (folder, folder, {}, "exists and is not an empty folder"),
         (tmp_path / "pickle", out, {}, "pytorch_model.bin; pickles are not loaded.*docs/conversion.md, Pickles"),
         (tmp_path / "none", out, {}, "none: no such folder"),

@@ -211,13 +211,13 @@ def test_stop_ids_are_those_of_both_configs_and_of_the_tokenizer(tmp_path):
 def test_check_layout(folders):
     config = ModelConfig.from_hf(folders["tied"])  # 4 heads, 2 key/value heads, ffn 64, vocabulary 96, 4 layers
     smol = dataclasses.replace(config, num_heads=9, num_kv_heads=3, ffn_size=1536, vocab_size=49153)
-    for shape, tp, pp in ((config, 2, 4), (config, 3, 1), (smol, 2, 1), (smol, 7, 2), (smol, 9, 1)):
+    for shape, tp, pp in ((config, 2, 4), (config, 1, 3), (config, 3, 1), (smol, 2, 1), (smol, 7, 2), (smol, 9, 1)):
         check_layout(shape, tp, pp)
     for shape, tp, pp, message in (
         (config, 8, 1, "num_heads=4 cannot be shared by tp=8 ranks; allowed tp: 1 to 4"),
         (config, 0, 1, "num_heads=4 cannot be shared by tp=0 ranks; allowed tp: 1 to 4"),
         (dataclasses.replace(smol, ffn_size=7), 8, 1, "ffn_size=7 cannot be shared by tp=8 ranks; allowed tp: 1 to 7"),
-        (config, 1, 3, "num_layers=4 does not divide by pp=3; allowed pp: 1, 2, 4"),
+        (config, 1, 5, "num_layers=4 cannot be shared by pp=5; allowed pp: 1 to 4"),
     ):
         with pytest.raises(ValueError) as caught:
             check_layout(shape, tp, pp)
