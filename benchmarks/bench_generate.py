@@ -20,9 +20,9 @@ from ranks import refuse_ranks
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import load_hf
+from trialign.models.families.registry import read_config
+from trialign.models.hf.load import load_hf
 
 
 def arguments() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
 
 def ours(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[int], None]:
     mesh = build_mesh(device=args.device)
-    model = Decoder(ModelConfig.from_hf(args.model), mesh, dtype=getattr(torch, args.dtype))
+    model = Decoder(read_config(args.model), mesh, dtype=getattr(torch, args.dtype))
     load_hf(model, args.model)
     generator = Generator(model, mesh, max_running=args.batch)
     rows = prompts.tolist()
@@ -71,7 +71,7 @@ def hugging_face(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[i
 def main() -> None:
     args = arguments()
     refuse_ranks("bench_generate.py")
-    vocab = ModelConfig.from_hf(args.model).vocab_size
+    vocab = read_config(args.model).vocab_size
     prompts = torch.randint(vocab, (args.batch, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
     runs = {"ours": ours(args, prompts)} | ({} if args.no_peer else {"hf": hugging_face(args, prompts)})
     rates: dict[str, list[float]] = {name: [] for name in runs}

@@ -31,7 +31,7 @@ from trialign.engine.mesh import build_mesh, check_layout
 from trialign.engine.profiler import Profiler, matmul_peak
 from trialign.models.decoder import Decoder
 from trialign.models.flops import forward_flops
-from trialign.models.hf.table import load_hf
+from trialign.models.hf.load import load_hf
 
 
 @dataclass(frozen=True)

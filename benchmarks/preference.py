@@ -42,7 +42,7 @@ from trialign.algorithms.sft import sft_step
 from trialign.engine.generation.embedded import Generator
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.models.config import HeadKind, ModelConfig
-from trialign.models.hf.table import stop_ids
+from trialign.models.hf.tokenizer import stop_ids
 
 Algorithm = Literal["sft", "reward", "dpo", "kto", "grpo"]
 SHIPPED = Path(__file__).resolve().parent.parent / "launch" / "examples"

@@ -35,7 +35,7 @@ from trialign.algorithms.rollout.sync import Scorer, sample, texts_of
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.parallel.collectives import gather_objects
-from trialign.models.hf.table import stop_ids
+from trialign.models.hf.tokenizer import stop_ids
 
 FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch {:.2f}"}
 

@@ -47,7 +47,7 @@ from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample, texts_of
 from trialign.models.config import ModelConfig
-from trialign.models.hf.table import stop_ids
+from trialign.models.hf.tokenizer import stop_ids
 
 Estimates = dict[str, Estimate]
 Answers = list[dict[str, Any]]

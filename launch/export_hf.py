@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from trialign.models.config import checkpoint_role
-from trialign.models.hf.save import ExportRole, export_checkpoint
-from trialign.models.lora import export_adapter
+from trialign.models.folder import checkpoint_role
+from trialign.models.hf.convert import ExportRole, export_checkpoint
+from trialign.models.hf.peft import export_adapter
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ from trialign.algorithms.data.streams import RowStream
 from trialign.algorithms.kto import LabeledStream
 from trialign.algorithms.roles.build import load_tokenizer
 from trialign.engine.config import load, parse
-from trialign.models.config import ModelConfig
-from trialign.models.hf.table import stop_ids
+from trialign.models.families.registry import read_config
+from trialign.models.hf.tokenizer import stop_ids
 
 
 class Shown(NamedTuple):
@@ -250,7 +250,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("model.path is not given: the folder whose tokenizer reads the rows")
         if not has_sources(config):
             raise ValueError("data.sources is not given: nothing to show")
-        shape = ModelConfig.from_hf(config.model.path)
+        shape = read_config(config.model.path)
         tokenizer = load_tokenizer(config.model.path, shape)
         parts = show(config, tokenizer, stop_ids(config.model.path, shape, tokenizer), options.rows)
     except (ValueError, OSError) as error:

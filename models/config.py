@@ -1,22 +1,14 @@
-"""The shape of a decoder: what every family's config.json says, under one set of names.
-
-Each family reads and writes its own keys (models/families/); what it lacks it refuses by name.
-"""
+"""Shape of a decoder: sizes and variants of every family under one set of names, as plain data."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from ..engine.pipeline.stage import split_layers
 from .rope import Rope
-
-if TYPE_CHECKING:
-    from .families.family import Family
 
 HeadKind = Literal["lm", "score"]
 """What stands on the last hidden state: the vocabulary's logits, or one number a token (critic, reward model)."""
@@ -81,18 +73,6 @@ class ModelConfig:
     pad_id: int | None = None
 
     @property
-    def family(self) -> Family:
-        """How this config and its weights are read and written."""
-        from .families.registry import family_of  # the families are built on this module
-
-        return family_of(self.architecture)
-
-    @property
-    def head(self) -> HeadKind:
-        """The head that a folder with this config holds."""
-        return self.family.architectures[self.architecture]
-
-    @property
     def longest_document(self) -> float:
         """The longest document to train on or to score; math.inf under dynamic NTK, which takes any length."""
         return math.inf if self.rope.kind == "dynamic" else self.longest_rollout
@@ -117,87 +97,9 @@ class ModelConfig:
         count = len(moe.dense_layers)
         return self.hidden_size * (count * dense + (self.num_layers - count) * sparse)
 
-    def with_head(self, head: HeadKind) -> ModelConfig:
-        """The same body under another head, as a folder of it would say."""
-        names = self.family.architectures
-        return replace(self, architecture=next(name for name, kind in names.items() if kind == head))
-
     def window_of(self, layer: int) -> int | None:
         """Keys a query of this layer sees, itself included; None for all."""
         return None if layer in self.full_layers else self.window
-
-    @classmethod
-    def from_hf(cls, folder: Path | str) -> ModelConfig:
-        """Reads `folder`/config.json; of a checkpoint that of the role it stands for, with this role's head.
-
-        Raises:
-            ValueError: no such folder or file, not JSON, an unsupported architecture or feature, a missing or
-                impossible number; the message names the key and what is allowed.
-        """
-        path = model_folder(folder) / "config.json"
-        if not path.is_file():
-            missing = "no config.json in this folder" if Path(folder).is_dir() else "no such folder"
-            if Path(folder).suffix == ".gguf":
-                missing = "a GGUF file is imported first (launch/import_hf.py), into a checkpoint that stands here"
-            raise ValueError(f"{folder}: {missing}")
-        values = read_json(path)
-        try:
-            config = cls.from_hf_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        except (TypeError, AttributeError) as error:  # of a key that its family takes as it is
-            raise ValueError(f"{path}: a value of the wrong type: {error}") from error
-        # A critic's or a reward model's config.json is that of the language model it began as.
-        return config.with_head("score") if checkpoint_role(folder) in ("critic", "reward") else config
-
-    @classmethod
-    def from_hf_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The config in `values`, the content of a Hugging Face config.json; raises as from_hf does."""
-        from .families.registry import architectures, family_of
-
-        names = values.get("architectures")
-        if not isinstance(names, list) or len(names) != 1 or names[0] not in architectures():
-            raise ValueError(f"architectures={names}: allowed: {', '.join(architectures())}")
-        family, kind = family_of(names[0]), values.get("model_type")
-        if kind not in (None, "", family.model_type):  # transformers would read it as the other
-            raise ValueError(f"model_type={kind!r} is not that of {names[0]}: allowed: {family.model_type!r}")
-        return family.read(values)
-
-    def to_hf_dict(self, head: HeadKind = "lm", dtype: str = "bfloat16") -> dict[str, Any]:
-        """The content of a config.json that transformers 4 and 5 and vLLM read, for a folder with the given head."""
-        return self.family.write(self, head) | {"torch_dtype": dtype}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: naming the file: it is not JSON, or not an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: lists or objects are nested too deep to be read") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def checkpoint_role(path: Path | str) -> str | None:
-    """The role whose model a checkpoint stands for: its actor, or its critic or reward model where it has none; None
-    for a path that is no checkpoint."""
-    held = Path(path) / "assets"
-    if not (held.parent / "SHA256SUMS").is_file():
-        return None
-    return next((role for role in ("actor", "critic", "reward") if (held / role / "config.json").is_file()), None)
-
-
-def model_folder(path: Path | str) -> Path:
-    """Where config.json and tokenizer of a model lie: a Hugging Face folder itself, the assets of a checkpoint."""
-    role = checkpoint_role(path)
-    return Path(path) if role is None else Path(path) / "assets" / role
 
 
 def check_layout(config: ModelConfig, tp: int, pp: int, ep: int = 1, pp_layers: Sequence[int] = ()) -> None:

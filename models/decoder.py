@@ -1,7 +1,7 @@
 """The decoder of every family, in the order of LLaMA's paper, for one pipeline stage of a mesh.
 
 Attention itself is an argument: training passes packed attention, the generator its paged cache, so both run this one
-forward. Parameters are uninitialized until models/hf/table.py fills them.
+forward. Parameters are uninitialized until models/hf/load.py fills them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_
 from ..kernels.swiglu import swiglu
-from .alibi import alibi_slopes
 from .config import HeadKind, ModelConfig
 from .moe import MoE, Routing
+from .rope import alibi_slopes
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(local layer, q [n, heads/tp, d], k [n, kv/tp, d], v [n, kv/tp, d]) -> [n, heads/tp, d]."""

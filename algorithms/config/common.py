@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from ...engine.config import AUTO, NEW, ContentPath, FilePath
 from ...engine.mesh import check_layout
-from ...engine.parallel.lora import MIXTURE_TARGETS, TARGETS, Choice, LoRA
+from ...engine.parallel.lora import LoRA
 from ...models.config import ModelConfig
+from ...models.lora import MOE_TARGETS, TARGETS, Choice
 
 AS_CONFIG = -1.0
 """what config.json says"""
@@ -264,7 +265,7 @@ class LoRAConfig:
 
     def adapters(self, shape: ModelConfig) -> LoRA | None:
         """What adapters a trained model of this shape gets; None for none."""
-        targets = self.targets or (TARGETS if shape.moe is None else MIXTURE_TARGETS)
+        targets = self.targets or (TARGETS if shape.moe is None else MOE_TARGETS)
         return LoRA(self.rank, self.alpha, targets, self.rslora, self.quantize) if self.rank else None
 
 

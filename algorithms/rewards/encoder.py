@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.config import ModelConfig
-from ...models.hf.table import stop_ids
-from ...models.hf.tokenizer import has_tokenizer, read_tokenizer
+from ...models.families.registry import read_config
+from ...models.hf.tokenizer import has_tokenizer, read_tokenizer, stop_ids
 from ...models.hf.tokenizer_match import chats_differ, tokens_differ
 from ..batch import Rollout
 from ..data.chat import Message, render, render_prompt
@@ -138,7 +138,7 @@ def reward_encoders(folders: Sequence[str], policy: Policy) -> dict[str, ChatEnc
     """
     found = {}
     for folder in folders:
-        shape = ModelConfig.from_hf(folder)
+        shape = read_config(folder)
         if not has_tokenizer(folder):
             check_vocabulary(folder, shape, policy.folder, policy.shape)
             continue

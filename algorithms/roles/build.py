@@ -15,13 +15,16 @@ from ...engine.optim.adamw import ShardedAdamW
 from ...engine.optim.lr_schedule import lr_at
 from ...engine.parallel.shard import Slot
 from ...engine.storage.checkpoint import Entry, read_state
-from ...models.config import HeadKind, ModelConfig, check_layout, checkpoint_role, read_json
+from ...models.config import HeadKind, ModelConfig, check_layout
 from ...models.decoder import Decoder
-from ...models.hf.save import SCORES
+from ...models.families.registry import head_of, read_config
+from ...models.folder import checkpoint_role, read_json
+from ...models.hf.convert import SCORES
+from ...models.hf.load import load_hf
+from ...models.hf.peft import check_adapter, load_adapter
 from ...models.hf.source import open_source
-from ...models.hf.table import load_hf
 from ...models.hf.tokenizer import has_tokenizer, read_tokenizer
-from ...models.lora import check_adapter, check_lora, load_adapter, start_adapter, trained_name
+from ...models.lora import check_lora, init_adapters, trained_name
 from ..config.common import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
 from ..config.grpo import GRPOConfig
 from ..config.ppo import PPOConfig
@@ -61,9 +64,9 @@ def read_shape(
         ValueError: the folder is missing or unsupported, a size does not divide, it cannot have these adapters or they
             are not those of lora.adapter, or the run's export would replace it.
     """
-    shape = ModelConfig.from_hf(folder)
+    shape = read_config(folder)
     open_source(folder)  # what is missing, damaged or of another shape is said before a row is read
-    if head is not None and shape.head != head:
+    if head is not None and head_of(shape) != head:
         wanted = {"lm": "a causal language model", "score": "a model with a score head"}[head]
         raise ValueError(f"{folder} holds a {shape.architecture}: {wanted} is needed")
     if head == "score":
@@ -97,7 +100,7 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
     plain = replace(config.lora, adapter="")  # adapters begin from a folder in the actor alone
     shapes |= {folder: read_shape(folder, config.parallel, config.run, lora=plain) for folder in trained}
     actor = shapes[config.model.path]
-    if actor.head != "lm":
+    if head_of(actor) != "lm":
         raise ValueError(f"model.path={config.model.path} holds a {actor.architecture}: the actor must predict tokens")
     for folder in trained[1:]:
         check_vocabulary(folder, shapes[folder], config.model.path, actor)
@@ -105,7 +108,7 @@ def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
     if adapters is not None and config.lora.adapter:
         check_adapter(config.lora.adapter, actor, adapters)
     for folder in config.reward.models:
-        if shapes[folder].head != "score":
+        if head_of(shapes[folder]) != "score":
             raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
         check_scores_responses(folder)
         if not has_tokenizer(folder):
@@ -157,7 +160,7 @@ def build_decoder(
 
     def fill(model: Decoder, into: Sequence[Slot] | None = None) -> None:
         load_hf(model, folder, new_head="normal" if trained else "refuse", into=into)
-        start_adapter(model, seed, into)
+        init_adapters(model, seed, into)
         if lora is not None and lora.adapter and adapters is not None:
             load_adapter(model, lora.adapter, into)
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +24,6 @@ from ..mesh import Axis, Mesh
 from .collectives import copy_to_region, reduce_from_region
 from .shard import Shard, sharded_parameter
 
-Target = Literal[
-    "q", "k", "v", "output", "gate", "up", "down",
-    "experts.gate", "experts.up", "experts.down", "router",
-    "shared.gate", "shared.up", "shared.down", "shared.router", "head",
-]  # fmt: skip
-"""Every linear of a decoder: attention, a dense MLP, experts with their router, the shared expert with its, the head"""
-TARGETS: tuple[Target, ...] = ("q", "k", "v", "output", "gate", "up", "down")
-"""Those of a decoder without experts, the head left out"""
-MIXTURE_TARGETS: tuple[Target, ...] = ("q", "k", "v", "output")
-"""Those that every mixture has"""
-EVERY_TARGET: tuple[Target, ...] = get_args(Target)
-Choice = Literal[Target, "all"]
-
 
 @dataclass(frozen=True)
 class LoRA:
@@ -45,7 +32,7 @@ class LoRA:
     Attributes:
         rank: r, of every adapter.
         alpha: α of the scale.
-        targets: the weights that get one, by their names in EVERY_TARGET; ("all",) for all that a model has.
+        targets: the weights that get one, by the model's names for them; ("all",) for all that it has.
         rslora: divide α by √r instead of r.
         quantize: keep the frozen weights of the linears in NF4 (QLoRA), with targets or without.
 
@@ -55,7 +42,7 @@ class LoRA:
 
     rank: int
     alpha: float
-    targets: tuple[Choice, ...] = TARGETS
+    targets: tuple[str, ...]
     rslora: bool = False
     quantize: bool = False
 
@@ -64,10 +51,9 @@ class LoRA:
             raise ValueError(f"rank={self.rank}: must be at least 1")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}: must be above 0")
-        unknown = [target for target in self.targets if target not in EVERY_TARGET]
-        if self.targets != ("all",) and (unknown or not self.targets or len(set(self.targets)) != len(self.targets)):
-            allowed = f"one or more of {', '.join(EVERY_TARGET)}, each once, or all alone"
-            raise ValueError(f"targets={self.targets}: must be {allowed}")
+        once = len(set(self.targets)) == len(self.targets)
+        if self.targets != ("all",) and ("all" in self.targets or not self.targets or not once):
+            raise ValueError(f"targets={self.targets}: must be one or more names, each once, or all alone")
 
     @property
     def scale(self) -> float:

@@ -20,8 +20,7 @@ from trialign.engine.config import absolute, flatten, paths
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.storage.safetensors_io import sha256
-from trialign.models.config import checkpoint_role
-from trialign.models.hf.save import assets
+from trialign.models.folder import assets, checkpoint_role
 
 from .env import node
 

@@ -19,7 +19,7 @@ from trialign.algorithms.roles.role import Learner, Role
 from trialign.algorithms.rollout.sync import Scorer, my_part, sample, sampling_params, stop_tokens, texts_of
 from trialign.engine.generation.embedded import Generator
 from trialign.models.config import ModelConfig
-from trialign.models.hf.table import stop_ids
+from trialign.models.hf.tokenizer import stop_ids
 
 from .run import Run, ScriptConfig
 

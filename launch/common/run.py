@@ -40,8 +40,11 @@ from trialign.engine.profiler import Profiler, matmul_peak
 from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.storage import checkpoint
 from trialign.engine.storage.run_lock import run_lock
-from trialign.models.hf.save import SCORES, ExportRole, assets, export_checkpoint
-from trialign.models.lora import adapter_facts, export_adapter, has_peft_form, same_adapter
+from trialign.models.folder import assets
+from trialign.models.hf.adapter_record import adapter_record, check_same_adapter
+from trialign.models.hf.convert import SCORES, ExportRole, export_checkpoint
+from trialign.models.hf.peft import export_adapter
+from trialign.models.hf.peft_config import has_peft_form
 
 from . import failures
 from .env import is_main, mesh_of, node, world_size
@@ -285,7 +288,7 @@ class Run(Generic[Config]):
             **({SCORES: self.scores} if self.scores else {}),
             "optimizer_steps": {role: learner.optimizer.steps for role, (learner, _) in self.learners.items()},
             "parts": dict(parts),
-            "adapters": {role: adapter_facts(learner.model, base) for role, (learner, base) in self.learners.items()},
+            "adapters": {role: adapter_record(learner.model, base) for role, (learner, base) in self.learners.items()},
             "router_aux_coef": {role: moe.aux_coef for role, moe in mixtures.items() if moe is not None},
         }
         files = {
@@ -305,7 +308,7 @@ class Run(Generic[Config]):
         entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
         adapters = checkpoint.read_state(path).get("adapters", {})
         for role, (learner, base) in self.learners.items():
-            same_adapter(adapters.get(role), learner.model, base)
+            check_same_adapter(adapters.get(role), learner.model, base)
         state = checkpoint.load(path, entries, self.mesh)
         for name, part in self.parts.items():
             if name in state["parts"]:  # a part that an option has only now added begins as in a new run

@@ -40,7 +40,7 @@ from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.profiler import Phase
 from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.flops import forward_flops
-from trialign.models.hf.table import stop_ids
+from trialign.models.hf.tokenizer import stop_ids
 
 from .run import Run, ScriptConfig
 

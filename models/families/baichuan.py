@@ -22,24 +22,24 @@ from typing import Any
 from ..config import HeadKind, ModelConfig
 from ..rope import Rope
 from . import llama
-from .family import Family, Row, flag, read_decoder, whole, write_decoder
+from .family import Family, WeightRow, flag, read_decoder, whole, write_decoder
 
 _PACKED = "model.layers.{i}.self_attn.W_pack.weight"
 
 TABLE = (
     *llama.ENDS,
     *llama.NORMS,
-    Row("layers.{i}.attention.qkv.weight", "q", _PACKED, "q hidden"),
-    Row("layers.{i}.attention.qkv.weight", "k", _PACKED, "kv hidden"),
-    Row("layers.{i}.attention.qkv.weight", "v", _PACKED, "kv hidden"),
-    Row("layers.{i}.attention.output.weight", "", "model.layers.{i}.self_attn.o_proj.weight", "hidden q"),
+    WeightRow("layers.{i}.attention.qkv.weight", "q", _PACKED, "q hidden"),
+    WeightRow("layers.{i}.attention.qkv.weight", "k", _PACKED, "kv hidden"),
+    WeightRow("layers.{i}.attention.qkv.weight", "v", _PACKED, "kv hidden"),
+    WeightRow("layers.{i}.attention.output.weight", "", "model.layers.{i}.self_attn.o_proj.weight", "hidden q"),
     *llama.MLP,
 )
 _SEVEN, _THIRTEEN = 4096, 5120  # hidden sizes
 _FIRST, _SECOND = 64000, 125696  # vocabularies
 
 
-def table(config: ModelConfig) -> tuple[Row, ...]:
+def table(config: ModelConfig) -> tuple[WeightRow, ...]:
     return TABLE
 
 

@@ -1,7 +1,7 @@
-"""What a model family is: names, a config in, a config out, and one table of its weights.
+"""Definition of a model family: its config.json in and out, and one table of its weights.
 
-The table is read by load, export, checkpoints and the round-trip test; the generator needs none, for it answers with
-the trained weights themselves. Beside it stand the keys that the families descended from LLaMA share.
+Load, export, checkpoints, adapters and the round-trip test read the table. Below it are the keys of config.json that
+the families descended from LLaMA share.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import HeadKind, ModelConfig
-from ..rope import read_rope, write_rope
+from .rope_keys import read_rope, write_rope
 
 
 @dataclass(frozen=True)
-class Row:
-    """One weight: our parameter and part of it, Hugging Face's name, the part's whole shape as keys of hf/table.py.
+class WeightRow:
+    """One weight: a part of our parameter, the Hugging Face tensor it lies in, and its whole shape.
 
-    `{i}` is the layer, `{e}` the expert. Rows of one layer with the same `theirs` are parts of one fused tensor, one
+    `{i}` is the layer, `{e}` the expert. Rows of one layer with the same `tensor` are parts of one fused tensor, one
     below the other in the rows' order.
+
+    Attributes:
+        parameter: name in our Decoder.
+        part: of a fused parameter ("q", "gate", "{e}.up"); "" for an unfused one.
+        tensor: Hugging Face's name.
+        shape: the part's dims by name, as models/hf/table.py sizes them.
+        layers: the layers that have it, in a model with experts.
     """
 
-    ours: str
+    parameter: str
     part: str
-    theirs: str
+    tensor: str
     shape: str
     layers: Literal["all", "dense", "moe"] = "all"
 
@@ -36,20 +43,24 @@ class Family:
     """One family of models.
 
     Attributes:
-        name: as messages call it.
+        name: for messages.
         architectures: every `architectures` entry it reads; the first of each kind is the one it writes.
         read: config.json's content -> config; raises ValueError naming the key and what is allowed.
-        write: the way back, for a folder with the given head, all but the dtype.
+        write: the way back, for a folder with the given head: all but `architectures`, `model_type` and the dtype.
         table: the rows of a model of this config, without its head.
-        model_type: what config.json calls it beside `architectures`.
+        model_type: of config.json, beside `architectures`.
     """
 
     name: str
     architectures: Mapping[str, HeadKind]
     read: Callable[[Mapping[str, Any]], ModelConfig]
     write: Callable[[ModelConfig, HeadKind], dict[str, Any]]
-    table: Callable[[ModelConfig], tuple[Row, ...]]
+    table: Callable[[ModelConfig], tuple[WeightRow, ...]]
     model_type: str
+
+    def architecture(self, head: HeadKind) -> str:
+        """The `architectures` entry that is written for this head."""
+        return next(name for name, kind in self.architectures.items() if kind == head)
 
 
 def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = None, **more: Any) -> ModelConfig:
@@ -117,10 +128,7 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
 
 def write_decoder(config: ModelConfig, head: HeadKind, **more: Any) -> dict[str, Any]:
     """The keys that `read_decoder` reads; `more` are the family's own."""
-    names = config.family.architectures
     values: dict[str, Any] = {
-        "architectures": [next(name for name, kind in names.items() if kind == head)],
-        "model_type": config.family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,

@@ -6,47 +6,47 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import HeadKind, ModelConfig
-from .family import Family, Row, flag, read_decoder, write_decoder
+from .family import Family, WeightRow, flag, read_decoder, write_decoder
 
-_LAYER, _THEIRS = "layers.{i}.", "model.layers.{i}."
+_LAYER, _HF = "layers.{i}.", "model.layers.{i}."
 
 ENDS = (
-    Row("embedding.weight", "", "model.embed_tokens.weight", "vocab hidden"),
-    Row("norm.weight", "", "model.norm.weight", "hidden"),
+    WeightRow("embedding.weight", "", "model.embed_tokens.weight", "vocab hidden"),
+    WeightRow("norm.weight", "", "model.norm.weight", "hidden"),
 )
 NORMS = (
-    Row(_LAYER + "attention_norm.weight", "", _THEIRS + "input_layernorm.weight", "hidden"),
-    Row(_LAYER + "mlp_norm.weight", "", _THEIRS + "post_attention_layernorm.weight", "hidden"),
+    WeightRow(_LAYER + "attention_norm.weight", "", _HF + "input_layernorm.weight", "hidden"),
+    WeightRow(_LAYER + "mlp_norm.weight", "", _HF + "post_attention_layernorm.weight", "hidden"),
 )
 ATTENTION = (
-    Row(_LAYER + "attention.qkv.weight", "q", _THEIRS + "self_attn.q_proj.weight", "q hidden"),
-    Row(_LAYER + "attention.qkv.weight", "k", _THEIRS + "self_attn.k_proj.weight", "kv hidden"),
-    Row(_LAYER + "attention.qkv.weight", "v", _THEIRS + "self_attn.v_proj.weight", "kv hidden"),
-    Row(_LAYER + "attention.output.weight", "", _THEIRS + "self_attn.o_proj.weight", "hidden q"),
+    WeightRow(_LAYER + "attention.qkv.weight", "q", _HF + "self_attn.q_proj.weight", "q hidden"),
+    WeightRow(_LAYER + "attention.qkv.weight", "k", _HF + "self_attn.k_proj.weight", "kv hidden"),
+    WeightRow(_LAYER + "attention.qkv.weight", "v", _HF + "self_attn.v_proj.weight", "kv hidden"),
+    WeightRow(_LAYER + "attention.output.weight", "", _HF + "self_attn.o_proj.weight", "hidden q"),
 )
 QKV_BIAS = (
-    Row(_LAYER + "attention.qkv.bias", "q", _THEIRS + "self_attn.q_proj.bias", "q"),
-    Row(_LAYER + "attention.qkv.bias", "k", _THEIRS + "self_attn.k_proj.bias", "kv"),
-    Row(_LAYER + "attention.qkv.bias", "v", _THEIRS + "self_attn.v_proj.bias", "kv"),
+    WeightRow(_LAYER + "attention.qkv.bias", "q", _HF + "self_attn.q_proj.bias", "q"),
+    WeightRow(_LAYER + "attention.qkv.bias", "k", _HF + "self_attn.k_proj.bias", "kv"),
+    WeightRow(_LAYER + "attention.qkv.bias", "v", _HF + "self_attn.v_proj.bias", "kv"),
 )
-OUTPUT_BIAS = (Row(_LAYER + "attention.output.bias", "", _THEIRS + "self_attn.o_proj.bias", "hidden"),)
+OUTPUT_BIAS = (WeightRow(_LAYER + "attention.output.bias", "", _HF + "self_attn.o_proj.bias", "hidden"),)
 QK_NORM = (
-    Row(_LAYER + "attention.q_norm.weight", "", _THEIRS + "self_attn.q_norm.weight", "head"),
-    Row(_LAYER + "attention.k_norm.weight", "", _THEIRS + "self_attn.k_norm.weight", "head"),
+    WeightRow(_LAYER + "attention.q_norm.weight", "", _HF + "self_attn.q_norm.weight", "head"),
+    WeightRow(_LAYER + "attention.k_norm.weight", "", _HF + "self_attn.k_norm.weight", "head"),
 )
 MLP = (
-    Row(_LAYER + "mlp.gate_up.weight", "gate", _THEIRS + "mlp.gate_proj.weight", "ffn hidden", "dense"),
-    Row(_LAYER + "mlp.gate_up.weight", "up", _THEIRS + "mlp.up_proj.weight", "ffn hidden", "dense"),
-    Row(_LAYER + "mlp.down.weight", "", _THEIRS + "mlp.down_proj.weight", "hidden ffn", "dense"),
+    WeightRow(_LAYER + "mlp.gate_up.weight", "gate", _HF + "mlp.gate_proj.weight", "ffn hidden", "dense"),
+    WeightRow(_LAYER + "mlp.gate_up.weight", "up", _HF + "mlp.up_proj.weight", "ffn hidden", "dense"),
+    WeightRow(_LAYER + "mlp.down.weight", "", _HF + "mlp.down_proj.weight", "hidden ffn", "dense"),
 )
 MLP_BIAS = (
-    Row(_LAYER + "mlp.gate_up.bias", "gate", _THEIRS + "mlp.gate_proj.bias", "ffn", "dense"),
-    Row(_LAYER + "mlp.gate_up.bias", "up", _THEIRS + "mlp.up_proj.bias", "ffn", "dense"),
-    Row(_LAYER + "mlp.down.bias", "", _THEIRS + "mlp.down_proj.bias", "hidden", "dense"),
+    WeightRow(_LAYER + "mlp.gate_up.bias", "gate", _HF + "mlp.gate_proj.bias", "ffn", "dense"),
+    WeightRow(_LAYER + "mlp.gate_up.bias", "up", _HF + "mlp.up_proj.bias", "ffn", "dense"),
+    WeightRow(_LAYER + "mlp.down.bias", "", _HF + "mlp.down_proj.bias", "hidden", "dense"),
 )
 
 
-def table(config: ModelConfig) -> tuple[Row, ...]:
+def table(config: ModelConfig) -> tuple[WeightRow, ...]:
     """The rows of a model with LLaMA's names: biases and q/k norms where the config has them."""
     rows = (*ENDS, *NORMS, *ATTENTION, *MLP)
     rows += QKV_BIAS if config.qkv_bias else ()

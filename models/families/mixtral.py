@@ -7,19 +7,19 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig, MoEConfig
 from . import llama
-from .family import Family, Row, loss_weight, read_decoder, whole, with_defaults, write_decoder
+from .family import Family, WeightRow, loss_weight, read_decoder, whole, with_defaults, write_decoder
 
-_OURS, _THEIRS = "layers.{i}.mlp.", "model.layers.{i}.block_sparse_moe."
+_OWN, _HF = "layers.{i}.mlp.", "model.layers.{i}.block_sparse_moe."
 
 EXPERTS = (
-    Row(_OURS + "router.weight", "", _THEIRS + "gate.weight", "experts hidden", "moe"),
-    Row(_OURS + "experts.gate_up.weight", "{e}.gate", _THEIRS + "experts.{e}.w1.weight", "expert_ffn hidden", "moe"),
-    Row(_OURS + "experts.gate_up.weight", "{e}.up", _THEIRS + "experts.{e}.w3.weight", "expert_ffn hidden", "moe"),
-    Row(_OURS + "experts.down.weight", "{e}", _THEIRS + "experts.{e}.w2.weight", "hidden expert_ffn", "moe"),
+    WeightRow(_OWN + "router.weight", "", _HF + "gate.weight", "experts hidden", "moe"),
+    WeightRow(_OWN + "experts.gate_up.weight", "{e}.gate", _HF + "experts.{e}.w1.weight", "expert_ffn hidden", "moe"),
+    WeightRow(_OWN + "experts.gate_up.weight", "{e}.up", _HF + "experts.{e}.w3.weight", "expert_ffn hidden", "moe"),
+    WeightRow(_OWN + "experts.down.weight", "{e}", _HF + "experts.{e}.w2.weight", "hidden expert_ffn", "moe"),
 )
 
 
-def table(config: ModelConfig) -> tuple[Row, ...]:
+def table(config: ModelConfig) -> tuple[WeightRow, ...]:
     return llama.table(config) + EXPERTS
 
 

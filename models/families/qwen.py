@@ -11,30 +11,30 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig
 from ..rope import Rope
-from .family import Family, Row, flag, positive, read_decoder, whole, with_defaults
+from .family import Family, WeightRow, flag, positive, read_decoder, whole, with_defaults
 
-_OURS, _THEIRS = "layers.{i}.", "transformer.h.{i}."
+_OWN, _HF = "layers.{i}.", "transformer.h.{i}."
 
 TABLE = (
-    Row("embedding.weight", "", "transformer.wte.weight", "vocab hidden"),
-    Row(_OURS + "attention_norm.weight", "", _THEIRS + "ln_1.weight", "hidden"),
-    Row(_OURS + "attention.qkv.weight", "q", _THEIRS + "attn.c_attn.weight", "q hidden"),
-    Row(_OURS + "attention.qkv.weight", "k", _THEIRS + "attn.c_attn.weight", "kv hidden"),
-    Row(_OURS + "attention.qkv.weight", "v", _THEIRS + "attn.c_attn.weight", "kv hidden"),
-    Row(_OURS + "attention.qkv.bias", "q", _THEIRS + "attn.c_attn.bias", "q"),
-    Row(_OURS + "attention.qkv.bias", "k", _THEIRS + "attn.c_attn.bias", "kv"),
-    Row(_OURS + "attention.qkv.bias", "v", _THEIRS + "attn.c_attn.bias", "kv"),
-    Row(_OURS + "attention.output.weight", "", _THEIRS + "attn.c_proj.weight", "hidden q"),
-    Row(_OURS + "mlp_norm.weight", "", _THEIRS + "ln_2.weight", "hidden"),
+    WeightRow("embedding.weight", "", "transformer.wte.weight", "vocab hidden"),
+    WeightRow(_OWN + "attention_norm.weight", "", _HF + "ln_1.weight", "hidden"),
+    WeightRow(_OWN + "attention.qkv.weight", "q", _HF + "attn.c_attn.weight", "q hidden"),
+    WeightRow(_OWN + "attention.qkv.weight", "k", _HF + "attn.c_attn.weight", "kv hidden"),
+    WeightRow(_OWN + "attention.qkv.weight", "v", _HF + "attn.c_attn.weight", "kv hidden"),
+    WeightRow(_OWN + "attention.qkv.bias", "q", _HF + "attn.c_attn.bias", "q"),
+    WeightRow(_OWN + "attention.qkv.bias", "k", _HF + "attn.c_attn.bias", "kv"),
+    WeightRow(_OWN + "attention.qkv.bias", "v", _HF + "attn.c_attn.bias", "kv"),
+    WeightRow(_OWN + "attention.output.weight", "", _HF + "attn.c_proj.weight", "hidden q"),
+    WeightRow(_OWN + "mlp_norm.weight", "", _HF + "ln_2.weight", "hidden"),
     # The published code computes w1(x) * silu(w2(x)).
-    Row(_OURS + "mlp.gate_up.weight", "gate", _THEIRS + "mlp.w2.weight", "ffn hidden"),
-    Row(_OURS + "mlp.gate_up.weight", "up", _THEIRS + "mlp.w1.weight", "ffn hidden"),
-    Row(_OURS + "mlp.down.weight", "", _THEIRS + "mlp.c_proj.weight", "hidden ffn"),
-    Row("norm.weight", "", "transformer.ln_f.weight", "hidden"),
+    WeightRow(_OWN + "mlp.gate_up.weight", "gate", _HF + "mlp.w2.weight", "ffn hidden"),
+    WeightRow(_OWN + "mlp.gate_up.weight", "up", _HF + "mlp.w1.weight", "ffn hidden"),
+    WeightRow(_OWN + "mlp.down.weight", "", _HF + "mlp.c_proj.weight", "hidden ffn"),
+    WeightRow("norm.weight", "", "transformer.ln_f.weight", "hidden"),
 )
 
 
-def table(config: ModelConfig) -> tuple[Row, ...]:
+def table(config: ModelConfig) -> tuple[WeightRow, ...]:
     return TABLE
 
 
@@ -62,10 +62,7 @@ def read(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
-    names = QWEN.architectures
     values = {
-        "architectures": [next(name for name, kind in names.items() if kind == head)],
-        "model_type": QWEN.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": 2 * config.ffn_size,

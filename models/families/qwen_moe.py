@@ -7,28 +7,28 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig, MoEConfig
 from . import llama
-from .family import Family, Row, flag, loss_weight, read_decoder, whole, with_defaults, write_decoder
+from .family import Family, WeightRow, flag, loss_weight, read_decoder, whole, with_defaults, write_decoder
 
-_OURS, _THEIRS = "layers.{i}.mlp.", "model.layers.{i}.mlp."
-_EXPERT = _THEIRS + "experts.{e}."
+_OWN, _HF = "layers.{i}.mlp.", "model.layers.{i}.mlp."
+_EXPERT = _HF + "experts.{e}."
 
 EXPERTS = (
-    Row(_OURS + "router.weight", "", _THEIRS + "gate.weight", "experts hidden", "moe"),
-    Row(_OURS + "experts.gate_up.weight", "{e}.gate", _EXPERT + "gate_proj.weight", "expert_ffn hidden", "moe"),
-    Row(_OURS + "experts.gate_up.weight", "{e}.up", _EXPERT + "up_proj.weight", "expert_ffn hidden", "moe"),
-    Row(_OURS + "experts.down.weight", "{e}", _EXPERT + "down_proj.weight", "hidden expert_ffn", "moe"),
+    WeightRow(_OWN + "router.weight", "", _HF + "gate.weight", "experts hidden", "moe"),
+    WeightRow(_OWN + "experts.gate_up.weight", "{e}.gate", _EXPERT + "gate_proj.weight", "expert_ffn hidden", "moe"),
+    WeightRow(_OWN + "experts.gate_up.weight", "{e}.up", _EXPERT + "up_proj.weight", "expert_ffn hidden", "moe"),
+    WeightRow(_OWN + "experts.down.weight", "{e}", _EXPERT + "down_proj.weight", "hidden expert_ffn", "moe"),
 )
 SHARED = (
-    Row(_OURS + "shared.gate_up.weight", "gate", _THEIRS + "shared_expert.gate_proj.weight", "shared hidden", "moe"),
-    Row(_OURS + "shared.gate_up.weight", "up", _THEIRS + "shared_expert.up_proj.weight", "shared hidden", "moe"),
-    Row(_OURS + "shared.down.weight", "", _THEIRS + "shared_expert.down_proj.weight", "hidden shared", "moe"),
-    Row(_OURS + "shared_gate.weight", "", _THEIRS + "shared_expert_gate.weight", "one hidden", "moe"),
+    WeightRow(_OWN + "shared.gate_up.weight", "gate", _HF + "shared_expert.gate_proj.weight", "shared hidden", "moe"),
+    WeightRow(_OWN + "shared.gate_up.weight", "up", _HF + "shared_expert.up_proj.weight", "shared hidden", "moe"),
+    WeightRow(_OWN + "shared.down.weight", "", _HF + "shared_expert.down_proj.weight", "hidden shared", "moe"),
+    WeightRow(_OWN + "shared_gate.weight", "", _HF + "shared_expert_gate.weight", "one hidden", "moe"),
 )
 # What transformers and vLLM do with a window differs between their versions, and no published model has one.
 _FIXED = {"use_sliding_window": False, "mlp_bias": False}
 
 
-def table(config: ModelConfig) -> tuple[Row, ...]:
+def table(config: ModelConfig) -> tuple[WeightRow, ...]:
     assert config.moe is not None
     return llama.table(config) + EXPERTS + (SHARED if config.moe.shared_ffn_size else ())
 

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
-from .source import check_layer_count
-from .table import Place, hf_shapes
+from ..families.registry import from_hf_dict
+from .table import TensorSlice, check_layer_count, hf_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +106,7 @@ class GGUFFile:
         family, self.interleaved = _KNOWN[self.architecture]
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         try:
-            self.config = ModelConfig.from_hf_dict(self._values() | {"architectures": [family]})
+            self.config = from_hf_dict(self._values() | {"architectures": [family]})
             turned = self._value(f"{self.architecture}.rope.dimension_count")
             if turned not in (None, self.config.head_dim):
                 raise ValueError(
@@ -183,23 +182,25 @@ class GGUFFile:
             if found != shape:
                 raise ValueError(f"{self.path}: {self.names[name]} has shape {list(found)}, expected {list(shape)}")
 
-    def dtype(self, place: Place) -> torch.dtype:
+    def dtype(self, part: TensorSlice) -> torch.dtype:
         kinds = self.gguf.GGMLQuantizationType
         own = {kinds.F16: torch.float16, kinds.BF16: torch.bfloat16}
-        return own.get(self.tensors[self.names[place.tensor]].tensor_type, torch.float32)
+        return own.get(self.tensors[self.names[part.tensor]].tensor_type, torch.float32)
 
-    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
-        shape = place.shape if shape is None else shape
+    def read(
+        self, part: TensorSlice, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        shape = part.shape if shape is None else shape
         offset = (0,) * len(shape) if offset is None else offset
-        tensor = self.tensors[self.names[place.tensor]]
+        tensor = self.tensors[self.names[part.tensor]]
         stored = tensor.data if len(shape) == 2 else tensor.data[None]
         rows = np.arange(offset[0], offset[0] + shape[0]) if len(shape) == 2 else np.zeros(1, dtype=np.int64)
-        if self.interleaved and place.tensor.endswith(("q_proj.weight", "k_proj.weight")):
+        if self.interleaved and part.tensor.endswith(("q_proj.weight", "k_proj.weight")):
             head, row = np.divmod(rows, self.config.head_dim)
             half, pair = np.divmod(row, self.config.head_dim // 2)
             rows = head * self.config.head_dim + 2 * pair + half
         columns = slice(offset[-1], offset[-1] + shape[-1])
-        out = torch.empty((len(rows), shape[-1]), dtype=self.dtype(place))
+        out = torch.empty((len(rows), shape[-1]), dtype=self.dtype(part))
         for begin in range(0, len(rows), _ROWS):
             raw = np.ascontiguousarray(stored[rows[begin : begin + _ROWS]])
             values = self.gguf.quants.dequantize(raw, tensor.tensor_type)

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import ModelConfig, read_json
-from .table import stop_ids
-from .tokenizer import has_tokenizer, read_tokenizer
+from ..config import ModelConfig
+from ..folder import read_json
+from .tokenizer import has_tokenizer, read_tokenizer, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,18 +1,22 @@
-"""What a PEFT adapter folder's adapter_config.json says, refused where PEFT would compute other than plain LoRA."""
+"""adapter_config.json of PEFT: read, refused where PEFT would compute other than plain LoRA, and written."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engine.parallel.lora import Target
-from ..config import read_json
-from .peft_file import TENSORS, adapter_name
-from .table import Place
+from ...engine.parallel.lora import LoRA
+from ..config import HeadKind, ModelConfig
+from ..families.registry import family_of
+from ..folder import read_json
+from ..lora import Target, adapted_weights, adapter_name
+from .table import TensorSlice
 
 CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
 _NAMES = ("target_modules", "exclude_modules", "target_parameters")
 # Keys that are looked at by themselves, or change nothing of what adapters on given weights compute.
 _FREE = {
@@ -29,7 +33,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 _UNSET = (None, False, [], {}, "")
-# What transformers 5 has as parameters of a mixture, without the layer.
+_BOTH = r".*\.gate_up_proj"  # PEFT's pattern for the parameter that holds experts' gate and up
+# What transformers 5 has as parameters of an MoE layer, without the layer.
 _PARAMETERS: dict[str, str] = {
     "experts.gate": "mlp.experts.gate_up_proj",
     "experts.up": "mlp.experts.gate_up_proj",
@@ -82,7 +87,7 @@ def _names(which: str | set[str], name: str) -> bool:
 
 
 def check_targets(
-    folder: Path, values: Mapping[str, Any], linears: Mapping[Target, Iterable[Place]], found: Collection[str]
+    folder: Path, values: Mapping[str, Any], linears: Mapping[Target, Iterable[TensorSlice]], found: Collection[str]
 ) -> None:
     """Refuses a config that names other weights than its folder has adapters on, where it names any at all.
 
@@ -112,3 +117,56 @@ def check_targets(
                 f"{folder / CONFIG}: target_modules names {module}, on which {TENSORS} has no adapter; allowed: the"
                 " modules it has adapters on"
             )
+
+
+def no_peft_form(config: ModelConfig, lora: LoRA) -> str | None:
+    """Why PEFT (0.21) cannot hold these adapters; None where it can."""
+    held = adapted_weights(config, lora)
+    fused = [place.name for found in held.values() for place in found if "#" in place.name]
+    if fused:
+        return f"{fused[0]}: PEFT has no adapters on parts of a fused weight"
+    experts = {target for target in held if target.startswith("experts.")}
+    if experts not in (set(), {"experts.down"}, {"experts.gate", "experts.up", "experts.down"}):
+        return f"{', '.join(sorted(experts))}: PEFT reads adapters of experts.down alone, or of all three"
+    dense = [target for target in held if target in ("gate", "up", "down")]
+    if dense and family_of(config).name == "Qwen3-MoE":
+        return f"{', '.join(dense)}: PEFT takes modules of these names in a Qwen3-MoE for those of experts"
+    return None
+
+
+def has_peft_form(config: ModelConfig, lora: LoRA) -> bool:
+    """Whether PEFT can hold these adapters."""
+    return no_peft_form(config, lora) is None
+
+
+def peft_targets(config: ModelConfig, lora: LoRA, head: HeadKind) -> dict[str, Any]:
+    """What a PEFT config says of the adapted weights.
+
+    transformers 5 has all experts' gate and up in one parameter and their down in another, and the router's weight is
+    a parameter without a linear. PEFT reads tensors named by the single expert into adapters of such parameters: on
+    gate and up together that is one of twice the rank, whose scale must be the same.
+    """
+    modules, parameters = set(), set()
+    for target, found in adapted_weights(config, lora, head).items():
+        if target.startswith("experts."):
+            parameters.add("experts.down_proj" if target == "experts.down" else "experts.gate_up_proj")
+        elif target == "router":
+            parameters.add("mlp.gate.weight")
+        else:  # in a mixture other modules have the names of an expert's
+            words = 2 if config.moe is not None and target.rpartition(".")[2] in ("gate", "up", "down") else 1
+            modules |= {".".join(place.name.removesuffix(".weight").split(".")[-words:]) for place in found}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    if "experts.gate_up_proj" in parameters:
+        ranks[_BOTH], alphas[_BOTH] = 2 * lora.rank, number(lora.alpha * (math.sqrt(2) if lora.rslora else 2))
+    return {
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters, reverse=True) or None,  # PEFT wraps gate and up first
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+
+
+def number(alpha: float) -> float:
+    """PEFT writes whole numbers without a point."""
+    return int(alpha) if alpha.is_integer() else alpha

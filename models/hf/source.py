@@ -6,7 +6,7 @@ Nothing stays open between two reads: a mapped file counts as memory of the proc
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ...engine.storage.checkpoint import Reader
 from ...engine.storage.safetensors_io import DTYPES
-from ..config import ModelConfig, checkpoint_role, read_json
-from .table import HEADS, INDEX, Place, hf_shapes, part_shapes, places
+from ..config import ModelConfig
+from ..families.registry import head_of, read_config
+from ..folder import INDEX, checkpoint_role, read_json
+from .gguf import GGUFFile
+from .table import HEADS, TensorSlice, check_layer_count, hf_shapes, hf_slices, part_shapes
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -27,12 +30,14 @@ class Source(Protocol):
 
     config: ModelConfig
 
-    def dtype(self, place: Place) -> torch.dtype:
+    def dtype(self, part: TensorSlice) -> torch.dtype:
         """The type the numbers there are kept in."""
         ...
 
-    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The part at `place`, whole or the rectangle of `shape` at `offset` in it, on the host."""
+    def read(
+        self, part: TensorSlice, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The part at `part`, whole or the rectangle of `shape` at `offset` in it, on the host."""
         ...
 
 
@@ -44,8 +49,6 @@ def open_source(path: Path | str) -> Source:
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        from .gguf import GGUFFile  # needs the package gguf, which nothing else does
-
         return GGUFFile(path)
     return FolderSource(path) if checkpoint_role(path) is None else CheckpointSource(path)
 
@@ -54,22 +57,24 @@ class FolderSource:
     """config.json and safetensors, one file or several with an index."""
 
     def __init__(self, folder: Path):
-        self.folder, self.config = folder, ModelConfig.from_hf(folder)
+        self.folder, self.config = folder, read_config(folder)
         self.files = tensor_files(folder)
         check_layer_count(self.config, self.files, str(folder))
         _same_tensors(self.files, self.config, folder)
 
-    def dtype(self, place: Place) -> torch.dtype:
-        with safe_open(self.folder / self.files[place.tensor][0], "pt") as file:
-            return _DTYPES[file.get_slice(place.tensor).get_dtype()]
+    def dtype(self, part: TensorSlice) -> torch.dtype:
+        with safe_open(self.folder / self.files[part.tensor][0], "pt") as file:
+            return _DTYPES[file.get_slice(part.tensor).get_dtype()]
 
-    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
-        shape = place.shape if shape is None else shape
+    def read(
+        self, part: TensorSlice, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        shape = part.shape if shape is None else shape
         offset = (0,) * len(shape) if offset is None else offset
-        begin = (place.start + offset[0], *offset[1:])
+        begin = (part.start + offset[0], *offset[1:])
         cut = tuple(slice(o, o + n) for o, n in zip(begin, shape, strict=True))
-        with safe_open(self.folder / self.files[place.tensor][0], "pt") as file:
-            return file.get_slice(place.tensor)[cut]
+        with safe_open(self.folder / self.files[part.tensor][0], "pt") as file:
+            return file.get_slice(part.tensor)[cut]
 
 
 class CheckpointSource:
@@ -80,10 +85,10 @@ class CheckpointSource:
         self.reader, self.prefix = Reader(path), f"{role}/master/"
         for name in (name for name in self.reader.sums if name.startswith(f"assets/{role}/")):
             self.reader.check(name)
-        self.config = ModelConfig.from_hf(path)
+        self.config = read_config(path)
         held = {n.removeprefix(self.prefix) for n in self.reader.tensors if n.startswith(self.prefix)}
         check_layer_count(self.config, held, str(path))
-        shapes = part_shapes(self.config, self.config.head)
+        shapes = part_shapes(self.config, head_of(self.config))
         extra = held - shapes.keys()
         for what, names in (("lacks", shapes.keys() - held), ("holds what the model has no place for:", extra)):
             if names:
@@ -96,33 +101,26 @@ class CheckpointSource:
             if found != shape:
                 raise ValueError(f"{path}: {self.prefix}{name} has shape {list(found)}, expected {list(shape)}")
 
-    def dtype(self, place: Place) -> torch.dtype:
-        return self.reader.dtype(self.prefix + place.name)
+    def dtype(self, part: TensorSlice) -> torch.dtype:
+        return self.reader.dtype(self.prefix + part.name)
 
-    def read(self, place: Place, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
-        return self.reader.read(self.prefix + place.name, offset, shape)
-
-
-def check_layer_count(config: ModelConfig, held: Collection[str], where: str) -> None:
-    """Refuses more layers than there are tensors, before a table of all the layers' tensors is made."""
-    experts = config.moe.experts if config.moe is not None else 0
-    sparse = config.num_layers - len(config.moe.dense_layers) if config.moe is not None else 0
-    for number, what in ((config.num_layers, "num_hidden_layers"), (sparse * experts, "experts in all layers")):
-        if number > len(held):
-            raise ValueError(f"{where}: config.json asks for {number} {what}, but there are {len(held)} tensors in all")
+    def read(
+        self, part: TensorSlice, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        return self.reader.read(self.prefix + part.name, offset, shape)
 
 
 def read_finite(
-    source: Source, where: Path | str, place: Place, offset: tuple[int, ...], shape: tuple[int, ...]
+    source: Source, where: Path | str, part: TensorSlice, offset: tuple[int, ...], shape: tuple[int, ...]
 ) -> Tensor:
     """`source.read`; raises ValueError naming the tensor where it holds a NaN or an infinity.
 
     Args:
         where: the source, as the message names it.
     """
-    numbers = source.read(place, offset, shape)
+    numbers = source.read(part, offset, shape)
     if numbers.numel() and not all(math.isfinite(limit) for limit in numbers.aminmax()):  # a NaN is both
-        raise ValueError(f"{where}: {place.tensor} holds NaN or infinity; allowed: finite numbers")
+        raise ValueError(f"{where}: {part.tensor} holds NaN or infinity; allowed: finite numbers")
     return numbers
 
 
@@ -189,9 +187,10 @@ def _other_formats(folder: Path) -> str:
 
 def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, folder: Path) -> None:
     """The folder holds exactly the tensors of its own config."""
-    expected = hf_shapes(config, config.head)
-    tied = config.head == "lm" and config.tie_embeddings
-    head, embedding = HEADS["lm"].theirs, places(config)["embedding.weight", ""].tensor
+    kind = head_of(config)
+    expected = hf_shapes(config, kind)
+    tied = kind == "lm" and config.tie_embeddings
+    head, embedding = HEADS["lm"].tensor, hf_slices(config)["embedding.weight", ""].tensor
     missing = [name for name in expected if name not in found]
     # Old files carry the rotary frequencies, which follow from rope_theta.
     extra = [

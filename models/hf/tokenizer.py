@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import model_folder, read_json
+from ..config import ModelConfig
+from ..folder import model_folder, read_json
 from .tiktoken_file import END, NAME, rank_tokenizer
 
 if TYPE_CHECKING:
@@ -61,6 +62,27 @@ def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         return PreTrainedTokenizerFast.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizers library raises its own kinds, none of which names the folder
         raise ValueError(f"{folder}: no tokenizer can be read from it: {error}") from error
+
+
+def stop_ids(folder: Path | str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: every end of sequence that config.json, generation_config.json and the tokenizer
+    name. Chat models have the end of a turn in one of them and the end of a text in another.
+
+    Raises:
+        ValueError: generation_config.json is no JSON object, or an eos_token_id no token ids of the model.
+    """
+    path = model_folder(folder) / "generation_config.json"
+    named: Any = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends: set[int] = set(config.eos_ids)
+    for source, value in ((path, named), (f"{folder}: the tokenizer", tokenizer.eos_token_id)):
+        ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+            raise ValueError(
+                f"{source}: eos_token_id={value!r}: expected a token id below vocab_size={config.vocab_size} or a list"
+                " of them"
+            )
+        ends |= set(ids)
+    return tuple(sorted(ends))
 
 
 def _cuts_alike(read: PreTrainedTokenizerBase, saved: Tokenizer) -> bool:

@@ -17,8 +17,10 @@ from torch import Tensor
 from ..config import HeadKind, ModelConfig
 from ..families.llama import LLAMA
 from ..families.qwen2 import QWEN2
+from ..families.registry import from_hf_dict, to_hf_dict
 from ..rope import Rope
-from .table import HEADS, Rows, places
+from .lazy import LazyTensor
+from .table import HEADS, hf_slices
 
 Target = Literal["llama", "qwen2"]
 _FAMILIES = dict(zip(get_args(Target), (LLAMA, QWEN2), strict=True))
@@ -46,12 +48,12 @@ def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm")
         raise ValueError(f"{refused} it has biases on q, k and v but not on the output; {family.name} has all or none")
     plain = replace(
         config,
-        architecture=next(name for name, kind in family.architectures.items() if kind == head),
+        architecture=family.architecture(head),
         logn=None,
         norm_head=False,
         rope=Rope() if config.rope.kind == "dynamic" else config.rope,
     )
-    again = ModelConfig.from_hf_dict(plain.to_hf_dict(head))  # what a reader of the exported config.json would make
+    again = from_hf_dict(to_hf_dict(plain, head))  # what a reader of the exported config.json would make
     lost = [f.name for f in fields(ModelConfig) if getattr(again, f.name) != getattr(plain, f.name)]
     if head == "score" and "tie_embeddings" in lost:
         lost.remove("tie_embeddings")
@@ -61,7 +63,7 @@ def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm")
     return plain
 
 
-class Translated(Mapping[str, Tensor | Rows]):
+class Translated(Mapping[str, Tensor | LazyTensor]):
     """Whole tensors under the names of another family, each read when it is asked for.
 
     Args:
@@ -69,17 +71,19 @@ class Translated(Mapping[str, Tensor | Rows]):
         new: made of `old` by `translate_config`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor | Rows], old: ModelConfig, new: ModelConfig, head: HeadKind = "lm"):
-        theirs, ours = places(old, head), places(new, head)
+    def __init__(
+        self, tensors: Mapping[str, Tensor | LazyTensor], old: ModelConfig, new: ModelConfig, head: HeadKind = "lm"
+    ):
+        theirs, ours = hf_slices(old, head), hf_slices(new, head)
         self.tensors = tensors
         self.source = {ours[key].name: theirs[key].name for key in theirs}
-        self.normalized = ours[HEADS["lm"].ours, ""].name if head == "lm" and old.norm_head else None
+        self.normalized = ours[HEADS["lm"].parameter, ""].name if head == "lm" and old.norm_head else None
 
-    def __getitem__(self, name: str) -> Tensor | Rows:
+    def __getitem__(self, name: str) -> Tensor | LazyTensor:
         tensor = self.tensors[self.source[name]]
         if name != self.normalized:
             return tensor
-        return Rows(tuple(tensor.shape), lambda rows: F.normalize(tensor[rows].float(), dim=-1))
+        return LazyTensor(tuple(tensor.shape), lambda rows: F.normalize(tensor[rows].float(), dim=-1))
 
     def __iter__(self):
         return (name for name, source in self.source.items() if source in self.tensors)

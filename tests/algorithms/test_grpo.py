@@ -20,7 +20,7 @@ from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.groups import GroupPool, make_groups
 from trialign.engine.mesh import build_mesh
 from trialign.engine.storage.checkpoint import Reader
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
 SCORES = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0, math.nan, 0.25, 0.25])
@@ -55,7 +55,7 @@ def config_of(knobs: GRPOOptions) -> GRPOConfig:
 def two_updates(rank: int, world: int, layout: Layout, folder: Path, knobs: GRPOOptions = WHOLE):
     """Metrics of two batches, and gradients and weights put together from all ranks."""
     mesh = layout.mesh()
-    config, shape = config_of(knobs), ModelConfig.from_hf(folder)
+    config, shape = config_of(knobs), read_config(folder)
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, warmup_ratio=0.0)
@@ -129,7 +129,7 @@ def test_every_algorithm_on_and_off_policy(folder, algorithm):
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_new_tokens": 4}], ids=str)
 def test_the_kl_in_the_log_is_of_the_actor_s_own_logprobs(folder, cut, kl_in, epochs):
     """Actor and reference are equal before the first step, whatever the sampler's logprobs (made up here) are."""
-    mesh, shape = build_mesh(), ModelConfig.from_hf(folder)
+    mesh, shape = build_mesh(), read_config(folder)
     knobs = GRPOOptions(algorithm="dapo", kl_in=kl_in, kl="k1", kl_coef=0.1, epochs=epochs, micro_batch_size=3)
     config = dataclasses.replace(config_of(knobs), rollout=GRPORollout(max_new_tokens=16, **cut))
     actor = build_learner(build_decoder(str(folder), shape, mesh, "float32", trained=True), OptimizerConfig(), 8)
@@ -187,7 +187,7 @@ def test_a_kl_in_the_score_comes_before_the_baseline_and_in_the_reward_after_it(
 
 
 def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
-    mesh, shape = build_mesh(), ModelConfig.from_hf(folder)
+    mesh, shape = build_mesh(), read_config(folder)
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     actor = build_learner(model, OptimizerConfig(), 1)
     batch = random_batch(0)

@@ -15,9 +15,9 @@ from trialign.algorithms.policy_step import plan
 from trialign.algorithms.ppo import Roles, score, update, with_rewards
 from trialign.algorithms.roles.role import Learner, Role
 from trialign.engine.optim.adamw import ShardedAdamW
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import load_hf
+from trialign.models.families.registry import read_config
+from trialign.models.hf.load import load_hf
 
 CONFIG = PPOConfig(
     actor=ActorConfig(clip_high=0.3, dual_clip=3.0, entropy_coef=0.01, ema_decay=0.9, ptx_coef=0.5),
@@ -48,7 +48,7 @@ def one_step(
 ):
     """One whole batch of PPO; returns its metrics, and gradients and weights put together from all ranks."""
     mesh = layout.mesh()
-    shape = ModelConfig.from_hf(folder)
+    shape = read_config(folder)
 
     def decoder(head):
         model = Decoder(shape, mesh, dtype=torch.float32, head=head, recompute=recompute)

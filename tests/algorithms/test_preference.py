@@ -23,7 +23,7 @@ from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_qualit
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Learner, Role
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import head_of, read_config
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +78,13 @@ def test_kto_on_an_odd_batch_whose_dp_ranks_share_experts(tmp_path):
 
 
 def learner_of(folder, lr: float = 0.0) -> Learner:
-    kind = "score" if ModelConfig.from_hf(folder).head == "score" else "lm"
-    model = build_decoder(str(folder), ModelConfig.from_hf(folder), build_mesh(), "float32", head=kind, trained=True)
+    kind = "score" if head_of(read_config(folder)) == "score" else "lm"
+    model = build_decoder(str(folder), read_config(folder), build_mesh(), "float32", head=kind, trained=True)
     return build_learner(model, OptimizerConfig(lr=lr, max_grad_norm=0.0), 1)
 
 
 def reference_of(folder) -> Role:
-    return Role(build_decoder(str(folder), ModelConfig.from_hf(folder), build_mesh(), "float32"))
+    return Role(build_decoder(str(folder), read_config(folder), build_mesh(), "float32"))
 
 
 def theirs(folder):

@@ -42,7 +42,7 @@ from trialign.algorithms.data.documents import (
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.config import load, parse
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 
 BUDGET, STEPS = 32, 4
 UPDATE = UpdateConfig(batch_size=4, micro_batch_size=2)
@@ -157,7 +157,7 @@ def rows(seed: int, count: int = 4) -> list[Pack]:
 def two_steps(rank: int, world: int, layout: Layout, folder: Path, update=UPDATE, backwards=False):
     """Two steps and a look at other rows; metrics, and gradients and weights put together from all ranks."""
     mesh = layout.mesh()
-    shape = ModelConfig.from_hf(folder)
+    shape = read_config(folder)
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
     learner = build_learner(model, settings, 4)

@@ -18,8 +18,8 @@ from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
-from trialign.models.hf.table import stop_ids
+from trialign.models.families.registry import read_config
+from trialign.models.hf.tokenizer import stop_ids
 
 UPDATE = UpdateConfig(batch_size=8, micro_batch_size=4)
 
@@ -46,7 +46,7 @@ def two_steps(
 ):
     """Two steps and a look at other rows; metrics, and gradients and weights put together from all ranks."""
     mesh = layout.mesh()
-    shape = ModelConfig.from_hf(folder)
+    shape = read_config(folder)
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True, recompute=recompute)
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
@@ -120,7 +120,7 @@ def test_smollm2_s_first_loss_is_transformers(smollm2, tmp_path):
     text = [("What is 2 + 3?", "2 + 3 = 5."), ("Name a color.", "Blue is a color, and so is green.")]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in text))
-    shape, tokenizer = ModelConfig.from_hf(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    shape, tokenizer = read_config(smollm2), AutoTokenizer.from_pretrained(smollm2)
     data = DialogueDataset(SFTData(sources=(str(path),)), tokenizer, stop_ids(smollm2, shape, tokenizer))
     samples = joined(data.next(2))
     batch = pack_samples(samples)

@@ -19,8 +19,8 @@ from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.mesh import build_mesh
 from trialign.kernels import adamw, attention, dispatch, linear
 from trialign.kernels.dispatch import LIBRARIES
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
+from trialign.models.families.registry import read_config
 
 PACKAGES = {"flash-attn": "flash_attn", "transformer-engine": "transformer_engine"}
 
@@ -336,7 +336,7 @@ def test_fp8_is_multiplied_only_when_asked_for(tmp_path, mode, served):
 
 def test_the_head_is_never_multiplied_in_fp8(tmp_path, monkeypatch):
     """The sampler's head and the one training recomputes logprobs by must be one: every other matrix may be FP8."""
-    model = Decoder(ModelConfig.from_hf(tiny_llama(tmp_path, tied=False)), build_mesh(), dtype=torch.float32)
+    model = Decoder(read_config(tiny_llama(tmp_path, tied=False)), build_mesh(), dtype=torch.float32)
     multiplied = set()
     monkeypatch.setattr(linear, "MODE", "fp8")
     monkeypatch.setattr(linear, "_fp8_linear", lambda x, w: multiplied.add(w.data_ptr()) or x @ w.T)

@@ -13,7 +13,8 @@ from tiny import VOCAB, tiny_chat_model
 from torch import Tensor
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.storage.checkpoint import Reader
-from trialign.models.lora import saved_adapter
+from trialign.models.hf.adapter_record import saved_adapter
+from trialign.models.lora import TARGETS
 
 
 def logits_of(peer: Any) -> Tensor:
@@ -83,7 +84,7 @@ def test_qlora_run_resumes_in_another_layout_and_exports_again(setting, tmp_path
     assert steps[0]["kl"] == 0 != steps[1]["kl"]
     last = out / "checkpoints" / "step_2"
     saved = saved_adapter(Reader(last), "actor")
-    assert saved is not None and saved[0] == LoRA(4, 32.0, quantize=True)
+    assert saved is not None and saved[0] == LoRA(4, 32.0, TARGETS, quantize=True)
     assert (out / "adapter" / "adapter_config.json").is_file()
     succeed("export_hf", "--checkpoint", last, "--output", tmp_path / "again", "--dtype", "float32")
     again, exported = (load_file(path / "model.safetensors") for path in (tmp_path / "again", out / "model"))

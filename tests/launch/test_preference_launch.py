@@ -33,8 +33,8 @@ from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.roles.build import build_decoder, read_shape
 from trialign.algorithms.roles.role import Role
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
-from trialign.models.hf.save import export_checkpoint
+from trialign.models.families.registry import head_of, read_config
+from trialign.models.hf.convert import export_checkpoint
 
 STEPS = 4
 METRICS = {
@@ -131,7 +131,7 @@ def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(sett
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
     tokenizer.chat_template = str(tokenizer.chat_template).replace("</s>{% endfor", f"{end}\n{{% endfor")
     tokenizer.save_pretrained(folder)
-    shape, mesh = ModelConfig.from_hf(folder), build_mesh()
+    shape, mesh = read_config(folder), build_mesh()
     assert shape.pad_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     data = PairData(append_eos=not end)
     drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", data, Encoder(data, tokenizer, (2,)))
@@ -159,7 +159,7 @@ def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(sett
 def test_a_process_reward_model_scores_no_whole_responses(whole, place):
     with pytest.raises(ValueError, match="process reward model"):
         read_shape(str(whole["process"] / place), ParallelConfig(), RunConfig(), "score")
-    assert read_shape(str(whole["reward"] / place), ParallelConfig(), RunConfig(), "score").head == "score"
+    assert head_of(read_shape(str(whole["reward"] / place), ParallelConfig(), RunConfig(), "score")) == "score"
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

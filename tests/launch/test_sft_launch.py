@@ -10,8 +10,8 @@ from tiny import tiny_chat_model
 from trialign.algorithms.config.sft import SFTConfig, SFTData, check
 from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
 from trialign.engine.config import load, parse
-from trialign.models.config import ModelConfig
-from trialign.models.hf.table import stop_ids
+from trialign.models.families.registry import read_config
+from trialign.models.hf.tokenizer import stop_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -77,7 +77,7 @@ def test_what_a_run_leaves(setting, whole):
 
     model = AutoModelForCausalLM.from_pretrained(whole / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(whole / "model")
-    shape = ModelConfig.from_hf(whole / "model")
+    shape = read_config(whole / "model")
     data = SFTData(sources=(f"{setting}/rows.jsonl",), max_tokens=64, eval_fraction=0.2)
     held_out = joined(DialogueDataset(data, tokenizer, stop_ids(whole / "model", shape, tokenizer)).held_out)
     targets = sum(sample.targets for sample in held_out)

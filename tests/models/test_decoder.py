@@ -18,9 +18,9 @@ from trialign.engine.parallel.collectives import all_gather
 from trialign.engine.pipeline.runner import run_schedule
 from trialign.engine.pipeline.schedule import forward_only
 from trialign.engine.pipeline.stage import Chunk
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import load_hf
+from trialign.models.families.registry import read_config
+from trialign.models.hf.load import load_hf
 
 SMOLLM2 = Path(os.environ.get("TRIALIGN_SMOLLM2", "models_hf/SmolLM2-135M-Instruct")).absolute()
 
@@ -28,7 +28,7 @@ SMOLLM2 = Path(os.environ.get("TRIALIGN_SMOLLM2", "models_hf/SmolLM2-135M-Instru
 def rank_logits(rank: int, world: int, folder: Path, prompts: list[list[int]], tp: int, pp: int, dtype: torch.dtype):
     """[total, vocab] fp32 logits of the packed prompts, on the last stage (None elsewhere)."""
     mesh = build_mesh(tp=tp, pp=pp)
-    model = Decoder(ModelConfig.from_hf(folder), mesh, dtype=dtype)
+    model = Decoder(read_config(folder), mesh, dtype=dtype)
     load_hf(model, folder)
     batch = pack(prompts)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import from_hf_dict
 from trialign.models.flops import forward_flops
 
 
@@ -20,7 +20,7 @@ def test_flops_equal_torch_s_own_count():
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     config._attn_implementation = "eager"
     values = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    shape = ModelConfig.from_hf_dict(values)
+    shape = from_hf_dict(values)
     n = 9
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         LlamaForCausalLM(config)(torch.arange(n)[None])
@@ -42,7 +42,7 @@ def test_flops_of_a_mixture_are_those_of_the_experts_a_token_takes():
     }
     config = Qwen2MoeConfig(**sizes, **experts, **ffn, num_attention_heads=4, num_key_value_heads=2)
     config._attn_implementation = config._experts_implementation = "eager"
-    shape = ModelConfig.from_hf_dict({**config.to_dict(), "architectures": ["Qwen2MoeForCausalLM"]})
+    shape = from_hf_dict({**config.to_dict(), "architectures": ["Qwen2MoeForCausalLM"]})
     n, width = 9, shape.num_heads * shape.head_dim
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         Qwen2MoeForCausalLM(config)(torch.arange(n)[None])

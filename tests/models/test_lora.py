@@ -22,11 +22,12 @@ from tiny import VOCAB, tiny_llama
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import AdapterOff, Role, stage_forward
 from trialign.engine.mesh import build_mesh
-from trialign.engine.parallel.lora import TARGETS, LoRA
+from trialign.engine.parallel.lora import LoRA
 from trialign.models.config import ModelConfig
-from trialign.models.lora import adapter_shapes, check_lora, trained_name
+from trialign.models.families.registry import read_config
+from trialign.models.lora import TARGETS, adapter_shapes, check_lora, trained_name
 
-ALL = LoRA(4, 8.0)
+ALL = LoRA(4, 8.0, TARGETS)
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)]  # the last: more ranks than kv heads
 
 
@@ -91,7 +92,7 @@ def fresh(rank: int, world: int, folder: Path, tp: int, pp: int) -> dict[str, to
 
 def test_the_start_is_pefts_and_the_same_in_every_layout(folder):
     alone = {n.removeprefix("master/"): t for n, t in fresh(0, 1, folder, 1, 1).items() if n.startswith("master/")}
-    assert {n: tuple(t.shape) for n, t in alone.items()} == adapter_shapes(ModelConfig.from_hf(folder), ALL)
+    assert {n: tuple(t.shape) for n, t in alone.items()} == adapter_shapes(read_config(folder), ALL)
     for name, tensor in alone.items():
         if ".lora_B." in name:
             assert not tensor.any(), name
@@ -143,24 +144,21 @@ def test_a_critic_trains_its_adapters_and_its_whole_score_head(folder):
 
 
 def test_refusals(folder):
-    shape = ModelConfig.from_hf(folder)
+    shape = read_config(folder)
     with pytest.raises(ValueError, match="rank=0: must be at least 1"):
-        LoRA(0, 1.0)
+        LoRA(0, 1.0, TARGETS)
     with pytest.raises(ValueError, match="alpha=nan: must be above 0"):
-        LoRA(1, math.nan)
-    with pytest.raises(ValueError, match=r"targets=\('q', 'lm_head'\): must be one or more of q, k, v, output, gate"):
-        LoRA(1, 1.0, ("q", "lm_head"))  # pyright: ignore[reportArgumentType]
+        LoRA(1, math.nan, TARGETS)
     with pytest.raises(ValueError, match="rows of a multiple of 64; hidden_size=32 is not"):
-        check_lora(shape, LoRA(1, 1.0, quantize=True), tp=1)
+        check_lora(shape, LoRA(1, 1.0, TARGETS, quantize=True), tp=1)
     wide = ModelConfig(**{**vars(shape), "hidden_size": 128, "num_heads": 4, "head_dim": 32, "ffn_size": 192})
-    check_lora(wide, LoRA(1, 1.0, quantize=True), tp=1)
+    check_lora(wide, LoRA(1, 1.0, TARGETS, quantize=True), tp=1)
     with pytest.raises(ValueError, match="multiple of 64; ffn_size=192 over tp=2 is not"):
-        check_lora(wide, LoRA(1, 1.0, quantize=True), tp=2)
-    with pytest.raises(
-        ValueError, match="the model has no experts.up, router; allowed: q, k, v, output, gate, up, down, h"
-    ):
-        check_lora(shape, LoRA(1, 1.0, ("q", "experts.up", "router")), tp=1)
-    with pytest.raises(ValueError, match=r"targets=\('all', 'q'\): must be one or more of .* or all alone"):
-        LoRA(1, 1.0, ("all", "q"))
+        check_lora(wide, LoRA(1, 1.0, TARGETS, quantize=True), tp=2)
+    with pytest.raises(ValueError, match="lora.targets.* no experts.up, lm_head; allowed: q, k, v, output, gate, up"):
+        check_lora(shape, LoRA(1, 1.0, ("q", "experts.up", "lm_head")), tp=1)
+    for targets in (("all", "q"), ("q", "q"), ()):
+        with pytest.raises(ValueError, match=r"targets=\("):
+            LoRA(1, 1.0, targets)
     check_lora(shape, LoRA(1, 1.0, ("all",)), tp=1)
     assert set(MODULES) == set(TARGETS)

@@ -9,20 +9,19 @@ import torch
 from families import tiny_family
 from harness import run_ranks
 from peft_case import adapted, assert_near, build, held, learner, masters, samples, train
-from tiny import VOCAB
+from tiny import VOCAB, weight_pieces
 from tiny_moe import mixture, world_of
 from torch import Tensor
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.mesh import build_mesh
-from trialign.engine.parallel.lora import EVERY_TARGET, LoRA
+from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.nf4 import NF4Weight
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.peft_file import adapter_name
-from trialign.models.hf.table import pieces
-from trialign.models.lora import adapted_places, adapter_shapes
+from trialign.models.families.registry import read_config
+from trialign.models.lora import EVERY_TARGET, adapted_weights, adapter_name, adapter_shapes
 
 EVERY = LoRA(4, 8.0, EVERY_TARGET)
 QUANTIZED = LoRA(4, 8.0, EVERY_TARGET, quantize=True)
@@ -36,10 +35,10 @@ def folder(request, tmp_path_factory) -> Path:
 
 def merged(folder: Path, lora: LoRA, adapters: dict[str, Tensor]) -> Decoder:
     """A plain model, trained in full, with the adapters added to its weights; its head is its own, never tied."""
-    config = ModelConfig.from_hf(folder)
+    config = read_config(folder)
     own = Decoder(ModelConfig(**{**vars(config), "tie_embeddings": False}), build_mesh(), dtype=torch.float32)
-    theirs = {name: view for name, _, view in pieces(build(folder, build_mesh(), None))}
-    for name, _, view in pieces(own):
+    theirs = {name: view for name, _, view in weight_pieces(build(folder, build_mesh(), None))}
+    for name, _, view in weight_pieces(own):
         view.copy_(theirs[name] if name in theirs else theirs["model.embed_tokens.weight"])
         a, b = (adapters.get(adapter_name(name, letter)) for letter in "AB")
         if a is not None and b is not None:
@@ -59,7 +58,7 @@ def test_logits_gradients_and_a_step_are_those_of_the_merged_weights(folder):
 
     ours, weights = held(train(model, 1)), held(train(plain, 1))
     gradients: dict[str, Tensor] = {}
-    for place in (place for found in adapted_places(model.config, EVERY).values() for place in found):
+    for place in (place for found in adapted_weights(model.config, EVERY).values() for place in found):
         a, b = (adapter_name(place.name, letter) for letter in "AB")
         dw = weights[f"grad/{place.name}"]
         gradients |= {a: EVERY.scale * before[b].t() @ dw, b: EVERY.scale * dw @ before[a].t()}
@@ -112,7 +111,7 @@ def test_some_targets_where_a_stage_may_have_nothing_to_train(tmp_path, targets)
     folder, lora = mixture(tmp_path, mlp_only_layers=[0], tied=True), LoRA(2, 4.0, targets)
     alone = steps_taken(0, 1, folder, lora, {})
     assert {n.removeprefix("grad/") for n in alone if n.startswith("grad/")} == set(
-        adapter_shapes(ModelConfig.from_hf(folder), lora)
+        adapter_shapes(read_config(folder), lora)
     )
     for got in run_ranks(steps_taken, 2, folder, lora, {"pp": 2}):
         assert_near(got, alone, 3e-5)

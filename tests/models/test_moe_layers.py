@@ -16,9 +16,10 @@ from trialign.algorithms.batch import Batch, deal, micro_batches, pack
 from trialign.algorithms.roles.role import Learner, Role, target_logprobs
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
-from trialign.models.config import ModelConfig, MoEConfig, check_layout
+from trialign.models.config import MoEConfig, check_layout
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import load_hf
+from trialign.models.families.registry import read_config
+from trialign.models.hf.load import load_hf
 from trialign.models.moe import MoE
 
 
@@ -226,7 +227,7 @@ def test_recomputation_and_micro_batches_do_not_matter(moe, alone, sizes):
 def whole_logprobs(rank: int, world: int, folder: Path, sizes: dict[str, Any]) -> Tensor:
     """[total]: of every token of the documents after each first, by a folder's model."""
     mesh = build_mesh(**sizes)
-    model = Decoder(ModelConfig.from_hf(folder), mesh, dtype=torch.float32)
+    model = Decoder(read_config(folder), mesh, dtype=torch.float32)
     load_hf(model, folder)
     batch = pack(documents())
     return Role(model).logprobs(batch, [[i] for i in range(len(batch))][mesh.dp.rank :: mesh.dp.size])

@@ -18,9 +18,10 @@ from trialign.engine.parallel.nf4 import NF4Weight
 from trialign.engine.parallel.shard import shard_of
 from trialign.kernels.nf4 import dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
 from trialign.models.decoder import Decoder
+from trialign.models.lora import TARGETS
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
-ON = LoRA(4, 8.0, quantize=True)
+ON = LoRA(4, 8.0, TARGETS, quantize=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_scales_are_the_nearest_of_the_dynamic_type_and_any_rectangle_unpacks_to
 
 def in_floats(model: Decoder, folder: Path, adapter: Path) -> Decoder:
     """A model like `model`, with the numbers that its NF4 weights stand for held as floats."""
-    plain = build(folder, build_mesh(), LoRA(4, 8.0), adapter)
+    plain = build(folder, build_mesh(), LoRA(4, 8.0, TARGETS), adapter)
     held_ = dict(model.named_modules())
     for name, module in plain.named_modules():
         if f"{name}.nf4" in held_:
@@ -88,7 +89,7 @@ def in_floats(model: Decoder, folder: Path, adapter: Path) -> Decoder:
 
 def test_logits_and_gradients_are_those_of_the_dequantized_weights(folder, adapter):
     model = build(folder, build_mesh(), ON, adapter)
-    plain, base = in_floats(model, folder, adapter), build(folder, build_mesh(), LoRA(4, 8.0), adapter)
+    plain, base = in_floats(model, folder, adapter), build(folder, build_mesh(), LoRA(4, 8.0, TARGETS), adapter)
     batch = pack(samples(VOCAB))
     with torch.no_grad():
         got, expected, exact = (m.logits(stage_forward(m, batch, None)) for m in (model, plain, base))

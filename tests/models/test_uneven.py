@@ -14,9 +14,10 @@ from trialign.engine.generation.embedded import Completion, Generator, SamplingP
 from trialign.engine.mesh import build_mesh, mesh_as
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.shard import split
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder, Heads
-from trialign.models.hf.table import load_hf
+from trialign.models.families.registry import from_hf_dict, read_config
+from trialign.models.hf.load import load_hf
+from trialign.models.lora import TARGETS
 
 # No tp from 2 to 6 divides the vocabulary or the MLP; 4 and 5 do not divide the heads, 2 not the key/value heads.
 SIZES: dict[str, Any] = {
@@ -47,7 +48,7 @@ def test_shares(ranks):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (4, 4), (14, 2), (32, 8), (12, 1), (6, 3)])
 def test_every_rank_has_queries_of_its_key_value_heads_in_equal_groups(heads, kv_heads):
-    config = ModelConfig.from_hf_dict(
+    config = from_hf_dict(
         {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8 * heads, "vocab_size": 9}
         | {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": heads, "rms_norm_eps": 1e-5}
         | {"num_key_value_heads": kv_heads, "max_position_embeddings": 64}
@@ -83,7 +84,7 @@ def test_adapters_equal_one_process(folder):
 def test_qlora_equals_one_process(tmp_path):
     """Four heads of 64 over three ranks, and four tiles of the MLP: whole blocks of NF4 on each."""
     folder = tiny_llama(tmp_path, vocab_size=97, hidden_size=128, intermediate_size=256, head_dim=64)
-    lora = LoRA(4, 8.0, quantize=True)
+    lora = LoRA(4, 8.0, TARGETS, quantize=True)
     alone = two_steps(0, 1, folder, lora, None, (1, 1, 1))
     for got in run_ranks(two_steps, 3, folder, lora, None, (3, 1, 1)):
         assert_near(got, alone)
@@ -108,7 +109,7 @@ def test_a_vocabulary_smaller_than_tp(tied, tmp_path):
 def sampled(rank: int, world: int, folder: Path, tp: int, pp: int) -> list[Completion]:
     """With a cache of few blocks, of which ranks with more heads need more bytes."""
     mesh = build_mesh(tp=tp, pp=pp)
-    model = Decoder(ModelConfig.from_hf(folder), mesh, dtype=torch.float32)
+    model = Decoder(read_config(folder), mesh, dtype=torch.float32)
     load_hf(model, folder)
     params = SamplingParams(max_new_tokens=12, min_new_tokens=3, stop_ids=(2, 50, 96), top_p=0.95, seed=5)
     generator = Generator(model, mesh, block_size=4, max_running=3, cache_bytes=40_000)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import from_hf_dict
 from trialign.models.hf.table import hf_shapes
 
 SIZES = {
@@ -121,7 +121,7 @@ def shake(tensors: Mapping[str, Tensor], seed: int) -> None:
 
 def random_folder(folder: Path, values: Mapping[str, Any], seed: int = 0) -> Path:
     """A random model of a config.json."""
-    shapes = hf_shapes(ModelConfig.from_hf_dict(values))
+    shapes = hf_shapes(from_hf_dict(values))
     tensors = {tensor: torch.empty(shape) for tensor, shape in shapes.items()}
     shake(tensors, seed)
     return write_folder(folder, values, tensors)

@@ -19,7 +19,9 @@ from trialign.engine.pipeline.schedule import forward_only, one_f_one_b
 from trialign.engine.pipeline.stage import Chunk
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import hf_name, load_hf, whole_tensors
+from trialign.models.families.registry import read_config
+from trialign.models.hf.load import load_hf
+from trialign.models.hf.table import hf_name, whole_tensors
 
 NEW_TOKENS = 12
 _generator = torch.Generator().manual_seed(3)
@@ -35,7 +37,7 @@ def room_for(config: ModelConfig, prompts: Sequence[list[int]]) -> list[list[int
 def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int) -> dict[str, Any]:
     """What this rank has: logits (last stage), tokens, and its pieces of the gradient of the mean logprob."""
     mesh = build_mesh(tp=tp, pp=pp, ep=ep)
-    config = ModelConfig.from_hf(folder)
+    config = read_config(folder)
     model = Decoder(config, mesh, dtype=torch.float32)
     load_hf(model, folder)
     batch = pack(prompts, [[False] + [True] * (len(prompt) - 1) for prompt in prompts])
@@ -86,7 +88,7 @@ def as_trialign(
 
 
 def together(ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    config = ModelConfig.from_hf(folder)
+    config = read_config(folder)
     wholes: dict[tuple[str, str], Tensor] = {}
     for name, piece, rows in (entry for rank in ranks for entry in rank["gradients"]):
         whole = wholes.setdefault((name, piece.part), torch.full(piece.global_shape, torch.nan))

@@ -31,7 +31,7 @@ from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, 
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Learner, Role
 from trialign.algorithms.sft import sft_step
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 
 LONGEST = 42  # tokens of a pair: two answers of 17 and what is put behind them
 DOCUMENTS = [list(range(5, 25)), list(range(40, 70))]
@@ -96,7 +96,7 @@ class Models:
 
     def _learner(self, name: str) -> Learner:
         mesh = self.spread if name == "mixture" else self.mesh
-        shape, head = ModelConfig.from_hf(self.folders[name]), "score" if name == "score" else "lm"
+        shape, head = read_config(self.folders[name]), "score" if name == "score" else "lm"
         model = build_decoder(str(self.folders[name]), shape, mesh, "float32", head=head, trained=True)
         return build_learner(model, OptimizerConfig(lr=0.0, max_grad_norm=0.0), 1)
 
@@ -115,7 +115,7 @@ class Models:
     @cached_property
     def reference(self) -> Role:
         folder = self.folders["reference"]
-        return Role(build_decoder(str(folder), ModelConfig.from_hf(folder), self.mesh, "float32"))
+        return Role(build_decoder(str(folder), read_config(folder), self.mesh, "float32"))
 
 
 Step = tuple[Learner, dict[str, float]]

@@ -14,10 +14,12 @@ from trialign.engine.mesh import Mesh, build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.shard import sinks
-from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.config import HeadKind
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import load_hf
-from trialign.models.lora import load_adapter, start_adapter, trained_name
+from trialign.models.families.registry import read_config
+from trialign.models.hf.load import load_hf
+from trialign.models.hf.peft import load_adapter
+from trialign.models.lora import init_adapters, trained_name
 
 Layout = tuple[int, int, int]  # tp, pp, dp
 MODULES = {
@@ -71,9 +73,9 @@ def build(
     folder: Path, mesh: Mesh, lora: LoRA | None, adapter: Path | None = None, head: HeadKind = "lm", **options: Any
 ) -> Decoder:
     """The model with the adapters of a PEFT folder, or fresh ones."""
-    model = Decoder(ModelConfig.from_hf(folder), mesh, dtype=torch.float32, head=head, lora=lora, **options)
+    model = Decoder(read_config(folder), mesh, dtype=torch.float32, head=head, lora=lora, **options)
     load_hf(model, folder, new_head="normal")
-    start_adapter(model, seed=5)
+    init_adapters(model, seed=5)
     if adapter is not None:
         load_adapter(model, adapter)
     return model

@@ -25,7 +25,7 @@ from trialign.algorithms.reward_model import (
 )
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Role
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 
 UPDATE = UpdateConfig(batch_size=8, micro_batch_size=4)
 KINDS = ("reward", "process", "dpo", "kto")
@@ -85,7 +85,7 @@ def two_steps(
     results = {}
     for kind in kinds:
         head = "score" if kind in ("reward", "process") else "lm"
-        shape = ModelConfig.from_hf(folders[head])
+        shape = read_config(folders[head])
         learner = build_learner(
             build_decoder(str(folders[head]), shape, mesh, "float32", head=head, trained=True), settings, 4
         )

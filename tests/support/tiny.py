@@ -1,12 +1,16 @@
 """Small real models for tests: folders made by transformers, and whole tensors put together from many ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from trialign.engine.mesh import Axis
 from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.parallel.shard import Piece, shard_of, sinks
 from trialign.engine.storage.checkpoint import Entry
+from trialign.models.decoder import Decoder
+from trialign.models.hf.table import hf_slices
 
 VOCAB = 96
 
@@ -75,3 +79,15 @@ def assemble(entries: Iterable[Entry], world: Axis) -> dict[str, torch.Tensor]:
     for name, whole in wholes.items():
         assert not whole.isnan().any(), f"{name}: numbers that no rank owns"
     return wholes
+
+
+def weight_pieces(model: Decoder) -> Iterator[tuple[str, Piece, Any]]:
+    """Every piece of every weight of this stage, adapters left out: (Hugging Face's name, rectangle, numbers).
+
+    The numbers are a view of the parameter, or a `Sink` that quantizes what is copied into it. A tied head that is a
+    copy (pp > 1) comes under the embedding's name too.
+    """
+    slices = hf_slices(model.config, model.kind)
+    for name, parameter in model.named_parameters():
+        if not shard_of(parameter).adapter:
+            yield from ((slices[name, piece.part].name, piece, sink) for piece, sink in sinks(parameter))

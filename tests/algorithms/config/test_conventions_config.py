@@ -36,7 +36,8 @@ from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Learner
 from trialign.engine.mesh import build_mesh
 from trialign.kernels.ppo_loss import value_loss
-from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.config import HeadKind
+from trialign.models.families.registry import read_config
 
 SCORES = torch.tensor([30.0, -1.0, 0.5, 0.0, 2.0, 2.5])
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -49,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def learner(folder: Path, head: HeadKind = "lm") -> Learner:
-    model = build_decoder(str(folder), ModelConfig.from_hf(folder), build_mesh(), "float32", head=head, trained=True)
+    model = build_decoder(str(folder), read_config(folder), build_mesh(), "float32", head=head, trained=True)
     return build_learner(model, OptimizerConfig(lr=0.0), 1)
 
 

@@ -24,8 +24,8 @@ from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import Scorer, my_part
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
-from trialign.models.hf.save import assets
+from trialign.models.families.registry import read_config
+from trialign.models.folder import assets
 from trialign.models.hf.tokenizer import read_tokenizer
 from trialign.models.hf.tokenizer_match import chats_differ, tokens_differ
 
@@ -85,7 +85,7 @@ def small(tmp_path_factory) -> Path:
 @cache  # a rank's process makes several calls
 def policy_of(root: Path) -> Policy:
     folder = str(root / "policy")
-    shape = ModelConfig.from_hf(folder)
+    shape = read_config(folder)
     return Policy(folder, shape, load_tokenizer(folder, shape), chat_template=True)
 
 
@@ -115,7 +115,7 @@ def scored(
     names = [str(root / name) for name in ("alike", *other)]
     encoders = encoders_of(root, *names)
     assert list(encoders) == names[1:]
-    models = [Role(build_decoder(name, ModelConfig.from_hf(name), mesh, "float32", head="score")) for name in names]
+    models = [Role(build_decoder(name, read_config(name), mesh, "float32", head="score")) for name in names]
     scorer = Scorer(RewardConfig(models=tuple(names)), policy.tokenizer, mesh, encoders)
     mine = list(range(len(rollouts)))[my_part(len(rollouts), mesh.dp)]
     return scorer(rollouts, from_rollouts(rollouts), models, [mine[i : i + 3] for i in range(0, len(mine), 3)])
@@ -151,7 +151,7 @@ def test_where_tokens_agree_the_model_reads_those_that_were_sampled(folders):
     assert reward_encoders([name], policy._replace(chat_template=False)) == encoders_of(folders, name) == {}
     tokens = [token for letter in "hello" for token in policy.tokenizer(letter)["input_ids"]]
     rollouts = [Rollout(Prompt(0, [1, 2, 3], "hi"), [*tokens, 2], [0.0] * 6, "stop")]
-    role = Role(build_decoder(name, ModelConfig.from_hf(name), mesh, "float32", head="score"))
+    role = Role(build_decoder(name, read_config(name), mesh, "float32", head="score"))
     batch = from_rollouts(rollouts)
     scorer = Scorer(RewardConfig(models=(name,)), policy.tokenizer, mesh, encoders_of(folders, name))
     assert scorer(rollouts, batch, [role], [[0]])[name] == role.scores(batch, [[0]]).tolist()
@@ -190,7 +190,7 @@ def test_a_long_text_of_the_model_s_own_tokens_is_refused_or_left_unscored_by_ro
     tokens = policy.tokenizer(text)["input_ids"]
     prompt = Prompt(0, [1], "hi", source="p.jsonl:1", messages=tuple(CHATS[0]))
     rollouts = [Rollout(prompt, own, [0.0] * len(own), "length") for own in (tokens[:9], tokens)]
-    role = Role(build_decoder(name, ModelConfig.from_hf(name), mesh, "float32", head="score"))
+    role = Role(build_decoder(name, read_config(name), mesh, "float32", head="score"))
 
     def score(on_failure: Any) -> list[Score]:
         config = RewardConfig(models=(name,), on_failure=on_failure)

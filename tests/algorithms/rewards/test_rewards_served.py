@@ -27,7 +27,7 @@ from trialign.algorithms.roles.build import build_decoder
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import Scorer
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 
 ROOT = Path(__file__).resolve().parents[3]
 CHAT = [
@@ -86,7 +86,7 @@ def by_both(folder: Path, url: str, data: PromptData) -> tuple[list[Any], list[A
             tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([2] if finished else [])]
             rollouts.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
     scorer = Scorer(RewardConfig(models=(str(folder),), servers=(url,), server_batch=3), tokenizer, mesh)
-    model = Role(build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, "float32", head="score"))
+    model = Role(build_decoder(str(folder), read_config(folder), mesh, "float32", head="score"))
     batch = from_rollouts(rollouts)
     scores = scorer(rollouts, batch, [model], [[i] for i in range(len(batch))])
     return scores[str(folder)], scores[url]
@@ -110,7 +110,7 @@ def test_a_pair_is_scored_where_it_is_trained(folder, serve_reward, tmp_path):
     row = dict(zip(("chosen", "rejected"), sides, strict=True))
     encoder = Encoder(PairData(), tokenizer, (2,))
     (pair,) = read_pairs(str(write_jsonl(tmp_path / "pairs.jsonl", [row])), PairData(), encoder)
-    role = Role(build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, "float32", head="score"))
+    role = Role(build_decoder(str(folder), read_config(folder), mesh, "float32", head="score"))
     trained = role.scores(pack_pairs([pair]), [[0, 1]]).tolist()
     with served(serve_reward, folder) as url:
         body = json.dumps({"prompts": [CHAT, CHAT], "completions": [side[-1]["content"] for side in sides]})

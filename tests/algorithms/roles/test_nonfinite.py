@@ -36,7 +36,7 @@ from trialign.algorithms.roles.nonfinite import check_states
 from trialign.algorithms.roles.role import Learner, Role, target_logprobs
 from trialign.engine.mesh import build_mesh
 from trialign.engine.storage.checkpoint import Reader
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 
 SPOILT = 5
 """The sample of a batch of eight that something is wrong with, or of its pairs'."""
@@ -153,7 +153,7 @@ def run(rank: int, world: int, folders: dict[str, Path], kind: str, sizes: dict[
     def learners() -> list[Learner]:
         return [
             build_learner(
-                build_decoder(str(folders[h]), ModelConfig.from_hf(folders[h]), mesh, "bfloat16", head=h, trained=True),
+                build_decoder(str(folders[h]), read_config(folders[h]), mesh, "bfloat16", head=h, trained=True),
                 settings,
                 4,
                 ema_decay=0.5,
@@ -208,7 +208,7 @@ def test_all_ranks_skip_alike_in_every_layout(folders):
 
 def test_by_default_the_run_stops_and_skips_in_a_row_end_it_too(folders):
     def learner(**given) -> Learner:
-        shape = ModelConfig.from_hf(folders["lm"])
+        shape = read_config(folders["lm"])
         model = build_decoder(str(folders["lm"]), shape, build_mesh(), "float32", trained=True)
         return build_learner(model, OptimizerConfig(**given), 4)
 
@@ -228,7 +228,7 @@ def test_by_default_the_run_stops_and_skips_in_a_row_end_it_too(folders):
 
 
 def test_what_is_not_finite_is_not_saved(folders):
-    shape, mesh = ModelConfig.from_hf(folders["lm"]), build_mesh()
+    shape, mesh = read_config(folders["lm"]), build_mesh()
     learner = build_learner(
         build_decoder(str(folders["lm"]), shape, mesh, "float32", trained=True), OptimizerConfig(), 1
     )
@@ -307,7 +307,7 @@ def test_a_loss_of_held_out_rows_that_is_not_finite_is_refused_by_row(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"].fill_(3e38)  # finite, its products are not
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    shape = ModelConfig.from_hf(folder)
+    shape = read_config(folder)
     mesh = build_mesh(device="cpu")
     role = Role(build_decoder(str(folder), shape, mesh, "float32"))
     batch = pack([[5, 6, 7], [8, 9]]).with_(names=("a.jsonl:1", "a.jsonl:2"))

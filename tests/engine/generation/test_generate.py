@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from harness import run_ranks
 from safetensors.torch import load_file
+from tiny import weight_pieces
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trialign.engine.generation.embedded import Completion, Generator, SamplingParams, packed_weights, sample_key
 from trialign.engine.mesh import build_mesh
 from trialign.kernels.linear import pack
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import pieces
+from trialign.models.families.registry import from_hf_dict, read_config
 
 VOCAB, LAYERS = 97, 4
 LENGTHS = [1, 7, 3, 16, 2, 17, 5, 1, 9, 4]
@@ -52,14 +53,14 @@ PROMPTS = prompts_of(LENGTHS)
 def build(tp: int = 1, pp: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:
     """The reference's weights in this rank's shards."""
     config = reference().config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
-    return filled(ModelConfig.from_hf_dict(config), reference().state_dict(), tp, pp, dtype)
+    return filled(from_hf_dict(config), reference().state_dict(), tp, pp, dtype)
 
 
 def filled(
     config: ModelConfig, state: dict[str, torch.Tensor], tp: int, pp: int, dtype: torch.dtype = torch.float32
 ) -> Decoder:
     decoder = Decoder(config, build_mesh(tp=tp, pp=pp), dtype=dtype)
-    for name, piece, view in pieces(decoder):
+    for name, piece, view in weight_pieces(decoder):
         part = state[name]
         for dim, (start, size) in enumerate(zip(piece.offset, piece.shape, strict=True)):
             part = part.narrow(dim, start, size)
@@ -304,7 +305,7 @@ QUESTIONS = ["What is the capital of France?", "Write a haiku about rain.", "Why
 
 
 def rank_smollm2(rank: int, world: int, tp: int, pp: int, prompts: list[list[int]]) -> list[list[int]]:
-    decoder = filled(ModelConfig.from_hf(SMOLLM2), load_file(SMOLLM2 / "model.safetensors"), tp, pp)
+    decoder = filled(read_config(SMOLLM2), load_file(SMOLLM2 / "model.safetensors"), tp, pp)
     generator = Generator(decoder, decoder.mesh, max_running=3)
     params = SamplingParams(temperature=0, max_new_tokens=64)
     return [c.tokens for c in generator.generate(prompts, list(range(len(prompts))), params)]

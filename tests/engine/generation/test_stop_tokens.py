@@ -10,7 +10,7 @@ from trialign.algorithms.roles.build import build_decoder
 from trialign.algorithms.rollout.sync import stop_tokens, texts_of
 from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 from trialign.models.hf.tokenizer import read_tokenizer
 
 
@@ -34,7 +34,7 @@ def test_an_evaluation_stops_at_the_tokenizer_s_own_end_of_sequence(tmp_path):
     """No config names it: neither config.json nor generation_config.json has any."""
     model, tokenizer = tmp_path / "model", read_tokenizer(tiny_chat_model(tmp_path / "model", tied=False))
     prompt = tokenizer("<s>user: say</s><s>assistant: ", add_special_tokens=False)["input_ids"]
-    shape = ModelConfig.from_hf(model)
+    shape = read_config(model)
     decoder = build_decoder(str(model), shape, build_mesh(), "float32")
     greedy = SamplingParams(temperature=0.0, max_new_tokens=8)
     (answer,) = Generator(decoder, decoder.mesh).generate([prompt], [0], greedy)

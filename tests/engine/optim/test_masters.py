@@ -19,8 +19,8 @@ from trialign.engine.mesh import build_mesh
 from trialign.engine.optim import adamw as optimizer
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.storage.checkpoint import Reader
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
+from trialign.models.families.registry import read_config
 from trialign.models.lora import trained_name
 
 Case = tuple[Path, dict[str, Any]]  # a folder, and what is built of it
@@ -46,7 +46,7 @@ def cases(tmp_path_factory) -> dict[str, Case]:
 def started(case: Case, dtype: str, **sizes: Any) -> dict[str, Tensor]:
     """Whole states, and the weights, after a step at a learning rate of 0."""
     (folder, given), mesh = case, build_mesh(**sizes)
-    model = build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, dtype, trained=True, **given)
+    model = build_decoder(str(folder), read_config(folder), mesh, dtype, trained=True, **given)
     learner = build_learner(model, OptimizerConfig(lr=0.0, weight_decay=0.1), 1, ema_decay=0.5)
     weights = [bucket.weights.clone() for bucket in learner.optimizer.buckets]
     for bucket in learner.optimizer.buckets:
@@ -113,7 +113,7 @@ def test_masters_of_other_types_of_folders(cases, tmp_path, dtype):
 
 def test_a_weight_that_was_changed_after_it_was_read_keeps_its_own_master(cases):
     folder, mesh = cases["tied"][0], build_mesh()
-    model = build_decoder(str(folder), ModelConfig.from_hf(folder), mesh, "bfloat16", trained=True)
+    model = build_decoder(str(folder), read_config(folder), mesh, "bfloat16", trained=True)
     changed = model.get_parameter("norm.weight")
     changed.data[:5] += 1
     learner = build_learner(model, OptimizerConfig(), 1)
@@ -134,7 +134,7 @@ def test_a_run_that_learns_nothing_ends_with_the_folder_s_own_numbers(tmp_path):
     reader = Reader(run / "checkpoints" / "step_1")
     for name, tensor in load_file(model / "model.safetensors").items():
         assert torch.equal(reader.read(f"actor/master/{name}"), tensor), name
-    shape = ModelConfig.from_hf(reader.path)
+    shape = read_config(reader.path)
     again = build_decoder(str(reader.path), shape, build_mesh(), "bfloat16", trained=True)
     masters = whole(again, build_learner(again, OptimizerConfig(), 1).optimizer, again.mesh)
     for name, tensor in load_file(model / "model.safetensors").items():

@@ -20,7 +20,7 @@ from trialign.engine.parallel.lora import LoRA
 from trialign.engine.pipeline.runner import run_schedule
 from trialign.engine.pipeline.schedule import Action, one_f_one_b
 from trialign.engine.pipeline.stage import Chunk, stage_of
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 from trialign.models.lora import trained_name
 from trialign.models.moe import Routing
 
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 def one_step(rank: int, world: int, folder: Path, case: Case) -> tuple[dict[str, Tensor], float]:
     """Weights and moments after a step over four micro-batches a DP rank, and the gradient's norm."""
     mesh = build_mesh(**case.layout)
-    stage = stage_of(mesh, ModelConfig.from_hf(folder).num_layers, case.sizes, case.chunks)
+    stage = stage_of(mesh, read_config(folder).num_layers, case.sizes, case.chunks)
     model = build(folder, mesh, case.lora, recompute=case.recompute, stage=stage)
     optimizer = ShardedAdamW(model, mesh, tied=model.tied_parameter(), eps=1e-3, max_grad_norm=0.5)
     rows = samples(model.config.vocab_size)

@@ -20,10 +20,11 @@ from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.mesh import build_mesh
-from trialign.models.alibi import alibi_slopes
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import load_hf
+from trialign.models.families.registry import from_hf_dict, read_config, to_hf_dict
+from trialign.models.hf.load import load_hf
+from trialign.models.rope import alibi_slopes
 
 Weights = dict[str, Tensor]
 
@@ -143,7 +144,7 @@ def reference(name: str, folder: Path) -> tuple[Tensor, Weights, list[list[int]]
     (-torch.cat(picked).mean()).backward()
     with torch.no_grad():
         answers = []
-        for prompt in room_for(ModelConfig.from_hf(folder), prompts)[:2]:
+        for prompt in room_for(read_config(folder), prompts)[:2]:
             tokens = list(prompt)
             for _ in range(NEW_TOKENS):
                 tokens.append(int(logits_of(name, weights, tokens)[-1].argmax()))
@@ -180,7 +181,7 @@ def test_slopes_are_the_papers(heads):
 
 
 def test_the_normalized_head_is_frozen_only_while_it_generates(folders):
-    config = ModelConfig.from_hf(folders["baichuan2-7b"])
+    config = read_config(folders["baichuan2-7b"])
     model = Decoder(config, build_mesh(), dtype=torch.float32)
     load_hf(model, folders["baichuan2-7b"])
     assert model.head is not None
@@ -199,7 +200,7 @@ def rank_values(rank: int, world: int, folders: dict[str, Path]) -> dict[str, Te
     """Scores of the prompts' last tokens by a critic made of each language model."""
     found = {}
     for name, folder in folders.items():
-        model = Decoder(ModelConfig.from_hf(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
+        model = Decoder(read_config(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
         load_hf(model, folder, new_head="normal")
         batch = pack(PROMPTS)
         with torch.no_grad():
@@ -233,7 +234,7 @@ PUBLISHED = {  # what the publishers' config.json files say about their sizes
 
 def baichuan_config(values: dict[str, Any]) -> ModelConfig:
     sizes = {"num_attention_heads": values["hidden_size"] // 128, "num_hidden_layers": 2, "intermediate_size": 128}
-    return ModelConfig.from_hf_dict({"vocab_size": 64000} | sizes | values)
+    return from_hf_dict({"vocab_size": 64000} | sizes | values)
 
 
 def test_which_baichuan():
@@ -245,10 +246,10 @@ def test_which_baichuan():
         "2-13B": (True, True, 4096),
     }
     for config in found.values():
-        written = json.loads(json.dumps(config.to_hf_dict()))
-        assert ModelConfig.from_hf_dict(written) == config
+        written = json.loads(json.dumps(to_hf_dict(config)))
+        assert from_hf_dict(written) == config
         bare = {key: value for key, value in written.items() if key not in ("alibi", "norm_head")}
-        assert ModelConfig.from_hf_dict(bare).alibi == config.alibi
+        assert from_hf_dict(bare).alibi == config.alibi
 
 
 @pytest.mark.parametrize(
@@ -281,12 +282,12 @@ def test_a_baichuan_that_does_not_say_which_is_refused(name, changes, message):
 )
 def test_qwen_is_refused_by_key(changes, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf_dict(OWN["qwen"] | changes)
+        from_hf_dict(OWN["qwen"] | changes)
 
 
 def test_dynamic_ntk_is_not_sampled_past_the_trained_length(folders):
     """A growing document would change its own past; scored and learned it may be, its length being known."""
-    model = Decoder(ModelConfig.from_hf(folders["qwen"]), build_mesh(), dtype=torch.float32)
+    model = Decoder(read_config(folders["qwen"]), build_mesh(), dtype=torch.float32)
     load_hf(model, folders["qwen"])
     assert (model.config.longest_rollout, model.config.longest_document) == (64, math.inf)
     with pytest.raises(ValueError, match="prompt 0 of 60 tokens with max_new_tokens=5 passes the model's 64 positions"):

@@ -10,6 +10,7 @@ import torch
 from families import ALL, OWN, SPARSE, peer_class, peer_config, write_folder
 from harness import run_ranks
 from safetensors.torch import load_file
+from tiny import weight_pieces
 from torch import Tensor
 from trialign.engine.mesh import build_mesh, mesh_as
 from trialign.engine.optim.adamw import ShardedAdamW
@@ -17,8 +18,12 @@ from trialign.engine.parallel.shard import shard_of
 from trialign.engine.storage.checkpoint import save
 from trialign.models.config import HeadKind, ModelConfig, check_layout
 from trialign.models.decoder import Decoder
-from trialign.models.hf.save import assets, export_checkpoint, export_hf
-from trialign.models.hf.table import hf_name, hf_shapes, load_hf, part_shapes, pieces
+from trialign.models.families.registry import from_hf_dict, head_of, read_config, to_hf_dict
+from trialign.models.folder import assets
+from trialign.models.hf.convert import export_checkpoint
+from trialign.models.hf.load import load_hf
+from trialign.models.hf.save import export_hf
+from trialign.models.hf.table import hf_name, hf_shapes, part_shapes
 
 LAYOUTS = [(tp, pp, dp, 1) for tp in (1, 2, 4) for pp in (1, 2) for dp in (1, 2)]  # tp, pp, dp, ep
 EXPERT_LAYOUTS = [(tp, pp, dp, ep) for tp in (1, 2, 4) for pp in (1, 2) for dp, ep in ((2, 2), (4, 2))]
@@ -53,14 +58,14 @@ def place_of(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ..
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    configs = {name: ModelConfig.from_hf_dict(values_of(name)) for name in ALL}
+    configs = {name: from_hf_dict(values_of(name)) for name in ALL}
     return {name: write_folder(root / name, values_of(name), numbered(configs[name], "lm")) for name in ALL}
 
 
 def gathered(folder: Path, head: HeadKind, layout: tuple[int, int, int, int]) -> dict[str, Tensor]:
     """The parts of a model loaded by every rank of a layout; each element must be on as many ranks as hold it."""
     tp, pp, dp, ep = layout
-    config = ModelConfig.from_hf(folder)
+    config = read_config(folder)
     shapes = part_shapes(config, head)
     parts, seen = ({part: torch.zeros(shape) for part, shape in shapes.items()} for _ in range(2))
     expected: dict[str, int] = {}
@@ -74,7 +79,7 @@ def gathered(folder: Path, head: HeadKind, layout: tuple[int, int, int, int]) ->
                 tied = pp > 1 and config.tie_embeddings and head == "lm" and name in ("embedding.weight", "head.weight")
                 copies = (dp // ep if shard.experts else dp) * (1 if shard.axis == "tp" else tp)
                 expected[part] = 2 * copies if tied else copies
-        for part, piece, view in pieces(model):
+        for part, piece, view in weight_pieces(model):
             place = place_of(piece.offset, piece.shape)
             assert piece.global_shape == shapes[part]
             parts[part][place] = view
@@ -87,10 +92,10 @@ def gathered(folder: Path, head: HeadKind, layout: tuple[int, int, int, int]) ->
 @pytest.mark.parametrize("head", ["lm", "score"])
 @pytest.mark.parametrize("name", ALL)
 def test_every_layout_and_back(folders, name, head, tmp_path):
-    config, folder = ModelConfig.from_hf(folders[name]), folders[name]
+    config, folder = read_config(folders[name]), folders[name]
     source = numbered(config, head)
     if head == "score":
-        folder = write_folder(tmp_path / "score", config.to_hf_dict("score"), source)
+        folder = write_folder(tmp_path / "score", to_hf_dict(config, "score"), source)
     todo = dict.fromkeys(layouts(name))
     assert len(todo) >= 12
     for layout in todo if head == "lm" else [(2, 2, 1, 1)]:
@@ -101,7 +106,7 @@ def test_every_layout_and_back(folders, name, head, tmp_path):
         exported = load_file(out / "model.safetensors")
         assert exported.keys() == source.keys()
         assert all(torch.equal(exported[tensor], source[tensor]) for tensor in source), layout
-        assert ModelConfig.from_hf(out).head == head
+        assert head_of(read_config(out)) == head
 
 
 def spoilt(source: dict[str, Tensor], name: str) -> dict[str, tuple[dict[str, Tensor], str]]:
@@ -119,7 +124,7 @@ def spoilt(source: dict[str, Tensor], name: str) -> dict[str, tuple[dict[str, Te
 @pytest.mark.parametrize("name", ALL)
 def test_a_spoilt_folder_is_refused_by_name(folders, name, tmp_path):
     """A tensor of each kind the table has: the last layer's, and those outside the layers."""
-    config, source = ModelConfig.from_hf(folders[name]), load_file(folders[name] / "model.safetensors")
+    config, source = read_config(folders[name]), load_file(folders[name] / "model.safetensors")
     model = Decoder(config, build_mesh(), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.fill_(-7.0)
@@ -146,7 +151,7 @@ def rank_saves(rank: int, world: int, folders: dict[str, Path], root: Path) -> N
     for name, folder in folders.items():
         sparse = name in SPARSE
         mesh = build_mesh(tp=2, ep=2) if sparse else build_mesh(tp=2, pp=2)
-        config = ModelConfig.from_hf(folder)
+        config = read_config(folder)
         model = Decoder(config, mesh, dtype=torch.float32)
         load_hf(model, folder)
         adam = ShardedAdamW(model, mesh, tied=model.tied_parameter())

@@ -15,9 +15,9 @@ from torch import Tensor
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import load_hf
+from trialign.models.families.registry import read_config
+from trialign.models.hf.load import load_hf
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def theirs(name: str, folder: Path, long: bool = False) -> tuple[Tensor, dict[st
     losses = [F.cross_entropy(part[:-1], torch.tensor(p[1:]), reduction="sum") for part, p in pairs]
     (torch.stack(losses).sum() / sum(len(p) - 1 for p in prompts)).backward()
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
-    short = room_for(ModelConfig.from_hf(folder), prompts)
+    short = room_for(read_config(folder), prompts)
     tokens = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in short]
     # Gradients go through what makes names on disk of the model's own (fused experts, tied weights).
     with torch.no_grad():
@@ -84,7 +84,7 @@ ONE_A_CLASS = ("llama-biases", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-mo
 def rank_scores(rank: int, world: int, folders: dict[str, Path]) -> dict[str, Tensor]:
     found = {}
     for name, folder in folders.items():
-        model = Decoder(ModelConfig.from_hf(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
+        model = Decoder(read_config(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
         load_hf(model, folder)
         batch = pack(PROMPTS)
         with torch.no_grad():

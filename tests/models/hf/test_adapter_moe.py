@@ -16,18 +16,14 @@ from torch import Tensor
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.mesh import build_mesh
-from trialign.engine.parallel.lora import EVERY_TARGET, LoRA, Target
+from trialign.engine.parallel.lora import LoRA
 from trialign.engine.storage import checkpoint
-from trialign.models.config import ModelConfig
-from trialign.models.hf.save import export_checkpoint
-from trialign.models.lora import (
-    check_lora,
-    export_adapter,
-    no_peft_form,
-    read_peft,
-    same_adapter,
-    trained_name,
-)
+from trialign.models.families.registry import read_config
+from trialign.models.hf.adapter_record import check_same_adapter
+from trialign.models.hf.convert import export_checkpoint
+from trialign.models.hf.peft import export_adapter, read_peft
+from trialign.models.hf.peft_config import no_peft_form
+from trialign.models.lora import EVERY_TARGET, Target, check_lora, trained_name
 
 QUANTIZED = LoRA(4, 8.0, EVERY_TARGET, quantize=True)
 
@@ -47,7 +43,7 @@ def saved_run(rank: int, world: int, folder: Path, root: Path, lora: LoRA, sizes
 def resumed(rank: int, world: int, folder: Path, path: Path, lora: LoRA, sizes: dict[str, Any]) -> dict[str, Tensor]:
     trained = learner(adapted(folder, lora, sizes))
     model = trained.model
-    same_adapter(checkpoint.read_state(path)["adapters"]["actor"], model, folder)
+    check_same_adapter(checkpoint.read_state(path)["adapters"]["actor"], model, folder)
     entries = trained.optimizer.entries("actor", partial(trained_name, config=model.config, head=model.kind))
     trained.optimizer.loaded(checkpoint.load(path, entries, model.mesh)["steps"])
     return held(trained)
@@ -71,7 +67,7 @@ def test_checkpoints_resume_in_another_layout_and_export_merged(folder, tmp_path
     with torch.no_grad():
         expected = model.logits(stage_forward(model, pack(samples(VOCAB)), None))
     export_checkpoint(saved, tmp_path / "merged", dtype=torch.float32)
-    assert not ModelConfig.from_hf(tmp_path / "merged").tie_embeddings
+    assert not read_config(tmp_path / "merged").tie_embeddings
     got = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert_near({"logits": got}, {"logits": expected})
 
@@ -155,7 +151,7 @@ def test_what_peft_itself_saves_of_a_mixture_loads_back(tmp_path, family):
 
 
 def test_what_peft_has_no_form_for_and_what_a_model_lacks_is_refused_by_name(tmp_path):
-    configs = {f: ModelConfig.from_hf(mixture(tmp_path / f, family=f)) for f in ("Mixtral", "Qwen3Moe")}
+    configs = {f: read_config(mixture(tmp_path / f, family=f)) for f in ("Mixtral", "Qwen3Moe")}
     refused: list[tuple[str, tuple[Target, ...], str]] = [
         ("Mixtral", ("experts.gate", "experts.up"), "experts.gate, experts.up: PEFT reads adapters of experts.down al"),
         ("Qwen3Moe", ("q", "down"), "down: PEFT takes modules of these names in a Qwen3-MoE for those of experts"),
@@ -168,5 +164,5 @@ def test_what_peft_has_no_form_for_and_what_a_model_lacks_is_refused_by_name(tmp
         check_lora(configs["Mixtral"], LoRA(1, 1.0, ("q", "gate", "shared.up")), tp=1)
     check_lora(configs["Mixtral"], LoRA(1, 1.0, ("all",), quantize=True), tp=2)
     with pytest.raises(ValueError, match="multiple of 64; moe.ffn_size=96 is not"):
-        narrow = ModelConfig.from_hf(mixture(tmp_path / "narrow", moe_intermediate_size=96))
+        narrow = read_config(mixture(tmp_path / "narrow", moe_intermediate_size=96))
         check_lora(narrow, LoRA(1, 1.0, ("q",), quantize=True), tp=1)

@@ -10,11 +10,12 @@ from tiny import tiny_llama
 from trialign.algorithms.config.common import ParallelConfig, RunConfig
 from trialign.algorithms.roles.build import read_shape
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
+from trialign.models.families.registry import family_of, from_hf_dict, read_config
+from trialign.models.folder import INDEX
 from trialign.models.hf.convert import import_checkpoint
+from trialign.models.hf.load import load_hf
 from trialign.models.hf.source import open_source
-from trialign.models.hf.table import INDEX, load_hf
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -83,7 +84,7 @@ def test_a_folder_that_contradicts_itself_is_refused_before_anything_is_built(ca
 
 def test_a_model_type_may_be_absent(folder):
     values = json.loads((folder / "config.json").read_text())
-    assert ModelConfig.from_hf_dict({k: v for k, v in values.items() if k != "model_type"}).family.name == "LLaMA"
+    assert family_of(from_hf_dict({k: v for k, v in values.items() if k != "model_type"})).name == "LLaMA"
 
 
 def test_more_experts_than_tensors_are_refused(tmp_path):
@@ -104,6 +105,6 @@ def test_a_tensor_that_is_not_finite_is_named_by_load_and_import(number, folder)
     with pytest.raises(ValueError, match=message):
         import_checkpoint(folder, folder.parent / "imported")
     assert not (folder.parent / "imported").exists()
-    model = Decoder(ModelConfig.from_hf(folder), build_mesh(), dtype=torch.float32)
+    model = Decoder(read_config(folder), build_mesh(), dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         load_hf(model, folder)

@@ -16,15 +16,14 @@ import torch
 from conftest import ROOT
 from families import OWN, tiny_family, write_folder
 from safetensors.torch import load_file
-from tiny import tiny_llama
+from tiny import tiny_llama, weight_pieces
 from torch import Tensor
 from trialign.engine.mesh import build_mesh
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.convert import import_checkpoint
-from trialign.models.hf.save import export_checkpoint
+from trialign.models.families.registry import read_config
+from trialign.models.hf.convert import export_checkpoint, import_checkpoint
+from trialign.models.hf.load import load_hf
 from trialign.models.hf.source import FolderSource
-from trialign.models.hf.table import load_hf, pieces
 from trialign.models.hf.tokenizer import read_tokenizer
 from trialign.models.hf.translate import translate_config
 
@@ -44,7 +43,7 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 4)]
 def test_folder_to_checkpoint_and_back(name, tmp_path):
     """Bit for bit through every layout's files; a run that starts at the checkpoint has the folder's weights."""
     folder = tiny_family(tmp_path / "folder", name)
-    config = ModelConfig.from_hf(folder)
+    config = read_config(folder)
     straight = Decoder(config, build_mesh(), dtype=torch.float32)
     load_hf(straight, folder)
     for tp, pp in LAYOUTS:
@@ -53,9 +52,9 @@ def test_folder_to_checkpoint_and_back(name, tmp_path):
         export_checkpoint(checkpoint, out, dtype=torch.float32)
         assert same(tensors_of(out), tensors_of(folder))
         assert len(list(checkpoint.glob("actor.master.*.safetensors"))) == tp * pp
-        model = Decoder(ModelConfig.from_hf(checkpoint), build_mesh(), dtype=torch.float32)
+        model = Decoder(read_config(checkpoint), build_mesh(), dtype=torch.float32)
         load_hf(model, checkpoint)
-        ours, theirs = ({n: view for n, _, view in pieces(m)} for m in (model, straight))
+        ours, theirs = ({n: view for n, _, view in weight_pieces(m)} for m in (model, straight))
         assert same(ours, theirs)
 
 
@@ -73,7 +72,7 @@ def test_score_models_are_critics(tmp_path):
     assert import_checkpoint(folder, tmp_path / "checkpoint", tp=2)[1] == "critic"
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", role="critic", dtype=torch.float32)
     assert same(tensors_of(tmp_path / "out"), tensors_of(folder))
-    model = Decoder(ModelConfig.from_hf(tmp_path / "checkpoint"), build_mesh(), dtype=torch.float32, head="score")
+    model = Decoder(read_config(tmp_path / "checkpoint"), build_mesh(), dtype=torch.float32, head="score")
     load_hf(model, tmp_path / "checkpoint")
     assert model.head is not None and torch.equal(model.head.weight, tensors_of(folder)["score.weight"])
 
@@ -212,7 +211,7 @@ def test_a_damaged_checkpoint_is_no_source(tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    model = Decoder(ModelConfig.from_hf(tmp_path / "checkpoint"), build_mesh(), dtype=torch.float32)
+    model = Decoder(read_config(tmp_path / "checkpoint"), build_mesh(), dtype=torch.float32)
     with pytest.raises(ValueError, match="does not match its checksum"):
         load_hf(model, tmp_path / "checkpoint")
 
@@ -226,7 +225,7 @@ def our_logits(folder: Path) -> list[Tensor]:
     from trialign.algorithms.batch import pack
     from trialign.algorithms.roles.role import stage_forward
 
-    model = Decoder(ModelConfig.from_hf(folder), build_mesh(), dtype=torch.float32)
+    model = Decoder(read_config(folder), build_mesh(), dtype=torch.float32)
     load_hf(model, folder)
     batch = pack(TOKENS, [[False] + [True] * (len(ids) - 1) for ids in TOKENS])
     with torch.no_grad():
@@ -265,14 +264,14 @@ def test_transformers_gets_the_same_logits(name, family, tmp_path):
     ],
 )
 def test_what_is_not_equal_is_refused(name, family, message, tmp_path):
-    config = ModelConfig.from_hf(tiny_family(tmp_path / "folder", name))
+    config = read_config(tiny_family(tmp_path / "folder", name))
     with pytest.raises(ValueError, match=message):
         translate_config(config, family)
 
 
 def test_past_its_trained_length_qwen_is_not_exported(tmp_path):
     """Dynamic NTK: the exported config ends where Qwen2 would begin to differ."""
-    config = ModelConfig.from_hf(tiny_family(tmp_path / "folder", "qwen"))
+    config = read_config(tiny_family(tmp_path / "folder", "qwen"))
     assert translate_config(config, "qwen2").max_positions == OWN["qwen"]["seq_length"]
 
 
@@ -292,7 +291,7 @@ def write_gguf(
     """`folder` as llama.cpp's converter lays it out; the tokenizer is not its affair here."""
     import gguf
 
-    config = ModelConfig.from_hf(folder)
+    config = read_config(folder)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
@@ -416,7 +415,7 @@ def test_the_end_of_a_turn_in_a_gguf_file_ends_an_answer(tmp_path):
     harmless = {"llama.rope.dimension_count": 8, "llama.attention.causal": True, "llama.rope.scale_linear": 1.0}
     write_gguf(tmp_path / "m.gguf", folder, "llama", False, keys=harmless | {"tokenizer.ggml.eot_token_id": 7})
     import_checkpoint(tmp_path / "m.gguf", tmp_path / "out")
-    assert ModelConfig.from_hf(tmp_path / "out").eos_ids == (2, 7)
+    assert read_config(tmp_path / "out").eos_ids == (2, 7)
 
 
 # The scripts, from the outside.

@@ -11,13 +11,14 @@ import torch
 from conftest import ROOT
 from families import SIZES, write_folder
 from test_convert import same, tensors_of, write_gguf
-from trialign.engine.parallel.lora import Choice, LoRA
+from trialign.engine.parallel.lora import LoRA
 from trialign.engine.storage.checkpoint import Entry, write
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import from_hf_dict, read_config
+from trialign.models.folder import assets
+from trialign.models.hf.adapter_record import base_digest
 from trialign.models.hf.convert import import_checkpoint
-from trialign.models.hf.save import assets
 from trialign.models.hf.table import hf_shapes
-from trialign.models.lora import adapter_shapes, base_digest
+from trialign.models.lora import Choice, adapter_shapes
 
 PEAK = """
 import runpy, sys
@@ -50,19 +51,19 @@ DOWN = {"hidden_size": 1024, "intermediate_size": 16384}
 def folder_of(folder: Path, values: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Path:
     """A folder of this config; its numbers are cheap to make, and no two rows of a tensor are alike."""
     tensors = {}
-    for name, shape in hf_shapes(ModelConfig.from_hf_dict(values)).items():
+    for name, shape in hf_shapes(from_hf_dict(values)).items():
         numbers = torch.arange(torch.Size(shape).numel()) % 9973 - 4986 + len(name)
         tensors[name] = (numbers / 9973).to(dtype).view(shape)
     return write_folder(folder, values, tensors)
 
 
 def largest(values: dict[str, Any], bytes_: int) -> int:
-    return max(torch.Size(shape).numel() for shape in hf_shapes(ModelConfig.from_hf_dict(values)).values()) * bytes_
+    return max(torch.Size(shape).numel() for shape in hf_shapes(from_hf_dict(values)).values()) * bytes_
 
 
 def adapters(base: Path, checkpoint: Path, lora: LoRA) -> None:
     """What a LoRA run on `base` leaves: a checkpoint of adapters alone."""
-    shapes = adapter_shapes(ModelConfig.from_hf(base), lora)
+    shapes = adapter_shapes(read_config(base), lora)
     entries = [Entry(f"actor/master/{n}", s, (0, 0), torch.full(s, 0.1), True) for n, s in shapes.items()]
     facts = {key: getattr(lora, key) for key in ("rank", "alpha", "rslora", "quantize")}
     facts |= {"targets": list(lora.targets), "base": str(base), "digest": base_digest(base)}

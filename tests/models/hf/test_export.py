@@ -16,18 +16,22 @@ import torch
 from conftest import ROOT
 from harness import run_ranks
 from safetensors.torch import load_file
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer, weight_pieces
 from torch import Tensor
 from trialign.algorithms.config.common import ParallelConfig, RunConfig
 from trialign.algorithms.roles.build import build_decoder, read_shape
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.storage.checkpoint import save
-from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.config import HeadKind
 from trialign.models.decoder import Decoder
-from trialign.models.hf.convert import import_checkpoint
-from trialign.models.hf.save import Lazy, assets, export_checkpoint, export_hf
-from trialign.models.hf.table import hf_name, hf_shapes, load_hf, pieces
+from trialign.models.families.registry import head_of, read_config
+from trialign.models.folder import assets
+from trialign.models.hf.convert import export_checkpoint, import_checkpoint
+from trialign.models.hf.lazy import LazyState
+from trialign.models.hf.load import load_hf
+from trialign.models.hf.save import export_hf
+from trialign.models.hf.table import hf_name, hf_shapes
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -66,10 +70,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_transformers_loads_what_is_exported(folders, tmp_path, kind, shard_bytes):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    source, config = tensors_of(folders[kind]), ModelConfig.from_hf(folders[kind])
+    source, config = tensors_of(folders[kind]), read_config(folders[kind])
     out = tmp_path / "out"
     backwards = dict(reversed(source.items()))  # any order will do
-    options = {"head": config.head, "dtype": torch.float32, "shard_bytes": shard_bytes}
+    options = {"head": head_of(config), "dtype": torch.float32, "shard_bytes": shard_bytes}
     export_hf(out, config, backwards, folders[kind], **options)
     auto = AutoModelForSequenceClassification if kind == "score" else AutoModelForCausalLM
     model, info = loaded(auto, out)
@@ -88,7 +92,7 @@ def test_transformers_loads_what_is_exported(folders, tmp_path, kind, shard_byte
 
 
 def test_a_bad_export_leaves_nothing(folders, tmp_path):
-    config, source = ModelConfig.from_hf(folders["tied"]), tensors_of(folders["tied"])
+    config, source = read_config(folders["tied"]), tensors_of(folders["tied"])
     last = list(source)[-1]
     without = {name: t for name, t in source.items() if name != last}
     for tensors, message in (
@@ -106,12 +110,12 @@ def test_a_bad_export_leaves_nothing(folders, tmp_path):
         return source[name]
 
     with pytest.raises(OSError, match="No space left"):
-        export_hf(tmp_path / "out", config, Lazy(source, read), folders["tied"], shard_bytes=20_000)
+        export_hf(tmp_path / "out", config, LazyState(source, read), folders["tied"], shard_bytes=20_000)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_refused(folders, tmp_path):
-    config, source = ModelConfig.from_hf(folders["tied"]), tensors_of(folders["tied"])
+    config, source = read_config(folders["tied"]), tensors_of(folders["tied"])
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match="exists and is not an empty folder"):
@@ -144,7 +148,7 @@ def train(rank: int, world: int, root: Path, actor: Path, critic: Path, tp: int,
     mesh, entries = build_mesh(tp=tp, pp=pp), []
     roles: list[tuple[str, Path, HeadKind]] = [("actor", actor, "lm"), ("critic", critic, "score")]
     for role, folder, head in roles:
-        config = ModelConfig.from_hf(folder)
+        config = read_config(folder)
         model = Decoder(config, mesh, dtype=torch.float32, head=head)
         load_hf(model, folder, new_head="normal")
         adam = ShardedAdamW(model, mesh, tied=model.tied_parameter(), ema_decay=0.5 if role == "actor" else 0.0)
@@ -202,30 +206,30 @@ def test_script_exports_the_critic(folders, checkpoint, tmp_path):
     assert same_bits(ours, theirs)
     model, info = loaded(AutoModelForSequenceClassification, out)
     assert not any(info.values()) and model.config.num_labels == 1
-    critic = Decoder(ModelConfig.from_hf(out), build_mesh(), dtype=torch.float32, head="score")
+    critic = Decoder(read_config(out), build_mesh(), dtype=torch.float32, head="score")
     load_hf(critic, out)
     assert critic.head is not None and torch.equal(critic.head.weight, score)
 
 
 def test_a_reward_models_checkpoint_stands_where_a_folder_may(folders, tmp_path):
     """A reward model's run begins at a language model, whose config.json its checkpoints carry."""
-    mesh, config = build_mesh(), ModelConfig.from_hf(folders["tied"])
+    mesh, config = build_mesh(), read_config(folders["tied"])
     model = Decoder(config, mesh, dtype=torch.float32, head="score")
     load_hf(model, folders["tied"], new_head="normal")
     entries = ShardedAdamW(model, mesh).entries("reward", partial(hf_name, config=config, head="score"))
     save(tmp_path, 3, entries, {}, mesh, keep=1, assets=assets(folders["tied"], "reward/"))
     run_folder = ParallelConfig(), RunConfig(output=str(tmp_path / "run"))
     shape = read_shape(str(tmp_path / "step_3"), *run_folder)  # as reward.models is read
-    assert shape.head == "score"
+    assert head_of(shape) == "score"
     assert import_checkpoint(tmp_path / "step_3", tmp_path / "imported")[1] == "critic"
     result = run(
         "export_hf.py", "--checkpoint", tmp_path / "step_3", "--output", tmp_path / "out", "--dtype", "float32"
     )
     assert result.returncode == 0, result.stderr
-    expected = {name: view for name, _, view in pieces(model)}
+    expected = {name: view for name, _, view in weight_pieces(model)}
     for place in ("step_3", "imported", "out"):
         theirs = build_decoder(str(tmp_path / place), shape, mesh, "float32", head="score")
-        assert same_bits({name: view for name, _, view in pieces(theirs)}, expected)
+        assert same_bits({name: view for name, _, view in weight_pieces(theirs)}, expected)
 
 
 def spoil(path: Path) -> None:
@@ -269,10 +273,10 @@ def test_smollm2_goes_through_unchanged(smollm2, tmp_path):
     """The real model in bf16: loaded and exported, every tensor bit for bit; tokenizer and template still its own."""
     from transformers import AutoTokenizer
 
-    config = ModelConfig.from_hf(smollm2)
+    config = read_config(smollm2)
     model = Decoder(config, build_mesh(), dtype=torch.bfloat16)
     load_hf(model, smollm2)
-    export_hf(tmp_path / "out", config, {n: t for n, _, t in pieces(model)}, smollm2, shard_bytes=100 << 20)
+    export_hf(tmp_path / "out", config, {n: t for n, _, t in weight_pieces(model)}, smollm2, shard_bytes=100 << 20)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
     assert same_bits(tensors_of(tmp_path / "out"), tensors_of(smollm2))
     assert sum(math.prod(shape) for shape in hf_shapes(config).values()) == 134_515_008

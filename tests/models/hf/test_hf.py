@@ -10,13 +10,15 @@ import pytest
 import torch
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer, weight_pieces
 from torch import Tensor
 from trialign.engine.mesh import build_mesh, mesh_as
 from trialign.models.config import ModelConfig, check_layout
 from trialign.models.decoder import Decoder
-from trialign.models.hf.table import hf_name, hf_shapes, load_hf, pieces, stop_ids
-from trialign.models.hf.tokenizer import read_tokenizer
+from trialign.models.families.registry import from_hf_dict, head_of, read_config, to_hf_dict
+from trialign.models.hf.load import load_hf
+from trialign.models.hf.table import hf_name, hf_shapes
+from trialign.models.hf.tokenizer import read_tokenizer, stop_ids
 from trialign.models.rope import Rope
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)]  # tp, pp
@@ -44,7 +46,7 @@ def rewrite(folder: Path, **changes) -> None:
 
 
 def test_config_names(folders):
-    config = ModelConfig.from_hf(folders["tied"])
+    config = read_config(folders["tied"])
     assert dataclasses.asdict(config) == {
         "architecture": "LlamaForCausalLM",
         "vocab_size": 96,
@@ -74,14 +76,14 @@ def test_config_names(folders):
         "eos_ids": (2,),
         "pad_id": 2,
     }
-    assert ModelConfig.from_hf(folders["score"]).head == "score"
+    assert head_of(read_config(folders["score"])) == "score"
 
 
 @pytest.mark.parametrize("head", ["lm", "score"])
 def test_config_round_trip(folders, head):
-    config = dataclasses.replace(ModelConfig.from_hf(folders["untied"]), eos_ids=(2, 5), rope_theta=5e5, head_dim=16)
-    again = ModelConfig.from_hf_dict(json.loads(json.dumps(config.to_hf_dict(head))))
-    assert again.head == head
+    config = dataclasses.replace(read_config(folders["untied"]), eos_ids=(2, 5), rope_theta=5e5, head_dim=16)
+    again = from_hf_dict(json.loads(json.dumps(to_hf_dict(config, head))))
+    assert head_of(again) == head
     assert dataclasses.replace(again, architecture=config.architecture) == config
 
 
@@ -89,14 +91,14 @@ def test_config_round_trip(folders, head):
 def test_transformers_reads_our_config_alike(folders, kind, tmp_path):
     from transformers import AutoConfig
 
-    config = ModelConfig.from_hf(folders[kind])
+    config = read_config(folders[kind])
     config = dataclasses.replace(config, rope_theta=123456.0)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf_dict(config.head, "float32")))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_dict(config, head_of(config), "float32")))
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert theirs.rope_parameters["rope_theta"] == 123456.0 and theirs.dtype == torch.float32
     assert theirs.tie_word_embeddings == (kind == "tied")
     theirs.save_pretrained(tmp_path)
-    assert ModelConfig.from_hf(tmp_path) == config
+    assert read_config(tmp_path) == config
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_rope_theta_old_and_new(copy, rope, theta):
     values = json.loads((copy / "config.json").read_text())
     del values["rope_parameters"]
     (copy / "config.json").write_text(json.dumps(values | rope))
-    assert ModelConfig.from_hf(copy).rope_theta == theta
+    assert read_config(copy).rope_theta == theta
 
 
 @pytest.mark.parametrize(
@@ -159,31 +161,31 @@ def test_rope_theta_old_and_new(copy, rope, theta):
 def test_config_is_refused_by_key(copy, changes, message):
     rewrite(copy, **changes)
     with pytest.raises(ValueError, match=message) as caught:
-        ModelConfig.from_hf(copy)
+        read_config(copy)
     assert str(copy / "config.json") in str(caught.value)
 
 
 def test_config_that_is_no_config(tmp_path):
     with pytest.raises(ValueError, match=r"x.gguf: a GGUF file is imported first \(launch/import_hf.py\)"):
-        ModelConfig.from_hf("x.gguf")
+        read_config("x.gguf")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
-        ModelConfig.from_hf(tmp_path / "nowhere")
+        read_config(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no config.json in this folder"):
-        ModelConfig.from_hf(tmp_path)
+        read_config(tmp_path)
     for text, message in (("{", "not JSON"), ("[1]", "expected a JSON object, found list")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            ModelConfig.from_hf(tmp_path)
+            read_config(tmp_path)
 
 
 def test_a_value_of_the_wrong_type_names_the_file(copy):
     rewrite(copy, id2label=3)
     with pytest.raises(ValueError, match="config.json: a value of the wrong type: .*len"):
-        ModelConfig.from_hf(copy)
+        read_config(copy)
 
 
 def test_stop_ids_are_those_of_both_configs_and_of_the_tokenizer(tmp_path):
-    config = ModelConfig.from_hf(tiny_llama(tmp_path, eos_token_id=5))
+    config = read_config(tiny_llama(tmp_path, eos_token_id=5))
     tokenizer = read_tokenizer(tiny_tokenizer(tmp_path))  # its end of sequence is 2
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 5]}))
     assert stop_ids(tmp_path, config, tokenizer) == (2, 5, 9)
@@ -209,7 +211,7 @@ def test_stop_ids_are_those_of_both_configs_and_of_the_tokenizer(tmp_path):
 
 
 def test_check_layout(folders):
-    config = ModelConfig.from_hf(folders["tied"])  # 4 heads, 2 key/value heads, ffn 64, vocabulary 96, 4 layers
+    config = read_config(folders["tied"])  # 4 heads, 2 key/value heads, ffn 64, vocabulary 96, 4 layers
     smol = dataclasses.replace(config, num_heads=9, num_kv_heads=3, ffn_size=1536, vocab_size=49153)
     for shape, tp, pp in ((config, 2, 4), (config, 1, 3), (config, 3, 1), (smol, 2, 1), (smol, 7, 2), (smol, 9, 1)):
         check_layout(shape, tp, pp)
@@ -226,13 +228,13 @@ def test_check_layout(folders):
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "score"])
 def test_the_table_is_transformers_list(folders, kind):
-    config = ModelConfig.from_hf(folders[kind])
+    config = read_config(folders[kind])
     theirs = load_file(folders[kind] / "model.safetensors")
-    assert {name: tuple(t.shape) for name, t in theirs.items()} == hf_shapes(config, config.head)
+    assert {name: tuple(t.shape) for name, t in theirs.items()} == hf_shapes(config, head_of(config))
 
 
 def test_names():
-    config = ModelConfig.from_hf_dict({"architectures": ["LlamaForCausalLM"]} | SIZES)
+    config = from_hf_dict({"architectures": ["LlamaForCausalLM"]} | SIZES)
     tied = dataclasses.replace(config, tie_embeddings=True)
     assert hf_name("layers.1.attention.qkv.weight", "k", config) == "model.layers.1.self_attn.k_proj.weight"
     assert hf_name("head.weight", "", config) == "lm_head.weight"
@@ -250,8 +252,8 @@ SIZES = {
 
 
 def build(folder: Path, tp: int, pp: int, rank: int, *, head=None, dtype=torch.float32, **options) -> Decoder:
-    config = ModelConfig.from_hf(folder)
-    model = Decoder(config, mesh_as(rank, tp=tp, pp=pp), dtype=dtype, head=head or config.head)
+    config = read_config(folder)
+    model = Decoder(config, mesh_as(rank, tp=tp, pp=pp), dtype=dtype, head=head or head_of(config))
     for parameter in model.parameters():
         parameter.data.fill_(-7.0)
     load_hf(model, folder, **options)
@@ -265,7 +267,7 @@ def test_every_rank_gets_its_slices(folders, kind, tp, pp):
     theirs = load_file(folders[kind] / "model.safetensors")
     seen: dict[str, Tensor] = {name: torch.zeros_like(t) for name, t in theirs.items()}
     for rank in range(tp * pp):
-        for name, piece, view in pieces(build(folders[kind], tp, pp, rank)):
+        for name, piece, view in weight_pieces(build(folders[kind], tp, pp, rank)):
             place = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
             assert piece.global_shape == tuple(theirs[name].shape)
             assert torch.equal(view, theirs[name][place]), (rank, name)
@@ -296,7 +298,7 @@ def test_the_cut_written_out(folders):
 
 
 def rank_loads(rank: int, world: int, folder: Path, tp: int, pp: int) -> dict[str, Tensor]:
-    model = Decoder(ModelConfig.from_hf(folder), build_mesh(tp=tp, pp=pp), dtype=torch.float32)
+    model = Decoder(read_config(folder), build_mesh(tp=tp, pp=pp), dtype=torch.float32)
     load_hf(model, folder)
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -313,7 +315,7 @@ def test_real_ranks_load_as_the_simulated_ones(folders):
 def test_dtype_is_the_parameters(copy, stored, dtype):
     theirs = {name: t.to(stored) for name, t in load_file(copy / "model.safetensors").items()}
     save_file(theirs, copy / "model.safetensors")
-    for name, _, view in pieces(build(copy, 1, 1, 0, dtype=dtype)):
+    for name, _, view in weight_pieces(build(copy, 1, 1, 0, dtype=dtype)):
         assert view.dtype == dtype and torch.equal(view, theirs[name].to(dtype))
 
 
@@ -327,7 +329,7 @@ def test_several_files(copy):
     model.save_pretrained(copy, max_shard_size="20KB")
     assert len(list(copy.glob("*.safetensors"))) > 2
     for rank in (0, 3):
-        for name, piece, view in pieces(build(copy, 2, 2, rank)):
+        for name, piece, view in weight_pieces(build(copy, 2, 2, rank)):
             place = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
             assert torch.equal(view, before[name][place])
 
@@ -338,7 +340,7 @@ def test_critic_from_a_causal_model(folders):
             build(folders[kind], 1, 1, 0, head="score")
         zero = build(folders[kind], 1, 1, 0, head="score", new_head="zero")
         assert zero.head is not None and zero.head.weight.eq(0).all()
-        assert set(hf_shapes(zero.config, "score")) == {name for name, _, _ in pieces(zero)}
+        assert set(hf_shapes(zero.config, "score")) == {name for name, _, _ in weight_pieces(zero)}
         heads = [build(folders[kind], 2, 2, rank, head="score", new_head="normal").head for rank in range(4)]
         assert heads[0] is heads[1] is None
         last, other = heads[2:]
@@ -354,7 +356,7 @@ def test_a_language_model_from_a_score_model_is_refused(folders):
 
 def refused(folder: Path, message: str, config: ModelConfig | None = None) -> None:
     """load_hf refuses the folder and has changed nothing by then."""
-    model = Decoder(config or ModelConfig.from_hf(folder), build_mesh(), dtype=torch.float32)
+    model = Decoder(config or read_config(folder), build_mesh(), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.fill_(-7.0)
     with pytest.raises(ValueError, match=message):
@@ -430,7 +432,7 @@ def test_spoilt_index(copy):
     [("num_heads", 8), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("vocab_size", 97), ("tie_embeddings", True)],
 )
 def test_a_model_of_another_config(folders, key, value):
-    config = dataclasses.replace(ModelConfig.from_hf(folders["untied"]), **{key: value})
+    config = dataclasses.replace(read_config(folders["untied"]), **{key: value})
     refused(folders["untied"], f"{key}=.*, the model has {value}", config)
 
 

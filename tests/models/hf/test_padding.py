@@ -5,7 +5,7 @@ import json
 import pytest
 from samples import tokenizer as words
 from tiny import tiny_llama, tiny_tokenizer
-from trialign.models.config import ModelConfig
+from trialign.models.families.registry import read_config
 from trialign.models.hf.padding import padding_id, score_padding, write_padding
 from trialign.models.hf.tokenizer import read_tokenizer
 
@@ -34,7 +34,7 @@ def test_it_is_the_one_called_so_else_one_that_ends_nothing(spare):
 
 def test_of_smollm2_it_is_no_end(smollm2):
     tokenizer = read_tokenizer(smollm2)
-    shape, token = score_padding(ModelConfig.from_hf(smollm2), smollm2)
+    shape, token = score_padding(read_config(smollm2), smollm2)
     assert token == "<repo_name>" and shape.pad_id == tokenizer.convert_tokens_to_ids(token)
     assert shape.pad_id not in (tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer.encode("a\nb"))
 
@@ -44,7 +44,7 @@ def test_there_may_be_none(tmp_path):
     assert padding_id(words(), (1,), 34) is None
     tiny_llama(tmp_path, vocab_size=260)
     words().save_pretrained(tmp_path)
-    shape, token = score_padding(ModelConfig.from_hf(tmp_path), tmp_path)
+    shape, token = score_padding(read_config(tmp_path), tmp_path)
     assert shape.pad_id is None and token is None
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from templates import sentencepiece_model
 from tiny import tiny_llama
 from trialign.algorithms.roles.build import load_tokenizer
-from trialign.models.config import ModelConfig
-from trialign.models.hf.convert import import_checkpoint
-from trialign.models.hf.save import copy_assets, export_checkpoint, export_hf
+from trialign.models.families.registry import read_config
+from trialign.models.hf.convert import export_checkpoint, import_checkpoint
+from trialign.models.hf.save import copy_assets, export_hf
 from trialign.models.hf.tiktoken_file import PATTERN, SPECIALS, read_ranks
 from trialign.models.hf.tokenizer import read_tokenizer
 
@@ -39,7 +39,7 @@ def test_a_bare_sentencepiece_model_is_carried_through(dummy_prefix, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     import_checkpoint(folder, tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
-    shape = ModelConfig.from_hf(folder)  # and as a run does, whose checkpoints carry the folder's own files
+    shape = read_config(folder)  # and as a run does, whose checkpoints carry the folder's own files
     export_hf(tmp_path / "run", shape, load_file(folder / "model.safetensors"), folder)
     for place in (tmp_path / "checkpoint" / "assets" / "actor", tmp_path / "out", tmp_path / "run"):
         assert (place / "tokenizer.json").is_file()

@@ -17,13 +17,14 @@ from tiny import tiny_llama
 from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.lora import LoRA
-from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
-from trialign.models.hf.convert import import_checkpoint
-from trialign.models.hf.save import export_checkpoint
-from trialign.models.hf.table import hf_shapes, load_hf
+from trialign.models.families.registry import from_hf_dict, read_config
+from trialign.models.hf.convert import export_checkpoint, import_checkpoint
+from trialign.models.hf.load import load_hf
+from trialign.models.hf.peft import export_adapter
+from trialign.models.hf.table import hf_shapes
 from trialign.models.hf.tokenizer import read_tokenizer
-from trialign.models.lora import export_adapter
+from trialign.models.lora import TARGETS
 
 VLLM = Path(os.environ.get("TRIALIGN_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 pytestmark = pytest.mark.skipif(not VLLM.is_file(), reason="vLLM's environment is not there: make vllm")
@@ -95,7 +96,7 @@ CHATS = (
 
 def our_tokens(folder: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
     """What trialign's generator answers greedily, in fp32."""
-    model = Decoder(ModelConfig.from_hf(folder), build_mesh(), dtype=torch.float32)
+    model = Decoder(read_config(folder), build_mesh(), dtype=torch.float32)
     load_hf(model, folder)
     return answers(model, prompts, count)
 
@@ -108,7 +109,7 @@ def answers(model: Decoder, prompts: list[list[int]], count: int) -> list[list[i
 
 def random_folder(folder: Path, values: dict[str, Any]) -> Path:
     """Of a config as its publisher writes it."""
-    shapes = hf_shapes(ModelConfig.from_hf_dict(values))
+    shapes = hf_shapes(from_hf_dict(values))
     tensors = {tensor: torch.empty(shape) for tensor, shape in shapes.items()}
     shake(tensors, seed=3)
     return write_folder(folder, values, tensors)
@@ -128,7 +129,7 @@ def peer_folder(folder: Path, name: str) -> Path:
 def adapter(root: Path) -> dict[str, Any]:
     """A small LLaMA with adapters on every linear, as a checkpoint of a LoRA run gives them in PEFT's format."""
     base = tiny_llama(root / "llama", vocab_size=512, hidden_size=128, intermediate_size=256)
-    model = build(base, build_mesh(), LoRA(8, 16.0, rslora=True))
+    model = build(base, build_mesh(), LoRA(8, 16.0, TARGETS, rslora=True))
     draws = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):  # zero at the start, which changes nothing

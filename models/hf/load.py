@@ -1,0 +1,79 @@
+"""Load: a model's parameters filled from a Hugging Face folder or a checkpoint, each rank reading only its slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...engine.parallel.shard import Slot, slots
+from ..config import ModelConfig
+from ..decoder import Decoder
+from ..families.registry import family_of, head_of
+from .source import open_source, read_finite
+from .table import HEADS, hf_slices
+
+# Fields of a config that change neither a tensor's place nor a number computed with it.
+_FREE = {"architecture", "initializer_range", "bos_id", "eos_ids", "pad_id", "max_positions", "tie_embeddings"}
+
+
+def load_hf(
+    model: Decoder,
+    folder: Path | str,
+    *,
+    new_head: Literal["refuse", "zero", "normal"] = "refuse",
+    into: Iterable[Slot] | None = None,
+) -> None:
+    """Fills the model's parameters, each rank reading only its slices, converted to the parameters' dtype.
+
+    Args:
+        folder: config.json and safetensors, one file or several with an index; or a checkpoint of a run.
+        new_head: how a "score" head begins when the folder holds a causal language model: "refuse", "zero", or
+            "normal" with standard deviation 1/(hidden + 1), so that values begin near 0; equal on all ranks.
+        into: what is filled instead of the model: the optimizer's masters, with what the model's dtype cut off.
+
+    Raises:
+        ValueError: before any parameter is changed: a file or tensor that is missing, truncated, of another shape or
+            not of the model; a config.json that disagrees with the model's; a head that is not there. A NaN or an
+            infinity in a tensor, as it is read.
+    """
+    source = open_source(folder)
+    folder, config = Path(folder), source.config
+    _same_sizes(config, model.config, folder)
+    found = head_of(config)
+    if model.kind == "lm" and found == "score":
+        raise ValueError(f"{folder}: {config.architecture} has a score head; a language model needs lm_head.weight")
+    fresh = model.kind == "score" and found == "lm"
+    if fresh and new_head == "refuse":
+        expected = family_of(config).architecture("score")
+        raise ValueError(f"{folder}: {config.architecture} has no score.weight; expected {expected}")
+
+    table = hf_slices(model.config, model.kind)
+    for name, piece, sink in slots(model) if into is None else into:
+        rows = table.get((name, piece.part))
+        if rows is None:  # an adapter's
+            continue
+        if fresh and rows.tensor == HEADS["score"].tensor:
+            draws = torch.randn(piece.global_shape, generator=torch.Generator().manual_seed(0))
+            cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            sink.copy_(draws[cut] / (config.hidden_size + 1) if new_head == "normal" else torch.zeros(piece.shape))
+        elif into is None or source.dtype(rows) != model.dtype:
+            numbers = read_finite(source, folder, rows, piece.offset, piece.shape)
+            # By way of float32, as masters go: float64 rounded twice may differ.
+            sink.copy_(numbers.float() if numbers.dtype == torch.float64 != model.dtype else numbers)
+
+
+def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None:
+    family, wanted = family_of(found), family_of(expected)
+    if family is not wanted:
+        raise ValueError(f"{folder}: a {family.name} model, expected {wanted.name}")
+    both_lm = head_of(found) == head_of(expected) == "lm"
+    for key in (*(f.name for f in fields(ModelConfig) if f.name not in _FREE), *["tie_embeddings"] * both_lm):
+        theirs, ours = getattr(found, key), getattr(expected, key)
+        if key == "moe" and theirs is not None and ours is not None:  # a run may weigh the router's losses as it likes
+            theirs = replace(theirs, aux_coef=ours.aux_coef, z_coef=ours.z_coef)
+        if theirs != ours:
+            raise ValueError(f"{folder}: {key}={theirs}, the model has {ours}")
