@@ -54,7 +54,7 @@ def find_gguf() -> Path:
 
 def incomplete(folder: Path) -> str | None:
     """Why `folder` is not a whole model folder, None when it is: every file there, the tensors as long as they say."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, safe_open  # a complete folder needs nothing heavier
 
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
@@ -75,7 +75,7 @@ def load_tokenizer(gguf: Path):
 
     transformers reads vocabulary and merges but not `tokenizer.ggml.pre`; without it digits beyond ASCII differ.
     """
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence  # where a complete folder is reused, not needed
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
@@ -91,7 +91,7 @@ def convert(gguf: Path, folder: Path) -> None:
     Raises:
         ValueError: the saved tokenizer does not give the same ids, or its end token is not the chat's.
     """
-    import torch
+    import torch  # where a complete folder is reused, not needed
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     tokenizer = load_tokenizer(gguf)

@@ -1,4 +1,4 @@
-"""The laws of the tree: who imports whom, how long a file is, what no folder holds; and links lead somewhere."""
+"""Laws of the tree: order of imports, no circles, length of files, links in texts that lead somewhere."""
 
 import ast
 import importlib.machinery
@@ -87,6 +87,73 @@ def test_imports_follow_the_order_of_the_folders():
 )
 def test_the_import_law_tells_right_from_wrong(path: str, source: str, lawful: bool):
     assert (not faults(Path(path), source)) == lawful
+
+
+def executed(tree: ast.Module) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """The import statements outside `if TYPE_CHECKING:`, each with whether it stands in a function."""
+
+    def walk(node: ast.AST, inside: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child, inside
+            elif not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
+                yield from walk(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    return walk(tree, False)
+
+
+PRODUCT = {  # dotted name -> file
+    ".".join(("trialign", *path.relative_to(ROOT).with_suffix("").parts)): path
+    for path in SOURCES
+    if path.relative_to(ROOT).parts[0] != "tests"
+}
+
+
+def imported_files(module: str, path: Path) -> set[str]:
+    """The files of the product that a file imports, at its top or in a function."""
+    found, package = set(), module.split(".")[:-1]
+    for node in (node for node, _ in executed(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)):
+        base = ".".join((*package[: len(package) + 1 - node.level], *([node.module] if node.module else [])))
+        base = base if node.level else node.module or ""
+        found |= {name if (name := f"{base}.{alias.name}") in PRODUCT else base for alias in node.names}
+    return found & PRODUCT.keys()
+
+
+def test_no_circles_of_imports():
+    graph = {module: imported_files(module, path) for module, path in PRODUCT.items()}
+    assert graph["trialign.models.hf.source"] >= {"trialign.models.hf.gguf", "trialign.models.hf.table"}
+    while free := [module for module in graph if not graph[module] & graph.keys()]:
+        for module in free:
+            del graph[module]
+    assert not graph, f"in a circle, or above one: {', '.join(graph)}"
+
+
+# Files whose imports within functions have no reason beside them yet; none may be added.
+WITHOUT_REASONS = {
+    *(f"algorithms/data/{name}.py" for name in ("arrow", "chat", "dialogues", "sources")),
+    "algorithms/rewards/math/symbolic.py",
+    "benchmarks/trl_side.py",
+    "engine/logging.py",
+    "launch/report/curves.py",
+}
+
+
+def unexplained(source: str) -> list[int]:
+    """Lines of imports within functions that have no comment on the line or on the one before; a block has one."""
+    lines, explained, found = ["", *source.splitlines()], set(), []
+    for node, inside in executed(ast.parse(source)):
+        comment = any("#" in line for line in lines[node.lineno : (node.end_lineno or 0) + 1])
+        if inside and not (comment or "#" in lines[node.lineno - 1] or node.lineno - 1 in explained):
+            found.append(node.lineno)
+        elif inside:
+            explained.add(node.end_lineno)
+    return found
+
+
+def test_imports_within_functions_have_their_reason_beside_them():
+    lines = {str(path.relative_to(ROOT)): unexplained(path.read_text()) for path in PRODUCT.values()}
+    assert {name for name, found in lines.items() if found} == WITHOUT_REASONS, lines
+    assert unexplained("def f():\n    import a  # slow\n    import b\n    x = 1\n    import c\n") == [5]
 
 
 def test_no_file_passes_500_lines():

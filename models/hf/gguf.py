@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor
 
 from ..families.registry import from_hf_dict
@@ -86,7 +87,7 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         try:
-            import gguf
+            import gguf  # nothing else needs the package
         except ImportError:
             raise ValueError(f"{path}: GGUF files need the package gguf: pip install gguf") from None
         if not path.is_file():
@@ -211,15 +212,13 @@ class GGUFFile:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """As transformers makes it, with the split into single digits that it does not read for "smollm"."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # takes seconds
 
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
         except Exception as error:  # the tokenizers library raises its own kinds, none of which names the file
             raise ValueError(f"{self.path}: no tokenizer can be read from it: {error}") from error
         if self._value("tokenizer.ggml.pre") == "smollm":
-            from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
             tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
                 [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
             )

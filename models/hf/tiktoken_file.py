@@ -9,10 +9,8 @@ from __future__ import annotations
 import base64
 import binascii
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 NAME = "qwen.tiktoken"
 PATTERN = (
@@ -45,8 +43,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 def rank_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a rank file: the pair that makes the lowest rank is merged first."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # takes seconds
 
     ranks, letter = read_ranks(path), bytes_to_unicode()
 

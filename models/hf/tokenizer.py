@@ -10,12 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.message import DecodeError
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers.pre_tokenizers import Metaspace, Sequence
+
 from ..config import ModelConfig
 from ..folder import model_folder, read_json
 from .tiktoken_file import END, NAME, rank_tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 SPACE = "▁"  # sentencepiece's mark for a space
@@ -45,8 +49,7 @@ def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, or it needs code from the folder, or it cannot be read as it was meant.
     """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds
 
     folder = model_folder(folder)
     made = made_tokenizer(folder)
@@ -119,7 +122,7 @@ def made_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 def _for_transformers(built: Tokenizer, specials: dict[str, str], folder: Path) -> PreTrainedTokenizerBase:
     """A tokenizer of transformers, with the chat template and what else the folder says."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # takes seconds
 
     settings = _settings(folder)
     options = {key: settings[key] for key in _KEPT if settings.get(key) is not None}
@@ -139,9 +142,6 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it is no byte-pair model of sentencepiece, or what is built cuts a text in another way.
     """
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import processors
-
     path, settings = folder / "tokenizer.model", _settings(folder)
     built, specials = _byte_pair(path, settings.get("legacy") is not False)
     _add_tokens(built, folder)
@@ -178,8 +178,6 @@ def _special_tokens(built: Tokenizer, folder: Path) -> dict[str, str]:
 
 def _add_tokens(built: Tokenizer, folder: Path) -> None:
     """Appends the tokens a fine-tune has behind those of its model, under the ids it gives them."""
-    from tokenizers import AddedToken
-
     path = folder / "added_tokens.json"
     tokens = {
         i: AddedToken(token, normalized=False) for token, i in (read_json(path) if path.is_file() else {}).items()
@@ -202,11 +200,6 @@ def _byte_pair(path: Path, legacy: bool) -> tuple[Tokenizer, dict[str, str]]:
     Args:
         legacy: text behind a special token begins with a space, as that at the start does.
     """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-    from tokenizers.pre_tokenizers import Metaspace, Sequence
-
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         proto.ParseFromString(path.read_bytes())
