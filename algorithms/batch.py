@@ -16,12 +16,18 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..engine.mesh import Axis
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Score = float | None
+"""A reward: a finite number; NaN where a scorer failed and abstains; None where the row is not its own."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,12 @@ class Rollout:
     tokens: list[int]
     logprobs: list[float]  # of the sampler, after temperature and truncation
     finish: Literal["stop", "length"]
+
+
+def response_texts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The answers in words, without special tokens and without the token that ended them, special or not."""
+    tokens = [rollout.tokens[:-1] if rollout.finish == "stop" else rollout.tokens for rollout in rollouts]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .losses.aggregation import Aggregation, token_weights
 from .losses.policy import CORRECTIONS, importance_weights
 from .losses.preference import pair_loss
 from .policy_step import segments_of, target_segments
-from .rewards.functions import RewardShaper
+from .rewards.shaping import RewardShaper
 
 
 @dataclass(frozen=True)

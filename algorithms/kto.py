@@ -8,76 +8,18 @@ a rank and any layout; z itself is the mean over the whole batch, of all DP rank
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .batch import Batch
 from .config.common import UpdateConfig
-from .config.preference import KTOLoss, LabelData
-from .data.dialogues import Encoder, Sample, pack_samples
-from .data.preferences import Labeled, read_labeled
-from .data.sources import RowReader
-from .data.streams import RowStream
+from .config.preference import KTOLoss
+from .data.dialogues import Sample, pack_samples
 from .dpo import answer_sums
 from .losses.preference import kto_loss, kto_reference, ranked_right
 from .micro_batch import plan_scoring
 from .roles.role import Learner, Role, Share, Stats, target_logprobs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-def partners(pool: Sequence[Sample]) -> list[int]:
-    """Whose answer each row's prompt is measured with: the number of the next row, in a circle, whose prompt differs.
-
-    Raises:
-        ValueError: all prompts are equal; names the sources.
-    """
-    prompts = [sample.tokens[: sample.mask.index(1)].tobytes() for sample in pool]
-    if len(set(prompts)) < 2:
-        sources = ", ".join(dict.fromkeys(sample.where.rpartition(":")[0] for sample in pool))
-        raise ValueError(
-            f"data source {sources}: all {len(pool)} answers are to one prompt: KTO's reference point is measured on"
-            " answers put to another's"
-        )
-    found, other = [], next(i for i, prompt in enumerate(prompts) if prompt != prompts[-1])
-    for i in reversed(range(len(pool))):
-        following = (i + 1) % len(pool)
-        other = following if prompts[following] != prompts[i] else other
-        found.append(other)
-    return found[::-1]
-
-
-class LabeledStream(RowStream[Labeled]):
-    """Labeled answers as a stream.
-
-    Attributes:
-        partners: of each pool, what `partners` gives.
-
-    Raises:
-        ValueError: as RowStream; all labels are the same, over all sources, or all prompts of a pool.
-    """
-
-    def __init__(self, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        self.encoder, reader = Encoder(config, tokenizer, stop_ids), RowReader()
-        load = lambda source: read_labeled(source, config, self.encoder, reader)  # noqa: E731
-        super().__init__(config, load, lambda row: row.lengths, seed, "labeled answers", reader)
-        labels = [row.desirable for row in self.rows()]
-        if len(set(labels)) == 1:
-            raise ValueError(
-                f"data source {', '.join(config.sources)}: all {len(labels)} answers to learn from have the label"
-                f" {labels[0]}: there is nothing to tell apart"
-            )
-        self.wanted = sum(labels)
-        self.partners = [partners([row.sample for row in pool]) for pool in self.pools]
-
-    def amount(self) -> str:
-        return f"{super().amount()}, {self.wanted} of them wanted"
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}{self.encoder}"
 
 
 def pack_labeled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:

@@ -22,8 +22,7 @@ from trialign.algorithms.config.common import (
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions, GRPORollout, GRPORun
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss, PairData
 from trialign.algorithms.config.sft import SFTData, SFTRun
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
-from trialign.algorithms.data.dialogues import Sample, pack_samples
+from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 from trialign.algorithms.data.preferences import Pair, PairStream, mismatched
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.sources import read_rows
@@ -33,11 +32,12 @@ from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sum
 from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.policy_step import plan as plan_minibatches
 from trialign.algorithms.reward_model import pack_pairs, pair_step
-from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.rewards.scorer import Scorer
+from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_decoder, build_group_roles, build_learner, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Learner
 from trialign.algorithms.rollout.groups import make_groups
-from trialign.algorithms.rollout.sync import Scorer, sample, sampling_params
+from trialign.algorithms.rollout.sync import sample, sampling_params
 from trialign.algorithms.sft import sft_step
 from trialign.engine.generation.embedded import Generator
 from trialign.engine.mesh import Mesh, build_mesh

@@ -22,16 +22,17 @@ from common.online import say_encoders
 from common.run import Run, start
 from common.supervised import SupervisedRun, supervised_run
 from report.curves import SFT_PANELS, answer_table, completion_table, response_text
-from trialign.algorithms.batch import Rollout, from_rollouts
+from trialign.algorithms.batch import Rollout, from_rollouts, response_texts
 from trialign.algorithms.config.conditional import ConditionalConfig, check_conditional
 from trialign.algorithms.data.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
 from trialign.algorithms.data.dialogues import Encoder, Sample, pack_samples
 from trialign.algorithms.data.sources import RowReader
 from trialign.algorithms.micro_batch import plan, plan_scoring
 from trialign.algorithms.rewards.encoder import Policy, reward_encoders
+from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.rollout.sync import Scorer, sample, texts_of
+from trialign.algorithms.rollout.sync import sample
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.parallel.collectives import gather_objects
@@ -147,7 +148,7 @@ def answers(work: SupervisedRun[ConditionedRows], rewards: Rewards) -> list[list
     greedy = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(run.show_tokens, room)), stop_ids=work.ends)
     with work.run.progress.work("answers"):
         rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
-    texts = texts_of(rollouts, work.tokenizer)
+    texts = response_texts(rollouts, work.tokenizer)
     texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
     wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)
     scores = rewards.scores(rollouts) if rewards.config.reward.names else [None] * len(rollouts)

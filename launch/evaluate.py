@@ -28,12 +28,11 @@ from common.online import OnlineRun
 from common.run import Run, start
 from report.curves import estimate_table, sample_table
 from rich.console import Console
-from trialign.algorithms.batch import Batch, Prompt
+from trialign.algorithms.batch import Batch, Prompt, response_texts
 from trialign.algorithms.config.evaluate import EvaluateConfig, check_evaluate
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
-from trialign.algorithms.data.dialogues import pack_samples
+from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
 from trialign.algorithms.data.documents import TextStream, pack_rows
-from trialign.algorithms.data.responses import write_rows
+from trialign.algorithms.data.text_files import write_jsonl
 from trialign.algorithms.metrics import (
     Estimate,
     mean_of_prompts,
@@ -45,7 +44,7 @@ from trialign.algorithms.metrics import (
 )
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.rollout.sync import sample, texts_of
+from trialign.algorithms.rollout.sync import sample
 from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
 
@@ -118,7 +117,7 @@ class Evaluated:
             rewards = answering.scorer.combined(scores)
             for reason in answering.scorer.failures():  # there are none but on the first rank
                 self._say(f"abstains: {reason}")
-        texts = texts_of(rollouts, self.tokenizer)
+        texts = response_texts(rollouts, self.tokenizer)
         return [
             {
                 "model": self.folder,
@@ -255,7 +254,7 @@ def main(run: Run[Any]) -> None:
 
 def write(folder: Path, answers: dict[str, Answers], results: dict[str, Estimates]) -> None:
     """completions.jsonl and results.json, each written aside and swapped in whole."""
-    write_rows(folder / "completions.jsonl", (answer for own in answers.values() for answer in own))
+    write_jsonl(folder / "completions.jsonl", (answer for own in answers.values() for answer in own))
     table = {
         model: {name: {key: known(v) for key, v in value._asdict().items()} for name, value in numbers.items()}
         for model, numbers in results.items()

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from trialign.algorithms.batch import Score
+
 import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
 
 import sys
@@ -21,7 +23,7 @@ from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.config.grpo import GRPOConfig, check
 from trialign.algorithms.grpo import GroupRoles, score, update, with_advantages
 from trialign.algorithms.policy_step import plan, without
-from trialign.algorithms.rewards.functions import RewardShaper, Score
+from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_group_roles, read_shapes
 from trialign.algorithms.rollout.groups import Group, GroupPool, make_groups
 from trialign.algorithms.rollout.sync import sample

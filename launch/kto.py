@@ -19,9 +19,9 @@ from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import KTOConfig, check_kto
 from trialign.algorithms.data.dialogues import Sample, pack_samples
-from trialign.algorithms.data.preferences import Labeled, mismatched
+from trialign.algorithms.data.preferences import LabeledResponse, LabeledStream, mismatched
 from trialign.algorithms.dpo import with_reference
-from trialign.algorithms.kto import LabeledStream, held_out, kto_step, pack_labeled, reference_point, sums_of
+from trialign.algorithms.kto import held_out, kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.micro_batch import plan
 
 FACTS = {"loss": "loss {:.4f}", "margin": "margin {:+.3f}", "eval_accuracy": "held out {:.3f}"}
@@ -62,7 +62,7 @@ class References:
         sums = work.reference_sums(asked, lambda sample: (sample,), read)
         self.sums, self.other_sums, self.unseen_sums = sums.split([len(drawn), len(drawn), len(unseen)])
 
-    def _row(self, place: tuple[int, int]) -> Labeled:
+    def _row(self, place: tuple[int, int]) -> LabeledResponse:
         pool, row = place
         return self.data.pools[pool][row]
 
@@ -77,7 +77,7 @@ class References:
         """The rows that are held out, with theirs."""
         return self._pack(self.data.held_out, self.unseen_sums) if self.data.held_out else None
 
-    def _pack(self, rows: list[Labeled], sums: Tensor) -> Batch:
+    def _pack(self, rows: list[LabeledResponse], sums: Tensor) -> Batch:
         batch = pack_labeled([row.sample for row in rows], [row.desirable for row in rows])
         return with_reference(batch, sums).to(self.device)
 

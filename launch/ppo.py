@@ -19,11 +19,11 @@ from common.run import Run, start
 from report.curves import PPO_PANELS, completion_table
 from trialign.algorithms.batch import from_rollouts
 from trialign.algorithms.config.ppo import PPOConfig, check
-from trialign.algorithms.data.prompts import TextDataset
+from trialign.algorithms.data.documents import TextDataset
 from trialign.algorithms.losses.kl import KLController
 from trialign.algorithms.policy_step import plan, without
 from trialign.algorithms.ppo import Roles, score, update, with_rewards
-from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_roles, read_shapes
 from trialign.algorithms.rollout.sync import sample
 from trialign.models.flops import forward_flops

@@ -21,26 +21,27 @@ import torch
 from common.online import OnlineRun, summary
 from common.run import Run, start
 from report.curves import Line, Panel, completion_table
-from trialign.algorithms.batch import Batch
+from trialign.algorithms.batch import Batch, response_texts
 from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
 from trialign.algorithms.data.dialogues import pack_samples
 from trialign.algorithms.data.responses import (
-    Answer,
-    Rounds,
-    drawn,
-    make_answers,
-    matches,
-    read_round,
-    winners,
-    write_round,
+    Response,
+    RoundSizes,
+    make_responses,
+    pick,
+    picked_pairs,
+    picked_samples,
+    read_responses,
+    rows_of_step,
+    write_responses,
 )
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import pack_pairs
-from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_decoder, build_learner, read_shapes
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.rollout.sync import sample, texts_of
+from trialign.algorithms.rollout.sync import sample
 from trialign.algorithms.sft import sft_step
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.models.flops import forward_flops
@@ -79,10 +80,11 @@ class RejectionRun(OnlineRun):
         self.steps = config.round.count * self.per_round
         self.learner = build_learner(policy, config.optimizer, self.steps, ema_decay=config.update.ema_decay)
         self.attach(self.learner, models)
-        rounds = Rounds(config.round.method, self.per_round, config.round.prompts * config.rollout.samples_per_prompt)
+        responses = config.round.prompts * config.rollout.samples_per_prompt
+        rounds = RoundSizes(config.round.method, self.per_round, responses)
         self.parts = {"data": self.dataset, "rounds": rounds}
 
-    def answers(self, run: Run[RejectionConfig], number: int) -> tuple[list[Answer], dict[str, float]]:
+    def answers(self, run: Run[RejectionConfig], number: int) -> tuple[list[Response], dict[str, float]]:
         """A round's answers, and what they were like. Collective.
 
         The round in which a run is resumed is found in its folder, made by the weights of the checkpoint if none of its
@@ -92,7 +94,7 @@ class RejectionRun(OnlineRun):
         resumed = run.record.found is not None and run.step == self.first_step
         if resumed and not begun:  # to be answered in another way
             resumed = not any(change.startswith(("model.", "rollout.", "reward.")) for change in run.record.changes)
-        mine = read_round(path) if resumed and self.mesh.is_main and path.exists() else None
+        mine = read_responses(path) if resumed and self.mesh.is_main and path.exists() else None
         kept = gather_objects(mine, self.mesh.world)[0]
         if kept is None and begun:
             raise ValueError(f"{path}: is not there, but the run is to go on within this round")
@@ -110,34 +112,35 @@ class RejectionRun(OnlineRun):
             combined = self.scorer.combined(scores)
             self.say_failures(run)
             rewards = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
-            texts = texts_of(rollouts, self.tokenizer)
-            answers = make_answers(rollouts, texts, rewards, scores, self.config.round.method)
+            texts = response_texts(rollouts, self.tokenizer)
+            answers = make_responses(rollouts, texts, rewards, scores)
+            pick(answers, [rollout.prompt.index for rollout in rollouts], self.config.round.method)
             self._add_references(answers)
             phase.tokens = sum(lengths)
         if self.mesh.is_main:
-            write_round(path, answers)
+            write_responses(path, answers)
         best = [answer.reward for answer in answers if answer.picked == "best" and answer.reward is not None]
         about = {"reward_picked": fmean(best), "picked": sum(bool(answer.picked) for answer in answers)}
         return answers, summary(rollouts, scores, combined, rewards) | about
 
-    def _add_references(self, answers: list[Answer]) -> None:
+    def _add_references(self, answers: list[Response]) -> None:
         """Notes what the policy, which is the round's reference, gives the answers that DPO learns from. Collective."""
         if self.config.round.method == "dpo" and not self.config.loss.reference_free:
-            pairs, _ = matches(answers)
+            pairs, _ = picked_pairs(answers)
             sums = iter(reference_sums(self.learner, pairs, self.config.update).view(-1, 2).T.tolist())
             for picked in ("best", "worst"):
                 for answer, value in zip([a for a in answers if a.picked == picked], next(sums), strict=True):
                     answer.reference = value
 
-    def batch(self, answers: list[Answer], number: int, step: int) -> Batch:
+    def batch(self, answers: list[Response], number: int, step: int) -> Batch:
         """What a step of a round learns from."""
         config = self.config
         if config.round.method == "sft":
-            samples = winners(answers)
-            mine = drawn(len(samples), config.run.seed, number, step, config.update.batch_size)
+            samples = picked_samples(answers)
+            mine = rows_of_step(len(samples), config.run.seed, number, step, config.update.batch_size)
             return pack_samples([samples[i] for i in mine])
-        pairs, sums = matches(answers)
-        mine = drawn(len(pairs), config.run.seed, number, step, config.update.batch_size)
+        pairs, sums = picked_pairs(answers)
+        mine = rows_of_step(len(pairs), config.run.seed, number, step, config.update.batch_size)
         return with_reference(pack_pairs([pairs[i] for i in mine]), torch.tensor([sums[i] for i in mine]).flatten())
 
 

@@ -33,11 +33,11 @@ from common.run_record import write_whole
 from report.html import page
 from trialign.algorithms.config.common import RunConfig
 from trialign.algorithms.config.rlhf import RLHFConfig, Stages, check_rlhf, prompt_files, stages
-from trialign.algorithms.data.labeling import read_labeled, split_prompts
-from trialign.algorithms.data.prompts import PromptDataset
-from trialign.algorithms.data.responses import as_line, write_rows
+from trialign.algorithms.data.prompts import PromptDataset, split_prompts
+from trialign.algorithms.data.responses import read_sampled_pairs
+from trialign.algorithms.data.text_files import json_line, write_jsonl
+from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import load_tokenizer, read_shape
-from trialign.algorithms.rollout.sync import Scorer
 from trialign.engine.config import flatten
 from trialign.engine.logging import read_metrics
 from trialign.engine.parallel.collectives import gather_objects
@@ -45,7 +45,7 @@ from trialign.engine.parallel.collectives import gather_objects
 MAINS: dict[str, Callable[[Run[Any]], None]] = {
     "sft": sft.main,
     "preferences": labeling.main,
-    "reward": partial(reward.main, read=read_labeled),
+    "reward": partial(reward.main, read=read_sampled_pairs),
     "ppo": ppo.main,
     "evaluation": evaluate.main,
 }
@@ -85,8 +85,8 @@ def prepare(run: Run[Any]) -> None:
         sides = split_prompts(config.prompts, config.run.seed)
         for path, rows in zip(map(Path, prompt_files(config)), sides, strict=True):
             if run.record.found is None or not path.exists():
-                write_rows(path, rows)
-            elif path.read_text(encoding="utf-8") != "".join(map(as_line, rows)):
+                write_jsonl(path, rows)
+            elif path.read_text(encoding="utf-8") != "".join(map(json_line, rows)):
                 raise ValueError(
                     f"prompts.sources={config.prompts.sources}: their rows, or how they are split, have changed since"
                     f" the run began with those in {path}; a new run.output begins anew"

@@ -31,7 +31,7 @@ from trialign.algorithms.batch import micro_batches, pack
 from trialign.algorithms.config.common import ModelPaths, ParallelConfig, RunConfig, require
 from trialign.algorithms.data.chat import read_messages
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, parse_tools
-from trialign.algorithms.rewards.worker import brief
+from trialign.algorithms.rewards.worker import describe_error
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
 from trialign.engine.config import parse
@@ -173,7 +173,7 @@ def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:
             except ValueError as error:
                 return 400, {"error": str(error)}
             except Exception as error:
-                return 500, {"error": brief(error)}
+                return 500, {"error": describe_error(error)}
 
         def answer(self, code: int, what: dict[str, Any]) -> None:
             body = json.dumps(what).encode()

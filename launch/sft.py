@@ -14,11 +14,11 @@ import sys
 from common.run import Run, start
 from common.supervised import SupervisedRun, supervised_run
 from report.curves import SFT_PANELS, answer_table, response_text
+from trialign.algorithms.batch import response_texts
 from trialign.algorithms.config.sft import SFTConfig, check
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
-from trialign.algorithms.data.dialogues import pack_samples
+from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
 from trialign.algorithms.micro_batch import plan
-from trialign.algorithms.rollout.sync import sample, texts_of
+from trialign.algorithms.rollout.sync import sample
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.generation.embedded import Generator, SamplingParams
 
@@ -64,7 +64,7 @@ def answers(work: SupervisedRun[DialogueDataset]) -> list[list[str]]:
     greedy = SamplingParams(temperature=0.0, max_new_tokens=min(run.show_tokens, room), stop_ids=work.ends)
     with work.run.progress.work("answers"):
         rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
-    texts = texts_of(rollouts, work.tokenizer)
+    texts = response_texts(rollouts, work.tokenizer)
     texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
     wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)
     return [list(row) for row in zip((prompt.text for prompt, _ in prompts), wanted, texts, strict=True)]

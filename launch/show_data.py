@@ -33,13 +33,11 @@ from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.config.rlhf import RLHFConfig
 from trialign.algorithms.config.sft import SFTConfig, SFTData
 from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
-from trialign.algorithms.data.dialogues import Encoder, Sample
-from trialign.algorithms.data.documents import TextStream
-from trialign.algorithms.data.preferences import PairStream, read_steps
-from trialign.algorithms.data.prompts import PromptDataset, TextDataset
+from trialign.algorithms.data.dialogues import DialogueDataset, Encoder, Sample, joined
+from trialign.algorithms.data.documents import TextDataset, TextStream
+from trialign.algorithms.data.preferences import LabeledStream, PairStream, read_steps
+from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.streams import RowStream
-from trialign.algorithms.kto import LabeledStream
 from trialign.algorithms.roles.build import load_tokenizer
 from trialign.engine.config import load, parse
 from trialign.models.families.registry import read_config

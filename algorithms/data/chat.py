@@ -29,7 +29,7 @@ def column(where: str, row: dict[str, Any], key: str, knob: str) -> Any:
     return row[key]
 
 
-def brief(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -58,14 +58,14 @@ def _each(where: str, value: list[Any]) -> Iterator[tuple[Message, bool]]:
     for number, message in enumerate(value):
         message = from_sharegpt(f"{where}[{number}]", message)
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}[{number}] must be a message {{role, content}}, not {brief(message)}")
+            raise ValueError(f"{where}[{number}] must be a message {{role, content}}, not {shorten(message)}")
         message = {key: own for key, own in message.items() if own is not None}
         learned = _is_learned(f"{where}[{number}]", message)
         message = {key: own for key, own in message.items() if key not in LEARNED}
         role, calls = message["role"], message.get("tool_calls")
         content = message.get("content", "" if calls else None)
         if not isinstance(content, str):
-            raise ValueError(f"{where}[{number}] ({role}): its content must be a string, not {brief(content)}")
+            raise ValueError(f"{where}[{number}] ({role}): its content must be a string, not {shorten(content)}")
         if role == "assistant" and not content.strip() and not calls:
             raise ValueError(f"{where}[{number}] (assistant) is empty")
         yield {**message, "content": content}, learned
@@ -79,9 +79,9 @@ def _is_learned(where: str, message: Message) -> bool:
     """
     role, weight, train = message["role"], message.get("weight"), message.get("train")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
-        raise ValueError(f"{where} ({role}): weight={brief(weight)}: must be 0 (not learned) or 1 (learned)")
+        raise ValueError(f"{where} ({role}): weight={shorten(weight)}: must be 0 (not learned) or 1 (learned)")
     if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{where} ({role}): train={brief(train)}: must be true or false")
+        raise ValueError(f"{where} ({role}): train={shorten(train)}: must be true or false")
     if weight is not None and train is not None and bool(weight) != train:
         raise ValueError(f"{where} ({role}): weight={weight} and train={train}: must say the same")
     if role != "assistant" and (weight or train):
@@ -103,7 +103,7 @@ def read_prompt(where: str, row: dict[str, Any], key: str, config: DataConfig) -
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
         allowed = "a string or a list of {role, content} messages"
-        raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(prompt)}")
+        raise ValueError(f"{where}: {key!r} must be {allowed}, not {shorten(prompt)}")
     if not config.chat_template:
         raise ValueError(f"{where}: {key!r} is a list of messages: needs {config.section}.chat_template=true")
     return read_messages(f"{where}: {key!r}", prompt)
@@ -122,7 +122,7 @@ def read_tools(where: str, row: dict[str, Any], config: DataConfig) -> list[Any]
         except ValueError as error:
             raise ValueError(f"{where}: 'tools' is {error}") from None
     if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"{where}: 'tools' must be a list of function descriptions, not {brief(tools)}")
+        raise ValueError(f"{where}: 'tools' must be a list of function descriptions, not {shorten(tools)}")
     if tools and not config.chat_template:
         raise ValueError(f"{where}: 'tools' is not empty: needs {config.section}.chat_template=true")
     return tools

@@ -5,19 +5,19 @@ The model learns which answers earn which reward; asked with the best one, it an
 
 from __future__ import annotations
 
+import statistics
 import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..batch import Prompt, Rollout
-from ..config.conditional import ConditionConfig, RewardedData
-from .chat import brief, column
+from ..config.conditional import CONDITION, ConditionConfig, RewardedData
+from .chat import column, shorten
 from .dialogues import Dialogue, Encoder, Sample
 from .preferences import read_answer
-from .selection import Scored, conditioned
+from .responses import Scored
 from .sources import Read, RowReader, read_rows
 from .streams import RowStream
 
@@ -68,7 +68,7 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
         reward = column(where, row, config.reward_key, "data.reward_key") if given else None
         limit = sys.float_info.max  # an integer may be larger than any float
         if given and (isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= limit):
-            raise ValueError(f"{where}: {config.reward_key!r} must be a finite number, not {brief(reward)}")
+            raise ValueError(f"{where}: {config.reward_key!r} must be a finite number, not {shorten(reward)}")
         own = (config.prompt_key, config.response_key)
         fields = {key: value for key, value in row.items() if key not in own}
         rows.append(Rewarded(dialogue, fields, None if reward is None else float(reward)))
@@ -87,6 +87,32 @@ def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rol
     return made
 
 
+def conditioned(answers: Sequence[Scored], normalize: bool = False, template: str = CONDITION) -> list[Scored]:
+    """The same answers with their reward written into the prompt: conditional SFT (https://arxiv.org/abs/2308.12050).
+
+    Args:
+        normalize: rewards less their mean, over their deviation (unbiased).
+        template: with {input} and {reward}, which is written with two decimals.
+
+    Raises:
+        ValueError: a template without {input} or {reward}; rewards that do not differ, so that they cannot be scaled.
+    """
+    for field in ("{input}", "{reward}"):
+        if field not in template:
+            raise ValueError(f"template={template!r}: {field} must stand in it")
+    rewards = [answer.reward for answer in answers]
+    if normalize:
+        deviation = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+        if deviation == 0:
+            raise ValueError(f"{len(rewards)} rewards are all {rewards[:1]}: they have no deviation to divide by")
+        mean = statistics.fmean(rewards)
+        rewards = [(reward - mean) / deviation for reward in rewards]
+    return [
+        Scored(template.replace("{input}", answer.prompt).replace("{reward}", f"{reward:.2f}"), answer.response, reward)
+        for answer, reward in zip(answers, rewards, strict=True)
+    ]
+
+
 def bucketed(rewards: Sequence[float], count: int) -> list[float]:
     """Each reward's bucket, named by the mean of its rewards: equally many rewards a bucket, equal ones in the same.
 
@@ -99,7 +125,7 @@ def bucketed(rewards: Sequence[float], count: int) -> list[float]:
         raise ValueError(
             f"{len(rewards)} rewards fall into one of condition.buckets={count}: they do not differ enough"
         )
-    means = {b: fmean(r for r, own in zip(rewards, buckets, strict=True) if own == b) for b in set(buckets)}
+    means = {b: statistics.fmean(r for r, own in zip(rewards, buckets, strict=True) if own == b) for b in set(buckets)}
     return [means[bucket] for bucket in buckets]
 
 

@@ -11,16 +11,18 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ...engine.mesh import Mesh
 from ..batch import Batch, deal_micro_batches, pack
 from ..config.common import UpdateConfig
 from ..config.pretrain import TextData
 from ..roles.role import Share
-from .chat import brief, column
+from .chat import column, shorten
 from .encoding import encode_documents
 from .sources import Read, RowReader
 from .streams import RowStream, check_left
@@ -31,18 +33,18 @@ if TYPE_CHECKING:
 CHUNK = 1000  # documents tokenized at once
 
 
-class Piece(NamedTuple):
+class Passage(NamedTuple):
     """A document, or a part of one."""
 
     tokens: array[int]
     where: str  # as text.jsonl:12
 
 
-Pack = list[Piece]
+PackedRow = list[Passage]
 """A row: pieces of at most `data.max_tokens` tokens together."""
 
 
-def pack_tokens(row: Pack) -> int:
+def pack_tokens(row: PackedRow) -> int:
     """Tokens of a row."""
     return sum(len(piece.tokens) for piece in row)
 
@@ -56,7 +58,7 @@ def read_texts(source: str, config: TextData, read: Read) -> Iterator[tuple[str,
     for where, row in read(source, config.keys):
         text = column(where, row, config.text_key, f"{config.section}.text_key")
         if not isinstance(text, str):
-            raise ValueError(f"{where}: {config.text_key!r} must be a string, not {brief(text)}")
+            raise ValueError(f"{where}: {config.text_key!r} must be a string, not {shorten(text)}")
         yield where, text
 
 
@@ -66,14 +68,14 @@ def cut(document: Sequence[int], length: int) -> Iterator[Sequence[int]]:
         yield document[begin : begin + length]
 
 
-def pieces(documents: Sequence[Piece], length: int) -> list[Piece]:
+def passages(documents: Sequence[Passage], length: int) -> list[Passage]:
     """All documents' pieces of at most `length` tokens."""
-    return [Piece(array("i", part), d.where) for d in documents for part in cut(d.tokens, length)]
+    return [Passage(array("i", part), d.where) for d in documents for part in cut(d.tokens, length)]
 
 
-def fill(parts: Sequence[Piece], budget: int) -> list[Pack]:
+def fill(parts: Sequence[Passage], budget: int) -> list[PackedRow]:
     """The pieces in rows of at most `budget` tokens: longest first, each into the fullest row that has room for it."""
-    rows: list[Pack] = []
+    rows: list[PackedRow] = []
     open_rows: dict[int, list[int]] = {}  # room -> rows that have it
     rooms: list[int] = []  # keys of open_rows, in order
     for piece in sorted(parts, key=lambda piece: -len(piece.tokens)):
@@ -96,7 +98,7 @@ def fill(parts: Sequence[Piece], budget: int) -> list[Pack]:
     return rows
 
 
-class TextStream(RowStream[Pack]):
+class TextStream(RowStream[PackedRow]):
     """The rows of continued pretraining as a stream.
 
     Args:
@@ -119,15 +121,15 @@ class TextStream(RowStream[Pack]):
         self.documents = sum(map(len, learned.values()))
         self.cut = sum(len(d.tokens) > config.max_tokens for documents in learned.values() for d in documents)
         packed = {
-            source: fill(pieces(documents, config.max_tokens), config.max_tokens)
+            source: fill(passages(documents, config.max_tokens), config.max_tokens)
             for source, documents in learned.items()
         }
         # What is held out is whole documents, chosen before they are packed.
         rest = replace(config, sources=tuple(packed), eval_sources=(), eval_fraction=0.0)
         super().__init__(rest, packed.__getitem__, lambda row: [pack_tokens(row)], seed, reader=reader)
-        self.held_out = fill(pieces(unseen, config.max_tokens), config.max_tokens)
+        self.held_out = fill(passages(unseen, config.max_tokens), config.max_tokens)
 
-    def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[Piece]:
+    def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[Passage]:
         """The documents of a source that are long enough."""
         documents = list(tokenize_texts(read_texts(source, config, read), tokenizer))
         if not documents:
@@ -152,14 +154,14 @@ class TextStream(RowStream[Pack]):
         return text
 
 
-def tokenize_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+def tokenize_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
     """Each document whole, its end of sequence included; an empty one has nothing else."""
     waiting: list[tuple[str, str]] = []
 
-    def flush() -> Iterator[Piece]:
+    def flush() -> Iterator[Passage]:
         encoded = encode_documents(tokenizer, [text for _, text in waiting])
         for (where, text), ids in zip(waiting, encoded, strict=True):
-            yield Piece(array("i", ids if text.strip() else ids[-1:]), where)
+            yield Passage(array("i", ids if text.strip() else ids[-1:]), where)
         waiting.clear()
 
     for document in texts:
@@ -170,8 +172,8 @@ def tokenize_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokeni
 
 
 def hold_out(
-    documents: Mapping[str, list[Piece]], config: TextData, seed: int
-) -> tuple[dict[str, list[Piece]], list[Piece]]:
+    documents: Mapping[str, list[Passage]], config: TextData, seed: int
+) -> tuple[dict[str, list[Passage]], list[Passage]]:
     """(the documents to learn from, by source; those held out): a share chosen by the seed, at least one.
 
     Raises:
@@ -186,13 +188,13 @@ def hold_out(
     return rest, [documents[source][i] for source, i in sorted(chosen)]
 
 
-def pack_rows(rows: Sequence[Pack]) -> Batch:
+def pack_rows(rows: Sequence[PackedRow]) -> Batch:
     """The batch of these rows, a sample a piece; all tokens are targets but each piece's first."""
     pieces = [piece for row in rows for piece in row]
     return pack([piece.tokens.tolist() for piece in pieces]).with_(names=tuple(piece.where for piece in pieces))
 
 
-def plan_rows(rows: Sequence[Pack], update: UpdateConfig, mesh: Mesh) -> list[Share]:
+def plan_rows(rows: Sequence[PackedRow], update: UpdateConfig, mesh: Mesh) -> list[Share]:
     """This DP rank's micro-batches of `pack_rows(rows)`: whole rows, equally many a rank or one more.
 
     Raises:
@@ -202,3 +204,57 @@ def plan_rows(rows: Sequence[Pack], update: UpdateConfig, mesh: Mesh) -> list[Sh
     cuts = deal_micro_batches(range(len(rows)), lengths, mesh.dp, update.micro_batch_size, update.micro_batch_tokens)
     first = np.cumsum([0, *map(len, rows)])  # sample with which each row begins
     return [[sample for row in part for sample in range(first[row], first[row + 1])] for part in cuts]
+
+
+class TextDataset:
+    """An endless, seeded stream of packed text for the pretraining mix: documents in shuffled order, an end of sequence
+    after each, cut into sequences of equal length.
+
+    Args:
+        length: tokens of a sequence.
+
+    Raises:
+        ValueError: the source is missing, empty or malformed, or has less text than one sequence; the tokenizer has no
+            end of sequence.
+    """
+
+    def __init__(self, source: str, key: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
+        self._reader = RowReader()
+        rows = list(self._reader(source, {"text_key": key}))
+        texts = [column(where, row, key, "data.ptx_key") for where, row in rows]
+        for (where, _), text in zip(rows, texts, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {key!r} must be a string, not {shorten(text)}")
+        self._documents = [np.array(document, np.int64) for document in encode_documents(tokenizer, texts)]
+        self.tokens = sum(len(document) for document in self._documents)
+        if self.tokens < length:
+            raise ValueError(f"data source {source}: {self.tokens} tokens are less than one sequence of {length}")
+        self.length, self._seed, self._position = length, seed, 0
+        self._epoch, self._stream = -1, np.empty(0, np.int64)
+
+    def next(self, count: int) -> Tensor:
+        """The next sequences: [count, length] int64."""
+        return torch.from_numpy(np.stack([self._draw() for _ in range(count)]))
+
+    def _draw(self) -> np.ndarray:
+        epoch, place = divmod(self._position, self.tokens // self.length)  # an epoch's last, short sequence is left out
+        if epoch != self._epoch:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._documents))
+            self._epoch, self._stream = epoch, np.concatenate([self._documents[i] for i in order])
+        self._position += 1
+        return self._stream[place * self.length : (place + 1) * self.length]
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, and in which text, for a checkpoint."""
+        return {"position": self._position, "tokens": self.tokens, "digests": self._reader.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            ValueError: the text is not what it was then.
+        """
+        if state["tokens"] != self.tokens:
+            raise ValueError(f"the text has changed since the checkpoint: {state['tokens']} tokens, now {self.tokens}")
+        self._reader.check(state.get("digests", ()))
+        self._position = state["position"]

@@ -19,7 +19,6 @@ from ..config.preference import LabelData, PairData, StepData
 from .chat import (
     Message,
     answered,
-    brief,
     column,
     learned_messages,
     need_template,
@@ -27,6 +26,7 @@ from .chat import (
     read_prompt,
     read_tools,
     render_prompt,
+    shorten,
     users_words,
     with_system_prompt,
 )
@@ -56,7 +56,7 @@ class Pair(NamedTuple):
         return len(self.chosen.tokens), len(self.rejected.tokens)
 
 
-class Labeled(NamedTuple):
+class LabeledResponse(NamedTuple):
     """An answer that is wanted or not."""
 
     sample: Sample
@@ -113,7 +113,7 @@ def read_pairs(source: str, config: PairData, encoder: Encoder, read: Read = rea
 def _margin(where: str, row: dict[str, Any], key: str) -> float:
     margin = column(where, row, key, "data.margin_key") if key else 0.0
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= sys.float_info.max:
-        raise ValueError(f"{where}: {key!r} must be a number of at least 0, not {brief(margin)}")
+        raise ValueError(f"{where}: {key!r} must be a number of at least 0, not {shorten(margin)}")
     return float(margin)
 
 
@@ -151,7 +151,7 @@ def read_answer(
             raise ValueError(f"{where}: {key!r}: its answer has weight 0: there is nothing to learn")
     else:
         allowed = "a string or a list of {role, content} messages"
-        raise ValueError(f"{where}: {key!r} must be {allowed}, not {brief(answer)}")
+        raise ValueError(f"{where}: {key!r} must be {allowed}, not {shorten(answer)}")
     if len(messages) > 1 and prompt and not begins(messages, prompt):
         raise ValueError(
             f"{where}: {key!r} holds {len(messages)} messages that do not begin with {config.prompt_key!r}: give the"
@@ -195,7 +195,7 @@ def split_turns(where: str, key: str, text: str) -> list[Message]:
     if len(parts) < 3 or parts[0].strip():
         raise ValueError(
             f"{where}: {key!r} is neither an answer to a prompt column nor a dialogue that begins with"
-            f" '\\n\\nHuman:'; it is {brief(text)}"
+            f" '\\n\\nHuman:'; it is {shorten(text)}"
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
@@ -204,16 +204,18 @@ def split_turns(where: str, key: str, text: str) -> list[Message]:
     ]
 
 
-def read_labeled(source: str, config: LabelData, encoder: Encoder, read: Read = read_rows) -> list[Labeled]:
+def read_labeled_responses(
+    source: str, config: LabelData, encoder: Encoder, read: Read = read_rows
+) -> list[LabeledResponse]:
     """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
     dialogues, labels = [], []
     for where, row in read(source, config.keys):
         dialogues.append(read_answer(where, row, config.response_key, "response_key", config))
         label = column(where, row, config.label_key, "data.label_key")
         if not is_label(label):
-            raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {brief(label)}")
+            raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {shorten(label)}")
         labels.append(bool(label))
-    return [Labeled(*row) for row in zip(encoder.responses(dialogues), labels, strict=True)]
+    return [LabeledResponse(*row) for row in zip(encoder.responses(dialogues), labels, strict=True)]
 
 
 def is_label(value: Any) -> bool:
@@ -230,6 +232,57 @@ def mismatched(sample: Sample, other: Sample, limit: int) -> Sample:
     answer = slice(begin, begin + max(1, limit - len(prompt)))
     mask = bytes(len(prompt)) + other.mask[answer]
     return Sample(prompt + other.tokens[answer], mask, sample.text, f"{sample.where} with the answer of {other.where}")
+
+
+def partners(pool: Sequence[Sample]) -> list[int]:
+    """Whose answer each row's prompt is measured with: the number of the next row, in a circle, whose prompt differs.
+
+    Raises:
+        ValueError: all prompts are equal; names the sources.
+    """
+    prompts = [sample.tokens[: sample.mask.index(1)].tobytes() for sample in pool]
+    if len(set(prompts)) < 2:
+        sources = ", ".join(dict.fromkeys(sample.where.rpartition(":")[0] for sample in pool))
+        raise ValueError(
+            f"data source {sources}: all {len(pool)} answers are to one prompt: KTO's reference point is measured on"
+            " answers put to another's"
+        )
+    found, other = [], next(i for i, prompt in enumerate(prompts) if prompt != prompts[-1])
+    for i in reversed(range(len(pool))):
+        following = (i + 1) % len(pool)
+        other = following if prompts[following] != prompts[i] else other
+        found.append(other)
+    return found[::-1]
+
+
+class LabeledStream(RowStream[LabeledResponse]):
+    """LabeledResponse answers as a stream.
+
+    Attributes:
+        partners: of each pool, what `partners` gives.
+
+    Raises:
+        ValueError: as RowStream; all labels are the same, over all sources, or all prompts of a pool.
+    """
+
+    def __init__(self, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
+        self.encoder, reader = Encoder(config, tokenizer, stop_ids), RowReader()
+        load = lambda source: read_labeled_responses(source, config, self.encoder, reader)  # noqa: E731
+        super().__init__(config, load, lambda row: row.lengths, seed, "labeled answers", reader)
+        labels = [row.desirable for row in self.rows()]
+        if len(set(labels)) == 1:
+            raise ValueError(
+                f"data source {', '.join(config.sources)}: all {len(labels)} answers to learn from have the label"
+                f" {labels[0]}: there is nothing to tell apart"
+            )
+        self.wanted = sum(labels)
+        self.partners = [partners([row.sample for row in pool]) for pool in self.pools]
+
+    def amount(self) -> str:
+        return f"{super().amount()}, {self.wanted} of them wanted"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self.encoder}"
 
 
 class Steps(NamedTuple):
@@ -257,9 +310,9 @@ def read_steps(
         steps = column(where, row, config.steps_key, f"{config.section}.steps_key")
         labels = column(where, row, config.labels_key, f"{config.section}.labels_key")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
-            raise ValueError(f"{where}: {config.steps_key!r} must be a list of steps in words, not {brief(steps)}")
+            raise ValueError(f"{where}: {config.steps_key!r} must be a list of steps in words, not {shorten(steps)}")
         if not isinstance(labels, list) or not all(map(is_label, labels)):
-            raise ValueError(f"{where}: {config.labels_key!r} must be a list of true and false, not {brief(labels)}")
+            raise ValueError(f"{where}: {config.labels_key!r} must be a list of true and false, not {shorten(labels)}")
         if len(labels) != len(steps):
             raise ValueError(f"{where}: {len(steps)} steps but {len(labels)} labels")
         text = render_prompt(where, prompt, tokenizer, tools) if config.chat_template else prompt[-1]["content"]

@@ -6,19 +6,18 @@ with the same data it goes on exactly there.
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..batch import Prompt
 from ..config.common import PromptData
+from ..config.rlhf import PromptsConfig
 from .chat import (
-    brief,
     column,
     need_template,
     read_prompt,
@@ -27,8 +26,9 @@ from .chat import (
     users_words,
     with_system_prompt,
 )
-from .encoding import encode_documents, encode_prompts
-from .sources import Read, RowReader
+from .encoding import encode_prompts
+from .sources import Read, RowReader, read_rows
+from .streams import Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,63 +111,6 @@ class PromptDataset:
         self._reader.check(state.get("digests", ()))
 
 
-class Mixture:
-    """Endless, seeded draws out of pools of rows: one pool in epochs, or several, each draw picking one by chance.
-
-    Args:
-        sizes: rows of each pool.
-        weights: how likely each pool is; none where there is one.
-        rows: what the rows are, for messages.
-    """
-
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, rows: str = "rows"):
-        self.sizes, self.weights, self.rows = list(sizes), weights, rows
-        self.drawn = 0
-        self._seed = seed
-        self._order = [_Order(size, (seed, number)) for number, size in enumerate(sizes)]
-
-    def next(self) -> tuple[int, int]:
-        """(pool, row in it)."""
-        pool = 0
-        if self.weights:  # keyed by the draw, so that going on needs no generator's state
-            pool = int(np.random.default_rng((self._seed, self.drawn)).choice(len(self.weights), p=self.weights))
-        self.drawn += 1
-        return pool, self._order[pool].next()
-
-    def state(self) -> dict[str, Any]:
-        """Where the stream is, for a checkpoint."""
-        return {"drawn": self.drawn, "positions": [order.position for order in self._order], "rows": self.sizes}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
-
-        Raises:
-            ValueError: the pools are not what they were then.
-        """
-        if state["rows"] != self.sizes:
-            raise ValueError(
-                f"the {self.rows} have changed since the checkpoint: {state['rows']} rows, now {self.sizes}"
-            )
-        self.drawn = state["drawn"]
-        for order, position in zip(self._order, state["positions"], strict=True):
-            order.position = position
-
-
-class _Order:
-    """Endless shuffled indices below `size`: each epoch is a permutation of its own, found from seed and epoch."""
-
-    def __init__(self, size: int, seed: tuple[int, ...]):
-        self.size, self.seed, self.position = size, seed, 0
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
-
-    def next(self) -> int:
-        epoch, place = divmod(self.position, self.size)
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, np.random.default_rng((*self.seed, epoch)).permutation(self.size)
-        self.position += 1
-        return int(self._permutation[place])
-
-
 def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[_Item]:
     """All prompts of a source, over-long ones too, tokenized."""
     rows = list(read(source, config.keys))
@@ -187,55 +130,24 @@ def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenize
     ]
 
 
-class TextDataset:
-    """An endless, seeded stream of packed text for the pretraining mix: documents in shuffled order, an end of sequence
-    after each, cut into sequences of equal length.
-
-    Args:
-        length: tokens of a sequence.
+def split_prompts(config: PromptsConfig, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows of prompts to learn from, rows held out), in the order of the data; equal prompts go to the same side.
 
     Raises:
-        ValueError: the source is missing, empty or malformed, or has less text than one sequence; the tokenizer has no
-            end of sequence.
+        ValueError: a source cannot be read or lacks the column, or one of the sides would be empty.
     """
-
-    def __init__(self, source: str, key: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
-        self._reader = RowReader()
-        rows = list(self._reader(source, {"text_key": key}))
-        texts = [column(where, row, key, "data.ptx_key") for where, row in rows]
-        for (where, _), text in zip(rows, texts, strict=True):
-            if not isinstance(text, str):
-                raise ValueError(f"{where}: {key!r} must be a string, not {brief(text)}")
-        self._documents = [np.array(document, np.int64) for document in encode_documents(tokenizer, texts)]
-        self.tokens = sum(len(document) for document in self._documents)
-        if self.tokens < length:
-            raise ValueError(f"data source {source}: {self.tokens} tokens are less than one sequence of {length}")
-        self.length, self._seed, self._position = length, seed, 0
-        self._epoch, self._stream = -1, np.empty(0, np.int64)
-
-    def next(self, count: int) -> Tensor:
-        """The next sequences: [count, length] int64."""
-        return torch.from_numpy(np.stack([self._draw() for _ in range(count)]))
-
-    def _draw(self) -> np.ndarray:
-        epoch, place = divmod(self._position, self.tokens // self.length)  # an epoch's last, short sequence is left out
-        if epoch != self._epoch:
-            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._documents))
-            self._epoch, self._stream = epoch, np.concatenate([self._documents[i] for i in order])
-        self._position += 1
-        return self._stream[place * self.length : (place + 1) * self.length]
-
-    def state(self) -> dict[str, Any]:
-        """Where the stream is, and in which text, for a checkpoint."""
-        return {"position": self._position, "tokens": self.tokens, "digests": self._reader.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
-
-        Raises:
-            ValueError: the text is not what it was then.
-        """
-        if state["tokens"] != self.tokens:
-            raise ValueError(f"the text has changed since the checkpoint: {state['tokens']} tokens, now {self.tokens}")
-        self._reader.check(state.get("digests", ()))
-        self._position = state["position"]
+    rows, keys = [], []
+    for source in config.sources:
+        for where, row in read_rows(source, config.keys):
+            keys.append(json.dumps(column(where, row, config.prompt_key, "prompts.prompt_key"), sort_keys=True))
+            rows.append(row)
+    distinct = list(dict.fromkeys(keys))
+    count = max(1, round(config.eval_fraction * len(distinct)))
+    if count >= len(distinct):
+        raise ValueError(
+            f"prompts.eval_fraction={config.eval_fraction} of {len(distinct)} prompts leaves none to learn from"
+        )
+    order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(distinct))
+    chosen = {distinct[i] for i in order[:count]}
+    sides = [[row for key, row in zip(keys, rows, strict=True) if (key in chosen) == out] for out in (False, True)]
+    return sides[0], sides[1]

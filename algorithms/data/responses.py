@@ -1,35 +1,74 @@
-"""A round of rejection sampling or iterative DPO: all its answers with what was picked of them, kept as JSONL.
+"""Scored responses of the policy: which of them are learned from, and the JSONL files that keep them.
 
-A line holds tokens and rewards as they were, so that a run that is resumed within a round goes on with the same rows.
+Rejection sampling learns the best response to each prompt, iterative DPO the best against the worst, and a reward model
+the pairs that a scorer has ranked. A row keeps the tokens as they were sampled: a resumed run goes on with the same
+rows, and a reward model learns at the very token that it is read at, the end of sequence of a response that ended, the
+last word of one that was cut.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from ..batch import Rollout
-from ..rewards.functions import Score
+from ..batch import Rollout, Score
 from .dialogues import Sample
 from .preferences import Pair
-from .prompts import Mixture
-from .selection import Scored, best_against_worst, best_of_n
+from .sources import Read, read_rows
+from .streams import Mixture
+from .text_files import write_jsonl
+
+
+class Scored(NamedTuple):
+    """A response with its reward."""
+
+    prompt: str
+    response: str
+    reward: float
+
+
+def by_prompt(responses: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """Prompt -> the responses to it, in the order they came in."""
+    groups: dict[str, list[Scored]] = {}
+    for response in responses:
+        groups.setdefault(response.prompt, []).append(response)
+    return groups
+
+
+def best_of_n(responses: Sequence[Scored]) -> list[Scored]:
+    """The response of the highest reward to each prompt, the first among equals; prompts in the order they came in.
+
+    Rejection sampling as in https://arxiv.org/abs/2307.09288, section 3.2.3.
+    """
+    return [max(group, key=lambda response: response.reward) for group in by_prompt(responses).values()]
+
+
+def best_against_worst(responses: Sequence[Scored], count: int = 1) -> list[tuple[Scored, Scored]]:
+    """(chosen, rejected): each prompt's best response and its worst, for iterative DPO; equal rewards give no pair.
+
+    Args:
+        count: pairs of a prompt with twice as many responses: the second best and the second worst, and so on.
+    """
+    pairs = []
+    for group in by_prompt(responses).values():
+        best, worst = sorted(group, key=lambda r: -r.reward), sorted(group, key=lambda r: r.reward)
+        pairs += [pair for pair in zip(best[:count], worst[:count], strict=True) if pair[0].reward > pair[1].reward]
+    return pairs
 
 
 @dataclass
-class Answer:
-    """An answer of a round."""
+class Response:
+    """A response as its row of a file holds it."""
 
     prompt: str
     source: str
     completion: str
-    reward: float | None  # what is compared; None where a scorer abstained
+    reward: float | None  # after shaping; None where a scorer abstained
     rewards: dict[str, float | None]
     finish: str
     picked: Literal["", "best", "worst"]
@@ -38,62 +77,41 @@ class Answer:
     reference: float | None = None  # log-probability under the policy that the round began with, where DPO needs it
 
     def sample(self) -> Sample:
-        """The answer as a row to learn from."""
-        mask = bytes(len(self.prompt_tokens)) + b"\1" * len(self.tokens)
-        return Sample(array("i", [*self.prompt_tokens, *self.tokens]), mask, self.prompt, self.source)
+        """The response as a row to learn from."""
+        return sampled_row(self.prompt_tokens, self.tokens, self.prompt, self.source)
 
 
-def make_answers(
+def sampled_row(prompt_tokens: Sequence[int], tokens: Sequence[int], prompt: str, where: str) -> Sample:
+    """A sampled response, token for token, as a row to learn from."""
+    mask = bytes(len(prompt_tokens)) + b"\1" * len(tokens)
+    return Sample(array("i", [*prompt_tokens, *tokens]), mask, prompt, where)
+
+
+def score_or_none(score: Score) -> float | None:
+    """A score as JSON has it: null where there is none."""
+    return None if score is None or math.isnan(score) else score
+
+
+def make_responses(
     rollouts: Sequence[Rollout],
     completions: Sequence[str],
     rewards: Sequence[float],
     scores: Mapping[str, Sequence[Score]],
-    method: Literal["sft", "dpo"],
-) -> list[Answer]:
-    """The answers of a round, the best of each prompt picked, for DPO the worst too.
+) -> list[Response]:
+    """Rollouts with their rewards, none of them picked.
 
     Args:
-        rewards: what is compared; NaN where there is none, and such an answer is never picked.
-        scores: by name, kept beside the answers.
-
-    Raises:
-        ValueError: nothing is to be picked.
+        completions: their texts.
+        rewards: after shaping; NaN where there is none.
+        scores: by name, kept beside.
     """
-    scored = [
-        Scored(str(rollout.prompt.index), str(i), reward)
-        for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True))
-        if not math.isnan(reward)
-    ]
-    if method == "sft":
-        picked: dict[int, Literal["best", "worst"]] = {int(best.answer): "best" for best in best_of_n(scored)}
-    else:
-        picked = {}
-        for best, worst in best_against_worst(scored):
-            picked |= {int(best.answer): "best", int(worst.answer): "worst"}
-    if not picked:
-        prompts = len({rollout.prompt.index for rollout in rollouts})
-        why = "the answers to each score the same" if scored else "no answer has a score"
-        raise ValueError(f"nothing to learn from {prompts} prompts: {why}")
-    answers = unpicked(rollouts, completions, rewards, scores)
-    for i, name in picked.items():
-        answers[i].picked = name
-    return answers
-
-
-def unpicked(
-    rollouts: Sequence[Rollout],
-    completions: Sequence[str],
-    rewards: Sequence[float],
-    scores: Mapping[str, Sequence[Score]],
-) -> list[Answer]:
-    """The answers with their rewards, as `make_answers` takes them."""
     return [
-        Answer(
+        Response(
             rollout.prompt.text,
             rollout.prompt.source,
             completion,
-            known(rewards[i]),
-            {name: known(values[i]) for name, values in scores.items()},
+            score_or_none(rewards[i]),
+            {name: score_or_none(values[i]) for name, values in scores.items()},
             rollout.finish,
             "",
             rollout.prompt.tokens,
@@ -103,25 +121,121 @@ def unpicked(
     ]
 
 
-def known(value: Score) -> float | None:
-    """A score as JSON has it: null where there is none."""
-    return None if value is None or math.isnan(value) else value
+def pick(responses: Sequence[Response], prompts: Sequence[int], method: Literal["sft", "dpo"]) -> None:
+    """Marks the best response to each prompt as picked, for DPO the worst too; one without a reward never is.
+
+    Args:
+        prompts: number of the prompt of each response.
+
+    Raises:
+        ValueError: no response can be picked.
+    """
+    scored = [
+        Scored(str(prompt), str(i), response.reward)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        if response.reward is not None
+    ]
+    best = best_of_n(scored) if method == "sft" else [chosen for chosen, _ in best_against_worst(scored)]
+    worst = [] if method == "sft" else [rejected for _, rejected in best_against_worst(scored)]
+    if not best:
+        why = "the responses to each score the same" if scored else "no response has a score"
+        raise ValueError(f"nothing to learn from {len(set(prompts))} prompts: {why}")
+    for response in best:
+        responses[int(response.response)].picked = "best"
+    for response in worst:
+        responses[int(response.response)].picked = "worst"
 
 
-def winners(answers: Sequence[Answer]) -> list[Sample]:
-    """What SFT learns."""
-    return [answer.sample() for answer in answers if answer.picked == "best"]
+def picked_samples(responses: Sequence[Response]) -> list[Sample]:
+    """Rows of SFT: the best response to each prompt."""
+    return [response.sample() for response in responses if response.picked == "best"]
 
 
-def matches(answers: Sequence[Answer]) -> tuple[list[Pair], list[tuple[float, float]]]:
-    """What DPO learns, and the reference's log-probabilities of it: best and worst of each prompt, in order."""
-    best = [answer for answer in answers if answer.picked == "best"]
-    worst = [answer for answer in answers if answer.picked == "worst"]
+def picked_pairs(responses: Sequence[Response]) -> tuple[list[Pair], list[tuple[float, float]]]:
+    """Rows of DPO and the reference's log-probabilities of them: best and worst of each prompt, in order."""
+    best = [response for response in responses if response.picked == "best"]
+    worst = [response for response in responses if response.picked == "worst"]
     pairs = [Pair(a.sample(), b.sample(), 0.0) for a, b in zip(best, worst, strict=True)]
     return pairs, [(a.reference or 0.0, b.reference or 0.0) for a, b in zip(best, worst, strict=True)]
 
 
-def drawn(rows: int, seed: int, number: int, step: int, count: int) -> list[int]:
+class LabeledPairs(NamedTuple):
+    """Rows of preferences out of scored responses, and how many responses there were."""
+
+    rows: list[dict[str, Any]]
+    counts: dict[str, int]
+
+
+def label_pairs(responses: Sequence[Response], pairs: int) -> LabeledPairs:
+    """Pairs of responses to the same prompt, the one with the higher reward chosen.
+
+    Args:
+        pairs: of a prompt; see `best_against_worst`.
+
+    Returns:
+        rows with the texts, the rewards and the tokens, and how many prompts, responses, responses without a score,
+        pairs and ties there were; a tie is two responses whose rewards are equal, and gives no row.
+    """
+    scored = [Scored(r.source, str(i), r.reward) for i, r in enumerate(responses) if r.reward is not None]
+    rows = []
+    for best, worst in best_against_worst(scored, pairs):
+        chosen, rejected = responses[int(best.response)], responses[int(worst.response)]
+        rows.append(
+            {
+                "prompt": chosen.prompt,
+                "chosen": chosen.completion,
+                "rejected": rejected.completion,
+                "chosen_reward": chosen.reward,
+                "rejected_reward": rejected.reward,
+                "source": chosen.source,
+                "prompt_tokens": chosen.prompt_tokens,
+                "chosen_tokens": chosen.tokens,
+                "rejected_tokens": rejected.tokens,
+                "chosen_finish": chosen.finish,
+                "rejected_finish": rejected.finish,
+            }
+        )
+    counts = {
+        "prompts": len({response.source for response in responses}),
+        "answers": len(responses),
+        "without_score": len(responses) - len(scored),
+        "pairs": len(rows),
+        "ties": sum(min(pairs, len(group) // 2) for group in by_prompt(scored).values()) - len(rows),
+    }
+    return LabeledPairs(rows, counts)
+
+
+def read_sampled_pairs(source: str, read: Read = read_rows) -> list[Pair]:
+    """The pairs of a file of `label_pairs`'s rows, token for token."""
+
+    def sample(row: dict[str, Any], where: str, side: str) -> Sample:
+        return sampled_row(row["prompt_tokens"], row[f"{side}_tokens"], row["prompt"], where)
+
+    return [Pair(sample(row, at, "chosen"), sample(row, at, "rejected"), 0.0) for at, row in read(source, {})]
+
+
+def write_responses(path: Path, responses: Sequence[Response]) -> None:
+    """Writes responses as JSONL."""
+    write_jsonl(path, map(asdict, responses))
+
+
+def read_responses(path: Path) -> list[Response]:
+    """The responses of a file.
+
+    Raises:
+        ValueError: a line is not a response; names the line.
+    """
+    responses = []
+    with open(path, encoding="utf-8") as file:  # its lines end at line feeds alone: what is in strings may be others
+        for number, line in enumerate(file, 1):
+            try:
+                responses.append(Response(**json.loads(line)))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: not a response: {error}") from None
+    return responses
+
+
+def rows_of_step(rows: int, seed: int, number: int, step: int, count: int) -> list[int]:
     """The rows of a step of a round, each met once before any is met again.
 
     Args:
@@ -134,54 +248,17 @@ def drawn(rows: int, seed: int, number: int, step: int, count: int) -> list[int]
     return [draws.next()[1] for _ in range(count)]
 
 
-def write_round(path: Path, answers: Sequence[Answer]) -> None:
-    """Keeps a round."""
-    write_rows(path, map(asdict, answers))
+class RoundSizes:
+    """Sizes of a run's rounds, in its checkpoints: a resume must cut the run into the same ones."""
 
-
-def as_line(row: object) -> str:
-    """A row as a line of JSONL. What JSON has no form for, a date for instance, becomes a string."""
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
-
-
-def write_rows(path: Path, rows: Iterable[object]) -> None:
-    """JSONL, written aside, then swapped in whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.new")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(map(as_line, rows))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def read_round(path: Path) -> list[Answer]:
-    """A round as it was kept.
-
-    Raises:
-        ValueError: a line is not an answer; names the line.
-    """
-    answers = []
-    with open(path, encoding="utf-8") as file:  # its lines end at line feeds alone: what is in strings may be others
-        for number, line in enumerate(file, 1):
-            try:
-                answers.append(Answer(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not an answer of a round: {error}") from None
-    return answers
-
-
-class Rounds:
-    """What a checkpoint knows of its rounds: a resume must cut the run into the same ones."""
-
-    def __init__(self, method: str, steps: int, answers: int):
-        self.facts = {"method": method, "steps_per_round": steps, "answers": answers}
+    def __init__(self, method: str, steps: int, responses: int):
+        self.sizes = {"method": method, "steps_per_round": steps, "answers": responses}
 
     def state(self) -> dict[str, str | int]:
         """For a checkpoint."""
-        return self.facts
+        return self.sizes
 
     def load_state(self, state: dict[str, str | int]) -> None:
         """Raises ValueError where the run was begun with other rounds."""
-        if state != self.facts:
-            raise ValueError(f"the run was begun with rounds of {state}, now {self.facts}")
+        if state != self.sizes:
+            raise ValueError(f"the run was begun with rounds of {state}, now {self.sizes}")

@@ -8,10 +8,66 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ..config.data import RowData
-from .prompts import Mixture
 from .sources import RowReader
 
 Row = TypeVar("Row")
+
+
+class Mixture:
+    """Endless, seeded draws out of pools of rows: one pool in epochs, or several, each draw picking one by chance.
+
+    Args:
+        sizes: rows of each pool.
+        weights: how likely each pool is; none where there is one.
+        rows: what the rows are, for messages.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, rows: str = "rows"):
+        self.sizes, self.weights, self.rows = list(sizes), weights, rows
+        self.drawn = 0
+        self._seed = seed
+        self._order = [_Order(size, (seed, number)) for number, size in enumerate(sizes)]
+
+    def next(self) -> tuple[int, int]:
+        """(pool, row in it)."""
+        pool = 0
+        if self.weights:  # keyed by the draw, so that going on needs no generator's state
+            pool = int(np.random.default_rng((self._seed, self.drawn)).choice(len(self.weights), p=self.weights))
+        self.drawn += 1
+        return pool, self._order[pool].next()
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for a checkpoint."""
+        return {"drawn": self.drawn, "positions": [order.position for order in self._order], "rows": self.sizes}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            ValueError: the pools are not what they were then.
+        """
+        if state["rows"] != self.sizes:
+            raise ValueError(
+                f"the {self.rows} have changed since the checkpoint: {state['rows']} rows, now {self.sizes}"
+            )
+        self.drawn = state["drawn"]
+        for order, position in zip(self._order, state["positions"], strict=True):
+            order.position = position
+
+
+class _Order:
+    """Endless shuffled indices below `size`: each epoch is a permutation of its own, found from seed and epoch."""
+
+    def __init__(self, size: int, seed: tuple[int, ...]):
+        self.size, self.seed, self.position = size, seed, 0
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def next(self) -> int:
+        epoch, place = divmod(self.position, self.size)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, np.random.default_rng((*self.seed, epoch)).permutation(self.size)
+        self.position += 1
+        return int(self._permutation[place])
 
 
 def check_left(config: RowData, before: Sequence[int], left: Sequence[int], noun: str) -> None:

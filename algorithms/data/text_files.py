@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
 import sys
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -215,3 +216,19 @@ def _opened(path: Path) -> Iterator[TextIO]:
         raise ValueError(f"data source {path}: not a whole gzip file: {error}") from None
     except OSError as error:
         raise ValueError(f"data source {path}: {error.strerror or error}") from None
+
+
+def json_line(row: object) -> str:
+    """A row as a line of JSONL. Values that JSON has no form for, a date for instance, become strings."""
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> None:
+    """JSONL, written aside, then swapped in whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.new")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.writelines(map(json_line, rows))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -24,8 +24,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from ..batch import Prompt
-from .functions import Score
+from ..batch import Prompt, Score
 
 T = TypeVar("T")
 LONGEST = 1 << 24
@@ -38,7 +37,7 @@ class NoAnswer(Exception):
     """No answer this time; another try may get one."""
 
 
-class RewardServer:
+class RewardClient:
     """Scores by HTTP.
 
     Args:

@@ -52,7 +52,7 @@ def load(spec: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
             sys.path.insert(0, os.getcwd())
             module = importlib.import_module(place)
     except BaseException as error:
-        raise ValueError(f"cannot import {place}: {brief(error)}") from None
+        raise ValueError(f"cannot import {place}: {describe_error(error)}") from None
     function = getattr(module, name, None)
     if not callable(function):
         named = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
@@ -85,13 +85,13 @@ def check(function: Callable[..., Any], fields: dict[str, list], count: int) -> 
     try:
         reasons = list(function(**accepted(function, fields)))
     except Exception as error:
-        raise ValueError(f"its check raised {brief(error)}") from None
+        raise ValueError(f"its check raised {describe_error(error)}") from None
     if len(reasons) != count or not all(reason is None or isinstance(reason, str) for reason in reasons):
         raise ValueError(f"its check returned {shown(reasons)}: must be None or a reason for each of {count} rows")
     return [(row, reason) for row, reason in enumerate(reasons) if reason is not None]
 
 
-def brief(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception in a line, with the line of the file it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
@@ -123,7 +123,9 @@ def score(
     try:
         given = called(function, prompts, completions, fields)
     except Exception as error:
-        raise Raised(f"raised {brief(error)} for {culprit(function, prompts, completions, sources, fields)}") from None
+        raise Raised(
+            f"raised {describe_error(error)} for {culprit(function, prompts, completions, sources, fields)}"
+        ) from None
     try:
         given = list(given)
     except TypeError:

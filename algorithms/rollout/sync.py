@@ -1,29 +1,19 @@
-"""Prompt to rollout, rollout to scores: each DP rank answers and scores its part, then every rank holds the whole."""
+"""Prompts to rollouts: each DP rank samples its part, then every rank holds the whole."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from ...engine.generation.embedded import Generator, Interrupted, SamplingParams
-from ...engine.mesh import Axis, Mesh
+from ...engine.mesh import Axis
 from ...engine.parallel.collectives import gather_objects
-from ..batch import Batch, Prompt, Rollout, pack
-from ..config.common import RewardConfig, RolloutConfig
-from ..rewards.encoder import ChatEncoder, completion_of
-from ..rewards.functions import RewardFunction, Score, combine
-from ..rewards.http import RewardServer
-from ..rewards.worker import brief
-from ..roles.role import Role, Share
+from ..batch import Prompt, Rollout
+from ..config.common import RolloutConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
-LARGEST = 3.4e38
-"""Size of the largest score: what is learned from is float32."""
 
 
 def my_part(count: int, dp: Axis) -> slice:
@@ -75,185 +65,3 @@ def stop_tokens(stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> 
     """What ends an answer, for a run's first line: each token with its id."""
     names = [f"{name} ({i})" for i, name in zip(stop_ids, tokenizer.convert_ids_to_tokens(list(stop_ids)), strict=True)]
     return f"stop tokens: {', '.join(names) or 'none, so every answer is cut'}"
-
-
-def texts_of(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The answers in words, without special tokens and without the token that ended them, special or not."""
-    tokens = [rollout.tokens[:-1] if rollout.finish == "stop" else rollout.tokens for rollout in rollouts]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-
-class Scorer:
-    """All rewards of a run: functions in processes of their own, models on the mesh, servers elsewhere.
-
-    A function is called once a step, on the first rank, with the whole batch: one that looks across its rows (a rank, a
-    diversity bonus) means the same in every layout. So are servers, in requests of `server_batch` rows.
-
-    Args:
-        tokenizer: the policy's.
-        encoders: of the reward models that do not read the policy's tokens, by folder (`reward_encoders`); they score
-            what was sampled decoded, and encoded again.
-
-    Raises:
-        ValueError: a function cannot be loaded; on every rank.
-    """
-
-    def __init__(
-        self,
-        config: RewardConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        mesh: Mesh,
-        encoders: Mapping[str, ChatEncoder] | None = None,
-    ):
-        self.config, self.tokenizer, self.mesh, self.encoders = config, tokenizer, mesh, encoders or {}
-        self.functions: list[RewardFunction] = []
-        self.servers: list[RewardServer] = []
-        self._unscored: list[str] = []  # why samples are without a score that a scorer gave
-
-        def start() -> None:
-            abstain, sizes = (
-                config.on_failure == "abstain",
-                {"batch": config.server_batch, "tries": config.server_tries},
-            )
-            for spec in config.functions:
-                self.functions.append(RewardFunction(spec, config.time_limit, abstain=abstain))
-            for url in config.servers:
-                self.servers.append(RewardServer(url, config.time_limit, abstain=abstain, **sizes))
-
-        self._on_first_rank(start)
-
-    def check(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """Before the run, and before a model is loaded: whether the functions can score these rows. Collective.
-
-        Args:
-            rows: where each was read, and its columns.
-
-        Raises:
-            ValueError: they cannot, on every rank; names the row.
-        """
-        if self.config.functions:
-            known = list(rows)
-            self._on_first_rank(lambda: [function.check(known) for function in self.functions])
-
-    def __call__(
-        self, rollouts: Sequence[Rollout], batch: Batch, models: Sequence[Role], shares: Sequence[Share]
-    ) -> dict[str, list[Score]]:
-        """Every reward's name -> its scores, one a sample, in the order of the config's weights.
-
-        Args:
-            models: the reward models, in the order of the config.
-            shares: this DP rank's micro-batches of `batch`.
-
-        Raises:
-            ValueError: a scorer failed, on every rank; names scorer and rows.
-        """
-
-        def call() -> list[list[Score]]:
-            prompts = [rollout.prompt for rollout in rollouts]
-            finished = [rollout.finish == "stop" for rollout in rollouts]
-            texts = texts_of(rollouts, self.tokenizer)
-            by_function = [function.score(prompts, texts) for function in self.functions]
-            return by_function + [server.score(prompts, texts, finished) for server in self.servers]
-
-        called = self._on_first_rank(call)
-        unread: dict[str, dict[int, str]] = {}  # model -> samples that it cannot read, and why
-        by_model: list[list[Score]] = [
-            self._by_model(name, model, rollouts, batch, shares, unread.setdefault(name, {}))
-            for name, model in zip(self.config.models, models, strict=True)
-        ]
-        functions = len(self.config.functions)
-        kinds = ["reward function"] * functions + ["reward model"] * len(by_model)
-        kinds += ["reward server"] * len(self.config.servers)
-        scores = called[:functions] + by_model + called[functions:]
-        for kind, name, own in zip(kinds, self.config.names, scores, strict=True):
-            self._check(f"{kind} {name}", own, rollouts, unread.get(name, {}), may_abstain=kind != "reward model")
-        nobodys = [r.prompt for r, own in zip(rollouts, zip(*scores, strict=True), strict=True) if set(own) == {None}]
-        if nobodys and self.mesh.is_main:
-            rows = list(dict.fromkeys(prompt.source or f"prompt {prompt.index}" for prompt in nobodys))
-            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-            self._unscored.append(f"no scorer applies to {len(nobodys)} responses, of {', '.join(rows[:8])}{more}")
-        return dict(zip(self.config.names, scores, strict=True))
-
-    def combined(self, scores: Mapping[str, Sequence[Score]]) -> list[float]:
-        """The weighted sum of the rewards that apply, sample by sample; NaN where one abstains, or none applies."""
-        return combine(scores, self.config.weights)
-
-    def failures(self) -> list[str]:
-        """Why samples are without a score, one line each since the last call; on the first rank."""
-        told = []
-        for reasons in (self._unscored, *(scorer.failures for scorer in (*self.functions, *self.servers))):
-            told += reasons
-            reasons.clear()
-        return told
-
-    def close(self) -> None:
-        """Ends the functions' processes."""
-        for function in self.functions:
-            function.close()
-
-    def _check(
-        self,
-        scorer: str,
-        scores: list[Score],
-        rollouts: Sequence[Rollout],
-        unread: Mapping[int, str],
-        *,
-        may_abstain: bool,
-    ) -> None:
-        """Refuses scores that float32 has no finite number for, or makes them NaN where a scorer that fails abstains.
-
-        Args:
-            unread: samples that the scorer could not read and gave NaN, and why.
-            may_abstain: a NaN is no score, which is the scorer's right, as None is everyone's.
-        """
-        for i, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
-            if score is None or abs(score) <= LARGEST or (may_abstain and math.isnan(score)):
-                continue
-            where = rollout.prompt.source or f"prompt {rollout.prompt.index}"
-            why = unread.get(i, f"gave {score} for {where}: must be a finite number of float32")
-            reason = f"{scorer}: {why}"
-            if self.config.on_failure == "stop":
-                raise ValueError(reason)
-            scores[i] = math.nan
-            if self.mesh.is_main:
-                self._unscored.append(reason)
-
-    def _by_model(
-        self,
-        name: str,
-        model: Role,
-        rollouts: Sequence[Rollout],
-        batch: Batch,
-        shares: Sequence[Share],
-        unread: dict[int, str],
-    ) -> list[Score]:
-        """A model's scores; NaN for samples that its own tokenizer cannot encode, which are noted in `unread`."""
-        if name in self.encoders:
-            batch = self._encoded_again(self.encoders[name], rollouts, unread)
-        scores = model.scores(batch, shares).tolist()
-        return [math.nan if i in unread else score for i, score in enumerate(scores)]
-
-    def _encoded_again(self, encoder: ChatEncoder, rollouts: Sequence[Rollout], unread: dict[int, str]) -> Batch:
-        """The rollouts as another tokenizer's tokens; a single token for one that cannot be encoded."""
-        sequences: list[list[int]] = []
-        for i, (rollout, text) in enumerate(zip(rollouts, texts_of(rollouts, self.tokenizer), strict=True)):
-            try:
-                sequences.append(encoder.within_positions(completion_of(rollout, text)))
-            except ValueError as error:
-                unread[i] = str(error)
-                sequences.append([encoder.end])
-        return pack(sequences).to(self.mesh.device)
-
-    def _on_first_rank(self, work: Callable[[], T]) -> T:
-        """What `work` gives there, on every rank; where it raises, whatever it is, every rank does: the others wait."""
-        outcome: tuple[T | None, str | None] = None, None
-        if self.mesh.is_main:
-            try:
-                outcome = work(), None
-            except Exception as error:
-                self.close()
-                outcome = None, str(error) if isinstance(error, ValueError) else brief(error)
-        result, failure = gather_objects(outcome, self.mesh.world)[0]
-        if failure is not None:
-            raise ValueError(failure)
-        return result

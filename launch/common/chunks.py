@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trialign.algorithms.data.responses import write_rows
+from trialign.algorithms.data.text_files import write_jsonl
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.storage.safetensors_io import sha256
 
@@ -64,8 +64,8 @@ class ChunkStore:
 
         def write() -> None:
             if not self.folder.exists():
-                write_rows(self.folder / "asked.jsonl", [self.facts])
-            write_rows(self.folder / f"{name}.jsonl", rows)
+                write_jsonl(self.folder / "asked.jsonl", [self.facts])
+            write_jsonl(self.folder / f"{name}.jsonl", rows)
 
         self.run.on_all_ranks(lambda: write() if self.run.mesh.is_main else None)
 
@@ -79,7 +79,7 @@ class ChunkStore:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a file that `write_rows` wrote."""
+    """The rows of a file that `write_jsonl` wrote."""
     with open(path, encoding="utf-8") as file:  # its lines end at line feeds alone: what is in strings may be others
         return [json.loads(line) for line in file]
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
+from trialign.algorithms.batch import response_texts
 from trialign.algorithms.config.rlhf import PreferencesConfig
-from trialign.algorithms.data.labeling import label
-from trialign.algorithms.data.responses import read_round, unpicked, write_round, write_rows
-from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.data.responses import label_pairs, make_responses, read_responses, write_responses
+from trialign.algorithms.data.text_files import write_jsonl
+from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_decoder, read_shapes
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.rollout.sync import sample, texts_of
+from trialign.algorithms.rollout.sync import sample
 from trialign.engine.config import flatten
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.models.config import HeadKind
@@ -68,8 +69,8 @@ def main(run: Run[Any]) -> None:
         for reason in answering.scorer.failures():
             progress.say(f"abstains: {reason}")
         if mesh.is_main:
-            texts = texts_of(rollouts, answering.tokenizer)
-            write_round(run.folder / f"part_{part}.jsonl", unpicked(rollouts, texts, rewards, scores))
+            texts = response_texts(rollouts, answering.tokenizer)
+            write_responses(run.folder / f"part_{part}.jsonl", make_responses(rollouts, texts, rewards, scores))
             shown = [reward for reward in rewards if reward == reward]
             progress.update(part + 1, {"reward": fmean(shown) if shown else float("nan")})
     run.on_all_ranks(lambda: finish(run.folder, config, parts) if mesh.is_main else None)
@@ -101,17 +102,17 @@ def finish(folder: Path, config: PreferencesConfig, parts: int) -> None:
     Raises:
         ValueError: there are no pairs to learn from, or none that are held out.
     """
-    answers = [answer for part in range(parts) for answer in read_round(folder / f"part_{part}.jsonl")]
+    answers = [answer for part in range(parts) for answer in read_responses(folder / f"part_{part}.jsonl")]
     counts = {}
     for source in config.data.sources:
         side = Path(source).stem
         own = [answer for answer in answers if Path(answer.source.rpartition(":")[0]).stem == side]
-        labels = label(own, config.run.pairs)
+        labels = label_pairs(own, config.run.pairs)
         counts[side] = labels.counts
-        if not labels.pairs:
+        if not labels.rows:
             raise ValueError(
                 f"no preferences: of {labels.counts['answers']} answers to the prompts in {source},"
                 f" {labels.counts['without_score']} have no score and the others tie"
             )
-        write_rows(folder / f"{side}.jsonl", labels.pairs)
+        write_jsonl(folder / f"{side}.jsonl", labels.rows)
     (folder / "counts.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")

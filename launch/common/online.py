@@ -9,14 +9,14 @@ from statistics import fmean
 from typing import Protocol
 
 from report.curves import Answer, response_text
-from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
+from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, response_texts
 from trialign.algorithms.config.common import PromptData, RewardConfig, RolloutConfig
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.encoder import ChatEncoder, Policy, reward_encoders
-from trialign.algorithms.rewards.functions import Score
+from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import load_tokenizer
 from trialign.algorithms.roles.role import Learner, Role
-from trialign.algorithms.rollout.sync import Scorer, my_part, sample, sampling_params, stop_tokens, texts_of
+from trialign.algorithms.rollout.sync import my_part, sample, sampling_params, stop_tokens
 from trialign.engine.generation.embedded import Generator
 from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
@@ -92,7 +92,7 @@ class OnlineRun:
         with self.progress.work("answers"):
             rollouts = sample(self.generator, prompts, greedy)
             combined = self.scorer.combined(self.scores(rollouts, len(rollouts)))
-        texts = texts_of(rollouts, self.tokenizer)
+        texts = response_texts(rollouts, self.tokenizer)
         named = zip(prompts, rollouts, texts, combined, strict=True)
         return [(prompt.text, response_text(text, rollout.finish), s) for prompt, rollout, text, s in named]
 

@@ -20,7 +20,7 @@ from trialign.algorithms.advantages import (
 from trialign.algorithms.losses import policy as policy_loss
 from trialign.algorithms.losses import preference
 from trialign.algorithms.losses.aggregation import Segments, token_weights
-from trialign.algorithms.rewards.functions import RunningMoments
+from trialign.algorithms.rewards.shaping import RunningMoments
 
 BASELINES: Any = ("mean", "others", "none")
 SCALES: Any = ("none", "unbiased", "population", "others", "batch")

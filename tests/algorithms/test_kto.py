@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.config.preference import DPOModels, KTOConfig, LabelData, check_kto
 from trialign.algorithms.data.dialogues import Sample
-from trialign.algorithms.kto import LabeledStream, partners
+from trialign.algorithms.data.preferences import LabeledStream, partners
 from trialign.engine.mesh import build_mesh
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"

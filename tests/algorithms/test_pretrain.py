@@ -29,14 +29,14 @@ from tiny import VOCAB, tiny_chat_model, tiny_llama, tiny_tokenizer
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.pretrain import PretrainConfig, TextData, check_pretrain
 from trialign.algorithms.data.documents import (
-    Pack,
-    Piece,
+    PackedRow,
+    Passage,
     TextStream,
     cut,
     fill,
     pack_rows,
     pack_tokens,
-    pieces,
+    passages,
     plan_rows,
 )
 from trialign.algorithms.roles.build import build_decoder, build_learner
@@ -51,8 +51,8 @@ UPDATE = UpdateConfig(batch_size=4, micro_batch_size=2)
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=40), st.integers(2, 64))
 @settings(deadline=None)
 def test_every_token_but_a_document_s_first_is_predicted_once_and_rows_keep_the_budget(lengths, budget):
-    documents = [Piece(array("i", range(n)), str(number)) for number, n in enumerate(lengths)]
-    rows = fill(pieces(documents, budget), budget)
+    documents = [Passage(array("i", range(n)), str(number)) for number, n in enumerate(lengths)]
+    rows = fill(passages(documents, budget), budget)
     assert all(pack_tokens(row) <= budget for row in rows)
     predicted = {str(number): [] for number in range(len(lengths))}
     for piece in (piece for row in rows for piece in row):
@@ -81,7 +81,7 @@ def stream(tokenizer, *sources: object, **knobs) -> TextStream:
     return TextStream(TextData(sources=tuple(map(str, sources)), **knobs), tokenizer)
 
 
-def words(rows: list[Pack], tokenizer) -> list[str]:
+def words(rows: list[PackedRow], tokenizer) -> list[str]:
     return sorted(tokenizer.decode(piece.tokens) for row in rows for piece in row)
 
 
@@ -142,12 +142,12 @@ def test_knobs_that_do_not_fit():
         check_pretrain(config, 2)
 
 
-def rows(seed: int, count: int = 4) -> list[Pack]:
+def rows(seed: int, count: int = 4) -> list[PackedRow]:
     """Rows of one to six documents of 2 to 15 tokens."""
     chance = random.Random(seed)
     return [
         [
-            Piece(array("i", [chance.randrange(3, VOCAB) for _ in range(chance.randrange(2, 16))]), f"{i}")
+            Passage(array("i", [chance.randrange(3, VOCAB) for _ in range(chance.randrange(2, 16))]), f"{i}")
             for _ in range(chance.randrange(1, 7))
         ]
         for i in range(count)

@@ -12,8 +12,7 @@ from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree
 from tiny import VOCAB, tiny_llama
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.sft import SFTData
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
-from trialign.algorithms.data.dialogues import Sample, pack_samples
+from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import held_out_loss, sft_step

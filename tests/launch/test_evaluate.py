@@ -18,7 +18,7 @@ from scripts import kill_after, launch, options, succeed
 from tiny import tiny_chat_model, tiny_llama
 from trialign.algorithms.config.evaluate import EvaluateConfig, check_evaluate
 from trialign.algorithms.config.rlhf import RLHFConfig, stages
-from trialign.algorithms.data.responses import Answer, read_round, write_round
+from trialign.algorithms.data.responses import Response, read_responses, write_responses
 from trialign.algorithms.metrics import mean_of_prompts, pass_at_k, prompt_wins, wilson, win_rate
 from trialign.engine.config import load, parse
 from trialign.engine.mesh import build_mesh
@@ -285,9 +285,9 @@ def test_what_is_kept_is_of_the_same_work_on_the_same_files(scripts, tmp_path):
     with pytest.raises(ValueError, match="data.jsonl is another"):
         kept(1).check()
     assert kept(1).read("part_0") == [text, [1, None]]
-    answer = Answer(text, "", text, 0.0, {}, "stop", "", [1], [2])
-    write_round(tmp_path / "round.jsonl", [answer] * 2)
-    assert read_round(tmp_path / "round.jsonl") == [answer] * 2
+    answer = Response(text, "", text, 0.0, {}, "stop", "", [1], [2])
+    write_responses(tmp_path / "round.jsonl", [answer] * 2)
+    assert read_responses(tmp_path / "round.jsonl") == [answer] * 2
 
 
 def test_prompts_with_too_few_scored_answers_are_counted(scripts):

@@ -13,7 +13,15 @@ from scripts import AXES, agree, digests, kill_after, launch, metrics, options, 
 from tiny import tiny_chat_model, tiny_llama
 from trialign.algorithms.batch import Prompt, Rollout
 from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
-from trialign.algorithms.data.responses import drawn, make_answers, matches, read_round, winners, write_round
+from trialign.algorithms.data.responses import (
+    make_responses,
+    pick,
+    picked_pairs,
+    picked_samples,
+    read_responses,
+    rows_of_step,
+    write_responses,
+)
 from trialign.engine.config import load, parse
 from trialign.engine.storage.checkpoint import Reader
 
@@ -31,28 +39,30 @@ def rollouts() -> list[Rollout]:
 
 def made(rewards: list[float], method: str):
     done = rollouts()
-    return make_answers(done, [str(r.tokens[0]) for r in done], rewards, {"f": rewards}, method)  # pyright: ignore
+    responses = make_responses(done, [str(r.tokens[0]) for r in done], rewards, {"f": rewards})
+    pick(responses, [r.prompt.index for r in done], method)  # pyright: ignore
+    return responses
 
 
 def test_the_best_of_each_prompt_and_the_first_among_equals():
     answers = made([1, 3, 2, 5, 5, NAN, 0, -1, 0], "sft")
     assert [a.completion for a in answers if a.picked] == ["1", "10", "20"]
-    assert [list(sample.tokens) for sample in winners(answers)] == [[5, 6, 1, 2], [5, 7, 10, 2], [5, 8, 20, 2]]
-    assert all(list(sample.mask) == [0, 0, 1, 1] for sample in winners(answers))
+    assert [list(sample.tokens) for sample in picked_samples(answers)] == [[5, 6, 1, 2], [5, 7, 10, 2], [5, 8, 20, 2]]
+    assert all(list(sample.mask) == [0, 0, 1, 1] for sample in picked_samples(answers))
     assert answers[5].reward is None and answers[5].rewards == {"f": None}
 
 
 def test_best_against_worst_leaves_out_prompts_whose_answers_score_the_same():
     answers = made([1, 3, 2, 5, 5, NAN, 0, -1, 0], "dpo")
-    pairs, _ = matches(answers)
+    pairs, _ = picked_pairs(answers)
     assert [(p.chosen.tokens[2], p.rejected.tokens[2]) for p in pairs] == [(1, 0), (20, 21)]
 
 
 @pytest.mark.parametrize(
     ("rewards", "method", "message"),
     [
-        ([1.0] * 9, "dpo", "nothing to learn from 3 prompts: the answers to each score the same"),
-        ([NAN] * 9, "sft", "nothing to learn from 3 prompts: no answer has a score"),
+        ([1.0] * 9, "dpo", "nothing to learn from 3 prompts: the responses to each score the same"),
+        ([NAN] * 9, "sft", "nothing to learn from 3 prompts: no response has a score"),
     ],
 )
 def test_a_round_without_anything_to_learn_says_why(rewards, method, message):
@@ -64,18 +74,18 @@ def test_a_round_is_kept_to_the_last_bit(tmp_path):
     answers = made([0.1, 1 / 3, -2.5e-8, NAN, 1, 2, 3, 4, 5], "dpo")
     for i, answer in enumerate(answers):
         answer.reference = -1.7 * i / 3
-    write_round(tmp_path / "rounds" / "round_0.jsonl", answers)
-    assert read_round(tmp_path / "rounds" / "round_0.jsonl") == answers
+    write_responses(tmp_path / "rounds" / "round_0.jsonl", answers)
+    assert read_responses(tmp_path / "rounds" / "round_0.jsonl") == answers
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl:1: not an answer of a round"):
-        read_round(tmp_path / "bad.jsonl")
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: not a response"):
+        read_responses(tmp_path / "bad.jsonl")
 
 
 def test_rows_of_a_round_are_each_met_before_any_is_met_again():
-    steps = [drawn(5, 7, 1, step, 2) for step in range(5)]
+    steps = [rows_of_step(5, 7, 1, step, 2) for step in range(5)]
     met = [row for step in steps for row in step]
     assert sorted(met[:5]) == sorted(met[5:]) == [0, 1, 2, 3, 4] and met[:5] != met[5:]
-    assert [drawn(5, 7, 2, step, 2) for step in range(5)] != steps
+    assert [rows_of_step(5, 7, 2, step, 2) for step in range(5)] != steps
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +148,7 @@ SFT = ("--round.epochs", 2, "--optimizer.lr", "1e-2", "--optimizer.eps", "1e-3",
 
 @pytest.fixture(scope="module")
 def tuned(setting) -> Path:
-    """SFT on the winners, one round of as many steps."""
+    """SFT on the picked_samples, one round of as many steps."""
     return run(setting, "tuned", *SFT)
 
 
@@ -152,7 +162,7 @@ def test_what_a_run_leaves(setting, whole):
         False,
     ] * 2
     for number in range(ROUNDS):
-        answers = read_round(whole / "rounds" / f"round_{number}.jsonl")
+        answers = read_responses(whole / "rounds" / f"round_{number}.jsonl")
         assert len(answers) == 8 * 3
         for begin in range(0, 24, 3):
             group = answers[begin : begin + 3]
@@ -169,7 +179,7 @@ def test_what_a_run_leaves(setting, whole):
         )
         assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)  # the policy is the round's reference
     model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
-    answer = next(a for a in read_round(whole / "rounds" / "round_0.jsonl") if a.picked)
+    answer = next(a for a in read_responses(whole / "rounds" / "round_0.jsonl") if a.picked)
     ids = torch.tensor([answer.prompt_tokens + answer.tokens])
     with torch.no_grad():
         logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
@@ -204,7 +214,7 @@ def test_a_round_that_was_answered_is_not_answered_again(setting, whole):
     assert digests(folder, STEPS) == digests(whole, STEPS) and answers.stat().st_mtime_ns == made
     said = succeed("rejection", "--resume", setting / "other", "--rollout.temperature", 0.5)
     assert "resumed with rollout.temperature=0.5 (was 1.0)" in said
-    assert read_round(setting / "other" / "rounds" / "round_1.jsonl") != read_round(answers)
+    assert read_responses(setting / "other" / "rounds" / "round_1.jsonl") != read_responses(answers)
     shutil.rmtree(folder / "rounds")
     shutil.rmtree(folder / "checkpoints" / f"step_{STEPS}")
     gone = launch("rejection", "--resume", folder)
@@ -235,7 +245,7 @@ def near(number: float | None):
 def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, tuned, moved, method, rounds, axis):
     run, alone = setting / f"{method}-{axis}", whole if method == "dpo" else tuned
     for number in range(rounds):
-        ours, theirs = (read_round(path / "rounds" / f"round_{number}.jsonl") for path in (run, alone))
+        ours, theirs = (read_responses(path / "rounds" / f"round_{number}.jsonl") for path in (run, alone))
         for got, expected in zip(ours, theirs, strict=True):
             assert got.reward == near(expected.reward) and got.reference == near(expected.reference)
             assert got.rewards == {name: near(value) for name, value in expected.rewards.items()}
@@ -250,7 +260,7 @@ def test_sft_on_the_winners_makes_them_likelier(tuned):
 
     steps = metrics(tuned)
     assert len(steps) == STEPS and steps[-1]["loss"] < steps[0]["loss"]
-    answers = read_round(tuned / "rounds" / "round_0.jsonl")
+    answers = read_responses(tuned / "rounds" / "round_0.jsonl")
     assert sum(a.picked == "best" for a in answers) == 8 and not any(a.picked == "worst" for a in answers)
     assert steps[0]["picked"] == 8 and all(a.reference is None for a in answers)
     model = AutoModelForCausalLM.from_pretrained(tuned / "model", dtype=torch.float32)

@@ -22,8 +22,8 @@ from trialign.algorithms.config.rlhf import (
     prompt_files,
     stages,
 )
-from trialign.algorithms.data.labeling import label, read_labeled, split_prompts
-from trialign.algorithms.data.responses import Answer
+from trialign.algorithms.data.prompts import split_prompts
+from trialign.algorithms.data.responses import Response, label_pairs, read_sampled_pairs
 from trialign.engine.config import load, parse
 
 PPO_STEPS = 3
@@ -35,8 +35,8 @@ CURVES = {
 NAMES = ("sft", "preferences", "reward", "ppo", "evaluation")
 
 
-def answer(prompt: int, number: int, reward: float | None) -> Answer:
-    return Answer(
+def answer(prompt: int, number: int, reward: float | None) -> Response:
+    return Response(
         f"p{prompt}", f"x:{prompt}", f"a{number}", reward, {"f": reward}, "stop", "", [5, prompt], [number, 2]
     )
 
@@ -44,20 +44,20 @@ def answer(prompt: int, number: int, reward: float | None) -> Answer:
 def test_the_better_of_two_answers_is_chosen_and_ties_are_counted():
     rewards = [[3.0, 1.0, 2.0, 0.0], [1.0, 1.0, 1.0, 0.0], [1.0, None, 1.0, 1.0], [None] * 4, [0.5, None, None, -0.5]]
     answers = [answer(p, 10 * p + i, r) for p, own in enumerate(rewards) for i, r in enumerate(own)]
-    found = label(answers, 2)
-    assert [(row["chosen"], row["rejected"]) for row in found.pairs] == [
+    found = label_pairs(answers, 2)
+    assert [(row["chosen"], row["rejected"]) for row in found.rows] == [
         ("a0", "a3"),
         ("a2", "a1"),
         ("a10", "a13"),
         ("a40", "a43"),
     ]
     assert found.counts == {"prompts": 5, "answers": 20, "without_score": 7, "pairs": 4, "ties": 2}
-    assert len(label(answers, 1).pairs) == 3
+    assert len(label_pairs(answers, 1).rows) == 3
 
 
 def test_pairs_are_read_back_token_for_token(tmp_path):
-    rows = label([answer(7, 1, 0.0), answer(7, 3, 1.0)], 1).pairs
-    (pair,) = read_labeled(str(write_jsonl(tmp_path / "pairs.jsonl", rows)))
+    rows = label_pairs([answer(7, 1, 0.0), answer(7, 3, 1.0)], 1).rows
+    (pair,) = read_sampled_pairs(str(write_jsonl(tmp_path / "pairs.jsonl", rows)))
     assert list(pair.chosen.tokens) == [5, 7, 3, 2] and list(pair.rejected.tokens) == [5, 7, 1, 2]
     assert list(pair.chosen.mask) == [0, 0, 1, 1] and pair.margin == 0.0
 

@@ -8,7 +8,7 @@ import torch
 from scripts import AXES, agree, digests, kill_after, launch, metrics, rewound, succeed, succeed_in_turn, times_told
 from tiny import tiny_chat_model
 from trialign.algorithms.config.sft import SFTConfig, SFTData, check
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
+from trialign.algorithms.data.dialogues import DialogueDataset, joined
 from trialign.engine.config import load, parse
 from trialign.models.families.registry import read_config
 from trialign.models.hf.tokenizer import stop_ids

@@ -19,10 +19,12 @@ from trialign.algorithms.advantages import (
 )
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.common import RewardConfig
-from trialign.algorithms.data.selection import CONDITION, Scored, best_against_worst, best_of_n, conditioned
+from trialign.algorithms.config.conditional import CONDITION
+from trialign.algorithms.data.conditional import conditioned
+from trialign.algorithms.data.responses import Scored, best_against_worst, best_of_n
 from trialign.algorithms.grpo import advantages_of
 from trialign.algorithms.losses.kl import KLController
-from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.rewards.shaping import RewardShaper
 
 SPELLINGS: dict[str, Any] = {"kl": "k1", "low_var_kl": "k3", "mse": "k2"}
 
@@ -363,21 +365,21 @@ def selection(case: Case) -> Outputs:
     args, told = case["args"], case["outputs"]["objs"]
     answers = [Scored(row["input"], row["output"], row["reward"]) for row in case["inputs"]["objs"]]
     if args["name"] == "rs":
-        made = [{"input": a.prompt, "output": a.answer, "reward": a.reward} for a in best_of_n(answers)]
+        made = [{"input": a.prompt, "output": a.response, "reward": a.reward} for a in best_of_n(answers)]
     elif args["name"] == "iter_dpo":
         made = [
             {
-                "prompt": pair.chosen.prompt,
-                "chosen": pair.chosen.answer,
-                "chosen_reward": pair.chosen.reward,
-                "rejected": pair.rejected.answer,
-                "rejected_reward": pair.rejected.reward,
+                "prompt": chosen.prompt,
+                "chosen": chosen.response,
+                "chosen_reward": chosen.reward,
+                "rejected": rejected.response,
+                "rejected_reward": rejected.reward,
             }
-            for pair in best_against_worst(answers)
+            for chosen, rejected in best_against_worst(answers)
         ]
     else:
         given = conditioned(answers, args["normalize_reward"], args.get("reward_template", CONDITION))
-        made = [{"input": a.prompt, "output": a.answer, "reward": a.reward} for a in given]
+        made = [{"input": a.prompt, "output": a.response, "reward": a.reward} for a in given]
     names = [name for name in told[0] if "reward" not in name]
     assert [[row[n] for n in names] for row in made] == [[row[n] for n in names] for row in told]
     numbers = [[value for name, value in row.items() if "reward" in name] for row in made]

@@ -22,7 +22,7 @@ from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GR
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss
 from trialign.algorithms.data.dialogues import Sample, pack_samples
-from trialign.algorithms.data.documents import Piece, pack_rows, plan_rows
+from trialign.algorithms.data.documents import Passage, pack_rows, plan_rows
 from trialign.algorithms.data.preferences import Pair, mismatched
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
@@ -140,9 +140,9 @@ def pretrain(models: Models, draw: Draw) -> Iterator[Step]:
         [answer([3], chance).tokens for _ in range(3)] + [array("i", [7])] * (row % (draw.behind + 1))
         for row in range(draw.count)
     ]
-    pieces = [Piece(text, "") for place in range(3) for row in draw.order for text in texts[row][place : place + 1]]
+    pieces = [Passage(text, "") for place in range(3) for row in draw.order for text in texts[row][place : place + 1]]
     rows = [pieces[i : i + 3] for i in range(0, len(pieces), 3)]
-    rows[0] = rows[0] + [Piece(text, "") for row in draw.order for text in texts[row][3:]]
+    rows[0] = rows[0] + [Passage(text, "") for row in draw.order for text in texts[row][3:]]
     yield models.lm, sft_step(models.lm, pack_rows(rows), plan_rows(rows, draw.update, models.mesh))
 
 

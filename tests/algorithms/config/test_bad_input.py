@@ -12,7 +12,8 @@ from samples import tokenizer, write_jsonl
 from trialign.algorithms.batch import Prompt
 from trialign.algorithms.config.common import PromptData
 from trialign.algorithms.config.ppo import PPOConfig, check
-from trialign.algorithms.data.prompts import PromptDataset, TextDataset
+from trialign.algorithms.data.documents import TextDataset
+from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.engine.config import parse
 

@@ -31,7 +31,7 @@ from trialign.algorithms.policy_step import Minibatch
 from trialign.algorithms.policy_step import set_loss_weights as online_weights
 from trialign.algorithms.ppo import actor_step, critic_step, with_rewards
 from trialign.algorithms.ppo import with_advantages as ppo_advantages
-from trialign.algorithms.rewards.functions import RewardShaper
+from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Learner
 from trialign.engine.mesh import build_mesh

@@ -6,9 +6,8 @@ import pytest
 from samples import write_jsonl
 from tiny import tiny_tokenizer
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
-from trialign.algorithms.data.preferences import PairStream, read_steps
+from trialign.algorithms.data.preferences import LabeledStream, PairStream, read_steps
 from trialign.algorithms.data.streams import RowStream
-from trialign.algorithms.kto import LabeledStream
 
 GOOD: dict[str, dict[str, Any]] = {
     "pairs": {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},

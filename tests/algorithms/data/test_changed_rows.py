@@ -13,13 +13,12 @@ from trialign.algorithms.config.preference import LabelData, PairData, RewardMod
 from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
-from trialign.algorithms.data.dialogue_rows import DialogueDataset
-from trialign.algorithms.data.documents import TextStream
-from trialign.algorithms.data.labeling import read_labeled
-from trialign.algorithms.data.preferences import PairStream
-from trialign.algorithms.data.prompts import PromptDataset, TextDataset
+from trialign.algorithms.data.dialogues import DialogueDataset
+from trialign.algorithms.data.documents import TextDataset, TextStream
+from trialign.algorithms.data.preferences import LabeledStream, PairStream
+from trialign.algorithms.data.prompts import PromptDataset
+from trialign.algorithms.data.responses import read_sampled_pairs
 from trialign.algorithms.data.sources import RowReader
-from trialign.algorithms.kto import LabeledStream
 
 STOP = (2,)  # </s> of the tiny tokenizer
 ROW = {
@@ -60,7 +59,7 @@ def in_steps(tokenizer, path: str):
 
 def of_answers(tokenizer, path: str):
     config = RewardModelConfig(data=PairData(sources=(path,)))
-    return importlib.import_module("reward").rows(config, tokenizer, STOP, read_labeled)
+    return importlib.import_module("reward").rows(config, tokenizer, STOP, read_sampled_pairs)
 
 
 STREAMS = {

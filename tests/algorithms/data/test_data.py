@@ -10,9 +10,9 @@ from trialign.algorithms.config.common import PromptData
 from trialign.algorithms.config.evaluate import EvaluatedDialogues, EvaluatedText
 from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.config.rlhf import PromptsConfig
-from trialign.algorithms.data.dialogue_rows import DialogueDataset
-from trialign.algorithms.data.documents import TextStream
-from trialign.algorithms.data.prompts import PromptDataset, TextDataset
+from trialign.algorithms.data.dialogues import DialogueDataset
+from trialign.algorithms.data.documents import TextDataset, TextStream
+from trialign.algorithms.data.prompts import PromptDataset
 
 ROWS = [{"prompt": f"say w{i}", "topic": f"t{i % 3}"} for i in range(10)]
 

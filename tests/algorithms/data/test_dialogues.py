@@ -10,8 +10,7 @@ from samples import write_jsonl
 from templates import TEMPLATES
 from tiny import tiny_tokenizer
 from trialign.algorithms.config.sft import SFTData
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
-from trialign.algorithms.data.dialogues import Sample, pack_samples
+from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 
 STOP = (2,)  # </s> of the tiny tokenizer
 TWO_TURNS = [

@@ -14,13 +14,17 @@ from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
-from trialign.algorithms.data.dialogues import Encoder, Sample
-from trialign.algorithms.data.documents import TextStream
+from trialign.algorithms.data.dialogues import DialogueDataset, Encoder, Sample, joined
+from trialign.algorithms.data.documents import TextDataset, TextStream
 from trialign.algorithms.data.encoding import encode_responses, first_tokens
-from trialign.algorithms.data.preferences import mismatched, read_labeled, read_pairs, read_steps
-from trialign.algorithms.data.prompts import PromptDataset, TextDataset
-from trialign.algorithms.kto import LabeledStream
+from trialign.algorithms.data.preferences import (
+    LabeledStream,
+    mismatched,
+    read_labeled_responses,
+    read_pairs,
+    read_steps,
+)
+from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion
 from trialign.models.hf.tokenizer import read_tokenizer
 
@@ -104,7 +108,7 @@ def test_every_turn_is_learned_behind_the_tokens_that_a_rollout_begins_with(name
     path = str(write_jsonl(tmp_path / "rows.jsonl", [a | b | c for a, b, c in zip(answers, more, steps, strict=True)]))
     expected = [learned[i] for i in last]
     pairs = read_pairs(path, PairData(), Encoder(PairData(), tokenizer, ends))
-    labeled = read_labeled(path, LabelData(), Encoder(LabelData(), tokenizer, ends))
+    labeled = read_labeled_responses(path, LabelData(), Encoder(LabelData(), tokenizer, ends))
     rewarded = [row.dialogue for row in read_rewarded(path, RewardedData(), True)]
     conditional = Encoder(RewardedData(), tokenizer, ends).responses(rewarded)
     for samples in ([p.chosen for p in pairs], [row.sample for row in labeled], conditional):
@@ -127,7 +131,7 @@ def test_the_reward_server_reads_the_tokens_that_a_reward_model_is_trained_on(na
         prompt = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": prefill}]
         rows.append({"prompt": prompt, "response": " weather", "label": 1})
     path, config = str(write_jsonl(tmp_path / "a.jsonl", rows)), LabelData()
-    trained = read_labeled(path, config, Encoder(config, tokenizer, (encoder.end,)))
+    trained = read_labeled_responses(path, config, Encoder(config, tokenizer, (encoder.end,)))
     for row, own in zip(rows, trained, strict=True):
         completion = Completion("row", row["prompt"], row["response"], True, None)
         assert encoder(completion) == own.sample.tokens.tolist()
@@ -174,7 +178,7 @@ def test_no_end_of_sequence_comes_behind_a_bare_prompt_and_one_behind_a_response
     pair_data, label_data, steps = PairData(chat_template=False), LabelData(chat_template=False), StepData
     for pair in read_pairs(path, pair_data, Encoder(pair_data, ending, (2,))):
         assert (decode(pair.chosen.tokens), decode(pair.rejected.tokens)) == ("<s>hiyo</s>", "<s>hino</s>")
-    for row in read_labeled(path, label_data, Encoder(label_data, ending, (2,))):
+    for row in read_labeled_responses(path, label_data, Encoder(label_data, ending, (2,))):
         assert decode(row.sample.tokens) == "<s>hiyo</s>"
     for row in read_steps(path, steps(chat_template=False), ending):
         assert decode(row.sample.tokens) == "<s>hiyo\n\n"

@@ -10,9 +10,8 @@ from tiny import tiny_tokenizer
 from trialign.algorithms.config.common import PromptData
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.config.sft import SFTData
-from trialign.algorithms.data.dialogue_rows import DialogueDataset
-from trialign.algorithms.data.dialogues import Encoder
-from trialign.algorithms.data.preferences import PairStream, mismatched, read_labeled, read_pairs, read_steps
+from trialign.algorithms.data.dialogues import DialogueDataset, Encoder
+from trialign.algorithms.data.preferences import PairStream, mismatched, read_labeled_responses, read_pairs, read_steps
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.reward_model import pack_pairs, pack_steps
 
@@ -33,7 +32,7 @@ def read(tokenizer, folder, *rows, **knobs):
 
 def labeled_rows(tokenizer, folder, *rows):
     path, config = write_jsonl(folder / "rows.jsonl", rows), LabelData()
-    return read_labeled(str(path), config, Encoder(config, tokenizer, STOP))
+    return read_labeled_responses(str(path), config, Encoder(config, tokenizer, STOP))
 
 
 def shown(tokenizer, sample) -> tuple[str, str]:
@@ -179,7 +178,7 @@ def test_tools_and_calls_reach_the_template_of_all_that_learn_and_of_prompts(too
         (pair,) = read(with_tools, tmp_path, given)
         assert [shown(with_tools, side) for side in pair[:2]] == [(BEFORE, "at noon</s>"), (BEFORE, "no</s>")]
     rows = write_jsonl(tmp_path / "a.jsonl", [row | {"response": "no", "label": 1, "steps": ["x"], "labels": [1]}])
-    (labeled,) = read_labeled(str(rows), LabelData(), Encoder(LabelData(), with_tools, STOP))
+    (labeled,) = read_labeled_responses(str(rows), LabelData(), Encoder(LabelData(), with_tools, STOP))
     (steps,) = read_steps(str(rows), StepData(), with_tools)
     (prompt,) = PromptDataset(PromptData(sources=(str(rows),)), with_tools).next(1)
     ((sft,),) = DialogueDataset(SFTData(sources=(str(rows),)), with_tools, STOP).next(1)

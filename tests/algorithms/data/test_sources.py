@@ -14,12 +14,11 @@ from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.arrow import restorer
 from trialign.algorithms.data.conditional import read_rewarded
-from trialign.algorithms.data.dialogue_rows import DialogueDataset, joined
+from trialign.algorithms.data.dialogues import DialogueDataset, joined
 from trialign.algorithms.data.documents import TextStream
-from trialign.algorithms.data.preferences import PairStream
+from trialign.algorithms.data.preferences import LabeledStream, PairStream
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.sources import read_rows
-from trialign.algorithms.kto import LabeledStream
 
 datasets = pytest.importorskip("datasets")
 import pyarrow as pa  # noqa: E402

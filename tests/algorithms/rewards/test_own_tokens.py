@@ -15,14 +15,14 @@ from scripts import launch, options, succeed
 from test_rewards_served import serve_reward  # noqa: F401
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import pre_tokenizers
-from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
+from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts
 from trialign.algorithms.config.common import ModelPaths, RewardConfig, RolloutConfig
 from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, Policy, reward_encoders
-from trialign.algorithms.rewards.functions import Score
+from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shapes
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.rollout.sync import Scorer, my_part
+from trialign.algorithms.rollout.sync import my_part
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import read_config
 from trialign.models.folder import assets

@@ -107,7 +107,7 @@ def test_where_no_answer_has_a_score_the_reasons_come_before_the_refusal(script,
         **({"round_prompts": 1} if script == "rejection" else {"run_prompts_per_step": 1, "run_steps": 1}),
     )
     said = refused(script, words, monkeypatch)
-    assert "without a score" in said or "no answer has a score" in said
+    assert "without a score" in said or "no response has a score" in said
     reasons = capsys.readouterr().out
     assert "abstains: reward function" in reasons and "no such grader" in reasons
 

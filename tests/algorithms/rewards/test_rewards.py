@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from trialign.algorithms.batch import Prompt
 from trialign.algorithms.config.common import RewardConfig
-from trialign.algorithms.rewards.functions import RewardFunction, RewardShaper, RunningMoments, combine
+from trialign.algorithms.rewards.functions import RewardFunction
+from trialign.algorithms.rewards.shaping import RewardShaper, RunningMoments, combine
 
 PROMPTS = [
     Prompt(0, [1], "one", {"answer": 1, "topic": "x"}, "a.jsonl:1"),

@@ -24,8 +24,9 @@ from trialign.algorithms.batch import Prompt, pack
 from trialign.algorithms.config.common import RewardConfig
 from trialign.algorithms.policy_step import without
 from trialign.algorithms.rewards import http as reward_server
-from trialign.algorithms.rewards.functions import RewardFunction, RewardShaper, combine
-from trialign.algorithms.rewards.http import RewardServer
+from trialign.algorithms.rewards.functions import RewardFunction
+from trialign.algorithms.rewards.http import RewardClient
+from trialign.algorithms.rewards.shaping import RewardShaper, combine
 
 ROOT = Path(__file__).resolve().parents[3]
 CHATS = [({"role": "system", "content": "be brief"}, {"role": "user", "content": f"p{i}"}) for i in range(5)]
@@ -69,7 +70,7 @@ def lengths(request: dict) -> tuple[int, bytes]:
 
 def test_requests_are_batches_with_columns():
     with serving(lengths) as (url, seen):
-        assert RewardServer(url, batch=2).score(PROMPTS, TEXTS, ENDED) == [1, 2, 3, 4, 5]
+        assert RewardClient(url, batch=2).score(PROMPTS, TEXTS, ENDED) == [1, 2, 3, 4, 5]
     assert [len(request["completions"]) for request in seen] == [2, 2, 1]
     assert seen[0]["finished"] == [True, False]
     assert seen[1] == {
@@ -85,7 +86,7 @@ def test_what_is_no_number_reaches_a_server_as_null():
     columns = [{"goal": math.nan, "deep": {"a": [1.5, math.inf]}}, {"goal": 2.0, "deep": {"a": [-math.inf]}}]
     prompts = [Prompt(i, [1], f"p{i}", fields) for i, fields in enumerate(columns)]
     with serving(lengths) as (url, seen):
-        RewardServer(url).score(prompts, TEXTS[:2], ENDED[:2])
+        RewardClient(url).score(prompts, TEXTS[:2], ENDED[:2])
     assert seen[0]["fields"] == {"goal": [None, 2.0], "deep": [{"a": [1.5, None]}, {"a": [None]}]}
 
 
@@ -117,7 +118,7 @@ def test_what_are_no_scores_is_refused_at_once(case):
     answer, message = LIES[case]
     with serving(answer) as (url, seen):
         with pytest.raises(ValueError) as error:
-            RewardServer(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+            RewardClient(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
     assert message in str(error.value) and url in str(error.value) and "a.jsonl:" in str(error.value)
     assert len(seen) == 1
 
@@ -125,13 +126,13 @@ def test_what_are_no_scores_is_refused_at_once(case):
 def test_down():
     url = f"http://127.0.0.1:{free_port()}/score"
     with pytest.raises(ValueError, match=r"no connection: .*refused.* \(2 tries\) for 5 rows: a.jsonl:1, a.jsonl:2"):
-        RewardServer(url, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+        RewardClient(url, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
 
 
 def test_hung_up():
     with serving(lambda request: None) as (url, seen):
         with pytest.raises(ValueError, match=r"no connection: .*\(2 tries\)"):
-            RewardServer(url, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+            RewardClient(url, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
     assert len(seen) == 2
 
 
@@ -142,7 +143,7 @@ def test_slow():
 
     with serving(sleep) as (url, _):
         with pytest.raises(ValueError, match=r"took longer than reward.time_limit=0.2 seconds \(1 try\) for 5 rows"):
-            RewardServer(url, 0.2, tries=1).score(PROMPTS, TEXTS, ENDED)
+            RewardClient(url, 0.2, tries=1).score(PROMPTS, TEXTS, ENDED)
 
 
 def drip(connection: socket.socket) -> None:
@@ -195,9 +196,9 @@ def test_a_broken_answer_is_no_answer_in_time(case):
         url = f"http://127.0.0.1:{server.server_address[1]}/score"
         started = time.monotonic()
         with pytest.raises(ValueError, match="for 5 rows: a.jsonl:1") as error:
-            RewardServer(url, 0.4, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+            RewardClient(url, 0.4, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
         assert message in str(error.value) and len(seen) == asked and time.monotonic() - started < 1.5
-        abstaining = RewardServer(url, 0.4, tries=1, abstain=True)
+        abstaining = RewardClient(url, 0.4, tries=1, abstain=True)
         assert all(score is not None and math.isnan(score) for score in abstaining.score(PROMPTS, TEXTS, ENDED))
         assert len(abstaining.failures) == 1 and message in abstaining.failures[0]
         server.shutdown()
@@ -208,7 +209,7 @@ def test_an_answer_without_end_is_given_up(monkeypatch):
     monkeypatch.setattr(reward_server, "LONGEST", 1 << 20)
     with serving(lambda request: (200, b" " * (3 << 20))) as (url, seen):
         with pytest.raises(ValueError, match="answered more than 1,048,576 bytes for 5 rows: a.jsonl:1"):
-            RewardServer(url).score(PROMPTS, TEXTS, ENDED)
+            RewardClient(url).score(PROMPTS, TEXTS, ENDED)
     assert len(seen) == 1
 
 
@@ -219,11 +220,11 @@ def test_busy_at_first():
         return next(answers, None) or lengths(request)
 
     with serving(busy) as (url, seen):
-        assert RewardServer(url, pause=0.01).score(PROMPTS, TEXTS, ENDED) == [1, 2, 3, 4, 5]
+        assert RewardClient(url, pause=0.01).score(PROMPTS, TEXTS, ENDED) == [1, 2, 3, 4, 5]
     assert len(seen) == 3
     with serving(lambda request: (503, b"busy")) as (url, _):
         with pytest.raises(ValueError, match=r"answered HTTP 503: 'busy' \(3 tries\)"):
-            RewardServer(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+            RewardClient(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
 
 
 def test_only_what_failed_abstains():
@@ -231,14 +232,14 @@ def test_only_what_failed_abstains():
         return (400, b"no") if "ccc" in request["completions"] else lengths(request)
 
     with serving(second_fails) as (url, _):
-        server = RewardServer(url, batch=2, abstain=True)
+        server = RewardClient(url, batch=2, abstain=True)
         scores = server.score(PROMPTS, TEXTS, ENDED)
     assert [s if s == s else None for s in scores] == [1, 2, None, None, 5]
     assert len(server.failures) == 1 and "answered HTTP 400" in server.failures[0]
     with serving(lambda request: (200, b'{"scores": [null, 2, 3, 4, null]}')) as (url, _):  # rows that are not its own
-        assert RewardServer(url).score(PROMPTS, TEXTS, ENDED) == [None, 2, 3, 4, None]
+        assert RewardClient(url).score(PROMPTS, TEXTS, ENDED) == [None, 2, 3, 4, None]
     with serving(LIES["NaN"][0]) as (url, _):
-        scores = RewardServer(url, abstain=True).score(PROMPTS, TEXTS, ENDED)
+        scores = RewardClient(url, abstain=True).score(PROMPTS, TEXTS, ENDED)
     assert [s if s == s else None for s in scores] == [1, 2, None, 4, 5]
 
 
@@ -309,7 +310,7 @@ def test_a_served_reward_model_gives_transformers_scores(tmp_path):
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split()[-1]
-        server = RewardServer(url, batch=2, pause=0.01)
+        server = RewardClient(url, batch=2, pause=0.01)
         scores = server.score(PROMPTS, TEXTS, ENDED)
         health = json.loads(urllib.request.urlopen(url.replace("/score", "/health"), timeout=10).read())
         assert health == {"model": str(folder), "scored": 5}

@@ -23,9 +23,9 @@ from trialign.algorithms.data.dialogues import Encoder
 from trialign.algorithms.data.preferences import read_pairs
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.reward_model import pack_pairs
+from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import build_decoder
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.rollout.sync import Scorer
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import read_config
 

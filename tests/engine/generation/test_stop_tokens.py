@@ -5,9 +5,9 @@ from typing import Any
 
 from scripts import options, succeed
 from tiny import tiny_chat_model
-from trialign.algorithms.batch import Prompt, Rollout
+from trialign.algorithms.batch import Prompt, Rollout, response_texts
 from trialign.algorithms.roles.build import build_decoder
-from trialign.algorithms.rollout.sync import stop_tokens, texts_of
+from trialign.algorithms.rollout.sync import stop_tokens
 from trialign.engine.generation.embedded import Generator, SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import read_config
@@ -25,7 +25,7 @@ def test_the_token_that_ended_an_answer_is_no_part_of_its_text(tmp_path):
         Rollout(prompt, [h, 2, i, 2], [0.0] * 4, "stop"),
         Rollout(prompt, [end], [0.0], "stop"),
     ]
-    assert texts_of(rollouts, tokenizer) == ["hi", "hi!", "hi", ""]
+    assert response_texts(rollouts, tokenizer) == ["hi", "hi!", "hi", ""]
     assert stop_tokens((2, end), tokenizer) == f"stop tokens: </s> (2), ! ({end})"
     assert stop_tokens((), tokenizer) == "stop tokens: none, so every answer is cut"
 
