@@ -15,16 +15,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..engine.mesh import Axis
+from .losses.aggregation import Segments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Minibatches = tuple[tuple[tuple[int, ...], ...], ...]
+"""Sample ids of each optimizer step of each epoch."""
 
 Score = float | None
 """A reward: a finite number; NaN where a scorer failed and abstains; None where the row is not its own."""
@@ -74,6 +77,8 @@ class Batch:
     returns: Tensor | None = None  # [total] fp32
     weights: Tensor | None = None  # [total] fp32: what each token's loss counts for; None: all alike
     names: tuple[str, ...] = ()  # of each sample, where it was read, for messages; () where nobody knows
+    row_sizes: tuple[int, ...] = ()  # samples of each row, which micro-batches keep together; (): one sample a row
+    minibatches: Minibatches = ()  # of the update to come; (): none, or one that takes all samples at once
     cu_seqlens: Tensor = field(init=False)  # [samples + 1] int32: sample i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]]
     positions: Tensor = field(init=False)  # [total] int64: place within the sample
     response: Tensor = field(init=False)  # [targets] int64: where mask holds
@@ -82,6 +87,7 @@ class Batch:
         total = sum(self.lengths)
         assert self.lengths and min(self.lengths) > 0, "a batch without samples, or a sample without tokens"
         assert len(self.names) in (0, len(self.lengths)), "as many names as samples"
+        assert not self.row_sizes or sum(self.row_sizes) == len(self.lengths), "rows that make up the samples"
         for name in PER_TOKEN:
             value = getattr(self, name)
             assert value is None or value.shape == (total,), f"{name} is {tuple(value.shape)}, not ({total},)"
@@ -118,18 +124,21 @@ class Batch:
         """The per-token tensors that are known so far, by name."""
         return {name: value for name in PER_TOKEN if (value := getattr(self, name)) is not None}
 
-    def rows(self, samples: Sequence[int]) -> Tensor:
-        """Where the tokens of these samples are: [their total] int64."""
+    def places(self, samples: Sequence[int]) -> Tensor:
+        """Places of these samples' tokens: [their total] int64."""
         ends = list(accumulate(self.lengths))
         return torch.cat([torch.arange(ends[i] - self.lengths[i], ends[i]) for i in samples]).to(self.tokens.device)
 
     def select(self, samples: Sequence[int]) -> Batch:
-        """The samples with these indices, packed again in the order given."""
-        rows = self.rows(samples)
+        """The samples with these indices, packed again in the order given; of several samples a row, whole rows."""
+        places = self.places(samples)
+        row_of = [row for row, size in enumerate(self.row_sizes) for _ in range(size)]
+        per_token: dict[str, Any] = {name: value[places] for name, value in self.per_token().items()}
         return Batch(
             lengths=tuple(self.lengths[i] for i in samples),
             names=tuple(self.names[i] for i in samples if self.names),
-            **{name: value[rows] for name, value in self.per_token().items()},
+            row_sizes=tuple(len(list(row)) for _, row in groupby(row_of[i] for i in samples if row_of)),
+            **per_token,
         )
 
     def name(self, sample: int) -> str:
@@ -139,6 +148,17 @@ class Batch:
     def spread(self, targets: Tensor) -> Tensor:
         """`targets` [targets], one number for each response token, in their places among all: [total], 0 elsewhere."""
         return targets.new_zeros(self.tokens.shape).index_copy(0, self.response, targets)
+
+    @property
+    def segments(self) -> Segments:
+        """The samples and their targets over all tokens, [total]."""
+        return Segments.of_lengths(torch.tensor(self.lengths), self.mask)
+
+    @property
+    def target_segments(self) -> Segments:
+        """The samples over their targets alone, [targets]."""
+        sample = torch.bucketize(self.response, self.cu_seqlens[1:].long(), right=True)
+        return Segments(torch.ones_like(sample, dtype=torch.bool), sample, len(self))
 
     @property
     def labels(self) -> Tensor:
@@ -201,73 +221,3 @@ def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
         seen[where] = seen.get(where, 0) + 1
         names.append(f"{where}, response {seen[where]}")
     return batch.with_(rollout_logprobs=batch.spread(sampling), names=tuple(names))
-
-
-def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals sample indices to `parts` ranks: equally many each, or one more where they do not divide, and about equally
-    many tokens (longest first, to the rank with the fewest so far). Depends on the lengths alone, so every rank gets
-    the same answer.
-
-    Raises:
-        ValueError: there are fewer samples than parts.
-    """
-    least, more = divmod(len(lengths), parts)
-    if not least:
-        raise ValueError(f"{len(lengths)} samples are fewer than {parts} data-parallel ranks")
-    hands: list[list[int]] = [[] for _ in range(parts)]
-    tokens = [0] * parts
-    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        room = least + (more > sum(len(hand) > least for hand in hands))
-        open_ranks = [rank for rank in range(parts) if len(hands[rank]) < room]
-        rank = min(open_ranks, key=lambda rank: (tokens[rank], rank))
-        hands[rank].append(sample)
-        tokens[rank] += lengths[sample]
-    return [sorted(hand) for hand in hands]
-
-
-def micro_batches(samples: Sequence[int], lengths: Sequence[int], size: int, max_tokens: int = 0) -> list[list[int]]:
-    """Cuts `samples` into micro-batches of `size` samples, or, if `max_tokens` is given, of at most so many tokens.
-
-    Samples are taken longest first, so that those of one micro-batch are about equally long.
-
-    Args:
-        samples: indices into `lengths`.
-
-    Raises:
-        ValueError: a sample alone has more tokens than `max_tokens`.
-    """
-    ordered = sorted(samples, key=lambda i: (-lengths[i], i))
-    if not max_tokens:
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    cuts: list[list[int]] = []
-    room = 0
-    for sample in ordered:
-        if lengths[sample] > max_tokens:
-            raise ValueError(f"a sample of {lengths[sample]} tokens does not fit micro-batches of {max_tokens} tokens")
-        if lengths[sample] > room:
-            cuts.append([])
-            room = max_tokens
-        cuts[-1].append(sample)
-        room -= lengths[sample]
-    return cuts
-
-
-def deal_micro_batches(
-    samples: Sequence[int], lengths: Sequence[int], dp: Axis, size: int, max_tokens: int = 0
-) -> list[list[int]]:
-    """This DP rank's share of `samples` in micro-batches, as many as every other DP rank has, or one fewer where it
-    has a sample less and each alone.
-
-    Under ep the n-th micro-batches of some ranks run together and go through the same experts: they must be the same
-    ones in every pass, for an old logprob to be the new one to the last bit.
-
-    Args, raises: as in `deal` and `micro_batches`.
-    """
-    hands = deal([lengths[i] for i in samples], dp.size)
-    cuts = [micro_batches([samples[i] for i in hand], lengths, size, max_tokens) for hand in hands]
-    mine = cuts[dp.rank]
-    while len(mine) < min(max(map(len, cuts)), len(hands[dp.rank])):
-        place = max(range(len(mine)), key=lambda i: len(mine[i]))
-        half = len(mine[place]) // 2
-        mine[place : place + 1] = [mine[place][:half], mine[place][half:]]
-    return mine

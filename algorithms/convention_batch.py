@@ -19,7 +19,6 @@ from .config.presets import ConventionName
 from .losses.aggregation import Aggregation, token_weights
 from .losses.policy import CORRECTIONS, importance_weights
 from .losses.preference import pair_loss
-from .policy_step import segments_of, target_segments
 from .rewards.shaping import RewardShaper
 
 
@@ -48,7 +47,7 @@ def under(name: ConventionName, recorded: Recorded, *, kl_coef: float, clip: flo
         ppo=PPOOptions(kl_coef=kl_coef),
         convention=PPOConvention(name),
     )
-    rules, segments, targets = config.rules, segments_of(batch), target_segments(batch)
+    rules, segments, targets = config.rules, batch.segments, batch.target_segments
     scores = recorded.scores.new_tensor(
         RewardShaper(RewardConfig(), rules)(recorded.scores.tolist(), [True] * len(batch))
     )
@@ -104,7 +103,7 @@ def _learned(
     given = AS_PRESET if algorithm in OWN_CLIP else clip
     knobs = GRPOOptions(algorithm=algorithm, kl_coef=kl_coef, clip_low=given, clip_high=given)
     config = GRPOConfig(grpo=knobs, convention=GroupConvention(name))
-    choices, targets = config.choices, target_segments(batch)
+    choices, targets = config.choices, batch.target_segments
     scored, _ = grpo.with_advantages(batch, scores, recorded.group, config)
     assert scored.advantages is not None
     advantages, old = scored.advantages[at], batch.logprobs[at]
@@ -118,9 +117,7 @@ def _importance(name: ConventionName, batch: Batch) -> float:
     rules, at = GroupConvention(name).resolved(), batch.response
     how = CORRECTIONS["tis" if rules.importance == "off" else rules.importance]
     bounds = {"low": rules.importance_low, "high": rules.importance_high}
-    weights = importance_weights(
-        batch.logprobs[at], batch.rollout_logprobs[at], target_segments(batch), **bounds, **how
-    )
+    weights = importance_weights(batch.logprobs[at], batch.rollout_logprobs[at], batch.target_segments, **bounds, **how)
     return weights.mean().item()
 
 
@@ -128,7 +125,7 @@ def _ipo(name: ConventionName, recorded: Recorded) -> dict[str, float]:
     """IPO's mean loss on the best against the worst answer of each group; nothing where no group has two rewards."""
     batch, at = recorded.batch, recorded.batch.response
     assert batch.ref_logprobs is not None
-    loss, segments = DPOLoss(kind="ipo").made(ConventionConfig(name)), target_segments(batch)
+    loss, segments = DPOLoss(kind="ipo").made(ConventionConfig(name)), batch.target_segments
     d = recorded.logprobs[at] - batch.ref_logprobs[at]
     ratios = segments.sums(d) if loss.average == "sum" else segments.means(d)  # [samples]
     pairs = []

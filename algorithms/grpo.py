@@ -1,6 +1,6 @@
 """Policy gradients from groups of answers to one prompt, without a critic: GRPO and kin (grpo_config.RECIPES).
 
-One batch: `plan` (online.py) says who computes what, `score` fills in what the reference and the actor think of it,
+One batch: `score` fills in what the reference and the actor think of it,
 `with_advantages` turns rewards into advantages, `update` into new weights. Groups may lie in different micro-batches:
 advantages are made of the whole batch, which every rank holds.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,19 +20,16 @@ from .config.grpo import Choices, GRPOConfig
 from .losses.aggregation import Segments
 from .losses.policy import CORRECTIONS, cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
 from .policy_step import (
-    Minibatch,
     apply_loss_weights,
     check_first_ratio,
     mean_metrics,
     sampler_mismatch,
-    segments_of,
     set_loss_weights,
     single_update,
     target_count,
-    target_segments,
     truncated,
 )
-from .roles.role import Learner, Role, Share, Stats, target_logprobs
+from .roles.role import Learner, Role, Stats, target_logprobs
 
 
 @dataclass
@@ -43,18 +41,18 @@ class GroupRoles:
     rewards: list[Role] = field(default_factory=list)
 
 
-def score(batch: Batch, roles: GroupRoles, config: GRPOConfig, shares: Sequence[Share]) -> Batch:
-    """Fills in the reference's and the actor's logprobs, in the very micro-batches of the update.
+def score(batch: Batch, roles: GroupRoles, config: GRPOConfig) -> Batch:
+    """Fills in the reference's and the actor's logprobs.
 
     The actor's pass is left out where one pass over the batch makes old and new equal by definition. A KL in the
     reward then takes the sampler's logprobs, which are of the same weights, unless its distribution was cut.
     """
     if roles.reference is not None:
-        batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
+        batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch))
     before_update = config.choices.kl_in in ("score", "reward", "advantage")
     if single_update(config.grpo) and not (before_update and truncated(config.rollout)):
         return batch
-    return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
+    return batch.with_(logprobs=roles.actor.logprobs(batch))
 
 
 def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOConfig) -> tuple[Batch, dict[str, float]]:
@@ -65,7 +63,7 @@ def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOCon
         group: [samples] int64: answers to one prompt share a number.
     """
     assert batch.rollout_logprobs is not None
-    choices, rules, segments = config.choices, config.choices.rules, segments_of(batch)
+    choices, rules, segments = config.choices, config.choices.rules, batch.segments
     logprobs = batch.rollout_logprobs if batch.logprobs is None else batch.logprobs
     scores, group = scores.to(logprobs), group.to(logprobs.device)
     kl, metrics = torch.zeros_like(logprobs), sampler_mismatch(batch, config.rollout)
@@ -145,7 +143,7 @@ def corrected(
     return losses * weights, weights
 
 
-def update(actor: Learner, batch: Batch, epochs: Sequence[Sequence[Minibatch]], config: GRPOConfig) -> dict[str, float]:
+def update(actor: Learner, batch: Batch, config: GRPOConfig) -> dict[str, float]:
     """All epochs and minibatches; returns the means of their metrics (extremes of extremes).
 
     Losses are weighted by the whole minibatch, so micro-batches and layout do not change them.
@@ -156,29 +154,27 @@ def update(actor: Learner, batch: Batch, epochs: Sequence[Sequence[Minibatch]], 
     Raises:
         RuntimeError: a ratio before the first step of the update is not exactly 1.
     """
-    choices, history = config.choices, []
-    for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
-        weighted = set_loss_weights(batch, minibatch, choices.aggregation, choices.constant)
-        parts = [weighted.select(share) for share in minibatch.shares]
-        history.append(step(actor, parts, target_count(batch, minibatch), config, first=not history))
+    history: list[dict[str, float]] = []
+    for samples in chain(*batch.minibatches):
+        history.append(step(actor, batch, samples, config, first=not history))
     metrics = mean_metrics(history)
     if "kl_of_target" in metrics:
-        metrics["kl"] = metrics.pop("kl_of_target") * len(batch.response) / segments_of(batch).filled  # nats a sequence
+        metrics["kl"] = metrics.pop("kl_of_target") * len(batch.response) / batch.segments.filled  # nats a sequence
     return metrics
 
 
-def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfig, *, first: bool) -> dict[str, float]:
+def step(actor: Learner, batch: Batch, samples: Sequence[int], config: GRPOConfig, *, first: bool) -> dict[str, float]:
     """One optimizer step on the policy loss, the KL where it is a loss, and the entropy bonus.
 
     Args:
-        targets: response tokens of all DP ranks.
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
-    stats, choices, knobs = Stats(), config.choices, config.grpo
+    stats, choices, knobs, targets = Stats(), config.choices, config.grpo, target_count(batch, samples)
+    weighted = set_loss_weights(batch, samples, choices.aggregation, choices.constant)
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         assert part.advantages is not None and part.rollout_logprobs is not None
-        at, segments = part.response, target_segments(part)
+        at, segments = part.response, part.target_segments
         logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
         old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
         sampled = part.rollout_logprobs[at]
@@ -208,7 +204,7 @@ def step(actor: Learner, parts: Sequence[Batch], targets: int, config: GRPOConfi
             losses = losses + choices.kl_coef * kl
         return apply_loss_weights(losses - knobs.entropy_coef * entropy, part).sum() / targets
 
-    learned = actor.step([(part, loss) for part in parts], stats)
+    learned = actor.step(weighted, loss, stats, samples=samples)
     sums = stats.reduce(actor.mesh)
     extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
     if "ratio_min" in extremes:

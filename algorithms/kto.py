@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .config.common import UpdateConfig
 from .config.preference import KTOLoss
 from .data.dialogues import Sample, pack_samples
-from .dpo import answer_sums
+from .dpo import response_logprobs
 from .losses.preference import kto_loss, kto_reference, ranked_right
-from .micro_batch import plan_scoring
-from .roles.role import Learner, Role, Share, Stats, target_logprobs
+from .roles.role import Learner, Role, Stats, target_logprobs
 
 
 def pack_labeled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:
@@ -30,25 +28,26 @@ def pack_labeled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:
     return batch.with_(rewards=rewards)
 
 
-def sums_of(role: Role, samples: Sequence[Sample], update: UpdateConfig) -> Tensor:
-    """[samples] fp32: each answer's log-probability, the same on every rank. Collective."""
+def sums_of(role: Role, samples: Sequence[Sample], batch_size: int) -> Tensor:
+    """[samples] fp32: log-probability of each response, the same on every rank. Collective.
+
+    Args:
+        batch_size: responses of one pass.
+    """
     sums = []
-    for start in range(0, len(samples), update.batch_size):
-        part = samples[start : start + update.batch_size]
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
         batch = pack_labeled(part, [True] * len(part)).to(role.mesh.device)
-        logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh))
-        sums.append(answer_sums(batch, logprobs[batch.response]))
+        sums.append(response_logprobs(role, batch))
     return torch.cat(sums).cpu()
 
 
-def reference_point(role: Role, samples: Sequence[Sample], reference: Tensor, update: UpdateConfig) -> float:
+def reference_point(role: Role, samples: Sequence[Sample], reference: Tensor, batch_size: int) -> float:
     """z of a batch: `samples` are its mismatched answers, `reference` [samples] their log-probability there."""
-    return kto_reference(sums_of(role, samples, update) - reference).item()
+    return kto_reference(sums_of(role, samples, batch_size) - reference).item()
 
 
-def kto_step(
-    learner: Learner, batch: Batch, shares: Sequence[Share], loss: KTOLoss, reference_point: float
-) -> dict[str, float]:
+def kto_step(learner: Learner, batch: Batch, loss: KTOLoss, reference_point: float) -> dict[str, float]:
     """One optimizer step on labeled answers with their reference (dpo.with_reference).
 
     Returns:
@@ -60,14 +59,14 @@ def kto_step(
     def read(part: Batch, hidden: Tensor) -> Tensor:
         assert part.ref_logprobs is not None and part.rewards is not None
         logprobs, _ = target_logprobs(learner.model, part, hidden, learner.temperature)
-        ratios = answer_sums(part, logprobs) - part.ref_logprobs[part.last]
+        ratios = part.target_segments.sums(logprobs) - part.ref_logprobs[part.last]
         wanted = part.rewards[part.last] > 0
         losses = kto_loss(ratios, wanted, reference_point, loss.beta, loss.desirable_weight, loss.undesirable_weight)
         rewards = loss.beta * ratios
         stats.add(loss=losses, wanted=wanted.float(), chosen=rewards * wanted, rejected=rewards * ~wanted)
         return losses.sum() / count
 
-    step = learner.step([(batch.select(share), read) for share in shares], stats)
+    step = learner.step(batch, read, stats)
     sums = stats.reduce(learner.mesh)
     return summary(sums, count) | {"kl": reference_point} | step
 
@@ -85,12 +84,11 @@ def summary(sums: dict[str, float], count: int) -> dict[str, float]:
     return metrics
 
 
-def held_out(role: Role, batch: Batch, update: UpdateConfig, loss: KTOLoss) -> dict[str, float]:
+def held_out(role: Role, batch: Batch, loss: KTOLoss) -> dict[str, float]:
     """Of labeled answers that are not learned from: eval_margin, and eval_accuracy, how often a wanted answer's
     implicit reward is above an unwanted one's (the area under the ROC curve). The same on every rank."""
     assert batch.ref_logprobs is not None and batch.rewards is not None
-    logprobs = role.logprobs(batch, plan_scoring(batch, update, role.mesh))
-    ratios = (answer_sums(batch, logprobs[batch.response]) - batch.ref_logprobs[batch.last]).double()
+    ratios = (response_logprobs(role, batch) - batch.ref_logprobs[batch.last]).double()
     wanted = batch.rewards[batch.last] > 0
     good, bad = loss.beta * ratios[wanted], loss.beta * ratios[~wanted]
     if not len(good) or not len(bad):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .batch import Batch
-from .config.common import UpdateConfig
 from .roles.role import Role
 from .sft import target_nats
 
@@ -69,7 +68,7 @@ def win_rate(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]])
     return wilson(math.fsum(shares) / len(shares), len(shares))
 
 
-def nats_a_token(role: Role, batches: Iterable[Batch], micro_batch_size: int) -> tuple[float, int]:
+def nats_a_token(role: Role, batches: Iterable[Batch]) -> tuple[float, int]:
     """−log π, a mean over all targets of the batches, and how many they are; perplexity is exp of the first.
 
     Collective; the same on every rank and in every layout within rounding.
@@ -77,11 +76,10 @@ def nats_a_token(role: Role, batches: Iterable[Batch], micro_batch_size: int) ->
     Raises:
         ValueError: one is not finite; names the row.
     """
-    update = UpdateConfig(micro_batch_size=micro_batch_size)
     nats, targets = 0.0, 0
     for batch in batches:
         batch = batch.to(role.mesh.device)
-        nats += target_nats(role, batch, update).sum().item()
+        nats += target_nats(role, batch).sum().item()
         targets += len(batch.response)
     return nats / targets, targets
 

@@ -1,59 +1,17 @@
-"""What PPO and GRPO share: who computes what of a batch of answers, the weights of its tokens, and the first ratio."""
+"""Common parts of PPO's and GRPO's updates: weights of a minibatch's tokens, the check of the first ratio, metrics."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..engine.mesh import Mesh
-from .batch import Batch, deal_micro_batches
+from .batch import Batch
 from .config.common import RolloutConfig
 from .losses.aggregation import Aggregation, Segments, token_weights
-from .roles.role import Share
-
-
-class Passes(Protocol):
-    """How often a batch is used, and in what pieces."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def minibatches(self) -> int: ...
-    @property
-    def micro_batch_size(self) -> int: ...
-    @property
-    def micro_batch_tokens(self) -> int: ...
-
-
-class Minibatch(NamedTuple):
-    """What one optimizer step learns from."""
-
-    samples: list[int]  # of all DP ranks
-    shares: list[Share]  # this DP rank's, cut into micro-batches
-
-
-def plan(batch: Batch, passes: Passes, mesh: Mesh, seed: int) -> list[list[Minibatch]]:
-    """The minibatches of each epoch: the batch shuffled and cut, each part dealt to the DP ranks and cut again.
-
-    Which samples make up a minibatch depends on the seed alone, not on the layout.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = len(batch) // passes.minibatches
-    assert size * passes.minibatches == len(batch)
-
-    def minibatch(samples: list[int]) -> Minibatch:
-        sizes = (passes.micro_batch_size, passes.micro_batch_tokens)
-        return Minibatch(samples, deal_micro_batches(samples, batch.lengths, mesh.dp, *sizes))
-
-    epochs = []
-    for _ in range(passes.epochs):
-        order = torch.randperm(len(batch), generator=generator).tolist()
-        epochs.append([minibatch(order[i : i + size]) for i in range(0, len(batch), size)])
-    return epochs
+from .micro_batch import Passes
 
 
 def single_update(passes: Passes) -> bool:
@@ -75,31 +33,20 @@ def sampler_mismatch(batch: Batch, rollout: RolloutConfig) -> dict[str, float]:
     return {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
 
 
-def segments_of(batch: Batch) -> Segments:
-    """The batch's samples and their targets, over all its tokens."""
-    return Segments.of_lengths(torch.tensor(batch.lengths), batch.mask)
-
-
-def target_segments(batch: Batch) -> Segments:
-    """The batch's samples over its targets alone, [targets]."""
-    sample = torch.bucketize(batch.response, batch.cu_seqlens[1:].long(), right=True)
-    return Segments(torch.ones_like(sample, dtype=torch.bool), sample, len(batch))
-
-
-def target_count(batch: Batch, minibatch: Minibatch) -> int:
+def target_count(batch: Batch, samples: Sequence[int]) -> int:
     """Response tokens of a minibatch, over all DP ranks; 1 where there are none, for it divides."""
-    return max(1, int(batch.mask[batch.rows(minibatch.samples)].sum()))
+    return max(1, int(batch.mask[batch.places(samples)].sum()))
 
 
-def set_loss_weights(batch: Batch, minibatch: Minibatch, how: Aggregation, constant: float = 1.0) -> Batch:
+def set_loss_weights(batch: Batch, samples: Sequence[int], how: Aggregation, constant: float = 1.0) -> Batch:
     """The batch with the weights of a minibatch's tokens, as multiples of 1 / its targets; none where all are 1."""
     if how == "token-mean":
         return batch
-    rows = batch.rows(minibatch.samples)
-    lengths = torch.tensor([batch.lengths[i] for i in minibatch.samples])
-    segments = Segments.of_lengths(lengths, batch.mask[rows])
-    made = token_weights(segments, how, constant=constant) * target_count(batch, minibatch)
-    return batch.with_(weights=torch.zeros(len(batch.tokens), device=made.device).index_copy(0, rows, made))
+    places = batch.places(samples)
+    lengths = torch.tensor([batch.lengths[i] for i in samples])
+    segments = Segments.of_lengths(lengths, batch.mask[places])
+    weights = token_weights(segments, how, constant=constant) * target_count(batch, samples)
+    return batch.with_(weights=torch.zeros(len(batch.tokens), device=weights.device).index_copy(0, places, weights))
 
 
 def apply_loss_weights(losses: Tensor, part: Batch) -> Tensor:

@@ -1,6 +1,6 @@
 """Proximal policy optimization (https://arxiv.org/abs/1707.06347) as RLHF uses it (https://arxiv.org/abs/2203.02155).
 
-One batch: `plan` (online.py) says who computes what, `score` fills in what the frozen models and the critic think of
+One batch: `score` fills in what the frozen models and the critic think of
 it, `with_rewards` and `with_advantages` turn that into advantages, `update` into new weights. Everything that is a
 statistic of the batch is a local computation, for every rank holds the whole batch.
 """
@@ -9,29 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..kernels.ppo_loss import value_loss
 from .advantages import gae, kl_estimate, token_rewards, whiten
-from .batch import Batch, deal_micro_batches, pack
+from .batch import Batch, pack
 from .config.ppo import ActorConfig, PPOConfig
 from .config.presets import Convention
 from .losses.policy import log_ratio, ppo_loss
 from .policy_step import (
-    Minibatch,
     apply_loss_weights,
     check_first_ratio,
     mean_metrics,
     sampler_mismatch,
-    segments_of,
     set_loss_weights,
     single_update,
     target_count,
     truncated,
 )
-from .roles.role import Learner, Role, Share, Stats, collect, target_logprobs
+from .roles.role import Learner, Role, Stats, target_logprobs
 
 
 @dataclass
@@ -44,19 +43,19 @@ class Roles:
     rewards: list[Role] = field(default_factory=list)
 
 
-def score(batch: Batch, roles: Roles, config: PPOConfig, shares: Sequence[Share]) -> Batch:
-    """Fills in reference logprobs, values and the actor's own logprobs, in the very micro-batches of the update.
+def score(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
+    """Fills in reference logprobs, values and the actor's own logprobs.
 
     The passes of actor and critic are left out where one pass over the batch makes old and new equal by definition. The
     KL penalty then takes the sampler's logprobs, which are of the same weights. Where top-k, top-p or a least length
     cut the sampler's distribution those would not do, and the actor's pass is run.
     """
-    batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch, shares))
+    batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch))
     if not single_update(config.ppo):
-        batch = batch.with_(values=roles.critic.values(batch, shares))
+        batch = batch.with_(values=roles.critic.values(batch))
     if single_update(config.ppo) and not truncated(config.rollout) and not config.ppo.tis_clip:
         return batch
-    return batch.with_(logprobs=roles.actor.logprobs(batch, shares))
+    return batch.with_(logprobs=roles.actor.logprobs(batch))
 
 
 def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float) -> tuple[Batch, dict[str, float]]:
@@ -68,7 +67,7 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
     """
     assert batch.ref_logprobs is not None and batch.rollout_logprobs is not None
     logprobs = batch.rollout_logprobs if batch.logprobs is None else batch.logprobs
-    rules, segments = config.rules, segments_of(batch)
+    rules, segments = config.rules, batch.segments
     kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl, replace(rules.kl, weighted=False))  # [total]
     rewards = token_rewards(scores.to(kl), kl, segments, kl_coef, clip=rules.token_clip)
     metrics = {
@@ -83,7 +82,7 @@ def advantages_of(batch: Batch, values: Tensor, config: PPOConfig) -> tuple[Tens
     """GAE's advantages and returns, [total] each; a sample's depend on no other sample."""
     assert batch.rewards is not None
     rules = config.rules
-    return gae(batch.rewards, values, segments_of(batch), batch.cu_seqlens, config.ppo.gamma, rules.lam, rules.gaps)
+    return gae(batch.rewards, values, batch.segments, batch.cu_seqlens, config.ppo.gamma, rules.lam, rules.gaps)
 
 
 def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, float]]:
@@ -98,14 +97,13 @@ def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, f
         "explained_variance": (1 - residual.var(correction=0) / spread.clamp_min(1e-8)).item(),
     }
     if config.ppo.whiten:
-        advantages = whiten(advantages, segments_of(batch), config.rules.whiten)
+        advantages = whiten(advantages, batch.segments, config.rules.whiten)
     return batch.with_(advantages=advantages, returns=returns), metrics
 
 
 def update(
     roles: Roles,
     batch: Batch,
-    epochs: Sequence[Sequence[Minibatch]],
     config: PPOConfig,
     *,
     train_actor: bool = True,
@@ -128,16 +126,13 @@ def update(
     learned = None
     if batch.values is None:
         assert single_update(config.ppo)
-        learned, values = critic_step(roles.critic, batch, epochs[0][0], config)
+        learned, values = critic_step(roles.critic, batch, batch.minibatches[0][0], config)
         batch = batch.with_(values=values)
     batch, about_values = with_advantages(batch, config)
-    for minibatch in (minibatch for minibatches in epochs for minibatch in minibatches):
-        metrics = learned or critic_step(roles.critic, batch, minibatch, config)[0]
+    for samples in chain(*batch.minibatches):
+        metrics = learned or critic_step(roles.critic, batch, samples, config)[0]
         if train_actor:
-            weighted = set_loss_weights(batch, minibatch, config.rules.aggregation)
-            parts = [weighted.select(share) for share in minibatch.shares]
-            targets = target_count(batch, minibatch)
-            metrics |= actor_step(roles.actor, parts, targets, config, ptx, first=not history)
+            metrics |= actor_step(roles.actor, batch, samples, config, ptx, first=not history)
         history.append(metrics)
     return about_values | mean_metrics(history)
 
@@ -157,17 +152,15 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, rules: Convention
 
 
 def critic_step(
-    critic: Learner, batch: Batch, minibatch: Minibatch, config: PPOConfig
+    critic: Learner, batch: Batch, samples: Sequence[int], config: PPOConfig
 ) -> tuple[dict[str, float], Tensor]:
     """One step on the clipped value loss; returns its metrics and the values before it, [total] fp32.
 
     Where the batch has no old values they are this forward's own, and so are the returns made of them: a sample's
     returns need the values of no other.
     """
-    stats, rules = Stats(), config.rules
-    weighted = set_loss_weights(batch, minibatch, rules.value_aggregation)
-    parts = [weighted.select(share) for share in minibatch.shares]
-    targets = target_count(batch, minibatch)
+    stats, rules, targets = Stats(), config.rules, target_count(batch, samples)
+    weighted = set_loss_weights(batch, samples, rules.value_aggregation)
     seen: list[Tensor] = []
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
@@ -181,16 +174,17 @@ def critic_step(
         stats.add(value_loss=losses, value_clip_fraction=clipped)
         return losses.sum() / targets
 
-    step = critic.step([(part, loss) for part in parts], stats)
+    step = critic.step(weighted, loss, stats, samples=samples)
     means = {name: value / targets for name, value in stats.reduce(critic.mesh).items()}
-    values = collect(batch, minibatch.shares, seen, [part.response for part in parts], critic.mesh)
-    return means | {f"critic_{name}": value for name, value in step.items()}, values
+    return means | {f"critic_{name}": value for name, value in step.items()}, critic.gather_targets(
+        batch, samples, seen
+    )
 
 
 def actor_step(
     actor: Learner,
-    parts: Sequence[Batch],
-    targets: int,
+    batch: Batch,
+    samples: Sequence[int],
     config: PPOConfig,
     ptx: Sequence[Sequence[int]] = (),
     *,
@@ -199,10 +193,10 @@ def actor_step(
     """One step on the clipped policy loss, the entropy bonus and the pretraining mix.
 
     Args:
-        targets: response tokens of all DP ranks.
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
-    stats, rules = Stats(), config.rules
+    stats, rules, targets = Stats(), config.rules, target_count(batch, samples)
+    weighted = set_loss_weights(batch, samples, rules.aggregation)
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         assert part.advantages is not None and part.rollout_logprobs is not None
@@ -225,25 +219,21 @@ def actor_step(
             stats.largest(sampler_mismatch_max=(logprobs - sampled).abs())
         return apply_loss_weights(losses - config.actor.entropy_coef * entropy, part).sum() / targets
 
+    documents = pack(ptx).to(actor.mesh.device) if ptx else None
+
     def ptx_loss(part: Batch, hidden: Tensor) -> Tensor:
+        assert documents is not None
         logprobs, _ = target_logprobs(actor.model, part, hidden, temperature=1.0)
         stats.add(ptx_loss=-logprobs)
-        return -config.actor.ptx_coef * logprobs.sum() / ptx_targets
+        return -config.actor.ptx_coef * logprobs.sum() / len(documents.response)
 
-    work = [(part, loss) for part in parts]
-    if ptx:
-        documents = pack(ptx).to(actor.mesh.device)
-        ptx_targets = len(documents.response)
-        sizes = (config.ppo.micro_batch_size, config.ppo.micro_batch_tokens)
-        shares = deal_micro_batches(range(len(documents)), documents.lengths, actor.mesh.dp, *sizes)
-        work += [(documents.select(share), ptx_loss) for share in shares]
-
-    step = actor.step(work, stats)
+    step = actor.step(weighted, loss, stats, samples=samples, also=[(documents, ptx_loss)] if documents else [])
     sums = stats.reduce(actor.mesh)
     extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
     if "ratio_min" in extremes:
         extremes["ratio_min"] *= -1
-    means = {name: value / (ptx_targets if name == "ptx_loss" else targets) for name, value in sums.items()}
+    counts = {"ptx_loss": len(documents.response)} if documents else {}
+    means = {name: value / counts.get(name, targets) for name, value in sums.items()}
     if first and not step.get("skipped"):
         check_first_ratio(extremes)
     return means | extremes | {f"actor_{name}": value for name, value in step.items()}

@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import Batch
-from .config.common import UpdateConfig
 from .data.dialogues import pack_samples
 from .data.preferences import Pair, Steps
 from .losses.preference import ranked_right, reward_loss
-from .micro_batch import plan_scoring
-from .roles.role import Learner, Role, Share, Stats
+from .roles.role import Learner, Role, Stats
 
 BINS = 10
 
@@ -30,7 +28,7 @@ def pack_pairs(pairs: Sequence[Pair]) -> Batch:
     assert batch.mask[batch.last].all(), "a response with tokens behind its last target"
     margins = torch.zeros(len(batch.tokens))
     margins[batch.last[::2]] = torch.tensor([pair.margin for pair in pairs])
-    return batch.with_(rewards=margins)
+    return batch.with_(rewards=margins, row_sizes=(2,) * len(pairs))
 
 
 def pack_steps(rows: Sequence[Steps]) -> Batch:
@@ -40,7 +38,7 @@ def pack_steps(rows: Sequence[Steps]) -> Batch:
     return batch.with_(rewards=batch.spread(labels))
 
 
-def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centering: float) -> dict[str, float]:
+def pair_step(learner: Learner, batch: Batch, centering: float) -> dict[str, float]:
     """One optimizer step on pairs.
 
     Returns:
@@ -57,7 +55,7 @@ def pair_step(learner: Learner, batch: Batch, shares: Sequence[Share], centering
         stats.add(loss=losses, accuracy=ranked_right(chosen, rejected), chosen=chosen, rejected=rejected)
         return losses.sum() / pairs
 
-    step = learner.step([(batch.select(share), loss) for share in shares], stats, unit=2)
+    step = learner.step(batch, loss, stats, unit=2)
     return {name: value / pairs for name, value in stats.reduce(learner.mesh).items()} | step
 
 
@@ -94,9 +92,7 @@ def check_scores(scores: Tensor, names: Sequence[str]) -> None:
         )
 
 
-def held_out_pairs(
-    role: Role, batch: Batch, update: UpdateConfig, centering: float, names: Sequence[str] = ()
-) -> dict[str, float]:
+def held_out_pairs(role: Role, batch: Batch, centering: float, names: Sequence[str] = ()) -> dict[str, float]:
     """`pair_quality` of pairs that are not learned from, the same on every rank.
 
     Args:
@@ -106,12 +102,12 @@ def held_out_pairs(
         ValueError: a score is no finite number.
     """
     assert batch.rewards is not None
-    scores = role.scores(batch, plan_scoring(batch, update, role.mesh, 2))
+    scores = role.scores(batch)
     check_scores(scores, names)
     return pair_quality(scores, batch.rewards[batch.last[::2]], centering)
 
 
-def process_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:
+def process_step(learner: Learner, batch: Batch) -> dict[str, float]:
     """One optimizer step on labeled steps: binary cross-entropy at the last token of each
     (https://arxiv.org/abs/2305.20050)."""
     stats, count = Stats(), len(batch.response)
@@ -123,11 +119,11 @@ def process_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dic
         stats.add(loss=losses, accuracy=((scores > 0) == (labels > 0)).float())
         return losses.sum() / count
 
-    step = learner.step([(batch.select(share), loss) for share in shares], stats)
+    step = learner.step(batch, loss, stats)
     return {name: value / count for name, value in stats.reduce(learner.mesh).items()} | step
 
 
-def held_out_process(role: Role, batch: Batch, update: UpdateConfig, names: Sequence[str] = ()) -> dict[str, float]:
+def held_out_process(role: Role, batch: Batch, names: Sequence[str] = ()) -> dict[str, float]:
     """eval_loss and eval_accuracy of steps that are not learned from, the same on every rank.
 
     Args:
@@ -137,7 +133,7 @@ def held_out_process(role: Role, batch: Batch, update: UpdateConfig, names: Sequ
         ValueError: a score is no finite number.
     """
     assert batch.rewards is not None
-    scores = role.token_scores(batch, plan_scoring(batch, update, role.mesh))[batch.response].double()
+    scores = role.token_scores(batch)[batch.response].double()
     labels = batch.rewards[batch.response].double()
     check_scores(scores, names)
     losses = F.binary_cross_entropy_with_logits(scores, labels)

@@ -6,22 +6,14 @@ of the rows changes the loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from .batch import Batch
-from .config.common import UpdateConfig
-from .micro_batch import plan_scoring
-from .roles.role import Learner, Role, Share, Stats, target_logprobs
+from .roles.role import Learner, Role, Stats, target_logprobs
 
 
-def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[str, float]:
+def sft_step(learner: Learner, batch: Batch) -> dict[str, float]:
     """One optimizer step on the whole batch.
-
-    Args:
-        shares: this DP rank's micro-batches.
 
     Returns:
         loss and entropy in nats a target token, before the step; target_tokens; and what `Learner.step` gives.
@@ -33,32 +25,32 @@ def sft_step(learner: Learner, batch: Batch, shares: Sequence[Share]) -> dict[st
         stats.add(loss=-logprobs, entropy=entropy)
         return -logprobs.sum() / targets
 
-    step = learner.step([(batch.select(share), loss) for share in shares], stats)
+    step = learner.step(batch, loss, stats)
     means = {name: value / targets for name, value in stats.reduce(learner.mesh).items()}
     return means | {"target_tokens": targets} | step
 
 
-def held_out_loss(role: Role, batch: Batch, update: UpdateConfig) -> float:
+def held_out_loss(role: Role, batch: Batch) -> float:
     """The loss on rows that are not learned from, the same on every rank; nothing is divided by the DP ranks.
 
     Raises:
         ValueError: it is not finite; names the row.
     """
-    return target_nats(role, batch, update).mean().item()
+    return target_nats(role, batch).mean().item()
 
 
-def target_nats(role: Role, batch: Batch, update: UpdateConfig) -> Tensor:
+def target_nats(role: Role, batch: Batch) -> Tensor:
     """[targets] float64: −log π of each target, the same on every rank.
 
     Raises:
         ValueError: one is not finite; names the row.
     """
-    nats = -role.logprobs(batch, plan_scoring(batch, update, role.mesh))[batch.response].double()
+    nats = -role.logprobs(batch)[batch.response].double()
     bad = (~nats.isfinite()).nonzero().flatten()
     if len(bad):
-        sample = torch.bucketize(batch.response[bad[0]], batch.cu_seqlens[1:], right=True)
+        sample = int(batch.target_segments.sample[bad[0]])
         raise ValueError(
-            f"{batch.name(int(sample))}: the model gives it the loss {nats[bad[0]].item()} at a token: must be a finite"
+            f"{batch.name(sample)}: the model gives it the loss {nats[bad[0]].item()} at a token: must be a finite"
             f" number ({len(bad)} of {len(nats)} are not)"
         )
     return nats

@@ -21,7 +21,7 @@ import tyro
 from trialign.algorithms.batch import Prompt, from_rollouts
 from trialign.algorithms.config.common import ParallelConfig, RolloutConfig
 from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels, PPOOptions, PPORun
-from trialign.algorithms.policy_step import plan
+from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.ppo import score, update, with_rewards
 from trialign.algorithms.roles.build import build_roles, read_shapes
 from trialign.algorithms.roles.role import Role
@@ -82,7 +82,7 @@ def main(bench: Bench) -> None:
     dtype = roles.actor.model.dtype
     reward = Decoder(shape, mesh, dtype=dtype, head="score").requires_grad_(False)
     load_hf(reward, bench.model, new_head="normal")
-    roles.rewards.append(Role(reward))
+    roles.rewards.append(Role(reward, sizes=config.ppo))
     generator = Generator(roles.actor.model, mesh)
     params = sampling_params(config.rollout, stop_ids=(), seed=config.run.seed)  # no early stop
     random = torch.Generator().manual_seed(0)
@@ -93,17 +93,16 @@ def main(bench: Bench) -> None:
         prompts = [Prompt(step * bench.prompts + i, row, "") for i, row in enumerate(tokens)]
         with phases("rollout") as phase:
             batch = from_rollouts(sample(generator, prompts, params)).to(mesh.device)
-            epochs = plan(batch, config.ppo, mesh, seed=step)
-            shares = [share for minibatch in epochs[0] for share in minibatch.shares]
+            batch = batch.with_(minibatches=draw_minibatches(len(batch), config.ppo, seed=step))
             phase.flops = forward = forward_flops(shape, batch.lengths, len(batch.response))
         with phases("score") as phase:
-            scores = roles.rewards[0].scores(batch, shares)
-            batch = score(batch, roles, config, shares)
+            scores = roles.rewards[0].scores(batch)
+            batch = score(batch, roles, config)
             body = forward_flops(shape, batch.lengths)
             phase.flops = forward + body
         with phases("update") as phase:
             batch, metrics = with_rewards(batch, scores, config, config.ppo.kl_coef)
-            metrics |= update(roles, batch, epochs, config)
+            metrics |= update(roles, batch, config)
             phase.flops = 3 * (forward + body)
         with phases("sync"):
             generator.load(roles.actor.model)

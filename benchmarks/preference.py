@@ -29,8 +29,7 @@ from trialign.algorithms.data.sources import read_rows
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.grpo import score, update, with_advantages
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
-from trialign.algorithms.micro_batch import plan
-from trialign.algorithms.policy_step import plan as plan_minibatches
+from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.reward_model import pack_pairs, pair_step
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.rewards.shaping import RewardShaper
@@ -123,7 +122,7 @@ class Base:
     def learner(self, steps: int) -> Learner:
         """The model with its optimizer, as the scripts build it."""
         model = build_decoder(self.task.model, self.shape, self.mesh, self.task.dtype, head=self.head, trained=True)
-        return build_learner(model, OPTIMIZER, steps)
+        return build_learner(model, OPTIMIZER, steps, sizes=self.task.update)
 
     def pairs(self, count: int, folder: Path) -> list[Pair]:
         """The first pairs of the stream."""
@@ -168,7 +167,7 @@ def sft_side(task: Task, steps: int, folder: Path) -> Side:
 
     def step(number: int) -> dict[str, float]:
         batch = pack_samples(batches[number])
-        return sft_step(learner, batch, plan(batch, task.update, base.mesh))
+        return sft_step(learner, batch)
 
     rows = [
         {
@@ -188,7 +187,7 @@ def reward_side(task: Task, steps: int, folder: Path) -> Side:
 
     def step(number: int) -> dict[str, float]:
         batch = pack_pairs(batches[number])
-        return pair_step(learner, batch, plan(batch, task.update, base.mesh, 2), 0.0)
+        return pair_step(learner, batch, 0.0)
 
     rows = [{"chosen_ids": p.chosen.tokens.tolist(), "rejected_ids": p.rejected.tokens.tolist()} for p in pairs]
     return Side(rows, [sum(sum(pair.lengths) for pair in part) for part in batches], step)
@@ -199,11 +198,11 @@ def dpo_side(task: Task, steps: int, folder: Path) -> Side:
     base, loss = Base(task), DPOLoss(average="sum")
     pairs = base.pairs(steps * task.batch, folder)
     learner, batches = base.learner(steps), cut(pairs, task.batch)
-    references = reference_sums(learner, pairs, task.update).split(2 * task.batch)
+    references = reference_sums(learner, pairs, task.batch).split(2 * task.batch)
 
     def step(number: int) -> dict[str, float]:
         batch = with_reference(pack_pairs(batches[number]), references[number])
-        return dpo_step(learner, batch, plan(batch, task.update, base.mesh, 2), loss)
+        return dpo_step(learner, batch, loss)
 
     rows = []
     for pair in pairs:
@@ -223,14 +222,14 @@ def kto_side(task: Task, steps: int, folder: Path) -> Side:
         [mismatched(one, part[(i + 1) % len(part)], task.max_tokens) for i, one in enumerate(part)] for part in batches
     ]
     learner = base.learner(steps)
-    references = [sums_of(learner, part, task.update) for part in batches]
-    other_references = [sums_of(learner, part, task.update) for part in others]
+    references = [sums_of(learner, part, task.batch) for part in batches]
+    other_references = [sums_of(learner, part, task.batch) for part in others]
 
     def step(number: int) -> dict[str, float]:
-        z = reference_point(learner, others[number], other_references[number], task.update)
+        z = reference_point(learner, others[number], other_references[number], task.batch)
         wanted = cut(labels, task.batch)[number]
         batch = with_reference(pack_labeled(batches[number], wanted), references[number])
-        return kto_step(learner, batch, plan(batch, task.update, base.mesh), loss, z)
+        return kto_step(learner, batch, loss, z)
 
     rows = []
     for one, label in zip(samples, labels, strict=True):
@@ -264,13 +263,13 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
     def step(number: int) -> dict[str, float]:
         rollouts = sample(generator, batches[number], params, task.group)
         batch: Batch = from_rollouts(rollouts)
-        scores = scorer.combined(scorer(rollouts, batch, [], []))
+        scores = scorer.combined(scorer(rollouts, batch, []))
         shaped = shaper(scores, [rollout.finish == "stop" for rollout in rollouts])
         rewards = torch.tensor([r for part in make_groups(rollouts, scores, shaped, config) for r in part.rewards])
-        epochs = plan_minibatches(batch, config.grpo, base.mesh, seed=number)
-        batch = score(batch, roles, config, epochs[0][0].shares)
+        batch = batch.with_(minibatches=draw_minibatches(len(batch), config.grpo, seed=number))
+        batch = score(batch, roles, config)
         batch, about = with_advantages(batch, rewards, group, config)
-        about |= update(roles.actor, batch, epochs, config)
+        about |= update(roles.actor, batch, config)
         generator.load(roles.actor.model)
         return about
 

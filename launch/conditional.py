@@ -27,7 +27,6 @@ from trialign.algorithms.config.conditional import ConditionalConfig, check_cond
 from trialign.algorithms.data.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
 from trialign.algorithms.data.dialogues import Encoder, Sample, pack_samples
 from trialign.algorithms.data.sources import RowReader
-from trialign.algorithms.micro_batch import plan, plan_scoring
 from trialign.algorithms.rewards.encoder import Policy, reward_encoders
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
@@ -73,8 +72,7 @@ class Rewards:
     def scores(self, rollouts: list[Rollout]) -> list[float]:
         """One number an answer, NaN where a scorer abstains. Collective."""
         batch = from_rollouts(rollouts).to(self.run.mesh.device)
-        shares = plan_scoring(batch, self.config.update, self.run.mesh)
-        return self.scorer.combined(self.scorer(rollouts, batch, self.models, shares))
+        return self.scorer.combined(self.scorer(rollouts, batch, self.models))
 
     def rows(self) -> dict[str, list[Rewarded]]:
         """The rows of every source with their rewards, which a resumed run finds in its folder. Collective."""
@@ -96,7 +94,9 @@ class Rewards:
         if not short:
             raise ValueError(f"data.sources: all {len(samples)} rows are longer than data.max_tokens={data.max_tokens}")
         self.scorer.check((samples[i].where, every[i].fields) for i in short)
-        self.models += [Role(run.on_all_ranks(lambda p=p: self._model(p), p)) for p in config.reward.models]
+        for path in config.reward.models:
+            model = run.on_all_ranks(lambda p=path: self._model(p), path)
+            self.models.append(Role(model, sizes=config.update))
         rows_left, samples = [every[i] for i in short], [samples[i] for i in short]
         self.found = self._before(samples) or self._scored(rows_left, samples)
         return {
@@ -168,7 +168,7 @@ def main(run: Run[ConditionalConfig]) -> None:
     work = supervised_run(run, config.data, read)
     learner, data = work.learner, work.rows
     unseen = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
-    measure = lambda batch: {"eval_loss": held_out_loss(learner, batch, config.update)}  # noqa: E731
+    measure = lambda batch: {"eval_loss": held_out_loss(learner, batch)}  # noqa: E731
     work.begin(facts=FACTS)
     if config.reward.names:
         run.remember("rewards.json", lambda: rewards.found)
@@ -180,7 +180,7 @@ def main(run: Run[ConditionalConfig]) -> None:
         metrics = work.epoch()
 
         with run.phases("update") as phase:
-            metrics |= sft_step(learner, batch, plan(batch, config.update, mesh))
+            metrics |= sft_step(learner, batch)
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)

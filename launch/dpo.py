@@ -19,7 +19,6 @@ from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import DPOConfig, check_dpo
 from trialign.algorithms.data.preferences import Pair, PairStream
 from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
-from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import pack_pairs
 
 FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}
@@ -49,7 +48,7 @@ class References:
         pairs = [self.data.pools[pool][row] for pool, row in self.rows] + self.data.held_out
         self.sums = torch.zeros(len(pairs), 2)
         if not config.loss.reference_free:
-            read = lambda role, part: reference_sums(role, part, config.update)  # noqa: E731
+            read = lambda role, part: reference_sums(role, part, config.update.batch_size)  # noqa: E731
             sums = work.reference_sums(pairs, lambda pair: (pair.chosen, pair.rejected), read)
             self.sums = sums.view(-1, 2)
 
@@ -69,13 +68,12 @@ class References:
 
 def main(run: Run[DPOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
-    config, mesh = run.config, run.mesh
-
+    config = run.config
     read = lambda tokenizer, ends: PairStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     work = supervised_run(run, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()
-    measure = lambda batch: held_out(learner, batch, config.update, config.pair_loss)  # noqa: E731
+    measure = lambda batch: held_out(learner, batch, config.pair_loss)  # noqa: E731
     work.begin(facts=FACTS)
 
     work.held_out_before(unseen, measure)
@@ -84,7 +82,7 @@ def main(run: Run[DPOConfig]) -> None:
         metrics = work.epoch()
 
         with run.phases("update") as phase:
-            metrics |= dpo_step(learner, batch, plan(batch, config.update, mesh, 2), config.pair_loss)
+            metrics |= dpo_step(learner, batch, config.pair_loss)
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)

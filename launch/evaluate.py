@@ -29,6 +29,7 @@ from common.run import Run, start
 from report.curves import estimate_table, sample_table
 from rich.console import Console
 from trialign.algorithms.batch import Batch, Prompt, response_texts
+from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.config.evaluate import EvaluateConfig, check_evaluate
 from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
 from trialign.algorithms.data.documents import TextStream, pack_rows
@@ -59,6 +60,7 @@ class Evaluated:
     def __init__(self, run: Run[Any], folder: str):
         self.run, self.mesh, self.folder = run, run.mesh, folder
         self.config: EvaluateConfig = run.config
+        self.sizes = UpdateConfig(micro_batch_size=self.config.run.micro_batch_size)
         self.shape = run.on_all_ranks(self._read_shape)
         self.tokenizer = run.on_all_ranks(lambda: load_tokenizer(folder, self.shape))
 
@@ -67,7 +69,7 @@ class Evaluated:
         """The model, loaded when it is first asked for: after all that could refuse the data. Collective."""
         dtype = self.config.model.dtype
         build = lambda: build_decoder(self.folder, self.shape, self.mesh, dtype)  # noqa: E731
-        return Role(self.run.on_all_ranks(build, self.folder))
+        return Role(self.run.on_all_ranks(build, self.folder), sizes=self.sizes)
 
     def _read_shape(self) -> ModelConfig:
         """The model's shape, with room for every row."""
@@ -91,8 +93,8 @@ class Evaluated:
         own = replace(config, model=replace(config.model, path=self.folder))
         answering = OnlineRun(run, cast(Any, own), config.run, self.shape)
         role = self.role
-        models = [Role(run.on_all_ranks(lambda p=p: self._reward_model(p), p)) for p in config.reward.models]
-        answering.attach(cast(Any, role), models)
+        models = [run.on_all_ranks(lambda p=p: self._reward_model(p), p) for p in config.reward.models]
+        answering.attach(cast(Any, role), [Role(model, sizes=self.sizes) for model in models])
         there = answering.dataset.rows - answering.dataset.dropped
         self._say(answering.about)
         count, size = min(config.data.limit or there, there), config.run.prompts_per_save
@@ -113,7 +115,7 @@ class Evaluated:
         scores, rewards = {}, [None] * len(rollouts)
         if config.reward.names:
             with work("score"):
-                scores = answering.scores(rollouts, config.run.micro_batch_size)
+                scores = answering.scores(rollouts)
             rewards = answering.scorer.combined(scores)
             for reason in answering.scorer.failures():  # there are none but on the first rank
                 self._say(f"abstains: {reason}")
@@ -145,7 +147,7 @@ class Evaluated:
             if getattr(self.config, name).sources:
                 batches = rows()
                 with self.run.progress.work(f"perplexity of {name}"):
-                    loss, _ = nats_a_token(self.role, batches, self.config.run.micro_batch_size)
+                    loss, _ = nats_a_token(self.role, batches)
                 found[f"perplexity of {name}"] = Estimate(perplexity(loss), math.nan, math.nan)
         return found
 

@@ -22,7 +22,8 @@ from report.curves import GRPO_PANELS, completion_table
 from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.config.grpo import GRPOConfig, check
 from trialign.algorithms.grpo import GroupRoles, score, update, with_advantages
-from trialign.algorithms.policy_step import plan, without
+from trialign.algorithms.micro_batch import draw_minibatches
+from trialign.algorithms.policy_step import without
 from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_group_roles, read_shapes
 from trialign.algorithms.rollout.groups import Group, GroupPool, make_groups
@@ -59,7 +60,7 @@ class GRPORun(OnlineRun):
                 phase.tokens = len(batch.response)
                 phase.flops = forward_flops(self.shape, batch.lengths, len(batch.response))
             with run.phases("score") as phase:  # rollout -> rewards
-                given = self.scores(rollouts, config.grpo.micro_batch_size)
+                given = self.scores(rollouts)
                 here = self.scorer.combined(given)
                 self.say_failures(run)
                 rewards = self.shaper(here, [rollout.finish == "stop" for rollout in rollouts])
@@ -79,18 +80,17 @@ def train(work: GRPORun, run: Run[GRPOConfig]) -> None:
         rewards = torch.tensor([reward for group in groups for reward in group.rewards])
         number = torch.arange(len(groups)).repeat_interleave(config.rollout.samples_per_prompt)
         batch = from_rollouts([rollout for group in groups for rollout in group.rollouts]).to(work.mesh.device)
-        epochs = plan(batch, config.grpo, work.mesh, seed=(config.run.seed << 32) + step)
+        minibatches = draw_minibatches(len(batch), config.grpo, seed=(config.run.seed << 32) + step)
         forward = forward_flops(work.shape, batch.lengths, len(batch.response))
 
         with phases("score") as phase:  # rollout -> reference logprobs, old logprobs
-            shares = [share for minibatch in epochs[0] for share in minibatch.shares]
-            batch = score(without(batch, rewards), roles, config, shares)
+            batch = score(without(batch.with_(minibatches=minibatches), rewards), roles, config)
             passes = (batch.ref_logprobs is not None) + (batch.logprobs is not None)
             phase.tokens, phase.flops = passes * len(batch.tokens), passes * forward
 
         with phases("update") as phase:  # rewards -> advantages -> new weights
             batch, about = with_advantages(batch, rewards, number, config)
-            metrics |= about | update(roles.actor, batch, epochs, config)
+            metrics |= about | update(roles.actor, batch, config)
             phase.tokens = len(batch.tokens) * config.grpo.epochs
             phase.flops = 3 * config.grpo.epochs * forward
 

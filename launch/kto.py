@@ -22,7 +22,6 @@ from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.data.preferences import LabeledResponse, LabeledStream, mismatched
 from trialign.algorithms.dpo import with_reference
 from trialign.algorithms.kto import held_out, kto_step, pack_labeled, reference_point, sums_of
-from trialign.algorithms.micro_batch import plan
 
 FACTS = {"loss": "loss {:.4f}", "margin": "margin {:+.3f}", "eval_accuracy": "held out {:.3f}"}
 PANELS = (
@@ -58,7 +57,7 @@ class References:
         self.others = [mismatched(*two, config.data.max_tokens) for two in zip(drawn, partners, strict=True)]
         unseen = [row.sample for row in self.data.held_out]
         asked = drawn + self.others + unseen
-        read = lambda role, part: sums_of(role, part, config.update)  # noqa: E731
+        read = lambda role, part: sums_of(role, part, config.update.batch_size)  # noqa: E731
         sums = work.reference_sums(asked, lambda sample: (sample,), read)
         self.sums, self.other_sums, self.unseen_sums = sums.split([len(drawn), len(drawn), len(unseen)])
 
@@ -84,13 +83,12 @@ class References:
 
 def main(run: Run[KTOConfig]) -> None:
     """Sets up, trains, and leaves the exported model and the plot in the run's folder."""
-    config, mesh = run.config, run.mesh
-
+    config = run.config
     read = lambda tokenizer, ends: LabeledStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     work = supervised_run(run, config.data, read)
     learner, rows = work.learner, References(work)
     unseen = rows.held_out()
-    measure = lambda batch: held_out(learner, batch, config.update, config.loss)  # noqa: E731
+    measure = lambda batch: held_out(learner, batch, config.loss)  # noqa: E731
     work.begin(facts=FACTS)
 
     work.held_out_before(unseen, measure)
@@ -99,11 +97,11 @@ def main(run: Run[KTOConfig]) -> None:
         metrics = work.epoch()
 
         with run.phases("reference point") as phase:
-            z = reference_point(learner, others, reference, config.update)
+            z = reference_point(learner, others, reference, config.update.batch_size)
             work.count(phase, pack_samples(others))
 
         with run.phases("update") as phase:
-            metrics |= kto_step(learner, batch, plan(batch, config.update, mesh), config.loss, z)
+            metrics |= kto_step(learner, batch, config.loss, z)
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)

@@ -21,7 +21,8 @@ from trialign.algorithms.batch import from_rollouts
 from trialign.algorithms.config.ppo import PPOConfig, check
 from trialign.algorithms.data.documents import TextDataset
 from trialign.algorithms.losses.kl import KLController
-from trialign.algorithms.policy_step import plan, without
+from trialign.algorithms.micro_batch import draw_minibatches
+from trialign.algorithms.policy_step import without
 from trialign.algorithms.ppo import Roles, score, update, with_rewards
 from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_roles, read_shapes
@@ -61,17 +62,17 @@ def train(work: PPORun, run: Run[PPOConfig]) -> None:
         with phases("rollout") as phase:  # prompt -> rollout
             rollouts = sample(work.generator, prompts, work.sampling, config.rollout.samples_per_prompt)
             batch = from_rollouts(rollouts).to(work.mesh.device)
-            epochs = plan(batch, config.ppo, work.mesh, seed=(config.run.seed << 32) + step)
-            shares = [share for minibatch in epochs[0] for share in minibatch.shares]
+            minibatches = draw_minibatches(len(batch), config.ppo, seed=(config.run.seed << 32) + step)
+            batch = batch.with_(minibatches=minibatches)
             phase.tokens = len(batch.response)
             phase.flops = forward = forward_flops(work.shape, batch.lengths, len(batch.response))
 
         with phases("score") as phase:  # rollout -> rewards, reference logprobs, values
-            scores = work.scorer(rollouts, batch, roles.rewards, shares)
+            scores = work.scorer(rollouts, batch, roles.rewards)
             combined = work.scorer.combined(scores)
             work.say_failures(run)
             rewards = work.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
-            batch = score(without(batch, torch.tensor(rewards)), roles, config, shares)
+            batch = score(without(batch, torch.tensor(rewards)), roles, config)
             body = forward_flops(work.shape, batch.lengths)
             phase.tokens = len(batch.tokens)
             passes = 1 + (batch.logprobs is not None), len(roles.rewards) + (batch.values is not None)
@@ -81,7 +82,7 @@ def train(work: PPORun, run: Run[PPOConfig]) -> None:
             batch, metrics = with_rewards(batch, torch.tensor(rewards), config, work.kl.coef)
             text = work.text.next(config.batch_size // config.ppo.minibatches).tolist() if work.text else ()
             train_actor = step >= config.critic.warmup_steps
-            metrics |= update(roles, batch, epochs, config, train_actor=train_actor, ptx=text)
+            metrics |= update(roles, batch, config, train_actor=train_actor, ptx=text)
             work.kl.update(metrics["kl"], len(batch))
             phase.tokens = len(batch.tokens) * config.ppo.epochs
             phase.flops = 3 * config.ppo.epochs * (body + forward * train_actor)

@@ -16,7 +16,7 @@ from common.supervised import supervised_run
 from report.curves import Line, Panel
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.pretrain import PretrainConfig, check_pretrain
-from trialign.algorithms.data.documents import TextStream, pack_rows, plan_rows
+from trialign.algorithms.data.documents import TextStream, pack_rows
 from trialign.algorithms.metrics import perplexity
 from trialign.algorithms.sft import held_out_loss, sft_step
 
@@ -39,16 +39,15 @@ def main(run: Run[PretrainConfig]) -> None:
     work.begin(facts=FACTS)
 
     def measure(batch: Batch) -> dict[str, float]:
-        loss = held_out_loss(work.learner, batch, config.update)
+        loss = held_out_loss(work.learner, batch)
         return {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
     work.held_out_before(unseen, measure)
     for _ in run.steps():
-        rows = work.rows.next(config.update.batch_size)
-        batch = pack_rows(rows).to(mesh.device)
+        batch = pack_rows(work.rows.next(config.update.batch_size)).to(mesh.device)
         metrics = work.epoch()
         with run.phases("update") as phase:
-            metrics |= sft_step(work.learner, batch, plan_rows(rows, config.update, mesh))
+            metrics |= sft_step(work.learner, batch)
             work.count(phase, batch, passes=3)
         metrics |= work.held_out(unseen, measure)
         run.end_step(metrics, tokens=len(batch.tokens))

@@ -36,7 +36,6 @@ from trialign.algorithms.data.responses import (
     write_responses,
 )
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
-from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_decoder, build_learner, read_shapes
@@ -76,9 +75,11 @@ class RejectionRun(OnlineRun):
             )
 
         policy = run.on_all_ranks(lambda: build(config.model.path, "lm", True), "model")
-        models = [Role(run.on_all_ranks(lambda f=f: build(f, "score", False), f)) for f in config.reward.models]
+        frozen = [run.on_all_ranks(lambda f=f: build(f, "score", False), f) for f in config.reward.models]
+        models = [Role(model, sizes=config.update) for model in frozen]
         self.steps = config.round.count * self.per_round
-        self.learner = build_learner(policy, config.optimizer, self.steps, ema_decay=config.update.ema_decay)
+        options = {"ema_decay": config.update.ema_decay, "sizes": config.update}
+        self.learner = build_learner(policy, config.optimizer, self.steps, **options)
         self.attach(self.learner, models)
         responses = config.round.prompts * config.rollout.samples_per_prompt
         rounds = RoundSizes(config.round.method, self.per_round, responses)
@@ -108,7 +109,7 @@ class RejectionRun(OnlineRun):
             phase.tokens = sum(len(rollout.tokens) for rollout in rollouts)
             phase.flops = forward_flops(self.shape, lengths, phase.tokens)
         with run.phases("score") as phase:  # answers -> rewards
-            scores = self.scores(rollouts, self.config.update.micro_batch_size)
+            scores = self.scores(rollouts)
             combined = self.scorer.combined(scores)
             self.say_failures(run)
             rewards = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
@@ -127,7 +128,7 @@ class RejectionRun(OnlineRun):
         """Notes what the policy, which is the round's reference, gives the answers that DPO learns from. Collective."""
         if self.config.round.method == "dpo" and not self.config.loss.reference_free:
             pairs, _ = picked_pairs(answers)
-            sums = iter(reference_sums(self.learner, pairs, self.config.update).view(-1, 2).T.tolist())
+            sums = iter(reference_sums(self.learner, pairs, self.config.update.batch_size).view(-1, 2).T.tolist())
             for picked in ("best", "worst"):
                 for answer, value in zip([a for a in answers if a.picked == picked], next(sums), strict=True):
                     answer.reference = value
@@ -157,9 +158,9 @@ def train(work: RejectionRun, run: Run[RejectionConfig]) -> None:
 
         with run.phases("update") as phase:
             if config.round.method == "sft":
-                metrics |= sft_step(work.learner, batch, plan(batch, config.update, work.mesh))
+                metrics |= sft_step(work.learner, batch)
             else:
-                metrics |= dpo_step(work.learner, batch, plan(batch, config.update, work.mesh, 2), config.pair_loss)
+                metrics |= dpo_step(work.learner, batch, config.pair_loss)
             phase.tokens = len(batch.tokens)
             phase.flops = 3 * forward_flops(work.shape, batch.lengths, len(batch.response))
 

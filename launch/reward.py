@@ -22,7 +22,6 @@ from trialign.algorithms.config.preference import RewardModelConfig, check_rewar
 from trialign.algorithms.data.preferences import Pair, PairStream, Steps, read_steps
 from trialign.algorithms.data.sources import RowReader
 from trialign.algorithms.data.streams import RowStream
-from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import (
     held_out_pairs,
     held_out_process,
@@ -60,8 +59,8 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
 
     def measure(batch: Batch) -> dict[str, float]:
         if by_pairs:
-            return held_out_pairs(learner, batch, config.update, config.loss.centering, names)
-        return held_out_process(learner, batch, config.update, names)
+            return held_out_pairs(learner, batch, config.loss.centering, names)
+        return held_out_process(learner, batch, names)
 
     names = scored_names(data.held_out)
     unseen = pack(data.held_out).to(mesh.device) if data.held_out else None
@@ -74,9 +73,9 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
 
         with run.phases("update") as phase:
             if by_pairs:
-                metrics |= pair_step(learner, batch, plan(batch, config.update, mesh, 2), config.loss.centering)
+                metrics |= pair_step(learner, batch, config.loss.centering)
             else:
-                metrics |= process_step(learner, batch, plan(batch, config.update, mesh))
+                metrics |= process_step(learner, batch)
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)

@@ -27,8 +27,8 @@ from typing import Any
 
 from common.env import pick_device, world_size
 from common.signals import SIGNALS
-from trialign.algorithms.batch import micro_batches, pack
-from trialign.algorithms.config.common import ModelPaths, ParallelConfig, RunConfig, require
+from trialign.algorithms.batch import pack
+from trialign.algorithms.config.common import ModelPaths, ParallelConfig, RunConfig, UpdateConfig, require
 from trialign.algorithms.data.chat import read_messages
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, parse_tools
 from trialign.algorithms.rewards.worker import describe_error
@@ -75,7 +75,8 @@ class Scores:
         self.shape = read_shape(folder, ParallelConfig(), RunConfig(), "score")
         self.encode = ChatEncoder(folder, self.shape, load_tokenizer(folder, self.shape), config.chat_template)
         model = build_decoder(folder, self.shape, mesh, config.model.dtype, head="score")
-        self.role, self.lock, self.scored = Role(model), threading.Lock(), 0
+        sizes = UpdateConfig(micro_batch_tokens=config.batch_tokens)
+        self.role, self.lock, self.scored = Role(model, sizes=sizes), threading.Lock(), 0
 
     def __call__(self, rows: Sequence[Completion]) -> list[float]:
         """One score a row.
@@ -85,9 +86,8 @@ class Scores:
         """
         with self.lock:
             batch = pack([self._tokens(row) for row in rows]).to(self.role.mesh.device)
-            shares = micro_batches(range(len(batch)), batch.lengths, 1, self.config.batch_tokens)
             self.scored += len(batch)
-            return self.role.scores(batch, shares).tolist()
+            return self.role.scores(batch).tolist()
 
     def _tokens(self, row: Completion) -> list[int]:
         tokens = self.encode(row)

@@ -17,7 +17,6 @@ from report.curves import SFT_PANELS, answer_table, response_text
 from trialign.algorithms.batch import response_texts
 from trialign.algorithms.config.sft import SFTConfig, check
 from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
-from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.rollout.sync import sample
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.generation.embedded import Generator, SamplingParams
@@ -33,7 +32,7 @@ def main(run: Run[SFTConfig]) -> None:
     )
     learner, data = work.learner, work.rows
     unseen = pack_samples(joined(data.held_out)).to(mesh.device) if data.held_out else None
-    measure = lambda batch: {"eval_loss": held_out_loss(learner, batch, config.update)}  # noqa: E731
+    measure = lambda batch: {"eval_loss": held_out_loss(learner, batch)}  # noqa: E731
     work.begin(facts=FACTS)
     before = run.remember("before.json", lambda: answers(work))
 
@@ -43,7 +42,7 @@ def main(run: Run[SFTConfig]) -> None:
         metrics = work.epoch()
 
         with run.phases("update") as phase:
-            metrics |= sft_step(learner, batch, plan(batch, config.update, mesh))
+            metrics |= sft_step(learner, batch)
             work.count(phase, batch, passes=3)
 
         metrics |= work.held_out(unseen, measure)

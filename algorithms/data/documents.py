@@ -17,11 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...engine.mesh import Mesh
-from ..batch import Batch, deal_micro_batches, pack
-from ..config.common import UpdateConfig
+from ..batch import Batch, pack
 from ..config.pretrain import TextData
-from ..roles.role import Share
 from .chat import column, shorten
 from .encoding import encode_documents
 from .sources import Read, RowReader
@@ -191,19 +188,8 @@ def hold_out(
 def pack_rows(rows: Sequence[PackedRow]) -> Batch:
     """The batch of these rows, a sample a piece; all tokens are targets but each piece's first."""
     pieces = [piece for row in rows for piece in row]
-    return pack([piece.tokens.tolist() for piece in pieces]).with_(names=tuple(piece.where for piece in pieces))
-
-
-def plan_rows(rows: Sequence[PackedRow], update: UpdateConfig, mesh: Mesh) -> list[Share]:
-    """This DP rank's micro-batches of `pack_rows(rows)`: whole rows, equally many a rank or one more.
-
-    Raises:
-        ValueError: the rows are fewer than the DP ranks.
-    """
-    lengths = [pack_tokens(row) for row in rows]
-    cuts = deal_micro_batches(range(len(rows)), lengths, mesh.dp, update.micro_batch_size, update.micro_batch_tokens)
-    first = np.cumsum([0, *map(len, rows)])  # sample with which each row begins
-    return [[sample for row in part for sample in range(first[row], first[row + 1])] for part in cuts]
+    names, sizes = tuple(piece.where for piece in pieces), tuple(map(len, rows))
+    return pack([piece.tokens.tolist() for piece in pieces]).with_(names=names, row_sizes=sizes)
 
 
 class TextDataset:

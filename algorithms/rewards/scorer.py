@@ -19,7 +19,7 @@ from .worker import describe_error
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..roles.role import Role, Share
+    from ..roles.role import Role
 
 T = TypeVar("T")
 LARGEST = 3.4e38
@@ -78,14 +78,11 @@ class Scorer:
             known = list(rows)
             self._on_first_rank(lambda: [function.check(known) for function in self.functions])
 
-    def __call__(
-        self, rollouts: Sequence[Rollout], batch: Batch, models: Sequence[Role], shares: Sequence[Share]
-    ) -> dict[str, list[Score]]:
+    def __call__(self, rollouts: Sequence[Rollout], batch: Batch, models: Sequence[Role]) -> dict[str, list[Score]]:
         """Every reward's name -> its scores, one a sample, in the order of the config's weights.
 
         Args:
             models: the reward models, in the order of the config.
-            shares: this DP rank's micro-batches of `batch`.
 
         Raises:
             ValueError: a scorer failed, on every rank; names scorer and rows.
@@ -101,7 +98,7 @@ class Scorer:
         called = self._on_first_rank(call)
         unread: dict[str, dict[int, str]] = {}  # model -> samples that it cannot read, and why
         by_model: list[list[Score]] = [
-            self._by_model(name, model, rollouts, batch, shares, unread.setdefault(name, {}))
+            self._by_model(name, model, rollouts, batch, unread.setdefault(name, {}))
             for name, model in zip(self.config.models, models, strict=True)
         ]
         functions = len(self.config.functions)
@@ -167,13 +164,12 @@ class Scorer:
         model: Role,
         rollouts: Sequence[Rollout],
         batch: Batch,
-        shares: Sequence[Share],
         unread: dict[int, str],
     ) -> list[Score]:
         """A model's scores; NaN for samples that its own tokenizer cannot encode, which are noted in `unread`."""
         if name in self.encoders:
             batch = self._encoded_again(self.encoders[name], rollouts, unread)
-        scores = model.scores(batch, shares).tolist()
+        scores = model.scores(batch).tolist()
         return [math.nan if i in unread else score for i, score in enumerate(scores)]
 
     def _encoded_again(self, encoder: ChatEncoder, rollouts: Sequence[Rollout], unread: dict[int, str]) -> Batch:

@@ -29,9 +29,10 @@ from ..config.common import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConf
 from ..config.grpo import GRPOConfig
 from ..config.ppo import PPOConfig
 from ..grpo import GroupRoles
+from ..micro_batch import MicroBatchSizes
 from ..ppo import Roles
 from ..rewards.encoder import check_vocabulary
-from .role import AdapterOff, Learner, Role
+from .role import DEFAULT_SIZES, AdapterOff, Learner, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,6 +177,7 @@ def build_learner(
     *,
     ema_decay: float = 0.0,
     temperature: float = 1.0,
+    sizes: MicroBatchSizes = DEFAULT_SIZES,
     name: str = "actor",
 ) -> Learner:
     """A trained model with its optimizer and a schedule over `updates` steps. `name` is for messages.
@@ -200,7 +202,7 @@ def build_learner(
     if model.fill is not None:
         optimizer.refine(partial(model.fill, model))
     max_skipped = settings.max_skipped if settings.on_nonfinite == "skip" else 0
-    return Learner(model, optimizer, schedule(settings, updates), temperature, max_skipped)
+    return Learner(model, optimizer, schedule(settings, updates), temperature, sizes, max_skipped)
 
 
 def weigh_router(model: Decoder, settings: OptimizerConfig, name: str) -> None:
@@ -239,7 +241,8 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
     actor, critic = config.model.path, config.model.critic or config.model.path
     policy = decoder(actor, "lm", trained=True)
     # Without its adapters the actor is the reference.
-    reference = AdapterOff(policy, temperature) if policy.lora else Role(decoder(actor, "lm"), temperature)
+    reference = AdapterOff if policy.lora else Role
+    frozen = policy if policy.lora else decoder(actor, "lm")
     return Roles(
         actor=build_learner(
             policy,
@@ -247,16 +250,18 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
             actor_steps,
             ema_decay=config.actor.ema_decay,
             temperature=temperature,
+            sizes=config.ppo,
         ),
         critic=build_learner(
             decoder(critic, "score", trained=True),
             config.critic.optimizer,
             steps * per_step,
             temperature=temperature,
+            sizes=config.ppo,
             name="critic",
         ),
-        reference=reference,
-        rewards=[Role(decoder(folder, "score")) for folder in config.reward.models],
+        reference=reference(frozen, temperature, config.ppo),
+        rewards=[Role(decoder(folder, "score"), sizes=config.ppo) for folder in config.reward.models],
     )
 
 
@@ -276,12 +281,14 @@ def build_group_roles(config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: 
     reference = None
     if config.choices.needs_reference:
         # Without its adapters the actor is the reference.
-        reference = AdapterOff(policy, temperature) if policy.lora else Role(decoder(folder), temperature)
+        frozen = AdapterOff if policy.lora else Role
+        reference = frozen(policy if policy.lora else decoder(folder), temperature, config.grpo)
     updates = config.run.steps * config.grpo.epochs * config.grpo.minibatches
+    options = {"ema_decay": config.grpo.ema_decay, "temperature": temperature, "sizes": config.grpo}
     return GroupRoles(
-        build_learner(policy, config.optimizer, updates, ema_decay=config.grpo.ema_decay, temperature=temperature),
+        build_learner(policy, config.optimizer, updates, **options),
         reference,
-        [Role(decoder(path, "score")) for path in config.reward.models],
+        [Role(decoder(path, "score"), sizes=config.grpo) for path in config.reward.models],
     )
 
 

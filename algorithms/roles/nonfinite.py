@@ -51,7 +51,7 @@ def named_inputs(parts: Sequence[Batch]) -> list[list[str]]:
 def unit_losses(part: Batch, hidden: Tensor, loss: Callable[[Batch, Tensor], Tensor], unit: int) -> Tensor:
     """[samples / unit]: the loss of each sample alone, or of each `unit` of neighbors that only make one together."""
     groups = [list(range(i, min(i + unit, len(part)))) for i in range(0, len(part), unit)]
-    return torch.stack([loss(part.select(group), hidden[part.rows(group)]) for group in groups])
+    return torch.stack([loss(part.select(group), hidden[part.places(group)]) for group in groups])
 
 
 def named_losses(part: Batch, losses: Tensor, unit: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Roles: a decoder on its mesh with the passes PPO asks of it. Frozen ones only score; a Learner also updates.
 
-A pass works on this DP rank's micro-batches and leaves one number a target on the last pipeline stage; `collect` puts
-the numbers of all DP ranks in place in the whole batch, on every rank.
+A pass takes the whole batch, runs this DP rank's micro-batches of it, and leaves one number a target on the last
+pipeline stage; `collect` puts the numbers of all DP ranks in place in the whole batch, on every rank.
 
 Ranks that share experts run equally many micro-batches, for each takes part in the others' all-to-alls: those with
 fewer begin with single tokens that count for nothing.
@@ -26,13 +26,14 @@ from ...kernels.attention import packed_attention
 from ...models.decoder import Decoder
 from ...models.moe import Routing, moe_layers, router_metrics
 from ..batch import Batch, pack
+from ..config.common import UpdateConfig
+from ..micro_batch import MicroBatchSizes, pass_micro_batches, update_micro_batches
 from .nonfinite import named_inputs, named_losses, numbers_of, poison, told, unit_losses
-
-Share = list[int]
-"""Sample numbers of one micro-batch."""
 
 Read = Callable[[Batch, Tensor], Tensor]
 """(micro-batch, hidden states [tokens, hidden] of the last stage) -> what is wanted of them."""
+
+DEFAULT_SIZES = UpdateConfig()
 
 
 def stage_forward(
@@ -63,69 +64,75 @@ def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: f
 
 
 class Role:
-    """A decoder that scores. `temperature` divides its logits, as it does when it samples."""
+    """A decoder that scores.
 
-    def __init__(self, model: Decoder, temperature: float = 1.0):
-        self.model, self.mesh, self.temperature = model, model.mesh, temperature
+    Args:
+        temperature: divides its logits, as it does when it samples.
+        sizes: of its micro-batches.
+    """
 
-    def logprobs(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+    def __init__(self, model: Decoder, temperature: float = 1.0, sizes: MicroBatchSizes = DEFAULT_SIZES):
+        self.model, self.mesh, self.temperature, self.sizes = model, model.mesh, temperature, sizes
+
+    def logprobs(self, batch: Batch) -> Tensor:
         """[total] fp32: each response token's log-probability, 0 elsewhere."""
         read: Read = lambda part, hidden: target_logprobs(self.model, part, hidden, self.temperature)[0]  # noqa: E731
-        return self._pass(batch, shares, read, lambda part: part.response)
+        return self._pass(batch, read, lambda part: part.response)
 
-    def values(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+    def values(self, batch: Batch) -> Tensor:
         """[total] fp32: the value of the state each response token was chosen in, 0 elsewhere."""
         read: Read = lambda part, hidden: self.model.scores(hidden[part.response - 1])  # noqa: E731
-        return self._pass(batch, shares, read, lambda part: part.response)
+        return self._pass(batch, read, lambda part: part.response)
 
-    def token_scores(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+    def token_scores(self, batch: Batch) -> Tensor:
         """[total] fp32: a reward model's score at each response token, 0 elsewhere."""
         read: Read = lambda part, hidden: self.model.scores(hidden[part.response])  # noqa: E731
-        return self._pass(batch, shares, read, lambda part: part.response)
+        return self._pass(batch, read, lambda part: part.response)
 
-    def scores(self, batch: Batch, shares: Sequence[Share]) -> Tensor:
+    def scores(self, batch: Batch) -> Tensor:
         """[samples] fp32: a reward model's score, read at each sample's last token."""
         read: Read = lambda part, hidden: self.model.scores(hidden[part.last])  # noqa: E731
-        return self._pass(batch, shares, read, lambda part: part.last)[batch.last]
+        return self._pass(batch, read, lambda part: part.last)[batch.last]
 
-    def _pass(self, batch: Batch, shares: Sequence[Share], read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
-        first = padding(len(shares), self.mesh)
-        parts = [*first, *(batch.select(share) for share in shares)]
+    def _pass(self, batch: Batch, read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
+        cuts = pass_micro_batches(batch, self.sizes, self.mesh.dp)
+        own = [batch.select(samples) for samples in cuts]
+        first = padding(len(own), self.mesh)
+        parts = [*first, *own]
 
         def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
             hidden = stage_forward(self.model, parts[i], x, chunk=chunk)
             report(i + 1, len(parts))
             return read(parts[i], hidden) if chunk.has_head else hidden
 
-        results = run_schedule(
-            forward_only, self.model.stage, self.mesh, shapes(self.model, parts), self.model.dtype, forward
-        )
-        own = slice(len(first), None)
-        return collect(batch, shares, results[own], [where(part) for part in parts[own]], self.mesh)
+        sizes = shapes(self.model, parts)
+        results = run_schedule(forward_only, self.model.stage, self.mesh, sizes, self.model.dtype, forward)
+        return collect(batch, cuts, results[len(first) :], [where(part) for part in own], self.mesh)
 
 
 class AdapterOff(Role):
     """The policy that a learner's adapters were put on: the learner's own model with them off, no second copy."""
 
-    def _pass(self, batch: Batch, shares: Sequence[Share], read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
+    def _pass(self, batch: Batch, read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
         with self.model.adapter_off():
-            return super()._pass(batch, shares, read, where)
+            return super()._pass(batch, read, where)
 
 
 def collect(
-    batch: Batch, shares: Sequence[Share], results: Sequence[Tensor], places: Sequence[Tensor], mesh: Mesh
+    batch: Batch, cuts: Sequence[Sequence[int]], results: Sequence[Tensor], places: Sequence[Tensor], mesh: Mesh
 ) -> Tensor:
     """Numbers of this DP rank's micro-batches put in place in the whole batch: [total] fp32, on every rank.
 
     Args:
+        cuts: samples of each micro-batch.
         results: one tensor a micro-batch on the last stage, none on the others.
         places: where in its micro-batch each number belongs.
 
     Collective over the job: numbers of a mesh on a part of the ranks reach all of them.
     """
     whole = torch.zeros(len(batch.tokens), device=mesh.device)
-    for share, place, result in zip(shares, places, results, strict=False):
-        whole[batch.rows(share)[place]] = result
+    for samples, place, result in zip(cuts, places, results, strict=False):
+        whole[batch.places(samples)[place]] = result
     # Every other rank holds zeros at these places: the sum only moves numbers, it rounds nothing.
     return from_mesh(all_reduce(all_reduce(whole, mesh.dp_cp), mesh.pp), mesh)
 
@@ -180,28 +187,48 @@ class Learner(Role):
         optimizer: ShardedAdamW,
         lr_at: Callable[[int], float],
         temperature: float = 1.0,
+        sizes: MicroBatchSizes = DEFAULT_SIZES,
         max_skipped: int = 0,
     ):
-        super().__init__(model, temperature)
+        super().__init__(model, temperature, sizes)
         self.optimizer, self.lr_at, self.max_skipped = optimizer, lr_at, max_skipped
         self.skipped = 0
         self.reasons: list[str] = []
 
-    def step(self, parts: Sequence[tuple[Batch, Read]], stats: Stats | None = None, unit: int = 1) -> dict[str, float]:
-        """One optimizer step over micro-batches, each with the loss to read off its hidden states.
+    def step(
+        self,
+        batch: Batch,
+        loss: Read,
+        stats: Stats | None = None,
+        *,
+        samples: Sequence[int] | None = None,
+        unit: int = 1,
+        also: Sequence[tuple[Batch, Read]] = (),
+    ) -> dict[str, float]:
+        """One optimizer step on a batch, given the loss to read off a micro-batch's hidden states.
 
         Args:
             stats: what the losses add to.
+            samples: ids of the minibatch; None takes the whole batch.
             unit: neighboring samples that only have a loss together, as a pair.
+            also: further batches that join the step, each with its own loss.
 
         Returns:
             grad_norm and lr, and of a model with experts what `router_metrics` gives. skipped, where steps may be: 1
             if a number was not finite, so that weights, moments, average and the schedule are as before.
 
         Raises:
+            ValueError: the samples are fewer than the DP ranks.
             FloatingPointError: a number is not finite, and the step may not be skipped; on every rank, naming it.
         """
         config = self.model.config
+        work = [(batch, range(len(batch)) if samples is None else samples, loss)]
+        work += [(other, range(len(other)), own) for other, own in also]
+        parts = [
+            (whole.select(cut), own)
+            for whole, ids, own in work
+            for cut in update_micro_batches(whole, ids, self.sizes, self.mesh.dp)
+        ]
         first = padding(len(parts), self.mesh)
         routings: list[Routing | None] = [None] * (len(first) + len(parts))
         if config.moe is not None:
@@ -215,12 +242,12 @@ class Learner(Role):
         checked = [number for part in batches for number in numbers_of(part).values()]
 
         def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
-            part, loss = parts[i]
+            part, read = parts[i]
             hidden = stage_forward(self.model, part, x, routings[i], chunk)
             report(i + 1, len(parts))
             if not chunk.has_head:
                 return hidden
-            value = loss(part, hidden)
+            value = read(part, hidden)
             checked.append(value.detach())
             return value
 
@@ -242,6 +269,11 @@ class Learner(Role):
         self.skipped = 0
         metrics |= {"skipped": 0.0} if self.max_skipped else {}
         return metrics | router_metrics(routings, config, self.mesh) if config.moe is not None else metrics
+
+    def gather_targets(self, batch: Batch, samples: Sequence[int], values: Sequence[Tensor]) -> Tensor:
+        """[total] fp32 on every rank: one number a target, read off in `step`'s loss, micro-batch by micro-batch."""
+        cuts = update_micro_batches(batch, samples, self.sizes, self.mesh.dp)
+        return collect(batch, cuts, values, [batch.select(cut).response for cut in cuts], self.mesh)
 
     def _skip(self, reason: str) -> None:
         self.skipped += 1

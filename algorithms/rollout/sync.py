@@ -7,18 +7,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ...engine.generation.embedded import Generator, Interrupted, SamplingParams
-from ...engine.mesh import Axis
 from ...engine.parallel.collectives import gather_objects
 from ..batch import Prompt, Rollout
 from ..config.common import RolloutConfig
+from ..micro_batch import contiguous_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def my_part(count: int, dp: Axis) -> slice:
-    """This DP rank's contiguous part of `count` samples; parts differ by one at most."""
-    return slice(count * dp.rank // dp.size, count * (dp.rank + 1) // dp.size)
 
 
 def sampling_params(rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) -> SamplingParams:
@@ -47,7 +42,7 @@ def sample(
     requests = [
         (prompt, prompt.index * samples_per_prompt + j) for prompt in prompts for j in range(samples_per_prompt)
     ]
-    mine = requests[my_part(len(requests), generator.mesh.dp)]
+    mine = requests[contiguous_part(len(requests), generator.mesh.dp)]
     done = None
     with suppress(Interrupted):
         done = generator.generate([prompt.tokens for prompt, _ in mine], [number for _, number in mine], params)

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, cast
 
 from trialign.algorithms.batch import response_texts
+from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.config.rlhf import PreferencesConfig
 from trialign.algorithms.data.responses import label_pairs, make_responses, read_responses, write_responses
 from trialign.algorithms.data.text_files import write_jsonl
@@ -42,9 +43,8 @@ def main(run: Run[Any]) -> None:
     shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
 
     def build(folder: str, head: HeadKind) -> Role:
-        return Role(
-            run.on_all_ranks(lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head), folder)
-        )
+        build = lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head)  # noqa: E731
+        return Role(run.on_all_ranks(build, folder), sizes=UpdateConfig(micro_batch_size=options.micro_batch_size))
 
     answering = OnlineRun(run, cast(Any, config), Show(options.seed), shapes[config.model.path])
     policy: Any = build(config.model.path, "lm")
@@ -63,7 +63,7 @@ def main(run: Run[Any]) -> None:
         with progress.work("rollout"):
             rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
         with progress.work("score"):
-            scores = answering.scores(rollouts, options.micro_batch_size)
+            scores = answering.scores(rollouts)
         combined = answering.scorer.combined(scores)
         rewards = shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
         for reason in answering.scorer.failures():

@@ -16,7 +16,7 @@ from trialign.algorithms.rewards.encoder import ChatEncoder, Policy, reward_enco
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import load_tokenizer
 from trialign.algorithms.roles.role import Learner, Role
-from trialign.algorithms.rollout.sync import my_part, sample, sampling_params, stop_tokens
+from trialign.algorithms.rollout.sync import sample, sampling_params, stop_tokens
 from trialign.engine.generation.embedded import Generator
 from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
@@ -91,17 +91,14 @@ class OnlineRun:
         greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
         with self.progress.work("answers"):
             rollouts = sample(self.generator, prompts, greedy)
-            combined = self.scorer.combined(self.scores(rollouts, len(rollouts)))
+            combined = self.scorer.combined(self.scores(rollouts))
         texts = response_texts(rollouts, self.tokenizer)
         named = zip(prompts, rollouts, texts, combined, strict=True)
         return [(prompt.text, response_text(text, rollout.finish), s) for prompt, rollout, text, s in named]
 
-    def scores(self, rollouts: list[Rollout], size: int) -> dict[str, list[Score]]:
-        """Every reward of any number of answers, this DP rank's part in micro-batches of `size`. Collective."""
-        batch = from_rollouts(rollouts).to(self.mesh.device)
-        mine = list(range(len(batch)))[my_part(len(batch), self.mesh.dp)]
-        shares = [mine[i : i + size] for i in range(0, len(mine), size)]
-        return self.scorer(rollouts, batch, self.models, shares)
+    def scores(self, rollouts: list[Rollout]) -> dict[str, list[Score]]:
+        """Every reward of any number of responses. Collective."""
+        return self.scorer(rollouts, from_rollouts(rollouts).to(self.mesh.device), self.models)
 
     def say_failures(self, run: Run) -> None:
         """One line for each scorer's reason to abstain; before an error says that nothing is left to learn from."""

@@ -182,7 +182,7 @@ class SupervisedRun(Generic[Rows]):
         config: RowConfig = self.run.config
         shape = self.run.on_all_ranks(lambda: read_shape(folder, config.parallel, config.run, "lm"))
         build = lambda: build_decoder(folder, shape, self.run.mesh, config.model.dtype)  # noqa: E731
-        return Role(self.run.on_all_ranks(build, folder))
+        return Role(self.run.on_all_ranks(build, folder), sizes=config.update)
 
 
 def _digest(asked: str, samples: Iterable[Sample]) -> str:
@@ -243,5 +243,6 @@ def supervised_run(
         "model",
     )
     name = "actor" if kind == "lm" else "reward"
-    learner = build_learner(model, config.optimizer, steps, ema_decay=config.update.ema_decay, name=name)
+    update = {"ema_decay": config.update.ema_decay, "sizes": config.update}
+    learner = build_learner(model, config.optimizer, steps, **update, name=name)
     return SupervisedRun(run, shape, tokenizer, ends, rows, steps, learner)
