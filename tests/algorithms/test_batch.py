@@ -1,23 +1,12 @@
 """Packing, selecting, cutting and whitening of batches, against plain per-sample references."""
 
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trialign.algorithms.advantages import whiten
-from trialign.algorithms.batch import (
-    Prompt,
-    Rollout,
-    deal,
-    deal_micro_batches,
-    from_rollouts,
-    micro_batches,
-    pack,
-)
+from trialign.algorithms.batch import Prompt, Rollout, from_rollouts, pack
 from trialign.algorithms.losses.aggregation import Segments
-from trialign.engine.mesh import Axis
 
 SAMPLES = [([5, 6, 7], [8, 9]), ([1], [2]), ([3, 4], [10, 11, 12])]
 
@@ -87,68 +76,6 @@ def test_an_answer_without_tokens_is_refused_by_name():
 def test_a_tensor_of_another_length_cannot_enter():
     with pytest.raises(AssertionError, match="values"):
         pack([[1, 2]]).with_(values=torch.zeros(3))
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=24), st.integers(1, 5))
-def test_deal_gives_each_rank_equally_many_samples_once(lengths, parts):
-    lengths = lengths * parts
-    hands = deal(lengths, parts)
-    assert sorted(i for hand in hands for i in hand) == list(range(len(lengths)))
-    assert {len(hand) for hand in hands} == {len(lengths) // parts}
-
-
-def test_deal_balances_tokens():
-    lengths = [100, 1, 90, 2, 80, 3, 70, 4]
-    loads = [sum(lengths[i] for i in hand) for hand in deal(lengths, 2)]
-    assert max(loads) - min(loads) <= 10
-
-
-def test_where_samples_do_not_divide_some_ranks_hold_one_more():
-    chance = random.Random(0)
-    for count, parts in ((7, 2), (7, 3), (8, 3), (5, 4), (3, 3)):
-        lengths = [chance.randrange(1, 50) for _ in range(count)]
-        hands = deal(lengths, parts)
-        assert sorted(i for hand in hands for i in hand) == list(range(count))
-        assert sorted(map(len, hands)) == sorted(len(range(i, count, parts)) for i in range(parts))
-        axes = [Axis("dp", parts, rank, tuple(range(parts)), None) for rank in range(parts)]
-        cuts = [deal_micro_batches(range(count), lengths, axis, 1) for axis in axes]
-        assert [sorted(i for part in own for i in part) for own in cuts] == hands
-        assert all(part for own in cuts for part in own)
-    with pytest.raises(ValueError, match="2 samples are fewer than 3 data-parallel ranks"):
-        deal([4, 5], 3)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8), st.sampled_from([0, 50, 120]))
-def test_micro_batches_hold_every_sample_once_within_the_limit(lengths, size, max_tokens):
-    samples = list(range(0, len(lengths), 2))
-    cuts = micro_batches(samples, lengths, size, max_tokens)
-    assert sorted(i for cut in cuts for i in cut) == samples and all(cuts)
-    if max_tokens:
-        assert all(sum(lengths[i] for i in cut) <= max_tokens for cut in cuts)
-    else:
-        assert all(len(cut) <= size for cut in cuts) and len(cuts) == -(-len(samples) // size)
-
-
-def test_a_sample_beyond_the_token_budget_is_refused():
-    with pytest.raises(ValueError, match="51 tokens does not fit micro-batches of 50"):
-        micro_batches([0], [51], 1, 50)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([0, 50, 120]))
-def test_data_ranks_get_equally_many_micro_batches(lengths, parts, max_tokens):
-    lengths = [n for n in lengths for _ in range(parts)][::-1]
-    samples = list(range(len(lengths)))
-    dealt = [
-        deal_micro_batches(samples, lengths, Axis("dp", parts, rank, tuple(range(parts)), None), 3, max_tokens)
-        for rank in range(parts)
-    ]
-    assert len({len(cuts) for cuts in dealt}) == 1
-    assert sorted(i for cuts in dealt for cut in cuts for i in cut) == samples
-    for cut in (cut for cuts in dealt for cut in cuts):
-        assert cut and (sum(lengths[i] for i in cut) <= max_tokens if max_tokens else len(cut) <= 3)
 
 
 def one_sample(mask: torch.Tensor) -> Segments:

@@ -14,7 +14,8 @@ from trialign.algorithms.batch import Batch, Prompt, Rollout, after_prompts, pac
 from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, PromptData, RewardConfig
 from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GRPORollout, GRPORun, check
 from trialign.algorithms.grpo import GroupRoles, score, step, update, with_advantages
-from trialign.algorithms.policy_step import plan, without
+from trialign.algorithms.micro_batch import draw_minibatches
+from trialign.algorithms.policy_step import without
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.groups import GroupPool, make_groups
@@ -59,18 +60,16 @@ def two_updates(rank: int, world: int, layout: Layout, folder: Path, knobs: GRPO
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, warmup_ratio=0.0)
-    actor = build_learner(model, settings, 8, ema_decay=knobs.ema_decay, temperature=0.8)
-    reference = (
-        Role(build_decoder(str(folder), shape, mesh, "float32"), 0.8) if config.choices.needs_reference else None
-    )
+    actor = build_learner(model, settings, 8, ema_decay=knobs.ema_decay, temperature=0.8, sizes=knobs)
+    needed = config.choices.needs_reference
+    reference = Role(build_decoder(str(folder), shape, mesh, "float32"), 0.8, knobs) if needed else None
     metrics = {}
     for number in range(2):
         batch = without(random_batch(number), SCORES)
-        epochs = plan(batch, knobs, mesh, seed=number)
-        shares = [share for minibatch in epochs[0] for share in minibatch.shares]
-        batch = score(batch, GroupRoles(actor, reference), config, shares)
+        batch = batch.with_(minibatches=draw_minibatches(8, knobs, seed=number))
+        batch = score(batch, GroupRoles(actor, reference), config)
         batch, made = with_advantages(batch, SCORES, GROUPS, config)
-        made |= update(actor, batch, epochs, config)
+        made |= update(actor, batch, config)
         metrics |= {f"{name}/{number}": value for name, value in made.items()}
     return metrics, whole_states(actor=actor)
 
@@ -132,13 +131,14 @@ def test_the_kl_in_the_log_is_of_the_actor_s_own_logprobs(folder, cut, kl_in, ep
     mesh, shape = build_mesh(), read_config(folder)
     knobs = GRPOOptions(algorithm="dapo", kl_in=kl_in, kl="k1", kl_coef=0.1, epochs=epochs, micro_batch_size=3)
     config = dataclasses.replace(config_of(knobs), rollout=GRPORollout(max_new_tokens=16, **cut))
-    actor = build_learner(build_decoder(str(folder), shape, mesh, "float32", trained=True), OptimizerConfig(), 8)
-    reference = Role(build_decoder(str(folder), shape, mesh, "float32"))
+    model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
+    actor = build_learner(model, OptimizerConfig(), 8, sizes=knobs)
+    reference = Role(build_decoder(str(folder), shape, mesh, "float32"), sizes=knobs)
     batch = without(random_batch(0), SCORES)
-    minibatches = plan(batch, knobs, mesh, seed=0)
-    batch = score(batch, GroupRoles(actor, reference), config, minibatches[0][0].shares)
+    batch = batch.with_(minibatches=draw_minibatches(8, knobs, seed=0))
+    batch = score(batch, GroupRoles(actor, reference), config)
     batch, metrics = with_advantages(batch, SCORES, GROUPS, config)
-    metrics |= update(actor, batch, minibatches, config)
+    metrics |= update(actor, batch, config)
     assert metrics["kl"] == 0 and metrics["kl_per_token"] == 0
     assert ("sampler_mismatch" in metrics) == (not cut)
 
@@ -193,7 +193,7 @@ def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
     batch = random_batch(0)
     batch = batch.with_(logprobs=batch.rollout_logprobs, advantages=batch.spread(torch.ones(len(batch.response))))
     with pytest.raises(RuntimeError, match="not at exactly 1"):
-        step(actor, [batch], len(batch.response), config_of(GRPOOptions(algorithm="dapo")), first=True)
+        step(actor, batch, range(8), config_of(GRPOOptions(algorithm="dapo")), first=True)
 
 
 def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:

@@ -14,9 +14,8 @@ from losses import KINDS, LONGEST, Draw, Models, run
 from preferences import answer
 from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
-from trialign.algorithms.batch import micro_batches
+from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.data.dialogues import pack_samples
-from trialign.algorithms.dpo import answer_sums
 
 LAYOUTS = {str(layout): layout for layout in TWO_RANKS}
 # One of every way to come by a loss: what a row is, which passes there are, what lies across the tokens of a sample.
@@ -100,10 +99,12 @@ def test_a_sample_s_log_probability_is_its_own_beside_any_others(alone):
     chance = random.Random(0)
     samples = [answer([chance.randrange(3, VOCAB) for _ in range(4)], chance) for _ in range(5)]
     batch = pack_samples(samples)
-    one_by_one = alone.lm.logprobs(batch, [[i] for i in range(5)])
-    packed = alone.lm.logprobs(batch, micro_batches(range(5), batch.lengths, 5))
+    alone.lm.sizes = UpdateConfig(micro_batch_size=1)
+    one_by_one = alone.lm.logprobs(batch)
+    alone.lm.sizes = UpdateConfig(micro_batch_size=5)
+    packed = alone.lm.logprobs(batch)
     torch.testing.assert_close(packed, one_by_one, rtol=1e-5, atol=1e-6)
-    sums = answer_sums(batch, packed[batch.response])
+    sums = batch.target_segments.sums(packed[batch.response])
     for i, sample in enumerate(samples):
         single = pack_samples([sample])
-        torch.testing.assert_close(alone.lm.logprobs(single, [[0]]).sum(), sums[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone.lm.logprobs(single).sum(), sums[i], rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.batch import Batch, after_prompts, pack
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
-from trialign.algorithms.policy_step import plan
+from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.ppo import Roles, score, update, with_rewards
 from trialign.algorithms.roles.role import Learner, Role
 from trialign.engine.optim.adamw import ShardedAdamW
@@ -62,18 +62,17 @@ def one_step(
         optimizer = ShardedAdamW(
             model, mesh, tied=model.tied_parameter(), eps=eps, max_grad_norm=0.5, ema_decay=ema_decay
         )
-        return Learner(model, optimizer, lambda step: 1e-3, temperature=0.8)
+        return Learner(model, optimizer, lambda step: 1e-3, temperature=0.8, sizes=config.ppo)
 
-    roles = Roles(learner("lm", config.actor.ema_decay), learner("score", 0.0), Role(decoder("lm"), temperature=0.8))
-    batch = random_batch()
-    epochs = plan(batch, config.ppo, mesh, seed=3)
-    batch = score(batch, roles, config, [share for minibatch in epochs[0] for share in minibatch.shares])
+    actor, critic = learner("lm", config.actor.ema_decay), learner("score", 0.0)
+    roles = Roles(actor, critic, Role(decoder("lm"), 0.8, config.ppo))
+    batch = score(random_batch().with_(minibatches=draw_minibatches(8, config.ppo, seed=3)), roles, config)
     scores = torch.linspace(-1, 1, len(batch))
     batch, metrics = with_rewards(batch, scores, config, kl_coef=0.1)
     if values_first:
-        batch = batch.with_(values=roles.critic.values(batch, epochs[0][0].shares))
+        batch = batch.with_(values=roles.critic.values(batch))
     documents = [list(range(5, 25)), list(range(40, 70))]
-    metrics |= update(roles, batch, epochs, config, ptx=documents)
+    metrics |= update(roles, batch, config, ptx=documents)
     return metrics, whole_states(actor=roles.actor, critic=roles.critic)
 
 

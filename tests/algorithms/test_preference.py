@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree
-from preferences import KINDS, KTO, UPDATE, labeled, odd_batches, pairs, steps, two_steps
+from preferences import KINDS, KTO, labeled, odd_batches, pairs, steps, two_steps
 from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.config.common import OptimizerConfig
@@ -18,7 +18,6 @@ from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.dpo import held_out as held_out_dpo
 from trialign.algorithms.kto import held_out as held_out_kto
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
-from trialign.algorithms.micro_batch import plan, plan_scoring
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_quality, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Learner, Role
@@ -103,7 +102,7 @@ def answer_sum(model, sample) -> torch.Tensor:
 
 def test_the_reference_s_sums_are_transformers(folders):
     drawn, model = pairs(0), theirs(folders["reference"])
-    ours = reference_sums(reference_of(folders["reference"]), drawn, UPDATE)
+    ours = reference_sums(reference_of(folders["reference"]), drawn, 8)
     expected = [answer_sum(model, side).item() for pair in drawn for side in (pair.chosen, pair.rejected)]
     assert ours.tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -111,9 +110,9 @@ def test_the_reference_s_sums_are_transformers(folders):
 @pytest.mark.parametrize("kind", ["dpo", "robust"])
 def test_the_first_loss_is_log_2_where_the_policy_is_the_reference(folders, kind):
     learner, drawn = learner_of(folders["lm"]), pairs(0)
-    batch = with_reference(pack_pairs(drawn), reference_sums(learner, drawn, UPDATE))
+    batch = with_reference(pack_pairs(drawn), reference_sums(learner, drawn, 8))
     loss = DPOLoss(kind=kind, label_smoothing=0.1)
-    metrics = dpo_step(learner, batch, plan_scoring(batch, UPDATE, learner.mesh, 2), loss)
+    metrics = dpo_step(learner, batch, loss)
     # The very micro-batches the reference was computed in: not one bit differs.
     assert metrics["loss"] == torch.tensor(2.0).log().item() and (metrics["margin"], metrics["accuracy"]) == (0.0, 0.5)
 
@@ -149,12 +148,12 @@ def test_losses_are_the_papers_formulas_over_transformers_logprobs(folders, name
             tokens = [side.targets if average else 1 for side in pair[:2]]
             ratios.append([(r / n).item() for r, n in zip(ratio, tokens, strict=True)])
     learner, role = learner_of(folders["lm"]), reference_of(folders["reference"])
-    batch = with_reference(pack_pairs(drawn), reference_sums(role, drawn, UPDATE))
-    metrics = dpo_step(learner, batch, plan(batch, UPDATE, learner.mesh, 2), loss)
+    batch = with_reference(pack_pairs(drawn), reference_sums(role, drawn, 8))
+    metrics = dpo_step(learner, batch, loss)
     assert metrics["loss"] == pytest.approx(sum(formula(w, lo, 0.3) for w, lo in ratios) / 8, rel=1e-5)
     assert metrics["accuracy"] == sum(w > lo for w, lo in ratios) / 8
     assert metrics["margin"] == pytest.approx(0.3 * sum(w - lo for w, lo in ratios) / 8, rel=1e-5)
-    unseen = held_out_dpo(learner, batch, UPDATE, loss)
+    unseen = held_out_dpo(learner, batch, loss)
     assert unseen["eval_accuracy"] == metrics["accuracy"]
     assert unseen["eval_loss"] == pytest.approx(metrics["loss"], rel=1e-5)
 
@@ -172,13 +171,13 @@ def test_dpo_s_gradient_with_nll_and_without_a_reference_is_autograd_s(folders, 
     total.backward()
     norm = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).norm().item()
     learner, batch = learner_of(folders["lm"]), pack_pairs(drawn)
-    metrics = dpo_step(learner, batch, plan(batch, UPDATE, learner.mesh, 2), loss)
+    metrics = dpo_step(learner, batch, loss)
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["nll"] == pytest.approx(
         -sum(answer_sum(policy, p.chosen).item() / p.chosen.targets for p in drawn) / 8, rel=1e-5
     )
-    assert held_out_dpo(learner, batch, UPDATE, loss)["eval_loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert held_out_dpo(learner, batch, loss)["eval_loss"] == pytest.approx(total.item(), rel=1e-5)
 
 
 def test_scores_and_the_loss_of_a_reward_model_are_transformers(folders):
@@ -194,9 +193,9 @@ def test_scores_and_the_loss_of_a_reward_model_are_transformers(folders):
     total.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
     learner, batch = learner_of(folders["score"]), pack_pairs(drawn)
-    scores = learner.scores(batch, plan_scoring(batch, UPDATE, learner.mesh, 2))
+    scores = learner.scores(batch)
     torch.testing.assert_close(scores, expected.detach(), rtol=1e-5, atol=1e-6)
-    metrics = pair_step(learner, batch, plan(batch, UPDATE, learner.mesh, 2), 0.05)
+    metrics = pair_step(learner, batch, 0.05)
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["accuracy"] == (expected[::2] > expected[1::2]).float().mean().item()
@@ -215,7 +214,7 @@ def test_a_process_reward_model_is_binary_cross_entropy_at_the_ends_of_steps(fol
             losses.append(math.log(1 + math.exp(-logit if label else logit)))
             right.append((logit > 0) == label)
     learner, batch = learner_of(folders["score"]), pack_steps(steps(0))
-    metrics = process_step(learner, batch, plan(batch, UPDATE, learner.mesh))
+    metrics = process_step(learner, batch)
     assert len(losses) > 8 and 0 < sum(right) < len(right)
     assert metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
@@ -248,20 +247,20 @@ def test_kto_is_the_paper_s_formula_with_the_mean_kl_of_mismatched_answers(folde
     assert min(z.values()) < 0 < max(z.values())
     learner, role = learner_of(folders["lm"]), reference_of(folders["reference"])
     for name, ours, other in (("lm", learner, role), ("reference", role, learner)):
-        point = reference_point(ours, others, sums_of(other, others, UPDATE), UPDATE)
+        point = reference_point(ours, others, sums_of(other, others, 8), 8)
         assert point == pytest.approx(max(0.0, z[name]), rel=1e-5)
     point = max(0.0, z["lm"])
     losses = [
         (1.2 if label else 1.0) * (1 - 1 / (1 + math.exp(-0.2 * (r - point if label else point - r))))
         for r, label in zip(ratios, labels, strict=True)
     ]
-    batch = with_reference(pack_labeled(samples, labels), sums_of(role, samples, UPDATE))
-    metrics = kto_step(learner, batch, plan(batch, UPDATE, learner.mesh), KTO, point)
+    batch = with_reference(pack_labeled(samples, labels), sums_of(role, samples, 8))
+    metrics = kto_step(learner, batch, KTO, point)
     assert metrics["loss"] == pytest.approx(sum(losses) / count, rel=1e-5) and metrics["kl"] == point
     good = [0.2 * r for r, label in zip(ratios, labels, strict=True) if label]
     bad = [0.2 * r for r, label in zip(ratios, labels, strict=True) if not label]
     assert metrics["margin"] == pytest.approx(sum(good) / len(good) - sum(bad) / len(bad), rel=1e-4)
-    unseen = held_out_kto(learner, batch, UPDATE, KTO)
+    unseen = held_out_kto(learner, batch, KTO)
     assert unseen["eval_accuracy"] == sum(g > b for g in good for b in bad) / len(good) / len(bad)
 
 
@@ -269,9 +268,9 @@ def test_a_batch_of_one_kind_has_no_margin(folders):
     samples, _ = labeled(0)
     learner = learner_of(folders["lm"])
     batch = with_reference(pack_labeled(samples, [True] * 8), torch.zeros(8))
-    metrics = kto_step(learner, batch, plan(batch, UPDATE, learner.mesh), KTOLoss(), 0.0)
+    metrics = kto_step(learner, batch, KTOLoss(), 0.0)
     assert "chosen" in metrics and "rejected" not in metrics and "margin" not in metrics
-    assert held_out_kto(learner, batch, UPDATE, KTOLoss()) == {}
+    assert held_out_kto(learner, batch, KTOLoss()) == {}
 
 
 def test_what_is_not_sane_is_refused_by_the_knob():

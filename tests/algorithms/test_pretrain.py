@@ -37,7 +37,6 @@ from trialign.algorithms.data.documents import (
     pack_rows,
     pack_tokens,
     passages,
-    plan_rows,
 )
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import held_out_loss, sft_step
@@ -164,9 +163,9 @@ def two_steps(rank: int, world: int, layout: Layout, folder: Path, update=UPDATE
     numbers = {}
     for step in range(2):
         own = rows(step)[:: -1 if backwards else 1]
-        done = sft_step(learner, pack_rows(own), plan_rows(own, update, mesh))
+        done = sft_step(learner, pack_rows(own))
         numbers |= {f"{name}/{step}": value for name, value in done.items()}
-    numbers["held out"] = held_out_loss(learner, pack_rows(rows(9, 3)), update)
+    numbers["held out"] = held_out_loss(learner, pack_rows(rows(9, 3)))
     return numbers, whole_states(actor=learner)
 
 

@@ -13,7 +13,6 @@ from tiny import VOCAB, tiny_llama
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
-from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import held_out_loss, sft_step
 from trialign.engine.mesh import build_mesh
@@ -49,13 +48,13 @@ def two_steps(
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True, recompute=recompute)
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
-    learner = build_learner(model, settings, 4, ema_decay=0.9)
+    learner = build_learner(model, settings, 4, ema_decay=0.9, sizes=update)
     metrics = {}
     for step in range(2):
         samples = rows(step)[:: -1 if backwards else 1]
         batch = pack_samples(samples)
-        metrics |= {f"{name}/{step}": v for name, v in sft_step(learner, batch, plan(batch, update, mesh)).items()}
-    metrics["held out"] = held_out_loss(learner, pack_samples(rows(9)[:5]), update)  # 5 rows, whatever dp is
+        metrics |= {f"{name}/{step}": v for name, v in sft_step(learner, batch).items()}
+    metrics["held out"] = held_out_loss(learner, pack_samples(rows(9)[:5]))  # 5 rows, whatever dp is
     return metrics, whole_states(actor=learner)
 
 
@@ -126,7 +125,7 @@ def test_smollm2_s_first_loss_is_transformers(smollm2, tmp_path):
     mesh = build_mesh()
     model = build_decoder(str(smollm2), shape, mesh, "float32", trained=True)
     learner = build_learner(model, OptimizerConfig(lr=0.0), 1)
-    metrics = sft_step(learner, batch, plan(batch, UpdateConfig(batch_size=2), mesh))
+    metrics = sft_step(learner, batch)
     theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     total = 0.0
     for sample in samples:

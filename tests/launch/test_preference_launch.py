@@ -24,11 +24,10 @@ from scripts import (
     times_told,
 )
 from tiny import tiny_chat_model
-from trialign.algorithms.config.common import ParallelConfig, RunConfig, UpdateConfig
+from trialign.algorithms.config.common import ParallelConfig, RunConfig
 from trialign.algorithms.config.preference import PairData
 from trialign.algorithms.data.dialogues import Encoder
 from trialign.algorithms.data.preferences import Pair, read_pairs
-from trialign.algorithms.micro_batch import plan_scoring
 from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.roles.build import build_decoder, read_shape
 from trialign.algorithms.roles.role import Role
@@ -137,7 +136,7 @@ def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(sett
     drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", data, Encoder(data, tokenizer, (2,)))
     batch = pack_pairs(drawn)
     role = Role(build_decoder(str(folder), shape, mesh, "float32", head="score"))
-    ours = role.scores(batch, plan_scoring(batch, UpdateConfig(), mesh, 2))
+    ours = role.scores(batch)
     rows = [json.loads(line) for line in (setting / "reward.jsonl").read_text().splitlines()]
     chats = [
         [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[key]}]

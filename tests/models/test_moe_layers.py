@@ -12,7 +12,9 @@ from tiny import VOCAB, assemble
 from tiny_moe import MIXTRAL, SHARED, fill, moe_config, moe_decoder, tiny_mixtral
 from torch import Tensor
 from transformers import MixtralForCausalLM
-from trialign.algorithms.batch import Batch, deal, micro_batches, pack
+from trialign.algorithms.batch import Batch, pack
+from trialign.algorithms.config.common import UpdateConfig
+from trialign.algorithms.micro_batch import update_micro_batches
 from trialign.algorithms.roles.role import Learner, Role, target_logprobs
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
@@ -149,31 +151,29 @@ def _order(name: str, part: str) -> tuple[str, int, str]:
 
 def documents() -> list[list[int]]:
     generator = torch.Generator().manual_seed(7)
-    lengths = [5, 19, 3, 14, 15, 2, 9, 5]
+    lengths = [5, 19, 3, 14, 15, 2, 9]
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def one_step(
-    rank: int, world: int, sizes: dict[str, Any], moe: MoEConfig, recompute: bool, max_tokens: int, samples: int = 1
-):
+def one_step(rank: int, world: int, sizes: dict[str, Any], moe: MoEConfig, recompute: bool = False, samples: int = 1):
     """One optimizer step of language modeling: metrics, whole gradients, weights and moments, logprobs after it."""
     mesh = build_mesh(**sizes)
     model = moe_decoder(moe_config(moe), mesh, recompute=recompute)
     optimizer = ShardedAdamW(model, mesh, eps=1e-5, max_grad_norm=0.5)
-    learner = Learner(model, optimizer, lambda step: 1e-3)
+    cuts = UpdateConfig(micro_batch_size=samples)
+    learner = Learner(model, optimizer, lambda step: 1e-3, sizes=cuts)
     batch = pack(documents())
-    mine = deal(batch.lengths, mesh.dp.size)[mesh.dp.rank]
-    shares = micro_batches(mine, batch.lengths, samples, max_tokens)
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         logprobs, _ = target_logprobs(model, part, hidden, 1.0)
         return -logprobs.sum() / len(batch.response)
 
-    metrics = learner.step([(batch.select(share), loss) for share in shares])
+    metrics = learner.step(batch, loss)
     for bucket in optimizer.buckets:
         bucket.states["grad"] = bucket.grads[bucket.mine]
     states = assemble(optimizer.entries("net", lambda name, part: f"{name}:{part}"), mesh.world)
-    return metrics, states, Role(model).logprobs(batch, shares), len(shares)
+    count = len(update_micro_batches(batch, range(len(batch)), cuts, mesh.dp))
+    return metrics, states, Role(model, sizes=cuts).logprobs(batch), count
 
 
 LAYOUTS = [
@@ -203,14 +203,14 @@ def moe(request):
 
 @pytest.fixture(scope="module")
 def alone(moe):
-    return one_step(0, 1, {}, moe, False, 0, samples=8)
+    return one_step(0, 1, {}, moe, samples=8)
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_layouts_equal_one_process(moe, alone, sizes):
-    """With micro-batches of 20 tokens at most: the ranks have unequally many."""
+    """Seven documents, each alone in its micro-batch: the ranks have unequally many."""
     world = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("dp", sizes.get("ep", 1))
-    results = run_ranks(one_step, world, sizes, moe, False, 20, timeout=120)
+    results = run_ranks(one_step, world, sizes, moe, timeout=120)
     if sizes.get("ep", 1) > 1:
         assert len({count for *_, count in results}) > 1
     for got in results:
@@ -220,7 +220,7 @@ def test_layouts_equal_one_process(moe, alone, sizes):
 @pytest.mark.parametrize("sizes", [{}, {"pp": 2, "ep": 2}], ids=str)
 def test_recomputation_and_micro_batches_do_not_matter(moe, alone, sizes):
     world = sizes.get("pp", 1) * sizes.get("ep", 1)
-    for got in run_ranks(one_step, world, sizes, moe, True, 0, timeout=120):
+    for got in run_ranks(one_step, world, sizes, moe, True, timeout=120):
         compare(got, alone)
 
 
@@ -230,7 +230,7 @@ def whole_logprobs(rank: int, world: int, folder: Path, sizes: dict[str, Any]) -
     model = Decoder(read_config(folder), mesh, dtype=torch.float32)
     load_hf(model, folder)
     batch = pack(documents())
-    return Role(model).logprobs(batch, [[i] for i in range(len(batch))][mesh.dp.rank :: mesh.dp.size])
+    return Role(model, sizes=UpdateConfig(micro_batch_size=1)).logprobs(batch)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}, {"pp": 2, "ep": 2}], ids=str)

@@ -10,6 +10,7 @@ from tiny_moe import MIXTRAL, SHARED, fill, moe_config, moe_decoder
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trialign.algorithms.batch import Batch, pack
+from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.roles.role import Learner, stage_forward, target_logprobs
 from trialign.engine.mesh import Axis, build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
@@ -69,14 +70,15 @@ def router_logits(model, batch: Batch) -> tuple[Tensor, ...]:
 
 def learner_of(moe: MoEConfig | None, **options: Any) -> Learner:
     model = moe_decoder(moe_config(moe), build_mesh(), **options)
-    return Learner(model, ShardedAdamW(model, model.mesh), lambda step: 1e-3)
+    sizes = UpdateConfig(micro_batch_size=2)  # two micro-batches of the four samples
+    return Learner(model, ShardedAdamW(model, model.mesh), lambda step: 1e-3, sizes=sizes)
 
 
-def step(learner: Learner, batch: Batch, shares: list[list[int]]) -> dict[str, float]:
+def step(learner: Learner, batch: Batch) -> dict[str, float]:
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         return -target_logprobs(learner.model, part, hidden, 1.0)[0].sum() / len(batch.response)
 
-    return learner.step([(batch.select(share), loss) for share in shares])
+    return learner.step(batch, loss)
 
 
 def random_batch() -> Batch:
@@ -91,7 +93,7 @@ def test_what_is_logged(moe, recompute):
     learner, batch = learner_of(moe, recompute=recompute), random_batch()
     logits = router_logits(learner.model, batch)
     assert len(logits) == 4 - len(moe.dense_layers)
-    got = step(learner, batch, [[2], [0, 1, 3]])
+    got = step(learner, batch)
 
     padded = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.bool)
     for row, n in enumerate(LENGTHS):
@@ -125,7 +127,7 @@ class Losing(Dispatch):
 def test_what_did_not_arrive_is_counted(monkeypatch):
     learner, batch = learner_of(MIXTRAL), random_batch()
     monkeypatch.setattr("trialign.models.moe.Dispatch", Losing)
-    got = step(learner, batch, [[2], [0, 1, 3]])
+    got = step(learner, batch)
     assert got["router_dropped"] == pytest.approx(2 * 3 / sum(LENGTHS))  # in each micro-batch
 
 
@@ -134,11 +136,11 @@ def test_steps_on_the_balance_loss_even_the_load():
     loads = {}
     for coef in (0.0, 20.0):
         learner, batch = learner_of(MoEConfig(experts=4, top_k=1, ffn_size=24, aux_coef=coef)), random_batch()
-        losses = [step(learner, batch, [[0, 1, 2, 3]])["router_balance_loss"] for _ in range(25)]
+        losses = [step(learner, batch)["router_balance_loss"] for _ in range(25)]
         loads[coef] = losses[-1] / losses[0]
     assert loads[20.0] < 0.9 * loads[0.0]
 
 
 def test_a_dense_model_logs_nothing_of_routers():
-    metrics = step(learner_of(None), random_batch(), [[0, 1, 2, 3]])
+    metrics = step(learner_of(None), random_batch())
     assert set(metrics) == {"grad_norm", "lr"}

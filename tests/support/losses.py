@@ -14,7 +14,6 @@ from layouts import ALONE, Layout, whole_states
 from preferences import answer, pairs, steps
 from torch import Tensor
 from trialign.algorithms import grpo, ppo
-from trialign.algorithms import policy_step as online
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.convention import PPOConvention
@@ -22,11 +21,12 @@ from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GR
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss
 from trialign.algorithms.data.dialogues import Sample, pack_samples
-from trialign.algorithms.data.documents import Passage, pack_rows, plan_rows
+from trialign.algorithms.data.documents import Passage, pack_rows
 from trialign.algorithms.data.preferences import Pair, mismatched
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
-from trialign.algorithms.micro_batch import plan
+from trialign.algorithms.micro_batch import Passes, draw_minibatches
+from trialign.algorithms.policy_step import without
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Learner, Role
@@ -124,13 +124,13 @@ Kind = Callable[[Models, Draw], Iterator[Step]]
 
 def sft(models: Models, draw: Draw) -> Iterator[Step]:
     batch = pack_samples(draw.answers)
-    yield models.lm, sft_step(models.lm, batch, plan(batch, draw.update, models.mesh))
+    yield models.lm, sft_step(models.lm, batch)
 
 
 def router(models: Models, draw: Draw) -> Iterator[Step]:
     """Every token of a sample counts in the losses of the router, so nothing is put behind any."""
     batch = pack_samples(replace(draw, behind=0).answers)
-    yield models.mixture, sft_step(models.mixture, batch, plan(batch, draw.update, models.mesh))
+    yield models.mixture, sft_step(models.mixture, batch)
 
 
 def pretrain(models: Models, draw: Draw) -> Iterator[Step]:
@@ -143,26 +143,26 @@ def pretrain(models: Models, draw: Draw) -> Iterator[Step]:
     pieces = [Passage(text, "") for place in range(3) for row in draw.order for text in texts[row][place : place + 1]]
     rows = [pieces[i : i + 3] for i in range(0, len(pieces), 3)]
     rows[0] = rows[0] + [Passage(text, "") for row in draw.order for text in texts[row][3:]]
-    yield models.lm, sft_step(models.lm, pack_rows(rows), plan_rows(rows, draw.update, models.mesh))
+    yield models.lm, sft_step(models.lm, pack_rows(rows))
 
 
 def reward(models: Models, draw: Draw) -> Iterator[Step]:
     """The score is read at an answer's last token, so nothing is put behind it."""
     batch = pack_pairs(replace(draw, behind=0).pairs)
-    yield models.score, pair_step(models.score, batch, plan(batch, draw.update, models.mesh, 2), 0.1)
+    yield models.score, pair_step(models.score, batch, 0.1)
 
 
 def process(models: Models, draw: Draw) -> Iterator[Step]:
     own = steps(draw.seed, draw.count)
     batch = pack_steps([own[i]._replace(sample=draw.padded(own[i].sample, i)) for i in draw.order])
-    yield models.score, process_step(models.score, batch, plan(batch, draw.update, models.mesh))
+    yield models.score, process_step(models.score, batch)
 
 
 def dpo(models: Models, draw: Draw, loss: DPOLoss) -> Iterator[Step]:
     batch = pack_pairs(draw.pairs)
     if not loss.reference_free:
-        batch = with_reference(batch, reference_sums(models.reference, draw.pairs, draw.update))
-    yield models.lm, dpo_step(models.lm, batch, plan(batch, draw.update, models.mesh, 2), loss)
+        batch = with_reference(batch, reference_sums(models.reference, draw.pairs, draw.count))
+    yield models.lm, dpo_step(models.lm, batch, loss)
 
 
 def kto(models: Models, draw: Draw) -> Iterator[Step]:
@@ -170,20 +170,19 @@ def kto(models: Models, draw: Draw) -> Iterator[Step]:
     plain, others = [pair.chosen for pair in pairs(draw.seed, draw.count)], []
     for i in draw.order:
         others.append(draw.padded(mismatched(plain[i], plain[(i + 1) % draw.count], LONGEST), i))
-    z = reference_point(models.lm, others, sums_of(models.reference, others, draw.update) - 4, draw.update)
+    z = reference_point(models.lm, others, sums_of(models.reference, others, draw.count) - 4, draw.count)
     batch = pack_labeled(draw.answers, [i % 3 == 0 for i in draw.order])
-    batch = with_reference(batch, sums_of(models.reference, draw.answers, draw.update))
+    batch = with_reference(batch, sums_of(models.reference, draw.answers, draw.count))
     loss = KTOLoss(beta=0.2, desirable_weight=1.2)
     assert z > 0
-    yield models.lm, kto_step(models.lm, batch, plan(batch, draw.update, models.mesh), loss, z)
+    yield models.lm, kto_step(models.lm, batch, loss, z)
 
 
-def answered(actor: Learner, draw: Draw, passes: online.Passes) -> tuple[Batch, online.Minibatch]:
+def answered(actor: Learner, draw: Draw, passes: Passes) -> Batch:
     """Answers of a sampler that is not quite the actor, those without a score without targets; all in one minibatch."""
-    batch = online.without(pack_samples(draw.answers), draw.scores)
-    ((minibatch,),) = online.plan(batch, passes, actor.mesh, seed=draw.seed)
-    sampled = actor.logprobs(batch, minibatch.shares) + draw.noise(batch, 0.2, 1)
-    return batch.with_(rollout_logprobs=sampled), minibatch
+    batch = without(pack_samples(draw.answers), draw.scores)
+    batch = batch.with_(minibatches=draw_minibatches(len(batch), passes, seed=draw.seed))
+    return batch.with_(rollout_logprobs=actor.logprobs(batch) + draw.noise(batch, 0.2, 1))
 
 
 def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]:
@@ -192,22 +191,19 @@ def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]
     config = replace(config, ppo=passes)
     roles = ppo.Roles(models.lm, models.score, models.reference)
     ptx = DOCUMENTS if config.actor.ptx_coef else ()
-    batch, minibatch = answered(models.lm, draw, passes)
-    batch = ppo.score(batch, roles, config, minibatch.shares)
+    batch = answered(models.lm, draw, passes)
+    batch = ppo.score(batch, roles, config)
     batch, _ = ppo.with_rewards(batch, draw.scores, config, kl_coef=0.1)
-    metrics = ppo.update(roles, batch, [[minibatch]], config, ptx=ptx)
+    metrics = ppo.update(roles, batch, config, ptx=ptx)
     yield models.lm, metrics
     yield models.score, {}
-    values = roles.critic.values(batch, minibatch.shares) + draw.noise(batch, 0.5, 2)
+    values = roles.critic.values(batch) + draw.noise(batch, 0.5, 2)
     batch = batch.with_(values=values)
-    metrics = ppo.update(roles, batch, [[minibatch]], config, train_actor=False)
+    metrics = ppo.update(roles, batch, config, train_actor=False)
     yield models.score, metrics
-    old = models.lm.logprobs(batch, minibatch.shares) + draw.noise(batch, 0.4, 3)
+    old = models.lm.logprobs(batch) + draw.noise(batch, 0.4, 3)
     batch, _ = ppo.with_advantages(batch.with_(logprobs=old), config)
-    weighted = online.set_loss_weights(batch, minibatch, config.rules.aggregation)
-    parts = [weighted.select(share) for share in minibatch.shares]
-    targets = online.target_count(batch, minibatch)
-    yield models.lm, ppo.actor_step(models.lm, parts, targets, config, ptx, first=False)
+    yield models.lm, ppo.actor_step(models.lm, batch, batch.minibatches[0][0], config, ptx, first=False)
 
 
 def grpo_updates(models: Models, draw: Draw, knobs: GRPOOptions, role: str = "lm") -> Iterator[Step]:
@@ -216,16 +212,14 @@ def grpo_updates(models: Models, draw: Draw, knobs: GRPOOptions, role: str = "lm
     config = GRPOConfig(grpo=knobs, rollout=GRPORollout(max_new_tokens=16, samples_per_prompt=2))
     choices, actor = config.choices, getattr(models, role)
     group = torch.tensor([row // 2 for row in draw.order])
-    batch, minibatch = answered(actor, draw, knobs)
+    batch = answered(actor, draw, knobs)
     roles = grpo.GroupRoles(actor, models.reference if choices.needs_reference else None)
-    batch = grpo.score(batch, roles, config, minibatch.shares)
+    batch = grpo.score(batch, roles, config)
     batch, _ = grpo.with_advantages(batch, draw.scores, group, config)
-    yield actor, grpo.update(actor, batch, [[minibatch]], config)
+    yield actor, grpo.update(actor, batch, config)
     far = 3e-4 if knobs.algorithm == "gspo" else 0.3
-    old = actor.logprobs(batch, minibatch.shares) + draw.noise(batch, far, 3)
-    weighted = online.set_loss_weights(batch.with_(logprobs=old), minibatch, choices.aggregation, choices.constant)
-    parts = [weighted.select(share) for share in minibatch.shares]
-    yield actor, grpo.step(actor, parts, online.target_count(batch, minibatch), config, first=False)
+    old = actor.logprobs(batch) + draw.noise(batch, far, 3)
+    yield actor, grpo.step(actor, batch.with_(logprobs=old), batch.minibatches[0][0], config, first=False)
 
 
 def routed(models: Models, draw: Draw) -> Iterator[Step]:

@@ -9,6 +9,7 @@ import torch
 from tiny import VOCAB, assemble
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
+from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.roles.role import Learner, target_logprobs
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
@@ -84,20 +85,18 @@ def build(
 def learner(model: Decoder) -> Learner:
     # With the usual eps the rounding of gradients that are all but 0 would become whole steps.
     optimizer = ShardedAdamW(model, model.mesh, tied=model.tied_parameter(), eps=1e-3, max_grad_norm=0.5)
-    return Learner(model, optimizer, lambda step: 1e-2)
+    return Learner(model, optimizer, lambda step: 1e-2, sizes=UpdateConfig(micro_batch_size=2))
 
 
 def train(model: Decoder, steps: int) -> Learner:
-    """Some steps on the next tokens of `samples`, dealt to the DP ranks, in micro-batches of two."""
-    trained, rows = learner(model), samples(model.config.vocab_size)
-    total = sum(len(row) - 1 for row in rows)
-    mine = rows[model.mesh.dp.rank :: model.mesh.dp.size]
+    """Some steps on the next tokens of `samples`, in micro-batches of two."""
+    trained, batch = learner(model), pack(samples(model.config.vocab_size)).to(model.mesh.device)
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
-        return -target_logprobs(model, part, hidden, 1.0)[0].sum() / total
+        return -target_logprobs(model, part, hidden, 1.0)[0].sum() / len(batch.response)
 
     for _ in range(steps):
-        trained.step([(pack(mine[i : i + 2]), loss) for i in range(0, len(mine), 2)])
+        trained.step(batch, loss)
     return trained
 
 

@@ -14,7 +14,6 @@ from trialign.algorithms.data.preferences import Pair, Steps, mismatched
 from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
 from trialign.algorithms.kto import held_out as held_out_labeled
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
-from trialign.algorithms.micro_batch import plan
 from trialign.algorithms.reward_model import (
     held_out_pairs,
     held_out_process,
@@ -86,10 +85,10 @@ def two_steps(
     for kind in kinds:
         head = "score" if kind in ("reward", "process") else "lm"
         shape = read_config(folders[head])
-        learner = build_learner(
-            build_decoder(str(folders[head]), shape, mesh, "float32", head=head, trained=True), settings, 4
-        )
-        reference = Role(build_decoder(str(folders["reference"]), shape, mesh, "float32")) if head == "lm" else learner
+        model = build_decoder(str(folders[head]), shape, mesh, "float32", head=head, trained=True)
+        learner = reference = build_learner(model, settings, 4, sizes=update)
+        if head == "lm":
+            reference = Role(build_decoder(str(folders["reference"]), shape, mesh, "float32"), sizes=update)
         metrics: dict[str, float] = {}
         for step in (0, 1, 9):
             count = 7 if step == 9 else 8  # the last ones are only looked at
@@ -98,31 +97,31 @@ def two_steps(
             if kind == "reward":
                 batch = pack_pairs(drawn)
                 if step == 9:
-                    got = held_out_pairs(learner, batch, update, 0.05)
+                    got = held_out_pairs(learner, batch, 0.05)
                 else:
-                    got = pair_step(learner, batch, plan(batch, update, mesh, 2), 0.05)
+                    got = pair_step(learner, batch, 0.05)
             elif kind == "process":
                 batch = pack_steps([steps(step, count)[i] for i in rows])
                 if step == 9:
-                    got = held_out_process(learner, batch, update)
+                    got = held_out_process(learner, batch)
                 else:
-                    got = process_step(learner, batch, plan(batch, update, mesh))
+                    got = process_step(learner, batch)
             elif kind == "dpo":
-                batch = with_reference(pack_pairs(drawn), reference_sums(reference, drawn, update))
+                batch = with_reference(pack_pairs(drawn), reference_sums(reference, drawn, update.batch_size))
                 if step == 9:
-                    got = held_out(learner, batch, update, DPO)
+                    got = held_out(learner, batch, DPO)
                 else:
-                    got = dpo_step(learner, batch, plan(batch, update, mesh, 2), DPO)
+                    got = dpo_step(learner, batch, DPO)
             else:
                 samples, labels = labeled(step, count)
                 others = [mismatched(samples[i], samples[(i + 1) % count], 64) for i in rows]
-                z = reference_point(learner, others, sums_of(reference, others, update), update)
+                z = reference_point(learner, others, sums_of(reference, others, update.batch_size), update.batch_size)
                 samples, labels = [samples[i] for i in rows], [labels[i] for i in rows]
-                batch = with_reference(pack_labeled(samples, labels), sums_of(reference, samples, update))
+                batch = with_reference(pack_labeled(samples, labels), sums_of(reference, samples, update.batch_size))
                 if step == 9:
-                    got = held_out_labeled(learner, batch, update, KTO) | {"kl": z}
+                    got = held_out_labeled(learner, batch, KTO) | {"kl": z}
                 else:
-                    got = kto_step(learner, batch, plan(batch, update, mesh), KTO, z)
+                    got = kto_step(learner, batch, KTO, z)
             metrics |= {f"{name}/{step}": value for name, value in got.items()}
         results[kind] = metrics, whole_states(actor=learner)
     return results

@@ -17,7 +17,7 @@ from trialign.algorithms.advantages import (
     whiten,
 )
 from trialign.algorithms.batch import Batch, after_prompts, pack
-from trialign.algorithms.config.common import OptimizerConfig, RewardConfig
+from trialign.algorithms.config.common import OptimizerConfig, RewardConfig, UpdateConfig
 from trialign.algorithms.config.convention import ConventionConfig, GroupConvention, PPOConvention
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions, GRPORollout
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
@@ -27,8 +27,6 @@ from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.grpo import advantages_of, step, token_losses, with_advantages
 from trialign.algorithms.losses.aggregation import Segments, token_weights
 from trialign.algorithms.losses.policy import importance_weights, log_ratio, ppo_loss, sequence_log_ratio
-from trialign.algorithms.policy_step import Minibatch
-from trialign.algorithms.policy_step import set_loss_weights as online_weights
 from trialign.algorithms.ppo import actor_step, critic_step, with_rewards
 from trialign.algorithms.ppo import with_advantages as ppo_advantages
 from trialign.algorithms.rewards.shaping import RewardShaper
@@ -41,7 +39,7 @@ from trialign.models.families.registry import read_config
 
 SCORES = torch.tensor([30.0, -1.0, 0.5, 0.0, 2.0, 2.5])
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
-WHOLE = Minibatch(list(range(6)), [[0, 1, 2], [3, 4, 5]])
+WHOLE = range(6)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 def learner(folder: Path, head: HeadKind = "lm") -> Learner:
     model = build_decoder(str(folder), read_config(folder), build_mesh(), "float32", head=head, trained=True)
-    return build_learner(model, OptimizerConfig(lr=0.0), 1)
+    return build_learner(model, OptimizerConfig(lr=0.0), 1, sizes=UpdateConfig(micro_batch_size=3))
 
 
 def batch_of(actor: Learner, far: float = 3.0) -> Batch:
@@ -61,7 +59,7 @@ def batch_of(actor: Learner, far: float = 3.0) -> Batch:
     lengths = torch.randint(4, 14, (6,), generator=generator).tolist()
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     batch = pack(samples, after_prompts(lengths, [max(1, n // 3) for n in lengths]))
-    now = actor.logprobs(batch, WHOLE.shares)
+    now = actor.logprobs(batch)
 
     def near(spread: float) -> torch.Tensor:
         return now + batch.spread(spread * torch.randn(len(batch.response), generator=generator))
@@ -92,12 +90,10 @@ def test_ppo_s_losses_are_the_preset_s(folder, preset, far):
     rules, config = PRESETS[preset], PPOConfig(convention=PPOConvention(preset), ppo=PPOOptions(kl="k3"))
     actor, critic = learner(folder), learner(folder, "score")
     batch = batch_of(actor, far)
-    now, value = actor.logprobs(batch, WHOLE.shares), critic.values(batch, WHOLE.shares)
+    now, value = actor.logprobs(batch), critic.values(batch)
     scored, _ = with_rewards(batch, SCORES, config, 0.1)
     scored, _ = ppo_advantages(scored, config)
-    weighted = online_weights(scored, WHOLE, config.rules.aggregation)
-    targets = len(batch.response)
-    policy = actor_step(actor, [weighted.select(s) for s in WHOLE.shares], targets, config, first=False)["policy_loss"]
+    policy = actor_step(actor, scored, WHOLE, config, first=False)["policy_loss"]
     critics = critic_step(critic, scored, WHOLE, config)[0]["value_loss"]
 
     segments, old, ref, before = pure(batch)
@@ -122,11 +118,9 @@ def test_grpo_s_losses_are_the_preset_s(folder, preset, algorithm, far):
     config = GRPOConfig(convention=GroupConvention(preset), grpo=GRPOOptions(algorithm=algorithm))
     actor = learner(folder)
     batch = batch_of(actor, far)
-    now = actor.logprobs(batch, WHOLE.shares)
+    now = actor.logprobs(batch)
     scored, _ = with_advantages(batch, SCORES, GROUP, config)
-    choices = config.choices
-    weighted = online_weights(scored, WHOLE, choices.aggregation)
-    made = step(actor, [weighted.select(s) for s in WHOLE.shares], len(batch.response), config, first=False)
+    made = step(actor, scored, WHOLE, config, first=False)
 
     segments, old, ref, _ = pure(batch)
     grouped = group_advantages(SCORES, GROUP, rules.group)
@@ -157,8 +151,7 @@ def test_presets_differ_where_they_say(folder):
     for preset in PRESETS:
         config = GRPOConfig(convention=GroupConvention(preset), grpo=GRPOOptions(kl_coef=0.1))
         scored, _ = with_advantages(batch, SCORES, GROUP, config)
-        weighted = online_weights(scored, WHOLE, config.choices.aggregation)
-        made = step(actor, [weighted.select(s) for s in WHOLE.shares], len(batch.response), config, first=False)
+        made = step(actor, scored, WHOLE, config, first=False)
         losses[preset] = (round(made["policy_loss"], 5), made["kl_loss"])
     assert len(set(losses.values())) == len(PRESETS), losses
 

@@ -16,13 +16,12 @@ from test_rewards_served import serve_reward  # noqa: F401
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import pre_tokenizers
 from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts
-from trialign.algorithms.config.common import ModelPaths, RewardConfig, RolloutConfig
+from trialign.algorithms.config.common import ModelPaths, RewardConfig, RolloutConfig, UpdateConfig
 from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, Policy, reward_encoders
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shapes
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.rollout.sync import my_part
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import read_config
 from trialign.models.folder import assets
@@ -115,10 +114,10 @@ def scored(
     names = [str(root / name) for name in ("alike", *other)]
     encoders = encoders_of(root, *names)
     assert list(encoders) == names[1:]
-    models = [Role(build_decoder(name, read_config(name), mesh, "float32", head="score")) for name in names]
+    decoders = [build_decoder(name, read_config(name), mesh, "float32", head="score") for name in names]
+    models = [Role(decoder, sizes=UpdateConfig(micro_batch_size=3)) for decoder in decoders]
     scorer = Scorer(RewardConfig(models=tuple(names)), policy.tokenizer, mesh, encoders)
-    mine = list(range(len(rollouts)))[my_part(len(rollouts), mesh.dp)]
-    return scorer(rollouts, from_rollouts(rollouts), models, [mine[i : i + 3] for i in range(0, len(mine), 3)])
+    return scorer(rollouts, from_rollouts(rollouts), models)
 
 
 def by_server(module: Any, folder: str, rollouts: list[Rollout]) -> list[float]:
@@ -154,7 +153,7 @@ def test_where_tokens_agree_the_model_reads_those_that_were_sampled(folders):
     role = Role(build_decoder(name, read_config(name), mesh, "float32", head="score"))
     batch = from_rollouts(rollouts)
     scorer = Scorer(RewardConfig(models=(name,)), policy.tokenizer, mesh, encoders_of(folders, name))
-    assert scorer(rollouts, batch, [role], [[0]])[name] == role.scores(batch, [[0]]).tolist()
+    assert scorer(rollouts, batch, [role])[name] == role.scores(batch).tolist()
 
 
 def test_what_makes_two_tokenizers_differ(folders):
@@ -195,7 +194,7 @@ def test_a_long_text_of_the_model_s_own_tokens_is_refused_or_left_unscored_by_ro
     def score(on_failure: Any) -> list[Score]:
         config = RewardConfig(models=(name,), on_failure=on_failure)
         scorer = Scorer(config, policy.tokenizer, mesh, encoders_of(folders, name))
-        return scorer(rollouts, from_rollouts(rollouts), [role], [[0, 1]])[name]
+        return scorer(rollouts, from_rollouts(rollouts), [role])[name]
 
     with pytest.raises(ValueError, match=r"bytes: p.jsonl:1: \d+ tokens of .*bytes, which has positions for 512"):
         score("stop")

@@ -17,7 +17,7 @@ from harness import run_ranks
 from samples import write_jsonl
 from tiny import tiny_llama, tiny_tokenizer
 from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
-from trialign.algorithms.config.common import ModelPaths, PromptData, RewardConfig
+from trialign.algorithms.config.common import ModelPaths, PromptData, RewardConfig, UpdateConfig
 from trialign.algorithms.config.preference import PairData
 from trialign.algorithms.data.dialogues import Encoder
 from trialign.algorithms.data.preferences import read_pairs
@@ -86,9 +86,12 @@ def by_both(folder: Path, url: str, data: PromptData) -> tuple[list[Any], list[A
             tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([2] if finished else [])]
             rollouts.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
     scorer = Scorer(RewardConfig(models=(str(folder),), servers=(url,), server_batch=3), tokenizer, mesh)
-    model = Role(build_decoder(str(folder), read_config(folder), mesh, "float32", head="score"))
+    model = Role(
+        build_decoder(str(folder), read_config(folder), mesh, "float32", head="score"),
+        sizes=UpdateConfig(micro_batch_size=1),
+    )
     batch = from_rollouts(rollouts)
-    scores = scorer(rollouts, batch, [model], [[i] for i in range(len(batch))])
+    scores = scorer(rollouts, batch, [model])
     return scores[str(folder)], scores[url]
 
 
@@ -119,7 +122,7 @@ def test_a_pair_is_scored_where_it_is_trained(folder, serve_reward, tmp_path):
     (prompt,) = PromptDataset(data, tokenizer).next(1)
     answers = [[*tokenizer(side[-1]["content"], add_special_tokens=False)["input_ids"], 2] for side in sides]
     batch = from_rollouts([Rollout(prompt, tokens, [0.0] * len(tokens), "stop") for tokens in answers])
-    assert role.scores(batch, [[0, 1]]).tolist() == trained
+    assert role.scores(batch).tolist() == trained
 
 
 def test_models_and_servers_score_the_same_bare_text(folder, serve_reward, tmp_path):
@@ -264,7 +267,7 @@ def test_a_reward_model_s_nan_names_file_and_row():
 
     def score(on_failure: Any) -> tuple[list[float], list[str]]:
         scorer = Scorer(RewardConfig(models=("runs/m",), on_failure=on_failure), tokenizer, build_mesh())
-        combined = scorer.combined(scorer(rollouts, from_rollouts(rollouts), models, []))
+        combined = scorer.combined(scorer(rollouts, from_rollouts(rollouts), models))
         return combined, scorer.failures() + scorer.failures()
 
     with pytest.raises(ValueError, match="reward model runs/m: gave nan for p.jsonl:2: must be a finite number"):

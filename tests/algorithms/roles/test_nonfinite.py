@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from preferences import DPO, KTO, UPDATE, labeled, pairs, steps
+from preferences import DPO, KTO, labeled, pairs, steps
 from safetensors.torch import load_file, save_file
 from scripts import launch, metrics, options, succeed
 from test_grpo import random_batch
@@ -18,7 +18,7 @@ from tiny import tiny_chat_model, tiny_llama
 from torch import Tensor
 from trialign.algorithms import sft
 from trialign.algorithms.batch import Batch, pack
-from trialign.algorithms.config.common import OptimizerConfig
+from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
 from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.dpo import dpo_step, with_reference
@@ -26,8 +26,7 @@ from trialign.algorithms.grpo import update as grpo_update
 from trialign.algorithms.grpo import with_advantages
 from trialign.algorithms.kto import kto_step, pack_labeled
 from trialign.algorithms.metrics import nats_a_token, perplexity
-from trialign.algorithms.micro_batch import plan
-from trialign.algorithms.policy_step import plan as plan_epochs
+from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.ppo import Roles, with_rewards
 from trialign.algorithms.ppo import update as ppo_update
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
@@ -62,7 +61,9 @@ def spoil(values: Tensor, batch: Batch, value: float, sample: int = SPOILT) -> T
 
 def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dict[str, float]:
     """A step on eight rows, or pairs; `spoilt`: one of them has something that is not finite."""
-    learner, mesh = learners[0], learners[0].mesh
+    learner = learners[0]
+    for each in learners:
+        each.sizes = PPOConfig().ppo if kind == "ppo" else UpdateConfig(micro_batch_size=3 if kind == "grpo" else 4)
     if kind in ("reward", "dpo", "pair"):
         batch = pack_pairs(pairs(seed))
     elif kind == "process":
@@ -81,14 +82,14 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
         assert batch.rewards is not None
         batch = batch.with_(rewards=spoil(batch.rewards, batch, torch.inf if kind == "reward" else torch.nan))
     if kind == "reward":
-        return pair_step(learner, batch, plan(batch, UPDATE, mesh, 2), 0.05)
+        return pair_step(learner, batch, 0.05)
     if kind == "process":
-        return process_step(learner, batch, plan(batch, UPDATE, mesh))
+        return process_step(learner, batch)
     if kind in ("dpo", "pair"):
         loss = dataclasses.replace(DPO, kind="ipo", label_smoothing=0.0) if kind == "pair" else DPO
-        return dpo_step(learner, batch, plan(batch, UPDATE, mesh, 2), loss)
+        return dpo_step(learner, batch, loss)
     if kind == "kto":
-        return kto_step(learner, batch, plan(batch, UPDATE, mesh), KTO, 0.1)
+        return kto_step(learner, batch, KTO, 0.1)
     if kind in ("grpo", "ppo"):
         scores = torch.linspace(-1, 1, 8)
         if spoilt:
@@ -101,13 +102,14 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
         if spoilt:
             assert made.rewards is not None
             made = made.with_(rewards=spoil(made.rewards, batch, torch.nan))
-        return grpo_update(learner, made, plan_epochs(made, knobs, mesh, seed), config)
+        return grpo_update(learner, made.with_(minibatches=draw_minibatches(8, knobs, seed)), config)
     if kind == "ppo":
         config = PPOConfig()
-        batch = batch.with_(ref_logprobs=batch.rollout_logprobs)
+        minibatches = draw_minibatches(8, config.ppo, seed)
+        batch = batch.with_(ref_logprobs=batch.rollout_logprobs, minibatches=minibatches)
         batch, _ = with_rewards(batch, scores, config, 0.1)
         roles = Roles(learner, learners[1], learner)
-        return ppo_update(roles, batch, plan_epochs(batch, config.ppo, mesh, seed), config)
+        return ppo_update(roles, batch, config)
 
     def read(part: Batch, hidden: Tensor) -> Tensor:
         """A finite loss whose gradient is not: that of the root of 0."""
@@ -115,7 +117,7 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
         return -logprobs.sum() / 100 + ((logprobs.sum() * 0).abs().sqrt() if spoilt else 0)
 
     if kind == "gradient":
-        return learner.step([(batch.select(share), read) for share in plan(batch, UPDATE, mesh)])
+        return learner.step(batch, read)
     whole, spoil_one = sft.target_logprobs, batch.select([SPOILT]).tokens
 
     def planted(model, part, hidden, temperature):
@@ -128,7 +130,7 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
     assert len(spoil_one) > 1
     sft.target_logprobs = planted
     try:
-        return sft.sft_step(learner, batch, plan(batch, UPDATE, mesh))
+        return sft.sft_step(learner, batch)
     finally:
         sft.target_logprobs = whole
 
@@ -312,8 +314,8 @@ def test_a_loss_of_held_out_rows_that_is_not_finite_is_refused_by_row(tmp_path):
     role = Role(build_decoder(str(folder), shape, mesh, "float32"))
     batch = pack([[5, 6, 7], [8, 9]]).with_(names=("a.jsonl:1", "a.jsonl:2"))
     for measure in (
-        lambda: sft.held_out_loss(role, batch, UPDATE),
-        lambda: nats_a_token(role, [batch], 2),
+        lambda: sft.held_out_loss(role, batch),
+        lambda: nats_a_token(role, [batch]),
     ):
         with pytest.raises(ValueError, match=r"^a\.jsonl:1: the model gives it the loss \S+ at a token"):
             measure()

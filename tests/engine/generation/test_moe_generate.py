@@ -7,7 +7,7 @@ import torch
 from harness import run_ranks
 from tiny import VOCAB
 from tiny_moe import moe_config, moe_decoder
-from trialign.algorithms.rollout.sync import my_part
+from trialign.algorithms.micro_batch import contiguous_part
 from trialign.engine.generation.embedded import Completion, Generator, SamplingParams
 from trialign.engine.mesh import build_mesh
 
@@ -23,7 +23,7 @@ def completions(rank: int, world: int, sizes: dict[str, Any], count: int, option
     mesh = build_mesh(**sizes)
     model = moe_decoder(moe_config(), mesh)
     params = SamplingParams(max_new_tokens=12, stop_ids=tuple(range(3, 12)), temperature=1.2, seed=5)
-    mine = my_part(count, mesh.dp)
+    mine = contiguous_part(count, mesh.dp)
     return Generator(model, mesh, block_size=4, **options).generate(
         prompts(count)[mine], list(range(count))[mine], params
     )

@@ -9,7 +9,8 @@ from harness import run_ranks
 from tiny import VOCAB, assemble
 from tiny_moe import SHARED, moe_config, moe_decoder
 from torch import Tensor
-from trialign.algorithms.batch import Batch, deal_micro_batches, pack
+from trialign.algorithms.batch import Batch, pack
+from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.roles.role import Learner, target_logprobs
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
@@ -37,12 +38,12 @@ def run(rank: int, world: int, sizes: dict[str, Any], root: Path, load: Path | N
         optimizer.loaded(checkpoint.load(load, entries(), mesh)["steps"])
     generator = torch.Generator().manual_seed(7)
     batch = pack([torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 9, 3, 14)])
-    shares = deal_micro_batches(range(len(batch)), batch.lengths, mesh.dp, 1)
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         return -target_logprobs(model, part, hidden, 1.0)[0].sum() / len(batch.response)
 
-    metrics = Learner(model, optimizer, lambda step: 1e-3).step([(batch.select(share), loss) for share in shares])
+    learner = Learner(model, optimizer, lambda step: 1e-3, sizes=UpdateConfig(micro_batch_size=1))
+    metrics = learner.step(batch, loss)
     if save is not None:
         checkpoint.save(root, save, entries(), {"steps": optimizer.steps}, mesh, keep=1, assets={})
     return metrics, assemble(entries(), mesh.world)
