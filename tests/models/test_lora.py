@@ -28,7 +28,7 @@ from trialign.models.families.registry import read_config
 from trialign.models.lora import TARGETS, adapter_shapes, check_lora, trained_name
 
 ALL = LoRA(4, 8.0, TARGETS)
-LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)]  # the last: more ranks than kv heads
+LAYOUTS = [(1, 2, 2), (2, 1, 2), (4, 1, 1)]  # the last: more ranks than kv heads
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,6 @@ def test_some_targets_in_a_layout_of_all_axes(folder, tmp_path):
     alone = two_steps(0, 1, folder, lora, adapter, (1, 1, 1))
     for got in run_ranks(two_steps, 8, folder, lora, adapter, (2, 2, 2)):
         assert_near(got, alone)
-
-
-def test_recomputation_does_not_matter(folder, adapter):
-    alone = two_steps(0, 1, folder, ALL, adapter, (1, 1, 1))
-    assert_near(two_steps(0, 1, folder, ALL, adapter, (1, 1, 1), recompute=True), alone)
 
 
 def fresh(rank: int, world: int, folder: Path, tp: int, pp: int) -> dict[str, torch.Tensor]:

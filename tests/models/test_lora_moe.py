@@ -25,7 +25,7 @@ from trialign.models.lora import EVERY_TARGET, adapted_weights, adapter_name, ad
 
 EVERY = LoRA(4, 8.0, EVERY_TARGET)
 QUANTIZED = LoRA(4, 8.0, EVERY_TARGET, quantize=True)
-LAYOUTS = [{"tp": 2}, {"ep": 2}, {"pp": 2}, {"tp": 2, "ep": 2}, {"dp": 4, "ep": 2}]
+LAYOUTS = [{"pp": 2}, {"tp": 2, "ep": 2}, {"dp": 4, "ep": 2}]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

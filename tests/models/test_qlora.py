@@ -98,7 +98,7 @@ def test_logits_and_gradients_are_those_of_the_dequantized_weights(folder, adapt
     assert_near(held(train(model, 2)), held(train(plain, 2)))
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("layout", [(1, 1, 2), (2, 2, 1)], ids=str)
 def test_layouts_equal_one_process_after_two_steps(folder, adapter, layout):
     alone = two_steps(0, 1, folder, ON, adapter, (1, 1, 1))
     for got in run_ranks(two_steps, math.prod(layout), folder, ON, adapter, layout):

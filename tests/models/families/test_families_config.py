@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -40,7 +41,8 @@ def test_transformers_reads_and_writes_it_alike(name, head, tmp_path, caplog):
     config = from_hf_dict(values_of(name))
     (tmp_path / "config.json").write_text(json.dumps(to_hf_dict(config, head)))
     theirs = AutoConfig.from_pretrained(tmp_path)
-    assert type(theirs) is type(peer_config(name))
+    assert type(theirs) is type(peer_config(name)) and theirs.dtype == torch.bfloat16
+    assert theirs.tie_word_embeddings == (config.tie_embeddings and head == "lm")
     assert not [record for record in caplog.records if "rope" in record.getMessage()]  # keys it does not know
     theirs.save_pretrained(tmp_path)
     again = read_config(tmp_path)
@@ -51,6 +53,11 @@ def test_transformers_reads_and_writes_it_alike(name, head, tmp_path, caplog):
             key == "sliding_window" and not original.get("use_sliding_window", 1)
         ):
             assert getattr(theirs, key) == original[key], key
+
+
+def test_several_ends_of_sequence_are_a_list():
+    config = llama(eos_token_id=[2, 5])
+    assert config.eos_ids == (2, 5) and llama(**to_hf_dict(config)) == config
 
 
 def test_every_family_has_both_heads():
@@ -66,6 +73,11 @@ def llama(**changes: Any) -> ModelConfig:
 @pytest.mark.parametrize(
     ("keys", "rope", "theta"),
     [
+        ({}, Rope(), 1e4),
+        ({"rope_theta": 7e4}, Rope(), 7e4),
+        ({"rope_theta": 7e4, "rope_scaling": None}, Rope(), 7e4),
+        ({"rope_theta": 7e4, "rope_scaling": {"type": "default"}}, Rope(), 7e4),
+        ({"rope_parameters": {"rope_theta": 8e4, "rope_type": "default"}}, Rope(), 8e4),
         ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, Rope("linear", 2.0), 5e5),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, Rope("dynamic", 4.0, original_positions=64), 1e4),
         (
@@ -184,72 +196,6 @@ def test_layers_of_one_kind(architecture, kind, window):
     assert from_hf_dict(to_hf_dict(config)) == config
 
 
-WINDOWED = {"use_sliding_window": True, "moe_intermediate_size": 16}
-
-
-@pytest.mark.parametrize(
-    ("architecture", "keys", "message"),
-    [
-        ("Qwen2ForCausalLM", {"use_sliding_window": True, "layer_types": ["full"] * 4}, "layer_types=.*expected 4 of"),
-        (
-            "Qwen2ForCausalLM",
-            {"use_sliding_window": True, "sliding_window": None, "layer_types": ["sliding_attention"] * 4},
-            "sliding_window is null, but layer_types=",
-        ),
-        (
-            "LlamaForCausalLM",
-            {
-                "original_max_position_embeddings": 16,
-                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-            },
-            "original_max_position_embeddings=16 and 32 in rope_parameters disagree",
-        ),
-        ("MistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}, "Mistral's layers all have"),
-        ("MistralForCausalLM", {"layer_types": ["chunked_attention"] * 4}, "allowed: all sliding_attention, all full"),
-        ("MistralForCausalLM", {"attention_bias": True}, "attention_bias=True is not supported; allowed: false"),
-        ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window=0: expected a whole number of at least 1"),
-        ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported; allowed: 0.0"),
-        ("MixtralForCausalLM", {"num_local_experts": 0}, "num_local_experts=0: expected"),
-        (
-            "MixtralForCausalLM",
-            {"router_aux_loss_coef": -0.1},
-            "router_aux_loss_coef=-0.1: expected a number of 0 or m",
-        ),
-        ("Qwen2MoeForCausalLM", WINDOWED, "use_sliding_window=True is not supported; allowed: false"),
-        ("Qwen3MoeForCausalLM", {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
-        (
-            "LlamaForCausalLM",
-            {"eos_token_id": [2, 10**6]},
-            r"eos_token_id=\[2, 1000000\]: expected a token id below voc",
-        ),
-        ("LlamaForCausalLM", {"eos_token_id": True}, "eos_token_id=True: expected a token id"),
-        ("LlamaForCausalLM", {"sliding_window": 4096}, "sliding_window=4096 is not supported; allowed: null"),
-    ],
-)
-def test_what_a_family_lacks_is_refused_by_key(architecture, keys, message):
-    with pytest.raises(ValueError, match=message):
-        from_hf_dict(SIZES | {"architectures": [architecture], "num_key_value_heads": 4} | keys)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_only_causal_attention_is_read(name):
-    """transformers gives every token the later ones too where the key is false."""
-    values = values_of(name)
-    config = from_hf_dict(values)
-    assert all(from_hf_dict(values | {"is_causal": said}) == config for said in (True, None))
-    with pytest.raises(ValueError, match="is_causal=False is not supported; allowed: true"):
-        from_hf_dict(values | {"is_causal": False})
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_dual_chunk_attention_is_refused(name):
-    values = values_of(name)
-    said = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
-    from_hf_dict(values | {"dual_chunk_attention_config": None})
-    with pytest.raises(ValueError, match=r"dual_chunk_attention_config=\{'chunk_size.* not supported; allowed: null"):
-        from_hf_dict(values | {"dual_chunk_attention_config": said})
-
-
 def test_absent_keys_are_transformers_defaults():
     for architecture, expected in (
         ("MistralForCausalLM", {"window": 4096, "num_kv_heads": 8}),
@@ -259,3 +205,99 @@ def test_absent_keys_are_transformers_defaults():
     ):
         config = from_hf_dict(SIZES | {"architectures": [architecture], "num_attention_heads": 8})
         assert {key: getattr(config, key) for key in expected} == expected
+
+
+LLAMA, MIXTRAL, QWEN2 = "LlamaForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM"
+NO_NUMBER = [  # architecture, key, values that are not allowed there: the message has key and value
+    (LLAMA, "rope_theta", [math.inf, math.nan, 0]),
+    (LLAMA, "rms_norm_eps", [math.inf, "small"]),
+    (LLAMA, "hidden_act", ["gelu"]),
+    (LLAMA, "attention_bias", ["yes"]),
+    (LLAMA, "mlp_bias", [1]),
+    (LLAMA, "sliding_window", [4096]),
+    (LLAMA, "quantization_config", [{"bits": 4}]),
+    (LLAMA, "hidden_size", ["32"]),
+    (LLAMA, "num_hidden_layers", [0]),
+    (LLAMA, "vocab_size", [True]),
+    (LLAMA, "num_key_value_heads", [3]),
+    (LLAMA, "head_dim", [7]),
+    (LLAMA, "eos_token_id", [[2, 10**6], True, ["x"]]),
+    (LLAMA, "bos_token_id", ["<s>"]),
+    (LLAMA, "pad_token_id", [96]),
+    ("MistralForCausalLM", "attention_bias", [True]),
+    ("MistralForCausalLM", "sliding_window", [0]),
+    (MIXTRAL, "router_jitter_noise", [0.1]),
+    (MIXTRAL, "num_local_experts", [0]),
+    (MIXTRAL, "router_aux_loss_coef", [-0.1]),
+]
+
+
+@pytest.mark.parametrize(("architecture", "key", "values"), NO_NUMBER, ids=lambda value: str(value))
+def test_what_is_not_supported_is_refused_by_key_and_value(architecture, key, values):
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
+            from_hf_dict(SIZES | {"architectures": [architecture], "num_key_value_heads": 4, key: value})
+
+
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0}
+WINDOWED: dict[str, Any] = {"use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "message"),
+    [
+        (None, {"architectures": ["GPT2LMHeadModel"]}, "architectures=.*GPT2.*allowed: LlamaForCausalLM, LlamaForSeq"),
+        (None, {"architectures": None}, "architectures=None: allowed"),
+        (LLAMA, {"hidden_size": None}, "hidden_size is missing"),
+        ("Qwen3MoeForCausalLM", {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        (LLAMA, {"head_dim": None, "hidden_size": 30}, "hidden_size=30.*num_attention_heads=4"),
+        ("LlamaForSequenceClassification", {"id2label": {"0": "a", "1": "b"}}, "num_labels=2"),
+        (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'.*allowed: default, l"),
+        (LLAMA, {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor"),
+        (
+            LLAMA,
+            {"rope_parameters": YARN, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling=.* disagree",
+        ),
+        (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5"),
+        (LLAMA, {"rope_parameters": {"mrope_section": [1]}}, "mrope_section not supported; allowed"),
+        (LLAMA, {"rope_parameters": {"full_attention": {}}}, "full_attention not supported"),
+        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5; allowed: 1.0"),
+        (LLAMA, {"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1"),
+        (LLAMA, {"rope_parameters": {"rope_theta": math.inf}}, "rope_theta=inf"),
+        (
+            LLAMA,
+            {
+                "original_max_position_embeddings": 16,
+                "rope_parameters": YARN | {"original_max_position_embeddings": 32},
+            },
+            "original_max_position_embeddings=16 and 32 in rope_parameters",
+        ),
+        (QWEN2, WINDOWED | {"layer_types": ["full"] * 4}, "layer_types=.*expected 4 of"),
+        (
+            QWEN2,
+            WINDOWED | {"sliding_window": None, "layer_types": ["sliding_attention"] * 4},
+            "sliding_window is null, but layer_types=",
+        ),
+        ("Qwen2MoeForCausalLM", WINDOWED | {"moe_intermediate_size": 16}, "use_sliding_window=True.* allowed: false"),
+        ("MistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.*allowed: all"),
+        ("MistralForCausalLM", {"layer_types": ["chunked_attention"] * 4}, "layer_types=.*allowed: all sliding_att"),
+    ],
+)
+def test_what_contradicts_itself_or_is_missing_is_refused_by_key(architecture, keys, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf_dict(SIZES | {"architectures": [architecture], "num_key_value_heads": 4} | keys)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_plain_causal_attention_is_read(name):
+    """transformers gives every token the later ones too where is_causal is false."""
+    values = values_of(name)
+    config = from_hf_dict(values)
+    for key, allowed, other in (
+        ("is_causal", (True, None), False),
+        ("dual_chunk_attention_config", (None,), {"chunk_size": 262144, "local_size": 8192}),
+    ):
+        assert all(from_hf_dict(values | {key: value}) == config for value in allowed)
+        with pytest.raises(ValueError, match=re.escape(f"{key}={other!r}")):
+            from_hf_dict(values | {key: other})

@@ -25,7 +25,7 @@ from trialign.models.hf.load import load_hf
 from trialign.models.hf.save import export_hf
 from trialign.models.hf.table import hf_name, hf_shapes, part_shapes
 
-LAYOUTS = [(tp, pp, dp, 1) for tp in (1, 2, 4) for pp in (1, 2) for dp in (1, 2)]  # tp, pp, dp, ep
+LAYOUTS = [(tp, pp, dp, 1) for tp in (1, 2, 4) for pp in (1, 2) for dp in (1, 2)] + [(2, 4, 1, 1)]  # tp, pp, dp, ep
 EXPERT_LAYOUTS = [(tp, pp, dp, ep) for tp in (1, 2, 4) for pp in (1, 2) for dp, ep in ((2, 2), (4, 2))]
 
 

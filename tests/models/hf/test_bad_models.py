@@ -38,7 +38,7 @@ def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def point(folder: Path, name: str, file: str) -> None:
+def point(folder: Path, name: str, file: str | list[str]) -> None:
     """Makes the index say that a tensor is in this file."""
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"][name] = file
@@ -61,6 +61,9 @@ FOLDERS = {
     "a deep config": (lambda f: write_deep(f / "config.json"), "config.json: .* nested too deep"),
     "a deep index": (lambda f: write_deep(f / INDEX), "index.json: not an index .* nested too deep"),
     "an index that is a list": (lambda f: (f / INDEX).write_text("[]"), "index.json: not an index"),
+    "an index that is no JSON": (lambda f: (f / INDEX).write_text("{"), "index.json: not an index"),
+    "an index of numbers": (lambda f: change(f / INDEX, weight_map=3), "index.json: not an index"),
+    "a file that is a list": (lambda f: point(f, NORM, ["a"]), rf"{INDEX}: weight_map, {NORM}: \['a'\] is not"),
     "the wrong file of the index": (
         lambda f: point(f, NORM, "a.safetensors"),
         f"a.safetensors: no tensor {NORM}, which {INDEX} promises; b.safetensors holds it",

@@ -114,17 +114,6 @@ def test_a_bad_export_leaves_nothing(folders, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_in_use_is_refused(folders, tmp_path):
-    config, source = read_config(folders["tied"]), tensors_of(folders["tied"])
-    (tmp_path / "file").write_text("mine")
-    for target in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ValueError, match="exists and is not an empty folder"):
-            export_hf(target, config, source, folders["tied"])
-    (tmp_path / "empty").mkdir()
-    export_hf(tmp_path / "empty", config, source, folders["tied"])
-    assert (tmp_path / "empty" / "model.safetensors").is_file()
-
-
 def test_assets_are_what_a_model_is_loaded_with(folders, tmp_path):
     folder = Path(shutil.copytree(folders["tied"], tmp_path / "copy"))
     for other in ("trainer_state.json", "adapter_config.json", "model.safetensors.index.json", "notes.txt"):
