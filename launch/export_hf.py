@@ -1,9 +1,9 @@
-"""Writes the weights of a checkpoint as a Hugging Face folder.
+"""Exports a checkpoint's weights as a Hugging Face folder, or its adapters as a PEFT folder.
 
     python launch/export_hf.py --checkpoint RUN/checkpoints/step_N --output DIR
 
-The folder loads with transformers' from_pretrained and in vLLM; tokenizer, chat template and generation config come
-along. One process, no GPU, the memory of one tensor: they are read one by one, each file checked by its checksum.
+The folder loads with transformers' from_pretrained and in vLLM; it includes tokenizer, chat template and generation
+config. One process, no GPU, the memory of one tensor. Every file of the checkpoint is checked by its checksum.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Export:
     """The folder to write: a new or an empty one."""
     role: ExportRole | None = None
     """The policy (AutoModelForCausalLM), the critic or the reward model (AutoModelForSequenceClassification with one
-    score a token). None: the actor, or what there is where the checkpoint has none."""
+    score a token). None: the actor; in a checkpoint without one, its critic or reward model."""
     weights: Literal["master", "ema"] = "master"
     """The trained weights, or their moving average where the run kept one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: the type that the model came in; adapters, which came in none, are float32 as they were trained. A run's
-    masters are float32, which the other types round."""
+    """auto: the model's type before training; float32 for adapters. A run's masters are float32, which the other types
+    round."""
     adapter: bool = False
-    """Of a LoRA run: write the adapters as a PEFT folder. Without it they are merged into their base."""
+    """Write a LoRA run's adapters as a PEFT folder, instead of merging them into their base."""
     base: Path | None = None
-    """The model that the adapters are merged into, where it does not lie at the path it was trained from."""
+    """The model that adapters are merged into, if it has moved since the run."""
     family: Annotated[Literal["own", "llama", "qwen2"], tyro.conf.arg(name="as")] = "own"
     """Write it as another architecture that computes the same, for programs that lack its own: Baichuan 7B and
     Baichuan2 7B as llama, Qwen 1 as qwen2. Refused where no other computes the same."""
@@ -52,7 +52,7 @@ def main(config: Export) -> None:
         options["dtype"] = getattr(torch, config.dtype)
     family = None if config.family == "own" else config.family
     if config.adapter and family:
-        raise ValueError(f"--adapter writes adapters of the model as it is; --as {family} goes with whole models")
+        raise ValueError(f"--adapter: not allowed with --as {family}, which translates whole models")
     if config.adapter:
         export_adapter(config.checkpoint, config.output, **options)
     else:

@@ -1,11 +1,10 @@
-"""Writes a Hugging Face folder or a GGUF file as a checkpoint, which runs start from and export_hf.py reads.
+"""Imports a Hugging Face folder or a GGUF file into a checkpoint, which runs start from and export_hf.py reads.
 
     python launch/import_hf.py --model DIR --output CKPT [--tp 2 --pp 4]
     torchrun ... launch/ppo.py --model.path CKPT ...
 
-One process, no GPU; the memory of one tensor. Runs take folders as they are too: a checkpoint saves each rank of a
-large model from reading what other ranks hold, and turns what runs do not read (GGUF, a bare tokenizer.model) into
-what they do.
+One process, no GPU; the memory of one tensor. Runs read Hugging Face folders directly too: in a checkpoint each rank of
+a large model reads only its own file, and GGUF files and bare tokenizer.model files become readable for runs.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ class Import:
     output: Path
     """The checkpoint to write: a new or an empty folder."""
     tp: int = 1
-    """Tensor parallelism of the runs to come: each rank finds its part in a file of its own. Others read it too."""
+    """Tensor parallelism of later runs: each rank has a file of its own. Any other layout reads the checkpoint too."""
     pp: int = 1
-    """Pipeline parallelism of the runs to come, likewise."""
+    """Pipeline parallelism of later runs, likewise."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto keeps every tensor as it is; quantized ones become float32."""
+    """auto keeps each tensor's type; quantized ones become float32."""
 
 
 def main(config: Import) -> None:
@@ -44,7 +43,7 @@ def main(config: Import) -> None:
     try:
         print(f"tokenizer: {len(read_tokenizer(config.output))} tokens, vocabulary: {source.config.vocab_size}")
     except ValueError as error:
-        print(f"its tokenizer's files came along, but runs cannot read them: {error}", file=sys.stderr)
+        print(f"the tokenizer's files were copied, but runs cannot read them: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ..engine.pipeline.stage import split_layers
 from .rope import Rope
 
 HeadKind = Literal["lm", "score"]
-"""What stands on the last hidden state: the vocabulary's logits, or one number a token (critic, reward model)."""
+"""Output of the last hidden state: logits over the vocabulary, or one number a token (critic, reward model)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ModelConfig:
 
     @property
     def mlp_weights(self) -> int:
-        """Weights of all MLPs that multiply a token; of a mixture those of its experts and of the router."""
+        """Weights of all MLPs that multiply a token; of an MoE model those of the chosen experts and of the router."""
         dense, moe = 3 * self.ffn_size, self.moe
         if moe is None:
             return self.num_layers * self.hidden_size * dense
@@ -103,7 +103,7 @@ class ModelConfig:
 
 
 def check_layout(config: ModelConfig, tp: int, pp: int, ep: int = 1, pp_layers: Sequence[int] = ()) -> None:
-    """Refuses a layout that the model cannot be cut into: every rank of tp needs a query head and a column of each MLP,
+    """Checks that the model can be cut into a layout: every rank of tp needs a query head and a column of each MLP,
     every stage a layer, and ranks' numbers of experts are equal. The vocabulary is cut over any tp.
 
     Raises:

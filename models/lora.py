@@ -59,17 +59,17 @@ _TARGETS: dict[tuple[str, str], Target] = {
     ("mlp.shared.down.weight", ""): "shared.down",
     ("mlp.shared_gate.weight", ""): "shared.router",
     ("head.weight", ""): "head",
-}  # parameter, a layer's without its number, and its part, an expert's without its number
-_FLOATS = ("router", "shared.router", "head")  # what a quantized base leaves as it is
+}  # (parameter without the layer's number, part without the expert's number) -> target
+_FLOATS = ("router", "shared.router", "head")  # not quantized
 
 ALL = LoRA(1, 1.0, ("all",))
 
 
 def check_lora(config: ModelConfig, lora: LoRA, tp: int) -> None:
-    """Refuses adapters or a quantized base that this model cannot have.
+    """Checks adapters and a quantized base against the model.
 
     Raises:
-        ValueError: naming what and what is allowed.
+        ValueError: naming a target that the model lacks, or a size that NF4's blocks do not divide.
     """
     held = adapted_weights(config, ALL)
     absent = [target for target in lora.targets if target not in ("all", *held)]
@@ -99,38 +99,38 @@ def adapter_name(weight: str, letter: str) -> str:
 
 
 def trained_name(parameter: str, part: str, config: ModelConfig, head: HeadKind = "lm") -> str:
-    """What a checkpoint calls a part of a parameter: `hf_name`, or an adapter's name."""
+    """Name of a part of a parameter in a checkpoint: `hf_name`, or an adapter's name."""
     module, _, leaf = parameter.rpartition(".")
     if leaf not in ADAPTER_LETTERS:
         return hf_name(parameter, part, config, head)
-    place = _own(f"{module}.weight", hf_slices(config, head)[f"{module}.weight", part])
-    return adapter_name(place.name, ADAPTER_LETTERS[leaf])
+    weight = _own(f"{module}.weight", hf_slices(config, head)[f"{module}.weight", part])
+    return adapter_name(weight.name, ADAPTER_LETTERS[leaf])
 
 
-def _own(parameter: str, place: TensorSlice) -> TensorSlice:
-    """The place under the name that the parameter's adapter goes by: that of a tied head is not the embedding's."""
-    return replace(place, name=HEADS["lm"].tensor) if parameter == HEADS["lm"].parameter else place
+def _own(parameter: str, weight: TensorSlice) -> TensorSlice:
+    """The weight under the name of its adapter: a tied head's is not the embedding's."""
+    return replace(weight, name=HEADS["lm"].tensor) if parameter == HEADS["lm"].parameter else weight
 
 
 def adapted_weights(config: ModelConfig, lora: LoRA, head: HeadKind = "lm") -> dict[Target, list[TensorSlice]]:
-    """Target -> the weights that have its adapters; without targets that the model lacks, and without a score head,
-    which is trained in full."""
+    """Target -> the weights that have its adapters, for the targets that the model has; a score head has none, as it
+    is trained in full."""
     found: dict[Target, list[TensorSlice]] = {target: [] for target in EVERY_TARGET}
-    for (parameter, part), place in hf_slices(config, head).items():
+    for (parameter, part), weight in hf_slices(config, head).items():
         last = part.rpartition(".")[2]
         key = re.sub(r"^layers\.\d+\.", "", parameter), "" if last.isdigit() else last
         target = _TARGETS.get(key)
         if target is not None and lora.wants(target) and (target != "head" or head == "lm"):
-            found[target].append(_own(parameter, place))
+            found[target].append(_own(parameter, weight))
     return {target: held for target, held in found.items() if held}
 
 
 def adapter_shapes(config: ModelConfig, lora: LoRA) -> dict[str, tuple[int, int]]:
     """Every tensor of a language model's adapters: name -> shape."""
     shapes: dict[str, tuple[int, int]] = {}
-    for place in (place for found in adapted_weights(config, lora).values() for place in found):
-        shapes[adapter_name(place.name, "A")] = lora.rank, place.shape[1]
-        shapes[adapter_name(place.name, "B")] = place.shape[0], lora.rank
+    for weight in (weight for found in adapted_weights(config, lora).values() for weight in found):
+        shapes[adapter_name(weight.name, "A")] = lora.rank, weight.shape[1]
+        shapes[adapter_name(weight.name, "B")] = weight.shape[0], lora.rank
     return shapes
 
 
@@ -146,8 +146,8 @@ def init_adapters(model: Decoder, seed: int, into: Iterable[Slot] | None = None)
         if name.endswith("lora_b"):
             sink.copy_(torch.zeros(piece.shape))
         elif name.endswith("lora_a"):
-            known = f"{seed}:{trained_name(name, piece.part, model.config, model.kind)}"
-            key = int.from_bytes(hashlib.sha256(known.encode()).digest()[:7])
+            label = f"{seed}:{trained_name(name, piece.part, model.config, model.kind)}"
+            key = int.from_bytes(hashlib.sha256(label.encode()).digest()[:7])
             draws = torch.rand(piece.global_shape, generator=torch.Generator().manual_seed(key)) * 2 - 1
             cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
             sink.copy_(draws[cut] / piece.global_shape[1] ** 0.5)
@@ -159,36 +159,37 @@ def merged_reader(
     """A function from a weight's name, as `hf_name` gives it, to the whole weight with its adapter: W + s · B A, fp32.
 
     Args:
-        base: what the adapters belong to, a folder or whatever `open_source` reads.
-        held: what was trained, by the names of a checkpoint; weights trained in full come from here.
+        base: the model that the adapters belong to, as `open_source` reads it.
+        held: trained tensors by their names in the checkpoint; weights trained in full come from here.
     """
     linears = adapted_weights(config, ALL, head)
-    quantized = {place for target, found in linears.items() if target not in _FLOATS for place in found}
-    known = (*hf_slices(config, head).values(), *linears.get("head", ()))  # a tied head has a name of its own, adapted
-    source, table = open_source(base), {place.name: place for place in known}
+    quantized = {weight for target, found in linears.items() if target not in _FLOATS for weight in found}
+    # An adapted head has a name of its own, also where it is tied.
+    weights = (*hf_slices(config, head).values(), *linears.get("head", ()))
+    source, table = open_source(base), {weight.name: weight for weight in weights}
 
     def read(name: str) -> Tensor | LazyTensor:
         if name in held:
             return held[name]
-        place = table[name]
-        weight = LazyTensor(place.shape, partial(_rows_at, source, place))
+        weight = table[name]
+        merged = LazyTensor(weight.shape, partial(_rows_at, source, weight))
         a, b = (held.get(adapter_name(name, letter)) for letter in "AB")
-        if lora.quantize and place in quantized:
-            weight = _in_nf4(weight)
+        if lora.quantize and weight in quantized:
+            merged = _in_nf4(merged)
         if a is None or b is None:
-            return weight
-        return LazyTensor(place.shape, lambda rows: torch.addmm(weight[rows].float(), b[rows], a, alpha=lora.scale))
+            return merged
+        return LazyTensor(weight.shape, lambda rows: torch.addmm(merged[rows].float(), b[rows], a, alpha=lora.scale))
 
     return read
 
 
-def _rows_at(source: Source, place: TensorSlice, rows: slice) -> Tensor:
-    width = place.shape[1:]
-    return source.read(place, (rows.start, *(0 for _ in width)), (rows.stop - rows.start, *width))
+def _rows_at(source: Source, weight: TensorSlice, rows: slice) -> Tensor:
+    width = weight.shape[1:]
+    return source.read(weight, (rows.start, *(0 for _ in width)), (rows.stop - rows.start, *width))
 
 
 def _in_nf4(weight: LazyTensor) -> LazyTensor:
-    """What a weight is in NF4 with double quantization, fp32; a sixth of float32's memory and less."""
+    """A weight rounded to NF4 with double quantization, read as fp32; held in less than a sixth of float32's memory."""
     quantized = zip(*(quantize_nf4(weight[rows]) for rows in blocks(weight.shape)), strict=True)
     codes, absmax = map(torch.cat, quantized)
     scales = dequantize_scales(*quantize_scales(absmax))

@@ -14,7 +14,7 @@ RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 @dataclass(frozen=True)
 class Rope:
-    """How the angles of a rotary embedding are stretched beyond the length a model was first trained on.
+    """Scaling of a rotary embedding's angles beyond the length a model was first trained on.
 
     `dynamic` NTK turns by plain angles up to the trained length; every longer document has a base of its own, by which
     it is turned from its first token on (`by_length`).
@@ -33,7 +33,7 @@ class Rope:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    """yarn: what cos and sin are multiplied by; by default 0.1 ln(factor) + 1"""
+    """yarn: factor of cos and sin; by default 0.1 ln(factor) + 1"""
     truncate: bool = True
     """yarn: round the bounds of the transition to whole dims"""
     doubling: bool = False
@@ -69,7 +69,7 @@ class Rope:
         return 1.0 / bases.float()[:, None] ** _exponents(head_dim).to(lengths.device)
 
     def stretched_positions(self, max_positions: int) -> int:
-        """Positions a config means that names `max_positions`: what is interpolated may have been left out of them."""
+        """Positions of a config with `max_positions`, which may or may not count the interpolated ones."""
         if self.kind == "linear":
             return int(max_positions * self.factor)
         if self.kind == "yarn" and self.original_positions is not None:

@@ -44,7 +44,7 @@ from trialign.models.folder import assets
 from trialign.models.hf.adapter_record import adapter_record, check_same_adapter
 from trialign.models.hf.convert import SCORES, ExportRole, export_checkpoint
 from trialign.models.hf.peft import export_adapter
-from trialign.models.hf.peft_config import has_peft_form
+from trialign.models.hf.peft_config import no_peft_form
 
 from . import failures
 from .env import is_main, mesh_of, node, world_size
@@ -332,6 +332,6 @@ class Run(Generic[Config]):
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         model = self.learners[role][0].model
-        if model.lora is not None and has_peft_form(model.config, model.lora):
+        if model.lora is not None and no_peft_form(model.config, model.lora) is None:
             export_adapter(last, self.folder / "adapter", role=role)
         return self.folder / "model"

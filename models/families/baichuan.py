@@ -1,17 +1,17 @@
 """Baichuan 7B and 13B, Baichuan2 7B and 13B (https://arxiv.org/abs/2309.10305): fused q, k, v without bias.
 
 The 7B models turn (RoPE), the 13B ones have ALiBi (https://arxiv.org/abs/2108.12409); Baichuan2 divides the rows of its
-head by their length at every forward. No key of a published config.json says so. What tells them apart:
+head by their length at every forward. No key of a published config.json records either; these keys differ:
 
 | | architecture | hidden_size | max_position_embeddings | vocab_size |
 |---|---|---|---|---|
-| 7B | BaiChuanForCausalLM | 4096 | there | 64000 |
+| 7B | BaiChuanForCausalLM | 4096 | present | 64000 |
 | 13B | BaichuanForCausalLM | 5120 | absent (model_max_length) | 64000 |
-| 2-7B | BaichuanForCausalLM | 4096 | there | 125696 |
+| 2-7B | BaichuanForCausalLM | 4096 | present | 125696 |
 | 2-13B | BaichuanForCausalLM | 5120 | absent (model_max_length) | 125696 |
 
 Baichuan2's code also has a key of its own, z_loss_weight. We write two keys, `alibi` and `norm_head`, which decide
-where they are there; a config without them that fits no row is refused.
+where they are present; a config without them that fits no row is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def table(config: ModelConfig) -> tuple[WeightRow, ...]:
 
 
 def has_alibi(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a 13B model; raises ValueError where it does not say."""
+    """Whether a config.json is of a 13B model; raises ValueError where it is undecided."""
     if values.get("alibi") is not None:
         return flag(values, "alibi")
     hidden, positions = values.get("hidden_size"), values.get("max_position_embeddings")
@@ -56,13 +56,13 @@ def has_alibi(values: Mapping[str, Any]) -> bool:
         raise ValueError(
             f"hidden_size={hidden}, max_position_embeddings={positions} with {values['architectures'][0]}: neither a"
             f" 7B (hidden_size {_SEVEN}, max_position_embeddings, RoPE) nor a 13B (hidden_size {_THIRTEEN}, only"
-            " model_max_length, ALiBi); say which by the key alibi: true or false"
+            " model_max_length, ALiBi); set the key alibi to true or false"
         )
     return thirteen
 
 
 def has_norm_head(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a Baichuan2 model; raises ValueError where it does not say."""
+    """Whether a config.json is of a Baichuan2 model; raises ValueError where it is undecided."""
     if values.get("norm_head") is not None:
         return flag(values, "norm_head")
     vocab, second = values.get("vocab_size"), values.get("z_loss_weight") is not None
@@ -72,7 +72,7 @@ def has_norm_head(values: Mapping[str, Any]) -> bool:
         return False
     raise ValueError(
         f"vocab_size={vocab} and z_loss_weight={values.get('z_loss_weight')}: neither Baichuan (vocab_size {_FIRST})"
-        f" nor Baichuan2 (vocab_size {_SECOND}, z_loss_weight); say which by the key norm_head: true or false"
+        f" nor Baichuan2 (vocab_size {_SECOND}, z_loss_weight); set the key norm_head to true or false"
     )
 
 

@@ -64,7 +64,7 @@ class Family:
 
 
 def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = None, **more: Any) -> ModelConfig:
-    """The keys that LLaMA's descendants share.
+    """The config out of the keys that the families descended from LLaMA share.
 
     Args:
         fixed: keys with one supported value, besides those of every family. None stands for an absent key, which is
@@ -127,7 +127,7 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
 
 
 def write_decoder(config: ModelConfig, head: HeadKind, **more: Any) -> dict[str, Any]:
-    """The keys that `read_decoder` reads; `more` are the family's own."""
+    """The keys that `read_decoder` reads, and the family's own in `more`."""
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -197,5 +197,5 @@ def flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
 
 
 def with_defaults(values: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-    """`values` with what transformers takes for keys that are absent (a null stays)."""
+    """`values` with transformers' defaults for absent keys (a null stays)."""
     return {**defaults, **values}

@@ -1,4 +1,4 @@
-"""Mixtral (https://arxiv.org/abs/2401.04088): Mistral with a mixture of experts in every layer, two for each token."""
+"""Mixtral (https://arxiv.org/abs/2401.04088): Mistral with experts (MoE) in every layer, two for each token."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def read_windows(values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `read_windows` reads. Where the layers are not simply the last ones, only `layer_types` says so."""
+    """The keys that `read_windows` reads. `layer_types` covers layers other than the last ones."""
     if config.window is None:
         return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
     kinds = ["sliding_attention" if config.window_of(i) else "full_attention" for i in range(config.num_layers)]

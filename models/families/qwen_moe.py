@@ -34,7 +34,7 @@ def table(config: ModelConfig) -> tuple[WeightRow, ...]:
 
 
 def _experts(values: Mapping[str, Any], experts: int, top_k: int, shared_ffn_size: int) -> MoEConfig:
-    """The mixture's keys. Layers are sparse every `decoder_sparse_step`, but for those in `mlp_only_layers`."""
+    """The keys of the experts. Layers are sparse every `decoder_sparse_step`, but for those in `mlp_only_layers`."""
     step, layers = whole(values, "decoder_sparse_step", 1), whole(values, "num_hidden_layers")
     plain = values.get("mlp_only_layers") or ()
     # transformers 5 writes num_local_experts for Qwen3-MoE, transformers 4 and vLLM know num_experts.

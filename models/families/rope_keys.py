@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from ..rope import Rope, RopeKind
 
-# Keys of each kind besides rope_type and rope_theta: Hugging Face's name -> (our field, must it be there).
+# Keys of each kind besides rope_type and rope_theta: Hugging Face's name -> (our field, whether it is required).
 _ORIGINAL = "original_max_position_embeddings"
 _KEYS: dict[str, dict[str, tuple[str, bool]]] = {
     "default": {},
@@ -35,7 +35,13 @@ _KEYS: dict[str, dict[str, tuple[str, bool]]] = {
         "truncate": ("truncate", False),
     },
 }
-_KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(key for keys in _KEYS.values() for key in keys)}
+_ALL_KEYS = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    *(key for keys in _KEYS.values() for key in keys),
+}
 
 
 def read_rope(values: Mapping[str, Any], max_positions: int, theta: float = 10000.0) -> tuple[Rope, float]:
@@ -82,9 +88,9 @@ def _read(name: str, section: Mapping[str, Any], max_positions: int) -> Rope:
         )
     if section.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{name}: partial_rotary_factor={section['partial_rotary_factor']}; allowed: 1.0")
-    unknown = [key for key in section if key not in _KNOWN]
+    unknown = [key for key in section if key not in _ALL_KEYS]
     if unknown:
-        raise ValueError(f"{name}: {', '.join(unknown)} not supported; allowed: {', '.join(sorted(_KNOWN))}")
+        raise ValueError(f"{name}: {', '.join(unknown)} not supported; allowed: {', '.join(sorted(_ALL_KEYS))}")
     fields: dict[str, Any] = {}
     for key, (field, needed) in _KEYS[kind].items():
         if section.get(key) is None:

@@ -20,10 +20,10 @@ from ..decoder import Decoder
 
 @cache
 def base_digest(folder: Path | str) -> str:
-    """Tells one model's weights from another's: SHA-256 over every file's size, its beginning and 64 samples of it.
+    """SHA-256 that identifies a model's weights, over every file's size, its beginning and 64 samples of it.
 
     Args:
-        folder: whatever `open_source` reads.
+        folder: a model as `open_source` reads it.
     """
     digest = hashlib.sha256()
     for file in sorted(Path(folder).glob("*.safetensors")) or [Path(folder)]:
@@ -37,7 +37,7 @@ def base_digest(folder: Path | str) -> str:
 
 
 def adapter_record(model: Decoder, base: Path | str) -> dict[str, Any] | None:
-    """What a checkpoint must say of a model's adapters beside their numbers; None for a model without."""
+    """The record of a model's adapters for a checkpoint's state; None for a model without adapters."""
     lora = model.lora
     if lora is None:
         return None
@@ -46,7 +46,7 @@ def adapter_record(model: Decoder, base: Path | str) -> dict[str, Any] | None:
 
 
 def check_same_adapter(saved: Mapping[str, Any] | None, model: Decoder, base: Path | str) -> None:
-    """Refuses to go on with adapters on another base, or of another kind, than those that were saved.
+    """Compares a model's adapters and their base with those of the checkpoint that it resumes from.
 
     Args:
         saved: `adapter_record` of the checkpoint, None where it had no adapters.
@@ -66,15 +66,15 @@ def check_same_adapter(saved: Mapping[str, Any] | None, model: Decoder, base: Pa
 
 
 def find_base(facts: Mapping[str, Any], base: Path | None = None) -> Path:
-    """The folder that saved adapters belong to, looked for where it was, or at `base`.
+    """The folder of the model that saved adapters belong to: `base`, or the path in the record.
 
     Raises:
-        ValueError: it is not there, or holds other weights.
+        ValueError: no such folder, or it holds other weights.
     """
     folder = Path(base or facts["base"])
     if not folder.exists():
         raise ValueError(
-            f"{folder}: is not there; the adapters belong to the model that was (--base names another place)"
+            f"{folder}: no such folder, but the adapters belong to the model that was in it (--base: its new path)"
         )
     if base_digest(folder) != facts["digest"]:
         raise ValueError(f"{folder}: not the weights that the adapters belong to, which were {facts['base']}")
@@ -82,7 +82,7 @@ def find_base(facts: Mapping[str, Any], base: Path | None = None) -> Path:
 
 
 def saved_adapter(reader: Reader, role: str) -> tuple[LoRA, dict[str, Any]] | None:
-    """The adapters of a role in a checkpoint and their `adapter_record`; None where it has whole weights."""
+    """Settings and `adapter_record` of a role's adapters in a checkpoint; None where it has whole weights."""
     reader.check("state.json")
     facts = read_state(reader.path).get("adapters", {}).get(role)
     if facts is None:

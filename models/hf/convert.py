@@ -36,7 +36,7 @@ from .table import HEADS, TensorSlice, hf_slices, part_shapes
 from .translate import Target, Translated, translate_config
 
 ExportRole = Literal["actor", "critic", "reward"]
-"""Whose weights of a checkpoint."""
+"""The roles whose weights a checkpoint may hold."""
 SCORES = "scores"
 """Key of a checkpoint's state and of config.json: "steps" where a score head was trained at the ends of steps."""
 
@@ -49,7 +49,7 @@ def import_checkpoint(
     The host holds one rank's piece of one tensor at a time, whatever the model's size.
 
     Args:
-        model: a folder, a .gguf file, a checkpoint.
+        model: a Hugging Face folder, a .gguf file or a checkpoint.
         output: the checkpoint; must not exist, or be an empty folder.
         tp, pp: the files are cut as the ranks of this layout hold the model, so that each reads only its own. A run in
             any other layout reads it too.
@@ -78,10 +78,10 @@ def import_checkpoint(
                 part = table[name, piece.part]
                 key = f"{role}/master/{part.name}"
                 found[key] = part
-                kept = torch.empty(piece.shape, dtype=dtype or source.dtype(part), device="meta")
-                yield Entry(key, piece.global_shape, piece.offset, kept, owned)
+                numbers = torch.empty(piece.shape, dtype=dtype or source.dtype(part), device="meta")
+                yield Entry(key, piece.global_shape, piece.offset, numbers, owned)
 
-    def numbers(entry: Entry) -> Tensor:
+    def read(entry: Entry) -> Tensor:
         piece, (top, *left) = torch.empty_like(entry.tensor, device="cpu"), entry.offset
         for rows in blocks(piece.shape):
             shape = (rows.stop - rows.start, *piece.shape[1:])
@@ -89,14 +89,14 @@ def import_checkpoint(
         return piece
 
     with ExitStack() as stack:
-        made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        beside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if isinstance(source, GGUFFile):
-            write_json(made / "config.json", to_hf_dict(config))
-            source.tokenizer().save_pretrained(made)
+            write_json(beside / "config.json", to_hf_dict(config))
+            source.tokenizer().save_pretrained(beside)
         else:
-            copy_assets(model, made)
+            copy_assets(model, beside)
         state = {"imported_from": str(model), "tp": tp, "pp": pp}
-        write(output, map(entries, range(tp * pp)), numbers, state, assets(made, f"{role}/"))
+        write(output, map(entries, range(tp * pp)), read, state, assets(beside, f"{role}/"))
     return source, role
 
 
@@ -112,13 +112,13 @@ def export_checkpoint(
 ) -> None:
     """Streams one role's weights out of a checkpoint into a Hugging Face folder, without a process group.
 
-    The checkpoint's assets must hold `{role}/config.json` and what else belongs to the model. Adapters are merged. A
-    model with a score head that was trained here gets the padding token of `score_padding`.
+    The checkpoint's assets must hold `{role}/config.json` and the model's other files. Adapters are merged. A model
+    with a score head that was trained here gets the padding token of `score_padding`.
 
     Args:
-        dtype: of the numbers; None for the type that the model came in, as `own_dtype` finds it.
-        base: where the model that adapters belong to lies now; None where it was when they were trained.
-        family: write it as a model of this family, which computes the same; None: as what it is.
+        dtype: of the numbers; None for the model's own, `own_dtype`.
+        base: folder of the model that adapters belong to; None for its path when they were trained.
+        family: write it as a model of this family, which computes the same; None for its own.
 
     Raises:
         ValueError: no such checkpoint, role or weights in it, a damaged file, a folder that is not empty, a family
@@ -161,8 +161,8 @@ def export_checkpoint(
 
 
 def own_dtype(reader: Reader, prefix: str, asset_folder: Path) -> torch.dtype:
-    """The type that a checkpoint's model came in: an imported one's numbers keep it (the widest where they differ), and
-    a run's config.json names it; bfloat16 where that is silent."""
+    """The type of a checkpoint's model before training: that of an imported one's numbers (the widest where they
+    differ), or the one in a run's config.json; bfloat16 where there is none."""
     reader.check("state.json")
     if "imported_from" in read_state(reader.path):
         return reduce(torch.promote_types, {reader.dtype(n) for n in reader.tensors if n.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp's) as a source of weights: dequantized a piece at a time, tokenizer and config out of the file.
+"""GGUF files of llama.cpp as a source: weights dequantized a piece at a time, config and tokenizer read from the file.
 
 Weights of LLaMA-like models are as in Hugging Face's folders, but for the rows of q and k in files of architecture
 "llama": there the two halves of each head, which rotate_half keeps apart, are interleaved.
@@ -16,19 +16,18 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor
 
 from ..families.registry import from_hf_dict
-from .table import TensorSlice, check_layer_count, hf_shapes
+from .table import TensorSlice, check_layer_count, check_tensors, hf_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # general.architecture -> the family whose names its tensors take, and whether q and k are interleaved.
-_KNOWN = {
+_ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", True),
     "qwen2": ("Qwen2ForCausalLM", False),
     "qwen3": ("Qwen3ForCausalLM", False),
 }
-# Keys behind the architecture's name -> config.json's; and those that mean what no such config says, with the values
-# that mean nothing.
+# Keys after the architecture's name -> config.json's; and keys without such a counterpart, with their neutral values.
 _KEYS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -64,14 +63,14 @@ def _reader(gguf: Any, path: Path) -> Any:
 
     By itself it would refuse such a file without naming the tensor.
     """
-    known = {int(kind) for kind in gguf.GGMLQuantizationType}
+    named = {int(kind) for kind in gguf.GGMLQuantizationType}
 
     class Reader(gguf.GGUFReader):
         unknown: dict[str, int] = {}
 
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
             kinds = {field.name: int(field.parts[4][0]) for field in fields}
-            self.unknown = {name: kind for name, kind in kinds.items() if kind not in known}
+            self.unknown = {name: kind for name, kind in kinds.items() if kind not in named}
             super()._build_tensors(start_offs, [field for field in fields if field.name not in self.unknown])
 
     return Reader(path)
@@ -99,12 +98,12 @@ class GGUFFile:
         self.path, self.gguf = path, gguf
         self._check_types()
         self.architecture = self._value("general.architecture")
-        if self.architecture not in _KNOWN:
+        if self.architecture not in _ARCHITECTURES:
             raise ValueError(
-                f"{path}: general.architecture={self.architecture}: allowed: {', '.join(_KNOWN)}; import the folder in"
-                " Hugging Face format instead"
+                f"{path}: general.architecture={self.architecture}: allowed: {', '.join(_ARCHITECTURES)}; import the"
+                " folder in Hugging Face format instead"
             )
-        family, self.interleaved = _KNOWN[self.architecture]
+        family, self.interleaved = _ARCHITECTURES[self.architecture]
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         try:
             self.config = from_hf_dict(self._values() | {"architectures": [family]})
@@ -117,7 +116,7 @@ class GGUFFile:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        check_layer_count(self.config, self.tensors, str(path))
+        check_layer_count(self.config, self.tensors, path)
         names = gguf.get_tensor_name_map(arch, self.config.num_layers)
         self.names = {n: names.get_name(n, try_suffixes=(".weight", ".bias")) or n for n in hf_shapes(self.config)}
         self._check()
@@ -134,7 +133,7 @@ class GGUFFile:
                 )
 
     def _readable(self, kind: Any) -> bool:
-        """Whether gguf dequantizes this type: tried on one block, for no list of them is public."""
+        """Whether gguf dequantizes this type: tried on one block, as no list of them is public."""
         _, size = self.gguf.GGML_QUANT_SIZES[kind]
         try:
             self.gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), kind)
@@ -143,7 +142,7 @@ class GGUFFile:
         return True
 
     def _value(self, key: str) -> Any:
-        """What the file says behind a key; None where it lacks the key."""
+        """The value of a key; None where the file lacks it."""
         field = self.reader.fields.get(key)
         return None if field is None else field.contents()
 
@@ -158,7 +157,7 @@ class GGUFFile:
                 )
         values = {ours: found(f"{self.architecture}.{key}") for key, ours in _KEYS.items()}
         values |= {f"{name}_token_id": found(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
-        # The end of a turn ends a chat model's answer as the end of the text does.
+        # The end of a turn ends a chat model's response as the end of the text does.
         ends = [found(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
         values["eos_token_id"] = list(dict.fromkeys(i for i in ends if i is not None)) or None
         if "token_embd.weight" not in self.tensors:
@@ -168,31 +167,21 @@ class GGUFFile:
         return {key: value for key, value in values.items() if value is not None}
 
     def _check(self) -> None:
-        missing = [name for name in self.names.values() if name not in self.tensors]
-        extra = sorted(self.tensors.keys() - set(self.names.values()))
-        if "rope_freqs.weight" in extra:
+        if "rope_freqs.weight" in self.tensors:
             raise ValueError(
-                f"{self.path}: rope_freqs.weight: frequencies stretched in the file, which does not say how (Llama 3.1"
+                f"{self.path}: rope_freqs.weight: frequencies are scaled, and the file does not record how (Llama 3.1"
                 " and later); import the folder in Hugging Face format instead"
             )
-        for what, which in (("lacks", missing), ("holds what the model has no place for:", extra)):
-            if which:
-                raise ValueError(f"{self.path}: {what} {', '.join(which[:3])}")
-        for name, shape in hf_shapes(self.config).items():
-            found = tuple(int(n) for n in reversed(self.tensors[self.names[name]].shape))
-            if found != shape:
-                raise ValueError(f"{self.path}: {self.names[name]} has shape {list(found)}, expected {list(shape)}")
+        expected = {self.names[name]: shape for name, shape in hf_shapes(self.config).items()}
+        found = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
+        check_tensors(self.path, expected, found)
 
     def dtype(self, part: TensorSlice) -> torch.dtype:
         kinds = self.gguf.GGMLQuantizationType
         own = {kinds.F16: torch.float16, kinds.BF16: torch.bfloat16}
         return own.get(self.tensors[self.names[part.tensor]].tensor_type, torch.float32)
 
-    def read(
-        self, part: TensorSlice, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
-    ) -> Tensor:
-        shape = part.shape if shape is None else shape
-        offset = (0,) * len(shape) if offset is None else offset
+    def read(self, part: TensorSlice, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         tensor = self.tensors[self.names[part.tensor]]
         stored = tensor.data if len(shape) == 2 else tensor.data[None]
         rows = np.arange(offset[0], offset[0] + shape[0]) if len(shape) == 2 else np.zeros(1, dtype=np.int64)
@@ -206,7 +195,7 @@ class GGUFFile:
             raw = np.ascontiguousarray(stored[rows[begin : begin + _ROWS]])
             values = self.gguf.quants.dequantize(raw, tensor.tensor_type)
             out[begin : begin + _ROWS] = torch.from_numpy(values[:, columns].astype(np.float32))
-        # The file is mapped: what was read of it would count as memory of this process.
+        # The file is mapped: pages that were read would count as memory of this process.
         self.reader.data._mmap.madvise(mmap.MADV_DONTNEED)
         return out.view(shape)
 

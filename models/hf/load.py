@@ -16,7 +16,7 @@ from ..families.registry import family_of, head_of
 from .source import open_source, read_finite
 from .table import HEADS, hf_slices
 
-# Fields of a config that change neither a tensor's place nor a number computed with it.
+# Fields of a config without effect on the tensors and on the numbers computed with them.
 _FREE = {"architecture", "initializer_range", "bos_id", "eos_ids", "pad_id", "max_positions", "tie_embeddings"}
 
 
@@ -33,11 +33,11 @@ def load_hf(
         folder: config.json and safetensors, one file or several with an index; or a checkpoint of a run.
         new_head: how a "score" head begins when the folder holds a causal language model: "refuse", "zero", or
             "normal" with standard deviation 1/(hidden + 1), so that values begin near 0; equal on all ranks.
-        into: what is filled instead of the model: the optimizer's masters, with what the model's dtype cut off.
+        into: filled instead of the model: the optimizer's masters, with the bits that the model's dtype cut off.
 
     Raises:
         ValueError: before any parameter is changed: a file or tensor that is missing, truncated, of another shape or
-            not of the model; a config.json that disagrees with the model's; a head that is not there. A NaN or an
+            not of the model; a config.json that disagrees with the model's; a missing head. A NaN or an
             infinity in a tensor, as it is read.
     """
     source = open_source(folder)
@@ -67,13 +67,13 @@ def load_hf(
 
 
 def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None:
-    family, wanted = family_of(found), family_of(expected)
-    if family is not wanted:
-        raise ValueError(f"{folder}: a {family.name} model, expected {wanted.name}")
+    family, own = family_of(found), family_of(expected)
+    if family is not own:
+        raise ValueError(f"{folder}: a {family.name} model, expected {own.name}")
     both_lm = head_of(found) == head_of(expected) == "lm"
     for key in (*(f.name for f in fields(ModelConfig) if f.name not in _FREE), *["tie_embeddings"] * both_lm):
-        theirs, ours = getattr(found, key), getattr(expected, key)
-        if key == "moe" and theirs is not None and ours is not None:  # a run may weigh the router's losses as it likes
-            theirs = replace(theirs, aux_coef=ours.aux_coef, z_coef=ours.z_coef)
-        if theirs != ours:
-            raise ValueError(f"{folder}: {key}={theirs}, the model has {ours}")
+        value, wanted = getattr(found, key), getattr(expected, key)
+        if key == "moe" and value is not None and wanted is not None:  # the weights of the router's losses are options
+            value = replace(value, aux_coef=wanted.aux_coef, z_coef=wanted.z_coef)
+        if value != wanted:
+            raise ValueError(f"{folder}: {key}={value}, the model has {wanted}")

@@ -1,4 +1,4 @@
-"""The padding token of an exported score model.
+"""Padding token of an exported score model.
 
 transformers' classes for sequences take a row's score at its last token that is not `pad_token_id`, wherever padding
 is. Chat models often pad with the token that ends a turn, and would have their score taken one token before the one it

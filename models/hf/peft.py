@@ -39,11 +39,11 @@ from ..lora import (
 from .adapter_record import saved_adapter
 from .peft_config import CONFIG, TENSORS, check_targets, no_peft_form, number, peft_targets, read_peft_config
 from .source import tensor_shapes
-from .table import HEADS, hf_slices
+from .table import HEADS, check_tensors, hf_slices
 
 
 def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False) -> LoRA:
-    """What a PEFT adapter folder holds, for a model of this config.
+    """Settings of the adapters in a PEFT folder, for a model of this config.
 
     Raises:
         ValueError: as `read_peft_config`; a tensor that is missing, of another shape or type, with a NaN, or on a
@@ -51,7 +51,7 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
     """
     folder = Path(folder)
     values = read_peft_config(folder)
-    file = PeftFile(folder, values, config)
+    file = PeftTensors(folder, values, config)
     found = file.shapes
     modules = {adapter_name(p.name, "A"): target for target, ps in adapted_weights(config, ALL).items() for p in ps}
     targets = {modules[name] for name in found if name in modules}
@@ -65,45 +65,37 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    known = peft_targets(config, lora, "lm")
+    patterns = peft_targets(config, lora, "lm")
     for key in ("rank_pattern", "alpha_pattern"):
-        if values.get(key) and values[key] != known[key]:
-            allowed = f"{known[key]!r} or none" if known[key] else "none"
+        if values.get(key) and values[key] != patterns[key]:
+            allowed = f"{patterns[key]!r} or none" if patterns[key] else "none"
             raise ValueError(f"{folder / CONFIG}: {key}={values[key]!r} is not supported; allowed: {allowed}")
     expected: dict[str, tuple[int, ...]] = dict(adapter_shapes(config, lora))
     score = PREFIX + HEADS["score"].tensor
     if score in found:
         expected[score] = 1, config.hidden_size
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    for what, names in (("lacks", missing), ("holds what the model has no place for:", extra)):
-        if names:
-            more = f" and {len(names) - 3} more" * (len(names) > 3)
-            raise ValueError(f"{folder / TENSORS} {what} {', '.join(names[:3])}{more}")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{folder / TENSORS}: {name} has shape {list(found[name])}, expected {list(shape)}")
+    check_tensors(folder / TENSORS, expected, found)
     check_targets(folder, values, adapted_weights(config, ALL), found)
     file.check_finite()
     return lora
 
 
 def check_adapter(folder: Path | str, config: ModelConfig, lora: LoRA, head: HeadKind = "lm") -> None:
-    """Refuses a PEFT folder whose adapters are not those that `lora` gives a model with this head.
+    """Compares a PEFT folder with the adapters that `lora` gives a model with this head.
 
     Raises:
         ValueError: as `read_peft`, or another rank, scale or targets.
     """
-    theirs = read_peft(folder, config, quantize=lora.quantize)
+    saved = read_peft(folder, config, quantize=lora.quantize)
     own = tuple(adapted_weights(config, lora, head))
     for key in ("rank", "alpha", "rslora", "targets"):
-        one, other = getattr(theirs, key), own if key == "targets" else getattr(lora, key)
+        one, other = getattr(saved, key), own if key == "targets" else getattr(lora, key)
         if one != other:
             raise ValueError(f"{folder}: {key}={one}, the model's adapters have {other}")
 
 
 def load_adapter(model: Decoder, folder: Path | str, into: Iterable[Slot] | None = None) -> None:
-    """Fills a model's adapters from a PEFT folder, each rank reading only its slices; a score head too, if it is there.
+    """Fills a model's adapters, and its score head where the folder has one; each rank reads only its slices.
 
     Args:
         into: as in `load_hf`.
@@ -113,10 +105,10 @@ def load_adapter(model: Decoder, folder: Path | str, into: Iterable[Slot] | None
     """
     assert model.lora is not None
     check_adapter(folder, model.config, model.lora, model.kind)
-    held = PeftFile(Path(folder), read_peft_config(Path(folder)), model.config)
+    held = PeftTensors(Path(folder), read_peft_config(Path(folder)), model.config)
     for name, piece, sink in slots(model) if into is None else into:
-        theirs_ = trained_name(name, piece.part, model.config, model.kind)
-        key = theirs_ if name.rpartition(".")[2] in ADAPTER_LETTERS else PREFIX + theirs_
+        key = trained_name(name, piece.part, model.config, model.kind)
+        key = key if name.rpartition(".")[2] in ADAPTER_LETTERS else PREFIX + key
         if key in held.shapes:
             cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
             sink.copy_(held.read(key, cut))
@@ -166,14 +158,14 @@ def export_adapter(
         write_json(aside / CONFIG, values)
 
 
-class PeftFile:
-    """What a folder holds.
+class PeftTensors:
+    """Tensors of a PEFT folder, by the single weight that each belongs to; those of all experts are taken apart.
 
     Args:
         values: the folder's adapter_config.json.
 
     Attributes:
-        shapes: name, as `adapter_name` gives it, -> shape; what no weight of the model is adapted by keeps its own.
+        shapes: name, as `adapter_name` gives it, -> shape; tensors of no weight of the model keep their own name.
 
     Raises:
         ValueError: no such file, a damaged one, a tensor that is not of floating point, or adapters on experts of
@@ -196,8 +188,8 @@ class PeftFile:
         """A rectangle of a tensor."""
         if name not in self.parts:
             return self.source.get_slice(name)[tuple(cut)]
-        theirs, part = self.parts[name]
-        return part(self.whole(theirs))[tuple(cut)]
+        fused_name, part = self.parts[name]
+        return part(self.whole(fused_name))[tuple(cut)]
 
     def check_finite(self) -> None:
         """Reads every tensor once; raises ValueError naming one that holds a NaN or an infinity."""
@@ -215,26 +207,26 @@ class PeftFile:
         }
         needed = {"router": "weight", "experts.down": "down_proj", "experts.gate_up": "gate_up_proj"}
         fused = self.shapes.copy()
-        for (parameter, part), place in hf_slices(config).items():
+        for (parameter, part), weight in hf_slices(config).items():
             match = re.fullmatch(r"layers\.(\d+)\.mlp\.(router|experts\.gate_up|experts\.down)\.weight", parameter)
             if match is None or needed[match[2]] not in adapted:
                 continue
             for letter in "AB":
-                theirs = f"{PREFIX}model.layers.{match[1]}.mlp.{module[match[2]]}lora_{letter}.weight"
-                ours = adapter_name(place.name, letter)
-                if theirs not in fused or theirs == ours:
+                fused_name = f"{PREFIX}model.layers.{match[1]}.mlp.{module[match[2]]}lora_{letter}.weight"
+                name = adapter_name(weight.name, letter)
+                if fused_name not in fused or fused_name == name:
                     continue
-                take = _itself
+                take = _whole
                 if match[2] != "router":
                     expert, _, half = part.partition(".")
                     numbers = {"expert": int(expert), "experts": config.moe.experts, "rank": values.get("r", 8)}
                     take = partial(_of_expert, letter=letter, half=half, **numbers)
-                self.parts[ours] = theirs, take
-                self.shapes.pop(theirs, None)
-                self.shapes[ours] = tuple(take(torch.empty(fused[theirs], device="meta")).shape)
+                self.parts[name] = fused_name, take
+                self.shapes.pop(fused_name, None)
+                self.shapes[name] = tuple(take(torch.empty(fused[fused_name], device="meta")).shape)
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _whole(tensor: Tensor) -> Tensor:
     return tensor
 
 

@@ -18,13 +18,13 @@ from .table import TensorSlice
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _NAMES = ("target_modules", "exclude_modules", "target_parameters")
-# Keys that are looked at by themselves, or change nothing of what adapters on given weights compute.
+# Keys with checks of their own, or without effect on the output of adapters on given weights.
 _FREE = {
     *(*_NAMES, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "modules_to_save"),
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("eva_config", "qalora_group_size", "megatron_core"),
 }
-# Keys with the values that are plain LoRA; and the values under which any other key asks for nothing.
+# Keys with their values in plain LoRA; and the values that leave any other key unset.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -33,7 +33,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 _UNSET = (None, False, [], {}, "")
-_BOTH = r".*\.gate_up_proj"  # PEFT's pattern for the parameter that holds experts' gate and up
+_GATE_UP = r".*\.gate_up_proj"  # PEFT's pattern for the parameter that holds experts' gate and up
 # What transformers 5 has as parameters of an MoE layer, without the layer.
 _PARAMETERS: dict[str, str] = {
     "experts.gate": "mlp.experts.gate_up_proj",
@@ -47,14 +47,14 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     """The folder's adapter_config.json.
 
     Raises:
-        ValueError: no such file; another kind of adapter than LoRA, a key that is not known and is set, a value of the
-            wrong type; naming the key and what is allowed.
+        ValueError: no such file; another kind of adapter than LoRA, an unknown key that is set, a value of the wrong
+            type; naming the key and what is allowed.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder}: no {CONFIG}, so no PEFT adapter")
     values = read_json(path)
-    for key in (*_PLAIN, *values):  # first those that say why the others are there
+    for key in (*_PLAIN, *values):  # first those that explain the others
         if key in values and key not in _FREE and values[key] not in _PLAIN.get(key, _UNSET):
             allowed = repr(_PLAIN[key][0]) if key in _PLAIN else "null, false or empty"
             raise ValueError(f"{path}: {key}={values[key]!r} is not supported; allowed: {allowed}")
@@ -68,12 +68,12 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_names(path: Path, key: str, value: Any) -> None:
-    """Refuses what is neither a list of names nor a regular expression."""
+    """Raises ValueError for a value that is neither a list of names nor a regular expression."""
     if isinstance(value, str):
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"{path}: {key}={value!r}: no regular expression: {error}") from None
+            raise ValueError(f"{path}: {key}={value!r}: not a regular expression: {error}") from None
     elif value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
         raise ValueError(f"{path}: {key}={value!r}: expected a list of names or a regular expression")
 
@@ -89,25 +89,25 @@ def _names(which: str | set[str], name: str) -> bool:
 def check_targets(
     folder: Path, values: Mapping[str, Any], linears: Mapping[Target, Iterable[TensorSlice]], found: Collection[str]
 ) -> None:
-    """Refuses a config that names other weights than its folder has adapters on, where it names any at all.
+    """Compares the weights that a config names, where it names any, with those its folder has adapters on.
 
-    PEFT passes in silence over tensors on a weight that is not named. A name may mean a mixture's dense layers and
-    shared expert alone, for transformers 5 holds experts and routers as parameters.
+    PEFT skips tensors on a weight that is not named, without a warning. In MoE models a name may mean the dense layers
+    and the shared expert alone: transformers 5 holds experts and routers as parameters.
 
     Args:
         linears: target -> all that the model has of it.
         found: the folder's tensors, named as by `adapter_name`.
     """
-    said = (values.get(key) or [] for key in _NAMES)
-    modules, excluded, parameters = (value if isinstance(value, str) else {*value} for value in said)
+    given = (values.get(key) or [] for key in _NAMES)
+    modules, excluded, parameters = (value if isinstance(value, str) else {*value} for value in given)
     if not modules and not parameters:
         return
     all_linear = isinstance(modules, str) and modules.lower() == "all-linear"  # PEFT's word: all but the head
-    for target, place in ((target, place) for target, held in linears.items() for place in held):
-        module, parameter = place.name.partition("#")[0].removesuffix(".weight"), _PARAMETERS.get(target)
+    for target, weight in ((target, weight) for target, held in linears.items() for weight in held):
+        module, parameter = weight.name.partition("#")[0].removesuffix(".weight"), _PARAMETERS.get(target)
         named = (target != "head" if all_linear else _names(modules, module)) and not _names(excluded, module)
-        if adapter_name(place.name, "A") in found:
-            if not named and not _names(parameters, parameter or place.name):
+        if adapter_name(weight.name, "A") in found:
+            if not named and not _names(parameters, parameter or weight.name):
                 raise ValueError(
                     f"{folder / CONFIG}: target_modules does not name {module}, on which {TENSORS} has an adapter; PEFT"
                     " would leave it out"
@@ -120,9 +120,9 @@ def check_targets(
 
 
 def no_peft_form(config: ModelConfig, lora: LoRA) -> str | None:
-    """Why PEFT (0.21) cannot hold these adapters; None where it can."""
+    """Reason for which PEFT (0.21) cannot hold these adapters; None where it can."""
     held = adapted_weights(config, lora)
-    fused = [place.name for found in held.values() for place in found if "#" in place.name]
+    fused = [weight.name for found in held.values() for weight in found if "#" in weight.name]
     if fused:
         return f"{fused[0]}: PEFT has no adapters on parts of a fused weight"
     experts = {target for target in held if target.startswith("experts.")}
@@ -134,13 +134,8 @@ def no_peft_form(config: ModelConfig, lora: LoRA) -> str | None:
     return None
 
 
-def has_peft_form(config: ModelConfig, lora: LoRA) -> bool:
-    """Whether PEFT can hold these adapters."""
-    return no_peft_form(config, lora) is None
-
-
 def peft_targets(config: ModelConfig, lora: LoRA, head: HeadKind) -> dict[str, Any]:
-    """What a PEFT config says of the adapted weights.
+    """The keys of adapter_config.json that name the adapted weights, with ranks and alphas of their own.
 
     transformers 5 has all experts' gate and up in one parameter and their down in another, and the router's weight is
     a parameter without a linear. PEFT reads tensors named by the single expert into adapters of such parameters: on
@@ -152,13 +147,13 @@ def peft_targets(config: ModelConfig, lora: LoRA, head: HeadKind) -> dict[str, A
             parameters.add("experts.down_proj" if target == "experts.down" else "experts.gate_up_proj")
         elif target == "router":
             parameters.add("mlp.gate.weight")
-        else:  # in a mixture other modules have the names of an expert's
+        else:  # in MoE models other modules have the names of an expert's
             words = 2 if config.moe is not None and target.rpartition(".")[2] in ("gate", "up", "down") else 1
-            modules |= {".".join(place.name.removesuffix(".weight").split(".")[-words:]) for place in found}
+            modules |= {".".join(weight.name.removesuffix(".weight").split(".")[-words:]) for weight in found}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     if "experts.gate_up_proj" in parameters:
-        ranks[_BOTH], alphas[_BOTH] = 2 * lora.rank, number(lora.alpha * (math.sqrt(2) if lora.rslora else 2))
+        ranks[_GATE_UP], alphas[_GATE_UP] = 2 * lora.rank, number(lora.alpha * (math.sqrt(2) if lora.rslora else 2))
     return {
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters, reverse=True) or None,  # PEFT wraps gate and up first
@@ -168,5 +163,5 @@ def peft_targets(config: ModelConfig, lora: LoRA, head: HeadKind) -> dict[str, A
 
 
 def number(alpha: float) -> float:
-    """PEFT writes whole numbers without a point."""
+    """`alpha` as PEFT writes it: whole numbers without a point."""
     return int(alpha) if alpha.is_integer() else alpha

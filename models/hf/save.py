@@ -20,12 +20,12 @@ from ..folder import INDEX, assets, read_json, write_json
 from .lazy import LazyTensor, blocks
 from .padding import write_padding
 from .table import hf_shapes, part_shapes, whole_tensors
-from .tokenizer import made_tokenizer
+from .tokenizer import build_tokenizer
 
 
 def copy_assets(source: Path | str, target: Path) -> None:
-    """Copies `assets`, and makes the tokenizer one that is read without code: a sentencepiece model or a rank file
-    alone gets a tokenizer.json beside it, and `auto_map`, whose code stays behind, is left out where there is one.
+    """Copies `assets`, with a tokenizer that is read without code: a sentencepiece model or a rank file alone gets a
+    tokenizer.json beside it, and `auto_map`, which names code that is not copied, is left out.
 
     Raises:
         ValueError: a sentencepiece model or a rank file that cannot be read.
@@ -33,9 +33,9 @@ def copy_assets(source: Path | str, target: Path) -> None:
     for name, path in assets(source).items():
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
-    made = made_tokenizer(target)
-    if made is not None:
-        made.save_pretrained(target)
+    built = build_tokenizer(target)
+    if built is not None:
+        built.save_pretrained(target)
     settings = target / "tokenizer_config.json"
     if settings.is_file() and (target / "tokenizer.json").is_file():
         values = read_json(settings)
@@ -64,7 +64,7 @@ def export_hf(
         asset_folder: where tokenizer, chat template and generation config come from.
         shard_bytes: the largest file, unless one tensor is larger.
         pad_token: of the tokenizer; None: its own.
-        more: keys that config.json gets besides.
+        more: further keys of config.json.
 
     Raises:
         ValueError: the folder is not empty; a tensor is missing, unknown or of another shape.
@@ -93,9 +93,9 @@ def export_hf(
         if len(shards) == 1:
             files = ["model.safetensors"]
         else:
-            places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             total = sum(map(math.prod, shapes.values())) * dtype.itemsize
-            write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+            write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for file, names in zip(files, shards, strict=True):
             described = {name: (dtype, shapes[name]) for name in names}
             write_stream(aside / file, described, chain.from_iterable(map(converted, names)))

@@ -1,6 +1,6 @@
-"""Where weights come from: a Hugging Face folder or a checkpoint, read rectangle by rectangle.
+"""Sources of weights: Hugging Face folders and checkpoints, read rectangle by rectangle.
 
-Nothing stays open between two reads: a mapped file counts as memory of the process, page by page as it is read.
+Files are closed between two reads: a mapped file counts as memory of the process, page by page as it is read.
 """
 
 from __future__ import annotations
@@ -20,29 +20,27 @@ from ..config import ModelConfig
 from ..families.registry import head_of, read_config
 from ..folder import INDEX, checkpoint_role, read_json
 from .gguf import GGUFFile
-from .table import HEADS, TensorSlice, check_layer_count, hf_shapes, hf_slices, part_shapes
+from .table import HEADS, TensorSlice, check_layer_count, check_tensors, hf_shapes, hf_slices, part_shapes
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Source(Protocol):
-    """A whole model's weights. Its config's tensors are all there and no others, or it could not be opened."""
+    """A whole model's weights: exactly the tensors of its config, checked when it was opened."""
 
     config: ModelConfig
 
     def dtype(self, part: TensorSlice) -> torch.dtype:
-        """The type the numbers there are kept in."""
+        """The stored type of a part's numbers."""
         ...
 
-    def read(
-        self, part: TensorSlice, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
-    ) -> Tensor:
-        """The part at `part`, whole or the rectangle of `shape` at `offset` in it, on the host."""
+    def read(self, part: TensorSlice, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The rectangle of `shape` at `offset` in the part, on the host."""
         ...
 
 
 def open_source(path: Path | str) -> Source:
-    """What `path` is: a GGUF file, a checkpoint (the weights of its `checkpoint_role`), or a folder.
+    """A source for a GGUF file, a checkpoint (the weights of its `checkpoint_role`), or a Hugging Face folder.
 
     Raises:
         ValueError: a file or tensor that is missing, damaged, of another shape or not of the model; naming it.
@@ -59,18 +57,14 @@ class FolderSource:
     def __init__(self, folder: Path):
         self.folder, self.config = folder, read_config(folder)
         self.files = tensor_files(folder)
-        check_layer_count(self.config, self.files, str(folder))
+        check_layer_count(self.config, self.files, folder)
         _same_tensors(self.files, self.config, folder)
 
     def dtype(self, part: TensorSlice) -> torch.dtype:
         with safe_open(self.folder / self.files[part.tensor][0], "pt") as file:
             return _DTYPES[file.get_slice(part.tensor).get_dtype()]
 
-    def read(
-        self, part: TensorSlice, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
-    ) -> Tensor:
-        shape = part.shape if shape is None else shape
-        offset = (0,) * len(shape) if offset is None else offset
+    def read(self, part: TensorSlice, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         begin = (part.start + offset[0], *offset[1:])
         cut = tuple(slice(o, o + n) for o, n in zip(begin, shape, strict=True))
         with safe_open(self.folder / self.files[part.tensor][0], "pt") as file:
@@ -86,27 +80,16 @@ class CheckpointSource:
         for name in (name for name in self.reader.sums if name.startswith(f"assets/{role}/")):
             self.reader.check(name)
         self.config = read_config(path)
-        held = {n.removeprefix(self.prefix) for n in self.reader.tensors if n.startswith(self.prefix)}
-        check_layer_count(self.config, held, str(path))
-        shapes = part_shapes(self.config, head_of(self.config))
-        extra = held - shapes.keys()
-        for what, names in (("lacks", shapes.keys() - held), ("holds what the model has no place for:", extra)):
-            if names:
-                raise ValueError(
-                    f"{path}, {role}: {what} {', '.join(sorted(names)[:3])}; adapters are exported first"
-                    " (launch/export_hf.py)"
-                )
-        for name, shape in shapes.items():
-            found = tuple(self.reader.tensors[self.prefix + name]["shape"])
-            if found != shape:
-                raise ValueError(f"{path}: {self.prefix}{name} has shape {list(found)}, expected {list(shape)}")
+        held = sorted(n.removeprefix(self.prefix) for n in self.reader.tensors if n.startswith(self.prefix))
+        check_layer_count(self.config, held, path)
+        found = {name: tuple(self.reader.tensors[self.prefix + name]["shape"]) for name in held}
+        hint = "; adapters are exported first (launch/export_hf.py)"
+        check_tensors(f"{path}, {role}", part_shapes(self.config, head_of(self.config)), found, hint)
 
     def dtype(self, part: TensorSlice) -> torch.dtype:
         return self.reader.dtype(self.prefix + part.name)
 
-    def read(
-        self, part: TensorSlice, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
-    ) -> Tensor:
+    def read(self, part: TensorSlice, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         return self.reader.read(self.prefix + part.name, offset, shape)
 
 
@@ -127,31 +110,31 @@ def read_finite(
 def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> (file, shape), from the headers of all files."""
     if (folder / "model.safetensors").is_file():
-        files, promised = ["model.safetensors"], {}
+        files, indexed = ["model.safetensors"], {}
     elif (folder / INDEX).is_file():
         try:
-            promised = dict(read_json(folder / INDEX)["weight_map"])
+            indexed = dict(read_json(folder / INDEX)["weight_map"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
-        for name, file in promised.items():
+        for name, file in indexed.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(f"{folder / INDEX}: weight_map, {name}: {file!r} is not the name of a file beside it")
-        files = sorted(set(promised.values()))
+        files = sorted(set(indexed.values()))
     else:
         raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{_other_formats(folder)}")
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         if not (folder / file).is_file():
-            raise ValueError(f"{folder / file}: missing, {INDEX} names it")
+            raise ValueError(f"{folder / file}: missing, but named in {INDEX}")
         for name, shape in tensor_shapes(folder / file).items():
             if name in found:
-                raise ValueError(f"{folder / file}: holds {name}, which {found[name][0]} holds too")
+                raise ValueError(f"{folder / file}: holds {name}, as {found[name][0]} does")
             found[name] = file, shape
-    for name, file in promised.items():
+    for name, file in indexed.items():
         if name not in found:
-            raise ValueError(f"{folder / file}: no tensor {name}, {INDEX} promises it")
+            raise ValueError(f"{folder / file}: no tensor {name}, which {INDEX} puts there")
         if found[name][0] != file:
-            raise ValueError(f"{folder / file}: no tensor {name}, which {INDEX} promises; {found[name][0]} holds it")
+            raise ValueError(f"{folder / file}: no tensor {name}, which {INDEX} puts there; it is in {found[name][0]}")
     return found
 
 
@@ -175,35 +158,25 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _other_formats(folder: Path) -> str:
-    """What else lies in the folder and how it becomes safetensors."""
+    """Hint at pickles in the folder and at their conversion; "" where there are none."""
     pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
     if pickles:
         return (
-            f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one runs what it says."
-            " docs/conversion.md, Pickles, has the ten lines that make safetensors of them and run nothing)"
+            f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one can run code."
+            " docs/conversion.md, Pickles, has ten lines that convert them to safetensors without)"
         )
     return ""
 
 
 def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, folder: Path) -> None:
-    """The folder holds exactly the tensors of its own config."""
+    """Refuses a folder that does not hold exactly the tensors of its own config."""
     kind = head_of(config)
     expected = hf_shapes(config, kind)
     tied = kind == "lm" and config.tie_embeddings
     head, embedding = HEADS["lm"].tensor, hf_slices(config)["embedding.weight", ""].tensor
-    missing = [name for name in expected if name not in found]
     # Old files carry the rotary frequencies, which follow from rope_theta.
-    extra = [
-        n for n in found if n not in expected and not n.endswith("rotary_emb.inv_freq") and not (tied and n == head)
-    ]
-    for what, names in (("lacks", missing), ("holds what the model has no place for:", extra)):
-        if names:
-            raise ValueError(
-                f"{folder} {what} {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
-            )
-    for name, shape in expected.items():
-        if found[name][1] != shape:
-            raise ValueError(f"{folder}: {name} has shape {list(found[name][1])}, config.json asks for {list(shape)}")
+    counted = (n for n in found if not n.endswith("rotary_emb.inv_freq") and not (tied and n == head))
+    check_tensors(folder, expected, {name: found[name][1] for name in counted})
     if tied and head in found:
         with safe_open(folder / found[head][0], "pt") as one, safe_open(folder / found[embedding][0], "pt") as other:
             if not torch.equal(one.get_tensor(head), other.get_tensor(embedding)):

@@ -6,7 +6,7 @@ go through the functions here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -122,10 +122,37 @@ def whole_tensors(held: Iterable[str], config: ModelConfig, head: HeadKind = "lm
     return {name: [name] for name in names if name not in taken} | joined
 
 
-def check_layer_count(config: ModelConfig, held: Collection[str], where: str) -> None:
-    """Refuses more layers than there are tensors, before a table of all the layers' tensors is made."""
+def check_tensors(
+    where: object, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], hint: str = ""
+) -> None:
+    """Compares the tensors of a model's config with those found: name -> shape.
+
+    Args:
+        where: file or folder, for the message.
+        hint: put behind the names of missing and unknown tensors.
+
+    Raises:
+        ValueError: naming up to three tensors that are missing or unknown, or one of another shape.
+    """
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    for fault, names in (("lacks", missing), ("holds tensors unknown to the model:", unknown)):
+        if names:
+            more = f" and {len(names) - 3} more" * (len(names) > 3)
+            raise ValueError(f"{where}: {fault} {', '.join(names[:3])}{more}{hint}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{where}: {name} has shape {list(found[name])}, expected {list(shape)}")
+
+
+def check_layer_count(config: ModelConfig, held: Collection[str], where: object) -> None:
+    """Compares the number of layers and experts with the number of tensors, before the table of all layers is made.
+
+    Raises:
+        ValueError: there are more layers or experts than tensors.
+    """
     experts = config.moe.experts if config.moe is not None else 0
     sparse = config.num_layers - len(config.moe.dense_layers) if config.moe is not None else 0
-    for number, what in ((config.num_layers, "num_hidden_layers"), (sparse * experts, "experts in all layers")):
+    for number, counted in ((config.num_layers, "num_hidden_layers"), (sparse * experts, "experts in all layers")):
         if number > len(held):
-            raise ValueError(f"{where}: config.json asks for {number} {what}, but there are {len(held)} tensors in all")
+            raise ValueError(f"{where}: config.json has {number} {counted}, but there are only {len(held)} tensors")

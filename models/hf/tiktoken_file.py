@@ -1,7 +1,7 @@
 """Qwen 1's tokenizer out of qwen.tiktoken, a file of byte sequences and their ranks; no code of the folder is run.
 
-What its code says besides (tokenization_qwen.py of the published folders) stands here: the pattern that cuts text, NFC,
-and the special tokens behind the ranks.
+The rest is from its published code (tokenization_qwen.py): the pattern that splits text, NFC, and the special tokens
+behind the ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder, read without running code that lies in it.
+"""Tokenizer of a model's folder, read without running code from the folder; and the tokens that end a response.
 
 transformers reads most. A sentencepiece `tokenizer.model` of LLaMA's kind (LLaMA 1 and 2, Baichuan) it reads too, but
 version 5 cuts text by other merges than the model was trained with and leaves the first token out, so that one is
@@ -44,23 +44,23 @@ def has_tokenizer(folder: Path | str) -> bool:
 
 
 def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies in `folder`, as transformers reads it or `made_tokenizer` makes it.
+    """The tokenizer in `folder`, from transformers or from `build_tokenizer`.
 
     Raises:
-        ValueError: there is none, or it needs code from the folder, or it cannot be read as it was meant.
+        ValueError: there is none, it needs code from the folder, or it is damaged.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds
 
     folder = model_folder(folder)
-    made = made_tokenizer(folder)
-    if made is not None:
-        return made
-    # Said outright: left open, transformers asks on the terminal and waits.
+    built = build_tokenizer(folder)
+    if built is not None:
+        return built
+    # Not left out: transformers would ask on the terminal and wait.
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         read = AutoTokenizer.from_pretrained(folder, **options)
         whole = folder / "tokenizer.json"
-        if not whole.is_file() or _cuts_alike(read, Tokenizer.from_file(str(whole))):
+        if not whole.is_file() or _same_ids(read, Tokenizer.from_file(str(whole))):
             return read
         return PreTrainedTokenizerFast.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizers library raises its own kinds, none of which names the folder
@@ -68,8 +68,9 @@ def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def stop_ids(folder: Path | str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: every end of sequence that config.json, generation_config.json and the tokenizer
-    name. Chat models have the end of a turn in one of them and the end of a text in another.
+    """The tokens that end a response: every end of sequence in config.json, generation_config.json and the tokenizer.
+
+    Chat models have the end of a turn in one of them and the end of a text in another.
 
     Raises:
         ValueError: generation_config.json is no JSON object, or an eos_token_id no token ids of the model.
@@ -88,8 +89,8 @@ def stop_ids(folder: Path | str, config: ModelConfig, tokenizer: PreTrainedToken
     return tuple(sorted(ends))
 
 
-def _cuts_alike(read: PreTrainedTokenizerBase, saved: Tokenizer) -> bool:
-    """Whether a tokenizer does with text what its tokenizer.json does.
+def _same_ids(read: PreTrainedTokenizerBase, saved: Tokenizer) -> bool:
+    """Whether a tokenizer gives texts the ids that its tokenizer.json gives them.
 
     transformers 5 builds some classes anew from its vocabulary: a byte-level one under LLaMA's name loses spaces.
     """
@@ -104,12 +105,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def made_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder without tokenizer.json whose model of the text is read here: Qwen 1's rank file, or a
-    sentencepiece model of LLaMA's kind or without a class that transformers has. None for any other folder.
+def build_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder without tokenizer.json, built here: from Qwen 1's rank file, or from a sentencepiece
+    model of LLaMA's kind or without a class in transformers. None for any other folder.
 
     Raises:
-        ValueError: a file that is damaged, or that cannot be read as it was meant.
+        ValueError: a damaged file, or a tokenizer that differs from sentencepiece's own.
     """
     if (folder / "tokenizer.json").is_file():
         return None
@@ -121,7 +122,7 @@ def made_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _for_transformers(built: Tokenizer, specials: dict[str, str], folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer of transformers, with the chat template and what else the folder says."""
+    """The tokenizer as transformers' class, with chat template and settings of the folder."""
     from transformers import PreTrainedTokenizerFast  # takes seconds
 
     settings = _settings(folder)
@@ -140,7 +141,7 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     there; without it the first token is put before a text, as LLaMA's own code does.
 
     Raises:
-        ValueError: it is no byte-pair model of sentencepiece, or what is built cuts a text in another way.
+        ValueError: it is no byte-pair model of sentencepiece, or the built tokenizer gives a text other ids.
     """
     path, settings = folder / "tokenizer.model", _settings(folder)
     built, specials = _byte_pair(path, settings.get("legacy") is not False)
@@ -148,9 +149,9 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     specials |= _special_tokens(built, folder)
     original = SentencePieceProcessor(model_file=str(path))
     for probe in PROBES:
-        ours, theirs = built.encode(probe, add_special_tokens=False).ids, original.encode(probe)
-        if ours != theirs:
-            raise ValueError(f"{path}: read by the tokenizers library {probe!r} becomes {ours}, it should be {theirs}")
+        ids, expected = built.encode(probe, add_special_tokens=False).ids, original.encode(probe)
+        if ids != expected:
+            raise ValueError(f"{path}: the tokenizers library encodes {probe!r} as {ids}, expected {expected}")
     first = [specials["bos_token"]] if settings.get("add_bos_token", True) and "bos_token" in specials else []
     last = [specials["eos_token"]] if settings.get("add_eos_token", False) and "eos_token" in specials else []
     if first or last:
@@ -182,9 +183,9 @@ def _add_tokens(built: Tokenizer, folder: Path) -> None:
     tokens = {
         i: AddedToken(token, normalized=False) for token, i in (read_json(path) if path.is_file() else {}).items()
     }
-    for i, said in _settings(folder).get("added_tokens_decoder", {}).items():
-        kinds = {key: said[key] for key in ("lstrip", "rstrip", "single_word", "special") if key in said}
-        tokens[int(i)] = AddedToken(said["content"], normalized=False, **kinds)
+    for i, entry in _settings(folder).get("added_tokens_decoder", {}).items():
+        kinds = {key: entry[key] for key in ("lstrip", "rstrip", "single_word", "special") if key in entry}
+        tokens[int(i)] = AddedToken(entry["content"], normalized=False, **kinds)
     for i, token in sorted(tokens.items()):
         built.add_tokens([token])
         if built.token_to_id(token.content) != i:

@@ -1,6 +1,6 @@
-"""Whether two tokenizers make the same tokens of the same text, so that one model's token ids mean the same to another.
+"""Comparison of two tokenizers: whether token ids of one model have the same meaning to another.
 
-A vocabulary of the same size says nothing: Llama 2 and Mistral both have 32,000 tokens and share few of their ids.
+The size of the vocabulary does not show it: Llama 2 and Mistral both have 32,000 tokens and share few of their ids.
 """
 
 from __future__ import annotations
@@ -20,38 +20,39 @@ _TEXTS = (
     "日本語のテキスト 한국어 텍스트 العربية עברית हिन्दी ไทย ελληνικά",
     "\r\n\t\t    eight        spaces\u00a0and\u200bothers 👩\u200d👩\u200d👧 e\u0301",
 )
-_USER, _ANSWER = {"role": "user", "content": " What is 2+2?\n"}, {"role": "assistant", "content": " It is 4.\n"}
+_USER, _RESPONSE = {"role": "user", "content": " What is 2+2?\n"}, {"role": "assistant", "content": " It is 4.\n"}
 _TOOL = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}}
 _CHATS: tuple[tuple[list[dict[str, Any]], list[Any] | None], ...] = (
     ([_USER], None),
-    ([_USER, _ANSWER], None),
-    ([{"role": "system", "content": "Be brief."}, _USER, _ANSWER, _USER, _ANSWER], None),
+    ([_USER, _RESPONSE], None),
+    ([{"role": "system", "content": "Be brief."}, _USER, _RESPONSE, _USER, _RESPONSE], None),
     ([_USER], [_TOOL]),
 )
 
 
 def tokens_differ(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, *, begins: bool = False) -> str:
-    """Where `theirs` gives a text, or one of `ours`'s ids, another meaning than `ours` does; "" where it does not.
+    """The first difference in vocabulary or in the ids of a text; "" where there is none.
+
+    `theirs` may have more tokens than `ours`.
 
     Args:
-        begins: texts are compared with what the tokenizers put around them, too.
+        begins: compare texts with the special tokens around them, too.
     """
-    known, wanted = theirs.get_vocab(), ours.get_vocab()
-    if other := wanted.items() - known.items():
+    vocab, wanted = theirs.get_vocab(), ours.get_vocab()
+    if other := wanted.items() - vocab.items():
         token, number = min(other, key=lambda item: item[1])
-        return f"{token!r} is token {number} in one and {known.get(token, 'none')} in the other"
+        return f"{token!r} is token {number} in one and {vocab.get(token, 'none')} in the other"
     specials = [f"a{token}b {token} c" for token in ours.all_special_tokens]
     for text in (*_TEXTS, *specials):
         for around in (False, True) if begins else (False,):
             mine, other = (tokenizer.encode(text, add_special_tokens=around) for tokenizer in (ours, theirs))
             if mine != other:
-                return f"{text!r} becomes {_brief(mine)} in one and {_brief(other)} in the other"
+                return f"{text!r} becomes {_shortened(mine)} in one and {_shortened(other)} in the other"
     return ""
 
 
 def chats_differ(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str:
-    """The same of chats, as the chat templates write them and the tokenizers cut them; and of the token that begins a
-    text and the one that ends it, which templates write and turns end with."""
+    """The first difference in chat templates, or in the tokens that begin and end a text; "" where there is none."""
     for name in ("bos_token", "eos_token"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         if mine != other:
@@ -72,5 +73,5 @@ def _written(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], too
         return f"refused: {type(error).__name__}"
 
 
-def _brief(ids: list[int]) -> str:
+def _shortened(ids: list[int]) -> str:
     return str(ids if len(ids) <= 8 else [*ids[:7], "..."]).replace("'", "")

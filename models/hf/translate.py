@@ -1,7 +1,7 @@
-"""A model in the words of another family that computes the same: what vLLM dropped, under a name it serves.
+"""Translation of a model to another family that computes the same, for programs that lack its own.
 
-Nothing is said of single weights here: both families' tables name our parameters, so a weight's new name is what the
-other table calls the same part. Baichuan 7B is LLaMA with q, k and v in one tensor, Baichuan2 7B the same once the
+Weights need no list of their own: both families' tables name our parameters, so a weight's new name is that of the same
+part in the other table. Baichuan 7B is LLaMA with q, k and v in one tensor, Baichuan2 7B the same once the
 head's rows are normalized, and Qwen 1 within its trained length is Qwen2.
 """
 
@@ -33,7 +33,7 @@ def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm")
     plain one, for `Translated` to normalize.
 
     Raises:
-        ValueError: the family has no words for something in `config`.
+        ValueError: the family lacks something in `config`.
     """
     family = _FAMILIES[target]
     refused = f"{config.architecture} cannot be exported as {target}:"
@@ -53,13 +53,13 @@ def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm")
         norm_head=False,
         rope=Rope() if config.rope.kind == "dynamic" else config.rope,
     )
-    again = from_hf_dict(to_hf_dict(plain, head))  # what a reader of the exported config.json would make
+    again = from_hf_dict(to_hf_dict(plain, head))  # as a reader of the exported config.json would get it
     lost = [f.name for f in fields(ModelConfig) if getattr(again, f.name) != getattr(plain, f.name)]
     if head == "score" and "tie_embeddings" in lost:
         lost.remove("tie_embeddings")
     if lost:
-        said = ", ".join(f"{name}={getattr(plain, name)}" for name in lost)
-        raise ValueError(f"{refused} {family.name} has no {said}")
+        values = ", ".join(f"{name}={getattr(plain, name)}" for name in lost)
+        raise ValueError(f"{refused} {family.name} has no {values}")
     return plain
 
 
@@ -68,16 +68,16 @@ class Translated(Mapping[str, Tensor | LazyTensor]):
 
     Args:
         tensors: parts as `hf_name` names them under the config `old`.
-        new: made of `old` by `translate_config`.
+        new: from `translate_config`.
     """
 
     def __init__(
         self, tensors: Mapping[str, Tensor | LazyTensor], old: ModelConfig, new: ModelConfig, head: HeadKind = "lm"
     ):
-        theirs, ours = hf_slices(old, head), hf_slices(new, head)
+        before, after = hf_slices(old, head), hf_slices(new, head)
         self.tensors = tensors
-        self.source = {ours[key].name: theirs[key].name for key in theirs}
-        self.normalized = ours[HEADS["lm"].parameter, ""].name if head == "lm" and old.norm_head else None
+        self.source = {after[key].name: before[key].name for key in before}
+        self.normalized = after[HEADS["lm"].parameter, ""].name if head == "lm" and old.norm_head else None
 
     def __getitem__(self, name: str) -> Tensor | LazyTensor:
         tensor = self.tensors[self.source[name]]

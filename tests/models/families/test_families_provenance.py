@@ -115,9 +115,9 @@ def spoilt(source: dict[str, Tensor], name: str) -> dict[str, tuple[dict[str, Te
     tensor, shape = source[name], list(source[name].shape)
     return {
         "missing": (rest, f"lacks {name}"),
-        "extra": (source | {f"{name}.scales": tensor.clone()}, f"no place for: {name}.scales"),
+        "extra": (source | {f"{name}.scales": tensor.clone()}, f"unknown to the model: {name}.scales"),
         "renamed": (rest | {f"x.{name}": tensor}, f"lacks {name}"),
-        "shape": (rest | {name: tensor[:-1]}, f"{name} has shape .*config.json asks for {shape}".replace("[", r"\[")),
+        "shape": (rest | {name: tensor[:-1]}, f"{name} has shape .*expected {shape}".replace("[", r"\[")),
     }
 
 

@@ -52,7 +52,7 @@ def write_deep(path: Path) -> None:
 FOLDERS = {
     "more layers than tensors": (
         lambda f: change(f / "config.json", num_hidden_layers=1_000_000),
-        r"model: config.json asks for 1000000 num_hidden_layers, but there are \d+ tensors in all",
+        r"model: config.json has 1000000 num_hidden_layers.* \d+ tensors",
     ),
     "a model type of another family": (
         lambda f: change(f / "config.json", model_type="qwen2"),
@@ -66,11 +66,11 @@ FOLDERS = {
     "a file that is a list": (lambda f: point(f, NORM, ["a"]), rf"{INDEX}: weight_map, {NORM}: \['a'\] is not"),
     "the wrong file of the index": (
         lambda f: point(f, NORM, "a.safetensors"),
-        f"a.safetensors: no tensor {NORM}, which {INDEX} promises; b.safetensors holds it",
+        f"a.safetensors: no tensor {NORM}, which {INDEX} puts there; it is in b.saf",
     ),
     "a file that is missing": (lambda f: point(f, NORM, "c.safetensors"), "c.safetensors: missing"),
     "a file elsewhere": (lambda f: point(f, NORM, "../b.safetensors"), f"{INDEX}: weight_map, {NORM}: '../b.saf"),
-    "a tensor in no file": (lambda f: point(f, "odd", "a.safetensors"), f"a.safetensors: no tensor odd, {INDEX}"),
+    "a tensor in no file": (lambda f: point(f, "odd", "a.safetensors"), f"a.safetensors: no tensor odd, which {INDEX}"),
 }
 
 
@@ -95,7 +95,7 @@ def test_more_experts_than_tensors_are_refused(tmp_path):
 
     folder = tiny_mixtral(tmp_path / "model")
     change(folder / "config.json", num_experts=1_000_000, num_local_experts=1_000_000)
-    with pytest.raises(ValueError, match=r"asks for \d+000000 experts in all layers, but there are \d+ tensors"):
+    with pytest.raises(ValueError, match=r"has \d+000000 experts in all layers.* \d+ tensors"):
         read_shape(str(folder), ParallelConfig(), RunConfig())
 
 

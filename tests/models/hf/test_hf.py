@@ -246,7 +246,7 @@ def test_a_tensor_in_two_shards(copy):
     save_file({LAST: both[LAST] + 1}, copy / "b.safetensors")
     places = dict.fromkeys(both, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    refused(copy, f"b.safetensors: holds {LAST}, which a.safetensors holds too")
+    refused(copy, f"b.safetensors: holds {LAST}, as a.safetensors does")
 
 
 def test_tied_file_with_a_head_of_its_own(folders, tmp_path):
