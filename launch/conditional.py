@@ -67,7 +67,7 @@ class Rewards:
             raise ValueError(
                 f"data.max_tokens={config.data.max_tokens}: {folder} has positions for {shape.longest_document}"
             )
-        return build_decoder(folder, shape, self.run.mesh, config.model.dtype, head="score")
+        return build_decoder(folder, shape, self.run.mesh, config.model.dtype, head="score", parallel=config.parallel)
 
     def scores(self, rollouts: list[Rollout]) -> list[float]:
         """One number an answer, NaN where a scorer abstains. Collective."""

@@ -67,8 +67,8 @@ class Evaluated:
     @cached_property
     def role(self) -> Role:
         """The model, loaded when it is first asked for: after all that could refuse the data. Collective."""
-        dtype = self.config.model.dtype
-        build = lambda: build_decoder(self.folder, self.shape, self.mesh, dtype)  # noqa: E731
+        dtype, parallel = self.config.model.dtype, self.config.parallel
+        build = lambda: build_decoder(self.folder, self.shape, self.mesh, dtype, parallel=parallel)  # noqa: E731
         return Role(self.run.on_all_ranks(build, self.folder), sizes=self.sizes)
 
     def _read_shape(self) -> ModelConfig:
@@ -138,7 +138,7 @@ class Evaluated:
     def _reward_model(self, folder: str):
         config = self.config
         shape = read_shape(folder, config.parallel, cast(Any, config.run), "score")
-        return build_decoder(folder, shape, self.mesh, config.model.dtype, head="score")
+        return build_decoder(folder, shape, self.mesh, config.model.dtype, head="score", parallel=config.parallel)
 
     def perplexities(self) -> dict[str, Estimate]:
         """Of the text and of the dialogues, where they are given. Collective."""

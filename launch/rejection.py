@@ -67,7 +67,7 @@ class RejectionRun(OnlineRun):
         super().__init__(run, config, config.run, shapes[config.model.path])
         self.shaper = RewardShaper(config.reward, config.rules)
         self.config, self.per_round, self.first_step = config, config.steps_per_round, 0
-        options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
+        options = {"parallel": config.parallel, "lora": config.lora, "seed": config.run.seed}
 
         def build(folder: str, head: Any, trained: bool):
             return build_decoder(

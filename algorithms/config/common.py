@@ -218,6 +218,8 @@ class ParallelConfig:
     """tensor parallelism: ranks that share every matrix"""
     pp: int = 1
     """pipeline parallelism: stages of layers"""
+    pp_layers: tuple[int, ...] = ()
+    """layers of each pipeline stage (none given: as equal as they can be, the last never the largest)"""
     dp: int = 0
     """data parallelism: copies that share the batch (0: what tp x pp leaves)"""
     ep: int = 1

@@ -14,6 +14,7 @@ from ...engine.mesh import Mesh
 from ...engine.optim.adamw import ShardedAdamW
 from ...engine.optim.lr_schedule import lr_at
 from ...engine.parallel.shard import Slot
+from ...engine.pipeline.stage import stage_of
 from ...engine.storage.checkpoint import Entry, read_state
 from ...models.config import HeadKind, ModelConfig, check_layout
 from ...models.decoder import Decoder
@@ -73,7 +74,7 @@ def read_shape(
     if head == "score":
         check_scores_responses(folder)
     try:
-        check_layout(shape, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep)
+        check_layout(shape, parallel.tp, parallel.pp, parallel.ep, parallel.pp_layers)
         adapters = lora.adapters(shape) if lora is not None else None
         if adapters is not None:
             check_lora(shape, adapters, parallel.tp)
@@ -143,21 +144,30 @@ def build_decoder(
     *,
     head: HeadKind = "lm",
     trained: bool = False,
-    recompute: bool = False,
+    parallel: ParallelConfig | None = None,
     lora: LoRAConfig | None = None,
     seed: int = 0,
 ) -> Decoder:
     """A model on its mesh with the weights of a folder; frozen unless it is trained.
 
     Args:
+        parallel: layers of stages, and whether a trained model recomputes; the layout itself is the mesh's.
         lora: what is trained, if it is not the weights: adapters, drawn by `seed` or read from a PEFT folder.
 
     Raises:
         ValueError: the folder lacks a tensor or holds one of the wrong shape; adapters that are not the model's.
     """
     adapters = lora.adapters(shape) if trained and lora is not None else None
-    options = {"dtype": getattr(torch, dtype), "head": head, "recompute": trained and recompute, "lora": adapters}
-    model = Decoder(shape, mesh, **options)
+    parallel = parallel or ParallelConfig()
+    model = Decoder(
+        shape,
+        mesh,
+        dtype=getattr(torch, dtype),
+        head=head,
+        recompute=trained and parallel.recompute,
+        lora=adapters,
+        stage=stage_of(mesh, shape.num_layers, parallel.pp_layers),
+    )
 
     def fill(model: Decoder, into: Sequence[Slot] | None = None) -> None:
         load_hf(model, folder, new_head="normal" if trained else "refuse", into=into)
@@ -232,7 +242,7 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
     def decoder(folder: str, head: HeadKind, *, trained: bool = False) -> Decoder:
         # The folder that adapters begin from is the actor's.
         lora = config.lora if head == "lm" else replace(config.lora, adapter="")
-        options = {"head": head, "trained": trained, "recompute": config.parallel.recompute}
+        options = {"head": head, "trained": trained, "parallel": config.parallel}
         return build_decoder(
             folder, shapes[folder], mesh, config.model.dtype, **options, lora=lora, seed=config.run.seed
         )
@@ -274,7 +284,7 @@ def build_group_roles(config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: 
     folder, temperature = config.model.path, config.rollout.temperature
 
     def decoder(path: str, head: HeadKind = "lm", *, trained: bool = False) -> Decoder:
-        options = {"head": head, "trained": trained, "recompute": config.parallel.recompute, "lora": config.lora}
+        options = {"head": head, "trained": trained, "parallel": config.parallel, "lora": config.lora}
         return build_decoder(path, shapes[path], mesh, config.model.dtype, **options, seed=config.run.seed)
 
     policy = decoder(folder, trained=True)

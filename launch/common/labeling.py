@@ -43,7 +43,8 @@ def main(run: Run[Any]) -> None:
     shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
 
     def build(folder: str, head: HeadKind) -> Role:
-        build = lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, head=head)  # noqa: E731
+        layout = {"head": head, "parallel": config.parallel}
+        build = lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, **layout)  # noqa: E731
         return Role(run.on_all_ranks(build, folder), sizes=UpdateConfig(micro_batch_size=options.micro_batch_size))
 
     answering = OnlineRun(run, cast(Any, config), Show(options.seed), shapes[config.model.path])

@@ -181,7 +181,8 @@ class SupervisedRun(Generic[Rows]):
     def _reference(self, folder: str) -> Role:
         config: RowConfig = self.run.config
         shape = self.run.on_all_ranks(lambda: read_shape(folder, config.parallel, config.run, "lm"))
-        build = lambda: build_decoder(folder, shape, self.run.mesh, config.model.dtype)  # noqa: E731
+        mesh, dtype, parallel = self.run.mesh, config.model.dtype, config.parallel
+        build = lambda: build_decoder(folder, shape, mesh, dtype, parallel=parallel)  # noqa: E731
         return Role(self.run.on_all_ranks(build, folder), sizes=config.update)
 
 
@@ -237,7 +238,7 @@ def supervised_run(
     rows = run.on_all_ranks(lambda: read(tokenizer, ends), "rows")
     run.check_same_on_all(rows.state())
     steps = config.run.total(len(rows), config.update.batch_size)
-    options = {"recompute": config.parallel.recompute, "lora": config.lora, "seed": config.run.seed}
+    options = {"parallel": config.parallel, "lora": config.lora, "seed": config.run.seed}
     model = run.on_all_ranks(
         lambda: build_decoder(folder, shape, run.mesh, config.model.dtype, head=kind, trained=True, **options),
         "model",

@@ -116,7 +116,7 @@ def test_values_of_the_critics_own_step_are_those_of_a_pass_before_it(folder, al
 
 def test_recomputation_does_not_matter(folder, alone):
     assert_close(one_step(0, 1, ALONE, folder, recompute=True), alone)
-    assert_layouts_agree(one_step, [Layout(pp=2)], folder, CONFIG, True, expected=alone)
+    assert_layouts_agree(one_step, [Layout(pp=3)], folder, CONFIG, True, expected=alone)  # stages of 1, 2 and 1 layers
 
 
 def test_sizes_that_tp_does_not_divide(odd):

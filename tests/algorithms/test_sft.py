@@ -10,7 +10,7 @@ import pytest
 import torch
 from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
 from tiny import VOCAB, tiny_llama
-from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
+from trialign.algorithms.config.common import OptimizerConfig, ParallelConfig, UpdateConfig
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 from trialign.algorithms.roles.build import build_decoder, build_learner
@@ -45,7 +45,8 @@ def two_steps(
     """Two steps and a look at other rows; metrics, and gradients and weights put together from all ranks."""
     mesh = layout.mesh()
     shape = read_config(folder)
-    model = build_decoder(str(folder), shape, mesh, "float32", trained=True, recompute=recompute)
+    parallel = ParallelConfig(recompute=recompute)
+    model = build_decoder(str(folder), shape, mesh, "float32", trained=True, parallel=parallel)
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
     learner = build_learner(model, settings, 4, ema_decay=0.9, sizes=update)

@@ -1,4 +1,4 @@
-"""Sizes that tp does not divide: how they are shared, and training, adapters and rollouts over such shares."""
+"""Sizes that tp or pp do not divide: how they are shared, and training, adapters and rollouts over such shares."""
 
 import math
 from pathlib import Path
@@ -120,7 +120,7 @@ def sampled(rank: int, world: int, folder: Path, tp: int, pp: int) -> list[Compl
 def test_samples_are_those_of_one_process(folder):
     alone = sampled(0, 1, folder, 1, 1)
     assert {c.finish for c in alone} == {"stop", "length"}
-    for tp, pp in ((2, 1), (2, 2), (4, 1)):
+    for tp, pp in ((2, 1), (2, 2), (4, 1), (1, 3)):
         for got in run_ranks(sampled, tp * pp, folder, tp, pp):
             assert [(c.tokens, c.finish) for c in got] == [(c.tokens, c.finish) for c in alone]
             for one, other in zip(got, alone, strict=True):
