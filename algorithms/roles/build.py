@@ -13,9 +13,9 @@ import torch
 from ...engine.mesh import Mesh
 from ...engine.optim.adamw import ShardedAdamW
 from ...engine.optim.lr_schedule import lr_at
-from ...engine.parallel.shard import Slot
+from ...engine.parallel.shard import Entry, Slot
 from ...engine.pipeline.stage import stage_of
-from ...engine.storage.checkpoint import Entry, read_state
+from ...engine.storage.checkpoint import read_state
 from ...models.config import HeadKind, ModelConfig, check_layout
 from ...models.decoder import Decoder
 from ...models.families.registry import head_of, read_config

@@ -1,4 +1,7 @@
-"""What part of the whole model a parameter holds: said by the parameter itself, so nothing matches on names."""
+"""Shards: the rectangles of whole tensors that a parameter, an optimizer state or a checkpoint's file holds.
+
+Every parameter carries its own description, so nothing matches on names.
+"""
 
 from __future__ import annotations
 
@@ -83,6 +86,45 @@ class Shard:
     duplicate: bool = False
     adapter: bool = False
     experts: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rectangle of a whole tensor named `role/kind/weight`, as one rank holds it.
+
+    `tensor` is a view of `shape` [n] or [rows, cols] that a load fills in place; `owned` is true on the one rank that
+    saves this rectangle.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+    owned: bool
+
+
+def flat_rectangles(
+    piece_shape: tuple[int, ...], piece_offset: tuple[int, ...], start: int, stop: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Cuts the run [start, stop) of a row-major piece into rectangles of the whole tensor.
+
+    Args:
+        piece_shape: [n] or [rows, cols] of the piece.
+        piece_offset: where the piece begins in the whole tensor.
+
+    Returns:
+        (offset in the whole tensor, shape, place of its first number in the flattened piece), at most three.
+    """
+    if len(piece_shape) == 1:
+        return [((piece_offset[0] + start,), (stop - start,), start)] if start < stop else []
+    rectangles, at, cols = [], start, piece_shape[1]
+    while at < stop:
+        row, col = divmod(at, cols)
+        whole_rows = (stop - at) // cols if col == 0 else 0
+        shape = (whole_rows, cols) if whole_rows else (1, min(cols - col, stop - at))
+        rectangles.append(((piece_offset[0] + row, piece_offset[1] + col), shape, at))
+        at += math.prod(shape)
+    return rectangles
 
 
 def sharded_parameter(shard: Shard, *, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

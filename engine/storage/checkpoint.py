@@ -20,7 +20,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,51 +29,12 @@ from torch import Tensor
 
 from ..mesh import Mesh
 from ..parallel.collectives import gather_objects
+from ..parallel.shard import Entry
 from .atomic import atomic_folder
 from .safetensors_io import DTYPES, fsync, sha256, write_stream
 
 T = TypeVar("T")
-Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
 _SUMS = "SHA256SUMS"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One rectangle of a whole tensor named `role/kind/weight`, as one rank holds it.
-
-    `tensor` is a view of `shape` [n] or [rows, cols] that a load fills in place; `owned` is true on the one rank that
-    saves this rectangle.
-    """
-
-    name: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensor: Tensor
-    owned: bool
-
-
-def flat_rectangles(
-    piece_shape: tuple[int, ...], piece_offset: tuple[int, ...], start: int, stop: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Cuts the run [start, stop) of a row-major piece into rectangles of the whole tensor.
-
-    Args:
-        piece_shape: [n] or [rows, cols] of the piece.
-        piece_offset: where the piece begins in the whole tensor.
-
-    Returns:
-        (offset in the whole tensor, shape, place of its first number in the flattened piece), at most three.
-    """
-    if len(piece_shape) == 1:
-        return [((piece_offset[0] + start,), (stop - start,), start)] if start < stop else []
-    rectangles, at, cols = [], start, piece_shape[1]
-    while at < stop:
-        row, col = divmod(at, cols)
-        whole_rows = (stop - at) // cols if col == 0 else 0
-        shape = (whole_rows, cols) if whole_rows else (1, min(cols - col, stop - at))
-        rectangles.append(((piece_offset[0] + row, piece_offset[1] + col), shape, at))
-        at += math.prod(shape)
-    return rectangles
 
 
 def save(

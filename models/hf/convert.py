@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...engine.mesh import mesh_as
-from ...engine.parallel.shard import shard_of
-from ...engine.storage.checkpoint import Entry, Reader, read_state, write
+from ...engine.parallel.shard import Entry, shard_of
+from ...engine.storage.checkpoint import Reader, read_state, write
 from ...engine.storage.safetensors_io import DTYPES
 from ..config import check_layout
 from ..decoder import Decoder

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from trialign.engine.mesh import Axis
 from trialign.engine.parallel.collectives import gather_objects
-from trialign.engine.parallel.shard import Piece, shard_of, sinks
-from trialign.engine.storage.checkpoint import Entry
+from trialign.engine.parallel.shard import Entry, Piece, shard_of, sinks
 from trialign.models.decoder import Decoder
 from trialign.models.hf.table import hf_slices
 

@@ -19,9 +19,10 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 from trialign.engine.mesh import Mesh, build_mesh, mesh_as
-from trialign.engine.optim import adamw as optimizer
 from trialign.engine.optim.adamw import ShardedAdamW
-from trialign.engine.storage.checkpoint import Entry, Reader, flat_rectangles, latest, load, save
+from trialign.engine.parallel import data
+from trialign.engine.parallel.shard import Entry, flat_rectangles
+from trialign.engine.storage.checkpoint import Reader, latest, load, save
 from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf.table import hf_name, hf_shapes
@@ -142,7 +143,7 @@ def test_flat_rectangles_are_the_run(shape):
 def saved(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Path]]:
     """One checkpoint of each layout: the entries of all its ranks, put into it by this one process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "BUCKET_ELEMENTS", 700)  # several buckets, also of one parameter
+        patch.setattr(data, "BUCKET_ELEMENTS", 700)  # several buckets, also of one parameter
         mesh, root, paths = build_mesh(), tmp_path_factory.mktemp("layouts"), {}
         for step, layout in enumerate(LAYOUTS):
             union = [e for rank_mesh in meshes(*layout) for e in entries_of(rank_mesh)]
@@ -371,7 +372,8 @@ def test_the_compute_dtype_does_not_matter(tmp_path, alone):
 SAVER = """
 import sys, torch
 from pathlib import Path
-from trialign.engine.storage.checkpoint import Entry, save
+from trialign.engine.parallel.shard import Entry
+from trialign.engine.storage.checkpoint import save
 from trialign.engine.mesh import build_mesh
 mesh, root = build_mesh(), Path(sys.argv[1])
 for step in range(1, 1000):

@@ -12,7 +12,8 @@ from conftest import ROOT
 from families import SIZES, write_folder
 from test_convert import same, tensors_of, write_gguf
 from trialign.engine.parallel.lora import LoRA
-from trialign.engine.storage.checkpoint import Entry, write
+from trialign.engine.parallel.shard import Entry
+from trialign.engine.storage.checkpoint import write
 from trialign.models.families.registry import from_hf_dict, read_config
 from trialign.models.folder import assets
 from trialign.models.hf.adapter_record import base_digest
