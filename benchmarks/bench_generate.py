@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from ranks import refuse_ranks
 from transformers import AutoModelForCausalLM, GenerationConfig
-from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
@@ -42,7 +43,7 @@ def ours(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[int], Non
     mesh = build_mesh(device=args.device)
     model = Decoder(read_config(args.model), mesh, dtype=getattr(torch, args.dtype))
     load_hf(model, args.model)
-    generator = Generator(model, mesh, max_running=args.batch)
+    generator = EmbeddedGenerator(model, mesh, max_running=args.batch)
     rows = prompts.tolist()
 
     def run(seed: int) -> None:

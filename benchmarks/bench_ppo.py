@@ -26,7 +26,7 @@ from trialign.algorithms.ppo import score, update, with_rewards
 from trialign.algorithms.roles.build import build_roles, read_shapes
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample, sampling_params
-from trialign.engine.generation.embedded import Generator
+from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.mesh import build_mesh, check_layout
 from trialign.engine.profiler import Profiler, matmul_peak
 from trialign.models.decoder import Decoder
@@ -83,7 +83,7 @@ def main(bench: Bench) -> None:
     reward = Decoder(shape, mesh, dtype=dtype, head="score").requires_grad_(False)
     load_hf(reward, bench.model, new_head="normal")
     roles.rewards.append(Role(reward, sizes=config.ppo))
-    generator = Generator(roles.actor.model, mesh)
+    generator = EmbeddedGenerator(roles.actor.model, mesh)
     params = sampling_params(config.rollout, stop_ids=(), seed=config.run.seed)  # no early stop
     random = torch.Generator().manual_seed(0)
     phases = Profiler(mesh, peak=matmul_peak(dtype, mesh.device))
@@ -105,7 +105,7 @@ def main(bench: Bench) -> None:
             metrics |= update(roles, batch, config)
             phase.flops = 3 * (forward + body)
         with phases("sync"):
-            generator.load(roles.actor.model)
+            generator.load(roles.actor.model, step + 1)
         history.append(phases.take())
         if mesh.is_main:
             print(f"iteration {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in history[-1].items() if "mem" not in k))

@@ -38,7 +38,7 @@ from trialign.algorithms.roles.role import Learner
 from trialign.algorithms.rollout.groups import make_groups
 from trialign.algorithms.rollout.sync import sample, sampling_params
 from trialign.algorithms.sft import sft_step
-from trialign.engine.generation.embedded import Generator
+from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
@@ -255,7 +255,7 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
     prompts = PromptDataset(config.data, base.tokenizer, task.seed).next(steps * size)
     batches = cut(prompts, size)
     roles = build_group_roles(config, {task.model: base.shape}, base.mesh)
-    generator = Generator(roles.actor.model, base.mesh)
+    generator = EmbeddedGenerator(roles.actor.model, base.mesh)
     params = sampling_params(config.rollout, stop_ids=(), seed=task.seed)  # no answer stops early
     scorer, shaper = Scorer(config.reward, base.tokenizer, base.mesh), RewardShaper(config.reward, config.rules)
     group = torch.arange(size).repeat_interleave(task.group)
@@ -270,7 +270,7 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
         batch = score(batch, roles, config)
         batch, about = with_advantages(batch, rewards, group, config)
         about |= update(roles.actor, batch, config)
-        generator.load(roles.actor.model)
+        generator.load(roles.actor.model, number + 1)
         return about
 
     rows = [{"prompt": base.tokenizer.decode(prompt.tokens)} for prompt in prompts]

@@ -95,7 +95,7 @@ def train(work: GRPORun, run: Run[GRPOConfig]) -> None:
             phase.flops = 3 * config.grpo.epochs * forward
 
         with phases("sync"):  # weights -> generator
-            work.generator.load(roles.actor.model)
+            work.generator.load(roles.actor.model, step + 1)
 
         run.end_step(metrics, tokens=len(batch.tokens))
 

@@ -88,7 +88,7 @@ def train(work: PPORun, run: Run[PPOConfig]) -> None:
             phase.flops = 3 * config.ppo.epochs * (body + forward * train_actor)
 
         with phases("sync"):  # weights -> generator
-            work.generator.load(roles.actor.model)
+            work.generator.load(roles.actor.model, step + 1)
 
         run.end_step(metrics | summary(rollouts, scores, combined, rewards), tokens=len(batch.tokens))
 

@@ -152,7 +152,7 @@ def train(work: RejectionRun, run: Run[RejectionConfig]) -> None:
         number, place = divmod(step, work.per_round)
         metrics: dict[str, float] = {}
         if not answers or place == 0:
-            work.generator.load(work.learner.model)
+            work.generator.load(work.learner.model, step)
             answers, metrics = work.answers(run, number)
         batch = work.batch(answers, number, place).to(work.mesh.device)
 

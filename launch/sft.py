@@ -19,7 +19,8 @@ from trialign.algorithms.config.sft import SFTConfig, check
 from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
 from trialign.algorithms.rollout.sync import sample
 from trialign.algorithms.sft import held_out_loss, sft_step
-from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import SamplingParams
 
 FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch {:.2f}"}
 
@@ -62,7 +63,7 @@ def answers(work: SupervisedRun[DialogueDataset]) -> list[list[str]]:
     room = longest - max(len(prompt.tokens) for prompt, _ in prompts)
     greedy = SamplingParams(temperature=0.0, max_new_tokens=min(run.show_tokens, room), stop_ids=work.ends)
     with work.run.progress.work("answers"):
-        rollouts = sample(Generator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
+        rollouts = sample(EmbeddedGenerator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
     texts = response_texts(rollouts, work.tokenizer)
     texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
     wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)

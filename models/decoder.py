@@ -24,6 +24,7 @@ from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA, adapted_linears
 from ..engine.parallel.shard import Shard, Slot, Split, shard_of, sharded_parameter, split
 from ..engine.parallel.tensor import (
     ColumnParallelLinear,
+    ParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     all_of,
@@ -32,10 +33,12 @@ from ..engine.parallel.tensor import (
 )
 from ..engine.pipeline.stage import Chunk, Stage, stage_of
 from ..kernels.linear import linear
+from ..kernels.linear import pack as pack_weight
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_
 from ..kernels.swiglu import swiglu
 from .config import HeadKind, ModelConfig
+from .flops import forward_flops
 from .moe import MoE, Routing
 from .rope import alibi_slopes
 
@@ -199,6 +202,14 @@ class Head(AdaptedLinear):
         """Whether the rows have to be computed."""
         return self.normalized or self.active is not None
 
+    def freeze(self, pack: bool) -> None:
+        """Keeps the rows, where they have to be computed, and packs them until `thaw`: the weight must not change."""
+        self.frozen = self.rows() if self.made else None
+        self.packed = pack_weight(self.rows()) if pack else None
+
+    def thaw(self) -> None:
+        self.packed = self.frozen = None
+
     def inputs(self, x: Tensor) -> Tensor:
         """What the rows are multiplied with: [n, hidden] -> [n, hidden], or [n, hidden + r] with an adapter."""
         if self.active is None:
@@ -299,6 +310,26 @@ class Decoder(nn.Module):
             "window": self.config.window_of(self.stage.layers[layer]),
             "alibi_slopes": self.alibi_slopes,
         }
+
+    def freeze_weights(self, pack: bool) -> None:
+        """Keeps what generation computes of weights that do not change until `thaw_weights`.
+
+        Args:
+            pack: pack the linears' weights too, which pays where they are used some ten times (kernels/linear.py).
+        """
+        for module in self.modules():
+            if isinstance(module, ParallelLinear | Head):
+                module.freeze(pack)
+
+    def thaw_weights(self) -> None:
+        """Drops what `freeze_weights` keeps: the weights may change."""
+        for module in self.modules():
+            if isinstance(module, ParallelLinear | Head):
+                module.thaw()
+
+    def forward_flops(self, lengths: Sequence[int], logits: int = 0) -> float:
+        """FLOPs of a forward of the whole model, all its stages and ranks of tp (models/flops.py)."""
+        return forward_flops(self.config, lengths, logits)
 
     def weigh_router(self, aux_coef: float, z_coef: float) -> None:
         """Sets what an update multiplies the router's two losses by (models/moe.py); for models with experts."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ...engine.generation.embedded import Generator, Interrupted, SamplingParams
+from ...engine.generation.interface import Generator, Interrupted, SamplingParams
 from ...engine.parallel.collectives import gather_objects
 from ..batch import Prompt, Rollout
 from ..config.common import RolloutConfig

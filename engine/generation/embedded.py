@@ -1,131 +1,118 @@
-"""The embedded generator: samples from the policy's own shards, with a paged cache and continuous batching.
+"""Embedded generator: samples from the policy's own shards, with a paged cache and continuous batching.
 
-One forward a step carries a token of every running sequence and the prompts admitted in this step, packed. Sampling is
-keyed by (seed, sample id, place in the response), so what a prompt gets does not depend on who shares its batch, on the
-order of arrival or on the layout.
+One forward a step carries a token of every running sequence and those admitted in this step, packed. Sampling is keyed
+by (seed, sample id, place in the response), so what a request gets does not depend on what runs beside it, on the order
+of arrival or on the layout.
 
 Under tp every rank gathers the logits of the whole vocabulary, and the tokens of tp rank 0 count: ranks cannot part.
 Under pp the running sequences form `pp` lanes, each at another stage, so all stages work. Stage s runs at time t the
 step number t - s; between two times all stages meet in one batch of sends and receives, which hands hidden states to
 the next stage and the last stage's tokens to all. Every rank's n-th batch matches its peers' n-th batch, so the order
-is safe for NCCL, and every rank plans each step from the same results, so shapes never have to be sent.
+is safe for NCCL, and every rank plans each step from the same results, so shapes never have to be sent. Stages plan a
+step at different times; so a call at time t (`add`, `abort`) counts from step number t on every one of them, and a
+completion is returned once every stage has seen its end.
 
-Under ep the ranks of a group run prompts of their own, but each of their forwards takes part in the all-to-alls of the
-others. So they count times together: a rank with nothing to run at some time sends one idle token through its experts'
-layers, and no rank stops before all are done.
+Under ep the ranks of a group run requests of their own, but each of their forwards takes part in the all-to-alls of the
+others: a rank with nothing to run at some time sends one idle token through its experts' layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels.attention import packed_attention
-from ...kernels.linear import pack
 from ...kernels.paged_attention import paged_attention, write_kv
 from ...kernels.sampling import sample
 from ..mesh import Mesh
-from ..parallel.collectives import all_gather, all_reduce, broadcast, exchange, gather_objects
+from ..parallel.collectives import all_gather, all_reduce, broadcast, exchange
 from ..parallel.shard import Split
-from ..pipeline.stage import Stage
+from ..profiler import Profiler
 from ..progress import report
-from .kv_cache import BlockPool, PagedCache, blocks_for
-from .scheduler import Scheduler, Step
+from .interface import Completion, Interrupted, Request, SamplingParams
+from .kv_cache import PagedCache
+from .lane import Lane, early_stops, sample_key
+from .scheduler import Scheduler, Sequence, Step
+
+
+class ModelSizes(Protocol):
+    """Sizes of a model that requests are checked against."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def longest_rollout(self) -> int: ...
 
 
 class Model(Protocol):
-    """What the generator needs of a decoder."""
+    """Interface of a decoder's pipeline stage, as the generator runs it."""
 
-    config: Any  # vocab_size, hidden_size, longest_rollout
     dtype: torch.dtype
     vocab: Split
-    stage: Stage
 
     @property
-    def kv_shape(self) -> tuple[int, int, int]: ...
+    def config(self) -> ModelSizes: ...
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(local layers, key/value heads used here, head_dim)."""
+        ...
 
     def __call__(
         self, x: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor: ...
 
-    def attention_options(self, layer: int) -> dict[str, Any]: ...
+    def attention_options(self, layer: int) -> dict[str, Any]:
+        """Arguments of attention in a local layer: scale, window, alibi_slopes."""
+        ...
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens, vocab/tp]; last stage only."""
+        ...
 
-    def modules(self) -> Iterator[nn.Module]: ...
+    def freeze_weights(self, pack: bool) -> None:
+        """Keeps what can be computed of weights that do not change until `thaw_weights`: with `pack`, packed copies."""
+        ...
 
+    def thaw_weights(self) -> None:
+        """Drops what `freeze_weights` keeps."""
+        ...
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to sample. Raises ValueError where a value makes no sense.
-
-    Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among the k likeliest tokens only; 0 for all.
-        top_p: sample among the fewest tokens that make up this probability; 1 for all.
-        max_new_tokens: length at which a response is cut.
-        min_new_tokens: stop ids cannot be sampled before the response has this many tokens.
-        stop_ids: tokens that end a response; they are kept as its last token.
-        seed: with a prompt's sample id, decides its random numbers.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    stop_ids: tuple[int, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or more, and finite")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (off)")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens={self.min_new_tokens}: must lie between 0 and max_new_tokens={self.max_new_tokens}"
-            )
+    def forward_flops(self, lengths: list[int], logits: int) -> float:
+        """FLOPs of a forward of whole sequences with the logits of so many tokens, over all ranks of tp and pp."""
+        ...
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A response. `tokens` include the stop id if one ended it; `logprobs` are of the distribution sampled from."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    finish: str  # "stop" | "length"
+PACK_TOKENS = 10
+"""Response tokens from which packing pays: it takes as long as it saves in 8 steps of 32 rows
+(benchmarks/bench_generate.py)."""
 
 
-class Interrupted(Exception):
-    """Nobody waits for these completions any more."""
+class EmbeddedGenerator:
+    """Generator (interface.py) on `model`, this rank's shard of the policy.
 
+    Its weights are the policy's own parameters, so `load` copies nothing. The cache and what is computed of the weights
+    live while requests run; otherwise their memory is the update's. Weights may be changed in place while no request
+    runs, or between `pause` and `resume` with a `load` of the new version.
 
-class Generator:
-    """Samples from `model`, this rank's shard of the policy.
-
-    Its weights are the policy's own parameters, read afresh in every call, so there is nothing to load after an update.
-    It keeps nothing between calls: the cache and packed copies of weights live as long as a call, and in between their
-    memory is the update's.
+    All calls but `busy` are collective over tp and pp. Under ep, `step`, `generate`, `pause` and `load` are collective
+    over its group too: its ranks call them equally often, with requests of their own or none.
 
     Args:
+        version: of the weights that `model` has now.
         block_size: tokens in a cache block.
         max_running: sequences that run at once.
-        prefill_tokens: prompt tokens one step takes in, which bounds its activations.
+        prefill_tokens: tokens one step takes in, which bounds its activations.
         cache_bytes: limit of the cache on this rank; None gives every running sequence its full length.
-
-    Attributes:
-        interrupted: asked at each step of a rank on the last stage: True ends the call soon.
+        profiler: takes the tokens and FLOPs of completions.
 
     Raises:
         ValueError: a size below 1.
@@ -136,250 +123,275 @@ class Generator:
         model: Model,
         mesh: Mesh,
         *,
+        version: int = 0,
         block_size: int = 16,
         max_running: int = 256,
         prefill_tokens: int = 4096,
         cache_bytes: int | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         sizes = {"block_size": block_size, "max_running": max_running, "prefill_tokens": prefill_tokens}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size}: must be at least 1")
-        self.model, self.mesh = model, mesh
-        self.block_size, self.max_running = block_size, max_running
-        self.prefill_tokens, self.cache_bytes = prefill_tokens, cache_bytes
+        self.model, self.mesh, self.version, self.cache_bytes = model, mesh, version, cache_bytes
+        self.profiler = Profiler(mesh) if profiler is None else profiler
         self.interrupted: Callable[[], bool] = lambda: False
+        lanes = mesh.pp.size
+        self.scheduler = Scheduler(block_size, max_running=max_running, prefill_tokens=prefill_tokens, lanes=lanes)
+        self.lanes = [Lane(-(-max_running // lanes), mesh.device) for _ in range(lanes)]
+        self.cache: PagedCache | None = None
+        self.clock = 0  # times that have passed; the same on all ranks of tp, pp and ep
+        self._next_id = 0
+        self._open: set[int] = set()  # ids of requests that are not collected
+        self._calls: deque[tuple[int, Callable[[], None]]] = deque()  # step number from which a call counts, the call
+        self._steps: dict[int, Step] = {}  # planned and not yet committed, by number; empty turns are left out
+        # [2, rows + 1] fp64: tokens and logprobs of a step, then whether to stop: so all ranks stop at one step.
+        self._results: dict[int, Tensor] = {}
+        self._hidden: Tensor | None = None  # [tokens, hidden], received for the next step
+        self._ended: deque[tuple[int, Completion]] = deque()  # step number that saw the end, completion
+        self._ready: dict[int, Completion] = {}
+        self._paused = self._pausing = self._frozen = self._packed = False
 
-    def load(self, model: Model) -> None:
-        """Samples from this model's weights from now on. It runs on the very shards, so nothing is copied."""
-        self.model = model
+    @property
+    def busy(self) -> bool:
+        return bool(self._open)
 
-    def generate(self, prompts: list[list[int]], sample_ids: list[int], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in the order of the prompts.
-
-        Collective over tp and pp: their ranks call it with the same arguments and all get the same completions. Ranks
-        of dp pass their own slices of the prompts; those of one ep group must all call it, if only with no prompts.
-
-        Args:
-            prompts: token ids, at least one each.
-            sample_ids: one a prompt; equal prompts with different ids get independent samples.
-
-        Raises:
-            ValueError: a prompt that is empty, too long for the model or for the cache, or holds an unknown token;
-                a stop id outside the vocabulary; not one sample id a prompt.
-            Interrupted: on all ranks of tp and pp, where it was.
-        """
-        self._check(prompts, sample_ids, params)
-        if not any(gather_objects(len(prompts), self.mesh.ep)):
-            return []
-        with torch.inference_mode():
-            longest = blocks_for(max(map(len, prompts), default=1) + params.max_new_tokens - 1, self.block_size)
-            num_blocks = self._num_blocks(longest * min(self.max_running, len(prompts)))
-            scheduler = Scheduler(
-                prompts,
-                BlockPool(num_blocks),
-                self.block_size,
-                max_new_tokens=params.max_new_tokens,
-                stop_ids=params.stop_ids,
-                max_running=self.max_running,
-                prefill_tokens=self.prefill_tokens,
-                lanes=self.mesh.pp.size,
-            )
-            cache = PagedCache(
-                self.model.kv_shape, num_blocks, self.block_size, dtype=self.model.dtype, device=self.mesh.device
-            )
-            keys = [sample_key(params.seed, sample_id) for sample_id in sample_ids]
-            with packed_weights(self.model, params.max_new_tokens):
-                run = _Run(self.model, self.mesh, scheduler, cache, keys, params, longest, self.interrupted)
-                run.run()
-        if run.stopped:
-            raise Interrupted
-        return [Completion(s.tokens, s.logprobs, s.finish) for s in scheduler.sequences]
-
-    def _num_blocks(self, wanted: int) -> int:
-        """Blocks of the cache: what is wanted, or what every stage's budget allows."""
+    @cached_property
+    def _max_blocks(self) -> int | None:
+        """Cache blocks that every stage's budget allows."""
         if self.cache_bytes is None:
-            return wanted
-        allowed = self.cache_bytes // PagedCache.bytes_per_block(self.model.kv_shape, self.block_size, self.model.dtype)
+            return None
+        shape, block = self.model.kv_shape, self.scheduler.block_size
+        allowed = self.cache_bytes // PagedCache.bytes_per_block(shape, block, self.model.dtype)
         # Stages may hold different numbers of layers, and ranks of tp of heads, but all plan with one number of blocks.
-        blocks = torch.tensor(min(wanted, allowed), device=self.mesh.device)
+        blocks = torch.tensor(allowed, device=self.mesh.device)
         return int(all_reduce(all_reduce(blocks, self.mesh.tp, "min"), self.mesh.pp, "min"))
 
-    def _check(self, prompts: list[list[int]], sample_ids: list[int], params: SamplingParams) -> None:
-        vocab, positions = self.model.config.vocab_size, self.model.config.longest_rollout
+    def add(self, request: Request) -> int:
+        """Queues a request and returns its id.
+
+        Raises:
+            ValueError: a prompt that is empty, too long for the model or for the cache, or holds a token outside the
+                vocabulary; a stop id outside the vocabulary.
+        """
+        self._check(request)
+        sequence = Sequence(
+            self._next_id, request.prompt, request.params, sample_key(request.params.seed, request.sample_id)
+        )
+        self._open.add(sequence.id)
+        self._next_id += 1
+        self._calls.append((self.clock, lambda: self.scheduler.add(sequence)))
+        return sequence.id
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request early; a later `step` returns what it has. One that was collected already is left alone.
+
+        Raises:
+            ValueError: an id that `add` has not returned.
+        """
+        if not 0 <= request_id < self._next_id:
+            raise ValueError(f"request {request_id} was never added; the last one is {self._next_id - 1}")
+        self._calls.append((self.clock, lambda: self.scheduler.abort([request_id])))
+
+    def step(self) -> list[Completion]:
+        """One token of every running sequence of a lane; returns the completions that are ready and not collected."""
+        self._tick()
+        ready, self._ready = list(self._ready.values()), {}
+        self._open.difference_update(completion.id for completion in ready)
+        return ready
+
+    def generate(self, prompts: list[list[int]], sample_ids: list[int], params: SamplingParams) -> list[Completion]:
+        """One completion a prompt, in the order of the prompts. Other requests go on meanwhile.
+
+        Raises:
+            ValueError: as `add`, before any is added; not one sample id a prompt.
+            Interrupted: on all ranks of tp and pp, where `interrupted` was true on one.
+        """
+        assert not self._pausing, "generate between pause and resume"
         if len(prompts) != len(sample_ids):
             raise ValueError(f"{len(prompts)} prompts but {len(sample_ids)} sample ids")
+        requests = [Request(prompt, number, params) for prompt, number in zip(prompts, sample_ids, strict=True)]
+        for request in requests:
+            self._check(request)
+        ids = [self.add(request) for request in requests]
+        while self._on_any_rank(not self._ready.keys() >= set(ids)):
+            self._tick()
+        self._open.difference_update(ids)
+        completions = [self._ready.pop(request_id) for request_id in ids]
+        if any(completion.finish == "abort" for completion in completions):
+            raise Interrupted
+        return completions
+
+    def pause(self) -> None:
+        """Ends the steps in flight, with the weights as they are, and drops what is computed of them. Until `resume`
+        no token is sampled; requests keep their tokens and their cache."""
+        self._pausing = True
+        self._calls.append((self.clock, lambda: self._set_paused(True)))
+        # From the call's number on, the last step in flight reaches the last stage and its tokens reach the first.
+        for _ in range(max(1, 2 * self.mesh.pp.size - 2)):
+            self._tick()
+        assert not self._steps, "a step is in flight after a pause"
+        self._thaw()
+
+    def resume(self) -> None:
+        """Goes on after `pause`."""
+        self._pausing = False
+        self._calls.append((self.clock, lambda: self._set_paused(False)))
+
+    def load(self, weights: Model, version: int) -> None:
+        """Samples from these weights from now on; steps in flight end with the old ones first.
+
+        Requests that run are prefilled anew with the tokens they have: a cache of the old weights would give logprobs
+        that no forward of either version computes.
+        """
+        running = not self._pausing
+        if self._on_any_rank(self.busy):
+            self.pause()
+            self.scheduler.requeue()
+        if running:
+            self.resume()
+        self._thaw()
+        self.model, self.version = weights, version
+
+    def _check(self, request: Request) -> None:
+        prompt, params = request.prompt, request.params
+        vocab, positions = self.model.config.vocab_size, self.model.config.longest_rollout
+        name = f"prompt of sample {request.sample_id}"
         for stop in params.stop_ids:
             if not 0 <= stop < vocab:
                 raise ValueError(f"stop id {stop} is not in the vocabulary of {vocab}")
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty: there is nothing to continue")
-            if not 0 <= min(prompt) <= max(prompt) < vocab:
-                raise ValueError(f"prompt {index} holds a token outside the vocabulary of {vocab}")
-            if len(prompt) + params.max_new_tokens > positions:
-                raise ValueError(
-                    f"prompt {index} of {len(prompt)} tokens with max_new_tokens={params.max_new_tokens} "
-                    f"passes the model's {positions} positions"
-                )
+        if not prompt:
+            raise ValueError(f"{name} is empty: there is nothing to continue")
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise ValueError(f"{name} holds a token outside the vocabulary of {vocab}")
+        if len(prompt) + params.max_new_tokens > positions:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens, with max_new_tokens={params.max_new_tokens} it passes the model's"
+                f" {positions} positions"
+            )
+        self.scheduler.max_blocks = self._max_blocks
+        blocks = self.scheduler.blocks_of(len(prompt), params)
+        if self._max_blocks is not None and blocks > self._max_blocks:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens, with max_new_tokens={params.max_new_tokens} it needs {blocks} cache"
+                f" blocks of {self.scheduler.block_size}; cache_bytes={self.cache_bytes} holds {self._max_blocks}"
+            )
 
+    def _on_any_rank(self, value: bool) -> bool:
+        """Whether `value` is true on a rank of the ep group."""
+        if self.mesh.ep.size == 1:
+            return value
+        return bool(all_reduce(torch.tensor(int(value), device=self.mesh.device), self.mesh.ep, "max").item())
 
-@contextmanager
-def packed_weights(model: Model, steps: int) -> Iterator[None]:
-    """Within, layers with a place for it (`packed`) multiply by a packed copy of their weight, where that pays."""
-    # Packing takes about as long as it saves in 8 steps of 32 rows (benchmarks/bench_generate.py).
-    layers: list[Any] = [module for module in model.modules() if steps >= 10 and hasattr(module, "packed")]
-    heads: list[Any] = [module for module in model.modules() if getattr(module, "made", False)]
-    try:
-        for head in heads:
-            head.frozen = head.rows()
-        for layer in layers:
-            layer.packed = pack(layer.weight if getattr(layer, "frozen", None) is None else layer.frozen)
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
-        for head in heads:
-            head.frozen = None
+    def _set_paused(self, paused: bool) -> None:
+        self._paused = paused
 
+    def _thaw(self) -> None:
+        if self._frozen:
+            self.model.thaw_weights()
+        self._frozen = self._packed = False
 
-def sample_key(seed: int, sample_id: int) -> int:
-    """The 64-bit key of a sample's random numbers, signed as int64: SplitMix64 over both numbers, so that neighboring
-    seeds and ids share nothing (Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
-
-    def mix(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        return x ^ (x >> 31)
-
-    key = mix(mix(seed) ^ sample_id)
-    return key - (1 << 64) if key >> 63 else key
-
-
-class _Lane:
-    """What the device knows of a lane's running sequences: row i is the scheduler's i-th."""
-
-    def __init__(self, rows: int, max_blocks: int, device: torch.device) -> None:
-        # Rows of `state`: last token, tokens in the sequence (the last included), place in the response, sample key.
-        self.state = torch.zeros(4, rows, dtype=torch.int64, device=device)
-        self.tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
-
-    def admit(self, step: Step, keys: list[int]) -> None:
-        """Fills the rows behind the decoding ones with the step's prompts."""
-        new, rows, width = len(step.admitted), slice(step.decoding, step.rows), self.tables.shape[1]
-        columns = [[0] * new, [len(s.prompt) for s in step.admitted], [0] * new, [keys[s.index] for s in step.admitted]]
-        self.state[:, rows] = torch.tensor(columns, device=self.state.device)
-        # Entries past a sequence's blocks are never looked up, but must name a block.
-        tables = [s.blocks + [0] * (width - len(s.blocks)) for s in step.admitted]
-        self.tables[rows] = torch.tensor(tables, dtype=torch.int32, device=self.tables.device)
-
-    def advance(self, tokens: Tensor, rows: int, keep: list[int] | None) -> None:
-        """Appends a token to each of `rows` rows, then closes the gaps of those that ended."""
-        self.state[0, :rows] = tokens
-        self.state[1:3, :rows] += 1
-        if keep:
-            kept = torch.tensor(keep, device=self.state.device)
-            self.state[:, : len(keep)] = self.state[:, kept]
-            self.tables[: len(keep)] = self.tables[kept]
-
-
-class _Run:
-    """One call of generate on one rank."""
-
-    def __init__(
-        self,
-        model: Model,
-        mesh: Mesh,
-        scheduler: Scheduler,
-        cache: PagedCache,
-        keys: list[int],
-        params: SamplingParams,
-        max_blocks: int,
-        interrupted: Callable[[], bool],
-    ) -> None:
-        self.interrupted, self.stopped = interrupted, False
-        self.model, self.mesh, self.scheduler, self.cache, self.keys = model, mesh, scheduler, cache, keys
-        rows, device = scheduler.lane_size, mesh.device
-        self.lanes = [_Lane(rows, max_blocks, device) for _ in range(mesh.pp.size)]
-        self.rows = torch.arange(rows, device=device)
-        self.temperature = torch.full((rows,), params.temperature, dtype=torch.float32, device=device)
-        self.top_k = torch.full((rows,), params.top_k, dtype=torch.int32, device=device)
-        self.top_p = torch.full((rows,), params.top_p, dtype=torch.float32, device=device)
-        self.min_new_tokens = params.min_new_tokens if params.stop_ids else 0
-        self.stop_ids = torch.tensor(params.stop_ids, dtype=torch.int64, device=device)
-        self.steps: dict[int, Step] = {}  # planned and not yet committed, by number; empty turns are left out
-        # [2, rows + 1] fp64: tokens and logprobs of a step, then whether to stop: so all ranks stop at one step.
-        self.results: dict[int, Tensor] = {}
-        self.end: int | None = None  # the first step number with nothing left to do
-
-    def run(self) -> None:
-        """Runs steps until every prompt has ended."""
-        number, hidden = -self.mesh.pp.rank, None
-        while True:
-            if number >= 0:
-                if self.model.stage.has_embedding:
-                    self.plan(number)
-                if self.end is not None:
-                    return
-            step, made = self.steps.get(number), None
-            if step is not None:
-                made = self.forward(step, hidden)
-                if self.model.stage.has_head:
-                    self.results[number] = self.sample(step, made)
-            elif number >= 0 and self.mesh.ep.size > 1:
-                self.idle()
-            hidden = self.exchange(number, made)
-            number += 1
-
-    def plan(self, number: int) -> None:
-        """Commits the lane's last step, then plans its next. Every rank does so in the order of the numbers, with the
-        same results, whenever it gets to it."""
-        lane = number % len(self.lanes)
-        previous = self.steps.pop(number - len(self.lanes), None)
-        if previous is not None:
-            result = self.results.pop(number - len(self.lanes))
-            (*tokens, stop), (*logprobs, _) = result.tolist()
-            self.stopped |= bool(stop)
-            keep = self.scheduler.commit(previous, [int(token) for token in tokens], logprobs)
-            report(self.scheduler.done, self.scheduler.total)
-            self.lanes[lane].advance(result[0, :-1], previous.rows, keep)
-        # Steps that are at later stages run to the end.
-        waits = bool(self.steps) if self.stopped else not self.scheduler.finished
-        unfinished = torch.tensor(int(waits), device=self.mesh.device)
-        if not all_reduce(unfinished, self.mesh.ep, "max").item():
-            self.end = number
-            return
-        step = None if self.stopped else self.scheduler.plan(lane)
+    @torch.inference_mode()
+    def _tick(self) -> None:
+        """One time: this stage runs its step, then meets the others."""
+        pp, number, output = self.mesh.pp, self.clock - self.mesh.pp.rank, None
+        if pp.rank == 0:
+            self._plan(number)
+        step = self._steps.get(number)
         if step is not None:
-            self.steps[number] = step
-            if step.admitted:
-                self.lanes[lane].admit(step, self.keys)
+            output = self._forward(step, self._hidden)
+            if pp.rank == pp.size - 1:
+                self._results[number] = self._sample(step, output)
+        elif number >= 0 and self.mesh.ep.size > 1:
+            self._idle()
+        self._hidden = self._exchange(number, output)
+        # The last step that every stage has planned: the first stage this time's, the last stage pp - 2 before.
+        planned = min(self.clock, self.clock - pp.size + 2)
+        while self._ended and self._ended[0][0] <= planned:
+            completion = self._ended.popleft()[1]
+            self._ready[completion.id] = completion
+        self.clock += 1
 
-    def forward(self, step: Step, hidden: Tensor | None) -> Tensor:
-        """This stage's hidden states [tokens, hidden] of a step: the decoding rows first, then the packed prompts."""
-        lane, decoding, block = self.lanes[step.lane], step.decoding, self.cache.block_size
-        rows, tokens, device = self.rows[:decoding], lane.state[0, :decoding], self.mesh.device
-        positions = lane.state[1, :decoding] - 1
-        longest, starts = 0, rows
+    def _plan(self, number: int) -> None:
+        """Commits the lane's last step, makes the calls that count by now, then plans the lane's next step. Every rank
+        does so in the order of the numbers, with the same results, whenever it gets to it."""
+        turn, scheduler = number % len(self.lanes), self.scheduler
+        lane, previous = self.lanes[turn], self._steps.pop(number - len(self.lanes), None)
+        stop = 0.0
+        if previous is not None:
+            result = self._results.pop(number - len(self.lanes))
+            (*tokens, stop), (*logprobs, _) = result.tolist()
+            scheduler.commit(previous, [int(token) for token in tokens], logprobs, self.version)
+            report(scheduler.done, scheduler.total)
+            lane.advance(result[0, :-1])
+        while self._calls and self._calls[0][0] <= number:
+            self._calls.popleft()[1]()
+        if stop:
+            scheduler.abort()
+        keep = scheduler.retire(turn)
+        if keep is not None:
+            lane.keep(keep)
+        self._take_ended(number)
+        if not scheduler.unfinished:
+            self._release()
+        elif not self._paused:
+            step = scheduler.plan(turn)
+            if step is not None:
+                self._steps[number] = step
+                self._prepare(lane, step)
+
+    def _take_ended(self, number: int) -> None:
+        ended, self.scheduler.ended = self.scheduler.ended, []
+        for s in ended:
+            assert s.finish, "a sequence was retired before its end"
+            self._ended.append((number, Completion(s.id, s.tokens, s.logprobs, s.versions, s.finish)))
+            flops = self.model.forward_flops([s.length], len(s.tokens))
+            self.profiler.add(self.mesh, tokens=len(s.tokens), flops=flops)
+
+    def _release(self) -> None:
+        """Gives the memory of cache and packed weights back once nothing waits or runs."""
+        self.scheduler.reset()
+        self.cache = None
+        self._thaw()
+
+    def _prepare(self, lane: Lane, step: Step) -> None:
+        """Room in the cache, rows and weights for a step that was planned."""
+        blocks = self.scheduler.pool.num_blocks
+        if self.cache is None:
+            options = {"dtype": self.model.dtype, "device": self.mesh.device}
+            self.cache = PagedCache(self.model.kv_shape, blocks, self.scheduler.block_size, **options)
+        elif blocks > self.cache.num_blocks:
+            self.cache.grow(blocks)
         if step.admitted:
-            lengths = [len(sequence.prompt) for sequence in step.admitted]
+            lane.admit(step, self.scheduler.max_length)
+        pack = self._packed or any(s.params.max_new_tokens >= PACK_TOKENS for s in step.admitted)
+        if not self._frozen or pack > self._packed:
+            self.model.freeze_weights(pack)
+            self._frozen, self._packed = True, pack
+
+    def _forward(self, step: Step, hidden: Tensor | None) -> Tensor:
+        """This stage's hidden states [tokens, hidden] of a step: the decoding rows first, then the packed sequences."""
+        assert self.cache is not None
+        lane, cache, decoding, block = self.lanes[step.lane], self.cache, step.decoding, self.scheduler.block_size
+        device = self.mesh.device
+        rows = torch.arange(decoding, device=device)
+        tokens, positions, starts, longest = lane.last[:decoding], lane.length[:decoding] - 1, rows, 0
+        if step.admitted:
+            lengths = [sequence.length for sequence in step.admitted]
             longest = max(lengths)
-            starts = torch.tensor([0, *lengths], device=device).cumsum(0)  # cu_seqlens of the prompts
-            documents = torch.repeat_interleave(self.rows[: len(lengths)], starts.diff(), output_size=sum(lengths))
+            starts = torch.tensor([0, *lengths], device=device).cumsum(0)  # cu_seqlens of the admitted
+            numbers = torch.arange(len(lengths), device=device)
+            documents = torch.repeat_interleave(numbers, starts.diff(), output_size=sum(lengths))
             places = torch.arange(sum(lengths), device=device) - starts[documents]
-            prompts = torch.tensor([token for s in step.admitted for token in s.prompt], device=device)
-            rows, tokens = torch.cat((rows, documents + decoding)), torch.cat((tokens, prompts))
+            admitted = torch.tensor([token for s in step.admitted for token in s.prompt + s.tokens], device=device)
+            rows, tokens = torch.cat((rows, documents + decoding)), torch.cat((tokens, admitted))
             positions = torch.cat((positions, places))
         slots = lane.tables[rows, positions // block].long() * block + positions % block  # [tokens]
-        tables, cached = lane.tables[:decoding], lane.state[1, :decoding].int()
+        tables, cached = lane.tables[:decoding], lane.length[:decoding].int()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values, options = (
-                self.cache.keys[layer],
-                self.cache.values[layer],
-                self.model.attention_options(layer),
-            )
+            keys, values, options = cache.keys[layer], cache.values[layer], self.model.attention_options(layer)
             write_kv(k, v, keys, values, slots)
             if not step.admitted:
                 return paged_attention(q, keys, values, tables, cached, **options)
@@ -388,54 +400,54 @@ class _Run:
                 return new
             return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))
 
-        made = self.model(tokens if hidden is None else hidden, positions, attend)
-        if step.admitted and self.model.stage.has_head:
-            # Only the last token of a prompt is sampled from.
-            made = made[torch.cat((self.rows[:decoding], starts[1:] + (decoding - 1)))]
-        return made
+        output = self.model(tokens if hidden is None else hidden, positions, attend)
+        if step.admitted and self.mesh.pp.rank == self.mesh.pp.size - 1:
+            # Only the last token of an admitted sequence is sampled from.
+            output = output[torch.cat((torch.arange(decoding, device=device), starts[1:] + (decoding - 1)))]
+        return output
 
-    def idle(self) -> None:
-        """One token through this stage, for the other ranks of ep; nothing is made of it."""
+    def _idle(self) -> None:
+        """One token through this stage, for the other ranks of ep; its output is dropped."""
         position = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
         hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.mesh.device)
-        self.model(position if self.model.stage.has_embedding else hidden, position, lambda layer, q, k, v: q)
+        self.model(position if self.mesh.pp.rank == 0 else hidden, position, lambda layer, q, k, v: q)
 
-    def sample(self, step: Step, hidden: Tensor) -> Tensor:
+    def _sample(self, step: Step, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [2, rows + 1] fp64: each row's next token (exact in fp64) and its logprob, and whether to
         stop."""
-        rows, state = step.rows, self.lanes[step.lane].state
+        rows, lane = slice(step.rows), self.lanes[step.lane]
         logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
-        if self.min_new_tokens:
-            early = state[2, :rows, None] < self.min_new_tokens  # [rows, 1]
-            banned = logits[:, self.stop_ids].masked_fill(early, -torch.inf)
-            logits[:, self.stop_ids] = banned
+        early = early_stops(self.scheduler.running[step.lane])
+        if early:
+            banned_rows, banned = torch.tensor(early, device=logits.device).T
+            logits[banned_rows, banned] = -torch.inf
         tokens, logprobs = sample(
-            logits, self.temperature[:rows], self.top_k[:rows], self.top_p[:rows], state[3, :rows], state[2, :rows]
+            logits, lane.temperature[rows], lane.top_k[rows], lane.top_p[rows], lane.key[rows], lane.place[rows]
         )
         stop = tokens.new_full((2, 1), self.interrupted(), dtype=torch.float64)
         return broadcast(torch.cat((torch.stack((tokens.double(), logprobs.double())), stop), 1), self.mesh.tp)
 
-    def exchange(self, number: int, made: Tensor | None) -> Tensor | None:
+    def _exchange(self, number: int, output: Tensor | None) -> Tensor | None:
         """Meets the other stages after this one ran step `number`; returns the next step's hidden states."""
         pp, operations, hidden = self.mesh.pp, [], None
         last = pp.size - 1
-        if made is not None and pp.rank < last:
-            operations.append(dist.P2POp(dist.isend, made.contiguous(), pp.ranks[pp.rank + 1], pp.group))
+        if output is not None and pp.rank < last:
+            operations.append(dist.P2POp(dist.isend, output.contiguous(), pp.ranks[pp.rank + 1], pp.group))
         if pp.rank > 0 and number + 1 >= 0:
-            self.plan(number + 1)
-            step = self.steps.get(number + 1)
+            self._plan(number + 1)
+            step = self._steps.get(number + 1)
             if step is not None:
                 shape = (step.tokens, self.model.config.hidden_size)
                 hidden = torch.empty(shape, dtype=self.model.dtype, device=self.mesh.device)
                 operations.append(dist.P2POp(dist.irecv, hidden, pp.ranks[pp.rank - 1], pp.group))
         sampled = number + pp.rank - last  # the step the last stage has just sampled
-        if last and sampled in self.steps:
+        if last and sampled in self._steps:
             if pp.rank == last:
                 receivers = pp.ranks[:last]
-                operations += [dist.P2POp(dist.isend, self.results[sampled], peer, pp.group) for peer in receivers]
+                operations += [dist.P2POp(dist.isend, self._results[sampled], peer, pp.group) for peer in receivers]
             else:
-                shape = (2, self.steps[sampled].rows + 1)
-                self.results[sampled] = torch.empty(shape, dtype=torch.float64, device=self.mesh.device)
-                operations.append(dist.P2POp(dist.irecv, self.results[sampled], pp.ranks[last], pp.group))
+                shape = (2, self._steps[sampled].rows + 1)
+                self._results[sampled] = torch.empty(shape, dtype=torch.float64, device=self.mesh.device)
+                operations.append(dist.P2POp(dist.irecv, self._results[sampled], pp.ranks[last], pp.group))
         exchange(operations, pp)
         return hidden

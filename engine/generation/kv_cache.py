@@ -20,13 +20,19 @@ def blocks_for(tokens: int, block_size: int) -> int:
 class BlockPool:
     """The free blocks, by number. Last freed is first handed out: it is the likeliest to be in a processor's cache."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
 
     @property
     def free_blocks(self) -> int:
         return len(self._free)
+
+    def grow(self, num_blocks: int) -> None:
+        """Adds blocks up to this number, if it is more than there are; they are handed out last."""
+        if num_blocks > self.num_blocks:
+            self._free[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)
+            self.num_blocks = num_blocks
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks, or None (and nothing taken) where fewer are free."""
@@ -58,10 +64,19 @@ class PagedCache:
         device: torch.device,
     ) -> None:
         layers, kv_heads, head_dim = kv_shape
-        shape = (layers, num_blocks, block_size, kv_heads, head_dim)
-        self.block_size = block_size
-        self.keys = list(torch.empty(shape, dtype=dtype, device=device))  # layers x [blocks, block, kv/tp, d]
-        self.values = list(torch.empty(shape, dtype=dtype, device=device))
+        self.block_size, self.num_blocks = block_size, num_blocks
+        shape = (num_blocks, block_size, kv_heads, head_dim)
+        self.keys, self.values = (
+            [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
+        )
+
+    def grow(self, num_blocks: int) -> None:
+        """Adds blocks behind those that are here, which are copied, a layer at a time."""
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_empty((num_blocks, *old.shape[1:]))
+                tensors[layer][: len(old)] = old
+        self.num_blocks = num_blocks
 
     @staticmethod
     def bytes_per_block(kv_shape: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> int:

@@ -1,13 +1,13 @@
 """Continuous batching (Yu et al. 2022, "Orca"): which sequences the next forward runs. Pure: lists in, lists out.
 
-Every step decodes one token of each running sequence and prefills, in the same forward, as many waiting prompts as fit.
+Every step decodes one token of each running sequence and prefills, in the same forward, as many waiting ones as fit.
 A finished sequence gives up its row and its blocks at once, and the next step fills them.
 
-A prompt is admitted only when blocks for its whole possible length are free, so nothing that runs is ever preempted.
+A sequence is admitted only when blocks for its whole possible length are free, so nothing that runs is ever preempted.
 Preemption by recompute would pack more sequences into a pool that is too small, but it computes the recomputed keys
 and values in another batch shape than the first time, and in bf16 that changes tokens with the size of the pool. Here a
-block table is written once, at admission, and the decode step never touches it. The usual pool (`max_running` sequences
-of full length) never makes a prompt wait.
+block table is written once, at admission, and the decode step never touches it. Unless it is limited, the pool grows so
+that none of the `max_running` sequences waits for blocks.
 
 Lanes are groups of sequences that take turns: with `pp` pipeline stages there are `pp` lanes, each at another stage.
 """
@@ -15,26 +15,37 @@ Lanes are groups of sequences that take turns: with `pp` pipeline stages there a
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
+from .interface import SamplingParams
 from .kv_cache import BlockPool, blocks_for
 
 
 @dataclass
 class Sequence:
-    """One prompt and what has been sampled for it. `index` is its place in the caller's list."""
+    """A request and what has been sampled for it."""
 
-    index: int
+    id: int
     prompt: list[int]
+    params: SamplingParams
+    key: int = 0  # of its random numbers
     blocks: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish: str = ""  # "stop" | "length" once finished
+    versions: list[int] = field(default_factory=list)
+    finish: Literal["", "stop", "length", "abort"] = ""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the response."""
+        return len(self.prompt) + len(self.tokens)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: a token of each of the `decoding` sequences that `lane` runs, then the `admitted` prompts, whole."""
+    """One forward: a token of each of the `decoding` sequences that `lane` runs, then the `admitted` ones, whole."""
 
     lane: int
     decoding: int
@@ -48,104 +59,149 @@ class Step:
     @property
     def tokens(self) -> int:
         """Tokens that go through the forward."""
-        return self.decoding + sum(len(sequence.prompt) for sequence in self.admitted)
+        return self.decoding + sum(sequence.length for sequence in self.admitted)
 
 
 class Scheduler:
     """Plans steps and takes their results.
 
-    The order is first come, first served, without overtaking, and depends on nothing but the arguments and the sampled
+    The order is first come, first served, without overtaking, and depends on nothing but the calls and the sampled
     tokens: ranks that call the same methods with the same results hold the same state.
 
     Args:
         max_running: sequences running at once, over all lanes.
-        prefill_tokens: prompt tokens admitted in one step; a longer prompt is admitted alone.
+        prefill_tokens: tokens admitted in one step; a longer sequence is admitted alone.
+        max_blocks: of the pool; None for as many as `max_running` sequences need.
 
-    Raises:
-        ValueError: a prompt with its `max_new_tokens` needs more blocks than the pool has.
+    Attributes:
+        ended: sequences that have ended, for the caller to take.
+        lane_size: sequences running at once in a lane.
+        max_length: blocks of the longest sequence.
+        done, total: tokens of all sequences, where a response that has ended counts in full.
     """
 
     def __init__(
         self,
-        prompts: list[list[int]],
-        pool: BlockPool,
         block_size: int,
         *,
-        max_new_tokens: int,
-        stop_ids: tuple[int, ...] = (),
         max_running: int,
         prefill_tokens: int,
         lanes: int = 1,
+        max_blocks: int | None = None,
     ) -> None:
-        self.pool = pool
-        self.block_size = block_size
-        self.max_new_tokens = max_new_tokens
-        self.stop_ids = frozenset(stop_ids)
-        self.prefill_tokens = prefill_tokens
-        self.sequences = [Sequence(index, prompt) for index, prompt in enumerate(prompts)]
-        for sequence in self.sequences:
-            if self.blocks_of(sequence) > pool.num_blocks:
-                raise ValueError(
-                    f"prompt {sequence.index} has {len(sequence.prompt)} tokens and may grow by {max_new_tokens}: "
-                    f"{self.blocks_of(sequence)} cache blocks of {block_size} needed, the pool has {pool.num_blocks}"
-                )
-        self.waiting = deque(self.sequences)
+        self.block_size, self.max_running, self.prefill_tokens = block_size, max_running, prefill_tokens
+        self.max_blocks = max_blocks
+        self.pool = BlockPool()
+        self.waiting: deque[Sequence] = deque()
         self.running: list[list[Sequence]] = [[] for _ in range(lanes)]
-        self.done, self.total = 0, len(prompts) * max_new_tokens  # tokens, a response that has ended counts in full
-        # Lanes are filled evenly, or one would run everything while the other stages' turns pass empty.
-        self.lane_size = blocks_for(min(max_running, len(prompts)), lanes)
+        self.ended: list[Sequence] = []
+        self.lane_size = self.max_length = self.done = self.total = 0
 
     @property
-    def finished(self) -> bool:
-        return not self.waiting and not any(self.running)
+    def unfinished(self) -> int:
+        """Sequences that wait or hold a row."""
+        return len(self.waiting) + sum(map(len, self.running))
 
-    def blocks_of(self, sequence: Sequence) -> int:
-        """Blocks of the longest `sequence` can get. The last token sampled is never fed back, so never cached."""
-        return blocks_for(len(sequence.prompt) + self.max_new_tokens - 1, self.block_size)
+    def blocks_of(self, prompt: int, params: SamplingParams) -> int:
+        """Blocks of the longest that a prompt of so many tokens can get. The last token sampled is never fed back, so
+        never cached."""
+        return blocks_for(prompt + params.max_new_tokens - 1, self.block_size)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence behind those that wait."""
+        self.waiting.append(sequence)
+        self.total += sequence.params.max_new_tokens
+        self.max_length = max(self.max_length, self.blocks_of(len(sequence.prompt), sequence.params))
+        # Lanes are filled evenly, or one would run everything while the other stages' turns pass empty.
+        self.lane_size = max(self.lane_size, blocks_for(min(self.max_running, self.unfinished), len(self.running)))
+
+    def abort(self, ids: Iterable[int] | None = None) -> None:
+        """Ends these sequences, or all: those that wait at once, those that run when their lane is next planned."""
+        wanted = None if ids is None else set(ids)
+        for sequence in [*self.waiting, *(s for lane in self.running for s in lane)]:
+            if not sequence.finish and (wanted is None or sequence.id in wanted):
+                self._end(sequence, "abort")
+        self.ended += [s for s in self.waiting if s.finish]
+        self.waiting = deque(s for s in self.waiting if not s.finish)
 
     def plan(self, lane: int) -> Step | None:
-        """The next step of `lane`, whose last step must have been committed; None where it has nothing to run."""
+        """The next step of `lane`, whose last step must be committed and retired; None where it has nothing to run."""
         running = self.running[lane]
         decoding, admitted, budget = len(running), [], self.prefill_tokens
         while self.waiting and len(running) < self.lane_size:
             sequence = self.waiting[0]
-            if admitted and len(sequence.prompt) > budget:
+            if admitted and sequence.length > budget:
                 break
-            blocks = self.pool.allocate(self.blocks_of(sequence))
+            blocks = self._allocate(self.blocks_of(len(sequence.prompt), sequence.params))
             if blocks is None:
                 break
             self.waiting.popleft()
             sequence.blocks = blocks
-            budget -= len(sequence.prompt)
+            budget -= sequence.length
             admitted.append(sequence)
             running.append(sequence)
         return Step(lane, decoding, admitted) if running else None
 
-    def commit(self, step: Step, tokens: list[int], logprobs: list[float]) -> list[int] | None:
-        """Takes one token of each row of `step`, in its order; frees what is finished.
+    def commit(self, step: Step, tokens: list[int], logprobs: list[float], version: int = 0) -> None:
+        """Takes one token of each row of `step`, in its order; those of sequences that were aborted are dropped."""
+        running = self.running[step.lane]
+        assert len(tokens) == len(running) == step.rows, "a step's result does not match its rows"
+        for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
+            if sequence.finish:
+                continue
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            sequence.versions.append(version)
+            self.done += 1
+            if token in sequence.params.stop_ids:
+                self._end(sequence, "stop")
+            elif len(sequence.tokens) == sequence.params.max_new_tokens:
+                self._end(sequence, "length")
+
+    def retire(self, lane: int) -> list[int] | None:
+        """Frees what has ended in `lane`, which has no step in flight.
 
         Returns:
             The rows that go on, in order, or None where all do.
         """
-        running = self.running[step.lane]
-        assert len(tokens) == len(running) == step.rows, "a step's result does not match its rows"
-        ended = False
-        self.done += len(running)
-        for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            if token in self.stop_ids:
-                sequence.finish = "stop"
-            elif len(sequence.tokens) == self.max_new_tokens:
-                sequence.finish = "length"
-            else:
-                continue
-            self.pool.free(sequence.blocks)
-            sequence.blocks = []
-            self.done += self.max_new_tokens - len(sequence.tokens)
-            ended = True
-        if not ended:
-            return None
+        running = self.running[lane]
         keep = [row for row, sequence in enumerate(running) if not sequence.finish]
-        self.running[step.lane] = [running[row] for row in keep]
+        if len(keep) == len(running):
+            return None
+        for sequence in running:
+            if sequence.finish:
+                self._free(sequence)
+                self.ended.append(sequence)
+        self.running[lane] = [running[row] for row in keep]
         return keep
+
+    def requeue(self) -> None:
+        """Sends all that runs back to the head of the queue, in the order of arrival, to be prefilled with what it has.
+        No step may be in flight."""
+        running = sorted((s for lane in self.running for s in lane), key=lambda sequence: sequence.id)
+        for sequence in running:
+            self._free(sequence)
+        self.waiting.extendleft(reversed(running))
+        self.running = [[] for _ in self.running]
+
+    def reset(self) -> None:
+        """Forgets the sizes that past sequences needed, the pool's among them. Nothing may wait or run."""
+        assert not self.unfinished and self.pool.free_blocks == self.pool.num_blocks, "blocks leaked"
+        self.pool = BlockPool()
+        self.lane_size = self.max_length = self.done = self.total = 0
+
+    def _allocate(self, count: int) -> list[int] | None:
+        if count > self.pool.free_blocks:
+            # All that is here at first; later at least twice as much as before, so that copies stay few.
+            here, most = (self.max_length * min(self.max_running, n) for n in (self.unfinished, self.max_running))
+            size = min(most, max(here, 2 * self.pool.num_blocks))
+            self.pool.grow(size if self.max_blocks is None else min(size, self.max_blocks))
+        return self.pool.allocate(count)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.blocks)
+        sequence.blocks = []
+
+    def _end(self, sequence: Sequence, finish: Literal["stop", "length", "abort"]) -> None:
+        sequence.finish = finish
+        self.done += sequence.params.max_new_tokens - len(sequence.tokens)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.linear import layer_linear
+from ...kernels.linear import pack as pack_weight
 from ...kernels.linear_logprob import linear_logprob
 from ..mesh import Mesh
 from .collectives import all_reduce, copy_to_region, reduce_from_region
@@ -49,7 +50,7 @@ def linear_weight(
     return weight, nf4
 
 
-class _Linear(AdaptedLinear):
+class ParallelLinear(AdaptedLinear):
     """A weight that is a parameter, or stands for one that is kept in NF4; a bias; a place for an adapter."""
 
     packed: Tensor | None = None  # the generator's, while the weight does not change (kernels/linear.py)
@@ -61,12 +62,19 @@ class _Linear(AdaptedLinear):
         self.weight, self.nf4 = linear_weight(shard, mesh, dtype, lora)
         self.bias = None if bias is None else sharded_parameter(bias, dtype=dtype, device=mesh.device)
 
+    def freeze(self, pack: bool) -> None:
+        """Packs the weight, where that pays, until `thaw`: it must not change."""
+        self.packed = pack_weight(self.weight) if pack else None
+
+    def thaw(self) -> None:
+        self.packed = None
+
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ by this rank's rectangle of W."""
         return layer_linear(x, self.weight, self.packed) if self.nf4 is None else self.nf4(x)
 
 
-class ColumnParallelLinear(_Linear):
+class ColumnParallelLinear(ParallelLinear):
     """y = x Wᵀ with the output features cut over tp. Fused parts (q, k, v or gate, up) are each cut, then stacked.
 
     [tokens, in] -> [tokens, sum(out)/tp]; the input is whole on every rank. Parts that `lora` targets by name, with
@@ -100,7 +108,7 @@ class ColumnParallelLinear(_Linear):
         return y if self.bias is None else y + self.bias
 
 
-class RowParallelLinear(_Linear):
+class RowParallelLinear(ParallelLinear):
     """y = x Wᵀ with the input features cut over tp: [tokens, in/tp] -> [tokens, out], summed over tp.
 
     `target` is the name under which `lora` may ask for an adapter.

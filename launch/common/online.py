@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Protocol
+from typing import Any, Protocol
 
 from report.curves import Answer, response_text
 from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, response_texts
@@ -17,7 +17,7 @@ from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import load_tokenizer
 from trialign.algorithms.roles.role import Learner, Role
 from trialign.algorithms.rollout.sync import sample, sampling_params, stop_tokens
-from trialign.engine.generation.embedded import Generator
+from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
 
@@ -79,8 +79,8 @@ class OnlineRun:
     def attach(self, actor: Learner, models: list[Role]) -> None:
         """The policy that answers, and the reward models."""
         rollout = self.rollout_config
-        options = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
-        self.generator, self.models = Generator(actor.model, self.mesh, **options), models
+        options: dict[str, Any] = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
+        self.generator, self.models = EmbeddedGenerator(actor.model, self.mesh, **options), models
         self.generator.interrupted = self.run.interrupted
 
     def answer_shown(self) -> list[Answer]:

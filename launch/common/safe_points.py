@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
-from trialign.engine.generation.embedded import Interrupted
+from trialign.engine.generation.interface import Interrupted
 from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import all_reduce

@@ -14,7 +14,8 @@ from tiny_moe import mixture, world_of
 from torch import Tensor
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
-from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.nf4 import NF4Weight
@@ -141,7 +142,7 @@ def test_the_generator_samples_with_the_adapters(folder):
     prompts, plain = samples(VOCAB)[:3], merged(folder, EVERY, masters(learner(adapted(folder, EVERY))))
     for count in (4, 12):
         params = SamplingParams(temperature=0, max_new_tokens=count)
-        got, expected = (Generator(m, m.mesh).generate(prompts, [0, 1, 2], params) for m in (model, plain))
+        got, expected = (EmbeddedGenerator(m, m.mesh).generate(prompts, [0, 1, 2], params) for m in (model, plain))
         for one, other in zip(got, expected, strict=True):
             assert one.tokens == other.tokens
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)

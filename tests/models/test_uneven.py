@@ -10,7 +10,8 @@ from family_run import as_trialign, assert_same
 from harness import run_ranks
 from peft_case import assert_near, two_steps
 from tiny import tiny_llama
-from trialign.engine.generation.embedded import Completion, Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import Completion, SamplingParams
 from trialign.engine.mesh import build_mesh, mesh_as
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.shard import split
@@ -112,7 +113,7 @@ def sampled(rank: int, world: int, folder: Path, tp: int, pp: int) -> list[Compl
     model = Decoder(read_config(folder), mesh, dtype=torch.float32)
     load_hf(model, folder)
     params = SamplingParams(max_new_tokens=12, min_new_tokens=3, stop_ids=(2, 50, 96), top_p=0.95, seed=5)
-    generator = Generator(model, mesh, block_size=4, max_running=3, cache_bytes=40_000)
+    generator = EmbeddedGenerator(model, mesh, block_size=4, max_running=3, cache_bytes=40_000)
     prompts = [[5, 96, 7], [9], [95, 96] * 6, [1, 2, 3, 4, 5]]
     return generator.generate(prompts, list(range(len(prompts))), params)
 

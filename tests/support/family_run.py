@@ -9,7 +9,8 @@ from harness import run_ranks
 from torch import Tensor
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import shapes, stage_forward
-from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.collectives import all_gather
 from trialign.engine.parallel.shard import shard_of
@@ -56,7 +57,9 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
     logits = run_schedule(forward_only, model.stage, mesh, shapes(model, [batch]), model.dtype, whole_logits)
     greedy = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
     short = room_for(config, prompts)
-    completions = Generator(model, mesh, block_size=4, max_running=3).generate(short, list(range(len(short))), greedy)
+    completions = EmbeddedGenerator(model, mesh, block_size=4, max_running=3).generate(
+        short, list(range(len(short))), greedy
+    )
     run_schedule(one_f_one_b, model.stage, mesh, shapes(model, [batch]), model.dtype, loss)
     gradients = []
     for name, parameter in model.named_parameters():

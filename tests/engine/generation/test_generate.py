@@ -12,11 +12,14 @@ from harness import run_ranks
 from safetensors.torch import load_file
 from tiny import weight_pieces
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from trialign.engine.generation.embedded import Completion, Generator, SamplingParams, packed_weights, sample_key
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import Completion, Request, SamplingParams
+from trialign.engine.generation.lane import sample_key
 from trialign.engine.mesh import build_mesh
+from trialign.engine.parallel.tensor import ParallelLinear
 from trialign.kernels.linear import pack
 from trialign.models.config import ModelConfig
-from trialign.models.decoder import Decoder
+from trialign.models.decoder import Decoder, Head
 from trialign.models.families.registry import from_hf_dict, read_config
 
 VOCAB, LAYERS = 97, 4
@@ -94,7 +97,7 @@ def forward_logprobs(prompt: list[int], tokens: list[int], temperature: float = 
 
 def generate(prompts=PROMPTS, ids=None, tp=1, pp=1, options: dict | None = None, **params) -> list[Completion]:
     decoder = build(tp, pp)
-    generator = Generator(decoder, decoder.mesh, **{"block_size": 4, **(options or {})})
+    generator = EmbeddedGenerator(decoder, decoder.mesh, **{"block_size": 4, **(options or {})})
     return generator.generate(prompts, list(range(len(prompts))) if ids is None else ids, SamplingParams(**params))
 
 
@@ -140,7 +143,7 @@ def rank_slice(rank: int, world: int) -> list[list[int]]:
     decoder = build(tp=2)
     mesh = decoder.mesh
     mine = slice(0, 3) if mesh.dp.rank == 0 else slice(3, None)
-    completions = Generator(decoder, mesh).generate(
+    completions = EmbeddedGenerator(decoder, mesh).generate(
         PROMPTS[mine], list(range(10))[mine], SamplingParams(max_new_tokens=9, seed=4)
     )
     return [c.tokens for c in completions]
@@ -162,7 +165,7 @@ def test_sampling_logprobs_are_the_full_forwards(temperature):
 def test_bf16_logprobs_are_near_the_exact_ones():
     """Decode's cache and products of few rows, against the fp32 model on the bf16 model's own tokens."""
     decoder = build(dtype=torch.bfloat16)
-    result = Generator(decoder, decoder.mesh, block_size=4, max_running=4).generate(
+    result = EmbeddedGenerator(decoder, decoder.mesh, block_size=4, max_running=4).generate(
         PROMPTS, list(range(10)), SamplingParams(max_new_tokens=30, seed=3)
     )
     errors = []
@@ -244,30 +247,31 @@ def test_stop_ends_a_response_and_min_new_tokens_bans_it():
 def test_weights_are_read_afresh_in_every_call():
     """The embedded generator runs the policy's own parameters: an update is in the next call without any sync."""
     decoder = build()
-    generator = Generator(decoder, decoder.mesh)
+    generator = EmbeddedGenerator(decoder, decoder.mesh)
     params = SamplingParams(temperature=0, max_new_tokens=6)
     before = generator.generate(PROMPTS, list(range(10)), params)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     after = generator.generate(PROMPTS, list(range(10)), params)
-    fresh = Generator(decoder, decoder.mesh).generate(PROMPTS, list(range(10)), params)
+    fresh = EmbeddedGenerator(decoder, decoder.mesh).generate(PROMPTS, list(range(10)), params)
     assert after == fresh and after != before
     assert all(p.requires_grad and not p.is_inference() for p in decoder.parameters())
 
 
 @pytest.mark.skipif(pack(torch.zeros(8, 8).bfloat16()) is None, reason="this processor has no bf16 in oneDNN")
-def test_packed_copies_live_as_long_as_a_call():
+@pytest.mark.parametrize("tokens, packed", [(64, 4 * LAYERS + 1), (2, 0)])
+def test_packed_copies_live_as_long_as_requests_run(tokens, packed):
+    """Of qkv, output, gate_up and down of each layer, and the head; two tokens do not pay for packing."""
     decoder = build(dtype=torch.bfloat16)
-
-    def packed() -> int:
-        return sum(getattr(module, "packed", None) is not None for module in decoder.modules())
-
-    with packed_weights(decoder, 64):
-        assert packed() == 4 * LAYERS + 1, "qkv, output, gate_up and down of each layer, and the head"
-    assert packed() == 0
-    with packed_weights(decoder, 2):
-        assert packed() == 0, "two steps do not pay for packing"
+    linears = [module for module in decoder.modules() if isinstance(module, ParallelLinear | Head)]
+    generator = EmbeddedGenerator(decoder, decoder.mesh)
+    generator.add(Request([1, 2], 0, SamplingParams(max_new_tokens=tokens)))
+    generator.step()
+    assert sum(linear.packed is not None for linear in linears) == packed
+    while generator.busy:
+        generator.step()
+    assert not any(linear.packed is not None for linear in linears)
 
 
 def test_no_prompts_no_completions():
@@ -275,29 +279,30 @@ def test_no_prompts_no_completions():
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    "kwargs, parts",
     [
-        ({"prompts": [[1], []]}, r"prompt 1 is empty"),
-        ({"prompts": [[1, VOCAB]]}, r"prompt 0 holds a token outside the vocabulary of 97"),
-        ({"prompts": [[-1]]}, r"prompt 0 holds a token outside"),
-        ({"prompts": [[1]], "ids": [1, 2]}, r"1 prompts but 2 sample ids"),
-        ({"prompts": [[1] * 100], "max_new_tokens": 29}, r"100 tokens with max_new_tokens=29 .* 128 positions"),
-        ({"stop_ids": (VOCAB,)}, r"stop id 97 .* vocabulary of 97"),
-        ({"options": {"cache_bytes": 2000}}, r"prompt 0 has 1 tokens .* the pool has 0"),
-        ({"options": {"max_running": 0}}, r"max_running=0"),
-        ({"options": {"block_size": 0}}, r"block_size=0"),
-        ({"temperature": -0.1}, r"temperature=-0.1"),
-        ({"temperature": float("nan")}, r"temperature=nan"),
-        ({"top_k": -1}, r"top_k=-1"),
-        ({"top_p": 0.0}, r"top_p=0.0"),
-        ({"top_p": 1.1}, r"top_p=1.1"),
-        ({"max_new_tokens": 0}, r"max_new_tokens=0"),
-        ({"max_new_tokens": 4, "min_new_tokens": 5}, r"min_new_tokens=5: .* max_new_tokens=4"),
+        ({"prompts": [[1], []]}, ("sample 1", "empty")),
+        ({"prompts": [[1, VOCAB]]}, ("sample 0", "vocabulary of 97")),
+        ({"prompts": [[-1]]}, ("sample 0", "vocabulary of 97")),
+        ({"prompts": [[1]], "ids": [1, 2]}, ("1 prompts", "2 sample ids")),
+        ({"prompts": [[1] * 100], "max_new_tokens": 29}, ("100 tokens", "max_new_tokens=29", "128 positions")),
+        ({"stop_ids": (VOCAB,)}, ("stop id 97", "vocabulary of 97")),
+        ({"options": {"cache_bytes": 2000}}, ("sample 0", "max_new_tokens=8", "2 cache blocks", "cache_bytes=2000")),
+        ({"options": {"max_running": 0}}, ("max_running=0",)),
+        ({"options": {"block_size": 0}}, ("block_size=0",)),
+        ({"temperature": -0.1}, ("temperature=-0.1",)),
+        ({"temperature": float("nan")}, ("temperature=nan",)),
+        ({"top_k": -1}, ("top_k=-1",)),
+        ({"top_p": 0.0}, ("top_p=0.0",)),
+        ({"top_p": 1.1}, ("top_p=1.1",)),
+        ({"max_new_tokens": 0}, ("max_new_tokens=0",)),
+        ({"max_new_tokens": 4, "min_new_tokens": 5}, ("min_new_tokens=5", "max_new_tokens=4")),
     ],
 )
-def test_refusals(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+def test_refusals(kwargs, parts):
+    with pytest.raises(ValueError) as error:
         generate(**{"max_new_tokens": 8, **kwargs})
+    assert all(part in str(error.value) for part in parts)
 
 
 SMOLLM2 = Path(os.environ.get("TRIALIGN_SMOLLM2", "models_hf/SmolLM2-135M-Instruct")).absolute()
@@ -306,7 +311,7 @@ QUESTIONS = ["What is the capital of France?", "Write a haiku about rain.", "Why
 
 def rank_smollm2(rank: int, world: int, tp: int, pp: int, prompts: list[list[int]]) -> list[list[int]]:
     decoder = filled(read_config(SMOLLM2), load_file(SMOLLM2 / "model.safetensors"), tp, pp)
-    generator = Generator(decoder, decoder.mesh, max_running=3)
+    generator = EmbeddedGenerator(decoder, decoder.mesh, max_running=3)
     params = SamplingParams(temperature=0, max_new_tokens=64)
     return [c.tokens for c in generator.generate(prompts, list(range(len(prompts))), params)]
 

@@ -21,6 +21,10 @@ def test_pool_gives_all_or_nothing():
     pool.free(first)
     assert pool.allocate(3) == first, "the last freed blocks come back first, in their order"
     assert pool.allocate(0) == []
+    pool.grow(4)
+    assert pool.num_blocks == 5, "a pool does not shrink"
+    pool.grow(7)
+    assert pool.allocate(4) == [3, 4, 5, 6], "new blocks are handed out last"
 
 
 def test_pool_notices_a_double_free():
@@ -59,3 +63,8 @@ def test_cache_shapes_and_bytes(dtype):
     assert len(cache.keys) == len(cache.values) == 3
     assert all(t.shape == (5, 4, 2, 8) and t.dtype == dtype and t.is_contiguous() for t in tensors)
     assert sum(t.nbytes for t in tensors) == 5 * PagedCache.bytes_per_block(kv_shape, 4, dtype)
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    cache.grow(8)
+    for number, tensor in enumerate([*cache.keys, *cache.values]):
+        assert tensor.shape[0] == 8 and bool((tensor[:5] == number).all())

@@ -8,7 +8,8 @@ from harness import run_ranks
 from tiny import VOCAB
 from tiny_moe import moe_config, moe_decoder
 from trialign.algorithms.micro_batch import contiguous_part
-from trialign.engine.generation.embedded import Completion, Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import Completion, SamplingParams
 from trialign.engine.mesh import build_mesh
 
 
@@ -24,7 +25,7 @@ def completions(rank: int, world: int, sizes: dict[str, Any], count: int, option
     model = moe_decoder(moe_config(), mesh)
     params = SamplingParams(max_new_tokens=12, stop_ids=tuple(range(3, 12)), temperature=1.2, seed=5)
     mine = contiguous_part(count, mesh.dp)
-    return Generator(model, mesh, block_size=4, **options).generate(
+    return EmbeddedGenerator(model, mesh, block_size=4, **options).generate(
         prompts(count)[mine], list(range(count))[mine], params
     )
 

@@ -1,17 +1,22 @@
 """Continuous batching, simulated without tensors: every prompt ends, blocks are never shared, the order is fair."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trialign.engine.generation.kv_cache import BlockPool, blocks_for
-from trialign.engine.generation.scheduler import Scheduler, Step
+from trialign.engine.generation.interface import SamplingParams
+from trialign.engine.generation.kv_cache import blocks_for
+from trialign.engine.generation.scheduler import Scheduler, Sequence, Step
 
 STOP = 7
 
 
-def make(lengths, blocks=100, block_size=4, **kwargs):
-    options = {"max_new_tokens": 5, "stop_ids": (STOP,), "max_running": 4, "prefill_tokens": 1000, **kwargs}
-    return Scheduler([[0] * n for n in lengths], BlockPool(blocks), block_size, **options)
+def make(lengths, blocks=None, block_size=4, *, max_new_tokens=5, **kwargs) -> Scheduler:
+    """A scheduler with a request for each length of a prompt; their ids are their places."""
+    options = {"max_running": 4, "prefill_tokens": 1000, "max_blocks": blocks, **kwargs}
+    scheduler = Scheduler(block_size, **options)
+    params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=(STOP,))
+    for number, length in enumerate(lengths):
+        scheduler.add(Sequence(number, [0] * length, params))
+    return scheduler
 
 
 def planned(scheduler, lane=0) -> Step:
@@ -20,22 +25,25 @@ def planned(scheduler, lane=0) -> Step:
     return step
 
 
-def drive(scheduler, token=lambda sequence, place: 1):
-    """Runs all lanes in turn to the end and returns the steps; checks the invariants at each."""
+def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None):
+    """Runs all lanes in turn to the end and returns the steps and what ended, by id; checks the invariants at each."""
     steps, turn, idle = [], 0, 0
     pending = [None] * len(scheduler.running)
     while True:
         lane = turn % len(pending)
-        step = pending[lane]
+        step, rows = pending[lane], list(scheduler.running[lane])
         if step is not None:
-            running = list(scheduler.running[lane])
-            tokens = [token(s, len(s.tokens)) for s in running]
-            keep = scheduler.commit(step, tokens, [-0.5] * len(tokens))
-            alive = [s for s in running if not s.finish]
-            assert scheduler.running[lane] == alive
-            assert (keep is None) == (len(alive) == len(running))
-            assert keep is None or [running[row] for row in keep] == alive
-        if scheduler.finished:
+            tokens = [token(s, len(s.tokens)) for s in rows]
+            scheduler.commit(step, tokens, [-0.5] * len(tokens))
+        between(turn)
+        keep = scheduler.retire(lane)
+        alive = [s for s in rows if not s.finish]
+        assert scheduler.running[lane] == alive
+        assert alive == (rows if keep is None else [rows[row] for row in keep])
+        assert keep is None or len(keep) < len(rows)
+        if not scheduler.unfinished:
+            between(turn + 100)
+        if not scheduler.unfinished:
             break
         pending[lane] = scheduler.plan(lane)
         if pending[lane] is not None:
@@ -44,8 +52,10 @@ def drive(scheduler, token=lambda sequence, place: 1):
         assert idle <= len(pending), "nothing runs although prompts wait"
         check(scheduler)
         turn += 1
-    assert scheduler.pool.free_blocks == scheduler.pool.num_blocks, "blocks leaked"
-    return steps
+    ended = {s.id: s for s in scheduler.ended}
+    assert scheduler.done == scheduler.total
+    scheduler.reset()  # all blocks are free
+    return steps, ended
 
 
 def check(scheduler):
@@ -53,53 +63,47 @@ def check(scheduler):
     blocks = [block for s in running for block in s.blocks]
     assert len(set(blocks)) == len(blocks), "two sequences share a block"
     assert len(blocks) + scheduler.pool.free_blocks == scheduler.pool.num_blocks
+    assert scheduler.max_blocks is None or scheduler.pool.num_blocks <= scheduler.max_blocks
     for lane in scheduler.running:
         assert len(lane) <= scheduler.lane_size
     for s in running:
-        assert len(s.blocks) * scheduler.block_size >= len(s.prompt) + scheduler.max_new_tokens - 1
+        assert len(s.blocks) * scheduler.block_size >= len(s.prompt) + s.params.max_new_tokens - 1
 
 
 def test_a_finished_sequence_is_replaced_in_the_next_step():
     scheduler = make([2, 2, 2], max_running=2)
     first = planned(scheduler)
-    assert (first.decoding, [s.index for s in first.admitted], first.tokens) == (0, [0, 1], 4)
-    assert scheduler.commit(first, [STOP, 1], [-1.0, -2.0]) == [1]
+    assert (first.decoding, [s.id for s in first.admitted], first.tokens) == (0, [0, 1], 4)
+    scheduler.commit(first, [STOP, 1], [-1.0, -2.0], version=3)
+    assert scheduler.retire(0) == [1]
     second = planned(scheduler)
-    assert (second.decoding, [s.index for s in second.admitted], second.tokens) == (1, [2], 3)
-    done = scheduler.sequences[0]
-    assert (done.tokens, done.logprobs, done.finish, done.blocks) == ([STOP], [-1.0], "stop", [])
+    assert (second.decoding, [s.id for s in second.admitted], second.tokens) == (1, [2], 3)
+    (done,) = scheduler.ended
+    assert (done.tokens, done.logprobs, done.versions, done.finish, done.blocks) == ([STOP], [-1.0], [3], "stop", [])
 
 
 def test_length_and_stop():
-    scheduler = make([3, 3], max_new_tokens=4)
-    drive(scheduler, lambda s, place: STOP if s.index == 0 and place == 3 else 1)
-    assert [s.finish for s in scheduler.sequences] == ["stop", "length"], "a stop id in the last place is a stop"
-    assert [len(s.tokens) for s in scheduler.sequences] == [4, 4]
+    _, ended = drive(make([3, 3], max_new_tokens=4), lambda s, place: STOP if s.id == 0 and place == 3 else 1)
+    assert [ended[i].finish for i in (0, 1)] == ["stop", "length"], "a stop id in the last place is a stop"
+    assert [len(ended[i].tokens) for i in (0, 1)] == [4, 4]
 
 
 def test_prefill_budget():
-    scheduler = make([6, 3, 9, 20, 1], max_running=5, prefill_tokens=10)
-    steps = drive(scheduler)
+    steps, _ = drive(make([6, 3, 9, 20, 1], max_running=5, prefill_tokens=10))
     admitted = [[len(s.prompt) for s in step.admitted] for step in steps if step.admitted]
     assert admitted == [[6, 3], [9], [20], [1]], "in order, 10 tokens a step, a longer prompt alone"
 
 
 def test_a_prompt_waits_for_blocks_and_nobody_overtakes():
     # Blocks of 4, at most 5 new tokens: 8 + 4 cached tokens take 3 blocks, 1 + 4 take 2.
-    scheduler = make([8, 8, 1], blocks=5, max_running=3)
-    steps = drive(scheduler)
-    assert [[s.index for s in step.admitted] for step in steps if step.admitted] == [[0], [1, 2]]
+    steps, _ = drive(make([8, 8, 1], blocks=5, max_running=3))
+    assert [[s.id for s in step.admitted] for step in steps if step.admitted] == [[0], [1, 2]]
 
 
 def test_the_last_token_needs_no_room():
-    scheduler = make([4], blocks=1, block_size=8, max_new_tokens=5)
-    drive(scheduler)
-    assert len(scheduler.sequences[0].tokens) == 5
-
-
-def test_a_prompt_that_can_never_fit_is_refused():
-    with pytest.raises(ValueError, match=r"prompt 1 has 9 tokens and may grow by 5: 4 cache blocks of 4 .* has 3"):
-        make([1, 9], blocks=3)
+    scheduler = make([4], block_size=8)
+    planned(scheduler)
+    assert scheduler.pool.num_blocks == 1
 
 
 def test_lanes_are_filled_evenly():
@@ -107,12 +111,47 @@ def test_lanes_are_filled_evenly():
     assert (planned(scheduler, 0).rows, planned(scheduler, 1).rows) == (3, 2)
 
 
-def test_no_prompts_is_finished():
-    assert make([]).finished
+def test_an_aborted_sequence_gives_up_its_row_and_its_blocks():
+    """One that waits ends at once; one whose step is in flight ends when the step comes back, without its token."""
+    scheduler = make([2, 2, 2], max_running=2)
+    step = planned(scheduler)
+    scheduler.abort([2, 1])
+    assert [s.id for s in scheduler.ended] == [2] and scheduler.pool.free_blocks == 0
+    scheduler.commit(step, [4, 5], [-1.0, -2.0])
+    assert scheduler.retire(0) == [0]
+    assert [(s.id, s.tokens, s.finish) for s in scheduler.ended] == [(2, [], "abort"), (1, [], "abort")]
+    assert scheduler.pool.free_blocks == 2 and planned(scheduler).rows == 1
+    scheduler.abort()
+    assert scheduler.retire(0) == [] and not scheduler.unfinished
+
+
+def test_a_requeued_sequence_is_admitted_first_with_the_tokens_it_has():
+    scheduler = make([2, 3, 1], max_running=2)
+    scheduler.commit(planned(scheduler), [4, 5], [-1.0, -2.0])
+    scheduler.requeue()
+    assert scheduler.pool.free_blocks == scheduler.pool.num_blocks
+    step = planned(scheduler)
+    assert (step.decoding, [s.id for s in step.admitted], step.tokens) == (0, [0, 1], 3 + 4)
+
+
+def test_the_pool_grows_with_what_comes():
+    scheduler = make([4], max_running=8)  # 4 + 4 cached tokens: 2 blocks of 4
+    params = SamplingParams(max_new_tokens=5)
+    sizes = []
+    for number in range(1, 10):
+        planned(scheduler)
+        sizes.append(scheduler.pool.num_blocks)
+        scheduler.add(Sequence(number, [0] * 4, params))
+        running = scheduler.running[0]
+        scheduler.commit(Step(0, len(running), []), [1] * len(running), [0.0] * len(running))
+        scheduler.retire(0)
+    assert sizes[:4] == [2, 4, 8, 8] and max(sizes) <= 16
 
 
 @settings(deadline=None)
 @given(
+    late=st.lists(st.integers(0, 8), min_size=12, max_size=12),
+    aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 9), max_size=4),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),
     ends=st.lists(st.integers(0, 6), min_size=12, max_size=12),
     block_size=st.integers(1, 5),
@@ -121,26 +160,45 @@ def test_no_prompts_is_finished():
     lanes=st.integers(1, 3),
     prefill_tokens=st.integers(1, 20),
 )
-def test_every_prompt_ends_right(lengths, ends, block_size, spare, max_running, lanes, prefill_tokens):
-    """Whatever the sizes: responses have the length their stop gives them, and a second run takes the same steps."""
+def test_every_prompt_ends_right(
+    lengths, late, aborts, ends, block_size, spare, max_running, lanes, prefill_tokens
+):  # fmt: skip
+    """Whatever the sizes, arrivals and aborts: responses have the length their stop gives them, those that were aborted
+    at most that, and a second run takes the same steps."""
     largest = blocks_for(max(lengths) + 4, block_size)
 
     def run():
         scheduler = make(
-            lengths,
+            lengths[:1],
             blocks=largest + spare,
             block_size=block_size,
             max_running=max_running,
             lanes=lanes,
             prefill_tokens=prefill_tokens,
         )
-        steps = drive(scheduler, lambda s, place: STOP if place == ends[s.index] else 1)
-        return scheduler, [(s.lane, s.decoding, [a.index for a in s.admitted], s.tokens) for s in steps]
+        coming = sorted((late[i], i) for i in range(1, len(lengths)))
 
-    scheduler, steps = run()
-    for sequence, end in zip(scheduler.sequences, ends, strict=False):
-        assert len(sequence.tokens) == len(sequence.logprobs) == min(end + 1, 5)
-        assert sequence.finish == ("stop" if end < 5 else "length")
-    order = [index for _, _, admitted, _ in steps for index in admitted]
-    assert order == list(range(len(lengths))), "first come, first served"
-    assert run()[1] == steps
+        def between(turn):
+            while coming and coming[0][0] <= turn:
+                number = coming.pop(0)[1]
+                params = SamplingParams(max_new_tokens=5, stop_ids=(STOP,))
+                scheduler.add(Sequence(number, [0] * lengths[number], params))
+            scheduler.abort(number for number, at in aborts.items() if at == turn)
+
+        steps, ended = drive(scheduler, lambda s, place: STOP if place == ends[s.id] else 1, between)
+        return ended, [(s.lane, s.decoding, [a.id for a in s.admitted], s.tokens) for s in steps]
+
+    ended, steps = run()
+    assert ended.keys() == set(range(len(lengths)))
+    for number, sequence in ended.items():
+        whole = min(ends[number] + 1, 5)
+        assert len(sequence.tokens) == len(sequence.logprobs) <= whole
+        if sequence.finish != "abort":
+            assert len(sequence.tokens) == whole
+            assert sequence.finish == ("stop" if ends[number] < 5 else "length")
+        else:
+            assert number in aborts
+    admitted = [i for _, _, ids, _ in steps for i in ids]
+    arrived = [0, *sorted(range(1, len(lengths)), key=lambda i: (late[i], i))]
+    assert admitted == [i for i in arrived if i in admitted], "first come, first served"
+    assert run() == (ended, steps)

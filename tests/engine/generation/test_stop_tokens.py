@@ -8,7 +8,8 @@ from tiny import tiny_chat_model
 from trialign.algorithms.batch import Prompt, Rollout, response_texts
 from trialign.algorithms.roles.build import build_decoder
 from trialign.algorithms.rollout.sync import stop_tokens
-from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import read_config
 from trialign.models.hf.tokenizer import read_tokenizer
@@ -37,7 +38,7 @@ def test_an_evaluation_stops_at_the_tokenizer_s_own_end_of_sequence(tmp_path):
     shape = read_config(model)
     decoder = build_decoder(str(model), shape, build_mesh(), "float32")
     greedy = SamplingParams(temperature=0.0, max_new_tokens=8)
-    (answer,) = Generator(decoder, decoder.mesh).generate([prompt], [0], greedy)
+    (answer,) = EmbeddedGenerator(decoder, decoder.mesh).generate([prompt], [0], greedy)
     length = next(n for n in range(1, 8) if answer.tokens[n] not in answer.tokens[:n])  # met there for the first time
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(answer.tokens[length])
     tokenizer.save_pretrained(model)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
-from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
@@ -185,7 +186,7 @@ def test_the_normalized_head_is_frozen_only_while_it_generates(folders):
     model = Decoder(config, build_mesh(), dtype=torch.float32)
     load_hf(model, folders["baichuan2-7b"])
     assert model.head is not None
-    generator, params = Generator(model, model.mesh), SamplingParams(temperature=0, max_new_tokens=12)
+    generator, params = EmbeddedGenerator(model, model.mesh), SamplingParams(temperature=0, max_new_tokens=12)
     before = generator.generate(PROMPTS, list(range(4)), params)
     with torch.no_grad():
         model.head.weight.mul_(2)  # rows of the same direction, to the bit
@@ -291,4 +292,4 @@ def test_dynamic_ntk_is_not_sampled_past_the_trained_length(folders):
     load_hf(model, folders["qwen"])
     assert (model.config.longest_rollout, model.config.longest_document) == (64, math.inf)
     with pytest.raises(ValueError, match="prompt 0 of 60 tokens with max_new_tokens=5 passes the model's 64 positions"):
-        Generator(model, model.mesh).generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))
+        EmbeddedGenerator(model, model.mesh).generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))

@@ -14,7 +14,8 @@ from peft_case import build, learner
 from scripts import options, succeed
 from test_adapter import save
 from tiny import tiny_llama
-from trialign.engine.generation.embedded import Generator, SamplingParams
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.lora import LoRA
 from trialign.models.decoder import Decoder
@@ -103,7 +104,7 @@ def our_tokens(folder: Path, prompts: list[list[int]], count: int) -> list[list[
 
 def answers(model: Decoder, prompts: list[list[int]], count: int) -> list[list[int]]:
     greedy = SamplingParams(temperature=0, max_new_tokens=count)
-    completions = Generator(model, model.mesh).generate(prompts, list(range(len(prompts))), greedy)
+    completions = EmbeddedGenerator(model, model.mesh).generate(prompts, list(range(len(prompts))), greedy)
     return [completion.tokens for completion in completions]
 
 

@@ -1,0 +1,191 @@
+"""The generator as a service: requests come and go and weights change while it runs, in one process and in layouts."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import run_ranks
+from tiny import VOCAB
+from tiny_moe import MIXTRAL, moe_config, moe_decoder, world_of
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import Completion, Interrupted, Request, SamplingParams
+from trialign.engine.mesh import build_mesh
+from trialign.engine.profiler import Profiler
+from trialign.kernels.attention import packed_attention
+from trialign.models.decoder import Decoder
+from trialign.models.flops import forward_flops
+
+LAYOUTS: list[dict[str, Any]] = [
+    {}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 2, "ep": 2}, {"pp": 2, "dp": 2, "ep": 2}
+]  # fmt: skip
+OPTIONS: dict[str, Any] = {"block_size": 4, "max_running": 3, "prefill_tokens": 16}
+PARAMS = [
+    SamplingParams(max_new_tokens=12, stop_ids=tuple(range(3, 10)), temperature=1.2, seed=5),
+    SamplingParams(max_new_tokens=3, temperature=0),
+    SamplingParams(max_new_tokens=20, min_new_tokens=6, stop_ids=tuple(range(40)), top_k=30, seed=1),
+    SamplingParams(max_new_tokens=9, top_p=0.8, temperature=0.7, seed=2),
+]
+ARRIVALS = [0, 0, 0, 2, 2, 3, 7, 8, 8, 24, 24, 25]  # step before which a request is added
+ABORTS = {4: 4, 7: 9, 1: 45, 2: 5}  # request: step before which it is aborted
+
+
+def request(number: int) -> Request:
+    length = 1 + 5 * (number % 4)
+    prompt = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(number)).tolist()
+    return Request(prompt, 100 + number, PARAMS[number % len(PARAMS)])
+
+
+def decoder(sizes: dict[str, Any], scale: float = 1.0, moe: bool = False) -> Decoder:
+    """Its logits depend on `scale`; with experts where `moe`."""
+    model = moe_decoder(moe_config(MIXTRAL if moe else None), build_mesh(**sizes))
+    if model.norm is not None:
+        model.norm.weight.data *= scale
+    return model
+
+
+@cache
+def alone(moe: bool) -> list[Completion]:
+    """Each request by itself in one process."""
+    model = decoder({}, moe=moe)
+    requests = [request(number) for number in range(len(ARRIVALS))]
+    return [EmbeddedGenerator(model, model.mesh).generate([r.prompt], [r.sample_id], r.params)[0] for r in requests]
+
+
+def serve(rank: int, world: int, sizes: dict[str, Any]) -> dict[int, tuple[int, Completion]]:
+    """Request -> the step that returned its completion, the completion; of this DP rank's requests."""
+    model = decoder(sizes, moe="ep" in sizes)
+    generator, numbers = EmbeddedGenerator(model, model.mesh, **OPTIONS), {}
+    collected, dp = {}, model.mesh.dp
+    for step in range(30 + 20 * model.mesh.pp.size):
+        for number, arrival in enumerate(ARRIVALS):
+            if arrival == step and number % dp.size == dp.rank:
+                numbers[generator.add(request(number))] = number
+            if ABORTS.get(number) == step and number % dp.size == dp.rank:
+                generator.abort(next(i for i, n in numbers.items() if n == number))
+        collected |= {numbers[completion.id]: (step, completion) for completion in generator.step()}
+    assert not generator.busy and generator.cache is None
+    assert generator.scheduler.pool.num_blocks == 0 and generator.scheduler.unfinished == 0
+    return collected
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_a_request_gets_the_same_tokens_whatever_comes_and_goes_beside_it(sizes):
+    results = run_ranks(serve, world_of(sizes), sizes, timeout=180) if sizes else [serve(0, 1, {})]
+    collected = results[0]
+    for result in results:
+        assert all(collected.setdefault(number, value) == value for number, value in result.items()), "ranks disagree"
+    assert collected.keys() == set(range(len(ARRIVALS)))
+    for number, expected in enumerate(alone("ep" in sizes)):
+        completion = collected[number][1]
+        count = len(completion.tokens)
+        if number in ABORTS and completion.finish == "abort":
+            assert count < len(expected.tokens)
+        else:
+            assert (count, completion.finish) == (len(expected.tokens), expected.finish)
+        assert completion.tokens == expected.tokens[:count]
+        assert completion.logprobs == pytest.approx(expected.logprobs[:count], abs=2e-5)
+        assert completion.versions == [0] * count
+    assert collected[7][1].finish == "abort" or collected[4][1].finish == "abort", "aborted in time"
+    assert collected[1][1].finish != "abort", "it had been collected"
+    assert {completion.finish for _, completion in collected.values()} == {"stop", "length", "abort"}
+
+
+@torch.no_grad()
+def forward_logprobs(model: Decoder, prompt: list[int], tokens: list[int], temperature: float) -> list[float]:
+    """Of each response token by a full forward, in one process."""
+    text = torch.tensor(prompt + tokens)
+    starts = torch.tensor([0, len(text)])
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return packed_attention(q, k, v, starts, len(text), **model.attention_options(layer))
+
+    logits = model.logits(model(text, torch.arange(len(text)), attend))[len(prompt) - 1 : -1]
+    return F.log_softmax(logits.double() / temperature, -1)[range(len(tokens)), tokens].tolist()
+
+
+def reload(rank: int, world: int, sizes: dict[str, Any], in_place: bool) -> list[Completion]:
+    """Three requests of which two run and one waits when the weights change."""
+    model = decoder(sizes, moe="ep" in sizes)
+    options: dict[str, Any] = OPTIONS | {"max_running": 2, "version": 7}
+    generator = EmbeddedGenerator(model, model.mesh, **options)
+    params = SamplingParams(max_new_tokens=14, seed=3)
+    ids = [generator.add(Request(request(number).prompt, number, params)) for number in (3, 1, 2)]
+    done = [completion for _ in range(9) for completion in generator.step()]
+    if in_place:
+        generator.pause()
+        before = generator.scheduler.done
+        assert not generator.step() and not generator.step() and generator.scheduler.done == before
+        if model.norm is not None:
+            model.norm.weight.data *= 1.5
+        generator.load(model, 8)
+        assert not generator.step() and generator.scheduler.done == before, "it is still paused"
+        generator.resume()
+    else:
+        generator.load(decoder(sizes, 1.5, "ep" in sizes), 8)
+    for _ in range(40 * model.mesh.pp.size):
+        done += generator.step()
+    assert not generator.busy
+    return sorted(done, key=lambda completion: ids.index(completion.id))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"pp": 2}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 2, "ep": 2}], ids=str)
+def test_each_token_carries_the_version_that_chose_it(sizes, in_place):
+    """And its logprob is the full forward's by that version, on requests that ran when the weights changed, too."""
+    results = (
+        run_ranks(reload, world_of(sizes), sizes, in_place, timeout=180) if sizes else [reload(0, 1, {}, in_place)]
+    )
+    assert all(result == results[0] for result in results)
+    models = {version: decoder({}, scale, "ep" in sizes) for version, scale in ((7, 1.0), (8, 1.5))}
+    for number, completion in zip((3, 1, 2), results[0], strict=True):
+        by_version = {v: forward_logprobs(m, request(number).prompt, completion.tokens, 1.0) for v, m in models.items()}
+        expected = [by_version[version][place] for place, version in enumerate(completion.versions)]
+        assert completion.logprobs == pytest.approx(expected, abs=2e-5)
+        assert completion.versions == sorted(completion.versions) and len(completion.tokens) == 14
+    assert [set(completion.versions) for completion in results[0]] == [{7, 8}, {7, 8}, {8}]
+
+
+def interrupt(rank: int, world: int, sizes: dict[str, Any]) -> tuple[list[Completion], float, float]:
+    """Completions after a call that was interrupted, and what the profiler counted of them."""
+    model = decoder(sizes)
+    mesh, calls = model.mesh, iter(range(100))
+    profiler = Profiler(mesh, peak=1.0)
+    generator = EmbeddedGenerator(model, mesh, **OPTIONS, profiler=profiler)
+    generator.interrupted = lambda: mesh.tp.rank == 0 and next(calls) == 5
+    prompts, numbers, params = [request(number).prompt for number in range(5)], list(range(5)), PARAMS[0]
+    with pytest.raises(Interrupted):
+        generator.generate(prompts, numbers, params)
+    assert not generator.busy and generator.cache is None
+    beside = generator.add(request(1))
+    with profiler("rollout"):
+        completions = generator.generate(prompts[: 5 - mesh.dp.rank], numbers[: 5 - mesh.dp.rank], params)
+    (other,) = generator.step()
+    assert other.id == beside and other.tokens == alone(False)[1].tokens
+    metrics = profiler.take()
+    seconds = metrics["seconds/rollout"]
+    return completions, metrics["tokens_per_s/rollout"] * seconds, metrics["mfu/rollout"] * seconds * world
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2, "pp": 2}, {"dp": 2}], ids=str)
+def test_an_interrupted_call_leaves_nothing_and_work_is_reported(sizes):
+    """One rank sees the interruption; a request that `generate` did not add is collected by `step`."""
+    results = run_ranks(interrupt, world_of(sizes), sizes) if sizes else [interrupt(0, 1, {})]
+    dp, expected = sizes.get("dp", 1), results[0][0]
+    tokens = flops = 0.0
+    for rank in range(dp):
+        lengths = [len(completion.tokens) for completion in expected[: 5 - rank]] + [len(alone(False)[1].tokens)]
+        prompts = [len(request(number).prompt) for number in range(5 - rank)] + [len(request(1).prompt)]
+        tokens += sum(lengths)
+        flops += forward_flops(moe_config(None), [a + b for a, b in zip(prompts, lengths, strict=True)], sum(lengths))
+    for rank, (completions, seen_tokens, seen_flops) in enumerate(results):
+        assert completions == expected[: len(completions)], f"rank {rank}"
+        assert (seen_tokens, seen_flops) == pytest.approx((tokens, flops))
+
+
+def test_an_id_that_was_never_added_is_refused():
+    model = decoder({})
+    generator: Any = EmbeddedGenerator(model, model.mesh)
+    with pytest.raises(ValueError, match="request 3 "):
+        generator.abort(3)
