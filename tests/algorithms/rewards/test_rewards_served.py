@@ -114,7 +114,7 @@ def test_a_pair_is_scored_where_it_is_trained(folder, serve_reward, tmp_path):
     encoder = Encoder(PairData(), tokenizer, (2,))
     (pair,) = read_pairs(str(write_jsonl(tmp_path / "pairs.jsonl", [row])), PairData(), encoder)
     role = Role(build_decoder(str(folder), read_config(folder), mesh, "float32", head="score"))
-    trained = role.scores(pack_pairs([pair]), [[0, 1]]).tolist()
+    trained = role.scores(pack_pairs([pair])).tolist()
     with served(serve_reward, folder) as url:
         body = json.dumps({"prompts": [CHAT, CHAT], "completions": [side[-1]["content"] for side in sides]})
         assert post(url, body.encode())[1]["scores"] == pytest.approx(trained, rel=1e-4)
