@@ -1,4 +1,4 @@
-"""The decoder of every family, in the order of LLaMA's paper, for one pipeline stage of a mesh.
+"""Decoder of every family, in the order of LLaMA's paper, for one pipeline stage of a mesh.
 
 Attention itself is an argument: training passes packed attention, the generator its paged cache, so both run this one
 forward. Parameters are uninitialized until models/hf/load.py fills them.
@@ -46,8 +46,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(local layer, q [n, heads/tp, d], k [n, kv/tp, d], v [n, kv/tp, d]) -> [n, heads/tp, d]."""
 
 
-class Turn(NamedTuple):
-    """What a token's position does to its queries and keys; None where it does nothing."""
+class RotaryEmbedding(NamedTuple):
+    """Rotation and scale of queries and keys by their positions; None where a model has none."""
 
     cos: Tensor | None  # [tokens, head_dim/2] fp32
     sin: Tensor | None
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 
 
 class Heads(NamedTuple):
-    """How attention lies on the ranks of tp."""
+    """Attention heads of the ranks of tp."""
 
     queries: Split  # heads
     kv: Split  # rows of the key's and of the value's weight
@@ -120,20 +120,23 @@ class Attention(nn.Module):
                 RMSNorm(config.head_dim, config.norm_eps, mesh, dtype, mesh.tp) for _ in range(2)
             )
 
-    def forward(self, x: Tensor, turn: Turn, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryEmbedding, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         qkv = self.qkv(x)  # [tokens, (heads + 2 kv)/tp * d]
         if self.gathered:
             qkv = self._with_whole_heads(qkv)
         qkv = qkv.view(x.shape[0], -1, self.head_dim)  # [tokens, heads/tp + 2 max(kv/tp, 1), d]
-        qk, v = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]  # not by split: its pieces take no change in place
+        qk, v = (
+            qkv[:, : -self.kv_heads],
+            qkv[:, -self.kv_heads :],
+        )  # slices: views from split() cannot be modified in place
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.heads, self.kv_heads], 1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
-        if turn.cos is not None and turn.sin is not None:
-            qk = rope_(qk, turn.cos, turn.sin)
+        if rotary.cos is not None and rotary.sin is not None:
+            qk = rope_(qk, rotary.cos, rotary.sin)
         q, k = qk.split([self.heads, self.kv_heads], 1)
-        if turn.query_scale is not None:
-            q = (q * turn.query_scale).to(q.dtype)
+        if rotary.query_scale is not None:
+            q = (q * rotary.query_scale).to(q.dtype)
         return self.output(attend(q, k, v).reshape(x.shape[0], -1))
 
     def _with_whole_heads(self, qkv: Tensor) -> Tensor:
@@ -170,11 +173,11 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        turn: Turn,
+        rotary: RotaryEmbedding,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         routing: Routing | None = None,
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(x), turn, attend)
+        attended = self.attention(self.attention_norm(x), rotary, attend)
         normed, x = add_rms_norm(attended, x, self.mlp_norm.weight, self.mlp_norm.eps)
         return x + (self.mlp(normed, routing) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
@@ -186,7 +189,7 @@ class Head(AdaptedLinear):
     takes inputs and rows of a head takes an adapted one too. The weight itself, which may be the embedding's, stays.
 
     Args:
-        normalized: logits are made with each row divided by its length (Baichuan2's NormHead).
+        normalized: divide each row by its length (Baichuan2's NormHead).
     """
 
     packed: Tensor | None = None
@@ -198,27 +201,27 @@ class Head(AdaptedLinear):
         self.weight = sharded_parameter(shard, dtype=dtype, device=mesh.device)
 
     @property
-    def made(self) -> bool:
-        """Whether the rows have to be computed."""
+    def computed(self) -> bool:
+        """Whether the rows are other than the weight."""
         return self.normalized or self.active is not None
 
     def freeze(self, pack: bool) -> None:
         """Keeps the rows, where they have to be computed, and packs them until `thaw`: the weight must not change."""
-        self.frozen = self.rows() if self.made else None
+        self.frozen = self.rows() if self.computed else None
         self.packed = pack_weight(self.rows()) if pack else None
 
     def thaw(self) -> None:
         self.packed = self.frozen = None
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What the rows are multiplied with: [n, hidden] -> [n, hidden], or [n, hidden + r] with an adapter."""
+        """Inputs of the rows: [n, hidden] -> [n, hidden], or [n, hidden + r] with an adapter."""
         if self.active is None:
             return x
         return torch.cat((x, self.active.lora.scale * F.linear(x, self.lora_a)), 1)
 
     def rows(self) -> Tensor:
         """The weight as it is used, [vocab/tp, hidden], or [vocab/tp, hidden + r] with an adapter; differentiable."""
-        if self.frozen is not None or not self.made:
+        if self.frozen is not None or not self.computed:
             return self.weight if self.frozen is None else self.frozen
         rows = self.weight if self.active is None else torch.cat((self.weight, self.lora_b), 1)
         if not self.normalized:
@@ -244,7 +247,7 @@ class Decoder(nn.Module):
         stage: None: one chunk, layers shared as evenly as they can be.
 
     Attributes:
-        fill: fills slots with what the parameters began from, in the precision that it is kept in; None: not known.
+        fill: fills slots with the parameters' initial values in their stored precision; None where they have none.
     """
 
     fill: Callable[[Decoder, Sequence[Slot]], None] | None = None
@@ -289,7 +292,7 @@ class Decoder(nn.Module):
                 parameter.requires_grad_(shard_of(parameter).adapter)
             if self.head is not None and head == "score":
                 self.head.requires_grad_(True)
-        inverse, self.turn_scale = config.rope.frequencies(config.rope_theta, config.head_dim)
+        inverse, self.rotary_scale = config.rope.frequencies(config.rope_theta, config.head_dim)
         self.inverse_frequencies: Tensor  # [head_dim/2]
         self.register_buffer("inverse_frequencies", inverse.to(mesh.device), persistent=False)
         self.alibi_slopes: Tensor | None  # [heads/tp] fp32
@@ -300,11 +303,11 @@ class Decoder(nn.Module):
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """What a key/value cache of this stage holds: (local layers, key/value heads used here, head_dim)."""
+        """Shape of a token in this stage's key/value cache: (local layers, key/value heads used here, head_dim)."""
         return len(self.layers), len(self.heads.used), self.config.head_dim
 
     def attention_options(self, layer: int) -> dict[str, Any]:
-        """What attention has to be told in a local layer: scale, window, alibi_slopes (kernels/attention.py)."""
+        """Arguments of attention in a local layer: scale, window, alibi_slopes (kernels/attention.py)."""
         return {
             "scale": self.config.head_dim**-0.5,
             "window": self.config.window_of(self.stage.layers[layer]),
@@ -332,7 +335,7 @@ class Decoder(nn.Module):
         return forward_flops(self.config, lengths, logits)
 
     def weigh_router(self, aux_coef: float, z_coef: float) -> None:
-        """Sets what an update multiplies the router's two losses by (models/moe.py); for models with experts."""
+        """Sets the weights of the router's two losses (models/moe.py); for models with experts."""
         assert self.config.moe is not None
         moe = replace(self.config.moe, aux_coef=aux_coef, z_coef=z_coef)
         self.config = replace(self.config, moe=moe)
@@ -341,12 +344,12 @@ class Decoder(nn.Module):
                 module.moe = moe
 
     def head_weight(self) -> Tensor:
-        """What logits are made with, [vocab/tp, width]: differentiable; last stage only."""
+        """Rows that logits are products with, [vocab/tp, width]: differentiable; last stage only."""
         assert self.head is not None
         return self.head.rows()
 
     def head_inputs(self, hidden: Tensor) -> Tensor:
-        """What `head_weight` is multiplied with: [tokens, hidden] -> [tokens, width]; last stage only."""
+        """Inputs of `head_weight`: [tokens, hidden] -> [tokens, width]; last stage only."""
         assert self.head is not None
         return self.head.inputs(hidden)
 
@@ -383,7 +386,7 @@ class Decoder(nn.Module):
         Args:
             x: token ids [tokens] for the first chunk, else hidden states [tokens, hidden] of the chunk before.
             positions: [tokens], each token's place in its own document.
-            routing: what the routers' losses need of an update's micro-batch; None without experts or learning.
+            routing: state of the routers' losses in an update's micro-batch; None without experts or learning.
             lengths: [tokens], of each token's document, which dynamic NTK turns by; None where none is longer than the
                 trained length.
             chunk: None: the only one.
@@ -395,9 +398,9 @@ class Decoder(nn.Module):
         if chunk.has_embedding:
             assert self.embedding is not None
             x = self.embedding(x)
-        turn = self._turn(positions, lengths)
+        rotary = self._rotary(positions, lengths)
         for i, number in enumerate(chunk.layers, self.stage.layers.index(chunk.layers.start)):
-            layer, arguments = self.layers[str(number)], (turn, partial(attend, i), routing)
+            layer, arguments = self.layers[str(number)], (rotary, partial(attend, i), routing)
             if self.recompute and torch.is_grad_enabled():
                 # preserve_rng_state: there is no dropout, so no random state to put back.
                 x = checkpoint(layer, x, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -408,18 +411,18 @@ class Decoder(nn.Module):
         assert self.norm is not None
         return self.norm(x)
 
-    def _turn(self, positions: Tensor, lengths: Tensor | None) -> Turn:
+    def _rotary(self, positions: Tensor, lengths: Tensor | None) -> RotaryEmbedding:
         cos = sin = query_scale = None
         if not self.config.alibi:
             inverse, config = self.inverse_frequencies, self.config
             if lengths is not None and config.rope.kind == "dynamic":
                 inverse = config.rope.by_length(config.rope_theta, config.head_dim, lengths)
             angles = positions[:, None] * inverse  # [tokens, head_dim/2] fp32
-            cos, sin = angles.cos() * self.turn_scale, angles.sin() * self.turn_scale
+            cos, sin = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
         if self.config.logn is not None:
             logs = (positions + 1).clamp_min(self.config.logn).float().log()
             query_scale = (logs / math.log(self.config.logn))[:, None, None]
-        return Turn(cos, sin, query_scale)
+        return RotaryEmbedding(cos, sin, query_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab/tp]: this rank's part of the vocabulary; last stage only."""

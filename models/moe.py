@@ -36,7 +36,7 @@ from .config import ModelConfig, MoEConfig
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router's losses need to know of one micro-batch of an update, and what they leave of it.
+    """State of the router's losses in one micro-batch of an update: their scale, and sums for the metrics.
 
     Recomputation runs a forward twice: it finds the same numbers here and writes the same sums again.
     """
@@ -50,8 +50,8 @@ class Routing:
 
         Args:
             logits: [n, experts].
-            experts: [n, k], what was chosen.
-            lost: what `Experts` gives.
+            experts: [n, k], the chosen ones.
+            lost: rows that reached no expert, as `Experts` counts them.
         """
         logits = logits.float()
         p, z = logits.softmax(1), logits.logsumexp(1).square()  # [n, experts], [n]

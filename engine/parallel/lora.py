@@ -3,8 +3,8 @@
     y = x Wᵀ + s · (x Aᵀ) Bᵀ,   A [r, in], B [out, r],   s = α / r, or α / √r (rsLoRA, https://arxiv.org/abs/2312.03732)
 
 W is frozen. A linear that fuses several weights (q, k, v) has an A and a B for each, stacked as its parts are.
-Over tp, A is whole and B cut where W's outputs are cut; the r numbers a token between them are what the backward sums.
-Where W's inputs are cut, A is cut and B whole, and the r numbers are what the forward sums. So an adapter adds no
+Over tp, A is whole and B cut where W's outputs are cut; the backward sums the r numbers a token between them.
+Where W's inputs are cut, A is cut and B whole, and the forward sums the r numbers. So an adapter adds no
 collective wider than its rank, and no rank holds more of it than it must. Adapters of experts: experts.py.
 """
 
@@ -27,7 +27,7 @@ from .shard import Shard, sharded_parameter
 
 @dataclass(frozen=True)
 class LoRA:
-    """What adapters a model gets.
+    """Settings of a model's adapters.
 
     Attributes:
         rank: r, of every adapter.
@@ -57,7 +57,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """s, what the product of the two matrices is multiplied by."""
+        """s, the factor of the product of the two matrices."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def wants(self, target: str) -> bool:
@@ -71,7 +71,7 @@ class Adapter:
     Args:
         outputs: part -> its outputs on this rank, of all parts in the order they are stacked.
         parts: those that have an adapter, in that order.
-        cut: what of the linear's weight is cut over tp: "out" (column parallel), "in" (row parallel) or nothing.
+        cut: features of the weight that are sharded over tp: "out" (column parallel), "in" (row parallel) or none.
     """
 
     def __init__(self, lora: LoRA, outputs: Mapping[str, int], parts: Sequence[str], cut: str | None, axis: Axis):
@@ -87,20 +87,20 @@ class Adapter:
         return (copy_to_region if self.cut == "out" else reduce_from_region)(hidden, self.axis)
 
     def widen(self, old: Tensor, hidden: Tensor, b: Tensor, rows: slice, *more: Any) -> Tensor:
-        """What one part's [n, r] add to its old outputs [n, out/tp or out]."""
+        """One part's outputs [n, out/tp or out] with the product of its [n, r] added."""
         return torch.addmm(old, hidden, b[rows].t().to(hidden.dtype), alpha=self.lora.scale)
 
     def __call__(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, *more: Any) -> Tensor:
         """y [n, out/tp or out] with the adapter's part added, for the linear's own input x [n, in or in/tp]."""
         by_part = dict(zip(self.parts, self.narrow(x, a, *more).split(self.lora.rank, 1), strict=True))
-        made = []
+        parts = []
         for part, old in zip(self.outputs, y.split(list(self.outputs.values()), 1), strict=True):
-            made.append(self.widen(old, by_part[part], b, slice(*self.rows[part]), *more) if part in by_part else old)
-        return made[0] if len(made) == 1 else torch.cat(made, 1)
+            parts.append(self.widen(old, by_part[part], b, slice(*self.rows[part]), *more) if part in by_part else old)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class AdaptedLinear(nn.Module):
-    """What a linear with a place for an adapter has: the two parameters, and a switch."""
+    """Base of linears that may have an adapter: its two parameters, and a switch."""
 
     adapter: Adapter | None = None
     adapted = True
@@ -110,16 +110,16 @@ class AdaptedLinear(nn.Module):
 
     @property
     def active(self) -> Adapter | None:
-        """The adapter, if there is one and it is on."""
+        """The adapter, while it is on; None without one."""
         return self.adapter if self.adapted else None
 
     def add_adapter(self, adapter: Adapter, a: Shard, b: Shard, mesh: Mesh, dtype: torch.dtype) -> None:
-        """Gives the linear its adapter and the two parameters, which hold what the shards say."""
+        """Adds the adapter and its two parameters, uninitialized, with the pieces of the shards."""
         self.adapter = adapter
         self.lora_a, self.lora_b = (sharded_parameter(shard, dtype=dtype, device=mesh.device) for shard in (a, b))
 
     def with_adapter(self, y: Tensor, x: Tensor, *more: Any) -> Tensor:
-        """y, plus what the adapter makes of x where there is one and it is on; `more` is for the adapter."""
+        """y plus the active adapter's output for x; `more` are the adapter's further arguments."""
         return y if self.active is None else self.active(y, x, self.lora_a, self.lora_b, *more)
 
 
