@@ -1,10 +1,10 @@
-"""The batch: packed samples and what PPO learns about each of their tokens.
+"""Prompts, rollouts of one or several turns, and the batch: packed samples with numbers for each of their tokens.
 
 Convention: per-token tensors are aligned to the PREDICTED token. Entry t speaks of `tokens[t]`: its logprob under some
 policy, the value of the state it was chosen in, the reward for choosing it. What predicts tokens[t] is the model's
-output at t - 1, so `batch.response` (where the answers' tokens are) names the targets, `batch.response - 1` the rows of
-hidden states that predict them, and `batch.spread` puts per-target numbers back in place. Entries outside `mask`
-(prompts) are 0.
+output at t - 1, so `batch.response` (places of the policy's tokens) names the targets, `batch.response - 1` the rows
+of hidden states that predict them, and `batch.spread` puts per-target numbers back in place. Entries outside
+`mask` (prompts, turns of an environment) are 0.
 
 Every rank holds the same whole batch; ranks differ in which samples they compute, so statistics over a batch are plain
 local sums and the same in every layout.
@@ -42,23 +42,81 @@ class Prompt:
     text: str  # what a reward function gets: the user's words, without the chat template
     fields: dict[str, Any] = field(default_factory=dict)
     source: str = ""
-    messages: tuple[dict[str, Any], ...] = ()  # the whole chat that is answered, as the chat template gets it
+    messages: tuple[dict[str, Any], ...] = ()  # the whole chat before the response, as the chat template gets it
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Consecutive tokens of a rollout of one side: chosen by the policy, or given by its environment (a tool, a user).
+
+    Attributes:
+        tokens: of the policy, with the end of sequence where `finish` is "stop".
+        logprobs: of the sampler, after temperature and truncation, one a token; None: the turn is the environment's.
+        versions: of the weights that chose each token; empty for the environment.
+        messages: the environment's turn as the chat template gets it.
+    """
+
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    versions: list[int] = field(default_factory=list)
+    finish: Literal["stop", "length"] = "stop"
+    messages: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer. `tokens` ends with the end of sequence where `finish` is "stop"."""
+    """A response to a prompt: turns of the policy, the first of them right after the prompt, and of its environment."""
 
     prompt: Prompt
-    tokens: list[int]
-    logprobs: list[float]  # of the sampler, after temperature and truncation
-    finish: Literal["stop", "length"]
+    turns: tuple[Turn, ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens after the prompt."""
+        return [token for turn in self.turns for token in turn.tokens]
+
+    @property
+    def mask(self) -> list[bool]:
+        """Whether the policy chose each of `tokens`."""
+        return [turn.logprobs is not None for turn in self.turns for _ in turn.tokens]
+
+    @property
+    def policy_turns(self) -> list[Turn]:
+        """The turns that the policy chose."""
+        return [turn for turn in self.turns if turn.logprobs is not None]
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy chose."""
+        return sum(len(turn.tokens) for turn in self.policy_turns)
+
+    @property
+    def finish(self) -> Literal["stop", "length"]:
+        """End of the policy's last turn."""
+        return self.policy_turns[-1].finish
+
+
+def single_turn(
+    prompt: Prompt,
+    tokens: list[int],
+    logprobs: list[float],
+    finish: Literal["stop", "length"],
+    versions: list[int] | None = None,
+) -> Rollout:
+    """A rollout that is one completion of its prompt; without `versions` its tokens are of version 0."""
+    return Rollout(prompt, (Turn(tokens, logprobs, [0] * len(tokens) if versions is None else versions, finish),))
+
+
+def turn_texts(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Policy turns as text, without special tokens and without the token that ended them, special or not."""
+    tokens = [turn.tokens[:-1] if turn.finish == "stop" else turn.tokens for turn in turns]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def response_texts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The answers in words, without special tokens and without the token that ended them, special or not."""
-    tokens = [rollout.tokens[:-1] if rollout.finish == "stop" else rollout.tokens for rollout in rollouts]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    """Responses as text: the policy's turns (`turn_texts`), a blank line between them, nothing of the environment's."""
+    texts = iter(turn_texts([turn for rollout in rollouts for turn in rollout.policy_turns], tokenizer))
+    return ["\n\n".join(next(texts) for _ in rollout.policy_turns) for rollout in rollouts]
 
 
 @dataclass(frozen=True)
@@ -67,7 +125,8 @@ class Batch:
 
     tokens: Tensor  # [total] int64
     lengths: tuple[int, ...]  # tokens of each sample
-    mask: Tensor  # [total] bool: the targets, which are the tokens of answers; never a sample's first
+    mask: Tensor  # [total] bool: the targets, in any number of turns; never a sample's first token
+    versions: Tensor | None = None  # [total] int64: of the weights that chose each target
     rollout_logprobs: Tensor | None = None  # [total] fp32: the sampler's
     logprobs: Tensor | None = None  # [total] fp32: the actor's before the update ("old")
     ref_logprobs: Tensor | None = None  # [total] fp32: the reference's
@@ -76,7 +135,7 @@ class Batch:
     advantages: Tensor | None = None  # [total] fp32
     returns: Tensor | None = None  # [total] fp32
     weights: Tensor | None = None  # [total] fp32: what each token's loss counts for; None: all alike
-    names: tuple[str, ...] = ()  # of each sample, where it was read, for messages; () where nobody knows
+    names: tuple[str, ...] = ()  # of each sample, where it was read, for messages; () if not known
     row_sizes: tuple[int, ...] = ()  # samples of each row, which micro-batches keep together; (): one sample a row
     minibatches: Minibatches = ()  # of the update to come; (): none, or one that takes all samples at once
     cu_seqlens: Tensor = field(init=False)  # [samples + 1] int32: sample i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]]
@@ -121,7 +180,7 @@ class Batch:
         return self.with_(**{name: value.to(device) for name, value in self.per_token().items()})
 
     def per_token(self) -> dict[str, Tensor]:
-        """The per-token tensors that are known so far, by name."""
+        """The per-token tensors that are there so far, by name."""
         return {name: value for name in PER_TOKEN if (value := getattr(self, name)) is not None}
 
     def places(self, samples: Sequence[int]) -> Tensor:
@@ -167,13 +226,20 @@ class Batch:
 
     @property
     def last(self) -> Tensor:
-        """[samples] int64: where each sample's last token is, its last target, which gets the score."""
-        return self.cu_seqlens[1:].long() - 1
+        """[samples] int64: place of each sample's last target, where its score is read and given.
+
+        Of a sample without targets the place of its last token.
+        """
+        begins, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
+        places = torch.arange(len(self.tokens), device=self.tokens.device)
+        target = torch.where(self.mask, places, -1).cummax(0).values[ends - 1]
+        return torch.where(target >= begins, target, ends - 1)
 
 
 PER_TOKEN = (
     "tokens",
     "mask",
+    "versions",
     "rollout_logprobs",
     "logprobs",
     "ref_logprobs",
@@ -196,28 +262,31 @@ def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | N
     )
 
 
-def after_prompts(lengths: Sequence[int], prompt_lengths: Sequence[int]) -> list[list[bool]]:
-    """Masks of samples that are a prompt and, from there to their end, its answer."""
-    return [[place >= prompt for place in range(n)] for n, prompt in zip(lengths, prompt_lengths, strict=True)]
-
-
 def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
-    """The batch of these answers, with the sampler's logprobs in place.
+    """The batch of these responses, with the sampler's logprobs and the weights' versions in place.
 
     Raises:
-        ValueError: an answer without tokens, or without as many logprobs.
+        ValueError: the policy has no first turn, or a turn of it no tokens, or not as many logprobs and versions.
     """
     for rollout in rollouts:
-        if not rollout.tokens or len(rollout.tokens) != len(rollout.logprobs):
-            counts = f"{len(rollout.tokens)} tokens and {len(rollout.logprobs)} logprobs"
-            raise ValueError(f"the answer to {rollout.prompt.source or rollout.prompt.text!r} has {counts}")
-    samples = [r.prompt.tokens + r.tokens for r in rollouts]
-    batch = pack(samples, after_prompts([len(s) for s in samples], [len(r.prompt.tokens) for r in rollouts]))
-    sampling = torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs], dtype=torch.float32)
-    seen: dict[str, int] = {}  # answers to a prompt so far
+        turns, where = rollout.turns, rollout.prompt.source or repr(rollout.prompt.text)
+        if not turns or turns[0].logprobs is None:
+            raise ValueError(f"{where}: a response of {len(turns)} turns, of which the first is not the policy's")
+        for turn in rollout.policy_turns:
+            counts = len(turn.tokens), len(turn.logprobs or ()), len(turn.versions)
+            if not turn.tokens or len(set(counts)) > 1:
+                raise ValueError(f"{where}: a turn of {counts[0]} tokens, {counts[1]} logprobs, {counts[2]} versions")
+    batch = pack(
+        [rollout.prompt.tokens + rollout.tokens for rollout in rollouts],
+        [[False] * len(rollout.prompt.tokens) + rollout.mask for rollout in rollouts],
+    )
+    turns = [turn for rollout in rollouts for turn in rollout.policy_turns]
+    logprobs = torch.tensor([value for turn in turns for value in turn.logprobs or ()], dtype=torch.float32)
+    versions = torch.tensor([version for turn in turns for version in turn.versions])
+    seen: dict[str, int] = {}  # responses to a prompt so far
     names = []
     for prompt in (rollout.prompt for rollout in rollouts):
         where = prompt.source or f"prompt {prompt.index}"
         seen[where] = seen.get(where, 0) + 1
         names.append(f"{where}, response {seen[where]}")
-    return batch.with_(rollout_logprobs=batch.spread(sampling), names=tuple(names))
+    return batch.with_(rollout_logprobs=batch.spread(logprobs), versions=batch.spread(versions), names=tuple(names))

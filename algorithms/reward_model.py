@@ -25,7 +25,7 @@ def pack_pairs(pairs: Sequence[Pair]) -> Batch:
     """Samples chosen, rejected, chosen, rejected, ...; a pair's margin stands at its chosen answer's last token."""
     samples = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
     batch = pack_samples(samples)
-    assert batch.mask[batch.last].all(), "a response with tokens behind its last target"
+    assert batch.mask[batch.last].all(), "a response without targets"
     margins = torch.zeros(len(batch.tokens))
     margins[batch.last[::2]] = torch.tensor([pair.margin for pair in pairs])
     return batch.with_(rewards=margins, row_sizes=(2,) * len(pairs))

@@ -127,7 +127,7 @@ class Evaluated:
                 "source": rollout.prompt.source,
                 "sample": i % config.rollout.samples_per_prompt,
                 "completion": text,
-                "tokens": len(rollout.tokens),
+                "tokens": rollout.length,
                 "finish": rollout.finish,
                 "reward": known(rewards[i]),
                 "rewards": {name: known(values[i]) for name, values in scores.items()},

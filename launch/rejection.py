@@ -106,7 +106,7 @@ class RejectionRun(OnlineRun):
             count = self.config.rollout.samples_per_prompt
             rollouts = sample(self.generator, prompts, self.sampling, count)
             lengths = [len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts]
-            phase.tokens = sum(len(rollout.tokens) for rollout in rollouts)
+            phase.tokens = sum(rollout.length for rollout in rollouts)
             phase.flops = forward_flops(self.shape, lengths, phase.tokens)
         with run.phases("score") as phase:  # answers -> rewards
             scores = self.scores(rollouts)

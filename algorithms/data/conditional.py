@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..batch import Prompt, Rollout
+from ..batch import Prompt, Rollout, single_turn
 from ..config.conditional import CONDITION, ConditionConfig, RewardedData
 from .chat import column, shorten
 from .dialogues import Dialogue, Encoder, Sample
@@ -83,7 +83,7 @@ def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rol
         tokens = sample.tokens[begin:].tolist()
         asked = tuple(row.dialogue.asked(row.dialogue.learned[0]))
         prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where, asked)
-        made.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop"))
+        made.append(single_turn(prompt, tokens, [0.0] * len(tokens), "stop"))
     return made
 
 

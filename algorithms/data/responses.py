@@ -12,7 +12,7 @@ import json
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -75,16 +75,20 @@ class Response:
     prompt_tokens: list[int]
     tokens: list[int]
     reference: float | None = None  # log-probability under the policy that the round began with, where DPO needs it
+    mask: list[int] = field(default_factory=list)  # 1 where the policy chose the token; empty: all, one turn
 
     def sample(self) -> Sample:
         """The response as a row to learn from."""
-        return sampled_row(self.prompt_tokens, self.tokens, self.prompt, self.source)
+        return sampled_row(self.prompt_tokens, self.tokens, self.mask, self.prompt, self.source)
 
 
-def sampled_row(prompt_tokens: Sequence[int], tokens: Sequence[int], prompt: str, where: str) -> Sample:
-    """A sampled response, token for token, as a row to learn from."""
-    mask = bytes(len(prompt_tokens)) + b"\1" * len(tokens)
-    return Sample(array("i", [*prompt_tokens, *tokens]), mask, prompt, where)
+def sampled_row(
+    prompt_tokens: Sequence[int], tokens: Sequence[int], mask: Sequence[int], prompt: str, where: str
+) -> Sample:
+    """A sampled response up to its last target, token for token, as a row to learn from."""
+    targets = (bytes(mask) or b"\1" * len(tokens)).rstrip(b"\0")
+    tokens = [*prompt_tokens, *tokens[: len(targets)]]
+    return Sample(array("i", tokens), bytes(len(prompt_tokens)) + targets, prompt, where)
 
 
 def score_or_none(score: Score) -> float | None:
@@ -116,6 +120,7 @@ def make_responses(
             "",
             rollout.prompt.tokens,
             rollout.tokens,
+            mask=[int(target) for target in rollout.mask] if len(rollout.turns) > 1 else [],
         )
         for i, (rollout, completion) in enumerate(zip(rollouts, completions, strict=True))
     ]
@@ -180,6 +185,7 @@ def label_pairs(responses: Sequence[Response], pairs: int) -> LabeledPairs:
     rows = []
     for best, worst in best_against_worst(scored, pairs):
         chosen, rejected = responses[int(best.response)], responses[int(worst.response)]
+        masks = {"chosen_mask": chosen.mask, "rejected_mask": rejected.mask}
         rows.append(
             {
                 "prompt": chosen.prompt,
@@ -193,6 +199,7 @@ def label_pairs(responses: Sequence[Response], pairs: int) -> LabeledPairs:
                 "rejected_tokens": rejected.tokens,
                 "chosen_finish": chosen.finish,
                 "rejected_finish": rejected.finish,
+                **{name: mask for name, mask in masks.items() if mask},
             }
         )
     counts = {
@@ -209,14 +216,16 @@ def read_sampled_pairs(source: str, read: Read = read_rows) -> list[Pair]:
     """The pairs of a file of `label_pairs`'s rows, token for token."""
 
     def sample(row: dict[str, Any], where: str, side: str) -> Sample:
-        return sampled_row(row["prompt_tokens"], row[f"{side}_tokens"], row["prompt"], where)
+        tokens, mask = row[f"{side}_tokens"], row.get(f"{side}_mask") or []
+        return sampled_row(row["prompt_tokens"], tokens, mask, row["prompt"], where)
 
     return [Pair(sample(row, at, "chosen"), sample(row, at, "rejected"), 0.0) for at, row in read(source, {})]
 
 
 def write_responses(path: Path, responses: Sequence[Response]) -> None:
-    """Writes responses as JSONL."""
-    write_jsonl(path, map(asdict, responses))
+    """Writes responses as JSONL, those of one turn without a mask."""
+    rows = map(asdict, responses)
+    write_jsonl(path, ({name: value for name, value in row.items() if name != "mask" or value} for row in rows))
 
 
 def read_responses(path: Path) -> list[Response]:

@@ -16,7 +16,7 @@ from ...models.families.registry import read_config
 from ...models.hf.tokenizer import has_tokenizer, read_tokenizer, stop_ids
 from ...models.hf.tokenizer_match import chats_differ, tokens_differ
 from ..batch import Rollout
-from ..data.chat import Message, render, render_prompt
+from ..data.chat import Message, answered, render, render_prompt
 from ..data.encoding import encode_responses
 from ..data.text_files import parse_json
 
@@ -34,12 +34,37 @@ class Completion(NamedTuple):
     tools: list[Any] | None
 
 
-def completion_of(rollout: Rollout, text: str) -> Completion:
-    """A rollout whose tokens are this text, special ones left out."""
+def conversation(rollout: Rollout, texts: Sequence[str]) -> list[Message]:
+    """The chat of a rollout, from the prompt's messages to its last turn.
+
+    Args:
+        texts: of the policy's turns, each of which becomes a message of the assistant.
+
+    Raises:
+        ValueError: a turn of the environment has no messages; names the prompt's row.
+    """
+    prompt, written = rollout.prompt, iter(texts)
+    where = prompt.source or f"prompt {prompt.index}"
+    chat = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
+    for number, turn in enumerate(rollout.turns):
+        if turn.logprobs is not None:
+            chat, _ = answered(where, chat, {"role": "assistant", "content": next(written)})
+        elif not turn.messages:
+            raise ValueError(f"{where}: turn {number} of its response, an environment's, has no messages")
+        chat += turn.messages
+    return chat
+
+
+def completion_of(rollout: Rollout, texts: Sequence[str]) -> Completion:
+    """The policy's last turn as a completion of all that stands before it.
+
+    Args, raises: as in `conversation`.
+    """
     prompt = rollout.prompt
-    messages = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
     where, tools = prompt.source or f"prompt {prompt.index}", prompt.fields.get("tools")
-    return Completion(where, messages, text, rollout.finish == "stop", parse_tools(where, tools))
+    last = max(i for i, turn in enumerate(rollout.turns) if turn.logprobs is not None)
+    messages = conversation(Rollout(prompt, rollout.turns[:last]), texts)
+    return Completion(where, messages, texts[-1], rollout.finish == "stop", parse_tools(where, tools))
 
 
 def parse_tools(where: str, tools: Any) -> list[Any] | None:

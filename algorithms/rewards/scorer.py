@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...engine.mesh import Mesh
 from ...engine.parallel.collectives import gather_objects
-from ..batch import Batch, Rollout, Score, pack, response_texts
+from ..batch import Batch, Prompt, Rollout, Score, pack, response_texts, turn_texts
 from ..config.common import RewardConfig
-from .encoder import ChatEncoder, completion_of
+from .encoder import ChatEncoder, completion_of, conversation
 from .functions import RewardFunction
 from .http import RewardClient
 from .shaping import combine
@@ -89,7 +90,9 @@ class Scorer:
         """
 
         def call() -> list[list[Score]]:
-            prompts = [rollout.prompt for rollout in rollouts]
+            if not self.functions and not self.servers:
+                return []
+            prompts = with_conversations(rollouts, self.tokenizer)
             finished = [rollout.finish == "stop" for rollout in rollouts]
             texts = response_texts(rollouts, self.tokenizer)
             by_function = [function.score(prompts, texts) for function in self.functions]
@@ -175,9 +178,10 @@ class Scorer:
     def _encoded_again(self, encoder: ChatEncoder, rollouts: Sequence[Rollout], unread: dict[int, str]) -> Batch:
         """The rollouts as another tokenizer's tokens; a single token for one that cannot be encoded."""
         sequences: list[list[int]] = []
-        for i, (rollout, text) in enumerate(zip(rollouts, response_texts(rollouts, self.tokenizer), strict=True)):
+        for i, rollout in enumerate(rollouts):
             try:
-                sequences.append(encoder.within_positions(completion_of(rollout, text)))
+                texts = turn_texts(rollout.policy_turns, self.tokenizer)
+                sequences.append(encoder.within_positions(completion_of(rollout, texts)))
             except ValueError as error:
                 unread[i] = str(error)
                 sequences.append([encoder.end])
@@ -196,3 +200,14 @@ class Scorer:
         if failure is not None:
             raise ValueError(failure)
         return result
+
+
+def with_conversations(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The rollouts' prompts; where any rollout has several turns, with the column `conversation`: the whole chat."""
+    if all(len(rollout.turns) == 1 for rollout in rollouts):
+        return [rollout.prompt for rollout in rollouts]
+    chats = [conversation(rollout, turn_texts(rollout.policy_turns, tokenizer)) for rollout in rollouts]
+    return [
+        replace(rollout.prompt, fields=rollout.prompt.fields | {"conversation": chat})
+        for rollout, chat in zip(rollouts, chats, strict=True)
+    ]

@@ -18,7 +18,7 @@ from ...engine.parallel.collectives import gather_objects
 from ..batch import PER_TOKEN, Batch
 
 NAMED = 3  # culprits that a message names
-NUMBERS = tuple(name for name in PER_TOKEN if name not in ("tokens", "mask"))
+NUMBERS = tuple(name for name in PER_TOKEN if name not in ("tokens", "mask", "versions"))
 
 
 def poison(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

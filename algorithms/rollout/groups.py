@@ -88,7 +88,7 @@ def make_groups(
             )
     rewards = list(rewards)
     if buffer:
-        lengths = torch.tensor([len(rollout.tokens) for rollout in rollouts])
+        lengths = torch.tensor([rollout.length for rollout in rollouts])
         limit, factor = config.rollout.max_new_tokens, config.grpo.overlong_penalty
         penalties = soft_overlong_penalty(lengths, limit, buffer, factor).tolist()
         rewards = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...engine.generation.interface import Generator, Interrupted, SamplingParams
 from ...engine.parallel.collectives import gather_objects
-from ..batch import Prompt, Rollout
+from ..batch import Prompt, Rollout, single_turn
 from ..config.common import RolloutConfig
 from ..micro_batch import contiguous_part
 
@@ -51,7 +51,7 @@ def sample(
         raise Interrupted
     completions = [completion for part in parts for completion in part]
     return [
-        Rollout(prompt, completion.tokens, completion.logprobs, completion.finish)
+        single_turn(prompt, completion.tokens, completion.logprobs, completion.finish)
         for (prompt, _), completion in zip(requests, completions, strict=True)
     ]
 

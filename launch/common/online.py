@@ -122,7 +122,7 @@ def summary(
     """
     by_name = {f"reward/{name}": _mean(v) for name, v in zip(short_names(list(scores)), scores.values(), strict=True)}
     count = len(rollouts)
-    lengths = [len(rollout.tokens) for rollout in rollouts]
+    lengths = [rollout.length for rollout in rollouts]
     missing = sum(score != score for score in combined)
     return {
         "reward": _mean(combined),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trialign.algorithms.advantages import whiten
-from trialign.algorithms.batch import Prompt, Rollout, from_rollouts, pack
+from trialign.algorithms.batch import Prompt, Rollout, from_rollouts, pack, single_turn
 from trialign.algorithms.losses.aggregation import Segments
 
 SAMPLES = [([5, 6, 7], [8, 9]), ([1], [2]), ([3, 4], [10, 11, 12])]
@@ -13,7 +13,7 @@ SAMPLES = [([5, 6, 7], [8, 9]), ([1], [2]), ([3, 4], [10, 11, 12])]
 
 def rollout(prompt: list[int], answer: list[int]) -> Rollout:
     logprobs = [-0.1 * token for token in answer]
-    return Rollout(Prompt(0, prompt, "text", source="file:1"), answer, logprobs, "stop")
+    return single_turn(Prompt(0, prompt, "text", source="file:1"), answer, logprobs, "stop")
 
 
 def test_rollouts_are_packed_and_aligned_to_the_predicted_token():

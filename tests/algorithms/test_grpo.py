@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
+from samples import turn_masks
 from scripts import AXES, agree, digests, kill_after, metrics, rewound, succeed, succeed_in_turn
 from tiny import VOCAB, tiny_chat_model, tiny_llama
-from trialign.algorithms.batch import Batch, Prompt, Rollout, after_prompts, pack
+from trialign.algorithms.batch import Batch, Prompt, Rollout, pack, single_turn
 from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, PromptData, RewardConfig
 from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GRPORollout, GRPORun, check
 from trialign.algorithms.grpo import GroupRoles, score, step, update, with_advantages
@@ -45,7 +46,7 @@ def random_batch(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 20, (8,), generator=generator).tolist()
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    batch = pack(samples, after_prompts(lengths, [max(1, n // 3) for n in lengths]))
+    batch = pack(samples, turn_masks(lengths, [max(1, n // 3) for n in lengths]))
     return batch.with_(rollout_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
 
 
@@ -199,7 +200,7 @@ def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
 def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:
     """Answers with these rewards, four to a prompt."""
     prompts = [Prompt((start + i) // 4, [1], "", source=f"p.jsonl:{(start + i) // 4}") for i in range(len(rewards))]
-    return [Rollout(prompt, [1] * (i + 1), [0.0] * (i + 1), "stop") for i, prompt in enumerate(prompts)]
+    return [single_turn(prompt, [1] * (i + 1), [0.0] * (i + 1), "stop") for i, prompt in enumerate(prompts)]
 
 
 def test_groups_without_spread_are_drawn_again_until_there_are_enough():

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from layouts import ALONE, FOUR_RANKS, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
+from samples import turn_masks
 from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
-from trialign.algorithms.batch import Batch, after_prompts, pack
+from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.ppo import Roles, score, update, with_rewards
@@ -32,7 +33,7 @@ def random_batch() -> Batch:
     lengths = torch.randint(3, 20, (8,), generator=generator).tolist()
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     prompts = [max(1, n // 3) for n in lengths]
-    batch = pack(samples, after_prompts(lengths, prompts))
+    batch = pack(samples, turn_masks(lengths, prompts))
     return batch.with_(rollout_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scripts import AXES, agree, digests, kill_after, launch, metrics, options, succeed, succeed_in_turn
 from tiny import tiny_chat_model, tiny_llama
-from trialign.algorithms.batch import Prompt, Rollout
+from trialign.algorithms.batch import Prompt, Rollout, single_turn
 from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
 from trialign.algorithms.data.responses import (
     make_responses,
@@ -34,7 +34,7 @@ NAN = math.nan
 def rollouts() -> list[Rollout]:
     """Three answers to each of three prompts; the first two prompts are the same words."""
     prompts = [Prompt(i, [5, 6 + i], text, source=f"rows:{i}") for i, text in enumerate(("same", "same", "other"))]
-    return [Rollout(prompt, [10 * prompt.index + j, 2], [0.0, 0.0], "stop") for prompt in prompts for j in range(3)]
+    return [single_turn(prompt, [10 * prompt.index + j, 2], [0.0, 0.0], "stop") for prompt in prompts for j in range(3)]
 
 
 def made(rewards: list[float], method: str):

@@ -1,7 +1,7 @@
 """Small inputs the tests share: a tokenizer of whole words with a chat template, and JSONL files."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -42,3 +42,15 @@ def tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
 def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
+
+
+def turn_masks(lengths: Sequence[int], prompt_lengths: Sequence[int]) -> list[list[bool]]:
+    """Masks of samples that are a prompt and its response: of one turn in every even sample; in odd ones of two turns
+    with a token or more of an environment between them and at their end, where they are long enough."""
+    masks = []
+    for number, (length, prompt) in enumerate(zip(lengths, prompt_lengths, strict=True)):
+        first, second = prompt + max(1, (length - prompt) // 3), length - max(1, (length - prompt) // 4)
+        two = number % 2 and second - first >= 2
+        gap = {*range(first, first + (second - first) // 2), *range(second, length)} if two else ()
+        masks.append([place >= prompt and place not in gap for place in range(length)])
+    return masks

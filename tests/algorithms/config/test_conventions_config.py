@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples import turn_masks
 from tiny import VOCAB, tiny_llama
 from trialign.algorithms.advantages import (
     GroupRule,
@@ -16,7 +17,7 @@ from trialign.algorithms.advantages import (
     token_rewards,
     whiten,
 )
-from trialign.algorithms.batch import Batch, after_prompts, pack
+from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.common import OptimizerConfig, RewardConfig, UpdateConfig
 from trialign.algorithms.config.convention import ConventionConfig, GroupConvention, PPOConvention
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions, GRPORollout
@@ -58,7 +59,7 @@ def batch_of(actor: Learner, far: float = 3.0) -> Batch:
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(4, 14, (6,), generator=generator).tolist()
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    batch = pack(samples, after_prompts(lengths, [max(1, n // 3) for n in lengths]))
+    batch = pack(samples, turn_masks(lengths, [max(1, n // 3) for n in lengths]))
     now = actor.logprobs(batch)
 
     def near(spread: float) -> torch.Tensor:

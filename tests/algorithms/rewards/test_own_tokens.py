@@ -15,7 +15,7 @@ from scripts import launch, options, succeed
 from test_rewards_served import serve_reward  # noqa: F401
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import pre_tokenizers
-from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts
+from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, single_turn
 from trialign.algorithms.config.common import ModelPaths, RewardConfig, RolloutConfig, UpdateConfig
 from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, Policy, reward_encoders
@@ -101,7 +101,7 @@ def sampled(root: Path) -> list[Rollout]:
         prompt = Prompt(number, head, chat[-1]["content"], source=f"p.jsonl:{number + 1}", messages=tuple(chat))
         for text, finished in ANSWERS:
             tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([2] if finished else [])]
-            rollouts.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
+            rollouts.append(single_turn(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
     return rollouts
 
 
@@ -149,7 +149,7 @@ def test_where_tokens_agree_the_model_reads_those_that_were_sampled(folders):
     name, policy, mesh = str(folders / "alike"), policy_of(folders), build_mesh()
     assert reward_encoders([name], policy._replace(chat_template=False)) == encoders_of(folders, name) == {}
     tokens = [token for letter in "hello" for token in policy.tokenizer(letter)["input_ids"]]
-    rollouts = [Rollout(Prompt(0, [1, 2, 3], "hi"), [*tokens, 2], [0.0] * 6, "stop")]
+    rollouts = [single_turn(Prompt(0, [1, 2, 3], "hi"), [*tokens, 2], [0.0] * 6, "stop")]
     role = Role(build_decoder(name, read_config(name), mesh, "float32", head="score"))
     batch = from_rollouts(rollouts)
     scorer = Scorer(RewardConfig(models=(name,)), policy.tokenizer, mesh, encoders_of(folders, name))
@@ -188,7 +188,7 @@ def test_a_long_text_of_the_model_s_own_tokens_is_refused_or_left_unscored_by_ro
     text = " ".join(random.Random(0).choices("yes no maybe".split(), k=200))  # 200 tokens of the policy's
     tokens = policy.tokenizer(text)["input_ids"]
     prompt = Prompt(0, [1], "hi", source="p.jsonl:1", messages=tuple(CHATS[0]))
-    rollouts = [Rollout(prompt, own, [0.0] * len(own), "length") for own in (tokens[:9], tokens)]
+    rollouts = [single_turn(prompt, own, [0.0] * len(own), "length") for own in (tokens[:9], tokens)]
     role = Role(build_decoder(name, read_config(name), mesh, "float32", head="score"))
 
     def score(on_failure: Any) -> list[Score]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from samples import write_jsonl
 from scripts import ROOT, options
 from tiny import tiny_chat_model
-from trialign.algorithms.batch import Prompt, Rollout
+from trialign.algorithms.batch import Prompt, single_turn
 
 MATH = "trialign.algorithms.rewards.math.reward:math"
 
@@ -115,7 +115,7 @@ def test_where_no_answer_has_a_score_the_reasons_come_before_the_refusal(script,
 def test_scorers_whose_paths_end_alike_have_metrics_of_their_own(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     summary = importlib.import_module("common.online").summary
-    rollout = Rollout(Prompt(0, [1], "p"), [2], [0.0], "stop")
+    rollout = single_turn(Prompt(0, [1], "p"), [2], [0.0], "stop")
     for names, short in {
         ("runs/a/model", "runs/b/model", "f.py:f"): ("a/model", "b/model", "f.py:f"),
         ("http://h:1/score", "http://h:2/score"): ("h:1/score", "h:2/score"),

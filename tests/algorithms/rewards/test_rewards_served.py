@@ -16,7 +16,7 @@ import torch
 from harness import run_ranks
 from samples import write_jsonl
 from tiny import tiny_llama, tiny_tokenizer
-from trialign.algorithms.batch import Prompt, Rollout, from_rollouts
+from trialign.algorithms.batch import Prompt, from_rollouts, single_turn
 from trialign.algorithms.config.common import ModelPaths, PromptData, RewardConfig, UpdateConfig
 from trialign.algorithms.config.preference import PairData
 from trialign.algorithms.data.dialogues import Encoder
@@ -84,7 +84,7 @@ def by_both(folder: Path, url: str, data: PromptData) -> tuple[list[Any], list[A
     for prompt in dataset.next(dataset.rows):
         for text, finished in ANSWERS:
             tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([2] if finished else [])]
-            rollouts.append(Rollout(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
+            rollouts.append(single_turn(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
     scorer = Scorer(RewardConfig(models=(str(folder),), servers=(url,), server_batch=3), tokenizer, mesh)
     model = Role(
         build_decoder(str(folder), read_config(folder), mesh, "float32", head="score"),
@@ -121,7 +121,7 @@ def test_a_pair_is_scored_where_it_is_trained(folder, serve_reward, tmp_path):
     data = PromptData((str(write_jsonl(tmp_path / "chats.jsonl", [{"prompt": CHAT}])),))
     (prompt,) = PromptDataset(data, tokenizer).next(1)
     answers = [[*tokenizer(side[-1]["content"], add_special_tokens=False)["input_ids"], 2] for side in sides]
-    batch = from_rollouts([Rollout(prompt, tokens, [0.0] * len(tokens), "stop") for tokens in answers])
+    batch = from_rollouts([single_turn(prompt, tokens, [0.0] * len(tokens), "stop") for tokens in answers])
     assert role.scores(batch).tolist() == trained
 
 
@@ -261,7 +261,7 @@ class Wordless:
 
 
 def test_a_reward_model_s_nan_names_file_and_row():
-    rollouts = [Rollout(Prompt(i, [1], "", source=f"p.jsonl:{i + 1}"), [2], [0.0], "stop") for i in range(3)]
+    rollouts = [single_turn(Prompt(i, [1], "", source=f"p.jsonl:{i + 1}"), [2], [0.0], "stop") for i in range(3)]
     models: Any = [Fixed(1.0, math.nan, math.inf)]
     tokenizer: Any = Wordless()
 

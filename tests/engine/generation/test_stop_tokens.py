@@ -5,7 +5,7 @@ from typing import Any
 
 from scripts import options, succeed
 from tiny import tiny_chat_model
-from trialign.algorithms.batch import Prompt, Rollout, response_texts
+from trialign.algorithms.batch import Prompt, response_texts, single_turn
 from trialign.algorithms.roles.build import build_decoder
 from trialign.algorithms.rollout.sync import stop_tokens
 from trialign.engine.generation.embedded import EmbeddedGenerator
@@ -21,10 +21,10 @@ def test_the_token_that_ended_an_answer_is_no_part_of_its_text(tmp_path):
     h, i, end = (ids[letter] for letter in "hi!")  # an end that is no special token
     prompt = Prompt(0, [1], "p")
     rollouts = [
-        Rollout(prompt, [h, i, end], [0.0] * 3, "stop"),
-        Rollout(prompt, [h, i, end], [0.0] * 3, "length"),
-        Rollout(prompt, [h, 2, i, 2], [0.0] * 4, "stop"),
-        Rollout(prompt, [end], [0.0], "stop"),
+        single_turn(prompt, [h, i, end], [0.0] * 3, "stop"),
+        single_turn(prompt, [h, i, end], [0.0] * 3, "length"),
+        single_turn(prompt, [h, 2, i, 2], [0.0] * 4, "stop"),
+        single_turn(prompt, [end], [0.0], "stop"),
     ]
     assert response_texts(rollouts, tokenizer) == ["hi", "hi!", "hi", ""]
     assert stop_tokens((2, end), tokenizer) == f"stop tokens: </s> (2), ! ({end})"
