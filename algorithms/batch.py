@@ -59,7 +59,7 @@ class Turn:
     tokens: list[int]
     logprobs: list[float] | None = None
     versions: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length"] = "stop"
+    finish: Literal["stop", "length", "abort"] = "stop"
     messages: tuple[dict[str, Any], ...] = ()
 
 
@@ -91,7 +91,7 @@ class Rollout:
         return sum(len(turn.tokens) for turn in self.policy_turns)
 
     @property
-    def finish(self) -> Literal["stop", "length"]:
+    def finish(self) -> Literal["stop", "length", "abort"]:
         """End of the policy's last turn."""
         return self.policy_turns[-1].finish
 
@@ -100,7 +100,7 @@ def single_turn(
     prompt: Prompt,
     tokens: list[int],
     logprobs: list[float],
-    finish: Literal["stop", "length"],
+    finish: Literal["stop", "length", "abort"],
     versions: list[int] | None = None,
 ) -> Rollout:
     """A rollout that is one completion of its prompt; without `versions` its tokens are of version 0."""

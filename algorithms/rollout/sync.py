@@ -51,7 +51,7 @@ def sample(
         raise Interrupted
     completions = [completion for part in parts for completion in part]
     return [
-        single_turn(prompt, completion.tokens, completion.logprobs, completion.finish)
+        single_turn(prompt, completion.tokens, completion.logprobs, completion.finish, completion.versions)
         for (prompt, _), completion in zip(requests, completions, strict=True)
     ]
 
