@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_ranks
+from layouts import assert_close
 from peft_case import (
     MODULES,
-    assert_near,
     build,
     held,
     learner,
@@ -62,14 +62,14 @@ def test_logits_and_gradients_are_pefts(folder, tmp_path, lora):
     (loss / sum(len(row) - 1 for row in rows)).backward()
     theirs = {n.replace(".default", ""): p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
     ours = held(train(model, 1))
-    assert_near({n.removeprefix("grad/"): t for n, t in ours.items() if n.startswith("grad/")}, theirs)
+    assert_close({n.removeprefix("grad/"): t for n, t in ours.items() if n.startswith("grad/")}, theirs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout))
 def test_layouts_equal_one_process_after_two_steps(folder, adapter, layout):
     alone = two_steps(0, 1, folder, ALL, adapter, (1, 1, 1))
     for got in run_ranks(two_steps, math.prod(layout), folder, ALL, adapter, layout):
-        assert_near(got, alone)
+        assert_close(got, alone)
 
 
 def test_some_targets_in_a_layout_of_all_axes(folder, tmp_path):
@@ -78,7 +78,7 @@ def test_some_targets_in_a_layout_of_all_axes(folder, tmp_path):
     adapter = save_peft(peft_model(folder, lora), tmp_path)
     alone = two_steps(0, 1, folder, lora, adapter, (1, 1, 1))
     for got in run_ranks(two_steps, 8, folder, lora, adapter, (2, 2, 2)):
-        assert_near(got, alone)
+        assert_close(got, alone)
 
 
 def fresh(rank: int, world: int, folder: Path, tp: int, pp: int) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from families import tiny_family
 from harness import run_ranks
-from peft_case import adapted, assert_near, build, held, learner, masters, samples, train
+from layouts import assert_close
+from peft_case import adapted, build, held, learner, masters, samples, train
 from tiny import VOCAB, weight_pieces
 from tiny_moe import mixture, world_of
 from torch import Tensor
@@ -55,7 +56,7 @@ def test_logits_gradients_and_a_step_are_those_of_the_merged_weights(folder):
     plain, batch = merged(folder, EVERY, before), pack(samples(VOCAB))
     with torch.no_grad():
         got, expected = (m.logits(stage_forward(m, batch, None)) for m in (model, plain))
-    assert_near({"logits": got}, {"logits": expected})
+    assert_close({"logits": got}, {"logits": expected})
 
     ours, weights = held(train(model, 1)), held(train(plain, 1))
     gradients: dict[str, Tensor] = {}
@@ -63,14 +64,14 @@ def test_logits_gradients_and_a_step_are_those_of_the_merged_weights(folder):
         a, b = (adapter_name(place.name, letter) for letter in "AB")
         dw = weights[f"grad/{place.name}"]
         gradients |= {a: EVERY.scale * before[b].t() @ dw, b: EVERY.scale * dw @ before[a].t()}
-    assert_near({n.removeprefix("grad/"): t for n, t in ours.items() if n.startswith("grad/")}, gradients)
+    assert_close({n.removeprefix("grad/"): t for n, t in ours.items() if n.startswith("grad/")}, gradients)
 
     leaves = {name: torch.nn.Parameter(tensor) for name, tensor in before.items()}
     for name, leaf in leaves.items():
         leaf.grad = gradients[name]
     torch.nn.utils.clip_grad_norm_(leaves.values(), 0.5)
     torch.optim.AdamW(leaves.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0).step()
-    assert_near({n.removeprefix("master/"): t for n, t in ours.items() if n.startswith("master/")}, dict(leaves), 1e-4)
+    assert_close({n.removeprefix("master/"): t for n, t in ours.items() if n.startswith("master/")}, dict(leaves), 1e-4)
 
 
 def test_a_normalized_head_is_that_of_the_merged_weights(tmp_path):
@@ -81,9 +82,9 @@ def test_a_normalized_head_is_that_of_the_merged_weights(tmp_path):
     dw = held(train(merged(folder, lora, before), 1))["grad/lm_head.weight"]
     expected = {a: lora.scale * before[b].t() @ dw, b: lora.scale * dw @ before[a].t()}
     alone = steps_taken(0, 1, folder, lora, {}, 1)
-    assert_near({name: alone[f"grad/{name}"] for name in expected}, expected)
+    assert_close({name: alone[f"grad/{name}"] for name in expected}, expected)
     for got in run_ranks(steps_taken, 2, folder, lora, {"tp": 2}, 1):
-        assert_near(got, alone)
+        assert_close(got, alone)
 
 
 def steps_taken(
@@ -97,12 +98,12 @@ def test_layouts_equal_one_process_after_two_steps(folder, lora):
     alone = steps_taken(0, 1, folder, lora, {})
     for sizes in LAYOUTS:
         for got in run_ranks(steps_taken, world_of(sizes), folder, lora, sizes):
-            assert_near(got, alone, 3e-5)
+            assert_close(got, alone, 3e-5)
 
 
 @pytest.mark.parametrize("lora", [EVERY, QUANTIZED], ids=["lora", "qlora"])
 def test_recomputation_does_not_matter(folder, lora):
-    assert_near(steps_taken(0, 1, folder, lora, {}, recompute=True), steps_taken(0, 1, folder, lora, {}))
+    assert_close(steps_taken(0, 1, folder, lora, {}, recompute=True), steps_taken(0, 1, folder, lora, {}))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_some_targets_where_a_stage_may_have_nothing_to_train(tmp_path, targets)
         adapter_shapes(read_config(folder), lora)
     )
     for got in run_ranks(steps_taken, 2, folder, lora, {"pp": 2}):
-        assert_near(got, alone, 3e-5)
+        assert_close(got, alone, 3e-5)
 
 
 def test_adapters_off_are_the_base_bit_for_bit_and_the_optimizer_holds_the_adapters_alone(folder):
@@ -164,6 +165,6 @@ def test_a_quantized_mixture_is_the_dequantized_one(folder):
             assert isinstance(nf4, NF4Weight) and model.get_parameter(f"{name}.weight").is_meta
             weight.copy_(nf4.dequantized(torch.float32))
         expected = floats.logits(stage_forward(floats, batch, None))
-    assert_near({"logits": got}, {"logits": expected})
+    assert_close({"logits": got}, {"logits": expected})
     assert (got - exact).norm() > 0.01 * exact.norm()  # quantized it is
-    assert_near(held(train(model, 1)), held(train(floats, 1)))
+    assert_close(held(train(model, 1)), held(train(floats, 1)))

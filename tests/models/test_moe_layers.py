@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
+from layouts import assert_close
 from tiny import VOCAB, assemble
 from tiny_moe import MIXTRAL, SHARED, fill, moe_config, moe_decoder
 from torch import Tensor
@@ -174,15 +175,6 @@ def one_step(rank: int, world: int, sizes: dict[str, Any], moe: MoEConfig, recom
 LAYOUTS = [{"ep": 4}, {"dp": 4, "ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "pp": 2, "ep": 2}]
 
 
-def compare(got, expected, tolerance=1e-5):
-    assert got[0] == pytest.approx(expected[0], rel=tolerance, abs=tolerance)
-    assert got[1].keys() == expected[1].keys()
-    for name, tensor in expected[1].items():
-        largest = tensor.abs().max().item()
-        torch.testing.assert_close(got[1][name], tensor, rtol=0, atol=tolerance * largest, msg=name)
-    torch.testing.assert_close(got[2], expected[2], rtol=tolerance, atol=tolerance)
-
-
 @pytest.fixture(scope="module", params=["mixtral", "shared"])
 def moe(request):
     return {"mixtral": MIXTRAL, "shared": SHARED}[request.param]
@@ -201,14 +193,14 @@ def test_layouts_equal_one_process(moe, alone, sizes):
     if sizes.get("ep", 1) > 1:
         assert len({count for *_, count in results}) > 1
     for got in results:
-        compare(got, alone)
+        assert_close(got[:3], alone[:3])
 
 
 @pytest.mark.parametrize("sizes", [{}, {"pp": 2, "ep": 2}], ids=str)
 def test_recomputation_and_micro_batches_do_not_matter(moe, alone, sizes):
     world = sizes.get("pp", 1) * sizes.get("ep", 1)
     for got in run_ranks(one_step, world, sizes, moe, True, timeout=120):
-        compare(got, alone)
+        assert_close(got[:3], alone[:3])
 
 
 def test_a_number_of_experts_that_ep_does_not_divide_is_refused():

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from peft_case import assert_near, build, held, peft_model, samples, save_peft, train, two_steps
+from layouts import assert_close
+from peft_case import build, held, peft_model, samples, save_peft, train, two_steps
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
 from trialign.algorithms.batch import pack
@@ -95,14 +96,14 @@ def test_logits_and_gradients_are_those_of_the_dequantized_weights(folder, adapt
         got, expected, exact = (m.logits(stage_forward(m, batch, None)) for m in (model, plain, base))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert (got - exact).norm() > 0.01 * exact.norm()  # quantized it is
-    assert_near(held(train(model, 2)), held(train(plain, 2)))
+    assert_close(held(train(model, 2)), held(train(plain, 2)))
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 2), (2, 2, 1)], ids=str)
 def test_layouts_equal_one_process_after_two_steps(folder, adapter, layout):
     alone = two_steps(0, 1, folder, ON, adapter, (1, 1, 1))
     for got in run_ranks(two_steps, math.prod(layout), folder, ON, adapter, layout):
-        assert_near(got, alone)
+        assert_close(got, alone)
 
 
 def rectangles(rank: int, world: int, folder: Path, tp: int, pp: int) -> list[tuple]:

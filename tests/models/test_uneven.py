@@ -8,7 +8,8 @@ import pytest
 import torch
 from family_run import as_trialign, assert_same
 from harness import run_ranks
-from peft_case import assert_near, two_steps
+from layouts import assert_close
+from peft_case import two_steps
 from tiny import tiny_llama
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import Completion, SamplingParams
@@ -79,7 +80,7 @@ def test_adapters_equal_one_process(folder):
     alone = two_steps(0, 1, folder, lora, None, (1, 1, 1))
     for layout in ((2, 2, 1), (5, 1, 1)):
         for got in run_ranks(two_steps, math.prod(layout), folder, lora, None, layout):
-            assert_near(got, alone)
+            assert_close(got, alone)
 
 
 def test_qlora_equals_one_process(tmp_path):
@@ -88,7 +89,7 @@ def test_qlora_equals_one_process(tmp_path):
     lora = LoRA(4, 8.0, TARGETS, quantize=True)
     alone = two_steps(0, 1, folder, lora, None, (1, 1, 1))
     for got in run_ranks(two_steps, 3, folder, lora, None, (3, 1, 1)):
-        assert_near(got, alone)
+        assert_close(got, alone)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -104,7 +105,7 @@ def test_a_vocabulary_smaller_than_tp(tied, tmp_path):
         assert_same(got["gradients"][name], gradient, name)
     trained = two_steps(0, 1, folder, None, None, (1, 1, 1))
     for ours in run_ranks(two_steps, 6, folder, None, None, (6, 1, 1)):
-        assert_near(ours, trained)
+        assert_close(ours, trained)
 
 
 def sampled(rank: int, world: int, folder: Path, tp: int, pp: int) -> list[Completion]:

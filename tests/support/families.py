@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trialign.models.families.registry import from_hf_dict
 from trialign.models.hf.table import hf_shapes
@@ -110,6 +110,11 @@ def peer_class(name: str, kind: str = "ForCausalLM") -> Any:
     return getattr(transformers, PEERS[name][0] + kind)
 
 
+def values_of(name: str) -> dict[str, Any]:
+    """The config.json of a family."""
+    return OWN[name] if name in OWN else peer_config(name).to_dict() | {"architectures": [peer_class(name).__name__]}
+
+
 def shake(tensors: Mapping[str, Tensor], seed: int) -> None:
     """Random numbers in every tensor, biases and norms too: what is initialized to 0 or 1 would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,3 +140,16 @@ def tiny_family(folder: Path, name: str, seed: int = 0) -> Path:
     shake(dict(model.named_parameters()), seed)
     model.save_pretrained(folder)
     return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether both hold the same names, types and bits."""
+    return one.keys() == other.keys() and all(
+        t.dtype == other[name].dtype and torch.equal(t.view(torch.uint8), other[name].view(torch.uint8))
+        for name, t in one.items()
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from harness import run_ranks
@@ -117,3 +117,26 @@ def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
     """Within 1e-5 of the largest number there; or of 0.02, for what is the small rest of sums that cancel."""
     error = (got.double() - expected.double()).abs().max().item()
     assert got.shape == expected.shape and error <= 1e-5 * max(0.02, expected.abs().max().item()), f"{what}: {error}"
+
+
+def assert_agrees(got: dict[str, Any], logits: Tensor, gradients: Mapping[str, Tensor], tokens: Any, name: str) -> None:
+    """What `as_trialign` gives of a folder is a reference's logits, gradients and first greedy tokens."""
+    assert_same(got["logits"], logits, f"{name}: logits")
+    assert got["gradients"].keys() == gradients.keys()
+    for tensor, gradient in gradients.items():
+        assert_same(got["gradients"][tensor], gradient, f"{name}: gradient of {tensor}")
+    assert got["tokens"][: len(tokens)] == tokens, name
+
+
+def rank_scores(
+    rank: int, world: int, folders: dict[str, Path], new_head: Literal["refuse", "normal"] = "refuse"
+) -> dict[str, Tensor]:
+    """Scores of the prompts' last tokens, by each folder's model with a score head under tp=world."""
+    found = {}
+    for name, folder in folders.items():
+        model = Decoder(read_config(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
+        load_hf(model, folder, new_head=new_head)
+        batch = pack(PROMPTS)
+        with torch.no_grad():
+            found[name] = model.scores(stage_forward(model, batch, None)[batch.last])
+    return found

@@ -1,12 +1,12 @@
 """Adapters made by peft on a tiny model, and trialign's model with the same: what the tests of LoRA and QLoRA share."""
 
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import VOCAB, assemble
+from layouts import whole_states
+from tiny import VOCAB
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.common import UpdateConfig
@@ -102,12 +102,7 @@ def train(model: Decoder, steps: int) -> Learner:
 
 def held(trained: Learner) -> dict[str, Tensor]:
     """Every trained number, its moments and its last gradient, put together from all ranks: `kind/name` -> whole."""
-    for bucket in trained.optimizer.buckets:
-        bucket.states["grad"] = bucket.grads[bucket.mine]
-    model = trained.model
-    name = partial(trained_name, config=model.config, head=model.kind)
-    wholes = assemble(trained.optimizer.entries("actor", name), model.mesh.world)
-    return {key.removeprefix("actor/"): value for key, value in wholes.items()}
+    return {key.removeprefix("actor/"): value for key, value in whole_states(actor=trained).items()}
 
 
 def two_steps(
@@ -122,13 +117,6 @@ def two_steps(
     """What two optimizer steps make of the adapters, or of the weights without, in a layout."""
     tp, pp, dp = layout
     return held(train(build(folder, build_mesh(tp=tp, pp=pp, dp=dp), lora, adapter, recompute=recompute), 2))
-
-
-def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Within the tolerance relative to each tensor's largest element."""
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=tolerance * tensor.abs().max().item(), msg=name)
 
 
 def adapted(folder: Path, lora: LoRA, sizes: dict[str, Any] | None = None, **options: Any) -> Decoder:

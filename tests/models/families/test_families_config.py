@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL, OWN, PEERS, SIZES, peer_class, peer_config
+from families import ALL, PEERS, SIZES, peer_config, values_of
 from trialign.models.config import ModelConfig
 from trialign.models.families.registry import FAMILIES, family_of, from_hf_dict, head_of, read_config, to_hf_dict
 from trialign.models.rope import Rope
-
-
-def values_of(name: str) -> dict[str, Any]:
-    if name in OWN:
-        return OWN[name]
-    return peer_config(name).to_dict() | {"architectures": [peer_class(name).__name__]}
 
 
 @pytest.mark.parametrize("head", ["lm", "score"])

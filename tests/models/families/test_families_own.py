@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 from families import OWN, random_folder, tiny_family
-from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_same, room_for
+from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_agrees, assert_same, rank_scores, room_for
 from harness import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from trialign.algorithms.batch import pack
-from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
@@ -157,12 +155,7 @@ def reference(name: str, folder: Path) -> tuple[Tensor, Weights, list[list[int]]
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (2, 2)])
 def test_the_published_models(folders, tp, pp):
     for name, got in as_trialign(folders, tp, pp).items():
-        logits, gradients, tokens = reference(name, folders[name])
-        assert_same(got["logits"], logits, f"{name}: logits")
-        assert got["gradients"].keys() == gradients.keys()
-        for tensor, gradient in gradients.items():
-            assert_same(got["gradients"][tensor], gradient, f"{name}: gradient of {tensor}")
-        assert got["tokens"][:2] == tokens, name
+        assert_agrees(got, *reference(name, folders[name]), name)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
@@ -170,10 +163,7 @@ def test_qwen_past_its_trained_length(tmp_path, tp, pp):
     folder = random_folder(tmp_path / "stretched", STRETCHED)
     got = as_trialign({"stretched": folder}, tp, pp, prompts=LONG)["stretched"]
     logits, gradients, _ = reference("stretched", folder)
-    assert_same(got["logits"], logits, "logits")
-    assert got["gradients"].keys() == gradients.keys()
-    for tensor, gradient in gradients.items():
-        assert_same(got["gradients"][tensor], gradient, f"gradient of {tensor}")
+    assert_agrees(got, logits, gradients, [], "stretched")
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 32, 40])
@@ -197,21 +187,9 @@ def test_the_normalized_head_is_frozen_only_while_it_generates(folders):
     assert model.head_weight().requires_grad
 
 
-def rank_values(rank: int, world: int, folders: dict[str, Path]) -> dict[str, Tensor]:
-    """Scores of the prompts' last tokens by a critic made of each language model."""
-    found = {}
-    for name, folder in folders.items():
-        model = Decoder(read_config(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
-        load_hf(model, folder, new_head="normal")
-        batch = pack(PROMPTS)
-        with torch.no_grad():
-            found[name] = model.scores(stage_forward(model, batch, None)[batch.last])
-    return found
-
-
 def test_critics(folders):
     """The head is one plain row, also where the language model's rows are normalized."""
-    alone, (cut, other) = run_ranks(rank_values, 1, folders)[0], run_ranks(rank_values, 2, folders)
+    alone, (cut, other) = run_ranks(rank_scores, 1, folders, "normal")[0], run_ranks(rank_scores, 2, folders, "normal")
     draws = torch.randn(1, 48, generator=torch.Generator().manual_seed(0)) / 49
     for name, folder in folders.items():
         weights = {key: t.double() for key, t in load_file(folder / "model.safetensors").items()}

@@ -3,11 +3,10 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from families import ALL, OWN, SPARSE, peer_class, peer_config, write_folder
+from families import ALL, OWN, SPARSE, values_of, write_folder
 from harness import run_ranks
 from safetensors.torch import load_file
 from tiny import weight_pieces
@@ -38,11 +37,6 @@ def numbered(config: ModelConfig, head: HeadKind) -> dict[str, Tensor]:
         begin += count
     assert begin < 1 << 24
     return tensors
-
-
-def values_of(name: str) -> dict[str, Any]:
-    """The config.json of a family."""
-    return OWN[name] if name in OWN else peer_config(name).to_dict() | {"architectures": [peer_class(name).__name__]}
 
 
 def layouts(name: str) -> list[tuple[int, int, int, int]]:

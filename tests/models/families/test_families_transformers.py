@@ -8,16 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import PEERS, SPARSE, peer_class, peer_config, shake, tiny_family
-from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_same, room_for
+from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_agrees, assert_same, rank_scores, room_for
 from harness import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from trialign.algorithms.batch import pack
-from trialign.algorithms.roles.role import stage_forward
-from trialign.engine.mesh import build_mesh
-from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
-from trialign.models.hf.load import load_hf
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +50,8 @@ def theirs(name: str, folder: Path, long: bool = False) -> tuple[Tensor, dict[st
 def agree(folders: dict[str, Path], *layout: int, long: bool = False) -> None:
     for name, got in as_trialign(folders, *layout, prompts=LONG if long else PROMPTS).items():
         logits, gradients, tokens = theirs(name, folders[name], long)
-        assert_same(got["logits"], logits, f"{name}: logits")
-        assert got["gradients"].keys() == gradients.keys()
-        for tensor, gradient in gradients.items():
-            assert_same(got["gradients"][tensor], gradient, f"{name}: gradient of {tensor}")
-        assert got["tokens"] == tokens, name
+        assert_agrees(got, logits, gradients, tokens, name)
+        assert len(got["tokens"]) == len(tokens)
 
 
 # tp=4 is more than the key/value heads of most: ranks hold fractions of a head. tp=3 divides no head count.
@@ -79,17 +71,6 @@ def test_mixtures_with_experts_over_ranks(folders):
 
 
 ONE_A_CLASS = ("llama-biases", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe")
-
-
-def rank_scores(rank: int, world: int, folders: dict[str, Path]) -> dict[str, Tensor]:
-    found = {}
-    for name, folder in folders.items():
-        model = Decoder(read_config(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
-        load_hf(model, folder)
-        batch = pack(PROMPTS)
-        with torch.no_grad():
-            found[name] = model.scores(stage_forward(model, batch, None)[batch.last])
-    return found
 
 
 def test_score_heads(tmp_path):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from families import tiny_family
 from harness import run_ranks
-from peft_case import assert_near, build, held, learner, logits_of, peft_model, samples, save_peft, train
+from layouts import assert_close
+from peft_case import build, held, learner, logits_of, peft_model, samples, save_peft, train
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
@@ -206,7 +207,7 @@ def test_pefts_adapter_loads_into_any_layout(folder, tmp_path):
     for tp, pp in ((1, 1), (2, 2), (4, 1)):
         for got in run_ranks(loaded, tp * pp, folder, adapter, tp, pp):
             ours = {n.removeprefix("master/"): t for n, t in got.items() if n.startswith("master/")}
-            assert_near(ours, theirs, 0)
+            assert_close(ours, theirs, 0)
 
 
 def test_other_adapters_are_refused_by_name(folder, tmp_path):

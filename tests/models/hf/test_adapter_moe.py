@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from peft_case import adapted, assert_near, build, held, learner, logits_of, masters, samples, save_peft, train
+from layouts import assert_close
+from peft_case import adapted, build, held, learner, logits_of, masters, samples, save_peft, train
 from test_adapter import save
 from tiny import VOCAB
 from tiny_moe import mixture, world_of
@@ -69,7 +70,7 @@ def test_checkpoints_resume_in_another_layout_and_export_merged(folder, tmp_path
     export_checkpoint(saved, tmp_path / "merged", dtype=torch.float32)
     assert not read_config(tmp_path / "merged").tie_embeddings
     got = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
-    assert_near({"logits": got}, {"logits": expected})
+    assert_close({"logits": got}, {"logits": expected})
 
 
 def loaded(rank: int, world: int, folder: Path, adapter: Path, lora: LoRA, sizes: dict[str, Any]) -> dict[str, Tensor]:
@@ -104,12 +105,12 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(tmp_path, family, targ
         warnings.simplefilter("ignore")  # that a head is tied, and what it makes of its own rank patterns
         wrapped = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert all(p.any() for name, p in wrapped.named_parameters() if "lora_B" in name)  # none was left as it began
-    assert_near({"logits": logits_of(wrapped)}, {"logits": expected})
+    assert_close({"logits": logits_of(wrapped)}, {"logits": expected})
     assert read_peft(tmp_path / "adapter", trained.model.config) == lora
     ours = masters(trained)
     for sizes in ({}, {"tp": 2, "ep": 2}):
         for got in run_ranks(loaded, world_of(sizes), folder, tmp_path / "adapter", lora, sizes):
-            assert_near(got, ours, 0)
+            assert_close(got, ours, 0)
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe"])
@@ -133,7 +134,7 @@ def test_what_peft_itself_saves_of_a_mixture_loads_back(tmp_path, family):
         warnings.simplefilter("ignore")
         theirs = again(PeftModel.from_pretrained(base(), tmp_path / "adapter"))
     assert read_peft(theirs, model.config) == lora
-    assert_near(masters(learner(build(folder, build_mesh(), lora, theirs))), masters(learner(model)), 0)
+    assert_close(masters(learner(build(folder, build_mesh(), lora, theirs))), masters(learner(model)), 0)
 
     for parameters, targets in ((["gate_up_proj", "down_proj"], EXPERTS), (["gate_up_proj"], EXPERTS[:2])):
         names = [f"mlp.experts.{name}" for name in parameters]
@@ -147,7 +148,7 @@ def test_what_peft_itself_saves_of_a_mixture_loads_back(tmp_path, family):
         ours = build(folder, build_mesh(), lora, theirs)
         with torch.no_grad():
             got = ours.logits(stage_forward(ours, pack(samples(VOCAB)), None))
-        assert_near({"logits": got}, {"logits": logits_of(wrapped)})
+        assert_close({"logits": got}, {"logits": logits_of(wrapped)})
 
 
 def test_what_peft_has_no_form_for_and_what_a_model_lacks_is_refused_by_name(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from families import OWN, tiny_family, write_folder
+from families import OWN, same_bits, tensors_of, tiny_family, write_folder
 from safetensors.torch import load_file
 from tiny import tiny_llama, weight_pieces
 from torch import Tensor
@@ -26,15 +26,6 @@ from trialign.models.hf.load import load_hf
 from trialign.models.hf.source import FolderSource
 from trialign.models.hf.tokenizer import read_tokenizer
 from trialign.models.hf.translate import translate_config
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
-
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 4)]
 
@@ -50,12 +41,12 @@ def test_folder_to_checkpoint_and_back(name, tmp_path):
         checkpoint, out = tmp_path / f"checkpoint{tp}{pp}", tmp_path / f"out{tp}{pp}"
         assert import_checkpoint(folder, checkpoint, tp=tp, pp=pp)[1] == "actor"
         export_checkpoint(checkpoint, out, dtype=torch.float32)
-        assert same(tensors_of(out), tensors_of(folder))
+        assert same_bits(tensors_of(out), tensors_of(folder))
         assert len(list(checkpoint.glob("actor.master.*.safetensors"))) == tp * pp
         model = Decoder(read_config(checkpoint), build_mesh(), dtype=torch.float32)
         load_hf(model, checkpoint)
         ours, theirs = ({n: view for n, _, view in weight_pieces(m)} for m in (model, straight))
-        assert same(ours, theirs)
+        assert same_bits(ours, theirs)
 
 
 def test_each_rank_finds_its_weights_in_its_own_file(tmp_path):
@@ -71,7 +62,7 @@ def test_score_models_are_critics(tmp_path):
     folder = tiny_llama(tmp_path / "folder", score=True)
     assert import_checkpoint(folder, tmp_path / "checkpoint", tp=2)[1] == "critic"
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", role="critic", dtype=torch.float32)
-    assert same(tensors_of(tmp_path / "out"), tensors_of(folder))
+    assert same_bits(tensors_of(tmp_path / "out"), tensors_of(folder))
     model = Decoder(read_config(tmp_path / "checkpoint"), build_mesh(), dtype=torch.float32, head="score")
     load_hf(model, tmp_path / "checkpoint")
     assert model.head is not None and torch.equal(model.head.weight, tensors_of(folder)["score.weight"])
@@ -136,7 +127,7 @@ def test_where_the_output_is_a_link_its_folder_is_filled(there, tmp_path):
     import_checkpoint(model, tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "folder")
     assert (tmp_path / "checkpoint").is_symlink() and (tmp_path / "folder").is_symlink()
-    assert same(tensors_of(tmp_path / "disk" / "folder"), tensors_of(model))
+    assert same_bits(tensors_of(tmp_path / "disk" / "folder"), tensors_of(model))
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["checkpoint", "folder"]
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ValueError, match="loop: exists and is not an empty folder"):
@@ -199,7 +190,7 @@ def test_the_way_from_pickles_to_safetensors(tmp_path):
     exec(code, {})
     import_checkpoint(folder, tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype=torch.float32)
-    assert same(tensors_of(tmp_path / "out"), tensors)
+    assert same_bits(tensors_of(tmp_path / "out"), tensors)
     torch.save({"weight": Path("a")}, folder / "pytorch_model-00000-of-00002.bin")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         exec(code, {})
@@ -421,7 +412,7 @@ def test_the_real_models_gguf_file(smollm2, tmp_path):
     gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     import_checkpoint(gguf, tmp_path / "checkpoint", dtype=torch.bfloat16)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
-    assert same(tensors_of(tmp_path / "out"), tensors_of(smollm2))
+    assert same_bits(tensors_of(tmp_path / "out"), tensors_of(smollm2))
     chat = [{"role": "user", "content": "What is 12 x ٣٤?"}]
     ours, theirs = (read_tokenizer(place).apply_chat_template(chat) for place in (tmp_path / "out", smollm2))
     assert ours == theirs

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from families import same_bits, tensors_of
 from harness import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer, weight_pieces
@@ -32,17 +33,6 @@ from trialign.models.hf.lazy import LazyState
 from trialign.models.hf.load import load_hf
 from trialign.models.hf.save import export_hf
 from trialign.models.hf.table import hf_name, hf_shapes
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        t.dtype == other[name].dtype and torch.equal(t.view(torch.uint8), other[name].view(torch.uint8))
-        for name, t in one.items()
-    )
 
 
 def loaded(auto: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
