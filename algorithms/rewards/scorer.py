@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...engine.mesh import Mesh
-from ...engine.parallel.collectives import gather_objects
+from ...engine.parallel.collectives import gather_objects, run_on_all_ranks
 from ..batch import Batch, Prompt, Rollout, Score, pack, response_texts, turn_texts
 from ..config.common import RewardConfig
 from .encoder import ChatEncoder, completion_of, conversation
@@ -189,17 +189,15 @@ class Scorer:
 
     def _on_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` gives there, on every rank; where it raises, whatever it is, every rank does: the others wait."""
-        outcome: tuple[T | None, str | None] = None, None
-        if self.mesh.is_main:
+
+        def guarded() -> Any:
             try:
-                outcome = work(), None
+                return work() if self.mesh.is_main else None
             except Exception as error:
                 self.close()
-                outcome = None, str(error) if isinstance(error, ValueError) else describe_error(error)
-        result, failure = gather_objects(outcome, self.mesh.world)[0]
-        if failure is not None:
-            raise ValueError(failure)
-        return result
+                raise error if isinstance(error, ValueError) else ValueError(describe_error(error)) from error
+
+        return gather_objects(run_on_all_ranks(guarded, self.mesh.world), self.mesh.world)[0]
 
 
 def with_conversations(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

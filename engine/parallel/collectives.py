@@ -7,8 +7,8 @@ within `HEARTBEAT.waiting`, for the watchdog. The pairs f and g follow Megatron-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..heartbeat import HEARTBEAT
 from ..mesh import Axis, Mesh
 
+T = TypeVar("T")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renamed both; the old names warn.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -101,6 +102,33 @@ def from_mesh(tensor: Tensor, mesh: Mesh) -> Tensor:
 def object_from_mesh(value: Any, mesh: Mesh) -> Any:
     """A picklable value that all ranks of a mesh hold, on ranks outside it too. Collective as `from_mesh` is."""
     return value if len(mesh.ranks) == mesh.world.size else gather_objects(value, mesh.world)[mesh.ranks[0]]
+
+
+def run_on_all_ranks(work: Callable[[], T], axis: Axis, prefix: str = "") -> T:
+    """Runs `work` on every rank and returns this rank's result; where it fails on any, every rank raises.
+
+    Args:
+        work: reads, writes and builds; no collectives in it.
+        prefix: of the error's text.
+
+    Raises:
+        ValueError, OSError: as it was raised on the first rank that failed, with the number of a rank that is not 0.
+        RuntimeError: that rank raised anything else, which is raised there as it is.
+    """
+    failure: Exception | None = None
+    reason: tuple[type[Exception], str] | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as error:  # not hidden: raised again below, once every rank knows
+        kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
+        failure, reason = error, (kind, str(error) or repr(error))
+    for rank, found in enumerate(gather_objects(reason, axis)):
+        if found is not None:
+            if failure is not None and found[0] is RuntimeError:
+                raise failure
+            raise found[0](f"{prefix}{f'rank {rank}: ' if rank else ''}{found[1]}") from failure
+    return result
 
 
 def barrier(axis: Axis) -> None:

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all: filled under another name beside it, and renamed."""
+"""Atomic writes: a file or a folder is written aside under another name, fsynced and renamed: whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .safetensors_io import fsync
+
+def fsync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Gives the path of a new file, which is on the disk as `path` once the block ends, and gone where it fails.
+
+    A file of that name is replaced; the folder is made where there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.new")
+    try:
+        yield aside
+        fsync(aside)
+        os.replace(aside, path)
+        fsync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `atomic_file` does."""
+    with atomic_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def replace_folder(folder: Path, new: Path) -> None:
+    """Gives the whole folder `new`, which lies beside `folder`, the name of that one, which is deleted."""
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    fsync(folder.parent)
 
 
 @contextmanager

@@ -20,20 +20,20 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from ..mesh import Mesh
-from ..parallel.collectives import gather_objects
+from ..parallel.collectives import gather_objects, run_on_all_ranks
 from ..parallel.shard import Entry
-from .atomic import atomic_folder
-from .safetensors_io import DTYPES, fsync, sha256, write_stream
+from .atomic import atomic_folder, fsync
+from .safetensors_io import DTYPES, sha256, write_stream
 
-T = TypeVar("T")
 _SUMS = "SHA256SUMS"
 
 
@@ -62,37 +62,16 @@ def save(
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the newest checkpoint must be kept")
     final, aside = root / f"step_{step}", root / f".step_{step}.unfinished"
+    on_all: Any = partial(run_on_all_ranks, axis=mesh.world, prefix=f"{final}: ")
     try:
-        _together(mesh, lambda: _begin_step(root, aside, state, assets) if mesh.is_main else None, final)
-        parts = _together(mesh, lambda: _write_share(aside, entries, mesh.world.rank), final)
-        _together(mesh, lambda: _finish(aside, final, parts, step) if mesh.is_main else None, final)
+        on_all(lambda: _begin_step(root, aside, state, assets) if mesh.is_main else None)
+        parts = gather_objects(on_all(lambda: _write_share(aside, entries, mesh.world.rank)), mesh.world)
+        on_all(lambda: _finish(aside, final, parts, step) if mesh.is_main else None)
     finally:
         if mesh.is_main:  # after a success it is no longer there
             shutil.rmtree(aside, ignore_errors=True)
-    _together(mesh, lambda: _prune(root, step, keep) if mesh.is_main else None, root)
+    on_all(lambda: _prune(root, step, keep) if mesh.is_main else None)
     return final
-
-
-def _together(mesh: Mesh, work: Callable[[], T], path: Path) -> list[T]:
-    """Runs `work` on every rank and gives all results by rank; when it fails on any, every rank raises."""
-    result: T | None = None
-    failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:  # not hidden: raised again below, once every rank knows
-        failure = error
-    reason = None
-    if failure is not None:
-        kind = next((k for k in (OSError, ValueError) if isinstance(failure, k)), RuntimeError)
-        reason = kind, str(failure) or repr(failure)
-    outcomes = gather_objects((result, reason), mesh.world)
-    failures = [(rank, reason) for rank, (_, reason) in enumerate(outcomes) if reason]
-    if failures:
-        rank, (kind, text) = failures[0]
-        which = "" if mesh.world.size == 1 else f"rank {rank}: "
-        more = "" if len(failures) == 1 else f" (and {len(failures) - 1} more ranks)"
-        raise kind(f"{path}: {which}{text}{more}") from failure
-    return [value for value, _ in outcomes]
 
 
 def write(
@@ -285,7 +264,7 @@ def _check(path: Path, names: Iterable[str] | None, mesh: Mesh) -> None:
         for name in chosen[mesh.world.rank :: mesh.world.size]:
             _check_file(path, name, sums)
 
-    _together(mesh, mine, path)
+    run_on_all_ranks(mine, mesh.world, f"{path}: ")
 
 
 def _size(path: Path) -> int:
@@ -306,8 +285,8 @@ def load(path: Path, entries: Iterable[Entry], mesh: Mesh) -> dict[str, Any]:
     """
     wanted = list(entries)
     plan: dict[str, list[Copy]] = {}
-    needed = _together(mesh, lambda: plan.update(_plan(Reader(path), wanted)) or list(plan), path)
-    _check(path, {"state.json"}.union(*needed), mesh)
+    run_on_all_ranks(lambda: plan.update(_plan(Reader(path), wanted)), mesh.world, f"{path}: ")
+    _check(path, {"state.json"}.union(*gather_objects(list(plan), mesh.world)), mesh)
 
     def fill() -> None:
         for file, copies in plan.items():
@@ -315,7 +294,7 @@ def load(path: Path, entries: Iterable[Entry], mesh: Mesh) -> dict[str, Any]:
                 for number, key, theirs, ours in copies:
                     wanted[number].tensor[ours].copy_(source.get_slice(key)[theirs])
 
-    _together(mesh, fill, path)
+    run_on_all_ranks(fill, mesh.world, f"{path}: ")
     return read_state(path)
 
 

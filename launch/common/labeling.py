@@ -21,6 +21,7 @@ from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample
 from trialign.engine.config import flatten
 from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.storage.atomic import write_text
 from trialign.models.config import HeadKind
 
 from .online import OnlineRun
@@ -92,8 +93,7 @@ def begun(folder: Path, config: PreferencesConfig) -> int:
                 f"preferences.{knob}={now[knob]}: the answers in {folder} were begun with {before.get(knob)}"
             )
         return len(list(folder.glob("part_*.jsonl")))
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now), encoding="utf-8")
+    write_text(path, json.dumps(now))
     return 0
 
 
@@ -116,4 +116,4 @@ def finish(folder: Path, config: PreferencesConfig, parts: int) -> None:
                 f" {labels.counts['without_score']} have no score and the others tie"
             )
         write_jsonl(folder / f"{side}.jsonl", labels.rows)
-    (folder / "counts.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
+    write_text(folder / "counts.json", json.dumps(counts, indent=1))

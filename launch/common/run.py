@@ -35,10 +35,11 @@ from trialign.engine.config import absolute, flatten, parse
 from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.logging import MetricLog
 from trialign.engine.mesh import Mesh
-from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.parallel.collectives import gather_objects, run_on_all_ranks
 from trialign.engine.profiler import Profiler, matmul_peak
 from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.storage import checkpoint
+from trialign.engine.storage.atomic import replace_folder, write_text
 from trialign.engine.storage.run_lock import run_lock
 from trialign.models.folder import assets
 from trialign.models.hf.adapter_record import adapter_record, check_same_adapter
@@ -147,18 +148,11 @@ class Run(Generic[Config]):
             work: reads and builds; no collectives in it.
             name: displayed meanwhile, where it may take seconds.
         """
-        result, failure = None, ""
         try:
             with self.progress.work(name) if name else nullcontext():
-                result = work()
+                return run_on_all_ranks(work, self.mesh.world)
         except (ValueError, OSError) as error:
-            failure = str(error)
-        failed = [(rank, text) for rank, text in enumerate(gather_objects(failure, self.mesh.world)) if text]
-        if failed:
-            rank, text = failed[0]
-            where = f"rank {rank}: " if rank else ""
-            failures.leave_together(f"{where}error: {text}", self.mesh.is_main)
-        return result  # pyright: ignore[reportReturnType]
+            failures.leave_together(f"error: {error}", self.mesh.is_main)
 
     def on_main_rank(self, work: Callable[[], Result], name: str = "") -> Result:
         """Runs `work` on the main rank and returns its result on every rank; a failure as in `on_all_ranks`."""
@@ -258,7 +252,7 @@ class Run(Generic[Config]):
         if self.step and path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         value, main = compute(), self.mesh.is_main
-        self.on_all_ranks(lambda: path.write_text(json.dumps(value, indent=1), encoding="utf-8") if main else None)
+        self.on_all_ranks(lambda: write_text(path, json.dumps(value, indent=1)) if main else None)
         return value
 
     def finish(self, panels: Sequence[Panel], *shown: Any, role: ExportRole = "actor") -> None:
@@ -329,8 +323,7 @@ class Run(Generic[Config]):
             aside = folder.with_name(f"{folder.name}.new")
             shutil.rmtree(aside, ignore_errors=True)
             export_checkpoint(last, aside, role=role, weights=weights, dtype=getattr(torch, self.config.model.dtype))
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+            replace_folder(folder, aside)
         model = self.learners[role][0].model
         if model.lora is not None and no_peft_form(model.config, model.lora) is None:
             export_adapter(last, self.folder / "adapter", role=role)

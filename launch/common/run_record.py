@@ -8,7 +8,6 @@ of the config has it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from trialign.engine.config import AUTO, NEW, absolute, to_toml
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.storage import checkpoint
+from trialign.engine.storage.atomic import write_text
 
 from . import failures
 from .env import node, restarted
@@ -151,7 +151,7 @@ class RunRecord:
         config: Any = absolute(self.config)
         own = {"output": str(self.folder.absolute()), "resume": "", "overwrite": False}
         own = {key: value for key, value in own.items() if hasattr(config.run, key)}
-        write_whole(self.folder / "config.toml", to_toml(replace(config, run=replace(config.run, **own))))
+        write_text(self.folder / "config.toml", to_toml(replace(config, run=replace(config.run, **own))))
         self._write({"script": self.script, "facts": facts, "finished": {}})
 
     def write_finished(self, step: int, **files: str) -> None:
@@ -163,7 +163,7 @@ class RunRecord:
         self._write({"script": self.script, "facts": self.facts, "finished": {"step": step, "files": files}})
 
     def _write(self, record: dict[str, Any]) -> None:
-        write_whole(self.folder / "run.json", json.dumps(record, indent=1))
+        write_text(self.folder / "run.json", json.dumps(record, indent=1))
 
     def _refuse(self, text: str) -> NoReturn:
         failures.leave_together(f"error: {text}", self.mesh.is_main)
@@ -220,11 +220,3 @@ def delete(folder: Path, script: str) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file aside and renames it, so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -17,7 +17,6 @@ Only the update is an algorithm's own.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -38,6 +37,7 @@ from trialign.algorithms.roles.role import Learner, Role
 from trialign.algorithms.rollout.sync import stop_tokens
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.profiler import Phase
+from trialign.engine.storage.atomic import atomic_file
 from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.flops import forward_flops
 from trialign.models.hf.tokenizer import stop_ids
@@ -201,11 +201,9 @@ def _kept(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _keep(folder: Path, name: str, sums: Tensor) -> None:
-    """Writes a part aside, then swaps it in whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{name}.new"
-    save_file({"sums": sums}, aside)
-    os.replace(aside, folder / f"{name}.safetensors")
+    """Writes a part, whole or not at all."""
+    with atomic_file(folder / f"{name}.safetensors") as aside:
+        save_file({"sums": sums}, aside)
 
 
 def supervised_run(
