@@ -56,8 +56,8 @@ def save(
         assets: name under assets/ -> file to copy.
 
     Raises:
-        ValueError, OSError: on every rank, when any rank failed (a full disk, say); the text names rank and reason.
-            Nothing of the new checkpoint is left then, and the older ones are as before.
+        ValueError, OSError: on every rank, when any rank failed (a full disk, say); the text names the reason,
+            and the rank where it is not 0. Nothing of the new checkpoint is left then; older ones are as before.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the newest checkpoint must be kept")
