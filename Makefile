@@ -63,7 +63,7 @@ export TRITON_DEFAULT_FP_FUSION := 1
 OTHER_TRITON := 3.7.1
 INTERPRETED := tests/kernels/test_interp_shim.py $(sort $(wildcard tests/kernels/test_triton_*.py))
 OTHER := TRIALIGN_EXPECT_TRITON=$(OTHER_TRITON) PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
-COMPILED := $(foreach op,adamw attention cross_entropy cuda_emulated devices gae linear linear_logprob logprob moe \
+COMPILED := $(foreach op,adamw attention cuda_emulated devices gae linear linear_logprob logprob moe \
 	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch ops kernel_docs cuda_build,$(wildcard tests/kernels/test_$(op).py))
 
 test: .venv/.package $(MODEL)/config.json .venv/triton-$(OTHER_TRITON) ## the whole test suite

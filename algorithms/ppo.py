@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..kernels.ppo_loss import value_loss
+from ..kernels.ppo_loss import clipped_value_loss
 from .advantages import gae, kl_estimate, token_rewards, whiten
 from .batch import Batch, pack
 from .config.ppo import ActorConfig, PPOConfig
@@ -147,7 +147,7 @@ def policy_losses(
 
 def value_losses(values: Tensor, old: Tensor, returns: Tensor, rules: Convention) -> tuple[Tensor, Tensor]:
     """(loss, clipped) of each target, [targets] both: factor max((V - R)^2, (clip(V, old +- c) - R)^2)."""
-    losses, clipped = value_loss(values, old, returns, rules.value_clip or None)
+    losses, clipped = clipped_value_loss(values, old, returns, rules.value_clip or None)
     return losses * (rules.value_loss_factor / 0.5), clipped
 
 

@@ -16,7 +16,7 @@ import torch
 from case import Case, case, compiled
 from trialign.kernels.adamw import adamw_
 from trialign.kernels.gae import gae
-from trialign.kernels.ppo_loss import kl_estimate, policy_loss, value_loss
+from trialign.kernels.ppo_loss import clipped_policy_loss, clipped_value_loss, kl_estimate
 
 
 def gae_forward(_dtype: torch.dtype) -> Case:
@@ -51,7 +51,7 @@ def policy(dtype: torch.dtype) -> Case:
         free, held = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.28)
         return torch.maximum(free, held), ratio.detach(), (held > free).float()
 
-    return per_token(dtype, lambda logp, old, a: policy_loss(logp, old, a, 0.2, 0.28), eager)
+    return per_token(dtype, lambda logp, old, a: clipped_policy_loss(logp, old, a, 0.2, 0.28), eager)
 
 
 def value(dtype: torch.dtype) -> Case:
@@ -59,7 +59,7 @@ def value(dtype: torch.dtype) -> Case:
         free, held = (values - returns).square(), (old + (values - old).clamp(-0.2, 0.2) - returns).square()
         return 0.5 * torch.maximum(free, held), (held > free).float()
 
-    case = per_token(dtype, lambda v, old, returns: value_loss(v, old, returns, 0.2), eager)
+    case = per_token(dtype, lambda v, old, returns: clipped_value_loss(v, old, returns, 0.2), eager)
     case.compare = lambda results: (results[0], results[2])  # where rounding alone decides, the flags may differ
     return case
 
@@ -99,7 +99,6 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "logprob_fwd": head.logprob_forward,
     "logprob": head.logprob_both,
     "linear_logprob": head.linear_logprob_both,
-    "cross_entropy": head.cross_entropy_both,
     "gae": gae_forward,
     "policy_loss": policy,
     "value_loss": value,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from case import HIDDEN, Case, Run, by_hand, case, compiled
 from torch import Tensor
-from trialign.kernels.cross_entropy import cross_entropy
 from trialign.kernels.linear_logprob import linear_logprob
 from trialign.kernels.logprob import logprob
 from trialign.kernels.sampling import sample
@@ -101,35 +99,6 @@ def linear_logprob_both(dtype: torch.dtype) -> Case:
     )
     made.products = head_products(hidden, weight)
     return made
-
-
-def gradient_in_forward(logits, labels):
-    """Cross-entropy that leaves its gradient where the probabilities were, a block of rows at a time."""
-    grad, losses = torch.empty_like(logits), []
-    for i in range(0, len(logits), TOKENS):
-        at = slice(i, i + TOKENS)
-        logp = logits[at].float().log_softmax(-1)
-        losses.append(-logp.gather(1, labels[at, None])[:, 0])
-        p = logp.exp_()
-        p[torch.arange(len(p)), labels[at]] -= 1
-        grad[at] = p
-    return torch.cat(losses), (grad,)
-
-
-def cross_entropy_both(dtype: torch.dtype) -> Case:
-    def eager(logits, labels):
-        return F.cross_entropy(logits.float(), labels, reduction="none")
-
-    liger = by_hand(gradient_in_forward, lambda saved, g: (saved[0].mul_(g[:, None]), None))
-    return case(
-        f"[{N}, {VOCAB}]",
-        head_logits(dtype),
-        (0,),
-        ours=cross_entropy,
-        eager=eager,
-        compile=compiled(eager),
-        liger=liger,
-    )
 
 
 def draw(dtype: torch.dtype) -> Case:

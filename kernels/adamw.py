@@ -10,8 +10,9 @@ import math
 
 import torch
 
-from ._rt import Spec, cdiv, jit, tl
-from .dispatch import choose, library, register
+from .dispatch import choose, register
+from .libraries import library
+from .triton_runtime import Spec, cdiv, jit, tl
 
 
 def adamw_ref_(

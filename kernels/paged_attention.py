@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from ._rt import Spec, cdiv, jit, power_of_2, precision, tl
 from .attention import check_heads, token_rows
 from .dispatch import choose, register
+from .triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl
 
 
 def write_kv_ref(k, v, k_cache, v_cache, slots) -> None:

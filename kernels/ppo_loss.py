@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._rt import Spec, cdiv, jit, tl
 from .dispatch import choose, register
+from .triton_runtime import Spec, cdiv, jit, tl
 
 KL_KINDS = ("k1", "k2", "k3")
 LOG_RATIO_MAX = 80.0
@@ -26,8 +26,8 @@ def kl_estimate_ref(logp, logp_ref, kind):
     return 0.5 * d.square() if kind == "k2" else torch.expm1(-d) + d
 
 
-def policy_loss_ref(logp, old_logp, advantages, clip_low, clip_high, dual_clip=None):
-    """The formula in plain torch. Shapes as in `policy_loss`."""
+def clipped_policy_loss_ref(logp, old_logp, advantages, clip_low, clip_high, dual_clip=None):
+    """The formula in plain torch. Shapes as in `clipped_policy_loss`."""
     old_logp, advantages = old_logp.detach(), advantages.detach()
     ratio = (logp - old_logp).clamp(max=LOG_RATIO_MAX).exp()
     free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -37,8 +37,8 @@ def policy_loss_ref(logp, old_logp, advantages, clip_low, clip_high, dual_clip=N
     return loss, ratio.detach(), (held > free).to(loss.dtype)
 
 
-def value_loss_ref(values, old_values, returns, clip=None):
-    """The formula in plain torch. Shapes as in `value_loss`."""
+def clipped_value_loss_ref(values, old_values, returns, clip=None):
+    """The formula in plain torch. Shapes as in `clipped_value_loss`."""
     old_values, returns = old_values.detach(), returns.detach()
     free = (values - returns).square()
     if clip is None:
@@ -120,13 +120,13 @@ def _launch(kernel, outputs: int, *arguments):
     return made
 
 
-def policy_loss_triton(logp, old_logp, advantages, clip_low, clip_high, dual_clip):
+def clipped_policy_loss_triton(logp, old_logp, advantages, clip_low, clip_high, dual_clip):
     """(loss, ratio, clipped, slope) by Triton; arguments as those of torch.ops.trialign.policy_loss."""
     dual = (dual_clip or 0.0, dual_clip is not None)
     return _launch(_policy, 4, logp, old_logp, advantages, 1 - clip_low, 1 + clip_high, *dual)
 
 
-def value_loss_triton(values, old_values, returns, clip):
+def clipped_value_loss_triton(values, old_values, returns, clip):
     """(loss, clipped, slope) by Triton; arguments as those of torch.ops.trialign.value_loss."""
     return _launch(_value, 3, values, old_values, returns, clip or 0.0, clip is not None)
 
@@ -174,8 +174,8 @@ def _fakes(count: int):
     return lambda first, *_: tuple(torch.empty_like(first) for _ in range(count))
 
 
-register("policy_loss", _fakes(4), triton=policy_loss_triton)
-register("value_loss", _fakes(3), triton=value_loss_triton)
+register("policy_loss", _fakes(4), triton=clipped_policy_loss_triton)
+register("value_loss", _fakes(3), triton=clipped_value_loss_triton)
 register("kl_estimate", _fakes(2), triton=kl_estimate_triton)
 
 
@@ -224,7 +224,7 @@ def kl_estimate(logp: torch.Tensor, logp_ref: torch.Tensor, kind: str) -> torch.
     return _Differentiable.apply(op, logp.contiguous(), logp_ref.detach().contiguous(), int(kind[1]))[0]
 
 
-def policy_loss(
+def clipped_policy_loss(
     logp: torch.Tensor,
     old_logp: torch.Tensor,
     advantages: torch.Tensor,
@@ -237,16 +237,16 @@ def policy_loss(
     All inputs [total] fp32. Only the loss is differentiable, and only in logp.
     """
     if not _compiled("policy_loss", logp, old_logp, advantages):
-        return policy_loss_ref(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
+        return clipped_policy_loss_ref(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
     tensors = logp.contiguous(), old_logp.detach().contiguous(), advantages.detach().contiguous()
     return _Differentiable.apply(torch.ops.trialign.policy_loss.default, *tensors, clip_low, clip_high, dual_clip)
 
 
-def value_loss(
+def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, clipped), each [total] fp32; clip None: the plain squared error. Differentiable in values only."""
     if not _compiled("value_loss", values, old_values, returns):
-        return value_loss_ref(values, old_values, returns, clip)
+        return clipped_value_loss_ref(values, old_values, returns, clip)
     tensors = values.contiguous(), old_values.detach().contiguous(), returns.detach().contiguous()
     return _Differentiable.apply(torch.ops.trialign.value_loss.default, *tensors, clip)

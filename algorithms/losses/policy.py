@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...kernels.ppo_loss import policy_loss as clipped_surrogate
+from ...kernels.ppo_loss import clipped_policy_loss
 from .aggregation import Segments
 
 Level = Literal["token", "sequence", "sequence-sum"]
@@ -58,7 +58,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ratio, clipped) per token of PPO's clipped surrogate (https://arxiv.org/abs/1707.06347), asymmetric as in
     DAPO, with dual clip (https://arxiv.org/abs/1912.09729) where given. d [total] is the log-ratio."""
-    return clipped_surrogate(d, torch.zeros_like(d), advantages, clip_low, clip_high, dual_clip)
+    return clipped_policy_loss(d, torch.zeros_like(d), advantages, clip_low, clip_high, dual_clip)
 
 
 def cispo_loss(logp: Tensor, d: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from trialign.kernels import dispatch
+from trialign.kernels import dispatch, extension
 from trialign.kernels.schemas import SCHEMAS
 
 PRINT = "import trialign.kernels.dispatch as d, torch; print(d.choose('gae', torch.zeros(1)))"
@@ -103,17 +103,17 @@ def test_a_stale_extension_does_not_register_its_ops():
 def test_a_stale_extension_is_told(tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "op.cpp").write_text("int one;")
-    built = dispatch.source_hash(tmp_path)
-    assert dispatch.why_unusable(built, torch.__version__, tmp_path) is None
+    built = extension.source_hash(tmp_path)
+    assert extension.why_unusable(built, torch.__version__, tmp_path) is None
     assert (
-        dispatch.why_unusable(built, "2.1.0", tmp_path)
+        extension.why_unusable(built, "2.1.0", tmp_path)
         == f"was built for torch 2.1.0, this is torch {torch.__version__}"
     )
     (tmp_path / "cpu" / "op.cpp").write_text("int two;")
     assert (
-        dispatch.why_unusable(built, torch.__version__, tmp_path) == "was built from other sources than those in csrc/"
+        extension.why_unusable(built, torch.__version__, tmp_path) == "was built from other sources than those in csrc/"
     )
 
 
 def test_an_installed_wheel_has_no_sources_to_compare(tmp_path):
-    assert dispatch.why_unusable("any", torch.__version__, tmp_path) is None
+    assert extension.why_unusable("any", torch.__version__, tmp_path) is None

@@ -13,7 +13,7 @@ from trialign.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 LAWS = ["rms_norm", "rope", "swiglu", "logprob", "linear_logprob", "ppo_loss", "moe"]
-WHOLE = ["gae", "attention", "paged_attention", "sampling", "adamw", "cross_entropy"]
+WHOLE = ["gae", "attention", "paged_attention", "sampling", "adamw"]
 
 
 def build(tmp_path: Path, **environment) -> tuple[subprocess.CompletedProcess, list[str]]:

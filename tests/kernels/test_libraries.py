@@ -18,7 +18,7 @@ from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.mesh import build_mesh
 from trialign.kernels import adamw, attention, dispatch, linear
-from trialign.kernels.dispatch import LIBRARIES
+from trialign.kernels.libraries import LIBRARIES
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
 
@@ -197,7 +197,7 @@ ASK_APEX = """
 import sys, torch
 from dataclasses import replace
 from torch._subclasses.fake_tensor import FakeTensorMode
-from trialign.kernels import dispatch
+from trialign.kernels.libraries import LIBRARIES
 from trialign.kernels.adamw import adamw_, adamw_ref_
 from trialign.kernels.rms_norm import rms_norm, rms_norm_ref
 HYPER = (3e-3, 0.9, 0.95, 1e-8, 0.1, 7)
@@ -214,7 +214,7 @@ with FakeTensorMode():
 names = "amp_C", "apex.normalization.fused_layer_norm"
 print([calls(name) for name in names])
 for op in ("adamw", "rms_norm"):  # the numbers, on the CPU
-    dispatch.LIBRARIES[op] = replace(dispatch.LIBRARIES[op], fits=lambda *_: True)
+    LIBRARIES[op] = replace(LIBRARIES[op], fits=lambda *_: True)
 torch.manual_seed(0)
 theirs = [torch.randn(50), torch.randn(50), torch.rand(50), torch.randn(50)]
 ours = [t.clone() for t in theirs]

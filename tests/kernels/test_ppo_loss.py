@@ -33,7 +33,7 @@ def policy_token(logp, old, advantage, low, high, dual):
 def test_policy_loss_by_cases(spread, dual):
     logp, old, advantages = draw(400, spread)
     logp.requires_grad_()
-    loss, ratio, clipped = P.policy_loss(logp, old, advantages, 0.2, 0.28, dual)
+    loss, ratio, clipped = P.clipped_policy_loss(logp, old, advantages, 0.2, 0.28, dual)
     (slope,) = torch.autograd.grad(loss.sum(), logp)
     rows = list(zip(logp.tolist(), old.tolist(), advantages.tolist(), strict=True))
     truth = torch.tensor([policy_token(*row, 0.2, 0.28, dual) for row in rows], dtype=torch.float64)
@@ -57,9 +57,12 @@ def test_law(n, bound):
     def against(fn, ref, first, *rest):
         check_law(lambda x: fn(x, *rest), lambda x: ref(x, *(t.to(x.dtype) for t in rest)), (first,), (0,))
 
-    policy = (lambda *t: P.policy_loss(*t, 0.2, 0.3, bound)[0], lambda *t: P.policy_loss_ref(*t, 0.2, 0.3, bound)[0])
+    policy = (
+        lambda *t: P.clipped_policy_loss(*t, 0.2, 0.3, bound)[0],
+        lambda *t: P.clipped_policy_loss_ref(*t, 0.2, 0.3, bound)[0],
+    )
     against(*policy, logp, old, advantages)
-    value = (lambda *t: P.value_loss(*t, clip)[0], lambda *t: P.value_loss_ref(*t, clip)[0])
+    value = (lambda *t: P.clipped_value_loss(*t, clip)[0], lambda *t: P.clipped_value_loss_ref(*t, clip)[0])
     against(*value, logp, old, advantages)
     near = old + 0.05 * logp  # where k3 written out directly cancels
     for kind in P.KL_KINDS:
@@ -68,7 +71,7 @@ def test_law(n, bound):
 
 def test_the_ratio_of_equal_logprobs_is_exactly_one():
     logp, _, advantages = draw(100)
-    loss, ratio, clipped = P.policy_loss(logp, logp.clone(), advantages, 0.2, 0.2)
+    loss, ratio, clipped = P.clipped_policy_loss(logp, logp.clone(), advantages, 0.2, 0.2)
     assert (ratio == 1).all() and (clipped == 0).all() and torch.equal(loss, -advantages)
 
 
@@ -77,7 +80,7 @@ def test_wild_ratios_stay_finite():
     old = torch.tensor([-500.0, -500.0, -500.0, 0.0, 0.0])
     advantages = torch.tensor([0.0, 1.0, -1.0, -1.0, 1.0])
     for dual in (None, 3.0):
-        loss, ratio, _ = P.policy_loss(logp, old, advantages, 0.2, 0.2, dual)
+        loss, ratio, _ = P.clipped_policy_loss(logp, old, advantages, 0.2, 0.2, dual)
         (slope,) = torch.autograd.grad(loss.sum(), logp)
         assert ratio.isfinite().all() and loss.isfinite().all() and slope.isfinite().all()
         assert loss[[0, 1, 4]].tolist() == pytest.approx([0.0, -1.2, -1.2])
@@ -87,8 +90,8 @@ def test_wild_ratios_stay_finite():
 def test_nan_is_not_swallowed():
     nan, one = torch.tensor([torch.nan]), torch.ones(1)
     for args in ((nan, one, one), (one, nan, one), (one, one, nan)):
-        assert P.policy_loss(*args, 0.2, 0.2)[0].isnan().all()
-        assert P.value_loss(*args, 0.2)[0].isnan().all()
+        assert P.clipped_policy_loss(*args, 0.2, 0.2)[0].isnan().all()
+        assert P.clipped_value_loss(*args, 0.2)[0].isnan().all()
     for kind in P.KL_KINDS:
         assert P.kl_estimate(nan, one, kind).isnan().all()
 
@@ -96,12 +99,12 @@ def test_nan_is_not_swallowed():
 def test_value_loss_by_hand():
     values = torch.tensor([1.0, 1.0, 0.0, 2.0], requires_grad=True)
     old, returns = torch.tensor([0.0, 0.0, 0.0, 1.9]), torch.tensor([0.0, 2.0, 1.0, 3.0])
-    loss, clipped = P.value_loss(values, old, returns, 0.2)
+    loss, clipped = P.clipped_value_loss(values, old, returns, 0.2)
     # 1: free wins (1 > 0.04); 2: held at 0.2, (0.2 - 2)^2 > 1; 3 and 4: within the clip
     torch.testing.assert_close(loss, torch.tensor([0.5, 1.62, 0.5, 0.5]))
     assert clipped.tolist() == [0, 1, 0, 0]
     assert torch.autograd.grad(loss.sum(), values)[0].tolist() == [1.0, 0.0, -1.0, -1.0]
-    assert torch.equal(P.value_loss(values, old, returns)[0], 0.5 * (values - returns).square())
+    assert torch.equal(P.clipped_value_loss(values, old, returns)[0], 0.5 * (values - returns).square())
 
 
 def test_kl_kinds():
@@ -117,8 +120,8 @@ def test_kl_kinds():
 def test_gradcheck_of_the_references():
     logp, old, advantages = (x.double() for x in draw(60))
     logp.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: P.policy_loss_ref(x, old, advantages, 0.2, 0.3, 3.0)[0], (logp,))
-    assert torch.autograd.gradcheck(lambda x: P.value_loss_ref(x, old, advantages, 0.2)[0], (logp,))
+    assert torch.autograd.gradcheck(lambda x: P.clipped_policy_loss_ref(x, old, advantages, 0.2, 0.3, 3.0)[0], (logp,))
+    assert torch.autograd.gradcheck(lambda x: P.clipped_value_loss_ref(x, old, advantages, 0.2)[0], (logp,))
     for kind in P.KL_KINDS:
         assert torch.autograd.gradcheck(lambda x, k=kind: P.kl_estimate_ref(x, old, k), (logp,))
 
@@ -139,7 +142,7 @@ def test_the_gradient_has_no_gradient():
     logp, old, advantages = draw(20)
     logp.requires_grad_()
     weight = torch.ones(20, requires_grad=True)
-    for fn in (lambda x: P.policy_loss(x, old, advantages, 0.2, 0.2)[0], lambda x: P.kl_estimate(x, old, "k3")):
+    for fn in (lambda x: P.clipped_policy_loss(x, old, advantages, 0.2, 0.2)[0], lambda x: P.kl_estimate(x, old, "k3")):
         (slope,) = torch.autograd.grad(fn(logp).sum(), logp)
         (again,) = torch.autograd.grad((fn(logp) * weight).sum(), logp, create_graph=True)
         assert torch.equal(slope, again)
@@ -150,7 +153,11 @@ def test_the_gradient_has_no_gradient():
 
 def test_only_the_first_input_gets_a_gradient():
     leaves = [x.requires_grad_() for x in draw(20)]
-    for loss in (P.policy_loss(*leaves, 0.2, 0.2)[0], P.value_loss(*leaves, 0.2)[0], P.kl_estimate(*leaves[:2], "k2")):
+    for loss in (
+        P.clipped_policy_loss(*leaves, 0.2, 0.2)[0],
+        P.clipped_value_loss(*leaves, 0.2)[0],
+        P.kl_estimate(*leaves[:2], "k2"),
+    ):
         grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
         assert grads[0] is not None and grads[1] is None and grads[2] is None
 
@@ -158,7 +165,7 @@ def test_only_the_first_input_gets_a_gradient():
 def test_an_impossible_token():
     """logp = -inf: the ratio is 0 to any accuracy that matters, and nothing is NaN."""
     logp, old, advantages = torch.full((2,), -torch.inf), torch.zeros(2), torch.tensor([1.0, -1.0])
-    loss, ratio, clipped = P.policy_loss(logp.requires_grad_(), old, advantages, 0.2, 0.2)
+    loss, ratio, clipped = P.clipped_policy_loss(logp.requires_grad_(), old, advantages, 0.2, 0.2)
     (slope,) = torch.autograd.grad(loss.sum(), logp)
     assert ratio.abs().max() < 1e-37 and clipped.tolist() == [0, 1] and slope.abs().max() < 1e-37
     torch.testing.assert_close(loss, torch.tensor([0.0, 0.8]), rtol=1e-6, atol=1e-37)
@@ -169,11 +176,17 @@ def test_more_than_2_to_the_31_tokens_without_memory():
 
     with FakeTensorMode():
         x = torch.randn(3 << 30, requires_grad=True)
-        losses = P.policy_loss(x, x, x, 0.2, 0.2)[0], P.value_loss(x, x, x, 0.2)[0], P.kl_estimate(x, x, "k3")
+        losses = (
+            P.clipped_policy_loss(x, x, x, 0.2, 0.2)[0],
+            P.clipped_value_loss(x, x, x, 0.2)[0],
+            P.kl_estimate(x, x, "k3"),
+        )
         for loss in losses:
             assert torch.autograd.grad(loss.sum(), x)[0].shape == x.shape == loss.shape
 
 
 def test_meta_run():
     x = torch.randn(7, device="meta")
-    assert P.policy_loss(x, x, x, 0.2, 0.2)[0].shape == (7,) and P.value_loss(x, x, x, 0.2)[0].shape == (7,)
+    assert P.clipped_policy_loss(x, x, x, 0.2, 0.2)[0].shape == (7,) and P.clipped_value_loss(x, x, x, 0.2)[
+        0
+    ].shape == (7,)

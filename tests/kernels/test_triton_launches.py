@@ -61,8 +61,8 @@ def launch_elementwise():
         adamw.adamw_triton(x, x, x, x, out, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0)
     gae.gae_triton(x, x, mask, torch.tensor([0, 5]), 0.99, 0.95)
     for bound in (None, 3.0):
-        ppo_loss.policy_loss_triton(x, x, x, 0.2, 0.2, bound)
-        ppo_loss.value_loss_triton(x, x, x, bound)
+        ppo_loss.clipped_policy_loss_triton(x, x, x, 0.2, 0.2, bound)
+        ppo_loss.clipped_value_loss_triton(x, x, x, bound)
     for kind in (1, 2, 3):
         ppo_loss.kl_estimate_triton(x, x, kind)
 

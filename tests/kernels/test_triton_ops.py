@@ -3,7 +3,6 @@
 import pytest
 import torch
 from law import assert_law
-from trialign.kernels import cross_entropy as C
 from trialign.kernels import gae as G
 from trialign.kernels import logprob as P
 from trialign.kernels import ppo_loss as L
@@ -112,30 +111,6 @@ def test_logprob_by_shards_with_masked_ones(mask, masked):
     assert grad.isfinite().all() and (grad[:, masked] == 0).all()
 
 
-@pytest.mark.parametrize("numbers", [(0.0, 0.0, 0.8), (0.1, 1e-3, 1.0)])
-def test_cross_entropy(numbers, monkeypatch):
-    monkeypatch.setattr(C, "piece_stats", P.logprob_stats_triton)
-    monkeypatch.setattr(C, "piece_gradient", P.logprob_backward_triton)
-    logits, labels, g = draw(4, 1003, spread=3.0), torch.tensor([0, 1002, -100, 7], device=DEVICE), draw(4)
-    leaf = logits.clone().requires_grad_()
-    loss = C.cross_entropy(leaf, labels, *numbers)
-    (grad,) = torch.autograd.grad(loss, leaf, g)
-    law((loss.detach(), grad), lambda x: C.cross_entropy_ref(x, labels, *numbers), (logits,), [g])
-
-
-@pytest.mark.parametrize("v, size", [(1, 0.0), (5000, 1e4), (5000, -1e4)])
-def test_cross_entropy_of_extreme_logits(v, size, monkeypatch):
-    """A vocabulary of one, 1e4, and a padded vocabulary of -inf, which no label smoothing may meet."""
-    monkeypatch.setattr(C, "piece_stats", P.logprob_stats_triton)
-    monkeypatch.setattr(C, "piece_gradient", P.logprob_backward_triton)
-    logits, labels, g = draw(3, v, spread=3.0) + size, torch.zeros(3, dtype=torch.long, device=DEVICE), draw(3)
-    logits[:, 1:] = torch.where(torch.rand(v - 1, device=DEVICE) < 0.3, -torch.inf, logits[:, 1:])
-    leaf = logits.clone().requires_grad_()
-    loss = C.cross_entropy(leaf, labels)
-    (grad,) = torch.autograd.grad(loss, leaf, g)
-    law((loss.detach(), grad), lambda x: C.cross_entropy_ref(x, labels), (logits,), [g])
-
-
 def test_logprob_keeps_nan():
     logits = draw(3, 5000)
     logits[0, 4500], logits[1] = torch.nan, torch.nan
@@ -171,15 +146,15 @@ def test_ppo_losses(n, spread, bound):
     logp, old, advantages = draw(n, spread=spread), draw(n, spread=spread), draw(n)
     clip = None if bound is None else bound / 10
     ones = [torch.ones(n, device=DEVICE)]
-    loss, ratio, clipped, slope = L.policy_loss_triton(logp, old, advantages, 0.2, 0.3, bound)
+    loss, ratio, clipped, slope = L.clipped_policy_loss_triton(logp, old, advantages, 0.2, 0.3, bound)
     fixed = lambda x: (old.to(x.dtype), advantages.to(x.dtype))  # noqa: E731
-    law((loss, slope), lambda x: L.policy_loss_ref(x, *fixed(x), 0.2, 0.3, bound)[0], (logp,), ones)
-    _, ratio_ref, clipped_ref = L.policy_loss_ref(logp, old, advantages, 0.2, 0.3, bound)
+    law((loss, slope), lambda x: L.clipped_policy_loss_ref(x, *fixed(x), 0.2, 0.3, bound)[0], (logp,), ones)
+    _, ratio_ref, clipped_ref = L.clipped_policy_loss_ref(logp, old, advantages, 0.2, 0.3, bound)
     torch.testing.assert_close(ratio, ratio_ref)
     assert torch.equal(clipped, clipped_ref)
-    loss, clipped, slope = L.value_loss_triton(logp, old, advantages, clip)
-    law((loss, slope), lambda x: L.value_loss_ref(x, *fixed(x), clip)[0], (logp,), ones)
-    assert torch.equal(clipped, L.value_loss_ref(logp, old, advantages, clip)[1])
+    loss, clipped, slope = L.clipped_value_loss_triton(logp, old, advantages, clip)
+    law((loss, slope), lambda x: L.clipped_value_loss_ref(x, *fixed(x), clip)[0], (logp,), ones)
+    assert torch.equal(clipped, L.clipped_value_loss_ref(logp, old, advantages, clip)[1])
     near = old + draw(n, spread=0.3)
     for kind in (1, 2, 3):
         law(
@@ -199,5 +174,5 @@ def test_the_slope_of_k1_is_1_at_an_infinite_difference():
 def test_ppo_losses_keep_nan():
     nan, one = torch.full((1,), torch.nan, device=DEVICE), torch.ones(1, device=DEVICE)
     for args in ((nan, one, one), (one, nan, one), (one, one, nan)):
-        assert L.policy_loss_triton(*args, 0.2, 0.2, None)[0].isnan().all()
-        assert L.value_loss_triton(*args, 0.2)[0].isnan().all()
+        assert L.clipped_policy_loss_triton(*args, 0.2, 0.2, None)[0].isnan().all()
+        assert L.clipped_value_loss_triton(*args, 0.2)[0].isnan().all()

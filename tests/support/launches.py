@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from trialign.kernels import _rt
+from trialign.kernels import triton_runtime
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels" / "aot"))
 
@@ -18,19 +18,19 @@ TYPES = {"*fp32": torch.float32, "*i64": torch.int64, "*i32": torch.int32, "*u8"
 Values = frozenset[tuple[str, object]]
 
 
-def bound(config: dict, spec: _rt.Spec) -> Values:
+def bound(config: dict, spec: triton_runtime.Spec) -> Values:
     """The compile-time values of a config or a launch that are not free, with its warps and stages."""
     return frozenset((k, v) for k, v in config.items() if k not in spec.free and k not in spec.signature)
 
 
-def table(spec: _rt.Spec, wide: bool, vendor: str) -> Iterable[dict]:
+def table(spec: triton_runtime.Spec, wide: bool, vendor: str) -> Iterable[dict]:
     """The configs that may be launched on a vendor's GPUs; wide: with tensors of fp32."""
     if wide and spec.fp32_configs is not None:
         return spec.fp32_configs
     return spec.hip_configs or spec.configs if vendor == "hip" else spec.configs
 
 
-def is_wide(spec: _rt.Spec, arguments: dict) -> bool:
+def is_wide(spec: triton_runtime.Spec, arguments: dict) -> bool:
     """Whether the tensors that may be bf16 are fp32 in a launch."""
     tensors = [arguments[name] for name, kind in spec.signature.items() if kind == "*bf16"]
     return any(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)

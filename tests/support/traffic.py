@@ -52,8 +52,8 @@ def rows() -> Iterator[Case]:
         lambda: adamw.adamw_triton(a, b, c, d, a.to(BF16), 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0),
     )  # fmt: skip
     yield Case(f"8 sequences of {n // 8}", "token", n, lambda: gae.gae_triton(a, b, mask, cu, 0.99, 0.95))
-    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.policy_loss_triton(a, b, c, 0.2, 0.2, 3.0))
-    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.value_loss_triton(a, b, c, 0.2))
+    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.clipped_policy_loss_triton(a, b, c, 0.2, 0.2, 3.0))
+    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.clipped_value_loss_triton(a, b, c, 0.2))
     yield Case(f"[{n}]", "token", n, lambda: ppo_loss.kl_estimate_triton(a, b, 3))
 
     n, h = 64, 1024

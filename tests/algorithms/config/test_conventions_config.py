@@ -34,7 +34,7 @@ from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Learner
 from trialign.engine.mesh import build_mesh
-from trialign.kernels.ppo_loss import value_loss
+from trialign.kernels.ppo_loss import clipped_value_loss
 from trialign.models.config import HeadKind
 from trialign.models.families.registry import read_config
 
@@ -106,7 +106,7 @@ def test_ppo_s_losses_are_the_preset_s(folder, preset, far):
     losses = ppo_loss(d, white, 0.2, 0.2, rules.dual_clip or None)[0]
     expected = (losses * token_weights(segments, rules.aggregation)).sum().item()
     assert policy == pytest.approx(expected, rel=1e-5)
-    squares = value_loss(value, before, returns, rules.value_clip)[0] * rules.value_loss_factor / 0.5
+    squares = clipped_value_loss(value, before, returns, rules.value_clip)[0] * rules.value_loss_factor / 0.5
     expected = (squares * token_weights(segments, rules.value_aggregation)).sum().item()
     assert critics == pytest.approx(expected, rel=1e-5)
 

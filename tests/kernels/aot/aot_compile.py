@@ -40,7 +40,7 @@ class Report:
 
 
 def compile_kernel(spec, config: dict, arch: str) -> Report:
-    """One config of a kernels._rt.Spec for one architecture, specialized as the launcher does for aligned arguments."""
+    """One config of a Spec for one architecture, specialized as the launcher does for aligned arguments."""
     kernel, constants = spec.kernel, {k: v for k, v in config.items() if k not in ("num_warps", "num_stages")}
     unknown = set(kernel.arg_names) ^ (spec.signature.keys() | constants.keys())
     if unknown:
