@@ -1,4 +1,4 @@
-"""What this process is at: its phase, the collective it waits in, how many it has begun. A watchdog reads it."""
+"""Heartbeat of this process, for a watchdog: its phase, the collective it waits in, and a count of collectives."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from contextlib import contextmanager
 
 
 class Heartbeat:
-    """One for the whole process, for a process has one main thread whose progress is asked for.
+    """State of the main thread; one a process.
 
     Attributes:
-        phase: what the main thread is at, as messages name it.
-        collectives: how many were begun: a number that stands still is a process that makes no progress, or one that
-            works by itself.
-        waits_in: the collective that has not returned yet; "" outside. On CUDA they return at once.
-        moved: is set when the phase changes.
-        broken: the collective that failed, as it does when another rank ends; "" while none has.
+        phase: of the run, as messages name it.
+        collectives: number begun; while it does not grow, the process hangs or computes without other ranks.
+        waits_in: name of the collective that has not returned yet; "" outside. On CUDA they return at once.
+        moved: set when the phase changes.
+        broken: name of the collective that failed, as it does when another rank ends; "" while none has.
     """
 
     def __init__(self) -> None:

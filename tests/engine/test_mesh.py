@@ -24,6 +24,9 @@ def test_axes_of_a_layout():
     }
     assert [axis.rank for axis in (mesh.world, mesh.tp, mesh.dp, mesh.ep, mesh.edp, mesh.pp)] == [11, 1, 1, 1, 0, 1]
     assert mesh_as(1, pp=3).embedding.size == 1
+    assert str(mesh) == "dp=4 ep=2 pp=2 tp=2 on cpu"
+    plain = mesh_as(0, pp=2, dp=2)
+    assert (plain.edp.ranks, plain.ep.size, str(plain)) == (plain.dp.ranks, 1, "dp=2 pp=2 tp=1 on cpu")
 
 
 def two_meshes(rank: int, world: int):
@@ -59,9 +62,11 @@ def test_ranks_that_are_not_there_are_refused(ranks):
         (8, {"tp": 2, "pp": 1, "dp": 2}, "8"),
         (4, {"tp": 1, "pp": 0}, "parallel.pp=0"),
         (4, {"tp": 1, "pp": 1, "cp": 2}, "parallel.cp=2"),
-        (4, {"tp": 1, "pp": 1, "ep": 3}, "parallel.ep=3"),
+        (8, {"tp": 2, "pp": 1, "ep": 3}, r"parallel\.ep=3: .* dp=4; allowed: 1, 2, 4"),
+        (8, {"tp": 2, "pp": 1, "ep": 0}, r"parallel\.ep=0"),
     ],
 )
 def test_sizes_that_make_no_layout_are_refused(world, sizes, named):
+    assert check_layout(8, tp=2, pp=1, ep=4) == 4
     with pytest.raises(ValueError, match=named):
         check_layout(world, **sizes)

@@ -7,39 +7,13 @@ import torch
 from harness import run_ranks
 from tiny import assemble
 from torch import Tensor, nn
-from trialign.engine.mesh import build_mesh, check_layout
+from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
 from trialign.engine.parallel.tensor import sharded_parameter, whole
 from trialign.kernels.moe import sort_by_expert
 
 EXPERTS, HIDDEN = 4, 6
-
-
-def axes(rank: int, world: int, sizes: dict[str, Any]):
-    mesh = build_mesh(**sizes)
-    return {name: getattr(mesh, name).ranks for name in ("pp", "dp", "edp", "ep", "tp")}, str(mesh)
-
-
-def test_ep_is_the_inner_part_of_dp():
-    results = run_ranks(axes, 8, {"tp": 2, "ep": 2})
-    assert results[3][0] == {"pp": (3,), "dp": (1, 3, 5, 7), "edp": (3, 7), "ep": (1, 3), "tp": (2, 3)}
-    assert results[4][0] == {"pp": (4,), "dp": (0, 2, 4, 6), "edp": (0, 4), "ep": (4, 6), "tp": (4, 5)}
-    assert results[0][1] == "dp=4 ep=2 pp=1 tp=2 on cpu"
-
-
-def test_without_ep_experts_are_reduced_over_dp():
-    for names, text in run_ranks(axes, 4, {"pp": 2}):
-        assert names["edp"] == names["dp"] and len(names["ep"]) == 1
-        assert text == "dp=2 pp=2 tp=1 on cpu"
-
-
-def test_layouts_that_are_refused():
-    assert check_layout(8, tp=2, pp=1, ep=4) == 4
-    with pytest.raises(ValueError, match=r"parallel\.ep=3: .* dp=4; allowed: 1, 2, 4"):
-        check_layout(8, tp=2, pp=1, ep=3)
-    with pytest.raises(ValueError, match=r"parallel\.ep=0: must be at least 1"):
-        check_layout(8, tp=2, pp=1, ep=0)
 
 
 def choices(case: str, rows: int, rank: int) -> Tensor:
