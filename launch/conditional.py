@@ -1,15 +1,15 @@
-"""Conditional SFT: rewards are written into the prompts, the model learns from all answers, and is asked for the best.
+"""Conditional SFT: rewards are written into the prompts, and the trained model is prompted with the best one.
 
 python launch/conditional.py --config launch/configs/conditional_smollm2.toml
 torchrun --nproc-per-node 8 launch/conditional.py --config my.toml --condition.buckets 5 --reward.models DIR
 torchrun ... launch/conditional.py --resume runs/conditional
 
-A run that was killed while it scored its rows goes on with the scoring.
+A run that was killed while it scored its rows resumes the scoring.
 """
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import json
 import math
@@ -20,9 +20,10 @@ from typing import Any, cast
 from common.chunks import ChunkStore
 from common.online import say_encoders
 from common.run import Run, start
-from common.supervised import SupervisedRun, supervised_run
-from report.curves import SFT_PANELS, answer_table, completion_table, response_text
-from trialign.algorithms.batch import Rollout, from_rollouts, response_texts
+from common.supervised import SupervisedTask
+from report.panels import SFT_PANELS
+from report.tables import response_table, reward_table
+from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.config.conditional import ConditionalConfig, check_conditional
 from trialign.algorithms.data.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
 from trialign.algorithms.data.dialogues import Encoder, Sample, pack_samples
@@ -31,18 +32,14 @@ from trialign.algorithms.rewards.encoder import Policy, reward_encoders
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.rollout.sync import sample
 from trialign.algorithms.sft import held_out_loss, sft_step
-from trialign.engine.generation.embedded import EmbeddedGenerator
-from trialign.engine.generation.interface import SamplingParams
-from trialign.engine.parallel.collectives import gather_objects
 from trialign.models.hf.tokenizer import stop_ids
 
-FACTS = {"loss": "loss {:.4f}", "eval_loss": "held out {:.4f}", "epoch": "epoch {:.2f}"}
+PROGRESS = {"loss": "loss {:.4f}", "eval_loss": "eval loss {:.4f}", "epoch": "epoch {:.2f}"}
 
 
 class Rewards:
-    """The rewards of rows and of answers: scorers where the config gives any, a column of the data otherwise."""
+    """Rewards of rows and of responses: of the config's scorers, without any of a column of the data."""
 
     def __init__(self, run: Run[ConditionalConfig]):
         self.run, config = run, run.config
@@ -56,7 +53,7 @@ class Rewards:
         self.scorer = Scorer(config.reward, self.tokenizer, run.mesh, encoders)
         run.stack.callback(self.scorer.close)
         asked = ("model", "data", "reward", "run.rows_per_save")
-        self.kept = ChunkStore(run, "begun", asked, (*config.data.sources, *config.data.eval_sources))
+        self.chunks = ChunkStore(run, "begun", asked, (*config.data.sources, *config.data.eval_sources))
         self.models: list[Role] = []
         self.too_long: frozenset[str] = frozenset()
         self.reader = RowReader()
@@ -71,12 +68,12 @@ class Rewards:
         return build_decoder(folder, shape, self.run.mesh, config.model.dtype, head="score", parallel=config.parallel)
 
     def scores(self, rollouts: list[Rollout]) -> list[float]:
-        """One number an answer, NaN where a scorer abstains. Collective."""
+        """One number a response, NaN where a scorer abstains. Collective."""
         batch = from_rollouts(rollouts).to(self.run.mesh.device)
         return self.scorer.combined(self.scorer(rollouts, batch, self.models))
 
     def rows(self) -> dict[str, list[Rewarded]]:
-        """The rows of every source with their rewards, which a resumed run finds in its folder. Collective."""
+        """The rows of every source with their rewards; a resumed run reads these from its folder. Collective."""
         config, run = self.config, self.run
         data, given = config.data, not config.reward.names
         sources = dict.fromkeys((*data.sources, *data.eval_sources))
@@ -99,65 +96,56 @@ class Rewards:
             model = run.on_all_ranks(lambda p=path: self._model(p), path)
             self.models.append(Role(model, sizes=config.update))
         rows_left, samples = [every[i] for i in short], [samples[i] for i in short]
-        self.found = self._before(samples) or self._scored(rows_left, samples)
+        self.found = self._read_rewards(samples) or self._score(rows_left, samples)
         return {
             source: [replace(row, reward=self.found.get(row.dialogue.where)) for row in own]
             for source, own in rows.items()
         }
 
-    def _scored(self, rows: list[Rewarded], samples: list[Sample]) -> dict[str, float | None]:
-        """Where a row was read -> its reward, None for want of one; in parts that are kept as they come."""
-        self.kept.check()
+    def _score(self, rows: list[Rewarded], samples: list[Sample]) -> dict[str, float | None]:
+        """Source and line of a row -> its reward, None where it has none; finished chunks are kept."""
+        self.chunks.check()
         found: dict[str, float | None] = {}
         size = self.config.run.rows_per_save
         for part, begin in enumerate(range(0, len(rows), size)):
-            known = self.kept.read(f"part_{part}")
-            if known is None:
+            scored = self.chunks.read(f"part_{part}")
+            if scored is None:
                 rollouts = as_rollouts(rows[begin : begin + size], samples[begin : begin + size])
                 scores = self.scores(rollouts)
-                known = [(r.prompt.source, None if math.isnan(s) else s) for r, s in zip(rollouts, scores, strict=True)]
-                self.kept.write(f"part_{part}", known)
+                scored = [
+                    (r.prompt.source, None if math.isnan(s) else s) for r, s in zip(rollouts, scores, strict=True)
+                ]
+                self.chunks.write(f"part_{part}", scored)
                 for reason in self.scorer.failures():  # there are none but on the first rank
                     print(f"abstains: {reason}")
                 if self.run.mesh.is_main:
-                    print(f"{begin + len(known)} of {len(rows)} rows are scored", flush=True)
-            found |= dict(known)
+                    print(f"{begin + len(scored)} of {len(rows)} rows are scored", flush=True)
+            found |= dict(scored)
         return found
 
-    def _before(self, samples: list[Sample]) -> dict[str, float | None] | None:
-        """The rewards that the run was begun with, where it goes on from a checkpoint: by place, for data may move."""
-        path, kept = self.run.folder / "rewards.json", None
-        if self.run.record.checkpoint is not None and self.run.mesh.is_main and path.exists():
-            kept = list(json.loads(path.read_text(encoding="utf-8")).values())
-        kept = gather_objects(kept, self.run.mesh.world)[0]
-        if kept is None:
+    def _read_rewards(self, samples: list[Sample]) -> dict[str, float | None] | None:
+        """The rewards of a run that resumes from a checkpoint, by the order of the rows, for data may move."""
+        run, path = self.run, self.run.folder / "rewards.json"
+        if run.record.checkpoint is None:
             return None
-        if len(kept) != len(samples):
-            raise ValueError(f"{path}: rewards of {len(kept)} rows, and data.sources have {len(samples)}")
-        return {sample.where: reward for sample, reward in zip(samples, kept, strict=True)}
+        rewards = run.on_main_rank(lambda: [*json.loads(path.read_text("utf-8")).values()] if path.exists() else None)
+        if rewards is None:
+            return None
+        if len(rewards) != len(samples):
+            raise ValueError(f"{path}: rewards of {len(rewards)} rows, and data.sources have {len(samples)}")
+        return {sample.where: reward for sample, reward in zip(samples, rewards, strict=True)}
 
 
-def answers(work: SupervisedRun[ConditionedRows], rewards: Rewards) -> list[list[Any]]:
-    """[prompt, answer in the data, the model's greedy answer to the prompt that asks for the best, its reward or None]
-    of the first `run.show` rows. Collective."""
-    run, model, mesh = work.run.config.run, work.learner.model, work.run.mesh
-    longest = work.shape.longest_rollout
-    prompts = [row for row in work.rows.prompts(run.show) if len(row[0].tokens) < longest]
-    if not prompts:
-        return []
-    room = longest - max(len(prompt.tokens) for prompt, _ in prompts)
-    greedy = SamplingParams(temperature=0.0, max_new_tokens=max(1, min(run.show_tokens, room)), stop_ids=work.ends)
-    with work.run.progress.work("answers"):
-        rollouts = sample(EmbeddedGenerator(model, mesh, max_running=len(prompts)), [p for p, _ in prompts], greedy)
-    texts = response_texts(rollouts, work.tokenizer)
-    texts = [response_text(text, rollout.finish) for text, rollout in zip(texts, rollouts, strict=True)]
-    wanted = work.tokenizer.batch_decode([answer for _, answer in prompts], skip_special_tokens=True)
-    scores = rewards.scores(rollouts) if rewards.config.reward.names else [None] * len(rollouts)
-    return [list(row) for row in zip((p.text for p, _ in prompts), wanted, texts, scores, strict=True)]
+def responses(task: SupervisedTask[ConditionedRows], rewards: Rewards) -> list[list[Any]]:
+    """[prompt, response in the data, the model's greedy response to the prompt with the best reward, its reward or
+    None] of the first `run.show` rows. Collective."""
+    rows, rollouts = task.greedy_responses(task.rows.prompts(task.config.run.show))
+    scores = rewards.scores(rollouts) if rollouts and rewards.config.reward.names else [None] * len(rollouts)
+    return [[*row, score] for row, score in zip(rows, scores, strict=True)]
 
 
 def main(run: Run[ConditionalConfig]) -> None:
-    """Sets up, trains, and leaves the exported model, the plot and a table of answers in the run's folder."""
+    """Trains, and leaves the exported model, the plot and a table of responses in the run's folder."""
     config, mesh = run.config, run.mesh
     rewards = Rewards(run)
     rows = rewards.rows()
@@ -166,39 +154,32 @@ def main(run: Run[ConditionalConfig]) -> None:
         seed, too_long, reader = config.run.seed, rewards.too_long, rewards.reader
         return ConditionedRows(config.data, config.condition, rows, tokenizer, ends, seed, too_long, reader)
 
-    work = supervised_run(run, config.data, read)
-    learner, data = work.learner, work.rows
-    unseen = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
-    measure = lambda batch: {"eval_loss": held_out_loss(learner, batch)}  # noqa: E731
-    work.begin(facts=FACTS)
+    task = SupervisedTask(run, config.data, read)
+    learner, data = task.learner, task.rows
+    eval_batch = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
+    task.begin(eval_batch, lambda batch: {"eval_loss": held_out_loss(learner, batch)}, PROGRESS)
     if config.reward.names:
         run.remember("rewards.json", lambda: rewards.found)
-    before = run.remember("before.json", lambda: answers(work, rewards))
+    before = run.remember("before.json", lambda: responses(task, rewards))
 
-    work.held_out_before(unseen, measure)
     for _ in run.steps():
-        batch = pack_samples(data.next(config.update.batch_size)).to(mesh.device)
-        metrics = work.epoch()
+        batch = pack_samples(data.next(config.update.batch_size)).to(mesh.device)  # rows -> batch
+        with task.phase("update", batch, passes=3):
+            metrics = sft_step(learner, batch)  # batch -> new weights
+        task.end_step(metrics, batch)
 
-        with run.phases("update") as phase:
-            metrics |= sft_step(learner, batch)
-            work.count(phase, batch, passes=3)
-
-        metrics |= work.held_out(unseen, measure)
-        run.end_step(metrics, tokens=len(batch.tokens))
-
-    rewards.kept.drop()
-    after = answers(work, rewards)
-    run.progress.say(f"answers are asked for with {data.best} as the reward in the prompt")
+    rewards.chunks.drop()
+    after = responses(task, rewards)
+    run.progress.say(f"responses are sampled with {data.best} as the reward in the prompt")
     run.finish(SFT_PANELS, *([table(before, after)] if after else []))
 
 
 def table(before: list[list[Any]], after: list[list[Any]]):
-    """Answers before and after: with their rewards where there are scorers, else beside what is in the data."""
-    count = min(len(before), len(after))  # a resume may ask for more
+    """Responses before and after: with their rewards where there are scorers, else beside those in the data."""
+    count = min(len(before), len(after))  # a resume may show more
     if after[0][3] is None:
-        return answer_table([row[:3] for row in before[:count]], [row[:3] for row in after[:count]])
-    return completion_table(*(cast(Any, [(p, text, s) for p, _, text, s in rows[:count]]) for rows in (before, after)))
+        return response_table([row[:3] for row in before[:count]], [row[:3] for row in after[:count]])
+    return reward_table(*(cast(Any, [(p, text, s) for p, _, text, s in rows[:count]]) for rows in (before, after)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any, cast
 from common.chunks import ChunkStore
 from common.online import OnlineRun
 from common.run import Run, start
-from report.curves import estimate_table, sample_table
+from report.tables import estimate_table, sample_table
 from rich.console import Console
 from trialign.algorithms.batch import Batch, Prompt, response_texts
 from trialign.algorithms.config.common import UpdateConfig
@@ -251,7 +251,7 @@ def main(run: Run[Any]) -> None:
         )
         print(f"completions: {run.folder / 'completions.jsonl'}\nresults:     {run.folder / 'results.json'}")
         run.record.write_finished(run.step, completions="completions.jsonl", results="results.json")
-    kept.drop(but=("asked",))
+    kept.drop(keep=("asked",))
 
 
 def write(folder: Path, answers: dict[str, Answers], results: dict[str, Estimates]) -> None:

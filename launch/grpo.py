@@ -18,7 +18,8 @@ import sys
 import torch
 from common.online import OnlineRun, summary
 from common.run import Run, start
-from report.curves import GRPO_PANELS, completion_table
+from report.panels import GRPO_PANELS
+from report.tables import reward_table
 from trialign.algorithms.batch import Rollout, from_rollouts
 from trialign.algorithms.config.grpo import GRPOConfig, check
 from trialign.algorithms.grpo import GroupRoles, score, update, with_advantages
@@ -107,7 +108,7 @@ def main(run: Run[GRPOConfig]) -> None:
     before = run.remember("before.json", work.answer_shown)
     work.shown = work.shown[: len(before)]  # a resume may ask for more
     train(work, run)
-    run.finish(GRPO_PANELS, completion_table(before[: len(work.shown)], work.answer_shown()))
+    run.finish(GRPO_PANELS, reward_table(before[: len(work.shown)], work.answer_shown()))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import sys
 import torch
 from common.online import OnlineRun, summary
 from common.run import Run, start
-from report.curves import PPO_PANELS, completion_table
+from report.panels import PPO_PANELS
+from report.tables import reward_table
 from trialign.algorithms.batch import from_rollouts
 from trialign.algorithms.config.ppo import PPOConfig, check
 from trialign.algorithms.data.documents import TextDataset
@@ -100,7 +101,7 @@ def main(run: Run[PPOConfig]) -> None:
     before = run.remember("before.json", work.answer_shown)
     work.shown = work.shown[: len(before)]  # a resume may ask for more
     train(work, run)
-    run.finish(PPO_PANELS, completion_table(before[: len(work.shown)], work.answer_shown()))
+    run.finish(PPO_PANELS, reward_table(before[: len(work.shown)], work.answer_shown()))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from typing import Any, cast
 import torch
 from common.online import OnlineRun, summary
 from common.run import Run, start
-from report.curves import Line, Panel, completion_table
+from report.curves import Line, Panel
+from report.tables import reward_table
 from trialign.algorithms.batch import Batch, response_texts
 from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
 from trialign.algorithms.data.dialogues import pack_samples
@@ -178,7 +179,7 @@ def main(run: Run[RejectionConfig]) -> None:
     before = run.remember("before.json", work.answer_shown)
     work.shown = work.shown[: len(before)]  # a resume may ask for more
     train(work, run)
-    run.finish(PANELS, completion_table(before[: len(work.shown)], work.answer_shown()))
+    run.finish(PANELS, reward_table(before[: len(work.shown)], work.answer_shown()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Trains a reward model on pairs of a better and a worse answer, or on steps that are right or wrong, on any number of
-ranks.
+"""Reward models, trained on pairs of responses or on labeled steps (process), on any number of ranks.
 
 python launch/reward.py --config launch/configs/reward_smollm2.toml
 torchrun --nproc-per-node 8 launch/reward.py --config my.toml --parallel.tp 2 --parallel.pp 2
@@ -8,15 +7,15 @@ torchrun ... launch/reward.py --resume runs/reward
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.run import Run, start
-from common.supervised import supervised_run
-from report.curves import Line, Panel
+from common.supervised import SupervisedTask
+from report.panels import REWARD_PANELS
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import RewardModelConfig, check_reward
 from trialign.algorithms.data.preferences import Pair, PairStream, Steps, read_steps
@@ -32,60 +31,43 @@ from trialign.algorithms.reward_model import (
 )
 
 ReadPairs = Callable[[str, RowReader], Sequence[Pair]]
-FACTS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "held out {:.3f}"}
-PANELS = (
-    Panel("Loss", "nats a pair", (Line("loss", "#0f766e", "training"), Line("eval_loss", "#be123c", "held out", True))),
-    Panel(
-        "Accuracy",
-        "share",
-        (Line("accuracy", "#0f766e", "training"), Line("eval_accuracy", "#be123c", "held out", True)),
-    ),
-    Panel("Scores", "mean", (Line("chosen", "#4338ca", "chosen"), Line("rejected", "#b45309", "rejected"))),
-    Panel("Calibration error", "held out", (Line("eval_calibration", "#475569", exact=True),)),
-)
+PROGRESS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "eval accuracy {:.3f}"}
 
 
 def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
-    """Sets up, trains, and leaves the exported reward model and the plot in the run's folder.
+    """Trains, and leaves the exported reward model and the plot in the run's folder.
 
     Args:
-        read: the pairs of a source, where they are not rows of text.
+        read: reads the pairs of a source, where they are not rows of text.
     """
     config, mesh = run.config, run.mesh
     by_pairs = config.rows is config.data
     pack: Any = pack_pairs if by_pairs else pack_steps
-    work = supervised_run(run, config.rows, lambda tokenizer, ends: rows(config, tokenizer, ends, read), "score")
-    learner, data, run.scores = work.learner, work.rows, "" if by_pairs else "steps"
+    task = SupervisedTask(run, config.rows, lambda tokenizer, ends: stream(config, tokenizer, ends, read), "score")
+    learner, rows, run.scores = task.learner, task.rows, "" if by_pairs else "steps"
+    names = scored_names(rows.held_out)
 
-    def measure(batch: Batch) -> dict[str, float]:
+    def evaluate(batch: Batch) -> dict[str, float]:
         if by_pairs:
             return held_out_pairs(learner, batch, config.loss.centering, names)
         return held_out_process(learner, batch, names)
 
-    names = scored_names(data.held_out)
-    unseen = pack(data.held_out).to(mesh.device) if data.held_out else None
-    work.begin(facts=FACTS)
+    task.begin(pack(rows.held_out).to(mesh.device) if rows.held_out else None, evaluate, PROGRESS)
 
-    work.held_out_before(unseen, measure)
     for _ in run.steps():
-        batch = pack(data.next(config.update.batch_size)).to(mesh.device)
-        metrics = work.epoch()
-
-        with run.phases("update") as phase:
+        batch = pack(rows.next(config.update.batch_size)).to(mesh.device)  # rows -> batch
+        with task.phase("update", batch, passes=3):  # batch -> new weights
             if by_pairs:
-                metrics |= pair_step(learner, batch, config.loss.centering)
+                metrics = pair_step(learner, batch, config.loss.centering)
             else:
-                metrics |= process_step(learner, batch)
-            work.count(phase, batch, passes=3)
+                metrics = process_step(learner, batch)
+        task.end_step(metrics, batch)
 
-        metrics |= work.held_out(unseen, measure)
-        run.end_step(metrics, tokens=len(batch.tokens))
-
-    run.finish(PANELS, role="reward")
+    run.finish(REWARD_PANELS, role="reward")
 
 
 def scored_names(rows: Sequence[Pair] | Sequence[Steps]) -> list[str]:
-    """What the scores of these rows are of, in their order: both responses of a pair, each step of an answer."""
+    """Names of a batch's scores, in their order: both responses of a pair, each step of a response."""
     names = []
     for row in rows:
         if isinstance(row, Pair):
@@ -95,12 +77,12 @@ def scored_names(rows: Sequence[Pair] | Sequence[Steps]) -> list[str]:
     return names
 
 
-def rows(config: RewardModelConfig, tokenizer, ends, read: ReadPairs | None = None) -> RowStream[Any]:
-    """The stream of pairs, or of answers in steps."""
+def stream(config: RewardModelConfig, tokenizer, ends, read: ReadPairs | None = None) -> RowStream[Any]:
+    """The stream of pairs, or of responses in labeled steps."""
     seed, reader = config.run.seed, RowReader()
     if config.steps.sources:
         load_steps = lambda source: read_steps(source, config.steps, tokenizer, reader)  # noqa: E731
-        return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "answers in steps", reader)
+        return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "responses in steps", reader)
     if read is not None:
         load_pairs = lambda source: read(source, reader)  # noqa: E731
         return RowStream(config.data, load_pairs, lambda pair: pair.lengths, seed, "pairs", reader)

@@ -1,12 +1,12 @@
-"""Work that is kept in parts as it is done: what was killed goes on behind its last part when it is asked for again.
+"""Resumable chunked work: finished chunks are skipped on restart.
 
-kept = ChunkStore(run, "begun", asked, files)              # what it depends on
-kept.check()
-for part in range(parts):
-    if kept.read(f"part_{part}") is None:
-        kept.write(f"part_{part}", rows)
-...                                                      # use the parts, write what they come to
-kept.drop()
+chunks = ChunkStore(run, "begun", options, files)        # all that the work depends on
+chunks.check()
+for i in range(count):
+    if chunks.read(f"part_{i}") is None:
+        chunks.write(f"part_{i}", rows)
+...                                                      # use the chunks, write the results
+chunks.drop()
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from trialign.algorithms.data.text_files import write_jsonl
-from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.storage.safetensors_io import sha256
 
 from .fingerprint import changes, chosen
@@ -29,37 +28,36 @@ class ChunkStore:
 
     Args:
         name: of the folder.
-        asked: options and sections that the parts depend on.
-        files: the data they depend on; what is not there, or no file, is passed over.
+        options: options and sections that the chunks depend on.
+        files: data files that they depend on; a name that is no file is ignored.
     """
 
-    def __init__(self, run: Run[Any], name: str, asked: Iterable[str], files: Iterable[str]):
+    def __init__(self, run: Run[Any], name: str, options: Iterable[str], files: Iterable[str]):
         self.run, self.folder = run, run.folder / name
-        self.facts = chosen(run.record.facts, tuple(asked))
+        self.facts = chosen(run.record.facts, tuple(options))
         self.facts["contents"]["files"] = run.on_all_ranks(lambda: {f: content(Path(f)) for f in dict.fromkeys(files)})
 
     def check(self) -> None:
-        """Refuses parts of other work, or of files that have changed since.
+        """Refuses chunks of other options, or of files that have changed since.
 
         Raises:
-            ValueError: on every rank; names what is another.
+            ValueError: on every rank; names what differs.
         """
-        kept = self.read("asked")
-        found = changes(kept[0], self.facts, self.run.name, strict=False) if kept else []
+        facts = self.read("asked")
+        found = changes(facts[0], self.facts, self.run.name, strict=False) if facts else []
         if found:
             raise ValueError(
-                f"{'; '.join(found)}: what {self.folder} keeps was made with another; --run.overwrite True deletes it,"
+                f"{'; '.join(found)}: the chunks in {self.folder} depend on it; --run.overwrite True deletes them,"
                 " another run.output begins anew"
             )
 
     def read(self, name: str) -> list[Any] | None:
-        """The rows of a part, on every rank; None where it is not there."""
-        path, main = self.folder / f"{name}.jsonl", self.run.mesh.is_main
-        rows = self.run.on_all_ranks(lambda: read_jsonl(path) if main and path.exists() else None)
-        return gather_objects(rows, self.run.mesh.world)[0]
+        """The rows of a chunk, on every rank; None where it is not finished."""
+        path = self.folder / f"{name}.jsonl"
+        return self.run.on_main_rank(lambda: read_jsonl(path) if path.exists() else None)
 
     def write(self, name: str, rows: Iterable[Any]) -> None:
-        """Keeps a part, the main rank's."""
+        """Writes the main rank's rows as a chunk."""
         self.run.record.write_begun()
 
         def write() -> None:
@@ -67,20 +65,20 @@ class ChunkStore:
                 write_jsonl(self.folder / "asked.jsonl", [self.facts])
             write_jsonl(self.folder / f"{name}.jsonl", rows)
 
-        self.run.on_all_ranks(lambda: write() if self.run.mesh.is_main else None)
+        self.run.on_main_rank(write)
 
-    def drop(self, but: Sequence[str] = ()) -> None:
-        """Deletes all parts, but those of these names."""
+    def drop(self, keep: Sequence[str] = ()) -> None:
+        """Deletes all chunks but those of these names."""
         if self.run.mesh.is_main and self.folder.is_dir():
-            for path in [path for path in self.folder.iterdir() if path.stem not in but]:
+            for path in [path for path in self.folder.iterdir() if path.stem not in keep]:
                 path.unlink()
-            if not but:
+            if not keep:
                 self.folder.rmdir()
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The rows of a file that `write_jsonl` wrote."""
-    with open(path, encoding="utf-8") as file:  # its lines end at line feeds alone: what is in strings may be others
+    """The rows of a file of `write_jsonl`."""
+    with open(path, encoding="utf-8") as file:  # split at line feeds alone: other line separators may be in strings
         return [json.loads(line) for line in file]
 
 

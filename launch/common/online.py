@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from report.curves import Answer, response_text
+from report.tables import ScoredResponse, response_text
 from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, response_texts
 from trialign.algorithms.config.common import PromptData, RewardConfig, RolloutConfig
 from trialign.algorithms.data.prompts import PromptDataset
@@ -83,7 +83,7 @@ class OnlineRun:
         self.generator, self.models = EmbeddedGenerator(actor.model, self.mesh, **options), models
         self.generator.interrupted = self.run.interrupted
 
-    def answer_shown(self) -> list[Answer]:
+    def answer_shown(self) -> list[ScoredResponse]:
         """(prompt, greedy answer, score) for the first `run.show` prompts of the data. Collective."""
         prompts = self.shown
         if not prompts:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from report.curves import Panel, plot
+from report.curves import plot
+from report.panels import Panel
 from trialign.algorithms.config.common import DataConfig, ModelPaths, ParallelConfig, RunConfig, check_time_limits
 from trialign.algorithms.roles.build import trained_entries
 from trialign.algorithms.roles.nonfinite import check_states

@@ -1,6 +1,6 @@
-"""Small charts as SVG text: curves over the steps of a run, and how two sets of numbers are distributed.
+"""Small charts as SVG text: curves over the steps of a run, and histograms of two sets of numbers.
 
-No script and no style sheet is needed to show them; a point's value is its tooltip.
+They need no script and no style sheet; a point's value is its tooltip.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from .curves import Line, Panel, smooth
+from .curves import smooth
+from .panels import Line, Panel
 
 WIDTH, HEIGHT = 480, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 54, 10, 24
@@ -22,7 +23,7 @@ BEFORE, AFTER = "#94a3b8", "#0f766e"
 
 
 class Scale(NamedTuple):
-    """From numbers to places: `low` to `high` lie over `start` to `end`."""
+    """A linear map from `low`..`high` to the coordinates `start`..`end`."""
 
     low: float
     high: float
@@ -30,8 +31,8 @@ class Scale(NamedTuple):
     end: float
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
-        return round(self.start + share * (self.end - self.start), 1)
+        fraction = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return round(self.start + fraction * (self.end - self.start), 1)
 
 
 def curves(panel: Panel, steps: Sequence[Mapping[str, float]]) -> Markup:
@@ -83,7 +84,7 @@ def curve(line: Line, points: Sequence[tuple[float, float]], across: Scale, up: 
 
 
 def histogram(before: Sequence[float], after: Sequence[float], name: str) -> Markup:
-    """How two sets of numbers are distributed, over the same bins, each with its mean."""
+    """Histograms of two sets of numbers over the same bins, each with its mean."""
     low, high = min(*before, *after), max(*before, *after)
     if high == low:
         low, high = low - 0.5, high + 0.5
@@ -92,10 +93,10 @@ def histogram(before: Sequence[float], after: Sequence[float], name: str) -> Mar
     across = Scale(low, high, LEFT, WIDTH - RIGHT)
     up = Scale(0, 1.12 * float(max(map(max, heights))), HEIGHT - BOTTOM, TOP)
     parts = [axes(across, up, percent=True)]
-    for shares, color in zip(heights, (BEFORE, AFTER), strict=True):
+    for fractions, color in zip(heights, (BEFORE, AFTER), strict=True):
         corners = [(edges[0], 0.0)]
-        for i, share in enumerate(shares):
-            corners += [(edges[i], share), (edges[i + 1], share)]
+        for i, height in enumerate(fractions):
+            corners += [(edges[i], height), (edges[i + 1], height)]
         path = " ".join(f"{across(x)},{up(y)}" for x, y in [*corners, (edges[-1], 0.0)])
         parts.append(
             f'<polygon points="{path}" fill="{color}" fill-opacity="0.3" stroke="{color}" stroke-width="1.5"/>'
@@ -106,7 +107,7 @@ def histogram(before: Sequence[float], after: Sequence[float], name: str) -> Mar
             f'<line x1="{middle}" x2="{middle}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{color}" stroke-width="1.5"'
             f' stroke-dasharray="4 3"><title>mean {math.fsum(values) / len(values):.4g}</title></line>'
         )
-    return svg(parts, f"distribution of {name}, share of the answers")
+    return svg(parts, f"distribution of {name}, fraction of the responses")
 
 
 def axes(across: Scale, up: Scale, *, whole: bool = False, percent: bool = False) -> str:
@@ -114,7 +115,7 @@ def axes(across: Scale, up: Scale, *, whole: bool = False, percent: bool = False
 
     Args:
         whole: x is a number of steps.
-        percent: y is a share.
+        percent: y is a fraction.
     """
     rows = ticks(up.low, up.high, 4)
     columns = ticks(across.low, across.high, 6, whole=whole)
@@ -129,7 +130,7 @@ def axes(across: Scale, up: Scale, *, whole: bool = False, percent: bool = False
 
 
 def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[tuple[float, str]]:
-    """At most so many round numbers between two, each as it is written: all with the digits that tell them apart."""
+    """At most `count` round numbers between two, each with its text: with as many digits as distinguish them."""
     places = [float(place) for place in MaxNLocator(count, integer=whole).tick_values(low, high)]
     step, size = places[1] - places[0], max(abs(low), abs(high))
     digits = next((d for d in range(9) if abs(round(step, d) - step) < step / 1e3), 9)
@@ -138,7 +139,7 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[t
 
 
 def svg(parts: Sequence[str], label: str) -> Markup:
-    """The parts as one picture. They are numbers and names of ours: what a model wrote is never among them."""
+    """The parts as one picture. They are numbers and names of ours, never text that a model wrote."""
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" font-size="11" fill="{TEXT}">'
         f"{''.join(parts)}</svg>"
@@ -146,7 +147,7 @@ def svg(parts: Sequence[str], label: str) -> Markup:
 
 
 def apart(place: float, taken: Sequence[float], least: float = 12) -> float:
-    """The nearest place to `place` that is at least so far from those taken."""
+    """The nearest place to `place` that is at least `least` from those taken."""
     choices = [place, *(t + side * least for t in taken for side in (-1, 1))]
     free = [c for c in choices if all(abs(c - t) >= least for t in taken)]
     return min(free, key=lambda c: abs(c - place))
@@ -158,6 +159,6 @@ def short(value: float) -> str:
 
 
 def tidy(text: str) -> str:
-    """Without what pads an exponent, and without the sign of a zero."""
+    """A number without the padding of its exponent and the sign of a zero."""
     text = text.replace("e-0", "e-").replace("e+0", "e")
     return text.removeprefix("-") if not text.strip("-0.") else text

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from reward import PANELS as REWARD_PANELS
 from trialign.algorithms.config.rlhf import RLHFConfig, Stages, prompt_files, stages
 from trialign.algorithms.metrics import Estimate, mean_of_prompts, wilson, win_rate
 from trialign.engine.config import flatten, to_toml
 from trialign.engine.logging import read_metrics
 
 from .charts import curves, histogram, tidy
-from .curves import PPO_PANELS, SFT_PANELS, Line, Panel
+from .panels import PPO_PANELS, REWARD_PANELS, SFT_PANELS, Line, Panel
 
 TITLES = {
     "sft": "Fine-tuning",

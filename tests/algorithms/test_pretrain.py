@@ -21,9 +21,9 @@ from scripts import (
     launch,
     metrics,
     options,
+    reports,
     succeed,
     succeed_in_turn,
-    times_told,
 )
 from tiny import VOCAB, tiny_chat_model, tiny_llama, tiny_tokenizer
 from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
@@ -294,7 +294,7 @@ def test_what_is_wrong_is_said_once(setting, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
     given = ("--config", setting / "config.toml", "--run.output", tmp_path / "run")
     done = launch("pretrain", *given, "--data.sources", tmp_path / "bad.jsonl", ranks=2)
-    assert done.returncode != 0 and times_told(done, "'text' must be a string, not 1") == 1, done.stderr
+    assert done.returncode != 0 and reports(done, "'text' must be a string, not 1") == 1, done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -16,11 +16,12 @@ from scripts import (
     launch,
     metrics,
     options,
+    reports,
     succeed,
     succeed_in_turn,
-    times_told,
 )
-from tiny import tiny_chat_model, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
+from tiny_run import tiny_run
 from trialign.algorithms.config.conditional import (
     ConditionalConfig,
     ConditionalRun,
@@ -30,7 +31,7 @@ from trialign.algorithms.config.conditional import (
 )
 from trialign.algorithms.data.conditional import ConditionedRows, as_rollouts, bucketed, read_rewarded
 from trialign.algorithms.data.dialogues import Encoder
-from trialign.engine.config import load, parse
+from trialign.engine.config import parse
 from trialign.engine.mesh import build_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,25 +91,22 @@ def test_equal_rewards_share_a_bucket_and_buckets_are_equally_full():
     assert bucketed([1.0, 1.0, 1.0, 5.0], 2) == [1.0, 1.0, 1.0, 5.0]
     many = bucketed([float(i) for i in range(100)], 5)
     assert [many.count(value) for value in sorted(set(many))] == [20] * 5
-    with pytest.raises(ValueError, match="4 rewards fall into one of condition.buckets=2"):
+    with pytest.raises(ValueError, match="condition.buckets=2"):
         bucketed([1.0] * 4, 2)
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "reported"),
     [
-        ({"prompt": "a", "response": "b"}, r"rows.jsonl:1: no column 'reward' \(data.reward_key\)"),
-        ({"prompt": "a", "response": "b", "reward": "9"}, "rows.jsonl:1: 'reward' must be a finite number, not '9'"),
-        ({"prompt": "a", "response": "b", "reward": True}, "rows.jsonl:1: 'reward' must be a finite number, not True"),
-        (
-            {"prompt": "a", "response": "b", "reward": 10**400},
-            "rows.jsonl:1: 'reward' must be a finite number, not 1000",
-        ),
-        ({"prompt": "a", "response": " ", "reward": 1}, "rows.jsonl:1: 'response' is empty"),
+        ({"prompt": "a", "response": "b"}, r"'reward' \(data.reward_key\)"),
+        ({"prompt": "a", "response": "b", "reward": "9"}, "'reward' .*'9'"),
+        ({"prompt": "a", "response": "b", "reward": True}, "'reward' .*True"),
+        ({"prompt": "a", "response": "b", "reward": 10**400}, "'reward' .*1000"),
+        ({"prompt": "a", "response": " ", "reward": 1}, "'response'"),
     ],
 )
-def test_bad_rows_are_refused_by_name(tokenizer, tmp_path, line, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_rows_are_refused_by_name(tokenizer, tmp_path, line, reported):
+    with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{reported}"):
         rows(tmp_path, [line], tokenizer)
 
 
@@ -134,64 +132,33 @@ def test_scorers_read_up_to_the_end_of_the_turn(tokenizer, tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("conditional")
-    tiny_chat_model(folder / "model")
     tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
-    lines = [json.dumps({"prompt": f"count to {i}", "response": "x" * i, "topic": i % 2}) for i in range(1, 15)]
-    (folder / "rows.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "p", "response": "long" * 60})]))
-    (folder / "rewards.py").write_text(
+    rows = [{"prompt": f"count to {i}", "response": "x" * i, "topic": i % 2} for i in range(1, 15)]
+    given = {
+        **{"data_max_tokens": 96, "data_eval_fraction": 0.2, "condition_buckets": 3},
+        **{"reward_functions": [f"{folder}/topics.py:length"], "reward_models": [str(folder / "reward")]},
+        **{"reward_weights": [1.0, 0.01], "reward_on_failure": "abstain", "optimizer_lr": 1e-2, "optimizer_eps": 1e-5},
+        **{"update_batch_size": 4, "update_micro_batch_size": 2, "run_steps": STEPS, "run_eval_every": 2},
+        **{"run_save_every": 1, "run_keep": STEPS, "run_show": 2, "run_show_tokens": 4},
+    }
+    (folder / "topics.py").write_text(
         "def length(prompts, completions, topic, **_):\n"
         "    assert set(topic) <= {0, 1, None} and all(p.startswith('count') for p in prompts)\n"
         "    nan = float('nan')\n"
         "    return [nan if p == 'count to 3' else len(c) + t for p, c, t in zip(prompts, completions, topic)]\n"
     )
-    (folder / "config.toml").write_text(f"""
-[model]
-path = "{folder}/model"
-dtype = "float32"
-[data]
-sources = ["{folder}/rows.jsonl"]
-max_tokens = 96
-eval_fraction = 0.2
-[reward]
-functions = ["{folder}/rewards.py:length"]
-models = ["{folder}/reward"]
-weights = [1.0, 0.01]
-on_failure = "abstain"
-[condition]
-buckets = 3
-[optimizer]
-lr = 1e-2
-eps = 1e-5
-[update]
-batch_size = 4
-micro_batch_size = 2
-[run]
-steps = {STEPS}
-eval_every = 2
-save_every = 1
-keep = {STEPS}
-show = 2
-show_tokens = 4
-log = []
-""")
-    return folder
+    return tiny_run(folder, [*rows, {"prompt": "p", "response": "long" * 60}], **given)
 
 
 @pytest.fixture(scope="module")
 def whole(setting) -> Path:
-    said = succeed("conditional", "--config", setting / "config.toml", "--run.output", setting / "whole")
-    assert "1 dropped for more than 96 tokens" in said and "1 dropped for want of a score" in said
-    assert (
-        "stop tokens: </s> (2)" in said
-        and "3 rewards written" in said
-        and "before" in said
-        and "after" in said
-        and "answers are asked for with" in said
-    )
+    printed = succeed("conditional", "--config", setting / "config.toml", "--run.output", setting / "whole")
+    parts = ("1 dropped for more than 96 tokens", "1 dropped for want of a score", "3 rewards written")
+    assert all(part in printed for part in (*parts, "stop tokens: </s> (2)", "before", "after", "as the reward in"))
     return setting / "whole"
 
 
-def test_what_a_run_leaves(setting, whole):
+def test_outputs_of_a_run(setting, whole):
     from transformers import AutoModelForCausalLM
 
     rewards = json.loads((whole / "rewards.json").read_text())
@@ -262,26 +229,21 @@ def test_a_row_without_its_reward_is_refused_once(setting, tmp_path):
     given = ("--config", setting / "config.toml", "--run.output", tmp_path / "run")
     none = ("--reward.functions", "--reward.models", "--reward.weights")
     done = launch("conditional", *given, *none, ranks=2)
-    assert done.returncode != 0 and times_told(done, "rows.jsonl:1: no column 'reward'") == 1, done.stderr
+    assert done.returncode != 0 and reports(done, "rows.jsonl:1") == 1, done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_knobs_that_do_not_fit():
-    with pytest.raises(ValueError, match="template='{input}': must be a text with {reward} in it"):
+def test_options_that_do_not_fit():
+    with pytest.raises(ValueError, match="template='{input}'"):
         ConditionConfig(template="{input}")
-    with pytest.raises(ValueError, match="buckets=1: must be 0"):
+    with pytest.raises(ValueError, match="buckets=1"):
         ConditionConfig(buckets=1)
-    config = parse(ConditionalConfig, options(model_path="m", data_sources="a", update_batch_size=3))
-    with pytest.raises(ValueError, match="update.batch_size=3 rows do not divide by dp=2"):
-        check_conditional(config, 2)
-    config = parse(ConditionalConfig, options(model_path="m", data_sources="a", reward_clip=3.0))
-    with pytest.raises(ValueError, match="reward.clip=3.0: must be .* here, where scores are taken as they are"):
-        check_conditional(config, 1)
-    with pytest.raises(ValueError, match="rows_per_save=0: must be at least 1"):
+    with pytest.raises(ValueError, match="rows_per_save=0"):
         ConditionalRun(rows_per_save=0)
-
-
-def test_the_config_that_ships_is_whole():
-    config = load(ConditionalConfig, ROOT / "launch" / "configs" / "conditional_smollm2.toml")
-    assert check_conditional(config, world=1) == 1
-    assert all((ROOT / source).is_file() for source in config.data.sources)
+    for world, given, reported in (
+        (2, {"update_batch_size": 3}, "update.batch_size=3"),
+        (1, {"reward_clip": 3.0}, "reward.clip=3.0"),
+    ):
+        config = parse(ConditionalConfig, options(model_path="m", data_sources="a", **given))
+        with pytest.raises(ValueError, match=reported):
+            check_conditional(config, world)

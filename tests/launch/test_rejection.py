@@ -1,8 +1,7 @@
 """Rejection sampling and iterative DPO: what is picked, what a round keeps, and launch/rejection.py in every layout."""
 
-import json
 import math
-import re
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import AXES, agree, digests, kill_after, launch, metrics, options, succeed, succeed_in_turn
-from tiny import tiny_chat_model, tiny_llama
+from tiny import tiny_llama
+from tiny_run import prompts, tiny_run
 from trialign.algorithms.batch import Prompt, Rollout, single_turn
 from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
 from trialign.algorithms.data.responses import (
@@ -22,10 +22,9 @@ from trialign.algorithms.data.responses import (
     rows_of_step,
     write_responses,
 )
-from trialign.engine.config import load, parse
+from trialign.engine.config import parse
 from trialign.engine.storage.checkpoint import Reader
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, PER_ROUND = 2, 2
 STEPS = ROUNDS * PER_ROUND
 NAN = math.nan
@@ -37,7 +36,7 @@ def rollouts() -> list[Rollout]:
     return [single_turn(prompt, [10 * prompt.index + j, 2], [0.0, 0.0], "stop") for prompt in prompts for j in range(3)]
 
 
-def made(rewards: list[float], method: str):
+def picked(rewards: list[float], method: str):
     done = rollouts()
     responses = make_responses(done, [str(r.tokens[0]) for r in done], rewards, {"f": rewards})
     pick(responses, [r.prompt.index for r in done], method)  # pyright: ignore
@@ -45,7 +44,7 @@ def made(rewards: list[float], method: str):
 
 
 def test_the_best_of_each_prompt_and_the_first_among_equals():
-    answers = made([1, 3, 2, 5, 5, NAN, 0, -1, 0], "sft")
+    answers = picked([1, 3, 2, 5, 5, NAN, 0, -1, 0], "sft")
     assert [a.completion for a in answers if a.picked] == ["1", "10", "20"]
     assert [list(sample.tokens) for sample in picked_samples(answers)] == [[5, 6, 1, 2], [5, 7, 10, 2], [5, 8, 20, 2]]
     assert all(list(sample.mask) == [0, 0, 1, 1] for sample in picked_samples(answers))
@@ -53,7 +52,7 @@ def test_the_best_of_each_prompt_and_the_first_among_equals():
 
 
 def test_best_against_worst_leaves_out_prompts_whose_answers_score_the_same():
-    answers = made([1, 3, 2, 5, 5, NAN, 0, -1, 0], "dpo")
+    answers = picked([1, 3, 2, 5, 5, NAN, 0, -1, 0], "dpo")
     pairs, _ = picked_pairs(answers)
     assert [(p.chosen.tokens[2], p.rejected.tokens[2]) for p in pairs] == [(1, 0), (20, 21)]
 
@@ -61,17 +60,17 @@ def test_best_against_worst_leaves_out_prompts_whose_answers_score_the_same():
 @pytest.mark.parametrize(
     ("rewards", "method", "message"),
     [
-        ([1.0] * 9, "dpo", "nothing to learn from 3 prompts: the responses to each score the same"),
-        ([NAN] * 9, "sft", "nothing to learn from 3 prompts: no response has a score"),
+        ([1.0] * 9, "dpo", "3 prompts.*score the same"),
+        ([NAN] * 9, "sft", "3 prompts.*has a score"),
     ],
 )
 def test_a_round_without_anything_to_learn_says_why(rewards, method, message):
     with pytest.raises(ValueError, match=message):
-        made(rewards, method)
+        picked(rewards, method)
 
 
 def test_a_round_is_kept_to_the_last_bit(tmp_path):
-    answers = made([0.1, 1 / 3, -2.5e-8, NAN, 1, 2, 3, 4, 5], "dpo")
+    answers = picked([0.1, 1 / 3, -2.5e-8, NAN, 1, 2, 3, 4, 5], "dpo")
     for i, answer in enumerate(answers):
         answer.reference = -1.7 * i / 3
     write_responses(tmp_path / "rounds" / "round_0.jsonl", answers)
@@ -90,44 +89,17 @@ def test_rows_of_a_round_are_each_met_before_any_is_met_again():
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """Two tiny models, one to learn and one that rewards, prompts and a config."""
+    """Two tiny models, one to train and one that rewards, prompts and a config."""
     folder = tmp_path_factory.mktemp("rejection")
-    tiny_chat_model(folder / "model")
     tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
-    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"count to {i}"}) for i in range(12)))
-    (folder / "rewards.py").write_text(
-        "def spread(prompts, completions, **_):\n    return [len(set(c)) for c in completions]\n"
-    )
-    (folder / "config.toml").write_text(f"""
-[model]
-path = "{folder}/model"
-dtype = "float32"
-[data]
-sources = ["{folder}/prompts.jsonl"]
-max_prompt_tokens = 96
-[rollout]
-samples_per_prompt = 3
-max_new_tokens = 8
-[reward]
-functions = ["{folder}/rewards.py:spread"]
-models = ["{folder}/reward"]
-[round]
-count = {ROUNDS}
-prompts = 8
-[optimizer]
-lr = 1e-3
-eps = 1e-5
-schedule = "constant"
-[update]
-batch_size = 4
-micro_batch_size = 4
-[run]
-save_every = 1
-keep = {STEPS}
-show = 1
-log = []
-""")
-    return folder
+    given = {
+        **{"data_max_prompt_tokens": 96, "rollout_samples_per_prompt": 3, "rollout_max_new_tokens": 8},
+        **{"reward_models": [str(folder / "reward")], "round_count": ROUNDS, "round_prompts": 8},
+        **{"optimizer_lr": 1e-3, "optimizer_eps": 1e-5, "optimizer_schedule": "constant"},
+        **{"update_batch_size": 4, "update_micro_batch_size": 4},
+        **{"run_save_every": 1, "run_keep": STEPS, "run_show": 1},
+    }
+    return tiny_run(folder, prompts(12), "spread", **given)
 
 
 def run(setting: Path, name: str, *arguments: object, ranks: int = 1) -> Path:
@@ -152,15 +124,13 @@ def tuned(setting) -> Path:
     return run(setting, "tuned", *SFT)
 
 
-def test_what_a_run_leaves(setting, whole):
+def test_outputs_of_a_run(setting, whole):
     """Each round's answers with their picks; what the steps log follows from them; the reference is the model."""
     from transformers import AutoModelForCausalLM
 
     steps = metrics(whole)
-    assert [step["round"] for step in steps] == [0, 0, 1, 1] and ["reward" in step for step in steps] == [
-        True,
-        False,
-    ] * 2
+    assert [step["round"] for step in steps] == [0, 0, 1, 1]
+    assert ["reward" in step for step in steps] == [True, False] * 2
     for number in range(ROUNDS):
         answers = read_responses(whole / "rounds" / f"round_{number}.jsonl")
         assert len(answers) == 8 * 3
@@ -188,39 +158,37 @@ def test_what_a_run_leaves(setting, whole):
     assert (whole / "rejection.png").stat().st_size > 10_000
 
 
-def test_killed_within_a_round_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
-    folder = setting / "killed"
-    kill_after(
-        "checkpoints/step_1", folder, "rejection", "--config", setting / "config.toml", "--run.output", folder, *DPO
-    )
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_killed_within_a_round_and_resumed_it_ends_bit_for_bit_the_same(setting, whole, tuned, method):
+    folder, words = setting / f"{method}-killed", DPO if method == "dpo" else SFT
+    given = ("--config", setting / "config.toml", "--run.output", folder, *words)
+    kill_after("checkpoints/step_1", folder, "rejection", *given)
     assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
     succeed("rejection", "--resume", folder)
-    assert digests(folder, STEPS) == digests(whole, STEPS)
-    assert metrics(folder) == metrics(whole)
+    other = whole if method == "dpo" else tuned
+    assert digests(folder, STEPS) == digests(other, STEPS) and metrics(folder) == metrics(other)
 
 
 def test_a_round_that_was_answered_is_not_answered_again(setting, whole):
     """Between the last step of a round and the first of the next; but where it is to be answered in another way."""
-    import shutil
-
     folder = setting / "between"
     shutil.copytree(whole, folder)
     for step in range(PER_ROUND + 1, STEPS + 1):
         shutil.rmtree(folder / "checkpoints" / f"step_{step}")
     answers = folder / "rounds" / "round_1.jsonl"
-    made = answers.stat().st_mtime_ns
+    written = answers.stat().st_mtime_ns
     shutil.copytree(folder, setting / "other")
     succeed("rejection", "--resume", folder)
-    assert digests(folder, STEPS) == digests(whole, STEPS) and answers.stat().st_mtime_ns == made
-    said = succeed("rejection", "--resume", setting / "other", "--rollout.temperature", 0.5)
-    assert "resumed with rollout.temperature=0.5 (was 1.0)" in said
+    assert digests(folder, STEPS) == digests(whole, STEPS) and answers.stat().st_mtime_ns == written
+    printed = succeed("rejection", "--resume", setting / "other", "--rollout.temperature", 0.5)
+    assert "resumed with rollout.temperature=0.5 (was 1.0)" in printed
     assert read_responses(setting / "other" / "rounds" / "round_1.jsonl") != read_responses(answers)
     shutil.rmtree(folder / "rounds")
     shutil.rmtree(folder / "checkpoints" / f"step_{STEPS}")
     gone = launch("rejection", "--resume", folder)
-    assert gone.returncode != 0 and re.search(r"round_1.jsonl: is not there, but the run", gone.stderr), gone.stderr
+    assert gone.returncode != 0 and "round_1.jsonl" in gone.stderr, gone.stderr
     changed = launch("rejection", "--resume", folder, "--round.method", "sft")
-    assert changed.returncode != 0 and "error: round.method=sft (was dpo): may not" in changed.stderr
+    assert changed.returncode != 0 and "round.method=sft (was dpo)" in changed.stderr
 
 
 @pytest.fixture(scope="module")
@@ -269,31 +237,16 @@ def test_sft_on_the_winners_makes_them_likelier(tuned):
         assert torch.equal(weight, master.read(f"actor/master/{name}")), name
 
 
-def test_sft_on_the_winners_killed_within_the_round_ends_bit_for_bit_the_same(setting, tuned):
-    folder = setting / "tuned-killed"
-    given = ("--config", setting / "config.toml", "--run.output", folder, *SFT)
-    kill_after("checkpoints/step_1", folder, "rejection", *given)
-    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
-    succeed("rejection", "--resume", folder)
-    assert digests(folder, STEPS) == digests(tuned, STEPS) and metrics(folder) == metrics(tuned)
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "reported"),
     [
-        ({"rollout_samples_per_prompt": 1}, "rollout.samples_per_prompt=1: the best of one answer is no choice"),
-        ({"reward_normalize": True}, "reward.normalize=True: answers to one prompt are compared"),
-        ({"reward_functions": ()}, "no reward: give reward.functions"),
-        ({"update_batch_size": 3, "parallel_dp": 2}, "update.batch_size=3 rows do not divide by dp=2"),
+        ({"rollout_samples_per_prompt": 1}, "rollout.samples_per_prompt=1"),
+        ({"reward_normalize": True}, "reward.normalize=True"),
+        ({"reward_functions": ()}, "reward.functions"),
+        ({"update_batch_size": 3, "parallel_dp": 2}, "update.batch_size=3"),
     ],
 )
-def test_what_does_not_fit_together(changes, message):
+def test_what_does_not_fit_together(changes, reported):
     argv = options(**({"model_path": "m", "data_sources": "a.jsonl", "reward_functions": "r.py:f"} | changes))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=reported):
         check_rejection(parse(RejectionConfig, argv), 2 if "parallel_dp" in changes else 1)
-
-
-def test_the_config_that_ships_is_whole():
-    config = load(RejectionConfig, ROOT / "launch" / "configs" / "rejection_smollm2.toml")
-    assert check_rejection(config, world=1) == 1
-    assert all((ROOT / source).is_file() for source in config.data.sources)

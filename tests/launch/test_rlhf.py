@@ -8,12 +8,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
 from samples import write_jsonl
 from scripts import AXES, ROOT, agree, digests, kill_after, metrics, options, succeed, succeed_in_turn
-from tiny import tiny_chat_model
+from tiny_run import tiny_run
 from trialign.algorithms.config.rlhf import (
     FILLED,
     PromptsConfig,
@@ -69,7 +70,7 @@ def test_equal_prompts_are_held_out_together(tmp_path):
     assert len(held_out) == 9 and not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
     assert sorted(r["row"] for r in train + held_out) == list(range(30))
     assert split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.3), 2)[1] != held_out
-    with pytest.raises(ValueError, match=r"prompts.eval_fraction=0.96 of 10 prompts leaves none to learn from"):
+    with pytest.raises(ValueError, match=r"prompts.eval_fraction=0.96 of 10 prompts"):
         split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.96), 1)
 
 
@@ -98,33 +99,33 @@ SCORER = {"preferences_reward.functions": "r.py:f"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "reported"),
     [
-        ({"model_path": ""}, "model.path is not given"),
-        ({"prompts_sources": ()}, "data.sources is not given: at least one file of prompts"),
-        ({"sft_data.sources": ()}, r"\[sft\] data.sources is not given"),
-        ({"preferences_reward.functions": ()}, r"\[preferences\] no reward: give reward.functions"),
-        ({"preferences_run.pairs": 3}, r"\[preferences\] rollout.samples_per_prompt=4: run.pairs=3 needs two answers"),
+        ({"model_path": ""}, "model.path"),
+        ({"prompts_sources": ()}, "data.sources"),
+        ({"sft_data.sources": ()}, r"\[sft\] data.sources"),
+        ({"preferences_reward.functions": ()}, r"\[preferences\] .*reward.functions"),
+        ({"preferences_run.pairs": 3}, r"\[preferences\] rollout.samples_per_prompt=4: run.pairs=3"),
         ({"preferences_reward.normalize": True}, r"\[preferences\] reward.normalize=True"),
-        ({"ppo_ppo.minibatches": 3}, r"\[ppo\] .* do not divide by ppo.minibatches=3"),
-        ({"sft_model.path": "x"}, "sft.model.path=x: the pipeline fills it in; give model.path"),
-        ({"reward_parallel.tp": 2}, "reward.parallel.tp=2: the pipeline fills it in; give parallel"),
-        ({"ppo_run.resume": "r"}, "ppo.run.resume=r: the pipeline fills it in; --resume RUN goes on"),
+        ({"ppo_ppo.minibatches": 3}, r"\[ppo\] .*ppo.minibatches=3"),
+        ({"sft_model.path": "x"}, "sft.model.path=x: .*; give model.path"),
+        ({"reward_parallel.tp": 2}, "reward.parallel.tp=2: .*; give parallel"),
+        ({"ppo_run.resume": "r"}, "ppo.run.resume=r: .*; --resume RUN"),
         ({"ppo_data.system_prompt": "s"}, "ppo.data.system_prompt=s: .*; give prompts.system_prompt"),
-        ({"ppo_reward.models": "x"}, r"ppo.reward.models=\('x',\): .*; PPO's reward is the model that"),
-        ({"evaluation_reward.clip": 3}, "evaluation.reward.clip=3.0: .*; the rewards are those of preferences.reward"),
-        ({"reward_data.max_tokens": 64}, "reward.data.max_tokens=64: .*; it is no choice here"),
-        ({"preferences_reward.models": "a/model"}, "preferences.reward: f, model, model: scorers are told apart"),
-        ({"model_path": "runs/rlhf/ppo/model"}, "model.path=runs/rlhf/ppo/model: is within run.output=runs/rlhf"),
+        ({"ppo_reward.models": "x"}, r"ppo.reward.models=\('x',\)"),
+        ({"evaluation_reward.clip": 3}, "evaluation.reward.clip=3.0: .*preferences.reward"),
+        ({"reward_data.max_tokens": 64}, "reward.data.max_tokens=64"),
+        ({"preferences_reward.models": "a/model"}, "preferences.reward: r.py:f, model, model"),
+        ({"model_path": "runs/rlhf/ppo/model"}, "model.path=runs/rlhf/ppo/model: .*run.output=runs/rlhf"),
     ],
 )
-def test_what_does_not_fit_together_is_named(changes, message):
+def test_options_that_do_not_fit_together(changes, reported):
     words = options(**{name: value for name, value in (GIVEN | SCORER | changes).items() if value != ()})
-    with pytest.raises(ValueError, match=message.replace("f, model", "r.py:f, model")):
+    with pytest.raises(ValueError, match=reported):
         check_rlhf(parse(RLHFConfig, words), 1)
 
 
-def test_all_that_is_filled_in_is_a_knob():
+def test_all_that_is_filled_in_is_an_option():
     for stage, names in FILLED.items():
         for name in names:
             section = getattr(RLHFConfig(), stage)
@@ -136,68 +137,22 @@ def test_all_that_is_filled_in_is_a_knob():
 def setting(tmp_path_factory) -> Path:
     """A tiny model, prompts, rows to fine-tune on, a scorer and a config."""
     folder = tmp_path_factory.mktemp("rlhf")
-    tiny_chat_model(folder / "model", num_hidden_layers=2)
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"count to <{i}>"} for i in range(20)])
-    write_jsonl(folder / "rows.jsonl", [{"prompt": f"say {i}", "response": "yes & no"} for i in range(10)])
-    (folder / "rewards.py").write_text(
-        "def spread(prompts, completions, **_):\n    return [len(set(c)) / 10 for c in completions]\n"
-    )
-    (folder / "config.toml").write_text(f"""
-[model]
-path = "{folder}/model"
-dtype = "float32"
-[prompts]
-sources = ["{folder}/prompts.jsonl"]
-max_prompt_tokens = 64
-eval_fraction = 0.3
-[sft.data]
-sources = ["{folder}/rows.jsonl"]
-max_tokens = 64
-eval_fraction = 0.2
-[sft.optimizer]
-lr = 1e-3
-eps = 1e-5
-[sft.update]
-batch_size = 4
-[sft.run]
-save_every = 1
-show_tokens = 4
-[preferences.rollout]
-samples_per_prompt = 4
-max_new_tokens = 6
-[preferences.reward]
-functions = ["{folder}/rewards.py:spread"]
-[preferences.run]
-pairs = 2
-prompts_per_save = 6
-[reward.optimizer]
-lr = 1e-3
-eps = 1e-5
-[reward.update]
-batch_size = 4
-[reward.run]
-save_every = 1
-[ppo.rollout]
-max_new_tokens = 6
-[ppo.actor.optimizer]
-lr = 1e-3
-eps = 1e-5
-[ppo.critic.optimizer]
-lr = 1e-3
-eps = 1e-5
-[ppo.run]
-steps = {PPO_STEPS}
-prompts_per_step = 4
-save_every = 1
-show = 1
-[evaluation.rollout]
-max_new_tokens = 6
-samples_per_prompt = 2
-[run]
-log = []
-show = 3
-""")
-    return folder
+    rows = write_jsonl(folder / "dialogues.jsonl", [{"prompt": f"say {i}", "response": "yes & no"} for i in range(10)])
+    optimizer = {"lr": 1e-3, "eps": 1e-5}
+    trained = ("sft_optimizer", "reward_optimizer", "ppo_actor.optimizer", "ppo_critic.optimizer")
+    given: dict[str, Any] = {f"{section}.{name}": v for section in trained for name, v in optimizer.items()}
+    given |= {f"{stage}_rollout.max_new_tokens": 6 for stage in ("preferences", "ppo", "evaluation")}
+    given |= {f"{stage}_run.save_every": 1 for stage in ("sft", "reward", "ppo")}
+    given |= {
+        **{"data_sources": None, "prompts_sources": [f"{folder}/rows.jsonl"], "prompts_max_prompt_tokens": 64},
+        **{"prompts_eval_fraction": 0.3, "sft_data.sources": [rows], "sft_data.max_tokens": 64},
+        **{"sft_data.eval_fraction": 0.2, "sft_update.batch_size": 4, "sft_run.show_tokens": 4},
+        **{"preferences_rollout.samples_per_prompt": 4, "preferences_run.pairs": 2},
+        **{"preferences_reward.functions": [f"{folder}/rewards.py:spread"], "preferences_run.prompts_per_save": 6},
+        **{"reward_update.batch_size": 4, "ppo_run.steps": PPO_STEPS, "ppo_run.prompts_per_step": 4},
+        **{"ppo_run.show": 1, "evaluation_rollout.samples_per_prompt": 2, "run_show": 3},
+    }
+    return tiny_run(folder, [{"prompt": f"count to <{i}>"} for i in range(20)], layers=2, **given)
 
 
 @pytest.fixture
@@ -221,7 +176,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_the_stages_leave(whole):
+def test_outputs_of_the_stages(whole):
     """Pairs from prompts of their own side, learned rewards of the answers, and a model that transformers loads."""
     from transformers import AutoModelForCausalLM
 
@@ -269,16 +224,16 @@ def test_a_finished_stage_keeps_its_config(whole, launched):
     config, done = load(RLHFConfig, whole / "config.toml"), rlhf.finished_here(whole)
     rlhf.same_as_finished(replace(config, parallel=replace(config.parallel, tp=2)), done)
     other = replace(config.reward, optimizer=replace(config.reward.optimizer, lr=0.5))
-    with pytest.raises(ValueError, match="reward.optimizer.lr=0.5: the stage reward is finished and had 0.001; a new"):
+    with pytest.raises(ValueError, match="reward.optimizer.lr=0.5: .*0.001"):
         rlhf.same_as_finished(replace(config, reward=other), done)
     del done["reward"]
     rlhf.same_as_finished(replace(config, reward=other), done)
 
 
-def test_a_run_that_is_not_there_is_not_gone_on_with(setting, launched, tmp_path):
+def test_a_run_that_does_not_exist_is_not_resumed(setting, launched, tmp_path):
     rlhf, session = (importlib.import_module(name) for name in ("rlhf", "common.run"))
     words = ["--config", str(setting / "config.toml"), "--run.resume", str(tmp_path / "nowhere")]
-    with pytest.raises(SystemExit, match="run.resume=.*nowhere: there is no run"):
+    with pytest.raises(SystemExit, match="run.resume=.*nowhere"):
         session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
     assert list(tmp_path.iterdir()) == []
 
@@ -287,10 +242,10 @@ def test_other_prompts_than_the_run_was_begun_with_are_refused(setting, whole, l
     rlhf, session = (importlib.import_module(name) for name in ("rlhf", "common.run"))
     shutil.copytree(whole / "prompts", tmp_path / "run" / "prompts")
     shutil.copy(whole / "config.toml", tmp_path / "run")
-    rows = lines(setting / "prompts.jsonl")
+    rows = lines(setting / "rows.jsonl")
     other = write_jsonl(tmp_path / "other.jsonl", [*rows[:-1], {"prompt": "count no more"}])
     words = ["--resume", str(tmp_path / "run"), "--prompts.sources", str(other)]
-    with pytest.raises(SystemExit, match=r"prompts.sources=\('\S+other.jsonl',\): their rows, .* have changed"):
+    with pytest.raises(SystemExit, match=r"prompts.sources=\('\S+other.jsonl',\)"):
         session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
 
 
@@ -383,7 +338,7 @@ def test_the_report_holds_curves_samples_and_the_whole_config(whole):
     assert f"torch {torch.__version__}" in page.text
 
 
-def test_what_a_model_writes_is_not_read_as_html(setting, whole, launched):
+def test_responses_are_not_read_as_html(setting, whole, launched):
     folder = setting / "hostile"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoints*", "model*"))
     path = folder / "evaluation" / "completions.jsonl"
@@ -396,7 +351,7 @@ def test_what_a_model_writes_is_not_read_as_html(setting, whole, launched):
     page = Page(html_report.page(config, done))
     assert not page.named("script") and "<script>alert(1)</script>" in page.text
     write_jsonl(path, [row | {"rewards": dict.fromkeys(row["rewards"])} for row in rows])
-    with pytest.raises(ValueError, match="no prompt has answers of both models that every reward has a score for"):
+    with pytest.raises(ValueError, match="completions.jsonl: no prompt"):
         html_report.page(config, done)
 
 
@@ -410,10 +365,8 @@ def test_numbers_on_an_axis_can_be_told_apart(launched):
 
 
 def test_a_chart_leaves_out_what_a_step_lacks_and_keeps_labels_apart(launched):
-    charts, report = importlib.import_module("report.charts"), importlib.import_module("report.curves")
-    panel = report.Panel(
-        "Loss", "nats", (report.Line("a", "#111111"), report.Line("b", "#222222", "held out", exact=True))
-    )
+    charts, report = importlib.import_module("report.charts"), importlib.import_module("report.panels")
+    panel = report.Panel("Loss", "nats", (report.Line("a", "#111111"), report.Line("b", "#222222", "eval", exact=True)))
     steps = [{"step": i, "a": 1.0 + 0.001 * i, **({"b": 1.0} if i % 2 else {})} for i in range(6)] + [
         {"step": 6, "a": math.nan}
     ]

@@ -1,7 +1,8 @@
-"""Runs that are asked to stop, whose ranks hang or end: what is saved, what is told, what is left (docs/runs.md)."""
+"""Runs that are killed, asked to stop, or whose ranks hang or fail: checkpoints, reports, files (docs/runs.md)."""
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from typing import Any
 
 import pytest
 from forked import Forked
-from scripts import ENVIRONMENT, ROOT, command, digests, metrics
-from tiny import tiny_chat_model
+from samples import write_jsonl
+from scripts import AXES, ENVIRONMENT, ROOT, agree, command, digests, metrics, rewound, succeed_in_turn
+from tiny_run import prompts, tiny_run
 
-STEPS = 4
+STEPS = 6
+OPTIMIZER = {"lr": 1e-3, "eps": 1e-5}
+EVERY = ("--run.save_every", 1, "--run.keep", STEPS)  # a checkpoint a step
 
 
 @pytest.fixture(scope="module")
@@ -27,52 +31,25 @@ def forked() -> Iterator[Forked]:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """A folder with a tiny chat model, rows for several scripts, rewards and a config."""
+    """A tiny PPO run with every kind of state."""
     folder = tmp_path_factory.mktemp("stopping")
-    tiny_chat_model(folder / "model")
-    rows = [{"prompt": f"say {i} words", "chosen": "a b", "rejected": "c", "goal": i % 7} for i in range(20)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reward.py").write_text(
-        "import os, pathlib, time\n"
-        "def length(prompts, completions, goal, **fields):\n"
-        "    return [-abs(len(c) - g) / 10 for c, g in zip(completions, goal)]\n"
-        "def slow(prompts, completions, **fields):\n"
-        f"    pathlib.Path({str(folder / 'pid')!r}).write_text(str(os.getpid()))\n"
-        "    time.sleep(60)\n"
-    )
-    (folder / "config.toml").write_text(f"""
-[model]
-path = "{folder}/model"
-dtype = "float32"
-[data]
-sources = ["{folder}/prompts.jsonl"]
-max_prompt_tokens = 96
-[rollout]
-max_new_tokens = 8
-samples_per_prompt = 2
-[reward]
-functions = ["{folder}/reward.py:length"]
-normalize = true
-time_limit = 2.5
-[actor]
-ema_decay = 0.9
-[actor.optimizer]
-lr = 1e-3
-[critic.optimizer]
-lr = 1e-3
-[ppo]
-kl_target = 0.1
-kl_horizon = 100
-minibatches = 2
-micro_batch_size = 2
-[run]
-steps = {STEPS}
-prompts_per_step = 4
-save_every = 0
-show = 1
-log = []
-""")
-    return folder
+    write_jsonl(folder / "text.jsonl", [{"text": f"plain text {i} " * 5} for i in range(40)])
+    given = {
+        **{"data_max_prompt_tokens": 96, "rollout_max_new_tokens": 8, "rollout_samples_per_prompt": 2},
+        **{"reward_normalize": True, "reward_time_limit": 2.5, "data_ptx_source": str(folder / "text.jsonl")},
+        **{"actor_ema_decay": 0.9, "actor_ptx_coef": 0.1, "actor_entropy_coef": 0.01},
+        **{f"{role}_optimizer.{name}": value for role in ("actor", "critic") for name, value in OPTIMIZER.items()},
+        **{"ppo_kl_target": 0.1, "ppo_kl_horizon": 100, "ppo_minibatches": 2, "ppo_micro_batch_size": 2},
+        **{"run_steps": STEPS, "run_prompts_per_step": 4, "run_save_every": 0, "run_show": 1},
+    }
+    return tiny_run(folder, prompts(20), "goal", **given)
+
+
+@pytest.fixture(scope="module")
+def whole(forked, setting) -> Path:
+    """The run that nothing interrupts."""
+    assert forked.run("ppo", *begin(setting, setting / "whole", *EVERY)).codes == [0]
+    return setting / "whole"
 
 
 def begin(setting: Path, folder: Path, *more: object) -> list[object]:
@@ -84,10 +61,44 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("*"))
 
 
-def test_stopped_in_every_phase_and_resumed_it_ends_bit_for_bit_as_if_it_never_was(forked, setting):
-    """Dropped in a rollout and before the update, finished in the update and while it saves; by each way to ask."""
-    folder, whole = setting / "stopped", setting / "whole"
-    assert forked.run("ppo", *begin(setting, whole)).codes == [0]
+def test_killed_at_a_random_moment_and_resumed_it_ends_bit_for_bit_the_same(setting, whole, forked):
+    """The kill falls at a random moment after the first checkpoint, twice: mid-rollout, mid-update, mid-save."""
+    folder, chance = setting / "killed", random.Random(0)
+    arguments = begin(setting, folder, *EVERY)
+    for _ in range(2):
+        process = subprocess.Popen(
+            command("ppo", *arguments),
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = len(checkpoints(folder))
+        wait_until(lambda: len(checkpoints(folder)) > before, "no step")  # noqa: B023
+        time.sleep(chance.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        arguments = ["--resume", folder]
+    assert f"step_{STEPS}" not in checkpoints(folder), "killed too late to show anything"
+    assert forked.run("ppo", *arguments).codes == [0]
+    assert digests(folder, STEPS) == digests(whole, STEPS)
+    assert metrics(folder) == metrics(whole)
+
+
+@pytest.fixture(scope="module")
+def moved(setting, whole) -> None:
+    """The last two steps under torchrun in other layouts than the first two's."""
+    folders = {axis: rewound(whole, setting / axis, STEPS - 2) for axis in AXES}
+    succeed_in_turn([("ppo", "--resume", folder, f"--parallel.{axis}", 2) for axis, folder in folders.items()])
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_resumed_in_another_layout_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+    agree(setting / axis, whole, STEPS)
+
+
+def test_stopped_in_every_phase_and_resumed_it_ends_bit_for_bit_the_same(forked, setting, whole):
+    """Dropped in a rollout and before the update, finished in the update and while it saves; by any request."""
+    folder = setting / "stopped"
     grace = ("--run.grace", "0")
     ways: list[tuple[dict[str, Any], list[str]]] = [
         ({"phase": "loading", "signal": "SIGINT"}, []),
@@ -95,7 +106,7 @@ def test_stopped_in_every_phase_and_resumed_it_ends_bit_for_bit_as_if_it_never_w
         ({"phase": "rollout", "nth": 2, "signal": "SIGTERM"}, ["step_0", "step_1"]),
         ({"phase": "update", "signal": "SIGINT"}, ["step_1", "step_2"]),
         ({"phase": "score", "touch": str(folder / "STOP")}, ["step_2", "step_3"]),
-        ({"phase": "checkpoint", "signal": "SIGTERM"}, ["step_3", "step_4"]),
+        ({"phase": "checkpoint", "signal": "SIGTERM"}, ["step_3", f"step_{STEPS}"]),
     ]
     words = begin(setting, folder)
     for fault, expected in ways:
@@ -125,7 +136,7 @@ def test_one_rank_that_is_asked_stops_all_within_a_rollout(forked, setting):
 
 
 def test_a_second_signal_ends_the_run_at_once_and_its_reward_process_with_it(forked, setting):
-    words = begin(setting, setting / "twice", "--reward.functions", f"{setting}/reward.py:slow")
+    words = begin(setting, setting / "twice", "--reward.functions", f"{setting}/rewards.py:sleeping")
     words += ["--reward.time_limit", 60, "--run.show", 0]
     done = forked.run("ppo", *words, fault={"phase": "score", "signal": "SIGTERM", "again": 3})
     assert done.codes == [128 + signal.SIGTERM], done.output
@@ -178,7 +189,7 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_its_stack(forked, setting
     assert done.errors[1] is None and "late: rank 1" in str(done.errors[0])
 
 
-def test_what_the_main_rank_alone_fails_in_ends_all_and_is_told_once(forked, setting, tmp_path):
+def test_a_failure_of_the_main_rank_alone_ends_all_and_is_reported_once(forked, setting, tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError('not here')\n")
     words = begin(setting, tmp_path / "run", "--run.log", "wandb")
     done = forked.run("ppo", *words, ranks=2)
@@ -187,7 +198,7 @@ def test_what_the_main_rank_alone_fails_in_ends_all_and_is_told_once(forked, set
     assert "wandb" in str(done.errors[0]) and done.errors[1] is None
 
 
-def test_a_failure_that_every_rank_meets_is_told_once(forked, setting, tmp_path):
+def test_a_failure_of_every_rank_is_reported_once(forked, setting, tmp_path):
     words = begin(setting, tmp_path / "run", "--actor.optimizer.lr", 1e30, "--critic.optimizer.lr", 1e30)
     done = forked.run("ppo", *words, ranks=2)
     assert 0 not in done.codes, done.output

@@ -1,6 +1,6 @@
-"""Starts scripts of launch/ as a user does, kills them, and reads what they leave.
+"""Runs of launch scripts as users start them, killed runs, and readers of their outputs.
 
-As a program, under torchrun: runs several of them one after the other in its ranks, which import everything once.
+As a program, under torchrun: runs several scripts one after the other in its ranks, which import everything once.
 """
 
 import hashlib
@@ -44,8 +44,8 @@ def launch(script: str, *arguments: object, ranks: int = 1) -> subprocess.Comple
     return _run(command(script, *arguments, ranks=ranks))
 
 
-def times_told(done: subprocess.CompletedProcess[str], message: str) -> int:
-    """How many ranks told an error. torchrun's table of failures, which repeats the first one's, is not counted."""
+def reports(done: subprocess.CompletedProcess[str], message: str) -> int:
+    """Ranks that reported an error; torchrun's table of failures, which repeats the first one's, is not counted."""
     return sum(line.startswith("error: ") and message in line for line in done.stderr.splitlines())
 
 

@@ -1,4 +1,4 @@
-"""launch/reward.py, dpo.py and kto.py from the outside: what they leave, killed and resumed, in other layouts, LoRA."""
+"""launch/sft.py, reward.py, dpo.py and kto.py from the outside: outputs, resume, other layouts, LoRA, refused input."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import write_jsonl
 from scripts import (
     AXES,
     ROOT,
@@ -18,25 +19,30 @@ from scripts import (
     kill_after,
     launch,
     metrics,
+    reports,
     rewound,
     succeed,
     succeed_in_turn,
-    times_told,
 )
 from tiny import tiny_chat_model
+from tiny_run import write_config
 from trialign.algorithms.config.common import ParallelConfig, RunConfig
 from trialign.algorithms.config.preference import PairData
-from trialign.algorithms.data.dialogues import Encoder
+from trialign.algorithms.config.sft import SFTConfig, SFTData, check
+from trialign.algorithms.data.dialogues import DialogueDataset, Encoder, joined
 from trialign.algorithms.data.preferences import Pair, read_pairs
 from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.roles.build import build_decoder, read_shape
 from trialign.algorithms.roles.role import Role
+from trialign.engine.config import parse
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import head_of, read_config
 from trialign.models.hf.convert import export_checkpoint
+from trialign.models.hf.tokenizer import stop_ids
 
 STEPS = 4
 METRICS = {
+    "sft": ("loss", "entropy"),
     "reward": ("loss", "accuracy", "chosen", "rejected"),
     "process": ("loss", "accuracy"),
     "dpo": ("loss", "accuracy", "chosen", "rejected", "margin", "nll"),
@@ -48,7 +54,7 @@ SCRIPTS = {name: "reward" if name == "process" else name for name in METRICS}  #
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
     """A folder with a tiny chat model, rows for each kind of run, and a config a kind."""
-    folder = tmp_path_factory.mktemp("preference")
+    folder = tmp_path_factory.mktemp("supervised")
     tiny_chat_model(folder / "model", num_hidden_layers=2)
     pairs = [{"prompt": f"say {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no" * (1 + i % 4)} for i in range(14)]
     labeled = [
@@ -61,29 +67,34 @@ def setting(tmp_path_factory) -> Path:
         for i, row in enumerate(pairs)
         for labels in [[True] * (1 + i % 2) + [False] * (1 + i % 3)]
     ]
-    for name, rows in (("reward", pairs), ("process", steps), ("dpo", pairs), ("kto", labeled)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / f"{name}.toml").write_text(f"""
-[model]
-path = "{folder}/model"
-dtype = "float32"
-[{"steps" if name == "process" else "data"}]
-sources = ["{folder}/{name}.jsonl"]
-max_tokens = 48
-eval_fraction = 0.25
-[optimizer]
-lr = 5e-3
-eps = 1e-5
-[update]
-batch_size = 4
-micro_batch_tokens = 128
-[run]
-steps = {STEPS}
-eval_every = 2
-save_every = 1
-keep = {STEPS}
-log = []
-""")
+    counts: list[dict] = [{"prompt": f"to {i}", "response": " ".join(map(str, range(i + 1)))} for i in range(1, 12)]
+    turns = ("user", "hi"), ("assistant", "yo"), ("user", "and now?")
+    chats = [
+        {"messages": [{"role": role, "content": text} for role, text in (*turns, ("assistant", f"bye {i}"))]}
+        for i in range(6)
+    ]
+    rows = {"sft": counts + chats, "reward": pairs, "process": steps, "dpo": pairs, "kto": labeled}
+    for name, own in rows.items():
+        section = "steps" if name == "process" else "data"
+        given = {
+            "model_path": f"{folder}/model",
+            "model_dtype": "float32",
+            f"{section}_sources": [str(write_jsonl(folder / f"{name}.jsonl", own))],
+            f"{section}_max_tokens": 64 if name == "sft" else 48,
+            f"{section}_eval_fraction": 0.25,
+            "optimizer_lr": 5e-3,
+            "optimizer_eps": 1e-5,
+            "update_batch_size": 4,
+            "update_micro_batch_tokens": 128,
+            "run_steps": STEPS,
+            "run_eval_every": 2,
+            "run_save_every": 1,
+            "run_keep": STEPS,
+            "run_log": (),
+        }
+        if name == "sft":
+            given |= {"update_ema_decay": 0.5, "run_show": 1, "run_show_tokens": 4, "optimizer_lr": 1e-2}
+        write_config(folder / f"{name}.toml", **given)
     return folder
 
 
@@ -91,20 +102,27 @@ log = []
 def whole(setting) -> dict[str, Path]:
     """A run of each kind that nothing interrupts."""
     for kind, script in SCRIPTS.items():
-        said = succeed(script, "--config", f"{setting}/{kind}.toml", "--run.output", f"{setting}/{kind}-whole")
-        assert f"held out, after {STEPS} steps:" in said
-        assert ("computed once" in said) == (kind in ("dpo", "kto"))
+        printed = succeed(script, "--config", f"{setting}/{kind}.toml", "--run.output", f"{setting}/{kind}-whole")
+        assert f"after {STEPS} steps:" in printed
+        assert ("computed once" in printed) == (kind in ("dpo", "kto"))
+        if kind == "sft":
+            assert "13 rows of" in printed and "stop tokens: </s> (2)" in printed and "in the data" in printed
     return {kind: setting / f"{kind}-whole" for kind in SCRIPTS}
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_what_a_run_leaves(setting, whole, kind):
+def test_outputs_of_a_run(setting, whole, kind):
     run, script = whole[kind], SCRIPTS[kind]
     steps = metrics(run)
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
     assert all(name in step for name in METRICS[kind] for step in steps[1:])
-    assert ["eval_accuracy" in step for step in steps] == [True, False, True, False, True]
-    assert steps[-1]["eval_accuracy"] >= 0.75  # "yes" from "no" is soon told
+    evaluated = "eval_loss" if kind == "sft" else "eval_accuracy"
+    assert [evaluated in step for step in steps] == [True, False, True, False, True]
+    if kind == "sft":
+        assert steps[-1]["eval_loss"] < steps[2]["eval_loss"] < steps[0]["eval_loss"]
+        assert steps[-1]["loss"] < steps[1]["loss"] and steps[-1]["epoch"] == pytest.approx(16 / 13)
+    else:
+        assert steps[-1]["eval_accuracy"] >= 0.75  # "yes" is soon told from "no"
     assert (run / f"{script}.png").stat().st_size > 10_000
     if script == "dpo":  # the policy is the reference
         assert steps[1]["loss"] == pytest.approx(0.6931472) and steps[0]["eval_accuracy"] == 0.5
@@ -117,11 +135,34 @@ def test_what_a_run_leaves(setting, whole, kind):
     assert all(moved) and len(moved) >= len(model) - 1
 
 
+def test_the_exported_sft_model_has_the_eval_loss_and_its_average_lags_behind(setting, whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = whole["sft"]
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    shape = read_config(run / "model")
+    data = SFTData(sources=(f"{setting}/sft.jsonl",), max_tokens=64, eval_fraction=0.25)
+    held_out = joined(DialogueDataset(data, tokenizer, stop_ids(run / "model", shape, tokenizer)).held_out)
+    targets = sum(sample.targets for sample in held_out)
+    loss = 0.0
+    for sample in held_out:
+        tokens = torch.tensor(sample.tokens.tolist())[None]
+        labels = torch.where(torch.tensor(list(sample.mask)).bool(), tokens, -100)
+        with torch.no_grad():
+            loss += model(input_ids=tokens, labels=labels, num_items_in_batch=targets).loss.item()
+    assert metrics(run)[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    average = AutoModelForCausalLM.from_pretrained(run / "model_ema", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
+    for a, b, c in zip(start.parameters(), average.parameters(), model.parameters(), strict=True):
+        assert (b - a).norm() < (c - a).norm()
+
+
 @pytest.mark.parametrize(("side", "end"), [("right", "</s>"), ("left", "</s>"), ("right", "")])
-def test_the_exported_reward_model_scores_the_same_by_the_lines_of_the_docs(setting, whole, tmp_path, side, end):
+def test_the_exported_reward_model_scores_the_same_by_the_code_of_the_docs(setting, whole, tmp_path, side, end):
     """One padded batch in transformers against ours, read where a rollout is; the template writes a line behind it.
 
-    Where the template writes no end, `append_eos` does, and so does what the docs say of it.
+    Where the template writes no end, `append_eos` does, and so does the change that the docs name.
     """
     from transformers import AutoTokenizer
 
@@ -166,8 +207,8 @@ def test_killed_and_resumed_it_ends_bit_for_bit_the_same(setting, whole, kind):
     folder, script = setting / f"{kind}-killed", SCRIPTS[kind]
     kill_after("checkpoints/step_*", folder, script, "--config", f"{setting}/{kind}.toml", "--run.output", str(folder))
     assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
-    said = succeed(script, "--resume", str(folder))
-    assert "computed once" not in said  # what the reference gave was found in the folder
+    printed = succeed(script, "--resume", str(folder))
+    assert "computed once" not in printed  # the reference's log-probabilities were in the folder
     assert digests(folder, STEPS) == digests(whole[kind], STEPS)
     assert metrics(folder) == metrics(whole[kind])
 
@@ -185,12 +226,12 @@ def moved(setting, whole) -> None:
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_resumed_under_torchrun_in_another_layout_it_ends_the_same_within_rounding(setting, whole, moved, kind, axis):
+def test_resumed_in_another_layout_it_ends_the_same_within_rounding(setting, whole, moved, kind, axis):
     agree(setting / f"{kind}-{axis}", whole[kind], STEPS)
 
 
 def test_dpo_with_adapters(setting):
-    """The reference is the model that they are put on; merged and adapter both are left."""
+    """The reference is the base without adapters; the merged model and the adapter are both exported."""
     folder = setting / "lora"
     arguments = ["--lora.rank", "4", "--run.output", str(folder), "--run.steps", "2", "--optimizer.lr", "1e-2"]
     succeed("dpo", "--config", f"{setting}/dpo.toml", *arguments)
@@ -200,26 +241,26 @@ def test_dpo_with_adapters(setting):
     assert (folder / "model" / "model.safetensors").exists() and (folder / "adapter" / "adapter_config.json").exists()
 
 
-def test_what_is_wrong_is_said_once_and_before_anything_is_written(setting, tmp_path):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
-    given = ("--config", f"{setting}/dpo.toml", "--run.output", str(tmp_path / "run"))
-    cases = {
-        "update.batch_size=3 rows do not divide by dp=2": ("--update.batch_size", "3"),
-        "update.micro_batch_tokens=64 is less than one row may have: 2 × data.max_tokens=96": (
-            "--update.micro_batch_tokens",
-            "64",
-        ),
-        f"{bad}:2: no column 'rejected'": ("--data.sources", str(bad)),
-    }
-    for message, arguments in cases.items():
-        done = launch("dpo", *given, *arguments, ranks=2)
-        assert done.returncode != 0 and times_told(done, message) == 1, done.stderr
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("kind", "given", "reported"),
+    [
+        ("dpo", ("--update.batch_size", "3"), "update.batch_size=3"),
+        ("dpo", ("--update.micro_batch_tokens", "64"), "update.micro_batch_tokens=64"),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}], "bad.jsonl:2"),
+        ("sft", [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}], "bad.jsonl:2"),
+    ],
+)
+def test_bad_input_is_reported_once_and_before_anything_is_written(setting, tmp_path, kind, given, reported):
+    """By two ranks."""
+    if isinstance(given, list):
+        given = ("--data.sources", write_jsonl(tmp_path / "bad.jsonl", given))
+    done = launch(kind, "--config", f"{setting}/{kind}.toml", "--run.output", tmp_path / "run", *given, ranks=2)
+    assert done.returncode != 0 and reports(done, reported) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("kind", "score"), [("reward", "(chosen)"), ("process", "(step 1)")])
-def test_a_held_out_score_that_is_no_number_ends_the_run_by_row(setting, tmp_path, kind, score):
+def test_an_eval_score_that_is_not_finite_ends_the_run_by_row(setting, tmp_path, kind, score):
     """A model whose weights are finite and whose scores are not: one line, no traceback."""
     shutil.copytree(setting / "model", tmp_path / "model")
     weights = load_file(setting / "model" / "model.safetensors")
@@ -228,6 +269,19 @@ def test_a_held_out_score_that_is_no_number_ends_the_run_by_row(setting, tmp_pat
     given = ("--model.path", f"{tmp_path}/model", "--run.output", f"{tmp_path}/run")
     done = launch("reward", "--config", f"{setting}/{kind}.toml", *given)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(rf"error: \S+/{kind}\.jsonl:\d+ {re.escape(score)}: the reward model gives it \S+", done.stderr), (
-        done.stderr
-    )
+    assert re.search(rf"error: \S+/{kind}\.jsonl:\d+ {re.escape(score)}:", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "reported"),
+    [
+        ("--data.sources a.jsonl", 1, "model.path"),
+        ("--model.path m", 1, "data.sources"),
+        ("--model.path m --data.sources a --parallel.tp 2", 3, "world size 3"),
+        ("--model.path m --data.sources a --update.batch_size 10", 4, "update.batch_size=10"),
+        ("--model.path m --data.sources a --update.micro_batch_tokens 100", 1, "update.micro_batch_tokens=100"),
+    ],
+)
+def test_sizes_that_do_not_fit_together(given, world, reported):
+    with pytest.raises(ValueError, match=reported):
+        check(parse(SFTConfig, given.split()), world)

@@ -1,7 +1,6 @@
-"""A folder that holds a run: gone on with, ended, deleted, refused; what may change; disks that nodes do not share."""
+"""A folder that holds a run: resumed, ended, deleted, refused; changed options; disks that nodes do not share."""
 
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -14,8 +13,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from harness import run_ranks
+from samples import write_jsonl
 from scripts import ENVIRONMENT, command, digests, kill_after, metrics, options, succeed
-from tiny import tiny_chat_model, tiny_llama
+from tiny import tiny_chat_model
+from tiny_run import tiny_run
 from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.config.sft import SFTConfig, check
 from trialign.engine.config import load, parse
@@ -27,26 +28,12 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """Models, rows, and where they are named by relative paths."""
+    """Models, rows, and a working directory where they are named by relative paths."""
     folder = tmp_path_factory.mktemp("folders")
-    tiny_chat_model(folder / "model")
-    tiny_llama(folder / "other", vocab_size=260, num_hidden_layers=1)
-    for asset in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(folder / "model" / asset, folder / "other")
-    rows = [{"prompt": f"say {i}", "response": "word " * (i % 5 + 1)} for i in range(16)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_run(folder, [{"prompt": f"say {i}", "response": "word " * (i % 5 + 1)} for i in range(16)])
+    tiny_chat_model(folder / "other", num_hidden_layers=1)
     pairs = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(24)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(8)))
-    (folder / "reward.py").write_text(
-        "import os, pathlib, signal\n"
-        "def once(prompts, completions, **_):\n"
-        "    mark = pathlib.Path(__file__).with_name('mark')\n"
-        "    mark.write_text(mark.read_text() + 'x' if mark.exists() else 'x')\n"
-        "    if len(mark.read_text()) == 4:\n"
-        "        os.kill(os.getppid(), signal.SIGKILL)\n"
-        "    return [float(len(c)) for c in completions]\n"
-    )
+    write_jsonl(folder / "pairs.jsonl", pairs)
     return folder
 
 
@@ -58,11 +45,11 @@ def words(**given: object) -> list[str]:
     return options(**(plain | given))
 
 
-def pair_words(**given: object) -> list[str]:
+def pair_words(**more: object) -> list[str]:
     """Options of a small DPO run."""
-    made = words(data_sources="pairs.jsonl", run_resume="auto", **given)
-    place = made.index("--run.show")
-    return made[:place] + made[place + 2 :]
+    given = words(data_sources="pairs.jsonl", run_resume="auto", **more)
+    place = given.index("--run.show")
+    return given[:place] + given[place + 2 :]
 
 
 @pytest.fixture
@@ -77,47 +64,51 @@ def run(sft: Any, *given: str) -> None:
     sft.start(SFTConfig, check, sft.main, "sft", given)
 
 
-def test_a_folder_that_holds_a_run_is_gone_on_with_deleted_or_refused(sft, tmp_path, capsys):
+def test_a_folder_that_holds_a_run_is_resumed_deleted_or_refused(sft, tmp_path, capsys):
     out = tmp_path / "run"
     given = words(run_output=out)
     run(sft, *given, "--update.ema_decay", "0.5", "--lora.rank", "2", "--run.log", "tensorboard")
     assert (out / "model_ema").is_dir() and (out / "adapter").is_dir() and (out / "tensorboard").is_dir()
     logged = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match=r"run.output=.*run: holds a run.*--run.resume auto.*--run.overwrite True"):
+    with pytest.raises(SystemExit, match=r"run.output=.*--run.resume auto.*--run.overwrite True"):
         run(sft, *given)
-    with pytest.raises(SystemExit, match="lora.rank=0 .was 2.: may not change"):
+    with pytest.raises(SystemExit, match="lora.rank=0 .was 2."):
         run(sft, *given, "--run.resume", "auto")
     assert (out / "metrics.jsonl").read_bytes() == logged and (out / "model_ema").is_dir()
     (out / "mine.txt").write_text("the user's")
     run(sft, *given, "--run.overwrite", "True")
     assert not any((out / name).exists() for name in ("model_ema", "adapter", "tensorboard"))
     assert (out / "mine.txt").exists() and len(metrics(out)) == STEPS
-    made = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    written = (out / "model" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     run(sft, *given, "--run.resume", "auto")
-    said = capsys.readouterr().out
-    assert f"this run has ended at step {STEPS}" in said and str(out / "model") in said and "--run.overwrite" in said
-    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == made
+    printed = capsys.readouterr().out
+    assert (
+        f"this run has ended at step {STEPS}" in printed
+        and str(out / "model") in printed
+        and "--run.overwrite" in printed
+    )
+    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == written
     shutil.rmtree(out / "model")
     (out / "sft.png").unlink()
     run(sft, *given, "--run.resume", "auto")
     assert (out / "model" / "config.json").exists() and (out / "sft.png").exists() and len(metrics(out)) == STEPS
     shutil.rmtree(out / "checkpoints")
     run(sft, *given, "--run.resume", "auto")
-    with pytest.raises(SystemExit, match="its checkpoints are gone.*run.steps=4 .was 3."):
+    with pytest.raises(SystemExit, match="run.steps=4 .was 3."):
         run(sft, *given, "--run.resume", "auto", "--run.steps", "4")
     assert (out / "model").is_dir()
 
 
-def test_what_a_resume_changes_is_told_or_refused_by_name(sft, setting, tmp_path, capsys):
+def test_options_that_a_resume_changes_are_printed_or_refused(sft, setting, tmp_path, capsys):
     out = tmp_path / "run"
     given = words(run_output=out, run_resume="auto")
     run(sft, *given)
     for change, message in {
-        ("--run.seed", "3"): r"run.seed=3 \(was 0\): may not change",
+        ("--run.seed", "3"): r"run.seed=3 \(was 0\)",
         ("--update.batch_size", "8"): r"update.batch_size=8 \(was 4\)",
         ("--data.max_tokens", "64"): r"data.max_tokens=64 \(was 96\)",
-        ("--model.path", "other"): "model.path=.*other .was .*model.: another architecture: .*num_hidden_layers=1, was",
+        ("--model.path", "other"): "model.path=.*other .was .*model.: .*num_hidden_layers=1",
     }.items():
         with pytest.raises(SystemExit, match=message):
             run(sft, *given, "--run.steps", "5", *change)
@@ -125,14 +116,18 @@ def test_what_a_resume_changes_is_told_or_refused_by_name(sft, setting, tmp_path
     capsys.readouterr()
     moved = ("--model.path", str(tmp_path / "moved"))
     run(sft, *given, *moved, "--run.steps", "4", "--optimizer.lr", "0.002", "--optimizer.schedule", "constant")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "optimizer.lr=0.002 (was 0.001)" in said and "run.steps=4 (was 3)" in said and "model.path=" not in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "optimizer.lr=0.002 (was 0.001)" in printed
+        and "run.steps=4 (was 3)" in printed
+        and "model.path=" not in printed
+    )
     assert metrics(out)[-1]["lr"] == 0.002
     weights = tmp_path / "moved" / "model.safetensors"
     spoilt = bytearray(weights.read_bytes())
     spoilt[-1] ^= 1
     weights.write_bytes(spoilt)
-    with pytest.raises(SystemExit, match="model.path=.*model.safetensors is another: may not change"):
+    with pytest.raises(SystemExit, match="model.path=.*model.safetensors"):
         run(sft, *given, *moved, "--run.steps", "6")
 
 
@@ -160,17 +155,17 @@ def test_a_run_that_has_no_checkpoint_yet_begins_again(setting, tmp_path, monkey
     assert not (out / "run.json").exists()
     kill_after("metrics.jsonl", out, "dpo", *again)
     assert not list(out.glob("checkpoints/step_*"))
-    said = succeed("dpo", *again)
-    assert "computed once" not in said and "from step 0" in said  # the reference was kept
+    printed = succeed("dpo", *again)
+    assert "computed once" not in printed and "from step 0" in printed  # the reference was kept
     assert digests(out, 6) == digests(tmp_path / "whole", 6) and metrics(out) == metrics(tmp_path / "whole")
     assert len(list((out / "tensorboard").iterdir())) == 1
 
 
-def test_what_the_reference_pass_has_computed_is_kept(setting, tmp_path, monkeypatch):
+def test_parts_of_the_reference_pass_are_kept(setting, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "launch")
     monkeypatch.chdir(setting)
-    dpo, rows = importlib.import_module("dpo"), importlib.import_module("common.supervised")
-    monkeypatch.setattr(rows, "PART", 5)
+    dpo, reference = importlib.import_module("dpo"), importlib.import_module("common.reference")
+    monkeypatch.setattr(reference, "CHUNK", 5)
     given = pair_words()
     read, seen = dpo.reference_sums, []
 
@@ -197,7 +192,7 @@ def test_torchrun_restarts_a_run_where_it_was(setting, tmp_path, monkeypatch):
     """The reward kills its rank in the fourth call; --max-restarts goes on from the last checkpoint."""
     monkeypatch.chdir(setting)
     given = options(
-        model_path="model", model_dtype="float32", data_sources="prompts.jsonl", reward_functions="reward.py:once"
+        model_path="model", model_dtype="float32", data_sources="rows.jsonl", reward_functions="rewards.py:killer"
     ) + options(
         data_max_prompt_tokens=96,
         rollout_max_new_tokens=4,
@@ -219,7 +214,7 @@ def test_torchrun_restarts_a_run_where_it_was(setting, tmp_path, monkeypatch):
 
 
 def on_disks(rank: int, world: int, folder: Path, output: str) -> str:
-    """What a rank is told, in a working directory of its own, of a run that writes to `output`; or ""."""
+    """A rank's error, in a working directory of its own, of a run that writes to `output`; or ""."""
     sys.path.insert(0, str(ROOT / "launch"))
     module = importlib.import_module("common.run")
     vars(importlib.import_module("common.run_record"))["DISK_WAIT"] = 1.0
@@ -240,12 +235,12 @@ def test_a_disk_that_nodes_do_not_share_is_named(tmp_path):
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     assert run_ranks(on_disks, 2, tmp_path, str(tmp_path / "shared")) == ["", ""]
-    told, _ = run_ranks(on_disks, 2, tmp_path, "run")
-    assert "run.output=run: node" in told and f"(rank 1) does not see in {tmp_path}/1/run" in told, told
+    error, _ = run_ranks(on_disks, 2, tmp_path, "run")
+    assert "run.output=run: " in error and f"(rank 1) does not see in {tmp_path}/1/run" in error, error
 
 
 def on_nodes(rank: int, world: int, folder: Path) -> str:
-    """What a rank is told whose node is in a folder of its own; or ""."""
+    """A rank's error whose node has a folder of its own; or ""."""
     sys.path.insert(0, str(ROOT / "launch"))
     changes = importlib.import_module("common.fingerprint")
     os.environ["GROUP_RANK"] = str(rank)
@@ -263,16 +258,16 @@ def test_another_function_is_another_reward(setting, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "launch")
     changes = importlib.import_module("common.fingerprint")
 
-    def told(before: str, now: str) -> list[str]:
+    def changed(before: str, now: str) -> list[str]:
         configs = [parse(PPOConfig, options(reward_functions=spec)) for spec in (before, now)]
         facts = [changes.facts_of(config, build_mesh(), lambda work, **_: work()) for config in configs]
         return changes.changes(*facts, "ppo")
 
-    reward = f"{setting}/reward.py"
-    assert told(f"{reward}:once", f"{reward}:once") == told("os:getpid", "os:getpid") == []
-    assert told(f"{reward}:once", f"{setting}/./reward.py:once") == []
-    for before, now in ((f"{reward}:once", f"{reward}:twice"), ("os:getpid", "os:getppid")):
-        (change,) = told(before, now)
+    reward = f"{setting}/rewards.py"
+    assert changed(f"{reward}:length", f"{reward}:length") == changed("os:getpid", "os:getpid") == []
+    assert changed(f"{reward}:length", f"{setting}/./rewards.py:length") == []
+    for before, now in ((f"{reward}:length", f"{reward}:goal"), ("os:getpid", "os:getppid")):
+        (change,) = changed(before, now)
         assert f"reward.functions={now} (was {before})" in change
 
 

@@ -1,0 +1,52 @@
+"""Evaluation metrics against enumeration, their intervals against the definition."""
+
+import itertools
+import math
+import random
+import statistics
+
+import pytest
+from trialign.algorithms.metrics import mean_of_prompts, pass_at_k, prompt_wins, wilson, win_rate
+
+
+@pytest.mark.parametrize(("samples", "passed"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 7)])
+def test_pass_at_k_is_the_share_of_choices_of_k_responses_with_one_that_passes(samples, passed):
+    for k in range(1, samples + 1):
+        choices = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
+        assert pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, choices)) / len(choices), rel=1e-12)
+
+
+def test_pass_at_k_of_more_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"pass@3 of 2 samples"):
+        pass_at_k(2, 1, 3)
+
+
+def test_wilson_s_interval_is_where_the_score_test_turns():
+    """Its ends are the shares p whose own standard error is 1/1.96 of their distance to what was seen."""
+    for won, count in ((3, 10), (7.5, 30), (99, 100)):
+        value, low, high = wilson(won / count, count)
+        assert low < value < high
+        for end in (low, high):
+            error = math.sqrt(end * (1 - end) / count)
+            assert abs(value - end) / error == pytest.approx(statistics.NormalDist().inv_cdf(0.975), rel=1e-9)
+    assert wilson(1.0, 10).high == pytest.approx(1.0) and 0.6 < wilson(1.0, 10).low < 1
+    assert wilson(0.0, 10).low == pytest.approx(0.0, abs=1e-12) and 0 < wilson(0.0, 10).high < 0.4
+
+
+def test_wins_and_ties():
+    assert prompt_wins([1.0, 3.0], [2.0, 3.0]) == (0 + 0 + 1 + 0.5) / 4
+    ours, theirs = [[1.0], [2.0], [0.0], [5.0]], [[0.0], [2.0], [1.0], [4.0]]
+    assert win_rate(ours, theirs).value == 2.5 / 4
+    there, back = win_rate(ours, theirs), win_rate(theirs, ours)
+    assert back.value == pytest.approx(1 - there.value) and back.low == pytest.approx(1 - there.high)
+
+
+def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
+    chance = random.Random(0)
+    hits = 0
+    for _ in range(2000):
+        value, low, high = mean_of_prompts([chance.gauss(1.0, 2.0) for _ in range(60)])
+        assert low <= value <= high
+        hits += low <= 1.0 <= high
+    assert 0.93 < hits / 2000 < 0.97
+    assert math.isnan(mean_of_prompts([1.0]).low)

@@ -1,0 +1,168 @@
+"""LoRA and QLoRA in the launch scripts: only adapters are held, the base stays, resume, both exports, PEFT."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_case import samples
+from safetensors.torch import load_file
+from samples import write_jsonl
+from scripts import metrics, options, succeed
+from tiny import VOCAB, tiny_chat_model
+from tiny_run import REWARDS
+from torch import Tensor
+from trialign.engine.parallel.lora import LoRA
+from trialign.engine.storage.checkpoint import Reader
+from trialign.models.hf.adapter_record import saved_adapter
+from trialign.models.lora import TARGETS
+
+PROMPTS = {"data_max_prompt_tokens": 96, "rollout_max_new_tokens": 6, "reward_functions": "spread"}
+ROWS = {"data_max_tokens": 64, "update_batch_size": 4, "optimizer_lr": 1e-2}
+GROUPS = {**PROMPTS, "rollout_samples_per_prompt": 2, "run_show": 0, "optimizer_lr": 1e-2}
+SCRIPTS = {
+    "grpo": {**GROUPS, "grpo_minibatches": 2, "run_prompts_per_step": 4, "lora_quantize": True},
+    "rejection": {**GROUPS, "round_count": 1, "round_prompts": 4, "update_batch_size": 4},
+    "reward": ROWS,
+    "kto": ROWS,
+    "pretrain": ROWS,
+    "conditional": {**ROWS, "run_show": 0},
+}
+PPO = {**PROMPTS, "reward_functions": "length", "actor_optimizer.lr": 1e-2, "ppo_minibatches": 2}
+PPO |= {"run_prompts_per_step": 4, "run_steps": 1, "run_show": 1}
+SFT = {"data_max_tokens": 128, "data_eval_fraction": 0.25, "optimizer_lr": 5e-3, "update_batch_size": 6}
+SFT |= {"run_steps": 6, "run_show": 0}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Path:
+    """A tiny chat model as a folder and as a checkpoint, rewards, and rows with the columns of every script."""
+    folder = tmp_path_factory.mktemp("lora")
+    tiny_chat_model(folder / "model", hidden_size=128, intermediate_size=256)
+    succeed("import_hf", "--model", folder / "model", "--output", folder / "imported", "--tp", 2)
+    rows = [
+        {
+            **{"prompt": f"count to {i}", "response": "one two " * i, "reward": i / 10, "label": i % 2 == 0},
+            **{"chosen": f"yes {i}", "rejected": f"no {i}", "text": f"plain text {i} " * 3},
+        }
+        for i in range(1, 9)
+    ]
+    write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def run(
+    setting: Path, script: str, out: Path, given: dict, *arguments: object, model: str = "model", ranks: int = 1
+) -> list[dict[str, float]]:
+    """The logged steps of a script with adapters of rank 4."""
+    values = {"model_path": setting / model, "model_dtype": "float32", "data_sources": setting / "rows.jsonl"}
+    values |= {"lora_rank": 4, "run_log": (), "run_output": out, **given}
+    if "reward_functions" in given:
+        values["reward_functions"] = f"{setting}/rewards.py:{given['reward_functions']}"
+    succeed(script, *options(**values), *arguments, ranks=ranks)
+    return metrics(out)
+
+
+def logits_of(peer: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([peer.eval()(torch.tensor([row])).logits[0] for row in samples(VOCAB)])
+
+
+def assert_adapter_is_merged(folder: Path, base: Path, kind: Any, **given: int) -> None:
+    """PEFT's model, the adapter on its base, has the logits of the merged export; they are not the base's."""
+    from peft import PeftModel
+
+    merged = logits_of(kind.from_pretrained(folder / "model", dtype=torch.float32))
+    start = kind.from_pretrained(base, dtype=torch.float32, **given)
+    before = logits_of(start)
+    wrapped = logits_of(PeftModel.from_pretrained(start, folder / "adapter"))
+    torch.testing.assert_close(merged, wrapped, rtol=1e-5, atol=2e-5)
+    assert (merged - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_adapters_are_learned_and_both_exports_agree(setting, tmp_path, script):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    steps = {} if script == "rejection" else {"run_steps": 2}
+    run(setting, script, tmp_path / "run", SCRIPTS[script] | steps)
+    saved = Reader(max((tmp_path / "run" / "checkpoints").glob("step_*")))
+    others = {name for name in saved.tensors if ".lora_" not in name}
+    head = {f"reward/{kind}/score.weight" for kind in ("master", "exp_avg", "exp_avg_sq")}
+    assert others == (head if script == "reward" else set()) and len(saved.tensors) > len(others)
+
+    kind = AutoModelForSequenceClassification if script == "reward" else AutoModelForCausalLM
+    alone = {"num_labels": 1} if script == "reward" else {}
+    merged = kind.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
+    start = dict(kind.from_pretrained(setting / "model", dtype=torch.float32, **alone).named_parameters())
+    moved = {name for name, tensor in merged.named_parameters() if not torch.equal(tensor, start[name])}
+    assert moved and all("proj" in name or name == "score.weight" for name in moved)
+    if script != "grpo":  # of the base in 4 bits the export has the rounded numbers, peft the folder's
+        assert_adapter_is_merged(tmp_path / "run", setting / "model", kind, **alone)
+
+
+def test_ppo_has_one_base_for_actor_and_reference(setting, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "run"
+    (step,) = run(setting, "ppo", out, PPO)
+    assert step["kl"] == 0  # the reference is the actor without its adapters, which begin as zero
+    assert step["ratio_min"] < 1 < step["ratio_max"]  # of the second minibatch: the first has exactly 1, or stops
+    saved = Reader(out / "checkpoints" / "step_1")
+    assert {n for n in saved.tensors if ".lora_" not in n} == {
+        f"critic/{kind}/score.weight" for kind in ("master", "exp_avg", "exp_avg_sq")
+    }
+    assert_adapter_is_merged(out, setting / "model", AutoModelForCausalLM)
+
+
+def test_qlora_ppo_resumes_in_another_layout_and_exports_again(setting, tmp_path):
+    out = tmp_path / "run"
+    run(setting, "ppo", out, PPO | {"lora_quantize": True})
+    succeed("ppo", "--resume", out, "--run.steps", 2, "--parallel.tp", 2, ranks=2)
+    steps = metrics(out)
+    assert [step["step"] for step in steps] == [1, 2]
+    assert steps[0]["kl"] == 0 != steps[1]["kl"]
+    last = out / "checkpoints" / "step_2"
+    saved = saved_adapter(Reader(last), "actor")
+    assert saved is not None and saved[0] == LoRA(4, 32.0, TARGETS, quantize=True)
+    for name, arguments, file in (
+        ("model", (), "model.safetensors"),
+        ("adapter", ("--adapter",), "adapter_model.safetensors"),
+    ):
+        given = ("--checkpoint", last, "--output", tmp_path / name, "--dtype", "float32", *arguments)
+        succeed("export_hf", *given)
+        again, exported = (load_file(folder / file) for folder in (tmp_path / name, out / name))
+        assert again.keys() == exported.keys() and all(torch.equal(again[key], exported[key]) for key in again)
+
+
+def eval_losses(steps: list[dict[str, float]]) -> list[float]:
+    return [step["eval_loss"] for step in steps if "eval_loss" in step]
+
+
+def test_sft_adapters_on_an_imported_checkpoint_are_exported_and_continued(setting, tmp_path):
+    """PEFT puts the adapter on the folder that was imported; both exports start another run at the same loss."""
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "run"
+    losses = eval_losses(run(setting, "sft", out, SFT, model="imported"))
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(".lora_" in name for name in Reader(out / "checkpoints" / "step_6").tensors)
+    assert_adapter_is_merged(out, setting / "model", AutoModelForCausalLM)
+    for name, arguments, model in (
+        ("again", ("--lora.adapter", out / "adapter"), "model"),
+        ("merged", (), str(out / "model")),
+    ):
+        more = run(setting, "sft", tmp_path / name, SFT | {"run_steps": 1}, *arguments, model=model)
+        assert more[0]["eval_loss"] == pytest.approx(losses[-1], rel=1e-5)
+
+
+def test_qlora_sft_over_two_ranks_exports_the_model_it_trained(setting, tmp_path):
+    """The merged export, 4-bit codes and adapters in one, has the loss of the run's end."""
+    given = SFT | {"lora_quantize": True, "parallel_tp": 2}
+    losses = eval_losses(run(setting, "sft", tmp_path / "run", given, model="imported", ranks=2))
+    assert losses[-1] < 0.95 * losses[0]
+    merged = run(setting, "sft", tmp_path / "merged", SFT | {"run_steps": 1}, model=str(tmp_path / "run" / "model"))
+    assert merged[0]["eval_loss"] == pytest.approx(losses[-1], rel=1e-5)
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 4
