@@ -1,4 +1,4 @@
-"""The report of launch/rlhf.py: one HTML page that needs nothing but itself."""
+"""Report of launch/rlhf.py: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from common.chunks import read_jsonl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from trialign.algorithms.config.rlhf import RLHFConfig, Stages, prompt_files, stages
 from trialign.algorithms.metrics import Estimate, mean_of_prompts, wilson, win_rate
@@ -32,12 +33,12 @@ LEARNED, TRUE = "learned_reward", "true_reward"
 REWARD = Panel(
     "Rewards",
     "mean over the batch",
-    (Line(LEARNED, "#4338ca", "learned"), Line(TRUE, "#0f766e", "true, not learned from")),
+    (Line(LEARNED, INDIGO, "learned"), Line(TRUE, TEAL, "true, not learned from")),
 )
 
 
-class Answered(NamedTuple):
-    """A held-out prompt's answer with what both rewards say of it."""
+class RewardedResponse(NamedTuple):
+    """A response to an eval prompt with both rewards."""
 
     prompt: str
     source: str
@@ -49,7 +50,7 @@ class Answered(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A measure before and after."""
+    """A metric before and after."""
 
     name: str
     before: str
@@ -62,7 +63,7 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
     """The report of a finished run.
 
     Args:
-        done: stage -> what stages.json says of it.
+        done: stage -> its entry in stages.json.
     """
     root, parts = Path(config.run.folder), stages(config)
     before, after = compared(config, root / "evaluation" / "completions.jsonl")
@@ -88,8 +89,8 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
         layouts="; ".join(dict.fromkeys(fact["layout"] for fact in done.values())),
         cards=cards(before, after, metrics, root),
         measures=measures(before, after),
-        answers=len(before),
-        prompts=len({answer.source for answer in before}),
+        responses=len(before),
+        prompts=len({response.source for response in before}),
         histograms=[
             ("True reward", histogram([a.true for a in before], [a.true for a in after], "the true reward")),
             (
@@ -105,7 +106,7 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
                 "seconds": duration(done[name]["seconds"]),
                 "share": f"{done[name]['seconds'] / (sum(seconds) or 1):.1%}",
                 "steps": done[name]["steps"],
-                "data": done[name]["data"] or f"{len(before) + len(after)} answers to held-out prompts",
+                "data": done[name]["data"] or f"{len(before) + len(after)} responses to eval prompts",
                 "panels": [
                     (panel, curves(panel, metrics[name]))
                     for panel in panels.get(name, ())
@@ -115,7 +116,7 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
             for name in Stages._fields
         ],
         counts=counts(config, parts, root),
-        pairs=read_lines(root / "preferences" / "held_out.jsonl")[:4],
+        pairs=read_jsonl(root / "preferences" / "held_out.jsonl")[:4],
         scorer=", ".join(Path(name).name for name in config.preferences.reward.names),
         changed=changed(config),
         toml=to_toml(config),
@@ -124,26 +125,26 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
     )
 
 
-def compared(config: RLHFConfig, path: Path) -> tuple[list[Answered], list[Answered]]:
-    """The answers before PPO and after it to the same prompts: those that every reward has a score for on both sides.
+def compared(config: RLHFConfig, path: Path) -> tuple[list[RewardedResponse], list[RewardedResponse]]:
+    """Responses before PPO and after it to the same prompts: those that every reward scores on both sides.
 
     Raises:
         ValueError: there are none.
     """
     models = stages(config).evaluation.model
-    before, after = (answers(path, model, config) for model in (models.against, models.path))
-    both = {answer.source for answer in before} & {answer.source for answer in after}
+    before, after = (responses(path, model, config) for model in (models.against, models.path))
+    both = {response.source for response in before} & {response.source for response in after}
     if not both:
-        raise ValueError(f"{path}: no prompt has answers of both models that every reward has a score for")
+        raise ValueError(f"{path}: no prompt has responses of both models that every reward scores")
     return [a for a in before if a.source in both], [a for a in after if a.source in both]
 
 
-def answers(path: Path, model: str, config: RLHFConfig) -> list[Answered]:
-    """A model's answers to the held-out prompts, those that both rewards have a score for."""
+def responses(path: Path, model: str, config: RLHFConfig) -> list[RewardedResponse]:
+    """A model's responses to the eval prompts, those that both rewards score."""
     learned = stages(config).ppo.reward.models[0]
-    rows = [row for row in read_lines(path) if Path(row["model"]) == Path(model) and row["reward"] is not None]
+    rows = [row for row in read_jsonl(path) if Path(row["model"]) == Path(model) and row["reward"] is not None]
     return [
-        Answered(
+        RewardedResponse(
             row["prompt"],
             f"{row['source']}/{row['sample']}",
             row["completion"],
@@ -171,25 +172,25 @@ def true_reward(config: RLHFConfig, scores: Mapping[str, float | None], prefix: 
     return sum(parts) if parts else None
 
 
-def by_prompt(found: Sequence[Answered], key: str) -> list[list[float]]:
-    """A number of the answers, prompt by prompt, in the order of the prompts."""
+def by_prompt(found: Sequence[RewardedResponse], key: str) -> list[list[float]]:
+    """A number of the responses, prompt by prompt, in the order of the prompts."""
     groups: dict[str, list[float]] = {}
-    for answer in found:
-        groups.setdefault(answer.source.rpartition("/")[0], []).append(float(getattr(answer, key)))
+    for response in found:
+        groups.setdefault(response.source.rpartition("/")[0], []).append(float(getattr(response, key)))
     return list(groups.values())
 
 
-def measures(before: Sequence[Answered], after: Sequence[Answered]) -> list[Row]:
-    """What changed over the same prompts; a change is measured prompt by prompt."""
+def measures(before: Sequence[RewardedResponse], after: Sequence[RewardedResponse]) -> list[Row]:
+    """Metrics of the same prompts before and after; a change is measured prompt by prompt."""
     rows = []
-    for key, name in (("true", "true reward"), ("learned", "learned reward"), ("tokens", "tokens an answer")):
+    for key, name in (("true", "true reward"), ("learned", "learned reward"), ("tokens", "tokens a response")):
         old, new = by_prompt(before, key), by_prompt(after, key)
         change = mean_of_prompts([fmean(b) - fmean(a) for a, b in zip(old, new, strict=True)])
         first, last = (interval(mean_of_prompts([fmean(own) for own in side])) for side in (old, new))
         rows.append(
             Row(name, first, last, interval(change, sign=True), None if key == "tokens" else verdict(change, 0))
         )
-    first, last = (f"{fmean(answer.ended for answer in side):.0%}" for side in (before, after))
+    first, last = (f"{fmean(response.ended for response in side):.0%}" for side in (before, after))
     rows.append(Row("ended by themselves", first, last, "", None))
     for key, name in (("true", "won by the true reward"), ("learned", "won by the learned reward")):
         won = win_rate(by_prompt(after, key), by_prompt(before, key))
@@ -199,7 +200,7 @@ def measures(before: Sequence[Answered], after: Sequence[Answered]) -> list[Row]
 
 
 def verdict(number: Estimate, even: float) -> bool | None:
-    """Better or worse, or None where the interval holds what would be neither."""
+    """Better or worse; None where the interval contains `even`."""
     return True if number.low > even else False if number.high < even else None
 
 
@@ -211,70 +212,65 @@ def interval(number: Estimate, *, sign: bool = False) -> str:
 
 
 def cards(
-    before: Sequence[Answered],
-    after: Sequence[Answered],
+    before: Sequence[RewardedResponse],
+    after: Sequence[RewardedResponse],
     metrics: Mapping[str, Sequence[Mapping[str, float]]],
     root: Path,
 ) -> list[tuple[str, str, str]]:
-    """(name, number, what it is) of what matters most."""
+    """(name, number, description) of the main results."""
     mean = {key: [fmean(getattr(a, key) for a in side) for side in (before, after)] for key in ("true", "learned")}
-    held_out = len(read_lines(root / "preferences" / "held_out.jsonl"))
-    accuracy = wilson([step["eval_accuracy"] for step in metrics["reward"] if "eval_accuracy" in step][-1], held_out)
+    pairs = len(read_jsonl(root / "preferences" / "held_out.jsonl"))
+    accuracy = wilson([step["eval_accuracy"] for step in metrics["reward"] if "eval_accuracy" in step][-1], pairs)
     return [
-        ("True reward", f"{mean['true'][0]:.2f} → {mean['true'][1]:.2f}", "held-out prompts, before and after PPO"),
-        ("Learned reward", f"{mean['learned'][0]:.2f} → {mean['learned'][1]:.2f}", "what PPO optimized, same answers"),
+        ("True reward", f"{mean['true'][0]:.2f} → {mean['true'][1]:.2f}", "eval prompts, before and after PPO"),
+        ("Learned reward", f"{mean['learned'][0]:.2f} → {mean['learned'][1]:.2f}", "optimized by PPO, same responses"),
         (
             "Reward model",
             f"{accuracy.value:.0%}",
-            f"of {held_out} held-out pairs ranked right; 95 %: {accuracy.low:.0%} to {accuracy.high:.0%}",
+            f"of {pairs} eval pairs ranked right; 95 %: {accuracy.low:.0%} to {accuracy.high:.0%}",
         ),
-        ("KL", tidy(f"{metrics['ppo'][-1]['kl']:.1f}"), "nats an answer from the fine-tuned model, last step"),
+        ("KL", tidy(f"{metrics['ppo'][-1]['kl']:.1f}"), "nats a response from the fine-tuned model, last step"),
     ]
 
 
-def samples(before: Sequence[Answered], after: Sequence[Answered], count: int) -> list[dict[str, Any]]:
-    """The first prompts' first answers, before and after."""
-    later = {answer.source: answer for answer in after}
+def samples(before: Sequence[RewardedResponse], after: Sequence[RewardedResponse], count: int) -> list[dict[str, Any]]:
+    """The first prompts' first responses, before and after."""
+    later = {response.source: response for response in after}
     pairs = [(a, later[a.source]) for a in before if a.source.endswith("/0") and a.source in later]
     return [{"prompt": old.prompt, "before": old, "after": new} for old, new in pairs[:count]]
 
 
 def counts(config: RLHFConfig, parts: Stages, root: Path) -> list[tuple[str, ...]]:
-    """(what, to learn from, held out)."""
-    sides = [len(read_lines(Path(path))) for path in prompt_files(config)]
+    """(name, train split, eval split)."""
+    sides = [len(read_jsonl(Path(path))) for path in prompt_files(config)]
     labeled = json.loads((root / "preferences" / "counts.json").read_text(encoding="utf-8"))
     rows = [("prompts", *map(str, sides))]
     for key, name in (
-        ("answers", "answers compared"),
+        ("answers", "responses compared"),
         ("without_score", "of them without a score"),
         ("pairs", "pairs"),
     ):
         rows.append((name, *(str(labeled[side][key]) for side in ("train", "held_out"))))
     rows.append(("ties, dropped", *(str(labeled[side]["ties"]) for side in ("train", "held_out"))))
-    rows.append(("answers PPO learned from", f"{parts.ppo.run.steps * parts.ppo.batch_size:,}", ""))
+    rows.append(("responses PPO learned from", f"{parts.ppo.run.steps * parts.ppo.batch_size:,}", ""))
     return rows
 
 
 def changed(config: RLHFConfig) -> list[tuple[str, Any, Any]]:
-    """(knob, value, default) of every knob that has another value than its default."""
+    """(option, value, default) of every option that differs from its default."""
     ours, defaults = flatten(config), flatten(RLHFConfig())
-    return [(knob, value, defaults[knob]) for knob, value in ours.items() if value != defaults[knob]]
+    return [(option, value, defaults[option]) for option, value in ours.items() if value != defaults[option]]
 
 
 def versions() -> list[tuple[str, str]]:
-    """What the run ran on."""
+    """Versions of the software, and the device."""
     found = [(name, version(name)) for name in ("trialign", "torch", "transformers", "numpy")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return [*found, ("Python", platform.python_version()), ("system", platform.platform()), ("device", device)]
 
 
 def duration(seconds: float) -> str:
-    """As 12 min 05 s."""
+    """Seconds as "12 min 05 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of ours."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -221,13 +221,13 @@ def test_killed_in_two_stages_and_resumed_it_ends_bit_for_bit_the_same(setting, 
 
 def test_a_finished_stage_keeps_its_config(whole, launched):
     rlhf = importlib.import_module("rlhf")
-    config, done = load(RLHFConfig, whole / "config.toml"), rlhf.finished_here(whole)
-    rlhf.same_as_finished(replace(config, parallel=replace(config.parallel, tp=2)), done)
+    config, done = load(RLHFConfig, whole / "config.toml"), rlhf.finished(whole)
+    rlhf.check_finished(replace(config, parallel=replace(config.parallel, tp=2)), done)
     other = replace(config.reward, optimizer=replace(config.reward.optimizer, lr=0.5))
     with pytest.raises(ValueError, match="reward.optimizer.lr=0.5: .*0.001"):
-        rlhf.same_as_finished(replace(config, reward=other), done)
+        rlhf.check_finished(replace(config, reward=other), done)
     del done["reward"]
-    rlhf.same_as_finished(replace(config, reward=other), done)
+    rlhf.check_finished(replace(config, reward=other), done)
 
 
 def test_a_run_that_does_not_exist_is_not_resumed(setting, launched, tmp_path):
