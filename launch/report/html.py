@@ -20,7 +20,7 @@ from trialign.engine.config import flatten, to_toml
 from trialign.engine.logging import read_metrics
 
 from .charts import curves, histogram, tidy
-from .panels import PPO_PANELS, REWARD_PANELS, SFT_PANELS, Line, Panel
+from .panels import INDIGO, PPO_PANELS, REWARD_PANELS, SFT_PANELS, TEAL, Line, Panel
 
 TITLES = {
     "sft": "Fine-tuning",

@@ -1,4 +1,4 @@
-"""Configs in launch/configs: they pass their script's checks, and their data files exist."""
+"""Configs in launch/configs: they pass their script's checks, and data that no script makes exists."""
 
 from pathlib import Path
 from typing import Any
@@ -36,4 +36,4 @@ def test_a_shipped_config_is_complete(script):
     config = load(kind, ROOT / "launch" / "configs" / f"{script}_smollm2.toml")
     assert check(config, 1) == 1
     files = [path for name, paths in flatten(config).items() if name.endswith("sources") for path in paths]
-    assert files and all(Path(ROOT, path).is_file() for path in files)
+    assert files and all(Path(ROOT, path).is_file() for path in files if not path.startswith("runs/"))
