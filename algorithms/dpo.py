@@ -47,12 +47,12 @@ def log_ratios(batch: Batch, sums: Tensor, loss: DPOLoss) -> Tensor:
     """[samples]: log π − log ref of each answer, or its mean over the tokens where the loss asks for that."""
     reference = 0 if batch.ref_logprobs is None else batch.ref_logprobs[batch.last]
     ratios = sums - reference
-    return ratios / batch.target_segments.sizes if loss.average == "mean" else ratios
+    return ratios / batch.target_segments.sizes if loss.average_log_probs else ratios
 
 
 def nll_term(batch: Batch, sums: Tensor, loss: DPOLoss) -> Tensor:
     """[pairs]: -log π of the chosen answers as the loss takes it, their sum or mean over the tokens."""
-    logprobs = sums if loss.nll_average == "sum" else sums / batch.target_segments.sizes
+    logprobs = sums / batch.target_segments.sizes if loss.nll_average_log_probs else sums
     return -loss.nll_coef * logprobs[::2]
 
 

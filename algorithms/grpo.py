@@ -1,4 +1,4 @@
-"""Policy gradients from groups of answers to one prompt, without a critic: GRPO and kin (grpo_config.RECIPES).
+"""Policy gradients from groups of answers to one prompt, without a critic: GRPO and kin.
 
 One batch: `score` fills in what the reference and the actor think of it,
 `with_advantages` turns rewards into advantages, `update` into new weights. Groups may lie in different micro-batches:
@@ -8,16 +8,18 @@ advantages are made of the whole batch, which every rank holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .advantages import discounted_returns, group_advantages, kl_estimate, token_rewards, whiten
+from .advantages import discounted_returns, group_advantages, token_rewards, whiten
 from .batch import Batch
-from .config.grpo import Choices, GRPOConfig
+from .config.grpo import GRPOConfig, GRPOOptions
+from .extensions import check_shape, load_function
 from .losses.aggregation import Segments
+from .losses.kl import kl_estimate
 from .losses.policy import CORRECTIONS, cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
 from .policy_step import (
     apply_loss_weights,
@@ -49,7 +51,7 @@ def score(batch: Batch, roles: GroupRoles, config: GRPOConfig) -> Batch:
     """
     if roles.reference is not None:
         batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch))
-    before_update = config.choices.kl_in in ("score", "reward", "advantage")
+    before_update = config.grpo.kl_in in ("score", "reward", "advantage")
     if single_update(config.grpo) and not (before_update and truncated(config.rollout)):
         return batch
     return batch.with_(logprobs=roles.actor.logprobs(batch))
@@ -63,16 +65,18 @@ def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOCon
         group: [samples] int64: answers to one prompt share a number.
     """
     assert batch.rollout_logprobs is not None
-    choices, rules, segments = config.choices, config.choices.rules, batch.segments
+    options, segments = config.grpo, batch.segments
     logprobs = batch.rollout_logprobs if batch.logprobs is None else batch.logprobs
     scores, group = scores.to(logprobs), group.to(logprobs.device)
     kl, metrics = torch.zeros_like(logprobs), sampler_mismatch(batch, config.rollout)
     if batch.ref_logprobs is not None:
-        kl = kl_estimate(logprobs, batch.ref_logprobs, choices.kl, replace(rules.kl, weighted=False))  # [total]
+        limits = options.kl_input_limit, options.kl_output_limit
+        kl = kl_estimate(logprobs, batch.ref_logprobs, options.kl_estimator, *limits)  # [total]
         if batch.logprobs is not None:  # else the update's forward has the actor's own
             metrics["kl"] = segments.sums(kl).sum().item() / segments.filled  # nats a sequence
             metrics["kl_per_token"] = (logprobs - batch.ref_logprobs)[batch.response].mean().item()
-    rewards, advantages = advantages_of(scores, group, kl, segments, batch.cu_seqlens, choices, config.grpo.gamma)
+    clip = config.reward.token_clip
+    rewards, advantages = advantages_of(scores, group, kl, segments, batch.cu_seqlens, options, clip)
     at = batch.response
     metrics |= {"advantage_max": advantages[at].max().item(), "advantage_min": advantages[at].min().item()}
     return batch.with_(rewards=rewards, advantages=advantages), metrics
@@ -84,8 +88,8 @@ def advantages_of(
     kl: Tensor,
     segments: Segments,
     cu_seqlens: Tensor,
-    choices: Choices,
-    gamma: float = 1.0,
+    options: GRPOOptions,
+    clip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(token rewards, advantages), [total] each.
 
@@ -94,21 +98,26 @@ def advantages_of(
         group: [samples] int64: answers to one prompt share a number.
         kl: [total] estimates of the KL to the reference.
         cu_seqlens: [samples + 1] int32.
+        clip: limit of the reward that a response's last token gets; 0 for none.
     """
-    rules = choices.rules
-    if choices.kl_in == "score":
-        scores = scores - choices.kl_coef * segments.sums(kl)
-    against = group_advantages(scores, group, choices.group)  # [samples]
-    coef = choices.kl_coef if choices.kl_in == "reward" else 0.0
-    rewards = token_rewards(against, kl, segments, coef, clip=rules.token_clip)
-    advantages = discounted_returns(rewards, segments, cu_seqlens, gamma, rules.gaps)
-    if choices.kl_in == "advantage":
-        advantages = advantages - choices.kl_coef * torch.where(segments.mask, kl, 0)
-    return rewards, whiten(advantages, segments, rules.whiten_returns) if choices.whiten else advantages
+    if options.kl_in == "score":
+        scores = scores - options.kl_coef * segments.sums(kl)
+    spec = options.advantage_estimator
+    if spec == "group":
+        how = options.baseline, options.scale_rewards, options.scale_eps, options.single_response
+        against = group_advantages(scores, group, *how)  # [samples]
+    else:
+        against = check_shape(spec, "advantages", load_function(spec)(scores, group), scores)
+    coef = options.kl_coef if options.kl_in == "reward" else 0.0
+    rewards = token_rewards(against, kl, segments, coef, clip=clip)
+    advantages = discounted_returns(rewards, segments, cu_seqlens, options.gamma, options.turn_gaps)
+    if options.kl_in == "advantage":
+        advantages = advantages - options.kl_coef * torch.where(segments.mask, kl, 0)
+    return rewards, advantages if options.whiten == "off" else whiten(advantages, segments, options.whiten)
 
 
 def token_losses(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: Segments, choices: Choices
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: Segments, options: GRPOOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ratio, clipped) of each target, all [targets]; whole samples only. Differentiable in `logprobs`.
 
@@ -116,30 +125,29 @@ def token_losses(
         old: log-probabilities under the actor before the update.
         segments: of the targets.
     """
-    rules = choices.rules
-    if choices.level == "token":
-        d = log_ratio(logprobs, old, rules.log_ratio_limit)
+    if options.ratio_level == "token":
+        d = log_ratio(logprobs, old, options.log_ratio_limit)
     else:
-        length = "mean" if choices.level == "sequence" else "sum"
-        limit = rules.sequence_log_ratio_limit
-        d = sequence_log_ratio(log_ratio(logprobs, old), segments, rules.gspo_gradient, length, limit)
-    if choices.loss == "cispo":
-        low, high = choices.bounds
-        ratio = d.detach().exp()
-        outside = (ratio < low) | (ratio > high)
-        return cispo_loss(logprobs, d, advantages, low, high), ratio, outside.to(d.dtype)
-    dual = rules.dual_clip if choices.level == "token" else 0.0
-    return ppo_loss(d, advantages, choices.clip_low, choices.clip_high, dual or None)
+        length = "mean" if options.ratio_level == "sequence" else "sum"
+        gradient = "own" if options.gspo_token else "shared"
+        d = sequence_log_ratio(log_ratio(logprobs, old), segments, gradient, length, options.sequence_log_ratio_limit)
+    if options.policy_loss == "cispo":
+        return cispo_loss(logprobs, d, advantages, options.clip_low, options.clip_high)
+    if options.policy_loss == "clip":
+        dual_clip = options.dual_clip if options.ratio_level == "token" else 0.0
+        return ppo_loss(d, advantages, options.clip_low, options.clip_high, dual_clip)
+    losses = load_function(options.policy_loss)(logprobs, old, advantages, segments.sample)
+    return check_shape(options.policy_loss, "losses", losses, logprobs), d.detach().exp(), torch.zeros_like(d)
 
 
 def corrected(
-    losses: Tensor, old: Tensor, sampled: Tensor, segments: Segments, choices: Choices
+    losses: Tensor, old: Tensor, sampled: Tensor, segments: Segments, options: GRPOOptions
 ) -> tuple[Tensor, Tensor]:
     """The losses times what corrects for a sampler that is not quite the actor, and those weights; both [targets]."""
-    if choices.importance == "off":
+    if options.rollout_correction == "off":
         return losses, torch.ones_like(losses)
-    bounds = {"low": choices.rules.importance_low, "high": choices.rules.importance_high}
-    weights = importance_weights(old, sampled, segments, **bounds, **CORRECTIONS[choices.importance])
+    bounds = {"low": options.rollout_ratio_low, "high": options.rollout_ratio_high}
+    weights = importance_weights(old, sampled, segments, **bounds, **CORRECTIONS[options.rollout_correction])
     return losses * weights, weights
 
 
@@ -169,8 +177,9 @@ def step(actor: Learner, batch: Batch, samples: Sequence[int], config: GRPOConfi
     Args:
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
-    stats, choices, knobs, targets = Stats(), config.choices, config.grpo, target_count(batch, samples)
-    weighted = set_loss_weights(batch, samples, choices.aggregation, choices.constant)
+    stats, options, targets = Stats(), config.grpo, target_count(batch, samples)
+    weighted = set_loss_weights(batch, samples, options.loss_aggregation, float(config.rollout.max_new_tokens))
+    estimator = options.kl_estimator, options.kl_input_limit, options.kl_output_limit
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         assert part.advantages is not None and part.rollout_logprobs is not None
@@ -178,8 +187,8 @@ def step(actor: Learner, batch: Batch, samples: Sequence[int], config: GRPOConfi
         logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
         old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
         sampled = part.rollout_logprobs[at]
-        losses, ratio, clipped = token_losses(logprobs, old, part.advantages[at], segments, choices)
-        losses, importance = corrected(losses, old, sampled, segments, choices)
+        losses, ratio, clipped = token_losses(logprobs, old, part.advantages[at], segments, options)
+        losses, importance = corrected(losses, old, sampled, segments, options)
         stats.add(
             policy_loss=apply_loss_weights(losses, part),
             clip_fraction=clipped,
@@ -187,7 +196,7 @@ def step(actor: Learner, batch: Batch, samples: Sequence[int], config: GRPOConfi
             approx_kl=old - logprobs,
         )
         stats.largest(ratio_max=ratio, ratio_min=-ratio)
-        if choices.importance != "off":
+        if options.rollout_correction != "off":
             stats.add(importance_weight=importance)
         if part.logprobs is None and not truncated(config.rollout):
             stats.add(sampler_mismatch=(logprobs - sampled).abs())
@@ -195,14 +204,15 @@ def step(actor: Learner, batch: Batch, samples: Sequence[int], config: GRPOConfi
         if (
             part.logprobs is None and part.ref_logprobs is not None
         ):  # the only step of the update, which it comes before
-            reference, rule = part.ref_logprobs[at], replace(choices.rules.kl, weighted=False)
-            stats.add(kl_of_target=kl_estimate(old, reference, choices.kl, rule), kl_per_token=old - reference)
-        if choices.kl_in == "loss":
+            reference = part.ref_logprobs[at]
+            stats.add(kl_of_target=kl_estimate(old, reference, *estimator), kl_per_token=old - reference)
+        if options.kl_in == "loss":
             assert part.ref_logprobs is not None
-            kl = kl_estimate(logprobs, part.ref_logprobs[at], choices.kl, choices.rules.kl, old)
+            weight = (logprobs - old.detach()).exp() if options.kl_unbiased else None
+            kl = kl_estimate(logprobs, part.ref_logprobs[at], *estimator, ratio=weight)
             stats.add(kl_loss=apply_loss_weights(kl, part))
-            losses = losses + choices.kl_coef * kl
-        return apply_loss_weights(losses - knobs.entropy_coef * entropy, part).sum() / targets
+            losses = losses + options.kl_coef * kl
+        return apply_loss_weights(losses - options.entropy_coef * entropy, part).sum() / targets
 
     learned = actor.step(weighted, loss, stats, samples=samples)
     sums = stats.reduce(actor.mesh)

@@ -8,18 +8,20 @@ statistic of the batch is a local computation, for every rank holds the whole ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from ..kernels.ppo_loss import clipped_value_loss
-from .advantages import gae, kl_estimate, token_rewards, whiten
+from .advantages import gae, token_rewards, whiten
 from .batch import Batch, pack
 from .config.ppo import ActorConfig, PPOConfig
-from .config.presets import Convention
+from .extensions import check_shape, load_function
+from .losses.aggregation import Segments
+from .losses.kl import kl_estimate
 from .losses.policy import log_ratio, ppo_loss
+from .losses.value import value_loss
 from .policy_step import (
     apply_loss_weights,
     check_first_ratio,
@@ -51,7 +53,7 @@ def score(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
     cut the sampler's distribution those would not do, and the actor's pass is run.
     """
     batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch))
-    if not single_update(config.ppo):
+    if not single_update(config.ppo) or config.ppo.advantage_estimator != "gae":  # which may mix the batch's samples
         batch = batch.with_(values=roles.critic.values(batch))
     if single_update(config.ppo) and not truncated(config.rollout) and not config.ppo.tis_clip:
         return batch
@@ -67,9 +69,10 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
     """
     assert batch.ref_logprobs is not None and batch.rollout_logprobs is not None
     logprobs = batch.rollout_logprobs if batch.logprobs is None else batch.logprobs
-    rules, segments = config.rules, batch.segments
-    kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl, replace(rules.kl, weighted=False))  # [total]
-    rewards = token_rewards(scores.to(kl), kl, segments, kl_coef, clip=rules.token_clip)
+    options, segments = config.ppo, batch.segments
+    limits = options.kl_input_limit, options.kl_output_limit
+    kl = kl_estimate(logprobs, batch.ref_logprobs, options.kl_estimator, *limits)  # [total]
+    rewards = token_rewards(scores.to(kl), kl, segments, kl_coef, clip=config.reward.token_clip)
     metrics = {
         "kl": segments.sums(kl).sum().item() / segments.filled,  # nats a sequence, by the chosen estimator
         "kl_per_token": (logprobs - batch.ref_logprobs)[batch.response].mean().item(),
@@ -79,10 +82,15 @@ def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float
 
 
 def advantages_of(batch: Batch, values: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """GAE's advantages and returns, [total] each; a sample's depend on no other sample."""
+    """Advantages and returns, [total] each; by GAE a sample's depend on no other sample."""
     assert batch.rewards is not None
-    rules = config.rules
-    return gae(batch.rewards, values, batch.segments, batch.cu_seqlens, config.ppo.gamma, rules.lam, rules.gaps)
+    options, spec = config.ppo, config.ppo.advantage_estimator
+    if spec == "gae":
+        how = options.gamma, options.lam, options.turn_gaps
+        return gae(batch.rewards, values, batch.segments, batch.cu_seqlens, *how)
+    estimate = load_function(spec)
+    advantages, returns = estimate(batch.rewards, values, batch.mask, batch.cu_seqlens, options.gamma, options.lam)
+    return check_shape(spec, "advantages", advantages, values), check_shape(spec, "returns", returns, values)
 
 
 def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, float]]:
@@ -96,8 +104,8 @@ def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, f
         "return_mean": returns[batch.response].mean().item(),
         "explained_variance": (1 - residual.var(correction=0) / spread.clamp_min(1e-8)).item(),
     }
-    if config.ppo.whiten:
-        advantages = whiten(advantages, batch.segments, config.rules.whiten)
+    if config.ppo.whiten != "off":
+        advantages = whiten(advantages, batch.segments, config.ppo.whiten)
     return batch.with_(advantages=advantages, returns=returns), metrics
 
 
@@ -137,18 +145,24 @@ def update(
     return about_values | mean_metrics(history)
 
 
+def loss_weights(batch: Batch, samples: Sequence[int], config: PPOConfig) -> Batch:
+    """The batch with the weights of a minibatch's tokens under `ppo.loss_aggregation`."""
+    return set_loss_weights(batch, samples, config.ppo.loss_aggregation, float(config.rollout.max_new_tokens))
+
+
 def policy_losses(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, knobs: ActorConfig, rules: Convention
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: Segments, options: ActorConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ratio, clipped) of each target, all [targets]. Differentiable in `logprobs`."""
-    d = log_ratio(logprobs, old, rules.log_ratio_limit)
-    return ppo_loss(d, advantages, knobs.clip_low, knobs.clip_high, rules.dual_clip or None)
+    """(loss, ratio, clipped) of each target, all [targets]; whole samples only. Differentiable in `logprobs`.
 
-
-def value_losses(values: Tensor, old: Tensor, returns: Tensor, rules: Convention) -> tuple[Tensor, Tensor]:
-    """(loss, clipped) of each target, [targets] both: factor max((V - R)^2, (clip(V, old +- c) - R)^2)."""
-    losses, clipped = clipped_value_loss(values, old, returns, rules.value_clip or None)
-    return losses * (rules.value_loss_factor / 0.5), clipped
+    Args:
+        segments: of the targets.
+    """
+    d = log_ratio(logprobs, old, options.log_ratio_limit)
+    if options.policy_loss == "clip":
+        return ppo_loss(d, advantages, options.clip_low, options.clip_high, options.dual_clip)
+    losses = load_function(options.policy_loss)(logprobs, old, advantages, segments.sample)
+    return check_shape(options.policy_loss, "losses", losses, logprobs), d.detach().exp(), torch.zeros_like(d)
 
 
 def critic_step(
@@ -159,8 +173,8 @@ def critic_step(
     Where the batch has no old values they are this forward's own, and so are the returns made of them: a sample's
     returns need the values of no other.
     """
-    stats, rules, targets = Stats(), config.rules, target_count(batch, samples)
-    weighted = set_loss_weights(batch, samples, rules.value_aggregation)
+    stats, options, targets = Stats(), config.critic, target_count(batch, samples)
+    weighted = loss_weights(batch, samples, config)
     seen: list[Tensor] = []
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
@@ -169,7 +183,7 @@ def critic_step(
         seen.append(values.detach())
         old = part.spread(values.detach()) if part.values is None else part.values
         returns = advantages_of(part, old, config)[1] if part.returns is None else part.returns
-        losses, clipped = value_losses(values, old[at], returns[at], rules)
+        losses, clipped = value_loss(values, old[at], returns[at], options.value_clip, options.loss_coef)
         losses = apply_loss_weights(losses, part)
         stats.add(value_loss=losses, value_clip_fraction=clipped)
         return losses.sum() / targets
@@ -195,8 +209,8 @@ def actor_step(
     Args:
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
-    stats, rules, targets = Stats(), config.rules, target_count(batch, samples)
-    weighted = set_loss_weights(batch, samples, rules.aggregation)
+    stats, targets = Stats(), target_count(batch, samples)
+    weighted = loss_weights(batch, samples, config)
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         assert part.advantages is not None and part.rollout_logprobs is not None
@@ -204,7 +218,7 @@ def actor_step(
         logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
         old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
         sampled = part.rollout_logprobs[at]
-        losses, ratio, clipped = policy_losses(logprobs, old, part.advantages[at], config.actor, rules)
+        losses, ratio, clipped = policy_losses(logprobs, old, part.advantages[at], part.target_segments, config.actor)
         if config.ppo.tis_clip:  # truncated importance sampling: the sampler is not quite the actor
             losses = losses * torch.exp(old - sampled).clamp_max(config.ppo.tis_clip)
         stats.add(

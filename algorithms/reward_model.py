@@ -38,7 +38,7 @@ def pack_steps(rows: Sequence[Steps]) -> Batch:
     return batch.with_(rewards=batch.spread(labels))
 
 
-def pair_step(learner: Learner, batch: Batch, centering: float) -> dict[str, float]:
+def pair_step(learner: Learner, batch: Batch, center_coef: float) -> dict[str, float]:
     """One optimizer step on pairs.
 
     Returns:
@@ -51,7 +51,7 @@ def pair_step(learner: Learner, batch: Batch, centering: float) -> dict[str, flo
         assert part.rewards is not None
         scores = learner.model.scores(hidden[part.last])  # [samples]
         chosen, rejected = scores[::2], scores[1::2]
-        losses = reward_loss(chosen, rejected, part.rewards[part.last[::2]], centering)
+        losses = reward_loss(chosen, rejected, part.rewards[part.last[::2]], center_coef)
         stats.add(loss=losses, accuracy=ranked_right(chosen, rejected), chosen=chosen, rejected=rejected)
         return losses.sum() / pairs
 
@@ -59,7 +59,7 @@ def pair_step(learner: Learner, batch: Batch, centering: float) -> dict[str, flo
     return {name: value / pairs for name, value in stats.reduce(learner.mesh).items()} | step
 
 
-def pair_quality(scores: Tensor, margins: Tensor, centering: float) -> dict[str, float]:
+def pair_quality(scores: Tensor, margins: Tensor, center_coef: float) -> dict[str, float]:
     """What scores [2 pairs], chosen and rejected in turn, are worth: eval_loss, eval_accuracy and eval_calibration, the
     expected calibration error (https://arxiv.org/abs/1706.04599) of σ(|r_w − r_l|) as the chance to be right."""
     chosen, rejected = scores[::2].double(), scores[1::2].double()
@@ -68,7 +68,7 @@ def pair_quality(scores: Tensor, margins: Tensor, centering: float) -> dict[str,
     bins = ((sure - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS, dtype=torch.float64, device=scores.device).index_add(0, bins, right - sure)
     return {
-        "eval_loss": reward_loss(chosen, rejected, margins.double(), centering).mean().item(),
+        "eval_loss": reward_loss(chosen, rejected, margins.double(), center_coef).mean().item(),
         "eval_accuracy": right.mean().item(),
         "eval_calibration": (gaps.abs().sum() / len(right)).item(),
     }
@@ -92,7 +92,7 @@ def check_scores(scores: Tensor, names: Sequence[str]) -> None:
         )
 
 
-def held_out_pairs(role: Role, batch: Batch, centering: float, names: Sequence[str] = ()) -> dict[str, float]:
+def held_out_pairs(role: Role, batch: Batch, center_coef: float, names: Sequence[str] = ()) -> dict[str, float]:
     """`pair_quality` of pairs that are not learned from, the same on every rank.
 
     Args:
@@ -104,7 +104,7 @@ def held_out_pairs(role: Role, batch: Batch, centering: float, names: Sequence[s
     assert batch.rewards is not None
     scores = role.scores(batch)
     check_scores(scores, names)
-    return pair_quality(scores, batch.rewards[batch.last[::2]], centering)
+    return pair_quality(scores, batch.rewards[batch.last[::2]], center_coef)
 
 
 def process_step(learner: Learner, batch: Batch) -> dict[str, float]:

@@ -20,7 +20,8 @@ import torch.distributed as dist
 import tyro
 from trialign.algorithms.batch import Prompt, from_rollouts
 from trialign.algorithms.config.common import ParallelConfig, RolloutConfig
-from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels, PPOOptions, PPORun
+from trialign.algorithms.config.online import OnlineRun
+from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels, PPOOptions
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.ppo import score, update, with_rewards
 from trialign.algorithms.roles.build import build_roles, read_shapes
@@ -73,7 +74,7 @@ def main(bench: Bench) -> None:
         rollout=RolloutConfig(max_new_tokens=bench.new_tokens),
         parallel=ParallelConfig(tp=bench.tp, pp=bench.pp),
         ppo=PPOOptions(micro_batch_size=bench.micro),
-        run=PPORun(steps=bench.iters, prompts_per_step=bench.prompts),
+        run=OnlineRun(steps=bench.iters, prompts_per_step=bench.prompts),
     )
     mesh = build_mesh(tp=bench.tp, pp=bench.pp, device=bench.device)
     shapes = read_shapes(config)

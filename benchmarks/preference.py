@@ -11,17 +11,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 from trialign.algorithms.batch import Batch, from_rollouts
-from trialign.algorithms.config.common import (
-    ModelPaths,
-    OptimizerConfig,
-    ParallelConfig,
-    PromptData,
-    RewardConfig,
-    UpdateConfig,
-)
-from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions, GRPORollout, GRPORun
+from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, ParallelConfig, RolloutConfig
+from trialign.algorithms.config.data import PromptData
+from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
+from trialign.algorithms.config.online import OnlineRun
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss, PairData
+from trialign.algorithms.config.reward import PolicyReward
 from trialign.algorithms.config.sft import SFTData, SFTRun
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 from trialign.algorithms.data.preferences import Pair, PairStream, mismatched
 from trialign.algorithms.data.prompts import PromptDataset
@@ -195,7 +192,7 @@ def reward_side(task: Task, steps: int, folder: Path) -> Side:
 
 def dpo_side(task: Task, steps: int, folder: Path) -> Side:
     """DPO with the reference's log-probabilities computed before."""
-    base, loss = Base(task), DPOLoss(average="sum")
+    base, loss = Base(task), DPOLoss()
     pairs = base.pairs(steps * task.batch, folder)
     learner, batches = base.learner(steps), cut(pairs, task.batch)
     references = reference_sums(learner, pairs, task.batch).split(2 * task.batch)
@@ -246,18 +243,18 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
     config = GRPOConfig(
         model=ModelPaths(path=task.model, dtype=task.dtype),
         data=PromptData(sources=(source,), prompt_key=task.prompt_key, max_prompt_tokens=task.max_tokens),
-        rollout=GRPORollout(max_new_tokens=task.new_tokens, samples_per_prompt=task.group),
-        reward=RewardConfig(functions=(reward,)),
+        rollout=RolloutConfig(max_new_tokens=task.new_tokens, samples_per_prompt=task.group),
+        reward=PolicyReward(functions=(reward,)),
         optimizer=OPTIMIZER,
         grpo=GRPOOptions(kl_in="off", micro_batch_tokens=max(task.micro_tokens, task.max_tokens + task.new_tokens)),
-        run=GRPORun(steps=steps, prompts_per_step=size),
+        run=OnlineRun(steps=steps, prompts_per_step=size),
     )
     prompts = PromptDataset(config.data, base.tokenizer, task.seed).next(steps * size)
     batches = cut(prompts, size)
     roles = build_group_roles(config, {task.model: base.shape}, base.mesh)
     generator = EmbeddedGenerator(roles.actor.model, base.mesh)
     params = sampling_params(config.rollout, stop_ids=(), seed=task.seed)  # no answer stops early
-    scorer, shaper = Scorer(config.reward, base.tokenizer, base.mesh), RewardShaper(config.reward, config.rules)
+    scorer, shaper = Scorer(config.reward, base.tokenizer, base.mesh), RewardShaper(config.reward.clip)
     group = torch.arange(size).repeat_interleave(task.group)
 
     def step(number: int) -> dict[str, float]:

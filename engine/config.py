@@ -1,8 +1,12 @@
 """Configs: frozen dataclasses, filled from a TOML file, overridden on the command line, refused before anything loads.
 
 A section is a dataclass; a field is a bool, int, float, str, Literal, tuple of those, or another section, with a
-docstring under it that `--help` shows. None is not used (TOML has none): 0 or "" says "off". A str that names files is
-of type `FilePath`, or `ContentPath` where what a run does depends on what is in them.
+docstring under it that `--help` shows. None is not used (TOML has none): 0 or "" turns a thing off. A str that names
+files is of type `FilePath`, or `ContentPath` where a run depends on their content; `FunctionPath` is file.py:function.
+
+Files are layered: `--config A.toml B.toml`, later ones win, then the command line. Two tables hold under a condition:
+[script.NAME.section] is read by launch/NAME.py alone (and by its section in rlhf.py), so that one file serves several
+scripts; [after.NAME.section] only where a file NAME.toml comes before. Every other unknown key is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import os
 import sys
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,31 +26,35 @@ import tyro
 Config = TypeVar("Config")
 FilePath = Annotated[str, "path"]
 ContentPath = Annotated[str, "path", "content"]
+FunctionPath = Annotated[str, "path", "content", "function"]
+CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
+"""Searched for config files that the working directory does not have."""
 NEW, AUTO = "", "auto"
 """Values of `run.resume` that are no folder: begin a run, or go on with the one in run.output if there is one."""
 
 
 def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, quiet: bool = False) -> Config:
-    """The config that `argv` asks for: `--config FILE.toml` gives defaults, `--section.key value` overrides them.
+    """The config of a command line: `--config FILE...` gives defaults, `--section.key value` overrides them.
 
     `--resume RUN` is short for `--run.resume RUN`; without `--config`, the defaults are then those the run was started
     with: RUN/config.toml. (`auto` is no folder, and has no defaults.)
 
     Args:
         cls: a dataclass whose every field has a default.
+        prog: NAME.py, the script, which [script.NAME] tables are compared with.
         quiet: print nothing (for all ranks but one).
 
     Raises:
-        SystemExit: code 2 after a message on stderr that names the key, its file and what is allowed; 0 for --help.
+        SystemExit: code 2 after a message on stderr with the key, its file and what is allowed; 0 for --help.
     """
     try:
-        path, rest = _take(list(argv), "--config")
+        files, rest = _take(list(argv), "--config", several=True)
         run, others = _take(rest, "--resume")
         if run:  # no alias of the option's: a config may hold other scripts' whole configs as its sections
-            rest = ["--run.resume", run, *others]
-        run, _ = _take(rest, "--run.resume")
-        own = bool(run) and run != AUTO and not path
-        default = load(cls, Path(run) / "config.toml" if own else path) if own or path else cls()
+            rest = ["--run.resume", *run, *others]
+        run = "".join(_take(rest, "--run.resume")[0])
+        own = bool(run) and run != AUTO and not files
+        default = load(cls, *([Path(run) / "config.toml"] if own else files), script=(prog or "").removesuffix(".py"))
     except ValueError as error:
         if not quiet:
             print(f"error: {error}", file=sys.stderr)
@@ -56,8 +64,9 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
         args=rest,
         default=default,
         prog=prog,
-        description=f"{(cls.__doc__ or '').strip()}\n\n--config FILE.toml gives defaults; options override them."
-        " --resume RUN goes on with a run.",
+        description=f"{(cls.__doc__ or '').strip()}\n\n--config A.toml B.toml gives defaults: later files override"
+        " earlier ones, options override both; a file that is not in the working directory is looked for in"
+        " launch/configs (presets/verl.toml). --resume RUN goes on with a run.",
         use_underscores=True,
         console_outputs=not quiet,
         config=(tyro.conf.FlagConversionOff,),
@@ -73,23 +82,76 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
     return config
 
 
-def load(cls: type[Config], path: str | Path) -> Config:
-    """A config from a TOML file; keys it does not name keep their defaults.
+def load(cls: type[Config], *files: str | Path, script: str = "") -> Config:
+    """A config out of TOML files, later ones first in rank; keys that none names keep their defaults.
+
+    Args:
+        script: NAME of launch/NAME.py, for the tables [script.NAME].
 
     Raises:
         ValueError: no such file, malformed TOML, an unknown key, a wrong type or an impossible value; names the file.
     """
+    values: dict[str, Any] = {}
+    for i, file in enumerate(files):
+        try:
+            table = _read(_find(Path(file)))
+            for part in _parts(cls, table, script, [Path(other).stem for other in files], i):
+                _merge(values, _convert_table(cls, part, ""))
+        except ValueError as error:
+            raise ValueError(f"config file {file}: {error}") from None
+    try:
+        return _replaced(cls(), values, "")
+    except ValueError as error:
+        raise ValueError(f"config file {', '.join(map(str, files))}: {error}") from None
+
+
+def _find(file: Path) -> Path:
+    """`file` where the working directory has it, else in `CONFIGS` if it is there."""
+    return CONFIGS / file if not file.exists() and (CONFIGS / file).exists() else file
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
-        raise ValueError(f"config file {path}: {error.strerror or error}") from None
+        raise ValueError(error.strerror or str(error)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path}: not valid TOML: {error}") from None
-    try:
-        return _build(cls, table, "")
-    except ValueError as error:
-        raise ValueError(f"config file {path}: {error}") from None
+        raise ValueError(f"not valid TOML: {error}") from None
+
+
+def _parts(cls: Any, table: dict[str, Any], script: str, names: Sequence[str], place: int) -> Iterator[dict[str, Any]]:
+    """The tables of a file that hold here: its plain keys, [script.NAME] of this script, [after.NAME].
+
+    Args:
+        names: of all files, without .toml; `place` is this file's.
+    """
+    yield {key: value for key, value in table.items() if key not in ("script", "after")}
+    hints = typing.get_type_hints(cls)
+    scripts = sorted(path.stem for path in CONFIGS.parent.glob("*.py"))
+    presets = sorted({path.stem for path in CONFIGS.glob("presets/*.toml")} | set(names))
+    for kind, allowed in (("script", scripts), ("after", presets)):
+        for name, part in table.get(kind, {}).items():
+            if name not in allowed:
+                raise ValueError(f"unknown key '{kind}.{name}': {suggest(name, allowed)}")
+            if (kind, name) == ("script", script) or kind == "after" and name in names[:place]:
+                yield part
+            elif kind == "script" and _is_script(hints.get(name)):
+                yield {name: part}
+
+
+def _is_script(hint: Any) -> bool:
+    """Whether a section is the whole config of a script, as those of rlhf.py are."""
+    return dataclasses.is_dataclass(hint) and "run" in (field.name for field in dataclasses.fields(hint))
+
+
+def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
+    """Puts `more` over `values`, section by section."""
+    for key, value in more.items():
+        if isinstance(value, dict):
+            _merge(values.setdefault(key, {}), value)
+        else:
+            values[key] = value
 
 
 def save(config: Any, path: str | Path) -> None:
@@ -119,7 +181,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def paths(config: Any, prefix: str = "") -> dict[str, bool]:
     """Dotted keys of the options that name files -> whether a run depends on what is in them (`ContentPath`)."""
-    found = {f"{prefix}{name}": content for name, content in _paths_of(type(config)).items()}
+    found = {f"{prefix}{name}": "content" in kind for name, kind in _paths_of(type(config)).items()}
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(value := getattr(config, field.name)):
             found |= paths(value, f"{prefix}{field.name}.")
@@ -138,18 +200,18 @@ def absolute(config: Config) -> Config:
             made[field.name] = absolute(value)
         elif field.name in own and isinstance(value, tuple):
             made[field.name] = tuple(map(_absolute, value))
-        elif field.name in own:
+        elif field.name in own and ("function" not in own[field.name] or ":" in value):
             made[field.name] = _absolute(value)
     return dataclasses.replace(config, **made)  # pyright: ignore[reportArgumentType]
 
 
-def _paths_of(cls: Any) -> dict[str, bool]:
-    """Fields of a section that name files -> whether of type `ContentPath`."""
+def _paths_of(cls: Any) -> dict[str, tuple[str, ...]]:
+    """Fields of a section that name files -> what their type is marked with."""
     found = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         for kind in (hint, *typing.get_args(hint)):  # of tuple[FilePath, ...] too
             if "path" in getattr(kind, "__metadata__", ()):
-                found[name] = "content" in kind.__metadata__
+                found[name] = kind.__metadata__
     return found
 
 
@@ -169,23 +231,27 @@ def suggest(name: str, allowed: Sequence[str]) -> str:
     return f"{hint}allowed: {', '.join(allowed)}"
 
 
-def _take(argv: list[str], flag: str) -> tuple[str, list[str]]:
-    """The value of `flag VALUE` or `flag=VALUE` ("" where it is not given), and the arguments without it."""
+def _take(argv: list[str], flag: str, *, several: bool = False) -> tuple[list[str], list[str]]:
+    """The values of `flag VALUE...` or `flag=VALUE` (none where it is not given), and the arguments without it."""
     places = [i for i, argument in enumerate(argv) if argument == flag or argument.startswith(f"{flag}=")]
     if not places:
-        return "", argv
+        return [], argv
     if len(places) > 1:
         raise ValueError(f"{flag} is given twice")
     (i,) = places
-    joined = argv[i] != flag
-    value = argv[i].removeprefix(f"{flag}=") if joined else "".join(argv[i + 1 : i + 2])
-    if not value or value.startswith("--"):
+    if argv[i] != flag:
+        values, end = [argv[i].removeprefix(f"{flag}=")], i + 1
+    else:
+        end = next((j for j in range(i + 1, len(argv)) if argv[j].startswith("--")), len(argv))
+        end = end if several else min(end, i + 2)
+        values = argv[i + 1 : end]
+    if not all(values) or not values:
         raise ValueError(f"{flag} needs a path")
-    return value, argv[:i] + argv[i + (1 if joined else 2) :]
+    return values, argv[:i] + argv[end:]
 
 
-def _build(cls: Any, table: dict[str, Any], prefix: str) -> Any:
-    """`cls` from a parsed TOML table. `prefix` is the dotted path to it, for messages."""
+def _convert_table(cls: Any, table: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A parsed TOML table with the types of the fields of `cls`. `prefix` is the dotted path to it, for messages."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     values = {}
@@ -193,14 +259,23 @@ def _build(cls: Any, table: dict[str, Any], prefix: str) -> Any:
         name = f"{prefix}{key}"
         if key not in names:
             raise ValueError(f"unknown key {name!r}: {suggest(key, names)}")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{name} is a section: write [{name}], not {name} = {_literal(value)}")
-            values[key] = _build(hints[key], value, f"{name}.")
-        else:
+        if not dataclasses.is_dataclass(hints[key]):
             values[key] = _convert(hints[key], value, name)
+        elif isinstance(value, dict):
+            values[key] = _convert_table(hints[key], value, f"{name}.")
+        else:
+            raise ValueError(f"{name} is a section: write [{name}], not {name} = {_literal(value)}")
+    return values
+
+
+def _replaced(config: Any, values: dict[str, Any], prefix: str) -> Any:
+    """`config` with `values`, section by section."""
+    changes = {
+        key: _replaced(getattr(config, key), value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in values.items()
+    }
     try:
-        return cls(**values)
+        return dataclasses.replace(config, **changes)
     except ValueError as error:
         raise ValueError(f"[{prefix[:-1]}] {error}" if prefix else str(error)) from None
 

@@ -24,7 +24,7 @@ from common.supervised import SupervisedTask
 from report.panels import SFT_PANELS
 from report.tables import response_table, reward_table
 from trialign.algorithms.batch import Rollout, from_rollouts
-from trialign.algorithms.config.conditional import ConditionalConfig, check_conditional
+from trialign.algorithms.config.conditional import ConditionalConfig
 from trialign.algorithms.data.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
 from trialign.algorithms.data.dialogues import Encoder, Sample, pack_samples
 from trialign.algorithms.data.sources import RowReader
@@ -183,4 +183,4 @@ def table(before: list[list[Any]], after: list[list[Any]]):
 
 
 if __name__ == "__main__":
-    start(ConditionalConfig, check_conditional, main, "conditional", sys.argv[1:])
+    start(ConditionalConfig, main, "conditional", sys.argv[1:])

@@ -17,7 +17,7 @@ from common.run import Run, start
 from common.supervised import SupervisedTask
 from report.panels import DPO_PANELS
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.config.preference import DPOConfig, check_dpo
+from trialign.algorithms.config.preference import DPOConfig
 from trialign.algorithms.data.preferences import Pair, PairStream
 from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
 from trialign.algorithms.reward_model import pack_pairs
@@ -61,17 +61,17 @@ def main(run: Run[DPOConfig]) -> None:
     read = lambda tokenizer, ends: PairStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     task = SupervisedTask(run, config.data, read)
     learner, pairs = task.learner, PairsWithReference(task)
-    evaluate = lambda batch: held_out(learner, batch, config.pair_loss)  # noqa: E731
+    evaluate = lambda batch: held_out(learner, batch, config.loss)  # noqa: E731
     task.begin(pairs.eval_batch(), evaluate, PROGRESS)
 
     for _ in run.steps():
         batch = pairs.next(config.update.batch_size)  # pairs -> batch with reference logprobs
         with task.phase("update", batch, passes=3):
-            metrics = dpo_step(learner, batch, config.pair_loss)  # batch -> new weights
+            metrics = dpo_step(learner, batch, config.loss)  # batch -> new weights
         task.end_step(metrics, batch)
 
     run.finish(DPO_PANELS)
 
 
 if __name__ == "__main__":
-    start(DPOConfig, check_dpo, main, "dpo", sys.argv[1:])
+    start(DPOConfig, main, "dpo", sys.argv[1:])

@@ -28,8 +28,8 @@ from common.run import Run, start
 from report.tables import estimate_table, sample_table
 from rich.console import Console
 from trialign.algorithms.batch import Batch, Prompt, response_texts
-from trialign.algorithms.config.common import UpdateConfig
-from trialign.algorithms.config.evaluate import EvaluateConfig, check_evaluate
+from trialign.algorithms.config.evaluate import EvaluateConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
 from trialign.algorithms.data.documents import TextStream, pack_rows
 from trialign.algorithms.data.text_files import write_jsonl
@@ -266,4 +266,4 @@ def write(folder: Path, answers: dict[str, Answers], results: dict[str, Estimate
 
 if __name__ == "__main__":
     cls: Any = EvaluateConfig  # its run has no steps, so none of what a training run's section says
-    start(cls, check_evaluate, main, "evaluate", sys.argv[1:])
+    start(cls, main, "evaluate", sys.argv[1:])

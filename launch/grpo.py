@@ -1,7 +1,7 @@
 """Aligns a language model with rewards by GRPO and its kin, without a critic, on any number of ranks.
 
     python launch/grpo.py --config launch/configs/grpo_smollm2.toml
-    torchrun --nproc-per-node 8 launch/grpo.py --config my.toml --parallel.tp 2 --grpo.algorithm dapo
+    torchrun --nproc-per-node 8 launch/grpo.py --config presets/dapo.toml my.toml --parallel.tp 2
     torchrun ... launch/grpo.py --resume runs/grpo
 
 `train` is the algorithm, one line a phase: prompt -> groups of answers -> score -> advantage -> update -> weight sync.
@@ -21,7 +21,7 @@ from common.run import Run, start
 from report.panels import GRPO_PANELS
 from report.tables import reward_table
 from trialign.algorithms.batch import Rollout, from_rollouts
-from trialign.algorithms.config.grpo import GRPOConfig, check
+from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.grpo import GroupRoles, score, update, with_advantages
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.policy_step import without
@@ -40,7 +40,8 @@ class GRPORun(OnlineRun):
         shapes = run.on_all_ranks(lambda: read_shapes(config))
         super().__init__(run, config, config.run, shapes[config.model.path])
         self.config = config
-        self.shaper = RewardShaper(config.reward, config.rules)
+        reward = config.reward
+        self.shaper = RewardShaper(reward.score_clip, reward.missing_eos_penalty, reward.normalize)
         self.roles: GroupRoles = run.on_all_ranks(lambda: build_group_roles(config, shapes, mesh), "models")
         self.attach(self.roles.actor, self.roles.rewards)
         self.learners = {"actor": (self.roles.actor, config.model.path)}
@@ -49,7 +50,7 @@ class GRPORun(OnlineRun):
     def draw(self, run: Run[GRPOConfig]) -> tuple[list[Group], dict[str, float]]:
         """The groups of a step, and what all answers drawn for it were like."""
         config = self.config
-        pool = GroupPool(config.run.prompts_per_step, config.choices.dynamic, config.grpo.max_draws)
+        pool = GroupPool(config.run.prompts_per_step, config.grpo.dynamic_sampling, config.grpo.max_draws)
         drawn: list[Rollout] = []
         scores: dict[str, list[Score]] = {}
         combined, shaped = [], []
@@ -112,4 +113,4 @@ def main(run: Run[GRPOConfig]) -> None:
 
 
 if __name__ == "__main__":
-    start(GRPOConfig, check, main, "grpo", sys.argv[1:])
+    start(GRPOConfig, main, "grpo", sys.argv[1:])

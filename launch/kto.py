@@ -17,7 +17,7 @@ from common.supervised import SupervisedTask
 from report.panels import KTO_PANELS
 from torch import Tensor
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.config.preference import KTOConfig, check_kto
+from trialign.algorithms.config.preference import KTOConfig
 from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.data.preferences import LabeledResponse, LabeledStream, mismatched
 from trialign.algorithms.dpo import with_reference
@@ -87,4 +87,4 @@ def main(run: Run[KTOConfig]) -> None:
 
 
 if __name__ == "__main__":
-    start(KTOConfig, check_kto, main, "kto", sys.argv[1:])
+    start(KTOConfig, main, "kto", sys.argv[1:])

@@ -19,7 +19,7 @@ from common.run import Run, start
 from report.panels import PPO_PANELS
 from report.tables import reward_table
 from trialign.algorithms.batch import from_rollouts
-from trialign.algorithms.config.ppo import PPOConfig, check
+from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.data.documents import TextDataset
 from trialign.algorithms.losses.kl import KLController
 from trialign.algorithms.micro_batch import draw_minibatches
@@ -39,7 +39,8 @@ class PPORun(OnlineRun):
         shapes = run.on_all_ranks(lambda: read_shapes(config))
         super().__init__(run, config, config.run, shapes[config.model.path])
         self.config = config
-        self.shaper = RewardShaper(config.reward, config.rules)
+        reward = config.reward
+        self.shaper = RewardShaper(reward.score_clip, reward.missing_eos_penalty, reward.normalize)
         self.text = run.on_all_ranks(self._read_text, "text") if config.actor.ptx_coef else None
         self.roles: Roles = run.on_all_ranks(lambda: build_roles(config, shapes, mesh), "models")
         self.attach(self.roles.actor, self.roles.rewards)
@@ -105,4 +106,4 @@ def main(run: Run[PPOConfig]) -> None:
 
 
 if __name__ == "__main__":
-    start(PPOConfig, check, main, "ppo", sys.argv[1:])
+    start(PPOConfig, main, "ppo", sys.argv[1:])

@@ -15,7 +15,7 @@ from common.run import Run, start
 from common.supervised import SupervisedTask
 from report.panels import PRETRAIN_PANELS
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.config.pretrain import PretrainConfig, check_pretrain
+from trialign.algorithms.config.pretrain import PretrainConfig
 from trialign.algorithms.data.documents import TextStream, pack_rows
 from trialign.algorithms.metrics import perplexity
 from trialign.algorithms.sft import held_out_loss, sft_step
@@ -45,4 +45,4 @@ def main(run: Run[PretrainConfig]) -> None:
 
 
 if __name__ == "__main__":
-    start(PretrainConfig, check_pretrain, main, "pretrain", sys.argv[1:])
+    start(PretrainConfig, main, "pretrain", sys.argv[1:])

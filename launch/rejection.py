@@ -23,7 +23,7 @@ from common.run import Run, start
 from report.curves import Line, Panel
 from report.tables import reward_table
 from trialign.algorithms.batch import Batch, response_texts
-from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
+from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.data.dialogues import pack_samples
 from trialign.algorithms.data.responses import (
     Response,
@@ -66,7 +66,7 @@ class RejectionRun(OnlineRun):
         config, mesh = run.config, run.mesh
         shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
         super().__init__(run, config, config.run, shapes[config.model.path])
-        self.shaper = RewardShaper(config.reward, config.rules)
+        self.shaper = RewardShaper(config.reward.clip, config.reward.missing_eos_penalty)
         self.config, self.per_round, self.first_step = config, config.steps_per_round, 0
         options = {"parallel": config.parallel, "lora": config.lora, "seed": config.run.seed}
 
@@ -161,7 +161,7 @@ def train(work: RejectionRun, run: Run[RejectionConfig]) -> None:
             if config.round.method == "sft":
                 metrics |= sft_step(work.learner, batch)
             else:
-                metrics |= dpo_step(work.learner, batch, config.pair_loss)
+                metrics |= dpo_step(work.learner, batch, config.loss)
             phase.tokens = len(batch.tokens)
             phase.flops = 3 * forward_flops(work.shape, batch.lengths, len(batch.response))
 
@@ -183,4 +183,4 @@ def main(run: Run[RejectionConfig]) -> None:
 
 
 if __name__ == "__main__":
-    start(RejectionConfig, check_rejection, main, "rejection", sys.argv[1:])
+    start(RejectionConfig, main, "rejection", sys.argv[1:])

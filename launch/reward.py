@@ -17,7 +17,7 @@ from common.run import Run, start
 from common.supervised import SupervisedTask
 from report.panels import REWARD_PANELS
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.config.preference import RewardModelConfig, check_reward
+from trialign.algorithms.config.preference import RewardModelConfig
 from trialign.algorithms.data.preferences import Pair, PairStream, Steps, read_steps
 from trialign.algorithms.data.sources import RowReader
 from trialign.algorithms.data.streams import RowStream
@@ -49,7 +49,7 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
 
     def evaluate(batch: Batch) -> dict[str, float]:
         if by_pairs:
-            return held_out_pairs(learner, batch, config.loss.centering, names)
+            return held_out_pairs(learner, batch, config.loss.center_coef, names)
         return held_out_process(learner, batch, names)
 
     task.begin(pack(rows.held_out).to(mesh.device) if rows.held_out else None, evaluate, PROGRESS)
@@ -58,7 +58,7 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
         batch = pack(rows.next(config.update.batch_size)).to(mesh.device)  # rows -> batch
         with task.phase("update", batch, passes=3):  # batch -> new weights
             if by_pairs:
-                metrics = pair_step(learner, batch, config.loss.centering)
+                metrics = pair_step(learner, batch, config.loss.center_coef)
             else:
                 metrics = process_step(learner, batch)
         task.end_step(metrics, batch)
@@ -90,4 +90,4 @@ def stream(config: RewardModelConfig, tokenizer, ends, read: ReadPairs | None = 
 
 
 if __name__ == "__main__":
-    start(RewardModelConfig, check_reward, main, "reward", sys.argv[1:])
+    start(RewardModelConfig, main, "reward", sys.argv[1:])

@@ -30,8 +30,8 @@ import sft
 from common import labeling
 from common.run import Run, start
 from report.html import page
-from trialign.algorithms.config.common import RunConfig
-from trialign.algorithms.config.rlhf import RLHFConfig, Stages, check_rlhf, prompt_files, stages
+from trialign.algorithms.config.rlhf import RLHFConfig, Stages, prompt_files, stages
+from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.data.prompts import PromptDataset, split_prompts
 from trialign.algorithms.data.responses import read_sampled_pairs
 from trialign.algorithms.data.text_files import json_line, write_jsonl
@@ -153,4 +153,4 @@ def seconds_before(metrics: Path, now: float) -> float:
 
 if __name__ == "__main__":
     cls: Any = RLHFConfig  # it has no `data` section, unlike ScriptConfig
-    start(cls, check_rlhf, main, "rlhf", sys.argv[1:])
+    start(cls, main, "rlhf", sys.argv[1:])

@@ -28,7 +28,9 @@ from typing import Any
 from common.env import pick_device, world_size
 from common.signals import SIGNALS
 from trialign.algorithms.batch import pack
-from trialign.algorithms.config.common import ModelPaths, ParallelConfig, RunConfig, UpdateConfig, require
+from trialign.algorithms.config.common import ModelPaths, ParallelConfig, require
+from trialign.algorithms.config.run import RunConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.chat import read_messages
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, parse_tools
 from trialign.algorithms.rewards.worker import describe_error

@@ -15,7 +15,7 @@ from common.run import Run, start
 from common.supervised import SupervisedTask
 from report.panels import SFT_PANELS
 from report.tables import response_table
-from trialign.algorithms.config.sft import SFTConfig, check
+from trialign.algorithms.config.sft import SFTConfig
 from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
 from trialign.algorithms.sft import held_out_loss, sft_step
 
@@ -44,4 +44,4 @@ def main(run: Run[SFTConfig]) -> None:
 
 
 if __name__ == "__main__":
-    start(SFTConfig, check, main, "sft", sys.argv[1:])
+    start(SFTConfig, main, "sft", sys.argv[1:])

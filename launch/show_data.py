@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
-from trialign.algorithms.config.common import PromptData
 from trialign.algorithms.config.conditional import ConditionalConfig
+from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.evaluate import EvaluateConfig
 from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.config.ppo import PPOConfig
@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         name = options.script or script_of("".join(words))
         cls, show = SCRIPTS[name]
-        config = parse(cls, rest, prog="data.py")
+        config = parse(cls, rest, prog=f"{name}.py")
         if not config.model.path:
             raise ValueError("model.path is not given: the folder whose tokenizer reads the rows")
         if not has_sources(config):

@@ -1,4 +1,4 @@
-"""What one batch is worth under the conventions of six trainers, side by side.
+"""Table of one batch under every preset of a trainer (launch/configs/presets): KL, rewards, advantages, losses.
 
     python launch/show_presets.py --batch FILE.jsonl
 
@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 import tyro
+from report.preset_batch import RecordedBatch, quantities
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.config.presets import PRESETS
-from trialign.algorithms.convention_batch import Recorded, under
 from trialign.algorithms.data.text_files import parse_json
 
 
@@ -39,6 +38,10 @@ class Options:
     """clip of the ratio on both sides; GSPO and CISPO have their own"""
 
 
+PRESETS = {
+    "trialign": (),
+    **{name: (f"presets/{name}.toml",) for name in ("openrlhf", "trl", "verl", "nemo_rl", "slime")},
+}
 COLUMNS = ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "old_values", "mask")
 
 
@@ -110,7 +113,7 @@ def group_numbers(samples: dict[int, dict[str, Any]], path: Path) -> list[int]:
     return [order[name] for name in names]
 
 
-def read(path: Path) -> Recorded:
+def read(path: Path) -> RecordedBatch:
     """The batch in a file.
 
     Raises:
@@ -135,29 +138,30 @@ def read(path: Path) -> Recorded:
         torch.zeros_like(mask, dtype=torch.int64),
         tuple(len(row["mask"]) for row in rows),
         mask,
-        column("rollout_logprobs"),
-        column("old_logprobs"),
-        column("ref_logprobs"),
-        column("old_values"),
+        rollout_logprobs=column("rollout_logprobs"),
+        logprobs=column("old_logprobs"),
+        ref_logprobs=column("ref_logprobs"),
+        values=column("old_values"),
     )
     scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     group = torch.tensor(group_numbers(samples, path))
-    return Recorded(batch, group, scores, column("logprobs"), column("values"))
+    return RecordedBatch(batch, group, scores, column("logprobs"), column("values"))
 
 
 def main(options: Options) -> None:
     batch = read(options.batch)
-    columns = {name: under(name, batch, kl_coef=options.kl_coef, clip=options.clip) for name in PRESETS}
+    how = {"kl_coef": options.kl_coef, "clip": options.clip}
+    columns = {name: quantities(files, batch, **how) for name, files in PRESETS.items()}
     table = Table(title=f"{options.batch}: {len(batch.scores)} samples, {len(batch.batch.response)} tokens")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
     ours = columns["trialign"]
     for quantity, value in ours.items():
-        told = [column[quantity] for column in columns.values()]
-        marks = ["" if abs(v - value) <= 1e-6 * (1 + abs(value)) else "bold" for v in told]
-        cells = [f"[{m}]{v:.6g}[/{m}]" if m else f"{v:.6g}" for v, m in zip(told, marks, strict=True)]
-        table.add_row(quantity, *cells)
+        cells = [column[quantity] for column in columns.values()]
+        marks = ["" if abs(v - value) <= 1e-6 * (1 + abs(value)) else "bold" for v in cells]
+        texts = [f"[{m}]{v:.6g}[/{m}]" if m else f"{v:.6g}" for v, m in zip(cells, marks, strict=True)]
+        table.add_row(quantity, *texts)
     console = Console()
     console.print(table)
     console.print("Bold: differs from trialign's by more than 1e-6.")
@@ -167,4 +171,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
     except ValueError as problem:
-        sys.exit(f"convention: {problem}")
+        sys.exit(f"error: {problem}")

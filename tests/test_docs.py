@@ -1,4 +1,4 @@
-"""The pages on scripts hold tables of all knobs as the configs have them; `python tests/test_docs.py` writes them."""
+"""Option tables of the docs, equal to the configs; `python tests/test_docs.py` writes them."""
 
 import ast
 import dataclasses
@@ -33,7 +33,7 @@ PAGES = {
     "conditional.md": ConditionalConfig,
     "rlhf.md": RLHFConfig,
 }
-BEGIN, END = "<!-- knobs -->\n", "<!-- /knobs -->\n"
+BEGIN, END = "<!-- options -->\n", "<!-- /options -->\n"
 
 
 def docs_of(cls: type) -> dict[str, str]:
@@ -82,12 +82,12 @@ def tables(cls: type) -> str:
     pages = {config: page for page, config in PAGES.items()}
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
-        what = (inspect.getdoc(type(section)) or "").splitlines()[0]
+        about = (inspect.getdoc(type(section)) or "").splitlines()[0]
         if page := pages.get(type(section)):
-            knobs = f"The knobs of [{page}]({page}), each with `{field.name}.` before it.\n"
+            rows = f"Options of [{page}]({page}), each behind `{field.name}.`\n"
         else:
-            knobs = f"| knob | default | |\n|---|---|---|\n{table(section, field.name)}"
-        parts.append(f"### {field.name}\n\n{what}\n\n{knobs}")
+            rows = f"| option | default | |\n|---|---|---|\n{table(section, field.name)}"
+        parts.append(f"### {field.name}\n\n{about}\n\n{rows}")
     return "\n".join(parts)
 
 
@@ -98,13 +98,13 @@ def with_tables(page: str, cls: type) -> str:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_lists_the_knobs_as_they_are(name):
+def test_a_page_lists_the_options_as_they_are(name):
     page = (DOCS / name).read_text()
     assert page == with_tables(page, PAGES[name]), f"docs/{name} is behind the config: python tests/test_docs.py"
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_text_names_knobs_that_exist(name):
+def test_the_text_names_options_that_exist(name):
     page = (DOCS / name).read_text().partition(BEGIN)[0]
     sections = "|".join(field.name for field in dataclasses.fields(PAGES[name]))
     named = set(re.findall(rf"`((?:{sections})\.\w+)`", page))
@@ -113,7 +113,7 @@ def test_the_text_names_knobs_that_exist(name):
 
 
 @pytest.mark.parametrize("config", PAGES.values())
-def test_every_knob_is_explained(config):
+def test_every_option_is_explained(config):
     def missing(cls: type) -> list[str]:
         hints, docs = typing.get_type_hints(cls), docs_of(cls)
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]

@@ -1,21 +1,14 @@
-"""The config of conditional SFT. [O] OpenRLHF, [S] SteerLM (Dong et al. 2023)."""
+"""Config of launch/conditional.py, conditional SFT. [O] OpenRLHF, [S] SteerLM (Dong et al. 2023)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .common import (
-    LoRAConfig,
-    ModelPaths,
-    OptimizerConfig,
-    ParallelConfig,
-    RewardConfig,
-    UpdateConfig,
-    check_given,
-    require,
-)
+from .common import require
 from .data import ResponseData
+from .reward import RewardConfig
 from .sft import SFTRun
+from .supervised import SupervisedConfig
 
 CONDITION = "{input} <rm_score>: {reward} "
 """OpenRLHF's template of a prompt with its reward."""
@@ -59,10 +52,8 @@ class ConditionConfig:
 
 @dataclass(frozen=True)
 class ConditionalRun(SFTRun):
-    """The run itself."""
+    """Run over rows in epochs, their scoring before it, and responses to show at its end."""
 
-    output: str = "runs/conditional"
-    """folder for logs, checkpoints, the rewards and the exported model"""
     rows_per_save: int = 1024
     """rows that are scored at once; their rewards are then kept, should the run be stopped before it has scored all"""
     show: int = 3
@@ -74,26 +65,21 @@ class ConditionalRun(SFTRun):
 
 
 @dataclass(frozen=True)
-class ConditionalConfig:
-    """Conditional SFT: rewards are written into the prompts, and the model learns which answers earn which.
+class ConditionalConfig(SupervisedConfig):
+    """Conditional SFT: rewards are written into the prompts, and the model learns which responses earn which.
 
     Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
-    model: ModelPaths = field(default_factory=ModelPaths)
+    noun = "prompts with responses and rewards"
+
     data: RewardedData = field(default_factory=RewardedData)
+    run: ConditionalRun = field(default_factory=lambda: ConditionalRun(output="runs/conditional"))
     reward: RewardConfig = field(default_factory=RewardConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
-    update: UpdateConfig = field(default_factory=UpdateConfig)
-    run: ConditionalRun = field(default_factory=ConditionalRun)
 
-
-def check_conditional(config: ConditionalConfig, world: int) -> int:
-    """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
-    dp = check_given(config.model, config.data, config.parallel, world, rows="prompts with responses and rewards")
-    config.reward.check_unshaped()
-    config.update.check(dp, config.data.max_tokens, "data.max_tokens")
-    return dp
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        dp = super().check(world)
+        self.update.check(dp, self.data.max_tokens, "data.max_tokens")
+        return dp

@@ -1,4 +1,4 @@
-"""The config of evaluation: what is measured of one model, or of two side by side."""
+"""Config of launch/evaluate.py: measurements of one model, or of two side by side."""
 
 from __future__ import annotations
 
@@ -9,23 +9,17 @@ from typing import Any, Literal
 
 from ...engine.config import ContentPath
 from ...engine.mesh import check_layout
-from .common import (
-    FolderConfig,
-    ModelPaths,
-    ParallelConfig,
-    PromptData,
-    RewardConfig,
-    RolloutConfig,
-    require,
-    require_seconds,
-)
+from .common import ModelPaths, ParallelConfig, RolloutConfig, require
+from .data import PromptData
 from .pretrain import TextData
+from .reward import RewardConfig
+from .run import FolderConfig, require_seconds
 from .sft import SFTData
 
 
 @dataclass(frozen=True)
 class EvaluatedModels(ModelPaths):
-    """What is evaluated."""
+    """Model to evaluate."""
 
     path: ContentPath = ""
     """folder in Hugging Face format, tokenizer included"""
@@ -93,10 +87,8 @@ class PassConfig:
 
 @dataclass(frozen=True)
 class EvaluateRun(FolderConfig):
-    """The run itself."""
+    """Run: folder, chunks, seed, time limit."""
 
-    output: str = "runs/evaluate"
-    """folder for completions.jsonl and results.json"""
     prompts_per_save: int = 256
     """prompts that are answered and scored at once; their answers are then kept, should the run be stopped"""
     micro_batch_size: int = 8
@@ -132,36 +124,36 @@ class EvaluateConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     passes: PassConfig = field(default_factory=PassConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    run: EvaluateRun = field(default_factory=EvaluateRun)
+    run: EvaluateRun = field(default_factory=lambda: EvaluateRun(output="runs/evaluate"))
 
-
-def check_evaluate(config: EvaluateConfig, world: int) -> int:
-    """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
-    if not config.model.path:
-        raise ValueError("model.path is not given: the folder of the model to evaluate, in Hugging Face format")
-    if not (config.data.sources or config.text.sources or config.dialogues.sources):
-        raise ValueError("nothing to measure on: give data.sources, text.sources, dialogues.sources or several")
-    for section in ("text", "dialogues"):
-        data = getattr(config, section)
-        if data.probabilities:
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        if not self.model.path:
+            raise ValueError("model.path is not given: the folder of the model to evaluate, in Hugging Face format")
+        if not (self.data.sources or self.text.sources or self.dialogues.sources):
+            raise ValueError("nothing to measure on: give data.sources, text.sources, dialogues.sources or several")
+        for section in ("text", "dialogues"):
+            data = getattr(self, section)
+            if data.probabilities:
+                raise ValueError(
+                    f"{section}.probabilities={data.probabilities!r}: each row of {section}.sources is met once"
+                )
+            if data.eval_sources or data.eval_fraction:
+                raise ValueError(
+                    f"{section}.eval_sources and {section}.eval_fraction: all of {section}.sources is measured"
+                )
+        for data in (self.data, self.text, self.dialogues):
+            data.check_reader()
+        if self.model.against and Path(self.model.against).resolve() == Path(self.model.path).resolve():
             raise ValueError(
-                f"{section}.probabilities={data.probabilities!r}: each row of {section}.sources is met once"
+                f"model.against={self.model.against}: is model.path itself, and a model wins nothing over it"
             )
-        if data.eval_sources or data.eval_fraction:
-            raise ValueError(
-                f"{section}.eval_sources and {section}.eval_fraction: all of {section}.sources is measured"
-            )
-    config.reward.check_unshaped()
-    if config.model.against and Path(config.model.against).resolve() == Path(config.model.path).resolve():
-        raise ValueError(
-            f"model.against={config.model.against}: is model.path itself, and a model wins nothing over it"
-        )
-    samples, scored = config.rollout.samples_per_prompt, bool(config.data.sources and config.reward.names)
-    if config.passes.at and not scored:
-        raise ValueError(f"passes.at={config.passes.at}: needs data.sources and a reward that says what passes")
-    if any(k > samples for k in config.passes.at):
-        raise ValueError(f"passes.at={config.passes.at}: at most rollout.samples_per_prompt={samples}")
-    if config.data.sources and config.model.against and not scored:
-        raise ValueError(f"model.against={config.model.against}: wins are counted by a reward, and none is given")
-    parallel = config.parallel
-    return check_layout(world, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, ep=parallel.ep)
+        samples, scored = self.rollout.samples_per_prompt, bool(self.data.sources and self.reward.names)
+        if self.passes.at and not scored:
+            raise ValueError(f"passes.at={self.passes.at}: needs data.sources and a reward that says what passes")
+        if any(k > samples for k in self.passes.at):
+            raise ValueError(f"passes.at={self.passes.at}: at most rollout.samples_per_prompt={samples}")
+        if self.data.sources and self.model.against and not scored:
+            raise ValueError(f"model.against={self.model.against}: wins are counted by a reward, and none is given")
+        parallel = self.parallel
+        return check_layout(world, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, ep=parallel.ep)

@@ -1,8 +1,8 @@
-"""PPO's config: every knob with the default its first paper or the trainers in wide use publish.
+"""Config of launch/ppo.py.
 
-Where they differ the choice is said beside the knob: [P] PPO (Schulman et al. 2017), [I] InstructGPT (Ouyang et al.
-2022), [D] dual clip (Ye et al. 2020), [Z] fine-tuning from human preferences (Ziegler et al. 2019), [O] OpenRLHF,
-[V] verl. A 0 or an empty string turns a thing off where the text says so.
+Defaults are those of the first paper or of the trainers in wide use: [P] PPO (Schulman et al. 2017), [I] InstructGPT
+(Ouyang et al. 2022), [D] dual clip (Ye et al. 2020), [Z] fine-tuning from human preferences (Ziegler et al. 2019), [O]
+OpenRLHF, [V] verl. Choices of other trainers: launch/configs/presets.
 """
 
 from __future__ import annotations
@@ -11,25 +11,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...engine.config import ContentPath, FilePath
-from .common import (
-    LoRAConfig,
-    ModelPaths,
-    OptimizerConfig,
-    ParallelConfig,
-    PromptData,
-    RewardConfig,
-    RolloutConfig,
-    require,
-)
-from .convention import AS_PRESET, PPOConvention, check_preset_number
-from .online import OnlineRunConfig, check_online
-from .presets import Convention
+from ...engine.config import ContentPath, FilePath, FunctionPath
+from ..advantages import Gaps
+from ..extensions import PPO_ESTIMATOR, TOKEN_LOSS, check_function
+from ..losses.aggregation import Aggregation
+from .common import ModelPaths, OptimizerConfig, require
+from .data import PromptData
+from .online import OnlineConfig, OnlineRun, UpdateOptions
 
 
 @dataclass(frozen=True)
 class PPOModels(ModelPaths):
-    """The four roles' weights: the actor starts from `path`, the reference stays at it."""
+    """Model to train: the actor starts from `path`, the reference stays at it."""
 
     critic: ContentPath = ""
     """folder the critic's body starts from, a reward model's for instance ("": the actor's)"""
@@ -53,17 +46,21 @@ class PPOData(PromptData):
 
 @dataclass(frozen=True)
 class ActorConfig:
-    """The policy's update."""
+    """Update of the policy."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    policy_loss: FunctionPath = "clip"
+    """clip, the clipped surrogate [P], or path/to/file.py:function (docs/extending.md)"""
     clip_low: float = 0.2
-    """the ratio is clipped below 1 - clip_low [P]"""
+    """the probability ratio is clipped below 1 - clip_low [P]"""
     clip_high: float = 0.2
     """the ratio is clipped above 1 + clip_high; larger than clip_low lets rare tokens rise [P]"""
-    dual_clip: float = AS_PRESET
-    """bounds the loss of a negative advantage at this many times it (0: off; the paper has 3; -1: preset) [D]"""
+    dual_clip: float = 0.0
+    """upper bound of the loss of a negative advantage, as a multiple of it (0: off; the paper has 3) [D]"""
+    log_ratio_limit: float = 0.0
+    """limit of |log π - log π_old| before the exponential (0: none)"""
     entropy_coef: float = 0.0
-    """entropy bonus"""
+    """weight of the entropy bonus"""
     ema_decay: float = 0.0
     """keeps an exponential moving average of the weights and exports it too (0: off; [O] has 0.992)"""
     ptx_coef: float = 0.0
@@ -72,131 +69,101 @@ class ActorConfig:
     def __post_init__(self) -> None:
         require(0 < self.clip_low < 1, "clip_low", self.clip_low, "above 0 and below 1")
         require(0 < self.clip_high < math.inf, "clip_high", self.clip_high, "above 0")
-        check_preset_number(
-            self, "dual_clip", self.dual_clip == 0 or 1 < self.dual_clip < math.inf, "0 (off) or above 1"
-        )
+        dual = self.dual_clip
+        require(dual == 0 or 1 < dual < math.inf, "dual_clip", dual, "0 (off) or above 1")
         require(math.isfinite(self.entropy_coef), "entropy_coef", self.entropy_coef, "a finite number")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (off) or more and below 1")
-        require(0 <= self.ptx_coef < math.inf, "ptx_coef", self.ptx_coef, "0 (off) or more")
+        for name in ("log_ratio_limit", "ptx_coef"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 (off) or more")
 
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The value function's update."""
+    """Update of the value function."""
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6))
-    value_clip: float = AS_PRESET
-    """values move at most this far from their old ones (0: off; -1: as convention.preset says, ours 0.5) [O, V]"""
+    value_clip: float = 0.5
+    """values are clipped to at most this far from their old ones (0: off) [O, V]"""
+    loss_coef: float = 0.5
+    """weight of the squared error of the values"""
     warmup_steps: int = 0
     """first steps in which only the critic learns"""
 
     def __post_init__(self) -> None:
-        check_preset_number(self, "value_clip", 0 <= self.value_clip < math.inf, "0 (off) or more")
+        require(0 <= self.value_clip < math.inf, "value_clip", self.value_clip, "0 (off) or more")
+        require(0 < self.loss_coef < math.inf, "loss_coef", self.loss_coef, "above 0")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
 
 
 @dataclass(frozen=True)
-class PPOOptions:
+class PPOOptions(UpdateOptions):
     """Advantages, KL penalty, and how a batch becomes updates."""
 
+    advantage_estimator: FunctionPath = "gae"
+    """gae, or path/to/file.py:function (docs/extending.md)"""
     gamma: float = 1.0
     """discount [I]"""
-    lam: float = AS_PRESET
-    """GAE's lambda (-1: as convention.preset says, ours 0.95 [P, I]; [O] and [V] have 1)"""
-    kl: Literal["k1", "k2", "k3"] = "k1"
+    lam: float = 0.95
+    """λ of GAE ([P, I]; [O] and [V] have 1)"""
+    turn_gaps: Gaps = "carry"
+    """GAE across tokens between turns, which the policy did not choose: carry goes on at its next token, zero takes
+    them for states of reward and value 0 [O]"""
+    whiten: Literal["off", "population", "unbiased"] = "population"
+    """advantages get mean 0 and deviation 1 over the response tokens of the global batch: by the population variance,
+    1e-8 at least [O], or the unbiased one + 1e-8 [V, T]"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """estimator of the KL to the reference in the per-token reward [O]"""
     kl_coef: float = 0.01
-    """weight of that penalty [O]; with kl_target only where it starts"""
+    """weight of the KL penalty [O]; with kl_target the weight it starts from"""
     kl_target: float = 0.0
-    """the weight adapts so that a sequence's KL stays near this (0: fixed; [Z] has 6)"""
+    """adaptive KL: the weight moves so that a sequence's KL stays near this (0: fixed; [Z] has 6)"""
     kl_horizon: int = 10000
     """samples over which the adaptive weight moves [Z]"""
-    whiten: bool = True
-    """advantages get mean 0 and deviation 1 over the response tokens of the global batch"""
-    epochs: int = 1
-    """passes over each batch"""
-    minibatches: int = 1
-    """optimizer steps a pass: the batch is cut into this many equal parts"""
-    micro_batch_size: int = 8
-    """samples in one forward and backward of a data-parallel rank; changes speed and memory only"""
-    micro_batch_tokens: int = 0
-    """instead of a number of samples, at most this many tokens a micro-batch (0: by samples)"""
+    kl_input_limit: float = 0.0
+    """limit of |log-ratio| before the KL estimator (0: none)"""
+    kl_output_limit: float = 0.0
+    """limit of the KL estimate's size (0: none)"""
+    loss_aggregation: Aggregation = "token-mean"
+    """how the per-token losses of actor and critic become one (docs/grpo.md; constant: rollout.max_new_tokens)"""
     tis_clip: float = 0.0
-    """weights tokens by the ratio of actor to sampler, truncated here (0: off; 2 is usual)"""
+    """truncated importance sampling: weights tokens by π_old / sampler, at most this (0: off; 2 is usual)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.gamma <= 1, "gamma", self.gamma, "from 0 to 1")
-        check_preset_number(self, "lam", 0 <= self.lam <= 1, "from 0 to 1")
-        for name in ("kl_coef", "kl_target", "tis_clip"):
+        require(0 <= self.lam <= 1, "lam", self.lam, "from 0 to 1")
+        for name in ("kl_coef", "kl_target", "kl_input_limit", "kl_output_limit", "tis_clip"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        for name in ("kl_horizon", "epochs", "minibatches", "micro_batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.kl_horizon >= 1, "kl_horizon", self.kl_horizon, "at least 1")
         adapts = self.kl_target > 0
         require(
             not adapts or self.kl_coef > 0, "kl_coef", self.kl_coef, f"above 0 to adapt to kl_target={self.kl_target}"
         )
-        require(self.micro_batch_tokens >= 0, "micro_batch_tokens", self.micro_batch_tokens, "0 (off) or more")
 
 
 @dataclass(frozen=True)
-class PPORun(OnlineRunConfig):
-    """The run itself."""
-
-    output: str = "runs/ppo"
-    """folder for logs, checkpoints and the exported model"""
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """Proximal policy optimization from rewards: actor, critic, reference and reward on one 3D-parallel mesh.
+class PPOConfig(OnlineConfig):
+    """Proximal policy optimization from rewards: actor, critic, reference and reward models.
 
     Where defaults come from: [P] PPO, [I] InstructGPT, [D] dual clip, [Z] Ziegler et al., [O] OpenRLHF, [V] verl.
     """
 
     model: PPOModels = field(default_factory=PPOModels)
     data: PPOData = field(default_factory=PPOData)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    run: OnlineRun = field(default_factory=lambda: OnlineRun(output="runs/ppo"))
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ppo: PPOOptions = field(default_factory=PPOOptions)
-    convention: PPOConvention = field(default_factory=PPOConvention)
-    run: PPORun = field(default_factory=PPORun)
 
-    @property
-    def rules(self) -> Convention:
-        """Every choice where trainers differ: the preset's, or the knob's that is given."""
-        return self.convention.resolved(
-            reward_clip=self.reward.clip,
-            lam=self.ppo.lam,
-            dual_clip=self.actor.dual_clip,
-            value_clip=self.critic.value_clip,
-        )
-
-    @property
-    def batch_size(self) -> int:
-        """Samples of a step over all ranks."""
-        return self.run.prompts_per_step * self.rollout.samples_per_prompt
-
-
-def check(config: PPOConfig, world: int) -> int:
-    """Cross-checks that need no model: what must be given, and the sizes that must divide.
-
-    The model's own sizes (heads by tp, layers by pp) are checked by models/config.py's check_layout.
-
-    Returns:
-        The size of the data axis.
-
-    Raises:
-        ValueError: naming the knobs and numbers that do not fit.
-    """
-    dp = check_online(config, world, "ppo", config.ppo)
-    if config.actor.ptx_coef and not config.data.ptx_source:
-        raise ValueError(f"actor.ptx_coef={config.actor.ptx_coef} needs text to learn from: give data.ptx_source")
-    if config.critic.warmup_steps >= config.run.steps:
-        raise ValueError(
-            f"critic.warmup_steps={config.critic.warmup_steps} leaves the actor none of run.steps={config.run.steps}"
-        )
-    return dp
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`. The model's own sizes (heads by tp) are checked against its config.json later."""
+        dp = self.check_batch(world, "ppo", self.ppo.minibatches, self.ppo.micro_batch_tokens)
+        if self.actor.ptx_coef and not self.data.ptx_source:
+            raise ValueError(f"actor.ptx_coef={self.actor.ptx_coef} needs text to learn from: give data.ptx_source")
+        if self.critic.warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"critic.warmup_steps={self.critic.warmup_steps} leaves the actor none of run.steps={self.run.steps}"
+            )
+        check_function("actor.policy_loss", self.actor.policy_loss, TOKEN_LOSS, own=("clip",))
+        check_function("ppo.advantage_estimator", self.ppo.advantage_estimator, PPO_ESTIMATOR, own=("gae",))
+        return dp

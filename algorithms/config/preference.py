@@ -1,25 +1,16 @@
-"""The configs of what learns from preferences: reward models, DPO and its kin, KTO. [O] OpenRLHF, [T] TRL."""
+"""Configs of scripts that learn from preferences: reward models, DPO and its kin, KTO. [O] OpenRLHF, [T] TRL."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 from ...engine.config import ContentPath
 from ..losses.preference import PairLoss
-from .common import (
-    EpochRun,
-    LoRAConfig,
-    ModelPaths,
-    OptimizerConfig,
-    ParallelConfig,
-    UpdateConfig,
-    check_given,
-    require,
-)
-from .convention import ConventionConfig
+from .common import ModelPaths, OptimizerConfig, require
 from .data import ResponseData, RowData
+from .run import EpochRun
+from .supervised import SupervisedConfig
 
 
 def _columns(data: object, *names: str) -> None:
@@ -82,63 +73,52 @@ class StepData(RowData):
 
 
 @dataclass(frozen=True)
-class RewardRun(EpochRun):
-    """The run itself."""
-
-    output: str = "runs/reward"
-    """folder for logs, checkpoints and the exported model"""
-
-
-@dataclass(frozen=True)
 class RewardLoss:
-    """What a reward model learns."""
+    """Loss of a reward model."""
 
-    centering: float = 0.0
+    center_coef: float = 0.0
     """weight of (r_chosen + r_rejected)², which keeps rewards near 0 (0: off) [T]"""
 
     def __post_init__(self) -> None:
-        require(0 <= self.centering < math.inf, "centering", self.centering, "0 (off) or more")
+        require(0 <= self.center_coef < math.inf, "center_coef", self.center_coef, "0 (off) or more")
 
 
 @dataclass(frozen=True)
-class RewardModelConfig:
-    """A reward model: a scalar head that tells the better of two answers (Bradley-Terry), or right steps from wrong.
+class RewardModelConfig(SupervisedConfig):
+    """A reward model: a scalar head that ranks two responses (Bradley-Terry), or labels steps as right or wrong.
 
     Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
-    model: ModelPaths = field(default_factory=ModelPaths)
+    noun = "pairs, or of steps in steps.sources"
+
     data: PairData = field(default_factory=PairData)
+    run: EpochRun = field(default_factory=lambda: EpochRun(output="runs/reward"))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6))
     steps: StepData = field(default_factory=StepData)
     """rows of labeled steps instead of pairs, where steps.sources are given"""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6))
-    update: UpdateConfig = field(default_factory=UpdateConfig)
     loss: RewardLoss = field(default_factory=RewardLoss)
-    run: RewardRun = field(default_factory=RewardRun)
 
     @property
     def rows(self) -> PairData | StepData:
-        """What is read: pairs or steps."""
+        """Pairs, or steps where they are given."""
         return self.steps if self.steps.sources else self.data
 
-
-def check_reward(config: RewardModelConfig, world: int) -> int:
-    """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
-    if config.data.sources and config.steps.sources:
-        raise ValueError("data.sources and steps.sources: a reward model learns from pairs or from steps, not both")
-    dp = check_given(config.model, config.rows, config.parallel, world, rows="pairs, or of steps in steps.sources")
-    if config.rows is config.data:
-        config.update.check(dp, 2 * config.data.max_tokens, "2 × data.max_tokens")
-    else:
-        config.update.check(dp, config.steps.max_tokens, "steps.max_tokens")
-    return dp
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        if self.data.sources and self.steps.sources:
+            raise ValueError("data.sources and steps.sources: a reward model learns from pairs or from steps, not both")
+        dp = super().check(world)
+        if self.rows is self.data:
+            self.update.check(dp, 2 * self.data.max_tokens, "2 × data.max_tokens")
+        else:
+            self.update.check(dp, self.steps.max_tokens, "steps.max_tokens")
+        return dp
 
 
 @dataclass(frozen=True)
 class DPOModels(ModelPaths):
-    """The policy, and what it is compared with."""
+    """Policy to train, and its reference."""
 
     reference: ContentPath = ""
     """folder of the reference ("": the policy as it is before the first step)"""
@@ -154,12 +134,12 @@ class DPOLoss:
     """how strongly the policy is held to the reference [O, T]"""
     label_smoothing: float = 0.0
     """share of pairs thought to be labeled the wrong way round, for dpo (cDPO), robust and exo"""
-    average: Literal["preset", "sum", "mean"] = "preset"
-    """an answer's log-ratio is the sum over its tokens or their mean; preset: a sum, but IPO's as convention.preset"""
+    average_log_probs: bool = False
+    """a response's log-ratio is the mean over its tokens instead of their sum [T: IPO]"""
     nll_coef: float = 0.0
-    """weight of -log π of the chosen answer (0: off) [O]"""
-    nll_average: Literal["preset", "sum", "mean"] = "preset"
-    """that is the sum over its tokens or their mean; preset: as convention.preset"""
+    """weight of -log π of the chosen response (0: off) [O]"""
+    nll_average_log_probs: bool = True
+    """that is the mean over its tokens instead of their sum"""
     reference_free: bool = False
     """the reference counts as uniform: none is computed"""
 
@@ -172,51 +152,29 @@ class DPOLoss:
         if self.kind == "exo" and not self.label_smoothing:
             raise ValueError("label_smoothing=0: exo needs a number above 0, its paper takes 0.001")
 
-    def made(self, convention: ConventionConfig) -> DPOLoss:
-        """The loss with every choice made: the knob's that is given, else the preset's."""
-        rules = convention.resolved()
-        preset = {"average": rules.ipo if self.kind == "ipo" else "sum", "nll_average": rules.nll}
-        return replace(self, **{name: made for name, made in preset.items() if getattr(self, name) == "preset"})
-
 
 @dataclass(frozen=True)
-class DPORun(EpochRun):
-    """The run itself."""
-
-    output: str = "runs/dpo"
-    """folder for logs, checkpoints and the exported model"""
-
-
-@dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(SupervisedConfig):
     """Direct preference optimization and its kin: the policy learns from pairs, without a reward model.
 
     Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
+    noun = "pairs"
+
     model: DPOModels = field(default_factory=DPOModels)
     data: PairData = field(default_factory=PairData)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    run: EpochRun = field(default_factory=lambda: EpochRun(output="runs/dpo"))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-7))
-    update: UpdateConfig = field(default_factory=UpdateConfig)
     loss: DPOLoss = field(default_factory=DPOLoss)
-    convention: ConventionConfig = field(default_factory=ConventionConfig)
-    run: DPORun = field(default_factory=DPORun)
 
-    @property
-    def pair_loss(self) -> DPOLoss:
-        """The loss with every choice made."""
-        return self.loss.made(self.convention)
-
-
-def check_dpo(config: DPOConfig, world: int) -> int:
-    """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
-    if config.loss.reference_free and config.model.reference:
-        raise ValueError(f"model.reference={config.model.reference}: loss.reference_free asks for none")
-    dp = check_given(config.model, config.data, config.parallel, world, rows="pairs")
-    config.update.check(dp, 2 * config.data.max_tokens, "2 × data.max_tokens")
-    return dp
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        if self.loss.reference_free and self.model.reference:
+            raise ValueError(f"model.reference={self.model.reference}: loss.reference_free asks for none")
+        dp = super().check(world)
+        self.update.check(dp, 2 * self.data.max_tokens, "2 × data.max_tokens")
+        return dp
 
 
 @dataclass(frozen=True)
@@ -237,32 +195,22 @@ class KTOLoss:
 
 
 @dataclass(frozen=True)
-class KTORun(EpochRun):
-    """The run itself."""
-
-    output: str = "runs/kto"
-    """folder for logs, checkpoints and the exported model"""
-
-
-@dataclass(frozen=True)
-class KTOConfig:
-    """Kahneman-Tversky optimization: the policy learns from answers that are wanted or not, no pairs needed.
+class KTOConfig(SupervisedConfig):
+    """Kahneman-Tversky optimization: the policy learns from responses labeled good or bad, no pairs needed.
 
     Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
+    noun = "responses with labels"
+
     model: DPOModels = field(default_factory=DPOModels)
     data: LabelData = field(default_factory=LabelData)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    run: EpochRun = field(default_factory=lambda: EpochRun(output="runs/kto"))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-7))
-    update: UpdateConfig = field(default_factory=UpdateConfig)
     loss: KTOLoss = field(default_factory=KTOLoss)
-    run: KTORun = field(default_factory=KTORun)
 
-
-def check_kto(config: KTOConfig, world: int) -> int:
-    """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
-    dp = check_given(config.model, config.data, config.parallel, world, rows="answers with labels")
-    config.update.check(dp, config.data.max_tokens, "data.max_tokens", even=False)
-    return dp
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        dp = super().check(world)
+        self.update.check(dp, self.data.max_tokens, "data.max_tokens", even=False)
+        return dp

@@ -1,21 +1,14 @@
-"""The config of continued pretraining. [O] OpenRLHF, [T] TRL, [V] verl."""
+"""Config of launch/pretrain.py. [O] OpenRLHF, [T] TRL, [V] verl."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ...engine.config import FilePath
-from .common import (
-    EpochRun,
-    LoRAConfig,
-    ModelPaths,
-    OptimizerConfig,
-    ParallelConfig,
-    UpdateConfig,
-    check_given,
-    require,
-)
+from .common import OptimizerConfig, require
 from .data import RowData
+from .run import EpochRun
+from .supervised import SupervisedConfig, UpdateConfig
 
 
 @dataclass(frozen=True)
@@ -44,31 +37,21 @@ class TextData(RowData):
 
 
 @dataclass(frozen=True)
-class PretrainRun(EpochRun):
-    """The run itself."""
-
-    output: str = "runs/pretrain"
-    """folder for logs, checkpoints and the exported model"""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(SupervisedConfig):
     """Continued pretraining: the model learns to predict every token of plain text.
 
     Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
-    model: ModelPaths = field(default_factory=ModelPaths)
+    noun = "text"
+
     data: TextData = field(default_factory=TextData)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    run: EpochRun = field(default_factory=lambda: EpochRun(output="runs/pretrain"))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, weight_decay=0.1))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(batch_size=32, micro_batch_size=1))
-    run: PretrainRun = field(default_factory=PretrainRun)
 
-
-def check_pretrain(config: PretrainConfig, world: int) -> int:
-    """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
-    dp = check_given(config.model, config.data, config.parallel, world, rows="text")
-    config.update.check(dp, config.data.max_tokens, "data.max_tokens")
-    return dp
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        dp = super().check(world)
+        self.update.check(dp, self.data.max_tokens, "data.max_tokens")
+        return dp

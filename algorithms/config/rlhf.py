@@ -1,4 +1,4 @@
-"""The config of the whole road: fine-tuning, preferences, reward model, PPO, and what was measured before and after.
+"""Config of launch/rlhf.py: fine-tuning, preferences, reward model, PPO, evaluation before and after.
 
 A stage's section is the config of its script. What ties the stages together (which model a stage starts from, which
 files it reads, where it writes, layout, seed) is the pipeline's own, filled in by `stages` and refused where given.
@@ -11,25 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ...engine.config import AUTO, flatten
-from .common import (
-    SHAPING,
-    FolderConfig,
-    LoRAConfig,
-    ModelPaths,
-    ParallelConfig,
-    PromptData,
-    RewardConfig,
-    RolloutConfig,
-    check_given,
-    require,
-    require_seconds,
-)
-from .evaluate import EvaluateConfig, check_evaluate
+from .common import LoRAConfig, ModelPaths, ParallelConfig, RolloutConfig, require
+from .data import PromptData
+from .evaluate import EvaluateConfig
 from .ppo import PPOConfig
-from .ppo import check as check_ppo
-from .preference import RewardModelConfig, check_reward
+from .preference import RewardModelConfig
+from .reward import RewardConfig, ShapedReward
+from .run import FolderConfig, check_given, require_seconds
 from .sft import SFTConfig
-from .sft import check as check_sft
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ class PreferencesConfig:
     model: ModelPaths = field(default_factory=ModelPaths)
     data: PromptData = field(default_factory=PromptData)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(samples_per_prompt=4))
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: ShapedReward = field(default_factory=ShapedReward)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: PreferencesRun = field(default_factory=PreferencesRun)
 
@@ -92,27 +81,22 @@ class PreferencesConfig:
         """Nothing is trained."""
         return LoRAConfig()
 
-
-def check_preferences(config: PreferencesConfig, world: int) -> int:
-    """Cross-checks that need no model; returns the size of the data axis. ValueError names the knobs."""
-    dp = check_given(config.model, config.data, config.parallel, world, rows="prompts")
-    config.reward.check_given()
-    samples, pairs = config.rollout.samples_per_prompt, config.run.pairs
-    if samples < 2 * pairs:
-        raise ValueError(
-            f"rollout.samples_per_prompt={samples}: run.pairs={pairs} needs two answers each, {2 * pairs} at least"
-        )
-    if config.reward.normalize:
-        raise ValueError("reward.normalize=True: answers to one prompt are compared, which no scale changes")
-    return dp
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        dp = check_given(self.model, self.data, self.parallel, world, "prompts")
+        self.reward.check_given()
+        samples, pairs = self.rollout.samples_per_prompt, self.run.pairs
+        if samples < 2 * pairs:
+            raise ValueError(
+                f"rollout.samples_per_prompt={samples}: run.pairs={pairs} needs {2 * pairs} responses at least"
+            )
+        return dp
 
 
 @dataclass(frozen=True)
 class RLHFRun(FolderConfig):
-    """The run itself."""
+    """Run: folder for the report and for a folder a stage, logs, seed, time limits."""
 
-    output: str = "runs/rlhf"
-    """folder for the report, and for a folder a stage"""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """where metrics go beside the JSONL files"""
     seed: int = 0
@@ -147,7 +131,44 @@ class RLHFConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     evaluation: EvaluateConfig = field(default_factory=EvaluateConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    run: RLHFRun = field(default_factory=RLHFRun)
+    run: RLHFRun = field(default_factory=lambda: RLHFRun(output="runs/rlhf"))
+
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`, of every stage.
+
+        Raises:
+            ValueError: with the stage, the options and numbers that do not fit.
+        """
+        for stage, names in FILLED.items():
+            section = getattr(self, stage)
+            given, own = flatten(section), flatten(type(section)())
+            for name in (*OF_EVERY_STAGE, *names):
+                for option in (option for option in own if option == name or option.startswith(f"{name}.")):
+                    if given[option] != own[option]:
+                        raise ValueError(
+                            f"{stage}.{option}={given[option]}: the pipeline fills it in; {_instead(stage, name)}"
+                        )
+        dp = check_given(self.model, self.prompts, self.parallel, world, "prompts")
+        root = Path(self.run.folder).resolve()
+        reads = {"model.path": (self.model.path,), "prompts.sources": self.prompts.sources}
+        reads |= {"sft.data.sources": self.sft.data.sources, "sft.data.eval_sources": self.sft.data.eval_sources}
+        for option, paths in reads.items():
+            for path in paths:
+                if Path(path).resolve().is_relative_to(root):
+                    raise ValueError(
+                        f"{option}={path}: is within run.output={self.run.folder}, which a run writes anew"
+                    )
+        names = [Path(name).name for name in stages(self).ppo.reward.names]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"preferences.reward: {', '.join(names)}: scorers are told apart by the last part of their name"
+            )
+        for name, stage in stages(self)._asdict().items():
+            try:
+                stage.check(world)
+            except ValueError as error:
+                raise ValueError(f"[{name}] {error}") from None
+        return dp
 
 
 class Stages(NamedTuple):
@@ -160,7 +181,8 @@ class Stages(NamedTuple):
     evaluation: EvaluateConfig
 
 
-PROMPTS = tuple(knob.name for knob in fields(PromptData))
+PROMPTS = tuple(option.name for option in fields(PromptData))
+SCORERS = tuple(option.name for option in fields(RewardConfig))
 FILLED = {
     "sft": (),
     "preferences": tuple(f"data.{name}" for name in PROMPTS),
@@ -204,7 +226,7 @@ def stages(config: RLHFConfig) -> Stages:
 
     def prompts(data: Any, *sources: str) -> Any:
         shared = {name: getattr(config.prompts, name) for name in PROMPTS}
-        return replace(data, **(shared | {"sources": sources}))
+        return replace(data, **(shared | {"sources": sources, "reader": ""}))  # the pipeline wrote these files
 
     def fill(name: str, path: str, **changes: Any) -> Any:
         section = getattr(config, name)
@@ -249,56 +271,16 @@ def stages(config: RLHFConfig) -> Stages:
             str(root / "ppo" / "model"),
             model={"against": tuned},
             data=prompts(config.evaluation.data, held_out),
-            reward=replace(scorer, **by_both, **{name: getattr(RewardConfig(), name) for name in SHAPING}),
+            reward=RewardConfig(**({name: getattr(scorer, name) for name in SCORERS} | by_both)),  # not shaped
         ),
     )
-
-
-def check_rlhf(config: RLHFConfig, world: int) -> int:
-    """Cross-checks that need no model, of every stage; returns the size of the data axis.
-
-    Raises:
-        ValueError: naming the stage, the knobs and numbers that do not fit.
-    """
-    for stage, names in FILLED.items():
-        section = getattr(config, stage)
-        given, own = flatten(section), flatten(type(section)())
-        for name in (*OF_EVERY_STAGE, *names):
-            for knob in (knob for knob in own if knob == name or knob.startswith(f"{name}.")):
-                if given[knob] != own[knob]:
-                    raise ValueError(f"{stage}.{knob}={given[knob]}: the pipeline fills it in; {_instead(stage, name)}")
-    dp = check_given(config.model, config.prompts, config.parallel, world, rows="prompts")
-    root = Path(config.run.folder).resolve()
-    reads = {"model.path": (config.model.path,), "prompts.sources": config.prompts.sources}
-    reads |= {"sft.data.sources": config.sft.data.sources, "sft.data.eval_sources": config.sft.data.eval_sources}
-    for knob, paths in reads.items():
-        for path in paths:
-            if Path(path).resolve().is_relative_to(root):
-                raise ValueError(f"{knob}={path}: is within run.output={config.run.folder}, which a run writes anew")
-    names = [Path(name).name for name in stages(config).ppo.reward.names]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"preferences.reward: {', '.join(names)}: scorers are told apart by the last part of their name"
-        )
-    checks = zip(
-        Stages._fields,
-        stages(config),
-        (check_sft, check_preferences, check_reward, check_ppo, check_evaluate),
-        strict=True,
-    )
-    for name, stage, check in checks:
-        try:
-            check(stage, world)  # pyright: ignore[reportArgumentType]
-        except ValueError as error:
-            raise ValueError(f"[{name}] {error}") from None
-    return dp
 
 
 def _instead(stage: str, name: str) -> str:
     """Where that is said."""
     if name in OF_EVERY_STAGE:
-        section, _, knob = name.partition(".")
-        return f"give {name}" if knob != "resume" else "--resume RUN goes on with all stages"
+        section, _, option = name.partition(".")
+        return f"give {name}" if option != "resume" else "--resume RUN goes on with all stages"
     if name.removeprefix("data.") in PROMPTS and stage != "reward":
         return f"give prompts.{name.removeprefix('data.')}"
     if name.startswith("reward") and stage == "evaluation":

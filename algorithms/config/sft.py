@@ -1,20 +1,13 @@
-"""The config of supervised fine-tuning. [O] OpenRLHF, [T] TRL, [I] InstructGPT (Ouyang et al. 2022)."""
+"""Config of launch/sft.py. [O] OpenRLHF, [T] TRL, [I] InstructGPT (Ouyang et al. 2022)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .common import (
-    EpochRun,
-    LoRAConfig,
-    ModelPaths,
-    OptimizerConfig,
-    ParallelConfig,
-    UpdateConfig,
-    check_given,
-    require,
-)
+from .common import require
 from .data import ResponseData
+from .run import EpochRun
+from .supervised import SupervisedConfig
 
 
 @dataclass(frozen=True)
@@ -36,10 +29,8 @@ class SFTData(ResponseData):
 
 @dataclass(frozen=True)
 class SFTRun(EpochRun):
-    """The run itself."""
+    """Run over rows in epochs, and responses to show at its end."""
 
-    output: str = "runs/sft"
-    """folder for logs, checkpoints and the exported model"""
     show: int = 2
     """rows whose prompt is answered greedily before and after, for the table at the end; held-out ones if there are"""
     show_tokens: int = 128
@@ -52,30 +43,19 @@ class SFTRun(EpochRun):
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning: the model learns to say what the assistant says in the data.
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning: the model learns the assistant's turns in the data.
 
     Where defaults come from: [I] InstructGPT, [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
-    model: ModelPaths = field(default_factory=ModelPaths)
+    noun = "dialogues or prompts with responses"
+
     data: SFTData = field(default_factory=SFTData)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
-    update: UpdateConfig = field(default_factory=UpdateConfig)
-    run: SFTRun = field(default_factory=SFTRun)
+    run: SFTRun = field(default_factory=lambda: SFTRun(output="runs/sft"))
 
-
-def check(config: SFTConfig, world: int) -> int:
-    """Cross-checks that need no model.
-
-    Returns:
-        The size of the data axis.
-
-    Raises:
-        ValueError: naming the knobs and numbers that do not fit.
-    """
-    dp = check_given(config.model, config.data, config.parallel, world, rows="dialogues or prompts with responses")
-    config.update.check(dp, config.data.max_tokens, "data.max_tokens")
-    return dp
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        dp = super().check(world)
+        self.update.check(dp, self.data.max_tokens, "data.max_tokens")
+        return dp

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..config.common import DataConfig
+from ..config.data import DataConfig
 from .columns import from_sharegpt
 from .text_files import parse_json
 

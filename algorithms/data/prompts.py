@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..batch import Prompt
-from ..config.common import PromptData
+from ..config.data import PromptData
 from ..config.rlhf import PromptsConfig
 from .chat import (
     column,

@@ -1,12 +1,50 @@
-"""The weight of the KL penalty: fixed, or steered to a target (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593)."""
+"""KL to the reference: estimators per token (http://joschu.net/blog/kl-approx.html) and the weight of the penalty."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...kernels.ppo_loss import kl_estimate as unlimited
+
+KLKind = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
+
+
+def kl_estimate(
+    logp: Tensor,
+    logp_ref: Tensor,
+    kind: KLKind,
+    input_limit: float = 0.0,
+    output_limit: float = 0.0,
+    ratio: Tensor | None = None,
+) -> Tensor:
+    """k1 = d, k2 = d^2/2, k3 = e^-d - 1 + d, abs = |d| with d = logp - logp_ref, per token. Same shape as `logp`.
+
+    "k1+" and "k3+" have the gradient of k2, which is that of the KL itself (https://arxiv.org/abs/2505.17508).
+
+    Args:
+        input_limit: of |d| before the estimator; 0 for none.
+        output_limit: of |estimate|; 0 for none.
+        ratio: pi / pi_old, a factor that makes the gradient of the estimate that of the KL; None for 1.
+    """
+    if kind == "k1+" or kind == "k3+":
+        value = kl_estimate(logp, logp_ref, "k1" if kind == "k1+" else "k3", input_limit, output_limit, ratio)
+        slope = kl_estimate(logp, logp_ref, "k2", ratio=ratio)
+        return value.detach() + slope - slope.detach()
+    d = logp - logp_ref
+    if input_limit:
+        d = d.clamp(-input_limit, input_limit)
+    estimate = d.abs() if kind == "abs" else unlimited(d, torch.zeros_like(d), kind)
+    if ratio is not None:
+        estimate = ratio * estimate
+    return estimate.clamp(-output_limit, output_limit) if output_limit else estimate
 
 
 class KLController:
-    """β of the penalty −β·KL in the reward.
+    """β of the penalty −β·KL in the reward: fixed, or adapted to a target (https://arxiv.org/abs/1909.08593, 2.2).
 
     With a target above 0: e = clip(KL/target − 1, ±0.2), β ← β (1 + e·n/horizon) after a batch of n samples whose mean
     KL of a sequence was KL. With target 0 β stays.
@@ -17,16 +55,16 @@ class KLController:
         self.target, self.horizon = target, horizon
 
     def update(self, kl: float, samples: int) -> None:
-        """Moves β by the mean KL of a sequence (nats) over a batch."""
+        """Adapts β to the mean KL of a sequence (nats) over a batch."""
         if self.target > 0 and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * samples / self.horizon
 
     def state(self) -> dict[str, float]:
-        """For a checkpoint."""
+        """Current and first β, for a checkpoint."""
         return {"coef": self.coef, "start": self.start}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Goes on with the weight that was reached, where it adapts and was begun with the same."""
+        """Takes over the β of a checkpoint where it adapts and started from the same."""
         if self.target > 0 and state.get("start", self.start) == self.start:
             self.coef = state["coef"]

@@ -1,6 +1,6 @@
 """Policy-gradient losses per token: PPO's clip and its kin at token or sequence level, CISPO, importance correction.
 
-No masks and no means here: segments.token_weights makes one loss of them.
+No masks and no means here: aggregation.token_weights makes one loss of them.
 """
 
 from __future__ import annotations
@@ -54,20 +54,21 @@ def sequence_log_ratio(
 
 
 def ppo_loss(
-    d: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+    d: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ratio, clipped) per token of PPO's clipped surrogate (https://arxiv.org/abs/1707.06347), asymmetric as in
-    DAPO, with dual clip (https://arxiv.org/abs/1912.09729) where given. d [total] is the log-ratio."""
-    return clipped_policy_loss(d, torch.zeros_like(d), advantages, clip_low, clip_high, dual_clip)
+    DAPO, with dual clip (https://arxiv.org/abs/1912.09729) above 0. d [total] is the log-ratio."""
+    return clipped_policy_loss(d, torch.zeros_like(d), advantages, clip_low, clip_high, dual_clip or None)
 
 
-def cispo_loss(logp: Tensor, d: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """-sg(clip(ratio, low, high)) A log pi per token (https://arxiv.org/abs/2506.13585, eq. 4): no token is dropped.
-
-    Args:
-        low, high: bounds of the ratio itself.
-    """
-    return -d.exp().clamp(low, high).detach() * advantages * logp
+def cispo_loss(
+    logp: Tensor, d: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ratio, clipped) per token: -sg(clip(ratio, 1 - low, 1 + high)) A log pi (https://arxiv.org/abs/2506.13585,
+    eq. 4): no token is dropped. d [total] is the log-ratio."""
+    low, high, ratio = 1 - clip_low, 1 + clip_high, d.detach().exp()
+    outside = (ratio < low) | (ratio > high)
+    return -ratio.clamp(low, high) * advantages * logp, ratio, outside.to(d.dtype)
 
 
 def importance_weights(

@@ -88,8 +88,8 @@ def kto_reference(mismatched: Tensor) -> Tensor:
     return mismatched.detach().mean().clamp(min=0)
 
 
-def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
+def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, center_coef: float = 0.0) -> Tensor:
     """Bradley-Terry, -log s(r_w - r_l - margin) a pair [pairs] (https://arxiv.org/abs/2203.02155, eq. 1; the margin
-    https://arxiv.org/abs/2307.09288), plus centering (r_w + r_l)^2 (https://arxiv.org/abs/2312.09244)."""
+    https://arxiv.org/abs/2307.09288), plus center_coef (r_w + r_l)^2 (https://arxiv.org/abs/2312.09244)."""
     loss = -F.logsigmoid(chosen - rejected - margin)
-    return loss + centering * (chosen + rejected).square() if centering else loss
+    return loss + center_coef * (chosen + rejected).square() if center_coef else loss

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ...engine.mesh import Mesh
 from ...engine.parallel.collectives import gather_objects, run_on_all_ranks
 from ..batch import Batch, Prompt, Rollout, Score, pack, response_texts, turn_texts
-from ..config.common import RewardConfig
+from ..config.reward import RewardConfig
 from .encoder import ChatEncoder, completion_of, conversation
 from .functions import RewardFunction
 from .http import RewardClient

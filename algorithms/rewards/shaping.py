@@ -6,9 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..batch import Score
-from ..config.common import RewardConfig
-from ..config.convention import changed
-from ..config.presets import PRESETS, Convention
 
 
 def combine(scores: Mapping[str, Sequence[Score]], weights: Sequence[float] = ()) -> list[float]:
@@ -27,17 +24,16 @@ def combine(scores: Mapping[str, Sequence[Score]], weights: Sequence[float] = ()
 
 
 class RewardShaper:
-    """From combined scores to rewards: normalized by all that came before, clipped, less the penalty for no end.
+    """Combined scores -> rewards: normalized by all scores so far, clipped, less the penalty for no end of sequence.
 
     In this order, so that the penalty is in units of the final reward and neither moves the statistics nor is clipped.
 
     Args:
-        rules: whose clip holds where the config gives none.
+        clip: limit of a score's size; 0 for none.
     """
 
-    def __init__(self, config: RewardConfig, rules: Convention = PRESETS["trialign"]):
-        self.config = config
-        self.limit = changed(rules, reward_clip=config.clip).score_clip
+    def __init__(self, clip: float = 10.0, missing_eos_penalty: float = 0.0, normalize: bool = False):
+        self.clip, self.missing_eos_penalty, self.normalize = clip, missing_eos_penalty, normalize
         self.moments = RunningMoments()
 
     def __call__(self, scores: Sequence[float], finished: Sequence[bool]) -> list[float]:
@@ -48,13 +44,12 @@ class RewardShaper:
             finished: the answer ended by itself (end of sequence), rather than at max_new_tokens.
         """
         rewards = list(scores)
-        if self.config.normalize:
+        if self.normalize:
             self.moments.update([reward for reward in rewards if not math.isnan(reward)])
             rewards = [(reward - self.moments.mean) / self.moments.deviation for reward in rewards]
-        if self.limit:
-            limit = self.limit
-            rewards = [r if math.isnan(r) else max(-limit, min(limit, r)) for r in rewards]
-        penalty = self.config.missing_eos_penalty
+        if self.clip:
+            rewards = [r if math.isnan(r) else max(-self.clip, min(self.clip, r)) for r in rewards]
+        penalty = self.missing_eos_penalty
         return [reward - (0.0 if end else penalty) for reward, end in zip(rewards, finished, strict=True)]
 
     def state(self) -> dict[str, float]:

@@ -43,10 +43,11 @@ def load(spec: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
             if not os.path.isfile(place):
                 raise FileNotFoundError("no such file")
             sys.path.insert(0, os.path.dirname(os.path.abspath(place)))
-            module_spec = importlib.util.spec_from_file_location("reward_function", place)
+            own = f"user_file_{os.path.abspath(place)}"
+            module_spec = importlib.util.spec_from_file_location(own, place)
             assert module_spec is not None and module_spec.loader is not None
             module = importlib.util.module_from_spec(module_spec)
-            sys.modules["reward_function"] = module
+            sys.modules[own] = module
             module_spec.loader.exec_module(module)
         else:
             sys.path.insert(0, os.getcwd())

@@ -26,9 +26,10 @@ from ...models.hf.peft import check_adapter, load_adapter
 from ...models.hf.source import open_source
 from ...models.hf.tokenizer import has_tokenizer, read_tokenizer
 from ...models.lora import check_lora, init_adapters, trained_name
-from ..config.common import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConfig, RunConfig
+from ..config.common import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConfig
 from ..config.grpo import GRPOConfig
 from ..config.ppo import PPOConfig
+from ..config.run import RunConfig
 from ..grpo import GroupRoles
 from ..micro_batch import MicroBatchSizes
 from ..ppo import Roles
@@ -289,7 +290,7 @@ def build_group_roles(config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: 
 
     policy = decoder(folder, trained=True)
     reference = None
-    if config.choices.needs_reference:
+    if config.needs_reference:
         # Without its adapters the actor is the reference.
         frozen = AdapterOff if policy.lora else Role
         reference = frozen(policy if policy.lora else decoder(folder), temperature, config.grpo)

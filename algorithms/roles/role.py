@@ -26,7 +26,7 @@ from ...kernels.attention import packed_attention
 from ...models.decoder import Decoder
 from ...models.moe import Routing, moe_layers, router_metrics
 from ..batch import Batch, pack
-from ..config.common import UpdateConfig
+from ..config.supervised import UpdateConfig
 from ..micro_batch import MicroBatchSizes, pass_micro_batches, update_micro_batches
 from .nonfinite import named_inputs, named_losses, numbers_of, poison, told, unit_losses
 

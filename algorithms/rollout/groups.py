@@ -78,7 +78,8 @@ def make_groups(
     Raises:
         ValueError: a prompt has more or fewer answers than the others; names its row.
     """
-    size, buffer = config.rollout.samples_per_prompt, config.choices.overlong_buffer
+    size, limit = config.rollout.samples_per_prompt, config.rollout.max_new_tokens
+    buffer = int(config.grpo.overlong_buffer * limit)
     for _, group in groupby((rollout.prompt for rollout in rollouts), key=lambda prompt: prompt.index):
         first, *others = group
         if len(others) + 1 != size:
@@ -89,8 +90,7 @@ def make_groups(
     rewards = list(rewards)
     if buffer:
         lengths = torch.tensor([rollout.length for rollout in rollouts])
-        limit, factor = config.rollout.max_new_tokens, config.grpo.overlong_penalty
-        penalties = soft_overlong_penalty(lengths, limit, buffer, factor).tolist()
+        penalties = soft_overlong_penalty(lengths, limit, buffer, config.grpo.overlong_penalty).tolist()
         rewards = [reward + penalty for reward, penalty in zip(rewards, penalties, strict=True)]
     return [
         Group(list(rollouts[i : i + size]), list(scores[i : i + size]), rewards[i : i + size])

@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any, cast
 
 from trialign.algorithms.batch import response_texts
-from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.config.rlhf import PreferencesConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.responses import label_pairs, make_responses, read_responses, write_responses
 from trialign.algorithms.data.text_files import write_jsonl
 from trialign.algorithms.rewards.shaping import RewardShaper
@@ -50,7 +50,7 @@ def main(run: Run[Any]) -> None:
 
     answering = OnlineRun(run, cast(Any, config), Show(options.seed), shapes[config.model.path])
     policy: Any = build(config.model.path, "lm")
-    shaper = RewardShaper(config.reward)
+    shaper = RewardShaper(config.reward.clip, config.reward.missing_eos_penalty)
     answering.attach(policy, [build(folder, "score") for folder in config.reward.models])
     there = answering.dataset.rows - answering.dataset.dropped
     count = min(options.prompts or there, there)

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 from report.tables import ScoredResponse, response_text
 from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, response_texts
-from trialign.algorithms.config.common import PromptData, RewardConfig, RolloutConfig
+from trialign.algorithms.config.common import RolloutConfig
+from trialign.algorithms.config.data import PromptData
+from trialign.algorithms.config.reward import RewardConfig
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.encoder import ChatEncoder, Policy, reward_encoders
 from trialign.algorithms.rewards.scorer import Scorer

@@ -10,7 +10,7 @@
         run.finish(panels)                               # the exported model and the plot
 
     if __name__ == "__main__":
-        start(SFTConfig, check, main, "sft", sys.argv[1:])
+        start(SFTConfig, main, "sft", sys.argv[1:])
 
 A run may be killed at any moment: what it resumes from is always complete.
 """
@@ -28,7 +28,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from report.curves import plot
 from report.panels import Panel
-from trialign.algorithms.config.common import DataConfig, ModelPaths, ParallelConfig, RunConfig, check_time_limits
+from trialign.algorithms.config.common import ModelPaths, ParallelConfig
+from trialign.algorithms.config.data import DataConfig
+from trialign.algorithms.config.reward import check_time_limits
+from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.roles.build import trained_entries
 from trialign.algorithms.roles.nonfinite import check_states
 from trialign.algorithms.roles.role import Learner
@@ -66,6 +69,7 @@ class ScriptConfig(Protocol):
     def parallel(self) -> ParallelConfig: ...
     @property
     def run(self) -> RunConfig: ...
+    def check(self, world: int) -> int: ...
 
 
 class Stateful(Protocol):
@@ -81,7 +85,6 @@ Result = TypeVar("Result")
 
 def start(
     cls: type[Config],
-    check: Callable[[Config, int], int],
     main: Callable[[Run[Config]], None],
     name: str,
     argv: Sequence[str],
@@ -93,13 +96,12 @@ def start(
     to stop (signals.py) ends in a checkpoint and the exit code `signals.EXIT_RESUMABLE`.
 
     Args:
-        check: cross-checks of the config that read no file, given the world size.
         name: of the script and of its plot.
     """
     config = absolute(parse(cls, argv, prog=f"{name}.py", quiet=not is_main()))
     try:
         check_time_limits(config, config.run.timeout)
-        check(config, world_size())
+        config.check(world_size())
     except ValueError as error:  # the same on every rank
         failures.leave(error, alike=True)
     signals = StopSignals(Path(config.run.folder), is_main())

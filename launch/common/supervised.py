@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from report.tables import response_text
 from trialign.algorithms.batch import Batch, Prompt, Rollout, response_texts
-from trialign.algorithms.config.common import EpochRun, LoRAConfig, OptimizerConfig, UpdateConfig
+from trialign.algorithms.config.common import LoRAConfig, OptimizerConfig
 from trialign.algorithms.config.data import RowData
+from trialign.algorithms.config.run import EpochRun
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.streams import RowStream
 from trialign.algorithms.rewards.encoder import check_vocabulary
 from trialign.algorithms.roles.build import build_decoder, build_learner, load_tokenizer, read_shape

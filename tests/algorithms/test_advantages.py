@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from trialign.algorithms.advantages import (
-    GroupRule,
     discounted_returns,
     gae,
     group_advantages,
-    kl_estimate,
     soft_overlong_penalty,
     token_rewards,
     whiten,
@@ -20,10 +18,12 @@ from trialign.algorithms.advantages import (
 from trialign.algorithms.losses import policy as policy_loss
 from trialign.algorithms.losses import preference
 from trialign.algorithms.losses.aggregation import Segments, token_weights
+from trialign.algorithms.losses.kl import kl_estimate
+from trialign.algorithms.losses.value import value_loss
 from trialign.algorithms.rewards.shaping import RunningMoments
 
-BASELINES: Any = ("mean", "others", "none")
-SCALES: Any = ("none", "unbiased", "population", "others", "batch")
+BASELINES: Any = ("mean", "leave-one-out", "none")
+SCALES: Any = ("none", "unbiased", "population", "leave-one-out", "batch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -33,7 +33,7 @@ def test_the_one_right_answer_is_not_divided_by_the_deviation_of_its_equal_sibli
     right = rest + abs(rest) + 1
     rewards = torch.tensor([right, rest, rest, rest, rest, rest, right, rest], dtype=dtype)
     group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    made = group_advantages(rewards, group, GroupRule("others", "others"))
+    made = group_advantages(rewards, group, "leave-one-out", "leave-one-out")
     torch.testing.assert_close(made[[0, 6]], (rewards[0] - rewards[1]).expand(2))
     wrong = torch.tensor([right, rest, rest], dtype=torch.float64)
     expected = (rest - wrong.mean()) / (wrong.std() + 1e-6)
@@ -46,7 +46,7 @@ def test_the_one_right_answer_is_not_divided_by_the_deviation_of_its_equal_sibli
 def test_equal_rewards_are_not_scaled(value, baseline, scale):
     rewards = torch.full((7,), value, dtype=torch.float64)
     group = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    made = group_advantages(rewards, group, GroupRule(baseline, scale, eps=1e-9))
+    made = group_advantages(rewards, group, baseline, scale, eps=1e-9)
     expected = torch.full_like(rewards, value if baseline == "none" else 0.0)
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-15)
 
@@ -57,20 +57,20 @@ def test_groups_are_their_own_whatever_their_order_size_and_missing_scores(basel
     """Each group alone, computed by hand; a score that is missing is as if its answer were not there."""
     rewards = torch.tensor([1.0, 5.0, 2.0, torch.nan, 4.0, 3.0, 7.0, 2.5, 6.0, -1.0], dtype=torch.float64)
     group = torch.tensor([0, 2, 0, 0, 2, 2, 3, 0, 5, 5])
-    made = group_advantages(rewards, group, GroupRule(baseline, scale, eps=1e-3))
+    made = group_advantages(rewards, group, baseline, scale, eps=1e-3)
     scored = rewards[~rewards.isnan()]
     for number, (reward, own) in enumerate(zip(rewards, group, strict=True)):
         members = [i for i in range(10) if group[i] == own and not rewards[i].isnan()]
         others = rewards[[i for i in members if i != number]]
         if reward.isnan() or not len(others):
-            assert made[number] == 0
+            assert made[number] == (reward if baseline == "none" and not reward.isnan() else 0)
             continue
         everyone = rewards[members]
-        center = {"mean": everyone.mean(), "others": others.mean(), "none": torch.tensor(0.0)}[baseline]
+        center = {"mean": everyone.mean(), "leave-one-out": others.mean(), "none": torch.tensor(0.0)}[baseline]
         deviation = {
             "unbiased": everyone.std(),
             "population": everyone.std(correction=0),
-            "others": others.std() if len(others) > 1 else torch.tensor(0.0),
+            "leave-one-out": others.std() if len(others) > 1 else torch.tensor(0.0),
             "batch": scored.std(),
         }.get(scale)
         expected = reward - center
@@ -106,14 +106,15 @@ PAIR_LOSSES: Any = (
 # The functions that a batch's tensors go through on the way from rewards to losses.
 ON_THE_WAY: dict[str, Callable[[], Any]] = {
     **{f"kl {kind}": lambda kind=kind: kl_estimate(X, Y, kind) for kind in KINDS},
-    "token_rewards": lambda: token_rewards(torch.ones(2, device="cpu"), X, SEGMENTS, 0.1, clip=(-1, 1)),
+    "token_rewards": lambda: token_rewards(torch.ones(2, device="cpu"), X, SEGMENTS, 0.1, clip=1.0),
     "whiten": lambda: whiten(X, SEGMENTS),
+    "value_loss": lambda: value_loss(X, Y, Y, 0.2, 1.0),
     "gae": lambda: gae(X, Y, SEGMENTS, CU_SEQLENS, 0.9, 0.9, "zero"),
     "discounted_returns": lambda: discounted_returns(X, SEGMENTS, CU_SEQLENS, 0.9),
-    "soft_overlong_penalty": lambda: soft_overlong_penalty(GROUP, 4, 2, 1.0, -1.0),
+    "soft_overlong_penalty": lambda: soft_overlong_penalty(GROUP, 4, 2),
     **{
         f"group_advantages {baseline} {scale} {scored}": partial(
-            group_advantages, X.where(GROUP < scored, torch.nan), GROUP, GroupRule(baseline, scale)
+            group_advantages, X.where(GROUP < scored, torch.nan), GROUP, baseline, scale
         )
         for baseline in BASELINES
         for scale in SCALES
@@ -124,7 +125,7 @@ ON_THE_WAY: dict[str, Callable[[], Any]] = {
         for how in AGGREGATIONS
     },
     "ppo_loss": lambda: policy_loss.ppo_loss(X, Y, 0.2, 0.2, 3.0),
-    "cispo_loss": lambda: policy_loss.cispo_loss(X, X, Y, 0.1, 2.0),
+    "cispo_loss": lambda: policy_loss.cispo_loss(X, X, Y, 0.9, 1.0),
     "sequence_log_ratio": lambda: policy_loss.sequence_log_ratio(X, SEGMENTS, "own", "mean", 1.0),
     **{
         f"importance_weights {name}": lambda sizes=sizes: policy_loss.importance_weights(

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
+from presets import ALGORITHMS, grpo_options
 from samples import turn_masks
 from scripts import AXES, agree, digests, kill_after, metrics, rewound, succeed, succeed_in_turn
 from tiny import VOCAB, tiny_chat_model, tiny_llama
 from trialign.algorithms.batch import Batch, Prompt, Rollout, pack, single_turn
-from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, PromptData, RewardConfig
-from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GRPORollout, GRPORun, check
+from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, RolloutConfig
+from trialign.algorithms.config.data import PromptData
+from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
+from trialign.algorithms.config.online import OnlineRun
+from trialign.algorithms.config.reward import PolicyReward
 from trialign.algorithms.grpo import GroupRoles, score, step, update, with_advantages
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.policy_step import without
@@ -27,14 +31,14 @@ from trialign.models.families.registry import read_config
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
 SCORES = torch.tensor([1.0, 0.0, 0.5, -1.0, 2.0, math.nan, 0.25, 0.25])
 # All that may lie across micro-batches: sequence ratios, sample means, a KL and an importance correction of answers.
-WHOLE = GRPOOptions(
-    algorithm="gspo",
+WHOLE = grpo_options(
+    "gspo",
     clip_low=0.1,
     clip_high=0.1,
     kl_in="loss",
     kl_coef=0.1,
-    importance="sequence-mask",
-    importance_high=5.0,
+    rollout_correction="sequence-mask",
+    rollout_ratio_high=5.0,
     entropy_coef=0.01,
     micro_batch_size=3,
     ema_decay=0.9,
@@ -51,7 +55,7 @@ def random_batch(seed: int) -> Batch:
 
 
 def config_of(knobs: GRPOOptions) -> GRPOConfig:
-    return GRPOConfig(grpo=knobs, rollout=GRPORollout(max_new_tokens=16, samples_per_prompt=4))
+    return GRPOConfig(grpo=knobs, rollout=RolloutConfig(max_new_tokens=16, samples_per_prompt=4))
 
 
 def two_updates(rank: int, world: int, layout: Layout, folder: Path, knobs: GRPOOptions = WHOLE):
@@ -62,7 +66,7 @@ def two_updates(rank: int, world: int, layout: Layout, folder: Path, knobs: GRPO
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, warmup_ratio=0.0)
     actor = build_learner(model, settings, 8, ema_decay=knobs.ema_decay, temperature=0.8, sizes=knobs)
-    needed = config.choices.needs_reference
+    needed = config.needs_reference
     reference = Role(build_decoder(str(folder), shape, mesh, "float32"), 0.8, knobs) if needed else None
     metrics = {}
     for number in range(2):
@@ -77,18 +81,21 @@ def two_updates(rank: int, world: int, layout: Layout, folder: Path, knobs: GRPO
 
 MIXES = {
     "sequence": WHOLE,
-    "token": dataclasses.replace(WHOLE, algorithm="dapo", importance="icepop", level="token", kl_in="reward"),
+    "token": grpo_options(
+        "dapo",
+        **{name: getattr(WHOLE, name) for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "ema_decay")},
+        rollout_correction="icepop",
+        rollout_ratio_high=5.0,
+        micro_batch_size=3,
+        kl_in="reward",
+    ),
 }
 
 
 def every_recipe(rank: int, world: int, layout: Layout, folder: Path):
     """Two updates of each algorithm, and of the mixes above."""
-    options = MIXES | {name: recipe(name) for name in RECIPES}
+    options = MIXES | {name: grpo_options(name, micro_batch_size=3) for name in ALGORITHMS}
     return {name: two_updates(rank, world, layout, folder, option) for name, option in options.items()}
-
-
-def recipe(algorithm: str) -> GRPOOptions:
-    return GRPOOptions(algorithm=algorithm, micro_batch_size=3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +120,14 @@ def test_micro_batches_do_not_matter(folder, alone, changes):
     assert_close(two_updates(0, 1, ALONE, folder, dataclasses.replace(WHOLE, **changes)), alone["sequence"])
 
 
-@pytest.mark.parametrize("algorithm", RECIPES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_on_and_off_policy(folder, algorithm):
     """The first ratio is exactly 1 (update raises otherwise), later ones are not, and the weights move."""
-    knobs = GRPOOptions(algorithm=algorithm, minibatches=2, epochs=2, micro_batch_size=2)
+    knobs = grpo_options(algorithm, minibatches=2, epochs=2, micro_batch_size=2)
     metrics, _ = two_updates(0, 1, ALONE, folder, knobs)
     assert metrics["ratio_min/0"] < 1 < metrics["ratio_max/0"] and metrics["grad_norm/1"] > 0
-    assert ("kl/0" in metrics) == (config_of(knobs).choices.kl_in != "off")
-    once, _ = two_updates(0, 1, ALONE, folder, GRPOOptions(algorithm=algorithm))
+    assert ("kl/0" in metrics) == (config_of(knobs).grpo.kl_in != "off")
+    once, _ = two_updates(0, 1, ALONE, folder, grpo_options(algorithm))
     assert once["ratio_min/0"] == once["ratio_max/0"] == 1
 
 
@@ -130,8 +137,8 @@ def test_every_algorithm_on_and_off_policy(folder, algorithm):
 def test_the_kl_in_the_log_is_of_the_actor_s_own_logprobs(folder, cut, kl_in, epochs):
     """Actor and reference are equal before the first step, whatever the sampler's logprobs (made up here) are."""
     mesh, shape = build_mesh(), read_config(folder)
-    knobs = GRPOOptions(algorithm="dapo", kl_in=kl_in, kl="k1", kl_coef=0.1, epochs=epochs, micro_batch_size=3)
-    config = dataclasses.replace(config_of(knobs), rollout=GRPORollout(max_new_tokens=16, **cut))
+    knobs = grpo_options("dapo", kl_in=kl_in, kl_estimator="k1", kl_coef=0.1, epochs=epochs, micro_batch_size=3)
+    config = dataclasses.replace(config_of(knobs), rollout=RolloutConfig(max_new_tokens=16, **cut))
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     actor = build_learner(model, OptimizerConfig(), 8, sizes=knobs)
     reference = Role(build_decoder(str(folder), shape, mesh, "float32"), sizes=knobs)
@@ -147,7 +154,7 @@ def test_the_kl_in_the_log_is_of_the_actor_s_own_logprobs(folder, cut, kl_in, ep
 def advantages(scores: list[float], group: list[int], **knobs) -> list[float]:
     """What each answer's tokens get; three tokens an answer."""
     batch = pack([[1, 2, 3]] * len(scores)).with_(rollout_logprobs=torch.zeros(3 * len(scores)))
-    config = config_of(GRPOOptions(**knobs))
+    config = config_of(grpo_options(**knobs))
     made, _ = with_advantages(without(batch, torch.tensor(scores)), torch.tensor(scores), torch.tensor(group), config)
     assert made.advantages is not None
     assert torch.equal(made.advantages[1::3], made.advantages[2::3]) and not made.advantages[::3].any()
@@ -179,7 +186,7 @@ def test_a_kl_in_the_score_comes_before_the_baseline_and_in_the_reward_after_it(
     batch = pack([[1, 2, 3]] * 2).with_(rollout_logprobs=torch.tensor([0, -1.0, -1.0, 0, -1.0, -1.0]))
     batch = batch.with_(ref_logprobs=torch.tensor([0, -1.5, -1.5, 0, -1.0, -1.0]))  # d = 0.5 a token of the first
     scores, group = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
-    base = GRPOOptions(algorithm="dr_grpo", kl="k1", kl_coef=0.2)
+    base = grpo_options("dr_grpo", kl_estimator="k1", kl_coef=0.2)
     for where, expected in (("score", [0.4, 0.4, -0.4, -0.4]), ("reward", [0.3, 0.4, -0.5, -0.5])):
         knobs = dataclasses.replace(base, **{"kl_in": where})
         made, metrics = with_advantages(batch, scores, group, config_of(knobs))
@@ -194,7 +201,7 @@ def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
     batch = random_batch(0)
     batch = batch.with_(logprobs=batch.rollout_logprobs, advantages=batch.spread(torch.ones(len(batch.response))))
     with pytest.raises(RuntimeError, match="not at exactly 1"):
-        step(actor, batch, range(8), config_of(GRPOOptions(algorithm="dapo")), first=True)
+        step(actor, batch, range(8), config_of(grpo_options("dapo")), first=True)
 
 
 def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:
@@ -204,7 +211,7 @@ def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:
 
 
 def test_groups_without_spread_are_drawn_again_until_there_are_enough():
-    config = config_of(GRPOOptions(algorithm="dapo", overlong_buffer=0))
+    config = config_of(grpo_options("dapo", overlong_buffer=0.0))
     pool = GroupPool(3, True, 3)
     assert pool.missing == 3
     one = [1, 0, 0, 0, 1, 1, 1, 1, math.nan, 2, 2, 2]
@@ -223,7 +230,7 @@ def test_groups_without_spread_are_drawn_again_until_there_are_enough():
 
 @pytest.mark.parametrize("left_out", [0, 3, 4, 7])
 def test_a_group_of_another_size_is_refused_by_its_row(left_out):
-    config = config_of(GRPOOptions(algorithm="dapo", overlong_buffer=0))
+    config = config_of(grpo_options("dapo", overlong_buffer=0.0))
     rollouts = drawn([0.0, 1.0] * 4)
     del rollouts[left_out]
     message = rf"p.jsonl:{left_out // 4}: 3 answers, but rollout.samples_per_prompt=4 in every group"
@@ -233,8 +240,8 @@ def test_a_group_of_another_size_is_refused_by_its_row(left_out):
 
 def test_long_answers_pay_and_their_spread_is_judged_before():
     config = dataclasses.replace(
-        config_of(GRPOOptions(algorithm="dapo", overlong_buffer=2, overlong_penalty=0.5)),
-        rollout=GRPORollout(max_new_tokens=4, samples_per_prompt=4),
+        config_of(grpo_options("dapo", overlong_buffer=0.5, overlong_penalty=0.5)),
+        rollout=RolloutConfig(max_new_tokens=4, samples_per_prompt=4),
     )
     (group,) = make_groups(drawn([1.0] * 4), [1.0] * 4, [1.0] * 4, config)
     assert group.rewards == [1.0, 1.0, 0.75, 0.5] and not group.has_spread
@@ -243,17 +250,16 @@ def test_long_answers_pay_and_their_spread_is_judged_before():
 GIVEN = {
     "model": ModelPaths("m"),
     "data": PromptData(("p.jsonl",)),
-    "reward": RewardConfig(functions=("a:b",)),
+    "reward": PolicyReward(functions=("a:b",)),
 }
 REFUSED = {
-    "one answer": ({"rollout": GRPORollout(samples_per_prompt=1)}, 1, "samples_per_prompt=1: grpo.algorithm=grpo"),
+    "one answer": ({"rollout": RolloutConfig(samples_per_prompt=1)}, 1, "samples_per_prompt=1: grpo.baseline=mean"),
     "minibatches": ({"grpo": GRPOOptions(minibatches=3)}, 1, "256 samples do not divide by grpo.minibatches=3"),
-    "ranks": ({"run": GRPORun(prompts_per_step=1)}, 3, "do not divide by dp=3"),
+    "ranks": ({"run": OnlineRun(prompts_per_step=1)}, 3, "do not divide by dp=3"),
     "clip": ({"grpo": GRPOOptions(clip_low=1.0)}, 1, "grpo.clip_low=1.0: must be below 1"),
-    "bounds": ({"grpo": GRPOOptions(importance_low=3.0)}, 1, "importance_low=3.0 is above importance_high=2.0"),
-    "buffer": ({"grpo": GRPOOptions(overlong_buffer=2000)}, 1, "overlong_buffer=2000 is more than"),
+    "ratios": ({"grpo": GRPOOptions(policy_loss="cispo", clip_low=0.0, clip_high=0.0)}, 1, "grpo.clip_high=0.0"),
     "budget": ({"grpo": GRPOOptions(micro_batch_tokens=99)}, 1, "micro_batch_tokens=99 is less than"),
-    "no reward": ({"reward": RewardConfig()}, 1, "no reward: give"),
+    "no reward": ({"reward": PolicyReward()}, 1, "no reward: give"),
 }
 
 
@@ -261,7 +267,7 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(case):
     changes, world, message = REFUSED[case]
     with pytest.raises(ValueError) as error:
-        check(GRPOConfig(**(GIVEN | changes)), world)
+        GRPOConfig(**(GIVEN | changes)).check(world)
     assert message in str(error.value)
 
 
@@ -295,7 +301,9 @@ on_failure = "abstain"
 lr = 1e-3
 eps = 1e-5
 [grpo]
-algorithm = "dapo"
+clip_high = 0.28
+dynamic_sampling = true
+overlong_buffer = 0.2
 kl_in = "loss"
 kl_coef = 0.01
 minibatches = 2

@@ -10,8 +10,8 @@ import pytest
 import torch
 from samples import write_jsonl
 from tiny import tiny_tokenizer
-from trialign.algorithms.config.common import UpdateConfig
-from trialign.algorithms.config.preference import DPOModels, KTOConfig, LabelData, check_kto
+from trialign.algorithms.config.preference import DPOModels, KTOConfig, LabelData
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import Sample
 from trialign.algorithms.data.preferences import LabeledStream, partners
 from trialign.engine.mesh import build_mesh
@@ -110,6 +110,6 @@ def test_batches_need_a_row_a_rank_and_may_be_odd():
             model=DPOModels(path="m"), data=LabelData(sources=("a.jsonl",)), update=UpdateConfig(batch_size=size)
         )
 
-    assert check_kto(config(1), 1) == 1 and check_kto(config(7), 2) == 2 and check_kto(config(3), 3) == 3
+    assert config(1).check(1) == 1 and config(7).check(2) == 2 and config(3).check(3) == 3
     with pytest.raises(ValueError, match="update.batch_size=2 rows are fewer than dp=3: one a rank at least"):
-        check_kto(config(2), 3)
+        config(2).check(3)

@@ -14,7 +14,7 @@ from losses import KINDS, LONGEST, Draw, Models, run
 from preferences import answer
 from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
-from trialign.algorithms.config.common import UpdateConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import pack_samples
 
 LAYOUTS = {str(layout): layout for layout in TWO_RANKS}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trialign.algorithms.batch import Batch, pack
-from trialign.algorithms.config.common import UpdateConfig
 from trialign.algorithms.config.ppo import PPOOptions
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.micro_batch import (
     deal,
     deal_micro_batches,

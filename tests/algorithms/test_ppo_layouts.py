@@ -23,7 +23,7 @@ from trialign.models.hf.load import load_hf
 CONFIG = PPOConfig(
     actor=ActorConfig(clip_high=0.3, dual_clip=3.0, entropy_coef=0.01, ema_decay=0.9, ptx_coef=0.5),
     critic=CriticConfig(value_clip=0.2),
-    ppo=PPOOptions(kl="k3", kl_coef=0.1, micro_batch_size=4, tis_clip=2.0),
+    ppo=PPOOptions(kl_estimator="k3", kl_coef=0.1, micro_batch_size=4, tis_clip=2.0),
 )
 
 

@@ -26,8 +26,9 @@ from scripts import (
     succeed_in_turn,
 )
 from tiny import VOCAB, tiny_chat_model, tiny_llama, tiny_tokenizer
-from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
-from trialign.algorithms.config.pretrain import PretrainConfig, TextData, check_pretrain
+from trialign.algorithms.config.common import OptimizerConfig
+from trialign.algorithms.config.pretrain import PretrainConfig, TextData
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.documents import (
     PackedRow,
     Passage,
@@ -138,7 +139,7 @@ def test_knobs_that_do_not_fit():
         TextData(chat_template=True)
     config = parse(PretrainConfig, options(model_path="m", data_sources="a.txt", update_batch_size=3))
     with pytest.raises(ValueError, match="update.batch_size=3 rows do not divide by dp=2"):
-        check_pretrain(config, 2)
+        config.check(2)
 
 
 def rows(seed: int, count: int = 4) -> list[PackedRow]:
@@ -300,5 +301,5 @@ def test_what_is_wrong_is_said_once(setting, tmp_path):
 
 def test_the_config_that_ships_is_whole():
     config = load(PretrainConfig, Path(__file__).resolve().parents[2] / "launch" / "configs" / "pretrain_smollm2.toml")
-    assert check_pretrain(config, world=1) == 1
+    assert config.check(1) == 1
     assert all((Path(__file__).resolve().parents[2] / source).is_file() for source in config.data.sources)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
 from tiny import VOCAB, tiny_llama
-from trialign.algorithms.config.common import OptimizerConfig, ParallelConfig, UpdateConfig
+from trialign.algorithms.config.common import OptimizerConfig, ParallelConfig
 from trialign.algorithms.config.sft import SFTData
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import held_out_loss, sft_step

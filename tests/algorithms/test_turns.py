@@ -21,7 +21,8 @@ from trialign.algorithms.data.responses import (
 from trialign.algorithms.data.text_files import write_jsonl
 from trialign.algorithms.grpo import with_advantages as with_group_advantages
 from trialign.algorithms.losses.aggregation import Segments, token_weights
-from trialign.algorithms.ppo import value_losses, with_advantages, with_rewards
+from trialign.algorithms.losses.value import value_loss
+from trialign.algorithms.ppo import with_advantages, with_rewards
 from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.rewards.encoder import completion_of, conversation
 from trialign.algorithms.rewards.scorer import with_conversations
@@ -172,7 +173,7 @@ def test_gae_across_turns(gaps):
 
 def test_ppo_equals_plain_loops_over_the_samples():
     batch, scores = numbers()
-    config = PPOConfig(ppo=PPOOptions(kl="k1", gamma=0.95))
+    config = PPOConfig(ppo=PPOOptions(kl_estimator="k1", gamma=0.95))
     made, metrics = with_rewards(batch, scores, config, kl_coef=0.1)
     rewards = plain_rewards(batch, scores, 0.1)
     assert made.rewards is not None and made.rewards.tolist() == pytest.approx(rewards)
@@ -180,20 +181,19 @@ def test_ppo_equals_plain_loops_over_the_samples():
     kl = [sum((batch.logprobs - batch.ref_logprobs)[targets_of(batch, i)].tolist()) for i in range(4)]
     assert metrics["kl"] == pytest.approx(sum(kl) / 4)
     made, _ = with_advantages(made, config)
-    plain = torch.tensor(plain_gae(batch, rewards, 0.95, config.rules.lam, config.rules.gaps), dtype=torch.float64)
+    plain = torch.tensor(plain_gae(batch, rewards, 0.95, config.ppo.lam, config.ppo.turn_gaps), dtype=torch.float64)
     own = plain[batch.mask]
-    white = (own - own.mean()) / (own.var(correction=0) + (1e-8 if config.rules.whiten.floor == "add" else 0)).sqrt()
+    white = (own - own.mean()) / own.var(correction=0).sqrt()
     assert made.advantages is not None and made.returns is not None
     torch.testing.assert_close(made.advantages[batch.mask], white, rtol=1e-5, atol=1e-6)
     assert not made.advantages[~batch.mask].any()
-    losses, _ = value_losses(
-        batch.values[batch.response], batch.values[batch.response], made.returns[batch.response], config.rules
-    )
+    values, options = batch.values[batch.response], config.critic
+    losses, _ = value_loss(values, values, made.returns[batch.response], options.value_clip, options.loss_coef)
     weights = token_weights(
         Segments.of_lengths(torch.tensor(batch.lengths), batch.mask), "sample-mean", dtype=torch.float64
     )
     plain_losses = [(0.5 * plain[targets_of(batch, i)] ** 2).mean().item() for i in range(4)]
-    factor = config.rules.value_loss_factor / 0.5
+    factor = options.loss_coef / 0.5
     assert (losses * weights[batch.mask]).sum().item() == pytest.approx(factor * sum(plain_losses) / 4, rel=1e-5)
 
 
@@ -201,12 +201,12 @@ def test_grpo_equals_plain_loops_over_the_samples():
     """Every target of a sample has the advantage of its score in its group of two, less nothing: no KL is taken off."""
     batch, scores = numbers()
     batch = batch.with_(ref_logprobs=None)
-    config = GRPOConfig(grpo=GRPOOptions(algorithm="grpo"))
+    config = GRPOConfig(grpo=GRPOOptions())
     made, _ = with_group_advantages(batch, scores, torch.tensor([0, 0, 1, 1]), config)
     assert made.advantages is not None
     for sample, (own, other) in enumerate([(1.5, -0.5), (-0.5, 1.5), (0.25, 2.0), (2.0, 0.25)]):
         deviation = abs(own - other) / 2**0.5
-        expected = (own - other) / 2 / (deviation + config.choices.rules.group.eps)
+        expected = (own - other) / 2 / (deviation + config.grpo.scale_eps)
         places = targets_of(batch, sample)
         assert made.advantages[places].tolist() == pytest.approx([expected] * len(places), rel=1e-6)
     assert not made.advantages[~batch.mask].any()

@@ -27,7 +27,6 @@ from trialign.algorithms.config.conditional import (
     ConditionalRun,
     ConditionConfig,
     RewardedData,
-    check_conditional,
 )
 from trialign.algorithms.data.conditional import ConditionedRows, as_rollouts, bucketed, read_rewarded
 from trialign.algorithms.data.dialogues import Encoder
@@ -240,10 +239,6 @@ def test_options_that_do_not_fit():
         ConditionConfig(buckets=1)
     with pytest.raises(ValueError, match="rows_per_save=0"):
         ConditionalRun(rows_per_save=0)
-    for world, given, reported in (
-        (2, {"update_batch_size": 3}, "update.batch_size=3"),
-        (1, {"reward_clip": 3.0}, "reward.clip=3.0"),
-    ):
-        config = parse(ConditionalConfig, options(model_path="m", data_sources="a", **given))
-        with pytest.raises(ValueError, match=reported):
-            check_conditional(config, world)
+    config = parse(ConditionalConfig, options(model_path="m", data_sources="a", update_batch_size=3))
+    with pytest.raises(ValueError, match="update.batch_size=3"):
+        config.check(2)

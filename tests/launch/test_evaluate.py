@@ -17,7 +17,8 @@ from samples import write_jsonl
 from scripts import kill_after, launch, options, succeed
 from tiny import tiny_chat_model, tiny_llama
 from tiny_run import tiny_run
-from trialign.algorithms.config.evaluate import EvaluateConfig, check_evaluate
+from trialign.algorithms.config.evaluate import EvaluateConfig
+from trialign.algorithms.config.reward import RewardConfig
 from trialign.algorithms.config.rlhf import RLHFConfig, stages
 from trialign.algorithms.data.responses import Response, read_responses, write_responses
 from trialign.engine.config import parse
@@ -254,20 +255,17 @@ SCORED = {"reward_functions": "a.py:f"}
         ({"model_against": "n"}, "model.against=n: .*reward"),
         ({"dialogues_eval_fraction": 0.5}, "dialogues.eval_fraction"),
         ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities='1.0'"),
-        (SCORED | {"reward_normalize": True}, "reward.normalize=True"),
-        (SCORED | {"reward_clip": 3.0}, "reward.clip=3.0"),
-        (SCORED | {"reward_missing_eos_penalty": 1.0}, "reward.missing_eos_penalty=1.0"),
         (SCORED | {"model_against": "./m"}, "model.against=./m"),
     ],
 )
 def test_options_that_do_not_fit_together(changes, reported):
     argv = options(**({"model_path": "m", "data_sources": "a.jsonl"} | changes))
     with pytest.raises(ValueError, match=reported):
-        check_evaluate(parse(EvaluateConfig, argv), 1)
+        parse(EvaluateConfig, argv).check(1)
 
 
 def test_rlhf_s_evaluation_takes_scores_as_they_are():
     words = ["--preferences.reward.functions", "a.py:f", "--preferences.reward.clip", "3"]
     config = parse(RLHFConfig, words)
-    stages(config).evaluation.reward.check_unshaped()
+    assert type(stages(config).evaluation.reward) is RewardConfig  # without clip and penalty
     assert stages(config).preferences.reward.clip == 3

@@ -59,7 +59,7 @@ class Profiled(Profiler):
 
 run.Profiler = Profiled
 run.Run.finish = lambda *_: None  # behind the last step, and half of the run's time
-run.start(ppo.PPOConfig, ppo.check, ppo.main, "ppo", sys.argv[3:])
+run.start(ppo.PPOConfig, ppo.main, "ppo", sys.argv[3:])
 with open(sys.argv[2], "w") as file:
     json.dump(used, file)
 """

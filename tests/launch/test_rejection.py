@@ -12,7 +12,7 @@ from scripts import AXES, agree, digests, kill_after, launch, metrics, options, 
 from tiny import tiny_llama
 from tiny_run import prompts, tiny_run
 from trialign.algorithms.batch import Prompt, Rollout, single_turn
-from trialign.algorithms.config.rejection import RejectionConfig, check_rejection
+from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.data.responses import (
     make_responses,
     pick,
@@ -241,7 +241,6 @@ def test_sft_on_the_winners_makes_them_likelier(tuned):
     ("changes", "reported"),
     [
         ({"rollout_samples_per_prompt": 1}, "rollout.samples_per_prompt=1"),
-        ({"reward_normalize": True}, "reward.normalize=True"),
         ({"reward_functions": ()}, "reward.functions"),
         ({"update_batch_size": 3, "parallel_dp": 2}, "update.batch_size=3"),
     ],
@@ -249,4 +248,4 @@ def test_sft_on_the_winners_makes_them_likelier(tuned):
 def test_what_does_not_fit_together(changes, reported):
     argv = options(**({"model_path": "m", "data_sources": "a.jsonl", "reward_functions": "r.py:f"} | changes))
     with pytest.raises(ValueError, match=reported):
-        check_rejection(parse(RejectionConfig, argv), 2 if "parallel_dp" in changes else 1)
+        parse(RejectionConfig, argv).check(2 if "parallel_dp" in changes else 1)

@@ -19,7 +19,6 @@ from trialign.algorithms.config.rlhf import (
     FILLED,
     PromptsConfig,
     RLHFConfig,
-    check_rlhf,
     prompt_files,
     stages,
 )
@@ -76,7 +75,7 @@ def test_equal_prompts_are_held_out_together(tmp_path):
 
 def test_each_stage_starts_from_what_the_ones_before_it_left():
     config = load(RLHFConfig, ROOT / "launch" / "configs" / "rlhf_smollm2.toml")
-    assert check_rlhf(config, world=1) == 1
+    assert config.check(1) == 1
     assert all((ROOT / source).is_file() for source in (*config.prompts.sources, *config.sft.data.sources))
     tied, root = stages(config), config.run.output
     train, held_out = prompt_files(config)
@@ -102,18 +101,17 @@ SCORER = {"preferences_reward.functions": "r.py:f"}
     ("changes", "reported"),
     [
         ({"model_path": ""}, "model.path"),
-        ({"prompts_sources": ()}, "data.sources"),
+        ({"prompts_sources": ()}, "prompts.sources"),
         ({"sft_data.sources": ()}, r"\[sft\] data.sources"),
         ({"preferences_reward.functions": ()}, r"\[preferences\] .*reward.functions"),
         ({"preferences_run.pairs": 3}, r"\[preferences\] rollout.samples_per_prompt=4: run.pairs=3"),
-        ({"preferences_reward.normalize": True}, r"\[preferences\] reward.normalize=True"),
         ({"ppo_ppo.minibatches": 3}, r"\[ppo\] .*ppo.minibatches=3"),
         ({"sft_model.path": "x"}, "sft.model.path=x: .*; give model.path"),
         ({"reward_parallel.tp": 2}, "reward.parallel.tp=2: .*; give parallel"),
         ({"ppo_run.resume": "r"}, "ppo.run.resume=r: .*; --resume RUN"),
         ({"ppo_data.system_prompt": "s"}, "ppo.data.system_prompt=s: .*; give prompts.system_prompt"),
         ({"ppo_reward.models": "x"}, r"ppo.reward.models=\('x',\)"),
-        ({"evaluation_reward.clip": 3}, "evaluation.reward.clip=3.0: .*preferences.reward"),
+        ({"evaluation_reward.time_limit": 3}, "evaluation.reward.time_limit=3.0: .*preferences.reward"),
         ({"reward_data.max_tokens": 64}, "reward.data.max_tokens=64"),
         ({"preferences_reward.models": "a/model"}, "preferences.reward: r.py:f, model, model"),
         ({"model_path": "runs/rlhf/ppo/model"}, "model.path=runs/rlhf/ppo/model: .*run.output=runs/rlhf"),
@@ -122,7 +120,7 @@ SCORER = {"preferences_reward.functions": "r.py:f"}
 def test_options_that_do_not_fit_together(changes, reported):
     words = options(**{name: value for name, value in (GIVEN | SCORER | changes).items() if value != ()})
     with pytest.raises(ValueError, match=reported):
-        check_rlhf(parse(RLHFConfig, words), 1)
+        parse(RLHFConfig, words).check(1)
 
 
 def test_all_that_is_filled_in_is_an_option():
@@ -234,7 +232,7 @@ def test_a_run_that_does_not_exist_is_not_resumed(setting, launched, tmp_path):
     rlhf, session = (importlib.import_module(name) for name in ("rlhf", "common.run"))
     words = ["--config", str(setting / "config.toml"), "--run.resume", str(tmp_path / "nowhere")]
     with pytest.raises(SystemExit, match="run.resume=.*nowhere"):
-        session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
+        session.start(RLHFConfig, rlhf.main, "rlhf", words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +244,7 @@ def test_other_prompts_than_the_run_was_begun_with_are_refused(setting, whole, l
     other = write_jsonl(tmp_path / "other.jsonl", [*rows[:-1], {"prompt": "count no more"}])
     words = ["--resume", str(tmp_path / "run"), "--prompts.sources", str(other)]
     with pytest.raises(SystemExit, match=r"prompts.sources=\('\S+other.jsonl',\)"):
-        session.start(RLHFConfig, check_rlhf, rlhf.main, "rlhf", words)
+        session.start(RLHFConfig, rlhf.main, "rlhf", words)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from scripts import ENVIRONMENT, command, digests, kill_after, metrics, options,
 from tiny import tiny_chat_model
 from tiny_run import tiny_run
 from trialign.algorithms.config.ppo import PPOConfig
-from trialign.algorithms.config.sft import SFTConfig, check
+from trialign.algorithms.config.sft import SFTConfig
 from trialign.engine.config import load, parse
 from trialign.engine.mesh import build_mesh
 from trialign.engine.storage.run_lock import run_lock
@@ -61,7 +61,7 @@ def sft(setting, monkeypatch) -> ModuleType:
 
 
 def run(sft: Any, *given: str) -> None:
-    sft.start(SFTConfig, check, sft.main, "sft", given)
+    sft.start(SFTConfig, sft.main, "sft", given)
 
 
 def test_a_folder_that_holds_a_run_is_resumed_deleted_or_refused(sft, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_parts_of_the_reference_pass_are_kept(setting, tmp_path, monkeypatch):
             return read(role, part, update)
 
         monkeypatch.setattr(dpo, "reference_sums", counted)
-        dpo.start(dpo.DPOConfig, dpo.check_dpo, dpo.main, "dpo", [*given, "--run.output", str(out)])
+        dpo.start(dpo.DPOConfig, dpo.main, "dpo", [*given, "--run.output", str(out)])
 
     with pytest.raises(KeyboardInterrupt):
         start(1, tmp_path / "run")

@@ -26,9 +26,10 @@ from scripts import (
 )
 from tiny import tiny_chat_model
 from tiny_run import write_config
-from trialign.algorithms.config.common import ParallelConfig, RunConfig
+from trialign.algorithms.config.common import ParallelConfig
 from trialign.algorithms.config.preference import PairData
-from trialign.algorithms.config.sft import SFTConfig, SFTData, check
+from trialign.algorithms.config.run import RunConfig
+from trialign.algorithms.config.sft import SFTConfig, SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Encoder, joined
 from trialign.algorithms.data.preferences import Pair, read_pairs
 from trialign.algorithms.reward_model import pack_pairs
@@ -284,4 +285,4 @@ def test_an_eval_score_that_is_not_finite_ends_the_run_by_row(setting, tmp_path,
 )
 def test_sizes_that_do_not_fit_together(given, world, reported):
     with pytest.raises(ValueError, match=reported):
-        check(parse(SFTConfig, given.split()), world)
+        parse(SFTConfig, given.split()).check(world)

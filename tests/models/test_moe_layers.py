@@ -12,7 +12,7 @@ from tiny import VOCAB, assemble
 from tiny_moe import MIXTRAL, SHARED, fill, moe_config, moe_decoder
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
-from trialign.algorithms.config.common import UpdateConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.micro_batch import update_micro_batches
 from trialign.algorithms.roles.role import Learner, Role, target_logprobs
 from trialign.engine.mesh import build_mesh

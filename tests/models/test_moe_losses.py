@@ -10,7 +10,7 @@ from tiny_moe import MIXTRAL, SHARED, fill, moe_config, moe_decoder
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trialign.algorithms.batch import Batch, pack
-from trialign.algorithms.config.common import UpdateConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.roles.role import Learner, stage_forward, target_logprobs
 from trialign.engine.mesh import Axis, build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW

@@ -1,20 +1,20 @@
-"""Golden vectors: cases that other trainers' own functions computed, and how each is put to ours."""
+"""Golden vectors: cases computed by other trainers' own functions, and the options of each trainer's overlay."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from presets import preset
 from torch import Tensor
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.config.convention import GroupConvention, PPOConvention, changed
-from trialign.algorithms.config.grpo import Choices, GRPOConfig, GRPOOptions
-from trialign.algorithms.config.ppo import CriticConfig, PPOConfig, PPOOptions
-from trialign.algorithms.config.presets import PRESETS, Convention, ConventionName
+from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
+from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.losses.aggregation import Segments
 
 WHOLE_NUMBERS = ("index", "labels", "lengths", "_ids", "num_turns", "sequence_lengths", "response_length")
@@ -51,31 +51,37 @@ def tensor(case: Case, name: str) -> Tensor:
     return torch.tensor(case["inputs"][name], dtype=torch.int64 if whole else torch.get_default_dtype())
 
 
-NAMES: dict[str, ConventionName] = {
+TRAINERS = {
     "OpenRLHF": "openrlhf",
     "OpenRLHF-0.9.6": "openrlhf",
     "TRL": "trl",
     "verl": "verl",
-    "NeMo-RL": "nemo",
+    "NeMo-RL": "nemo_rl",
     "slime": "slime",
 }
 
 
-def rules(case: Case, **said: Any) -> Convention:
-    """The preset of the case's framework, with what its args say instead; -1 and "preset" say nothing."""
-    return changed(PRESETS[NAMES[case["framework"]]], **said)
+def ppo_config(case: Case, *, clip: float | None = None, **ppo: Any) -> PPOConfig:
+    """PPO under the overlay of the case's framework, with the case's own options.
+
+    Args:
+        clip: of the ratio, on both sides.
+        ppo: of the section `ppo`.
+    """
+    config = preset(PPOConfig, TRAINERS[case["framework"]])
+    actor = config.actor if clip is None else replace(config.actor, clip_low=clip, clip_high=clip)
+    return replace(config, actor=actor, ppo=replace(config.ppo, **ppo))
 
 
-def choices(case: Case, algorithm: Any, **said: Any) -> Choices:
-    """What our grpo.algorithm does under the preset of the case's framework, with what its args say instead."""
-    convention = GroupConvention(NAMES[case["framework"]])
-    return GRPOConfig(grpo=GRPOOptions(algorithm=algorithm, **said), convention=convention).choices
+def grpo_options(case: Case, algorithm: str = "grpo", **changes: Any) -> GRPOOptions:
+    """`grpo` options under the overlays of the case's framework and of an algorithm, with the case's own."""
+    return replace(preset(GRPOConfig, TRAINERS[case["framework"]], algorithm).grpo, **changes)
 
 
-def ppo_config(case: Case, value_clip: float = -1, **said: Any) -> PPOConfig:
-    """PPO under the preset of the case's framework, with what its args say instead."""
-    convention = PPOConvention(NAMES[case["framework"]])
-    return PPOConfig(ppo=PPOOptions(**said), critic=CriticConfig(value_clip=value_clip), convention=convention)
+def kl_limits(case: Case, kind: str) -> tuple[float, float]:
+    """Limits of a KL estimate under the case's overlay: that of GRPO has those of k3, PPO's those of the others."""
+    options = grpo_options(case) if kind == "k3" else ppo_config(case).ppo
+    return options.kl_input_limit, options.kl_output_limit
 
 
 class Rows:

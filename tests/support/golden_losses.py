@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from golden import NAMES, Case, Outputs, Rows, adapter, choices, loss_and_gradient, rules, tensor
-from trialign.algorithms.advantages import kl_estimate
-from trialign.algorithms.config.convention import ConventionConfig
-from trialign.algorithms.config.ppo import ActorConfig
-from trialign.algorithms.config.preference import DPOLoss
+from golden import (
+    Case,
+    Outputs,
+    Rows,
+    adapter,
+    grpo_options,
+    kl_limits,
+    loss_and_gradient,
+    ppo_config,
+    tensor,
+)
+from presets import preset
+from trialign.algorithms.config.preference import DPOConfig
 from trialign.algorithms.grpo import corrected, token_losses
 from trialign.algorithms.losses.aggregation import token_weights
+from trialign.algorithms.losses.kl import kl_estimate
 from trialign.algorithms.losses.policy import importance_weights
 from trialign.algorithms.losses.preference import kto_loss, kto_reference, pair_loss, reward_loss
-from trialign.algorithms.ppo import policy_losses, value_losses
+from trialign.algorithms.losses.value import value_loss
+from trialign.algorithms.ppo import policy_losses
 from trialign.kernels.logprob import logprob
 
 VERL_MODES = {
@@ -31,8 +40,8 @@ def weights(rows: Rows, how: Any, **more) -> torch.Tensor:
     return token_weights(rows.segments, how, dtype=torch.get_default_dtype(), **more)
 
 
-def said(args: dict, **names: str) -> dict[str, Any]:
-    """Our knobs where the args say something, a None as 0."""
+def given(args: dict, **names: str) -> dict[str, Any]:
+    """Our options where the args hold theirs, a None as 0."""
     return {ours: args[theirs] or 0.0 for ours, theirs in names.items() if theirs in args}
 
 
@@ -55,20 +64,23 @@ def verl_weights(rows: Rows, args: dict, preset: str) -> torch.Tensor:
 def aggregation(case: Case) -> Outputs:
     rows = Rows(tensor(case, "loss_mask"))
     return {
-        "loss": (rows.pack(tensor(case, "loss_mat")) * verl_weights(rows, case["args"], rules(case).aggregation)).sum()
+        "loss": (
+            rows.pack(tensor(case, "loss_mat"))
+            * verl_weights(rows, case["args"], ppo_config(case).ppo.loss_aggregation)
+        ).sum()
     }
 
 
 @adapter("verl", "compute_policy_loss_vanilla", "compute_policy_loss_gspo", "compute_policy_loss_cispo")
 def verl_policy(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "response_mask"))
-    clips = said(args, clip_low="clip_ratio_low", clip_high="clip_ratio_high", dual_clip="clip_ratio_c")
-    made = choices(case, {"vanilla": "grpo"}.get(args["loss"], args["loss"]), **clips)
+    clips = given(args, clip_low="clip_ratio_low", clip_high="clip_ratio_high", dual_clip="clip_ratio_c")
+    made = grpo_options(case, {"vanilla": "grpo"}.get(args["loss"]) or args["loss"], **clips)
     logp, old = rows.pack(tensor(case, "log_prob"), grad=True), rows.pack(tensor(case, "old_log_prob"))
     losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     if "rollout_is_weights" in case["inputs"]:
         losses = losses * rows.pack(tensor(case, "rollout_is_weights"))
-    loss = (losses * verl_weights(rows, args, made.aggregation)).sum()
+    loss = (losses * verl_weights(rows, args, made.loss_aggregation)).sum()
     fraction = (clipped * weights(rows, "token-mean")).sum()
     return {"pg_clipfrac": fraction} | loss_and_gradient(rows, loss, logp, "grad_log_prob")
 
@@ -83,21 +95,23 @@ def openrlhf_policy(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "action_mask"))
     logp, old = rows.pack(tensor(case, "log_probs"), grad=True), rows.pack(tensor(case, "old_log_probs"))
     algorithm = "gspo" if args.get("policy_loss_type") == "gspo" else "grpo"
-    knobs: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}  # what its function has where nothing is said
-    knobs |= said(args, clip_low="clip_eps_low", clip_high="clip_eps_high", dual_clip="dual_clip")
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}  # what its function has where nothing is said
+    options |= given(args, clip_low="clip_eps_low", clip_high="clip_eps_high", dual_clip="dual_clip")
     sampled = old
     if args.get("enable_vllm_is_correction"):
         sampled = rows.pack(tensor(case, "rollout_log_probs"))
         if algorithm == "gspo":  # takes the ratio to the sampler's instead
             old = sampled
         else:
-            knobs["importance"] = OPENRLHF_IMPORTANCE[args["vllm_is_correction_type"]]
-            knobs |= zip(("importance_low", "importance_high"), args["vllm_is_truncated_threshold"], strict=True)
-    made = choices(case, algorithm, **knobs)
+            options["rollout_correction"] = OPENRLHF_IMPORTANCE[args["vllm_is_correction_type"]]
+            options |= zip(
+                ("rollout_ratio_low", "rollout_ratio_high"), args["vllm_is_truncated_threshold"], strict=True
+            )
+    made = grpo_options(case, algorithm, **options)
     losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     losses = corrected(losses, old, sampled, rows.segments, made)[0]
     fraction = (clipped * weights(rows, "token-mean")).sum()
-    spread = averaged(rows, made.aggregation if args.get("token_level_loss", True) else "sample-mean")
+    spread = averaged(rows, made.loss_aggregation if args.get("token_level_loss", True) else "sample-mean")
     if "batch_num_tokens" in args:
         spread = spread * rows.segments.mask.sum() / args["batch_num_tokens"] * args["dp_size"]
     elif "global_batch_size" in args:
@@ -118,9 +132,10 @@ def values(case: Case) -> Outputs:
     new, old = ("vpreds", "values") if "vpreds" in inputs else ("values", "old_values")
     leaf = rows.pack(tensor(case, new), grad=True)
     clip = next(args[key] for key in ("cliprange_value", "cliprange", "clip_eps", "value_clip") if key in args)
-    made, framework = rules(case, value_clip=clip or 0.0), case["framework"]
-    losses, clipped = value_losses(leaf, rows.pack(tensor(case, old)), rows.pack(tensor(case, "returns")), made)
-    how = made.value_aggregation
+    config, framework = ppo_config(case), case["framework"]
+    before, returns = rows.pack(tensor(case, old)), rows.pack(tensor(case, "returns"))
+    losses, clipped = value_loss(leaf, before, returns, clip or 0.0, config.critic.loss_coef)
+    how = config.ppo.loss_aggregation
     if framework == "verl":
         spread = verl_weights(rows, args, how)
     elif framework == "slime":
@@ -128,8 +143,8 @@ def values(case: Case) -> Outputs:
     else:
         spread = averaged(rows, how if args.get("token_level_loss", True) else "sample-mean") * args.get("scale", 1)
     part = (clipped * weights(rows, "token-mean")).sum()
-    told = {"clipfrac": part, "vf_clipfrac": part}
-    return told | loss_and_gradient(rows, (losses * spread).sum(), leaf, f"grad_{new}")
+    clipped_share = {"clipfrac": part, "vf_clipfrac": part}
+    return clipped_share | loss_and_gradient(rows, (losses * spread).sum(), leaf, f"grad_{new}")
 
 
 def slime_weights(rows: Rows, args: dict, preset: Any) -> torch.Tensor:
@@ -146,7 +161,9 @@ def openrlhf_pairs(case: Case) -> Outputs:
     rejected = tensor(case, "policy_rejected_logps").requires_grad_()
     ratios = chosen - tensor(case, "reference_chosen_logps"), rejected - tensor(case, "reference_rejected_logps")
     kind = "ipo" if args["method"] == "ipo" else "dpo"
-    assert rules(case).ipo == "sum"  # the inputs are summed
+    assert not preset(
+        DPOConfig, "openrlhf", "ipo" if kind == "ipo" else ""
+    ).loss.average_log_probs  # the inputs are summed
     loss = pair_loss(*ratios, args["beta"], kind, args.get("label_smoothing", 0.0)).mean()
     gradients = torch.autograd.grad(loss, (chosen, rejected))
     return {
@@ -170,18 +187,14 @@ def trl_pairs(case: Case) -> Outputs:
         chosen = Rows(tensor(case, "mask") * (torch.arange(rows.shape[0]) < rows.shape[0] // 2)[:, None])
         return loss_and_gradient(rows, -(logp * weights(chosen, "token-mean")).sum(), logp, "grad_logps")
     kind: Any = TRL_PAIRS.get(args["method"], args["method"])
-    knobs = {"label_smoothing": args["label_smoothing"]} if kind in SMOOTHED else {}
-    if args["method"] == "sigmoid_norm":
-        knobs["average"] = "mean"
-    made = DPOLoss(kind, args["beta"], **knobs).made(ConventionConfig(NAMES[case["framework"]]))
+    smoothing, beta = args["label_smoothing"] if kind in SMOOTHED else 0.0, args["beta"]
+    averaged = preset(DPOConfig, "trl", kind if kind == "ipo" else "").loss.average_log_probs
     d = logp - rows.pack(tensor(case, "ref_per_token_logps"))
-    ratios = rows.segments.sums(d) if made.average == "sum" else rows.segments.means(d)
+    ratios = rows.segments.means(d) if averaged or args["method"] == "sigmoid_norm" else rows.segments.sums(d)
     chosen, rejected = ratios.chunk(2)
-    loss = pair_loss(chosen, rejected, made.beta, made.kind, made.label_smoothing).mean()
+    loss = pair_loss(chosen, rejected, beta, kind, smoothing).mean()
     sums = rows.segments.sums(d).chunk(2)  # its rewards are sums, whatever the loss takes
-    rewards = {
-        f"{name}_rewards_mean": made.beta * x.mean() for name, x in zip(("chosen", "rejected"), sums, strict=True)
-    }
+    rewards = {f"{name}_rewards_mean": beta * x.mean() for name, x in zip(("chosen", "rejected"), sums, strict=True)}
     return rewards | loss_and_gradient(rows, loss, logp, "grad_logps")
 
 
@@ -193,9 +206,9 @@ def nemo_pairs(case: Case) -> Outputs:
     averaged = args.get("preference_average_log_probs", False)
     sums = (rows.segments.means(d) if averaged else rows.segments.sums(d)).view(-1, 2)
     preference = pair_loss(sums[:, 0], sums[:, 1], args["reference_policy_kl_penalty"]).mean()
-    made = DPOLoss(nll_average="mean" if args.get("sft_average_log_probs") else "preset").made(ConventionConfig("nemo"))
-    told = rows.segments.means(logp) if made.nll_average == "mean" else rows.segments.sums(logp)
-    nll = -told.view(-1, 2)[:, 0].mean()
+    mean = args.get("sft_average_log_probs") or preset(DPOConfig, "nemo_rl").loss.nll_average_log_probs
+    summed = rows.segments.means(logp) if mean else rows.segments.sums(logp)
+    nll = -summed.view(-1, 2)[:, 0].mean()
     loss = preference + args.get("sft_loss_weight", 0) * nll
     outputs: Outputs = {"preference_loss": preference}
     if args.get("sft_loss_weight"):
@@ -222,7 +235,7 @@ def nemo_reward_model(case: Case) -> Outputs:
 
 @adapter("OpenRLHF", "SFTLoss")
 @adapter("NeMo-RL", "NLLLossFn")
-def told(case: Case) -> Outputs:
+def negative_log_likelihood(case: Case) -> Outputs:
     rows = Rows(tensor(case, "loss_mask"))
     logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
     name = next(name for name in case["outputs"] if name.startswith("grad"))
@@ -244,7 +257,10 @@ def entropies(case: Case) -> Outputs:
         outputs["grad_logits"] = torch.autograd.grad(logp.sum() + 0.5 * entropy.sum(), logits)[0]
     if case["framework"] == "verl":
         rows = Rows(tensor(case, "response_mask"))
-        loss = (rows.pack(entropy.view(labels.shape)) * verl_weights(rows, case["args"], rules(case).aggregation)).sum()
+        loss = (
+            rows.pack(entropy.view(labels.shape))
+            * verl_weights(rows, case["args"], ppo_config(case).ppo.loss_aggregation)
+        ).sum()
         outputs |= {"token_entropy": outputs["entropy"], "loss": loss}
         outputs["grad_logits"] = torch.autograd.grad(loss, logits)[0]
     return outputs
@@ -293,13 +309,12 @@ def trl_ppo(case: Case) -> Outputs:
     answer, longer = Rows(~tensor(case, "padding_mask").bool()), Rows(~tensor(case, "padding_mask_p1").bool())
     logp, value = answer.pack(tensor(case, "new_logprobs"), grad=True), longer.pack(tensor(case, "vpred"), grad=True)
     old, advantages = answer.pack(tensor(case, "mb_logprobs")), answer.pack(tensor(case, "mb_advantage"))
-    made, actor = (
-        rules(case, value_clip=args["cliprange_value"]),
-        ActorConfig(clip_low=args["cliprange"], clip_high=args["cliprange"]),
-    )
-    policy = (policy_losses(logp, old, advantages, actor, made)[0] * weights(answer, made.aggregation)).sum()
+    config = ppo_config(case, clip=args["cliprange"])
+    how = config.ppo.loss_aggregation
+    policy = (policy_losses(logp, old, advantages, answer.segments, config.actor)[0] * weights(answer, how)).sum()
     before, returns = longer.pack(tensor(case, "mb_values")), longer.pack(tensor(case, "mb_return"))
-    critic = (value_losses(value, before, returns, made)[0] * weights(longer, made.value_aggregation)).sum()
+    losses = value_loss(value, before, returns, args["cliprange_value"], config.critic.loss_coef)[0]
+    critic = (losses * weights(longer, how)).sum()
     loss = policy + args["vf_coef"] * critic
     gradients = torch.autograd.grad(loss, (logp, value))
     return {
@@ -315,7 +330,7 @@ TRL_IMPORTANCE = {
     "token_truncate": "tis",
     "token_mask": "icepop",
     "sequence_truncate": "sequence-tis",
-    "sequence_mask": "preset",
+    "sequence_mask": "",  # TRL's own: the overlay's
 }
 
 
@@ -325,23 +340,24 @@ def trl_grpo(case: Case) -> Outputs:
     logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
     old = rows.pack(tensor(case, "old_per_token_logps")) if "old_per_token_logps" in case["inputs"] else logp.detach()
     algorithm = "gspo" if args["importance_sampling_level"] == "sequence" else "grpo"
-    knobs = said(args, clip_low="epsilon_low", clip_high="epsilon_high", dual_clip="delta")
+    options = given(args, clip_low="epsilon_low", clip_high="epsilon_high", dual_clip="delta")
     if args["loss_type"] == "cispo":  # its upper bound alone
-        algorithm, knobs["clip_low"] = "cispo", 0.0
+        algorithm, options["clip_low"], options["clip_high"] = "cispo", 1.0, options["clip_high"] - 1
     sampled = old
     if "vllm_importance_sampling_mode" in args:
         sampled = rows.pack(tensor(case, "sampling_per_token_logps"))
-        knobs["importance"] = TRL_IMPORTANCE[args["vllm_importance_sampling_mode"]]
-        knobs |= said(args, importance_low="clip_min", importance_high="clip_max")
-    made = choices(case, algorithm, **knobs)
+        if kind := TRL_IMPORTANCE[args["vllm_importance_sampling_mode"]]:
+            options["rollout_correction"] = kind
+        options |= given(args, rollout_ratio_low="clip_min", rollout_ratio_high="clip_max")
+    made = grpo_options(case, algorithm, **options)
     losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     losses = corrected(losses, old, sampled, rows.segments, made)[0]
     fraction = (clipped * weights(rows, "sample-mean" if algorithm == "gspo" else "token-mean")).sum()
     outputs: Outputs = {} if algorithm == "cispo" else {"clip_ratio/region_mean": fraction}
     if args["beta"]:
         ref = rows.pack(tensor(case, "ref_per_token_logps"))
-        rule = replace(made.rules.kl, weighted=args.get("use_bias_correction_kl", False))
-        kl = kl_estimate(logp, ref, made.kl, rule, old)
+        ratio = (logp - old.detach()).exp() if args.get("use_bias_correction_kl") else None
+        kl = kl_estimate(logp, ref, made.kl_estimator, *kl_limits(case, made.kl_estimator), ratio=ratio)
         losses = losses + args["beta"] * kl
         outputs["kl"] = (kl * weights(rows, "token-mean")).sum()
     spread = {
@@ -359,9 +375,9 @@ def trl_rloo(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "completion_mask"))
     logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
     old = rows.pack(tensor(case, "old_logps") / rows.segments.sizes)  # the case has those of whole answers
-    made = choices(case, "rloo", **said(args, clip_low="epsilon_low", clip_high="epsilon_high"))
+    made = grpo_options(case, "rloo", **given(args, clip_low="epsilon_low", clip_high="epsilon_high"))
     losses = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
-    return loss_and_gradient(rows, (losses * weights(rows, made.aggregation)).sum(), logp, "grad_per_token_logps")
+    return loss_and_gradient(rows, (losses * weights(rows, made.loss_aggregation)).sum(), logp, "grad_per_token_logps")
 
 
 NEMO_IMPORTANCE = {None: "tis", "tis": "tis", "icepop": "icepop", "seq-mask-tis": "geometric-mask"}
@@ -376,18 +392,18 @@ def nemo_policy(case: Case) -> Outputs:
     old = logp.detach() if args.get("force_on_policy_ratio") else prior
     by_sequence = args.get("sequence_level_importance_ratios", False)
     algorithm = "gspo" if by_sequence else "cispo" if args.get("use_cispo") else "grpo"
-    knobs = said(args, clip_low="ratio_clip_min", clip_high="ratio_clip_max", dual_clip="ratio_clip_c")
+    options = given(args, clip_low="ratio_clip_min", clip_high="ratio_clip_max", dual_clip="ratio_clip_c")
     if args.get("disable_ppo_ratio"):  # -A log π: CISPO whose weights are 1
-        algorithm, knobs["clip_low"], knobs["clip_high"] = "cispo", 0.0, 0.0
+        algorithm, options["clip_low"], options["clip_high"] = "cispo", 0.0, 0.0
     if args.get("use_importance_sampling_correction"):
         kind = args.get("truncated_importance_sampling_type")
         whole = "sequence-icepop" if kind == "icepop" else "sequence-tis"
-        knobs["importance"] = whole if by_sequence else NEMO_IMPORTANCE[kind]
-        knobs |= {"importance_low": 0.0, "importance_high": float("inf")}
+        options["rollout_correction"] = whole if by_sequence else NEMO_IMPORTANCE[kind]
+        options |= {"rollout_ratio_low": 0.0, "rollout_ratio_high": float("inf")}
         if kind is not None:
-            knobs["importance_low"] = args["truncated_importance_sampling_ratio_min"] or 0.0
-            knobs["importance_high"] = args["truncated_importance_sampling_ratio"]
-    made = choices(case, algorithm, **knobs)
+            options["rollout_ratio_low"] = args["truncated_importance_sampling_ratio_min"] or 0.0
+            options["rollout_ratio_high"] = args["truncated_importance_sampling_ratio"]
+    made = grpo_options(case, algorithm, **options)
     losses = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
     losses, outputs = corrected(losses, prior, sampled, rows.segments, made)[0], {}
     if args["token_level_loss"]:
@@ -395,9 +411,11 @@ def nemo_policy(case: Case) -> Outputs:
     else:
         spread = averaged(rows, "sum-of-sample-means") / (args["global_valid_seqs"] + 1e-8)
     if args["reference_policy_kl_penalty"]:
-        before = sampled if args.get("use_on_policy_kl_approximation") else None
+        before = sampled if args.get("use_on_policy_kl_approximation") else logp
         ref = rows.pack(tensor(case, "reference_policy_logprobs"))
-        kl = kl_estimate(logp, ref, made.kl, made.rules.kl, before)
+        assert made.kl_unbiased
+        ratio = (logp - before.detach()).exp()
+        kl = kl_estimate(logp, ref, made.kl_estimator, *kl_limits(case, made.kl_estimator), ratio=ratio)
         losses = losses + args["reference_policy_kl_penalty"] * kl
         outputs = {"kl_penalty": (kl * spread).sum()}
     return outputs | loss_and_gradient(rows, (losses * spread).sum(), logp, "grad_next_token_logprobs")
@@ -410,20 +428,20 @@ def slime_policy(case: Case) -> Outputs:
     rows = Rows(mask * here)
     logp = rows.pack(tensor(case, "log_probs"), grad=True)
     old = rows.pack(tensor(case, "old_log_probs"))
-    knobs, sampled = said(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c"), old
+    options, sampled = given(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c"), old
     if args.get("use_tis"):
         sampled = rows.pack(tensor(case, "rollout_log_probs"))
-        knobs["importance"] = "icepop" if args.get("tis_function") == "icepop_function" else "tis"
-        knobs |= said(args, importance_low="tis_clip_low", importance_high="tis_clip")
-    made = choices(case, args["advantage_estimator"], **knobs)
+        options["rollout_correction"] = "icepop" if args.get("tis_function") == "icepop_function" else "tis"
+        options |= given(args, rollout_ratio_low="tis_clip_low", rollout_ratio_high="tis_clip")
+    made = grpo_options(case, args["advantage_estimator"], **options)
     losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     losses, outputs = corrected(losses, old, sampled, rows.segments, made)[0], {}
-    spread = slime_weights(rows, args, made.aggregation)
+    spread = slime_weights(rows, args, made.loss_aggregation)
     if args.get("use_kl_loss"):
         kind: Any = {"low_var_kl": "k3"}.get(args.get("kl_loss_type", "low_var_kl"), args.get("kl_loss_type"))
-        clamped = made.rules.kl.clamped if args.get("kl_loss_type", "low_var_kl") == "low_var_kl" else ()
-        rule = replace(made.rules.kl, weighted=args.get("use_unbiased_kl", False), clamped=clamped)
-        kl = kl_estimate(logp, rows.pack(tensor(case, "ref_log_probs")), kind, rule, old)
+        limits = kl_limits(case, "k3" if args.get("kl_loss_type", "low_var_kl") == "low_var_kl" else "")
+        ratio = (logp - old.detach()).exp() if args.get("use_unbiased_kl") else None
+        kl = kl_estimate(logp, rows.pack(tensor(case, "ref_log_probs")), kind, *limits, ratio=ratio)
         losses = losses + args.get("kl_loss_coef", 0.01) * kl
         outputs = {"kl_loss": (kl * spread).sum()}
     outputs |= {"pg_clipfrac": (clipped * spread).sum()}
@@ -438,7 +456,9 @@ def slime_tokens(case: Case) -> Outputs:
         logp, old = -tensor(case, "ppo_kl"), torch.zeros_like(advantages)
     else:
         logp, old = tensor(case, "log_probs"), tensor(case, "old_log_probs")
-    made = choices(case, "grpo", **said(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c"))
+    made = grpo_options(
+        case, "grpo", **given(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c")
+    )
     packed = (rows.pack(x.reshape(rows.shape)) for x in (logp, old, advantages))
     losses, _, clipped = token_losses(*packed, rows.segments, made)
     return {

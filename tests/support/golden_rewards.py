@@ -6,24 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from golden import Case, Outputs, Rows, adapter, choices, ppo_config, rules, tensor
+from golden import Case, Outputs, Rows, adapter, grpo_options, kl_limits, ppo_config, tensor
 from trialign.algorithms import ppo
 from trialign.algorithms.advantages import (
-    GroupRule,
     discounted_returns,
     group_advantages,
-    kl_estimate,
     soft_overlong_penalty,
     token_rewards,
     whiten,
 )
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.config.common import RewardConfig
 from trialign.algorithms.config.conditional import CONDITION
+from trialign.algorithms.config.grpo import GRPOOptions
 from trialign.algorithms.data.conditional import conditioned
 from trialign.algorithms.data.responses import Scored, best_against_worst, best_of_n
 from trialign.algorithms.grpo import advantages_of
-from trialign.algorithms.losses.kl import KLController
+from trialign.algorithms.losses.kl import KLController, kl_estimate
 from trialign.algorithms.rewards.shaping import RewardShaper
 
 SPELLINGS: dict[str, Any] = {"kl": "k1", "low_var_kl": "k3", "mse": "k2"}
@@ -37,13 +35,15 @@ def kl(case: Case) -> Outputs:
     args, names = case["args"], list(case["inputs"])
     logp, ref = tensor(case, names[0]).requires_grad_(), tensor(case, names[1])
     kind: Any = next(args[key] for key in ("kl_penalty", "kl_estimator", "kl_loss_type", "kl_type") if key in args)
-    rule = rules(case).kl
-    if args.get("input_clamp_value", 0) is None:
-        rule = replace(rule, clamped=())
-    if case["framework"] == "slime":  # its k3 under its own name has no limit
-        rule = replace(rule, weighted=args.get("unbiased", False), clamped=() if kind == "k3" else rule.clamped)
-    old = tensor(case, "old_log_probs") if "old_log_probs" in case["inputs"] else None
-    estimate = kl_estimate(logp, ref, SPELLINGS.get(kind, kind), rule, old)
+    ours = SPELLINGS.get(kind, kind)
+    limits = kl_limits(case, "k3" if ours == "k3+" else ours)
+    if args.get("input_clamp_value", 0) is None or (case["framework"], kind) == ("slime", "k3"):
+        limits = 0.0, 0.0  # slime limits its k3 under the name low_var_kl alone
+    ratio = None
+    if args.get("unbiased") or "importance_sampling_weights" in args:
+        old = tensor(case, "old_log_probs") if "old_log_probs" in case["inputs"] else logp.detach()
+        ratio = (logp - old).exp()
+    estimate = kl_estimate(logp, ref, ours, *limits, ratio=ratio)
     (gradient,) = torch.autograd.grad(estimate.sum(), logp)
     return {"kl": estimate, f"grad_{names[0]}": gradient}
 
@@ -60,15 +60,23 @@ def kl_controller(case: Case) -> Outputs:
     return {"value": torch.tensor(coefficients)}
 
 
+def whitened(case: Case, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """x [total] whitened as PPO does under the case's overlay."""
+    how: Any = ppo_config(case).ppo.whiten
+    return whiten(x, rows.segments, how)
+
+
 @adapter("TRL", "masked_whiten")
 @adapter("verl", "masked_whiten")
 @adapter("NeMo-RL", "GeneralizedAdvantageEstimator._reward_whiten")
 @adapter("slime", "distributed_masked_whiten")
 def whitening(case: Case) -> Outputs:
     rows = Rows(tensor(case, "mask"))
-    rule = rules(case).whiten
-    shift = case["args"].get("shift_mean", True)
-    return {"out": rows.unpack(whiten(rows.pack(tensor(case, "values")), rows.segments, rule, shift_mean=shift))}
+    values = rows.pack(tensor(case, "values"))
+    white = whitened(case, values, rows)
+    if not case["args"].get("shift_mean", True):
+        white = white + rows.mask * values[rows.mask].double().mean().to(values)
+    return {"out": rows.unpack(white)}
 
 
 @adapter("OpenRLHF", "masked_normalize")
@@ -76,7 +84,7 @@ def whitening_by_row(case: Case) -> Outputs:
     outputs = []
     for values, mask in zip(tensor(case, "tensor"), tensor(case, "mask"), strict=True):
         rows = Rows(mask[None])
-        outputs.append(rows.unpack(whiten(rows.pack(values[None]), rows.segments, rules(case).whiten)))
+        outputs.append(rows.unpack(whitened(case, rows.pack(values[None]), rows)))
     return {"out": torch.cat(outputs)}
 
 
@@ -84,7 +92,7 @@ def whitening_by_row(case: Case) -> Outputs:
 def penalized_scores(case: Case) -> Outputs:
     rows, args = Rows(tensor(case, "response_mask")), case["args"]
     kind: Any = SPELLINGS.get(args["kl_penalty"], args["kl_penalty"])
-    kl = kl_estimate(tensor(case, "old_log_probs"), tensor(case, "ref_log_prob"), kind, rules(case).kl)
+    kl = kl_estimate(tensor(case, "old_log_probs"), tensor(case, "ref_log_prob"), kind, *kl_limits(case, kind))
     penalty = token_rewards(torch.zeros(rows.shape[0]), rows.pack(kl), rows.segments, args["kl_coef"])
     return {"token_level_rewards": tensor(case, "token_level_scores") + rows.unpack(penalty)}
 
@@ -95,11 +103,12 @@ def scores_and_kl(case: Case) -> Outputs:
     args = case["args"]
     if case["framework"] == "OpenRLHF":
         rows, kl, scores = Rows(tensor(case, "action_mask")), tensor(case, "kl"), tensor(case, "r")
-        clip = rules(case, reward_clip=args["reward_clip_range"][1] if args["reward_clip_range"] else 0.0).token_clip
+        assert ppo_config(case).reward.clip_at == "token"
+        clip = args["reward_clip_range"][1] if args["reward_clip_range"] else 0.0
     else:
-        rows, scores, clip = Rows(tensor(case, "mask")), tensor(case, "rewards"), rules(case).token_clip
+        rows, scores, clip = Rows(tensor(case, "mask")), tensor(case, "rewards"), ppo_config(case).reward.token_clip
         logp, ref = tensor(case, "logprobs"), tensor(case, "reference_logprobs")
-        kl = kl_estimate(logp, ref, args["kl_type"], replace(rules(case).kl, weighted=False))
+        kl = kl_estimate(logp, ref, args["kl_type"], *kl_limits(case, args["kl_type"]))
     return {"reward": rows.unpack(token_rewards(scores, rows.pack(kl), rows.segments, args["kl_coef"], clip=clip))}
 
 
@@ -113,9 +122,9 @@ def estimated(case: Case) -> Outputs:
     lam = next(args[key] for key in ("lam", "gae_lambda", "lambd") if key in args)
     config = ppo_config(case, lam=lam, gamma=args.get("gamma", args.get("gae_gamma")))
     batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
-    if case["framework"] == "verl":  # whitened in the same function
-        return experience(rows, ppo.with_advantages(batch, config)[0])
     advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+    if case["framework"] == "verl":  # whitened in the same function
+        advantages = whitened(case, advantages, rows)
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
 
 
@@ -133,7 +142,9 @@ def experience(rows: Rows, batch: Batch) -> Outputs:
 def cumulative(case: Case) -> Outputs:
     rows = Rows(tensor(case, "action_mask"))
     rewards = rows.pack(tensor(case, "rewards"))
-    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], rules(case).gaps)
+    returns = discounted_returns(
+        rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], grpo_options(case).turn_gaps
+    )
     return {"returns": rows.unpack(returns)}
 
 
@@ -152,12 +163,17 @@ def estimated_by_length(case: Case) -> Outputs:
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
 
 
+def against_group(rewards: torch.Tensor, group: torch.Tensor, options: GRPOOptions) -> torch.Tensor:
+    how: Any = options.baseline, options.scale_rewards, options.scale_eps, options.single_response
+    return group_advantages(rewards, group, *how)
+
+
 @adapter("TRL", "GRPOTrainer._generate_and_score_completions")
 def trl_groups(case: Case) -> Outputs:
     args, rewards = case["args"], tensor(case, "rewards")
     scale: Any = {"group": "unbiased", "batch": "batch", "none": "none"}[str(args["scale_rewards"])]
     group = torch.arange(len(rewards)) // args["num_generations"]
-    return {"advantages": group_advantages(rewards, group, choices(case, "grpo", scale=scale).group)}
+    return {"advantages": against_group(rewards, group, grpo_options(case, scale_rewards=scale))}
 
 
 @adapter("slime", "RolloutManager._post_process_rewards")
@@ -168,7 +184,7 @@ def slime_groups(case: Case) -> Outputs:
     algorithm = {"reinforce_plus_plus": "reinforce++", "reinforce_plus_plus_baseline": "reinforce++_baseline"}.get(
         args["estimator"], "dr_grpo" if plain else "grpo"
     )
-    return {"advantages": group_advantages(rewards, group, choices(case, algorithm).group)}
+    return {"advantages": against_group(rewards, group, grpo_options(case, algorithm))}
 
 
 @adapter("verl", "compute_grpo_outcome_advantage", "compute_grpo_vectorized_outcome_advantage")
@@ -178,7 +194,7 @@ def verl_groups(case: Case) -> Outputs:
     scores = tensor(case, "token_level_rewards").sum(1)
     plain = not args.get("norm_adv_by_std_in_grpo", True)
     algorithm = "rloo" if "rloo" in args["estimator"] else "dr_grpo" if plain else "grpo"
-    advantages = group_advantages(scores, tensor(case, "index"), choices(case, algorithm).group)
+    advantages = against_group(scores, tensor(case, "index"), grpo_options(case, algorithm))
     return {"advantages": advantages[:, None] * mask, "returns": advantages[:, None] * mask}
 
 
@@ -186,28 +202,29 @@ def verl_groups(case: Case) -> Outputs:
 def nemo_groups(case: Case) -> Outputs:
     args, rewards, prompts = case["args"], tensor(case, "rewards"), tensor(case, "prompt_ids")
     others = args["use_leave_one_out_baseline"]
-    scale = ("preset" if others else "unbiased") if args["normalize_rewards"] else "none"
-    rule = choices(case, "grpo", baseline="preset" if others else "mean", scale=scale).group
+    options = grpo_options(case) if others else grpo_options(case, baseline="mean", scale_rewards="unbiased")
+    if not args["normalize_rewards"]:
+        options = replace(options, scale_rewards="none")
     group = (
         prompts.unique(return_inverse=True)[1] if prompts.dim() == 1 else prompts.unique(dim=0, return_inverse=True)[1]
     )
-    return {"advantages": group_advantages(rewards, group, rule)}
+    return {"advantages": against_group(rewards, group, options)}
 
 
 @adapter("verl", "compute_reinforce_plus_plus_outcome_advantage")
 def verl_returns(case: Case) -> Outputs:
     rows = Rows(tensor(case, "response_mask"))
     rewards = rows.pack(tensor(case, "token_level_rewards"))
-    made = rules(case)
-    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], made.gaps)
-    white = whiten(returns, rows.segments, made.whiten_returns)
+    made = grpo_options(case, "reinforce++")
+    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], made.turn_gaps)
+    white = whiten(returns, rows.segments, made.whiten)  # pyright: ignore[reportArgumentType]
     return {"advantages": rows.unpack(white), "returns": rows.unpack(returns)}
 
 
 @adapter("verl", "compute_reinforce_plus_plus_baseline_outcome_advantage")
 def verl_baseline(case: Case) -> Outputs:
     rows = Rows(tensor(case, "response_mask"))
-    scores, made = tensor(case, "token_level_rewards").sum(1), choices(case, "reinforce++_baseline")
+    scores, made = tensor(case, "token_level_rewards").sum(1), grpo_options(case, "reinforce++_baseline")
     no_kl = torch.zeros_like(rows.mask, dtype=scores.dtype)
     advantages = advantages_of(scores, tensor(case, "index"), no_kl, rows.segments, rows.cu_seqlens, made)[1]
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(advantages)}
@@ -227,7 +244,8 @@ OPENRLHF_ESTIMATORS: dict[str, dict[str, Any]] = {
 def openrlhf_experience(case: Case) -> Outputs:
     args, rows, scores = case["args"], Rows(tensor(case, "action_mask")), tensor(case, "rewards")
     kl, segments = rows.pack(tensor(case, "kl")), rows.segments
-    assert tuple(args["reward_clip_range"]) == rules(case).token_clip
+    clip = ppo_config(case).reward.token_clip
+    assert tuple(args["reward_clip_range"]) == (-clip, clip)
     if args["estimator"] == "gae":
         config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
         batch = rows.batch(logprobs=kl, ref_logprobs=torch.zeros_like(kl), values=rows.pack(tensor(case, "values")))
@@ -235,19 +253,23 @@ def openrlhf_experience(case: Case) -> Outputs:
         assert batch.rewards is not None
         outputs = experience(rows, ppo.with_advantages(batch, config)[0])
         if args["no_std_norm"]:
-            plain = ppo.advantages_of(batch, values_of(batch), config)[0]
-            outputs["advantages"] = rows.unpack(whiten(plain, segments, replace(config.rules.whiten, scale=False)))
+            outputs["advantages"] = rows.unpack(centered(ppo.advantages_of(batch, values_of(batch), config)[0], rows))
         return outputs
     group = torch.arange(len(scores)) // args["n_samples_per_prompt"]
-    made = choices(case, kl_coef=args["kl_coef"], **OPENRLHF_ESTIMATORS[args["estimator"]])
-    if args["no_std_norm"]:
-        made = replace(made, rules=rules(case, whiten_returns=replace(made.rules.whiten_returns, scale=False)))
+    changes = OPENRLHF_ESTIMATORS[args["estimator"]] | {"kl_coef": args["kl_coef"], "gamma": args["gamma"]}
+    made = grpo_options(case, **changes)
     given = scores, group, kl, segments, rows.cu_seqlens
-    returns = advantages_of(*given, replace(made, whiten=False), args["gamma"])[1]
-    return {
-        "advantages": rows.unpack(advantages_of(*given, made, args["gamma"])[1]),
-        "returns": rows.unpack(returns),
-    }
+    returns = advantages_of(*given, replace(made, whiten="off"), clip)[1]
+    advantages = advantages_of(*given, made, clip)[1]
+    if args["no_std_norm"] and made.whiten != "off":
+        advantages = centered(returns, rows)
+    return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
+
+
+def centered(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """x [total] less its mean over the counted tokens: whitening without its deviation, which ours always has."""
+    deviation = x[rows.mask].double().var(correction=0).clamp(min=1e-8).sqrt()
+    return (whiten(x, rows.segments).double() * deviation).to(x)
 
 
 @adapter("slime", "compute_advantages_and_returns")
@@ -259,22 +281,23 @@ def slime_experience(case: Case) -> Outputs:
     whole = args["normalize_advantages"]
     if args["estimator"] == "ppo":
         config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
-        rewards = token_rewards(scores, kl, rows.segments, args["kl_coef"], clip=config.rules.token_clip)
+        rewards = token_rewards(scores, kl, rows.segments, args["kl_coef"], clip=config.reward.token_clip)
         batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
         advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
         if whole:
-            advantages = whiten(advantages, counted.segments, config.rules.whiten)
+            advantages = whitened(case, advantages, counted)
         return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
-    algorithm, kl_in = {
-        "reinforce_plus_plus": ("reinforce++", "preset"),
-        "reinforce_plus_plus_baseline": ("reinforce++_baseline", "preset"),
-    }.get(args["estimator"], ("grpo", "off"))
+    algorithm, changes = {
+        "reinforce_plus_plus": ("reinforce++", {}),
+        "reinforce_plus_plus_baseline": ("reinforce++_baseline", {}),
+    }.get(args["estimator"], ("grpo", {"kl_in": "off"}))
+    changes |= {"baseline": "none", "scale_rewards": "none", "kl_coef": args["kl_coef"], "gamma": args["gamma"]}
     # The baseline is taken off before, in RolloutManager._post_process_rewards.
-    made = choices(case, algorithm, baseline="none", scale="none", kl_in=kl_in, kl_coef=args["kl_coef"])
+    made = grpo_options(case, algorithm, **changes)
     group = torch.arange(len(scores))
     given = scores, group, kl, counted.segments, rows.cu_seqlens
-    returns = advantages_of(*given, replace(made, whiten=False), args["gamma"])[1]
-    advantages = advantages_of(*given, replace(made, whiten=whole), args["gamma"])[1]
+    returns = advantages_of(*given, replace(made, whiten="off"))[1]
+    advantages = advantages_of(*given, replace(made, whiten="unbiased" if whole else "off"))[1]
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
 
 
@@ -282,9 +305,10 @@ def slime_experience(case: Case) -> Outputs:
 def nemo_reinforce(case: Case) -> Outputs:
     args, rows, scores = case["args"], Rows(tensor(case, "mask")), tensor(case, "rewards")
     algorithm = "reinforce++_baseline" if args["minus_baseline"] else "reinforce++"
-    made = choices(case, algorithm, kl_coef=args["kl_coef"], kl_in="preset" if args["use_kl_in_reward"] else "off")
+    made = grpo_options(case, algorithm, kl_coef=args["kl_coef"])
+    made = made if args["use_kl_in_reward"] else replace(made, kl_in="off")
     logp, ref = tensor(case, "logprobs_policy"), tensor(case, "logprobs_reference")
-    kl = rows.pack(kl_estimate(logp, ref, args["kl_type"], replace(made.rules.kl, weighted=False)))
+    kl = rows.pack(kl_estimate(logp, ref, args["kl_type"], *kl_limits(case, args["kl_type"])))
     group = tensor(case, "prompt_ids").unique(return_inverse=True)[1]
     return {"advantages": rows.unpack(advantages_of(scores, group, kl, rows.segments, rows.cu_seqlens, made)[1])}
 
@@ -293,7 +317,8 @@ def nemo_reinforce(case: Case) -> Outputs:
 def nemo_raw(case: Case) -> Outputs:
     rows = Rows(tensor(case, "mask"))
     rewards = rows.pack(tensor(case, "rewards"))
-    return {"advantages": rows.unpack(whiten(rewards, rows.segments, rules(case).whiten_returns))}
+    how: Any = grpo_options(case, "reinforce++").whiten
+    return {"advantages": rows.unpack(whiten(rewards, rows.segments, how))}
 
 
 @adapter("NeMo-RL", "GeneralizedAdvantageEstimator.compute_advantage")
@@ -305,9 +330,13 @@ def nemo_experience(case: Case) -> Outputs:
     batch = rows.batch(**{name: rows.pack(x) for name, x in packed.items()})
 
     def at(lam: float) -> Batch:
-        config = ppo_config(case, gamma=args["gae_gamma"], lam=lam, kl=args["reference_policy_kl_type"])
+        config = ppo_config(
+            case, gamma=args["gae_gamma"], lam=lam, kl_estimator=args["reference_policy_kl_type"], whiten="off"
+        )
         rewarded, _ = ppo.with_rewards(batch, tensor(case, "rewards"), config, coef)
-        return ppo.with_advantages(rewarded, config)[0]
+        made = ppo.with_advantages(rewarded, config)[0]
+        assert made.advantages is not None
+        return made.with_(advantages=whitened(case, made.advantages, rows))
 
     outputs = experience(rows, at(args["gae_lambda_policy"] or args["gae_lambda"]))
     if args["gae_lambda_value"]:  # a lambda of its own
@@ -325,14 +354,13 @@ def trl_experience(case: Case) -> Outputs:
     # The score comes one token after the answer, where there is room for it.
     rewards = token_rewards(tensor(case, "scores"), longer.pack(kl), longer.segments, args["kl_coef"])
     config = ppo_config(case, gamma=args["gamma"], lam=args["lam"])
-    rule = config.rules.whiten
-    if args["whiten_rewards"]:
-        rewards = whiten(rewards, longer.segments, rule, shift_mean=False)
+    if args["whiten_rewards"]:  # their mean stays
+        rewards = whitened(case, rewards, longer) + longer.mask * rewards[longer.mask].mean()
     batch = longer.batch(rewards=rewards, values=longer.pack(values))
     advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
     return {
         "rewards": longer.unpack(rewards),
-        "advantages": answer.unpack(whiten(advantages, answer.segments, rule)),
+        "advantages": answer.unpack(whitened(case, advantages, answer)),
         "returns": longer.unpack(returns),
     }
 
@@ -340,22 +368,20 @@ def trl_experience(case: Case) -> Outputs:
 @adapter("TRL", "RLOOTrainer._generate_and_score_completions")
 def trl_rloo(case: Case) -> Outputs:
     args = case["args"]
-    made = choices(case, "rloo", kl_coef=args["beta"])
-    shaper = RewardShaper(RewardConfig(clip=args["reward_clip_range"][1]), made.rules)
+    made = grpo_options(case, "rloo", kl_coef=args["beta"])
+    shaper = RewardShaper(args["reward_clip_range"][1])
     rewards = tensor(case, "rewards")
     rewards = rewards.new_tensor(shaper(rewards.tolist(), [True] * len(rewards)))
     rows = Rows(tensor(case, "completion_mask") if args["beta"] else torch.ones(len(rewards), 1))
     kl = torch.zeros_like(rows.mask, dtype=rewards.dtype)
     if args["beta"]:
         logp, ref = tensor(case, "old_per_token_logps"), tensor(case, "ref_per_token_logps")
-        kl = rows.pack(kl_estimate(logp, ref, made.kl, made.rules.kl))
+        kl = rows.pack(kl_estimate(logp, ref, made.kl_estimator))
     group = torch.arange(len(rewards)) // args["num_generations"]
     each = advantages_of(rewards, group, kl, rows.segments, rows.cu_seqlens, made)[1]
     advantages = rows.segments.means(each)
     if args["normalize_advantages"]:
-        advantages = group_advantages(
-            advantages, torch.zeros_like(group), GroupRule("mean", "unbiased", eps=1e-4)
-        )  # of the batch
+        advantages = group_advantages(advantages, torch.zeros_like(group), "mean", "unbiased", 1e-4)  # of the batch
     return {"advantages": advantages}
 
 
@@ -390,7 +416,8 @@ def selection(case: Case) -> Outputs:
 @adapter("TRL", "get_soft_overlong_punishment")
 def trl_overlong(case: Case) -> Outputs:
     args, lengths = case["args"], tensor(case, "response_length")
-    return {"penalty": soft_overlong_penalty(lengths, args["max_completion_len"], args["soft_punish_cache"], floor=-1)}
+    penalty = soft_overlong_penalty(lengths, args["max_completion_len"], args["soft_punish_cache"])
+    return {"penalty": penalty.clamp(min=-1)}  # longer responses than the limit are not ours
 
 
 @adapter("verl", "DAPORewardManager.__call__")
@@ -399,6 +426,6 @@ def trl_overlong(case: Case) -> Outputs:
 def overlong(case: Case) -> Outputs:
     args = list(case["args"].values())
     limit, buffer, factor = args
-    floor = -factor if case["framework"] == "OpenRLHF" else 0.0
-    penalty = soft_overlong_penalty(tensor(case, "response_length"), limit, buffer, factor, floor)
+    penalty = soft_overlong_penalty(tensor(case, "response_length"), limit, buffer, factor)
+    penalty = penalty.clamp(min=-factor) if case["framework"] == "OpenRLHF" else penalty
     return {"rewards": tensor(case, "rewards") + penalty}

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from layouts import ALONE, Layout, whole_states
 from preferences import answer, pairs, steps
+from presets import ALGORITHMS, grpo_options
 from torch import Tensor
 from trialign.algorithms import grpo, ppo
 from trialign.algorithms.batch import Batch
-from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
-from trialign.algorithms.config.convention import PPOConvention
-from trialign.algorithms.config.grpo import RECIPES, GRPOConfig, GRPOOptions, GRPORollout
+from trialign.algorithms.config.common import OptimizerConfig, RolloutConfig
+from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.data.documents import Passage, pack_rows
 from trialign.algorithms.data.preferences import Pair, mismatched
@@ -209,33 +210,33 @@ def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]
 def grpo_updates(models: Models, draw: Draw, knobs: GRPOOptions, role: str = "lm") -> Iterator[Step]:
     """The update on the policy, then a step off it, so that clips decide. Rows 2i and 2i + 1 are a group."""
     knobs = replace(knobs, micro_batch_size=draw.size, micro_batch_tokens=draw.tokens)
-    config = GRPOConfig(grpo=knobs, rollout=GRPORollout(max_new_tokens=16, samples_per_prompt=2))
-    choices, actor = config.choices, getattr(models, role)
+    config = GRPOConfig(grpo=knobs, rollout=RolloutConfig(max_new_tokens=16, samples_per_prompt=2))
+    actor = getattr(models, role)
     group = torch.tensor([row // 2 for row in draw.order])
     batch = answered(actor, draw, knobs)
-    roles = grpo.GroupRoles(actor, models.reference if choices.needs_reference else None)
+    roles = grpo.GroupRoles(actor, models.reference if config.needs_reference else None)
     batch = grpo.score(batch, roles, config)
     batch, _ = grpo.with_advantages(batch, draw.scores, group, config)
     yield actor, grpo.update(actor, batch, config)
-    far = 3e-4 if knobs.algorithm == "gspo" else 0.3
+    far = 3e-4 if knobs.ratio_level == "sequence" else 0.3
     old = actor.logprobs(batch) + draw.noise(batch, far, 3)
     yield actor, grpo.step(actor, batch.with_(logprobs=old), batch.minibatches[0][0], config, first=False)
 
 
 def routed(models: Models, draw: Draw) -> Iterator[Step]:
-    yield from grpo_updates(models, replace(draw, behind=0), GRPOOptions(algorithm="dapo"), "mixture")
+    yield from grpo_updates(models, replace(draw, behind=0), grpo_options("dapo"), "mixture")
 
 
 PAIR_LOSSES = {
     "dpo": DPOLoss(beta=0.2),
     "dpo, nll": DPOLoss(beta=0.2, nll_coef=0.3),
-    "dpo, nll summed": DPOLoss(beta=0.2, nll_coef=0.01, nll_average="sum"),
+    "dpo, nll summed": DPOLoss(beta=0.2, nll_coef=0.01, nll_average_log_probs=False),
     "dpo, reference-free": DPOLoss(beta=0.02, reference_free=True),
-    "dpo, mean": DPOLoss(beta=0.2, average="mean"),
+    "dpo, mean": DPOLoss(beta=0.2, average_log_probs=True),
     "cdpo": DPOLoss(beta=0.2, label_smoothing=0.1),
     "robust": DPOLoss(beta=0.2, kind="robust", label_smoothing=0.1),
-    "ipo, sum": DPOLoss(beta=0.2, kind="ipo", average="sum"),
-    "ipo, mean": DPOLoss(beta=0.2, kind="ipo", average="mean"),
+    "ipo, sum": DPOLoss(beta=0.2, kind="ipo"),
+    "ipo, mean": DPOLoss(beta=0.2, kind="ipo", average_log_probs=True),
     "hinge": DPOLoss(beta=0.2, kind="hinge"),
     "exo": DPOLoss(beta=0.2, kind="exo", label_smoothing=0.1),
     "apo_zero": DPOLoss(beta=0.2, kind="apo_zero"),
@@ -244,22 +245,21 @@ PAIR_LOSSES = {
 AGGREGATIONS: tuple[Any, ...] = ("token-mean", "token-sum", "sample-mean", "sample-sum", "sum-of-sample-means")
 PPO = {
     "ppo": PPOConfig(critic=CriticConfig(value_clip=0.2)),
-    "ppo, values not clipped": PPOConfig(critic=CriticConfig(value_clip=0.0), ppo=PPOOptions(whiten=False)),
+    "ppo, values not clipped": PPOConfig(critic=CriticConfig(value_clip=0.0), ppo=PPOOptions(whiten="off")),
     "ppo, dual clip and entropy": PPOConfig(actor=ActorConfig(dual_clip=1.1, entropy_coef=0.01)),
     "ppo, ptx": PPOConfig(actor=ActorConfig(ptx_coef=0.5)),
     "ppo, importance": PPOConfig(ppo=PPOOptions(tis_clip=1.1)),
-    **{f"ppo, {how}": PPOConfig(convention=PPOConvention(aggregation=how)) for how in AGGREGATIONS[1:]},
+    **{f"ppo, {how}": PPOConfig(ppo=PPOOptions(loss_aggregation=how)) for how in AGGREGATIONS[1:]},
 }
 ESTIMATORS: tuple[Any, ...] = ("k1", "k2", "k3", "abs", "k1+", "k3+")
-NEAR: dict[str, Any] = {"importance_low": 0.9, "importance_high": 1.1}
-ALGORITHMS: tuple[Any, ...] = tuple(RECIPES)
+NEAR: dict[str, Any] = {"rollout_ratio_low": 0.9, "rollout_ratio_high": 1.1}
 GRPO = {
-    **{name: GRPOOptions(algorithm=name) for name in ALGORITHMS},
-    **{f"grpo, {how}": GRPOOptions(algorithm="grpo", aggregation=how) for how in (*AGGREGATIONS, "constant")},
-    **{f"grpo, {kl} in the loss": GRPOOptions(algorithm="grpo", kl=kl, kl_coef=0.5) for kl in ESTIMATORS},
-    **{f"dapo, {how}": GRPOOptions(algorithm="dapo", importance=how, **NEAR) for how in grpo.CORRECTIONS},
-    "rloo, sequence-sum": GRPOOptions(algorithm="rloo", level="sequence-sum"),
-    "grpo, dual clip and entropy": GRPOOptions(algorithm="grpo", dual_clip=1.1, entropy_coef=0.01),
+    **{name: grpo_options(name) for name in ALGORITHMS},
+    **{f"grpo, {how}": GRPOOptions(loss_aggregation=how) for how in (*AGGREGATIONS, "constant")},
+    **{f"grpo, {kl} in the loss": GRPOOptions(kl_estimator=kl, kl_coef=0.5) for kl in ESTIMATORS},
+    **{f"dapo, {how}": grpo_options("dapo", rollout_correction=how, **NEAR) for how in grpo.CORRECTIONS},
+    "rloo, sequence-sum": grpo_options("rloo", ratio_level="sequence-sum"),
+    "grpo, dual clip and entropy": GRPOOptions(dual_clip=1.1, entropy_coef=0.01),
 }
 KINDS: dict[str, Kind] = {
     "sft": sft,

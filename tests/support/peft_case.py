@@ -9,7 +9,7 @@ from layouts import whole_states
 from tiny import VOCAB
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
-from trialign.algorithms.config.common import UpdateConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.roles.role import Learner, target_logprobs
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW

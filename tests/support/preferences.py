@@ -7,8 +7,9 @@ from pathlib import Path
 
 from layouts import Layout, whole_states
 from tiny import VOCAB
-from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
+from trialign.algorithms.config.common import OptimizerConfig
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import Sample
 from trialign.algorithms.data.preferences import Pair, Steps, mismatched
 from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference

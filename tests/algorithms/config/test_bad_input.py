@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from samples import tokenizer, write_jsonl
 from trialign.algorithms.batch import Prompt
-from trialign.algorithms.config.common import PromptData
-from trialign.algorithms.config.ppo import PPOConfig, check
+from trialign.algorithms.config.data import PromptData
+from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.data.documents import TextDataset
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.functions import RewardFunction
@@ -45,8 +45,8 @@ COMMAND_LINES = {
     "unknown section": (["--actr.clip_low", "0.1"], ["Unrecognized options: --actr.clip_low", "--actor.clip_low"]),
     "not a number": (["--actor.optimizer.lr", "fast"], ["--actor.optimizer.lr", "'fast'"]),
     "not a whole number": (["--run.steps", "2.5"], ["--run.steps", "'2.5'"]),
-    "not a switch": (["--ppo.whiten", "maybe"], ["--ppo.whiten", "'maybe'", "True"]),
-    "not a choice": (["--ppo.kl", "k4"], ["invalid choice 'k4'", "--ppo.kl", "'k1', 'k2', 'k3'"]),
+    "not a switch": (["--reward.normalize", "maybe"], ["--reward.normalize", "'maybe'", "True"]),
+    "not a choice": (["--ppo.kl_estimator", "k4"], ["invalid choice 'k4'", "--ppo.kl_estimator", "'k1', 'k2', 'k3'"]),
     "no value": (["--run.steps"], ["'--run.steps'", "Expected 1 values"]),
     "too few values": (["--actor.optimizer.betas", "0.9"], ["--actor.optimizer.betas", "2"]),
     "below its range": (["--run.steps", "0"], ["run: steps=0: must be at least 1"]),
@@ -113,7 +113,10 @@ FILES = {
     "string for a number": ('[run]\nsteps = "3"', 'run.steps = "3": must be a whole number, not a string'),
     "float for an int": ("[run]\nsteps = 3.5", "run.steps = 3.5: must be a whole number, not a number"),
     "switch for a number": ("[ppo]\ngamma = true", "ppo.gamma = true: must be a number, not true or false"),
-    "number for a switch": ("[ppo]\nwhiten = 1", "ppo.whiten = 1: must be true or false, not a whole number"),
+    "number for a switch": (
+        "[reward]\nnormalize = 1",
+        "reward.normalize = 1: must be true or false, not a whole number",
+    ),
     "string for a list": ('[data]\nsources = "a"', 'data.sources = "a": must be a list'),
     "wrong item of a list": ("[data]\nsources = [1]", "data.sources[0] = 1: must be a string, not a whole number"),
     "list of a wrong length": ("[actor.optimizer]\nbetas = [0.9]", "must be a list of 2 values, not 1"),
@@ -163,7 +166,7 @@ def test_sizes_that_do_not_fit_together(case):
     argv, world, part = CHECKS[case]
     config = parse(PPOConfig, argv)
     with pytest.raises(ValueError) as error:
-        check(config, world)
+        config.check(world)
     assert part in str(error.value)
 
 

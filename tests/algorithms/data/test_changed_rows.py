@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from samples import write_jsonl
 from tiny import tiny_tokenizer
-from trialign.algorithms.config.common import PromptData
 from trialign.algorithms.config.conditional import ConditionConfig, RewardedData
+from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.preference import LabelData, PairData, RewardModelConfig, StepData
 from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.config.sft import SFTData

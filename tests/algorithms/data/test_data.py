@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from samples import tokenizer, write_jsonl
-from trialign.algorithms.config.common import PromptData
+from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.evaluate import EvaluatedDialogues, EvaluatedText
 from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.config.rlhf import PromptsConfig

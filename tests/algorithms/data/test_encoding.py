@@ -8,8 +8,8 @@ import pytest
 from samples import write_jsonl
 from templates import TEMPLATES, sentencepiece_model
 from tiny import tiny_tokenizer
-from trialign.algorithms.config.common import PromptData
 from trialign.algorithms.config.conditional import ConditionConfig, RewardedData
+from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.config.sft import SFTData

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from samples import write_jsonl
 from tiny import tiny_tokenizer
-from trialign.algorithms.config.common import PromptData
+from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Encoder

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from samples import tokenizer, write_jsonl
-from trialign.algorithms.config.common import PromptData
 from trialign.algorithms.config.conditional import RewardedData
+from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.preference import LabelData, PairData
 from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.config.sft import SFTData

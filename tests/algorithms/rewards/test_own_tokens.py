@@ -16,8 +16,10 @@ from test_rewards_served import serve_reward  # noqa: F401
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import pre_tokenizers
 from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, single_turn
-from trialign.algorithms.config.common import ModelPaths, RewardConfig, RolloutConfig, UpdateConfig
+from trialign.algorithms.config.common import ModelPaths, RolloutConfig
 from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels
+from trialign.algorithms.config.reward import PolicyReward, RewardConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, Policy, reward_encoders
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shapes
@@ -208,7 +210,7 @@ def test_who_must_read_the_very_tokens_is_refused_by_folder(folders, tmp_path):
         model=models,
         data=PPOData(max_prompt_tokens=20),
         rollout=RolloutConfig(max_new_tokens=20),
-        reward=RewardConfig(),
+        reward=PolicyReward(),
     )
     with pytest.raises(ValueError, match=r"bytes: its tokenizer is not that of .*policy, and both must read the same"):
         read_shapes(config)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from trialign.algorithms.batch import Prompt
-from trialign.algorithms.config.common import RewardConfig
 from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.algorithms.rewards.shaping import RewardShaper, RunningMoments, combine
 
@@ -145,7 +144,7 @@ def test_running_statistics_equal_those_of_all_numbers_at_once():
 
 
 def test_rewards_are_normalized_then_clipped_then_penalized():
-    shape = RewardShaper(RewardConfig(normalize=True, clip=1.0, missing_eos_penalty=3.0))
+    shape = RewardShaper(normalize=True, clip=1.0, missing_eos_penalty=3.0)
     scores = [0.0, 0.0, 0.0, 10.0]
     mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
     rewards = shape(scores, [True, False, True, True])
@@ -154,17 +153,16 @@ def test_rewards_are_normalized_then_clipped_then_penalized():
 
 
 def test_equal_rewards_normalize_to_zero():
-    assert RewardShaper(RewardConfig(normalize=True))([2.0, 2.0], [True, True]) == [0.0, 0.0]
+    assert RewardShaper(normalize=True)([2.0, 2.0], [True, True]) == [0.0, 0.0]
 
 
 def test_by_default_only_the_clip_acts():
-    assert RewardShaper(RewardConfig())([3.0, -11.0, 50.0], [True, False, True]) == [3.0, -10.0, 10.0]
-    assert RewardShaper(RewardConfig(clip=0))([50.0], [True]) == [50.0]
+    assert RewardShaper()([3.0, -11.0, 50.0], [True, False, True]) == [3.0, -10.0, 10.0]
+    assert RewardShaper(clip=0)([50.0], [True]) == [50.0]
 
 
 def test_the_statistics_go_on_from_a_checkpoint():
-    config = RewardConfig(normalize=True)
-    shape, again = RewardShaper(config), RewardShaper(config)
+    shape, again = RewardShaper(normalize=True), RewardShaper(normalize=True)
     shape([1.0, 5.0, 2.0], [True] * 3)
     again.load_state(json.loads(json.dumps(shape.state())))
     assert again([4.0, 0.5], [True] * 2) == shape([4.0, 0.5], [True] * 2)

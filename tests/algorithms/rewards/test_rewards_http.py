@@ -21,7 +21,7 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 from trialign.algorithms.batch import Prompt, pack
-from trialign.algorithms.config.common import RewardConfig
+from trialign.algorithms.config.reward import RewardConfig
 from trialign.algorithms.policy_step import without
 from trialign.algorithms.rewards import http as reward_server
 from trialign.algorithms.rewards.functions import RewardFunction
@@ -272,7 +272,7 @@ def test_abstaining_samples_move_no_statistic():
     nan = math.nan
     combined = combine({"a": [1.0, nan, 3.0], "b": [1.0, 2.0, nan]}, [1.0, 0.0])
     assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])
-    shaper, alone = (RewardShaper(RewardConfig(functions=("a:b",), normalize=True, clip=0.5)) for _ in range(2))
+    shaper, alone = (RewardShaper(0.5, normalize=True) for _ in range(2))
     rewards = shaper([1.0, nan, 3.0, 5.0], [True] * 4)
     assert math.isnan(rewards[1]) and [rewards[i] for i in (0, 2, 3)] == alone([1.0, 3.0, 5.0], [True] * 3)
     assert shaper.state() == alone.state()

@@ -17,8 +17,11 @@ from harness import run_ranks
 from samples import write_jsonl
 from tiny import tiny_llama, tiny_tokenizer
 from trialign.algorithms.batch import Prompt, from_rollouts, single_turn
-from trialign.algorithms.config.common import ModelPaths, PromptData, RewardConfig, UpdateConfig
+from trialign.algorithms.config.common import ModelPaths
+from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.preference import PairData
+from trialign.algorithms.config.reward import RewardConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import Encoder
 from trialign.algorithms.data.preferences import read_pairs
 from trialign.algorithms.data.prompts import PromptDataset

@@ -9,13 +9,10 @@ import torch
 from tiny import tiny_chat_model, tiny_llama
 from tiny_moe import tiny_mixtral
 from torch import Tensor
-from trialign.algorithms.config.common import (
-    OptimizerConfig,
-    ParallelConfig,
-    RewardConfig,
-    RolloutConfig,
-)
-from trialign.algorithms.config.ppo import ActorConfig, PPOConfig, PPOData, PPOModels, PPORun
+from trialign.algorithms.config.common import OptimizerConfig, ParallelConfig, RolloutConfig
+from trialign.algorithms.config.online import OnlineRun
+from trialign.algorithms.config.ppo import ActorConfig, PPOConfig, PPOData, PPOModels
+from trialign.algorithms.config.reward import PolicyReward
 from trialign.algorithms.losses.kl import KLController
 from trialign.algorithms.roles.build import build_roles, load_tokenizer, read_shapes, trained_entries
 from trialign.algorithms.roles.role import Learner
@@ -38,7 +35,7 @@ def config(folders, **changes) -> PPOConfig:
         model=PPOModels(path=str(folders / "actor"), dtype="float32"),
         data=PPOData(max_prompt_tokens=100),
         rollout=RolloutConfig(max_new_tokens=50),
-        reward=RewardConfig(models=(str(folders / "reward"),)),
+        reward=PolicyReward(models=(str(folders / "reward"),)),
     )
     return dataclasses.replace(base, **changes)
 
@@ -81,7 +78,7 @@ def test_folders_that_do_not_fit_are_refused(folders, changes, message):
         paths = {key: str(folders / name) for key, name in changes["model"].items()}
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **paths))
     if "reward" in changes:
-        settings = config(folders, reward=RewardConfig(models=(str(folders / changes["reward"]["models"]),)))
+        settings = config(folders, reward=PolicyReward(models=(str(folders / changes["reward"]["models"]),)))
     if "parallel" in changes:
         settings = config(folders, parallel=ParallelConfig(**changes["parallel"]))
     if "rollout" in changes:
@@ -115,7 +112,7 @@ def router_gradient(learner: Learner, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_router_losses_are_weighed_by_the_knobs_or_by_config_json(folders):
     folder = str(tiny_mixtral(folders / "mixture", vocab_size=260, router_aux_loss_coef=0.1))
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
-    settings = config(folders, model=PPOModels(folder, dtype="float32"), reward=RewardConfig(functions=("r.py:f",)))
+    settings = config(folders, model=PPOModels(folder, dtype="float32"), reward=PolicyReward(functions=("r.py:f",)))
     plain = build_roles(settings, read_shapes(settings), build_mesh())
     knobs = OptimizerConfig(router_aux_coef=0.0, router_z_coef=0.25)
     settings = dataclasses.replace(
@@ -144,7 +141,7 @@ def test_weights_of_router_losses_that_do_not_fit_are_refused(folders):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):
     tiny_chat_model(tmp_path, vocab_size=200)
-    shape = read_shapes(config(folders, model=PPOModels(str(tmp_path)), reward=RewardConfig(functions=("a:b",))))
+    shape = read_shapes(config(folders, model=PPOModels(str(tmp_path)), reward=PolicyReward(functions=("a:b",))))
     with pytest.raises(ValueError, match="knows 259 tokens, the model only vocab_size=200"):
         load_tokenizer(str(tmp_path), shape[str(tmp_path)])
     (tmp_path / "tokenizer.json").write_text("{")
@@ -154,7 +151,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):
 
 def test_an_export_onto_the_models_own_folder_is_refused(folders, tmp_path):
     tiny_chat_model(tmp_path / "model")
-    run = PPORun(output=str(tmp_path))
+    run = OnlineRun(output=str(tmp_path))
     with pytest.raises(ValueError, match="its export would replace .*model, which the run reads"):
         read_shapes(config(folders, model=PPOModels(str(tmp_path / "model")), run=run))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness import run_ranks
 from preferences import DPO, KTO, labeled, pairs, steps
+from presets import grpo_options
 from safetensors.torch import load_file, save_file
 from scripts import launch, metrics, options, succeed
 from test_grpo import random_batch
@@ -18,9 +19,10 @@ from tiny import tiny_chat_model, tiny_llama
 from torch import Tensor
 from trialign.algorithms import sft
 from trialign.algorithms.batch import Batch, pack
-from trialign.algorithms.config.common import OptimizerConfig, UpdateConfig
-from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
+from trialign.algorithms.config.common import OptimizerConfig
+from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.config.ppo import PPOConfig
+from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.dpo import dpo_step, with_reference
 from trialign.algorithms.grpo import update as grpo_update
 from trialign.algorithms.grpo import with_advantages
@@ -95,9 +97,9 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
         if spoilt:
             scores[SPOILT] = torch.inf
     if kind == "grpo":
-        knobs = GRPOOptions(algorithm="dapo", micro_batch_size=3)
+        knobs = grpo_options("dapo", micro_batch_size=3)
         group = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])  # alone, so that no sibling's advantage is spoilt
-        config = GRPOConfig(grpo=dataclasses.replace(knobs, baseline="none", scale="none"))
+        config = GRPOConfig(grpo=dataclasses.replace(knobs, baseline="none", scale_rewards="none"))
         made, _ = with_advantages(batch, scores, group, config)
         if spoilt:
             assert made.rewards is not None

@@ -20,7 +20,8 @@ from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from torch import Tensor
 from trialign.algorithms.batch import pack
-from trialign.algorithms.config.common import LoRAConfig, ParallelConfig, RunConfig
+from trialign.algorithms.config.common import LoRAConfig, ParallelConfig
+from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.roles.build import read_shape
 from trialign.algorithms.roles.role import Learner, stage_forward
 from trialign.engine.mesh import Mesh, build_mesh

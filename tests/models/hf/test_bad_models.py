@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
-from trialign.algorithms.config.common import ParallelConfig, RunConfig
+from trialign.algorithms.config.common import ParallelConfig
+from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.roles.build import read_shape
 from trialign.engine.mesh import build_mesh
 from trialign.models.decoder import Decoder

@@ -19,7 +19,8 @@ from harness import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer, weight_pieces
 from torch import Tensor
-from trialign.algorithms.config.common import ParallelConfig, RunConfig
+from trialign.algorithms.config.common import ParallelConfig
+from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.roles.build import build_decoder, read_shape
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
