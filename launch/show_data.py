@@ -3,8 +3,8 @@
 python launch/show_data.py --config launch/configs/sft_smollm2.toml
 python launch/show_data.py --script dpo --config my.toml --rows 5 --data.max_tokens 512
 
---script names the script whose config it is; without it the file's name tells (sft_*.toml), or its sections do. All
-knobs of that script may follow. What is learned is green and bold; without colors it stands between ⟦ and ⟧.
+--script names the script whose config it is; without it the file's name does (sft_*.toml), or its sections. All
+options of that script may follow. What is learned is green and bold; without colors it stands between ⟦ and ⟧.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Shown(NamedTuple):
 class Part(NamedTuple):
     """One kind of rows that a run reads."""
 
-    about: str  # what the run says of them
+    about: str  # the stream, its size and what was dropped
     rows: list[Shown]
 
 
-def of_sample(sample: Sample, what: str = "") -> Shown:
+def of_sample(sample: Sample, side: str = "") -> Shown:
     """A tokenized row."""
-    return Shown(f"{sample.where}{what and ', '}{what}", sample.tokens, sample.mask)
+    return Shown(f"{sample.where}{side and ', '}{side}", sample.tokens, sample.mask)
 
 
 def dialogues(data: SFTData, seed: int, tokenizer: Any, ends: Sequence[int], count: int) -> Part:
@@ -78,7 +78,7 @@ def text(data: TextData, seed: int, tokenizer: Any, count: int) -> Part:
     return Part(str(stream), [Shown(title, tokens, [0] + [1] * (len(tokens) - 1)) for title, tokens in pieces])
 
 
-def asked(data: PromptData, seed: int, tokenizer: Any, count: int) -> Part:
+def prompt_rows(data: PromptData, seed: int, tokenizer: Any, count: int) -> Part:
     """Prompts; nothing of them is learned."""
     rows = PromptDataset(data, tokenizer, seed)
     return Part(str(rows), [Shown(p.source, p.tokens, [0] * len(p.tokens)) for p in rows.next(count)])
@@ -97,16 +97,16 @@ def pretrain(config: PretrainConfig, tokenizer: Any, ends: Sequence[int], count:
 def pairs(config: DPOConfig | RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
     """Chosen and rejected answers."""
     data = PairStream(config.data, tokenizer, ends, config.run.seed)
-    sides = [(pair, what) for pair in data.next(count) for what in ("chosen", "rejected")]
-    return [Part(str(data), [of_sample(getattr(pair, what), what) for pair, what in sides])]
+    sides = [(pair, side) for pair in data.next(count) for side in ("chosen", "rejected")]
+    return [Part(str(data), [of_sample(getattr(pair, side), side) for pair, side in sides])]
 
 
 def reward(config: RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
-    """Pairs, or answers in steps, where the marked tokens are those a step is scored at."""
+    """Pairs, or responses in steps, where the marked tokens are those a step is scored at."""
     if not config.steps.sources:
         return pairs(config, tokenizer, ends, count)
     read = lambda source: read_steps(source, config.steps, tokenizer)  # noqa: E731
-    data = RowStream(config.steps, read, lambda row: row.lengths, config.run.seed, "answers in steps")
+    data = RowStream(config.steps, read, lambda row: row.lengths, config.run.seed, "responses in steps")
     return [Part(str(data), [of_sample(row.sample, f"labels {row.labels}") for row in data.next(count)])]
 
 
@@ -130,7 +130,7 @@ def conditional(config: ConditionalConfig, tokenizer: Any, ends: Sequence[int], 
 
     def load(source: str) -> list[Sample]:
         template = config.condition.template.replace("{reward}", "?")
-        unscored = [row.asking(template.replace("{input}", row.words)) for row in rows[source]]
+        unscored = [row.with_words(template.replace("{input}", row.words)) for row in rows[source]]
         return list(encoder.responses(unscored))
 
     stream = RowStream(config.data, load, lambda sample: [len(sample.tokens)], seed)
@@ -142,24 +142,24 @@ def prompts(config: Any, tokenizer: Any, ends: Sequence[int], count: int) -> lis
     """Prompts."""
     if not config.data.sources:
         raise ValueError("data.sources is not given: no prompts to show")
-    return [asked(config.data, config.run.seed, tokenizer, count)]
+    return [prompt_rows(config.data, config.run.seed, tokenizer, count)]
 
 
 def ppo(config: PPOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
     """Prompts, and the text of the pretraining mix."""
-    made, data = prompts(config, tokenizer, ends, count), config.data
+    parts, data = prompts(config, tokenizer, ends, count), config.data
     if config.actor.ptx_coef and data.ptx_source:
         mix = TextDataset(data.ptx_source, data.ptx_key, tokenizer, data.ptx_tokens, config.run.seed)
         rows = [Shown("pretraining mix", row, [0] + [1] * (len(row) - 1)) for row in mix.next(count).tolist()]
-        made.append(Part(f"{mix.tokens:,} tokens of {data.ptx_source}", rows))
-    return made
+        parts.append(Part(f"{mix.tokens:,} tokens of {data.ptx_source}", rows))
+    return parts
 
 
 def evaluate(config: EvaluateConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
     """Prompts, text and dialogues, whichever are given."""
-    made = [asked(config.data, config.run.seed, tokenizer, count)] if config.data.sources else []
-    made += [text(config.text, 0, tokenizer, count)] if config.text.sources else []
-    return made + ([dialogues(config.dialogues, 0, tokenizer, ends, count)] if config.dialogues.sources else [])
+    parts = [prompt_rows(config.data, config.run.seed, tokenizer, count)] if config.data.sources else []
+    parts += [text(config.text, 0, tokenizer, count)] if config.text.sources else []
+    return parts + ([dialogues(config.dialogues, 0, tokenizer, ends, count)] if config.dialogues.sources else [])
 
 
 def rlhf(config: RLHFConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
@@ -168,7 +168,7 @@ def rlhf(config: RLHFConfig, tokenizer: Any, ends: Sequence[int], count: int) ->
         raise ValueError("sft.data.sources and prompts.sources: give both")
     return [
         dialogues(config.sft.data, config.run.seed, tokenizer, ends, count),
-        asked(config.prompts, config.run.seed, tokenizer, count),
+        prompt_rows(config.prompts, config.run.seed, tokenizer, count),
     ]
 
 
@@ -191,7 +191,7 @@ def script_of(path: str) -> str:
     """The script that a config file is for: by the file's name, or because its keys fit no other.
 
     Raises:
-        ValueError: it cannot be told; says which are possible.
+        ValueError: no script fits, or several; names them.
     """
     if not path:
         raise ValueError(f"--config FILE or --script NAME is needed; scripts: {', '.join(SCRIPTS)}")
@@ -213,7 +213,7 @@ def script_of(path: str) -> str:
 
 
 def has_sources(config: Any) -> bool:
-    """Whether any section of a config, or a section's, names what is read."""
+    """Whether any section of a config, or a section's, names sources."""
     sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
     return any(getattr(s, "sources", ()) or (dataclasses.is_dataclass(s) and has_sources(s)) for s in sections)
 

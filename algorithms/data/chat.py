@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEARNED = ("weight", "train")
-"""What a message says of whether it is learned; no template sees it."""
+"""Keys of a message that mark it as learned or not; no template sees them."""
 Message = dict[str, Any]
 """role, content (a string), and what else the chat template reads."""
 
 
-def column(where: str, row: dict[str, Any], key: str, knob: str) -> Any:
-    """A row's column. ValueError where there is none, naming row, knob and what there is."""
+def column(where: str, row: dict[str, Any], key: str, option: str) -> Any:
+    """A row's column. ValueError where there is none, naming row, option and what there is."""
     if key not in row:
-        raise ValueError(f"{where}: no column {key!r} ({knob}); it has: {', '.join(map(repr, row)) or 'none'}")
+        raise ValueError(f"{where}: no column {key!r} ({option}); it has: {', '.join(map(repr, row)) or 'none'}")
     return row[key]
 
 
@@ -48,7 +48,7 @@ def read_messages(where: str, value: list[Any]) -> list[Message]:
 
 
 def learned_messages(where: str, value: list[Any]) -> list[int]:
-    """Which of those messages are to be learned: the assistant's that do not say no. Raises ValueError as it does."""
+    """Numbers of the messages to learn: the assistant's without weight 0. Raises ValueError as `read_messages` does."""
     messages = enumerate(_each(where, value))
     return [i for i, (message, learned) in messages if learned and message["role"] == "assistant"]
 
@@ -83,7 +83,7 @@ def _is_learned(where: str, message: Message) -> bool:
     if train is not None and not isinstance(train, bool):
         raise ValueError(f"{where} ({role}): train={shorten(train)}: must be true or false")
     if weight is not None and train is not None and bool(weight) != train:
-        raise ValueError(f"{where} ({role}): weight={weight} and train={train}: must say the same")
+        raise ValueError(f"{where} ({role}): weight={weight} and train={train}: must agree")
     if role != "assistant" and (weight or train):
         name, value = ("weight", weight) if weight else ("train", train)
         raise ValueError(f"{where} ({role}): {name}={value}: only the assistant's messages are learned")
@@ -136,7 +136,7 @@ def with_system_prompt(chat: list[Message], config: DataConfig) -> list[Message]
 
 
 def users_words(chat: Sequence[Message]) -> str:
-    """The last thing the user said."""
+    """The text of the last message of the user."""
     return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
 
 
@@ -166,7 +166,7 @@ def render(
     """The messages as the tokenizer's chat template writes them.
 
     Args:
-        generation_prompt: the header of the answer that is asked for comes behind them.
+        generation_prompt: the header of the response comes behind them.
         opened: the last message's turn is not ended.
 
     Raises:
@@ -225,14 +225,14 @@ def check_prefill(where: str, message: Message) -> None:
         raise ValueError(f"{where}: the prompt ends with tool calls of the assistant, whose results must follow")
 
 
-def answered(where: str, prompt: Sequence[Message], answer: Message) -> tuple[list[Message], str]:
-    """(the prompt's messages with the answer behind them, the prefill: what of the answer the prompt has already).
+def with_response(where: str, prompt: Sequence[Message], response: Message) -> tuple[list[Message], str]:
+    """(the prompt's messages with the response behind them, the prefill: what of the response the prompt has already).
 
     Raises:
         ValueError: the prompt ends with what cannot be continued; names the row.
     """
     *before, last = prompt
     if last["role"] != "assistant":
-        return [*prompt, answer], ""
+        return [*prompt, response], ""
     check_prefill(where, last)
-    return [*before, {**last, **answer, "content": last["content"] + answer["content"]}], last["content"]
+    return [*before, {**last, **response, "content": last["content"] + response["content"]}], last["content"]

@@ -1,8 +1,8 @@
 """ShareGPT's and Alpaca's columns as the columns that a config names.
 
 ShareGPT: `conversations`, a list of {from, value} messages, `system`, and for preferences `chosen` and `rejected`, a
-message each. Alpaca: `instruction`, `input`, `output`, `system`, `history` (pairs of what was said
-before).
+message each. Alpaca: `instruction`, `input`, `output`, `system`, `history` (pairs of turns before
+them).
 A row that has the config's own columns is left as it is.
 """
 
@@ -63,13 +63,13 @@ def from_sharegpt(where: str, message: Any) -> Any:
     """
     if not isinstance(message, dict) or "from" not in message or "role" in message:
         return message
-    said, rest = message.get("value"), {k: v for k, v in message.items() if k not in ("from", "value")}
+    value, rest = message.get("value"), {k: v for k, v in message.items() if k not in ("from", "value")}
     if not isinstance(message["from"], str) or message["from"] not in ROLES:
         raise ValueError(f"{where}: from={message['from']!r}: must be one of {', '.join(ROLES)}")
     if message["from"] != "function_call":
-        return {"role": ROLES[message["from"]], "content": said, **rest}
+        return {"role": ROLES[message["from"]], "content": value, **rest}
     try:
-        calls = parse_json(said) if isinstance(said, str) else said
+        calls = parse_json(value) if isinstance(value, str) else value
     except ValueError as error:
         raise ValueError(f"{where}: a function_call that is {error}") from None
     calls = calls if isinstance(calls, list) else [calls]
@@ -115,22 +115,22 @@ def _of_dialogue(where: str, row: dict[str, Any], chat: list[Message], keys: Map
 
 
 def _of_instruction(where: str, row: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """The columns of an instruction with its input, what was said before, and its output."""
-    asked = [row["instruction"], row["input"]] if row.get("input") else [row["instruction"]]
+    """The columns of an instruction with its input, earlier turns, and its output."""
+    instruction = [row["instruction"], row["input"]] if row.get("input") else [row["instruction"]]
     history = row.get("history") or []
     pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
     texts = [text for pair in history for text in pair] if pairs else []
-    if not pairs or not all(isinstance(text, str) for text in (*asked, *texts)):
+    if not pairs or not all(isinstance(text, str) for text in (*instruction, *texts)):
         raise ValueError(
-            f"{where}: 'instruction' and 'input' must be strings, 'history' a list of [asked, answered] pairs of them"
+            f"{where}: 'instruction' and 'input' must be strings, 'history' a list of [instruction, output] pairs"
         )
-    prompt = "\n".join(asked)
+    prompt = "\n".join(instruction)
     before = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     chat = [*system, *before, {"role": "user", "content": prompt}]
     if "messages_key" in keys and before:  # every answer is one to learn
         return {keys["messages_key"]: [*chat, {"role": "assistant", "content": row.get("output")}]}
-    made = {keys["prompt_key"]: chat if len(chat) > 1 else prompt} if "prompt_key" in keys else {}
+    columns = {keys["prompt_key"]: chat if len(chat) > 1 else prompt} if "prompt_key" in keys else {}
     if "response_key" in keys and row.get(keys["response_key"]) is None and "output" in row:
-        made[keys["response_key"]] = row["output"]
-    return made
+        columns[keys["response_key"]] = row["output"]
+    return columns

@@ -1,6 +1,6 @@
-"""Rows of conditional SFT: answers whose reward is written into the user's last words (https://arxiv.org/abs/2308.12050).
+"""Rows of conditional SFT: responses whose reward is written into the prompt (https://arxiv.org/abs/2308.12050).
 
-The model learns which answers earn which reward; asked with the best one, it answers so.
+The model learns which responses earn which reward; prompted with the best one, it responds so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..batch import Prompt, Rollout, single_turn
 from ..config.conditional import CONDITION, ConditionConfig, RewardedData
 from .chat import column, shorten
 from .dialogues import Dialogue, Encoder, Sample
-from .preferences import read_answer
+from .preferences import read_response
 from .responses import Scored
 from .sources import Read, RowReader, read_rows
 from .streams import RowStream
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rewarded:
-    """A row: an answer with its reward."""
+    """A row: a response with its reward."""
 
     dialogue: Dialogue
     fields: dict[str, Any]  # what else the row holds, for reward functions
     reward: float | None  # None where it is still to be scored, or has no score
 
     @property
-    def asked(self) -> int:
+    def last_user(self) -> int:
         """The message that the reward is written into: the user's last one."""
         messages = self.dialogue.messages
         return max(i for i, message in enumerate(messages[: self.dialogue.learned[0]]) if message["role"] == "user")
@@ -42,11 +42,11 @@ class Rewarded:
     @property
     def words(self) -> str:
         """That message."""
-        return self.dialogue.messages[self.asked]["content"]
+        return self.dialogue.messages[self.last_user]["content"]
 
-    def asking(self, words: str) -> Dialogue:
+    def with_words(self, words: str) -> Dialogue:
         """The dialogue with these as the user's last words."""
-        place, messages = self.asked, self.dialogue.messages
+        place, messages = self.last_user, self.dialogue.messages
         changed = [*messages[:place], {**messages[place], "content": words}, *messages[place + 1 :]]
         return self.dialogue._replace(messages=changed)
 
@@ -62,7 +62,7 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
     """
     rows = []
     for where, row in read(source, config.keys):
-        dialogue = read_answer(where, row, config.response_key, "response_key", config)
+        dialogue = read_response(where, row, config.response_key, "response_key", config)
         if not any(message["role"] == "user" for message in dialogue.messages):
             raise ValueError(f"{where}: no user's turn to write the reward into")
         reward = column(where, row, config.reward_key, "data.reward_key") if given else None
@@ -76,18 +76,18 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
 
 
 def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rollout]:
-    """The answers as scorers take them, each with its end."""
-    made = []
+    """The responses as scorers take them, each with its end."""
+    rollouts = []
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         begin = sample.mask.index(1)
         tokens = sample.tokens[begin:].tolist()
-        asked = tuple(row.dialogue.asked(row.dialogue.learned[0]))
-        prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where, asked)
-        made.append(single_turn(prompt, tokens, [0.0] * len(tokens), "stop"))
-    return made
+        messages = tuple(row.dialogue.prompt_messages(row.dialogue.learned[0]))
+        prompt = Prompt(i, sample.tokens[:begin].tolist(), sample.text, row.fields, sample.where, messages)
+        rollouts.append(single_turn(prompt, tokens, [0.0] * len(tokens), "stop"))
+    return rollouts
 
 
-def conditioned(answers: Sequence[Scored], normalize: bool = False, template: str = CONDITION) -> list[Scored]:
+def conditioned(responses: Sequence[Scored], normalize: bool = False, template: str = CONDITION) -> list[Scored]:
     """The same answers with their reward written into the prompt: conditional SFT (https://arxiv.org/abs/2308.12050).
 
     Args:
@@ -100,7 +100,7 @@ def conditioned(answers: Sequence[Scored], normalize: bool = False, template: st
     for field in ("{input}", "{reward}"):
         if field not in template:
             raise ValueError(f"template={template!r}: {field} must stand in it")
-    rewards = [answer.reward for answer in answers]
+    rewards = [response.reward for response in responses]
     if normalize:
         deviation = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
         if deviation == 0:
@@ -108,8 +108,10 @@ def conditioned(answers: Sequence[Scored], normalize: bool = False, template: st
         mean = statistics.fmean(rewards)
         rewards = [(reward - mean) / deviation for reward in rewards]
     return [
-        Scored(template.replace("{input}", answer.prompt).replace("{reward}", f"{reward:.2f}"), answer.response, reward)
-        for answer, reward in zip(answers, rewards, strict=True)
+        Scored(
+            template.replace("{input}", response.prompt).replace("{reward}", f"{reward:.2f}"), response.response, reward
+        )
+        for response, reward in zip(responses, rewards, strict=True)
     ]
 
 
@@ -153,21 +155,21 @@ class ConditionedRows(RowStream[Sample]):
         reader: RowReader | None = None,
     ):
         every = [row for own in rows.values() for row in own]
-        known = [row for row in every if row.reward is not None]
-        self.unknown = len(every) - len(known) - len(too_long)
-        if not known:
+        rewarded = [row for row in every if row.reward is not None]
+        self.unscored = len(every) - len(rewarded) - len(too_long)
+        if not rewarded:
             raise ValueError(f"none of {len(every)} rows has a reward")
-        scored = [Scored(row.words, "", row.reward or 0.0) for row in known]
+        scored = [Scored(row.words, "", row.reward or 0.0) for row in rewarded]
         if condition.normalize:
             scaled = conditioned(scored, True, condition.template)
-            scored = [answer._replace(reward=new.reward) for answer, new in zip(scored, scaled, strict=True)]
+            scored = [response._replace(reward=new.reward) for response, new in zip(scored, scaled, strict=True)]
         if condition.buckets:
-            numbers = bucketed([answer.reward for answer in scored], condition.buckets)
-            scored = [answer._replace(reward=number) for answer, number in zip(scored, numbers, strict=True)]
-        asked = conditioned(scored, False, condition.template)
-        self.written = sorted({f"{answer.reward:.2f}" for answer in asked}, key=float)
+            numbers = bucketed([response.reward for response in scored], condition.buckets)
+            scored = [response._replace(reward=number) for response, number in zip(scored, numbers, strict=True)]
+        written = conditioned(scored, False, condition.template)
+        self.written = sorted({f"{response.reward:.2f}" for response in written}, key=float)
         self.best = condition.best or self.written[-1]
-        dialogues = {row.dialogue.where: row.asking(new.prompt) for row, new in zip(known, asked, strict=True)}
+        dialogues = {row.dialogue.where: row.with_words(new.prompt) for row, new in zip(rewarded, written, strict=True)}
         dialogues |= {row.dialogue.where: row.dialogue for row in every if row.dialogue.where in too_long}
 
         self.encoder = Encoder(config, tokenizer, stop_ids)
@@ -178,24 +180,24 @@ class ConditionedRows(RowStream[Sample]):
 
         super().__init__(config, load, lambda sample: [len(sample.tokens)], seed, reader=reader)
         self._template = condition.template
-        self._rows = {row.dialogue.where: row for row in known}
+        self._rows = {row.dialogue.where: row for row in rewarded}
 
     def __str__(self) -> str:
         some = self.written if len(self.written) <= 6 else [*self.written[:2], "...", *self.written[-2:]]
         text = f"{super().__str__()}; {len(self.written)} rewards written: {', '.join(some)}"
-        text += f"; {self.unknown} dropped for want of a score" if self.unknown else ""
+        text += f"; {self.unscored} dropped for want of a score" if self.unscored else ""
         return text + str(self.encoder)
 
     def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
-        """(prompt asking for the best, the answer's tokens in the data) of the first rows, held-out ones if any."""
+        """(prompt asking for the best, the response's tokens in the data) of the first rows, held-out ones if any."""
         rows = [self._rows[sample.where] for sample in (self.held_out or list(self.rows()))[:count]]
         words = [row.words for row in rows]
         best = [self._template.replace("{input}", text).replace("{reward}", self.best) for text in words]
-        dialogues = [row.asking(text) for row, text in zip(rows, best, strict=True)]
+        dialogues = [row.with_words(text) for row, text in zip(rows, best, strict=True)]
         found = []
         samples = self.encoder.responses(dialogues)
         for i, (row, text, dialogue, sample) in enumerate(zip(rows, words, dialogues, samples, strict=True)):
-            begin, asked = sample.mask.index(1), tuple(dialogue.asked(dialogue.learned[0]))
-            prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where, asked)
+            begin, messages = sample.mask.index(1), tuple(dialogue.prompt_messages(dialogue.learned[0]))
+            prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where, messages)
             found.append((prompt, sample.tokens[begin:].tolist()))
         return found

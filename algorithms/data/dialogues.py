@@ -1,4 +1,4 @@
-"""Dialogues as tokens, with a mask of those the assistant is to say.
+"""Dialogues of supervised fine-tuning: rows read, encoded as tokens with a mask of the targets, and streamed.
 
 A turn that is learned stands behind the very tokens that a rollout of it begins with: the messages before it with the
 generation prompt, tokenized by themselves. It ends with its end of sequence, and where the chat template has
@@ -22,7 +22,6 @@ from ..config.data import ResponseData
 from ..config.sft import SFTData
 from .chat import (
     Message,
-    answered,
     column,
     end_of_text,
     learned_messages,
@@ -33,6 +32,7 @@ from .chat import (
     render,
     shorten,
     users_words,
+    with_response,
     with_system_prompt,
 )
 from .encoding import Tokens, encode_responses, turn_end
@@ -57,7 +57,7 @@ class Dialogue(NamedTuple):
     tools: list[Any] | None
     prefill: str = ""  # how the last message begins already in the prompt
 
-    def asked(self, number: int) -> list[Message]:
+    def prompt_messages(self, number: int) -> list[Message]:
         """The messages that message `number` answers, and what of it is there already."""
         before = self.messages[:number]
         return [*before, {"role": "assistant", "content": self.prefill}] if self._opens(number) else before
@@ -68,8 +68,8 @@ class Dialogue(NamedTuple):
     def prompt(self, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
         """That as the chat template writes it. Raises ValueError where it refuses."""
         opened = self._opens(number)
-        asked = self.asked(number)
-        return render(self.where, asked, tokenizer, self.tools, generation_prompt=not opened, opened=opened)
+        messages = self.prompt_messages(number)
+        return render(self.where, messages, tokenizer, self.tools, generation_prompt=not opened, opened=opened)
 
 
 class Sample(NamedTuple):
@@ -77,7 +77,7 @@ class Sample(NamedTuple):
 
     tokens: array[int]
     mask: bytes  # 1 where a token is a target
-    text: str  # the last thing the user said
+    text: str  # of the last message of the user
     where: str
 
     @property
@@ -122,7 +122,7 @@ class Encoder:
         stop_ids: tokens that end a turn.
 
     Attributes:
-        appended: turns so far whose end of sequence `append_eos` has put there or made a target.
+        appended: turns so far whose end of sequence `append_eos` has put there or joined_turns a target.
 
     Raises:
         ValueError: there is no chat template, or without one no end of sequence.
@@ -184,20 +184,20 @@ class Encoder:
         fast = any(turn.marked is not None for turn in turns) and bool(self.tokenizer.is_fast)
         pairs = [(turn.prompt, turn.text) for turn in turns]
         encoded = encode_responses(self.tokenizer, pairs, self.config.chat_template, fast)
-        made = []
+        results = []
         for turn, (prompt, tokens) in zip(turns, encoded, strict=True):
             end = turn_end(self.tokenizer, tokens.ids, self.stop_ids)
             mask = self._mask(turn, prompt, tokens, end)
             if not prompt or not any(mask):
                 raise ValueError(f"{turn.where}: the chat template leaves message {turn.number} no token to learn")
             if end and mask[end - 1]:
-                made.append(Learned(prompt, tokens.ids[:end], bytes(mask[:end])))
+                results.append(Learned(prompt, tokens.ids[:end], bytes(mask[:end])))
             elif self.end is None:
                 raise ValueError(self._endless(turn, tokens, end))
             else:
                 self.appended += self.config.chat_template
-                made.append(self._ended(turn, prompt, tokens, mask, end))
-        return made
+                results.append(self._ended(turn, prompt, tokens, mask, end))
+        return results
 
     def _mask(self, turn: Turn, prompt: list[int], tokens: Tokens, end: int) -> bytearray:
         """1 where a token of the turn is to be learned, whether it has an end or not."""
@@ -249,20 +249,20 @@ class Encoder:
 
     def _join(self, dialogue: Dialogue, turns: Sequence[Learned]) -> list[Sample]:
         """The turns as few samples: each goes on with the one before where its prompt begins with that."""
-        made: list[tuple[list[int], bytes, int]] = []  # tokens, mask, number of the last message
+        joined_turns: list[tuple[list[int], bytes, int]] = []  # tokens, mask, number of the last message
         for number, turn in zip(dialogue.learned, turns, strict=True):
-            before, mask = made[-1][:2] if made else ([], b"")
-            if made and turn.prompt[: len(before)] == before:
-                made.pop()
+            before, mask = joined_turns[-1][:2] if joined_turns else ([], b"")
+            if joined_turns and turn.prompt[: len(before)] == before:
+                joined_turns.pop()
             else:
                 mask = b""
             mask += bytes(len(turn.prompt) - len(mask)) + turn.mask
-            made.append((turn.prompt + turn.tokens, mask, number))
+            joined_turns.append((turn.prompt + turn.tokens, mask, number))
         words = users_words(dialogue.messages)
-        if len(made) == 1:
-            return [Sample(array("i", made[0][0]), made[0][1], words, dialogue.where)]
+        if len(joined_turns) == 1:
+            return [Sample(array("i", joined_turns[0][0]), joined_turns[0][1], words, dialogue.where)]
         samples = []
-        for tokens, mask, number in made:
+        for tokens, mask, number in joined_turns:
             words = users_words(dialogue.messages[:number])
             samples.append(Sample(array("i", tokens), mask, words, f"{dialogue.where}, message {number}"))
         return samples
@@ -366,7 +366,7 @@ def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:
             raise ValueError(f"{where}: {config.response_key!r} must be a string, not {shorten(answer)}")
         if not answer.strip():
             raise ValueError(f"{where}: {config.response_key!r} is empty")
-        messages, prefill = answered(where, prompt, {"role": "assistant", "content": answer})
+        messages, prefill = with_response(where, prompt, {"role": "assistant", "content": answer})
         learned = [len(messages) - 1]
     if learned and all(message["role"] == "system" for message in messages[: learned[0]]):
         raise ValueError(f"{where}: the assistant speaks first: a turn to answer must come before its first one")

@@ -1,8 +1,8 @@
-"""What continued pretraining reads: documents cut into pieces, and pieces packed into rows of a token budget.
+"""Documents of pretraining: cut into passages, packed into rows of a token budget; and the text of PPO's mix.
 
-A row's pieces do not see each other: each is a sample of its own in the batch, so attention and positions begin anew
-with it. A document ends with the end of sequence. One that is longer than a row is cut into pieces that share one
-token: the last of a piece begins the next, so that every token of the document but its first is predicted, once.
+A row's passages do not see each other: each is a sample of its own in the batch, so attention and positions begin anew
+with it. A document ends with the end of sequence. One that is longer than a row is cut into passages that share one
+token: the last of a passage begins the next, so that every token of the document but its first is predicted, once.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class TextStream(RowStream[PackedRow]):
             raise ValueError(f"data source {source}: holds no documents")
         kept = [document for document in documents if len(document.tokens) >= config.min_tokens]
         if not kept:
-            knob = f"{config.section}.min_tokens={config.min_tokens}"
-            raise ValueError(f"data source {source}: all {len(documents)} documents have fewer tokens than {knob}")
+            option = f"{config.section}.min_tokens={config.min_tokens}"
+            raise ValueError(f"data source {source}: all {len(documents)} documents have fewer tokens than {option}")
         self.short += len(documents) - len(kept)
         self.short_tokens += sum(len(d.tokens) for d in documents) - sum(len(d.tokens) for d in kept)
         return kept

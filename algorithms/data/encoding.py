@@ -87,14 +87,14 @@ def encode_responses(
         places: also find which characters of the response each token is; needs a fast tokenizer.
     """
     texts = list(dict.fromkeys(text for prompt, response in turns for text in (prompt, prompt + response)))
-    known = dict(zip(texts, encode(tokenizer, texts, places), strict=True))
+    tokens_of = dict(zip(texts, encode(tokenizer, texts, places), strict=True))
     first = [] if chat_template else first_tokens(tokenizer)
-    made = []
+    encoded = []
     for prompt, response in turns:
-        head = known[prompt].ids
-        tail = known[prompt + response].behind(head, len(prompt)) or _encode_apart(tokenizer, response, places)
-        made.append((_begun(head, first), tail))
-    return made
+        head = tokens_of[prompt].ids
+        tail = tokens_of[prompt + response].behind(head, len(prompt)) or _encode_apart(tokenizer, response, places)
+        encoded.append((_begun(head, first), tail))
+    return encoded
 
 
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str, places: bool) -> Tokens:

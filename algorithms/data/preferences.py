@@ -1,4 +1,4 @@
-"""What preferences are read from: pairs of a chosen and a rejected answer, answers with a label, steps with labels.
+"""Rows of preferences: pairs of a chosen and a rejected response, responses with a label, steps with labels.
 
 A pair is two samples with the same beginning; the targets of each are the tokens of its own last answer, and it ends
 with them: what a template writes behind the end of a turn (ChatML: a new line) is no part of a rollout, so a reward
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config.preference import LabelData, PairData, StepData
 from .chat import (
     Message,
-    answered,
     column,
     learned_messages,
     need_template,
@@ -28,6 +27,7 @@ from .chat import (
     render_prompt,
     shorten,
     users_words,
+    with_response,
     with_system_prompt,
 )
 from .dialogues import Dialogue, Encoder, Sample
@@ -119,27 +119,27 @@ def _margin(where: str, row: dict[str, Any], key: str) -> float:
 
 def read_pair(where: str, row: dict[str, Any], config: PairData) -> tuple[Dialogue, Dialogue]:
     """A row as two dialogues. Raises ValueError that names the row."""
-    chosen = read_answer(where, row, config.chosen_key, "chosen_key", config)
-    rejected = read_answer(where, row, config.rejected_key, "rejected_key", config)
+    chosen = read_response(where, row, config.chosen_key, "chosen_key", config)
+    rejected = read_response(where, row, config.rejected_key, "rejected_key", config)
     if (chosen.messages[:-1], chosen.prefill) != (rejected.messages[:-1], rejected.prefill):
         raise ValueError(f"{where}: {config.chosen_key!r} and {config.rejected_key!r} answer different dialogues")
     return chosen, rejected
 
 
-def read_answer(
-    where: str, row: dict[str, Any], key: str, knob: str, config: PairData | LabelData | RewardedData
+def read_response(
+    where: str, row: dict[str, Any], key: str, option: str, config: PairData | LabelData | RewardedData
 ) -> Dialogue:
     """An answer with what it answers: the row's prompt, or the dialogue it ends. Only the answer is learned.
 
     A dialogue may stand beside its own prompt, with which it then has to begin.
 
     Args:
-        knob: that says the column's name, `key`.
+        option: that names the column `key`.
 
     Raises:
         ValueError: a column is missing or malformed, or it is no answer; names the row.
     """
-    answer, prompt, prefill = column(where, row, key, f"{config.section}.{knob}"), [], ""
+    answer, prompt, prefill = column(where, row, key, f"{config.section}.{option}"), [], ""
     if row.get(config.prompt_key) is not None:
         prompt = read_prompt(where, row, config.prompt_key, config)
     if isinstance(answer, str):
@@ -165,7 +165,7 @@ def read_answer(
         whole = len(messages) > 1
         own_system = whole and messages[0]["role"] == "system" != prompt[0]["role"]
         if len(messages) == whole * len(prompt) + own_system + 1:  # nothing but the answer follows the prompt
-            messages, prefill = answered(where, messages[:-1] if whole else prompt, messages[-1])
+            messages, prefill = with_response(where, messages[:-1] if whole else prompt, messages[-1])
     messages = with_system_prompt(messages, config)
     if len(messages) < 2 or messages[-2]["role"] == "system":
         raise ValueError(f"{where}: {key!r} has no turn to answer; give the prompt in {config.prompt_key!r}")
@@ -210,7 +210,7 @@ def read_labeled_responses(
     """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
     dialogues, labels = [], []
     for where, row in read(source, config.keys):
-        dialogues.append(read_answer(where, row, config.response_key, "response_key", config))
+        dialogues.append(read_response(where, row, config.response_key, "response_key", config))
         label = column(where, row, config.label_key, "data.label_key")
         if not is_label(label):
             raise ValueError(f"{where}: {config.label_key!r} must be true or false, not {shorten(label)}")
@@ -268,7 +268,7 @@ class LabeledStream(RowStream[LabeledResponse]):
     def __init__(self, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
         self.encoder, reader = Encoder(config, tokenizer, stop_ids), RowReader()
         load = lambda source: read_labeled_responses(source, config, self.encoder, reader)  # noqa: E731
-        super().__init__(config, load, lambda row: row.lengths, seed, "labeled answers", reader)
+        super().__init__(config, load, lambda row: row.lengths, seed, "labeled responses", reader)
         labels = [row.desirable for row in self.rows()]
         if len(set(labels)) == 1:
             raise ValueError(

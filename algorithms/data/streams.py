@@ -1,4 +1,4 @@
-"""A stream of rows to learn from, read and checked whole before the run; and the rows held out of it."""
+"""Endless, seeded streams of rows to learn from, read and checked before the run, and the rows held out of them."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def check_left(config: RowData, before: Sequence[int], left: Sequence[int], noun
         before, left: rows of each source, before some are held out and after.
 
     Raises:
-        ValueError: naming the knob and the source.
+        ValueError: naming the option and the source.
     """
-    knob = f"{config.section}.eval_fraction={config.eval_fraction}"
+    option = f"{config.section}.eval_fraction={config.eval_fraction}"
     if not any(left):
-        raise ValueError(f"{knob} of {sum(before)} {noun} leaves none to learn from")
+        raise ValueError(f"{option} of {sum(before)} {noun} leaves none to learn from")
     for source, count, rest in zip(config.sources, before, left, strict=True):
         if config.probabilities and not rest:
             raise ValueError(
-                f"data source {source}: {knob} holds out all of its {count} {noun}, but"
+                f"data source {source}: {option} holds out all of its {count} {noun}, but"
                 f" {config.section}.probabilities draw from every source"
             )
 
@@ -117,7 +117,7 @@ class RowStream(Generic[Row]):
         self._reader = reader or RowReader()
         self.limit, self.noun, self.dropped, self.dropped_tokens = config.max_tokens, noun, 0, 0
         weights, section = config.weights(), config.section
-        knob = f"{section}.max_tokens={config.max_tokens}"
+        option = f"{section}.max_tokens={config.max_tokens}"
 
         def short(source: str, needed: bool) -> list[Row]:
             rows = load(source)
@@ -127,7 +127,7 @@ class RowStream(Generic[Row]):
             if not kept and needed:
                 least = min(max(lengths(row)) for row in rows)
                 raise ValueError(
-                    f"data source {source}: all {len(rows)} {noun} are longer than {knob};"
+                    f"data source {source}: all {len(rows)} {noun} are longer than {option};"
                     f" the shortest has {least} tokens"
                 )
             self.dropped += len(rows) - len(kept)
@@ -138,7 +138,7 @@ class RowStream(Generic[Row]):
         pools = [short(source, alone or bool(weights)) for source in config.sources]
         self.held_out = [row for source in config.eval_sources for row in short(source, True)]
         if not any(pools):
-            raise ValueError(f"{section}.sources: all {noun} are longer than {knob}")
+            raise ValueError(f"{section}.sources: all {noun} are longer than {option}")
         if config.eval_fraction:
             pools = self._hold_out(config, pools, seed)
         self.pools = pools if weights else [[row for pool in pools for row in pool]]

@@ -16,7 +16,7 @@ from ...models.families.registry import read_config
 from ...models.hf.tokenizer import has_tokenizer, read_tokenizer, stop_ids
 from ...models.hf.tokenizer_match import chats_differ, tokens_differ
 from ..batch import Rollout
-from ..data.chat import Message, answered, render, render_prompt
+from ..data.chat import Message, render, render_prompt, with_response
 from ..data.encoding import encode_responses
 from ..data.text_files import parse_json
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Completion(NamedTuple):
-    """What a score is asked for."""
+    """A completion to score, with the chat before it."""
 
     where: str
-    messages: list[Message]  # what is answered
+    messages: list[Message]  # before the completion
     text: str
     finished: bool  # it came to its end of turn
     tools: list[Any] | None
@@ -48,7 +48,7 @@ def conversation(rollout: Rollout, texts: Sequence[str]) -> list[Message]:
     chat = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
     for number, turn in enumerate(rollout.turns):
         if turn.logprobs is not None:
-            chat, _ = answered(where, chat, {"role": "assistant", "content": next(written)})
+            chat, _ = with_response(where, chat, {"role": "assistant", "content": next(written)})
         elif not turn.messages:
             raise ValueError(f"{where}: turn {number} of its response, an environment's, has no messages")
         chat += turn.messages
@@ -129,18 +129,18 @@ class ChatEncoder:
         return tokens
 
     def _end_of_turn(self, ends: Sequence[int]) -> int:
-        """The token that an answer ends with: the one of the model's that its chat template writes, or its first."""
+        """The token that a response ends with: the one of the model's that its chat template writes, or its first."""
         written: list[int] = []
         if self.chat_template:
             chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
             text = render("a chat of two turns", chat, self.tokenizer, None)
             written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        known: list[Any] = [
+        candidates: list[Any] = [
             token for token in (*reversed(written), self.tokenizer.eos_token_id, *ends) if token in ends
         ]
-        if not known:
+        if not candidates:
             raise ValueError(f"{self.folder}: neither its configs nor its tokenizer name an eos_token_id")
-        return known[0]
+        return candidates[0]
 
 
 class Policy(NamedTuple):

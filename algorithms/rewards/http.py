@@ -4,7 +4,7 @@
           "finished": [true], "fields": {"column": [...]}}
     200  {"scores": [0.5, null, ...]}
 
-A prompt is the user's last words, its messages are the whole chat that is answered, and an answer is finished that
+A prompt is the user's last words, its messages are the whole chat that is answered, and a completion is finished that
 ended by itself. A score is null where the row is not the server's own. A server that is down, slow or overloaded is
 asked again; one that answers with what are no scores is not, for asking again would not make them true.
 """
@@ -33,7 +33,7 @@ AGAIN = (429, 500, 502, 503, 504)
 """HTTP codes after which the same request may succeed."""
 
 
-class NoAnswer(Exception):
+class NoResponse(Exception):
     """No answer this time; another try may get one."""
 
 
@@ -109,7 +109,7 @@ class RewardClient:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
                 return self._scores(self._post(body, about), sources, about)
-            except NoAnswer as error:
+            except NoResponse as error:
                 reason = str(error)
         tries = f"{self.tries} tries" if self.tries > 1 else "1 try"
         raise ValueError(f"reward server {self.url}: {reason} ({tries}) {about}")
@@ -118,7 +118,7 @@ class RewardClient:
         """The answer's body.
 
         Raises:
-            NoAnswer: there is none in time, or one of `AGAIN`.
+            NoResponse: there is none in time, or one of `AGAIN`.
             ValueError: the server refuses the request.
         """
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
@@ -141,18 +141,18 @@ class RewardClient:
         try:
             return within(self.time_limit, ask)
         except urllib.error.HTTPError as error:
-            said = b""
+            detail = b""
             with suppress(OSError, http.client.HTTPException):  # the code says enough
-                said = within(max(0.0, deadline - time.monotonic()), partial(error.read, 200))
-            reason = f"answered HTTP {error.code}: {said.decode(errors='replace')!r}"
+                detail = within(max(0.0, deadline - time.monotonic()), partial(error.read, 200))
+            reason = f"answered HTTP {error.code}: {detail.decode(errors='replace')!r}"
             if error.code in AGAIN:
-                raise NoAnswer(reason) from None
+                raise NoResponse(reason) from None
             raise ValueError(f"reward server {self.url}: {reason} {about}") from None
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
-                raise NoAnswer(f"took longer than reward.time_limit={self.time_limit:g} seconds") from error
-            raise NoAnswer(f"no connection: {reason!s}" if str(reason) else f"no connection: {reason!r}") from error
+                raise NoResponse(f"took longer than reward.time_limit={self.time_limit:g} seconds") from error
+            raise NoResponse(f"no connection: {reason!s}" if str(reason) else f"no connection: {reason!r}") from error
 
     def _scores(self, body: bytes, sources: Sequence[str], about: str) -> list[Score]:
         """The scores in an answer.

@@ -76,8 +76,8 @@ class Scorer:
             ValueError: they cannot, on every rank; names the row.
         """
         if self.config.functions:
-            known = list(rows)
-            self._on_first_rank(lambda: [function.check(known) for function in self.functions])
+            named = list(rows)
+            self._on_first_rank(lambda: [function.check(named) for function in self.functions])
 
     def __call__(self, rollouts: Sequence[Rollout], batch: Batch, models: Sequence[Role]) -> dict[str, list[Score]]:
         """Every reward's name -> its scores, one a sample, in the order of the config's weights.
@@ -123,11 +123,11 @@ class Scorer:
 
     def failures(self) -> list[str]:
         """Why samples are without a score, one line each since the last call; on the first rank."""
-        told = []
+        lines = []
         for reasons in (self._unscored, *(scorer.failures for scorer in (*self.functions, *self.servers))):
-            told += reasons
+            lines += reasons
             reasons.clear()
-        return told
+        return lines
 
     def close(self) -> None:
         """Ends the functions' processes."""

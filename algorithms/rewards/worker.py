@@ -233,14 +233,14 @@ def _watch_parent(parent: int) -> None:
 
 
 def main() -> None:
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the function prints must not get between the answers
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the function prints must not get between the replies
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor is it to read the requests
     end_with_parent(int(sys.argv[2]))
 
     def answer(**message: Any) -> None:
         sys.stdout.flush()  # what the function printed: a later kill would take it along
-        print(json.dumps(message), file=answers, flush=True)
+        print(json.dumps(message), file=replies, flush=True)
 
     try:
         function, checks = load(sys.argv[1])

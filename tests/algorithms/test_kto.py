@@ -79,7 +79,7 @@ def test_the_script_measures_every_prompt_with_an_answer_to_another(tiny, tmp_pa
     path = write_jsonl(tmp_path / "a.jsonl", both_answers("p", "q", "r"))
     config = SimpleNamespace(data=LabelData(sources=(str(path),)), update=None)
     work = SimpleNamespace(
-        session=SimpleNamespace(config=config, mesh=build_mesh()),
+        run=SimpleNamespace(config=config, mesh=build_mesh()),
         rows=LabeledStream(config.data, tiny, STOP),
         steps=3,
         batch_size=2,

@@ -16,7 +16,7 @@ from trialign.algorithms.data.documents import TextStream
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
     """A tiny model and a file of each kind of rows, with one that is too long."""
-    folder = tmp_path_factory.mktemp("data")
+    folder = tmp_path_factory.mktemp("show_data")
     tiny_chat_model(folder / "model")
     long = "long " * 50
     files = {
@@ -60,7 +60,7 @@ def setting(tmp_path_factory) -> Path:
             ["1 prompts, 1 dropped", " 0 learned", "<s>user: ask</s><s>assistant: "],
         ),
         ("conditional", (), ["user: p <rm_score>: -0.71 </s><s>assistant: ⟦r</s>⟧", "2 rewards written: -0.71, 0.71"]),
-        ("reward", (), ["labels (True, False): ", "1 answers in steps", "2 learned"]),
+        ("reward", (), ["labels (True, False): ", "1 responses in steps", "2 learned"]),
         ("pretrain", (), ["row 1: ", "o⟦ne</s>⟧", "t⟦wo</s>⟧", "1 dropped for fewer than 2 tokens"]),
     ],
 )

@@ -375,7 +375,7 @@ REFUSED = {
     ),
     "a weight against train": (
         {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 1, "train": False}]},
-        "'messages'[1] (assistant): weight=1 and train=False: must say the same",
+        "'messages'[1] (assistant): weight=1 and train=False: must agree",
     ),
     "a user's message to learn": (
         {"messages": [TWO_TURNS[0] | {"train": True}, TWO_TURNS[1]]},
