@@ -16,7 +16,7 @@ from trialign.algorithms.data.documents import TextStream
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
     """A tiny model and a file of each kind of rows, with one that is too long."""
-    folder = tmp_path_factory.mktemp("show_data")
+    folder = tmp_path_factory.mktemp("data")
     tiny_chat_model(folder / "model")
     long = "long " * 50
     files = {
@@ -65,7 +65,7 @@ def setting(tmp_path_factory) -> Path:
     ],
 )
 def test_rows_as_the_model_sees_them(setting, name, knobs, shown):
-    said = succeed("data", "--config", setting / f"{name}_tiny.toml", *knobs)
+    said = succeed("show_data", "--config", setting / f"{name}_tiny.toml", *knobs)
     assert said.startswith(f"{name}: ")
     flat = re.sub(r"\s+", " ", said)
     for part in shown:
@@ -75,13 +75,13 @@ def test_rows_as_the_model_sees_them(setting, name, knobs, shown):
 def test_which_script_it_is_for(setting, tmp_path):
     config = tmp_path / "mine.toml"
     config.write_text((setting / "sft_tiny.toml").read_text())
-    unsure = launch("data", "--config", config)
+    unsure = launch("show_data", "--config", config)
     assert unsure.returncode != 0 and "fits several scripts (" in unsure.stderr and "--script" in unsure.stderr
     config.write_text(config.read_text() + "[loss]\ndesirable_weight = 2.0\n")
-    wrong = launch("data", "--config", config)
+    wrong = launch("show_data", "--config", config)
     assert wrong.returncode != 0 and "sft.jsonl:1: no column 'label'" in wrong.stderr  # only KTO has it
-    assert "invalid choice: 'sff'" in launch("data", "--script", "sff").stderr
-    missing = launch("data", "--script", "sft", "--model.path", setting / "model")
+    assert "invalid choice: 'sff'" in launch("show_data", "--script", "sff").stderr
+    missing = launch("show_data", "--script", "sft", "--model.path", setting / "model")
     assert missing.returncode != 0 and "data.sources is not given" in missing.stderr
 
 
@@ -151,7 +151,7 @@ def test_marks_are_those_of_the_stream(setting):
 
     tokenizer = AutoTokenizer.from_pretrained(setting / "model")
     data = TextStream(TextData(sources=(str(setting / "pretrain.jsonl"),)), tokenizer)
-    said = succeed("data", "--config", setting / "pretrain_tiny.toml", "--rows", 1)
+    said = succeed("show_data", "--config", setting / "pretrain_tiny.toml", "--rows", 1)
     pieces = [piece for row in data.next(1) for piece in row]
     assert said.count("⟦") == len(pieces)
     for piece in pieces:
