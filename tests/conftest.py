@@ -30,3 +30,12 @@ def smollm2() -> Path:
     folder = ROOT / "models_hf" / "SmolLM2-135M-Instruct"
     subprocess.run([sys.executable, ROOT / "launch" / "demo_model.py", "--output", folder], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The tiny tokenizer; a test that changes it puts it back."""
+    from tiny import tiny_tokenizer  # after sys.path is as it must be
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))

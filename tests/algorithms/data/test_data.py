@@ -55,12 +55,6 @@ def test_a_stream_goes_on_where_its_state_was_taken(tmp_path, probabilities):
     assert again.next(30) == expected
 
 
-def test_other_data_than_the_checkpoint_s_is_refused(tmp_path):
-    state = dataset(write_jsonl(tmp_path / "a.jsonl", ROWS)).state()
-    with pytest.raises(ValueError, match=r"have changed since the checkpoint: \[10\] rows, now \[9\]"):
-        dataset(write_jsonl(tmp_path / "b.jsonl", ROWS[:9])).load_state(state)
-
-
 def test_sources_are_mixed_by_their_probabilities(tmp_path):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"say {name}"}] * 4) for name in "abc"]
     counts = Counter(prompt.text for prompt in dataset(*paths, probabilities="0.5,0.4,0.1").next(2000))

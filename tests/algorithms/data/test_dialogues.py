@@ -8,7 +8,6 @@ import pytest
 from samples import tokenizer as words
 from samples import write_jsonl
 from templates import TEMPLATES
-from tiny import tiny_tokenizer
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 
@@ -25,13 +24,6 @@ MARKED = (
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture
@@ -277,23 +269,6 @@ def test_turns_are_samples_of_their_own_where_a_template_leaves_reasoning_out(wi
     assert len(held) == len(held.held_out) == 1 and len(held.held_out[0]) == 2
 
 
-def test_every_kind_of_source_gives_the_same_rows(tiny, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    rows = [{"prompt": f"say {i}", "response": "x" * i} for i in range(1, 6)]
-    plain = write_jsonl(tmp_path / "a.jsonl", rows)
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.write(plain.read_text())
-    table = datasets.Dataset.from_list(rows)
-    table.to_parquet(tmp_path / "c.parquet")
-    table.save_to_disk(tmp_path / "d")
-    expected = [(s.tokens, s.mask, s.text) for s in drawn(dataset(tiny, plain), 12)]
-    for name in ("b.jsonl.gz", "c.parquet", "d"):
-        assert [(s.tokens, s.mask, s.text) for s in drawn(dataset(tiny, tmp_path / name), 12)] == expected, name
-    chats = datasets.Dataset.from_list([{"messages": TWO_TURNS, "prompt": None}])
-    chats.to_parquet(tmp_path / "e.parquet")
-    assert learned(tiny, drawn(dataset(tiny, tmp_path / "e.parquet"), 1)[0]) == ["yo</s>", "bye</s>"]
-
-
 def test_over_long_rows_are_dropped_and_counted(tiny, tmp_path):
     rows = [{"prompt": "hi", "response": "x" * n} for n in (1, 2, 50, 60)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -342,14 +317,8 @@ def chat(*turns: tuple[str, object]) -> dict:
 
 
 REFUSED = {
-    "no columns": (
-        {"text": "a", "id": 1},
-        "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt_key); it has: 'text', 'id'",
-    ),
-    "no response": (
-        {"prompt": "a", "answer": "b"},
-        "no column 'response' (data.response_key); it has: 'prompt', 'answer'",
-    ),
+    "no columns": ({"text": "a", "id": 1}, "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt"),
+    "no response": ({"prompt": "a", "answer": "b"}, "no column 'response' (data.response_key); it has: 'prompt', 'ans"),
     "empty response": ({"prompt": "a", "response": " \n"}, "'response' is empty"),
     "empty prompt": ({"prompt": "", "response": "b"}, "'prompt' is empty"),
     "number for a response": ({"prompt": "a", "response": 4}, "'response' must be a string, not 4"),
@@ -359,36 +328,21 @@ REFUSED = {
     "no role": ({"messages": [{"content": "hi"}]}, "'messages'[0] must be a message {role, content}, not"),
     "no content": (chat(("user", "a"), ("assistant", None)), "[1] (assistant): its content must be a string, not None"),
     "content in parts": (chat(("user", [{"type": "text"}])), "'messages'[0] (user): its content must be a string, not"),
-    "no assistant turn": (
-        chat(("system", "a"), ("user", "b")),
-        "'messages' has no assistant turn to learn (roles: system, user)",
-    ),
+    "no assistant turn": (chat(("system", "a"), ("user", "b")), "'messages' has no assistant turn to learn (roles: sy"),
     "an empty turn": (chat(("user", "a"), ("assistant", "")), "'messages'[1] (assistant) is empty"),
-    "a weight of a half": (
-        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}]},
-        "'messages'[1] (assistant): weight=0.5: must be 0 (not learned) or 1 (learned)",
-    ),
+    "a weight of a half": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}]}, "'messages'[1] (assistant):"),
     "a weight of true": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": True}]}, "weight=True: must be 0"),
-    "train in words": (
-        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"train": "no"}]},
-        "'messages'[1] (assistant): train='no': must be true or false",
-    ),
+    "train in words": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"train": "no"}]}, "'messages'[1] (assistant):"),
     "a weight against train": (
         {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 1, "train": False}]},
         "'messages'[1] (assistant): weight=1 and train=False: must agree",
     ),
-    "a user's message to learn": (
-        {"messages": [TWO_TURNS[0] | {"train": True}, TWO_TURNS[1]]},
-        "'messages'[0] (user): train=True: only the assistant's messages are learned",
-    ),
+    "a user's message to learn": ({"messages": [TWO_TURNS[0] | {"train": True}, TWO_TURNS[1]]}, "'messages'[0] (user)"),
     "the assistant first": (
         chat(("system", "s"), ("assistant", "a"), ("user", "b"), ("assistant", "c")),
         "the assistant speaks first: a turn to answer must come before its first one",
     ),
-    "tools in words": (
-        {"prompt": "a", "response": "b", "tools": "clock"},
-        "'tools' is not valid JSON: Expecting value at column 1",
-    ),
+    "tools in words": ({"prompt": "a", "response": "b", "tools": "clock"}, "'tools' is not valid JSON: Expecting"),
     "tools that are none": ({"prompt": "a", "response": "b", "tools": {"a": 1}}, "'tools' must be a list of function"),
 }
 
@@ -404,11 +358,7 @@ def test_a_bad_row_is_named(case, tiny, tmp_path):
 
 # Named, for a compressed file carries the second it was made in, and workers that collect other ids run nothing.
 BAD_FILES = {
-    "not JSON": (
-        "a.jsonl",
-        b'{"prompt": "a", "response": "b"}\n{"prompt": oops}\n',
-        ":2: not valid JSON: Expecting value",
-    ),
+    "not JSON": ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": oops}\n', ":2: not valid JSON: Expecting v"),
     "a list": ("a.jsonl", b'["hi"]\n', ":1: must be an object such as {...}, not list"),
     "no rows": ("a.jsonl", b"\n", ": holds no rows"),
     "not compressed": ("a.jsonl.gz", b'{"prompt": "a"}\n', ": not a whole gzip file: Not a gzipped file"),

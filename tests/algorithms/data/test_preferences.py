@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections import Counter
 
 import pytest
 from samples import write_jsonl
@@ -16,13 +15,6 @@ from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.reward_model import pack_pairs, pack_steps
 
 STOP = (2,)  # </s> of the tiny tokenizer
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def read(tokenizer, folder, *rows, **knobs):
@@ -193,16 +185,6 @@ def test_an_answer_may_be_a_call(with_tools, tmp_path):
     assert [shown(with_tools, side)[1] for side in pair[:2]] == ["[clock]</s>", "noon</s>"]
 
 
-def test_rows_are_mixed_by_their_sources_probabilities(tiny, tmp_path):
-    paths = [
-        str(write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": name, "chosen": "b", "rejected": "c"}] * rows))
-        for name, rows in (("a", 30), ("b", 3), ("c", 7))
-    ]
-    data = PairStream(PairData(sources=tuple(paths), probabilities="0.5,0.4,0.1"), tiny, STOP)
-    counts = Counter(pair.chosen.text for pair in data.next(2000))
-    assert [counts[name] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
-
-
 def test_labels_are_true_and_false_or_1_and_0_and_a_response_may_be_a_dialogue(tiny, tmp_path):
     rows = [
         {"prompt": "hi", "response": "yes", "label": True},
@@ -222,21 +204,6 @@ def test_a_mismatched_answer_is_the_other_s_after_the_own_prompt_cut_at_the_limi
     short = mismatched(one.sample, two.sample, len(both.tokens) - 2)
     assert shown(tiny, short)[1] == "non"
     assert both.where.endswith("rows.jsonl:1 with the answer of " + two.sample.where)
-
-
-def test_a_mismatched_answer_has_the_targets_of_its_own_row(tiny, tmp_path, monkeypatch):
-    """ChatML's templates write a newline after the end of the turn, which is no target."""
-    monkeypatch.setattr(
-        tiny,
-        "chat_template",
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-    )
-    rows = [{"prompt": "one", "response": "yes", "label": True}, {"prompt": "hi", "response": "nono", "label": False}]
-    one, two = (r.sample for r in labeled_rows(tiny, tmp_path, *rows))
-    both = mismatched(one, two, 100)
-    assert both.targets == two.targets == len("nono") + 1
-    assert tiny.decode([token for token, target in zip(both.tokens, both.mask, strict=True) if target]) == "nono</s>"
 
 
 def test_steps_end_where_the_data_says_and_carry_their_labels(tiny, tmp_path):
