@@ -54,12 +54,12 @@ def conditioned(tokenizer, path: str) -> ConditionedRows:
 
 def in_steps(tokenizer, path: str):
     config = RewardModelConfig(steps=StepData(sources=(path,)))
-    return importlib.import_module("reward").rows(config, tokenizer, STOP)
+    return importlib.import_module("reward").stream(config, tokenizer, STOP)
 
 
 def of_answers(tokenizer, path: str):
     config = RewardModelConfig(data=PairData(sources=(path,)))
-    return importlib.import_module("reward").rows(config, tokenizer, STOP, read_sampled_pairs)
+    return importlib.import_module("reward").stream(config, tokenizer, STOP, read_sampled_pairs)
 
 
 STREAMS = {

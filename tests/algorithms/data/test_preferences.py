@@ -5,7 +5,6 @@ import json
 
 import pytest
 from samples import write_jsonl
-from tiny import tiny_tokenizer
 from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.config.sft import SFTData
