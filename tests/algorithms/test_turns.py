@@ -51,7 +51,7 @@ def rollouts() -> list[Rollout]:
     ]
 
 
-def test_the_batch_marks_the_policys_tokens_with_logprobs_and_versions():
+def test_the_batch_marks_policy_tokens_with_logprobs_and_versions():
     batch = from_rollouts(rollouts())
     policy = [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 1, 1, 1, 0, 0, 0, 1, 1], [0, 0, 1]
     assert batch.mask.tolist() == [bool(m) for mask in policy for m in mask] and batch.lengths == (11, 4, 10, 3)
@@ -84,7 +84,7 @@ def test_malformed_rollouts_are_refused_by_their_row(turns):
         from_rollouts([Rollout(Prompt(0, [1], "p", source="rows:7"), turns)])
 
 
-def test_texts_are_the_policys_and_the_conversation_has_everyones():
+def test_texts_are_of_the_policy_and_the_conversation_is_whole():
     done = rollouts()
     assert response_texts(done, WORDS) == ["hello w1\n\nw2", "b", "hello w1\n\nw2 w3", "c"]
     tool = {"role": "tool", "content": "w5 w6"}

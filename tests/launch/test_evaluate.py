@@ -180,10 +180,10 @@ def test_one_model_is_held_at_a_time(setting, scripts, monkeypatch, tmp_path):
     held: list[weakref.ref] = []
     build = scripts.evaluate.build_decoder
 
-    def watched(*arguments: Any, head: str = "lm") -> Any:
+    def watched(*arguments: Any, head: str = "lm", **options: Any) -> Any:
         if head == "lm":  # the reward model of the same turn comes after it
             assert not [ref for ref in held if ref() is not None]
-        model = build(*arguments, head=head)
+        model = build(*arguments, head=head, **options)
         held.append(weakref.ref(model))
         return model
 

@@ -235,7 +235,7 @@ def test_which_baichuan():
     ("name", "changes", "message"),
     [
         ("7B", {"hidden_size": 5120}, "hidden_size=5120.*BaiChuanForCausalLM: neither a 7B .* nor a 13B"),
-        ("13B", {"hidden_size": 4096}, "hidden_size=4096, max_position_embeddings=None.*key alibi: true or false"),
+        ("13B", {"hidden_size": 4096}, "hidden_size=4096, max_position_embeddings=None.*key alibi to true or false"),
         ("13B", {"max_position_embeddings": 4096}, "hidden_size=5120, max_position_embeddings=4096.*neither"),
         ("13B", {"model_max_length": None}, "neither a 7B"),
         ("2-7B", {"vocab_size": 125700}, "vocab_size=125700 and z_loss_weight=None: neither Baichuan .* norm_head"),
@@ -269,5 +269,5 @@ def test_dynamic_ntk_is_not_sampled_past_the_trained_length(folders):
     model = Decoder(read_config(folders["qwen"]), build_mesh(), dtype=torch.float32)
     load_hf(model, folders["qwen"])
     assert (model.config.longest_rollout, model.config.longest_document) == (64, math.inf)
-    with pytest.raises(ValueError, match="prompt 0 of 60 tokens with max_new_tokens=5 passes the model's 64 positions"):
+    with pytest.raises(ValueError, match="sample 0 has 60 tokens, with max_new_tokens=5"):
         EmbeddedGenerator(model, model.mesh).generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))
