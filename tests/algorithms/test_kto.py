@@ -77,22 +77,18 @@ def test_the_script_measures_every_prompt_with_an_answer_to_another(tiny, tmp_pa
     monkeypatch.syspath_prepend(str(LAUNCH))
     script = importlib.import_module("kto")
     path = write_jsonl(tmp_path / "a.jsonl", both_answers("p", "q", "r"))
-    config = SimpleNamespace(data=LabelData(sources=(str(path),)), update=None)
-    work = SimpleNamespace(
-        run=SimpleNamespace(config=config, mesh=build_mesh()),
-        rows=LabeledStream(config.data, tiny, STOP),
-        steps=3,
-        batch_size=2,
-        reference_sums=lambda asked, samples, read: torch.arange(float(len(asked))),
-    )
-    references = script.References(work)
+    monkeypatch.setattr(script, "reference_pass", lambda run, model, rows, *rest: torch.arange(float(len(rows))))
+    config = SimpleNamespace(data=LabelData(sources=(str(path),)), update=UpdateConfig(batch_size=2))
+    stream = LabeledStream(config.data, tiny, STOP)
+    task = SimpleNamespace(config=config, rows=stream, steps=3, learner=None, run=SimpleNamespace(mesh=build_mesh()))
+    rows = script.LabeledWithReference(task)
     for _ in range(3):
-        drawn = references.next(2)
-        for number, other in enumerate(drawn.mismatched):
-            begin, where = other.mask.index(1), drawn.batch.cu_seqlens[number]
+        batch, others, _ = rows.next(2)
+        for number, other in enumerate(others):
+            begin, where = other.mask.index(1), batch.cu_seqlens[number]
             prompt, answer = (str(tiny.decode(part)) for part in (other.tokens[:begin], other.tokens[begin:]))
             assert prompt.removesuffix("</s><s>assistant: ")[-1] != answer.removesuffix("</s>")[-1], other.where
-            assert drawn.batch.tokens[where : where + begin].tolist() == other.tokens[:begin].tolist()
+            assert batch.tokens[where : where + begin].tolist() == other.tokens[:begin].tolist()
 
 
 def test_labels_are_compared_over_all_sources(tiny, tmp_path):

@@ -75,12 +75,13 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 def test_adapters_equal_one_process(folder):
-    """Gradients, moments and weights of adapters in every linear, the head's too."""
+    """Gradients, moments and weights of adapters in every linear, the head's too. B begins at 0, so that its rounding
+    is relative to two small steps."""
     lora = LoRA(4, 8.0, ("all",))
     alone = two_steps(0, 1, folder, lora, None, (1, 1, 1))
     for layout in ((2, 2, 1), (5, 1, 1)):
         for got in run_ranks(two_steps, math.prod(layout), folder, lora, None, layout):
-            assert_close(got, alone)
+            assert_close(got, alone, 2e-5)
 
 
 def test_qlora_equals_one_process(tmp_path):
@@ -89,7 +90,7 @@ def test_qlora_equals_one_process(tmp_path):
     lora = LoRA(4, 8.0, TARGETS, quantize=True)
     alone = two_steps(0, 1, folder, lora, None, (1, 1, 1))
     for got in run_ranks(two_steps, 3, folder, lora, None, (3, 1, 1)):
-        assert_close(got, alone)
+        assert_close(got, alone, 2e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

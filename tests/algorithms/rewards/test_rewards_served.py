@@ -125,7 +125,7 @@ def test_a_pair_is_scored_where_it_is_trained(folder, serve_reward, tmp_path):
     (prompt,) = PromptDataset(data, tokenizer).next(1)
     answers = [[*tokenizer(side[-1]["content"], add_special_tokens=False)["input_ids"], 2] for side in sides]
     batch = from_rollouts([single_turn(prompt, tokens, [0.0] * len(tokens), "stop") for tokens in answers])
-    assert role.scores(batch).tolist() == trained
+    assert role.scores(batch).tolist() == pytest.approx(trained, rel=1e-6)  # packed in another order
 
 
 def test_models_and_servers_score_the_same_bare_text(folder, serve_reward, tmp_path):

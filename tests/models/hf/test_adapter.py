@@ -321,7 +321,6 @@ def test_the_config_section(tmp_path):
         check_lora(shape, default, tp=1)
     for changes, message in (
         ({"rank": -1}, "rank=-1: must be 0"),
-        ({"rank": 1, "dropout": 0.1}, "dropout=0.1: must be 0: a mask"),
         ({"quantize": True}, "quantize=True: must be off where rank is 0"),
         ({"rank": 1, "targets": ("q", "q")}, "targets=.*each once"),
     ):
