@@ -136,6 +136,8 @@ class Batch:
     returns: Tensor | None = None  # [total] fp32
     weights: Tensor | None = None  # [total] fp32: what each token's loss counts for; None: all alike
     names: tuple[str, ...] = ()  # of each sample, where it was read, for messages; () if not known
+    scores: Tensor | None = None  # [samples] fp32: rewards of responses; NaN where there is none
+    group: Tensor | None = None  # [samples] int64: responses to one prompt share a number
     row_sizes: tuple[int, ...] = ()  # samples of each row, which micro-batches keep together; (): one sample a row
     minibatches: Minibatches = ()  # of the update to come; (): none, or one that takes all samples at once
     cu_seqlens: Tensor = field(init=False)  # [samples + 1] int32: sample i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]]
@@ -177,7 +179,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
-        return self.with_(**{name: value.to(device) for name, value in self.per_token().items()})
+        per_sample = {name: value for name in ("scores", "group") if (value := getattr(self, name)) is not None}
+        return self.with_(**{name: value.to(device) for name, value in (self.per_token() | per_sample).items()})
 
     def per_token(self) -> dict[str, Tensor]:
         """The per-token tensors that are there so far, by name."""

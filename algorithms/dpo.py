@@ -16,7 +16,8 @@ from .config.preference import DPOLoss
 from .data.preferences import Pair
 from .losses.preference import pair_loss, ranked_right
 from .reward_model import pack_pairs
-from .roles.role import Learner, Role, Stats, target_logprobs
+from .roles.learner import Learner, Stats
+from .roles.role import Role, target_logprobs
 
 
 def response_logprobs(role: Role, batch: Batch) -> Tensor:

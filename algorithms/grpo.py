@@ -1,14 +1,12 @@
 """Policy gradients from groups of answers to one prompt, without a critic: GRPO and kin.
 
-One batch: `score` fills in what the reference and the actor think of it,
-`with_advantages` turns rewards into advantages, `update` into new weights. Groups may lie in different micro-batches:
-advantages are made of the whole batch, which every rank holds.
+One batch goes through `score` (reference logprobs), `with_advantages` and `update`. Groups may lie in different
+micro-batches: advantages are made of the whole batch, which every rank holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -22,28 +20,30 @@ from .losses.aggregation import Segments
 from .losses.kl import kl_estimate
 from .losses.policy import CORRECTIONS, cispo_loss, importance_weights, log_ratio, ppo_loss, sequence_log_ratio
 from .policy_step import (
+    TokenLosses,
     apply_loss_weights,
-    check_first_ratio,
     mean_metrics,
+    policy_step,
     sampler_mismatch,
-    set_loss_weights,
     single_update,
-    target_count,
     truncated,
+    without_unscored,
 )
-from .roles.role import Learner, Role, Stats, target_logprobs
+from .roles.learner import Learner, Roles, Stats
+from .rollout.source import Rollouts
 
 
-@dataclass
-class GroupRoles:
-    """Who takes part; no reference where nothing is compared with it. `rewards` are the reward models."""
+def score(rollouts: Rollouts, roles: Roles, config: GRPOConfig) -> Batch:
+    """The batch of these rollouts, whose groups have their rewards: reference logprobs, logprobs before the update."""
+    with roles.profiler("score") as phase:
+        batch = rollouts.batch(config.grpo, config.run.seed).to(roles.actor.mesh.device)
+        scored = with_passes(without_unscored(batch, rollouts.rewards), roles, config)
+        passes = (scored.ref_logprobs is not None) + (scored.logprobs is not None)
+        phase.tokens = passes * len(batch.tokens)
+        return scored
 
-    actor: Learner
-    reference: Role | None
-    rewards: list[Role] = field(default_factory=list)
 
-
-def score(batch: Batch, roles: GroupRoles, config: GRPOConfig) -> Batch:
+def with_passes(batch: Batch, roles: Roles, config: GRPOConfig) -> Batch:
     """Fills in the reference's and the actor's logprobs.
 
     The actor's pass is left out where one pass over the batch makes old and new equal by definition. A KL in the
@@ -57,17 +57,16 @@ def score(batch: Batch, roles: GroupRoles, config: GRPOConfig) -> Batch:
     return batch.with_(logprobs=roles.actor.logprobs(batch))
 
 
-def with_advantages(batch: Batch, scores: Tensor, group: Tensor, config: GRPOConfig) -> tuple[Batch, dict[str, float]]:
+def with_advantages(batch: Batch, config: GRPOConfig) -> tuple[Batch, dict[str, float]]:
     """Advantages of every token: score - KL -> against its group -> token rewards -> returns -> whitened.
 
     Args:
-        scores: [samples] fp32, one reward for each answer; NaN where there is none (such samples have no targets).
-        group: [samples] int64: answers to one prompt share a number.
+        batch: with the scores and groups of its samples.
     """
-    assert batch.rollout_logprobs is not None
+    assert batch.rollout_logprobs is not None and batch.scores is not None and batch.group is not None
     options, segments = config.grpo, batch.segments
     logprobs = batch.rollout_logprobs if batch.logprobs is None else batch.logprobs
-    scores, group = scores.to(logprobs), group.to(logprobs.device)
+    scores, group = batch.scores.to(logprobs), batch.group.to(logprobs.device)
     kl, metrics = torch.zeros_like(logprobs), sampler_mismatch(batch, config.rollout)
     if batch.ref_logprobs is not None:
         limits = options.kl_input_limit, options.kl_output_limit
@@ -116,7 +115,7 @@ def advantages_of(
     return rewards, advantages if options.whiten == "off" else whiten(advantages, segments, options.whiten)
 
 
-def token_losses(
+def policy_losses(
     logprobs: Tensor, old: Tensor, advantages: Tensor, segments: Segments, options: GRPOOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ratio, clipped) of each target, all [targets]; whole samples only. Differentiable in `logprobs`.
@@ -151,7 +150,7 @@ def corrected(
     return losses * weights, weights
 
 
-def update(actor: Learner, batch: Batch, config: GRPOConfig) -> dict[str, float]:
+def update(roles: Roles, batch: Batch, config: GRPOConfig) -> dict[str, float]:
     """All epochs and minibatches; returns the means of their metrics (extremes of extremes).
 
     Losses are weighted by the whole minibatch, so micro-batches and layout do not change them.
@@ -163,62 +162,55 @@ def update(actor: Learner, batch: Batch, config: GRPOConfig) -> dict[str, float]
         RuntimeError: a ratio before the first step of the update is not exactly 1.
     """
     history: list[dict[str, float]] = []
-    for samples in chain(*batch.minibatches):
-        history.append(step(actor, batch, samples, config, first=not history))
+    with roles.profiler("update") as phase:
+        phase.tokens = len(batch.tokens) * config.grpo.epochs
+        for samples in chain(*batch.minibatches):
+            history.append(actor_step(roles.actor, batch, samples, config, first=not history))
     metrics = mean_metrics(history)
     if "kl_of_target" in metrics:
         metrics["kl"] = metrics.pop("kl_of_target") * len(batch.response) / batch.segments.filled  # nats a sequence
     return metrics
 
 
-def step(actor: Learner, batch: Batch, samples: Sequence[int], config: GRPOConfig, *, first: bool) -> dict[str, float]:
+def actor_step(
+    actor: Learner, batch: Batch, samples: Sequence[int], config: GRPOConfig, *, first: bool
+) -> dict[str, float]:
     """One optimizer step on the policy loss, the KL where it is a loss, and the entropy bonus.
 
     Args:
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
-    stats, options, targets = Stats(), config.grpo, target_count(batch, samples)
-    weighted = set_loss_weights(batch, samples, options.loss_aggregation, float(config.rollout.max_new_tokens))
+    stats, options = Stats(), config.grpo
     estimator = options.kl_estimator, options.kl_input_limit, options.kl_output_limit
 
-    def loss(part: Batch, hidden: Tensor) -> Tensor:
+    def token_losses(part: Batch, logprobs: Tensor, old: Tensor) -> TokenLosses:
         assert part.advantages is not None and part.rollout_logprobs is not None
         at, segments = part.response, part.target_segments
-        logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
-        old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
-        sampled = part.rollout_logprobs[at]
-        losses, ratio, clipped = token_losses(logprobs, old, part.advantages[at], segments, options)
-        losses, importance = corrected(losses, old, sampled, segments, options)
-        stats.add(
-            policy_loss=apply_loss_weights(losses, part),
-            clip_fraction=clipped,
-            entropy=entropy,
-            approx_kl=old - logprobs,
-        )
-        stats.largest(ratio_max=ratio, ratio_min=-ratio)
+        losses, ratio, clipped = policy_losses(logprobs, old, part.advantages[at], segments, options)
+        losses, importance = corrected(losses, old, part.rollout_logprobs[at], segments, options)
         if options.rollout_correction != "off":
             stats.add(importance_weight=importance)
-        if part.logprobs is None and not truncated(config.rollout):
-            stats.add(sampler_mismatch=(logprobs - sampled).abs())
-            stats.largest(sampler_mismatch_max=(logprobs - sampled).abs())
-        if (
-            part.logprobs is None and part.ref_logprobs is not None
-        ):  # the only step of the update, which it comes before
+        if part.logprobs is None and part.ref_logprobs is not None:  # the only step of the update
             reference = part.ref_logprobs[at]
             stats.add(kl_of_target=kl_estimate(old, reference, *estimator), kl_per_token=old - reference)
-        if options.kl_in == "loss":
-            assert part.ref_logprobs is not None
-            weight = (logprobs - old.detach()).exp() if options.kl_unbiased else None
-            kl = kl_estimate(logprobs, part.ref_logprobs[at], *estimator, ratio=weight)
-            stats.add(kl_loss=apply_loss_weights(kl, part))
-            losses = losses + options.kl_coef * kl
-        return apply_loss_weights(losses - options.entropy_coef * entropy, part).sum() / targets
+        if options.kl_in != "loss":
+            return TokenLosses(losses, ratio, clipped)
+        assert part.ref_logprobs is not None
+        weight = (logprobs - old.detach()).exp() if options.kl_unbiased else None
+        kl = kl_estimate(logprobs, part.ref_logprobs[at], *estimator, ratio=weight)
+        stats.add(kl_loss=apply_loss_weights(kl, part))
+        return TokenLosses(losses, ratio, clipped, options.kl_coef * kl)
 
-    learned = actor.step(weighted, loss, stats, samples=samples)
-    sums = stats.reduce(actor.mesh)
-    extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
-    if "ratio_min" in extremes:
-        extremes["ratio_min"] *= -1
-    if first and not learned.get("skipped"):
-        check_first_ratio(extremes)
-    return {name: value / targets for name, value in sums.items()} | extremes | learned
+    metrics, step = policy_step(
+        actor,
+        batch,
+        samples,
+        token_losses,
+        stats,
+        config.rollout,
+        first=first,
+        aggregation=options.loss_aggregation,
+        constant=float(config.rollout.max_new_tokens),
+        entropy_coef=options.entropy_coef,
+    )
+    return metrics | step

@@ -17,7 +17,8 @@ from .config.preference import KTOLoss
 from .data.dialogues import Sample, pack_samples
 from .dpo import response_logprobs
 from .losses.preference import kto_loss, kto_reference, ranked_right
-from .roles.role import Learner, Role, Stats, target_logprobs
+from .roles.learner import Learner, Stats
+from .roles.role import Role, target_logprobs
 
 
 def pack_labeled(samples: Sequence[Sample], labels: Sequence[bool]) -> Batch:

@@ -1,9 +1,10 @@
-"""Common parts of PPO's and GRPO's updates: weights of a minibatch's tokens, the check of the first ratio, metrics."""
+"""The policy's optimizer step, of PPO and GRPO alike, with the check that the first ratios are exactly 1."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from .batch import Batch
 from .config.common import RolloutConfig
 from .losses.aggregation import Aggregation, Segments, token_weights
 from .micro_batch import Passes
+from .roles.learner import Learner, Stats
+from .roles.role import Read, target_logprobs
 
 
 def single_update(passes: Passes) -> bool:
@@ -54,15 +57,16 @@ def apply_loss_weights(losses: Tensor, part: Batch) -> Tensor:
     return losses if part.weights is None else losses * part.weights[part.response]
 
 
-def without(batch: Batch, scores: Tensor) -> Batch:
-    """The batch where samples whose score, [samples], is NaN have no targets: they count in no loss and no statistic.
+def without_unscored(batch: Batch, scores: Tensor) -> Batch:
+    """The batch with these scores [samples]; samples whose score is NaN have no targets: they count in no loss and no
+    statistic.
 
     To be called before the first pass of the actor, for all its passes must see the same targets.
 
     Raises:
         ValueError: no sample is left.
     """
-    there = ~scores.isnan()
+    there, batch = ~scores.isnan(), batch.with_(scores=scores.to(batch.tokens.device))
     if there.all():
         return batch
     if not there.any():
@@ -71,6 +75,78 @@ def without(batch: Batch, scores: Tensor) -> Batch:
     keep = there.cpu().repeat_interleave(lengths).to(batch.mask.device)
     mask = batch.mask & keep
     return batch.with_(mask=mask)
+
+
+class TokenLosses(NamedTuple):
+    """Terms of the policy loss at a micro-batch's targets, [targets] each."""
+
+    losses: Tensor
+    ratio: Tensor
+    clipped: Tensor  # 1 where the clip decides
+    penalty: Tensor | None = None  # added to the losses, not to the reported policy loss
+
+
+def policy_step(
+    actor: Learner,
+    batch: Batch,
+    samples: Sequence[int],
+    token_losses: Callable[[Batch, Tensor, Tensor], TokenLosses],
+    stats: Stats,
+    rollout: RolloutConfig,
+    *,
+    first: bool,
+    aggregation: Aggregation,
+    constant: float = 1.0,
+    entropy_coef: float = 0.0,
+    also: Sequence[tuple[Batch, Read]] = (),
+    counts: Mapping[str, int] | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimizer step of the policy on a minibatch: its token losses, weighted, less the entropy bonus.
+
+    Args:
+        token_losses: (micro-batch, logprobs, old logprobs) -> its terms; differentiable in the logprobs.
+        stats: further sums that the losses add to.
+        first: no step of this update has been made yet, so every ratio must be exactly 1.
+        also: further batches that join the step, each with its own loss.
+        counts: divisors of sums that are no means over the minibatch's targets.
+
+    Returns:
+        (statistics of the losses, metrics of `Learner.step`).
+
+    Raises:
+        RuntimeError: a ratio before the first step of the update is not exactly 1.
+    """
+    targets = target_count(batch, samples)
+
+    def loss(part: Batch, hidden: Tensor) -> Tensor:
+        assert part.rollout_logprobs is not None
+        logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
+        old = logprobs.detach() if part.logprobs is None else part.logprobs[part.response]
+        losses, ratio, clipped, penalty = token_losses(part, logprobs, old)
+        stats.add(
+            policy_loss=apply_loss_weights(losses, part),
+            clip_fraction=clipped,
+            entropy=entropy,
+            approx_kl=old - logprobs,
+        )
+        stats.largest(ratio_max=ratio, ratio_min=-ratio)
+        if part.logprobs is None and not truncated(rollout):
+            mismatch = (logprobs - part.rollout_logprobs[part.response]).abs()
+            stats.add(sampler_mismatch=mismatch)
+            stats.largest(sampler_mismatch_max=mismatch)
+        if penalty is not None:
+            losses = losses + penalty
+        return apply_loss_weights(losses - entropy_coef * entropy, part).sum() / targets
+
+    weighted = set_loss_weights(batch, samples, aggregation, constant)
+    step = actor.step(weighted, loss, stats, samples=samples, also=also)
+    sums = stats.reduce(actor.mesh)
+    extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
+    if "ratio_min" in extremes:
+        extremes["ratio_min"] *= -1
+    if first and not step.get("skipped"):
+        check_first_ratio(extremes)
+    return {name: value / (counts or {}).get(name, targets) for name, value in sums.items()} | extremes, step
 
 
 def check_first_ratio(extremes: Mapping[str, float]) -> None:

@@ -1,14 +1,12 @@
 """Proximal policy optimization (https://arxiv.org/abs/1707.06347) as RLHF uses it (https://arxiv.org/abs/2203.02155).
 
-One batch: `score` fills in what the frozen models and the critic think of
-it, `with_rewards` and `with_advantages` turn that into advantages, `update` into new weights. Everything that is a
-statistic of the batch is a local computation, for every rank holds the whole batch.
+One batch goes through `score` (rewards, reference logprobs, values), `with_advantages` and `update`. Everything that is
+a statistic of the batch is a local computation, for every rank holds the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
@@ -19,39 +17,44 @@ from .batch import Batch, pack
 from .config.ppo import ActorConfig, PPOConfig
 from .extensions import check_shape, load_function
 from .losses.aggregation import Segments
-from .losses.kl import kl_estimate
+from .losses.kl import KLController, kl_estimate
 from .losses.policy import log_ratio, ppo_loss
 from .losses.value import value_loss
 from .policy_step import (
+    TokenLosses,
     apply_loss_weights,
-    check_first_ratio,
     mean_metrics,
+    policy_step,
     sampler_mismatch,
     set_loss_weights,
     single_update,
     target_count,
     truncated,
+    without_unscored,
 )
-from .roles.role import Learner, Role, Stats, target_logprobs
+from .rewards.rewards import Rewards
+from .roles.learner import Learner, Roles, Stats
+from .roles.role import target_logprobs
+from .rollout.source import Rollouts
 
 
-@dataclass
-class Roles:
-    """Who takes part; `rewards` are the reward models, in the order of the config."""
+def score(rollouts: Rollouts, roles: Roles, rewards: Rewards, config: PPOConfig) -> Batch:
+    """The batch of these rollouts: rewards, reference logprobs, and values and logprobs before the update."""
+    with roles.profiler("score") as phase:
+        batch = rollouts.batch(config.ppo, config.run.seed).to(roles.actor.mesh.device)
+        phase.tokens = len(batch.tokens)
+        batch = without_unscored(batch, torch.tensor(rewards(rollouts.samples, batch).shaped))
+        return with_passes(batch, roles, config)
 
-    actor: Learner
-    critic: Learner
-    reference: Role
-    rewards: list[Role] = field(default_factory=list)
 
-
-def score(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
+def with_passes(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
     """Fills in reference logprobs, values and the actor's own logprobs.
 
     The passes of actor and critic are left out where one pass over the batch makes old and new equal by definition. The
     KL penalty then takes the sampler's logprobs, which are of the same weights. Where top-k, top-p or a least length
     cut the sampler's distribution those would not do, and the actor's pass is run.
     """
+    assert roles.reference is not None and roles.critic is not None
     batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch))
     if not single_update(config.ppo) or config.ppo.advantage_estimator != "gae":  # which may mix the batch's samples
         batch = batch.with_(values=roles.critic.values(batch))
@@ -60,11 +63,25 @@ def score(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
     return batch.with_(logprobs=roles.actor.logprobs(batch))
 
 
+def with_advantages(batch: Batch, config: PPOConfig, kl: KLController) -> tuple[Batch, dict[str, float]]:
+    """Token rewards, then advantages and returns; the KL penalty's weight moves on.
+
+    A batch that is used once has no values yet: they come from the critic's own step, and `update` goes on from there.
+    """
+    assert batch.scores is not None
+    batch, metrics = with_rewards(batch, batch.scores, config, kl.coef)
+    kl.update(metrics["kl"], len(batch))
+    if batch.values is None:
+        return batch, metrics
+    batch, more = with_gae(batch, config)
+    return batch, metrics | more
+
+
 def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float) -> tuple[Batch, dict[str, float]]:
     """Token rewards: r_t = −β·kl_t + 1[t is the last token]·score.
 
     Args:
-        scores: [samples] fp32, one reward for each answer; of samples without targets (`without`) none is used.
+        scores: [samples] fp32, one reward for each response; of samples without targets none is used.
         kl_coef: β.
     """
     assert batch.ref_logprobs is not None and batch.rollout_logprobs is not None
@@ -93,7 +110,7 @@ def advantages_of(batch: Batch, values: Tensor, config: PPOConfig) -> tuple[Tens
     return check_shape(spec, "advantages", advantages, values), check_shape(spec, "returns", returns, values)
 
 
-def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, float]]:
+def with_gae(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, float]]:
     """Advantages and returns by GAE; the advantages whitened over the batch's response tokens."""
     assert batch.values is not None
     advantages, returns = advantages_of(batch, batch.values, config)
@@ -110,39 +127,38 @@ def with_advantages(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, f
 
 
 def update(
-    roles: Roles,
-    batch: Batch,
-    config: PPOConfig,
-    *,
-    train_actor: bool = True,
-    ptx: Sequence[Sequence[int]] = (),
+    roles: Roles, batch: Batch, config: PPOConfig, step: int = 0, documents: Sequence[Sequence[int]] = ()
 ) -> dict[str, float]:
-    """Advantages, then all epochs and minibatches; returns the means of their metrics (extremes of extremes).
+    """All epochs and minibatches; returns the means of their metrics (extremes of extremes).
 
     Losses are weighted by the response tokens of the whole minibatch, so micro-batches and layout do not change them.
     Where the batch has no values yet, for there is one pass over it, the critic's step comes first and gives them.
 
     Args:
         batch: with token rewards.
-        train_actor: False while only the critic learns.
-        ptx: documents of the pretraining mix, the same on every rank; they join every minibatch.
+        step: of the run: only the critic learns in the first critic.warmup_steps.
+        documents: of the pretraining mix, the same on every rank; they join every minibatch.
 
     Raises:
         RuntimeError: a ratio before the first step of the update is not exactly 1.
     """
+    assert roles.critic is not None
     history: list[dict[str, float]] = []
-    learned = None
-    if batch.values is None:
-        assert single_update(config.ppo)
-        learned, values = critic_step(roles.critic, batch, batch.minibatches[0][0], config)
-        batch = batch.with_(values=values)
-    batch, about_values = with_advantages(batch, config)
-    for samples in chain(*batch.minibatches):
-        metrics = learned or critic_step(roles.critic, batch, samples, config)[0]
-        if train_actor:
-            metrics |= actor_step(roles.actor, batch, samples, config, ptx, first=not history)
-        history.append(metrics)
-    return about_values | mean_metrics(history)
+    learned, metrics = None, {}
+    with roles.profiler("update") as phase:
+        phase.tokens = len(batch.tokens) * config.ppo.epochs
+        if batch.values is None:
+            assert single_update(config.ppo)
+            learned, values = critic_step(roles.critic, batch, batch.minibatches[0][0], config)
+            batch = batch.with_(values=values)
+        if batch.advantages is None:
+            batch, metrics = with_gae(batch, config)
+        for samples in chain(*batch.minibatches):
+            history.append(learned or critic_step(roles.critic, batch, samples, config)[0])
+            if step >= config.critic.warmup_steps:
+                first = len(history) == 1
+                history[-1] |= actor_step(roles.actor, batch, samples, config, documents, first=first)
+    return metrics | mean_metrics(history)
 
 
 def loss_weights(batch: Batch, samples: Sequence[int], config: PPOConfig) -> Batch:
@@ -200,7 +216,7 @@ def actor_step(
     batch: Batch,
     samples: Sequence[int],
     config: PPOConfig,
-    ptx: Sequence[Sequence[int]] = (),
+    documents: Sequence[Sequence[int]] = (),
     *,
     first: bool,
 ) -> dict[str, float]:
@@ -209,45 +225,36 @@ def actor_step(
     Args:
         first: no step of this update has been made yet, so every ratio must be exactly 1.
     """
-    stats, targets = Stats(), target_count(batch, samples)
-    weighted = loss_weights(batch, samples, config)
+    stats = Stats()
 
-    def loss(part: Batch, hidden: Tensor) -> Tensor:
+    def token_losses(part: Batch, logprobs: Tensor, old: Tensor) -> TokenLosses:
         assert part.advantages is not None and part.rollout_logprobs is not None
         at = part.response
-        logprobs, entropy = target_logprobs(actor.model, part, hidden, actor.temperature)  # [targets] each
-        old = logprobs.detach() if part.logprobs is None else part.logprobs[at]
-        sampled = part.rollout_logprobs[at]
         losses, ratio, clipped = policy_losses(logprobs, old, part.advantages[at], part.target_segments, config.actor)
         if config.ppo.tis_clip:  # truncated importance sampling: the sampler is not quite the actor
-            losses = losses * torch.exp(old - sampled).clamp_max(config.ppo.tis_clip)
-        stats.add(
-            policy_loss=apply_loss_weights(losses, part),
-            clip_fraction=clipped,
-            entropy=entropy,
-            approx_kl=old - logprobs,
-        )
-        stats.largest(ratio_max=ratio, ratio_min=-ratio)
-        if part.logprobs is None:
-            stats.add(sampler_mismatch=(logprobs - sampled).abs())
-            stats.largest(sampler_mismatch_max=(logprobs - sampled).abs())
-        return apply_loss_weights(losses - config.actor.entropy_coef * entropy, part).sum() / targets
+            losses = losses * torch.exp(old - part.rollout_logprobs[at]).clamp_max(config.ppo.tis_clip)
+        return TokenLosses(losses, ratio, clipped)
 
-    documents = pack(ptx).to(actor.mesh.device) if ptx else None
+    mix = pack(documents).to(actor.mesh.device) if documents else None
 
     def ptx_loss(part: Batch, hidden: Tensor) -> Tensor:
-        assert documents is not None
+        assert mix is not None
         logprobs, _ = target_logprobs(actor.model, part, hidden, temperature=1.0)
         stats.add(ptx_loss=-logprobs)
-        return -config.actor.ptx_coef * logprobs.sum() / len(documents.response)
+        return -config.actor.ptx_coef * logprobs.sum() / len(mix.response)
 
-    step = actor.step(weighted, loss, stats, samples=samples, also=[(documents, ptx_loss)] if documents else [])
-    sums = stats.reduce(actor.mesh)
-    extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
-    if "ratio_min" in extremes:
-        extremes["ratio_min"] *= -1
-    counts = {"ptx_loss": len(documents.response)} if documents else {}
-    means = {name: value / counts.get(name, targets) for name, value in sums.items()}
-    if first and not step.get("skipped"):
-        check_first_ratio(extremes)
-    return means | extremes | {f"actor_{name}": value for name, value in step.items()}
+    metrics, step = policy_step(
+        actor,
+        batch,
+        samples,
+        token_losses,
+        stats,
+        config.rollout,
+        first=first,
+        aggregation=config.ppo.loss_aggregation,
+        constant=float(config.rollout.max_new_tokens),
+        entropy_coef=config.actor.entropy_coef,
+        also=[(mix, ptx_loss)] if mix else [],
+        counts={"ptx_loss": len(mix.response)} if mix else {},
+    )
+    return metrics | {f"actor_{name}": value for name, value in step.items()}

@@ -16,7 +16,8 @@ from .batch import Batch
 from .data.dialogues import pack_samples
 from .data.preferences import Pair, Steps
 from .losses.preference import ranked_right, reward_loss
-from .roles.role import Learner, Role, Stats
+from .roles.learner import Learner, Stats
+from .roles.role import Role
 
 BINS = 10
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .batch import Batch
-from .roles.role import Learner, Role, Stats, target_logprobs
+from .roles.learner import Learner, Stats
+from .roles.role import Role, target_logprobs
 
 
 def sft_step(learner: Learner, batch: Batch) -> dict[str, float]:

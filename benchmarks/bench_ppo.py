@@ -23,8 +23,8 @@ from trialign.algorithms.config.common import ParallelConfig, RolloutConfig
 from trialign.algorithms.config.online import OnlineRun
 from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels, PPOOptions
 from trialign.algorithms.micro_batch import draw_minibatches
-from trialign.algorithms.ppo import score, update, with_rewards
-from trialign.algorithms.roles.build import build_roles, read_shapes
+from trialign.algorithms.ppo import update, with_passes, with_rewards
+from trialign.algorithms.roles.build import build_ppo_roles, read_shapes
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample, sampling_params
 from trialign.engine.generation.embedded import EmbeddedGenerator
@@ -79,7 +79,7 @@ def main(bench: Bench) -> None:
     mesh = build_mesh(tp=bench.tp, pp=bench.pp, device=bench.device)
     shapes = read_shapes(config)
     shape = shapes[bench.model]
-    roles = build_roles(config, shapes, mesh)
+    roles = build_ppo_roles(config, shapes, mesh)
     dtype = roles.actor.model.dtype
     reward = Decoder(shape, mesh, dtype=dtype, head="score").requires_grad_(False)
     load_hf(reward, bench.model, new_head="normal")
@@ -98,7 +98,7 @@ def main(bench: Bench) -> None:
             phase.flops = forward = forward_flops(shape, batch.lengths, len(batch.response))
         with phases("score") as phase:
             scores = roles.rewards[0].scores(batch)
-            batch = score(batch, roles, config)
+            batch = with_passes(batch, roles, config)
             body = forward_flops(shape, batch.lengths)
             phase.flops = forward + body
         with phases("update") as phase:

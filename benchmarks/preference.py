@@ -24,14 +24,14 @@ from trialign.algorithms.data.preferences import Pair, PairStream, mismatched
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.sources import read_rows
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
-from trialign.algorithms.grpo import score, update, with_advantages
+from trialign.algorithms.grpo import update, with_advantages, with_passes
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.reward_model import pack_pairs, pair_step
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.rewards.shaping import RewardShaper
-from trialign.algorithms.roles.build import build_decoder, build_group_roles, build_learner, load_tokenizer, read_shape
-from trialign.algorithms.roles.role import Learner
+from trialign.algorithms.roles.build import build_decoder, build_grpo_roles, build_learner, load_tokenizer, read_shape
+from trialign.algorithms.roles.learner import Learner
 from trialign.algorithms.rollout.groups import make_groups
 from trialign.algorithms.rollout.sync import sample, sampling_params
 from trialign.algorithms.sft import sft_step
@@ -251,7 +251,7 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
     )
     prompts = PromptDataset(config.data, base.tokenizer, task.seed).next(steps * size)
     batches = cut(prompts, size)
-    roles = build_group_roles(config, {task.model: base.shape}, base.mesh)
+    roles = build_grpo_roles(config, {task.model: base.shape}, base.mesh)
     generator = EmbeddedGenerator(roles.actor.model, base.mesh)
     params = sampling_params(config.rollout, stop_ids=(), seed=task.seed)  # no answer stops early
     scorer, shaper = Scorer(config.reward, base.tokenizer, base.mesh), RewardShaper(config.reward.clip)
@@ -264,9 +264,9 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
         shaped = shaper(scores, [rollout.finish == "stop" for rollout in rollouts])
         rewards = torch.tensor([r for part in make_groups(rollouts, scores, shaped, config) for r in part.rewards])
         batch = batch.with_(minibatches=draw_minibatches(len(batch), config.grpo, seed=number))
-        batch = score(batch, roles, config)
-        batch, about = with_advantages(batch, rewards, group, config)
-        about |= update(roles.actor, batch, config)
+        batch = with_passes(batch, roles, config)
+        batch, about = with_advantages(batch.with_(scores=rewards, group=group), config)
+        about |= update(roles, batch, config)
         generator.load(roles.actor.model, number + 1)
         return about
 

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any, cast
 
 import torch
-from common.online import OnlineRun, summary
+from common.online import OnlineRun
 from common.run import Run, start
 from report.curves import Line, Panel
 from report.tables import reward_table
@@ -38,6 +38,7 @@ from trialign.algorithms.data.responses import (
 )
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.reward_model import pack_pairs
+from trialign.algorithms.rewards.rewards import reward_metrics
 from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_decoder, build_learner, read_shapes
 from trialign.algorithms.roles.role import Role
@@ -78,9 +79,9 @@ class RejectionRun(OnlineRun):
         policy = run.on_all_ranks(lambda: build(config.model.path, "lm", True), "model")
         frozen = [run.on_all_ranks(lambda f=f: build(f, "score", False), f) for f in config.reward.models]
         models = [Role(model, sizes=config.update) for model in frozen]
-        self.steps = config.round.count * self.per_round
+        self.total_steps = config.round.count * self.per_round
         options = {"ema_decay": config.update.ema_decay, "sizes": config.update}
-        self.learner = build_learner(policy, config.optimizer, self.steps, **options)
+        self.learner = build_learner(policy, config.optimizer, self.total_steps, **options)
         self.attach(self.learner, models)
         responses = config.round.prompts * config.rollout.samples_per_prompt
         rounds = RoundSizes(config.round.method, self.per_round, responses)
@@ -103,12 +104,10 @@ class RejectionRun(OnlineRun):
         prompts = [] if begun else self.dataset.next(self.config.round.prompts)
         if kept is not None:
             return kept, {}
-        with run.phases("rollout") as phase:  # prompt -> answers
+        with run.phases("rollout"):  # prompt -> answers
             count = self.config.rollout.samples_per_prompt
             rollouts = sample(self.generator, prompts, self.sampling, count)
             lengths = [len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts]
-            phase.tokens = sum(rollout.length for rollout in rollouts)
-            phase.flops = forward_flops(self.shape, lengths, phase.tokens)
         with run.phases("score") as phase:  # answers -> rewards
             scores = self.scores(rollouts)
             combined = self.scorer.combined(scores)
@@ -123,7 +122,7 @@ class RejectionRun(OnlineRun):
             write_responses(path, answers)
         best = [answer.reward for answer in answers if answer.picked == "best" and answer.reward is not None]
         about = {"reward_picked": fmean(best), "picked": sum(bool(answer.picked) for answer in answers)}
-        return answers, summary(rollouts, scores, combined, rewards) | about
+        return answers, reward_metrics(rollouts, scores, combined, rewards) | about
 
     def _add_references(self, answers: list[Response]) -> None:
         """Notes what the policy, which is the round's reference, gives the answers that DPO learns from. Collective."""
@@ -174,7 +173,9 @@ def main(run: Run[RejectionConfig]) -> None:
     learners = {"actor": (work.learner, work.config.model.path)}
     if run.record.checkpoint is None and run.record.changes and run.mesh.is_main:  # answered in another way
         shutil.rmtree(run.folder / "rounds", ignore_errors=True)
-    run.begin(learners, work.parts, work.steps, about=f"{work.about}; {work.per_round} steps a round", facts=FACTS)
+    run.begin(
+        learners, work.parts, work.total_steps, about=f"{work.about}; {work.per_round} steps a round", facts=FACTS
+    )
     work.first_step = run.step
     before = run.remember("before.json", work.answer_shown)
     work.shown = work.shown[: len(before)]  # a resume may ask for more

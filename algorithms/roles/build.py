@@ -15,6 +15,7 @@ from ...engine.optim.adamw import ShardedAdamW
 from ...engine.optim.lr_schedule import lr_at
 from ...engine.parallel.shard import Entry, Slot
 from ...engine.pipeline.stage import stage_of
+from ...engine.profiler import Profiler
 from ...engine.storage.checkpoint import read_state
 from ...models.config import HeadKind, ModelConfig, check_layout
 from ...models.decoder import Decoder
@@ -30,11 +31,10 @@ from ..config.common import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConf
 from ..config.grpo import GRPOConfig
 from ..config.ppo import PPOConfig
 from ..config.run import RunConfig
-from ..grpo import GroupRoles
 from ..micro_batch import MicroBatchSizes
-from ..ppo import Roles
 from ..rewards.encoder import check_vocabulary
-from .role import DEFAULT_SIZES, AdapterOff, Learner, Role
+from .learner import Learner, Roles
+from .role import DEFAULT_SIZES, AdapterOff, Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,16 +89,17 @@ def read_shape(
     return shape
 
 
-def read_shapes(config: PPOConfig | GRPOConfig) -> dict[str, ModelConfig]:
+def read_shapes(config: PPOConfig | GRPOConfig, *critics: str) -> dict[str, ModelConfig]:
     """The shape of every folder PPO's or GRPO's roles come from, checked against the layout and each other.
+
+    Args:
+        critics: folders of value models; "" is the actor's.
 
     Raises:
         ValueError: a folder is missing or unsupported, a size does not divide, the critic reads other tokens than the
             actor, or a reward model has no tokenizer and another vocabulary.
     """
-    trained = [config.model.path]
-    if isinstance(config, PPOConfig):
-        trained.append(config.model.critic or config.model.path)
+    trained = [config.model.path, *filter(None, critics)]
     shapes = {folder: read_shape(folder, config.parallel, config.run) for folder in config.reward.models}
     plain = replace(config.lora, adapter="")  # adapters begin from a folder in the actor alone
     shapes |= {folder: read_shape(folder, config.parallel, config.run, lora=plain) for folder in trained}
@@ -189,6 +190,7 @@ def build_learner(
     ema_decay: float = 0.0,
     temperature: float = 1.0,
     sizes: MicroBatchSizes = DEFAULT_SIZES,
+    profiler: Profiler | None = None,
     name: str = "actor",
 ) -> Learner:
     """A trained model with its optimizer and a schedule over `updates` steps. `name` is for messages.
@@ -213,7 +215,7 @@ def build_learner(
     if model.fill is not None:
         optimizer.refine(partial(model.fill, model))
     max_skipped = settings.max_skipped if settings.on_nonfinite == "skip" else 0
-    return Learner(model, optimizer, schedule(settings, updates), temperature, sizes, max_skipped)
+    return Learner(model, optimizer, schedule(settings, updates), temperature, sizes, max_skipped, profiler)
 
 
 def weigh_router(model: Decoder, settings: OptimizerConfig, name: str) -> None:
@@ -231,7 +233,9 @@ def weigh_router(model: Decoder, settings: OptimizerConfig, name: str) -> None:
             raise ValueError(f"{knob}={value}: must be {off:g}, for the {name} model has no experts")
 
 
-def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -> Roles:
+def build_ppo_roles(
+    config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh, profiler: Profiler | None = None
+) -> Roles:
     """All four roles, colocated on one mesh, with the weights of their folders.
 
     Raises:
@@ -262,6 +266,7 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
             ema_decay=config.actor.ema_decay,
             temperature=temperature,
             sizes=config.ppo,
+            profiler=profiler,
         ),
         critic=build_learner(
             decoder(critic, "score", trained=True),
@@ -269,14 +274,17 @@ def build_roles(config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -
             steps * per_step,
             temperature=temperature,
             sizes=config.ppo,
+            profiler=profiler,
             name="critic",
         ),
-        reference=reference(frozen, temperature, config.ppo),
-        rewards=[Role(decoder(folder, "score"), sizes=config.ppo) for folder in config.reward.models],
+        reference=reference(frozen, temperature, config.ppo, profiler),
+        rewards=[Role(decoder(folder, "score"), 1.0, config.ppo, profiler) for folder in config.reward.models],
     )
 
 
-def build_group_roles(config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh) -> GroupRoles:
+def build_grpo_roles(
+    config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh, profiler: Profiler | None = None
+) -> Roles:
     """GRPO's roles on one mesh, with the weights of their folders; a reference only where something needs it.
 
     Raises:
@@ -293,13 +301,20 @@ def build_group_roles(config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: 
     if config.needs_reference:
         # Without its adapters the actor is the reference.
         frozen = AdapterOff if policy.lora else Role
-        reference = frozen(policy if policy.lora else decoder(folder), temperature, config.grpo)
+        reference = frozen(policy if policy.lora else decoder(folder), temperature, config.grpo, profiler)
     updates = config.run.steps * config.grpo.epochs * config.grpo.minibatches
-    options = {"ema_decay": config.grpo.ema_decay, "temperature": temperature, "sizes": config.grpo}
-    return GroupRoles(
-        build_learner(policy, config.optimizer, updates, **options),
-        reference,
-        [Role(decoder(path, "score"), sizes=config.grpo) for path in config.reward.models],
+    return Roles(
+        actor=build_learner(
+            policy,
+            config.optimizer,
+            updates,
+            ema_decay=config.grpo.ema_decay,
+            temperature=temperature,
+            sizes=config.grpo,
+            profiler=profiler,
+        ),
+        reference=reference,
+        rewards=[Role(decoder(path, "score"), 1.0, config.grpo, profiler) for path in config.reward.models],
     )
 
 

@@ -1,4 +1,4 @@
-"""Roles: a decoder on its mesh with the passes PPO asks of it. Frozen ones only score; a Learner also updates.
+"""Roles: a decoder on its mesh with the forward passes of RLHF. A Learner (learner.py) also updates it.
 
 A pass takes the whole batch, runs this DP rank's micro-batches of it, and leaves one number a target on the last
 pipeline stage; `collect` puts the numbers of all DP ranks in place in the whole batch, on every rank.
@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from ...engine.mesh import Mesh
-from ...engine.optim.adamw import ShardedAdamW
-from ...engine.parallel.collectives import all_reduce, from_mesh, gather_objects, object_from_mesh
+from ...engine.parallel.collectives import all_reduce, from_mesh, gather_objects
 from ...engine.parallel.tensor import parallel_logprob
 from ...engine.pipeline.runner import run_schedule
-from ...engine.pipeline.schedule import forward_only, one_f_one_b
+from ...engine.pipeline.schedule import forward_only
 from ...engine.pipeline.stage import Chunk
+from ...engine.profiler import Profiler
 from ...engine.progress import report
 from ...kernels.attention import packed_attention
 from ...models.decoder import Decoder
-from ...models.moe import Routing, moe_layers, router_metrics
+from ...models.flops import forward_flops
+from ...models.moe import Routing
 from ..batch import Batch, pack
 from ..config.supervised import UpdateConfig
-from ..micro_batch import MicroBatchSizes, pass_micro_batches, update_micro_batches
-from .nonfinite import named_inputs, named_losses, numbers_of, poison, told, unit_losses
+from ..micro_batch import MicroBatchSizes, pass_micro_batches
 
 Read = Callable[[Batch, Tensor], Tensor]
 """(micro-batch, hidden states [tokens, hidden] of the last stage) -> what is wanted of them."""
@@ -69,10 +69,25 @@ class Role:
     Args:
         temperature: divides its logits, as it does when it samples.
         sizes: of its micro-batches.
+        profiler: takes the FLOPs of its passes.
     """
 
-    def __init__(self, model: Decoder, temperature: float = 1.0, sizes: MicroBatchSizes = DEFAULT_SIZES):
+    def __init__(
+        self,
+        model: Decoder,
+        temperature: float = 1.0,
+        sizes: MicroBatchSizes = DEFAULT_SIZES,
+        profiler: Profiler | None = None,
+    ):
         self.model, self.mesh, self.temperature, self.sizes = model, model.mesh, temperature, sizes
+        self.profiler = Profiler(model.mesh) if profiler is None else profiler
+
+    def count_flops(self, parts: Sequence[Batch], passes: int = 1) -> None:
+        """Reports micro-batches to the profiler; a forward with its backward is three passes."""
+        head = self.model.kind == "lm"
+        for part in parts if self.mesh.is_member else ():
+            flops = forward_flops(self.model.config, part.lengths, len(part.response) * head)
+            self.profiler.add(self.mesh, flops=passes * flops)
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[total] fp32: each response token's log-probability, 0 elsewhere."""
@@ -99,6 +114,7 @@ class Role:
         own = [batch.select(samples) for samples in cuts]
         first = padding(len(own), self.mesh)
         parts = [*first, *own]
+        self.count_flops(own)
 
         def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
             hidden = stage_forward(self.model, parts[i], x, chunk=chunk)
@@ -140,164 +156,3 @@ def collect(
 def shapes(model: Decoder, parts: Sequence[Batch]) -> list[tuple[int, ...]]:
     """Shape of each micro-batch's hidden states between chunks."""
     return [(len(part.tokens), model.config.hidden_size) for part in parts]
-
-
-class Stats:
-    """Sums and maxima over targets, gathered where the loss is and reduced over the mesh once an update."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, list[Tensor]] = {}
-        self.maxima: dict[str, list[Tensor]] = {}
-
-    def add(self, **values: Tensor) -> None:
-        """Adds the sum of each tensor."""
-        for name, value in values.items():
-            self.sums.setdefault(name, []).append(value.detach().sum())
-
-    def largest(self, **values: Tensor) -> None:
-        """Takes the maximum of each tensor; one without entries, of a micro-batch without targets, says nothing."""
-        for name, value in values.items():
-            if value.numel():
-                self.maxima.setdefault(name, []).append(value.detach().max())
-
-    def copy(self) -> Stats:
-        """The same so far."""
-        made = Stats()
-        made.sums = {name: list(values) for name, values in self.sums.items()}
-        made.maxima = {name: list(values) for name, values in self.maxima.items()}
-        return made
-
-    def reduce(self, mesh: Mesh) -> dict[str, float]:
-        """The same numbers on every rank, those outside the mesh too. Collective over the job."""
-        mine = {name: torch.stack(values).sum().item() for name, values in self.sums.items()}
-        mine |= {name: torch.stack(values).max().item() for name, values in self.maxima.items()}
-        over_dp = gather_objects((mine, set(self.maxima)), mesh.dp_cp)
-        maxima = set().union(*(names for _, names in over_dp))
-        known = dict.fromkeys(name for numbers, _ in over_dp for name in numbers)
-        merged = {n: (max if n in maxima else sum)(rank[n] for rank, _ in over_dp if n in rank) for n in known}
-        return object_from_mesh(gather_objects(merged, mesh.pp)[-1], mesh)
-
-
-class Learner(Role):
-    """A role that learns: optimizer and learning-rate schedule beside the decoder."""
-
-    def __init__(
-        self,
-        model: Decoder,
-        optimizer: ShardedAdamW,
-        lr_at: Callable[[int], float],
-        temperature: float = 1.0,
-        sizes: MicroBatchSizes = DEFAULT_SIZES,
-        max_skipped: int = 0,
-    ):
-        super().__init__(model, temperature, sizes)
-        self.optimizer, self.lr_at, self.max_skipped = optimizer, lr_at, max_skipped
-        self.skipped = 0
-        self.reasons: list[str] = []
-
-    def step(
-        self,
-        batch: Batch,
-        loss: Read,
-        stats: Stats | None = None,
-        *,
-        samples: Sequence[int] | None = None,
-        unit: int = 1,
-        also: Sequence[tuple[Batch, Read]] = (),
-    ) -> dict[str, float]:
-        """One optimizer step on a batch, given the loss to read off a micro-batch's hidden states.
-
-        Args:
-            stats: what the losses add to.
-            samples: ids of the minibatch; None takes the whole batch.
-            unit: neighboring samples that only have a loss together, as a pair.
-            also: further batches that join the step, each with its own loss.
-
-        Returns:
-            grad_norm and lr, and of a model with experts what `router_metrics` gives. skipped, where steps may be: 1
-            if a number was not finite, so that weights, moments, average and the schedule are as before.
-
-        Raises:
-            ValueError: the samples are fewer than the DP ranks.
-            FloatingPointError: a number is not finite, and the step may not be skipped; on every rank, naming it.
-        """
-        config = self.model.config
-        work = [(batch, range(len(batch)) if samples is None else samples, loss)]
-        work += [(other, range(len(other)), own) for other, own in also]
-        parts = [
-            (whole.select(cut), own)
-            for whole, ids, own in work
-            for cut in update_micro_batches(whole, ids, self.sizes, self.mesh.dp)
-        ]
-        first = padding(len(parts), self.mesh)
-        routings: list[Routing | None] = [None] * (len(first) + len(parts))
-        if config.moe is not None:
-            tokens = sum(gather_objects(sum(len(part.tokens) for part, _ in parts), self.mesh.dp_cp))
-            scale = 1 / (tokens * len(moe_layers(config)))
-            routings[len(first) :] = [Routing(part.cu_seqlens, scale) for part, _ in parts]
-        nothing: Read = lambda part, hidden: hidden[:0].sum()  # noqa: E731
-        parts = [*((part, nothing) for part in first), *parts]
-        batches = [part for part, _ in parts]
-
-        checked = [number for part in batches for number in numbers_of(part).values()]
-
-        def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
-            part, read = parts[i]
-            hidden = stage_forward(self.model, part, x, routings[i], chunk)
-            report(i + 1, len(parts))
-            if not chunk.has_head:
-                return hidden
-            value = read(part, hidden)
-            checked.append(value.detach())
-            return value
-
-        run_schedule(
-            one_f_one_b,
-            self.model.stage,
-            self.mesh,
-            shapes(self.model, batches),
-            self.model.dtype,
-            forward,
-            before_last_backward=self.optimizer.expect_last_backward,
-        )
-        lr = self.lr_at(self.optimizer.steps)
-        try:
-            metrics = {"grad_norm": self.optimizer.step(lr, poison(checked, self.mesh.device)), "lr": lr}
-        except FloatingPointError as error:  # on every rank
-            self._skip(f"{error}: {self._culprits(parts, stats, unit)}")
-            return {"lr": lr, "skipped": 1.0}
-        self.skipped = 0
-        metrics |= {"skipped": 0.0} if self.max_skipped else {}
-        return metrics | router_metrics(routings, config, self.mesh) if config.moe is not None else metrics
-
-    def gather_targets(self, batch: Batch, samples: Sequence[int], values: Sequence[Tensor]) -> Tensor:
-        """[total] fp32 on every rank: one number a target, read off in `step`'s loss, micro-batch by micro-batch."""
-        cuts = update_micro_batches(batch, samples, self.sizes, self.mesh.dp)
-        return collect(batch, cuts, values, [batch.select(cut).response for cut in cuts], self.mesh)
-
-    def _skip(self, reason: str) -> None:
-        self.skipped += 1
-        if self.skipped > self.max_skipped:
-            row = f"; {self.max_skipped} steps before it were skipped" if self.max_skipped else ""
-            raise FloatingPointError(f"{reason}{row} (optimizer.on_nonfinite, optimizer.max_skipped)")
-        self.reasons.append(reason)
-        self.optimizer.zero_grad()
-
-    def _culprits(self, parts: Sequence[tuple[Batch, Read]], stats: Stats | None, unit: int) -> str:
-        """Names what is not finite. Collective; `stats` stay as they are."""
-        before = stats.copy() if stats is not None else None
-
-        def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
-            part, loss = parts[i]
-            hidden = stage_forward(self.model, part, x, chunk=chunk)
-            return unit_losses(part, hidden, loss, unit) if chunk.has_head else hidden
-
-        batches = [part for part, _ in parts]
-        made = run_schedule(
-            forward_only, self.model.stage, self.mesh, shapes(self.model, batches), self.model.dtype, forward
-        )
-        losses = [name for part, own in zip(batches, made, strict=False) for name in named_losses(part, own, unit)]
-        if stats is not None and before is not None:
-            stats.sums, stats.maxima = before.sums, before.maxima
-        weights, gradient = (self.optimizer.not_finite(kind) for kind in ("master", "grad"))
-        return told([weights, *named_inputs(batches), losses, gradient], self.mesh)

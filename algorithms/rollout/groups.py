@@ -13,8 +13,10 @@ from itertools import groupby
 import torch
 
 from ..advantages import soft_overlong_penalty
-from ..batch import Rollout
+from ..batch import Rollout, from_rollouts
 from ..config.grpo import GRPOConfig
+from ..rewards.rewards import Rewards
+from .source import OnPolicySource, Rollouts
 
 
 @dataclass(frozen=True)
@@ -96,3 +98,29 @@ def make_groups(
         Group(list(rollouts[i : i + size]), list(scores[i : i + size]), rewards[i : i + size])
         for i in range(0, len(rollouts), size)
     ]
+
+
+class GroupSource:
+    """Groups of scored responses, drawn until enough of them have spread (DAPO's dynamic sampling) or draws run out.
+
+    Args:
+        source: of the responses.
+        rewards: scores every draw; its metrics get those of the pool.
+    """
+
+    def __init__(self, source: OnPolicySource, rewards: Rewards, config: GRPOConfig):
+        self.source, self.rewards, self.config = source, rewards, config
+
+    def next(self, step: int) -> Rollouts:
+        config = self.config
+        pool = GroupPool(config.run.prompts_per_step, config.grpo.dynamic_sampling, config.grpo.max_draws)
+        while pool.missing:
+            drawn = self.source.draw(step, pool.missing).samples
+            with self.source.profiler("score"):
+                combined, shaped = self.rewards(drawn, from_rollouts(drawn).to(self.source.generator.mesh.device))
+            pool.add(make_groups(drawn, combined, shaped, config))
+        groups, metrics = pool.take()
+        self.rewards.metrics |= metrics
+        rewards = torch.tensor([reward for group in groups for reward in group.rewards])
+        samples = [rollout for group in groups for rollout in group.rollouts]
+        return Rollouts(step, samples, config.rollout.samples_per_prompt, rewards)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from statistics import fmean
 from typing import Any, Protocol
 
 from report.tables import ScoredResponse, response_text
@@ -15,9 +13,13 @@ from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.reward import RewardConfig
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.encoder import ChatEncoder, Policy, reward_encoders
+from trialign.algorithms.rewards.rewards import Rewards
 from trialign.algorithms.rewards.scorer import Scorer
+from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import load_tokenizer
-from trialign.algorithms.roles.role import Learner, Role
+from trialign.algorithms.roles.learner import Learner
+from trialign.algorithms.roles.role import Role
+from trialign.algorithms.rollout.source import OnPolicySource
 from trialign.algorithms.rollout.sync import sample, sampling_params, stop_tokens
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.models.config import ModelConfig
@@ -77,11 +79,13 @@ class OnlineRun:
         self.sampling = sampling_params(config.rollout, ends, show.seed)
         self.about = f"{self.dataset}; {stop_tokens(ends, self.tokenizer)}"  # for the run's first line
         self.models: list[Role] = []
+        self.rewards: Rewards
 
     def attach(self, actor: Learner, models: list[Role]) -> None:
         """The policy that answers, and the reward models."""
         rollout = self.rollout_config
         options: dict[str, Any] = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
+        options["profiler"] = self.run.phases
         self.generator, self.models = EmbeddedGenerator(actor.model, self.mesh, **options), models
         self.generator.interrupted = self.run.interrupted
 
@@ -102,6 +106,28 @@ class OnlineRun:
         """Every reward of any number of responses. Collective."""
         return self.scorer(rollouts, from_rollouts(rollouts).to(self.mesh.device), self.models)
 
+    def rewards_of(self, shaper: RewardShaper) -> Rewards:
+        """Rewards of a training run's rollouts."""
+        return Rewards(self.scorer, shaper, self.models, self.progress.say)
+
+    def on_policy(self, prompts: int) -> OnPolicySource:
+        """Rollouts of the policy as it is, to so many prompts a step."""
+        count = self.rollout_config.samples_per_prompt
+        return OnPolicySource(self.dataset, self.generator, self.sampling, prompts, count, self.run.phases)
+
+    def steps(self) -> Iterator[int]:
+        """`Run.steps`."""
+        return self.run.steps()
+
+    def end_step(self, metrics: Mapping[str, float], tokens: int) -> None:
+        """`Run.end_step` with the rewards of the step."""
+        self.run.end_step({**metrics, **self.rewards.take_metrics()}, tokens)
+
+    def sync(self, actor: Learner) -> None:
+        """Gives the generator the actor's weights."""
+        with self.run.phases("sync"):
+            self.generator.load(actor.model, self.run.step + 1)
+
     def say_failures(self, run: Run) -> None:
         """One line for each scorer's reason to abstain; before an error says that nothing is left to learn from."""
         for reason in self.scorer.failures():
@@ -112,38 +138,3 @@ def say_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:
     """One line for each reward model that is given text, not the policy's tokens."""
     for folder, encoder in encoders.items() if main else ():
         print(f"{folder}: not the policy's tokenizer ({encoder.why}): completions are encoded again with its own")
-
-
-def summary(
-    rollouts: Sequence[Rollout], scores: dict[str, list[Score]], combined: Sequence[float], rewards: Sequence[float]
-) -> dict[str, float]:
-    """What the answers were like: reward before and after shaping, each reward by name, lengths.
-
-    Answers without a score are in none of the means; `abstained` counts them. A reward's mean is over the answers that
-    it applies to; it is left out of a step in which there is none.
-    """
-    by_name = {f"reward/{name}": _mean(v) for name, v in zip(short_names(list(scores)), scores.values(), strict=True)}
-    count = len(rollouts)
-    lengths = [rollout.length for rollout in rollouts]
-    missing = sum(score != score for score in combined)
-    return {
-        "reward": _mean(combined),
-        "reward_shaped": _mean(rewards),
-        **{name: mean for name, mean in by_name.items() if mean == mean},
-        **({"abstained": missing} if missing else {}),
-        "response_length": sum(lengths) / count,
-        "response_length_max": max(lengths),
-        "finished": sum(rollout.finish == "stop" for rollout in rollouts) / count,
-    }
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """The ends of paths and addresses, all different, as short as they can be: most reward models are called model."""
-    parts = [Path(name).parts for name in names]
-    ends = [["/".join(own[-count:]) for own in parts] for count in range(1, max(map(len, parts), default=1) + 1)]
-    return next((short for short in ends if len(set(short)) == len(names)), list(names))
-
-
-def _mean(values: Sequence[Score]) -> float:
-    known = [value for value in values if value is not None and value == value]
-    return fmean(known) if known else float("nan")

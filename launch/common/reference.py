@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trialign.algorithms.data.dialogues import Sample
 from trialign.algorithms.roles.build import build_decoder, read_shape
-from trialign.algorithms.roles.role import Learner, Role
+from trialign.algorithms.roles.learner import Learner
+from trialign.algorithms.roles.role import Role
 from trialign.engine.storage.atomic import atomic_file
 
 from .run import Run

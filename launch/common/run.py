@@ -33,8 +33,8 @@ from trialign.algorithms.config.data import DataConfig
 from trialign.algorithms.config.reward import check_time_limits
 from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.roles.build import trained_entries
+from trialign.algorithms.roles.learner import Learner
 from trialign.algorithms.roles.nonfinite import check_states
-from trialign.algorithms.roles.role import Learner
 from trialign.engine.config import absolute, flatten, parse
 from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.logging import MetricLog

@@ -62,7 +62,7 @@ def quantities(files: Sequence[str], recorded: RecordedBatch, *, kl_coef: float,
     scored, _ = ppo.with_rewards(batch, scores, config, kl_coef)
     assert scored.rewards is not None
     advantages, _ = ppo.advantages_of(scored, batch.values, config)
-    white, _ = ppo.with_advantages(scored, config)
+    white, _ = ppo.with_gae(scored, config)
     assert white.advantages is not None and white.returns is not None
 
     def mean(losses: Tensor, how: Aggregation, constant: float = 1.0) -> float:
@@ -108,10 +108,10 @@ def _policy_losses(config: GRPOConfig, recorded: RecordedBatch, scores: Tensor) 
     """(advantages, losses), [targets] each, of an algorithm without a critic."""
     batch, at, targets = recorded.batch, recorded.batch.response, recorded.batch.target_segments
     assert batch.logprobs is not None and batch.rollout_logprobs is not None
-    scored, _ = grpo.with_advantages(batch, scores, recorded.group, config)
+    scored, _ = grpo.with_advantages(batch.with_(scores=scores, group=recorded.group), config)
     assert scored.advantages is not None
     advantages, old = scored.advantages[at], batch.logprobs[at]
-    losses = grpo.token_losses(recorded.logprobs[at], old, advantages, targets, config.grpo)[0]
+    losses = grpo.policy_losses(recorded.logprobs[at], old, advantages, targets, config.grpo)[0]
     return advantages, grpo.corrected(losses, old, batch.rollout_logprobs[at], targets, config.grpo)[0]
 
 

@@ -18,10 +18,11 @@ from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
 from trialign.algorithms.config.online import OnlineRun
 from trialign.algorithms.config.reward import PolicyReward
-from trialign.algorithms.grpo import GroupRoles, score, step, update, with_advantages
+from trialign.algorithms.grpo import actor_step, update, with_advantages, with_passes
 from trialign.algorithms.micro_batch import draw_minibatches
-from trialign.algorithms.policy_step import without
+from trialign.algorithms.policy_step import without_unscored
 from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.roles.learner import Roles
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.groups import GroupPool, make_groups
 from trialign.engine.mesh import build_mesh
@@ -70,11 +71,11 @@ def two_updates(rank: int, world: int, layout: Layout, folder: Path, knobs: GRPO
     reference = Role(build_decoder(str(folder), shape, mesh, "float32"), 0.8, knobs) if needed else None
     metrics = {}
     for number in range(2):
-        batch = without(random_batch(number), SCORES)
+        batch = without_unscored(random_batch(number), SCORES)
         batch = batch.with_(minibatches=draw_minibatches(8, knobs, seed=number))
-        batch = score(batch, GroupRoles(actor, reference), config)
-        batch, made = with_advantages(batch, SCORES, GROUPS, config)
-        made |= update(actor, batch, config)
+        batch = with_passes(batch, Roles(actor, reference=reference), config)
+        batch, made = with_advantages(batch.with_(group=GROUPS), config)
+        made |= update(Roles(actor), batch, config)
         metrics |= {f"{name}/{number}": value for name, value in made.items()}
     return metrics, whole_states(actor=actor)
 
@@ -142,11 +143,11 @@ def test_the_kl_in_the_log_is_of_the_actor_s_own_logprobs(folder, cut, kl_in, ep
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     actor = build_learner(model, OptimizerConfig(), 8, sizes=knobs)
     reference = Role(build_decoder(str(folder), shape, mesh, "float32"), sizes=knobs)
-    batch = without(random_batch(0), SCORES)
+    batch = without_unscored(random_batch(0), SCORES)
     batch = batch.with_(minibatches=draw_minibatches(8, knobs, seed=0))
-    batch = score(batch, GroupRoles(actor, reference), config)
-    batch, metrics = with_advantages(batch, SCORES, GROUPS, config)
-    metrics |= update(actor, batch, config)
+    batch = with_passes(batch, Roles(actor, reference=reference), config)
+    batch, metrics = with_advantages(batch.with_(group=GROUPS), config)
+    metrics |= update(Roles(actor), batch, config)
     assert metrics["kl"] == 0 and metrics["kl_per_token"] == 0
     assert ("sampler_mismatch" in metrics) == (not cut)
 
@@ -155,7 +156,8 @@ def advantages(scores: list[float], group: list[int], **knobs) -> list[float]:
     """What each answer's tokens get; three tokens an answer."""
     batch = pack([[1, 2, 3]] * len(scores)).with_(rollout_logprobs=torch.zeros(3 * len(scores)))
     config = config_of(grpo_options(**knobs))
-    made, _ = with_advantages(without(batch, torch.tensor(scores)), torch.tensor(scores), torch.tensor(group), config)
+    scored = without_unscored(batch.with_(group=torch.tensor(group)), torch.tensor(scores))
+    made, _ = with_advantages(scored, config)
     assert made.advantages is not None
     assert torch.equal(made.advantages[1::3], made.advantages[2::3]) and not made.advantages[::3].any()
     return made.advantages[1::3].tolist()
@@ -189,7 +191,7 @@ def test_a_kl_in_the_score_comes_before_the_baseline_and_in_the_reward_after_it(
     base = grpo_options("dr_grpo", kl_estimator="k1", kl_coef=0.2)
     for where, expected in (("score", [0.4, 0.4, -0.4, -0.4]), ("reward", [0.3, 0.4, -0.5, -0.5])):
         knobs = dataclasses.replace(base, **{"kl_in": where})
-        made, metrics = with_advantages(batch, scores, group, config_of(knobs))
+        made, metrics = with_advantages(batch.with_(scores=scores, group=group), config_of(knobs))
         assert made.advantages is not None and "kl" not in metrics  # the sampler's logprobs are not the actor's
         assert made.advantages[made.mask].tolist() == pytest.approx(expected)
 
@@ -201,7 +203,7 @@ def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
     batch = random_batch(0)
     batch = batch.with_(logprobs=batch.rollout_logprobs, advantages=batch.spread(torch.ones(len(batch.response))))
     with pytest.raises(RuntimeError, match="not at exactly 1"):
-        step(actor, batch, range(8), config_of(grpo_options("dapo")), first=True)
+        actor_step(actor, batch, range(8), config_of(grpo_options("dapo")), first=True)
 
 
 def drawn(rewards: list[float], start: int = 0) -> list[Rollout]:

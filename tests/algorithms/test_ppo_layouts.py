@@ -13,8 +13,9 @@ from tiny_moe import tiny_mixtral
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.micro_batch import draw_minibatches
-from trialign.algorithms.ppo import Roles, score, update, with_rewards
-from trialign.algorithms.roles.role import Learner, Role
+from trialign.algorithms.ppo import update, with_passes, with_rewards
+from trialign.algorithms.roles.learner import Learner, Roles
+from trialign.algorithms.roles.role import Role
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
@@ -67,14 +68,14 @@ def one_step(
 
     actor, critic = learner("lm", config.actor.ema_decay), learner("score", 0.0)
     roles = Roles(actor, critic, Role(decoder("lm"), 0.8, config.ppo))
-    batch = score(random_batch().with_(minibatches=draw_minibatches(8, config.ppo, seed=3)), roles, config)
+    batch = with_passes(random_batch().with_(minibatches=draw_minibatches(8, config.ppo, seed=3)), roles, config)
     scores = torch.linspace(-1, 1, len(batch))
     batch, metrics = with_rewards(batch, scores, config, kl_coef=0.1)
     if values_first:
-        batch = batch.with_(values=roles.critic.values(batch))
+        batch = batch.with_(values=critic.values(batch))
     documents = [list(range(5, 25)), list(range(40, 70))]
-    metrics |= update(roles, batch, config, ptx=documents)
-    return metrics, whole_states(actor=roles.actor, critic=roles.critic)
+    metrics |= update(roles, batch, config, documents=documents)
+    return metrics, whole_states(actor=actor, critic=critic)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

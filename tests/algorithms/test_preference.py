@@ -19,7 +19,8 @@ from trialign.algorithms.kto import held_out as held_out_kto
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_quality, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
-from trialign.algorithms.roles.role import Learner, Role
+from trialign.algorithms.roles.learner import Learner
+from trialign.algorithms.roles.role import Role
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import head_of, read_config
 

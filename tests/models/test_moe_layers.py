@@ -14,7 +14,8 @@ from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.micro_batch import update_micro_batches
-from trialign.algorithms.roles.role import Learner, Role, target_logprobs
+from trialign.algorithms.roles.learner import Learner
+from trialign.algorithms.roles.role import Role, target_logprobs
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.models.config import MoEConfig, check_layout

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.roles.role import Learner, stage_forward, target_logprobs
+from trialign.algorithms.roles.learner import Learner
+from trialign.algorithms.roles.role import stage_forward, target_logprobs
 from trialign.engine.mesh import Axis, build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel.expert import Dispatch

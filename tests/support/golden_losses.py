@@ -18,7 +18,8 @@ from golden import (
 )
 from presets import preset
 from trialign.algorithms.config.preference import DPOConfig
-from trialign.algorithms.grpo import corrected, token_losses
+from trialign.algorithms.grpo import corrected
+from trialign.algorithms.grpo import policy_losses as group_losses
 from trialign.algorithms.losses.aggregation import token_weights
 from trialign.algorithms.losses.kl import kl_estimate
 from trialign.algorithms.losses.policy import importance_weights
@@ -77,7 +78,7 @@ def verl_policy(case: Case) -> Outputs:
     clips = given(args, clip_low="clip_ratio_low", clip_high="clip_ratio_high", dual_clip="clip_ratio_c")
     made = grpo_options(case, {"vanilla": "grpo"}.get(args["loss"]) or args["loss"], **clips)
     logp, old = rows.pack(tensor(case, "log_prob"), grad=True), rows.pack(tensor(case, "old_log_prob"))
-    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses, _, clipped = group_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     if "rollout_is_weights" in case["inputs"]:
         losses = losses * rows.pack(tensor(case, "rollout_is_weights"))
     loss = (losses * verl_weights(rows, args, made.loss_aggregation)).sum()
@@ -108,7 +109,7 @@ def openrlhf_policy(case: Case) -> Outputs:
                 ("rollout_ratio_low", "rollout_ratio_high"), args["vllm_is_truncated_threshold"], strict=True
             )
     made = grpo_options(case, algorithm, **options)
-    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses, _, clipped = group_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     losses = corrected(losses, old, sampled, rows.segments, made)[0]
     fraction = (clipped * weights(rows, "token-mean")).sum()
     spread = averaged(rows, made.loss_aggregation if args.get("token_level_loss", True) else "sample-mean")
@@ -350,7 +351,7 @@ def trl_grpo(case: Case) -> Outputs:
             options["rollout_correction"] = kind
         options |= given(args, rollout_ratio_low="clip_min", rollout_ratio_high="clip_max")
     made = grpo_options(case, algorithm, **options)
-    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses, _, clipped = group_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     losses = corrected(losses, old, sampled, rows.segments, made)[0]
     fraction = (clipped * weights(rows, "sample-mean" if algorithm == "gspo" else "token-mean")).sum()
     outputs: Outputs = {} if algorithm == "cispo" else {"clip_ratio/region_mean": fraction}
@@ -376,7 +377,7 @@ def trl_rloo(case: Case) -> Outputs:
     logp = rows.pack(tensor(case, "per_token_logps"), grad=True)
     old = rows.pack(tensor(case, "old_logps") / rows.segments.sizes)  # the case has those of whole answers
     made = grpo_options(case, "rloo", **given(args, clip_low="epsilon_low", clip_high="epsilon_high"))
-    losses = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
+    losses = group_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
     return loss_and_gradient(rows, (losses * weights(rows, made.loss_aggregation)).sum(), logp, "grad_per_token_logps")
 
 
@@ -404,7 +405,7 @@ def nemo_policy(case: Case) -> Outputs:
             options["rollout_ratio_low"] = args["truncated_importance_sampling_ratio_min"] or 0.0
             options["rollout_ratio_high"] = args["truncated_importance_sampling_ratio"]
     made = grpo_options(case, algorithm, **options)
-    losses = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
+    losses = group_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)[0]
     losses, outputs = corrected(losses, prior, sampled, rows.segments, made)[0], {}
     if args["token_level_loss"]:
         spread = weights(rows, "token-sum") / (args["global_valid_toks"] + 1e-8)
@@ -434,7 +435,7 @@ def slime_policy(case: Case) -> Outputs:
         options["rollout_correction"] = "icepop" if args.get("tis_function") == "icepop_function" else "tis"
         options |= given(args, rollout_ratio_low="tis_clip_low", rollout_ratio_high="tis_clip")
     made = grpo_options(case, args["advantage_estimator"], **options)
-    losses, _, clipped = token_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
+    losses, _, clipped = group_losses(logp, old, rows.pack(tensor(case, "advantages")), rows.segments, made)
     losses, outputs = corrected(losses, old, sampled, rows.segments, made)[0], {}
     spread = slime_weights(rows, args, made.loss_aggregation)
     if args.get("use_kl_loss"):
@@ -460,7 +461,7 @@ def slime_tokens(case: Case) -> Outputs:
         case, "grpo", **given(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c")
     )
     packed = (rows.pack(x.reshape(rows.shape)) for x in (logp, old, advantages))
-    losses, _, clipped = token_losses(*packed, rows.segments, made)
+    losses, _, clipped = group_losses(*packed, rows.segments, made)
     return {
         name: rows.unpack(x).reshape(advantages.shape) for name, x in (("pg_losses", losses), ("clipfrac", clipped))
     }

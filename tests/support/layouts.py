@@ -9,7 +9,7 @@ import torch
 from harness import run_ranks
 from tiny import assemble
 from torch import Tensor
-from trialign.algorithms.roles.role import Learner
+from trialign.algorithms.roles.learner import Learner
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.models.lora import trained_name
 

@@ -27,10 +27,11 @@ from trialign.algorithms.data.preferences import Pair, mismatched
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
 from trialign.algorithms.micro_batch import Passes, draw_minibatches
-from trialign.algorithms.policy_step import without
+from trialign.algorithms.policy_step import without_unscored
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
-from trialign.algorithms.roles.role import Learner, Role
+from trialign.algorithms.roles.learner import Learner, Roles
+from trialign.algorithms.roles.role import Role
 from trialign.algorithms.sft import sft_step
 from trialign.models.families.registry import read_config
 
@@ -181,7 +182,7 @@ def kto(models: Models, draw: Draw) -> Iterator[Step]:
 
 def answered(actor: Learner, draw: Draw, passes: Passes) -> Batch:
     """Answers of a sampler that is not quite the actor, those without a score without targets; all in one minibatch."""
-    batch = without(pack_samples(draw.answers), draw.scores)
+    batch = without_unscored(pack_samples(draw.answers), draw.scores)
     batch = batch.with_(minibatches=draw_minibatches(len(batch), passes, seed=draw.seed))
     return batch.with_(rollout_logprobs=actor.logprobs(batch) + draw.noise(batch, 0.2, 1))
 
@@ -190,20 +191,21 @@ def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]
     """The update on the policy, then critic and actor off it, so that clips decide."""
     passes = replace(config.ppo, micro_batch_size=draw.size, micro_batch_tokens=draw.tokens)
     config = replace(config, ppo=passes)
-    roles = ppo.Roles(models.lm, models.score, models.reference)
+    roles = Roles(models.lm, models.score, models.reference)
     ptx = DOCUMENTS if config.actor.ptx_coef else ()
     batch = answered(models.lm, draw, passes)
-    batch = ppo.score(batch, roles, config)
+    batch = ppo.with_passes(batch, roles, config)
     batch, _ = ppo.with_rewards(batch, draw.scores, config, kl_coef=0.1)
-    metrics = ppo.update(roles, batch, config, ptx=ptx)
+    metrics = ppo.update(roles, batch, config, documents=ptx)
     yield models.lm, metrics
     yield models.score, {}
-    values = roles.critic.values(batch) + draw.noise(batch, 0.5, 2)
+    values = models.score.values(batch) + draw.noise(batch, 0.5, 2)
     batch = batch.with_(values=values)
-    metrics = ppo.update(roles, batch, config, train_actor=False)
+    warmup = replace(config, critic=replace(config.critic, warmup_steps=1))
+    metrics = ppo.update(roles, batch, warmup)
     yield models.score, metrics
     old = models.lm.logprobs(batch) + draw.noise(batch, 0.4, 3)
-    batch, _ = ppo.with_advantages(batch.with_(logprobs=old), config)
+    batch, _ = ppo.with_gae(batch.with_(logprobs=old), config)
     yield models.lm, ppo.actor_step(models.lm, batch, batch.minibatches[0][0], config, ptx, first=False)
 
 
@@ -214,13 +216,13 @@ def grpo_updates(models: Models, draw: Draw, knobs: GRPOOptions, role: str = "lm
     actor = getattr(models, role)
     group = torch.tensor([row // 2 for row in draw.order])
     batch = answered(actor, draw, knobs)
-    roles = grpo.GroupRoles(actor, models.reference if config.needs_reference else None)
-    batch = grpo.score(batch, roles, config)
-    batch, _ = grpo.with_advantages(batch, draw.scores, group, config)
-    yield actor, grpo.update(actor, batch, config)
+    roles = Roles(actor, reference=models.reference if config.needs_reference else None)
+    batch = grpo.with_passes(batch, roles, config)
+    batch, _ = grpo.with_advantages(batch.with_(group=group), config)
+    yield actor, grpo.update(roles, batch, config)
     far = 3e-4 if knobs.ratio_level == "sequence" else 0.3
     old = actor.logprobs(batch) + draw.noise(batch, far, 3)
-    yield actor, grpo.step(actor, batch.with_(logprobs=old), batch.minibatches[0][0], config, first=False)
+    yield actor, grpo.actor_step(actor, batch.with_(logprobs=old), batch.minibatches[0][0], config, first=False)
 
 
 def routed(models: Models, draw: Draw) -> Iterator[Step]:

@@ -10,7 +10,8 @@ from tiny import VOCAB
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.roles.role import Learner, target_logprobs
+from trialign.algorithms.roles.learner import Learner
+from trialign.algorithms.roles.role import target_logprobs
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel.lora import LoRA

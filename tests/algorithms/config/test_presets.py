@@ -19,15 +19,16 @@ from trialign.algorithms.config.preference import DPOConfig
 from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.config.rlhf import RLHFConfig
 from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.grpo import advantages_of, step, token_losses, with_advantages
+from trialign.algorithms.grpo import actor_step as grpo_step
+from trialign.algorithms.grpo import advantages_of, policy_losses, with_advantages
 from trialign.algorithms.losses.aggregation import Segments, token_weights
 from trialign.algorithms.losses.kl import kl_estimate
 from trialign.algorithms.losses.policy import importance_weights, log_ratio, ppo_loss, sequence_log_ratio
 from trialign.algorithms.losses.value import value_loss
 from trialign.algorithms.ppo import actor_step, critic_step, with_rewards
-from trialign.algorithms.ppo import with_advantages as ppo_advantages
+from trialign.algorithms.ppo import with_gae as ppo_advantages
 from trialign.algorithms.roles.build import build_decoder, build_learner
-from trialign.algorithms.roles.role import Learner
+from trialign.algorithms.roles.learner import Learner
 from trialign.engine.config import CONFIGS, load
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import HeadKind
@@ -118,8 +119,8 @@ def test_grpo_s_losses_are_the_pure_functions(folder, trainer, algorithm, far):
     actor = learner(folder)
     batch = batch_of(actor, far)
     now = actor.logprobs(batch)
-    scored, _ = with_advantages(batch, SCORES, GROUP, config)
-    made = step(actor, scored, WHOLE, config, first=False)
+    scored, _ = with_advantages(batch.with_(scores=SCORES, group=GROUP), config)
+    made = grpo_step(actor, scored, WHOLE, config, first=False)
 
     segments, old, ref, _ = pure(batch)
     how: Any = ("leave-one-out", "leave-one-out") if trainer == "nemo_rl" else ("mean", "unbiased")
@@ -151,8 +152,8 @@ def test_no_two_overlays_give_one_number_of_one_batch(folder):
     for trainer in TRAINERS:
         config = preset(GRPOConfig, trainer)
         config = replace(config, grpo=replace(config.grpo, kl_coef=0.1))
-        scored, _ = with_advantages(batch, SCORES, GROUP, config)
-        made = step(actor, scored, WHOLE, config, first=False)
+        scored, _ = with_advantages(batch.with_(scores=SCORES, group=GROUP), config)
+        made = grpo_step(actor, scored, WHOLE, config, first=False)
         losses[trainer] = (round(made["policy_loss"], 5), made["kl_loss"])
     assert len(set(losses.values())) == len(TRAINERS), losses
 
@@ -248,5 +249,5 @@ def test_a_reward_is_clipped_once():
 def test_gspo_s_log_ratio_is_limited_as_a_whole(trainer, algorithm, logprobs, expected):
     """No token's is: OpenRLHF has no limit at all, verl one of the mean."""
     segments, options = Segments.of_lengths(torch.tensor([2]), torch.ones(2).bool()), grpo_options(algorithm, trainer)
-    ratio = token_losses(torch.tensor(logprobs), torch.zeros(2), torch.ones(2), segments, options)[1]
+    ratio = policy_losses(torch.tensor(logprobs), torch.zeros(2), torch.ones(2), segments, options)[1]
     assert ratio.log().tolist() == pytest.approx([expected] * 2)

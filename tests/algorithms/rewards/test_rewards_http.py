@@ -22,7 +22,7 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 from trialign.algorithms.batch import Prompt, pack
 from trialign.algorithms.config.reward import RewardConfig
-from trialign.algorithms.policy_step import without
+from trialign.algorithms.policy_step import without_unscored
 from trialign.algorithms.rewards import http as reward_server
 from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.algorithms.rewards.http import RewardClient
@@ -280,11 +280,11 @@ def test_abstaining_samples_move_no_statistic():
 
 def test_abstaining_samples_have_no_targets():
     batch = pack([[1, 2, 3], [1, 2], [1, 2, 3, 4]])
-    left = without(batch, torch.tensor([0.5, math.nan, 1.0]))
+    left = without_unscored(batch, torch.tensor([0.5, math.nan, 1.0]))
     assert left.response.tolist() == [1, 2, 6, 7, 8] and left.lengths == batch.lengths
-    assert without(batch, torch.tensor([0.5, 0.0, 1.0])) is batch
+    assert without_unscored(batch, torch.tensor([0.5, 0.0, 1.0])).mask is batch.mask
     with pytest.raises(ValueError, match="every answer of the step is without a score"):
-        without(batch, torch.full((3,), math.nan))
+        without_unscored(batch, torch.full((3,), math.nan))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,16 @@ from trialign.algorithms.config.online import OnlineRun
 from trialign.algorithms.config.ppo import ActorConfig, PPOConfig, PPOData, PPOModels
 from trialign.algorithms.config.reward import PolicyReward
 from trialign.algorithms.losses.kl import KLController
-from trialign.algorithms.roles.build import build_roles, load_tokenizer, read_shapes, trained_entries
-from trialign.algorithms.roles.role import Learner
+from trialign.algorithms.roles.build import build_ppo_roles, load_tokenizer, read_shapes, trained_entries
+from trialign.algorithms.roles.learner import Learner, Roles
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.lr_schedule import lr_at
 from trialign.models.moe import MoE, Routing
+
+
+def critic_of(roles: Roles) -> Learner:
+    assert roles.critic is not None
+    return roles.critic
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +47,13 @@ def config(folders, **changes) -> PPOConfig:
 
 def test_all_roles_are_built(folders):
     settings = config(folders)
-    roles = build_roles(settings, read_shapes(settings), build_mesh())
-    assert [len(roles.rewards), roles.actor.model.kind, roles.critic.model.kind] == [1, "lm", "score"]
-    assert not any(p.requires_grad for role in (roles.reference, *roles.rewards) for p in role.model.parameters())
-    assert {entry.name.split("/")[0] for entry in trained_entries({"actor": roles.actor, "critic": roles.critic})} == {
+    roles = build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
+    assert [len(roles.rewards), roles.actor.model.kind, critic_of(roles).model.kind] == [1, "lm", "score"]
+    frozen = [role for role in (roles.reference, *roles.rewards) if role is not None]
+    assert not any(p.requires_grad for role in frozen for p in role.model.parameters())
+    assert {
+        entry.name.split("/")[0] for entry in trained_entries({"actor": roles.actor, "critic": critic_of(roles)})
+    } == {
         "actor",
         "critic",
     }
@@ -53,8 +61,8 @@ def test_all_roles_are_built(folders):
 
 def test_critic_starts_from_a_reward_model(folders):
     settings = config(folders, model=PPOModels(str(folders / "actor"), critic=str(folders / "reward"), dtype="float32"))
-    roles = build_roles(settings, read_shapes(settings), build_mesh())
-    critic, reward = roles.critic.model.head, roles.rewards[0].model.head
+    roles = build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
+    critic, reward = critic_of(roles).model.head, roles.rewards[0].model.head
     assert critic is not None and reward is not None and torch.equal(critic.weight, reward.weight)
 
 
@@ -84,7 +92,7 @@ def test_folders_that_do_not_fit_are_refused(folders, changes, message):
     if "rollout" in changes:
         settings = config(folders, rollout=RolloutConfig(**changes["rollout"]))
     with pytest.raises(ValueError, match=message):
-        read_shapes(settings)
+        read_shapes(settings, settings.model.critic)
 
 
 def test_dynamic_ntk_bounds_what_is_sampled_and_not_what_is_scored(tmp_path):
@@ -113,18 +121,18 @@ def test_router_losses_are_weighed_by_the_knobs_or_by_config_json(folders):
     folder = str(tiny_mixtral(folders / "mixture", vocab_size=260, router_aux_loss_coef=0.1))
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
     settings = config(folders, model=PPOModels(folder, dtype="float32"), reward=PolicyReward(functions=("r.py:f",)))
-    plain = build_roles(settings, read_shapes(settings), build_mesh())
+    plain = build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
     knobs = OptimizerConfig(router_aux_coef=0.0, router_z_coef=0.25)
     settings = dataclasses.replace(
         settings,
         actor=ActorConfig(knobs),
         critic=dataclasses.replace(settings.critic, optimizer=OptimizerConfig(router_z_coef=0.5)),
     )
-    roles = build_roles(settings, read_shapes(settings), build_mesh())
+    roles = build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
     aux, z = router_gradient(plain.actor, x)
     assert aux.abs().max() > 1e-4 and z.abs().max() > 1e-4
     torch.testing.assert_close(router_gradient(roles.actor, x)[0], 0.25 * z)
-    torch.testing.assert_close(router_gradient(roles.critic, x)[0], aux + 0.5 * z)
+    torch.testing.assert_close(router_gradient(critic_of(roles), x)[0], aux + 0.5 * z)
     for built, coefs in ((plain, (0.1, 0.0)), (roles, (0.0, 0.25))):
         moe = built.actor.model.config.moe
         assert moe is not None and (moe.aux_coef, moe.z_coef) == coefs
@@ -134,7 +142,7 @@ def test_weights_of_router_losses_that_do_not_fit_are_refused(folders):
     for knob, value in (("router_aux_coef", 0.0), ("router_z_coef", 1e-3)):
         settings = config(folders, actor=ActorConfig(dataclasses.replace(OptimizerConfig(), **{knob: value})))
         with pytest.raises(ValueError, match=f"{knob}={value}: must be .*, for the actor model has no experts"):
-            build_roles(settings, read_shapes(settings), build_mesh())
+            build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
         with pytest.raises(ValueError, match=f"{knob}=-0.5: must be"):
             dataclasses.replace(OptimizerConfig(), **{knob: -0.5})
 

@@ -29,12 +29,13 @@ from trialign.algorithms.grpo import with_advantages
 from trialign.algorithms.kto import kto_step, pack_labeled
 from trialign.algorithms.metrics import nats_a_token, perplexity
 from trialign.algorithms.micro_batch import draw_minibatches
-from trialign.algorithms.ppo import Roles, with_rewards
 from trialign.algorithms.ppo import update as ppo_update
+from trialign.algorithms.ppo import with_rewards
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.roles.learner import Learner, Roles
 from trialign.algorithms.roles.nonfinite import check_states
-from trialign.algorithms.roles.role import Learner, Role, target_logprobs
+from trialign.algorithms.roles.role import Role, target_logprobs
 from trialign.engine.mesh import build_mesh
 from trialign.engine.storage.checkpoint import Reader
 from trialign.models.families.registry import read_config
@@ -100,11 +101,11 @@ def one_step(learners: list[Learner], kind: str, seed: int, spoilt: bool) -> dic
         knobs = grpo_options("dapo", micro_batch_size=3)
         group = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])  # alone, so that no sibling's advantage is spoilt
         config = GRPOConfig(grpo=dataclasses.replace(knobs, baseline="none", scale_rewards="none"))
-        made, _ = with_advantages(batch, scores, group, config)
+        made, _ = with_advantages(batch.with_(scores=scores, group=group), config)
         if spoilt:
             assert made.rewards is not None
             made = made.with_(rewards=spoil(made.rewards, batch, torch.nan))
-        return grpo_update(learner, made.with_(minibatches=draw_minibatches(8, knobs, seed)), config)
+        return grpo_update(Roles(learner), made.with_(minibatches=draw_minibatches(8, knobs, seed)), config)
     if kind == "ppo":
         config = PPOConfig()
         minibatches = draw_minibatches(8, config.ppo, seed)

@@ -11,7 +11,8 @@ from tiny_moe import SHARED, moe_config, moe_decoder
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.roles.role import Learner, target_logprobs
+from trialign.algorithms.roles.learner import Learner
+from trialign.algorithms.roles.role import target_logprobs
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.storage import checkpoint

@@ -23,7 +23,8 @@ from trialign.algorithms.batch import pack
 from trialign.algorithms.config.common import LoRAConfig, ParallelConfig
 from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.roles.build import read_shape
-from trialign.algorithms.roles.role import Learner, stage_forward
+from trialign.algorithms.roles.learner import Learner
+from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.mesh import Mesh, build_mesh
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.storage import checkpoint
