@@ -251,7 +251,7 @@ def openrlhf_experience(case: Case) -> Outputs:
         batch = rows.batch(logprobs=kl, ref_logprobs=torch.zeros_like(kl), values=rows.pack(tensor(case, "values")))
         batch, _ = ppo.with_rewards(batch, scores, config, args["kl_coef"])
         assert batch.rewards is not None
-        outputs = experience(rows, ppo.with_advantages(batch, config)[0])
+        outputs = experience(rows, ppo.with_gae(batch, config)[0])
         if args["no_std_norm"]:
             outputs["advantages"] = rows.unpack(centered(ppo.advantages_of(batch, values_of(batch), config)[0], rows))
         return outputs
@@ -334,7 +334,7 @@ def nemo_experience(case: Case) -> Outputs:
             case, gamma=args["gae_gamma"], lam=lam, kl_estimator=args["reference_policy_kl_type"], whiten="off"
         )
         rewarded, _ = ppo.with_rewards(batch, tensor(case, "rewards"), config, coef)
-        made = ppo.with_advantages(rewarded, config)[0]
+        made = ppo.with_gae(rewarded, config)[0]
         assert made.advantages is not None
         return made.with_(advantages=whitened(case, made.advantages, rows))
 
