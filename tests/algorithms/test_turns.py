@@ -22,7 +22,7 @@ from trialign.algorithms.data.text_files import write_jsonl
 from trialign.algorithms.grpo import with_advantages as with_group_advantages
 from trialign.algorithms.losses.aggregation import Segments, token_weights
 from trialign.algorithms.losses.value import value_loss
-from trialign.algorithms.ppo import with_advantages, with_rewards
+from trialign.algorithms.ppo import with_gae, with_rewards
 from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.rewards.encoder import completion_of, conversation
 from trialign.algorithms.rewards.scorer import with_conversations
@@ -180,7 +180,7 @@ def test_ppo_equals_plain_loops_over_the_samples():
     assert batch.logprobs is not None and batch.ref_logprobs is not None and batch.values is not None
     kl = [sum((batch.logprobs - batch.ref_logprobs)[targets_of(batch, i)].tolist()) for i in range(4)]
     assert metrics["kl"] == pytest.approx(sum(kl) / 4)
-    made, _ = with_advantages(made, config)
+    made, _ = with_gae(made, config)
     plain = torch.tensor(plain_gae(batch, rewards, 0.95, config.ppo.lam, config.ppo.turn_gaps), dtype=torch.float64)
     own = plain[batch.mask]
     white = (own - own.mean()) / own.var(correction=0).sqrt()
@@ -202,7 +202,7 @@ def test_grpo_equals_plain_loops_over_the_samples():
     batch, scores = numbers()
     batch = batch.with_(ref_logprobs=None)
     config = GRPOConfig(grpo=GRPOOptions())
-    made, _ = with_group_advantages(batch, scores, torch.tensor([0, 0, 1, 1]), config)
+    made, _ = with_group_advantages(batch.with_(scores=scores, group=torch.tensor([0, 0, 1, 1])), config)
     assert made.advantages is not None
     for sample, (own, other) in enumerate([(1.5, -0.5), (-0.5, 1.5), (0.25, 2.0), (2.0, 0.25)]):
         deviation = abs(own - other) / 2**0.5
