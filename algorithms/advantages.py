@@ -15,7 +15,7 @@ from ..kernels.gae import gae as gae_carrying
 from .losses.aggregation import Segments
 
 Gaps = Literal["carry", "zero"]
-Variance = Literal["population", "unbiased"]
+Whitening = Literal["population", "unbiased", "unbiased_eps"]
 Baseline = Literal["mean", "leave-one-out", "none"]
 Scale = Literal["none", "unbiased", "population", "leave-one-out", "batch"]
 WHITEN_EPS = 1e-8
@@ -36,23 +36,25 @@ def token_rewards(scores: Tensor, kl: Tensor, segments: Segments, kl_coef: float
     return rewards.index_add(0, last[there], given[there].to(rewards.dtype))
 
 
-def whiten(x: Tensor, segments: Segments, variance: Variance = "population") -> Tensor:
+def whiten(x: Tensor, segments: Segments, how: Whitening = "population") -> Tensor:
     """x [total] with mean 0 and deviation 1 over the counted tokens, 0 elsewhere; statistics in float64.
 
     One counted token, or equal ones, become 0.
 
     Args:
-        variance: of the population, 1e-8 at least; or unbiased (Bessel's correction) + 1e-8.
+        how: population: by the population variance, 1e-8 at least; unbiased: with Bessel's correction, + 1e-8;
+            unbiased_eps: the same with 1e-8 added to the number of tokens in every mean.
     """
     wide, mask = x.double(), segments.mask
     count = mask.sum().double()
-    mean = torch.where(mask, wide, 0).sum() / count.clamp(min=1)
-    square = torch.where(mask, (wide - mean).square(), 0).sum() / count.clamp(min=1)
-    if variance == "unbiased":
-        square = square * count / (count - 1).clamp(min=1) + WHITEN_EPS
+    divisor = (count + (WHITEN_EPS if how == "unbiased_eps" else 0)).clamp(min=1)
+    mean = torch.where(mask, wide, 0).sum() / divisor
+    variance = torch.where(mask, (wide - mean).square(), 0).sum() / divisor
+    if how == "population":
+        variance = variance.clamp(min=WHITEN_EPS)
     else:
-        square = square.clamp(min=WHITEN_EPS)
-    return torch.where(mask & (count > 1), (wide - mean) * square.rsqrt(), 0).to(x.dtype)
+        variance = variance * count / (count - 1).clamp(min=1) + WHITEN_EPS
+    return torch.where(mask & (count > 1), (wide - mean) * variance.rsqrt(), 0).to(x.dtype)
 
 
 def gae(

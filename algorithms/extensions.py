@@ -7,6 +7,7 @@ run in every rank's. docs/extending.md has an example of each.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -26,7 +27,11 @@ GROUP_ESTIMATOR = ("scores", "group")
 @cache
 def load_function(spec: str) -> Callable[..., Any]:
     """The function of path/to/file.py:function or module:function; ValueError where there is none."""
-    return load(spec)[0]
+    before = sys.path.copy()
+    try:
+        return load(spec)[0]
+    finally:  # its folder goes last, so that no file beside it stands in for a module of ours
+        sys.path[:] = before + [folder for folder in sys.path if folder not in before]
 
 
 def check_function(option: str, spec: str, arguments: tuple[str, ...], own: tuple[str, ...] = ()) -> None:

@@ -56,7 +56,7 @@ class Rewards:
         self.chunks = ChunkStore(run, "begun", asked, (*config.data.sources, *config.data.eval_sources))
         self.models: list[Role] = []
         self.too_long: frozenset[str] = frozenset()
-        self.reader = RowReader()
+        self.reader = RowReader(config.data.reader)
 
     def _model(self, folder: str):
         config = self.config

@@ -79,7 +79,7 @@ def scored_names(rows: Sequence[Pair] | Sequence[Steps]) -> list[str]:
 
 def stream(config: RewardModelConfig, tokenizer, ends, read: ReadPairs | None = None) -> RowStream[Any]:
     """The stream of pairs, or of responses in labeled steps."""
-    seed, reader = config.run.seed, RowReader()
+    seed, reader = config.run.seed, RowReader(config.rows.reader)
     if config.steps.sources:
         load_steps = lambda source: read_steps(source, config.steps, tokenizer, reader)  # noqa: E731
         return RowStream(config.steps, load_steps, lambda row: row.lengths, seed, "responses in steps", reader)

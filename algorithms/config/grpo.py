@@ -36,9 +36,9 @@ class GRPOOptions(UpdateOptions):
     """added to that deviation"""
     single_response: Literal["zero", "reward"] = "zero"
     """advantage of the only scored response to a prompt"""
-    whiten: Literal["off", "population", "unbiased"] = "off"
+    whiten: Literal["off", "population", "unbiased", "unbiased_eps"] = "off"
     """advantages get mean 0 and deviation 1 over the response tokens of the global batch: by the population variance,
-    1e-8 at least [O], or the unbiased one + 1e-8 [V, T]"""
+    1e-8 at least [O], or the unbiased one + 1e-8 [T], with 1e-8 added to the number of tokens [V]"""
     gamma: float = 1.0
     """discount of a token's reward seen from the tokens before it"""
     turn_gaps: Gaps = "carry"

@@ -108,9 +108,9 @@ class PPOOptions(UpdateOptions):
     turn_gaps: Gaps = "carry"
     """GAE across tokens between turns, which the policy did not choose: carry goes on at its next token, zero takes
     them for states of reward and value 0 [O]"""
-    whiten: Literal["off", "population", "unbiased"] = "population"
+    whiten: Literal["off", "population", "unbiased", "unbiased_eps"] = "population"
     """advantages get mean 0 and deviation 1 over the response tokens of the global batch: by the population variance,
-    1e-8 at least [O], or the unbiased one + 1e-8 [V, T]"""
+    1e-8 at least [O], or the unbiased one + 1e-8 [T], with 1e-8 added to the number of tokens [V]"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """estimator of the KL to the reference in the per-token reward [O]"""
     kl_coef: float = 0.01

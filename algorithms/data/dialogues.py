@@ -304,7 +304,7 @@ class DialogueDataset(RowStream[Turns]):
     """
 
     def __init__(self, config: SFTData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        self.encoder, self.unlearned, reader = Encoder(config, tokenizer, stop_ids), 0, RowReader()
+        self.encoder, self.unlearned, reader = Encoder(config, tokenizer, stop_ids), 0, RowReader(config.reader)
 
         def load(source: str) -> list[Turns]:
             dialogues = [read_dialogue(where, row, config) for where, row in reader(source, config.keys)]

@@ -106,7 +106,7 @@ class TextStream(RowStream[PackedRow]):
     """
 
     def __init__(self, config: TextData, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
-        self.floor, self.short, self.short_tokens, reader = config.min_tokens, 0, 0, RowReader()
+        self.floor, self.short, self.short_tokens, reader = config.min_tokens, 0, 0, RowReader(config.reader)
         sources = (*config.sources, *config.eval_sources)
         read = {source: self._read(source, config, tokenizer, reader) for source in sources}
         unseen = [document for source in config.eval_sources for document in read[source]]

@@ -76,7 +76,7 @@ class PairStream(RowStream[Pair]):
     """
 
     def __init__(self, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        self.encoder, self.equal, reader = Encoder(config, tokenizer, stop_ids), 0, RowReader()
+        self.encoder, self.equal, reader = Encoder(config, tokenizer, stop_ids), 0, RowReader(config.reader)
 
         def load(source: str) -> list[Pair]:
             pairs = read_pairs(source, config, self.encoder, reader)
@@ -266,7 +266,7 @@ class LabeledStream(RowStream[LabeledResponse]):
     """
 
     def __init__(self, config: LabelData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
-        self.encoder, reader = Encoder(config, tokenizer, stop_ids), RowReader()
+        self.encoder, reader = Encoder(config, tokenizer, stop_ids), RowReader(config.reader)
         load = lambda source: read_labeled_responses(source, config, self.encoder, reader)  # noqa: E731
         super().__init__(config, load, lambda row: row.lengths, seed, "labeled responses", reader)
         labels = [row.desirable for row in self.rows()]

@@ -27,7 +27,7 @@ from .chat import (
     with_system_prompt,
 )
 from .encoding import encode_prompts
-from .sources import Read, RowReader, read_rows
+from .sources import Read, RowReader
 from .streams import Mixture
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class PromptDataset:
     def __init__(self, config: PromptData, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
         if config.chat_template:
             need_template(tokenizer)
-        self._reader = RowReader()
+        self._reader = RowReader(config.reader)
         read = [_load_prompts(source, config, tokenizer, self._reader) for source in config.sources]
         self.rows = sum(len(items) for items in read)
         kept = [[item for item in items if len(item.tokens) <= config.max_prompt_tokens] for items in read]
@@ -138,7 +138,7 @@ def split_prompts(config: PromptsConfig, seed: int) -> tuple[list[dict[str, Any]
     """
     rows, keys = [], []
     for source in config.sources:
-        for where, row in read_rows(source, config.keys):
+        for where, row in RowReader(config.reader)(source, config.keys):
             keys.append(json.dumps(column(where, row, config.prompt_key, "prompts.prompt_key"), sort_keys=True))
             rows.append(row)
     distinct = list(dict.fromkeys(keys))

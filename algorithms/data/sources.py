@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..extensions import load_function
 from .arrow import named, read_parquet
 from .columns import own_columns
 from .text_files import Row, read_csv, read_json, read_jsonl, read_text
@@ -32,16 +33,19 @@ class RowReader:
 
     The digest is of the rows as they were read, in order: of no file's name, format or compression, and of no layout.
 
+    Args:
+        function: path/to/file.py:function that reads a source instead (`data.reader`); "" for none.
+
     Attributes:
         digests: by source, in the order they were first read.
     """
 
-    def __init__(self) -> None:
-        self.digests: dict[str, str] = {}
+    def __init__(self, function: str = "") -> None:
+        self.function, self.digests = function, dict[str, str]()
 
     def __call__(self, source: str, keys: Keys) -> Iterator[Row]:
         digest = sha256()
-        for where, row in read_rows(source, keys):
+        for where, row in user_rows(self.function, source, keys) if self.function else read_rows(source, keys):
             digest.update(json.dumps(row, default=str).encode() + b"\n")
             yield where, row
         self.digests[source] = digest.hexdigest()
@@ -70,6 +74,15 @@ class RowReader:
                     f"data source {source}: its rows have changed since the checkpoint (SHA-256 {was[:12]}, now"
                     f" {digest[:12]})"
                 )
+
+
+def user_rows(function: str, source: str, keys: Keys) -> Iterator[Row]:
+    """The rows of a source by a function of the user's; ValueError where one is no dict, naming its number."""
+    for number, row in enumerate(load_function(function)(source), 1):
+        where = f"{source}:{number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: {function} gave {row!r:.60}: must be a dict of columns")
+        yield where, own_columns(where, row, keys)
 
 
 LISTED = 16

@@ -75,7 +75,8 @@ def whitening(case: Case) -> Outputs:
     values = rows.pack(tensor(case, "values"))
     white = whitened(case, values, rows)
     if not case["args"].get("shift_mean", True):
-        white = white + rows.mask * values[rows.mask].double().mean().to(values)
+        count = rows.mask.sum() + (1e-8 if case["framework"] == "verl" else 0.0)
+        white = white + rows.mask * (values[rows.mask].double().sum() / count).to(values)
     return {"out": rows.unpack(white)}
 
 

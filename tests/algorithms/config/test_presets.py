@@ -100,7 +100,8 @@ def test_ppo_s_losses_are_the_pure_functions(folder, trainer, estimator, far):
     lam = 0.95 if trainer in ("trialign", "trl", "nemo_rl") else 1.0
     gaps = "zero" if trainer == "openrlhf" else "carry"
     advantages, returns = gae(rewards, before, segments, batch.cu_seqlens, 1.0, lam, gaps)
-    white = whiten(advantages, segments, "population" if trainer in ("trialign", "openrlhf") else "unbiased")
+    how: Any = {"trl": "unbiased", "verl": "unbiased_eps", "nemo_rl": "unbiased_eps", "slime": "unbiased"}
+    white = whiten(advantages, segments, how.get(trainer, "population"))
     d = log_ratio(now, old, 20.0 if trainer in ("openrlhf", "verl") else 0.0)
     losses = ppo_loss(d, white, 0.2, 0.2, 3.0 if trainer == "verl" else 0.0)[0]
     weights = token_weights(segments, options.loss_aggregation)

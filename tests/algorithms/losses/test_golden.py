@@ -45,12 +45,7 @@ LEFT_OUT = {
 }
 
 # Tolerances beyond the case's own, where the peer's arithmetic is narrower than the case's dtype.
-COUNT = (1e-7, "it adds 1e-8 to the number of tokens in the means of its whitening")
 WIDER = {
-    **dict.fromkeys(("verl masked_whiten", "verl compute_gae_advantage_return"), COUNT),
-    **dict.fromkeys((f"verl compute_reinforce_plus_plus{kind}_outcome_advantage" for kind in ("", "_baseline")), COUNT),
-    "NeMo-RL GeneralizedAdvantageEstimator._reward_whiten": COUNT,
-    "NeMo-RL GeneralizedAdvantageEstimator.compute_advantage": COUNT,
     "TRL PPOTrainer.train (steps 3-6)": (
         1e-7,
         "TRL's Bessel factor is a quotient of integers, which torch makes float32",

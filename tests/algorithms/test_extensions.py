@@ -1,0 +1,136 @@
+"""Functions of users: the code of docs/extending.md runs, and what does not fit is refused by option and value."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from samples import tokenizer
+from tiny import tiny_llama
+from trialign.algorithms import grpo, ppo
+from trialign.algorithms.batch import Prompt, pack
+from trialign.algorithms.config.common import OptimizerConfig
+from trialign.algorithms.config.data import PromptData
+from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
+from trialign.algorithms.config.ppo import ActorConfig, PPOConfig, PPOOptions
+from trialign.algorithms.data.prompts import PromptDataset
+from trialign.algorithms.extensions import load_function
+from trialign.algorithms.micro_batch import draw_minibatches
+from trialign.algorithms.rewards.functions import RewardFunction
+from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.roles.role import Role
+from trialign.engine.config import absolute, parse
+from trialign.engine.mesh import build_mesh
+from trialign.models.families.registry import read_config
+
+GIVEN = ["--model.path", "m", "--data.sources", "p.jsonl", "--reward.functions", "r.py:f"]
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    """The folders of loaded files leave sys.path after a test."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The files of docs/extending.md."""
+    root = tmp_path_factory.mktemp("extensions")
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.S)
+    assert [name for name, _ in blocks] == ["reward.py", "estimator.py", "ranks.py", "loss.py", "reader.py"]
+    for name, text in blocks:
+        (root / name).write_text(text, encoding="utf-8")
+    tiny_llama(root / "model")
+    return root
+
+
+def learner(folder: Path, head: Any = "lm"):
+    model = build_decoder(str(folder / "model"), read_config(folder / "model"), build_mesh(), "float32", head=head,
+                          trained=True)  # fmt: skip
+    return build_learner(model, OptimizerConfig(lr=1e-3), 4, sizes=PPOOptions(micro_batch_size=2))
+
+
+def batch():
+    made = pack([[3, 4, 5, 6], [7, 8, 9], [4, 4, 4, 4, 4], [9, 8, 7]])
+    return made.with_(rollout_logprobs=torch.zeros(15), minibatches=draw_minibatches(4, PPOOptions(), seed=0))
+
+
+def test_the_pages_reward_and_reader(folder, tmp_path):
+    with RewardFunction(f"{folder}/reward.py:brevity") as function:
+        prompts = [Prompt(i, [1], "p", source=f"a:{i}") for i in range(2)]
+        assert function.score(prompts, ["", "x" * 50]) == [1.0, 0.5]
+    (tmp_path / "a.txt").write_text("hello w1\nw2\n", encoding="utf-8")
+    config = PromptData(sources=(str(tmp_path / "a.txt"),), reader=f"{folder}/reader.py:numbered")
+    dataset = PromptDataset(config, tokenizer())
+    assert {(prompt.text, prompt.fields["id"]) for prompt in dataset.next(2)} == {("hello w1", 0), ("w2", 1)}
+    (tmp_path / "bad.py").write_text("def rows(source):\n    return [3]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a.txt:1: .*bad.py:rows"):
+        PromptDataset(PromptData(sources=config.sources, reader=f"{tmp_path}/bad.py:rows"), tokenizer())
+
+
+def test_ppo_learns_by_the_pages_estimator_and_loss(folder):
+    """Returns are the rewards to come, and the first loss is that of ratio 1, whatever the values are."""
+    options = PPOOptions(advantage_estimator=f"{folder}/estimator.py:monte_carlo", whiten="off", kl_coef=0.0)
+    config = PPOConfig(ppo=options, actor=ActorConfig(policy_loss=f"{folder}/loss.py:squared"))
+    reference = Role(build_decoder(str(folder / "model"), read_config(folder / "model"), build_mesh(), "float32"),
+                     sizes=options)  # fmt: skip
+    roles, scores = ppo.Roles(learner(folder), learner(folder, "score"), reference), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    made = ppo.score(batch(), roles, config)
+    made, _ = ppo.with_rewards(made, scores, config, 0.0)
+    whole, _ = ppo.with_advantages(made, config)
+    assert whole.returns is not None and whole.advantages is not None and whole.values is not None
+    assert torch.equal(whole.returns[whole.response], whole.segments.spread(scores)[whole.response])
+    metrics = ppo.update(roles, made, config)
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1
+    assert metrics["policy_loss"] == pytest.approx(-whole.advantages[whole.response].mean().item(), rel=1e-5)
+
+
+def test_grpo_learns_by_the_pages_estimator_and_loss(folder):
+    options = GRPOOptions(
+        advantage_estimator=f"{folder}/ranks.py:ranks", policy_loss=f"{folder}/loss.py:squared", kl_in="off"
+    )
+    config, actor = GRPOConfig(grpo=options), learner(folder)
+    made, _ = grpo.with_advantages(batch(), torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1]), config)
+    assert made.advantages is not None
+    assert made.advantages[made.last].tolist() == [-0.5, 0.5, 0.0, 0.0]
+    metrics = grpo.update(actor, made, config)
+    assert metrics["policy_loss"] == pytest.approx(-made.advantages[made.response].mean().item(), abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "part"),
+    [
+        ("ppo.advantage_estimator", "gaee", "must be gae, path/to/file.py:function"),
+        ("actor.policy_loss", "nowhere.py:loss", "nowhere.py: FileNotFoundError"),
+        ("actor.policy_loss", "{folder}/loss.py:hinge", "it has: squared"),
+        ("actor.policy_loss", "{folder}/ranks.py:ranks", "is called with (logprobs, old_logprobs, advantages, sample)"),
+        ("data.reader", "{folder}/loss.py:squared", "is called with (source)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(folder, option, value, part):
+    value = value.format(folder=folder)
+    config = parse(PPOConfig, [*GIVEN, f"--{option}", value])
+    with pytest.raises(ValueError) as error:
+        config.check(1)
+    assert str(error.value).startswith(f"{option}=") and value in str(error.value) and part in str(error.value)
+
+
+def test_a_result_of_another_shape_is_refused(folder, tmp_path):
+    path = tmp_path / "short.py"
+    path.write_text("def short(scores, group):\n    return scores[1:]\n", encoding="utf-8")
+    config = GRPOConfig(grpo=GRPOOptions(advantage_estimator=f"{path}:short", kl_in="off"))
+    with pytest.raises(ValueError, match=r"short.py:short: advantages must be \[4\] .*\[3\]"):
+        grpo.with_advantages(batch(), torch.ones(4), torch.zeros(4).long(), config)
+
+
+def test_paths_become_absolute_and_names_stay(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gae").mkdir()
+    (tmp_path / "own.py").write_text("def loss(a, b, c, d):\n    return a\n", encoding="utf-8")
+    config = absolute(PPOConfig(actor=ActorConfig(policy_loss="own.py:loss")))
+    assert config.actor.policy_loss == f"{tmp_path}/own.py:loss" and config.ppo.advantage_estimator == "gae"
+    assert load_function(config.actor.policy_loss)(1, 2, 3, 4) == 1
