@@ -107,6 +107,7 @@ class Learner(Role):
         config = self.model.config
         work = [(batch, range(len(batch)) if samples is None else samples, loss)]
         work += [(other, range(len(other)), own) for other, own in also]
+        work = work if self.mesh.is_member else []
         parts = [
             (whole.select(cut), own)
             for whole, ids, own in work
@@ -152,7 +153,10 @@ class Learner(Role):
             return {"lr": lr, "skipped": 1.0}
         self.skipped = 0
         metrics |= {"skipped": 0.0} if self.max_skipped else {}
-        return metrics | router_metrics(routings, config, self.mesh) if config.moe is not None else metrics
+        if config.moe is None:
+            return metrics
+        routers = router_metrics(routings, config, self.mesh) if self.mesh.is_member else {}
+        return metrics | object_from_mesh(routers, self.mesh)
 
     def gather_targets(self, batch: Batch, samples: Sequence[int], values: Sequence[Tensor]) -> Tensor:
         """[total] fp32 on every rank: one number a target, read off in `step`'s loss, micro-batch by micro-batch."""

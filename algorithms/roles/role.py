@@ -64,7 +64,8 @@ def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: f
 
 
 class Role:
-    """A decoder that scores.
+    """A decoder that scores. Its mesh may be a part of the job's ranks: on others a pass runs nothing, but all ranks
+    call it, and get the numbers.
 
     Args:
         temperature: divides its logits, as it does when it samples.
@@ -85,7 +86,7 @@ class Role:
     def count_flops(self, parts: Sequence[Batch], passes: int = 1) -> None:
         """Reports micro-batches to the profiler; a forward with its backward is three passes."""
         head = self.model.kind == "lm"
-        for part in parts if self.mesh.is_member else ():
+        for part in parts:
             flops = forward_flops(self.model.config, part.lengths, len(part.response) * head)
             self.profiler.add(self.mesh, flops=passes * flops)
 
@@ -110,7 +111,7 @@ class Role:
         return self._pass(batch, read, lambda part: part.last)[batch.last]
 
     def _pass(self, batch: Batch, read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
-        cuts = pass_micro_batches(batch, self.sizes, self.mesh.dp)
+        cuts = pass_micro_batches(batch, self.sizes, self.mesh.dp) if self.mesh.is_member else []
         own = [batch.select(samples) for samples in cuts]
         first = padding(len(own), self.mesh)
         parts = [*first, *own]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ...engine.generation.interface import Generator, Interrupted, SamplingParams
-from ...engine.parallel.collectives import gather_objects
+from ...engine.parallel.collectives import gather_objects, object_from_mesh
 from ..batch import Prompt, Rollout, single_turn
 from ..config.common import RolloutConfig
 from ..micro_batch import contiguous_part
@@ -42,11 +42,12 @@ def sample(
     requests = [
         (prompt, prompt.index * samples_per_prompt + j) for prompt in prompts for j in range(samples_per_prompt)
     ]
-    mine = requests[contiguous_part(len(requests), generator.mesh.dp)]
+    mesh = generator.mesh
+    mine = requests[contiguous_part(len(requests), mesh.dp)] if mesh.is_member else []
     done = None
     with suppress(Interrupted):
-        done = generator.generate([prompt.tokens for prompt, _ in mine], [number for _, number in mine], params)
-    parts = gather_objects(done, generator.mesh.dp)
+        done = generator.generate([p.tokens for p, _ in mine], [i for _, i in mine], params) if mesh.is_member else []
+    parts = object_from_mesh(gather_objects(done, mesh.dp), mesh)
     if None in parts:
         raise Interrupted
     completions = [completion for part in parts for completion in part]
