@@ -14,7 +14,7 @@ from .config.common import RolloutConfig
 from .losses.aggregation import Aggregation, Segments, token_weights
 from .micro_batch import Passes
 from .roles.learner import Learner, Stats
-from .roles.role import Read, target_logprobs
+from .roles.role import Readout, target_logprobs
 
 
 def single_update(passes: Passes) -> bool:
@@ -98,7 +98,7 @@ def policy_step(
     aggregation: Aggregation,
     constant: float = 1.0,
     entropy_coef: float = 0.0,
-    also: Sequence[tuple[Batch, Read]] = (),
+    also: Sequence[tuple[Batch, Readout]] = (),
     counts: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """One optimizer step of the policy on a minibatch: its token losses, weighted, less the entropy bonus.

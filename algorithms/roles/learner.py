@@ -20,8 +20,8 @@ from ...models.decoder import Decoder
 from ...models.moe import Routing, moe_layers, router_metrics
 from ..batch import Batch
 from ..micro_batch import MicroBatchSizes, update_micro_batches
-from .nonfinite import named_inputs, named_losses, numbers_of, poison, told, unit_losses
-from .role import DEFAULT_SIZES, Read, Role, collect, padding, shapes, stage_forward
+from .nonfinite import describe_culprits, named_inputs, named_losses, numbers_of, poison, unit_losses
+from .role import DEFAULT_SIZES, Readout, Role, collect, padding, shapes, stage_forward
 
 
 class Stats:
@@ -43,11 +43,11 @@ class Stats:
                 self.maxima.setdefault(name, []).append(value.detach().max())
 
     def copy(self) -> Stats:
-        """The same so far."""
-        made = Stats()
-        made.sums = {name: list(values) for name, values in self.sums.items()}
-        made.maxima = {name: list(values) for name, values in self.maxima.items()}
-        return made
+        """A copy that further numbers do not change."""
+        copied = Stats()
+        copied.sums = {name: list(values) for name, values in self.sums.items()}
+        copied.maxima = {name: list(values) for name, values in self.maxima.items()}
+        return copied
 
     def reduce(self, mesh: Mesh) -> dict[str, float]:
         """The same numbers on every rank, those outside the mesh too. Collective over the job."""
@@ -81,12 +81,12 @@ class Learner(Role):
     def step(
         self,
         batch: Batch,
-        loss: Read,
+        loss: Readout,
         stats: Stats | None = None,
         *,
         samples: Sequence[int] | None = None,
         unit: int = 1,
-        also: Sequence[tuple[Batch, Read]] = (),
+        also: Sequence[tuple[Batch, Readout]] = (),
     ) -> dict[str, float]:
         """One optimizer step on a batch, given the loss to read off a micro-batch's hidden states.
 
@@ -120,7 +120,7 @@ class Learner(Role):
             tokens = sum(gather_objects(sum(len(part.tokens) for part, _ in parts), self.mesh.dp_cp))
             scale = 1 / (tokens * len(moe_layers(config)))
             routings[len(first) :] = [Routing(part.cu_seqlens, scale) for part, _ in parts]
-        nothing: Read = lambda part, hidden: hidden[:0].sum()  # noqa: E731
+        nothing: Readout = lambda part, hidden: hidden[:0].sum()  # noqa: E731
         parts = [*((part, nothing) for part in first), *parts]
         batches = [part for part, _ in parts]
 
@@ -171,7 +171,7 @@ class Learner(Role):
         self.reasons.append(reason)
         self.optimizer.zero_grad()
 
-    def _culprits(self, parts: Sequence[tuple[Batch, Read]], stats: Stats | None, unit: int) -> str:
+    def _culprits(self, parts: Sequence[tuple[Batch, Readout]], stats: Stats | None, unit: int) -> str:
         """Names what is not finite. Collective; `stats` stay as they are."""
         before = stats.copy() if stats is not None else None
 
@@ -181,14 +181,14 @@ class Learner(Role):
             return unit_losses(part, hidden, loss, unit) if chunk.has_head else hidden
 
         batches = [part for part, _ in parts]
-        made = run_schedule(
+        results = run_schedule(
             forward_only, self.model.stage, self.mesh, shapes(self.model, batches), self.model.dtype, forward
         )
-        losses = [name for part, own in zip(batches, made, strict=False) for name in named_losses(part, own, unit)]
+        losses = [name for part, own in zip(batches, results, strict=False) for name in named_losses(part, own, unit)]
         if stats is not None and before is not None:
             stats.sums, stats.maxima = before.sums, before.maxima
         weights, gradient = (self.optimizer.not_finite(kind) for kind in ("master", "grad"))
-        return told([weights, *named_inputs(batches), losses, gradient], self.mesh)
+        return describe_culprits([weights, *named_inputs(batches), losses, gradient], self.mesh)
 
 
 @dataclass

@@ -23,20 +23,19 @@ NUMBERS = tuple(name for name in PER_TOKEN if name not in ("tokens", "mask", "ve
 
 def poison(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """0 where all numbers are finite, else NaN; 0-d float64. Waits for no device."""
-    made = torch.zeros((), dtype=torch.float64, device=device)
+    flag = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
-        made = made.masked_fill(~tensor.detach().isfinite().all(), torch.nan)
-    return made
+        flag = flag.masked_fill(~tensor.detach().isfinite().all(), torch.nan)
+    return flag
 
 
 def numbers_of(part: Batch) -> dict[str, Tensor]:
-    """What a micro-batch holds of its tokens beside their ids: logprobs, rewards, advantages and so on."""
-    known = part.per_token()
-    return {name: known[name] for name in NUMBERS if name in known}
+    """Per-token numbers of a micro-batch: logprobs, rewards, advantages and so on."""
+    return {name: value for name, value in part.per_token().items() if name in NUMBERS}
 
 
 def named_inputs(parts: Sequence[Batch]) -> list[list[str]]:
-    """Samples whose numbers are not all finite: a list for each of `NUMBERS`, causes before what is made of them."""
+    """Samples whose numbers are not all finite: a list for each of `NUMBERS`, causes before their effects."""
     found: dict[str, list[str]] = {name: [] for name in NUMBERS}
     for part in parts:
         sample = torch.bucketize(torch.arange(len(part.tokens)), part.cu_seqlens[1:].cpu().long(), right=True)
@@ -61,7 +60,7 @@ def named_losses(part: Batch, losses: Tensor, unit: int) -> Iterator[str]:
         yield f"loss of {' and '.join(samples)} ({losses[i].item()})"
 
 
-def told(kinds: Sequence[Sequence[str]], mesh: Mesh) -> str:
+def describe_culprits(kinds: Sequence[Sequence[str]], mesh: Mesh) -> str:
     """The first kind of culprits that any rank has found, a few of them by name. Collective over the world.
 
     Args:
@@ -84,4 +83,4 @@ def check_states(optimizers: dict[str, ShardedAdamW], mesh: Mesh) -> None:
     """
     mine = [f"{role}: {name}" for role, optimizer in optimizers.items() for name in optimizer.not_finite()]
     if any(gather_objects(bool(mine), mesh.world)):
-        raise FloatingPointError(f"no checkpoint is written: {told([mine], mesh)}")
+        raise FloatingPointError(f"no checkpoint is written: {describe_culprits([mine], mesh)}")

@@ -30,8 +30,8 @@ from ..batch import Batch, pack
 from ..config.supervised import UpdateConfig
 from ..micro_batch import MicroBatchSizes, pass_micro_batches
 
-Read = Callable[[Batch, Tensor], Tensor]
-"""(micro-batch, hidden states [tokens, hidden] of the last stage) -> what is wanted of them."""
+Readout = Callable[[Batch, Tensor], Tensor]
+"""(micro-batch, hidden states [tokens, hidden] of the last stage) -> numbers or the loss read off them."""
 
 DEFAULT_SIZES = UpdateConfig()
 
@@ -92,25 +92,25 @@ class Role:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[total] fp32: each response token's log-probability, 0 elsewhere."""
-        read: Read = lambda part, hidden: target_logprobs(self.model, part, hidden, self.temperature)[0]  # noqa: E731
+        read: Readout = lambda part, hidden: target_logprobs(self.model, part, hidden, self.temperature)[0]  # noqa: E731
         return self._pass(batch, read, lambda part: part.response)
 
     def values(self, batch: Batch) -> Tensor:
         """[total] fp32: the value of the state each response token was chosen in, 0 elsewhere."""
-        read: Read = lambda part, hidden: self.model.scores(hidden[part.response - 1])  # noqa: E731
+        read: Readout = lambda part, hidden: self.model.scores(hidden[part.response - 1])  # noqa: E731
         return self._pass(batch, read, lambda part: part.response)
 
     def token_scores(self, batch: Batch) -> Tensor:
         """[total] fp32: a reward model's score at each response token, 0 elsewhere."""
-        read: Read = lambda part, hidden: self.model.scores(hidden[part.response])  # noqa: E731
+        read: Readout = lambda part, hidden: self.model.scores(hidden[part.response])  # noqa: E731
         return self._pass(batch, read, lambda part: part.response)
 
     def scores(self, batch: Batch) -> Tensor:
         """[samples] fp32: a reward model's score, read at each sample's last token."""
-        read: Read = lambda part, hidden: self.model.scores(hidden[part.last])  # noqa: E731
+        read: Readout = lambda part, hidden: self.model.scores(hidden[part.last])  # noqa: E731
         return self._pass(batch, read, lambda part: part.last)[batch.last]
 
-    def _pass(self, batch: Batch, read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
+    def _pass(self, batch: Batch, read: Readout, where: Callable[[Batch], Tensor]) -> Tensor:
         cuts = pass_micro_batches(batch, self.sizes, self.mesh.dp) if self.mesh.is_member else []
         own = [batch.select(samples) for samples in cuts]
         first = padding(len(own), self.mesh)
@@ -130,7 +130,7 @@ class Role:
 class AdapterOff(Role):
     """The policy that a learner's adapters were put on: the learner's own model with them off, no second copy."""
 
-    def _pass(self, batch: Batch, read: Read, where: Callable[[Batch], Tensor]) -> Tensor:
+    def _pass(self, batch: Batch, read: Readout, where: Callable[[Batch], Tensor]) -> Tensor:
         with self.model.adapter_off():
             return super()._pass(batch, read, where)
 

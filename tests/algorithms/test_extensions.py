@@ -21,6 +21,7 @@ from trialign.algorithms.extensions import load_function
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.roles.learner import Roles
 from trialign.algorithms.roles.role import Role
 from trialign.engine.config import absolute, parse
 from trialign.engine.mesh import build_mesh
@@ -78,10 +79,10 @@ def test_ppo_learns_by_the_pages_estimator_and_loss(folder):
     config = PPOConfig(ppo=options, actor=ActorConfig(policy_loss=f"{folder}/loss.py:squared"))
     reference = Role(build_decoder(str(folder / "model"), read_config(folder / "model"), build_mesh(), "float32"),
                      sizes=options)  # fmt: skip
-    roles, scores = ppo.Roles(learner(folder), learner(folder, "score"), reference), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    made = ppo.score(batch(), roles, config)
+    roles, scores = Roles(learner(folder), learner(folder, "score"), reference), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    made = ppo.with_passes(batch(), roles, config)
     made, _ = ppo.with_rewards(made, scores, config, 0.0)
-    whole, _ = ppo.with_advantages(made, config)
+    whole, _ = ppo.with_gae(made, config)
     assert whole.returns is not None and whole.advantages is not None and whole.values is not None
     assert torch.equal(whole.returns[whole.response], whole.segments.spread(scores)[whole.response])
     metrics = ppo.update(roles, made, config)
@@ -94,10 +95,12 @@ def test_grpo_learns_by_the_pages_estimator_and_loss(folder):
         advantage_estimator=f"{folder}/ranks.py:ranks", policy_loss=f"{folder}/loss.py:squared", kl_in="off"
     )
     config, actor = GRPOConfig(grpo=options), learner(folder)
-    made, _ = grpo.with_advantages(batch(), torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1]), config)
+    made, _ = grpo.with_advantages(
+        batch().with_(scores=torch.tensor([1.0, 3.0, 2.0, 2.0]), group=torch.tensor([0, 0, 1, 1])), config
+    )
     assert made.advantages is not None
     assert made.advantages[made.last].tolist() == [-0.5, 0.5, 0.0, 0.0]
-    metrics = grpo.update(actor, made, config)
+    metrics = grpo.update(Roles(actor), made, config)
     assert metrics["policy_loss"] == pytest.approx(-made.advantages[made.response].mean().item(), abs=1e-7)
 
 
@@ -124,7 +127,7 @@ def test_a_result_of_another_shape_is_refused(folder, tmp_path):
     path.write_text("def short(scores, group):\n    return scores[1:]\n", encoding="utf-8")
     config = GRPOConfig(grpo=GRPOOptions(advantage_estimator=f"{path}:short", kl_in="off"))
     with pytest.raises(ValueError, match=r"short.py:short: advantages must be \[4\] .*\[3\]"):
-        grpo.with_advantages(batch(), torch.ones(4), torch.zeros(4).long(), config)
+        grpo.with_advantages(batch().with_(scores=torch.ones(4), group=torch.zeros(4).long()), config)
 
 
 def test_paths_become_absolute_and_names_stay(folder, tmp_path, monkeypatch):
