@@ -1,16 +1,16 @@
-"""Measures a model, or two side by side: answers to prompts scored by any reward, pass@k, win rate, perplexity.
+"""Evaluation of a model, or of two side by side: rewards of responses to prompts, pass@k, win rate, perplexity.
 
 python launch/evaluate.py --config launch/configs/evaluate_smollm2.toml
 torchrun --nproc-per-node 8 launch/evaluate.py --model.path DIR --model.against DIR2 --data.sources prompts.jsonl \
     --reward.functions rewards.py:score --rollout.samples_per_prompt 8 --passes.at 1 4
 
 Every completion is a line of RUN/completions.jsonl, every number of the table is in RUN/results.json. An evaluation
-that was killed goes on where it was with --run.resume auto.
+that was killed is resumed by --run.resume auto.
 """
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import gc
 import json
@@ -32,6 +32,7 @@ from trialign.algorithms.config.evaluate import EvaluateConfig
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
 from trialign.algorithms.data.documents import TextStream, pack_rows
+from trialign.algorithms.data.responses import score_or_none
 from trialign.algorithms.data.text_files import write_jsonl
 from trialign.algorithms.metrics import (
     Estimate,
@@ -50,12 +51,12 @@ from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
 
 Estimates = dict[str, Estimate]
-Answers = list[dict[str, Any]]
+Completions = list[dict[str, Any]]
 CHUNK = 256  # rows of text or dialogues that are packed at once
 
 
 class Evaluated:
-    """A model on its mesh, and what is asked of it."""
+    """A model that is evaluated: its completions and perplexities."""
 
     def __init__(self, run: Run[Any], folder: str):
         self.run, self.mesh, self.folder = run, run.mesh, folder
@@ -81,43 +82,43 @@ class Evaluated:
             "text.max_tokens": bool(config.text.sources) * config.text.max_tokens,
             "dialogues.max_tokens": bool(config.dialogues.sources) * config.dialogues.max_tokens,
         }
-        for knob, longest in lengths.items():
-            positions = shape.longest_rollout if "rollout" in knob else shape.longest_document
+        for option, longest in lengths.items():
+            positions = shape.longest_rollout if "rollout" in option else shape.longest_document
             if longest > positions:
-                raise ValueError(f"{knob} = {longest}: {self.folder} has positions for {positions}")
+                raise ValueError(f"{option} = {longest}: {self.folder} has positions for {positions}")
         return shape
 
-    def answer(self, kept: ChunkStore, name: str) -> int:
+    def complete(self, chunks: ChunkStore, name: str) -> int:
         """Keeps every completion with its rewards, in parts that are called after `name`: how many. Collective."""
         config, run = self.config, self.run
         own = replace(config, model=replace(config.model, path=self.folder))
-        answering = OnlineRun(run, cast(Any, own), config.run, self.shape)
+        online = OnlineRun(run, cast(Any, own), config.run, self.shape)
         role = self.role
         models = [run.on_all_ranks(lambda p=p: self._reward_model(p), p) for p in config.reward.models]
-        answering.attach(cast(Any, role), [Role(model, sizes=self.sizes) for model in models])
-        there = answering.dataset.rows - answering.dataset.dropped
-        self._say(answering.about)
-        count, size = min(config.data.limit or there, there), config.run.prompts_per_save
+        online.attach(cast(Any, role), [Role(model, sizes=self.sizes) for model in models])
+        available = online.dataset.rows - online.dataset.dropped
+        self._say(online.about)
+        count, size = min(config.data.limit or available, available), config.run.prompts_per_save
         begins = range(0, count, size)
         for part, begin in enumerate(begins):
-            prompts = answering.dataset.next(min(size, count - begin))
-            if kept.read(f"{name}_part_{part}") is None:
-                kept.write(f"{name}_part_{part}", self._answers(answering, prompts))
-        answering.scorer.close()
+            prompts = online.dataset.next(min(size, count - begin))
+            if chunks.read(f"{name}_part_{part}") is None:
+                chunks.write(f"{name}_part_{part}", self._rows(online, prompts))
+        online.scorer.close()
         return len(begins)
 
-    def _answers(self, answering: OnlineRun, prompts: list[Prompt]) -> Answers:
+    def _rows(self, online: OnlineRun, prompts: list[Prompt]) -> Completions:
         """The completions of some prompts, as lines of completions.jsonl have them. Collective."""
         config = self.config
         work = self.run.progress.work
         with work("rollout"):
-            rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
+            rollouts = sample(online.generator, prompts, online.sampling, config.rollout.samples_per_prompt)
         scores, rewards = {}, [None] * len(rollouts)
         if config.reward.names:
             with work("score"):
-                scores = answering.scores(rollouts)
-            rewards = answering.scorer.combined(scores)
-            for reason in answering.scorer.failures():  # there are none but on the first rank
+                scores = online.scores(rollouts)
+            rewards = online.scorer.combined(scores)
+            for reason in online.scorer.failures():  # there are none but on the first rank
                 self._say(f"abstains: {reason}")
         texts = response_texts(rollouts, self.tokenizer)
         return [
@@ -129,8 +130,8 @@ class Evaluated:
                 "completion": text,
                 "tokens": rollout.length,
                 "finish": rollout.finish,
-                "reward": known(rewards[i]),
-                "rewards": {name: known(values[i]) for name, values in scores.items()},
+                "reward": score_or_none(rewards[i]),
+                "rewards": {name: score_or_none(values[i]) for name, values in scores.items()},
             }
             for i, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
@@ -169,25 +170,20 @@ class Evaluated:
             print(f"{self.folder}: {what}")
 
 
-def known(value: float | None) -> float | None:
-    """A score as JSON has it: null where there is none."""
-    return None if value is None or math.isnan(value) else value
-
-
-def by_prompt(answers: Answers) -> dict[str, list[float]]:
-    """Where a prompt was read -> the rewards of its answers that have one."""
+def by_prompt(responses: Completions) -> dict[str, list[float]]:
+    """Source and line of a prompt -> the rewards of its responses that have one."""
     groups: dict[str, list[float]] = {}
-    for answer in answers:
-        own = groups.setdefault(answer["source"], [])
-        if answer["reward"] is not None:
-            own.append(answer["reward"])
+    for response in responses:
+        own = groups.setdefault(response["source"], [])
+        if response["reward"] is not None:
+            own.append(response["reward"])
     return groups
 
 
-def measured(answers: Answers, config: EvaluateConfig) -> Estimates:
-    """The numbers of one model's answers."""
+def measured(responses: Completions, config: EvaluateConfig) -> Estimates:
+    """Metrics of one model's responses."""
     numbers: Estimates = {}
-    groups = by_prompt(answers)
+    groups = by_prompt(responses)
     if means := [math.fsum(own) / len(own) for own in groups.values() if own]:
         numbers["reward"] = mean_of_prompts(means)
     for k in config.passes.at:
@@ -197,73 +193,73 @@ def measured(answers: Answers, config: EvaluateConfig) -> Estimates:
             numbers[f"pass@{k}"] = wilson(math.fsum(passed) / len(passed), len(passed))
         if left_out := len(groups) - len(enough):
             numbers[f"prompts with fewer than {k} scored answers"] = Estimate(left_out, math.nan, math.nan)
-    if missing := sum(answer["reward"] is None for answer in answers if config.reward.names):
+    if missing := sum(response["reward"] is None for response in responses if config.reward.names):
         numbers["answers without a score"] = Estimate(missing, math.nan, math.nan)
-    lengths = [float(answer["tokens"]) for answer in answers]
-    ended = [float(answer["finish"] == "stop") for answer in answers]
+    lengths = [float(response["tokens"]) for response in responses]
+    ended = [float(response["finish"] == "stop") for response in responses]
     numbers["tokens an answer"] = Estimate(math.fsum(lengths) / len(lengths), math.nan, math.nan)
     numbers["ended by themselves"] = Estimate(math.fsum(ended) / len(ended), math.nan, math.nan)
     return numbers
 
 
-def measure(run: Run[Any], kept: ChunkStore, name: str, folder: str) -> tuple[Answers, Estimates]:
+def measure(run: Run[Any], chunks: ChunkStore, name: str, folder: str) -> tuple[Completions, Estimates]:
     """A model's completions and its numbers. It is held no longer than this takes. Collective."""
     config: EvaluateConfig = run.config
-    rows = kept.read(f"{name}_measured")
+    rows = chunks.read(f"{name}_measured")
     if rows is None:
         model = Evaluated(run, folder)
-        parts = model.answer(kept, name) if config.data.sources else 0
+        parts = model.complete(chunks, name) if config.data.sources else 0
         rows = [{"parts": parts, "perplexities": model.perplexities()}]
-        kept.write(f"{name}_measured", rows)
+        chunks.write(f"{name}_measured", rows)
         del model
         gc.collect()  # modules and their hooks refer to each other
     (about,) = rows
-    answers = [answer for part in range(about["parts"]) for answer in kept.read(f"{name}_part_{part}") or ()]
-    numbers = measured(answers, config) if answers else {}
-    return answers, numbers | {what: Estimate(*number) for what, number in about["perplexities"].items()}
+    responses = [response for part in range(about["parts"]) for response in chunks.read(f"{name}_part_{part}") or ()]
+    numbers = measured(responses, config) if responses else {}
+    return responses, numbers | {what: Estimate(*number) for what, number in about["perplexities"].items()}
 
 
 def main(run: Run[Any]) -> None:
-    """Measures each model, then writes and prints what was found."""
+    """Evaluates each model, then writes and prints the results."""
     config: EvaluateConfig = run.config
     folders = [folder for folder in (config.model.path, config.model.against) if folder]
     asked = ("model", "data", "text", "dialogues", "rollout", "reward", "passes", "run.seed", "run.prompts_per_save")
     sources = (*config.data.sources, *config.text.sources, *config.dialogues.sources)
-    kept = ChunkStore(run, "begun", asked, sources)
-    kept.check()
+    chunks = ChunkStore(run, "begun", asked, sources)
+    chunks.check()
     if run.record.results:
         return run.record.print_finished()
     results: dict[str, Estimates] = {}
-    answers: dict[str, Answers] = {}
+    responses: dict[str, Completions] = {}
     for name, folder in zip(("model", "against"), folders, strict=False):
-        answers[folder], results[folder] = measure(run, kept, name, folder)
+        responses[folder], results[folder] = measure(run, chunks, name, folder)
     if len(folders) == 2 and config.data.sources:
-        ours, theirs = (by_prompt(answers[folder]) for folder in folders)
+        ours, theirs = (by_prompt(responses[folder]) for folder in folders)
         both = [source for source in ours if ours[source] and theirs.get(source)]
         if both:
             won = win_rate([ours[source] for source in both], [theirs[source] for source in both])
             results[folders[0]]["win rate"] = won
             results[folders[1]]["win rate"] = Estimate(1 - won.value, 1 - won.high, 1 - won.low)
     if run.mesh.is_main:
-        write(run.folder, answers, results)
+        write(run.folder, responses, results)
         Console(highlight=False).print(
-            estimate_table(results), sample_table([a for own in answers.values() for a in own[: config.run.show]])
+            estimate_table(results), sample_table([a for own in responses.values() for a in own[: config.run.show]])
         )
         print(f"completions: {run.folder / 'completions.jsonl'}\nresults:     {run.folder / 'results.json'}")
         run.record.write_finished(run.step, completions="completions.jsonl", results="results.json")
-    kept.drop(keep=("asked",))
+    chunks.drop(keep=("asked",))
 
 
-def write(folder: Path, answers: dict[str, Answers], results: dict[str, Estimates]) -> None:
+def write(folder: Path, responses: dict[str, Completions], results: dict[str, Estimates]) -> None:
     """completions.jsonl and results.json, each written aside and swapped in whole."""
-    write_jsonl(folder / "completions.jsonl", (answer for own in answers.values() for answer in own))
+    write_jsonl(folder / "completions.jsonl", (response for own in responses.values() for response in own))
     table = {
-        model: {name: {key: known(v) for key, v in value._asdict().items()} for name, value in numbers.items()}
+        model: {name: {key: score_or_none(v) for key, v in value._asdict().items()} for name, value in numbers.items()}
         for model, numbers in results.items()
     }
     write_text(folder / "results.json", json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":
-    cls: Any = EvaluateConfig  # its run has no steps, so none of what a training run's section says
+    cls: Any = EvaluateConfig  # its run has no steps, unlike ScriptConfig's
     start(cls, main, "evaluate", sys.argv[1:])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_chat_model
+from tiny_run import prompts, tiny_run
 from trialign.kernels.dispatch import PROBLEM
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -67,35 +67,23 @@ with open(sys.argv[2], "w") as file:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hot_path")
-    tiny_chat_model(folder / "model")
-    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"count to {i}"}) for i in range(4)))
-    (folder / "rewards.py").write_text(
-        "def length(prompts, completions, **fields): return [len(c) for c in completions]"
-    )
-    return folder
+    """A step of PPO with two minibatches, in bf16 as by default."""
+    given = {"model_dtype": None, "data_max_prompt_tokens": 96, "rollout_max_new_tokens": 6, "ppo_minibatches": 2}
+    given |= {"run_overwrite": True, "run_show": 0, "run_steps": 1, "run_prompts_per_step": 4}
+    return tiny_run(tmp_path_factory.mktemp("hot_path"), prompts(4), "length", **given)
 
 
 def ops_of_a_step(setting: Path, **environment: str) -> dict[str, set[str]]:
-    """The trialign ops of each phase of a step with two minibatches, and the references that the whole run called."""
-    given = {
-        "--model.path": setting / "model",
-        "--data.sources": setting / "prompts.jsonl",
-        "--data.max_prompt_tokens": 96,
-        "--reward.functions": f"{setting}/rewards.py:length",
-        "--rollout.max_new_tokens": 6,
-        "--ppo.minibatches": 2,
-        "--run.output": setting / "run",
-        "--run.overwrite": True,
-        "--run.show": 0,
-        "--run.steps": 1,
-        "--run.prompts_per_step": 4,
-    }
-    words = [str(word) for pair in given.items() for word in pair]
+    """The trialign ops of each phase of the step, and the references that the whole run called."""
     found = setting / "used.json"
-    command = [sys.executable, "-c", PROFILED, str(LAUNCH), str(found), *words, "--run.log"]
+    words = ["--config", str(setting / "config.toml"), "--run.output", str(setting / "run")]
     done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", PROFILED, str(LAUNCH), str(found), *words],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: set(ops) for name, ops in json.loads(found.read_text()).items()}
@@ -114,4 +102,11 @@ def test_the_profile_tells_references_from_kernels(setting):
     used = ops_of_a_step(setting, TRIALIGN_KERNELS="reference")
     assert not any(used[phase] for phase in EXPECTED)
     names = {name.rpartition(".")[2] for name in used["references"]}
-    assert {"gae_ref", "policy_loss_ref", "value_loss_ref", "rms_norm_ref", "sample_ref", "adamw_ref_"} <= names
+    assert {
+        "gae_ref",
+        "clipped_policy_loss_ref",
+        "clipped_value_loss_ref",
+        "rms_norm_ref",
+        "sample_ref",
+        "adamw_ref_",
+    } <= names
