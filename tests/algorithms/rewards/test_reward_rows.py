@@ -1,6 +1,5 @@
 """Rows that a reward function cannot score are refused by file and row, before a model is loaded, by every script."""
 
-import importlib
 import json
 import math
 import runpy
@@ -13,6 +12,7 @@ from samples import write_jsonl
 from scripts import ROOT, options
 from tiny import tiny_chat_model
 from trialign.algorithms.batch import Prompt, single_turn
+from trialign.algorithms.rewards.rewards import reward_metrics
 
 MATH = "trialign.algorithms.rewards.math.reward:math"
 
@@ -112,9 +112,7 @@ def test_where_no_answer_has_a_score_the_reasons_come_before_the_refusal(script,
     assert "abstains: reward function" in reasons and "no such grader" in reasons
 
 
-def test_scorers_whose_paths_end_alike_have_metrics_of_their_own(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    summary = importlib.import_module("common.online").summary
+def test_scorers_with_equal_path_ends_have_metrics_of_their_own():
     rollout = single_turn(Prompt(0, [1], "p"), [2], [0.0], "stop")
     for names, short in {
         ("runs/a/model", "runs/b/model", "f.py:f"): ("a/model", "b/model", "f.py:f"),
@@ -123,10 +121,9 @@ def test_scorers_whose_paths_end_alike_have_metrics_of_their_own(monkeypatch):
         ("model", "./model"): ("model", "./model"),
     }.items():
         scores = {name: [float(i)] for i, name in enumerate(names)}
-        made = summary([rollout], scores, [1.0], [1.0])
-        told = {name: value for name, value in made.items() if name.startswith("reward/")}
-        assert list(told.values()) == [float(i) for i in range(len(names))]
-        assert tuple(told)[: len(short)] == tuple(f"reward/{name}" for name in short)
+        metrics = reward_metrics([rollout], scores, [1.0], [1.0])
+        by_name = {name: value for name, value in metrics.items() if name.startswith("reward/")}
+        assert by_name == {f"reward/{name}": float(i) for i, name in enumerate(short)}
 
 
 SCRIPTS = ("ppo", "grpo", "rejection", "conditional", "evaluate", "rlhf")

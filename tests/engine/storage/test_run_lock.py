@@ -80,8 +80,17 @@ def test_a_script_has_its_folder_to_itself(tmp_path, monkeypatch, capsys):
         assert other.returncode != 0 and "another run writes to it" in other.stderr
 
     def start() -> None:
-        words = ["--run.output", str(folder), "--parallel.device", "cpu"]
-        session.start(EvaluateConfig, lambda *_: 1, main, "evaluate", words)
+        words = [
+            "--run.output",
+            str(folder),
+            "--parallel.device",
+            "cpu",
+            "--model.path",
+            "m",
+            "--data.sources",
+            "p.jsonl",
+        ]
+        session.start(EvaluateConfig, main, "evaluate", words)
 
     with another_run(folder), pytest.raises(SystemExit, match="error: .*run: another run writes to it"):
         start()
