@@ -3,7 +3,7 @@
 Convention: per-token tensors are aligned to the PREDICTED token. Entry t speaks of `tokens[t]`: its logprob under some
 policy, the value of the state it was chosen in, the reward for choosing it. What predicts tokens[t] is the model's
 output at t - 1, so `batch.response` (places of the policy's tokens) names the targets, `batch.response - 1` the rows
-of hidden states that predict them, and `batch.spread` puts per-target numbers back in place. Entries outside
+of hidden states that predict them, and `batch.scatter` puts per-target numbers back in place. Entries outside
 `mask` (prompts, turns of an environment) are 0.
 
 Every rank holds the same whole batch; ranks differ in which samples they compute, so statistics over a batch are plain
@@ -207,7 +207,7 @@ class Batch:
         """What a message calls a sample."""
         return self.names[sample] if self.names else f"sample {sample + 1} of {len(self)}"
 
-    def spread(self, targets: Tensor) -> Tensor:
+    def scatter(self, targets: Tensor) -> Tensor:
         """`targets` [targets], one number for each response token, in their places among all: [total], 0 elsewhere."""
         return targets.new_zeros(self.tokens.shape).index_copy(0, self.response, targets)
 
@@ -292,4 +292,4 @@ def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
         where = prompt.source or f"prompt {prompt.index}"
         seen[where] = seen.get(where, 0) + 1
         names.append(f"{where}, response {seen[where]}")
-    return batch.with_(rollout_logprobs=batch.spread(logprobs), versions=batch.spread(versions), names=tuple(names))
+    return batch.with_(rollout_logprobs=batch.scatter(logprobs), versions=batch.scatter(versions), names=tuple(names))

@@ -197,7 +197,7 @@ def critic_step(
         at = part.response
         values = critic.model.scores(hidden[at - 1])
         seen.append(values.detach())
-        old = part.spread(values.detach()) if part.values is None else part.values
+        old = part.scatter(values.detach()) if part.values is None else part.values
         returns = advantages_of(part, old, config)[1] if part.returns is None else part.returns
         losses, clipped = value_loss(values, old[at], returns[at], options.value_clip, options.loss_coef)
         losses = apply_loss_weights(losses, part)

@@ -36,7 +36,7 @@ def pack_steps(rows: Sequence[Steps]) -> Batch:
     """Samples whose targets are the last tokens of their steps; the reward there is 1 where the step is right."""
     batch = pack_samples([row.sample for row in rows])
     labels = torch.tensor([float(label) for row in rows for label in row.labels])
-    return batch.with_(rewards=batch.spread(labels))
+    return batch.with_(rewards=batch.scatter(labels))
 
 
 def pair_step(learner: Learner, batch: Batch, center_coef: float) -> dict[str, float]:

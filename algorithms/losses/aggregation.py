@@ -49,7 +49,7 @@ class Segments:
         """[total] -> [samples]: the mean over each sample's counted tokens, 0 where there are none. Differentiable."""
         return self.sums(x) / self.sizes.clamp(min=1)
 
-    def spread(self, per_sample: Tensor) -> Tensor:
+    def broadcast(self, per_sample: Tensor) -> Tensor:
         """[samples] -> [total]: each sample's number on all its tokens. Differentiable."""
         return per_sample[self.sample]
 
@@ -80,7 +80,7 @@ def token_weights(
     """
     sizes = segments.sizes.to(dtype)  # [samples]
     filled = (sizes > 0).sum().clamp(min=1).to(sizes)
-    per_token = 1 / segments.spread(sizes + mean_eps).clamp(min=1e-30)
+    per_token = 1 / segments.broadcast(sizes + mean_eps).clamp(min=1e-30)
     weights = {
         "token-mean": lambda: torch.ones_like(per_token) / sizes.sum().clamp(min=1),
         "token-sum": lambda: torch.ones_like(per_token),

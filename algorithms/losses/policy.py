@@ -48,7 +48,7 @@ def sequence_log_ratio(
         limit: the most it may be (no gradient beyond it); 0 for no limit.
     """
     whole = segments.means(d) if length == "mean" else segments.sums(d)
-    spread = segments.spread(whole)
+    spread = segments.broadcast(whole)
     made = spread if gradient == "shared" else d - d.detach() + spread.detach()
     return made.clamp(max=limit) if limit else made
 
@@ -95,9 +95,9 @@ def importance_weights(
     """
     d = (trained - sampled).detach()
     if level.startswith("sequence"):
-        judged = segments.spread(segments.sums(d))
+        judged = segments.broadcast(segments.sums(d))
     elif level.startswith("geometric"):
-        judged = segments.spread(segments.means(d))
+        judged = segments.broadcast(segments.means(d))
     else:
         judged = d
     if limit:

@@ -40,7 +40,7 @@ def test_the_rows_before_the_response_belong_to_the_same_sample():
 def test_spread_is_differentiable_and_undoes_the_gather():
     batch = from_rollouts([rollout(*sample) for sample in SAMPLES])
     x = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    whole = batch.spread(x)
+    whole = batch.scatter(x)
     assert torch.equal(whole[batch.response], x) and whole[~batch.mask].abs().sum() == 0
     (whole * torch.arange(12)).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, batch.response.double())

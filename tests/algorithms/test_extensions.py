@@ -84,7 +84,7 @@ def test_ppo_learns_by_the_pages_estimator_and_loss(folder):
     made, _ = ppo.with_rewards(made, scores, config, 0.0)
     whole, _ = ppo.with_gae(made, config)
     assert whole.returns is not None and whole.advantages is not None and whole.values is not None
-    assert torch.equal(whole.returns[whole.response], whole.segments.spread(scores)[whole.response])
+    assert torch.equal(whole.returns[whole.response], whole.segments.broadcast(scores)[whole.response])
     metrics = ppo.update(roles, made, config)
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1
     assert metrics["policy_loss"] == pytest.approx(-whole.advantages[whole.response].mean().item(), rel=1e-5)

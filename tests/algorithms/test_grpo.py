@@ -52,7 +52,7 @@ def random_batch(seed: int) -> Batch:
     lengths = torch.randint(3, 20, (8,), generator=generator).tolist()
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     batch = pack(samples, turn_masks(lengths, [max(1, n // 3) for n in lengths]))
-    return batch.with_(rollout_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
+    return batch.with_(rollout_logprobs=batch.scatter(-4 + torch.randn(len(batch.response), generator=generator) / 10))
 
 
 def config_of(knobs: GRPOOptions) -> GRPOConfig:
@@ -201,7 +201,7 @@ def test_ratios_that_are_not_one_at_first_stop_the_run(folder):
     model = build_decoder(str(folder), shape, mesh, "float32", trained=True)
     actor = build_learner(model, OptimizerConfig(), 1)
     batch = random_batch(0)
-    batch = batch.with_(logprobs=batch.rollout_logprobs, advantages=batch.spread(torch.ones(len(batch.response))))
+    batch = batch.with_(logprobs=batch.rollout_logprobs, advantages=batch.scatter(torch.ones(len(batch.response))))
     with pytest.raises(RuntimeError, match="not at exactly 1"):
         actor_step(actor, batch, range(8), config_of(grpo_options("dapo")), first=True)
 

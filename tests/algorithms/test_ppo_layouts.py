@@ -35,7 +35,7 @@ def random_batch() -> Batch:
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     prompts = [max(1, n // 3) for n in lengths]
     batch = pack(samples, turn_masks(lengths, prompts))
-    return batch.with_(rollout_logprobs=batch.spread(-4 + torch.randn(len(batch.response), generator=generator) / 10))
+    return batch.with_(rollout_logprobs=batch.scatter(-4 + torch.randn(len(batch.response), generator=generator) / 10))
 
 
 def one_step(

@@ -124,7 +124,7 @@ def numbers() -> tuple[Batch, torch.Tensor]:
     """The batch with float64 logprobs and values out of a seed, and a score for each sample."""
     chance = torch.Generator().manual_seed(5)
     batch = from_rollouts(rollouts())
-    draw = lambda: batch.spread(torch.randn(len(batch.response), generator=chance, dtype=torch.float64))  # noqa: E731
+    draw = lambda: batch.scatter(torch.randn(len(batch.response), generator=chance, dtype=torch.float64))  # noqa: E731
     batch = batch.with_(logprobs=draw(), ref_logprobs=draw(), values=draw(), rollout_logprobs=draw())
     return batch, torch.tensor([1.5, -0.5, 0.25, 2.0], dtype=torch.float64)
 

@@ -85,7 +85,7 @@ class Draw:
             generator = torch.Generator().manual_seed(9000 * number + 10 * self.seed + row)
             parts.append(torch.randn(sum(sample.mask), generator=generator) * (scale if row else 0))
         whole = pack_samples(self.answers)
-        return whole.spread(torch.cat(parts)) * batch.mask
+        return whole.scatter(torch.cat(parts)) * batch.mask
 
 
 class Models:

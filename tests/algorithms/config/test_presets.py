@@ -60,13 +60,13 @@ def batch_of(actor: Learner, far: float = 3.0) -> Batch:
     now = actor.logprobs(batch)
 
     def near(spread: float) -> torch.Tensor:
-        return now + batch.spread(spread * torch.randn(len(batch.response), generator=generator))
+        return now + batch.scatter(spread * torch.randn(len(batch.response), generator=generator))
 
     old, ref = near(0.3), near(1.0)
     loser = batch.last[3]
     old[loser] = now[loser] - far
     ref[batch.last[0]] += 12
-    values = batch.spread(torch.randn(len(batch.response), generator=generator))
+    values = batch.scatter(torch.randn(len(batch.response), generator=generator))
     return batch.with_(logprobs=old, ref_logprobs=ref, rollout_logprobs=near(0.3), values=values)
 
 
@@ -128,7 +128,7 @@ def test_grpo_s_losses_are_the_pure_functions(folder, trainer, algorithm, far):
     eps = {"openrlhf": 1e-9, "trl": 1e-4}.get(trainer, 1e-6)
     grouped = group_advantages(SCORES, GROUP, *how, eps, "reward" if trainer == "verl" else "zero")
     grouped = grouped.clamp(-10, 10) if trainer == "openrlhf" else grouped
-    d, advantages = log_ratio(now, old, 20.0 if trainer in ("openrlhf", "verl") else 0.0), segments.spread(grouped)
+    d, advantages = log_ratio(now, old, 20.0 if trainer in ("openrlhf", "verl") else 0.0), segments.broadcast(grouped)
     if algorithm == "gspo":
         d = sequence_log_ratio(now - old, segments).clamp(max=10.0 if trainer == "verl" else math.inf)
         losses = ppo_loss(d, advantages, 3e-4, 4e-4)[0]
