@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from forked import Forked
 from samples import write_jsonl
-from scripts import AXES, ENVIRONMENT, ROOT, agree, command, digests, metrics, rewound, succeed_in_turn
+from scripts import AXES, ENVIRONMENT, ROOT, agree, command, digests, metrics, rewound, start, succeed_in_turn
 from tiny_run import prompts, tiny_run
 
 STEPS = 6
@@ -61,24 +61,23 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("*"))
 
 
-def test_killed_at_a_random_moment_and_resumed_it_ends_bit_for_bit_the_same(setting, whole, forked):
-    """The kill falls at a random moment after the first checkpoint, twice: mid-rollout, mid-update, mid-save."""
-    folder, chance = setting / "killed", random.Random(0)
+def test_resume_after_random_kills_is_bit_identical(setting, whole, forked):
+    """Two SIGKILLs, each at a random moment of the step after a checkpoint: in rollout, update or save."""
+    folder, rng = setting / "killed", random.Random(0)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    step_seconds = sorted(line["seconds/step"] for line in lines)[STEPS // 2]
     arguments = begin(setting, folder, *EVERY)
     for _ in range(2):
-        process = subprocess.Popen(
-            command("ppo", *arguments),
-            env=os.environ | ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        before = len(checkpoints(folder))
-        wait_until(lambda: len(checkpoints(folder)) > before, "no step")  # noqa: B023
-        time.sleep(chance.uniform(0, 0.5))
+        done = len(checkpoints(folder))
+        process = start("ppo", *arguments)
+        wait_until(lambda: len(checkpoints(folder)) > done, "no step")  # noqa: B023
+        kill_at = time.monotonic() + rng.uniform(0, step_seconds)
+        # The second condition: however fast the steps are here, the kill comes before the run's end.
+        wait_until(lambda: time.monotonic() > kill_at or len(checkpoints(folder)) > done + 1, "no step")  # noqa: B023
         process.send_signal(signal.SIGKILL)
         process.wait()
         arguments = ["--resume", folder]
-    assert f"step_{STEPS}" not in checkpoints(folder), "killed too late to show anything"
+    assert f"step_{STEPS}" not in checkpoints(folder), "both kills must come before the last step"
     assert forked.run("ppo", *arguments).codes == [0]
     assert digests(folder, STEPS) == digests(whole, STEPS)
     assert metrics(folder) == metrics(whole)
@@ -242,7 +241,7 @@ def wait_until(holds: Any, otherwise: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)
+        time.sleep(0.005)
 
 
 def children(pid: int) -> list[int]:

@@ -69,14 +69,19 @@ def succeed_in_turn(runs: Sequence[tuple[object, ...]], ranks: int = 2) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def kill_after(file: str, folder: Path, script: str, *arguments: object) -> None:
-    """Starts a script that writes into `folder`, and kills it as soon as a file there matches the pattern."""
-    process = subprocess.Popen(
+def start(script: str, *arguments: object) -> subprocess.Popen[bytes]:
+    """Starts a script without waiting for its end."""
+    return subprocess.Popen(
         command(script, *arguments),
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def kill_after(file: str, folder: Path, script: str, *arguments: object) -> None:
+    """Starts a script that writes into `folder`, and kills it as soon as a file there matches the pattern."""
+    process = start(script, *arguments)
     deadline = time.monotonic() + 120
     while not list(folder.glob(file)):
         assert process.poll() is None and time.monotonic() < deadline
