@@ -61,10 +61,9 @@ rlhf: .venv/.package $(MODEL)/config.json ## fine-tuning, reward model and PPO i
 export TRITON_DEFAULT_FP_FUSION := 1
 # What the Triton that CUDA builds of torch 2.13 pin, and the installed one, compile is kept apart and between runs.
 OTHER_TRITON := 3.7.1
-INTERPRETED := tests/kernels/test_interp_shim.py $(sort $(wildcard tests/kernels/test_triton_*.py))
+INTERPRETED := $(sort $(wildcard tests/kernels/triton_kernels/test_*.py))
 OTHER := TRIALIGN_EXPECT_TRITON=$(OTHER_TRITON) PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
-COMPILED := $(foreach op,adamw attention cuda_emulated devices gae linear linear_logprob logprob moe \
-	nf4 paged_attention ppo_loss rms_norm rope sampling swiglu dispatch ops kernel_docs cuda_build,$(wildcard tests/kernels/test_$(op).py))
+COMPILED := $(sort $(wildcard tests/kernels/test_*.py)) $(addprefix tests/kernels/cuda_kernels/,test_cuda_build.py test_cuda_emulated.py)
 
 test: .venv/.package $(MODEL)/config.json .venv/triton-$(OTHER_TRITON) ## the whole test suite
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
@@ -80,7 +79,7 @@ kernels: .venv/.package .venv/triton-$(OTHER_TRITON) ## the kernels' tests: C++,
 compiled-numbers:
 	.venv/bin/pytest $(COMPILED)
 sanitized:
-	.venv/bin/pytest tests/kernels/test_cuda_sanitized.py
+	.venv/bin/pytest tests/kernels/cuda_kernels/test_cuda_sanitized.py
 aot:
 	TRITON_CACHE_DIR=.venv/triton-cache .venv/bin/pytest tests/kernels/aot
 interpreted:

@@ -10,9 +10,9 @@ import math
 
 import torch
 
+from .backends.libraries import library
+from .backends.triton_runtime import Spec, cdiv, jit, tl
 from .dispatch import choose, register
-from .libraries import library
-from .triton_runtime import Spec, cdiv, jit, tl
 
 
 def adamw_ref_(

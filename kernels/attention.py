@@ -18,9 +18,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .backends.libraries import library
+from .backends.triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl, vendor
 from .dispatch import choose, register
-from .libraries import library
-from .triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl, vendor
 
 
 def packed_attention_ref(

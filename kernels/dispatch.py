@@ -1,7 +1,7 @@
 """Choice of an op's implementation: C++ on the CPU; a library or Triton on CUDA; the torch reference elsewhere.
 
 TRIALIGN_KERNELS is the one switch, read when this module is imported:
-    auto            (the default) what fits the tensor: libraries (libraries.py) where installed, our kernels else
+    auto            (the default) what fits the tensor: an installed library (backends/libraries.py), else our kernel
     own             as auto, but never a library's kernel
     fp8             as auto, and decoder layers multiply in FP8 where Transformer Engine is installed: other numbers
     reference       plain torch everywhere
@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .extension import load_extension
-from .schemas import SCHEMAS
+from .backends.extension import load_extension
+from .backends.schemas import SCHEMAS
 
 Implementation = Literal["cpp", "triton", "reference"]
 

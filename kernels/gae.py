@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .backends.triton_runtime import Spec, jit, tl
 from .dispatch import choose, holds_data, register
-from .triton_runtime import Spec, jit, tl
 
 
 def gae_ref(rewards, values, mask, cu_seqlens, gamma, lam):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl, uses_triton
+from .backends.triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl, uses_triton
 
 
 def grouped_matmul_ref(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

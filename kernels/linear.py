@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .backends.libraries import library
 from .dispatch import MODE
-from .libraries import library
 
 ROWS = 32
 """The number of rows the packed order is chosen for; others work too."""

@@ -18,9 +18,9 @@ from itertools import pairwise
 import torch
 from torch.autograd.function import once_differentiable
 
+from .backends.triton_runtime import Spec, cdiv, jit, precision, tl, uses_triton, vendor
 from .dispatch import COMPILED_DTYPES
 from .logprob import Merge, add_piece_, check_rows, finish, logprob_ref, merged, piece_gradient_
-from .triton_runtime import Spec, cdiv, jit, precision, tl, uses_triton, vendor
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits held at a time: on the CPU what a second-level cache keeps, on a GPU enough for matmuls at full speed."""

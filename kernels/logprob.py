@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
+from .backends.triton_runtime import Spec, cdiv, jit, tl
 from .dispatch import choose, register
-from .triton_runtime import Spec, cdiv, jit, tl
 
 Merge = Callable[[torch.Tensor], torch.Tensor]
 """stats [4, n] (max, sum of exp, sum of exp * logit, label logit or 0) of one vocabulary shard -> of all shards."""

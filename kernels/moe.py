@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 
+from .backends.triton_runtime import Spec, cdiv, jit, tl
 from .dispatch import choose, register
 from .grouped_matmul import grouped_matmul
-from .triton_runtime import Spec, cdiv, jit, tl
 
 __all__ = ["grouped_matmul", "permute", "route", "sort_by_expert", "unpermute"]
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from .triton_runtime import Spec, cdiv, jit, precision, tl, uses_triton
+from .backends.triton_runtime import Spec, cdiv, jit, precision, tl, uses_triton
 
 TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from .attention import check_heads, token_rows
+from .backends.triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl
 from .dispatch import choose, register
-from .triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl
 
 
 def write_kv_ref(k, v, k_cache, v_cache, slots) -> None:

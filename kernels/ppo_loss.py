@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from .backends.triton_runtime import Spec, cdiv, jit, tl
 from .dispatch import choose, register
-from .triton_runtime import Spec, cdiv, jit, tl
 
 KL_KINDS = ("k1", "k2", "k3")
 LOG_RATIO_MAX = 80.0

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from .backends.libraries import library
+from .backends.triton_runtime import Spec, cdiv, jit, tl, vendor
 from .dispatch import choose, register
-from .libraries import library
-from .triton_runtime import Spec, cdiv, jit, tl, vendor
 
 
 def rms_norm_ref(x, weight, eps):

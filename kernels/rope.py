@@ -10,8 +10,8 @@ from typing import cast
 
 import torch
 
+from .backends.triton_runtime import Spec, cdiv, jit, power_of_2, tl
 from .dispatch import choose, register
-from .triton_runtime import Spec, cdiv, jit, power_of_2, tl
 
 
 def rope_ref(x, cos, sin, interleaved=False):

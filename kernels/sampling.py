@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import torch
 
+from .backends.triton_runtime import Spec, jit, tl
 from .dispatch import choose, holds_data, register
-from .triton_runtime import Spec, jit, tl
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 _END = tl.constexpr(0x7FFFFFFF) if tl else None  # behind every key and every index

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .backends.triton_runtime import Spec, cdiv, jit, tl
 from .dispatch import choose, register
-from .triton_runtime import Spec, cdiv, jit, tl
 
 
 def swiglu_ref(gate_up):

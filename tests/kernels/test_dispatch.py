@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from trialign.kernels import dispatch, extension
-from trialign.kernels.schemas import SCHEMAS
+from trialign.kernels import dispatch
+from trialign.kernels.backends import extension
+from trialign.kernels.backends.schemas import SCHEMAS
 
 PRINT = "import trialign.kernels.dispatch as d, torch; print(d.choose('gae', torch.zeros(1)))"
 
@@ -63,7 +64,7 @@ ALL_OPS = """
 import importlib, pathlib, torch, trialign.kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trialign.kernels import dispatch
-from trialign.kernels.schemas import SCHEMAS
+from trialign.kernels.backends.schemas import SCHEMAS
 for folder in trialign.kernels.__path__:
     for path in pathlib.Path(folder).glob("*.py"):
         importlib.import_module(f"trialign.kernels.{path.stem}")

@@ -23,8 +23,8 @@ from trialign.kernels import (
     sampling,
     swiglu,
 )
+from trialign.kernels.backends.schemas import SCHEMAS
 from trialign.kernels.dispatch import EXTENSION
-from trialign.kernels.schemas import SCHEMAS
 
 pytestmark = pytest.mark.skipif(not EXTENSION, reason="trialign._C is not built")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from trialign.kernels import triton_runtime
+from trialign.kernels.backends import triton_runtime
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels" / "aot"))
 

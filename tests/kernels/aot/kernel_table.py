@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import trialign.kernels
-from trialign.kernels.triton_runtime import Spec
+from trialign.kernels.backends.triton_runtime import Spec
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 

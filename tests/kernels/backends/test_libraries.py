@@ -18,7 +18,7 @@ from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.mesh import build_mesh
 from trialign.kernels import adamw, attention, dispatch, linear
-from trialign.kernels.libraries import LIBRARIES
+from trialign.kernels.backends.libraries import LIBRARIES
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
 
@@ -197,7 +197,7 @@ ASK_APEX = """
 import sys, torch
 from dataclasses import replace
 from torch._subclasses.fake_tensor import FakeTensorMode
-from trialign.kernels.libraries import LIBRARIES
+from trialign.kernels.backends.libraries import LIBRARIES
 from trialign.kernels.adamw import adamw_, adamw_ref_
 from trialign.kernels.rms_norm import rms_norm, rms_norm_ref
 HYPER = (3e-3, 0.9, 0.95, 1e-8, 0.1, 7)

@@ -11,7 +11,7 @@ import pytest
 import setuptools
 from trialign.kernels import dispatch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LAWS = ["rms_norm", "rope", "swiglu", "logprob", "linear_logprob", "ppo_loss", "moe"]
 WHOLE = ["gae", "attention", "paged_attention", "sampling", "adamw"]
 

@@ -10,7 +10,7 @@ import pytest
 import setuptools
 from trialign.kernels import dispatch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NVCC = shutil.which("nvcc")
 OPS = re.findall(r'ops\.impl\("(\w+)"', (ROOT / "csrc" / "cuda_ops.cpp").read_text())
 # 100 products a thread that all live at once: more than the registers of 1024 threads, fewer than those of 64.

@@ -10,7 +10,7 @@ pytestmark = [*needs_triton, pytest.mark.skipif(not INTERPRET, reason="the inter
 if INTERPRET:
     import traffic
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text()
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "kernels.md").read_text()
 AGAIN = {
     "attention.dkv": 4.0,  # q and grad for each block of keys, from L2
     "attention.dq": 3.0,  # k and v for each block of queries, from L2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..source_hash import source_hash  # pyright: ignore[reportMissingImports] (it lies in csrc/)
+from ...source_hash import source_hash  # pyright: ignore[reportMissingImports] (it lies in csrc/)
 
 
 def why_unusable(built_hash: str, built_torch: str, sources: Path) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .dispatch import MODE
+from ..dispatch import MODE
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,5 +1,7 @@
-"""The CUDA C++ kernels under address, undefined-behavior and thread sanitizers, run on the CPU by tests/emu; faults
-planted in the kernels prove each of them, and the emulator's own checks, awake."""
+"""CUDA C++ kernels run on the CPU (tests/kernels/emu) under address, undefined-behavior and thread sanitizers.
+
+Faults planted in the kernels prove that each sanitizer, and each check of the emulator, would report them.
+"""
 
 import os
 import shutil

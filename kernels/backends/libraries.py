@@ -1,6 +1,6 @@
 """Published kernels that serve an op on CUDA where their package is installed; none is required.
 
-TRIALIGN_KERNELS (dispatch.py) allows them: auto and fp8 do, own does not.
+TRIALIGN_KERNELS (kernels/dispatch.py) allows them: auto and fp8 do, own does not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .dispatch import HALF, MODE
+from ..dispatch import HALF, MODE
 
 
 @dataclass(frozen=True)
