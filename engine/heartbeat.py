@@ -14,19 +14,19 @@ class Heartbeat:
         phase: of the run, as messages name it.
         collectives: number begun; while it does not grow, the process hangs or computes without other ranks.
         waits_in: name of the collective that has not returned yet; "" outside. On CUDA they return at once.
-        moved: set when the phase changes.
-        broken: name of the collective that failed, as it does when another rank ends; "" while none has.
+        phase_changed: set when the phase changes.
+        failed_collective: name of the collective that failed, as it does when another rank ends; "" while none has.
     """
 
     def __init__(self) -> None:
         self.phase, self.collectives, self.waits_in = "loading", 0, ""
-        self.broken, self.moved = "", threading.Event()
+        self.failed_collective, self.phase_changed = "", threading.Event()
 
     @contextmanager
     def at(self, phase: str) -> Iterator[None]:
         """Names the phase within."""
         before, self.phase = self.phase, phase
-        self.moved.set()
+        self.phase_changed.set()
         try:
             yield
         finally:
@@ -40,7 +40,7 @@ class Heartbeat:
         try:
             yield
         except RuntimeError:
-            self.broken = name
+            self.failed_collective = name
             raise
         finally:
             self.waits_in = ""

@@ -1,8 +1,8 @@
 """Live display of a run: a bar over its steps, and one for every other work that takes seconds.
 
     progress.start(total)                                # the steps
-    with progress.work("held-out rows"):                 # anything else; works may be nested
-        ...                                              # report(done, total) from what does it, however deep
+    with progress.task("held-out rows"):                 # anything else; works may be nested
+        ...                                              # report_progress(done, total) from what does it, however deep
     progress.update(step, metrics)
 
 On a terminal these are bars; elsewhere a step is a line, and a work that takes long is a line now and then.
@@ -29,7 +29,7 @@ LINE_EVERY = 60.0  # seconds between such lines
 _works: list[Work] = []  # of this process, the innermost last
 
 
-def report(done: int, total: int) -> None:
+def report_progress(done: int, total: int) -> None:
     """Tells the innermost work of this process how far it is; without one nothing happens."""
     if _works:
         _works[-1].show(done, total)
@@ -105,7 +105,7 @@ class Work(Pace):
                 self._task = self._display.bar.add_task("", total=self.total, completed=self.done, **fields)
             else:
                 parts = f" {self.done}/{self.total}" if self.total else ""
-                self._display.say(f"{self.name}{parts}: {self}")
+                self._display.print(f"{self.name}{parts}: {self}")
                 self._wait(LINE_EVERY)
 
 
@@ -127,7 +127,7 @@ class Progress:
         self._enabled, self.live = enabled, enabled and self.console.is_terminal
         self._bar: RichProgress | None = None
         self._steps, self._task = Pace(), None
-        self._facts: dict[str, str] = {}
+        self._formats: dict[str, str] = {}
         self._curve: list[float] = []
         self._last = time.monotonic()
 
@@ -146,15 +146,15 @@ class Progress:
             self._bar.start()
         return self._bar
 
-    def start(self, total: int, *, done: int = 0, facts: Mapping[str, str] | None = None) -> None:
+    def start(self, total: int, *, done: int = 0, formats: Mapping[str, str] | None = None) -> None:
         """Begins with the steps.
 
         Args:
             done: steps made before a resume.
-            facts: metric -> how it is written; reward and KL when not given.
+            formats: metric -> how it is written; reward and KL when not given.
         """
         self._steps, self._last = Pace(total, done), time.monotonic()
-        self._facts = {**(facts or REWARD_AND_KL), "tokens_per_s": "{:,.0f} tokens/s"}
+        self._formats = {**(formats or REWARD_AND_KL), "tokens_per_s": "{:,.0f} tokens/s"}
         if self.live:
             first = f"step {done + 1} is on its way" if done < total else ""
             self._task = self.bar.add_task(first, total=total, completed=done, label="step", pace=self._steps)
@@ -165,19 +165,21 @@ class Progress:
             return
         seconds, self._last = time.monotonic() - self._last, time.monotonic()
         self._steps.show(step, self._steps.total)
-        value = metrics.get(next(iter(self._facts)), math.nan)
+        value = metrics.get(next(iter(self._formats)), math.nan)
         if math.isfinite(value):  # a step that was left out has none
             self._curve.append(value)
-        facts = "  ".join(text.format(metrics[name]) for name, text in self._facts.items() if name in metrics)
+        formats = "  ".join(text.format(metrics[name]) for name, text in self._formats.items() if name in metrics)
         if self._task is not None:
             curve = sparkline(self._curve[-16:]) if self._curve else ""
-            self.bar.update(self._task, completed=step, description=f"[cyan]{curve}[/] {facts}")
+            self.bar.update(self._task, completed=step, description=f"[cyan]{curve}[/] {formats}")
         else:
             width, total = len(str(self._steps.total)), self._steps.total
-            self.console.print(f"step {step:{width}}/{total}  {facts}  {seconds:.1f} s, {self._steps}", soft_wrap=True)
+            self.console.print(
+                f"step {step:{width}}/{total}  {formats}  {seconds:.1f} s, {self._steps}", soft_wrap=True
+            )
 
     @contextmanager
-    def work(self, name: str, *, line_after: float = LINE_AFTER) -> Iterator[None]:
+    def task(self, name: str, *, line_after: float = LINE_AFTER) -> Iterator[None]:
         """Shows what goes on within, as soon as it has gone on for a while.
 
         Args:
@@ -196,7 +198,7 @@ class Progress:
             _works.remove(work)
             work.end()
 
-    def say(self, text: Any) -> None:
+    def print(self, text: Any) -> None:
         """Prints something (text or a rich table) above the bars."""
         self.console.print(text, soft_wrap=isinstance(text, str))
 

@@ -170,7 +170,7 @@ def main(run: Run[ConditionalConfig]) -> None:
 
     rewards.chunks.drop()
     after = responses(task, rewards)
-    run.progress.say(f"responses are sampled with {data.best} as the reward in the prompt")
+    run.progress.print(f"responses are sampled with {data.best} as the reward in the prompt")
     run.finish(SFT_PANELS, *([table(before, after)] if after else []))
 
 

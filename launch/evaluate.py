@@ -110,7 +110,7 @@ class Evaluated:
     def _rows(self, online: OnlineRun, prompts: list[Prompt]) -> Completions:
         """The completions of some prompts, as lines of completions.jsonl have them. Collective."""
         config = self.config
-        work = self.run.progress.work
+        work = self.run.progress.task
         with work("rollout"):
             rollouts = sample(online.generator, prompts, online.sampling, config.rollout.samples_per_prompt)
         scores, rewards = {}, [None] * len(rollouts)
@@ -147,7 +147,7 @@ class Evaluated:
         for name, rows in (("text", self._text), ("dialogues", self._dialogues)):
             if getattr(self.config, name).sources:
                 batches = rows()
-                with self.run.progress.work(f"perplexity of {name}"):
+                with self.run.progress.task(f"perplexity of {name}"):
                     loss, _ = nats_a_token(self.role, batches)
                 found[f"perplexity of {name}"] = Estimate(perplexity(loss), math.nan, math.nan)
         return found

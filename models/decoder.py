@@ -21,16 +21,18 @@ from torch.utils.checkpoint import checkpoint
 from ..engine.mesh import Axis, Mesh
 from ..engine.parallel.collectives import copy_to_region, gather_from_region
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA, adapted_linears
-from ..engine.parallel.shard import Shard, Slot, Split, shard_of, sharded_parameter, split
-from ..engine.parallel.tensor import (
-    ColumnParallelLinear,
-    ParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    all_of,
-    cut,
-    whole,
+from ..engine.parallel.shard import (
+    Shard,
+    Slot,
+    Split,
+    full_piece,
+    replicated,
+    shard_along,
+    shard_of,
+    sharded_parameter,
+    split,
 )
+from ..engine.parallel.tensor import ColumnParallelLinear, ParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from ..engine.pipeline.stage import Chunk, Stage, stage_of
 from ..kernels.linear import linear
 from ..kernels.linear import pack as pack_weight
@@ -64,7 +66,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, mesh: Mesh, dtype: torch.dtype, axis: Axis | None = None):
         super().__init__()
         self.eps, self.axis = eps, axis
-        self.weight = sharded_parameter(whole(size), dtype=dtype, device=mesh.device)
+        self.weight = sharded_parameter(replicated(size), dtype=dtype, device=mesh.device)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.axis is None else copy_to_region(self.weight, self.axis)
@@ -277,14 +279,14 @@ class Decoder(nn.Module):
         if self.stage.has_head:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
             tied = head == "lm" and config.tie_embeddings
-            rows = Shard((cut(self.vocab, 0, (config.vocab_size, config.hidden_size)),), "tp", duplicate=tied)
-            shard = rows if head == "lm" else whole(1, config.hidden_size)
+            rows = Shard((shard_along(self.vocab, 0, (config.vocab_size, config.hidden_size)),), "tp", duplicate=tied)
+            shard = rows if head == "lm" else replicated(1, config.hidden_size)
             self.head = Head(shard, mesh, dtype, normalized=head == "lm" and config.norm_head)
             if tied and self.embedding is not None:
                 self.head.weight = self.embedding.weight
             if lora is not None and head == "lm" and lora.wants("head"):
-                a = Shard((all_of((lora.rank, config.hidden_size)),), adapter=True)
-                b = Shard((cut(self.vocab, 0, (config.vocab_size, lora.rank)),), "tp", adapter=True)
+                a = Shard((full_piece((lora.rank, config.hidden_size)),), adapter=True)
+                b = Shard((shard_along(self.vocab, 0, (config.vocab_size, lora.rank)),), "tp", adapter=True)
                 adapter = Adapter(lora, {"": self.vocab.size}, [""], "out", mesh.tp)
                 self.head.add_adapter(adapter, a, b, mesh, dtype)
         if lora is not None:

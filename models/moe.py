@@ -27,8 +27,8 @@ from ..engine.mesh import Mesh
 from ..engine.parallel.collectives import all_reduce, copy_to_region, from_mesh, reduce_from_region
 from ..engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA
-from ..engine.parallel.shard import Shard, sharded_parameter, split
-from ..engine.parallel.tensor import ColumnParallelLinear, RowParallelLinear, all_of, whole
+from ..engine.parallel.shard import Shard, full_piece, replicated, sharded_parameter, split
+from ..engine.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from ..kernels.moe import permute, route, sort_by_expert, unpermute
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig, MoEConfig
@@ -92,10 +92,10 @@ class Router(AdaptedLinear):
         self, hidden: int, experts: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None, target: str = ""
     ):
         super().__init__()
-        self.weight = sharded_parameter(whole(experts, hidden), dtype=dtype, device=mesh.device)
+        self.weight = sharded_parameter(replicated(experts, hidden), dtype=dtype, device=mesh.device)
         if lora is not None and lora.wants(target):
             adapter = Adapter(lora, {"": experts}, [""], None, mesh.tp)
-            a, b = (Shard((all_of(shape),), adapter=True) for shape in ((lora.rank, hidden), (experts, lora.rank)))
+            a, b = (Shard((full_piece(shape),), adapter=True) for shape in ((lora.rank, hidden), (experts, lora.rank)))
             self.add_adapter(adapter, a, b, mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:

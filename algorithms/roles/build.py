@@ -213,7 +213,7 @@ def build_learner(
         name=name,
     )
     if model.fill is not None:
-        optimizer.refine(partial(model.fill, model))
+        optimizer.refine_masters(partial(model.fill, model))
     max_skipped = settings.max_skipped if settings.on_nonfinite == "skip" else 0
     return Learner(model, optimizer, schedule(settings, updates), temperature, sizes, max_skipped, profiler)
 

@@ -15,7 +15,7 @@ from ...engine.pipeline.runner import run_schedule
 from ...engine.pipeline.schedule import forward_only, one_f_one_b
 from ...engine.pipeline.stage import Chunk
 from ...engine.profiler import Profiler
-from ...engine.progress import report
+from ...engine.progress import report_progress
 from ...models.decoder import Decoder
 from ...models.moe import Routing, moe_layers, router_metrics
 from ..batch import Batch
@@ -129,7 +129,7 @@ class Learner(Role):
         def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
             part, read = parts[i]
             hidden = stage_forward(self.model, part, x, routings[i], chunk)
-            report(i + 1, len(parts))
+            report_progress(i + 1, len(parts))
             if not chunk.has_head:
                 return hidden
             value = read(part, hidden)

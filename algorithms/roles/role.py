@@ -21,7 +21,7 @@ from ...engine.pipeline.runner import run_schedule
 from ...engine.pipeline.schedule import forward_only
 from ...engine.pipeline.stage import Chunk
 from ...engine.profiler import Profiler
-from ...engine.progress import report
+from ...engine.progress import report_progress
 from ...kernels.attention import packed_attention
 from ...models.decoder import Decoder
 from ...models.flops import forward_flops
@@ -119,7 +119,7 @@ class Role:
 
         def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
             hidden = stage_forward(self.model, parts[i], x, chunk=chunk)
-            report(i + 1, len(parts))
+            report_progress(i + 1, len(parts))
             return read(parts[i], hidden) if chunk.has_head else hidden
 
         sizes = shapes(self.model, parts)

@@ -34,7 +34,7 @@ from ..mesh import Mesh
 from ..parallel.collectives import all_gather, all_reduce, broadcast, exchange
 from ..parallel.shard import Split
 from ..profiler import Profiler
-from ..progress import report
+from ..progress import report_progress
 from .interface import Completion, Interrupted, Request, SamplingParams
 from .kv_cache import PagedCache
 from .lane import Lane, early_stops, sample_key
@@ -323,7 +323,7 @@ class EmbeddedGenerator:
             result = self._results.pop(number - len(self.lanes))
             (*tokens, stop), (*logprobs, _) = result.tolist()
             scheduler.commit(previous, [int(token) for token in tokens], logprobs, self.version)
-            report(scheduler.done, scheduler.total)
+            report_progress(scheduler.done, scheduler.total)
             lane.advance(result[0, :-1])
         while self._calls and self._calls[0][0] <= number:
             self._calls.popleft()[1]()

@@ -98,12 +98,12 @@ class ShardedAdamW:
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
         self.steps += 1
         for bucket in self.buckets:
-            state, mine = bucket.states, bucket.weights[bucket.mine]
+            state, mine = bucket.states, bucket.weights[bucket.local]
             adamw_(
                 state["master"],
                 state["exp_avg"],
                 state["exp_avg_sq"],
-                bucket.grads[bucket.mine],
+                bucket.grads[bucket.local],
                 None if mine.dtype == torch.float32 else mine,
                 lr,
                 *self.betas,
@@ -130,7 +130,7 @@ class ShardedAdamW:
                 view = state[place].view(piece.shape)
                 yield Entry(f"{role}/{kind}/{whole}", piece.global_shape, piece.offset, view, bucket.counted)
 
-    def refine(self, fill: Callable[[Sequence[Slot]], None]) -> None:
+    def refine_masters(self, fill: Callable[[Sequence[Slot]], None]) -> None:
         """Gives masters the digits of what narrower weights were rounded from; averages begin from them.
 
         Args:
@@ -161,7 +161,7 @@ class ShardedAdamW:
         """
         return self.data.not_finite(kind)
 
-    def loaded(self, steps: int) -> None:
+    def restore(self, steps: int) -> None:
         """After a checkpoint filled the entries: takes over the step count and makes the weights from the masters."""
         self.steps = steps
         for bucket in self.buckets:

@@ -60,8 +60,8 @@ class Bucket:
             self.starts.append(start)
             start += p.numel()
         share = size // axis.size
-        self.mine = slice(axis.rank * share, (axis.rank + 1) * share)
-        mine = self.weights[self.mine]
+        self.local = slice(axis.rank * share, (axis.rank + 1) * share)
+        mine = self.weights[self.local]
         # Under fp32 compute the weights are their own masters.
         self.states = {"master": mine if dtype == torch.float32 else mine.float()}
 
@@ -80,12 +80,12 @@ class Bucket:
         for p, view in self.grad_views():
             if p in self.fresh:  # the loss did not reach it
                 view.zero_()
-        self.reduction = reduce_scatter(self.grads[self.mine], self.grads, self.axis)
+        self.reduction = reduce_scatter(self.grads[self.local], self.grads, self.axis)
         self.reduced = True
 
     def gather_weights(self) -> None:
         """Weights of all ranks from their masters' shares."""
-        mine = self.weights[self.mine]
+        mine = self.weights[self.local]
         if mine.dtype != torch.float32:
             mine.copy_(self.states["master"])
         all_gather_shards(self.weights, mine, self.axis)
@@ -95,10 +95,10 @@ class Bucket:
         for (name, p), start in zip(self.named, self.starts, strict=True):
             for piece in shard_of(p).pieces:
                 stop = start + math.prod(piece.shape)
-                low, high = max(start, self.mine.start), min(stop, self.mine.stop)
+                low, high = max(start, self.local.start), min(stop, self.local.stop)
                 if low < high:
                     for offset, shape, at in flat_rectangles(piece.shape, piece.offset, low - start, high - start):
-                        begin = start + at - self.mine.start
+                        begin = start + at - self.local.start
                         yield name, replace(piece, offset=offset, shape=shape), slice(begin, begin + math.prod(shape))
                 start = stop
 
@@ -190,7 +190,7 @@ class DataParallel:
         for bucket in self.buckets:
             if bucket.counted:
                 # Line by line: a sum over all of a large bucket in fp32 is off by 1e-3, otherwise in each layout.
-                lines = bucket.grads[bucket.mine].view(-1, ALIGNMENT)
+                lines = bucket.grads[bucket.local].view(-1, ALIGNMENT)
                 squares += torch.linalg.vector_norm(lines, dim=1).double().square().sum()
         return math.sqrt(all_reduce(squares, self.mesh.world).item())
 
@@ -208,7 +208,7 @@ class DataParallel:
         """
         found = []
         for bucket, name, piece, place in self.rectangles():
-            states = bucket.states | {"grad": bucket.grads[bucket.mine]}
+            states = bucket.states | {"grad": bucket.grads[bucket.local]}
             for own in [kind] if kind else bucket.states:
                 if not states[own][place].isfinite().all():
                     found.append(f"{own} of {name}{'#' * bool(piece.part)}{piece.part}")

@@ -1,7 +1,8 @@
-"""Expert parallelism: tokens travel to the ranks that hold their experts and back (GShard, https://arxiv.org/abs/2006.16668).
+"""Expert parallelism: tokens are sent to the ranks that hold their experts and back (GShard,
+https://arxiv.org/abs/2006.16668).
 
 Rank r of the ep axis holds experts r·E/ep to (r + 1)·E/ep. Rows sorted by expert are therefore sorted by rank, and one
-all-to-all with uneven splits brings each to its expert. Nothing has a capacity, so nothing is ever dropped.
+all-to-all with uneven splits brings each to its expert. There is no capacity limit, so no token is dropped.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from ..mesh import Axis, Mesh
 from .collectives import copy_to_region
 from .lora import AdaptedLinear, Adapter, LoRA
 from .nf4 import NF4Weight
-from .shard import Piece, Shard, split
-from .tensor import all_of, cut, linear_weight
+from .shard import Piece, Shard, full_piece, shard_along, split
+from .tensor import linear_weight
 
 
 def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
-    """Sends `sent[r]` rows to each rank r of the axis and takes `received[r]` from it: [sum(received), ...], by rank.
+    """Sends `sent[r]` rows to each rank r of the axis and receives `received[r]` from it.
 
-    `rows` [sum(sent), ...] lie in the order of the ranks they go to.
+    Args:
+        rows: [sum(sent), ...], ordered by target rank.
+
+    Returns:
+        [sum(received), ...], ordered by source rank.
     """
     if axis.size == 1:
         return rows
@@ -37,7 +42,7 @@ def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], axis:
 
 
 class Dispatch:
-    """The way of one batch of rows to their experts' ranks, and back.
+    """Routing of one batch of rows to the ranks of their experts.
 
     Args:
         offsets: [experts + 1] int64: rows offsets[e] to offsets[e + 1] are for expert e.
@@ -51,58 +56,49 @@ class Dispatch:
         counts = offsets.diff().view(axis.size, -1)  # [ep, local experts]: rows for each expert of each rank
         ones = [1] * axis.size
         arriving = all_to_all(counts, ones, ones, axis)  # [ep, local experts]: each rank's rows for each expert here
-        # The host must know the splits: the one place where it waits for the device.
+        # The splits are needed on the host: the one place where it waits for the device.
         self.sent, self.received = torch.stack((counts.sum(1), arriving.sum(1))).tolist()
         local = torch.arange(counts.shape[1], device=offsets.device).repeat(axis.size)
         experts = local.repeat_interleave(arriving.flatten(), output_size=sum(self.received))  # [arriving rows]
-        # They arrive by rank and then by expert; the experts want them by expert.
+        # Rows arrive ordered by rank, then by expert; the grouped products need them by expert.
         self.order, self.offsets = sort_by_expert(experts[:, None], counts.shape[1])
-        self.place = torch.empty_like(self.order)
-        self.place[self.order] = torch.arange(len(self.order), device=offsets.device)
+        self.inverse = torch.empty_like(self.order)
+        self.inverse[self.order] = torch.arange(len(self.order), device=offsets.device)
 
-    def there(self, rows: Tensor) -> Tensor:
+    def send(self, rows: Tensor) -> Tensor:
         """[rows, h] by expert -> [arriving rows, h] by local expert. Not differentiable; `to_experts` is."""
         return all_to_all(rows, self.sent, self.received, self.axis)[self.order]
 
-    def back(self, rows: Tensor) -> Tensor:
-        """The inverse of `there`."""
-        return all_to_all(rows[self.place], self.received, self.sent, self.axis)
+    def send_back(self, rows: Tensor) -> Tensor:
+        """The inverse of `send`."""
+        return all_to_all(rows[self.inverse], self.received, self.sent, self.axis)
 
 
-class _ToExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: Dispatch) -> Tensor:
-        ctx.way = way
-        return way.there(rows)
+class _Send(torch.autograd.Function):
+    """Rows to their experts, or back; their gradients take the opposite way."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.way.back(grads[0]), None
-
-
-class _FromExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: Dispatch) -> Tensor:
-        ctx.way = way
-        return way.back(rows)
+    def forward(ctx: Any, rows: Tensor, dispatch: Dispatch, back: bool) -> Tensor:
+        ctx.dispatch, ctx.back = dispatch, back
+        return dispatch.send_back(rows) if back else dispatch.send(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.way.there(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return (ctx.dispatch.send(grads[0]) if ctx.back else ctx.dispatch.send_back(grads[0])), None, None
 
 
-def to_experts(rows: Tensor, way: Dispatch) -> Tensor:
+def to_experts(rows: Tensor, dispatch: Dispatch) -> Tensor:
     """Rows [rows, h] sorted by expert to the ranks of their experts: [arriving rows, h]. Collective over the axis."""
-    return _ToExperts.apply(rows, way)
+    return _Send.apply(rows, dispatch, False)
 
 
-def from_experts(rows: Tensor, way: Dispatch) -> Tensor:
-    """What the experts made of the rows [arriving rows, h] back to where they came from: [rows, h]."""
-    return _FromExperts.apply(rows, way)
+def from_experts(rows: Tensor, dispatch: Dispatch) -> Tensor:
+    """The experts' outputs [arriving rows, h] back to the ranks their rows came from: [rows, h]."""
+    return _Send.apply(rows, dispatch, True)
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """Rows times experts' weights that are unpacked in the forward and again in the backward, and not kept between."""
+    """Rows times NF4 weights of experts, which are unpacked in the forward and again in the backward, not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Weight, experts: int, offsets: Tensor) -> Tensor:
@@ -118,10 +114,10 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 class ExpertAdapter(Adapter):
-    """An adapter for every expert: both products are grouped by expert, as those of the weights are.
+    """An adapter for every expert; both products are grouped by expert, as those of the weights are.
 
-    Experts make parts of sums over tp and take gradients that are such sums' parts in turn, so nothing is reduced on
-    the way; what is reduced is the gradient of the one matrix that every rank of tp holds whole.
+    Outputs and incoming gradients of experts are partial sums over tp, so activations are not reduced here; only the
+    gradient of the matrix that is replicated over tp is.
     """
 
     def narrow(self, x: Tensor, a: Tensor, *more: Any) -> Tensor:
@@ -138,14 +134,14 @@ class ExpertAdapter(Adapter):
 
 
 class ExpertLinear(AdaptedLinear):
-    """One matrix an expert, of the experts this rank holds: [rows, in] sorted by expert -> [rows, out].
+    """One matrix for each expert of this rank: [rows, in] sorted by expert -> [rows, out].
 
-    The weight stacks [out, in] of the parts of one expert after the other. It is cut over tp along its output
-    (`dim` 0: [rows, in] -> [rows, sum(out)/tp]) or its input (`dim` 1: [rows, in/tp] -> partial sums over tp).
+    The weight stacks [out, in] of the parts, expert by expert. It is sharded over tp along its output (`dim` 0:
+    [rows, in] -> [rows, sum(out)/tp]) or its input (`dim` 1: [rows, in/tp] -> partial sums over tp).
 
     Args:
-        out_sizes: part -> its rows, in every expert; expert e's part is named "e.part", or "e" where the part is "".
-        target: before a part, the name under which `lora` may ask for an adapter.
+        out_sizes: part -> rows in every expert; expert e's part is named "e.part", or "e" where the part is "".
+        target: with a part's name behind it, the name that `lora` targets the part by.
     """
 
     def __init__(
@@ -171,14 +167,15 @@ class ExpertLinear(AdaptedLinear):
                 for part, shape in parts.items()
             ]
             return tuple(
-                all_of(s, name) if dim is None else cut(split(s[dim], mesh.tp), dim, s, name) for name, s in names
+                full_piece(s, name) if dim is None else shard_along(split(s[dim], mesh.tp), dim, s, name)
+                for name, s in names
             )
 
         weight = Shard(pieces({part: (out, in_size) for part, out in out_sizes.items()}, dim), "tp", experts=True)
         self.weight, self.nf4 = linear_weight(weight, mesh, dtype, lora)
         parts = [part for part in out_sizes if lora is not None and lora.wants(target + part)]
         if lora is not None and parts:
-            on_a, on_b = (None, 0) if dim == 0 else (1, None)  # the dim that is cut over tp
+            on_a, on_b = (None, 0) if dim == 0 else (1, None)  # the dim that is sharded over tp
             outputs = {part: split(out, mesh.tp).size if dim == 0 else out for part, out in out_sizes.items()}
             a, b = (
                 Shard(pieces(shapes, on), None if on is None else "tp", adapter=True, experts=True)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..mesh import Axis
 
 TILE = 64
-"""Rows that a share is a multiple of where it can be: a tile of a GPU's matrix units, and a block of NF4."""
+"""Rows that a shard is a multiple of where possible: a tile of a GPU's matrix units, and a block of NF4."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A length that is cut over the ranks of an axis: rank r holds [bounds[r], bounds[r + 1]), none where they meet."""
+    """A length divided over the ranks of an axis: rank r holds [bounds[r], bounds[r + 1]), which may be empty."""
 
     axis: Axis
     bounds: tuple[int, ...]
@@ -33,27 +33,27 @@ class Split:
 
     @property
     def start(self) -> int:
-        """Where this rank's share begins."""
+        """Where this rank's part begins."""
         return self.bounds[self.axis.rank]
 
     @property
     def size(self) -> int:
-        """This rank's share."""
+        """Length of this rank's part."""
         return self.sizes[self.axis.rank]
 
     @property
     def sizes(self) -> list[int]:
-        """The shares of all ranks."""
+        """Lengths on all ranks."""
         return [stop - start for start, stop in pairwise(self.bounds)]
 
     def times(self, width: int) -> Split:
-        """The same cut of a length in which each one is `width` long."""
+        """The same split, of units that are each `width` long."""
         return Split(self.axis, tuple(bound * width for bound in self.bounds))
 
 
 def split(size: int, axis: Axis) -> Split:
-    """Equal shares where the axis divides `size`. Where it does not, shares differ by one tile at most, or by one where
-    there is less than a tile a rank; only a size below the number of ranks leaves ranks with nothing."""
+    """Splits `size` equally where the axis divides it. Otherwise parts differ by at most one tile, or by one where
+    there is less than a tile a rank; a rank gets nothing only where `size` is below the number of ranks."""
     unit = 1 if size % axis.size == 0 or size < TILE * axis.size else TILE
     units = -(-size // unit)
     return Split(axis, tuple(min(rank * units // axis.size * unit, size) for rank in range(axis.size + 1)))
@@ -63,7 +63,7 @@ def split(size: int, axis: Axis) -> Split:
 class Piece:
     """A rectangle of one whole tensor. A fused parameter stacks several pieces along dim 0.
 
-    `part` names the tensor within a fused parameter ("q", "k", "v", "gate", "up"); it is "" for an unfused one.
+    `part` names the tensor within a fused parameter, and is "" for an unfused one.
     """
 
     part: str
@@ -74,11 +74,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """`axis`: the mesh axis the parameter is cut along, None where every rank of tp holds it whole.
+    """Description of a parameter on this rank.
 
-    `duplicate`: a tied copy (the head on the last pipeline stage) of another rank's tensor, counted and saved there.
-    `adapter`: not a weight of the model but of an adapter on one (engine/parallel/lora.py).
-    `experts`: only this place of ep holds these pieces: DP ranks of one edp hold copies of it, not all of dp.
+    Attributes:
+        axis: the mesh axis it is sharded along; None where it is replicated over tp.
+        duplicate: a tied copy (the head on the last pipeline stage) of another rank's tensor, counted and saved there.
+        adapter: belongs to an adapter (lora.py), not to the model.
+        experts: its pieces are held at one place of ep only: replicated over edp, not over all of dp.
     """
 
     pieces: tuple[Piece, ...]
@@ -86,6 +88,23 @@ class Shard:
     duplicate: bool = False
     adapter: bool = False
     experts: bool = False
+
+
+def full_piece(shape: tuple[int, ...], part: str = "") -> Piece:
+    """The whole of a tensor as one piece."""
+    return Piece(part, shape, (0,) * len(shape), shape)
+
+
+def shard_along(at: Split, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
+    """This rank's piece of a tensor of `shape` that is split along `dim`."""
+    assert shape[dim] == at.total, f"dim {dim} of {shape} does not have the split's length {at.total}"
+    offset = tuple(at.start if d == dim else 0 for d in range(len(shape)))
+    return Piece(part, shape, offset, tuple(at.size if d == dim else n for d, n in enumerate(shape)))
+
+
+def replicated(*shape: int) -> Shard:
+    """A parameter that every rank of tp holds whole."""
+    return Shard((full_piece(shape),))
 
 
 @dataclass(frozen=True)
@@ -106,14 +125,14 @@ class Entry:
 def flat_rectangles(
     piece_shape: tuple[int, ...], piece_offset: tuple[int, ...], start: int, stop: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Cuts the run [start, stop) of a row-major piece into rectangles of the whole tensor.
+    """Splits the run [start, stop) of a row-major piece into rectangles of the whole tensor.
 
     Args:
         piece_shape: [n] or [rows, cols] of the piece.
         piece_offset: where the piece begins in the whole tensor.
 
     Returns:
-        (offset in the whole tensor, shape, place of its first number in the flattened piece), at most three.
+        (offset in the whole tensor, shape, index of its first number in the flattened piece), at most three.
     """
     if len(piece_shape) == 1:
         return [((piece_offset[0] + start,), (stop - start,), start)] if start < stop else []
@@ -136,32 +155,32 @@ def sharded_parameter(shard: Shard, *, dtype: torch.dtype, device: torch.device)
 
 
 def shard_of(parameter: nn.Parameter) -> Shard:
-    """The shard description every parameter of trialign carries."""
+    """The shard description that every parameter of trialign carries."""
     shard = getattr(parameter, "shard", None)
     assert isinstance(shard, Shard), "a parameter without a shard description"
     return shard
 
 
 class Sink(Protocol):
-    """What a weight's numbers can be copied into: a view of a parameter, or a place that keeps them quantized."""
+    """Target that a piece's numbers are copied into: a view of a parameter, or storage that quantizes them."""
 
     def copy_(self, source: Tensor, /) -> object: ...
 
 
 class Store(Protocol):
-    """Where the numbers of a parameter on the meta device are really kept."""
+    """Storage behind a parameter that is on the meta device."""
 
     def sink(self, piece: int) -> Sink: ...
 
 
-def place(parameter: nn.Parameter, store: Store) -> None:
-    """Says that `parameter`, which must be on the meta device, only stands for what `store` keeps."""
+def set_store(parameter: nn.Parameter, store: Store) -> None:
+    """Makes `parameter`, which must be on the meta device, a placeholder of `store`."""
     assert parameter.is_meta
     parameter.store = store  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Slot(NamedTuple):
-    """Where the numbers of one rectangle of a whole tensor go."""
+    """Target of one rectangle of a whole tensor."""
 
     name: str  # of the parameter
     piece: Piece
@@ -175,7 +194,7 @@ def slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def sinks(parameter: nn.Parameter) -> Iterator[tuple[Piece, Sink]]:
-    """Every piece of a parameter that holds numbers, with what they go into, of the piece's shape."""
+    """Every non-empty piece of a parameter, with its sink of the piece's shape."""
     store: Store | None = getattr(parameter, "store", None)
     begin = 0
     for i, piece in enumerate(shard_of(parameter).pieces):

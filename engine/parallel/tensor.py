@@ -1,7 +1,7 @@
-"""Layers built sharded over the tensor axis: Megatron-LM's column, row and vocabulary cuts.
+"""Tensor-parallel layers, built sharded: Megatron-LM's column, row and vocabulary parallelism.
 
-Weights are [out, in] as in torch. Each parameter says by its `shard` which rectangle of the whole it holds. Shares need
-not be equal (`split`), so no size has to divide and nothing is padded: "/tp" in a shape means this rank's share.
+Weights are [out, in] as in torch; a parameter's `shard` describes its rectangle of the whole. Shards need not be equal
+(`split`), so no size has to divide and nothing is padded: "/tp" in a shape means this rank's part.
 """
 
 from __future__ import annotations
@@ -19,39 +19,23 @@ from ..mesh import Mesh
 from .collectives import all_reduce, copy_to_region, reduce_from_region
 from .lora import AdaptedLinear, Adapter, LoRA
 from .nf4 import NF4Weight
-from .shard import Piece, Shard, Split, place, sharded_parameter
-
-
-def all_of(shape: tuple[int, ...], part: str = "") -> Piece:
-    return Piece(part, shape, (0,) * len(shape), shape)
-
-
-def whole(*shape: int) -> Shard:
-    """A parameter that every rank of the tensor axis holds whole."""
-    return Shard((all_of(shape),))
-
-
-def cut(at: Split, dim: int, shape: tuple[int, ...], part: str = "") -> Piece:
-    """This rank's share of a tensor of `shape`, cut along `dim`."""
-    assert shape[dim] == at.total, f"{shape}[{dim}] is not the {at.total} that are cut"
-    offset = tuple(at.start if d == dim else 0 for d in range(len(shape)))
-    return Piece(part, shape, offset, tuple(at.size if d == dim else n for d, n in enumerate(shape)))
+from .shard import Shard, Split, full_piece, replicated, set_store, shard_along, sharded_parameter
 
 
 def linear_weight(
     shard: Shard, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None
 ) -> tuple[nn.Parameter, NF4Weight | None]:
-    """A linear's weight; with what it stands for where `lora` keeps it in NF4."""
+    """A linear's weight and, where `lora` keeps it in NF4, the storage behind it."""
     if lora is None or not lora.quantize:
         return sharded_parameter(shard, dtype=dtype, device=mesh.device), None
     nf4 = NF4Weight(shard, mesh.tp, mesh.device)
     weight = sharded_parameter(shard, dtype=dtype, device=torch.device("meta"))
-    place(weight, nf4)
+    set_store(weight, nf4)
     return weight, nf4
 
 
 class ParallelLinear(AdaptedLinear):
-    """A weight that is a parameter, or stands for one that is kept in NF4; a bias; a place for an adapter."""
+    """Base of the parallel linears: a weight (a parameter, or NF4), an optional bias and an optional adapter."""
 
     packed: Tensor | None = None  # the generator's, while the weight does not change (kernels/linear.py)
     bias: nn.Parameter | None
@@ -63,7 +47,7 @@ class ParallelLinear(AdaptedLinear):
         self.bias = None if bias is None else sharded_parameter(bias, dtype=dtype, device=mesh.device)
 
     def freeze(self, pack: bool) -> None:
-        """Packs the weight, where that pays, until `thaw`: it must not change."""
+        """Packs the weight where `pack`; it must not change until `thaw`."""
         self.packed = pack_weight(self.weight) if pack else None
 
     def thaw(self) -> None:
@@ -75,10 +59,10 @@ class ParallelLinear(AdaptedLinear):
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """y = x Wᵀ with the output features cut over tp. Fused parts (q, k, v or gate, up) are each cut, then stacked.
+    """y = x Wᵀ with the output features sharded over tp. Fused parts are sharded one by one, then stacked.
 
-    [tokens, in] -> [tokens, sum(out)/tp]; the input is whole on every rank. Parts that `lora` targets by name, with
-    `target` before it, get an adapter.
+    [tokens, in] -> [tokens, sum(out)/tp]; the input is replicated. A part gets an adapter where `lora` targets
+    `target` + its name.
     """
 
     def __init__(
@@ -93,13 +77,13 @@ class ColumnParallelLinear(ParallelLinear):
         target: str = "",
     ):
         def shard(*more: int) -> Shard:
-            return Shard(tuple(cut(out, 0, (out.total, *more), part) for part, out in outputs.items()), "tp")
+            return Shard(tuple(shard_along(out, 0, (out.total, *more), part) for part, out in outputs.items()), "tp")
 
         super().__init__(shard(in_size), shard() if bias else None, mesh, dtype, lora)
         parts = [part for part in outputs if lora is not None and lora.wants(target + part)]
         if lora is not None and parts:
-            a = Shard(tuple(all_of((lora.rank, in_size), part) for part in parts), adapter=True)
-            b = tuple(cut(outputs[part], 0, (outputs[part].total, lora.rank), part) for part in parts)
+            a = Shard(tuple(full_piece((lora.rank, in_size), part) for part in parts), adapter=True)
+            b = tuple(shard_along(outputs[part], 0, (outputs[part].total, lora.rank), part) for part in parts)
             adapter = Adapter(lora, {part: out.size for part, out in outputs.items()}, parts, "out", mesh.tp)
             self.add_adapter(adapter, a, Shard(b, "tp", adapter=True), mesh, dtype)
 
@@ -109,9 +93,9 @@ class ColumnParallelLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """y = x Wᵀ with the input features cut over tp: [tokens, in/tp] -> [tokens, out], summed over tp.
+    """y = x Wᵀ with the input features sharded over tp: [tokens, in/tp] -> [tokens, out], summed over tp.
 
-    `target` is the name under which `lora` may ask for an adapter.
+    `target`: name that `lora` targets it by.
     """
 
     def __init__(
@@ -125,11 +109,11 @@ class RowParallelLinear(ParallelLinear):
         lora: LoRA | None = None,
         target: str = "",
     ):
-        shard = Shard((cut(inputs, 1, (out_size, inputs.total)),), "tp")
-        super().__init__(shard, whole(out_size) if bias else None, mesh, dtype, lora)
+        shard = Shard((shard_along(inputs, 1, (out_size, inputs.total)),), "tp")
+        super().__init__(shard, replicated(out_size) if bias else None, mesh, dtype, lora)
         if lora is not None and lora.wants(target):
-            a = Shard((cut(inputs, 1, (lora.rank, inputs.total)),), "tp", adapter=True)
-            b = Shard((all_of((out_size, lora.rank)),), adapter=True)
+            a = Shard((shard_along(inputs, 1, (lora.rank, inputs.total)),), "tp", adapter=True)
+            b = Shard((full_piece((out_size, lora.rank)),), adapter=True)
             self.add_adapter(Adapter(lora, {"": out_size}, [""], "in", mesh.tp), a, b, mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,18 +122,18 @@ class RowParallelLinear(ParallelLinear):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of the vocabulary cut over tp: token ids [tokens] -> [tokens, hidden]."""
+    """Embedding with the vocabulary's rows sharded over tp: token ids [tokens] -> [tokens, hidden]."""
 
     def __init__(self, vocab: Split, hidden_size: int, mesh: Mesh, dtype: torch.dtype):
         super().__init__()
         self.vocab = vocab
-        shard = Shard((cut(vocab, 0, (vocab.total, hidden_size)),), "tp")
+        shard = Shard((shard_along(vocab, 0, (vocab.total, hidden_size)),), "tp")
         self.weight = sharded_parameter(shard, dtype=dtype, device=mesh.device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.vocab.axis.size == 1:
             return F.embedding(tokens, self.weight)
-        if not self.vocab.size:  # zeros that the backward goes through, as it does on the other ranks
+        if not self.vocab.size:  # zeros, through which the backward runs as on the other ranks
             return reduce_from_region(self.weight.new_zeros(len(tokens), 0) @ self.weight, self.vocab.axis)
         local = tokens - self.vocab.start
         elsewhere = (local < 0) | (local >= self.vocab.size)
@@ -160,13 +144,13 @@ class VocabParallelEmbedding(nn.Module):
 def parallel_logprob(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocab: Split, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label and entropy, from a head whose vocabulary is cut over tp.
+    """Log-probability of each label and entropy, from a head whose vocabulary is sharded over tp.
 
     Args:
-        hidden: [tokens, hidden], whole on every rank of tp.
+        hidden: [tokens, hidden], replicated over tp.
         weight: [vocab/tp, hidden], this rank's rows.
         labels: [tokens] global token ids.
-        vocab: how the vocabulary is cut.
+        vocab: the vocabulary's split.
         scale: 1/temperature; multiplies the logits.
 
     Returns:

@@ -22,11 +22,11 @@ def leave(error: Exception, watchdog: Watchdog | None = None, *, alike: bool = F
         watchdog: None where there are no other ranks, or they have not met yet.
         alike: every rank has the same error.
     """
-    if watchdog is not None and HEARTBEAT.broken and isinstance(error, RuntimeError):
+    if watchdog is not None and HEARTBEAT.failed_collective and isinstance(error, RuntimeError):
         report = watchdog.lost()
         if not report:
             wait()
-        error = ConnectionError(f"{report}\nin {HEARTBEAT.broken}: {error}")
+        error = ConnectionError(f"{report}\nin {HEARTBEAT.failed_collective}: {error}")
     if not (is_main() if alike else watchdog is None or watchdog.first()):
         wait()
     try:

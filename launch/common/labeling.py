@@ -59,17 +59,17 @@ def main(run: Run[Any]) -> None:
     parts = -(-count // options.prompts_per_save)
     run.about = answering.about
     progress = run.progress
-    progress.start(parts, done=done, facts={"reward": "reward {:.3f}"})
+    progress.start(parts, done=done, formats={"reward": "reward {:.3f}"})
     for part in range(done, parts):
         prompts = answering.dataset.next(min(options.prompts_per_save, count - part * options.prompts_per_save))
-        with progress.work("rollout"):
+        with progress.task("rollout"):
             rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
-        with progress.work("score"):
+        with progress.task("score"):
             scores = answering.scores(rollouts)
         combined = answering.scorer.combined(scores)
         rewards = shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
         for reason in answering.scorer.failures():
-            progress.say(f"abstains: {reason}")
+            progress.print(f"abstains: {reason}")
         if mesh.is_main:
             texts = response_texts(rollouts, answering.tokenizer)
             write_responses(run.folder / f"part_{part}.jsonl", make_responses(rollouts, texts, rewards, scores))

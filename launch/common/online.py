@@ -95,7 +95,7 @@ class OnlineRun:
         if not prompts:
             return []
         greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
-        with self.progress.work("answers"):
+        with self.progress.task("answers"):
             rollouts = sample(self.generator, prompts, greedy)
             combined = self.scorer.combined(self.scores(rollouts))
         texts = response_texts(rollouts, self.tokenizer)
@@ -108,7 +108,7 @@ class OnlineRun:
 
     def rewards_of(self, shaper: RewardShaper) -> Rewards:
         """Rewards of a training run's rollouts."""
-        return Rewards(self.scorer, shaper, self.models, self.progress.say)
+        return Rewards(self.scorer, shaper, self.models, self.progress.print)
 
     def on_policy(self, prompts: int) -> OnPolicySource:
         """Rollouts of the policy as it is, to so many prompts a step."""
@@ -131,7 +131,7 @@ class OnlineRun:
     def say_failures(self, run: Run) -> None:
         """One line for each scorer's reason to abstain; before an error says that nothing is left to learn from."""
         for reason in self.scorer.failures():
-            run.progress.say(f"abstains: {reason}")
+            run.progress.print(f"abstains: {reason}")
 
 
 def say_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:

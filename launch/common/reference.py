@@ -58,7 +58,7 @@ def reference_pass(
             name, count = config.model.reference or "the model as it is", sum(len(chunk) for _, chunk in missing)
             print(f"reference: {name}; log-probabilities of {count} rows, computed once", flush=True)
         role = _reference(run) if config.model.reference else learner
-    with run.progress.work("log-probabilities under the reference"):
+    with run.progress.task("log-probabilities under the reference"):
         for name, chunk in missing:
             sums[name] = values = compute(role, chunk).contiguous()
             _check_finite(config, [sample for row in chunk for sample in samples(row)], values)

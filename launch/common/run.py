@@ -152,7 +152,7 @@ class Run(Generic[Config]):
             name: displayed meanwhile, where it may take seconds.
         """
         try:
-            with self.progress.work(name) if name else nullcontext():
+            with self.progress.task(name) if name else nullcontext():
                 return run_on_all_ranks(work, self.mesh.world)
         except (ValueError, OSError) as error:
             failures.leave_together(f"error: {error}", self.mesh.is_main)
@@ -203,15 +203,15 @@ class Run(Generic[Config]):
         options = {"backends": config.run.log, "done": self.step, "config": flatten(config)}
         options["enabled"] = self.mesh.is_main
         self.log = self.on_all_ranks(lambda: self.stack.enter_context(MetricLog(self.folder, **options)))
-        self.progress.start(steps, done=self.step, facts=facts)
-        self.progress.say(f"{self.folder}: {about}; {self.mesh}; {config.model.dtype}; from step {self.step}")
+        self.progress.start(steps, done=self.step, formats=facts)
+        self.progress.print(f"{self.folder}: {about}; {self.mesh}; {config.model.dtype}; from step {self.step}")
         if record.changes:
-            self.progress.say(f"resumed with {'; '.join(record.changes)}")
+            self.progress.print(f"resumed with {'; '.join(record.changes)}")
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         assert self.safe_points is not None
-        with self.safe_points.phase(name), self.progress.work(name, line_after=LINE_EVERY):
+        with self.safe_points.phase(name), self.progress.task(name, line_after=LINE_EVERY):
             yield
 
     def interrupted(self) -> bool:
@@ -236,7 +236,7 @@ class Run(Generic[Config]):
         """
         for role, (learner, _) in self.learners.items():
             for reason in learner.reasons:
-                self.progress.say(f"{role}: step {self.step + 1} is skipped: {reason}")
+                self.progress.print(f"{role}: step {self.step + 1} is skipped: {reason}")
             if learner.reasons:  # its metrics are of an update that was not applied
                 metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             learner.reasons.clear()
@@ -262,14 +262,14 @@ class Run(Generic[Config]):
         """Exports the model, draws the plot, prints `shown` and where both files are."""
         HEARTBEAT.phase = "export"
         if self.mesh.is_main:
-            with self.progress.work("export"):
+            with self.progress.task("export"):
                 exported = self._export(role)
             picture = plot(self.folder / "metrics.jsonl", self.folder / f"{self.name}.png", panels)
             self.progress.close()
             for text in shown:
-                self.progress.say(text)
+                self.progress.print(text)
             self.record.write_finished(self.step, model=exported.name, plot=picture.name)
-            self.progress.say(f"model: {exported}\nplot:  {picture}")
+            self.progress.print(f"model: {exported}\nplot:  {picture}")
 
     def _state_of_parts(self) -> dict[str, Any]:
         return {name: part.state() for name, part in self.parts.items()}
@@ -296,7 +296,7 @@ class Run(Generic[Config]):
         check_states({role: learner.optimizer for role, (learner, _) in self.learners.items()}, self.mesh)
         entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
         root, keep = self.folder / "checkpoints", self.config.run.keep
-        with HEARTBEAT.at("checkpoint"), self.progress.work("checkpoint"):
+        with HEARTBEAT.at("checkpoint"), self.progress.task("checkpoint"):
             checkpoint.save(root, self.step, entries, state, self.mesh, keep=keep, assets=files)
         self.saved = self.step
 
@@ -311,7 +311,7 @@ class Run(Generic[Config]):
             if name in state["parts"]:  # a part that an option has only now added begins as in a new run
                 part.load_state(state["parts"][name])
         for role, (learner, _) in self.learners.items():
-            learner.optimizer.loaded(state["optimizer_steps"][role])
+            learner.optimizer.restore(state["optimizer_steps"][role])
         self.step = self.saved = state["step"]
 
     def _export(self, role: ExportRole) -> Path:

@@ -147,7 +147,7 @@ class SupervisedTask(Generic[Rows]):
             evaluated = self._evaluate()
         if evaluated and done == self.steps:
             text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in evaluated.items())
-            run.progress.say(f"eval split, after {done} steps: {text}")
+            run.progress.print(f"eval split, after {done} steps: {text}")
         run.end_step({**metrics, **epoch, **evaluated}, tokens=len(batch.tokens))
 
     def greedy_responses(self, rows: list[tuple[Prompt, list[int]]]) -> tuple[list[list[str]], list[Rollout]]:
@@ -163,7 +163,7 @@ class SupervisedTask(Generic[Rows]):
         prompts = [prompt for prompt, _ in rows]
         room = min(options.show_tokens, longest - max(len(prompt.tokens) for prompt in prompts))
         greedy = SamplingParams(temperature=0.0, max_new_tokens=room, stop_ids=self.stop_ids)
-        with run.progress.work("responses"):
+        with run.progress.task("responses"):
             generator = EmbeddedGenerator(self.learner.model, run.mesh, max_running=len(rows))
             rollouts = sample(generator, prompts, greedy)
         texts = response_texts(rollouts, self.tokenizer)

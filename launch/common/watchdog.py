@@ -54,7 +54,7 @@ class Watchdog:
     def close(self) -> None:
         """Ends the thread."""
         self._closed.set()
-        HEARTBEAT.moved.set()
+        HEARTBEAT.phase_changed.set()
         self._thread.join(WAIT)  # it may wait for a store that does not respond
 
     def first(self) -> bool:
@@ -95,8 +95,8 @@ class Watchdog:
     def _watch(self) -> None:
         moved, count, published = time.monotonic(), -1, 0.0
         while not self._closed.is_set():
-            changed = HEARTBEAT.moved.wait(TICK)
-            HEARTBEAT.moved.clear()
+            changed = HEARTBEAT.phase_changed.wait(TICK)
+            HEARTBEAT.phase_changed.clear()
             now = time.monotonic()
             if HEARTBEAT.collectives != count:
                 moved, count = now, HEARTBEAT.collectives

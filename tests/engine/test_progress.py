@@ -8,7 +8,7 @@ from rich.console import Console
 from trialign.engine import progress as module
 from trialign.engine.mesh import build_mesh
 from trialign.engine.profiler import Profiler
-from trialign.engine.progress import Pace, Progress, clock, report, sparkline
+from trialign.engine.progress import Pace, Progress, clock, report_progress, sparkline
 
 METRICS = {"reward": 0.5, "kl": 1.25, "tokens_per_s": 1234.0}
 
@@ -50,7 +50,7 @@ def test_on_a_terminal_a_bar_shows_reward_kl_speed_and_time():
         progress.start(20, done=4)
         assert "step 5 is on its way" in out.getvalue() or progress.bar.tasks[0].description == "step 5 is on its way"
         progress.update(5, METRICS)
-        progress.say("something above")
+        progress.print("something above")
         progress.update(6, {**METRICS, "reward": 0.75})
     text = out.getvalue()
     assert "6/20" in text and "reward +0.750" in text and "KL 1.250" in text and "1,234 tokens/s" in text
@@ -81,9 +81,9 @@ def test_a_long_work_has_a_bar_with_what_is_done_of_it(monkeypatch):
     target, out = console(terminal=True)
     with Progress(console=target) as progress:
         progress.start(3)
-        with progress.work("held-out rows"):
+        with progress.task("held-out rows"):
             wait_for(lambda: len(progress.bar.tasks) == 2)
-            report(3, 8)
+            report_progress(3, 8)
             assert (progress.bar.tasks[1].completed, progress.bar.tasks[1].total) == (3, 8)
             progress.bar.refresh()
             assert "held-out rows" in out.getvalue() and "3/8" in out.getvalue()
@@ -93,10 +93,10 @@ def test_a_long_work_has_a_bar_with_what_is_done_of_it(monkeypatch):
 def test_without_a_terminal_a_long_work_is_a_line_and_a_short_one_is_none():
     target, out = console(terminal=False)
     with Progress(console=target) as progress:
-        with progress.work("rows"):
+        with progress.task("rows"):
             pass
-        with progress.work("phase"), progress.work("log-probabilities", line_after=0.01):
-            report(2, 4)
+        with progress.task("phase"), progress.task("log-probabilities", line_after=0.01):
+            report_progress(2, 4)
             wait_for(out.getvalue)
     assert out.getvalue().startswith("log-probabilities 2/4: 0:00:0") and len(out.getvalue().splitlines()) == 1
 
@@ -105,11 +105,11 @@ def test_a_work_that_fails_is_not_shown_any_longer(monkeypatch):
     monkeypatch.setattr(module, "BAR_AFTER", 0.01)
     target, _ = console(terminal=True)
     with Progress(console=target) as progress:
-        with pytest.raises(ValueError, match="broken"), progress.work("rows"):
+        with pytest.raises(ValueError, match="broken"), progress.task("rows"):
             wait_for(lambda: progress.bar.tasks)
             raise ValueError("broken")
         assert not progress.bar.tasks
-    report(1, 2)  # outside of any work
+    report_progress(1, 2)  # outside of any work
 
 
 def test_phases_are_works():
@@ -118,7 +118,7 @@ def test_phases_are_works():
 
     def around(name: str):
         seen.append(name)
-        return progress.work(name)
+        return progress.task(name)
 
     phases = Profiler(build_mesh(), around=around)
     with phases("rollout"):
@@ -129,10 +129,10 @@ def test_phases_are_works():
 def test_other_ranks_print_nothing(capsys):
     with Progress(enabled=False) as progress:
         progress.start(2)
-        with progress.work("rows", line_after=0):
-            report(1, 2)
+        with progress.task("rows", line_after=0):
+            report_progress(1, 2)
         progress.update(1, METRICS)
-        progress.say("x")
+        progress.print("x")
     assert capsys.readouterr().out == ""
 
 

@@ -167,7 +167,7 @@ def one_step(rank: int, world: int, sizes: dict[str, Any], moe: MoEConfig, recom
 
     metrics = learner.step(batch, loss)
     for bucket in optimizer.buckets:
-        bucket.states["grad"] = bucket.grads[bucket.mine]
+        bucket.states["grad"] = bucket.grads[bucket.local]
     states = assemble(optimizer.entries("net", lambda name, part: f"{name}:{part}"), mesh.world)
     count = len(update_micro_batches(batch, range(len(batch)), cuts, mesh.dp))
     return metrics, states, Role(model, sizes=cuts).logprobs(batch), count

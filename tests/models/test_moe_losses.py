@@ -121,8 +121,8 @@ class Losing(Dispatch):
     def __init__(self, offsets: Tensor, axis: Axis):
         super().__init__(offsets.clamp(max=offsets[-1] - 3), axis)
 
-    def back(self, rows: Tensor) -> Tensor:
-        return F.pad(super().back(rows), (0, 0, 0, 3))
+    def send_back(self, rows: Tensor) -> Tensor:
+        return F.pad(super().send_back(rows), (0, 0, 0, 3))
 
 
 def test_what_did_not_arrive_is_counted(monkeypatch):

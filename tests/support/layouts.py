@@ -43,7 +43,7 @@ def whole_states(**learners: Learner) -> dict[str, Tensor]:
     for role, learner in learners.items():
         optimizer, model = learner.optimizer, learner.model
         for bucket in optimizer.buckets:
-            bucket.states["grad"] = bucket.grads[bucket.mine]
+            bucket.states["grad"] = bucket.grads[bucket.local]
         entries = optimizer.entries(role, partial(trained_name, config=model.config, head=model.kind))
         states |= assemble(entries, learner.mesh.world)
         for bucket in optimizer.buckets:

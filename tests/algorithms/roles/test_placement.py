@@ -63,7 +63,7 @@ def three_steps(
     if resume:
         state = checkpoint.load(root / "step_3", trained_entries(learners), whole)
         for learner in learners.values():
-            learner.optimizer.loaded(state["steps"])
+            learner.optimizer.restore(state["steps"])
     dataset: Any = Prompts()
     generator = EmbeddedGenerator(actor.model, mine)
     params = SamplingParams(max_new_tokens=6, stop_ids=(2,), seed=1)

@@ -55,7 +55,7 @@ def started(case: Case, dtype: str, **sizes: Any) -> dict[str, Tensor]:
     learner.optimizer.step(0.0)
     for bucket, before in zip(learner.optimizer.buckets, weights, strict=True):
         assert torch.equal(bucket.weights, before)  # what is computed with from the first forward on
-        bucket.states["weight"] = bucket.weights[bucket.mine]
+        bucket.states["weight"] = bucket.weights[bucket.local]
     return whole(model, learner.optimizer, mesh)
 
 

@@ -11,7 +11,7 @@ from tiny import assemble
 from torch import nn
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
-from trialign.engine.parallel.tensor import whole
+from trialign.engine.parallel.shard import replicated
 
 SETTINGS = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
 STEPS, ROWS = 4, 8
@@ -21,7 +21,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype)
     for parameter in model.parameters():
-        parameter.shard = whole(*parameter.shape)  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.shard = replicated(*parameter.shape)  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
@@ -80,7 +80,7 @@ def test_is_adamw(world, micro, max_norm):
 def test_the_norm_of_a_large_gradient_is_exact():
     """Eight million numbers: summed up in fp32 in one go they would lose the fourth digit."""
     model, mesh = nn.Linear(2048, 4096, bias=False), build_mesh()
-    model.weight.shard = whole(4096, 2048)  # pyright: ignore[reportAttributeAccessIssue]
+    model.weight.shard = replicated(4096, 2048)  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = ShardedAdamW(model, mesh, **SETTINGS)
     gradient = torch.rand(4096, 2048, generator=torch.Generator().manual_seed(0)) ** 9
     (model.weight * gradient).sum().backward()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
-from trialign.engine.parallel.tensor import sharded_parameter, whole
+from trialign.engine.parallel.shard import replicated, sharded_parameter
 from trialign.kernels.moe import sort_by_expert
 
 EXPERTS, HIDDEN = 4, 6
@@ -59,7 +59,7 @@ class Net(nn.Module):
     def __init__(self, mesh):
         super().__init__()
         self.all = nn.Linear(1, 1, bias=False)
-        self.all.weight = sharded_parameter(whole(3, HIDDEN), dtype=torch.float32, device=mesh.device)
+        self.all.weight = sharded_parameter(replicated(3, HIDDEN), dtype=torch.float32, device=mesh.device)
         self.experts = ExpertLinear(EXPERTS, HIDDEN, {"a": 4, "b": 2}, 0, mesh, torch.float32)
         generator = torch.Generator().manual_seed(0)
         wholes = {"": torch.randn(3, HIDDEN, generator=generator)}

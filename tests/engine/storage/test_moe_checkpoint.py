@@ -36,7 +36,7 @@ def run(rank: int, world: int, sizes: dict[str, Any], root: Path, load: Path | N
     if load is not None:
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))
-        optimizer.loaded(checkpoint.load(load, entries(), mesh)["steps"])
+        optimizer.restore(checkpoint.load(load, entries(), mesh)["steps"])
     generator = torch.Generator().manual_seed(7)
     batch = pack([torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 9, 3, 14)])
 

@@ -150,7 +150,7 @@ def resumed(rank: int, world: int, folder: Path, path: Path, lora: LoRA, tp: int
     model = trained.model
     check_same_adapter(checkpoint.read_state(path)["adapters"]["actor"], model, folder)
     entries = trained.optimizer.entries("actor", partial(trained_name, config=model.config, head=model.kind))
-    trained.optimizer.loaded(checkpoint.load(path, entries, mesh)["steps"])
+    trained.optimizer.restore(checkpoint.load(path, entries, mesh)["steps"])
     return held(trained)
 
 

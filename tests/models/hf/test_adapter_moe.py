@@ -46,7 +46,7 @@ def resumed(rank: int, world: int, folder: Path, path: Path, lora: LoRA, sizes: 
     model = trained.model
     check_same_adapter(checkpoint.read_state(path)["adapters"]["actor"], model, folder)
     entries = trained.optimizer.entries("actor", partial(trained_name, config=model.config, head=model.kind))
-    trained.optimizer.loaded(checkpoint.load(path, entries, model.mesh)["steps"])
+    trained.optimizer.restore(checkpoint.load(path, entries, model.mesh)["steps"])
     return held(trained)
 
 
@@ -64,7 +64,7 @@ def test_checkpoints_resume_in_another_layout_and_export_merged(folder, tmp_path
     model = build(folder, build_mesh(), lora)
     trained = learner(model)
     entries = trained.optimizer.entries("actor", partial(trained_name, config=model.config, head=model.kind))
-    trained.optimizer.loaded(checkpoint.load(saved, entries, model.mesh)["steps"])
+    trained.optimizer.restore(checkpoint.load(saved, entries, model.mesh)["steps"])
     with torch.no_grad():
         expected = model.logits(stage_forward(model, pack(samples(VOCAB)), None))
     export_checkpoint(saved, tmp_path / "merged", dtype=torch.float32)
