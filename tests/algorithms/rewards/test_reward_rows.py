@@ -5,6 +5,7 @@ import math
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -120,7 +121,7 @@ def test_scorers_with_equal_path_ends_have_metrics_of_their_own():
         ("runs/a/model", "/x/f.py:f"): ("model", "f.py:f"),
         ("model", "./model"): ("model", "./model"),
     }.items():
-        scores = {name: [float(i)] for i, name in enumerate(names)}
+        scores: Any = {name: [float(i)] for i, name in enumerate(names)}
         metrics = reward_metrics([rollout], scores, [1.0], [1.0])
         by_name = {name: value for name, value in metrics.items() if name.startswith("reward/")}
         assert by_name == {f"reward/{name}": float(i) for i, name in enumerate(short)}
