@@ -61,17 +61,21 @@ def update_micro_batches(batch: Batch, samples: Sequence[int], sizes: MicroBatch
     return [[sample for row in cut for sample in rows[row]] for cut in cuts]
 
 
-def pass_micro_batches(batch: Batch, sizes: MicroBatchSizes, dp: Axis) -> list[list[int]]:
+def pass_micro_batches(batch: Batch, sizes: MicroBatchSizes, dp: Axis, *, by_length: bool = True) -> list[list[int]]:
     """This DP rank's micro-batches of a forward pass over the whole batch, as sample ids.
 
     A batch that is only scored is cut into contiguous parts, whose rows need be neither as many as the DP ranks nor
     short enough for `micro_batch_tokens`: a longer one has a micro-batch of its own.
+
+    Args:
+        by_length: of a batch that is only scored: as in `micro_batches`.
     """
     if batch.minibatches:
         return [cut for samples in batch.minibatches[0] for cut in update_micro_batches(batch, samples, sizes, dp)]
     rows, lengths = _rows(batch)
     most = sizes.micro_batch_tokens and max(sizes.micro_batch_tokens, *lengths)
-    cuts = micro_batches(range(len(rows))[contiguous_part(len(rows), dp)], lengths, sizes.micro_batch_size, most)
+    mine = range(len(rows))[contiguous_part(len(rows), dp)]
+    cuts = micro_batches(mine, lengths, sizes.micro_batch_size, most, by_length=by_length)
     return [[sample for row in cut for sample in rows[row]] for cut in cuts]
 
 
@@ -109,20 +113,21 @@ def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(hand) for hand in hands]
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], size: int, max_tokens: int = 0) -> list[list[int]]:
+def micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], size: int, max_tokens: int = 0, *, by_length: bool = True
+) -> list[list[int]]:
     """Cuts `rows` into micro-batches of `size` rows, or, if `max_tokens` is given, of at most so many tokens.
-
-    Rows are taken longest first, so that those of one micro-batch are about equally long.
 
     Args:
         rows: indices into `lengths`.
+        by_length: longest first, so that those of one micro-batch are about equally long; else as they come.
 
     Raises:
         ValueError: a row alone has more tokens than `max_tokens`.
     """
-    ordered = sorted(rows, key=lambda i: (-lengths[i], i))
+    ordered = sorted(rows, key=lambda i: (-lengths[i], i)) if by_length else rows
     if not max_tokens:
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        return [list(ordered[i : i + size]) for i in range(0, len(ordered), size)]
     cuts: list[list[int]] = []
     room = 0
     for row in ordered:

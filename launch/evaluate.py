@@ -95,7 +95,7 @@ class Evaluated:
         online = OnlineRun(run, cast(Any, own), config.run, self.shape)
         role = self.role
         models = [run.on_all_ranks(lambda p=p: self._reward_model(p), p) for p in config.reward.models]
-        online.attach(cast(Any, role), [Role(model, sizes=self.sizes) for model in models])
+        online.attach(cast(Any, role), [Role(model, sizes=self.sizes, by_length=False) for model in models])
         available = online.dataset.rows - online.dataset.dropped
         self._say(online.about)
         count, size = min(config.data.limit or available, available), config.run.prompts_per_save
@@ -156,7 +156,8 @@ class Evaluated:
         rows = self.run.on_all_ranks(lambda: TextStream(self.config.text, self.tokenizer), "text")
         self._say(rows)
         whole = list(rows.rows())
-        return (pack_rows(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
+        # A forward pass needs no whole rows: micro-batches are of so many documents, or parts of documents.
+        return (pack_rows(whole[i : i + CHUNK]).with_(row_sizes=()) for i in range(0, len(whole), CHUNK))
 
     def _dialogues(self) -> Iterator[Batch]:
         ends = self.run.on_all_ranks(lambda: stop_ids(self.folder, self.shape, self.tokenizer))

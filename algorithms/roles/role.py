@@ -71,6 +71,7 @@ class Role:
         temperature: divides its logits, as it does when it samples.
         sizes: of its micro-batches.
         profiler: takes the FLOPs of its passes.
+        by_length: samples of about equal length share a micro-batch of a pass; else consecutive ones do.
     """
 
     def __init__(
@@ -79,8 +80,11 @@ class Role:
         temperature: float = 1.0,
         sizes: MicroBatchSizes = DEFAULT_SIZES,
         profiler: Profiler | None = None,
+        *,
+        by_length: bool = True,
     ):
         self.model, self.mesh, self.temperature, self.sizes = model, model.mesh, temperature, sizes
+        self.by_length = by_length
         self.profiler = Profiler(model.mesh) if profiler is None else profiler
 
     def count_flops(self, parts: Sequence[Batch], passes: int = 1) -> None:
@@ -111,7 +115,8 @@ class Role:
         return self._pass(batch, read, lambda part: part.last)[batch.last]
 
     def _pass(self, batch: Batch, read: Readout, where: Callable[[Batch], Tensor]) -> Tensor:
-        cuts = pass_micro_batches(batch, self.sizes, self.mesh.dp) if self.mesh.is_member else []
+        options = {"by_length": self.by_length}
+        cuts = pass_micro_batches(batch, self.sizes, self.mesh.dp, **options) if self.mesh.is_member else []
         own = [batch.select(samples) for samples in cuts]
         first = padding(len(own), self.mesh)
         parts = [*first, *own]
