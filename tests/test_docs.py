@@ -18,6 +18,7 @@ from trialign.algorithms.config.pretrain import PretrainConfig
 from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.config.rlhf import RLHFConfig
 from trialign.algorithms.config.sft import SFTConfig
+from trialign.engine.config import flatten
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = {
@@ -69,7 +70,7 @@ def table(config: object, prefix: str) -> str:
             continue
         default = written(value)
         choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
-        text = docs[field.name].replace("|", "\\|")
+        text = " ".join(docs[field.name].split()).replace("|", "\\|")  # a row of a Markdown table is one line
         if choices:
             text += f" ({', '.join(f'`{choice}`' for choice in choices)})"
         rows += f"| `{name}` | `{default}` | {text} |\n"
@@ -84,7 +85,7 @@ def tables(cls: type) -> str:
         section = getattr(config, field.name)
         about = (inspect.getdoc(type(section)) or "").splitlines()[0]
         if page := pages.get(type(section)):
-            rows = f"Options of [{page}]({page}), each behind `{field.name}.`\n"
+            rows = f"Options of [{page}]({page}), prefixed with `{field.name}.`\n"
         else:
             rows = f"| option | default | |\n|---|---|---|\n{table(section, field.name)}"
         parts.append(f"### {field.name}\n\n{about}\n\n{rows}")
@@ -110,6 +111,17 @@ def test_the_text_names_options_that_exist(name):
     named = set(re.findall(rf"`((?:{sections})\.\w+)`", page))
     known = set(re.findall(r"^\| `([\w.]+)`", tables(PAGES[name]), re.M))
     assert named and named <= known, named - known
+
+
+def test_commands_use_options_that_exist():
+    options = {page.removesuffix(".md"): set(flatten(cls())) for page, cls in PAGES.items()}
+    unknown = []
+    for path in (*DOCS.glob("*.md"), *DOCS.parent.glob("README*.md")):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for script, arguments in re.findall(r"launch/(\w+)\.py ([^`\n]*--[^`\n]*)", text):
+            used = set(re.findall(r"--(\w+\.[\w.]+)", arguments))
+            unknown += [f"{path.name}: {script}.py --{name}" for name in used - options.get(script, used)]
+    assert not unknown
 
 
 @pytest.mark.parametrize("config", PAGES.values())
