@@ -31,7 +31,7 @@ from trialign.algorithms.batch import Batch, Prompt, response_texts
 from trialign.algorithms.config.evaluate import EvaluateConfig
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
-from trialign.algorithms.data.documents import TextStream, pack_rows
+from trialign.algorithms.data.documents import TextStream, pack_documents
 from trialign.algorithms.data.responses import score_or_none
 from trialign.algorithms.data.text_files import write_jsonl
 from trialign.algorithms.metrics import (
@@ -156,8 +156,7 @@ class Evaluated:
         rows = self.run.on_all_ranks(lambda: TextStream(self.config.text, self.tokenizer), "text")
         self._say(rows)
         whole = list(rows.rows())
-        # A forward pass needs no whole rows: micro-batches are of so many documents, or parts of documents.
-        return (pack_rows(whole[i : i + CHUNK]).with_(row_sizes=()) for i in range(0, len(whole), CHUNK))
+        return (pack_documents(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
 
     def _dialogues(self) -> Iterator[Batch]:
         ends = self.run.on_all_ranks(lambda: stop_ids(self.folder, self.shape, self.tokenizer))

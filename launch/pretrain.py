@@ -16,7 +16,7 @@ from common.supervised import SupervisedTask
 from report.panels import PRETRAIN_PANELS
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.pretrain import PretrainConfig
-from trialign.algorithms.data.documents import TextStream, pack_rows
+from trialign.algorithms.data.documents import TextStream, pack_documents, pack_rows
 from trialign.algorithms.metrics import perplexity
 from trialign.algorithms.sft import held_out_loss, sft_step
 
@@ -27,7 +27,7 @@ def main(run: Run[PretrainConfig]) -> None:
     """Trains, and leaves the exported model and the plot in the run's folder."""
     config, mesh = run.config, run.mesh
     task = SupervisedTask(run, config.data, lambda tokenizer, _: TextStream(config.data, tokenizer, config.run.seed))
-    eval_batch = pack_rows(task.rows.held_out).to(mesh.device) if task.rows.held_out else None
+    eval_batch = pack_documents(task.rows.held_out).to(mesh.device) if task.rows.held_out else None
 
     def evaluate(batch: Batch) -> dict[str, float]:
         loss = held_out_loss(task.learner, batch)

@@ -185,11 +185,16 @@ def hold_out(
     return rest, [documents[source][i] for source, i in sorted(chosen)]
 
 
-def pack_rows(rows: Sequence[PackedRow]) -> Batch:
-    """The batch of these rows, a sample a piece; all tokens are targets but each piece's first."""
+def pack_documents(rows: Sequence[PackedRow]) -> Batch:
+    """Batch for a forward pass: a sample a piece, all tokens but each piece's first are targets; micro-batches are of
+    so many pieces."""
     pieces = [piece for row in rows for piece in row]
-    names, sizes = tuple(piece.where for piece in pieces), tuple(map(len, rows))
-    return pack([piece.tokens.tolist() for piece in pieces]).with_(names=names, row_sizes=sizes)
+    return pack([piece.tokens.tolist() for piece in pieces]).with_(names=tuple(piece.where for piece in pieces))
+
+
+def pack_rows(rows: Sequence[PackedRow]) -> Batch:
+    """Batch for an update: as `pack_documents`, with micro-batches of so many whole rows."""
+    return pack_documents(rows).with_(row_sizes=tuple(map(len, rows)))
 
 
 class TextDataset:
