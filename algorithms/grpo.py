@@ -35,12 +35,9 @@ from .rollout.source import Rollouts
 
 def score(rollouts: Rollouts, roles: Roles, config: GRPOConfig) -> Batch:
     """The batch of these rollouts, whose groups have their rewards: reference logprobs, logprobs before the update."""
-    with roles.profiler("score") as phase:
-        batch = rollouts.batch(config.grpo, config.run.seed).to(roles.actor.mesh.device)
-        scored = with_passes(without_unscored(batch, rollouts.rewards), roles, config)
-        passes = (scored.ref_logprobs is not None) + (scored.logprobs is not None)
-        phase.tokens = passes * len(batch.tokens)
-        return scored
+    batch = rollouts.batch(config.grpo, config.run.seed).to(roles.actor.mesh.device)
+    with roles.profiler("score", tokens=len(batch.tokens)):
+        return with_passes(without_unscored(batch, rollouts.rewards), roles, config)
 
 
 def with_passes(batch: Batch, roles: Roles, config: GRPOConfig) -> Batch:
@@ -162,8 +159,7 @@ def update(roles: Roles, batch: Batch, config: GRPOConfig) -> dict[str, float]:
         RuntimeError: a ratio before the first step of the update is not exactly 1.
     """
     history: list[dict[str, float]] = []
-    with roles.profiler("update") as phase:
-        phase.tokens = len(batch.tokens) * config.grpo.epochs
+    with roles.profiler("update", tokens=len(batch.tokens), epochs=config.grpo.epochs):
         for samples in chain(*batch.minibatches):
             history.append(actor_step(roles.actor, batch, samples, config, first=not history))
     metrics = mean_metrics(history)

@@ -40,9 +40,8 @@ from .rollout.source import Rollouts
 
 def score(rollouts: Rollouts, roles: Roles, rewards: Rewards, config: PPOConfig) -> Batch:
     """The batch of these rollouts: rewards, reference logprobs, and values and logprobs before the update."""
-    with roles.profiler("score") as phase:
-        batch = rollouts.batch(config.ppo, config.run.seed).to(roles.actor.mesh.device)
-        phase.tokens = len(batch.tokens)
+    batch = rollouts.batch(config.ppo, config.run.seed).to(roles.actor.mesh.device)
+    with roles.profiler("score", tokens=len(batch.tokens)):
         batch = without_unscored(batch, torch.tensor(rewards(rollouts.samples, batch).shaped))
         return with_passes(batch, roles, config)
 
@@ -145,8 +144,7 @@ def update(
     assert roles.critic is not None
     history: list[dict[str, float]] = []
     learned, metrics = None, {}
-    with roles.profiler("update") as phase:
-        phase.tokens = len(batch.tokens) * config.ppo.epochs
+    with roles.profiler("update", tokens=len(batch.tokens), epochs=config.ppo.epochs):
         if batch.values is None:
             assert single_update(config.ppo)
             learned, values = critic_step(roles.critic, batch, batch.minibatches[0][0], config)

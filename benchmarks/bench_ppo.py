@@ -31,7 +31,6 @@ from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.mesh import build_mesh, check_layout
 from trialign.engine.profiler import Profiler, matmul_peak
 from trialign.models.decoder import Decoder
-from trialign.models.flops import forward_flops
 from trialign.models.hf.load import load_hf
 
 
@@ -79,32 +78,28 @@ def main(bench: Bench) -> None:
     mesh = build_mesh(tp=bench.tp, pp=bench.pp, device=bench.device)
     shapes = read_shapes(config)
     shape = shapes[bench.model]
-    roles = build_ppo_roles(config, shapes, mesh)
+    phases = Profiler(mesh)
+    roles = build_ppo_roles(config, shapes, mesh, phases)
     dtype = roles.actor.model.dtype
+    phases.peak = matmul_peak(dtype, mesh.device)
     reward = Decoder(shape, mesh, dtype=dtype, head="score").requires_grad_(False)
     load_hf(reward, bench.model, new_head="normal")
-    roles.rewards.append(Role(reward, sizes=config.ppo))
-    generator = EmbeddedGenerator(roles.actor.model, mesh)
+    roles.rewards.append(Role(reward, sizes=config.ppo, profiler=phases))
+    generator = EmbeddedGenerator(roles.actor.model, mesh, profiler=phases)
     params = sampling_params(config.rollout, stop_ids=(), seed=config.run.seed)  # no early stop
     random = torch.Generator().manual_seed(0)
-    phases = Profiler(mesh, peak=matmul_peak(dtype, mesh.device))
     history = []
     for step in range(bench.iters):
         tokens = torch.randint(shape.vocab_size, (bench.prompts, bench.prompt_tokens), generator=random).tolist()
         prompts = [Prompt(step * bench.prompts + i, row, "") for i, row in enumerate(tokens)]
-        with phases("rollout") as phase:
+        with phases("rollout"):
             batch = from_rollouts(sample(generator, prompts, params)).to(mesh.device)
             batch = batch.with_(minibatches=draw_minibatches(len(batch), config.ppo, seed=step))
-            phase.flops = forward = forward_flops(shape, batch.lengths, len(batch.response))
-        with phases("score") as phase:
+        with phases("score"):
             scores = roles.rewards[0].scores(batch)
             batch = with_passes(batch, roles, config)
-            body = forward_flops(shape, batch.lengths)
-            phase.flops = forward + body
-        with phases("update") as phase:
             batch, metrics = with_rewards(batch, scores, config, config.ppo.kl_coef)
-            metrics |= update(roles, batch, config)
-            phase.flops = 3 * (forward + body)
+        metrics |= update(roles, batch, config)  # opens its own phase
         with phases("sync"):
             generator.load(roles.actor.model, step + 1)
         history.append(phases.take())

@@ -1,6 +1,6 @@
 """Cost of a step's phases: seconds, tokens/s, model FLOPs utilization (MFU) and memory.
 
-The script opens the phases; roles, generator and optimizer report their tokens and FLOPs to the phase that is open.
+The script opens the phases; roles and generator report their FLOPs and tokens to the phase that is open.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from .parallel.collectives import all_reduce
 
 
 @dataclass
-class Phase:
-    """Work done in a phase: by this rank where `Profiler.add` reports it, of all ranks where the script sets it."""
+class Work:
+    """Work of a phase since the last `take`."""
 
-    tokens: int = 0
-    flops: float = 0.0
+    tokens: int = 0  # of all ranks
+    reported_tokens: int = 0  # of this rank
+    reported_flops: float = 0.0
 
 
 class Profiler:
@@ -50,31 +51,38 @@ class Profiler:
         around: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ):
         self.mesh, self.peak, self.around = mesh, peak, around
-        self._open: Phase | None = None
+        self._open: Work | None = None
+        self._learned = 0  # tokens of the batches learned from, each once
         self._seconds: dict[str, float] = {}
-        self._work: dict[str, list[Phase]] = {}  # phase -> work of this rank's reports, work of all ranks
+        self._work: dict[str, Work] = {}
         self._memory: dict[str, int] = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[Phase]:
+    def __call__(self, name: str, *, tokens: int = 0, epochs: int = 0) -> Iterator[None]:
+        """Times a phase.
+
+        Args:
+            tokens: of its batch, of all ranks.
+            epochs: passes over the batch where the phase is an update that learns from it.
+        """
         assert self._open is None, f"phase {name} opened within another"
-        device, total = self.mesh.device, Phase()
+        device = self.mesh.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-        own, whole = self._work.setdefault(name, [Phase(), Phase()])
+        work = self._work.setdefault(name, Work())
+        work.tokens += tokens * max(1, epochs)
+        self._learned += tokens if epochs else 0
         start = time.perf_counter()
-        self._open = own
+        self._open = work
         try:
             with self.around(name):
-                yield total
+                yield
         finally:
             self._open = None
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-        whole.tokens += total.tokens
-        whole.flops += total.flops
         self._memory[name] = max(self._memory.get(name, 0), memory_high_water(device))
 
     def add(self, mesh: Mesh, *, tokens: int = 0, flops: float = 0.0) -> None:
@@ -83,23 +91,24 @@ class Profiler:
         All ranks of the DP rank (its tp, pp, cp) may call this alike: it is counted once.
         """
         if self._open is not None and mesh.tp.rank == mesh.pp.rank == mesh.cp.rank == 0:
-            self._open.tokens += tokens
-            self._open.flops += flops
+            self._open.reported_tokens += tokens
+            self._open.reported_flops += flops
 
     def take(self) -> dict[str, float]:
         """Metrics since the last call. Collective over the world, whose ranks have been through the same phases.
 
         For each phase seconds/NAME (of this rank), memory_gb/NAME (of this rank) and, where they were counted,
-        tokens_per_s/NAME and mfu/NAME (of all ranks); over all phases seconds/step and mfu/step.
+        tokens_per_s/NAME and mfu/NAME (of all ranks); over all phases seconds/step and mfu/step, and tokens_per_s of
+        the batches learned from, however many epochs.
         """
         if not self._seconds:
             return {}
-        own = [[self._work[name][0].tokens, self._work[name][0].flops] for name in self._seconds]
+        own = [[self._work[name].reported_tokens, self._work[name].reported_flops] for name in self._seconds]
         sums = all_reduce(torch.tensor(own, dtype=torch.float64, device=self.mesh.device), self.mesh.world).tolist()
         metrics, all_flops = {}, 0.0
         peak = None if self.peak is None else self.peak * self.mesh.world.size
         for (name, seconds), (tokens, flops) in zip(self._seconds.items(), sums, strict=True):
-            tokens, flops = tokens + self._work[name][1].tokens, flops + self._work[name][1].flops
+            tokens += self._work[name].tokens
             all_flops += flops
             metrics[f"seconds/{name}"] = seconds
             if tokens:
@@ -110,7 +119,9 @@ class Profiler:
         metrics["seconds/step"] = whole = sum(self._seconds.values())
         if peak is not None:
             metrics["mfu/step"] = all_flops / whole / peak
-        self._seconds, self._work, self._memory = {}, {}, {}
+        if self._learned:
+            metrics["tokens_per_s"] = self._learned / whole
+        self._seconds, self._work, self._memory, self._learned = {}, {}, {}, 0
         return metrics
 
 

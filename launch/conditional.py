@@ -164,9 +164,9 @@ def main(run: Run[ConditionalConfig]) -> None:
 
     for _ in run.steps():
         batch = pack_samples(data.next(config.update.batch_size)).to(mesh.device)  # rows -> batch
-        with task.phase("update", batch, passes=3):
+        with task.update(batch):
             metrics = sft_step(learner, batch)  # batch -> new weights
-        task.end_step(metrics, batch)
+        task.end_step(metrics)
 
     rewards.chunks.drop()
     after = responses(task, rewards)

@@ -66,9 +66,9 @@ def main(run: Run[DPOConfig]) -> None:
 
     for _ in run.steps():
         batch = pairs.next(config.update.batch_size)  # pairs -> batch with reference logprobs
-        with task.phase("update", batch, passes=3):
+        with task.update(batch):
             metrics = dpo_step(learner, batch, config.loss)  # batch -> new weights
-        task.end_step(metrics, batch)
+        task.end_step(metrics)
 
     run.finish(DPO_PANELS)
 

@@ -51,7 +51,7 @@ def train(run: GRPORun) -> None:
         batch, metrics = with_advantages(batch, config)  # score -> advantages
         metrics |= update(roles, batch, config)  # advantage -> new weights
         run.sync(roles.actor)  # weights -> generator
-        run.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics)
 
 
 def main(run: Run[GRPOConfig]) -> None:

@@ -18,7 +18,7 @@ from report.panels import KTO_PANELS
 from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import KTOConfig
-from trialign.algorithms.data.dialogues import Sample, pack_samples
+from trialign.algorithms.data.dialogues import Sample
 from trialign.algorithms.data.preferences import LabeledResponse, LabeledStream, mismatched
 from trialign.algorithms.dpo import with_reference
 from trialign.algorithms.kto import held_out, kto_step, pack_labeled, reference_point, sums_of
@@ -77,11 +77,11 @@ def main(run: Run[KTOConfig]) -> None:
 
     for _ in run.steps():
         batch, others, reference = rows.next(config.update.batch_size)  # rows -> batch with reference logprobs
-        with task.phase("reference point", pack_samples(others)):
+        with run.phases("reference point"):
             z = reference_point(learner, others, reference, config.update.batch_size)
-        with task.phase("update", batch, passes=3):
+        with task.update(batch):
             metrics = kto_step(learner, batch, config.loss, z)  # batch -> new weights
-        task.end_step(metrics, batch)
+        task.end_step(metrics)
 
     run.finish(KTO_PANELS)
 

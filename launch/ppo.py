@@ -65,7 +65,7 @@ def train(run: PPORun) -> None:
         batch, metrics = with_advantages(batch, config, run.kl)  # score -> advantages, returns
         metrics |= update(roles, batch, config, step, run.documents())  # advantage -> new weights
         run.sync(roles.actor)  # weights -> generator
-        run.end_step(metrics, tokens=len(batch.tokens))
+        run.end_step(metrics)
 
 
 def main(run: Run[PPOConfig]) -> None:

@@ -37,9 +37,9 @@ def main(run: Run[PretrainConfig]) -> None:
 
     for _ in run.steps():
         batch = pack_rows(task.rows.next(config.update.batch_size)).to(mesh.device)  # rows -> batch
-        with task.phase("update", batch, passes=3):
+        with task.update(batch):
             metrics = sft_step(task.learner, batch)  # batch -> new weights
-        task.end_step(metrics, batch)
+        task.end_step(metrics)
 
     run.finish(PRETRAIN_PANELS)
 

@@ -44,7 +44,6 @@ from trialign.algorithms.roles.build import build_decoder, build_learner, read_s
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample
 from trialign.algorithms.sft import sft_step
-from trialign.models.flops import forward_flops
 
 PROGRESS = {"round": "round {:.0f}", "reward": "reward {:.3f}", "reward_picked": "picked {:.3f}", "loss": "loss {:.4f}"}
 
@@ -67,9 +66,9 @@ class RejectionRun(OnlineRun):
 
         policy = run.on_all_ranks(lambda: build(config.model.path, "lm", True), "model")
         frozen = [run.on_all_ranks(lambda f=f: build(f, "score", False), f) for f in config.reward.models]
-        models = [Role(model, sizes=config.update) for model in frozen]
+        models = [Role(model, sizes=config.update, profiler=run.phases) for model in frozen]
         self.total_steps = config.round.count * self.per_round
-        options = {"ema_decay": config.update.ema_decay, "sizes": config.update}
+        options = {"ema_decay": config.update.ema_decay, "sizes": config.update, "profiler": run.phases}
         self.learner = build_learner(policy, config.optimizer, self.total_steps, **options)
         self.attach(self.learner, models)
         responses = config.round.prompts * config.rollout.samples_per_prompt
@@ -95,8 +94,7 @@ class RejectionRun(OnlineRun):
         with run.phases("rollout"):  # prompt -> responses
             count = self.config.rollout.samples_per_prompt
             rollouts = sample(self.generator, prompts, self.sampling, count)
-            lengths = [len(rollout.prompt.tokens) + len(rollout.tokens) for rollout in rollouts]
-        with run.phases("score") as phase:  # responses -> rewards
+        with run.phases("score"):  # responses -> rewards
             scores = self.scores(rollouts)
             combined = self.scorer.combined(scores)
             self.say_failures(run)
@@ -105,7 +103,6 @@ class RejectionRun(OnlineRun):
             responses = make_responses(rollouts, texts, rewards, scores)
             pick(responses, [rollout.prompt.index for rollout in rollouts], self.config.round.method)
             self._add_references(responses)
-            phase.tokens = sum(lengths)
         if self.mesh.is_main:
             write_responses(path, responses)
         best = [response.reward for response in responses if response.picked == "best" and response.reward is not None]
@@ -144,15 +141,13 @@ def train(work: RejectionRun, run: Run[RejectionConfig]) -> None:
             responses, metrics = work.responses(run, number)
         batch = work.batch(responses, number, place).to(work.mesh.device)
 
-        with run.phases("update") as phase:
+        with run.phases("update", tokens=len(batch.tokens), epochs=1):
             if config.round.method == "sft":
                 metrics |= sft_step(work.learner, batch)
             else:
                 metrics |= dpo_step(work.learner, batch, config.loss)
-            phase.tokens = len(batch.tokens)
-            phase.flops = 3 * forward_flops(work.shape, batch.lengths, len(batch.response))
 
-        run.end_step({"round": number} | metrics, tokens=len(batch.tokens))
+        run.end_step({"round": number} | metrics)
 
 
 def main(run: Run[RejectionConfig]) -> None:

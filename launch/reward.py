@@ -56,12 +56,12 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
 
     for _ in run.steps():
         batch = pack(rows.next(config.update.batch_size)).to(mesh.device)  # rows -> batch
-        with task.phase("update", batch, passes=3):  # batch -> new weights
+        with task.update(batch):  # batch -> new weights
             if by_pairs:
                 metrics = pair_step(learner, batch, config.loss.center_coef)
             else:
                 metrics = process_step(learner, batch)
-        task.end_step(metrics, batch)
+        task.end_step(metrics)
 
     run.finish(REWARD_PANELS, role="reward")
 

@@ -35,9 +35,9 @@ def main(run: Run[SFTConfig]) -> None:
 
     for _ in run.steps():
         batch = pack_samples(joined(rows.next(config.update.batch_size))).to(mesh.device)  # rows -> batch
-        with task.phase("update", batch, passes=3):
+        with task.update(batch):
             metrics = sft_step(learner, batch)  # batch -> new weights
-        task.end_step(metrics, batch)
+        task.end_step(metrics)
 
     after, _ = task.greedy_responses(shown)
     run.finish(SFT_PANELS, *([response_table(before, after)] if after else []))

@@ -119,9 +119,9 @@ class OnlineRun:
         """`Run.steps`."""
         return self.run.steps()
 
-    def end_step(self, metrics: Mapping[str, float], tokens: int) -> None:
+    def end_step(self, metrics: Mapping[str, float]) -> None:
         """`Run.end_step` with the rewards of the step."""
-        self.run.end_step({**metrics, **self.rewards.take_metrics()}, tokens)
+        self.run.end_step({**metrics, **self.rewards.take_metrics()})
 
     def sync(self, actor: Learner) -> None:
         """Gives the generator the actor's weights."""

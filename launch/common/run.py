@@ -4,9 +4,9 @@
         ...                                              # read data, build the learners
         run.begin({"actor": (learner, folder)}, {"data": data}, steps)
         for step in run.steps():
-            with run.phases("update") as phase:
+            with run.phases("update", tokens=len(batch.tokens), epochs=1):
                 ...
-            run.end_step(metrics, tokens)                # logged, displayed, saved when due
+            run.end_step(metrics)                        # logged, displayed, saved when due
         run.finish(panels)                               # the exported model and the plot
 
     if __name__ == "__main__":
@@ -228,20 +228,15 @@ class Run(Generic[Config]):
                     yield self.step
                     self.safe_points.after_step()
 
-    def end_step(self, metrics: Mapping[str, float], tokens: int) -> None:
-        """Logs and displays a step with the cost of its phases, and saves when due. Collective.
-
-        Args:
-            tokens: of the whole batch, for tokens_per_s.
-        """
+    def end_step(self, metrics: Mapping[str, float]) -> None:
+        """Logs and displays a step with the cost of its phases, and saves when due. Collective."""
         for role, (learner, _) in self.learners.items():
             for reason in learner.reasons:
                 self.progress.print(f"{role}: step {self.step + 1} is skipped: {reason}")
             if learner.reasons:  # its metrics are of an update that was not applied
                 metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             learner.reasons.clear()
-        costs = self.phases.take()
-        metrics = {**metrics, **costs, "tokens_per_s": tokens / costs["seconds/step"]}
+        metrics = {**metrics, **self.phases.take()}
         self.step += 1
         self.log(self.step, metrics)
         self.progress.update(self.step, metrics)

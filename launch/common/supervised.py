@@ -4,15 +4,15 @@ task = SupervisedTask(run, config.data, read)            # model, tokenizer, row
 task.begin(eval_batch, evaluate, PROGRESS)               # evaluates before the first step
 for _ in run.steps():
     batch = ...                                          # of the next rows
-    with task.phase("update", batch, passes=3):
+    with task.update(batch):
         metrics = ...
-    task.end_step(metrics, batch)                        # evaluates when due
+    task.end_step(metrics)                               # evaluates when due
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from report.tables import response_text
@@ -28,7 +28,6 @@ from trialign.algorithms.rollout.sync import sample, stop_tokens
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import SamplingParams
 from trialign.models.config import HeadKind, ModelConfig
-from trialign.models.flops import forward_flops
 from trialign.models.hf.tokenizer import stop_ids
 
 from .run import Run, ScriptConfig
@@ -88,8 +87,8 @@ class SupervisedTask(Generic[Rows]):
             lambda: build_decoder(folder, self.shape, run.mesh, config.model.dtype, head=kind, trained=True, **options),
             "model",
         )
-        update = {"ema_decay": config.update.ema_decay, "sizes": config.update}
-        self.learner = build_learner(model, config.optimizer, self.steps, **update, name=self.role)
+        options = {"ema_decay": config.update.ema_decay, "sizes": config.update, "profiler": run.phases}
+        self.learner = build_learner(model, config.optimizer, self.steps, **options, name=self.role)
         self._evaluate: Callable[[], dict[str, float]] | None = None
 
     def _read_shape(self) -> ModelConfig:
@@ -122,23 +121,18 @@ class SupervisedTask(Generic[Rows]):
         if eval_batch is not None:
 
             def measure() -> dict[str, float]:
-                with self.phase("eval", eval_batch):
+                with run.phases("eval", tokens=len(eval_batch.tokens)):
                     return evaluate(eval_batch)
 
             self._evaluate = measure
             if run.step == 0:
                 run.log(0, measure() | run.phases.take())
 
-    @contextmanager
-    def phase(self, name: str, batch: Batch, passes: int = 1) -> Iterator[None]:
-        """A phase of a step that computes a batch; a forward with its backward is three passes."""
-        logits = len(batch.response) if self.kind == "lm" else 0
-        with self.run.phases(name) as work:
-            yield
-            work.tokens += len(batch.tokens)
-            work.flops += passes * forward_flops(self.shape, batch.lengths, logits)
+    def update(self, batch: Batch) -> AbstractContextManager[None]:
+        """The phase in which the learner learns from a batch."""
+        return self.run.phases("update", tokens=len(batch.tokens), epochs=1)
 
-    def end_step(self, metrics: Mapping[str, float], batch: Batch) -> None:
+    def end_step(self, metrics: Mapping[str, float]) -> None:
         """`Run.end_step` with the epoch and, every run.eval_every steps and after the last, the eval metrics."""
         run, done = self.run, self.run.step + 1
         epoch = {"epoch": done * self.config.update.batch_size / len(self.rows)}
@@ -148,7 +142,7 @@ class SupervisedTask(Generic[Rows]):
         if evaluated and done == self.steps:
             text = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in evaluated.items())
             run.progress.print(f"eval split, after {done} steps: {text}")
-        run.end_step({**metrics, **epoch, **evaluated}, tokens=len(batch.tokens))
+        run.end_step({**metrics, **epoch, **evaluated})
 
     def greedy_responses(self, rows: list[tuple[Prompt, list[int]]]) -> tuple[list[list[str]], list[Rollout]]:
         """[prompt, response in the data, the model's greedy response] of rows, and the rollouts. Collective.

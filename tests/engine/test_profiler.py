@@ -55,3 +55,15 @@ def test_the_peak_is_about_what_a_matrix_product_reaches():
         torch.mm(a, a)
         rates.append(2 * 1024**3 / (time.perf_counter() - start))
     assert 0.2 < peak / max(rates) < 5  # loose: others may share the cores
+
+
+def test_step_tokens_are_those_learned_from_once():
+    profiler = Profiler(build_mesh())
+    with profiler("score", tokens=70):
+        pass
+    with profiler("update", tokens=50, epochs=4):
+        pass
+    metrics = profiler.take()
+    assert metrics["tokens_per_s/score"] == pytest.approx(70 / metrics["seconds/score"])
+    assert metrics["tokens_per_s/update"] == pytest.approx(200 / metrics["seconds/update"])
+    assert metrics["tokens_per_s"] == pytest.approx(50 / metrics["seconds/step"])
