@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from trialign.algorithms.rewards.worker import signal_at_end_of_parent
 from trialign.engine.heartbeat import HEARTBEAT
+from trialign.engine.storage.atomic import write_text
 
 if TYPE_CHECKING:
     from .watchdog import Watchdog
@@ -188,7 +189,7 @@ class StopSignals:
             with contextlib.suppress(OSError):
                 (self.folder / "STOP").unlink(missing_ok=True)
                 fact = {"by": self.reason, "during": HEARTBEAT.phase, "time": round(time.time(), 3)}
-                (self.folder / "STOPPED").write_text(json.dumps(fact) + "\n", encoding="utf-8")
+                write_text(self.folder / "STOPPED", json.dumps(fact) + "\n")
             print(
                 f"stopped by {self.reason} during {HEARTBEAT.phase}: exit code {EXIT_RESUMABLE}",
                 file=sys.stderr,

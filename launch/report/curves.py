@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trialign.engine.logging import read_metrics
+from trialign.engine.storage.atomic import atomic_file
 
 from .panels import Line, Panel
 
@@ -69,7 +70,8 @@ def plot(metrics: Path, picture: Path, panels: Sequence[Panel], title: str = "")
             axes.flat[0].text(0, 1, "no steps")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12, color="#475569")
-        figure.savefig(picture, dpi=150)
+        with atomic_file(picture) as aside:
+            figure.savefig(aside, dpi=150, format="png")
         plt.close(figure)
     return picture
 
