@@ -1,12 +1,13 @@
-"""Configs: frozen dataclasses, filled from a TOML file, overridden on the command line, refused before anything loads.
+"""Config parsing: frozen dataclasses, filled from TOML files and overridden on the command line.
 
 A section is a dataclass; a field is a bool, int, float, str, Literal, tuple of those, or another section, with a
-docstring under it that `--help` shows. None is not used (TOML has none): 0 or "" turns a thing off. A str that names
-files is of type `FilePath`, or `ContentPath` where a run depends on their content; `FunctionPath` is file.py:function.
+docstring under it that `--help` shows. None is not used (TOML has none): 0 or "" switches off. A path is a `FilePath`,
+a `ContentPath` where a run depends on the files' content, or a `FunctionPath` (file.py:function).
 
-Files are layered: `--config A.toml B.toml`, later ones win, then the command line. Two tables hold under a condition:
-[script.NAME.section] is read by launch/NAME.py alone (and by its section in rlhf.py), so that one file serves several
-scripts; [after.NAME.section] only where a file NAME.toml comes before. Every other unknown key is refused.
+Files are layered: in `--config A.toml B.toml` later files override earlier ones, and the command line all of them. Two
+kinds of tables are conditional: [script.NAME.section] applies to launch/NAME.py alone (and to its section in rlhf.py),
+so that one file serves several scripts; [after.NAME.section] applies if NAME.toml is an earlier file. Every other
+unknown key is refused.
 """
 
 from __future__ import annotations
@@ -28,33 +29,35 @@ FilePath = Annotated[str, "path"]
 ContentPath = Annotated[str, "path", "content"]
 FunctionPath = Annotated[str, "path", "content", "function"]
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "configs"
-"""Searched for config files that the working directory does not have."""
+"""Folder of config files that are not in the working directory."""
 NEW, AUTO = "", "auto"
-"""Values of `run.resume` that are no folder: begin a run, or go on with the one in run.output if there is one."""
+"""Values of `run.resume` beside folders: a new run; the run in run.output if there is one, else a new one."""
 
 
 def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, quiet: bool = False) -> Config:
-    """The config of a command line: `--config FILE...` gives defaults, `--section.key value` overrides them.
+    """Parses a command line: `--config FILE...` gives defaults, `--section.key value` overrides them.
 
-    `--resume RUN` is short for `--run.resume RUN`; without `--config`, the defaults are then those the run was started
-    with: RUN/config.toml. (`auto` is no folder, and has no defaults.)
+    `--resume RUN` is short for `--run.resume RUN`; without `--config`, RUN/config.toml gives the defaults, unless RUN
+    is `auto`.
 
     Args:
         cls: a dataclass whose every field has a default.
-        prog: NAME.py, the script, which [script.NAME] tables are compared with.
+        prog: NAME.py, the script, which selects the [script.NAME] tables.
         quiet: print nothing (for all ranks but one).
 
     Raises:
-        SystemExit: code 2 after a message on stderr with the key, its file and what is allowed; 0 for --help.
+        SystemExit: code 2 after a message on stderr with the key, its file and the allowed values; 0 for --help.
     """
     try:
         files, rest = _take(list(argv), "--config", several=True)
         run, others = _take(rest, "--resume")
-        if run:  # no alias of the option's: a config may hold other scripts' whole configs as its sections
+        if run:  # not an alias in tyro: sections may be configs of other scripts
             rest = ["--run.resume", *run, *others]
         run = "".join(_take(rest, "--run.resume")[0])
-        own = bool(run) and run != AUTO and not files
-        default = load(cls, *([Path(run) / "config.toml"] if own else files), script=(prog or "").removesuffix(".py"))
+        resumed = bool(run) and run != AUTO and not files
+        default = load(
+            cls, *([Path(run) / "config.toml"] if resumed else files), script=(prog or "").removesuffix(".py")
+        )
     except ValueError as error:
         if not quiet:
             print(f"error: {error}", file=sys.stderr)
@@ -73,7 +76,7 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
     )
     section: Any = getattr(config, "run", None)
     if section is not None and getattr(section, "resume", NEW) not in (NEW, AUTO):
-        given = section.output != (default if own else cls()).run.output  # pyright: ignore[reportAttributeAccessIssue]
+        given = section.output != (default if resumed else cls()).run.output  # pyright: ignore[reportAttributeAccessIssue]
         if given and os.path.abspath(section.output) != os.path.abspath(section.resume):
             message = f"run.output={section.output}: a resumed run stays in its folder, run.resume={section.resume}"
             if not quiet:
@@ -83,13 +86,13 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
 
 
 def load(cls: type[Config], *files: str | Path, script: str = "") -> Config:
-    """A config out of TOML files, later ones first in rank; keys that none names keep their defaults.
+    """Loads a config from TOML files; later ones override earlier ones, absent keys keep their defaults.
 
     Args:
-        script: NAME of launch/NAME.py, for the tables [script.NAME].
+        script: NAME of launch/NAME.py, which selects the [script.NAME] tables.
 
     Raises:
-        ValueError: no such file, malformed TOML, an unknown key, a wrong type or an impossible value; names the file.
+        ValueError: with the file's name: no such file, malformed TOML, an unknown key, a wrong type or value.
     """
     values: dict[str, Any] = {}
     for i, file in enumerate(files):
@@ -106,7 +109,7 @@ def load(cls: type[Config], *files: str | Path, script: str = "") -> Config:
 
 
 def _find(file: Path) -> Path:
-    """`file` where the working directory has it, else in `CONFIGS` if it is there."""
+    """`file` in the working directory if it exists there, else in `CONFIGS`."""
     return CONFIGS / file if not file.exists() and (CONFIGS / file).exists() else file
 
 
@@ -120,11 +123,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"not valid TOML: {error}") from None
 
 
-def _parts(cls: Any, table: dict[str, Any], script: str, names: Sequence[str], place: int) -> Iterator[dict[str, Any]]:
-    """The tables of a file that hold here: its plain keys, [script.NAME] of this script, [after.NAME].
+def _parts(cls: Any, table: dict[str, Any], script: str, names: Sequence[str], index: int) -> Iterator[dict[str, Any]]:
+    """Tables of a file that apply: its plain keys, [script.NAME] of this script, [after.NAME] of earlier files.
 
     Args:
-        names: of all files, without .toml; `place` is this file's.
+        names: of all files, without .toml.
+        index: of this file.
     """
     yield {key: value for key, value in table.items() if key not in ("script", "after")}
     hints = typing.get_type_hints(cls)
@@ -134,19 +138,19 @@ def _parts(cls: Any, table: dict[str, Any], script: str, names: Sequence[str], p
         for name, part in table.get(kind, {}).items():
             if name not in allowed:
                 raise ValueError(f"unknown key '{kind}.{name}': {suggest(name, allowed)}")
-            if (kind, name) == ("script", script) or kind == "after" and name in names[:place]:
+            if (kind, name) == ("script", script) or kind == "after" and name in names[:index]:
                 yield part
             elif kind == "script" and _is_script(hints.get(name)):
                 yield {name: part}
 
 
 def _is_script(hint: Any) -> bool:
-    """Whether a section is the whole config of a script, as those of rlhf.py are."""
+    """Whether a section is a whole script's config, as in rlhf.py."""
     return dataclasses.is_dataclass(hint) and "run" in (field.name for field in dataclasses.fields(hint))
 
 
 def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Puts `more` over `values`, section by section."""
+    """Overrides `values` with `more`, section by section."""
     for key, value in more.items():
         if isinstance(value, dict):
             _merge(values.setdefault(key, {}), value)
@@ -154,13 +158,8 @@ def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
             values[key] = value
 
 
-def save(config: Any, path: str | Path) -> None:
-    """Writes every key of `config` as TOML, so that `load` gives it back."""
-    Path(path).write_text(to_toml(config), encoding="utf-8")
-
-
 def to_toml(config: Any, prefix: str = "") -> str:
-    """`config` as TOML text: the plain keys first, then one table a section."""
+    """`config` as TOML text, which `load` reads back: plain keys first, then one table a section."""
     fields = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
     plain = [(name, value) for name, value in fields if not dataclasses.is_dataclass(value)]
     text = "".join(f"{name} = {_literal(value)}\n" for name, value in plain)
@@ -180,7 +179,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def paths(config: Any, prefix: str = "") -> dict[str, bool]:
-    """Dotted keys of the options that name files -> whether a run depends on what is in them (`ContentPath`)."""
+    """Dotted keys of path options -> whether a run depends on the files' content (`ContentPath`)."""
     found = {f"{prefix}{name}": "content" in kind for name, kind in _paths_of(type(config)).items()}
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(value := getattr(config, field.name)):
@@ -189,24 +188,24 @@ def paths(config: Any, prefix: str = "") -> dict[str, bool]:
 
 
 def absolute(config: Config) -> Config:
-    """`config` with absolute paths in every option that names files: it means the same from any working directory.
+    """`config` with absolute paths in every path option, so that it does not depend on the working directory.
 
-    What is not there stays as it is: it may be a name on a hub, or a module.
+    A path that does not exist is left unchanged: it may be a name on a hub, or a module.
     """
-    own, made = _paths_of(type(config)), {}
+    marks, changes = _paths_of(type(config)), {}
     for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            made[field.name] = absolute(value)
-        elif field.name in own and isinstance(value, tuple):
-            made[field.name] = tuple(map(_absolute, value))
-        elif field.name in own and ("function" not in own[field.name] or ":" in value):
-            made[field.name] = _absolute(value)
-    return dataclasses.replace(config, **made)  # pyright: ignore[reportArgumentType]
+            changes[field.name] = absolute(value)
+        elif field.name in marks and isinstance(value, tuple):
+            changes[field.name] = tuple(map(_absolute, value))
+        elif field.name in marks and ("function" not in marks[field.name] or ":" in value):
+            changes[field.name] = _absolute(value)
+    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def _paths_of(cls: Any) -> dict[str, tuple[str, ...]]:
-    """Fields of a section that name files -> what their type is marked with."""
+    """Path options of a section -> the marks of their type."""
     found = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         for kind in (hint, *typing.get_args(hint)):  # of tuple[FilePath, ...] too
@@ -216,29 +215,30 @@ def _paths_of(cls: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _absolute(path: str) -> str:
-    """`path`, or that in FILE.py:FUNCTION or FOLDER:SPLIT, from the root, where it is there."""
+    """The absolute form of PATH, FILE.py:FUNCTION or FOLDER:SPLIT, if the path exists."""
     if os.path.exists(path):
         return os.path.abspath(path)
-    place, colon, name = path.partition(":")
-    there = os.path.isfile(place) or os.path.isfile(os.path.join(place, "dataset_dict.json"))  # a package may be PLACE
-    return os.path.abspath(place) + colon + name if there else path
+    base, colon, name = path.partition(":")
+    # A folder must be a saved data set: BASE may also be a package of the same name.
+    exists = os.path.isfile(base) or os.path.isfile(os.path.join(base, "dataset_dict.json"))
+    return os.path.abspath(base) + colon + name if exists else path
 
 
 def suggest(name: str, allowed: Sequence[str]) -> str:
-    """The tail of a message about an unknown name: a near miss if there is one, and what is allowed."""
+    """End of a message about an unknown name: the closest match, if any, and the allowed names."""
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}allowed: {', '.join(allowed)}"
 
 
 def _take(argv: list[str], flag: str, *, several: bool = False) -> tuple[list[str], list[str]]:
-    """The values of `flag VALUE...` or `flag=VALUE` (none where it is not given), and the arguments without it."""
-    places = [i for i, argument in enumerate(argv) if argument == flag or argument.startswith(f"{flag}=")]
-    if not places:
+    """The values of `flag VALUE...` or `flag=VALUE` (empty if absent), and the other arguments."""
+    indices = [i for i, argument in enumerate(argv) if argument == flag or argument.startswith(f"{flag}=")]
+    if not indices:
         return [], argv
-    if len(places) > 1:
+    if len(indices) > 1:
         raise ValueError(f"{flag} is given twice")
-    (i,) = places
+    (i,) = indices
     if argv[i] != flag:
         values, end = [argv[i].removeprefix(f"{flag}=")], i + 1
     else:
@@ -251,7 +251,7 @@ def _take(argv: list[str], flag: str, *, several: bool = False) -> tuple[list[st
 
 
 def _convert_table(cls: Any, table: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A parsed TOML table with the types of the fields of `cls`. `prefix` is the dotted path to it, for messages."""
+    """Converts a parsed TOML table to the field types of `cls`. `prefix` is its dotted path, for messages."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     values = {}
@@ -269,7 +269,7 @@ def _convert_table(cls: Any, table: dict[str, Any], prefix: str) -> dict[str, An
 
 
 def _replaced(config: Any, values: dict[str, Any], prefix: str) -> Any:
-    """`config` with `values`, section by section."""
+    """`config` with `values` replaced, section by section."""
     changes = {
         key: _replaced(getattr(config, key), value, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in values.items()
@@ -281,7 +281,7 @@ def _replaced(config: Any, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` from TOML as the type `hint`; an int will do for a float, nothing else is bent."""
+    """Checks that a TOML value has the type `hint`; an int is accepted for a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         if value not in arguments:
@@ -299,7 +299,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return tuple(_convert(kind, item, f"{name}[{i}]") for i, (kind, item) in pairs)
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not hint:  # bool is an int to isinstance, and 1 is not a switch
+    if type(value) is not hint:  # not isinstance: a bool is an int there
         raise ValueError(f"{name} = {_literal(value)}: must be {_KIND[hint]}, not {_KIND.get(type(value), 'a table')}")
     return value
 

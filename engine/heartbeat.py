@@ -1,4 +1,4 @@
-"""Heartbeat of this process, for a watchdog: its phase, the collective it waits in, and a count of collectives."""
+"""Heartbeat of this process, for the watchdog: phase, current collective, and number of collectives."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 class Heartbeat:
-    """State of the main thread; one a process.
+    """State of the main thread; one object a process.
 
     Attributes:
-        phase: of the run, as messages name it.
-        collectives: number begun; while it does not grow, the process hangs or computes without other ranks.
+        phase: of the run, for messages.
+        collectives: number of collectives started; constant while the process hangs or computes on its own.
         waits_in: name of the collective that has not returned yet; "" outside. On CUDA they return at once.
         phase_changed: set when the phase changes.
-        failed_collective: name of the collective that failed, as it does when another rank ends; "" while none has.
+        failed_collective: name of the collective that failed, as happens when another rank exits; "" if none has.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Heartbeat:
 
     @contextmanager
     def at(self, phase: str) -> Iterator[None]:
-        """Names the phase within."""
+        """Sets the phase within the block."""
         before, self.phase = self.phase, phase
         self.phase_changed.set()
         try:
@@ -34,7 +34,7 @@ class Heartbeat:
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """Counts a collective, and names it until it returns."""
+        """Counts a collective, and records its name until it returns."""
         self.collectives += 1
         self.waits_in = name
         try:

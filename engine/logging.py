@@ -1,7 +1,4 @@
-"""A run's metrics on disk: a JSONL file always, TensorBoard and Weights & Biases when asked.
-
-One rank writes; the others build the same object with `enabled=False`, and nothing happens.
-"""
+"""Metric logging: metrics.jsonl, and optionally TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,16 +18,16 @@ Backend = Literal["tensorboard", "wandb"]
 class MetricLog:
     """Writes metrics to `folder`/metrics.jsonl, one JSON object a step, flushed at once, and to the backends.
 
-    Steps count from 1; step 0 is what is measured before the first. A run that is resumed goes on in the same file:
-    lines of steps after `done`, written after the checkpoint it resumes from, are taken out first.
+    Steps count from 1; step 0 is measured before training. A resumed run appends to the same file, after removing the
+    steps later than `done`, the checkpoint it resumes from.
 
     Args:
-        done: steps made before a resume; 0 begins a new file.
+        done: steps made before a resume; 0 starts a new file.
         config: flat, for the backends to show.
-        enabled: False on every rank but one.
+        enabled: False on every rank but one: nothing is written.
 
     Raises:
-        ValueError: Weights & Biases is asked for and not installed.
+        ValueError: Weights & Biases is selected but not installed.
     """
 
     def __init__(
@@ -49,12 +46,12 @@ class MetricLog:
         if "wandb" in backends:
             self._wandb = _start_wandb(Path(folder), done, config or {})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut(self.path, done)
+        _truncate(self.path, done)
         self._file = open(self.path, "a", encoding="utf-8")
         if "tensorboard" in backends:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # an optional backend, slow to import
 
-            if not done:  # curves of steps that are made anew
+            if not done:  # curves of an earlier run
                 shutil.rmtree(Path(folder) / "tensorboard", ignore_errors=True)
             self._tensorboard = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1 if done else None)
 
@@ -72,7 +69,7 @@ class MetricLog:
             self._wandb.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Closes all of them; may be called twice."""
+        """Closes file and backends; may be called twice."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -90,18 +87,13 @@ class MetricLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
-    """The steps in a metrics.jsonl. A last line cut short by a kill is left out."""
-    steps = []
+    """Steps of a metrics.jsonl, without a last line that a kill left incomplete."""
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
-        steps.append(json.loads(line))
-    return steps
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _cut(path: Path, done: int) -> None:
-    """Takes the steps after `done` out of a metrics.jsonl, if there is one; all lines where none is done."""
+def _truncate(path: Path, done: int) -> None:
+    """Removes the steps later than `done` from a metrics.jsonl, if it exists; all lines where `done` is 0."""
     if not path.exists():
         return
     kept = [json.dumps(step) + "\n" for step in read_metrics(path) if done and step["step"] <= done]
@@ -112,11 +104,11 @@ def _start_wandb(folder: Path, done: int, config: Mapping[str, Any]) -> Any:
     try:
         wandb = importlib.import_module("wandb")  # an optional dependency
     except ImportError:
-        raise ValueError("run.log asks for wandb, which is not installed: pip install wandb") from None
+        raise ValueError("run.log=wandb: not installed; pip install wandb") from None
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / "wandb_id"  # a resumed run goes on in the same chart
+    mark = folder / "wandb_id"  # a resumed run continues the same chart
     if not (done and mark.exists()):
-        mark.write_text(wandb.util.generate_id())
+        write_text(mark, wandb.util.generate_id())
     return wandb.init(
         project="trialign", name=folder.name, dir=str(folder), id=mark.read_text(), resume="allow", config=dict(config)
     )

@@ -1,6 +1,6 @@
-"""Cost of a step's phases: seconds, tokens/s, model FLOPs utilization (MFU) and memory.
+"""Profiler of a step's phases: seconds, tokens/s, model FLOPs utilization (MFU) and memory.
 
-The script opens the phases; roles and generator report their FLOPs and tokens to the phase that is open.
+Scripts and algorithms open phases; roles and generator report tokens and FLOPs to the open one.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class Work:
 
 
 class Profiler:
-    """Times phases by name and counts their work. Phases do not nest; one that is entered several times a step adds up.
+    """Times phases by name and counts their work. Phases do not nest; repeated ones add up within a step.
 
         profiler = Profiler(mesh, peak=matmul_peak(dtype, mesh.device))
         with profiler("rollout"):
-            ...                                    # workers call profiler.add(mesh, tokens=1000, flops=2e12)
+            ...                                    # profiler.add(mesh, tokens=1000, flops=2e12)
         metrics = profiler.take()
 
     Args:
         mesh: of all ranks that take part in the phases.
-        around: entered around a phase with its name, to display it.
+        around: context manager entered with the phase's name, to display it.
 
     Attributes:
-        peak: FLOP/s one rank can reach; None until it is measured, and MFU is left out.
+        peak: FLOP/s of one rank; None leaves MFU out.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Profiler:
     ):
         self.mesh, self.peak, self.around = mesh, peak, around
         self._open: Work | None = None
-        self._learned = 0  # tokens of the batches learned from, each once
+        self._learned = 0  # tokens of the trained batches, each once
         self._seconds: dict[str, float] = {}
         self._work: dict[str, Work] = {}
         self._memory: dict[str, int] = {}
@@ -86,20 +86,20 @@ class Profiler:
         self._memory[name] = max(self._memory.get(name, 0), memory_high_water(device))
 
     def add(self, mesh: Mesh, *, tokens: int = 0, flops: float = 0.0) -> None:
-        """Adds work of one DP rank of a worker's `mesh` to the open phase; without one it is not counted.
+        """Adds work of one DP rank of `mesh` to the open phase, if any.
 
-        All ranks of the DP rank (its tp, pp, cp) may call this alike: it is counted once.
+        All tp, pp and cp ranks of the DP rank may call this; it is counted once.
         """
         if self._open is not None and mesh.tp.rank == mesh.pp.rank == mesh.cp.rank == 0:
             self._open.reported_tokens += tokens
             self._open.reported_flops += flops
 
     def take(self) -> dict[str, float]:
-        """Metrics since the last call. Collective over the world, whose ranks have been through the same phases.
+        """Metrics since the last call. Collective over the world; all ranks must have had the same phases.
 
-        For each phase seconds/NAME (of this rank), memory_gb/NAME (of this rank) and, where they were counted,
-        tokens_per_s/NAME and mfu/NAME (of all ranks); over all phases seconds/step and mfu/step, and tokens_per_s of
-        the batches learned from, however many epochs.
+        For each phase seconds/NAME and memory_gb/NAME (of this rank) and, where counted, tokens_per_s/NAME and mfu/NAME
+        (of all ranks); for all phases together seconds/step, mfu/step, and tokens_per_s, in which a trained batch
+        counts once for all its epochs.
         """
         if not self._seconds:
             return {}
@@ -126,7 +126,7 @@ class Profiler:
 
 
 def memory_high_water(device: torch.device) -> int:
-    """Bytes: the most that CUDA tensors took since the counter was reset, or the process on the CPU since it began."""
+    """Peak memory in bytes: of CUDA tensors since the counter was reset, or of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
@@ -134,9 +134,9 @@ def memory_high_water(device: torch.device) -> int:
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
-    """FLOP/s of a large square matrix product, the best of what fits in `seconds`: what MFU is measured against.
+    """Measured peak FLOP/s of a large square matrix product, the reference of MFU: the best run within `seconds`.
 
-    All ranks should call it together, for ranks that share a machine's cores share its peak.
+    All ranks should call it at the same time, since those of one machine share its cores.
     """
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -148,7 +148,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) 
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    run()  # the first call sets up libraries
+    run()  # the first call initializes libraries
     end = time.perf_counter() + seconds
     best = run()
     while time.perf_counter() < end:

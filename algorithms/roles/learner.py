@@ -143,7 +143,7 @@ class Learner(Role):
             shapes(self.model, batches),
             self.model.dtype,
             forward,
-            before_last_backward=self.optimizer.expect_last_backward,
+            before_last_backward=self.optimizer.data.expect_last_backward,
         )
         lr = self.lr_at(self.optimizer.steps)
         try:
@@ -187,7 +187,7 @@ class Learner(Role):
         losses = [name for part, own in zip(batches, results, strict=False) for name in named_losses(part, own, unit)]
         if stats is not None and before is not None:
             stats.sums, stats.maxima = before.sums, before.maxima
-        weights, gradient = (self.optimizer.not_finite(kind) for kind in ("master", "grad"))
+        weights, gradient = (self.optimizer.data.not_finite(kind) for kind in ("master", "grad"))
         return describe_culprits([weights, *named_inputs(batches), losses, gradient], self.mesh)
 
 

@@ -81,6 +81,6 @@ def check_states(optimizers: dict[str, ShardedAdamW], mesh: Mesh) -> None:
     Raises:
         FloatingPointError: a weight, moment or average is not; on every rank, naming the first ones.
     """
-    mine = [f"{role}: {name}" for role, optimizer in optimizers.items() for name in optimizer.not_finite()]
+    mine = [f"{role}: {name}" for role, optimizer in optimizers.items() for name in optimizer.data.not_finite()]
     if any(gather_objects(bool(mine), mesh.world)):
         raise FloatingPointError(f"no checkpoint is written: {describe_culprits([mine], mesh)}")

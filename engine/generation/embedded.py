@@ -1,19 +1,19 @@
 """Embedded generator: samples from the policy's own shards, with a paged cache and continuous batching.
 
-One forward a step carries a token of every running sequence and those admitted in this step, packed. Sampling is keyed
-by (seed, sample id, place in the response), so what a request gets does not depend on what runs beside it, on the order
-of arrival or on the layout.
+The forward of a step packs one token of every running sequence and the sequences admitted in this step. Sampling is
+keyed by (seed, sample id, position in the response): a request's tokens do not depend on other requests, the order of
+arrival or the layout.
 
-Under tp every rank gathers the logits of the whole vocabulary, and the tokens of tp rank 0 count: ranks cannot part.
-Under pp the running sequences form `pp` lanes, each at another stage, so all stages work. Stage s runs at time t the
-step number t - s; between two times all stages meet in one batch of sends and receives, which hands hidden states to
-the next stage and the last stage's tokens to all. Every rank's n-th batch matches its peers' n-th batch, so the order
-is safe for NCCL, and every rank plans each step from the same results, so shapes never have to be sent. Stages plan a
-step at different times; so a call at time t (`add`, `abort`) counts from step number t on every one of them, and a
-completion is returned once every stage has seen its end.
+Under tp every rank gathers the whole vocabulary's logits and takes the tokens of tp rank 0, so ranks cannot diverge.
+Under pp the running sequences form `pp` lanes, one at each stage, so that all stages work. At tick t stage s runs step
+t - s; between two ticks all stages meet in one batch of sends and receives, which passes hidden states to the next
+stage and the last stage's tokens to all. Every rank's n-th batch matches its peers' n-th batch, so the order is safe
+for NCCL, and every rank plans each step from the same results, so shapes are never sent. Stages plan a step at
+different ticks; therefore a call at tick t (`add`, `abort`) takes effect at step t on all of them, and a completion is
+returned once every stage has planned past its end.
 
-Under ep the ranks of a group run requests of their own, but each of their forwards takes part in the all-to-alls of the
-others: a rank with nothing to run at some time sends one idle token through its experts' layers.
+Under ep the ranks of a group have requests of their own, but each forward takes part in the all-to-alls of the others:
+a rank with nothing to run in a tick sends one idle token through its experts.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from ..profiler import Profiler
 from ..progress import report_progress
 from .interface import Completion, Interrupted, Request, SamplingParams
 from .kv_cache import PagedCache
-from .lane import Lane, early_stops, sample_key
+from .lane import Lane, sample_key
 from .scheduler import Scheduler, Sequence, Step
 
 
 class ModelSizes(Protocol):
-    """Sizes of a model that requests are checked against."""
+    """Limits of a model that requests are checked against."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -53,7 +53,7 @@ class ModelSizes(Protocol):
 
 
 class Model(Protocol):
-    """Interface of a decoder's pipeline stage, as the generator runs it."""
+    """Interface of a model's pipeline stage, as the generator runs it."""
 
     dtype: torch.dtype
     vocab: Split
@@ -63,7 +63,7 @@ class Model(Protocol):
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """(local layers, key/value heads used here, head_dim)."""
+        """(local layers, local key/value heads, head_dim)."""
         ...
 
     def __call__(
@@ -79,15 +79,15 @@ class Model(Protocol):
         ...
 
     def freeze_weights(self, pack: bool) -> None:
-        """Keeps what can be computed of weights that do not change until `thaw_weights`: with `pack`, packed copies."""
+        """Caches what depends on the weights alone, which do not change until `thaw_weights`; packs them if `pack`."""
         ...
 
     def thaw_weights(self) -> None:
-        """Drops what `freeze_weights` keeps."""
+        """Drops the caches of `freeze_weights`."""
         ...
 
     def forward_flops(self, lengths: list[int], logits: int) -> float:
-        """FLOPs of a forward of whole sequences with the logits of so many tokens, over all ranks of tp and pp."""
+        """FLOPs of a forward of whole sequences with `logits` tokens' logits, over all ranks of tp and pp."""
         ...
 
 
@@ -99,20 +99,20 @@ PACK_TOKENS = 10
 class EmbeddedGenerator:
     """Generator (interface.py) on `model`, this rank's shard of the policy.
 
-    Its weights are the policy's own parameters, so `load` copies nothing. The cache and what is computed of the weights
-    live while requests run; otherwise their memory is the update's. Weights may be changed in place while no request
-    runs, or between `pause` and `resume` with a `load` of the new version.
+    `load` copies nothing: the weights are the policy's own parameters. Cache and packed weights exist only while
+    requests run. Weights may be changed in place while no request runs, or between `pause` and `resume` with a `load`
+    of the new version.
 
     All calls but `busy` are collective over tp and pp. Under ep, `step`, `generate`, `pause` and `load` are collective
-    over its group too: its ranks call them equally often, with requests of their own or none.
+    over its group too: its ranks call them equally often, with or without requests of their own.
 
     Args:
         version: of the weights that `model` has now.
         block_size: tokens in a cache block.
         max_running: sequences that run at once.
-        prefill_tokens: tokens one step takes in, which bounds its activations.
+        prefill_tokens: limit of admitted tokens in a step, which bounds its activations.
         cache_bytes: limit of the cache on this rank; None gives every running sequence its full length.
-        profiler: takes the tokens and FLOPs of completions.
+        profiler: receives the tokens and FLOPs of completions.
 
     Raises:
         ValueError: a size below 1.
@@ -141,15 +141,15 @@ class EmbeddedGenerator:
         self.scheduler = Scheduler(block_size, max_running=max_running, prefill_tokens=prefill_tokens, lanes=lanes)
         self.lanes = [Lane(-(-max_running // lanes), mesh.device) for _ in range(lanes)]
         self.cache: PagedCache | None = None
-        self.clock = 0  # times that have passed; the same on all ranks of tp, pp and ep
+        self.tick = 0  # the same on all ranks of tp, pp and ep
         self._next_id = 0
-        self._open: set[int] = set()  # ids of requests that are not collected
-        self._calls: deque[tuple[int, Callable[[], None]]] = deque()  # step number from which a call counts, the call
-        self._steps: dict[int, Step] = {}  # planned and not yet committed, by number; empty turns are left out
-        # [2, rows + 1] fp64: tokens and logprobs of a step, then whether to stop: so all ranks stop at one step.
+        self._open: set[int] = set()  # ids of requests that are not collected yet
+        self._calls: deque[tuple[int, Callable[[], None]]] = deque()  # (step of effect, call)
+        self._steps: dict[int, Step] = {}  # planned and not committed, by number; without empty ones
+        # [2, rows + 1] fp64: tokens and logprobs of a step, and an interruption, which all ranks see in the same step.
         self._results: dict[int, Tensor] = {}
         self._hidden: Tensor | None = None  # [tokens, hidden], received for the next step
-        self._ended: deque[tuple[int, Completion]] = deque()  # step number that saw the end, completion
+        self._ended: deque[tuple[int, Completion]] = deque()  # (step whose planning retired it, completion)
         self._ready: dict[int, Completion] = {}
         self._paused = self._pausing = self._frozen = self._packed = False
 
@@ -164,50 +164,32 @@ class EmbeddedGenerator:
             return None
         shape, block = self.model.kv_shape, self.scheduler.block_size
         allowed = self.cache_bytes // PagedCache.bytes_per_block(shape, block, self.model.dtype)
-        # Stages may hold different numbers of layers, and ranks of tp of heads, but all plan with one number of blocks.
+        # Numbers of layers and heads may differ by rank, but all must plan with the same number of blocks.
         blocks = torch.tensor(allowed, device=self.mesh.device)
         return int(all_reduce(all_reduce(blocks, self.mesh.tp, "min"), self.mesh.pp, "min"))
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its id.
-
-        Raises:
-            ValueError: a prompt that is empty, too long for the model or for the cache, or holds a token outside the
-                vocabulary; a stop id outside the vocabulary.
-        """
         self._check(request)
         sequence = Sequence(
             self._next_id, request.prompt, request.params, sample_key(request.params.seed, request.sample_id)
         )
         self._open.add(sequence.id)
         self._next_id += 1
-        self._calls.append((self.clock, lambda: self.scheduler.add(sequence)))
+        self._calls.append((self.tick, lambda: self.scheduler.add(sequence)))
         return sequence.id
 
     def abort(self, request_id: int) -> None:
-        """Ends a request early; a later `step` returns what it has. One that was collected already is left alone.
-
-        Raises:
-            ValueError: an id that `add` has not returned.
-        """
         if not 0 <= request_id < self._next_id:
-            raise ValueError(f"request {request_id} was never added; the last one is {self._next_id - 1}")
-        self._calls.append((self.clock, lambda: self.scheduler.abort([request_id])))
+            raise ValueError(f"request id {request_id}: not added; added ids are below {self._next_id}")
+        self._calls.append((self.tick, lambda: self.scheduler.abort([request_id])))
 
     def step(self) -> list[Completion]:
-        """One token of every running sequence of a lane; returns the completions that are ready and not collected."""
-        self._tick()
+        self._run_tick()
         ready, self._ready = list(self._ready.values()), {}
         self._open.difference_update(completion.id for completion in ready)
         return ready
 
     def generate(self, prompts: list[list[int]], sample_ids: list[int], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in the order of the prompts. Other requests go on meanwhile.
-
-        Raises:
-            ValueError: as `add`, before any is added; not one sample id a prompt.
-            Interrupted: on all ranks of tp and pp, where `interrupted` was true on one.
-        """
         assert not self._pausing, "generate between pause and resume"
         if len(prompts) != len(sample_ids):
             raise ValueError(f"{len(prompts)} prompts but {len(sample_ids)} sample ids")
@@ -216,7 +198,7 @@ class EmbeddedGenerator:
             self._check(request)
         ids = [self.add(request) for request in requests]
         while self._on_any_rank(not self._ready.keys() >= set(ids)):
-            self._tick()
+            self._run_tick()
         self._open.difference_update(ids)
         completions = [self._ready.pop(request_id) for request_id in ids]
         if any(completion.finish == "abort" for completion in completions):
@@ -224,30 +206,23 @@ class EmbeddedGenerator:
         return completions
 
     def pause(self) -> None:
-        """Ends the steps in flight, with the weights as they are, and drops what is computed of them. Until `resume`
-        no token is sampled; requests keep their tokens and their cache."""
         self._pausing = True
-        self._calls.append((self.clock, lambda: self._set_paused(True)))
-        # From the call's number on, the last step in flight reaches the last stage and its tokens reach the first.
+        self._calls.append((self.tick, lambda: self._set_paused(True)))
+        # Until the last step in flight has passed the last stage and its tokens have reached the first.
         for _ in range(max(1, 2 * self.mesh.pp.size - 2)):
-            self._tick()
+            self._run_tick()
         assert not self._steps, "a step is in flight after a pause"
         self._thaw()
 
     def resume(self) -> None:
-        """Goes on after `pause`."""
         self._pausing = False
-        self._calls.append((self.clock, lambda: self._set_paused(False)))
+        self._calls.append((self.tick, lambda: self._set_paused(False)))
 
     def load(self, weights: Model, version: int) -> None:
-        """Samples from these weights from now on; steps in flight end with the old ones first.
-
-        Requests that run are prefilled anew with the tokens they have: a cache of the old weights would give logprobs
-        that no forward of either version computes.
-        """
         running = not self._pausing
         if self._on_any_rank(self.busy):
             self.pause()
+            # Running requests are prefilled again: a cache of the old weights would give logprobs of neither version.
             self.scheduler.requeue()
         if running:
             self.resume()
@@ -262,7 +237,7 @@ class EmbeddedGenerator:
             if not 0 <= stop < vocab:
                 raise ValueError(f"stop id {stop} is not in the vocabulary of {vocab}")
         if not prompt:
-            raise ValueError(f"{name} is empty: there is nothing to continue")
+            raise ValueError(f"{name} is empty: it must have at least one token")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise ValueError(f"{name} holds a token outside the vocabulary of {vocab}")
         if len(prompt) + params.max_new_tokens > positions:
@@ -279,7 +254,7 @@ class EmbeddedGenerator:
             )
 
     def _on_any_rank(self, value: bool) -> bool:
-        """Whether `value` is true on a rank of the ep group."""
+        """Whether `value` is true on any rank of the ep group."""
         if self.mesh.ep.size == 1:
             return value
         return bool(all_reduce(torch.tensor(int(value), device=self.mesh.device), self.mesh.ep, "max").item())
@@ -293,9 +268,9 @@ class EmbeddedGenerator:
         self._frozen = self._packed = False
 
     @torch.inference_mode()
-    def _tick(self) -> None:
-        """One time: this stage runs its step, then meets the others."""
-        pp, number, output = self.mesh.pp, self.clock - self.mesh.pp.rank, None
+    def _run_tick(self) -> None:
+        """Runs this stage's step of the current tick, then exchanges results with the other stages."""
+        pp, number, output = self.mesh.pp, self.tick - self.mesh.pp.rank, None
         if pp.rank == 0:
             self._plan(number)
         step = self._steps.get(number)
@@ -306,16 +281,16 @@ class EmbeddedGenerator:
         elif number >= 0 and self.mesh.ep.size > 1:
             self._idle()
         self._hidden = self._exchange(number, output)
-        # The last step that every stage has planned: the first stage this time's, the last stage pp - 2 before.
-        planned = min(self.clock, self.clock - pp.size + 2)
+        # The last step that every stage has planned: the first stage this tick's, the last stage pp - 2 before.
+        planned = min(self.tick, self.tick - pp.size + 2)
         while self._ended and self._ended[0][0] <= planned:
             completion = self._ended.popleft()[1]
             self._ready[completion.id] = completion
-        self.clock += 1
+        self.tick += 1
 
     def _plan(self, number: int) -> None:
-        """Commits the lane's last step, makes the calls that count by now, then plans the lane's next step. Every rank
-        does so in the order of the numbers, with the same results, whenever it gets to it."""
+        """Commits the lane's last step, runs the calls due by step `number`, then plans that step. Every rank does so
+        for all numbers in order, with the same results."""
         turn, scheduler = number % len(self.lanes), self.scheduler
         lane, previous = self.lanes[turn], self._steps.pop(number - len(self.lanes), None)
         stop = 0.0
@@ -331,7 +306,7 @@ class EmbeddedGenerator:
             scheduler.abort()
         keep = scheduler.retire(turn)
         if keep is not None:
-            lane.keep(keep)
+            lane.compact(keep)
         self._take_ended(number)
         if not scheduler.unfinished:
             self._release()
@@ -350,13 +325,13 @@ class EmbeddedGenerator:
             self.profiler.add(self.mesh, tokens=len(s.tokens), flops=flops)
 
     def _release(self) -> None:
-        """Gives the memory of cache and packed weights back once nothing waits or runs."""
+        """Frees the cache and the packed weights once no request is left."""
         self.scheduler.reset()
         self.cache = None
         self._thaw()
 
     def _prepare(self, lane: Lane, step: Step) -> None:
-        """Room in the cache, rows and weights for a step that was planned."""
+        """Makes room in the cache for a planned step, and fills the lane's rows; packs the weights where it pays."""
         blocks = self.scheduler.pool.num_blocks
         if self.cache is None:
             options = {"dtype": self.model.dtype, "device": self.mesh.device}
@@ -371,7 +346,7 @@ class EmbeddedGenerator:
             self._frozen, self._packed = True, pack
 
     def _forward(self, step: Step, hidden: Tensor | None) -> Tensor:
-        """This stage's hidden states [tokens, hidden] of a step: the decoding rows first, then the packed sequences."""
+        """This stage's hidden states [tokens, hidden] of a step: decoding rows first, then the admitted sequences."""
         assert self.cache is not None
         lane, cache, decoding, block = self.lanes[step.lane], self.cache, step.decoding, self.scheduler.block_size
         device = self.mesh.device
@@ -383,10 +358,10 @@ class EmbeddedGenerator:
             starts = torch.tensor([0, *lengths], device=device).cumsum(0)  # cu_seqlens of the admitted
             numbers = torch.arange(len(lengths), device=device)
             documents = torch.repeat_interleave(numbers, starts.diff(), output_size=sum(lengths))
-            places = torch.arange(sum(lengths), device=device) - starts[documents]
+            within = torch.arange(sum(lengths), device=device) - starts[documents]
             admitted = torch.tensor([token for s in step.admitted for token in s.prompt + s.tokens], device=device)
             rows, tokens = torch.cat((rows, documents + decoding)), torch.cat((tokens, admitted))
-            positions = torch.cat((positions, places))
+            positions = torch.cat((positions, within))
         slots = lane.tables[rows, positions // block].long() * block + positions % block  # [tokens]
         tables, cached = lane.tables[:decoding], lane.length[:decoding].int()
 
@@ -402,33 +377,32 @@ class EmbeddedGenerator:
 
         output = self.model(tokens if hidden is None else hidden, positions, attend)
         if step.admitted and self.mesh.pp.rank == self.mesh.pp.size - 1:
-            # Only the last token of an admitted sequence is sampled from.
+            # Of an admitted sequence only the last token's logits are needed.
             output = output[torch.cat((torch.arange(decoding, device=device), starts[1:] + (decoding - 1)))]
         return output
 
     def _idle(self) -> None:
-        """One token through this stage, for the other ranks of ep; its output is dropped."""
+        """Runs one token through this stage, for the other ranks of ep; its output is dropped."""
         position = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
         hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.mesh.device)
         self.model(position if self.mesh.pp.rank == 0 else hidden, position, lambda layer, q, k, v: q)
 
     def _sample(self, step: Step, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [2, rows + 1] fp64: each row's next token (exact in fp64) and its logprob, and whether to
-        stop."""
+        """[rows, hidden] -> [2, rows + 1] fp64: next tokens (exact in fp64) and logprobs, and the interruption flag."""
         rows, lane = slice(step.rows), self.lanes[step.lane]
         logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
-        early = early_stops(self.scheduler.running[step.lane])
+        running = enumerate(self.scheduler.running[step.lane])
+        early = [(i, stop) for i, s in running if len(s.tokens) < s.params.min_new_tokens for stop in s.params.stop_ids]
         if early:
-            banned_rows, banned = torch.tensor(early, device=logits.device).T
-            logits[banned_rows, banned] = -torch.inf
+            logits[tuple(torch.tensor(early, device=logits.device).T)] = -torch.inf
         tokens, logprobs = sample(
-            logits, lane.temperature[rows], lane.top_k[rows], lane.top_p[rows], lane.key[rows], lane.place[rows]
+            logits, lane.temperature[rows], lane.top_k[rows], lane.top_p[rows], lane.key[rows], lane.position[rows]
         )
         stop = tokens.new_full((2, 1), self.interrupted(), dtype=torch.float64)
         return broadcast(torch.cat((torch.stack((tokens.double(), logprobs.double())), stop), 1), self.mesh.tp)
 
     def _exchange(self, number: int, output: Tensor | None) -> Tensor | None:
-        """Meets the other stages after this one ran step `number`; returns the next step's hidden states."""
+        """Exchanges results with the other stages after step `number`; returns the next step's hidden states."""
         pp, operations, hidden = self.mesh.pp, [], None
         last = pp.size - 1
         if output is not None and pp.rank < last:
@@ -440,7 +414,7 @@ class EmbeddedGenerator:
                 shape = (step.tokens, self.model.config.hidden_size)
                 hidden = torch.empty(shape, dtype=self.model.dtype, device=self.mesh.device)
                 operations.append(dist.P2POp(dist.irecv, hidden, pp.ranks[pp.rank - 1], pp.group))
-        sampled = number + pp.rank - last  # the step the last stage has just sampled
+        sampled = number + pp.rank - last  # the step that the last stage has just sampled
         if last and sampled in self._steps:
             if pp.rank == last:
                 receivers = pp.ranks[:last]

@@ -1,7 +1,4 @@
-"""Generator interface: requests in, completions out, while weights change in between.
-
-The rest of the project sees these types only, not what samples: the policy's own shards (embedded.py).
-"""
+"""Generator interface: sampling parameters, requests and completions, and the service between them."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ class SamplingParams:
     """Sampling options of a request.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among the k likeliest tokens only; 0 for all.
-        top_p: sample among the fewest tokens that make up this probability; 1 for all.
-        max_new_tokens: length at which a response is cut.
+        temperature: divides the logits; 0 is greedy.
+        top_k: sample among the k likeliest tokens; 0 for all.
+        top_p: sample among the fewest tokens with at least this total probability; 1 for all.
+        max_new_tokens: length at which a response is cut off.
         min_new_tokens: stop ids cannot be sampled before the response has this many tokens.
-        stop_ids: tokens that end a response; they are kept as its last token.
-        seed: with a request's sample id, decides its random numbers.
+        stop_ids: tokens that end a response, kept as its last token.
+        seed: of the random numbers, with a request's sample id.
 
     Raises:
         ValueError: a value out of range.
@@ -67,10 +64,10 @@ class Completion:
 
     Attributes:
         id: of the request, as `add` returned it; not compared.
-        tokens: with the stop id, if one ended it.
-        logprobs: of the distribution that each token was sampled from.
-        versions: of the weights that chose each token.
-        finish: "abort" for a request that was aborted, with the tokens sampled until then.
+        tokens: including the stop id that ended it, if any.
+        logprobs: under the distribution that each token was sampled from.
+        versions: of the weights that sampled each token.
+        finish: "abort" if the request was aborted, with the tokens sampled until then.
     """
 
     id: int = field(compare=False)
@@ -81,16 +78,17 @@ class Completion:
 
 
 class Interrupted(Exception):
-    """Generation stopped because its completions are no longer wanted."""
+    """Raised by `generate` after an interruption."""
 
 
 class Generator(Protocol):
-    """A service that requests can be added to, aborted in and collected from while it runs.
+    """Service that samples responses. Requests can be added, aborted and collected while it runs.
 
-    One a DP rank of `mesh`: the ranks of its tp and pp make the same calls in the same order and get the same results.
+    Every DP rank of `mesh` has one; the ranks of its tp and pp make the same calls in the same order and get the same
+    results.
 
     Attributes:
-        version: of the weights that choose the next tokens.
+        version: of the weights that sample the next tokens.
         interrupted: polled while requests run; True aborts them all.
     """
 
@@ -100,33 +98,47 @@ class Generator(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether a request has not been collected yet."""
+        """Whether any request is not collected yet."""
         ...
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns its id. Raises ValueError for one that can never run."""
+        """Queues a request and returns its id.
+
+        Raises:
+            ValueError: a prompt that is empty, too long for the model or for the cache, or holds a token outside the
+                vocabulary; a stop id outside the vocabulary.
+        """
         ...
 
     def abort(self, request_id: int) -> None:
-        """Ends a request early; a later `step` returns what it has. One that was collected already is left alone."""
+        """Ends a request early; a later `step` returns its completion. Ignored if it is collected already.
+
+        Raises:
+            ValueError: an id that `add` has not returned.
+        """
         ...
 
     def step(self) -> list[Completion]:
-        """Samples about one token of each running request; returns the completions that are ready."""
+        """Samples about one token of each running request; returns the completions that are ready and not collected."""
         ...
 
     def generate(self, prompts: list[list[int]], sample_ids: list[int], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in the order of the prompts. Raises Interrupted where `interrupted` was true."""
+        """One completion for each prompt, in order. Other requests run on meanwhile.
+
+        Raises:
+            ValueError: as `add`, before any request is added; numbers of prompts and sample ids differ.
+            Interrupted: on all ranks of tp and pp, where `interrupted` was true on one.
+        """
         ...
 
     def pause(self) -> None:
-        """Ends the steps in flight; until `resume` no token is sampled. Requests keep their state."""
+        """Finishes the steps in flight; no token is sampled until `resume`. Requests keep their tokens and cache."""
         ...
 
     def resume(self) -> None:
-        """Goes on after `pause`."""
+        """Continues after `pause`."""
         ...
 
     def load(self, weights: Any, version: int) -> None:
-        """Samples from these weights from now on, requests that are running included."""
+        """Samples from these weights from now on, in running requests too; steps in flight finish with the old ones."""
         ...

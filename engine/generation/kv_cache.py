@@ -1,8 +1,8 @@
-"""The paged KV cache: keys and values of running sequences in blocks of fixed size, handed out from one pool.
+"""Paged KV cache: keys and values of running sequences in blocks of fixed size, allocated from one pool (Kwon et al.
+2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention").
 
-Paging (Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention") lets
-sequences of different lengths share one allocation: token `p` of a sequence lies in block `table[p // block]`, row
-`p % block`. The pool is plain Python, so every rank that sees the same requests hands out the same blocks.
+Token `p` of a sequence is in row `p % block` of block `table[p // block]`. The pool is plain Python: ranks with the
+same requests allocate the same blocks.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
-    """Blocks that hold `tokens` tokens."""
+    """Number of blocks for `tokens` tokens."""
     return -(-tokens // block_size)
 
 
 class BlockPool:
-    """The free blocks, by number. Last freed is first handed out: it is the likeliest to be in a processor's cache."""
+    """Free list of block numbers; the last freed is allocated first, as the likeliest to be in a cache."""
 
     def __init__(self, num_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
@@ -29,13 +29,13 @@ class BlockPool:
         return len(self._free)
 
     def grow(self, num_blocks: int) -> None:
-        """Adds blocks up to this number, if it is more than there are; they are handed out last."""
+        """Grows the pool to `num_blocks`, if that is more than it has; new blocks are allocated last."""
         if num_blocks > self.num_blocks:
             self._free[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)
             self.num_blocks = num_blocks
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks, or None (and nothing taken) where fewer are free."""
+        """Takes `count` blocks, or none at all (None) if fewer are free."""
         if count > len(self._free):
             return None
         return [self._free.pop() for _ in range(count)]
@@ -46,12 +46,12 @@ class BlockPool:
 
 
 class PagedCache:
-    """Key and value tensors of one pipeline stage, one pair a local layer: `[blocks, block, kv_heads/tp, head_dim]`.
+    """Keys and values of a pipeline stage, a pair of tensors a local layer: `[blocks, block, kv_heads/tp, head_dim]`.
 
-    Nothing is cleared: rows past a sequence's length hold anything, and paged_attention does not look at them.
+    Rows past a sequence's length are not initialized; paged_attention does not read them.
 
     Args:
-        kv_shape: (local layers, kv_heads/tp, head_dim), as `decoder.kv_shape` gives it.
+        kv_shape: (local layers, kv_heads/tp, head_dim).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PagedCache:
         )
 
     def grow(self, num_blocks: int) -> None:
-        """Adds blocks behind those that are here, which are copied, a layer at a time."""
+        """Grows to `num_blocks`, copying the present ones a layer at a time."""
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_empty((num_blocks, *old.shape[1:]))
@@ -80,6 +80,6 @@ class PagedCache:
 
     @staticmethod
     def bytes_per_block(kv_shape: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block over all local layers, keys and values."""
+        """Bytes of a block over all local layers, keys and values."""
         layers, kv_heads, head_dim = kv_shape
         return 2 * layers * block_size * kv_heads * head_dim * dtype.itemsize

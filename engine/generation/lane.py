@@ -1,4 +1,4 @@
-"""Device state of a lane's running sequences: row i is the scheduler's i-th."""
+"""Device state of a lane's running sequences: row i is the i-th in the scheduler's list."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scheduler import Sequence, Step
+from .scheduler import Step
 
 
 class Lane:
-    """Rows are filled at admission, advance by a token a step, and close up when sequences end.
+    """Rows are filled at admission, advance by a token a step, and are compacted when sequences end.
 
     Attributes:
         last: [rows], the last token of each sequence.
-        length: [rows], its tokens, the last included.
-        place: [rows], its response tokens: the counter of the next token's random numbers.
-        key: [rows], of its random numbers.
-        tables: [rows, blocks] int32, its cache blocks.
+        length: [rows], number of tokens, including the last.
+        position: [rows], number of response tokens, which counts the random numbers drawn.
+        key: [rows], of the random numbers.
+        tables: [rows, blocks] int32, cache blocks.
         temperature, top_p: [rows] fp32.
         top_k: [rows] int32.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.state = torch.zeros(4, rows, dtype=torch.int64, device=device)
-        self.last, self.length, self.place, self.key = self.state
+        self.last, self.length, self.position, self.key = self.state
         self.tables = torch.zeros(rows, 0, dtype=torch.int32, device=device)
         self.temperature, self.top_p = torch.zeros(2, rows, dtype=torch.float32, device=device)
         self.top_k = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def admit(self, step: Step, width: int) -> None:
-        """Fills the rows behind the decoding ones with the step's sequences.
+        """Fills the rows after the decoding ones with the step's admitted sequences.
 
         Args:
-            width: cache blocks of the longest sequence there may be.
+            width: cache blocks of the longest possible sequence.
         """
         rows, new, device = slice(step.decoding, step.rows), step.admitted, self.state.device
         columns = [
@@ -45,7 +45,7 @@ class Lane:
         self.state[:, rows] = torch.tensor(columns, device=device)
         if width > self.tables.shape[1]:
             self.tables = F.pad(self.tables, (0, width - self.tables.shape[1]))
-        # Entries past a sequence's blocks are never looked up, but must name a block.
+        # Entries past a sequence's blocks are never read, but must be valid block numbers.
         tables = [sequence.blocks + [0] * (self.tables.shape[1] - len(sequence.blocks)) for sequence in new]
         self.tables[rows] = torch.tensor(tables, dtype=torch.int32, device=device)
         self.temperature[rows] = torch.tensor([sequence.params.temperature for sequence in new], device=device)
@@ -57,7 +57,7 @@ class Lane:
         self.last[: len(tokens)] = tokens
         self.state[1:3, : len(tokens)] += 1
 
-    def keep(self, rows: list[int]) -> None:
+    def compact(self, rows: list[int]) -> None:
         """Moves these rows to the front, in their order."""
         if rows:
             kept = torch.tensor(rows, device=self.state.device)
@@ -67,8 +67,8 @@ class Lane:
 
 
 def sample_key(seed: int, sample_id: int) -> int:
-    """The 64-bit key of a sample's random numbers, signed as int64: SplitMix64 over both numbers, so that neighboring
-    seeds and ids share nothing (Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
+    """64-bit key of a sample's random numbers, signed as int64: SplitMix64 over both numbers (Steele et al. 2014, "Fast
+    splittable pseudorandom number generators"), so that keys of neighboring seeds and ids are unrelated."""
 
     def mix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -78,13 +78,3 @@ def sample_key(seed: int, sample_id: int) -> int:
 
     key = mix(mix(seed) ^ sample_id)
     return key - (1 << 64) if key >> 63 else key
-
-
-def early_stops(sequences: list[Sequence]) -> list[tuple[int, int]]:
-    """(row, stop id) of each stop id that a sequence may not sample yet."""
-    return [
-        (row, stop)
-        for row, sequence in enumerate(sequences)
-        if len(sequence.tokens) < sequence.params.min_new_tokens
-        for stop in sequence.params.stop_ids
-    ]

@@ -1,15 +1,14 @@
-"""Continuous batching (Yu et al. 2022, "Orca"): which sequences the next forward runs. Pure: lists in, lists out.
+"""Scheduler of continuous batching (Yu et al. 2022, "Orca"), in plain Python without tensors.
 
 Every step decodes one token of each running sequence and prefills, in the same forward, as many waiting ones as fit.
-A finished sequence gives up its row and its blocks at once, and the next step fills them.
+A finished sequence frees its row and its blocks at once, for the next step.
 
-A sequence is admitted only when blocks for its whole possible length are free, so nothing that runs is ever preempted.
-Preemption by recompute would pack more sequences into a pool that is too small, but it computes the recomputed keys
-and values in another batch shape than the first time, and in bf16 that changes tokens with the size of the pool. Here a
-block table is written once, at admission, and the decode step never touches it. Unless it is limited, the pool grows so
-that none of the `max_running` sequences waits for blocks.
+A sequence is admitted only when blocks for its whole possible length are free, so that none is ever preempted:
+preemption by recomputation would compute keys and values in another batch shape than the first time, and in bf16 tokens
+would change with the size of the pool. Unless it is limited, the pool grows so that none of the `max_running` sequences
+waits for blocks.
 
-Lanes are groups of sequences that take turns: with `pp` pipeline stages there are `pp` lanes, each at another stage.
+Lanes are groups of sequences that take turns: with `pp` pipeline stages there are `pp` lanes, one at each stage.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .kv_cache import BlockPool, blocks_for
 
 @dataclass
 class Sequence:
-    """A request and what has been sampled for it."""
+    """A request with its response so far."""
 
     id: int
     prompt: list[int]
@@ -45,7 +44,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: a token of each of the `decoding` sequences that `lane` runs, then the `admitted` ones, whole."""
+    """One forward of a lane: a token of each of the `decoding` sequences, then all tokens of the `admitted` ones."""
 
     lane: int
     decoding: int
@@ -53,31 +52,31 @@ class Step:
 
     @property
     def rows(self) -> int:
-        """Sequences in the step; each gets one token."""
+        """Number of sequences; each gets one token."""
         return self.decoding + len(self.admitted)
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the forward."""
+        """Number of tokens of the forward."""
         return self.decoding + sum(sequence.length for sequence in self.admitted)
 
 
 class Scheduler:
-    """Plans steps and takes their results.
+    """Plans steps and records their results.
 
-    The order is first come, first served, without overtaking, and depends on nothing but the calls and the sampled
-    tokens: ranks that call the same methods with the same results hold the same state.
+    First come, first served, without overtaking. The state depends on the calls and the sampled tokens alone: ranks
+    that make the same calls have the same state.
 
     Args:
         max_running: sequences running at once, over all lanes.
         prefill_tokens: tokens admitted in one step; a longer sequence is admitted alone.
-        max_blocks: of the pool; None for as many as `max_running` sequences need.
+        max_blocks: limit of the pool; None for as many as `max_running` sequences need.
 
     Attributes:
-        ended: sequences that have ended, for the caller to take.
+        ended: retired sequences, for the caller to take.
         lane_size: sequences running at once in a lane.
         max_length: blocks of the longest sequence.
-        done, total: tokens of all sequences, where a response that has ended counts in full.
+        done, total: response tokens of all sequences; one that has ended counts max_new_tokens in both.
     """
 
     def __init__(
@@ -99,24 +98,23 @@ class Scheduler:
 
     @property
     def unfinished(self) -> int:
-        """Sequences that wait or hold a row."""
+        """Number of sequences that wait or hold a row."""
         return len(self.waiting) + sum(map(len, self.running))
 
     def blocks_of(self, prompt: int, params: SamplingParams) -> int:
-        """Blocks of the longest that a prompt of so many tokens can get. The last token sampled is never fed back, so
-        never cached."""
+        """Blocks for a prompt of so many tokens and its longest response; the last token is not cached."""
         return blocks_for(prompt + params.max_new_tokens - 1, self.block_size)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence behind those that wait."""
+        """Queues a sequence."""
         self.waiting.append(sequence)
         self.total += sequence.params.max_new_tokens
         self.max_length = max(self.max_length, self.blocks_of(len(sequence.prompt), sequence.params))
-        # Lanes are filled evenly, or one would run everything while the other stages' turns pass empty.
+        # Lanes are filled evenly: otherwise one would run everything, and the other stages' turns would be empty.
         self.lane_size = max(self.lane_size, blocks_for(min(self.max_running, self.unfinished), len(self.running)))
 
     def abort(self, ids: Iterable[int] | None = None) -> None:
-        """Ends these sequences, or all: those that wait at once, those that run when their lane is next planned."""
+        """Ends these sequences, or all (None): waiting ones at once, running ones when their lane is retired."""
         wanted = None if ids is None else set(ids)
         for sequence in [*self.waiting, *(s for lane in self.running for s in lane)]:
             if not sequence.finish and (wanted is None or sequence.id in wanted):
@@ -125,7 +123,7 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if not s.finish)
 
     def plan(self, lane: int) -> Step | None:
-        """The next step of `lane`, whose last step must be committed and retired; None where it has nothing to run."""
+        """The next step of `lane`, whose last step must be committed and retired; None if it has no sequences."""
         running = self.running[lane]
         decoding, admitted, budget = len(running), [], self.prefill_tokens
         while self.waiting and len(running) < self.lane_size:
@@ -143,7 +141,7 @@ class Scheduler:
         return Step(lane, decoding, admitted) if running else None
 
     def commit(self, step: Step, tokens: list[int], logprobs: list[float], version: int = 0) -> None:
-        """Takes one token of each row of `step`, in its order; those of sequences that were aborted are dropped."""
+        """Appends one token to each row of `step`, in order; tokens of aborted sequences are dropped."""
         running = self.running[step.lane]
         assert len(tokens) == len(running) == step.rows, "a step's result does not match its rows"
         for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
@@ -159,10 +157,10 @@ class Scheduler:
                 self._end(sequence, "length")
 
     def retire(self, lane: int) -> list[int] | None:
-        """Frees what has ended in `lane`, which has no step in flight.
+        """Frees the ended sequences of `lane`, which has no step in flight.
 
         Returns:
-            The rows that go on, in order, or None where all do.
+            The remaining rows, in order, or None if none has ended.
         """
         running = self.running[lane]
         keep = [row for row, sequence in enumerate(running) if not sequence.finish]
@@ -176,8 +174,8 @@ class Scheduler:
         return keep
 
     def requeue(self) -> None:
-        """Sends all that runs back to the head of the queue, in the order of arrival, to be prefilled with what it has.
-        No step may be in flight."""
+        """Moves the running sequences to the head of the queue, in order of arrival, to be prefilled again with their
+        tokens. No step may be in flight."""
         running = sorted((s for lane in self.running for s in lane), key=lambda sequence: sequence.id)
         for sequence in running:
             self._free(sequence)
@@ -185,16 +183,16 @@ class Scheduler:
         self.running = [[] for _ in self.running]
 
     def reset(self) -> None:
-        """Forgets the sizes that past sequences needed, the pool's among them. Nothing may wait or run."""
+        """Resets the sizes of pool and lanes. No sequence may wait or run."""
         assert not self.unfinished and self.pool.free_blocks == self.pool.num_blocks, "blocks leaked"
         self.pool = BlockPool()
         self.lane_size = self.max_length = self.done = self.total = 0
 
     def _allocate(self, count: int) -> list[int] | None:
         if count > self.pool.free_blocks:
-            # All that is here at first; later at least twice as much as before, so that copies stay few.
-            here, most = (self.max_length * min(self.max_running, n) for n in (self.unfinished, self.max_running))
-            size = min(most, max(here, 2 * self.pool.num_blocks))
+            # For all present sequences at first; later at least doubled, to limit the copies of the cache.
+            present, most = (self.max_length * min(self.max_running, n) for n in (self.unfinished, self.max_running))
+            size = min(most, max(present, 2 * self.pool.num_blocks))
             self.pool.grow(size if self.max_blocks is None else min(size, self.max_blocks))
         return self.pool.allocate(count)
 

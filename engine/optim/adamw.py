@@ -1,4 +1,4 @@
-"""AdamW (https://arxiv.org/abs/1711.05101) on this rank's share of every bucket, with clipping over the mesh."""
+"""AdamW (https://arxiv.org/abs/1711.05101) on this rank's shard of every bucket, with clipping over the mesh."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from ..parallel.collectives import all_gather_shards
 from ..parallel.data import DataParallel
 from ..parallel.shard import Entry, Slot
 
-REFINED_ELEMENTS = 1 << 24  # masters that are read again at once
+REFINED_ELEMENTS = 1 << 24  # masters that `refine_masters` reads at once
 
 
-class _Digits:
-    """Takes the digits of numbers beyond those of the weights into the masters that were made of the weights.
-
-    A master that the numbers do not round to stays: its weight has been changed since.
-    """
+class _MasterSink:
+    """Copies numbers into masters in full precision, except where a master's weight is no longer the rounded number
+    (it was changed after it was read)."""
 
     def __init__(self, master: Tensor, dtype: torch.dtype):
         self.master, self.dtype = master, dtype
@@ -37,11 +35,10 @@ class ShardedAdamW:
     """AdamW for one model on one mesh.
 
     Args:
-        model: its parameters that require gradients move into flat buckets; each must carry a shard description.
-        tied: the parameter shared with the other end of the pipeline (its gradients are summed), or None.
-        weight_decay: applied to matrices only; norm weights and biases are not decayed.
-        max_grad_norm: global L2 norm the gradient is clipped to; 0 turns clipping off.
-        ema_decay: keeps an exponential moving average of the masters when above 0.
+        model, tied: see DataParallel.
+        weight_decay: of matrices only, not of norm weights and biases.
+        max_grad_norm: global L2 norm that the gradient is clipped to; 0 turns clipping off.
+        ema_decay: of an exponential moving average of the masters; 0 for none.
         name: of the model, for messages.
     """
 
@@ -70,41 +67,37 @@ class ShardedAdamW:
                 bucket.states["ema"] = master.clone()
 
     def zero_grad(self) -> None:
-        """Forgets the gradients: the next backward of each parameter overwrites its own."""
+        """Discards the gradients: the next backward overwrites them."""
         self.data.zero_grad()
 
-    def expect_last_backward(self) -> None:
-        """From now on a bucket is reduced over its DP ranks as soon as all its gradients have arrived."""
-        self.data.expect_last_backward()
-
     def step(self, lr: float, poison: Tensor | None = None) -> float:
-        """Reduces what is not reduced yet, clips, updates and gathers the weights. Collective over the job.
+        """Reduces and clips the gradients, updates the masters and gathers the weights. Collective over the job.
 
         Args:
-            poison: 0-d; NaN where this rank has met what is not finite: no rank makes the step then.
+            poison: 0-d; NaN where this rank has met a number that is not finite, so that no rank steps.
 
         Returns:
-            the L2 norm of the whole gradient before clipping, on ranks outside the mesh too.
+            The L2 norm of the whole gradient before clipping, on ranks outside the mesh too.
 
         Raises:
-            FloatingPointError: on every rank: the norm is not finite, or a rank's poison. Weights and optimizer state
-                are as before; `zero_grad` forgets the gradients.
+            FloatingPointError: on every rank, where the norm or a rank's poison is not finite. Weights and optimizer
+                states are unchanged; call `zero_grad` to go on.
         """
         self.data.finish_reduction()
         norm = self.data.gradient_norm(poison)
         if not math.isfinite(norm):
-            culprit = "the gradient norm" if poison is None else "the loss or the gradient norm"
-            raise FloatingPointError(f"{self.name}: {culprit} of optimizer step {self.steps + 1} is {norm}")
+            cause = "the gradient norm" if poison is None else "the loss or the gradient norm"
+            raise FloatingPointError(f"{self.name}: {cause} of optimizer step {self.steps + 1} is {norm}")
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
         self.steps += 1
         for bucket in self.buckets:
-            state, mine = bucket.states, bucket.weights[bucket.local]
+            state, weights = bucket.states, bucket.weights[bucket.local]
             adamw_(
                 state["master"],
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 bucket.grads[bucket.local],
-                None if mine.dtype == torch.float32 else mine,
+                None if weights.dtype == torch.float32 else weights,
                 lr,
                 *self.betas,
                 self.eps,
@@ -114,55 +107,47 @@ class ShardedAdamW:
             )
             if "ema" in state:
                 state["ema"].lerp_(state["master"], 1 - self.ema_decay)
-            all_gather_shards(bucket.weights, mine, bucket.axis)
+            all_gather_shards(bucket.weights, weights, bucket.axis)
         self.zero_grad()
         return norm
 
     def entries(self, role: str, hf_name: Callable[[str, str], str]) -> Iterator[Entry]:
-        """This rank's share of masters and moments as rectangles of whole tensors, named `role/kind/hf name`.
+        """This rank's masters and moments as rectangles of whole tensors, named `role/kind/hf name`.
 
         Args:
             hf_name: (parameter name, part) -> the whole tensor's name.
         """
-        for bucket, name, piece, place in self.data.rectangles():
+        for bucket, name, piece, at in self.data.rectangles():
             whole = hf_name(name, piece.part)
             for kind, state in bucket.states.items():
-                view = state[place].view(piece.shape)
+                view = state[at].view(piece.shape)
                 yield Entry(f"{role}/{kind}/{whole}", piece.global_shape, piece.offset, view, bucket.counted)
 
     def refine_masters(self, fill: Callable[[Sequence[Slot]], None]) -> None:
-        """Gives masters the digits of what narrower weights were rounded from; averages begin from them.
+        """Reads the masters of rounded weights again in full precision; moving averages start from them.
 
         Args:
-            fill: copies numbers into slots as it did into the model's, in whatever dtype it has them. A slot holds at
-                most REFINED_ELEMENTS numbers, or one row.
+            fill: copies the model's numbers into slots, in the dtype of their source. A slot holds at most
+                REFINED_ELEMENTS numbers, or one row.
         """
         slots = []
-        for bucket, name, piece, place in self.data.rectangles():
+        for bucket, name, piece, at in self.data.rectangles():
             if bucket.weights.dtype == torch.float32:  # the weights are the masters
                 continue
-            master = bucket.states["master"][place].view(piece.shape)
+            master = bucket.states["master"][at].view(piece.shape)
             step = max(1, REFINED_ELEMENTS // math.prod(piece.shape[1:]))
             for begin in range(0, piece.shape[0], step):
                 rows = master[begin : begin + step]
                 offset = (piece.offset[0] + begin, *piece.offset[1:])
                 part = replace(piece, offset=offset, shape=tuple(rows.shape))
-                slots.append(Slot(name, part, _Digits(rows, bucket.weights.dtype)))
+                slots.append(Slot(name, part, _MasterSink(rows, bucket.weights.dtype)))
         fill(slots)
         for bucket in self.buckets:
             if "ema" in bucket.states:
                 bucket.states["ema"].copy_(bucket.states["master"])
 
-    def not_finite(self, kind: str = "") -> list[str]:
-        """Names (kind, parameter and part) of this rank's states that are not all finite.
-
-        Args:
-            kind: of the states: "master", "exp_avg", ... or "grad", the reduced gradient; "": all but that.
-        """
-        return self.data.not_finite(kind)
-
     def restore(self, steps: int) -> None:
-        """After a checkpoint filled the entries: takes over the step count and makes the weights from the masters."""
+        """Sets the step count and rebuilds the weights, after a checkpoint has filled the entries."""
         self.steps = steps
         for bucket in self.buckets:
             bucket.gather_weights()

@@ -17,5 +17,5 @@ def lr_at(step: int, total: int, *, peak: float, schedule: str, warmup_ratio: fl
     if schedule == "constant":
         return peak
     done = min(1.0, (step - warm_up) / max(1, total - 1 - warm_up))
-    share = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return peak * (min_lr_ratio + (1 - min_lr_ratio) * share)
+    factor = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return peak * (min_lr_ratio + (1 - min_lr_ratio) * factor)

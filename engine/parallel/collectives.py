@@ -1,8 +1,8 @@
-"""Collectives over one axis of the mesh, and the conjugate pairs that tensor parallelism is made of.
+"""Collectives over one axis of the mesh, and the conjugate operators of tensor parallelism.
 
-Every function returns its input where the axis has size 1, so callers never ask. Whatever waits for other ranks does so
-within `HEARTBEAT.waiting`, for the watchdog. The pairs f and g follow Megatron-LM
-(https://arxiv.org/abs/1909.08053, section 3): f copies forward and all-reduces backward, g the other way round.
+Over an axis of size 1 every function returns its input. Waits for other ranks are reported through `HEARTBEAT.waiting`,
+for the watchdog. f and g are Megatron-LM's (https://arxiv.org/abs/1909.08053, section 3): f copies forward and
+all-reduces backward, g the other way round.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def all_gather(tensor: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | 
     """Concatenates every rank's tensor (one dim at least) along `dim`, in axis order.
 
     Args:
-        sizes: of all ranks' tensors along `dim`, where they are not of one shape.
+        sizes: of all ranks' tensors along `dim`; None where they are equal.
     """
     if axis.size == 1:
         return tensor
     sizes = [tensor.shape[dim]] * axis.size if sizes is None else sizes
-    if tensor.shape[dim] < max(sizes):  # what travels is of one shape
+    if tensor.shape[dim] < max(sizes):  # the collective needs equal shapes
         shape = list(tensor.shape)
         shape[dim] = max(sizes)
         padded = tensor.new_zeros(shape)
@@ -56,16 +56,16 @@ def all_gather(tensor: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | 
 def all_gather_shards(whole: Tensor, shard: Tensor, axis: Axis) -> None:
     """Fills the flat `whole` [size * n] from every rank's `shard` [n], which may be a view of it."""
     if axis.size > 1:
-        # gloo copies the input after it has begun to write the output: an aliased shard must be a copy there.
+        # gloo copies the input after it has begun to write the output, so an aliased shard must be cloned.
         source = shard.clone() if shard.device.type == "cpu" else shard
         with HEARTBEAT.waiting(f"all_gather over {axis.name}"):
             _all_gather_single(whole, source, group=axis.group)
 
 
 def reduce_scatter(shard: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None:
-    """Starts summing the flat `whole` [size * n] over the axis into this rank's `shard` [n]; `wait` on the result.
+    """Starts summing the flat `whole` [size * n] over the axis into this rank's `shard` [n]; `wait` for the result.
 
-    Returns None where there is nothing to wait for: with one rank `shard` is a view of `whole`.
+    Returns None with one rank, where `shard` must be a view of `whole`.
     """
     if axis.size == 1:
         assert shard.data_ptr() == whole.data_ptr()
@@ -74,7 +74,7 @@ def reduce_scatter(shard: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None
 
 
 def broadcast(tensor: Tensor, axis: Axis, src: int = 0) -> Tensor:
-    """Overwrites `tensor` with that of the rank at place `src` of the axis and returns it."""
+    """Overwrites `tensor` with that of rank `src` of the axis and returns it."""
     if axis.size > 1:
         with HEARTBEAT.waiting(f"broadcast over {axis.name}"):
             dist.broadcast(tensor, axis.ranks[src], group=axis.group)
@@ -92,35 +92,35 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
 
 
 def from_mesh(tensor: Tensor, mesh: Mesh) -> Tensor:
-    """Gives a tensor that all ranks of a mesh hold to ranks outside it, in place, and returns it.
+    """Copies a tensor that all ranks of a mesh hold to the ranks outside it, in place, and returns it.
 
-    Collective over the job, except where the mesh has all of its ranks and there is nothing to do.
+    Collective over the job, unless the mesh has all ranks.
     """
     return tensor if len(mesh.ranks) == mesh.world.size else broadcast(tensor, mesh.world, mesh.ranks[0])
 
 
 def object_from_mesh(value: Any, mesh: Mesh) -> Any:
-    """A picklable value that all ranks of a mesh hold, on ranks outside it too. Collective as `from_mesh` is."""
+    """A picklable value that all ranks of a mesh hold, on the ranks outside it too. Collective as `from_mesh` is."""
     return value if len(mesh.ranks) == mesh.world.size else gather_objects(value, mesh.world)[mesh.ranks[0]]
 
 
 def run_on_all_ranks(work: Callable[[], T], axis: Axis, prefix: str = "") -> T:
-    """Runs `work` on every rank and returns this rank's result; where it fails on any, every rank raises.
+    """Runs `work`, which makes no collectives, on every rank and returns this rank's result. If it fails on any rank,
+    every rank raises.
 
     Args:
-        work: reads, writes and builds; no collectives in it.
         prefix: of the error's text.
 
     Raises:
-        ValueError, OSError: as it was raised on the first rank that failed, with the number of a rank that is not 0.
-        RuntimeError: that rank raised anything else, which is raised there as it is.
+        ValueError, OSError: as raised on the first rank that failed, with its number unless it is 0.
+        RuntimeError: the first rank that failed raised another exception; that rank raises it unchanged.
     """
     failure: Exception | None = None
     reason: tuple[type[Exception], str] | None = None
     result: Any = None
     try:
         result = work()
-    except Exception as error:  # not hidden: raised again below, once every rank knows
+    except Exception as error:  # raised again below, on every rank
         kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
         failure, reason = error, (kind, str(error) or repr(error))
     for rank, found in enumerate(gather_objects(reason, axis)):
@@ -131,15 +131,8 @@ def run_on_all_ranks(work: Callable[[], T], axis: Axis, prefix: str = "") -> T:
     return result
 
 
-def barrier(axis: Axis) -> None:
-    """Waits until every rank of the axis is here."""
-    if axis.size > 1:
-        with HEARTBEAT.waiting(f"barrier over {axis.name}"):
-            dist.barrier(group=axis.group)
-
-
 def exchange(operations: list[dist.P2POp], axis: Axis) -> None:
-    """Runs a batch of sends and receives along the axis, to its end."""
+    """Runs a batch of sends and receives along the axis and waits for its end."""
     if operations:
         with HEARTBEAT.waiting(f"send and receive over {axis.name}"):
             for work in dist.batch_isend_irecv(operations):
@@ -147,7 +140,7 @@ def exchange(operations: list[dist.P2POp], axis: Axis) -> None:
 
 
 def wait(work: dist.Work, axis: Axis) -> None:
-    """Waits for a collective that was started."""
+    """Waits for a started reduce-scatter."""
     with HEARTBEAT.waiting(f"reduce_scatter over {axis.name}"):
         work.wait()
 
@@ -182,12 +175,12 @@ class _GatherFrom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        # Each rank used the whole in its own way: the gradient is the sum over the ranks.
+        # Every rank has a gradient of the gathered tensor: the whole gradient is their sum.
         return all_reduce(grads[0].contiguous(), ctx.axis).narrow(-1, ctx.start, ctx.width), None, None
 
 
 def gather_from_region(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
-    """All-gather of the last dim, `sizes` long on the ranks; backward this rank's slice of the summed gradient."""
+    """All-gather along the last dim (`sizes` of all ranks); backward this rank's slice of the all-reduced gradient."""
     return x if axis.size == 1 else _GatherFrom.apply(x, axis, sizes)
 
 

@@ -2,10 +2,10 @@
 
     y = x Wᵀ + s · (x Aᵀ) Bᵀ,   A [r, in], B [out, r],   s = α / r, or α / √r (rsLoRA, https://arxiv.org/abs/2312.03732)
 
-W is frozen. A linear that fuses several weights (q, k, v) has an A and a B for each, stacked as its parts are.
-Over tp, A is whole and B cut where W's outputs are cut; the backward sums the r numbers a token between them.
-Where W's inputs are cut, A is cut and B whole, and the forward sums the r numbers. So an adapter adds no
-collective wider than its rank, and no rank holds more of it than it must. Adapters of experts: experts.py.
+W is frozen. A linear with fused weights has an A and a B for each part, stacked as the parts are. Over tp, where W's
+outputs are sharded, A is replicated and B sharded, and the backward all-reduces the r numbers a token between them.
+Where W's inputs are sharded, A is sharded and B replicated, and the forward all-reduces the r numbers. Adapters of
+experts: expert.py.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ class LoRA:
 
     Attributes:
         rank: r, of every adapter.
-        alpha: α of the scale.
-        targets: the weights that get one, by the model's names for them; ("all",) for all that it has.
+        targets: the model's names of the weights that get an adapter; ("all",) for all of them.
         rslora: divide α by √r instead of r.
-        quantize: keep the frozen weights of the linears in NF4 (QLoRA), with targets or without.
+        quantize: keep the frozen weights of all linears in NF4 (QLoRA).
 
     Raises:
-        ValueError: a value that makes no sense, naming it.
+        ValueError: a value out of range.
     """
 
     rank: int
@@ -57,7 +56,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """s, the factor of the product of the two matrices."""
+        """s in the formula."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def wants(self, target: str) -> bool:
@@ -66,12 +65,12 @@ class LoRA:
 
 
 class Adapter:
-    """The adapter of one linear: its shapes, and how the linear uses the two parameters it holds as lora_a, lora_b.
+    """Shapes and forward of one linear's adapter; the linear holds its parameters as lora_a and lora_b.
 
     Args:
-        outputs: part -> its outputs on this rank, of all parts in the order they are stacked.
+        outputs: part -> outputs on this rank, of all parts in the order they are stacked.
         parts: those that have an adapter, in that order.
-        cut: features of the weight that are sharded over tp: "out" (column parallel), "in" (row parallel) or none.
+        cut: features of the weight that are sharded over tp: "out" (column parallel), "in" (row parallel) or None.
     """
 
     def __init__(self, lora: LoRA, outputs: Mapping[str, int], parts: Sequence[str], cut: str | None, axis: Axis):
@@ -87,11 +86,11 @@ class Adapter:
         return (copy_to_region if self.cut == "out" else reduce_from_region)(hidden, self.axis)
 
     def widen(self, old: Tensor, hidden: Tensor, b: Tensor, rows: slice, *more: Any) -> Tensor:
-        """One part's outputs [n, out/tp or out] with the product of its [n, r] added."""
+        """One part's outputs [n, out/tp or out] plus the adapter's, from its hidden [n, r]."""
         return torch.addmm(old, hidden, b[rows].t().to(hidden.dtype), alpha=self.lora.scale)
 
     def __call__(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, *more: Any) -> Tensor:
-        """y [n, out/tp or out] with the adapter's part added, for the linear's own input x [n, in or in/tp]."""
+        """y [n, out/tp or out] plus the adapter's output for x [n, in or in/tp], the linear's input."""
         by_part = dict(zip(self.parts, self.narrow(x, a, *more).split(self.lora.rank, 1), strict=True))
         parts = []
         for part, old in zip(self.outputs, y.split(list(self.outputs.values()), 1), strict=True):
@@ -100,29 +99,32 @@ class Adapter:
 
 
 class AdaptedLinear(nn.Module):
-    """Base of linears that may have an adapter: its two parameters, and a switch."""
+    """Base of linears with an optional adapter.
+
+    Attributes:
+        adapted: False while the adapter is switched off.
+    """
 
     adapter: Adapter | None = None
     adapted = True
-    """False while only the frozen weight counts"""
     lora_a: nn.Parameter
     lora_b: nn.Parameter
 
     @property
     def active(self) -> Adapter | None:
-        """The adapter, while it is on; None without one."""
+        """The adapter; None where there is none or it is switched off."""
         return self.adapter if self.adapted else None
 
     def add_adapter(self, adapter: Adapter, a: Shard, b: Shard, mesh: Mesh, dtype: torch.dtype) -> None:
-        """Adds the adapter and its two parameters, uninitialized, with the pieces of the shards."""
+        """Adds the adapter and its two parameters, uninitialized."""
         self.adapter = adapter
         self.lora_a, self.lora_b = (sharded_parameter(shard, dtype=dtype, device=mesh.device) for shard in (a, b))
 
     def with_adapter(self, y: Tensor, x: Tensor, *more: Any) -> Tensor:
-        """y plus the active adapter's output for x; `more` are the adapter's further arguments."""
+        """y plus the active adapter's output for x; `more` are the adapter's other arguments."""
         return y if self.active is None else self.active(y, x, self.lora_a, self.lora_b, *more)
 
 
 def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:
-    """The linears of a model that have an adapter."""
+    """Linears of a model that have an adapter."""
     return [module for module in model.modules() if isinstance(module, AdaptedLinear) and module.adapter is not None]

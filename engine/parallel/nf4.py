@@ -1,11 +1,10 @@
 """The frozen weight of a parallel linear in NF4 with double quantization (QLoRA, https://arxiv.org/abs/2305.14314).
 
-Every rank reads and quantizes its own rectangle of each weight, as it is loaded: nothing is ever whole on a device in
-the weights' own type. Its codes do not depend on the layout, for a block of 64 lies in one row and no cut divides one.
-The scales' own quantization does look at the whole weight (its mean, its groups of 256), so the ranks of tp gather the
-scales of one weight, 1/64 of its numbers, quantize them all, and keep their rectangle. So every layout multiplies by
-the same numbers, bit for bit, and they are those of the whole weight quantized at once. That is done in the weight's
-first forward, where the ranks of tp meet anyway: loading has no collective that a rank with a bad disk could miss.
+Every layout multiplies by the same numbers, bit for bit: those of the whole weight quantized at once. Every rank
+quantizes its own rectangle of a weight as it is loaded. Codes do not depend on the layout, since a block of 64 lies in
+one row and in one shard. Quantizing the scales needs the whole weight (their mean, groups of 256), so the ranks of tp
+all-reduce the scales of one weight, 1/64 of its numbers, quantize them all, and keep their rectangle. That happens in
+the weight's first forward, so that loading has no collective, which a rank that fails to read would miss.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .shard import Shard, Sink
 
 @dataclass
 class _Part:
-    """One piece's place in an NF4Weight."""
+    """Sink of one piece of an NF4Weight."""
 
     weight: NF4Weight
     index: int
@@ -33,7 +32,7 @@ class _Part:
 
 
 class NF4Weight(nn.Module):
-    """The pieces of `shard`, stacked along dim 0, each cut along one dim over `axis` or not at all.
+    """The pieces of `shard`, stacked along dim 0, each sharded along one dim over `axis` or replicated.
 
     Raises:
         ValueError: a piece's row is not a multiple of 64 weights.
@@ -49,7 +48,7 @@ class NF4Weight(nn.Module):
                     f"NF4 needs rows of a multiple of {BLOCK} weights: {list(piece.global_shape)} leaves rows of {cols}"
                     f" on each of {axis.size} ranks of {axis.name}"
                 )
-        self.filled: dict[int, Tensor] = {}  # piece -> its scales [rows, cols / 64] fp32, until they are quantized too
+        self.filled: dict[int, Tensor] = {}  # piece -> scales [rows, cols / 64] fp32, until they are quantized
         rows = sum(piece.shape[0] for piece in shard.pieces)
         self.codes: Tensor  # [rows, cols / 2], two codes a byte
         self.scales: Tensor  # [rows, cols / 64], 8-bit codes of the scales
@@ -62,7 +61,7 @@ class NF4Weight(nn.Module):
             self.register_buffer(f"offset_{i}", torch.empty((), device=device))
 
     def sink(self, piece: int) -> Sink:
-        """Where the numbers of a piece go: its `copy_` quantizes them."""
+        """Sink of a piece; its `copy_` quantizes."""
         return _Part(self, piece)
 
     def _rows(self, index: int) -> slice:
@@ -76,12 +75,12 @@ class NF4Weight(nn.Module):
         self.codes[rows], self.filled[index] = quantize_nf4(source.to(self.codes.device))
 
     def _quantize_scales(self) -> None:
-        """Double quantization of what was filled. Collective over the axis where a piece is cut."""
+        """Quantizes the scales of filled pieces. Collective over the axis where a piece is sharded."""
         for index, absmax in sorted(self.filled.items()):
             piece = self.pieces[index]
             top, left = piece.offset[0], piece.offset[1] // BLOCK
             here = slice(top, top + absmax.shape[0]), slice(left, left + absmax.shape[1])
-            if piece.shape != piece.global_shape:  # zeros elsewhere: the sum over the ranks only puts parts together
+            if piece.shape != piece.global_shape:  # zeros elsewhere, so that the sum is a gather
                 whole = absmax.new_zeros(piece.global_shape[0], piece.global_shape[1] // BLOCK)
                 whole[here] = absmax
                 absmax = all_reduce(whole, self.axis)
@@ -92,7 +91,7 @@ class NF4Weight(nn.Module):
         self.filled.clear()
 
     def absmax(self) -> Tensor:
-        """The scales unpacked, [rows, cols / 64] fp32. The first call after a fill is collective over the axis."""
+        """The dequantized scales [rows, cols / 64] fp32. The first call after a fill is collective over the axis."""
         if self.filled:
             self._quantize_scales()
         parts = []
@@ -103,9 +102,9 @@ class NF4Weight(nn.Module):
         return torch.cat(parts)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [rows, cols] that the codes stand for."""
+        """The dequantized weight [rows, cols]."""
         return dequantize_nf4(self.codes, self.absmax(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, cols] -> [n, rows]; the unpacked scales are not kept for the backward."""
+        """[n, cols] -> [n, rows]; the dequantized scales are not kept for the backward."""
         return nf4_linear(x, self.codes, self.absmax)

@@ -1,4 +1,4 @@
-"""Executes any pipeline schedule: moves activations and gradients between ranks, runs forwards and backwards."""
+"""Pipeline runner: executes the actions of a schedule and exchanges activations and gradients between ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .schedule import Action, Message, Schedule, Transfer, count_chunks, receive
 from .stage import Chunk, Stage, chunk_rank
 
 Forward = Callable[[Chunk, int, Tensor | None], Tensor]
-"""(chunk, micro-batch, hidden states of the chunk before or None for the first) -> the chunk's output"""
+"""(chunk, micro-batch, hidden states of the previous chunk or None for the first) -> the chunk's output"""
 
 
 def run_schedule(
@@ -27,21 +27,21 @@ def run_schedule(
     forward: Forward,
     before_last_backward: Callable[[], None] | None = None,
 ) -> list[Tensor]:
-    """Runs every micro-batch through the pipeline. Gradients accumulate in the parameters; where the schedule has
-    forwards only, nothing is kept for a backward.
+    """Runs every micro-batch through the pipeline. Gradients accumulate in the parameters; under a schedule of
+    forwards only, nothing is kept for a backward. A rank without chunks does nothing.
 
-    A rank without chunks does nothing. A backward of the weights ("W") runs the whole backward once more for them: in
-    place of the memory of every layer's gradient it costs the gradients of the activations a second time.
+    A backward of the weights ("W") repeats that of the inputs ("I"), so a split backward costs time that its schedule
+    does not count.
 
     Args:
         shapes: of each micro-batch's hidden states between chunks, [tokens, hidden].
-        forward: for the last chunk it returns the micro-batch's scalar loss, already divided by the global count; or,
-            where there is no backward, any tensor.
-        before_last_backward: called once, when the next action completes the gradients: from then on those that a
-            backward reaches may be reduced.
+        forward: returns for the last chunk the micro-batch's scalar loss, divided by the global count; or any tensor
+            where there is no backward.
+        before_last_backward: called once, before the action that completes the gradients: from then on they may be
+            reduced as they arrive.
 
     Returns:
-        what `forward` gave for the last chunk, detached, one per micro-batch; an empty list on ranks without it.
+        `forward`'s outputs of the last chunk, detached, by micro-batch; an empty list on ranks without it.
     """
     pp, count = mesh.pp, len(shapes)
     schedules = [schedule(rank, pp.size, count) for rank in range(pp.size)] if stage.chunks else [[]]
@@ -59,7 +59,7 @@ def run_schedule(
 
 
 class _Run:
-    """One run of a schedule on one rank: messages on their way, and what forwards left for backwards."""
+    """One run of a schedule on one rank: messages in flight, and tensors kept for backwards."""
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ class _Run:
         self.held = {chunk.index: chunk for chunk in stage.chunks}
         self.outbox: dict[Message, Tensor] = {}
         self.inbox: dict[Message | None, Tensor] = {}
-        # By chunk and micro-batch: the input, the output, and the output's gradient between "I" and "W".
+        # By (chunk, micro-batch): the input, the output, and the output's gradient between "I" and "W".
         self.inputs: dict[tuple[int, int], Tensor] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.gradients: dict[tuple[int, int], Tensor | None] = {}
         self.results: dict[int, Tensor] = {}
 
     def exchange(self, batch: Sequence[Transfer]) -> None:
-        """Sends and receives a batch of transfers, to its end."""
+        """Runs a batch of transfers and waits for its end."""
         pp, operations = self.mesh.pp, []
         for message, source, target in batch:
             if source == pp.rank:
@@ -94,13 +94,13 @@ class _Run:
         self.outbox.clear()
 
     def act(self, action: Action) -> None:
-        """Runs one action, of which the message has arrived."""
+        """Runs one action, whose message has arrived."""
         key, x = (action.chunk, action.micro_batch), self.inbox.pop(received(action, self.chunks), None)
         if action.kind == "F":
             self.send(action, self.run_forward(key, x))
         elif action.kind == "B":
             output = self.outputs.pop(key)
-            if output.requires_grad:  # a first chunk may hold nothing that is trained
+            if output.requires_grad:  # false where all parameters of the first chunks are frozen
                 torch.autograd.backward(output, x)
             if key in self.inputs:
                 self.send(action, self.inputs.pop(key).grad)
@@ -117,7 +117,7 @@ class _Run:
                 torch.autograd.backward(output, gradient)
 
     def run_forward(self, key: tuple[int, int], x: Tensor | None) -> Tensor:
-        """The output of a chunk, detached; with gradients it and the input stay for the backward."""
+        """The output of a chunk, detached; where gradients are enabled, input and output are kept for the backward."""
         index, micro_batch = key
         if x is not None and torch.is_grad_enabled():
             self.inputs[key] = x.requires_grad_()
@@ -129,7 +129,7 @@ class _Run:
         return output.detach()
 
     def send(self, action: Action, tensor: Tensor | None) -> None:
-        """Puts a tensor where the next exchange, or this rank's next action, finds it."""
+        """Queues a tensor for the next exchange, or for this rank's own next chunk."""
         message = sent(action, self.chunks)
         if message is not None:
             assert tensor is not None

@@ -1,6 +1,6 @@
-"""Pipeline schedules as data: pure functions that give a rank its actions, and the transfers that any of them needs.
+"""Pipeline schedules as data: pure functions from a rank to its actions, and the transfers these actions need.
 
-`simulate` proves a schedule free of deadlock; `run_schedule` executes it.
+`simulate` checks a schedule for deadlocks; `run_schedule` executes it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from .stage import chunk_rank
 
 
 class Action(NamedTuple):
-    """Something that a rank does with one micro-batch in one of its chunks.
+    """A forward or backward of one micro-batch through one chunk.
 
     Attributes:
-        kind: "F" forward, "B" backward; or the backward's two parts (https://arxiv.org/abs/2401.10241), "I" of the
-            inputs and, at any time after it, "W" of the weights.
-        chunk: its index in the whole pipeline.
+        kind: "F" forward, "B" backward; or a backward's two parts (https://arxiv.org/abs/2401.10241), "I" of the
+            inputs and, at any later time, "W" of the weights.
+        chunk: index in the whole pipeline.
     """
 
     kind: Literal["F", "B", "I", "W"]
@@ -26,19 +26,19 @@ class Action(NamedTuple):
 
 
 Schedule = Callable[[int, int, int], list[Action]]
-"""(rank along pp, ranks of pp, micro-batches) -> the actions of the rank, in order"""
+"""(rank along pp, ranks of pp, number of micro-batches) -> the rank's actions, in order"""
 
 
 def forward_only(rank: int, ranks: int, count: int) -> list[Action]:
-    """Every micro-batch forward, for scoring."""
+    """Forwards of all micro-batches, for scoring."""
     return [Action("F", rank, i) for i in range(count)]
 
 
 def one_f_one_b(rank: int, ranks: int, count: int) -> list[Action]:
     """1F1B (PipeDream-flush, https://arxiv.org/abs/2104.04473 section 2.2).
 
-    `min(ranks - 1 - rank, count)` forwards to fill the pipe, then forward and backward in turn, then the backwards
-    left over: at most `min(ranks - rank, count)` micro-batches are alive on a rank.
+    `min(ranks - 1 - rank, count)` warm-up forwards, then forward and backward in turn, then the remaining backwards:
+    at most `min(ranks - rank, count)` micro-batches are live on a rank.
     """
     warm_up = min(ranks - 1 - rank, count)
     actions = forward_only(rank, ranks, warm_up)
@@ -48,7 +48,7 @@ def one_f_one_b(rank: int, ranks: int, count: int) -> list[Action]:
 
 
 class Message(NamedTuple):
-    """A micro-batch's activations ("F") or their gradients ("B") on the way into a chunk."""
+    """A micro-batch's activations ("F") or their gradients ("B"), as a chunk receives them."""
 
     kind: Literal["F", "B"]
     chunk: int
@@ -64,56 +64,56 @@ class Transfer(NamedTuple):
 
 
 def received(action: Action, chunks: int) -> Message | None:
-    """The message without which an action cannot begin, in a pipeline of so many chunks."""
+    """The message that an action needs, in a pipeline of `chunks` chunks."""
     if action.kind == "F":
         return Message("F", *action[1:]) if action.chunk > 0 else None
     return Message("B", *action[1:]) if action.kind != "W" and action.chunk < chunks - 1 else None
 
 
 def sent(action: Action, chunks: int) -> Message | None:
-    """The message that an action ends with."""
+    """The message that an action produces."""
     if action.kind == "F":
         return Message("F", action.chunk + 1, action.micro_batch) if action.chunk < chunks - 1 else None
     return Message("B", action.chunk - 1, action.micro_batch) if action.kind != "W" and action.chunk > 0 else None
 
 
-def before(action: Action) -> set[Action]:
-    """Actions of the same rank of which one must come first."""
+def prerequisites(action: Action) -> set[Action]:
+    """Actions of the same rank that must have run before."""
     kinds = {"F": "", "B": "F", "I": "F", "W": "I"}[action.kind]
     return {action._replace(kind=kind) for kind in kinds}  # pyright: ignore[reportArgumentType]
 
 
 def count_chunks(schedules: Sequence[Sequence[Action]]) -> int:
-    """Chunks of the whole pipeline."""
+    """Number of chunks of the whole pipeline."""
     return 1 + max((action.chunk for actions in schedules for action in actions), default=-1)
 
 
 def transfers(schedules: Sequence[Sequence[Action]]) -> list[list[list[Transfer]]]:
-    """The transfers around each rank's actions: entry i happens before action i, the last one after all of them.
+    """Batches of transfers for each rank: batch i runs before action i, the last one after all actions.
 
-    All ranks' actions are gone through in rounds, one action a rank where it is not waiting. A message goes into the
-    entry behind the action that the round had it sent by, and on its receiver behind the action of that same round. So
-    one order, that of the rounds, holds for all messages on all ranks: posted in this order they match without tags
-    (NCCL has none), and the earliest one that is not through is posted on both sides, hence nothing waits forever.
+    The actions are played in rounds, one a rank unless it waits for a message. A message goes into the batch after the
+    action that produces it, and on the receiver into the batch after its action of the same round. The order of the
+    rounds thus holds for all messages on all ranks: they match without tags (NCCL has none), and the earliest pending
+    one is always posted on both sides, so there is no deadlock.
 
     Raises:
         ValueError: the actions wait for each other.
     """
     ranks, chunks = len(schedules), count_chunks(schedules)
     batches: list[list[list[Transfer]]] = [[[] for _ in range(len(actions) + 1)] for actions in schedules]
-    place, done = [0] * ranks, set[Action | Message]()
-    while left := [rank for rank in range(ranks) if place[rank] < len(schedules[rank])]:
+    position, done = [0] * ranks, set[Action | Message]()
+    while unfinished := [rank for rank in range(ranks) if position[rank] < len(schedules[rank])]:
         round_ = []
-        for rank in left:
-            action = schedules[rank][place[rank]]
+        for rank in unfinished:
+            action = schedules[rank][position[rank]]
             message = received(action, chunks)
-            if (message is None or message in done) and before(action) <= done:
+            if (message is None or message in done) and prerequisites(action) <= done:
                 round_.append((rank, action))
         if not round_:
-            waiting = ", ".join(f"rank {rank} with {tuple(schedules[rank][place[rank]])}" for rank in left)
-            raise ValueError(f"the schedule never ends: {waiting}")
+            waiting = ", ".join(f"rank {rank} at {tuple(schedules[rank][position[rank]])}" for rank in unfinished)
+            raise ValueError(f"the schedule deadlocks: {waiting}")
         for rank, action in round_:
-            place[rank] += 1
+            position[rank] += 1
             done.add(action)
         for rank, action in round_:
             message = sent(action, chunks)
@@ -122,5 +122,5 @@ def transfers(schedules: Sequence[Sequence[Action]]) -> list[list[list[Transfer]
                 target = chunk_rank(message.chunk, ranks)
                 if target != rank:
                     for end in (rank, target):
-                        batches[end][place[end]].append(Transfer(message, rank, target))
+                        batches[end][position[end]].append(Transfer(message, rank, target))
     return batches

@@ -1,4 +1,4 @@
-"""The stage: one rank's part of a pipeline, as a list of chunks of layers. The mesh knows ranks, the stage layers."""
+"""Pipeline stages: the chunks of layers that each rank holds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..mesh import Mesh
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive layers that one rank runs as a whole.
+    """Consecutive layers that one rank runs as a unit.
 
     Attributes:
-        index: its place in the whole pipeline: 0 has the embedding, the last one the final norm and the head.
-        layers: numbers in the whole model.
+        index: position in the whole pipeline: 0 has the embedding, the last one the final norm and the head.
+        layers: indices in the whole model.
     """
 
     index: int
@@ -26,13 +26,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stage:
-    """The chunks that one rank holds, first to last: one, several when interleaved, none on a rank outside the mesh."""
+    """The chunks of one rank in order: one, several when interleaved, none on a rank outside the mesh."""
 
     chunks: tuple[Chunk, ...]
 
     @property
     def layers(self) -> list[int]:
-        """Numbers of all layers here."""
+        """Indices of all layers of this rank."""
         return [layer for chunk in self.chunks for layer in chunk.layers]
 
     @property
@@ -45,24 +45,24 @@ class Stage:
 
 
 def chunk_rank(chunk: int, ranks: int) -> int:
-    """Place along pp of the rank that holds a chunk: chunks go round the ranks (https://arxiv.org/abs/2104.04473)."""
+    """Rank along pp that holds a chunk: round-robin (https://arxiv.org/abs/2104.04473)."""
     return chunk % ranks
 
 
 def split_layers(num_layers: int, ranks: int, sizes: Sequence[int] = (), chunks: int = 1) -> list[range]:
-    """Layers of every chunk of a pipeline, in the order of the model.
+    """Layers of every chunk of a pipeline, in model order.
 
-    Without `sizes` chunks differ by one layer at most. The larger ones come right before the last: the last has the
-    head beside its layers, which costs as much as several of them, and the first ranks keep the most micro-batches
-    alive, so a layer is dearest there.
+    Without `sizes` chunks differ by one layer at most, with the larger ones right before the last: the last has the
+    head too, which costs as much as several layers, and the first ranks keep the most live micro-batches, so that a
+    layer there takes the most memory.
 
     Args:
-        ranks: of pp.
-        sizes: layers of each chunk, where they are given.
-        chunks: on every rank.
+        ranks: size of pp.
+        sizes: number of layers of each chunk; empty for the default.
+        chunks: per rank.
 
     Raises:
-        ValueError: fewer layers than chunks; sizes that are not one a chunk, below 1, or do not add up.
+        ValueError: fewer layers than chunks; sizes that are not one per chunk, below 1, or do not add up.
     """
     count = ranks * chunks
     if sizes:

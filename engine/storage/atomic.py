@@ -1,4 +1,4 @@
-"""Atomic writes: a file or a folder is written aside under another name, fsynced and renamed: whole or not at all."""
+"""Atomic writes: a file or folder is written under a temporary name, fsynced and renamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Flushes a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,9 +23,9 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives the path of a new file, which is on the disk as `path` once the block ends, and gone where it fails.
+    """Yields a temporary path, whose file replaces `path` after the block, or is deleted if the block fails.
 
-    A file of that name is replaced; the folder is made where there is none.
+    Creates the folder if it does not exist.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.new")
@@ -39,29 +39,38 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file as `atomic_file` does."""
+    """Writes a text file by `atomic_file`."""
     with atomic_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
+def delete_folder(folder: Path) -> None:
+    """Deletes a folder; a kill leaves no incomplete one of its name."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a process that was killed
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def replace_folder(folder: Path, new: Path) -> None:
-    """Gives the whole folder `new`, which lies beside `folder`, the name of that one, which is deleted."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Renames the complete folder `new`, which is beside `folder`, to it; an existing `folder` is deleted."""
+    if folder.exists():
+        delete_folder(folder)
     new.rename(folder)
     fsync(folder.parent)
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives a new, empty folder, which is on the disk as `folder` once the block ends, and gone where it fails.
+    """Yields a new folder, which is renamed to `folder` after the block, or deleted if the block fails.
 
-    What killed processes left beside it is named on stderr and stays: another process may still be filling it.
+    Leftovers of killed processes are reported on stderr, but kept: another process may still be writing them.
 
     Args:
-        folder: must not exist, or be empty. Of a symbolic link the folder that it points at is meant.
+        folder: must be empty or not exist. A symbolic link stands for its target.
 
     Raises:
-        ValueError: `folder` is not empty, or no other can take its name: it is a mount point, say.
+        ValueError: `folder` is not empty, or cannot be renamed to, as a mount point.
         OSError: the disk is full.
     """
     folder = Path(os.path.realpath(folder))
@@ -71,11 +80,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     unfinished = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]+\.unfinished")
     left = sorted(str(path) for path in folder.parent.iterdir() if unfinished.fullmatch(path.name))
     if left:
-        print(
-            f"left over from an interrupted conversion, unless one still runs: {', '.join(left)}; may be deleted",
-            file=sys.stderr,
-        )
-    aside = _begin(folder)
+        message = f"left over from an interrupted conversion, unless one still runs: {', '.join(left)}; may be deleted"
+        print(message, file=sys.stderr)
+    aside = _temporary_folder(folder)
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
@@ -83,12 +90,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         aside.rename(folder)  # replaces an empty folder
         fsync(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)  # after a success it is no longer there
+        shutil.rmtree(aside, ignore_errors=True)  # renamed after a success
 
 
-def _begin(folder: Path) -> Path:
-    """The new folder, after one that was empty too has taken the name: what cannot be renamed so is found out now."""
-    # The name is random: in a container the next process has the killed one's number.
+def _temporary_folder(folder: Path) -> Path:
+    """Creates the temporary folder; an existing `folder` is first replaced by an empty one, to test the rename."""
+    # A random name: in a container the next process may have the process id of the killed one.
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.unfinished")
     if folder.exists():
         try:
@@ -98,8 +105,8 @@ def _begin(folder: Path) -> Path:
             with suppress(OSError):
                 aside.rmdir()
             raise ValueError(
-                f"{folder}: the output is made beside it and then takes its name, which fails here ({error.strerror}),"
-                " as on a mount point; name a folder in it"
+                f"{folder}: a folder written beside it cannot be renamed to it ({error.strerror}), as to a mount point;"
+                " name a folder inside it"
             ) from None
     aside.mkdir()
     return aside

@@ -1,15 +1,15 @@
-"""Checkpoints that any layout reads: named whole tensors, cut into the rectangles that the ranks hold.
+"""Layout-independent checkpoints: whole tensors by name, in the rectangles that the ranks hold.
 
-A DP rank's share of a flat buffer is a run of numbers in a 2-D piece of a weight, and such a run is at most three
-rectangles: the rest of a row, whole rows, the start of a row. So masters, moments and averages of every layout are
-lists of (name, rectangle), and loading is intersecting rectangles.
+A DP rank's shard of a flat buffer is a run of numbers in a 2-D piece of a weight, and such a run is at most three
+rectangles: the end of a row, whole rows, the start of a row. So masters, moments and averages of every layout are
+lists of (name, rectangle), and loading intersects rectangles.
 
-    root/step_N/actor.master.00000.safetensors   what rank 0 owns of the tensors actor/master/*
+    root/step_N/actor.master.00000.safetensors   rank 0's rectangles of the tensors actor/master/*
                 index.json                       name -> shape, rectangles (file, key, offset, shape)
-                state.json, assets/...           everything that is not a tensor, files a run cannot be read without
+                state.json, assets/...           non-tensor state, and files needed to read the model
                 SHA256SUMS                       of all of these; `sha256sum -c` checks it too
 
-A folder of that name is whole: it is written under another name, fsynced, and renamed.
+The folder is written under a temporary name, fsynced and renamed: step_N is always complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from ..mesh import Mesh
 from ..parallel.collectives import gather_objects, run_on_all_ranks
 from ..parallel.shard import Entry
-from .atomic import atomic_folder, fsync
+from .atomic import atomic_folder, delete_folder, fsync, replace_folder
 from .safetensors_io import DTYPES, sha256, write_stream
 
 _SUMS = "SHA256SUMS"
@@ -50,14 +50,14 @@ def save(
     """Writes `root`/step_`step` and deletes all but the newest `keep` checkpoints. Collective over the world.
 
     Args:
-        root: a folder that all ranks see.
+        root: a folder on a file system that all ranks share.
         entries: this rank's rectangles; over all ranks the owned ones must tile every named tensor.
-        state: rank 0's is saved: what JSON gives back unchanged (dicts with str keys, lists, str, numbers, None).
+        state: rank 0's is saved; JSON must preserve it (dicts with str keys, lists, str, numbers, None).
         assets: name under assets/ -> file to copy.
 
     Raises:
-        ValueError, OSError: on every rank, when any rank failed (a full disk, say); the text names the reason,
-            and the rank where it is not 0. Nothing of the new checkpoint is left then; older ones are as before.
+        ValueError, OSError: on every rank, if any rank failed (a full disk); the text has the rank unless it is 0.
+            Nothing of the new checkpoint is left; older ones are unchanged.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the newest checkpoint must be kept")
@@ -65,10 +65,10 @@ def save(
     on_all: Any = partial(run_on_all_ranks, axis=mesh.world, prefix=f"{final}: ")
     try:
         on_all(lambda: _begin_step(root, aside, state, assets) if mesh.is_main else None)
-        parts = gather_objects(on_all(lambda: _write_share(aside, entries, mesh.world.rank)), mesh.world)
+        parts = gather_objects(on_all(lambda: _write_shard(aside, entries, mesh.world.rank)), mesh.world)
         on_all(lambda: _finish(aside, final, parts, step) if mesh.is_main else None)
     finally:
-        if mesh.is_main:  # after a success it is no longer there
+        if mesh.is_main:  # renamed after a success
             shutil.rmtree(aside, ignore_errors=True)
     on_all(lambda: _prune(root, step, keep) if mesh.is_main else None)
     return final
@@ -81,12 +81,12 @@ def write(
     state: dict[str, Any],
     assets: Mapping[str, Path],
 ) -> None:
-    """Writes a checkpoint in one process, as ranks that hold these entries would: whole, or not at all.
+    """Writes a checkpoint atomically in one process, as ranks with these entries would.
 
     Args:
-        folder: the checkpoint itself; must not exist, or be empty; or a symbolic link to such a one.
-        ranks: each rank's entries; of their tensors only shape and dtype are looked at (device "meta" will do).
-        numbers: gives an entry's numbers; one entry's at a time are held.
+        folder: the checkpoint itself; see `atomic_folder`.
+        ranks: each rank's entries; of their tensors only shape and dtype are used (device "meta" suffices).
+        numbers: gives an entry's numbers; those of one entry at a time are in memory.
 
     Raises:
         ValueError: the folder is not empty, or the entries do not tile every tensor.
@@ -94,11 +94,11 @@ def write(
     """
     with atomic_folder(folder) as aside:
         _fill(aside, state, assets)
-        _sign(aside, [_write_share(aside, entries, rank, numbers) for rank, entries in enumerate(ranks)], step=0)
+        _write_index(aside, [_write_shard(aside, entries, rank, numbers) for rank, entries in enumerate(ranks)], step=0)
 
 
 def _fill(aside: Path, state: dict[str, Any], assets: Mapping[str, Path]) -> None:
-    """Writes all that is not tensors."""
+    """Writes state and assets."""
     (aside / "state.json").write_text(json.dumps(_checked(state, "state")), encoding="utf-8")
     for name, source in assets.items():
         target = aside / "assets" / name
@@ -107,7 +107,7 @@ def _fill(aside: Path, state: dict[str, Any], assets: Mapping[str, Path]) -> Non
 
 
 def _begin_step(root: Path, aside: Path, state: dict[str, Any], assets: Mapping[str, Path]) -> None:
-    """Clears what killed runs left, then begins."""
+    """Deletes leftovers of killed runs and creates the temporary folder."""
     for left in root.glob(".step_*"):
         shutil.rmtree(left)
     aside.mkdir(parents=True)
@@ -115,27 +115,27 @@ def _begin_step(root: Path, aside: Path, state: dict[str, Any], assets: Mapping[
 
 
 def _checked(value: Any, path: str) -> Any:
-    """`value`, when JSON gives it back as it was."""
+    """`value`, if JSON preserves it; ValueError otherwise."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"{path} has the key {key!r}: JSON keeps only str keys")
+                raise ValueError(f"{path} has the key {key!r}: must be a str, for JSON")
             _checked(inner, f"{path}.{key}")
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             _checked(inner, f"{path}[{i}]")
     elif not isinstance(value, str | int | float | bool | None):
-        raise ValueError(f"{path} is a {type(value).__name__}: JSON does not give it back unchanged")
+        raise ValueError(f"{path} is a {type(value).__name__}, which JSON does not preserve")
     return value
 
 
 Index = dict[str, dict[str, Any]]  # name -> {"shape": [...], "rectangles": [[file, key, offset, shape], ...]}
 
 
-def _write_share(
+def _write_shard(
     aside: Path, entries: Iterable[Entry], rank: int, numbers: Callable[[Entry], Tensor] = lambda entry: entry.tensor
 ) -> tuple[Index, dict[str, str]]:
-    """Writes what this rank owns, a file for each role and kind; gives its part of the index and the checksums."""
+    """Writes a rank's owned entries, a file for each role and kind; returns its part of the index and the checksums."""
     index: Index = {}
     files: dict[str, dict[str, Entry]] = {}
     for entry in entries:
@@ -144,7 +144,7 @@ def _write_share(
         shape, offset = tuple(entry.tensor.shape), tuple(entry.offset)
         group, _, weight = entry.name.rpartition("/")
         file = f"{group.replace('/', '.')}.{rank:05d}.safetensors"
-        # A rectangle that is everything keeps the weight's own name: such a file reads as a plain state dict.
+        # A rectangle that is the whole tensor keeps the weight's name: such a file reads as a plain state dict.
         key = weight if shape == tuple(entry.global_shape) else f"{weight}@{','.join(map(str, offset))}"
         keys = files.setdefault(file, {})
         assert key not in keys, f"{entry.name} at {offset} twice on rank {rank}"
@@ -158,13 +158,13 @@ def _write_share(
     return index, sums
 
 
-def _sign(aside: Path, parts: list[tuple[Index, dict[str, str]]], step: int) -> None:
-    """Joins the ranks' indices and signs all files; all is on the disk then."""
+def _write_index(aside: Path, parts: list[tuple[Index, dict[str, str]]], step: int) -> None:
+    """Merges the ranks' indices, writes them and the checksums, and fsyncs all files."""
     index: Index = {}
     sums: dict[str, str] = {}
-    for share, written in parts:
+    for part, written in parts:
         sums |= written
-        for name, described in share.items():
+        for name, described in part.items():
             index.setdefault(name, {"shape": described["shape"], "rectangles": []})
             index[name]["rectangles"] += described["rectangles"]
     for name, described in index.items():
@@ -184,43 +184,32 @@ def _sign(aside: Path, parts: list[tuple[Index, dict[str, str]]], step: int) -> 
 
 
 def _finish(aside: Path, final: Path, parts: list[tuple[Index, dict[str, str]]], step: int) -> None:
-    """Signs the checkpoint and gives the folder its name."""
-    _sign(aside, parts, step)
-    if final.exists():  # this step was saved before the run went back to an older one
-        _discard(final)
-    aside.rename(final)
-    fsync(final.parent)
-
-
-def _discard(folder: Path) -> None:
-    """Deletes a checkpoint; killed halfway, no folder of that name is left half empty."""
-    doomed = folder.with_name(f".{folder.name}.deleted")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """Writes the index and renames the folder, which may replace the same step (a run resumed from an older one)."""
+    _write_index(aside, parts, step)
+    replace_folder(final, aside)
 
 
 def _steps(root: Path) -> dict[int, Path]:
-    """The checkpoints under `root` by step, newest first."""
+    """Checkpoints under `root` by step, newest first."""
     found = {int(m[1]): path for path in root.glob("step_*") if (m := re.fullmatch(r"step_(\d+)", path.name))}
     return dict(sorted(found.items(), reverse=True))
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    """Keeps the newest `keep` up to `step`. Later ones belong to a run that was given up: they must not be taken for
-    the latest, nor push newer ones out, so they are put aside under another name."""
+    """Keeps the newest `keep` up to `step`. Later ones, from before a resume of an older step, are renamed: they must
+    neither count as the latest nor displace newer ones."""
     steps = _steps(root)
     for later in (n for n in steps if n > step):
         abandoned = root / f"abandoned_step_{later}"
         shutil.rmtree(abandoned, ignore_errors=True)
         steps[later].rename(abandoned)
     for old in [n for n in steps if n <= step][keep:]:
-        _discard(steps[old])
+        delete_folder(steps[old])
 
 
 def latest(root: Path, mesh: Mesh) -> Path:
-    """The newest whole checkpoint under `root`, checked byte by byte; damaged ones are named on stderr and passed over.
-
-    Collective over the world: the ranks share the checking.
+    """The newest intact checkpoint under `root`, after checking all its files; damaged ones are skipped, with a line on
+    stderr. Collective over the world: each rank checks some of the files.
 
     Raises:
         ValueError: there is none.
@@ -232,12 +221,12 @@ def latest(root: Path, mesh: Mesh) -> Path:
             return path
         except (ValueError, OSError) as error:
             if mesh.is_main:
-                print(f"damaged checkpoint passed over: {error}", file=sys.stderr, flush=True)
+                print(f"damaged checkpoint skipped: {error}", file=sys.stderr, flush=True)
     raise ValueError(f"{root}: {'every checkpoint is damaged' if paths else 'no checkpoint here'}")
 
 
 def _sums(path: Path) -> dict[str, str]:
-    """File name -> SHA-256 as the checkpoint says."""
+    """File name -> SHA-256, from SHA256SUMS."""
     if not (path / _SUMS).is_file():
         raise ValueError(f"{_SUMS} is missing")
     lines = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in (path / _SUMS).read_text("utf-8").splitlines()]
@@ -257,31 +246,30 @@ def _check_file(path: Path, name: str, sums: Mapping[str, str]) -> None:
 def _check(path: Path, names: Iterable[str] | None, mesh: Mesh) -> None:
     """Checks the named files (None: all) against their checksums, each on one rank."""
 
-    def mine() -> None:
+    def check() -> None:
         sums = _sums(path)
-        # The largest first, dealt out in turn, so that no rank gets all of the large ones.
-        chosen = sorted(sums if names is None else names, key=lambda n: (-_size(path / n), n))
+        # Largest first, round-robin, so that no rank gets all of the large files.
+        sizes = {
+            n: (path / n).stat().st_size if (path / n).is_file() else 0 for n in (sums if names is None else names)
+        }
+        chosen = sorted(sizes, key=lambda n: (-sizes[n], n))
         for name in chosen[mesh.world.rank :: mesh.world.size]:
             _check_file(path, name, sums)
 
-    run_on_all_ranks(mine, mesh.world, f"{path}: ")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    run_on_all_ranks(check, mesh.world, f"{path}: ")
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The saved state of a checkpoint, without its tensors; the checkpoint must have been checked, as `latest` does."""
+    """The saved state of a checkpoint that has been checked, as `latest` does."""
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
 def load(path: Path, entries: Iterable[Entry], mesh: Mesh) -> dict[str, Any]:
-    """Fills the entries' tensors from a checkpoint of any layout and gives the saved state. Collective over the world.
+    """Fills the entries' tensors from a checkpoint of any layout; returns the saved state. Collective over the world.
 
     Raises:
-        ValueError, OSError: on every rank: a damaged or missing file, tensors that the checkpoint lacks or holds in
-            another shape; only a disk that fails in the middle of reading leaves tensors partly filled.
+        ValueError, OSError: on every rank: a damaged or missing file, a missing tensor or one of another shape. Only a
+            disk that fails while reading leaves tensors partly filled.
     """
     wanted = list(entries)
     plan: dict[str, list[Copy]] = {}
@@ -291,34 +279,34 @@ def load(path: Path, entries: Iterable[Entry], mesh: Mesh) -> dict[str, Any]:
     def fill() -> None:
         for file, copies in plan.items():
             with safe_open(path / file, "pt") as source:
-                for number, key, theirs, ours in copies:
-                    wanted[number].tensor[ours].copy_(source.get_slice(key)[theirs])
+                for number, key, from_slices, to_slices in copies:
+                    wanted[number].tensor[to_slices].copy_(source.get_slice(key)[from_slices])
 
     run_on_all_ranks(fill, mesh.world, f"{path}: ")
     return read_state(path)
 
 
 Slices = tuple[slice, ...]
-Copy = tuple[int, str, Slices, Slices]  # entry, key, range in the file's, in ours
+Copy = tuple[int, str, Slices, Slices]  # index of the entry, key, slices of the saved rectangle, of the entry
 
 
 def _overlap(
     offset: tuple[int, ...], shape: tuple[int, ...], other_offset: tuple[int, ...], other_shape: tuple[int, ...]
 ) -> tuple[Slices, Slices] | None:
-    """Where two rectangles of one tensor meet: (in the other, in the first); None where they do not."""
-    theirs: list[slice] = []
-    ours: list[slice] = []
+    """Intersection of two rectangles of one tensor: (slices of the other, slices of the first); None if empty."""
+    in_other: list[slice] = []
+    in_first: list[slice] = []
     for a, m, b, n in zip(offset, shape, other_offset, other_shape, strict=True):
         begin, end = max(a, b), min(a + m, b + n)
         if begin >= end:
             return None
-        theirs.append(slice(begin - b, end - b))
-        ours.append(slice(begin - a, end - a))
-    return tuple(theirs), tuple(ours)
+        in_other.append(slice(begin - b, end - b))
+        in_first.append(slice(begin - a, end - a))
+    return tuple(in_other), tuple(in_first)
 
 
 def _plan(reader: Reader, entries: list[Entry]) -> dict[str, list[Copy]]:
-    """file -> the copies that fill the entries."""
+    """File -> copies that fill the entries."""
     missing = sorted({entry.name for entry in entries} - reader.tensors.keys())
     if missing:
         raise ValueError(f"no tensor {', '.join(missing[:3])}{f' and {len(missing) - 3} more' * (len(missing) > 3)}")
@@ -339,10 +327,10 @@ def _plan(reader: Reader, entries: list[Entry]) -> dict[str, list[Copy]]:
 
 
 class Reader:
-    """Reads whole tensors of one checkpoint without ranks, checking each file before its first use.
+    """Reader of whole tensors, in one process; checks each file before its first use.
 
     Raises (here, in `check` and in `read`):
-        ValueError: no checkpoint there, a damaged or missing file, no tensor of that name.
+        ValueError: no such checkpoint, a damaged or missing file, no tensor of that name.
     """
 
     def __init__(self, path: Path):
@@ -359,7 +347,7 @@ class Reader:
             self.checked.add(file)
 
     def read(self, name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The tensor `role/kind/weight` on the host: whole, or the rectangle of `shape` at `offset`."""
+        """The tensor `role/kind/weight`, or its rectangle of `shape` at `offset`, in host memory."""
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor {name}")
         described = self.tensors[name]
@@ -370,23 +358,23 @@ class Reader:
             overlap = _overlap(offset, shape, at, size)
             if overlap is None:
                 continue
-            theirs, ours = overlap
+            from_slices, to_slices = overlap
             self.check(file)
-            # Opened anew for every rectangle: pages of a file that stays open count as memory of this process.
+            # Opened for every rectangle: the pages of an open file count as memory of this process.
             with safe_open(self.path / file, "pt") as source:
-                part: Tensor = source.get_slice(key)[theirs]
+                part: Tensor = source.get_slice(key)[from_slices]
             if part.shape == shape:
                 return part
             if wanted is None:
                 wanted = part.new_empty(shape)
-            wanted[ours] = part
+            wanted[to_slices] = part
         assert wanted is not None, f"{name} has no rectangles at {offset}"
         return wanted
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type in which a tensor is kept."""
+        """The dtype of a saved tensor."""
         file, key, *_ = self.tensors[name]["rectangles"][0]
         self.check(file)
         with safe_open(self.path / file, "pt") as source:
-            kept = source.get_slice(key).get_dtype()
-        return next(dtype for dtype, name in DTYPES.items() if name == kept)
+            saved = source.get_slice(key).get_dtype()
+        return next(dtype for dtype, name in DTYPES.items() if name == saved)

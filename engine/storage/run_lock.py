@@ -1,4 +1,4 @@
-"""One run at a time writes into a folder."""
+"""Run lock: at most one run at a time in a folder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from typing import IO
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[str]:
-    """Keeps others that ask for the same folder out of it until the block or the process ends: a killed run is in
-    nobody's way. The folder is made; where nothing is written into it, it is gone afterwards.
+    """Locks a folder until the block or the process ends. Creates the folder; deletes it if it is empty afterwards.
 
     Yields:
-        What FOLDER/.lock holds meanwhile and no other file does: who reads it there sees this very folder.
+        A random token, the content of FOLDER/.lock: a host that reads the same one sees the same folder.
 
     Raises:
-        ValueError: another process is in it.
-        OSError: the folder cannot be made or written to.
+        ValueError: another process holds the lock.
+        OSError: the folder cannot be created or written to.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(folder / ".lock", "ab") as file:
@@ -39,18 +38,21 @@ def run_lock(folder: Path) -> Iterator[str]:
             finally:
                 Path(file.name).unlink(missing_ok=True)
     finally:
-        with suppress(OSError):  # what is not empty stays
-            for path in made:
+        with suppress(OSError):  # not empty
+            for path in created:
                 path.rmdir()
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """Whether this process has the file to itself. The lock is POSIX's: over NFS it holds between hosts too, and
-    children that outlive a killed run do not have it."""
+    """Whether the file could be locked. A POSIX lock works between hosts over NFS, and is not inherited by children,
+    which may outlive a killed run."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        print(f"{file.name}: no locks on this disk ({error.strerror}), so runs are not kept apart", file=sys.stderr)
-    return os.fstat(file.fileno()).st_nlink > 0  # else the one before has just deleted it
+        print(
+            f"{file.name}: the file system has no locks ({error.strerror}): concurrent runs are not detected",
+            file=sys.stderr,
+        )
+    return os.fstat(file.fileno()).st_nlink > 0  # 0: the previous holder has just deleted it

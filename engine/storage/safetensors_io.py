@@ -1,6 +1,6 @@
-"""Writes a safetensors file as a stream: one tensor at a time on the host, the checksum made on the way.
+"""Streaming writer of safetensors files: one tensor at a time in host memory, hashed while it is written.
 
-The library's save_file turns every tensor into bytes before it writes the first. The format: 8 bytes of header length,
+The library's save_file converts every tensor to bytes before it writes the first. The format: 8 bytes of header length,
 a JSON header (name -> dtype, shape, byte range), then the numbers (https://huggingface.co/docs/safetensors).
 """
 
@@ -24,17 +24,17 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", to
 def write_stream(
     path: Path, described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
 ) -> str:
-    """Writes a file whose tensors come one at a time: each is let go before the next is asked for.
+    """Writes and fsyncs a file; each tensor is freed before the next is requested.
 
-    SHA-256 because it is as strong as one can ask, anyone can check it with `sha256sum`, and with the instructions that
-    CPUs have had for it since about 2019 it runs at 1.7 GB/s a core, faster than a disk takes the file.
+    SHA-256 can be checked with `sha256sum`, and runs at 1.7 GB/s a core on CPUs with instructions for it (since about
+    2019), faster than a disk writes.
 
     Args:
         described: (dtype, shape) by name, in the order of `tensors`.
-        tensors: each whole, or in blocks of rows one after the other.
+        tensors: each whole, or in consecutive blocks of rows.
 
     Returns:
-        the file's SHA-256 in hex; the file is fsynced.
+        The file's SHA-256 in hex.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -46,13 +46,13 @@ def write_stream(
     digest = hashlib.sha256()
     total = 8 + len(head) + end
 
-    # A second thread hashes what this one writes; both let go of the interpreter's lock meanwhile.
+    # A second thread hashes while this one writes; both release the interpreter's lock.
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
         for part in chain((len(head).to_bytes(8, "little"), head), map(_numbers, tensors)):
             hashed = hasher.submit(digest.update, part)
             file.write(part)
             hashed.result()
-            del part, hashed  # the loop would hold the one while it asks for the other
+            del part, hashed  # or the loop would hold one tensor while it requests the next
         assert file.tell() == total, f"{path}: {file.tell()} bytes written, {total} described"
         file.flush()
         os.fsync(file.fileno())

@@ -56,7 +56,7 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_wandb_that_is_not_installed_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="run.log asks for wandb, which is not installed: pip install wandb"):
+    with pytest.raises(ValueError, match="run.log=wandb: not installed"):
         MetricLog(tmp_path / "run", backends=("wandb",))
     assert not (tmp_path / "run").exists()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.config.online import OnlineRun
 from trialign.algorithms.config.ppo import PPOConfig
-from trialign.engine.config import flatten, load, parse, save, suggest, to_toml
+from trialign.engine.config import flatten, load, parse, suggest, to_toml
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "launch" / "configs").glob("ppo*.toml"))
 GIVEN = ["--model.path", "m", "--data.sources", "p.jsonl", "--reward.functions", "r.py:f"]
@@ -38,7 +38,7 @@ def test_saved_configs_load_as_they_were(tmp_path):
         PPOConfig,
         [*GIVEN, "--reward.weights", "0.25", "--parallel.recompute", "True", "--data.system_prompt", 'a "b"\\c\n\té'],
     )
-    save(config, tmp_path / "config.toml")
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     assert load(PPOConfig, tmp_path / "config.toml") == config
 
 
@@ -53,7 +53,7 @@ def test_any_text_survives_toml(text):
 
 def test_resume_takes_the_run_s_own_config(tmp_path):
     started = parse(PPOConfig, [*GIVEN, "--run.steps", "9", "--run.output", "elsewhere"])
-    save(started, tmp_path / "config.toml")
+    (tmp_path / "config.toml").write_text(to_toml(started), encoding="utf-8")
     resumed = parse(PPOConfig, ["--resume", str(tmp_path), "--run.steps", "12"])
     assert resumed.run.resume == resumed.run.folder == str(tmp_path)
     assert resumed == dataclasses.replace(started, run=dataclasses.replace(started.run, steps=12, resume=str(tmp_path)))

@@ -187,5 +187,5 @@ def test_an_interrupted_call_leaves_nothing_and_work_is_reported(sizes):
 def test_an_id_that_was_never_added_is_refused():
     model = decoder({})
     generator: Any = EmbeddedGenerator(model, model.mesh)
-    with pytest.raises(ValueError, match="request 3 "):
+    with pytest.raises(ValueError, match="request id 3"):
         generator.abort(3)

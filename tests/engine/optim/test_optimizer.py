@@ -59,7 +59,7 @@ def sharded_steps(rank: int, world: int, max_norm: float, micro: int = 1):
         rows = data(step).chunk(world)[rank].chunk(micro)
         for number, part in enumerate(rows):
             if number == len(rows) - 1:
-                optimizer.expect_last_backward()
+                optimizer.data.expect_last_backward()
             loss_of(model, part).backward()
         norms.append(optimizer.step(0.05))
     wholes = assemble(optimizer.entries("net", lambda name, part: name), mesh.world)

@@ -87,7 +87,7 @@ def steps(rank: int, world: int, sizes: dict[str, Any], frozen: bool = False):
         experts = torch.randint(EXPERTS - 1, (8, 1), generator=generator).chunk(mesh.dp.size)[mesh.dp.rank]
         order, offsets = sort_by_expert(experts, EXPERTS)
         way = Dispatch(offsets, mesh.ep)
-        optimizer.expect_last_backward()
+        optimizer.data.expect_last_backward()
         out = net.experts(to_experts(x[order], way), way.offsets)  # [rows here, 6/tp]: the loss is a sum over it
         shared = (x @ net.all.weight.t()).square().sum()
         (out.sin().sum() + shared).backward()

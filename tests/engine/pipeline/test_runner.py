@@ -51,7 +51,8 @@ def one_step(rank: int, world: int, folder: Path, case: Case) -> tuple[dict[str,
         hidden = stage_forward(model, parts[i], x, routings[i], chunk)
         return -target_logprobs(model, parts[i], hidden, 1.0)[0].sum() / total if chunk.has_head else hidden
 
-    run_schedule(case.schedule, stage, mesh, shapes(model, parts), model.dtype, forward, optimizer.expect_last_backward)
+    last = optimizer.data.expect_last_backward
+    run_schedule(case.schedule, stage, mesh, shapes(model, parts), model.dtype, forward, last)
     norm = optimizer.step(1e-2)
     names = partial(trained_name, config=model.config, head=model.kind)
     return assemble(optimizer.entries("actor", names), mesh.world), norm

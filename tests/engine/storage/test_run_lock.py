@@ -64,7 +64,7 @@ def test_a_disk_without_locks_keeps_no_run_from_starting(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(fcntl, "lockf", without)
     with run_lock(tmp_path / "a"):
-        assert "no locks on this disk (No locks available)" in capsys.readouterr().err
+        assert "the file system has no locks (No locks available)" in capsys.readouterr().err
 
 
 def test_a_script_has_its_folder_to_itself(tmp_path, monkeypatch, capsys):
