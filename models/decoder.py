@@ -1,7 +1,7 @@
-"""Decoder of every family, in the order of LLaMA's paper, for one pipeline stage of a mesh.
+"""Decoder of every model family: the chunks of one pipeline stage.
 
-Attention itself is an argument: training passes packed attention, the generator its paged cache, so both run this one
-forward. Parameters are uninitialized until models/hf/load.py fills them.
+Attention is an argument of the forward: training passes packed attention, the generator its paged KV cache.
+Parameters are uninitialized until models/hf/load.py fills them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from ..kernels.linear import linear
 from ..kernels.linear import pack as pack_weight
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_
-from ..kernels.swiglu import swiglu
 from .config import HeadKind, ModelConfig
 from .flops import forward_flops
+from .mlp import MLP
 from .moe import MoE, Routing
 from .rope import alibi_slopes
 
@@ -49,7 +49,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class RotaryEmbedding(NamedTuple):
-    """Rotation and scale of queries and keys by their positions; None where a model has none."""
+    """Rotary angles and the scale of queries, by position; None in models without them."""
 
     cos: Tensor | None  # [tokens, head_dim/2] fp32
     sin: Tensor | None
@@ -57,10 +57,10 @@ class RotaryEmbedding(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm, https://arxiv.org/abs/1910.07467; the weight is whole on every rank of tp.
+    """Root mean square norm (https://arxiv.org/abs/1910.07467); its weight is replicated over tp.
 
     Args:
-        axis: where ranks norm different rows (their own heads), so that the weight's gradient is a sum over them.
+        axis: the axis whose ranks normalize different rows (their own heads): the weight's gradient is summed over it.
     """
 
     def __init__(self, size: int, eps: float, mesh: Mesh, dtype: torch.dtype, axis: Axis | None = None):
@@ -74,16 +74,16 @@ class RMSNorm(nn.Module):
 
 
 class Heads(NamedTuple):
-    """Attention heads of the ranks of tp."""
+    """Partition of the attention heads over tp."""
 
     queries: Split  # heads
-    kv: Split  # rows of the key's and of the value's weight
-    used: range  # the key/value heads of this rank's queries
+    kv: Split  # rows of the key and of the value weight
+    used: range  # key/value heads that this rank's queries attend to
 
     @classmethod
     def of(cls, config: ModelConfig, tp: Axis) -> Heads:
-        """Whole key/value heads with all their queries. Where there are fewer of them than ranks, each rank has some of
-        one head's queries, at least one, and its share of the rows of all key/value heads."""
+        """Whole key/value heads with all their queries on each rank. With fewer key/value heads than ranks: some of one
+        head's queries, at least one, and an even part of the rows of all key/value heads."""
         heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
         if heads >= tp.size:
             kv = split(heads, tp)
@@ -91,7 +91,7 @@ class Heads(NamedTuple):
         bounds = [0]
         for rank in range(tp.size):
             head = rank * heads // tp.size
-            first, stop = (-(-h * tp.size // heads) for h in (head, head + 1))  # the ranks that use this head
+            first, stop = (-(-h * tp.size // heads) for h in (head, head + 1))  # ranks whose queries use this head
             bounds.append(head * group + (rank + 1 - first) * group // (stop - first))
         head = tp.rank * heads // tp.size
         return cls(Split(tp, tuple(bounds)), split(heads * config.head_dim, tp), range(head, head + 1))
@@ -100,8 +100,8 @@ class Heads(NamedTuple):
 class Attention(nn.Module):
     """Self-attention on this rank's heads.
 
-    With more tp ranks than key/value heads a rank holds the weights of a fraction of a head, computes that fraction,
-    and gathers the head that its queries use: no weight is held twice.
+    With more TP ranks than key/value heads a rank computes a fraction of a head and gathers the head that its queries
+    use, so that no weight is stored twice.
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
@@ -127,10 +127,8 @@ class Attention(nn.Module):
         if self.gathered:
             qkv = self._with_whole_heads(qkv)
         qkv = qkv.view(x.shape[0], -1, self.head_dim)  # [tokens, heads/tp + 2 max(kv/tp, 1), d]
-        qk, v = (
-            qkv[:, : -self.kv_heads],
-            qkv[:, -self.kv_heads :],
-        )  # slices: views from split() cannot be modified in place
+        # Slices: views from split() cannot be modified in place.
+        qk, v = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.heads, self.kv_heads], 1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
@@ -145,24 +143,13 @@ class Attention(nn.Module):
         """[tokens, q/tp + 2 kv*d/tp] -> [tokens, q/tp + 2 d]: the key and value head of this rank's queries."""
         n, sizes = len(qkv), [2 * size for size in self.kv.sizes]
         q, kv = qkv.split([qkv.shape[1] - 2 * self.kv.size, 2 * self.kv.size], 1)
-        parts = gather_from_region(kv, self.tp, sizes).split(sizes, 1)  # of each rank: a part of k, then of v
+        parts = gather_from_region(kv, self.tp, sizes).split(sizes, 1)  # per rank: rows of k, then of v
         heads = torch.cat([part.view(n, 2, -1) for part in parts], 2)  # [tokens, k and v, kv * d]
         return torch.cat((q, heads.view(n, 2, -1, self.head_dim)[:, :, self.used.start].flatten(1)), 1)
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
-        super().__init__()
-        ffn, options = split(config.ffn_size, mesh.tp), {"bias": config.mlp_bias, "lora": lora}
-        self.gate_up = ColumnParallelLinear(config.hidden_size, {"gate": ffn, "up": ffn}, mesh, dtype, **options)
-        self.down = RowParallelLinear(ffn, config.hidden_size, mesh, dtype, **options, target="down")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
-
-
 class Layer(nn.Module):
-    """One block; `index` is its number in the whole model."""
+    """Transformer block; `index` is its number in the whole model."""
 
     def __init__(self, config: ModelConfig, index: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
         super().__init__()
@@ -170,7 +157,10 @@ class Layer(nn.Module):
         self.attention = Attention(config, mesh, dtype, lora)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, mesh, dtype)
         sparse = config.moe is not None and index not in config.moe.dense_layers
-        self.mlp = MoE(config, index, mesh, dtype, lora) if sparse else MLP(config, mesh, dtype, lora)
+        if sparse:
+            self.mlp = MoE(config, index, mesh, dtype, lora)
+        else:
+            self.mlp = MLP(config.hidden_size, config.ffn_size, mesh, dtype, bias=config.mlp_bias, lora=lora)
 
     def forward(
         self,
@@ -185,17 +175,17 @@ class Layer(nn.Module):
 
 
 class Head(AdaptedLinear):
-    """The last projection: rows of the vocabulary cut over tp ("lm"), or one whole row ("score").
+    """Output projection: vocabulary rows sharded over tp ("lm"), or one replicated row ("score").
 
-    An adapter makes it wider: [x, s A x] times [W, B] transposed is x Wᵀ + s (x Aᵀ) Bᵀ in one product, so whatever
-    takes inputs and rows of a head takes an adapted one too. The weight itself, which may be the embedding's, stays.
+    An adapter widens it: [x, s A x] [W, B]ᵀ = x Wᵀ + s (x Aᵀ) Bᵀ is one product, so the fused losses take inputs and
+    rows of an adapted head as of a plain one. The weight, possibly tied to the embedding, is unchanged.
 
     Args:
-        normalized: divide each row by its length (Baichuan2's NormHead).
+        normalized: divide each row by its L2 norm (Baichuan2's NormHead).
     """
 
     packed: Tensor | None = None
-    frozen: Tensor | None = None  # the generator's: the rows as they are used, while the weight does not change
+    frozen: Tensor | None = None  # cached `rows()` while the generator holds the weight constant
 
     def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype, normalized: bool = False):
         super().__init__()
@@ -204,11 +194,11 @@ class Head(AdaptedLinear):
 
     @property
     def computed(self) -> bool:
-        """Whether the rows are other than the weight."""
+        """Whether the rows differ from the weight."""
         return self.normalized or self.active is not None
 
     def freeze(self, pack: bool) -> None:
-        """Keeps the rows, where they have to be computed, and packs them until `thaw`: the weight must not change."""
+        """Caches computed rows, and packed ones if asked, until `thaw`; the weight must not change meanwhile."""
         self.frozen = self.rows() if self.computed else None
         self.packed = pack_weight(self.rows()) if pack else None
 
@@ -216,40 +206,40 @@ class Head(AdaptedLinear):
         self.packed = self.frozen = None
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Inputs of the rows: [n, hidden] -> [n, hidden], or [n, hidden + r] with an adapter."""
+        """[n, hidden] -> [n, hidden], or [n, hidden + r] with an adapter: the factor of `rows` in the logits."""
         if self.active is None:
             return x
         return torch.cat((x, self.active.lora.scale * F.linear(x, self.lora_a)), 1)
 
     def rows(self) -> Tensor:
-        """The weight as it is used, [vocab/tp, hidden], or [vocab/tp, hidden + r] with an adapter; differentiable."""
+        """Effective weight, differentiable: [vocab/tp, hidden], or [vocab/tp, hidden + r] with an adapter."""
         if self.frozen is not None or not self.computed:
             return self.weight if self.frozen is None else self.frozen
         rows = self.weight if self.active is None else torch.cat((self.weight, self.lora_b), 1)
         if not self.normalized:
             return rows
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        whole_rows = self.weight.to(dtype)
+        merged = self.weight.to(dtype)
         if self.active is not None:
-            a = copy_to_region(self.lora_a, self.tp).to(dtype)  # each rank takes the lengths of its own rows
-            whole_rows = torch.addmm(whole_rows, self.lora_b.to(dtype), a, alpha=self.active.lora.scale)
-        lengths = torch.linalg.vector_norm(whole_rows, dim=1, keepdim=True)  # [vocab/tp, 1]
-        return (rows / lengths.clamp_min(1e-12)).to(self.weight.dtype)
+            a = copy_to_region(self.lora_a, self.tp).to(dtype)  # norms of this rank's rows: A's gradient is a sum
+            merged = torch.addmm(merged, self.lora_b.to(dtype), a, alpha=self.active.lora.scale)
+        norms = torch.linalg.vector_norm(merged, dim=1, keepdim=True)  # [vocab/tp, 1]
+        return (rows / norms.clamp_min(1e-12)).to(self.weight.dtype)
 
 
 class Decoder(nn.Module):
     """One pipeline stage: its chunks of layers, the embedding with the first chunk, norm and head with the last.
 
-    Outside the mesh it has no parameters.
+    Without parameters on ranks outside the mesh.
 
     Args:
-        head: "lm" predicts tokens; "score" gives one number a token (critic, reward model).
-        recompute: keep only each layer's input and run its forward again in the backward.
-        lora: adapters in the linears, and the weights frozen; a "score" head is trained in full beside them.
-        stage: None: one chunk, layers shared as evenly as they can be.
+        head: "lm": logits over the vocabulary; "score": one number per token (critic, reward model).
+        recompute: activation checkpointing of whole layers.
+        lora: adapters in the linears, the weights frozen; a "score" head is trained in full.
+        stage: None: one chunk, layers split as evenly as possible.
 
     Attributes:
-        fill: fills slots with the parameters' initial values in their stored precision; None where they have none.
+        fill: fills slots with the parameters' initial values in their stored precision (roles/build.py); or None.
     """
 
     fill: Callable[[Decoder, Sequence[Slot]], None] | None = None
@@ -305,7 +295,7 @@ class Decoder(nn.Module):
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Shape of a token in this stage's key/value cache: (local layers, key/value heads used here, head_dim)."""
+        """Shape per token of this stage's KV cache: (local layers, key/value heads in use, head_dim)."""
         return len(self.layers), len(self.heads.used), self.config.head_dim
 
     def attention_options(self, layer: int) -> dict[str, Any]:
@@ -317,27 +307,27 @@ class Decoder(nn.Module):
         }
 
     def freeze_weights(self, pack: bool) -> None:
-        """Keeps what generation computes of weights that do not change until `thaw_weights`.
+        """Caches derived weights for generation, until `thaw_weights`; the weights must not change meanwhile.
 
         Args:
-            pack: pack the linears' weights too, which pays where they are used some ten times (kernels/linear.py).
+            pack: pack the linears' weights too; it pays from about ten uses on (kernels/linear.py).
         """
         for module in self.modules():
             if isinstance(module, ParallelLinear | Head):
                 module.freeze(pack)
 
     def thaw_weights(self) -> None:
-        """Drops what `freeze_weights` keeps: the weights may change."""
+        """Drops the caches of `freeze_weights`."""
         for module in self.modules():
             if isinstance(module, ParallelLinear | Head):
                 module.thaw()
 
     def forward_flops(self, lengths: Sequence[int], logits: int = 0) -> float:
-        """FLOPs of a forward of the whole model, all its stages and ranks of tp (models/flops.py)."""
+        """FLOPs of a forward of the whole model, over all ranks (models/flops.py)."""
         return forward_flops(self.config, lengths, logits)
 
-    def weigh_router(self, aux_coef: float, z_coef: float) -> None:
-        """Sets the weights of the router's two losses (models/moe.py); for models with experts."""
+    def set_router_coefs(self, aux_coef: float, z_coef: float) -> None:
+        """Sets the coefficients of the router losses (models/moe.py); MoE models only."""
         assert self.config.moe is not None
         moe = replace(self.config.moe, aux_coef=aux_coef, z_coef=z_coef)
         self.config = replace(self.config, moe=moe)
@@ -346,17 +336,17 @@ class Decoder(nn.Module):
                 module.moe = moe
 
     def head_weight(self) -> Tensor:
-        """Rows that logits are products with, [vocab/tp, width]: differentiable; last stage only."""
+        """Weight of the head as used in the logits, [vocab/tp, width], differentiable; last stage only."""
         assert self.head is not None
         return self.head.rows()
 
     def head_inputs(self, hidden: Tensor) -> Tensor:
-        """Inputs of `head_weight`: [tokens, hidden] -> [tokens, width]; last stage only."""
+        """Inputs that go with `head_weight`: [tokens, hidden] -> [tokens, width]; last stage only."""
         assert self.head is not None
         return self.head.inputs(hidden)
 
     def tied_parameter(self) -> nn.Parameter | None:
-        """The weight this stage shares with the other end of the pipeline, if it does."""
+        """The tied weight of which the other end of the pipeline has a copy; None where there is none."""
         module = self.head if self.embedding is None else self.embedding
         if self.kind != "lm" or not self.config.tie_embeddings or self.mesh.embedding.size == 1 or module is None:
             return None
@@ -364,7 +354,7 @@ class Decoder(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """Within, the model is the one its adapters were put on. Nothing changes where it has none."""
+        """Context in which the adapters are disabled: the base model."""
         linears = adapted_linears(self)
         try:
             for linear_ in linears:
@@ -387,10 +377,9 @@ class Decoder(nn.Module):
 
         Args:
             x: token ids [tokens] for the first chunk, else hidden states [tokens, hidden] of the chunk before.
-            positions: [tokens], each token's place in its own document.
-            routing: state of the routers' losses in an update's micro-batch; None without experts or learning.
-            lengths: [tokens], of each token's document, which dynamic NTK turns by; None where none is longer than the
-                trained length.
+            positions: [tokens], of each token in its own document.
+            routing: state of the router losses in an update's micro-batch; None without experts or outside updates.
+            lengths: [tokens], of each token's document, for dynamic NTK; None where none exceeds the trained length.
             chunk: None: the only one.
 
         Returns:
@@ -404,7 +393,7 @@ class Decoder(nn.Module):
         for i, number in enumerate(chunk.layers, self.stage.layers.index(chunk.layers.start)):
             layer, arguments = self.layers[str(number)], (rotary, partial(attend, i), routing)
             if self.recompute and torch.is_grad_enabled():
-                # preserve_rng_state: there is no dropout, so no random state to put back.
+                # Without dropout there is no RNG state to preserve.
                 x = checkpoint(layer, x, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, *arguments)
@@ -427,11 +416,11 @@ class Decoder(nn.Module):
         return RotaryEmbedding(cos, sin, query_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[tokens, hidden] -> [tokens, vocab/tp]: this rank's part of the vocabulary; last stage only."""
+        """[tokens, hidden] -> [tokens, vocab/tp]; last stage only."""
         assert self.head is not None and self.kind == "lm"
         return linear(self.head_inputs(hidden), self.head_weight(), self.head.packed)
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """[tokens, hidden] -> [tokens] fp32, of a "score" head; last stage only."""
+        """[tokens, hidden] -> [tokens] fp32; a "score" head, last stage only."""
         assert self.head is not None and self.kind == "score"
         return F.linear(hidden.float(), self.head.weight.float()).squeeze(-1)

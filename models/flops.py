@@ -1,4 +1,4 @@
-"""FLOPs of a decoder's passes, counted from its config."""
+"""FLOPs of a decoder's forward pass."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .config import ModelConfig
 
 
 def forward_flops(config: ModelConfig, lengths: Sequence[int], logits: int = 0) -> float:
-    """FLOPs of one forward pass; a backward pass has twice as many, generating the same tokens as many.
+    """FLOPs of one forward pass; a backward pass has twice as many, generating the same tokens just as many.
 
-    Matrix products only: 2 for each weight and token; causal attention has 4·width for each pair of tokens. The number
-    is additive over sequences, so micro-batches and DP ranks may be counted apart.
+    Matrix products only: 2 per weight and token, and for causal attention 4·width per pair of tokens. Additive over
+    sequences.
 
     Args:
         lengths: tokens of each sequence.
-        logits: tokens whose vocabulary logits are computed (0 for a scalar head, which costs nothing next to it).
+        logits: tokens whose vocabulary logits are computed; 0 with a scalar head.
     """
     width = config.num_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim

@@ -1,16 +1,16 @@
-"""Mixture of experts in place of the MLP: Mixtral (https://arxiv.org/abs/2401.04088), Qwen2-MoE, Qwen3-MoE.
+"""Mixture-of-experts layer: Mixtral (https://arxiv.org/abs/2401.04088), Qwen2-MoE, Qwen3-MoE.
 
     l = W_router x,   p = softmax(l),   y = Σ_j w_j · E_j(x) over the k likeliest experts,   w_j = p_j (or p_j / Σ p_j)
-    Qwen2-MoE adds σ(w_shared · x) · E_shared(x), an expert that every token takes.
+    Qwen2-MoE adds σ(w_shared · x) · E_shared(x), a shared expert.
 
-Two losses keep the router sound; T are the tokens of the whole batch, and both are means over the layers with experts:
+Two router losses, with T the tokens of the whole batch, both averaged over the MoE layers:
 
     z-loss (ST-MoE, https://arxiv.org/abs/2202.08906, equation 5):   1/T Σ_t (log Σ_e exp l_te)²
     load balancing (Switch, https://arxiv.org/abs/2101.03961, equations 4 to 6), in each sample s of T_s tokens:
         1/T Σ_s T_s · experts · Σ_e f_se · P_se,   f_se: choices of e a token in s,   P_se: mean of p_te in s
 
-Taken sample by sample the latter is a sum over samples, so micro-batches and layout do not change it. The losses'
-weights are optimizer.router_z_coef and optimizer.router_aux_coef, or router_aux_loss_coef of config.json.
+The latter is computed per sample, so that it does not depend on micro-batches and layout. Coefficients:
+optimizer.router_z_coef, and optimizer.router_aux_coef or config.json's router_aux_loss_coef.
 """
 
 from __future__ import annotations
@@ -27,51 +27,51 @@ from ..engine.mesh import Mesh
 from ..engine.parallel.collectives import all_reduce, copy_to_region, from_mesh, reduce_from_region
 from ..engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA
-from ..engine.parallel.shard import Shard, full_piece, replicated, sharded_parameter, split
-from ..engine.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from ..engine.parallel.shard import Shard, full_piece, replicated, sharded_parameter
 from ..kernels.moe import permute, route, sort_by_expert, unpermute
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig, MoEConfig
+from .mlp import MLP
 
 
 @dataclass(frozen=True)
 class Routing:
-    """State of the router's losses in one micro-batch of an update: their scale, and sums for the metrics.
+    """State of the router losses in one micro-batch of an update: their scale, and sums for the metrics.
 
-    Recomputation runs a forward twice: it finds the same numbers here and writes the same sums again.
+    Activation checkpointing runs a forward twice, and writes the same sums twice.
     """
 
     cu_seqlens: Tensor  # [samples + 1] int32
-    scale: float  # of the losses: 1 / (tokens of the whole batch x layers with experts)
+    scale: float  # of the losses: 1 / (tokens of the whole batch x MoE layers)
     sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> [2 experts + 5] fp64, see `losses`
 
     def losses(self, layer: int, logits: Tensor, experts: Tensor, lost: Tensor, moe: MoEConfig) -> Tensor:
-        """The weighted router losses of a layer, a scalar fp32.
+        """Weighted sum of a layer's router losses, a scalar fp32.
 
         Args:
             logits: [n, experts].
-            experts: [n, k], the chosen ones.
-            lost: rows that reached no expert, as `Experts` counts them.
+            experts: [n, k], chosen for each token.
+            lost: number of rows that reached no expert (`Experts`).
         """
         logits = logits.float()
         p, z = logits.softmax(1), logits.logsumexp(1).square()  # [n, experts], [n]
         lengths = self.cu_seqlens.diff()
         sample = torch.arange(len(lengths), device=p.device).repeat_interleave(lengths, output_size=len(p))  # [n]
         chosen = torch.zeros_like(p).scatter_(1, experts, 1.0)  # [n, experts]
-        pairs = sample[:, None] * moe.experts + experts  # [n, k]: numbers of (sample, expert)
+        pairs = sample[:, None] * moe.experts + experts  # [n, k]: index of (sample, expert)
         counts = torch.bincount(pairs.flatten(), minlength=len(lengths) * moe.experts).view(-1, moe.experts)
         fractions = counts / lengths[:, None]  # f: [samples, experts]
         balance = moe.experts * (p * fractions[sample]).sum(1)  # [n]: its sum is Σ_s T_s · experts · Σ_e f_se · P_se
         entropy = -(p * logits.log_softmax(1)).sum()
         with torch.no_grad():
             rest = torch.stack((balance.sum(), z.sum(), entropy))
-            rows = torch.stack((lost.new_tensor(len(p)), lost))  # past 2^24 fp32 would not count them
+            rows = torch.stack((lost.new_tensor(len(p)), lost))  # int64: fp32 is not exact past 2^24
             self.sums[layer] = torch.cat((chosen.sum(0), p.sum(0), rest, rows.double()))
         return self.scale * (moe.aux_coef * balance.sum() + moe.z_coef * z.sum())
 
 
 class _WithLoss(torch.autograd.Function):
-    """x, whose backward also starts that of a loss. So a loss is learned from that never leaves its pipeline stage."""
+    """Identity on x whose backward also starts that of `loss`: the loss needs no path to the last pipeline stage."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
@@ -83,10 +83,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 class Router(AdaptedLinear):
-    """[n, hidden] -> logits [n, experts] fp32; whole and alike on every rank of tp.
-
-    `target` is the name under which `lora` may ask for an adapter.
-    """
+    """[n, hidden] -> logits [n, experts] fp32; replicated over tp. `target` is its LoRA target."""
 
     def __init__(
         self, hidden: int, experts: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None, target: str = ""
@@ -103,11 +100,11 @@ class Router(AdaptedLinear):
 
 
 class Experts(nn.Module):
-    """SwiGLU MLPs, spread over ep and each cut over tp.
+    """SwiGLU MLPs, distributed over ep and each sharded over tp.
 
     Returns:
-        [n, hidden], a partial sum over tp; and how many rows did not leave this rank that should have, or came here and
-        to no expert, a scalar int64.
+        [n, hidden], a partial sum over tp; and the number of rows that were not sent from this rank, or were received
+        and reached no expert, a scalar int64.
     """
 
     def __init__(self, hidden: int, moe: MoEConfig, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
@@ -120,31 +117,18 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         order, offsets = sort_by_expert(chosen, self.count)
-        way = Dispatch(offsets, self.axis)
-        rows = to_experts(permute(x, order, chosen.shape[1]), way)  # [rows here, hidden] by expert
-        rows = self.down(swiglu(self.gate_up(rows, way.offsets)), way.offsets)
-        lost = chosen.numel() - sum(way.sent) + sum(way.received) - way.offsets[-1]
-        return unpermute(from_experts(rows, way), order, weights), lost
-
-
-class SharedExpert(nn.Module):
-    """The MLP that every token takes."""
-
-    def __init__(self, hidden: int, ffn: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
-        super().__init__()
-        cut = split(ffn, mesh.tp)
-        self.gate_up = ColumnParallelLinear(hidden, {"gate": cut, "up": cut}, mesh, dtype, lora=lora, target="shared.")
-        self.down = RowParallelLinear(cut, hidden, mesh, dtype, lora=lora, target="shared.down")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        dispatch = Dispatch(offsets, self.axis)
+        rows = to_experts(permute(x, order, chosen.shape[1]), dispatch)  # [rows received, hidden] by expert
+        rows = self.down(swiglu(self.gate_up(rows, dispatch.offsets)), dispatch.offsets)
+        lost = chosen.numel() - sum(dispatch.sent) + sum(dispatch.received) - dispatch.offsets[-1]
+        return unpermute(from_experts(rows, dispatch), order, weights), lost
 
 
 class MoE(nn.Module):
-    """The layer: [n, hidden] -> [n, hidden]. Collective over ep: its ranks run it equally often, with any n.
+    """MoE layer: [n, hidden] -> [n, hidden]. Collective over ep, whose ranks may have different n.
 
     Args:
-        index: number of the layer in the whole model.
+        index: of the layer in the whole model.
     """
 
     def __init__(self, config: ModelConfig, index: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None):
@@ -155,14 +139,14 @@ class MoE(nn.Module):
         self.experts = Experts(hidden, self.moe, mesh, dtype, lora)
         self.shared = self.shared_gate = None
         if self.moe.shared_ffn_size:
-            self.shared = SharedExpert(hidden, self.moe.shared_ffn_size, mesh, dtype, lora)
+            self.shared = MLP(hidden, self.moe.shared_ffn_size, mesh, dtype, "shared.", lora=lora)
             self.shared_gate = Router(hidden, 1, mesh, dtype, lora, "shared.router")
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """`routing`: of the micro-batch, in an update; None where nothing is learned."""
+        """`routing`: of an update's micro-batch; None outside updates."""
         logits = self.router(x)  # [n, experts]
         weights, chosen = route(logits, self.moe.top_k, self.moe.normalize)  # [n, k] both
-        # The experts' outputs are parts of sums over tp: so are the gradients they give their inputs and weights.
+        # The experts' outputs are partial sums over tp, and so are the gradients of their inputs and weights.
         y, lost = self.experts(copy_to_region(x, self.tp), copy_to_region(weights, self.tp), chosen)
         y = reduce_from_region(y, self.tp)
         if self.shared is not None and self.shared_gate is not None:
@@ -171,20 +155,20 @@ class MoE(nn.Module):
 
 
 def moe_layers(config: ModelConfig) -> list[int]:
-    """Numbers of the layers that have experts."""
+    """Indices of the MoE layers."""
     dense = config.moe.dense_layers if config.moe else range(config.num_layers)
     return [i for i in range(config.num_layers) if i not in dense]
 
 
 def router_metrics(micro_batches: Sequence[Routing | None], config: ModelConfig, mesh: Mesh) -> dict[str, float]:
-    """Statistics of an update's routers, over all tokens and layers; the same on every rank. Collective over the mesh.
+    """Metrics of an update's routers over all tokens and layers; the same on every rank. Collective over the mesh.
 
     Returns:
-        router_balance_loss and router_z_loss: as in the module's text, without their coefficients;
-        router_aux_loss: what transformers' `load_balancing_loss_func` gives for the whole batch, its samples taken
-        together and its layers averaged before the product; router_load: tokens of the busiest expert of any layer
-        over the layer's mean; router_entropy: mean entropy of p in nats; router_dropped: a token's choices that
-        did not come to their experts, counted where rows leave and where they arrive; 0, as nothing has a capacity.
+        router_balance_loss, router_z_loss: as in the module's docstring, without coefficients; router_aux_loss: as
+        transformers' `load_balancing_loss_func`, with samples pooled and layers averaged before the product;
+        router_load: tokens of the busiest expert of any layer over that layer's mean; router_entropy: mean entropy of
+        p in nats; router_dropped: choices per token that did not reach their expert, counted where rows are sent and
+        where they are received (0: there is no capacity limit).
     """
     assert config.moe is not None
     layers, experts = moe_layers(config), config.moe.experts

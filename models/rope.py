@@ -1,4 +1,4 @@
-"""Position in attention: rotary frequencies with their scalings to long contexts, and the slopes of ALiBi."""
+"""Position encodings: rotary frequencies (https://arxiv.org/abs/2104.09864) with their scalings, and ALiBi's slopes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 @dataclass(frozen=True)
 class Rope:
-    """Scaling of a rotary embedding's angles beyond the length a model was first trained on.
+    """Scaling of rotary embeddings to contexts longer than the trained length.
 
-    `dynamic` NTK turns by plain angles up to the trained length; every longer document has a base of its own, by which
-    it is turned from its first token on (`by_length`).
+    `dynamic` NTK uses plain angles up to the trained length; a longer document has its own base, by which all of its
+    tokens are rotated (`by_length`).
     """
 
     kind: RopeKind = "default"
@@ -29,20 +29,20 @@ class Rope:
     """llama3: wavelengths above original/low are divided by factor, below original/high left alone"""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    """yarn: turns over the trained length between which interpolation passes into extrapolation"""
+    """yarn: rotations over the trained length between which interpolation blends into extrapolation"""
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    """yarn: factor of cos and sin; by default 0.1 ln(factor) + 1"""
+    """yarn: factor of cos and sin; default: 0.1 ln(factor) + 1"""
     truncate: bool = True
-    """yarn: round the bounds of the transition to whole dims"""
+    """yarn: round the bounds of the transition to integer dims"""
     doubling: bool = False
-    """dynamic: the base grows whenever the length has doubled (Qwen 1), not with every token"""
+    """dynamic: the base grows when the length doubles (Qwen 1), not with every token"""
 
     def frequencies(self, theta: float, head_dim: int) -> tuple[Tensor, float]:
-        """Angle a position [head_dim/2] fp32, and the number that cos and sin are multiplied by.
+        """Angles per position [head_dim/2] fp32, and the factor of cos and sin.
 
-        Computed in fp32 as the published models were trained: at large positions float64 would turn by other angles.
+        In fp32, as the published models were trained: at large positions float64 gives other angles.
         """
         inverse = 1.0 / theta ** _exponents(head_dim)
         if self.kind == "linear":
@@ -54,13 +54,13 @@ class Rope:
         return inverse, 1.0
 
     def by_length(self, theta: float, head_dim: int, lengths: Tensor) -> Tensor:
-        """Angle a position under dynamic NTK, [tokens, head_dim/2] fp32: the base is multiplied by s^(d/(d-2)).
+        """Angles per position under dynamic NTK, [tokens, head_dim/2] fp32: the base is multiplied by s^(d/(d-2)).
 
-        With L the document's length and T the trained one, s = factor L/T - (factor - 1) as transformers has it, or
-        2^(ceil(log2(L/T)) + 1) - 1 as Qwen 1's own code has it (`doubling`); at least 1.
+        With L the document's length and T the trained one, s = factor L/T - (factor - 1) as in transformers, or
+        2^(ceil(log2(L/T)) + 1) - 1 as in Qwen 1's code (`doubling`); at least 1.
 
         Args:
-            lengths: [tokens] of the document that each token is of.
+            lengths: [tokens], of each token's document.
         """
         assert self.kind == "dynamic" and self.original_positions is not None
         ratio = lengths.double() / self.original_positions
@@ -69,7 +69,7 @@ class Rope:
         return 1.0 / bases.float()[:, None] ** _exponents(head_dim).to(lengths.device)
 
     def stretched_positions(self, max_positions: int) -> int:
-        """Positions of a config with `max_positions`, which may or may not count the interpolated ones."""
+        """Positions after scaling, given config.json's `max_positions` (before scaling, or, for yarn, maybe after)."""
         if self.kind == "linear":
             return int(max_positions * self.factor)
         if self.kind == "yarn" and self.original_positions is not None:
@@ -77,22 +77,20 @@ class Rope:
         return max_positions
 
     def _llama3(self, inverse: Tensor) -> Tensor:
-        """Long waves are stretched, short ones kept, those between blended (Llama 3.1, arXiv:2407.21783)."""
+        """Llama 3.1 (arXiv:2407.21783): long wavelengths are scaled, short ones kept, those between blended."""
         assert self.original_positions is not None
-        turns = self.original_positions * inverse / (2 * math.pi)  # over the trained length
-        blend = ((turns - self.low_factor) / (self.high_factor - self.low_factor)).clamp(0, 1)
+        rotations = self.original_positions * inverse / (2 * math.pi)  # over the trained length
+        blend = ((rotations - self.low_factor) / (self.high_factor - self.low_factor)).clamp(0, 1)
         return (1 - blend) * inverse / self.factor + blend * inverse
 
     def _yarn(self, inverse: Tensor, theta: float, head_dim: int) -> tuple[Tensor, float]:
-        """NTK by parts with a temperature on attention (arXiv:2309.00071)."""
+        """YaRN (arXiv:2309.00071): NTK by parts, with a temperature on attention."""
         assert self.original_positions is not None
-
-        def dim_of(turns: float) -> float:
-            """The dim pair that makes `turns` turns over the trained length."""
-            assert self.original_positions is not None
-            return head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-        low, high = dim_of(self.beta_fast), dim_of(self.beta_slow)
+        # Dims that make beta_fast and beta_slow rotations over the trained length.
+        low, high = (
+            head_dim * math.log(self.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+            for rotations in (self.beta_fast, self.beta_slow)
+        )
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
@@ -117,14 +115,12 @@ def _exponents(head_dim: int) -> Tensor:
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """Slope of each head's penalty by distance in ALiBi (https://arxiv.org/abs/2108.12409), [heads] fp32.
+    """Slopes of ALiBi's linear distance penalty (https://arxiv.org/abs/2108.12409), [heads] fp32.
 
-    2^(-8/n), 2^(-16/n), ... for n heads, a power of two.
-
-    For other numbers the slopes of the next lower power of two come first, and between them every other one of the
-    next higher power, as the paper's published code has it.
+    2^(-8/n), 2^(-16/n), ... for n heads, a power of two. Other numbers of heads take the slopes of the next lower power
+    of two, then every other slope of the next higher one (the paper's code).
     """
     lower = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / lower) for i in range(lower)]
-    between = [2.0 ** (-8 * (i + 1) / (2 * lower)) for i in range(0, 2 * lower, 2)]
-    return torch.tensor(slopes + between[: heads - lower])
+    more = [2.0 ** (-8 * (i + 1) / (2 * lower)) for i in range(0, 2 * lower, 2)]
+    return torch.tensor(slopes + more[: heads - lower])

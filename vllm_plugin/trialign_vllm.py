@@ -1,26 +1,26 @@
-"""What vLLM calls in each of its processes before it looks at a model: makes Baichuan known to it.
+"""vLLM plugin that registers Baichuan's config and model.
 
-    pip install ./vllm_plugin          # where vLLM is installed
-    vllm serve FOLDER                  # as trialign's export_hf.py wrote it, or the published one
+    pip install ./vllm_plugin          # in vLLM's environment
+    vllm serve FOLDER                  # exported by launch/export_hf.py, or as published
 
-vLLM finds `register` by the entry point group vllm.general_plugins.
+vLLM calls `register` in each of its processes, by the entry point group vllm.general_plugins.
 """
 
 from transformers import AutoConfig, PretrainedConfig
 
 
 class BaichuanConfig(PretrainedConfig):
-    """Baichuan 1 and 2, 7B and 13B (https://arxiv.org/abs/2309.10305), as their config.json writes them.
+    """Config of Baichuan 1 and 2, 7B and 13B (https://arxiv.org/abs/2309.10305).
 
     At module level because vLLM pickles it to its engine process.
 
     Args:
-        alibi: ALiBi instead of rotary positions. None goes by what tells the published ones apart (models/families/
-            baichuan.py has the table): the 13B models name no max_position_embeddings, and their hidden_size is 5120.
-        norm_head: the head's rows are normalized. None goes by the vocabulary and Baichuan2's key z_loss_weight.
+        alibi: ALiBi instead of rotary embeddings. None: decided as in models/families/baichuan.py: the published 13B
+            models have no max_position_embeddings, and hidden_size 5120.
+        norm_head: normalized head. None: decided by vocab_size and Baichuan2's key z_loss_weight.
 
     Raises:
-        ValueError: a config.json that says neither and is like none of those published.
+        ValueError: a config.json without these keys that fits none of the published models.
     """
 
     model_type = "baichuan"
@@ -48,23 +48,23 @@ class BaichuanConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.hidden_act = hidden_act
-        named = kwargs.get("architectures") or ()  # none: not of a config.json, transformers makes one for its defaults
-        seven, thirteen = max_position_embeddings is not None, max_position_embeddings is None
-        if "BaiChuanForCausalLM" in named:
-            seven, thirteen = True, False
-        if named and alibi is None and (hidden_size == 5120 if seven else hidden_size == 4096):
+        # transformers builds a config without `architectures` for its defaults.
+        architectures = kwargs.get("architectures") or ()
+        is_7b = max_position_embeddings is not None or "BaiChuanForCausalLM" in architectures
+        if architectures and alibi is None and hidden_size == (5120 if is_7b else 4096):
             raise ValueError(
-                f"hidden_size={hidden_size}, max_position_embeddings={max_position_embeddings} with {named[0]}: neither"
-                " a 7B nor a 13B as published; say in config.json which by alibi: true or false"
+                f"hidden_size={hidden_size}, max_position_embeddings={max_position_embeddings} with {architectures[0]}:"
+                " neither a 7B nor a 13B as published; set the key alibi to true or false in config.json"
             )
-        second = kwargs.get("z_loss_weight") is not None
-        if named and norm_head is None and (vocab_size == 64000) == (vocab_size == 125696 or second):
+        z_loss = kwargs.get("z_loss_weight")
+        is_2 = vocab_size == 125696 or z_loss is not None
+        if architectures and norm_head is None and (vocab_size == 64000) == is_2:
             raise ValueError(
-                f"vocab_size={vocab_size}, z_loss_weight={kwargs.get('z_loss_weight')}: neither Baichuan (64000) nor"
-                " Baichuan2 (125696, z_loss_weight); say in config.json which by norm_head: true or false"
+                f"vocab_size={vocab_size}, z_loss_weight={z_loss}: neither Baichuan (64000) nor Baichuan2 (125696,"
+                " z_loss_weight); set the key norm_head to true or false in config.json"
             )
-        self.alibi = thirteen if alibi is None else alibi
-        self.norm_head = vocab_size == 125696 or second if norm_head is None else norm_head
+        self.alibi = not is_7b if alibi is None else alibi
+        self.norm_head = is_2 if norm_head is None else norm_head
         self.max_position_embeddings = max_position_embeddings or model_max_length
         self.model_max_length = model_max_length
         self.rms_norm_eps = rms_norm_eps
@@ -74,10 +74,10 @@ class BaichuanConfig(PretrainedConfig):
 
 
 def register() -> None:
-    """Makes config and model known; vLLM may call it more than once in a process."""
-    from vllm import ModelRegistry
+    """Registers config and model; may be called more than once in a process."""
+    from vllm import ModelRegistry  # vLLM imports this module while it loads its plugins
 
     AutoConfig.register("baichuan", BaichuanConfig, exist_ok=True)
     for architecture in ("BaichuanForCausalLM", "BaiChuanForCausalLM"):
-        # By name: importing the model's module would set up devices in a process that must not do so.
+        # By name: importing the model's module would initialize devices in a process that must not do so.
         ModelRegistry.register_model(architecture, "trialign_vllm_baichuan:BaichuanForCausalLM")

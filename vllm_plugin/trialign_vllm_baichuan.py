@@ -1,7 +1,7 @@
 """Baichuan for vLLM: LLaMA with a fused W_pack, ALiBi in the 13B models, a normalized head in Baichuan2.
 
-ALiBi needs an attention backend that applies it: vLLM's CPU, Triton and FlashAttention 2 backends do. FlashInfer takes
-the slopes and leaves them out, so it must not be chosen for the 13B models.
+vLLM's CPU, Triton and FlashAttention 2 backends apply ALiBi. FlashInfer ignores the slopes: do not use it for the 13B
+models.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """Each head's slope (https://arxiv.org/abs/2108.12409): powers of 2^(-8/n) for a power of two n of heads; for the
-    heads beyond it every other one of the series for 2n."""
+    """ALiBi's slopes (https://arxiv.org/abs/2108.12409), as in trialign's models/rope.py."""
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     return slopes + [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
 
 
 class AlibiAttention(nn.Module):
-    """Attention whose scores fall linearly with distance instead of turning by position."""
+    """Attention with ALiBi instead of rotary embeddings."""
 
     def __init__(
         self, config, hidden_size: int, num_heads: int, quant_config=None, cache_config=None, prefix: str = "", **_
@@ -71,7 +70,7 @@ class BaichuanForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=BaichuanLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """LLaMA's names out of Baichuan's: W_pack in its three parts, the head's rows normalized once."""
+        """Loads weights under LLaMA's names: W_pack in its three parts, the head's rows normalized."""
 
         def renamed() -> Iterator[tuple[str, Tensor]]:
             for name, weight in weights:

@@ -182,7 +182,7 @@ def reward_encoders(folders: Sequence[str], policy: Policy) -> dict[str, ChatEnc
 def _reads_otherwise(tokenizer: PreTrainedTokenizerBase, shape: ModelConfig, policy: Policy) -> str:
     """Why a reward model cannot be given the policy's tokens; "" where it can. A tokenizer without a chat template is
     compared by its tokens alone."""
-    if why := tokens_differ(policy.tokenizer, tokenizer, begins=not policy.chat_template):
+    if why := tokens_differ(policy.tokenizer, tokenizer, specials=not policy.chat_template):
         return why
     if shape.vocab_size < policy.shape.vocab_size:
         return f"vocab_size is {policy.shape.vocab_size} in one and {shape.vocab_size} in the other"

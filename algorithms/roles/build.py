@@ -200,7 +200,7 @@ def build_learner(
     Raises:
         ValueError: router losses are weighted in a model without experts.
     """
-    weigh_router(model, settings, name)
+    set_router_coefs(model, settings, name)
     optimizer = ShardedAdamW(
         model,
         model.mesh,
@@ -218,7 +218,7 @@ def build_learner(
     return Learner(model, optimizer, schedule(settings, updates), temperature, sizes, max_skipped, profiler)
 
 
-def weigh_router(model: Decoder, settings: OptimizerConfig, name: str) -> None:
+def set_router_coefs(model: Decoder, settings: OptimizerConfig, name: str) -> None:
     """Gives a model with experts the weights of its router losses.
 
     Raises:
@@ -226,7 +226,7 @@ def weigh_router(model: Decoder, settings: OptimizerConfig, name: str) -> None:
     """
     aux, z, moe = settings.router_aux_coef, settings.router_z_coef, model.config.moe
     if moe is not None:
-        model.weigh_router(moe.aux_coef if aux == AS_CONFIG else aux, z)
+        model.set_router_coefs(moe.aux_coef if aux == AS_CONFIG else aux, z)
         return
     for knob, value, off in (("router_aux_coef", aux, AS_CONFIG), ("router_z_coef", z, 0.0)):
         if value != off:

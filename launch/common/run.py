@@ -49,7 +49,7 @@ from trialign.models.folder import assets
 from trialign.models.hf.adapter_record import adapter_record, check_same_adapter
 from trialign.models.hf.convert import SCORES, ExportRole, export_checkpoint
 from trialign.models.hf.peft import export_adapter
-from trialign.models.hf.peft_config import no_peft_form
+from trialign.models.hf.peft_config import unsupported_by_peft
 
 from . import failures
 from .env import is_main, mesh_of, node, world_size
@@ -323,6 +323,6 @@ class Run(Generic[Config]):
             export_checkpoint(last, aside, role=role, weights=weights, dtype=getattr(torch, self.config.model.dtype))
             replace_folder(folder, aside)
         model = self.learners[role][0].model
-        if model.lora is not None and no_peft_form(model.config, model.lora) is None:
+        if model.lora is not None and unsupported_by_peft(model.config, model.lora) is None:
             export_adapter(last, self.folder / "adapter", role=role)
         return self.folder / "model"

@@ -1,7 +1,6 @@
-"""Definition of a model family: its config.json in and out, and one table of its weights.
+"""Definition of a model family: reader and writer of its config.json, and one table of its weights.
 
-Load, export, checkpoints, adapters and the round-trip test read the table. Below it are the keys of config.json that
-the families descended from LLaMA share.
+The table serves loading, export, checkpoints and adapters. Below it: the config.json keys of LLaMA-like families.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from .rope_keys import read_rope, write_rope
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One weight: a part of our parameter, the Hugging Face tensor it lies in, and its whole shape.
+    """Row of a conversion table: a part of a Decoder's parameter, and its Hugging Face tensor.
 
-    `{i}` is the layer, `{e}` the expert. Rows of one layer with the same `tensor` are parts of one fused tensor, one
-    below the other in the rows' order.
+    `{i}` is the layer, `{e}` the expert. Rows with the same `tensor` are concatenated along dim 0 in that fused tensor,
+    in the table's order.
 
     Attributes:
-        parameter: name in our Decoder.
+        parameter: name in the Decoder.
         part: of a fused parameter ("q", "gate", "{e}.up"); "" for an unfused one.
         tensor: Hugging Face's name.
-        shape: the part's dims by name, as models/hf/table.py sizes them.
-        layers: the layers that have it, in a model with experts.
+        shape: of the whole part, dims by their names in models/hf/table.py.
+        layers: layers that have it, in an MoE model.
     """
 
     parameter: str
@@ -40,15 +39,15 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of models.
+    """A family of models.
 
     Attributes:
         name: for messages.
-        architectures: every `architectures` entry it reads; the first of each kind is the one it writes.
-        read: config.json's content -> config; raises ValueError naming the key and what is allowed.
-        write: the way back, for a folder with the given head: all but `architectures`, `model_type` and the dtype.
-        table: the rows of a model of this config, without its head.
-        model_type: of config.json, beside `architectures`.
+        architectures: supported `architectures` entries of config.json; the first of each head is written.
+        read: content of config.json -> config; raises ValueError naming key, value and what is allowed.
+        write: config, head -> content of config.json without `architectures`, `model_type` and dtype.
+        table: config -> rows, without the head's.
+        model_type: of config.json.
     """
 
     name: str
@@ -59,20 +58,19 @@ class Family:
     model_type: str
 
     def architecture(self, head: HeadKind) -> str:
-        """The `architectures` entry that is written for this head."""
+        """The `architectures` entry to write for this head."""
         return next(name for name, kind in self.architectures.items() if kind == head)
 
 
 def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = None, **more: Any) -> ModelConfig:
-    """The config out of the keys that the families descended from LLaMA share.
+    """Config from the keys that LLaMA-like families have in common.
 
     Args:
-        fixed: keys with one supported value, besides those of every family. None stands for an absent key, which is
-            always allowed.
-        more: the fields a family reads itself; they go before the shared ones.
+        fixed: keys with one supported value, besides those of every family; an absent or null key is always allowed.
+        more: fields read by the family itself; they take precedence.
 
     Raises:
-        ValueError: a missing or impossible number, a feature that is not supported.
+        ValueError: a missing or invalid number, an unsupported feature.
     """
     always = {
         "hidden_act": "silu",
@@ -89,29 +87,29 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
     if architecture.endswith("ForSequenceClassification") and labels != 1:
         raise ValueError(f"num_labels={labels}: a score head has 1")
 
-    heads, hidden = whole(values, "num_attention_heads"), whole(values, "hidden_size")
-    kv_heads = more.pop("num_kv_heads", None) or whole(values, "num_key_value_heads", heads)
+    heads, hidden = positive_int(values, "num_attention_heads"), positive_int(values, "hidden_size")
+    kv_heads = more.pop("num_kv_heads", None) or positive_int(values, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads={heads} does not divide by num_key_value_heads={kv_heads}")
     if values.get("head_dim") is None and hidden % heads:
         raise ValueError(f"hidden_size={hidden} does not divide by num_attention_heads={heads}, and no head_dim")
-    head_dim = whole(values, "head_dim", hidden // heads)
+    head_dim = positive_int(values, "head_dim", hidden // heads)
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim}: rotary embeddings need an even number")
     eos = values.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    vocab_size = whole(values, "vocab_size")
+    vocab_size = positive_int(values, "vocab_size")
     if not all(type(i) is int and 0 <= i < vocab_size for i in eos_ids):
         raise ValueError(f"eos_token_id={eos!r}: expected a token id below vocab_size={vocab_size} or a list of them")
-    max_positions = more.pop("max_positions", None) or whole(values, "max_position_embeddings", 2048)
+    max_positions = more.pop("max_positions", None) or positive_int(values, "max_position_embeddings", 2048)
     if "rope" not in more:
         more["rope"], more["rope_theta"] = read_rope(values, max_positions)
     fields: dict[str, Any] = {
         "architecture": architecture,
         "vocab_size": vocab_size,
         "hidden_size": hidden,
-        "ffn_size": whole(values, "intermediate_size"),
-        "num_layers": whole(values, "num_hidden_layers"),
+        "ffn_size": positive_int(values, "intermediate_size"),
+        "num_layers": positive_int(values, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
@@ -127,7 +125,7 @@ def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = No
 
 
 def write_decoder(config: ModelConfig, head: HeadKind, **more: Any) -> dict[str, Any]:
-    """The keys that `read_decoder` reads, and the family's own in `more`."""
+    """The keys of `read_decoder`, and the family's own in `more`."""
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -152,18 +150,18 @@ def write_decoder(config: ModelConfig, head: HeadKind, **more: Any) -> dict[str,
     return values | more
 
 
-def whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """values[key], a whole number of at least 1; raises ValueError otherwise."""
+def positive_int(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """values[key], an integer of at least 1; raises ValueError otherwise."""
     value = values.get(key) if values.get(key) is not None else default
     if value is None:
         raise ValueError(f"{key} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key}={value!r}: expected a whole number of at least 1")
+        raise ValueError(f"{key}={value!r}: expected an integer of at least 1")
     return value
 
 
 def _token(values: Mapping[str, Any], key: str, vocab_size: int) -> int | None:
-    """values[key], a token id; None where it is absent, null or, as LLaMA 1 has it, -1; raises ValueError otherwise."""
+    """values[key], a token id, None where it is absent, null or -1 (LLaMA 1); raises ValueError otherwise."""
     value = values.get(key)
     if value is None or value == -1:
         return None
@@ -180,11 +178,11 @@ def positive(values: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def loss_weight(values: Mapping[str, Any], key: str, default: float) -> float:
-    """values[key], a number of 0 or more; raises ValueError otherwise."""
+def nonnegative(values: Mapping[str, Any], key: str, default: float) -> float:
+    """values[key], a finite number of at least 0; raises ValueError otherwise."""
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{key}={value!r}: expected a number of 0 or more")
+        raise ValueError(f"{key}={value!r}: expected a finite number of at least 0")
     return float(value)
 
 
@@ -194,8 +192,3 @@ def flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{key}={value!r}: expected true or false")
     return value
-
-
-def with_defaults(values: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-    """`values` with transformers' defaults for absent keys (a null stays)."""
-    return {**defaults, **values}

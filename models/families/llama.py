@@ -1,4 +1,4 @@
-"""LLaMA 1, 2, 3, 3.1, 3.2 and Code Llama (https://arxiv.org/abs/2302.13971), and the table most families begin with."""
+"""LLaMA 1, 2, 3, 3.1, 3.2 and Code Llama (https://arxiv.org/abs/2302.13971); most families extend its table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MLP_BIAS = (
 
 
 def table(config: ModelConfig) -> tuple[WeightRow, ...]:
-    """The rows of a model with LLaMA's names: biases and q/k norms where the config has them."""
+    """Rows of a model with LLaMA's tensor names; biases and q/k norms where the config has them."""
     rows = (*ENDS, *NORMS, *ATTENTION, *MLP)
     rows += QKV_BIAS if config.qkv_bias else ()
     rows += OUTPUT_BIAS if config.output_bias else ()
@@ -56,8 +56,7 @@ def table(config: ModelConfig) -> tuple[WeightRow, ...]:
 
 
 def read(values: Mapping[str, Any]) -> ModelConfig:
-    bias = flag(values, "attention_bias")
-    mlp_bias = flag(values, "mlp_bias")
+    bias, mlp_bias = flag(values, "attention_bias"), flag(values, "mlp_bias")
     return read_decoder(values, {"sliding_window": None}, qkv_bias=bias, output_bias=bias, mlp_bias=mlp_bias)
 
 
@@ -67,10 +66,5 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
 
 
 LLAMA = Family(
-    "LLaMA",
-    {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"},
-    read=read,
-    write=write,
-    table=table,
-    model_type="llama",
+    "LLaMA", {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}, read, write, table, "llama"
 )

@@ -1,4 +1,4 @@
-"""Mistral (https://arxiv.org/abs/2310.06825): LLaMA with a sliding window, the same in all layers."""
+"""Mistral (https://arxiv.org/abs/2310.06825): LLaMA with one sliding window in all layers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig
 from . import llama
-from .family import Family, read_decoder, whole, with_defaults, write_decoder
+from .family import Family, positive_int, read_decoder, write_decoder
 
 
 def read(values: Mapping[str, Any]) -> ModelConfig:
-    values = with_defaults(values, sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072)
-    window = None if values["sliding_window"] is None else whole(values, "sliding_window")
+    values = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072, **values}
+    window = None if values["sliding_window"] is None else positive_int(values, "sliding_window")
     kinds, windowed, full = values.get("layer_types") or (), "sliding_attention", "full_attention"
     if {*kinds} not in (set(), {windowed}, {full}):
         raise ValueError(
             f"layer_types={sorted({*kinds})}: Mistral's layers all have one window; allowed: all {windowed}, all {full}"
         )
-    if full in kinds:  # as transformers' AutoModel, which takes a config with layer_types for Ministral's
+    if full in kinds:  # as transformers' AutoModel, which reads a config with layer_types as Ministral's
         window = None
     return read_decoder(values, {"attention_bias": False, "mlp_bias": False}, window=window)
 
@@ -30,8 +30,8 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
 MISTRAL = Family(
     "Mistral",
     {"MistralForCausalLM": "lm", "MistralForSequenceClassification": "score"},
-    read=read,
-    write=write,
-    table=llama.table,
-    model_type="mistral",
+    read,
+    write,
+    llama.table,
+    "mistral",
 )

@@ -7,23 +7,23 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig
 from . import llama
-from .family import Family, flag, read_decoder, whole, with_defaults, write_decoder
+from .family import Family, flag, positive_int, read_decoder, write_decoder
 
 
 def read(values: Mapping[str, Any]) -> ModelConfig:
-    values = with_defaults(values, max_position_embeddings=32768)
+    values = {"max_position_embeddings": 32768, **values}  # transformers' defaults
     window, full_layers = read_windows(values)
     return read_decoder(values, {"mlp_bias": False}, qkv_bias=True, window=window, full_layers=full_layers)
 
 
 def read_windows(values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
-    """The window and the layers without it: `layer_types`, or all layers below `max_window_layers`.
+    """Sliding window, and the layers with full attention: from `layer_types`, or all below `max_window_layers`.
 
-    A window that is null is none; an absent one is transformers' 4096.
+    A null `sliding_window` means full attention; an absent one transformers' default, 4096.
     """
     if not flag(values, "use_sliding_window"):
         return None, ()
-    layers = whole(values, "num_hidden_layers")
+    layers = positive_int(values, "num_hidden_layers")
     windowed, full = "sliding_attention", "full_attention"
     first = values.get("max_window_layers", 28)
     kinds = values.get("layer_types") or [windowed if i >= first else full for i in range(layers)]
@@ -35,11 +35,11 @@ def read_windows(values: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]
         raise ValueError(f"sliding_window is null, but layer_types={kinds}: expected a number, or {full} in all")
     if null or len(without) == layers:
         return None, ()
-    return whole(values, "sliding_window", 4096), without
+    return positive_int(values, "sliding_window", 4096), without
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `read_windows` reads. `layer_types` covers layers other than the last ones."""
+    """The keys of `read_windows`; `layer_types` for windows in other than the last layers."""
     if config.window is None:
         return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
     kinds = ["sliding_attention" if config.window_of(i) else "full_attention" for i in range(config.num_layers)]
@@ -56,10 +56,5 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
 
 
 QWEN2 = Family(
-    "Qwen2",
-    {"Qwen2ForCausalLM": "lm", "Qwen2ForSequenceClassification": "score"},
-    read=read,
-    write=write,
-    table=llama.table,
-    model_type="qwen2",
+    "Qwen2", {"Qwen2ForCausalLM": "lm", "Qwen2ForSequenceClassification": "score"}, read, write, llama.table, "qwen2"
 )

@@ -1,4 +1,4 @@
-"""Qwen3 (https://arxiv.org/abs/2505.09388): norms on queries and keys, heads of their own size, no biases as a rule."""
+"""Qwen3 (https://arxiv.org/abs/2505.09388): RMSNorm on queries and keys, explicit head_dim, usually no biases."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig
 from . import llama
-from .family import Family, flag, read_decoder, with_defaults, write_decoder
+from .family import Family, flag, read_decoder, write_decoder
 from .qwen2 import read_windows, write_windows
 
 
 def read(values: Mapping[str, Any]) -> ModelConfig:
-    values = with_defaults(values, head_dim=128, max_position_embeddings=32768)
+    values = {"head_dim": 128, "max_position_embeddings": 32768, **values}  # transformers' defaults
     bias = flag(values, "attention_bias")
     window, full_layers = read_windows(values)
-    return read_decoder(
-        values,
-        {"mlp_bias": False},
-        qkv_bias=bias,
-        output_bias=bias,
-        qk_norm=True,
-        window=window,
-        full_layers=full_layers,
-    )
+    more = {"qkv_bias": bias, "output_bias": bias, "qk_norm": True}
+    return read_decoder(values, {"mlp_bias": False}, window=window, full_layers=full_layers, **more)
 
 
 def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
@@ -31,10 +24,5 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
 
 
 QWEN3 = Family(
-    "Qwen3",
-    {"Qwen3ForCausalLM": "lm", "Qwen3ForSequenceClassification": "score"},
-    read=read,
-    write=write,
-    table=llama.table,
-    model_type="qwen3",
+    "Qwen3", {"Qwen3ForCausalLM": "lm", "Qwen3ForSequenceClassification": "score"}, read, write, llama.table, "qwen3"
 )

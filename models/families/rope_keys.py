@@ -1,7 +1,7 @@
-"""Rotary embeddings in config.json: Hugging Face's keys for the scaling of the frequencies, read and written.
+"""Rotary embedding keys of config.json, read and written.
 
-transformers 5 keeps everything in `rope_parameters`; before it, `rope_theta` stood beside `rope_scaling`. Both are
-read, and both are written, for transformers 4 and 5 and vLLM.
+transformers 5 has `rope_parameters`, earlier versions and vLLM `rope_theta` and `rope_scaling`. Both forms are read,
+and both are written.
 """
 
 from __future__ import annotations
@@ -12,47 +12,34 @@ from typing import Any, get_args
 
 from ..rope import Rope, RopeKind
 
-# Keys of each kind besides rope_type and rope_theta: Hugging Face's name -> (our field, whether it is required).
 _ORIGINAL = "original_max_position_embeddings"
-_KEYS: dict[str, dict[str, tuple[str, bool]]] = {
-    "default": {},
-    "linear": {"factor": ("factor", True)},
-    "dynamic": {"factor": ("factor", True)},
-    "llama3": {
-        "factor": ("factor", True),
-        "low_freq_factor": ("low_factor", True),
-        "high_freq_factor": ("high_factor", True),
-        _ORIGINAL: ("original_positions", False),
-    },
-    "yarn": {
-        "factor": ("factor", True),
-        _ORIGINAL: ("original_positions", False),
-        "beta_fast": ("beta_fast", False),
-        "beta_slow": ("beta_slow", False),
-        "attention_factor": ("attention_factor", False),
-        "mscale": ("mscale", False),
-        "mscale_all_dim": ("mscale_all_dim", False),
-        "truncate": ("truncate", False),
-    },
+_FIELDS = {  # Hugging Face's key -> Rope's field
+    "factor": "factor",
+    "low_freq_factor": "low_factor",
+    "high_freq_factor": "high_factor",
+    _ORIGINAL: "original_positions",
+    **{key: key for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")},
 }
-_ALL_KEYS = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "partial_rotary_factor",
-    *(key for keys in _KEYS.values() for key in keys),
+_REQUIRED = {"factor", "low_freq_factor", "high_freq_factor"}
+_KEYS: dict[str, tuple[str, ...]] = {  # of each kind, besides rope_type and rope_theta
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+    "yarn": ("factor", *(key for key in _FIELDS if key not in _REQUIRED)),
 }
+_ALL_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_FIELDS}
 
 
 def read_rope(values: Mapping[str, Any], max_positions: int, theta: float = 10000.0) -> tuple[Rope, float]:
-    """The rotary embedding of a config.json and its base.
+    """Rotary embedding of a config.json, and its base.
 
     Args:
-        max_positions: the trained length where the config names no other.
-        theta: the base where it names none.
+        max_positions: default of the trained length.
+        theta: default of the base.
 
     Raises:
-        ValueError: an unknown kind or key, a number that is missing or impossible, or two sections that disagree.
+        ValueError: an unknown kind or key, a missing or invalid number, two sections that disagree.
     """
     theta = _number(values, "rope_theta", theta)
     found: list[tuple[str, Rope, float]] = []
@@ -71,36 +58,34 @@ def read_rope(values: Mapping[str, Any], max_positions: int, theta: float = 1000
 
 
 def _with_original(name: str, section: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section with the trained length that stands beside it, where transformers takes it from."""
-    beside = values.get(_ORIGINAL)
-    if beside is None:
+    """The section with the trained length from the top level, where transformers reads it from."""
+    original = values.get(_ORIGINAL)
+    if original is None:
         return section
-    if section.get(_ORIGINAL) not in (None, beside):
-        raise ValueError(f"{_ORIGINAL}={beside} and {section[_ORIGINAL]} in {name} disagree")
-    return {**section, _ORIGINAL: beside}
+    if section.get(_ORIGINAL) not in (None, original):
+        raise ValueError(f"{_ORIGINAL}={original} and {section[_ORIGINAL]} in {name} disagree")
+    return {**section, _ORIGINAL: original}
 
 
 def _read(name: str, section: Mapping[str, Any], max_positions: int) -> Rope:
     kind = section.get("rope_type", section.get("type", "default"))
     if kind not in _KEYS:
-        raise ValueError(
-            f"{name} asks for rope_type={kind!r}, which is not supported; allowed: {', '.join(get_args(RopeKind))}"
-        )
+        raise ValueError(f"{name}: rope_type={kind!r} is not supported; allowed: {', '.join(get_args(RopeKind))}")
     if section.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{name}: partial_rotary_factor={section['partial_rotary_factor']}; allowed: 1.0")
     unknown = [key for key in section if key not in _ALL_KEYS]
     if unknown:
         raise ValueError(f"{name}: {', '.join(unknown)} not supported; allowed: {', '.join(sorted(_ALL_KEYS))}")
     fields: dict[str, Any] = {}
-    for key, (field, needed) in _KEYS[kind].items():
+    for key in _KEYS[kind]:
         if section.get(key) is None:
-            if needed:
+            if key in _REQUIRED:
                 raise ValueError(f"{name}: rope_type={kind!r} needs {key}")
         elif key == "truncate":
-            fields[field] = bool(section[key])
+            fields[key] = bool(section[key])
         else:
             number = _number(section, key, 1.0)
-            fields[field] = int(number) if field == "original_positions" else number
+            fields[_FIELDS[key]] = int(number) if key == _ORIGINAL else number
     if kind in ("dynamic", "yarn", "llama3"):
         fields.setdefault("original_positions", max_positions)
     if kind != "default" and fields["factor"] < 1:
@@ -113,11 +98,11 @@ def _read(name: str, section: Mapping[str, Any], max_positions: int) -> Rope:
 
 
 def write_rope(rope: Rope, theta: float) -> dict[str, Any]:
-    """The keys of a config.json that `read_rope` reads, for transformers 4 and 5 and vLLM."""
+    """The keys of `read_rope`, for transformers 4 and 5 and vLLM."""
     section: dict[str, Any] = {"rope_type": rope.kind}
-    for key, (field, needed) in _KEYS[rope.kind].items():
-        value = getattr(rope, field)
-        if needed or value != getattr(Rope(), field):
+    for key in _KEYS[rope.kind]:
+        value = getattr(rope, _FIELDS[key])
+        if key in _REQUIRED or value != getattr(Rope(), _FIELDS[key]):
             section[key] = value
     keys: dict[str, Any] = {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, **section}}
     return keys if rope.kind == "default" else keys | {"rope_scaling": section}

@@ -1,6 +1,6 @@
-"""Conversion: Hugging Face folders, GGUF files and checkpoints into a checkpoint, and a checkpoint into a folder.
+"""Conversion of Hugging Face folders and GGUF files into checkpoints, and of checkpoints into Hugging Face folders.
 
-Both hold one tensor at a time on the host, or a block of rows of it.
+At most one tensor is in host memory at a time.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -33,41 +32,38 @@ from .padding import score_padding
 from .save import copy_assets, export_hf
 from .source import Source, open_source, read_finite
 from .table import HEADS, TensorSlice, hf_slices, part_shapes
-from .translate import Target, Translated, translate_config
+from .translate import Target, TranslatedState, translate_config
 
 ExportRole = Literal["actor", "critic", "reward"]
-"""The roles whose weights a checkpoint may hold."""
+"""Roles that a checkpoint may have weights of."""
 SCORES = "scores"
-"""Key of a checkpoint's state and of config.json: "steps" where a score head was trained at the ends of steps."""
+"""Key of a checkpoint's state and of config.json: "steps" where a score head was trained on step ends."""
 
 
 def import_checkpoint(
     model: Path, output: Path, *, tp: int = 1, pp: int = 1, dtype: torch.dtype | None = None
 ) -> tuple[Source, str]:
-    """Writes `model` as a checkpoint: role "actor", or "critic" where it has a score head; whole, or not at all.
-
-    The host holds one rank's piece of one tensor at a time, whatever the model's size.
+    """Writes `model` as a checkpoint, atomically: role "actor", or "critic" if it has a score head.
 
     Args:
         model: a Hugging Face folder, a .gguf file or a checkpoint.
-        output: the checkpoint; must not exist, or be an empty folder.
-        tp, pp: the files are cut as the ranks of this layout hold the model, so that each reads only its own. A run in
-            any other layout reads it too.
-        dtype: of the numbers; None keeps each tensor's own (float32 for quantized ones).
+        output: of the checkpoint; must not exist, or be an empty folder.
+        tp, pp: layout of the files, one for each of its ranks. Runs in other layouts read them too.
+        dtype: of the weights; None: each tensor's own (float32 for quantized ones).
 
     Returns:
-        the model as it was read, and the role.
+        the source, and the role.
 
     Raises:
-        ValueError: a layout that the model cannot be cut into; a tensor or file that is missing, damaged or
-            not of the model, or holds a NaN or an infinity; `output` is not empty.
+        ValueError: a layout that does not fit the model; a tensor or file that is missing, corrupt, unknown or not
+            finite; `output` is not empty.
         OSError: the disk is full.
     """
     source = open_source(model)
     config, head = source.config, head_of(source.config)
     check_layout(config, tp, pp)
     role, table = "actor" if head == "lm" else "critic", hf_slices(config, head)
-    found: dict[str, TensorSlice] = {}  # by entry's name
+    slices: dict[str, TensorSlice] = {}  # by the entries' names
 
     def entries(rank: int) -> Iterator[Entry]:
         stage = Decoder(config, mesh_as(rank, tp=tp, pp=pp, device="meta"), dtype=torch.float32, head=head)
@@ -77,26 +73,26 @@ def import_checkpoint(
             for piece in (piece for piece in shard.pieces if math.prod(piece.shape)):
                 part = table[name, piece.part]
                 key = f"{role}/master/{part.name}"
-                found[key] = part
-                numbers = torch.empty(piece.shape, dtype=dtype or source.dtype(part), device="meta")
-                yield Entry(key, piece.global_shape, piece.offset, numbers, owned)
+                slices[key] = part
+                tensor = torch.empty(piece.shape, dtype=dtype or source.dtype(part), device="meta")
+                yield Entry(key, piece.global_shape, piece.offset, tensor, owned)
 
     def read(entry: Entry) -> Tensor:
         piece, (top, *left) = torch.empty_like(entry.tensor, device="cpu"), entry.offset
         for rows in blocks(piece.shape):
             shape = (rows.stop - rows.start, *piece.shape[1:])
-            piece[rows] = read_finite(source, model, found[entry.name], (top + rows.start, *left), shape)
+            piece[rows] = read_finite(source, model, slices[entry.name], (top + rows.start, *left), shape)
         return piece
 
-    with ExitStack() as stack:
-        beside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as name:
+        asset_folder = Path(name)
         if isinstance(source, GGUFFile):
-            write_json(beside / "config.json", to_hf_dict(config))
-            source.tokenizer().save_pretrained(beside)
+            write_json(asset_folder / "config.json", to_hf_dict(config))
+            source.tokenizer().save_pretrained(asset_folder)
         else:
-            copy_assets(model, beside)
+            copy_assets(model, asset_folder)
         state = {"imported_from": str(model), "tp": tp, "pp": pp}
-        write(output, map(entries, range(tp * pp)), read, state, assets(beside, f"{role}/"))
+        write(output, map(entries, range(tp * pp)), read, state, assets(asset_folder, f"{role}/"))
     return source, role
 
 
@@ -110,59 +106,58 @@ def export_checkpoint(
     base: Path | None = None,
     family: Target | None = None,
 ) -> None:
-    """Streams one role's weights out of a checkpoint into a Hugging Face folder, without a process group.
+    """Writes one role's weights of a checkpoint as a Hugging Face folder, without a process group. Adapters are merged.
 
-    The checkpoint's assets must hold `{role}/config.json` and the model's other files. Adapters are merged. A model
-    with a score head that was trained here gets the padding token of `score_padding`.
+    A score model trained by trialign gets the padding token of `score_padding`.
 
     Args:
-        dtype: of the numbers; None for the model's own, `own_dtype`.
-        base: folder of the model that adapters belong to; None for its path when they were trained.
-        family: write it as a model of this family, which computes the same; None for its own.
+        dtype: of the weights; None: `original_dtype`.
+        base: folder of the adapters' base model; None: its path during training.
+        family: another family whose model computes the same (models/hf/translate.py); None: its own.
 
     Raises:
-        ValueError: no such checkpoint, role or weights in it, a damaged file, a folder that is not empty, a family
-            that does not compute the same.
+        ValueError: no such checkpoint, role or weights, a corrupt file, a folder that is not empty, a family that does
+            not compute the same.
         OSError: the disk is full.
     """
     reader = open_checkpoint(checkpoint)
     prefix = f"{role}/{weights}/"
-    held = {name.removeprefix(prefix) for name in reader.tensors if name.startswith(prefix)}
-    if not held:
+    names = {name.removeprefix(prefix) for name in reader.tensors if name.startswith(prefix)}
+    if not names:
         kinds = sorted({name.rpartition("/")[0] for name in reader.tensors})
         raise ValueError(f"{checkpoint}: no {prefix.rstrip('/')} weights; it holds {', '.join(kinds)}")
     for name in (name for name in reader.sums if name.startswith(f"assets/{role}/")):
         reader.check(name)
     asset_folder = checkpoint / "assets" / role
-    config, head = read_config(asset_folder), "score" if HEADS["score"].tensor in held else "lm"
+    config, head = read_config(asset_folder), "score" if HEADS["score"].tensor in names else "lm"
     reader.check("state.json")
     state = read_state(reader.path)
-    used = state.get("router_aux_coef", {}).get(role)
-    if config.moe is not None and used is not None:
-        config = replace(config, moe=replace(config.moe, aux_coef=used))
-    trained = LazyState(held, lambda name: reader.read(prefix + name))
+    aux_coef = state.get("router_aux_coef", {}).get(role)
+    if config.moe is not None and aux_coef is not None:
+        config = replace(config, moe=replace(config.moe, aux_coef=aux_coef))
+    trained = LazyState(names, lambda name: reader.read(prefix + name))
     tensors: Mapping[str, Tensor | LazyTensor] = trained
     saved = saved_adapter(reader, role)
     if saved is not None:
-        lora, facts = saved
-        merged = merged_reader(find_base(facts, base), config, head, lora, trained)
-        if head == "lm" and lora.wants("head"):  # with its adapter it is another matrix than the embedding
+        lora, record = saved
+        merged = merged_reader(find_base(record, base), config, head, lora, trained)
+        if head == "lm" and lora.wants("head"):  # with its adapter the head is no longer the embedding
             config = replace(config, tie_embeddings=False)
         tensors = LazyState(part_shapes(config, head), merged)
     if family is not None:
-        own, config = config, translate_config(config, family, head)
-        tensors = Translated(tensors, own, config, head)
-    dtype = dtype or own_dtype(reader, prefix, asset_folder)
+        old, config = config, translate_config(config, family, head)
+        tensors = TranslatedState(tensors, old, config, head)
+    dtype = dtype or original_dtype(reader, prefix, asset_folder)
     pad_token = None
-    if head == "score" and "imported_from" not in state:  # one that was trained here
+    if head == "score" and "imported_from" not in state:
         config, pad_token = score_padding(config, asset_folder)
     more = {SCORES: state[SCORES]} if head == "score" and SCORES in state else {}
     export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype, pad_token=pad_token, more=more)
 
 
-def own_dtype(reader: Reader, prefix: str, asset_folder: Path) -> torch.dtype:
-    """The type of a checkpoint's model before training: that of an imported one's numbers (the widest where they
-    differ), or the one in a run's config.json; bfloat16 where there is none."""
+def original_dtype(reader: Reader, prefix: str, asset_folder: Path) -> torch.dtype:
+    """Dtype of a checkpoint's model before training: of an imported model the widest of its tensors, of a run's that in
+    config.json, or bfloat16."""
     reader.check("state.json")
     if "imported_from" in read_state(reader.path):
         return reduce(torch.promote_types, {reader.dtype(n) for n in reader.tensors if n.startswith(prefix)})

@@ -1,7 +1,7 @@
-"""GGUF files of llama.cpp as a source: weights dequantized a piece at a time, config and tokenizer read from the file.
+"""GGUF files of llama.cpp as a source of weights, config and tokenizer.
 
-Weights of LLaMA-like models are as in Hugging Face's folders, but for the rows of q and k in files of architecture
-"llama": there the two halves of each head, which rotate_half keeps apart, are interleaved.
+Tensors are as in Hugging Face folders, except q and k in files of architecture "llama": there the rows of the two
+halves of each head, as rotate_half pairs them, are interleaved.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .table import TensorSlice, check_layer_count, check_tensors, hf_shapes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# general.architecture -> the family whose names its tensors take, and whether q and k are interleaved.
+# general.architecture -> Hugging Face's architecture, and whether q and k are interleaved.
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", True),
     "qwen2": ("Qwen2ForCausalLM", False),
     "qwen3": ("Qwen3ForCausalLM", False),
 }
-# Keys after the architecture's name -> config.json's; and keys without such a counterpart, with their neutral values.
+# Keys after the architecture's name -> config.json's.
 _KEYS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -39,29 +39,22 @@ _KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-_REFUSED = {
-    "expert_count": (0,),
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys without a counterpart in config.json -> values without effect
     "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0, 1),
-    "rope.scale_linear": (0, 1),
     "attention.causal": (True,),
-    "attention.sliding_window": (0,),
-    "attention.sliding_window_pattern": (0,),
-    "attention.scale": (0,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "embedding_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "logit_scale": (0, 1),
+    **{f"attention.{key}": (0,) for key in ("sliding_window", "sliding_window_pattern", "scale", "clamp_kqv")},
+    **dict.fromkeys(("expert_count", "attention.max_alibi_bias"), (0,)),
+    **dict.fromkeys(("rope.scaling.factor", "rope.scale_linear"), (0, 1)),
+    **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (0, 1)),
 }
 _TOKENS = {"bos": "bos", "padding": "pad"}
 _ROWS = 1024  # dequantized at once
 
 
 def _reader(gguf: Any, path: Path) -> Any:
-    """gguf's reader, with a dict `unknown` besides: tensors of types that gguf has no name for -> the type's number.
+    """gguf's GGUFReader with an attribute `unknown`, tensor -> number of its type where gguf lacks the type.
 
-    By itself it would refuse such a file without naming the tensor.
+    GGUFReader itself refuses such a file without naming the tensor.
     """
     named = {int(kind) for kind in gguf.GGMLQuantizationType}
 
@@ -77,16 +70,16 @@ def _reader(gguf: Any, path: Path) -> Any:
 
 
 class GGUFFile:
-    """One GGUF file of a dense LLaMA, Mistral, Qwen2 or Qwen3.
+    """Source: one GGUF file of a dense LLaMA, Mistral, Qwen2 or Qwen3.
 
     Raises:
-        ValueError: the package gguf is not installed, the file is damaged or of another architecture, or a tensor is
+        ValueError: the package gguf is not installed, the file is corrupt or of another architecture, or a tensor is
             missing, unknown, of another shape or of a type that gguf cannot dequantize.
     """
 
     def __init__(self, path: Path):
         try:
-            import gguf  # nothing else needs the package
+            import gguf  # optional dependency
         except ImportError:
             raise ValueError(f"{path}: GGUF files need the package gguf: pip install gguf") from None
         if not path.is_file():
@@ -94,7 +87,7 @@ class GGUFFile:
         try:
             self.reader: Any = _reader(gguf, path)
         except (ValueError, IndexError) as error:
-            raise ValueError(f"{path}: damaged, or no GGUF file: {error}") from None
+            raise ValueError(f"{path}: corrupt, or not a GGUF file: {error}") from None
         self.path, self.gguf = path, gguf
         self._check_types()
         self.architecture = self._value("general.architecture")
@@ -107,11 +100,11 @@ class GGUFFile:
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         try:
             self.config = from_hf_dict(self._values() | {"architectures": [family]})
-            turned = self._value(f"{self.architecture}.rope.dimension_count")
-            if turned not in (None, self.config.head_dim):
+            dims = self._value(f"{self.architecture}.rope.dimension_count")
+            if dims not in (None, self.config.head_dim):
                 raise ValueError(
-                    f"{self.architecture}.rope.dimension_count={turned} of heads of {self.config.head_dim}:"
-                    " rotary embeddings of a part of each head are not supported"
+                    f"{self.architecture}.rope.dimension_count={dims} is not supported; allowed: the head_dim,"
+                    f" {self.config.head_dim}"
                 )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -133,7 +126,7 @@ class GGUFFile:
                 )
 
     def _readable(self, kind: Any) -> bool:
-        """Whether gguf dequantizes this type: tried on one block, as no list of them is public."""
+        """Whether gguf dequantizes this type: tried on one block, as there is no public list."""
         _, size = self.gguf.GGML_QUANT_SIZES[kind]
         try:
             self.gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), kind)
@@ -142,23 +135,23 @@ class GGUFFile:
         return True
 
     def _value(self, key: str) -> Any:
-        """The value of a key; None where the file lacks it."""
+        """Value of a key; None where absent."""
         field = self.reader.fields.get(key)
         return None if field is None else field.contents()
 
     def _values(self) -> dict[str, Any]:
-        """The content of a config.json."""
-        found = self._value
-        for key, harmless in _REFUSED.items():
-            value = found(f"{self.architecture}.{key}")
-            if value not in (None, *harmless):
+        """Content of a config.json."""
+        value_of = self._value
+        for key, neutral in _NEUTRAL.items():
+            value = value_of(f"{self.architecture}.{key}")
+            if value not in (None, *neutral):
                 raise ValueError(
                     f"{self.architecture}.{key}={value} is not supported; import the model's folder instead"
                 )
-        values = {ours: found(f"{self.architecture}.{key}") for key, ours in _KEYS.items()}
-        values |= {f"{name}_token_id": found(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
-        # The end of a turn ends a chat model's response as the end of the text does.
-        ends = [found(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+        values = {hf_key: value_of(f"{self.architecture}.{key}") for key, hf_key in _KEYS.items()}
+        values |= {f"{name}_token_id": value_of(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
+        # A chat model's response ends with the end of the turn or of the text.
+        ends = [value_of(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
         values["eos_token_id"] = list(dict.fromkeys(i for i in ends if i is not None)) or None
         if "token_embd.weight" not in self.tensors:
             raise ValueError("lacks token_embd.weight")
@@ -169,8 +162,8 @@ class GGUFFile:
     def _check(self) -> None:
         if "rope_freqs.weight" in self.tensors:
             raise ValueError(
-                f"{self.path}: rope_freqs.weight: frequencies are scaled, and the file does not record how (Llama 3.1"
-                " and later); import the folder in Hugging Face format instead"
+                f"{self.path}: rope_freqs.weight: the rope scaling (Llama 3.1 and later) is not recorded in the file;"
+                " import the folder in Hugging Face format instead"
             )
         expected = {self.names[name]: shape for name, shape in hf_shapes(self.config).items()}
         found = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
@@ -191,21 +184,21 @@ class GGUFFile:
             rows = head * self.config.head_dim + 2 * pair + half
         columns = slice(offset[-1], offset[-1] + shape[-1])
         out = torch.empty((len(rows), shape[-1]), dtype=self.dtype(part))
-        for begin in range(0, len(rows), _ROWS):
-            raw = np.ascontiguousarray(stored[rows[begin : begin + _ROWS]])
+        for start in range(0, len(rows), _ROWS):
+            raw = np.ascontiguousarray(stored[rows[start : start + _ROWS]])
             values = self.gguf.quants.dequantize(raw, tensor.tensor_type)
-            out[begin : begin + _ROWS] = torch.from_numpy(values[:, columns].astype(np.float32))
-        # The file is mapped: pages that were read would count as memory of this process.
+            out[start : start + _ROWS] = torch.from_numpy(values[:, columns].astype(np.float32))
+        # The file is memory-mapped: its pages count as memory of this process once read.
         self.reader.data._mmap.madvise(mmap.MADV_DONTNEED)
         return out.view(shape)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """As transformers makes it, with the split into single digits that it does not read for "smollm"."""
+        """The file's tokenizer as transformers reads it, plus SmolLM's split into single digits, which it does not."""
         from transformers import AutoTokenizer  # takes seconds
 
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
-        except Exception as error:  # the tokenizers library raises its own kinds, none of which names the file
+        except Exception as error:  # of any type in the tokenizers library, without the file's name
             raise ValueError(f"{self.path}: no tokenizer can be read from it: {error}") from error
         if self._value("tokenizer.ggml.pre") == "smollm":
             tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

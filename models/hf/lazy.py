@@ -1,4 +1,4 @@
-"""Whole tensors that are never held whole: read and converted block by block, one tensor after the other."""
+"""Lazy tensors, read and converted in blocks of rows, so that no large tensor is in memory as a whole."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TypeVar
 
 from torch import Tensor
 
-_BLOCK = 1 << 20  # numbers of a large tensor that are converted at once
+_BLOCK = 1 << 20  # elements
 
 
 def blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """Rows [start, stop) of a tensor of this shape, a few megabytes at a time."""
+    """Slices of rows that cover a tensor, about a million elements each."""
     step = max(_BLOCK // math.prod(shape[1:]), 1)
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A whole tensor by its rows: indexing it by a slice computes these rows, in any dtype."""
+    """A tensor whose rows are computed when indexed by a slice, in any dtype."""
 
     shape: tuple[int, ...]
     read: Callable[[slice], Tensor]
@@ -33,7 +33,7 @@ T = TypeVar("T", bound=Tensor | LazyTensor, covariant=True)
 
 
 class LazyState(Mapping[str, T]):
-    """Whole tensors by name, each read when it is asked for and not kept."""
+    """Tensors by name, read on access and not cached."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], T]):
         self.names, self.read = dict.fromkeys(names), read

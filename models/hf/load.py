@@ -1,4 +1,4 @@
-"""Load: a model's parameters filled from a Hugging Face folder or a checkpoint, each rank reading only its slices."""
+"""Loading of a model's parameters from a Hugging Face folder or a checkpoint; each rank reads only its slices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..families.registry import family_of, head_of
 from .source import open_source, read_finite
 from .table import HEADS, hf_slices
 
-# Fields of a config without effect on the tensors and on the numbers computed with them.
+# Fields of a config without effect on tensors and logits.
 _FREE = {"architecture", "initializer_range", "bos_id", "eos_ids", "pad_id", "max_positions", "tie_embeddings"}
 
 
@@ -31,18 +31,17 @@ def load_hf(
 
     Args:
         folder: config.json and safetensors, one file or several with an index; or a checkpoint of a run.
-        new_head: how a "score" head begins when the folder holds a causal language model: "refuse", "zero", or
-            "normal" with standard deviation 1/(hidden + 1), so that values begin near 0; equal on all ranks.
-        into: filled instead of the model: the optimizer's masters, with the bits that the model's dtype cut off.
+        new_head: initialization of a "score" head where the folder has an LM head: "refuse", "zero", or "normal" with
+            standard deviation 1/(hidden + 1), equal on all ranks.
+        into: slots to fill instead of the model's: the optimizer's masters, where the model's dtype has fewer bits.
 
     Raises:
-        ValueError: before any parameter is changed: a file or tensor that is missing, truncated, of another shape or
-            not of the model; a config.json that disagrees with the model's; a missing head. A NaN or an
-            infinity in a tensor, as it is read.
+        ValueError: a file or tensor that is missing, truncated, of another shape or unknown, a config.json that
+            disagrees with the model's, a missing head: before any parameter changes. A NaN or an infinity: when read.
     """
     source = open_source(folder)
     folder, config = Path(folder), source.config
-    _same_sizes(config, model.config, folder)
+    _check_same_config(config, model.config, folder)
     found = head_of(config)
     if model.kind == "lm" and found == "score":
         raise ValueError(f"{folder}: {config.architecture} has a score head; a language model needs lm_head.weight")
@@ -54,7 +53,7 @@ def load_hf(
     table = hf_slices(model.config, model.kind)
     for name, piece, sink in slots(model) if into is None else into:
         rows = table.get((name, piece.part))
-        if rows is None:  # an adapter's
+        if rows is None:  # of an adapter
             continue
         if fresh and rows.tensor == HEADS["score"].tensor:
             draws = torch.randn(piece.global_shape, generator=torch.Generator().manual_seed(0))
@@ -62,18 +61,18 @@ def load_hf(
             sink.copy_(draws[cut] / (config.hidden_size + 1) if new_head == "normal" else torch.zeros(piece.shape))
         elif into is None or source.dtype(rows) != model.dtype:
             numbers = read_finite(source, folder, rows, piece.offset, piece.shape)
-            # By way of float32, as masters go: float64 rounded twice may differ.
+            # Via float32, as masters are: rounding float64 twice may differ.
             sink.copy_(numbers.float() if numbers.dtype == torch.float64 != model.dtype else numbers)
 
 
-def _same_sizes(found: ModelConfig, expected: ModelConfig, folder: Path) -> None:
+def _check_same_config(found: ModelConfig, expected: ModelConfig, folder: Path) -> None:
     family, own = family_of(found), family_of(expected)
     if family is not own:
         raise ValueError(f"{folder}: a {family.name} model, expected {own.name}")
     both_lm = head_of(found) == head_of(expected) == "lm"
     for key in (*(f.name for f in fields(ModelConfig) if f.name not in _FREE), *["tie_embeddings"] * both_lm):
         value, wanted = getattr(found, key), getattr(expected, key)
-        if key == "moe" and value is not None and wanted is not None:  # the weights of the router's losses are options
+        if key == "moe" and value is not None and wanted is not None:  # coefficients of router losses are options
             value = replace(value, aux_coef=wanted.aux_coef, z_coef=wanted.z_coef)
         if value != wanted:
             raise ValueError(f"{folder}: {key}={value}, the model has {wanted}")

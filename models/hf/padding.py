@@ -1,8 +1,8 @@
 """Padding token of an exported score model.
 
-transformers' classes for sequences take a row's score at its last token that is not `pad_token_id`, wherever padding
-is. Chat models often pad with the token that ends a turn, and would have their score taken one token before the one it
-was trained at. So an exported model pads with a special token that no text ends with.
+transformers' sequence classifiers read a row's score at its last token other than `pad_token_id`. Where that is the end
+of a turn, as in many chat models, they would read it one token before the trained position. So an exported score model
+pads with a special token that no text ends with.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-_END = re.compile("end|eo[dmst]|/", re.IGNORECASE)  # in the names of tokens that end a text, a turn or a part of it
-_RARE = "\U0010fffd"  # a code point without a character: a tokenizer that knows unknown text makes its unk_token of it
+_END = re.compile("end|eo[dmst]|/", re.IGNORECASE)  # in names of tokens that end a text, a turn or a part of it
+_RARE = "\U0010fffd"  # an unassigned code point: the unk_token of a tokenizer without byte fallback
 
 
 def score_padding(config: ModelConfig, folder: Path) -> tuple[ModelConfig, str | None]:
-    """(the config with the padding token of a score model, the token itself), for the tokenizer in `folder`.
+    """Config with the padding token of a score model for the tokenizer in `folder`, and that token.
 
-    Where there is none, the config has no pad_token_id: transformers then refuses batches of several rows, and reads
-    the last token of one.
+    Without such a token the config has no pad_token_id: transformers then refuses batches of several rows.
     """
     if not has_tokenizer(folder):
         return replace(config, pad_id=None if config.pad_id in config.eos_ids else config.pad_id), None
@@ -39,24 +38,24 @@ def score_padding(config: ModelConfig, folder: Path) -> tuple[ModelConfig, str |
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], vocab_size: int) -> int | None:
-    """A special token that no text ends with: the tokenizer's own padding, one that is called so, any that its chat
-    template does not write, at last those for unknown text and for a text's beginning. None where there is none."""
-    written = _written(tokenizer)
+    """A special token that no text ends with, or None: the tokenizer's padding, else one with "pad" in its name, else
+    one that its chat template does not use, else unk_token or bos_token."""
+    chat = _chat_ids(tokenizer)
     rare: list[int] = tokenizer.encode(_RARE, add_special_tokens=False)
-    ends = (*stop_ids, tokenizer.eos_token_id, *written[-1:], *rare[-1:])
+    ends = (*stop_ids, tokenizer.eos_token_id, *chat[-1:], *rare[-1:])
     last: list[Any] = [tokenizer.unk_token_id, tokenizer.bos_token_id]
-    spare = {
+    unused = {
         i: str(token)
         for i, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and i not in (*written, *last) and not _END.search(str(token))
+        if token.special and i not in (*chat, *last) and not _END.search(str(token))
     }
-    named = [i for i, token in spare.items() if "pad" in token.lower()]
-    candidates: list[Any] = [tokenizer.pad_token_id, *named, *spare, *last]
+    named = [i for i, token in unused.items() if "pad" in token.lower()]
+    candidates: list[Any] = [tokenizer.pad_token_id, *named, *unused, *last]
     return next((i for i in candidates if i is not None and i not in ends and i < vocab_size), None)
 
 
-def _written(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a short chat; none without a chat template, or with one that refuses it."""
+def _chat_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a short chat; none without a chat template, or if the template refuses it."""
     try:
         text = str(tokenizer.apply_chat_template(_CHAT, tokenize=False)).rstrip()
     except Exception:
@@ -65,7 +64,7 @@ def _written(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def write_padding(folder: Path, token: str) -> None:
-    """Makes it the padding token of the tokenizer in `folder`."""
+    """Sets the padding token of the tokenizer in `folder`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         values = read_json(path) if path.is_file() else {}

@@ -1,9 +1,9 @@
-"""PEFT adapter folders: read into a model's adapters, and written from a checkpoint.
+"""PEFT adapter folders, read and written.
 
-transformers 5 holds a layer's experts in two parameters [experts, ...], gate with up in one and down in the other, and
-the router's weight is a parameter too. PEFT's adapter of E experts is A [E r, in] and B [out, r E], where B's columns
-are numbered by the expert last. One for gate and up has either a rank like the others', and an A for both; or twice
-that, with the first half for gate and the second for up, as PEFT makes of adapters of single experts.
+transformers 5 has a layer's experts in two parameters [experts, ...], one of gate and up, one of down; the router's
+weight is a bare parameter too. PEFT's adapter of such a parameter with E experts is A [E r, in] and B [out, r E], the
+expert being the fastest index of B's columns. That of gate and up has either rank r and one A for both, or rank 2 r,
+the first half for gate, the second for up (how PEFT loads adapters of single experts).
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from ..lora import (
     trained_name,
 )
 from .adapter_record import saved_adapter
-from .peft_config import CONFIG, TENSORS, check_targets, no_peft_form, number, peft_targets, read_peft_config
+from .peft_config import CONFIG, TENSORS, check_targets, number, peft_targets, read_peft_config, unsupported_by_peft
 from .source import tensor_shapes
 from .table import HEADS, check_tensors, hf_slices
 
 
 def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False) -> LoRA:
-    """Settings of the adapters in a PEFT folder, for a model of this config.
+    """LoRA options of a PEFT folder, for a model of this config.
 
     Raises:
-        ValueError: as `read_peft_config`; a tensor that is missing, of another shape or type, with a NaN, or on a
-            weight that takes no adapter or that the config does not name.
+        ValueError: as `read_peft_config`; a tensor that is missing, of another shape or dtype, not finite, or on a
+            weight that takes no adapter or is not in target_modules.
     """
     folder = Path(folder)
     values = read_peft_config(folder)
     file = PeftTensors(folder, values, config)
     found = file.shapes
-    modules = {adapter_name(p.name, "A"): target for target, ps in adapted_weights(config, ALL).items() for p in ps}
-    targets = {modules[name] for name in found if name in modules}
+    names = {adapter_name(w.name, "A"): target for target, ws in adapted_weights(config, ALL).items() for w in ws}
+    targets = {names[name] for name in found if name in names}
     try:
         lora = LoRA(
             values.get("r", 8),
@@ -81,21 +81,21 @@ def read_peft(folder: Path | str, config: ModelConfig, *, quantize: bool = False
 
 
 def check_adapter(folder: Path | str, config: ModelConfig, lora: LoRA, head: HeadKind = "lm") -> None:
-    """Compares a PEFT folder with the adapters that `lora` gives a model with this head.
+    """Checks that a PEFT folder fits the LoRA options of a model with this head.
 
     Raises:
-        ValueError: as `read_peft`, or another rank, scale or targets.
+        ValueError: as `read_peft`, or another rank, alpha, rslora or targets.
     """
     saved = read_peft(folder, config, quantize=lora.quantize)
-    own = tuple(adapted_weights(config, lora, head))
+    targets = tuple(adapted_weights(config, lora, head))
     for key in ("rank", "alpha", "rslora", "targets"):
-        one, other = getattr(saved, key), own if key == "targets" else getattr(lora, key)
-        if one != other:
-            raise ValueError(f"{folder}: {key}={one}, the model's adapters have {other}")
+        value, expected = getattr(saved, key), targets if key == "targets" else getattr(lora, key)
+        if value != expected:
+            raise ValueError(f"{folder}: {key}={value}, the model's adapters have {expected}")
 
 
 def load_adapter(model: Decoder, folder: Path | str, into: Iterable[Slot] | None = None) -> None:
-    """Fills a model's adapters, and its score head where the folder has one; each rank reads only its slices.
+    """Loads a model's adapters, and a score head where the folder has one; each rank reads only its slices.
 
     Args:
         into: as in `load_hf`.
@@ -105,71 +105,70 @@ def load_adapter(model: Decoder, folder: Path | str, into: Iterable[Slot] | None
     """
     assert model.lora is not None
     check_adapter(folder, model.config, model.lora, model.kind)
-    held = PeftTensors(Path(folder), read_peft_config(Path(folder)), model.config)
+    file = PeftTensors(Path(folder), read_peft_config(Path(folder)), model.config)
     for name, piece, sink in slots(model) if into is None else into:
         key = trained_name(name, piece.part, model.config, model.kind)
         key = key if name.rpartition(".")[2] in ADAPTER_LETTERS else PREFIX + key
-        if key in held.shapes:
+        if key in file.shapes:
             cut = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
-            sink.copy_(held.read(key, cut))
+            sink.copy_(file.read(key, cut))
 
 
 def export_adapter(
     checkpoint: Path, folder: Path, *, role: str = "actor", weights: str = "master", dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes the adapters of a role of a checkpoint as a PEFT folder: whole, or not at all.
+    """Writes the adapters of a checkpoint's role as a PEFT folder, atomically.
 
     Raises:
-        ValueError: the checkpoint holds whole weights, or adapters that PEFT has no form for; a folder that is not
-            empty.
+        ValueError: the checkpoint has full weights, or adapters that PEFT cannot hold; a folder that is not empty.
     """
     reader, prefix = open_checkpoint(checkpoint), f"{role}/{weights}/"
     saved = saved_adapter(reader, role)
     if saved is None:
-        raise ValueError(f"{checkpoint}: the {role} has whole weights, no adapters; export it without --adapter")
-    lora, facts = saved
-    held = sorted(name.removeprefix(prefix) for name in reader.tensors if name.startswith(prefix))
-    if not held:
+        raise ValueError(f"{checkpoint}: the {role} has full weights, no adapters; export it without --adapter")
+    lora, record = saved
+    names = sorted(name.removeprefix(prefix) for name in reader.tensors if name.startswith(prefix))
+    if not names:
         raise ValueError(f"{checkpoint}: no {prefix.rstrip('/')} weights")
     config = read_config(checkpoint / "assets" / role)
-    why = no_peft_form(config, lora)
-    if why is not None:
-        raise ValueError(f"{why}; export it merged")
+    reason = unsupported_by_peft(config, lora)
+    if reason is not None:
+        raise ValueError(f"{reason}; export it merged")
     score = HEADS["score"].tensor
     values = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if score in held else "CAUSAL_LM",
-        "base_model_name_or_path": facts["base"],
+        "task_type": "SEQ_CLS" if score in names else "CAUSAL_LM",
+        "base_model_name_or_path": record["base"],
         "r": lora.rank,
         "lora_alpha": number(lora.alpha),
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
-        **peft_targets(config, lora, "score" if score in held else "lm"),
-        "modules_to_save": ["score"] if score in held else None,
+        **peft_targets(config, lora, "score" if score in names else "lm"),
+        "modules_to_save": ["score"] if score in names else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
     with atomic_folder(folder) as aside:
-        shapes = {n: tuple(reader.tensors[prefix + n]["shape"]) for n in held}
+        shapes = {n: tuple(reader.tensors[prefix + n]["shape"]) for n in names}
         described = {PREFIX + n if n == score else n: (dtype, shape) for n, shape in shapes.items()}
-        write_stream(aside / TENSORS, described, (reader.read(prefix + n).to(dtype) for n in held))
+        write_stream(aside / TENSORS, described, (reader.read(prefix + n).to(dtype) for n in names))
         write_json(aside / CONFIG, values)
 
 
 class PeftTensors:
-    """Tensors of a PEFT folder, by the single weight that each belongs to; those of all experts are taken apart.
+    """Tensors of a PEFT folder by their `adapter_name`; those of all experts are split by expert.
 
     Args:
         values: the folder's adapter_config.json.
 
     Attributes:
-        shapes: name, as `adapter_name` gives it, -> shape; tensors of no weight of the model keep their own name.
+        shapes: name -> shape; unknown tensors keep their own name.
 
     Raises:
-        ValueError: no such file, a damaged one, a tensor that is not of floating point, or adapters on experts of
-            another kind than those above.
+        ValueError: no such file, a corrupt one, a tensor that is not floating point, or adapters of experts in another
+            form than those above.
     """
 
     def __init__(self, folder: Path, values: Mapping[str, Any], config: ModelConfig):
@@ -179,25 +178,25 @@ class PeftTensors:
         self.path = folder / TENSORS
         self.shapes = tensor_shapes(self.path)
         self.source = safe_open(self.path, "pt")
-        self.whole = lru_cache(2)(self.source.get_tensor)  # experts are read one after the other out of one tensor
-        self.parts: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}  # name -> its tensor, and its part of that
+        self.fused = lru_cache(2)(self.source.get_tensor)  # read once for all experts in turn
+        self.parts: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}  # name -> fused tensor, its part of it
         if config.moe is not None:
-            self._unfold(config, values)
+            self._split_experts(config, values)
 
     def read(self, name: str, cut: Sequence[slice]) -> Tensor:
         """A rectangle of a tensor."""
         if name not in self.parts:
             return self.source.get_slice(name)[tuple(cut)]
         fused_name, part = self.parts[name]
-        return part(self.whole(fused_name))[tuple(cut)]
+        return part(self.fused(fused_name))[tuple(cut)]
 
     def check_finite(self) -> None:
-        """Reads every tensor once; raises ValueError naming one that holds a NaN or an infinity."""
+        """Reads every tensor; raises ValueError naming one with a NaN or an infinity."""
         for name in self.source.keys():
             if not self.source.get_tensor(name).isfinite().all():
-                raise ValueError(f"{self.path}: {name} holds NaN or infinity; allowed: finite numbers")
+                raise ValueError(f"{self.path}: {name} has NaN or infinity; allowed: finite numbers")
 
-    def _unfold(self, config: ModelConfig, values: Mapping[str, Any]) -> None:
+    def _split_experts(self, config: ModelConfig, values: Mapping[str, Any]) -> None:
         assert config.moe is not None
         adapted = {str(name).rpartition(".")[2] for name in values.get("target_parameters") or ()}
         module = {
@@ -216,34 +215,30 @@ class PeftTensors:
                 name = adapter_name(weight.name, letter)
                 if fused_name not in fused or fused_name == name:
                     continue
-                take = _whole
-                if match[2] != "router":
-                    expert, _, half = part.partition(".")
-                    numbers = {"expert": int(expert), "experts": config.moe.experts, "rank": values.get("r", 8)}
-                    take = partial(_of_expert, letter=letter, half=half, **numbers)
+                expert, _, half = part.partition(".")
+                sizes = {"experts": config.moe.experts, "rank": values.get("r", 8)}
+                take = partial(_of_expert, letter=letter, half=half, expert=expert, **sizes)
                 self.parts[name] = fused_name, take
                 self.shapes.pop(fused_name, None)
                 self.shapes[name] = tuple(take(torch.empty(fused[fused_name], device="meta")).shape)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _of_expert(fused: Tensor, *, letter: str, half: str, expert: int, experts: int, rank: int) -> Tensor:
-    """One expert's A [r, in] or B [out, r] out of that of all; `half`: "gate" or "up" of both, "" of down."""
+def _of_expert(fused: Tensor, *, letter: str, half: str, expert: str, experts: int, rank: int) -> Tensor:
+    """One expert's A [r, in] or B [out, r] of that of all; `half`: "gate", "up" or, of down, ""; expert "": router."""
+    if not expert:
+        return fused
     if fused.shape[letter == "B"] % experts:
-        raise ValueError(f"an adapter {list(fused.shape)} on {experts} experts: its ranks do not divide by them")
+        raise ValueError(f"an adapter {list(fused.shape)} on {experts} experts: its rank does not divide by {experts}")
     if letter == "A":
-        own = fused.reshape(experts, -1, fused.shape[1])[expert]
-        return own.chunk(2)[half == "up"] if half and len(own) == 2 * rank else own
-    own = fused.reshape(len(fused), -1, experts)[..., expert]
+        a = fused.reshape(experts, -1, fused.shape[1])[int(expert)]
+        return a.chunk(2)[half == "up"] if half and len(a) == 2 * rank else a
+    b = fused.reshape(len(fused), -1, experts)[..., int(expert)]
     if not half:
-        return own
-    rows = own.chunk(2)[half == "up"]
+        return b
+    rows = b.chunk(2)[half == "up"]
     if rows.shape[1] != 2 * rank:
         return rows
-    mine, others = rows.chunk(2, 1) if half == "gate" else reversed(rows.chunk(2, 1))
-    if not fused.is_meta and others.any():
-        raise ValueError(f"an adapter of rank {2 * rank} on gate and up together: not one of rank {rank} on each")
-    return mine
+    own, other = rows.chunk(2, 1) if half == "gate" else reversed(rows.chunk(2, 1))
+    if not fused.is_meta and other.any():
+        raise ValueError(f"an adapter of rank {2 * rank} on gate and up together is not one of rank {rank} on each")
+    return own

@@ -1,4 +1,4 @@
-"""Save: a Hugging Face folder out of whole tensors, written whole or not at all."""
+"""Saving of Hugging Face folders, atomically and one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ..families.registry import to_hf_dict
 from ..folder import INDEX, assets, read_json, write_json
 from .lazy import LazyTensor, blocks
 from .padding import write_padding
-from .table import hf_shapes, part_shapes, whole_tensors
+from .table import check_tensors, hf_shapes, part_shapes, parts_by_tensor
 from .tokenizer import build_tokenizer
 
 
 def copy_assets(source: Path | str, target: Path) -> None:
-    """Copies `assets`, with a tokenizer that is read without code: a sentencepiece model or a rank file alone gets a
-    tokenizer.json beside it, and `auto_map`, which names code that is not copied, is left out.
+    """Copies `assets` so that the tokenizer needs no code: adds a tokenizer.json to a lone sentencepiece or tiktoken
+    file, and drops `auto_map`, which names code that is not copied.
 
     Raises:
-        ValueError: a sentencepiece model or a rank file that cannot be read.
+        ValueError: a sentencepiece or tiktoken file that cannot be read.
     """
     for name, path in assets(source).items():
         (target / name).parent.mkdir(exist_ok=True)
@@ -55,14 +55,14 @@ def export_hf(
     pad_token: str | None = None,
     more: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a folder that transformers and vLLM load: whole, or not at all. One tensor at a time is asked for.
+    """Writes a folder for transformers and vLLM, atomically; reads one tensor at a time.
 
     Args:
         folder: must not exist, or be empty; or a symbolic link to such a one.
-        tensors: Hugging Face's name -> whole tensor; a `LazyState` keeps a large model out of memory, a
-            `LazyTensor` a large tensor. A fused tensor may come in parts, as `hf_name` names them.
-        asset_folder: where tokenizer, chat template and generation config come from.
-        shard_bytes: the largest file, unless one tensor is larger.
+        tensors: Hugging Face's name -> whole tensor; or the parts of a fused tensor under their `hf_name`. Use
+            `LazyState` and `LazyTensor` where memory matters.
+        asset_folder: of tokenizer, chat template and generation config.
+        shard_bytes: maximum size of a file, unless one tensor is larger.
         pad_token: of the tokenizer; None: its own.
         more: further keys of config.json.
 
@@ -70,13 +70,8 @@ def export_hf(
         ValueError: the folder is not empty; a tensor is missing, unknown or of another shape.
         OSError: the disk is full.
     """
-    shapes, found = hf_shapes(config, head), whole_tensors(tensors, config, head)
-    missing, unknown = (list(a - b) for a, b in ((shapes.keys(), found.keys()), (found.keys(), shapes.keys())))
-    if missing:
-        raise ValueError(f"{len(missing)} tensors are missing: {', '.join(sorted(missing)[:3])}")
-    if unknown:
-        raise ValueError(f"not tensors of this model: {', '.join(sorted(unknown)[:3])}")
-
+    shapes, found = hf_shapes(config, head), parts_by_tensor(tensors, config, head)
+    check_tensors(folder, shapes, {name: shapes.get(name, ()) for name in found})
     expected = part_shapes(config, head) | shapes
 
     def converted(name: str) -> Iterator[Tensor]:
@@ -85,7 +80,7 @@ def export_hf(
             if tuple(tensor.shape) != expected[part]:
                 raise ValueError(f"{part} {list(tensor.shape)}: expected {list(expected[part])}")
             yield from (tensor[rows].to(dtype) for rows in blocks(tensor.shape))
-            del tensor  # else it is held while the next is read
+            del tensor  # before the next one is read
 
     with atomic_folder(folder) as aside:
         shards = _shards(shapes, dtype, shard_bytes)
@@ -106,7 +101,7 @@ def export_hf(
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> list[list[str]]:
-    """The names in groups of at most `shard_bytes`, or of one tensor."""
+    """Names in groups of at most `shard_bytes`, or of one tensor."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():

@@ -1,6 +1,6 @@
-"""Sources of weights: Hugging Face folders and checkpoints, read rectangle by rectangle.
+"""Sources of weights: Hugging Face folders and checkpoints, read by rectangles.
 
-Files are closed between two reads: a mapped file counts as memory of the process, page by page as it is read.
+Files are closed after each read: pages of a memory-mapped file count as memory of the process once read.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Source(Protocol):
-    """A whole model's weights: exactly the tensors of its config, checked when it was opened."""
+    """Weights of a whole model: exactly the tensors of its config, checked on opening."""
 
     config: ModelConfig
 
     def dtype(self, part: TensorSlice) -> torch.dtype:
-        """The stored type of a part's numbers."""
+        """Stored dtype of a part."""
         ...
 
     def read(self, part: TensorSlice, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The rectangle of `shape` at `offset` in the part, on the host."""
+        """Rectangle of `shape` at `offset` in the part, on the CPU."""
         ...
 
 
 def open_source(path: Path | str) -> Source:
-    """A source for a GGUF file, a checkpoint (the weights of its `checkpoint_role`), or a Hugging Face folder.
+    """Source of a GGUF file, a checkpoint's `checkpoint_role`, or a Hugging Face folder.
 
     Raises:
-        ValueError: a file or tensor that is missing, damaged, of another shape or not of the model; naming it.
+        ValueError: naming a file or tensor that is missing, corrupt, of another shape or unknown.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -52,27 +52,27 @@ def open_source(path: Path | str) -> Source:
 
 
 class FolderSource:
-    """config.json and safetensors, one file or several with an index."""
+    """Hugging Face folder: config.json and safetensors, one file or several with an index."""
 
     def __init__(self, folder: Path):
         self.folder, self.config = folder, read_config(folder)
         self.files = tensor_files(folder)
         check_layer_count(self.config, self.files, folder)
-        _same_tensors(self.files, self.config, folder)
+        _check_folder(self.files, self.config, folder)
 
     def dtype(self, part: TensorSlice) -> torch.dtype:
         with safe_open(self.folder / self.files[part.tensor][0], "pt") as file:
             return _DTYPES[file.get_slice(part.tensor).get_dtype()]
 
     def read(self, part: TensorSlice, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        begin = (part.start + offset[0], *offset[1:])
-        cut = tuple(slice(o, o + n) for o, n in zip(begin, shape, strict=True))
+        start = (part.start + offset[0], *offset[1:])
+        cut = tuple(slice(o, o + n) for o, n in zip(start, shape, strict=True))
         with safe_open(self.folder / self.files[part.tensor][0], "pt") as file:
             return file.get_slice(part.tensor)[cut]
 
 
 class CheckpointSource:
-    """The masters of one role in a checkpoint of any layout."""
+    """Checkpoint of any layout: the masters of one role."""
 
     def __init__(self, path: Path):
         role = checkpoint_role(path)
@@ -80,9 +80,9 @@ class CheckpointSource:
         for name in (name for name in self.reader.sums if name.startswith(f"assets/{role}/")):
             self.reader.check(name)
         self.config = read_config(path)
-        held = sorted(n.removeprefix(self.prefix) for n in self.reader.tensors if n.startswith(self.prefix))
-        check_layer_count(self.config, held, path)
-        found = {name: tuple(self.reader.tensors[self.prefix + name]["shape"]) for name in held}
+        names = sorted(n.removeprefix(self.prefix) for n in self.reader.tensors if n.startswith(self.prefix))
+        check_layer_count(self.config, names, path)
+        found = {name: tuple(self.reader.tensors[self.prefix + name]["shape"]) for name in names}
         hint = "; adapters are exported first (launch/export_hf.py)"
         check_tensors(f"{path}, {role}", part_shapes(self.config, head_of(self.config)), found, hint)
 
@@ -96,19 +96,19 @@ class CheckpointSource:
 def read_finite(
     source: Source, where: Path | str, part: TensorSlice, offset: tuple[int, ...], shape: tuple[int, ...]
 ) -> Tensor:
-    """`source.read`; raises ValueError naming the tensor where it holds a NaN or an infinity.
+    """`source.read`; raises ValueError naming a tensor with a NaN or an infinity.
 
     Args:
-        where: the source, as the message names it.
+        where: path of the source, for the message.
     """
-    numbers = source.read(part, offset, shape)
-    if numbers.numel() and not all(math.isfinite(limit) for limit in numbers.aminmax()):  # a NaN is both
-        raise ValueError(f"{where}: {part.tensor} holds NaN or infinity; allowed: finite numbers")
-    return numbers
+    tensor = source.read(part, offset, shape)
+    if tensor.numel() and not all(math.isfinite(limit) for limit in tensor.aminmax()):  # a NaN becomes both limits
+        raise ValueError(f"{where}: {part.tensor} has NaN or infinity; allowed: finite numbers")
+    return tensor
 
 
 def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> (file, shape), from the headers of all files."""
+    """Tensor name -> (file, shape), from the headers of a folder's safetensors."""
     if (folder / "model.safetensors").is_file():
         files, indexed = ["model.safetensors"], {}
     elif (folder / INDEX).is_file():
@@ -118,23 +118,22 @@ def tensor_files(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise ValueError(f"{folder / INDEX}: not an index of safetensors files: {error!r}") from None
         for name, file in indexed.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{folder / INDEX}: weight_map, {name}: {file!r} is not the name of a file beside it")
+                raise ValueError(f"{folder / INDEX}: weight_map, {name}: {file!r} is not a file name")
         files = sorted(set(indexed.values()))
     else:
-        raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{_other_formats(folder)}")
+        raise ValueError(f"{folder}: no model.safetensors and no {INDEX}{_pickle_hint(folder)}")
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file}: missing, but named in {INDEX}")
         for name, shape in tensor_shapes(folder / file).items():
             if name in found:
-                raise ValueError(f"{folder / file}: holds {name}, as {found[name][0]} does")
+                raise ValueError(f"{folder / file}: {name} is also in {found[name][0]}")
             found[name] = file, shape
     for name, file in indexed.items():
-        if name not in found:
-            raise ValueError(f"{folder / file}: no tensor {name}, which {INDEX} puts there")
-        if found[name][0] != file:
-            raise ValueError(f"{folder / file}: no tensor {name}, which {INDEX} puts there; it is in {found[name][0]}")
+        actual = found.get(name, ("no file",))[0]
+        if actual != file:
+            raise ValueError(f"{folder / file}: no tensor {name}, expected by {INDEX}; it is in {actual}")
     return found
 
 
@@ -142,7 +141,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, from the header of one safetensors file.
 
     Raises:
-        ValueError: the file is damaged, or a tensor is not of floating point.
+        ValueError: a corrupt file, or a tensor that is not floating point.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     try:
@@ -153,28 +152,28 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
                     raise ValueError(f"{file}: {name} is {view.get_dtype()}; allowed: {[*DTYPES.values()]}")
                 shapes[name] = tuple(view.get_shape())
     except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or truncated: {error}") from None
+        raise ValueError(f"{file}: corrupt or truncated: {error}") from None
     return shapes
 
 
-def _other_formats(folder: Path) -> str:
-    """Hint at pickles in the folder and at their conversion; "" where there are none."""
+def _pickle_hint(folder: Path) -> str:
+    """Hint for a folder of pickles; "" where there are none."""
     pickles = sorted(p.name for suffix in ("bin", "pt", "pth") for p in folder.glob(f"*.{suffix}"))
-    if pickles:
-        return (
-            f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one can run code."
-            " docs/conversion.md, Pickles, has ten lines that convert them to safetensors without)"
-        )
-    return ""
+    if not pickles:
+        return ""
+    return (
+        f" (found {', '.join(pickles[:3])}; pickles are not loaded, since loading one can run code."
+        " docs/conversion.md, Pickles: how to convert them to safetensors)"
+    )
 
 
-def _same_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, folder: Path) -> None:
-    """Refuses a folder that does not hold exactly the tensors of its own config."""
+def _check_folder(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig, folder: Path) -> None:
+    """Checks that a folder holds exactly the tensors of its config; raises ValueError otherwise."""
     kind = head_of(config)
     expected = hf_shapes(config, kind)
     tied = kind == "lm" and config.tie_embeddings
     head, embedding = HEADS["lm"].tensor, hf_slices(config)["embedding.weight", ""].tensor
-    # Old files carry the rotary frequencies, which follow from rope_theta.
+    # Old files have rotary frequencies, which follow from rope_theta.
     counted = (n for n in found if not n.endswith("rotary_emb.inv_freq") and not (tied and n == head))
     check_tensors(folder, expected, {name: found[name][1] for name in counted})
     if tied and head in found:

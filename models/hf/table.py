@@ -1,7 +1,6 @@
-"""Hugging Face name and rows of every weight: the family's table, written out for a config.
+"""Hugging Face name and rows of every weight: a family's conversion table (models/families/) expanded for a config.
 
-The rows are in models/families/, one table a family; load, export, checkpoints, adapters and the round-trip test all
-go through the functions here.
+Loading, export, checkpoints and adapters all use the functions below.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ HEADS: dict[HeadKind, WeightRow] = {
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Rows of a Hugging Face tensor that are one whole part of our parameters: all rows, unless the tensor is fused.
+    """Rows of a Hugging Face tensor that are one part of a Decoder parameter: all rows, unless the tensor is fused.
 
     Attributes:
-        name: the tensor's, with "#part" behind it where the tensor is fused: checkpoints hold the parts singly.
-        tensor: the tensor's name.
-        start: the first row.
+        name: the tensor's, plus "#part" if it is fused; the part's name in checkpoints.
+        tensor: name of the tensor.
+        start: first row.
         shape: of the part.
     """
 
@@ -55,17 +54,17 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 @cache
 def hf_slices(config: ModelConfig, head: HeadKind = "lm") -> dict[tuple[str, str], TensorSlice]:
-    """(our parameter, part) -> its rows in a Hugging Face folder, for all layers, one layer after the other."""
+    """(parameter, part) -> its rows in a Hugging Face folder, layer by layer."""
     table, sizes = family_of(config).table(config), _sizes(config)
     found: dict[tuple[str, str], TensorSlice] = {}
-    filled: dict[str, int] = {}  # rows of each tensor so far
+    lengths: dict[str, int] = {}  # rows of each tensor so far
 
     def add(row: WeightRow, i: int = 0) -> None:
         shape = tuple(sizes[dim] for dim in row.shape.split())
         for e in range(sizes["experts"] if "{e}" in row.part else 1):
             part, tensor = row.part.format(e=e), row.tensor.format(i=i, e=e)
-            start = filled.get(tensor, 0)
-            filled[tensor] = start + shape[0]
+            start = lengths.get(tensor, 0)
+            lengths[tensor] = start + shape[0]
             found[row.parameter.format(i=i), part] = TensorSlice(f"{tensor}#{part}", tensor, start, shape)
 
     embedding = next(row for row in table if row.parameter == "embedding.weight")
@@ -79,7 +78,7 @@ def hf_slices(config: ModelConfig, head: HeadKind = "lm") -> dict[tuple[str, str
         if "{i}" not in row.parameter and row is not embedding:
             add(row)
     for key, rows in found.items():
-        if filled[rows.tensor] == rows.shape[0]:  # a tensor of its own
+        if lengths[rows.tensor] == rows.shape[0]:  # not fused
             found[key] = replace(rows, name=rows.tensor)
     if head == "lm" and config.tie_embeddings:
         found[HEADS["lm"].parameter, ""] = found["embedding.weight", ""]
@@ -91,13 +90,12 @@ def hf_slices(config: ModelConfig, head: HeadKind = "lm") -> dict[tuple[str, str
 
 
 def hf_name(parameter: str, part: str, config: ModelConfig, head: HeadKind = "lm") -> str:
-    """Hugging Face's name of a part of our parameter, with "#part" where the tensor is fused; a tied head's is the
-    embedding's."""
+    """Hugging Face's name of a part of a parameter, plus "#part" if fused; a tied head has the embedding's."""
     return hf_slices(config, head)[parameter, part].name
 
 
 def hf_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[int, ...]]:
-    """Every tensor of a folder with this config and head, in the table's order: name -> shape."""
+    """Tensor name -> shape of a folder with this config and head, in the table's order."""
     shapes: dict[str, tuple[int, ...]] = {}
     for rows in dict.fromkeys(hf_slices(config, head).values()):
         stop = rows.start + rows.shape[0]
@@ -106,47 +104,47 @@ def hf_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[int
 
 
 def part_shapes(config: ModelConfig, head: HeadKind = "lm") -> dict[str, tuple[int, ...]]:
-    """The same with the parts of fused tensors singly, as checkpoints hold them, under `hf_name`'s names."""
+    """`hf_name` -> shape of every part, as in checkpoints: fused tensors are split."""
     return {rows.name: rows.shape for rows in hf_slices(config, head).values()}
 
 
-def whole_tensors(held: Iterable[str], config: ModelConfig, head: HeadKind = "lm") -> dict[str, list[str]]:
-    """Tensor -> the names that it is held under: its own, or those of all parts of a fused one, one below the other."""
-    names = dict.fromkeys(held)
-    needed: dict[str, list[str]] = {}
+def parts_by_tensor(names: Iterable[str], config: ModelConfig, head: HeadKind = "lm") -> dict[str, list[str]]:
+    """Tensor -> the given names that make it up: its own, or those of all parts of a fused one, in order."""
+    names = dict.fromkeys(names)
+    fused: dict[str, list[str]] = {}
     for rows in dict.fromkeys(hf_slices(config, head).values()):
         if rows.name != rows.tensor:
-            needed.setdefault(rows.tensor, []).append(rows.name)
-    joined = {tensor: parts for tensor, parts in needed.items() if all(part in names for part in parts)}
-    taken = {part for parts in joined.values() for part in parts}
-    return {name: [name] for name in names if name not in taken} | joined
+            fused.setdefault(rows.tensor, []).append(rows.name)
+    fused = {tensor: parts for tensor, parts in fused.items() if all(part in names for part in parts)}
+    joined = {part for parts in fused.values() for part in parts}
+    return {name: [name] for name in names if name not in joined} | fused
 
 
 def check_tensors(
     where: object, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], hint: str = ""
 ) -> None:
-    """Compares the tensors of a model's config with those found: name -> shape.
+    """Compares expected tensors with those found, both name -> shape.
 
     Args:
         where: file or folder, for the message.
-        hint: put behind the names of missing and unknown tensors.
+        hint: appended to the names of missing and unknown tensors.
 
     Raises:
         ValueError: naming up to three tensors that are missing or unknown, or one of another shape.
     """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
-    for fault, names in (("lacks", missing), ("holds tensors unknown to the model:", unknown)):
+    for fault, names in (("missing tensors", missing), ("tensors unknown to the model", unknown)):
         if names:
             more = f" and {len(names) - 3} more" * (len(names) > 3)
-            raise ValueError(f"{where}: {fault} {', '.join(names[:3])}{more}{hint}")
+            raise ValueError(f"{where}: {fault}: {', '.join(names[:3])}{more}{hint}")
     for name, shape in expected.items():
         if found[name] != shape:
             raise ValueError(f"{where}: {name} has shape {list(found[name])}, expected {list(shape)}")
 
 
-def check_layer_count(config: ModelConfig, held: Collection[str], where: object) -> None:
-    """Compares the number of layers and experts with the number of tensors, before the table of all layers is made.
+def check_layer_count(config: ModelConfig, tensors: Collection[str], where: object) -> None:
+    """Compares the numbers of layers and experts with that of tensors, before their table is built.
 
     Raises:
         ValueError: there are more layers or experts than tensors.
@@ -154,5 +152,5 @@ def check_layer_count(config: ModelConfig, held: Collection[str], where: object)
     experts = config.moe.experts if config.moe is not None else 0
     sparse = config.num_layers - len(config.moe.dense_layers) if config.moe is not None else 0
     for number, counted in ((config.num_layers, "num_hidden_layers"), (sparse * experts, "experts in all layers")):
-        if number > len(held):
-            raise ValueError(f"{where}: config.json has {number} {counted}, but there are only {len(held)} tensors")
+        if number > len(tensors):
+            raise ValueError(f"{where}: config.json has {number} {counted}, but there are only {len(tensors)} tensors")

@@ -1,7 +1,7 @@
-"""Qwen 1's tokenizer out of qwen.tiktoken, a file of byte sequences and their ranks; no code of the folder is run.
+"""Qwen 1's tokenizer from qwen.tiktoken, a file of byte sequences and their ranks, without running the folder's code.
 
-The rest is from its published code (tokenization_qwen.py): the pattern that splits text, NFC, and the special tokens
-behind the ranks.
+Split pattern, NFC normalization and the special tokens, whose ids follow the ranks, are from the published
+tokenization_qwen.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SPECIALS = (END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Byte sequence -> rank, which is its id: a line has the bytes in base64 and the rank.
+    """Byte sequence -> rank (its token id), from lines of base64 and rank.
 
     Raises:
-        ValueError: a line that is something else, ranks that are not 0, 1, 2, ..., or a byte without a rank.
+        ValueError: any other line, ranks that are not 0, 1, 2, ..., or a byte without a rank.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -42,7 +42,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def rank_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a rank file: the pair that makes the lowest rank is merged first."""
+    """Tokenizer of a tiktoken file: the pair with the lowest merged rank is merged first."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode  # takes seconds
 
     ranks, letter = read_ranks(path), bytes_to_unicode()
@@ -52,14 +52,13 @@ def rank_tokenizer(path: Path) -> Tokenizer:
 
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        whole = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        merges += [(text(a), text(b)) for a, b in sorted(whole, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += [(text(a), text(b)) for a, b in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
     ids = {text(token): rank for token, rank in ranks.items()}
     built = Tokenizer(models.BPE(ids, merges, ignore_merges=True))
     built.normalizer = normalizers.NFC()
-    cut = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    built.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    words = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    built.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     built.decoder = decoders.ByteLevel()
     built.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIALS])
     return built

@@ -1,8 +1,8 @@
-"""Tokenizer of a model's folder, read without running code from the folder; and the tokens that end a response.
+"""Tokenizer of a model's folder, loaded without running code from the folder; and its stop tokens.
 
-transformers reads most. A sentencepiece `tokenizer.model` of LLaMA's kind (LLaMA 1 and 2, Baichuan) it reads too, but
-version 5 cuts text by other merges than the model was trained with and leaves the first token out, so that one is
-built here and held against sentencepiece itself. Qwen 1's rank file it does not read (models/hf/tiktoken_file.py).
+transformers loads most. Two are built here: a sentencepiece `tokenizer.model` of LLaMA's kind (LLaMA 1 and 2,
+Baichuan), which transformers 5 loads with wrong merges and without the first token, checked against sentencepiece
+itself; and Qwen 1's tiktoken file, which it does not load (models/hf/tiktoken_file.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPACE = "▁"  # sentencepiece's mark for a space
-# Classes of transformers that stand for the byte-pair model in tokenizer.model and nothing else.
+# transformers' classes for the byte-pair model in tokenizer.model.
 _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _KEPT = "chat_template additional_special_tokens model_max_length padding_side".split()
@@ -38,16 +38,16 @@ PROBES = (
 
 
 def has_tokenizer(folder: Path | str) -> bool:
-    """Whether a model's folder, or a checkpoint, holds any file of a tokenizer."""
-    own = model_folder(folder)
-    return own.is_dir() and any(path.name in _FILES or path.suffix == ".tiktoken" for path in own.iterdir())
+    """Whether a model's folder, or a checkpoint, has any tokenizer file."""
+    folder = model_folder(folder)
+    return folder.is_dir() and any(path.name in _FILES or path.suffix == ".tiktoken" for path in folder.iterdir())
 
 
 def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, from transformers or from `build_tokenizer`.
+    """Tokenizer in `folder`, from transformers or from `build_tokenizer`.
 
     Raises:
-        ValueError: there is none, it needs code from the folder, or it is damaged.
+        ValueError: there is none, it needs code from the folder, or it is corrupt.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds
 
@@ -55,74 +55,73 @@ def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     built = build_tokenizer(folder)
     if built is not None:
         return built
-    # Not left out: transformers would ask on the terminal and wait.
+    # Explicit, or transformers would ask on the terminal and wait.
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        read = AutoTokenizer.from_pretrained(folder, **options)
-        whole = folder / "tokenizer.json"
-        if not whole.is_file() or _same_ids(read, Tokenizer.from_file(str(whole))):
-            return read
-        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
-    except Exception as error:  # the tokenizers library raises its own kinds, none of which names the folder
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        file = folder / "tokenizer.json"
+        # transformers 5 rebuilds some classes from the vocabulary: a byte-level one named LLaMA's would lose spaces.
+        if file.is_file() and not _same_ids(tokenizer, Tokenizer.from_file(str(file))):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        return tokenizer
+    except Exception as error:  # of any type in the tokenizers library, without the folder's name
         raise ValueError(f"{folder}: no tokenizer can be read from it: {error}") from error
 
 
 def stop_ids(folder: Path | str, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a response: every end of sequence in config.json, generation_config.json and the tokenizer.
+    """Stop tokens: every end of sequence in config.json, generation_config.json and the tokenizer.
 
     Chat models have the end of a turn in one of them and the end of a text in another.
 
     Raises:
-        ValueError: generation_config.json is no JSON object, or an eos_token_id no token ids of the model.
+        ValueError: generation_config.json is not a JSON object, or an eos_token_id not of the model's vocabulary.
     """
     path = model_folder(folder) / "generation_config.json"
-    named: Any = read_json(path).get("eos_token_id") if path.is_file() else None
+    named: Any = _read_optional(path).get("eos_token_id")
     ends: set[int] = set(config.eos_ids)
     for source, value in ((path, named), (f"{folder}: the tokenizer", tokenizer.eos_token_id)):
         ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-            raise ValueError(
-                f"{source}: eos_token_id={value!r}: expected a token id below vocab_size={config.vocab_size} or a list"
-                " of them"
-            )
+            allowed = f"a token id below vocab_size={config.vocab_size} or a list of them"
+            raise ValueError(f"{source}: eos_token_id={value!r}: expected {allowed}")
         ends |= set(ids)
     return tuple(sorted(ends))
 
 
-def _same_ids(read: PreTrainedTokenizerBase, saved: Tokenizer) -> bool:
-    """Whether a tokenizer gives texts the ids that its tokenizer.json gives them.
-
-    transformers 5 builds some classes anew from its vocabulary: a byte-level one under LLaMA's name loses spaces.
-    """
-    return all(
-        read.encode(probe, add_special_tokens=False) == saved.encode(probe, add_special_tokens=False).ids
-        for probe in PROBES
-    )
+def _same_ids(one: PreTrainedTokenizerBase, other: Tokenizer) -> bool:
+    """Whether both encode PROBES alike, without special tokens."""
+    options: dict[str, Any] = {"add_special_tokens": False}
+    return all(one.encode(probe, **options) == other.encode(probe, **options).ids for probe in PROBES)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
+def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    return _read_optional(folder / "tokenizer_config.json")
+
+
 def build_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder without tokenizer.json, built here: from Qwen 1's rank file, or from a sentencepiece
-    model of LLaMA's kind or without a class in transformers. None for any other folder.
+    """Tokenizer of a folder without tokenizer.json: from Qwen 1's tiktoken file, or from a sentencepiece model of
+    LLaMA's kind or of a class that transformers lacks; None for any other folder.
 
     Raises:
-        ValueError: a damaged file, or a tokenizer that differs from sentencepiece's own.
+        ValueError: a corrupt file, or a tokenizer that differs from sentencepiece's own.
     """
     if (folder / "tokenizer.json").is_file():
         return None
     if (folder / NAME).is_file():
         return _for_transformers(rank_tokenizer(folder / NAME), {"eos_token": END, "pad_token": END}, folder)
     settings = _settings(folder)
-    ours = settings.get("tokenizer_class") in (None, *_LLAMA) or "AutoTokenizer" in settings.get("auto_map", {})
-    return sentencepiece_tokenizer(folder) if ours and (folder / "tokenizer.model").is_file() else None
+    remote = "AutoTokenizer" in settings.get("auto_map", {})
+    if (folder / "tokenizer.model").is_file() and (remote or settings.get("tokenizer_class") in (None, *_LLAMA)):
+        return sentencepiece_tokenizer(folder)
+    return None
 
 
 def _for_transformers(built: Tokenizer, specials: dict[str, str], folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer as transformers' class, with chat template and settings of the folder."""
+    """The tokenizer as transformers' class, with the folder's chat template and settings."""
     from transformers import PreTrainedTokenizerFast  # takes seconds
 
     settings = _settings(folder)
@@ -136,12 +135,11 @@ def _for_transformers(built: Tokenizer, specials: dict[str, str], folder: Path) 
 def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The byte-pair model in `folder`/tokenizer.model as a tokenizer of transformers.
 
-    tokenizer_config.json decides on the first and last token, on special tokens, on tokens behind the model's own, on
-    the chat template, and by `legacy` on whether text behind a special token begins with a space again, where it is
-    there; without it the first token is put before a text, as LLaMA's own code does.
+    Settings in tokenizer_config.json: add_bos_token (default true, as in LLaMA's code), add_eos_token, special and
+    added tokens, chat template, and `legacy`: a space before text that follows a special token.
 
     Raises:
-        ValueError: it is no byte-pair model of sentencepiece, or the built tokenizer gives a text other ids.
+        ValueError: not a byte-pair model of sentencepiece, or the result encodes a text in another way.
     """
     path, settings = folder / "tokenizer.model", _settings(folder)
     built, specials = _byte_pair(path, settings.get("legacy") is not False)
@@ -164,42 +162,37 @@ def sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _special_tokens(built: Tokenizer, folder: Path) -> dict[str, str]:
-    """The special tokens that the folder names, by transformers' names."""
-    path = folder / "special_tokens_map.json"
+    """Special tokens set in the folder, by transformers' names."""
     found = {}
-    for values in (read_json(path) if path.is_file() else {}, _settings(folder)):
+    for values in (_read_optional(folder / "special_tokens_map.json"), _settings(folder)):
         for name in _NAMED:
             token = values.get(name)
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None and built.token_to_id(token) is None:
-                raise ValueError(f"{folder}: {name}={token!r} is no token of tokenizer.model or behind it")
+                raise ValueError(f"{folder}: {name}={token!r} is not in tokenizer.model or among the added tokens")
             found |= {} if token is None else {name: token}
     return found
 
 
 def _add_tokens(built: Tokenizer, folder: Path) -> None:
-    """Appends the tokens a fine-tune has behind those of its model, under the ids it gives them."""
-    path = folder / "added_tokens.json"
-    tokens = {
-        i: AddedToken(token, normalized=False) for token, i in (read_json(path) if path.is_file() else {}).items()
-    }
+    """Appends a fine-tune's added tokens; raises ValueError where their ids do not follow the model's."""
+    added = _read_optional(folder / "added_tokens.json")
+    tokens = {i: AddedToken(token, normalized=False) for token, i in added.items()}
     for i, entry in _settings(folder).get("added_tokens_decoder", {}).items():
         kinds = {key: entry[key] for key in ("lstrip", "rstrip", "single_word", "special") if key in entry}
         tokens[int(i)] = AddedToken(entry["content"], normalized=False, **kinds)
     for i, token in sorted(tokens.items()):
         built.add_tokens([token])
         if built.token_to_id(token.content) != i:
-            raise ValueError(
-                f"{folder}: the added token {token.content!r} should have id {i}, it gets"
-                f" {built.token_to_id(token.content)}"
-            )
+            actual = built.token_to_id(token.content)
+            raise ValueError(f"{folder}: added token {token.content!r} has id {i} in its file, but gets {actual}")
 
 
 def _byte_pair(path: Path, legacy: bool) -> tuple[Tokenizer, dict[str, str]]:
-    """The model as the tokenizers library has it, and its special tokens by transformers' names.
+    """The model as a Tokenizer, and its special tokens by transformers' names.
 
     Args:
-        legacy: text behind a special token begins with a space, as that at the start does.
+        legacy: put a space before text that follows a special token, as at the start.
     """
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -216,10 +209,10 @@ def _byte_pair(path: Path, legacy: bool) -> tuple[Tokenizer, dict[str, str]]:
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     ranked: list[tuple[float, int, int, tuple[str, str]]] = []
     for piece in proto.pieces:
-        for cut in range(1, len(piece.piece)):
-            pair = piece.piece[:cut], piece.piece[cut:]
+        for i in range(1, len(piece.piece)):
+            pair = piece.piece[:i], piece.piece[i:]
             if pair[0] in ids and pair[1] in ids:
-                ranked.append((-piece.score, ids[pair[0]], ids[pair[1]], pair))  # the best score is merged first
+                ranked.append((-piece.score, ids[pair[0]], ids[pair[1]], pair))  # highest score first
     merges = [pair for *_, pair in sorted(ranked)]
     unknown = proto.pieces[trainer.unk_id].piece
     built = Tokenizer(
@@ -230,7 +223,7 @@ def _byte_pair(path: Path, legacy: bool) -> tuple[Tokenizer, dict[str, str]]:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if rules.add_dummy_prefix and legacy:
         steps.append(normalizers.Prepend(SPACE))
-    elif rules.add_dummy_prefix:  # a space before the whole text; those in it are marks by then, so it is always put
+    elif rules.add_dummy_prefix:  # before the whole text only, whose own spaces are SPACE at this stage
         built.pre_tokenizer = Sequence([Metaspace(" ", "first", False), Metaspace(SPACE, "never", False)])
     built.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []

@@ -1,6 +1,6 @@
-"""Comparison of two tokenizers: whether token ids of one model have the same meaning to another.
+"""Comparison of two tokenizers: whether one model may read another's token ids.
 
-The size of the vocabulary does not show it: Llama 2 and Mistral both have 32,000 tokens and share few of their ids.
+The vocabulary's size does not decide it: Llama 2 and Mistral both have 32,000 tokens, and few ids in common.
 """
 
 from __future__ import annotations
@@ -30,46 +30,45 @@ _CHATS: tuple[tuple[list[dict[str, Any]], list[Any] | None], ...] = (
 )
 
 
-def tokens_differ(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, *, begins: bool = False) -> str:
-    """The first difference in vocabulary or in the ids of a text; "" where there is none.
+def tokens_differ(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, *, specials: bool = False) -> str:
+    """First difference in vocabulary or in the ids of a text; "" where there is none.
 
-    `theirs` may have more tokens than `ours`.
+    `second` may have more tokens than `first`.
 
     Args:
-        begins: compare texts with the special tokens around them, too.
+        specials: compare texts with the special tokens around them, too.
     """
-    vocab, wanted = theirs.get_vocab(), ours.get_vocab()
-    if other := wanted.items() - vocab.items():
-        token, number = min(other, key=lambda item: item[1])
+    vocab, wanted = second.get_vocab(), first.get_vocab()
+    if different := wanted.items() - vocab.items():
+        token, number = min(different, key=lambda item: item[1])
         return f"{token!r} is token {number} in one and {vocab.get(token, 'none')} in the other"
-    specials = [f"a{token}b {token} c" for token in ours.all_special_tokens]
-    for text in (*_TEXTS, *specials):
-        for around in (False, True) if begins else (False,):
-            mine, other = (tokenizer.encode(text, add_special_tokens=around) for tokenizer in (ours, theirs))
-            if mine != other:
-                return f"{text!r} becomes {_shortened(mine)} in one and {_shortened(other)} in the other"
+    for text in (*_TEXTS, *(f"a{token}b {token} c" for token in first.all_special_tokens)):
+        for around in (False, True) if specials else (False,):
+            one, other = (tokenizer.encode(text, add_special_tokens=around) for tokenizer in (first, second))
+            if one != other:
+                return f"{text!r} becomes {_shortened(one)} in one and {_shortened(other)} in the other"
     return ""
 
 
-def chats_differ(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str:
-    """The first difference in chat templates, or in the tokens that begin and end a text; "" where there is none."""
+def chats_differ(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str:
+    """First difference in bos_token, eos_token or the text of a chat; "" where there is none."""
     for name in ("bos_token", "eos_token"):
-        mine, other = getattr(ours, name), getattr(theirs, name)
-        if mine != other:
-            return f"{name} is {mine!r} in one and {other!r} in the other"
-    if ours.chat_template != theirs.chat_template:
+        one, other = getattr(first, name), getattr(second, name)
+        if one != other:
+            return f"{name} is {one!r} in one and {other!r} in the other"
+    if first.chat_template != second.chat_template:
         for chat, tools in _CHATS:
             for prompt in (True, False):
-                if _written(ours, chat, tools, prompt) != _written(theirs, chat, tools, prompt):
+                if _chat_text(first, chat, tools, prompt) != _chat_text(second, chat, tools, prompt):
                     roles = ", ".join(message["role"] for message in chat) + (" with tools" if tools else "")
-                    return f"their chat templates write a chat ({roles}) otherwise"
+                    return f"the chat templates differ on a chat ({roles})"
     return ""
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
+def _chat_text(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
     try:
         return str(tokenizer.apply_chat_template(chat, tools=tools, add_generation_prompt=prompt, tokenize=False))
-    except Exception as error:  # a template may refuse a role, or fail in ways of its own
+    except Exception as error:  # a template may refuse a role, or raise anything else
         return f"refused: {type(error).__name__}"
 
 

@@ -1,8 +1,7 @@
-"""Translation of a model to another family that computes the same, for programs that lack its own.
+"""Translation of a model to another family that computes the same, for programs without its own.
 
-Weights need no list of their own: both families' tables name our parameters, so a weight's new name is that of the same
-part in the other table. Baichuan 7B is LLaMA with q, k and v in one tensor, Baichuan2 7B the same once the
-head's rows are normalized, and Qwen 1 within its trained length is Qwen2.
+Baichuan 7B is LLaMA with fused q, k and v, Baichuan2 7B too once the head's rows are normalized, and Qwen 1 within its
+trained length is Qwen2. Names are those of the same Decoder parameters in the two families' tables.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ _FAMILIES = dict(zip(get_args(Target), (LLAMA, QWEN2), strict=True))
 
 
 def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm") -> ModelConfig:
-    """The config of the family `target` that gives the same logits at all of `config.max_positions`.
+    """Config of the family `target` with the same logits up to `config.max_positions`.
 
-    Dynamic NTK does nothing up to there, and log-n attention where its base is no less; a normalized head becomes a
-    plain one, for `Translated` to normalize.
+    Dynamic NTK has no effect up to there, nor log-n attention with a base of at least that length. A normalized head
+    becomes a plain one (`TranslatedState` normalizes the rows).
 
     Raises:
-        ValueError: the family lacks something in `config`.
+        ValueError: naming the field of `config` that the family does not have.
     """
     family = _FAMILIES[target]
     refused = f"{config.architecture} cannot be exported as {target}:"
     if config.logn is not None and config.logn < config.max_positions:
         raise ValueError(
-            f"{refused} it scales queries beyond position {config.logn} (use_logn_attn), has {config.max_positions}"
-            f" positions, and {family.name} scales none"
+            f"{refused} it has log-n attention beyond position {config.logn} (use_logn_attn) of {config.max_positions},"
+            f" {family.name} has none"
         )
     if config.norm_head and config.tie_embeddings and head == "lm":
-        raise ValueError(f"{refused} its head is normalized, its embedding is not, and they are one tensor")
+        raise ValueError(f"{refused} its head is normalized, but tied to an embedding that is not")
     if family is LLAMA and config.qkv_bias != config.output_bias:
         raise ValueError(f"{refused} it has biases on q, k and v but not on the output; {family.name} has all or none")
     plain = replace(
@@ -53,7 +52,7 @@ def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm")
         norm_head=False,
         rope=Rope() if config.rope.kind == "dynamic" else config.rope,
     )
-    again = from_hf_dict(to_hf_dict(plain, head))  # as a reader of the exported config.json would get it
+    again = from_hf_dict(to_hf_dict(plain, head))  # as read from the exported config.json
     lost = [f.name for f in fields(ModelConfig) if getattr(again, f.name) != getattr(plain, f.name)]
     if head == "score" and "tie_embeddings" in lost:
         lost.remove("tie_embeddings")
@@ -63,12 +62,12 @@ def translate_config(config: ModelConfig, target: Target, head: HeadKind = "lm")
     return plain
 
 
-class Translated(Mapping[str, Tensor | LazyTensor]):
-    """Whole tensors under the names of another family, each read when it is asked for.
+class TranslatedState(Mapping[str, Tensor | LazyTensor]):
+    """Tensors under another family's names, read lazily.
 
     Args:
-        tensors: parts as `hf_name` names them under the config `old`.
-        new: from `translate_config`.
+        tensors: by their `hf_name` under the config `old`.
+        new: config from `translate_config`.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
 from trialign.models.hf.load import load_hf
-from trialign.models.hf.table import hf_name, whole_tensors
+from trialign.models.hf.table import hf_name, parts_by_tensor
 
 NEW_TOKENS = 12
 _generator = torch.Generator().manual_seed(3)
@@ -108,7 +108,7 @@ def together(ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     logits = next(rank["logits"] for rank in ranks if rank["logits"] is not None)
     return {
         "logits": logits,
-        "gradients": {n: torch.cat([parts[p] for p in ps]) for n, ps in whole_tensors(parts, config).items()},
+        "gradients": {n: torch.cat([parts[p] for p in ps]) for n, ps in parts_by_tensor(parts, config).items()},
         "tokens": ranks[0]["tokens"],
     }
 

@@ -164,7 +164,7 @@ def test_what_makes_two_tokenizers_differ(folders):
         """Of tokens, and of chats, once the other tokenizer is changed so."""
         before = getattr(theirs, name)
         setattr(theirs, name, value)
-        found = tokens_differ(ours, theirs, begins=True), chats_differ(ours, theirs)
+        found = tokens_differ(ours, theirs, specials=True), chats_differ(ours, theirs)
         setattr(theirs, name, before)
         return found
 

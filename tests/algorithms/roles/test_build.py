@@ -74,7 +74,7 @@ def test_critic_starts_from_a_reward_model(folders):
         ({"model": {"critic": "other_vocabulary"}}, "vocab_size=128, but the actor's is 260"),
         ({"reward": {"models": "other_vocabulary"}}, "vocab_size=128, but the actor's is 260"),
         ({"reward": {"models": "actor"}}, "a score head is needed"),
-        ({"parallel": {"tp": 5}}, "num_heads=4 cannot be shared by tp=5 ranks; allowed tp: 1 to 4"),
+        ({"parallel": {"tp": 5}}, "num_heads=4 cannot be sharded over tp=5 ranks; allowed tp: 1 to 4"),
         ({"parallel": {"pp": 2, "pp_layers": (1, 2)}}, r"parallel.pp_layers=\[1, 2\]"),
         ({"parallel": {"pp": 5}}, "num_layers=4 cannot be shared by pp=5; allowed pp: 1 to 4"),
         ({"rollout": {"max_new_tokens": 200}}, "= 300: .* has positions for 256"),

@@ -108,9 +108,9 @@ def spoilt(source: dict[str, Tensor], name: str) -> dict[str, tuple[dict[str, Te
     rest = {key: tensor for key, tensor in source.items() if key != name}
     tensor, shape = source[name], list(source[name].shape)
     return {
-        "missing": (rest, f"lacks {name}"),
+        "missing": (rest, f"missing tensors: {name}"),
         "extra": (source | {f"{name}.scales": tensor.clone()}, f"unknown to the model: {name}.scales"),
-        "renamed": (rest | {f"x.{name}": tensor}, f"lacks {name}"),
+        "renamed": (rest | {f"x.{name}": tensor}, f"missing tensors: {name}"),
         "shape": (rest | {name: tensor[:-1]}, f"{name} has shape .*expected {shape}".replace("[", r"\[")),
     }
 
@@ -135,7 +135,7 @@ def test_a_spoilt_folder_is_refused_by_name(folders, name, tmp_path):
                 load_hf(model, folder)
     folder = write_folder(tmp_path / "cut", values_of(name), source)
     os.truncate(folder / "model.safetensors", os.path.getsize(folder / "model.safetensors") - 4)
-    with pytest.raises(ValueError, match="model.safetensors: damaged or truncated"):
+    with pytest.raises(ValueError, match="model.safetensors: corrupt or truncated"):
         load_hf(model, folder)
     assert all(parameter.eq(-7).all() for parameter in model.parameters())
 

@@ -35,7 +35,7 @@ from trialign.models.folder import assets
 from trialign.models.hf.adapter_record import adapter_record, check_same_adapter
 from trialign.models.hf.convert import export_checkpoint
 from trialign.models.hf.peft import export_adapter, load_adapter, read_peft
-from trialign.models.hf.peft_config import no_peft_form
+from trialign.models.hf.peft_config import unsupported_by_peft
 from trialign.models.lora import EVERY_TARGET, TARGETS, adapter_shapes, check_lora, trained_name
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
@@ -120,7 +120,7 @@ def test_other_families_merge_fused_weights_too_and_peft_gets_none_of_those(tmp_
         )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert (got - base).abs().max() > 1e-3
-    why = no_peft_form(trained.model.config, lora)
+    why = unsupported_by_peft(trained.model.config, lora)
     if family in ("qwen3", "qwen2-moe"):
         export_adapter(saved, tmp_path / "adapter")
         every = EVERY_TARGET if family == "qwen2-moe" else (*TARGETS, "head")
@@ -136,10 +136,10 @@ def test_a_merged_model_needs_its_own_base(folder, tmp_path):
     saved = tmp_path / "run" / "step_1"
     trained_checkpoint(0, 1, base, tmp_path / "run", LORA, 1, 1)
     base.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="base: no such folder, but the adapters"):
+    with pytest.raises(ValueError, match="base: no such folder, and the adapters"):
         export_checkpoint(saved, tmp_path / "out")
     other = tiny_llama(tmp_path / "other", seed=9, **SIZES)
-    with pytest.raises(ValueError, match="other: not the weights that the adapters belong to, which were .*base"):
+    with pytest.raises(ValueError, match="other: not the weights that the adapters were trained on, .*base"):
         export_checkpoint(saved, tmp_path / "out", base=other)
     export_checkpoint(saved, tmp_path / "out", base=tmp_path / "moved")
 
@@ -163,13 +163,13 @@ def test_a_checkpoint_resumes_in_any_layout_on_the_same_base_only(folder, tmp_pa
     saved = checkpoint.read_state(tmp_path / "step_1")["adapters"]["actor"]
     mesh = build_mesh()
     for lora, message in (
-        (dataclasses.replace(LORA, alpha=4.0), "lora.alpha=4.0, the checkpoint was made with 8.0"),
-        (QLORA, "lora.quantize=True, the checkpoint was made with False"),
-        (None, "the checkpoint holds adapters, this config trains whole weights"),
+        (dataclasses.replace(LORA, alpha=4.0), "lora.alpha=4.0, but the checkpoint was trained with 8.0"),
+        (QLORA, "lora.quantize=True, but the checkpoint was trained with False"),
+        (None, "the checkpoint has adapters, this config trains full weights"),
     ):
         with pytest.raises(ValueError, match=message):
             check_same_adapter(saved, build(folder, mesh, lora), folder)
-    with pytest.raises(ValueError, match="the checkpoint holds whole weights, this config trains adapters"):
+    with pytest.raises(ValueError, match="the checkpoint has full weights, this config trains adapters"):
         check_same_adapter(None, build(folder, mesh, LORA), folder)
     other = tiny_llama(tmp_path / "other", seed=9, **SIZES)
     with pytest.raises(ValueError, match="other: not the weights"):
@@ -251,11 +251,14 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
             with pytest.raises(ValueError, match=re.escape(f"adapter_config.json: {key}={value!r}")):
                 read_peft(spoilt({key: value}), shape)
     for changes, message in (  # of the weights that are named, and the adapters in the file
-        ({"target_modules": ["q_proj"]}, "does not name model.layers.0.self_attn.v_proj"),
-        ({"target_modules": [*named, "k_proj"]}, "target_modules names model.layers.0.self_attn.k_proj"),
-        ({"target_modules": "all-linear"}, "target_modules names model.layers.0.self_attn.k_proj"),
-        ({"target_modules": r".*layers\.[01]\..*(q|v|o|down)_proj"}, "does not name model.layers.2.self_attn.q_proj"),
-        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "does not name model.layers.1.self_attn.q_proj"),
+        ({"target_modules": ["q_proj"]}, "target_modules lacks model.layers.0.self_attn.v_proj"),
+        ({"target_modules": [*named, "k_proj"]}, "target_modules has model.layers.0.self_attn.k_proj"),
+        ({"target_modules": "all-linear"}, "target_modules has model.layers.0.self_attn.k_proj"),
+        (
+            {"target_modules": r".*layers\.[01]\..*(q|v|o|down)_proj"},
+            "target_modules lacks model.layers.2.self_attn.q_proj",
+        ),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "target_modules lacks model.layers.1.self_attn.q_proj"),
         ({"r": 8}, r"has shape \[4, 128\], expected \[8, 128\]"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -271,7 +274,7 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
         (tensors[first].int(), f"{first} is I32; allowed: .*'F32'"),
         (
             tensors[first].index_fill(0, torch.tensor(3), math.nan),
-            f"{first} holds NaN or infinity; allowed: finite numbers",
+            f"{first} has NaN or infinity; allowed: finite numbers",
         ),
     ):
         with pytest.raises(ValueError, match=f"spoilt/adapter_model.safetensors: {message}"):
@@ -281,7 +284,7 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
     unknown = tensors | {"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(4, 128)}
     with pytest.raises(ValueError, match="unknown to the model: base_model.model.model.embed_tokens.lora_A"):
         read_peft(spoilt({}, unknown), shape)
-    with pytest.raises(ValueError, match=f"lacks {first}"):
+    with pytest.raises(ValueError, match=f"missing tensors: {first}"):
         read_peft(spoilt({}, {name: t for name, t in tensors.items() if name != first}), shape)
     with pytest.raises(ValueError, match="no adapter_config.json"):
         read_peft(folder, shape)
@@ -290,7 +293,7 @@ def test_other_adapters_are_refused_by_name(folder, tmp_path):
         read_peft(tmp_path / "spoilt", shape)
     with open(spoilt({}) / "adapter_model.safetensors", "r+b") as file:
         file.truncate(5000)
-    with pytest.raises(ValueError, match="damaged or truncated"):
+    with pytest.raises(ValueError, match="corrupt or truncated"):
         read_peft(tmp_path / "spoilt", shape)
 
     def look(model: Path, lora: LoRA) -> ModelConfig:
@@ -318,7 +321,7 @@ def test_the_config_section(tmp_path):
     assert asked.adapters(shapes[0]) == QLORA
     for shape, targets in zip(shapes, (TARGETS, ("q", "k", "v", "output")), strict=True):
         default = LoRAConfig(rank=4).adapters(shape)
-        assert default is not None and default.targets == targets and no_peft_form(shape, default) is None
+        assert default is not None and default.targets == targets and unsupported_by_peft(shape, default) is None
         check_lora(shape, default, tp=1)
     for changes, message in (
         ({"rank": -1}, "rank=-1: must be 0"),

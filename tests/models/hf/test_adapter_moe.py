@@ -23,7 +23,7 @@ from trialign.models.families.registry import read_config
 from trialign.models.hf.adapter_record import check_same_adapter
 from trialign.models.hf.convert import export_checkpoint
 from trialign.models.hf.peft import export_adapter, read_peft
-from trialign.models.hf.peft_config import no_peft_form
+from trialign.models.hf.peft_config import unsupported_by_peft
 from trialign.models.lora import EVERY_TARGET, Target, check_lora, trained_name
 
 QUANTIZED = LoRA(4, 8.0, EVERY_TARGET, quantize=True)
@@ -158,7 +158,7 @@ def test_what_peft_has_no_form_for_and_what_a_model_lacks_is_refused_by_name(tmp
         ("Qwen3Moe", ("q", "down"), "down: PEFT takes modules of these names in a Qwen3-MoE for those of experts"),
     ]
     for family, targets, message in refused:
-        assert message in str(no_peft_form(configs[family], LoRA(1, 1.0, targets)))
+        assert message in str(unsupported_by_peft(configs[family], LoRA(1, 1.0, targets)))
     with pytest.raises(
         ValueError, match="the model has no gate, shared.up; allowed: q, k, v, output, experts.gate, ex"
     ):

@@ -67,11 +67,14 @@ FOLDERS = {
     "a file that is a list": (lambda f: point(f, NORM, ["a"]), rf"{INDEX}: weight_map, {NORM}: \['a'\] is not"),
     "the wrong file of the index": (
         lambda f: point(f, NORM, "a.safetensors"),
-        f"a.safetensors: no tensor {NORM}, which {INDEX} puts there; it is in b.saf",
+        f"a.safetensors: no tensor {NORM}, expected by {INDEX}; it is in b.saf",
     ),
     "a file that is missing": (lambda f: point(f, NORM, "c.safetensors"), "c.safetensors: missing"),
     "a file elsewhere": (lambda f: point(f, NORM, "../b.safetensors"), f"{INDEX}: weight_map, {NORM}: '../b.saf"),
-    "a tensor in no file": (lambda f: point(f, "odd", "a.safetensors"), f"a.safetensors: no tensor odd, which {INDEX}"),
+    "a tensor in no file": (
+        lambda f: point(f, "odd", "a.safetensors"),
+        f"a.safetensors: no tensor odd, expected by {INDEX}",
+    ),
 }
 
 
@@ -105,7 +108,7 @@ def test_a_tensor_that_is_not_finite_is_named_by_load_and_import(number, folder)
     tensors = load_file(folder / "b.safetensors")
     tensors[NORM][-1] = number
     save_file(tensors, folder / "b.safetensors")
-    message = f"model: {NORM} holds NaN or infinity; allowed: finite numbers"
+    message = f"model: {NORM} has NaN or infinity; allowed: finite numbers"
     with pytest.raises(ValueError, match=message):
         import_checkpoint(folder, folder.parent / "imported")
     assert not (folder.parent / "imported").exists()

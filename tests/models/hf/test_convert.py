@@ -103,13 +103,13 @@ def test_refusals_name_the_reason_and_leave_nothing(tmp_path):
     before = sorted(path.name for path in tmp_path.iterdir())
     out = tmp_path / "out"
     cases: tuple[tuple[Path, Path, dict[str, int], str], ...] = (
-        (folder, out, {"tp": 5}, "num_heads=4 cannot be shared by tp=5"),
+        (folder, out, {"tp": 5}, "num_heads=4 cannot be sharded over tp=5"),
         (folder, out, {"pp": 5}, "num_layers=4 cannot be shared by pp=5"),
         (folder, folder, {}, "exists and is not an empty folder"),
         (tmp_path / "pickle", out, {}, "pytorch_model.bin; pickles are not loaded.*docs/conversion.md, Pickles"),
         (tmp_path / "none", out, {}, "none: no such folder"),
         (tmp_path / "none.gguf", out, {}, "none.gguf: no such file"),
-        (tmp_path / "damaged.gguf", out, {}, "damaged, or no GGUF file"),
+        (tmp_path / "damaged.gguf", out, {}, "corrupt, or not a GGUF file"),
     )
     for model, output, options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -236,7 +236,7 @@ def test_transformers_gets_the_same_logits(name, family, tmp_path):
     [
         ("baichuan-13b", "llama", "BaichuanForCausalLM cannot be exported as llama: LLaMA has no alibi=True"),
         ("baichuan2-13b", "qwen2", "Qwen2 has no .*alibi=True"),
-        ("qwen-logn", "qwen2", "scales queries beyond position 6 .use_logn_attn., has 64 positions"),
+        ("qwen-logn", "qwen2", "log-n attention beyond position 6 .use_logn_attn. of 64"),
         ("qwen", "llama", "biases on q, k and v but not on the output"),
         ("qwen3", "llama", "qk_norm=True"),
         ("mistral", "llama", "LLaMA has no window=5"),

@@ -87,9 +87,9 @@ def test_a_bad_export_leaves_nothing(folders, tmp_path):
     last = list(source)[-1]
     without = {name: t for name, t in source.items() if name != last}
     for tensors, message in (
-        (without, f"1 tensors are missing: {last}"),
+        (without, f"missing tensors: {last}"),
         (source | {last: source[last][:1]}, rf"{last} \[1.*\]: expected \["),
-        (source | {"lm_head.weight": source[last]}, "not tensors of this model: lm_head.weight"),
+        (source | {"lm_head.weight": source[last]}, "tensors unknown to the model: lm_head.weight"),
     ):
         with pytest.raises(ValueError, match=message):
             export_hf(tmp_path / "out", config, tensors, folders["tied"], shard_bytes=20_000)
@@ -229,7 +229,12 @@ def test_script_refuses_by_name_and_leaves_nothing(checkpoint, tmp_path):
     out = tmp_path / "out"
     cases: tuple[tuple[Path, Path, dict[str, Any], str], ...] = (
         (tmp_path / "none", out, {}, "none: no such checkpoint"),
-        (tmp_path / "used", out, {}, "used: no checkpoint, SHA256SUMS is missing; a run's are RUN/checkpoints/step_N"),
+        (
+            tmp_path / "used",
+            out,
+            {},
+            "used: no checkpoint, SHA256SUMS is missing; a run saves them as RUN/checkpoints/step_N",
+        ),
         (run_folder, out, {}, f"{run_folder}: no checkpoint, .*; {run_folder}/checkpoints/step_10 is one"),
         (checkpoint.parent, out, {}, f"{checkpoint.parent}: no checkpoint, .*; {checkpoint} is one"),
         (checkpoint, used, {}, "exists and is not an empty folder"),

@@ -41,7 +41,9 @@ def rewrite(folder: Path, **changes) -> None:
 
 
 def test_config_that_is_no_config(tmp_path):
-    with pytest.raises(ValueError, match=r"x.gguf: a GGUF file is imported first \(launch/import_hf.py\)"):
+    with pytest.raises(
+        ValueError, match=r"x.gguf: a GGUF file is imported into a checkpoint first \(launch/import_hf.py\)"
+    ):
         read_config("x.gguf")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         read_config(tmp_path / "nowhere")
@@ -95,9 +97,14 @@ def test_check_layout(folders):
     for shape, tp, pp in ((config, 2, 4), (config, 1, 3), (config, 3, 1), (smol, 2, 1), (smol, 7, 2), (smol, 9, 1)):
         check_layout(shape, tp, pp)
     for shape, tp, pp, message in (
-        (config, 8, 1, "num_heads=4 cannot be shared by tp=8 ranks; allowed tp: 1 to 4"),
-        (config, 0, 1, "num_heads=4 cannot be shared by tp=0 ranks; allowed tp: 1 to 4"),
-        (dataclasses.replace(smol, ffn_size=7), 8, 1, "ffn_size=7 cannot be shared by tp=8 ranks; allowed tp: 1 to 7"),
+        (config, 8, 1, "num_heads=4 cannot be sharded over tp=8 ranks; allowed tp: 1 to 4"),
+        (config, 0, 1, "num_heads=4 cannot be sharded over tp=0 ranks; allowed tp: 1 to 4"),
+        (
+            dataclasses.replace(smol, ffn_size=7),
+            8,
+            1,
+            "ffn_size=7 cannot be sharded over tp=8 ranks; allowed tp: 1 to 7",
+        ),
         (config, 1, 5, "num_layers=4 cannot be shared by pp=5; allowed pp: 1 to 4"),
     ):
         with pytest.raises(ValueError) as caught:
@@ -228,7 +235,7 @@ def test_integer_tensor(copy):
 def test_truncated_file(copy, keep):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(copy, r"model.safetensors: damaged or truncated")
+    refused(copy, r"model.safetensors: corrupt or truncated")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +253,7 @@ def test_a_tensor_in_two_shards(copy):
     save_file({LAST: both[LAST] + 1}, copy / "b.safetensors")
     places = dict.fromkeys(both, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    refused(copy, f"b.safetensors: holds {LAST}, as a.safetensors does")
+    refused(copy, f"b.safetensors: {LAST} is also in a.safetensors")
 
 
 def test_tied_file_with_a_head_of_its_own(folders, tmp_path):
