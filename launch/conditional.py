@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from common.chunks import ChunkStore
-from common.online import say_encoders
+from common.online import print_encoders
 from common.run import Run, start
 from common.supervised import SupervisedTask
 from report.panels import SFT_PANELS
@@ -38,8 +38,8 @@ from trialign.models.hf.tokenizer import stop_ids
 PROGRESS = {"loss": "loss {:.4f}", "eval_loss": "eval loss {:.4f}", "epoch": "epoch {:.2f}"}
 
 
-class Rewards:
-    """Rewards of rows and of responses: of the config's scorers, without any of a column of the data."""
+class RowRewards:
+    """Rewards of rows and of sampled responses: by the config's scorers or, without scorers, a column of the data."""
 
     def __init__(self, run: Run[ConditionalConfig]):
         self.run, config = run, run.config
@@ -49,7 +49,7 @@ class Rewards:
         self.ends = run.on_all_ranks(lambda: stop_ids(folder, self.shape, self.tokenizer))
         policy = Policy(folder, self.shape, self.tokenizer, config.data.chat_template)
         encoders = run.on_all_ranks(lambda: reward_encoders(config.reward.models, policy))
-        say_encoders(encoders, run.mesh.is_main)
+        print_encoders(encoders, run.mesh.is_main)
         self.scorer = Scorer(config.reward, self.tokenizer, run.mesh, encoders)
         run.stack.callback(self.scorer.close)
         asked = ("model", "data", "reward", "run.rows_per_save")
@@ -116,7 +116,7 @@ class Rewards:
                     (r.prompt.source, None if math.isnan(s) else s) for r, s in zip(rollouts, scores, strict=True)
                 ]
                 self.chunks.write(f"part_{part}", scored)
-                for reason in self.scorer.failures():  # there are none but on the first rank
+                for reason in self.scorer.failures():  # [] but on the main rank
                     print(f"abstains: {reason}")
                 if self.run.mesh.is_main:
                     print(f"{begin + len(scored)} of {len(rows)} rows are scored", flush=True)
@@ -124,7 +124,7 @@ class Rewards:
         return found
 
     def _read_rewards(self, samples: list[Sample]) -> dict[str, float | None] | None:
-        """The rewards of a run that resumes from a checkpoint, by the order of the rows, for data may move."""
+        """Rewards of a run that resumes from a checkpoint, in the order of the rows: their paths may have changed."""
         run, path = self.run, self.run.folder / "rewards.json"
         if run.record.checkpoint is None:
             return None
@@ -136,18 +136,18 @@ class Rewards:
         return {sample.where: reward for sample, reward in zip(samples, rewards, strict=True)}
 
 
-def responses(task: SupervisedTask[ConditionedRows], rewards: Rewards) -> list[list[Any]]:
-    """[prompt, response in the data, the model's greedy response to the prompt with the best reward, its reward or
-    None] of the first `run.show` rows. Collective."""
+def responses(task: SupervisedTask[ConditionedRows], rewards: RowRewards) -> list[list[Any]]:
+    """[prompt, response in the data, greedy response to the prompt with the best reward, its reward or None] of the
+    first `run.show` rows. Collective."""
     rows, rollouts = task.greedy_responses(task.rows.prompts(task.config.run.show))
     scores = rewards.scores(rollouts) if rollouts and rewards.config.reward.names else [None] * len(rollouts)
     return [[*row, score] for row, score in zip(rows, scores, strict=True)]
 
 
 def main(run: Run[ConditionalConfig]) -> None:
-    """Trains, and leaves the exported model, the plot and a table of responses in the run's folder."""
+    """Trains; leaves the exported model and the plot in the run's folder."""
     config, mesh = run.config, run.mesh
-    rewards = Rewards(run)
+    rewards = RowRewards(run)
     rows = rewards.rows()
 
     def read(tokenizer, ends) -> ConditionedRows:

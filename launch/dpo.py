@@ -28,7 +28,7 @@ PROGRESS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy
 class PairsWithReference:
     """The stream's pairs with the reference's log-probabilities, computed once. Collective.
 
-    Made before `SupervisedTask.begin`, which loads a checkpoint: the reference is the model before the first step.
+    Built before `SupervisedTask.begin`, which loads a checkpoint: the reference is the model before the first step.
     """
 
     def __init__(self, task: SupervisedTask[PairStream]):
@@ -42,12 +42,12 @@ class PairsWithReference:
             self.sums = reference_pass(task.run, task.learner, pairs, both, compute).view(-1, 2)
 
     def next(self, count: int) -> Batch:
-        """The next pairs of the stream."""
+        """The batch of the next `count` pairs."""
         places = self.stream.places(count)
         return self._pack([self.stream.pools[pool][row] for pool, row in places], [self.rows[p] for p in places])
 
     def eval_batch(self) -> Batch | None:
-        """The pairs of the eval split."""
+        """The batch of the eval split's pairs; None where there are none."""
         numbers = list(range(len(self.rows), len(self.sums)))
         return self._pack(self.stream.held_out, numbers) if numbers else None
 
@@ -56,7 +56,7 @@ class PairsWithReference:
 
 
 def main(run: Run[DPOConfig]) -> None:
-    """Trains, and leaves the exported model and the plot in the run's folder."""
+    """Trains; leaves the exported model and the plot in the run's folder."""
     config = run.config
     read = lambda tokenizer, ends: PairStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     task = SupervisedTask(run, config.data, read)

@@ -67,7 +67,7 @@ class Evaluated:
 
     @cached_property
     def role(self) -> Role:
-        """The model, loaded when it is first asked for: after all that could refuse the data. Collective."""
+        """The model, loaded at its first use: after everything that could refuse the data. Collective."""
         dtype, parallel = self.config.model.dtype, self.config.parallel
         build = lambda: build_decoder(self.folder, self.shape, self.mesh, dtype, parallel=parallel)  # noqa: E731
         return Role(self.run.on_all_ranks(build, self.folder), sizes=self.sizes)
@@ -89,15 +89,15 @@ class Evaluated:
         return shape
 
     def complete(self, chunks: ChunkStore, name: str) -> int:
-        """Keeps every completion with its rewards, in parts that are called after `name`: how many. Collective."""
+        """Writes every completion with its rewards as chunks NAME_part_0, ...; returns their number. Collective."""
         config, run = self.config, self.run
         own = replace(config, model=replace(config.model, path=self.folder))
-        online = OnlineRun(run, cast(Any, own), config.run, self.shape)
+        online = OnlineRun(run, cast(Any, own), self.shape, seed=config.run.seed)
         role = self.role
         models = [run.on_all_ranks(lambda p=p: self._reward_model(p), p) for p in config.reward.models]
         online.attach(cast(Any, role), [Role(model, sizes=self.sizes, by_length=False) for model in models])
         available = online.dataset.rows - online.dataset.dropped
-        self._say(online.about)
+        self._print(online.about)
         count, size = min(config.data.limit or available, available), config.run.prompts_per_save
         begins = range(0, count, size)
         for part, begin in enumerate(begins):
@@ -108,7 +108,7 @@ class Evaluated:
         return len(begins)
 
     def _rows(self, online: OnlineRun, prompts: list[Prompt]) -> Completions:
-        """The completions of some prompts, as lines of completions.jsonl have them. Collective."""
+        """The completions of some prompts as rows of completions.jsonl. Collective."""
         config = self.config
         work = self.run.progress.task
         with work("rollout"):
@@ -118,8 +118,8 @@ class Evaluated:
             with work("score"):
                 scores = online.scores(rollouts)
             rewards = online.scorer.combined(scores)
-            for reason in online.scorer.failures():  # there are none but on the first rank
-                self._say(f"abstains: {reason}")
+            for reason in online.scorer.failures():  # [] but on the main rank
+                self._print(f"abstains: {reason}")
         texts = response_texts(rollouts, self.tokenizer)
         return [
             {
@@ -142,7 +142,7 @@ class Evaluated:
         return build_decoder(folder, shape, self.mesh, config.model.dtype, head="score", parallel=config.parallel)
 
     def perplexities(self) -> dict[str, Estimate]:
-        """Of the text and of the dialogues, where they are given. Collective."""
+        """Perplexity of the text and of the dialogues, where they are given. Collective."""
         found = {}
         for name, rows in (("text", self._text), ("dialogues", self._dialogues)):
             if getattr(self.config, name).sources:
@@ -154,20 +154,20 @@ class Evaluated:
 
     def _text(self) -> Iterator[Batch]:
         rows = self.run.on_all_ranks(lambda: TextStream(self.config.text, self.tokenizer), "text")
-        self._say(rows)
+        self._print(rows)
         whole = list(rows.rows())
         return (pack_documents(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
 
     def _dialogues(self) -> Iterator[Batch]:
         ends = self.run.on_all_ranks(lambda: stop_ids(self.folder, self.shape, self.tokenizer))
         rows = self.run.on_all_ranks(lambda: DialogueDataset(self.config.dialogues, self.tokenizer, ends), "dialogues")
-        self._say(rows)
+        self._print(rows)
         whole = joined(rows.rows())
         return (pack_samples(whole[i : i + CHUNK]) for i in range(0, len(whole), CHUNK))
 
-    def _say(self, what: object) -> None:
+    def _print(self, text: object) -> None:
         if self.mesh.is_main:
-            print(f"{self.folder}: {what}")
+            print(f"{self.folder}: {text}")
 
 
 def by_prompt(responses: Completions) -> dict[str, list[float]]:
@@ -203,7 +203,7 @@ def measured(responses: Completions, config: EvaluateConfig) -> Estimates:
 
 
 def measure(run: Run[Any], chunks: ChunkStore, name: str, folder: str) -> tuple[Completions, Estimates]:
-    """A model's completions and its numbers. It is held no longer than this takes. Collective."""
+    """A model's completions and metrics; the model is freed at the end. Collective."""
     config: EvaluateConfig = run.config
     rows = chunks.read(f"{name}_measured")
     if rows is None:
@@ -216,7 +216,7 @@ def measure(run: Run[Any], chunks: ChunkStore, name: str, folder: str) -> tuple[
     (about,) = rows
     responses = [response for part in range(about["parts"]) for response in chunks.read(f"{name}_part_{part}") or ()]
     numbers = measured(responses, config) if responses else {}
-    return responses, numbers | {what: Estimate(*number) for what, number in about["perplexities"].items()}
+    return responses, numbers | {name: Estimate(*number) for name, number in about["perplexities"].items()}
 
 
 def main(run: Run[Any]) -> None:
@@ -234,10 +234,10 @@ def main(run: Run[Any]) -> None:
     for name, folder in zip(("model", "against"), folders, strict=False):
         responses[folder], results[folder] = measure(run, chunks, name, folder)
     if len(folders) == 2 and config.data.sources:
-        ours, theirs = (by_prompt(responses[folder]) for folder in folders)
-        both = [source for source in ours if ours[source] and theirs.get(source)]
+        model, against = (by_prompt(responses[folder]) for folder in folders)
+        both = [source for source in model if model[source] and against.get(source)]
         if both:
-            won = win_rate([ours[source] for source in both], [theirs[source] for source in both])
+            won = win_rate([model[source] for source in both], [against[source] for source in both])
             results[folders[0]]["win rate"] = won
             results[folders[1]]["win rate"] = Estimate(1 - won.value, 1 - won.high, 1 - won.low)
     if run.mesh.is_main:
@@ -251,7 +251,7 @@ def main(run: Run[Any]) -> None:
 
 
 def write(folder: Path, responses: dict[str, Completions], results: dict[str, Estimates]) -> None:
-    """completions.jsonl and results.json, each written aside and swapped in whole."""
+    """Writes completions.jsonl and results.json, each atomically."""
     write_jsonl(folder / "completions.jsonl", (response for own in responses.values() for response in own))
     table = {
         model: {name: {key: score_or_none(v) for key, v in value._asdict().items()} for name, value in numbers.items()}

@@ -1,22 +1,21 @@
-"""Aligns a language model with rewards by GRPO and its kin, without a critic, on any number of ranks.
+"""Group-relative policy optimization (GRPO, DAPO, RLOO and kin) against rewards, without a critic, on any ranks.
 
     python launch/grpo.py --config launch/configs/grpo_smollm2.toml
     torchrun --nproc-per-node 8 launch/grpo.py --config presets/dapo.toml my.toml --parallel.tp 2
     torchrun ... launch/grpo.py --resume runs/grpo
 
-`train` is the algorithm, one line a phase; the phases are in algorithms/grpo.py, in this order.
+`train` is the algorithm, one line a phase; algorithms/grpo.py has the phases in this order.
 """
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import sys
 
 from common.online import OnlineRun
 from common.run import Run, start
 from report.panels import GRPO_PANELS
-from report.tables import reward_table
 from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.grpo import score, update, with_advantages
 from trialign.algorithms.rewards.shaping import RewardShaper
@@ -25,25 +24,24 @@ from trialign.algorithms.rollout.groups import GroupSource
 
 
 class GRPORun(OnlineRun):
-    """Prompts, rewards, roles and generator of a GRPO run; and what of them a checkpoint holds."""
+    """Prompts, rewards, roles and generator of GRPO, and the state that checkpoints hold."""
 
     def __init__(self, run: Run[GRPOConfig]):
-        config = run.config
+        config = self.config = run.config
         shapes = run.on_all_ranks(lambda: read_shapes(config))
-        super().__init__(run, config, config.run, shapes[config.model.path])
-        self.config = config
+        super().__init__(run, config, shapes[config.model.path], seed=config.run.seed, shown=config.run.show)
         reward = config.reward
         shaper = RewardShaper(reward.score_clip, reward.missing_eos_penalty, reward.normalize)
         self.roles = run.on_all_ranks(lambda: build_grpo_roles(config, shapes, run.mesh, run.phases), "models")
         self.attach(self.roles.actor, self.roles.rewards)
-        self.rewards = self.rewards_of(shaper)
+        self.rewards = self.build_rewards(shaper)
         self.rollouts = GroupSource(self.on_policy(config.run.prompts_per_step), self.rewards, config)
         self.learners = {"actor": (self.roles.actor, config.model.path)}
         self.parts = {"data": self.dataset, "reward": shaper}
 
 
 def train(run: GRPORun) -> None:
-    """GRPO from the run's step to its last."""
+    """GRPO from the run's current step to its last."""
     config, roles = run.config, run.roles
     for step in run.steps():
         rollouts = run.rollouts.next(step)  # prompt -> groups of scored rollouts
@@ -55,13 +53,11 @@ def train(run: GRPORun) -> None:
 
 
 def main(run: Run[GRPOConfig]) -> None:
-    """Sets up, trains, and leaves the exported model, the plot and the table of responses in the run's folder."""
+    """Trains; leaves the exported model and the plot in the run's folder."""
     grpo = GRPORun(run)
-    run.begin(grpo.learners, grpo.parts, grpo.config.run.steps, about=grpo.about)
-    before = run.remember("before.json", grpo.answer_shown)
-    grpo.shown = grpo.shown[: len(before)]  # a resume may ask for more
+    grpo.begin(run.config.run.steps)
     train(grpo)
-    run.finish(GRPO_PANELS, reward_table(before[: len(grpo.shown)], grpo.answer_shown()))
+    grpo.finish(GRPO_PANELS)
 
 
 if __name__ == "__main__":

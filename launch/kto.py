@@ -30,7 +30,7 @@ class LabeledWithReference:
     """The stream's responses with the reference's log-probabilities, after their own prompt and after another's. These
     are computed once. Collective.
 
-    Made before `SupervisedTask.begin`, which loads a checkpoint: the reference is the model before the first step.
+    Built before `SupervisedTask.begin`, which loads a checkpoint: the reference is the model before the first step.
     """
 
     def __init__(self, task: SupervisedTask[LabeledStream]):
@@ -50,15 +50,14 @@ class LabeledWithReference:
         return self.stream.pools[pool][row]
 
     def next(self, count: int) -> tuple[Batch, list[Sample], Tensor]:
-        """The next rows of the stream; their mismatched responses, for the reference point; and these responses'
-        log-probabilities under the reference."""
+        """(batch of the next rows, their mismatched responses, reference log-probabilities of the mismatched)."""
         places = self.stream.places(count)
         numbers = [self.rows[place] for place in places]
         batch = self._pack([self._row(place) for place in places], self.sums[numbers])
         return batch, [self.others[i] for i in numbers], self.other_sums[numbers]
 
     def eval_batch(self) -> Batch | None:
-        """The rows of the eval split."""
+        """The batch of the eval split's rows; None where there are none."""
         return self._pack(self.stream.held_out, self.eval_sums) if self.stream.held_out else None
 
     def _pack(self, rows: list[LabeledResponse], sums: Tensor) -> Batch:
@@ -67,7 +66,7 @@ class LabeledWithReference:
 
 
 def main(run: Run[KTOConfig]) -> None:
-    """Trains, and leaves the exported model and the plot in the run's folder."""
+    """Trains; leaves the exported model and the plot in the run's folder."""
     config = run.config
     read = lambda tokenizer, ends: LabeledStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     task = SupervisedTask(run, config.data, read)

@@ -1,22 +1,21 @@
-"""Aligns a language model with rewards by PPO, on any number of ranks.
+"""Proximal policy optimization (PPO) of a language model against rewards, on any number of ranks.
 
     python launch/ppo.py --config launch/configs/ppo_smollm2.toml
     torchrun --nproc-per-node 8 launch/ppo.py --config my.toml --parallel.tp 2 --parallel.pp 2 --actor.optimizer.lr 1e-6
     torchrun ... launch/ppo.py --resume runs/ppo
 
-`train` is the algorithm, one line a phase; the phases are in algorithms/ppo.py, in this order.
+`train` is the algorithm, one line a phase; algorithms/ppo.py has the phases in this order.
 """
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import sys
 
 from common.online import OnlineRun
 from common.run import Run, start
 from report.panels import PPO_PANELS
-from report.tables import reward_table
 from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.data.documents import TextDataset
 from trialign.algorithms.losses.kl import KLController
@@ -26,19 +25,18 @@ from trialign.algorithms.roles.build import build_ppo_roles, read_shapes
 
 
 class PPORun(OnlineRun):
-    """Prompts, rewards, roles, generator and KL penalty of a PPO run; and what of them a checkpoint holds."""
+    """Prompts, rewards, roles, generator and KL penalty of PPO, and the state that checkpoints hold."""
 
     def __init__(self, run: Run[PPOConfig]):
-        config = run.config
+        config = self.config = run.config
         shapes = run.on_all_ranks(lambda: read_shapes(config, config.model.critic))
-        super().__init__(run, config, config.run, shapes[config.model.path])
-        self.config = config
+        super().__init__(run, config, shapes[config.model.path], seed=config.run.seed, shown=config.run.show)
         reward = config.reward
         shaper = RewardShaper(reward.score_clip, reward.missing_eos_penalty, reward.normalize)
         self.text = run.on_all_ranks(self._read_text, "text") if config.actor.ptx_coef else None
         self.roles = run.on_all_ranks(lambda: build_ppo_roles(config, shapes, run.mesh, run.phases), "models")
         self.attach(self.roles.actor, self.roles.rewards)
-        self.rewards, self.rollouts = self.rewards_of(shaper), self.on_policy(config.run.prompts_per_step)
+        self.rewards, self.rollouts = self.build_rewards(shaper), self.on_policy(config.run.prompts_per_step)
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
         actor, critic = config.model.path, config.model.critic or config.model.path
         assert self.roles.critic is not None
@@ -57,7 +55,7 @@ class PPORun(OnlineRun):
 
 
 def train(run: PPORun) -> None:
-    """PPO from the run's step to its last."""
+    """PPO from the run's current step to its last."""
     config, roles = run.config, run.roles
     for step in run.steps():
         rollouts = run.rollouts.next(step)  # prompt -> rollout
@@ -69,13 +67,11 @@ def train(run: PPORun) -> None:
 
 
 def main(run: Run[PPOConfig]) -> None:
-    """Sets up, trains, and leaves the exported model, the plot and the table of responses in the run's folder."""
+    """Trains; leaves the exported model and the plot in the run's folder."""
     ppo = PPORun(run)
-    run.begin(ppo.learners, ppo.parts, ppo.config.run.steps, about=ppo.about)
-    before = run.remember("before.json", ppo.answer_shown)
-    ppo.shown = ppo.shown[: len(before)]  # a resume may ask for more
+    ppo.begin(run.config.run.steps)
     train(ppo)
-    run.finish(PPO_PANELS, reward_table(before[: len(ppo.shown)], ppo.answer_shown()))
+    ppo.finish(PPO_PANELS)
 
 
 if __name__ == "__main__":

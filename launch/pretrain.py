@@ -24,7 +24,7 @@ PROGRESS = {"loss": "loss {:.4f}", "eval_perplexity": "eval perplexity {:.3f}", 
 
 
 def main(run: Run[PretrainConfig]) -> None:
-    """Trains, and leaves the exported model and the plot in the run's folder."""
+    """Trains; leaves the exported model and the plot in the run's folder."""
     config, mesh = run.config, run.mesh
     task = SupervisedTask(run, config.data, lambda tokenizer, _: TextStream(config.data, tokenizer, config.run.seed))
     eval_batch = pack_documents(task.rows.held_out).to(mesh.device) if task.rows.held_out else None

@@ -21,7 +21,6 @@ import torch
 from common.online import OnlineRun
 from common.run import Run, start
 from report.panels import REJECTION_PANELS
-from report.tables import reward_table
 from trialign.algorithms.batch import Batch, response_texts
 from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.data.dialogues import pack_samples
@@ -54,7 +53,7 @@ class RejectionRun(OnlineRun):
     def __init__(self, run: Run[RejectionConfig]):
         config, mesh = run.config, run.mesh
         shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
-        super().__init__(run, config, config.run, shapes[config.model.path])
+        super().__init__(run, config, shapes[config.model.path], seed=config.run.seed, shown=config.run.show)
         self.shaper = RewardShaper(config.reward.clip, config.reward.missing_eos_penalty)
         self.config, self.per_round, self.first_step = config, config.steps_per_round, 0
         options = {"parallel": config.parallel, "lora": config.lora, "seed": config.run.seed}
@@ -73,22 +72,23 @@ class RejectionRun(OnlineRun):
         self.attach(self.learner, models)
         responses = config.round.prompts * config.rollout.samples_per_prompt
         rounds = RoundSizes(config.round.method, self.per_round, responses)
+        self.learners = {"actor": (self.learner, config.model.path)}
         self.parts = {"data": self.dataset, "rounds": rounds}
 
-    def responses(self, run: Run[RejectionConfig], number: int) -> tuple[list[Response], dict[str, float]]:
+    def responses(self, number: int) -> tuple[list[Response], dict[str, float]]:
         """A round's responses and their metrics. Collective.
 
-        A resumed run reads those of its round from its folder. Where none of the round's steps is done, the weights of
-        the checkpoint have sampled them.
+        A resumed run reads those of its current round from its folder.
         """
-        path, begun = run.folder / "rounds" / f"round_{number}.jsonl", run.step % self.per_round > 0
+        run = self.run
+        path, within = run.folder / "rounds" / f"round_{number}.jsonl", run.step % self.per_round > 0
         resumed = run.record.found is not None and run.step == self.first_step
-        if resumed and not begun:  # sampled with other options than before
+        if resumed and not within:  # sampled with other options than before
             resumed = not any(change.startswith(("model.", "rollout.", "reward.")) for change in run.record.changes)
         kept = run.on_main_rank(lambda: read_responses(path) if resumed and path.exists() else None)
-        if kept is None and begun:
+        if kept is None and within:
             raise ValueError(f"{path}: does not exist, but the run resumes within this round")
-        prompts = [] if begun else self.dataset.next(self.config.round.prompts)
+        prompts = [] if within else self.dataset.next(self.config.round.prompts)
         if kept is not None:
             return kept, {}
         with run.phases("rollout"):  # prompt -> responses
@@ -97,7 +97,7 @@ class RejectionRun(OnlineRun):
         with run.phases("score"):  # responses -> rewards
             scores = self.scores(rollouts)
             combined = self.scorer.combined(scores)
-            self.say_failures(run)
+            self.print_failures()
             rewards = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
             texts = response_texts(rollouts, self.tokenizer)
             responses = make_responses(rollouts, texts, rewards, scores)
@@ -130,40 +130,34 @@ class RejectionRun(OnlineRun):
         return with_reference(pack_pairs([pairs[i] for i in mine]), torch.tensor([sums[i] for i in mine]).flatten())
 
 
-def train(work: RejectionRun, run: Run[RejectionConfig]) -> None:
-    """Rounds from the run's step to its last."""
-    config, responses = work.config, []
+def train(rejection: RejectionRun) -> None:
+    """Rounds from the run's current step to its last."""
+    run, config, learner, responses = rejection.run, rejection.config, rejection.learner, []
+    rejection.first_step = run.step
     for step in run.steps():
-        number, place = divmod(step, work.per_round)
+        number, place = divmod(step, rejection.per_round)
         metrics: dict[str, float] = {}
         if not responses or place == 0:
-            work.generator.load(work.learner.model, step)
-            responses, metrics = work.responses(run, number)
-        batch = work.batch(responses, number, place).to(work.mesh.device)
-
+            rejection.generator.load(learner.model, step)  # weights -> generator
+            responses, metrics = rejection.responses(number)  # prompt -> scored responses
+        batch = rejection.batch(responses, number, place).to(run.mesh.device)
         with run.phases("update", tokens=len(batch.tokens), epochs=1):
             if config.round.method == "sft":
-                metrics |= sft_step(work.learner, batch)
+                metrics |= sft_step(learner, batch)
             else:
-                metrics |= dpo_step(work.learner, batch, config.loss)
-
+                metrics |= dpo_step(learner, batch, config.loss)
         run.end_step({"round": number} | metrics)
 
 
 def main(run: Run[RejectionConfig]) -> None:
-    """Trains, and leaves the exported model, the plot and the table of responses in the run's folder."""
-    work = RejectionRun(run)
-    learners = {"actor": (work.learner, work.config.model.path)}
+    """Trains; leaves the exported model and the plot in the run's folder."""
+    rejection = RejectionRun(run)
     if run.record.checkpoint is None and run.record.changes and run.mesh.is_main:  # sampled with other options
         shutil.rmtree(run.folder / "rounds", ignore_errors=True)
-    run.begin(
-        learners, work.parts, work.total_steps, about=f"{work.about}; {work.per_round} steps a round", facts=PROGRESS
-    )
-    work.first_step = run.step
-    before = run.remember("before.json", work.answer_shown)
-    work.shown = work.shown[: len(before)]  # a resume may ask for more
-    train(work, run)
-    run.finish(REJECTION_PANELS, reward_table(before[: len(work.shown)], work.answer_shown()))
+    about = f"{rejection.about}; {rejection.per_round} steps a round"
+    rejection.begin(rejection.total_steps, about, PROGRESS)
+    train(rejection)
+    rejection.finish(REJECTION_PANELS)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ PROGRESS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy
 
 
 def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
-    """Trains, and leaves the exported reward model and the plot in the run's folder.
+    """Trains; leaves the exported reward model and the plot in the run's folder.
 
     Args:
         read: reads the pairs of a source, where they are not rows of text.

@@ -23,7 +23,7 @@ PROGRESS = {"loss": "loss {:.4f}", "eval_loss": "eval loss {:.4f}", "epoch": "ep
 
 
 def main(run: Run[SFTConfig]) -> None:
-    """Trains, and leaves the exported model, the plot and a table of responses in the run's folder."""
+    """Trains; leaves the exported model and the plot in the run's folder."""
     config, mesh = run.config, run.mesh
     read = lambda tokenizer, ends: DialogueDataset(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     task = SupervisedTask(run, config.data, read)

@@ -1,6 +1,6 @@
-"""The stage between fine-tuning and the reward model: a model answers, a scorer labels, and pairs are written.
+"""Preference labeling (a stage of launch/rlhf.py): a model samples responses, scorers rank them into pairs.
 
-Answers are kept in parts as they come; a labeling that was killed goes on behind the last part.
+Responses are written in parts; a killed run resumes after the last part.
 """
 
 from __future__ import annotations
@@ -20,25 +20,17 @@ from trialign.algorithms.roles.build import build_decoder, read_shapes
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample
 from trialign.engine.config import flatten
-from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.storage.atomic import write_text
 from trialign.models.config import HeadKind
 
 from .online import OnlineRun
 from .run import Run
 
-PLACES = ("model.path", "data.sources", "run.output")  # they move with the run's folder
-
-
-class Show:
-    """Of a run's table at the end, which this stage has none of."""
-
-    def __init__(self, seed: int):
-        self.show, self.seed = 0, seed
+PATHS = ("model.path", "data.sources", "run.output")  # they change where the run's folder is moved
 
 
 def main(run: Run[Any]) -> None:
-    """Answers the prompts, labels the answers, and leaves pairs to learn from and pairs held out."""
+    """Samples responses to the prompts and labels them; leaves pairs of the train and of the eval split."""
     config: PreferencesConfig = run.config
     mesh, options = run.mesh, config.run
     shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
@@ -48,49 +40,48 @@ def main(run: Run[Any]) -> None:
         build = lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, **layout)  # noqa: E731
         return Role(run.on_all_ranks(build, folder), sizes=UpdateConfig(micro_batch_size=options.micro_batch_size))
 
-    answering = OnlineRun(run, cast(Any, config), Show(options.seed), shapes[config.model.path])
+    online = OnlineRun(run, cast(Any, config), shapes[config.model.path], seed=options.seed)
     policy: Any = build(config.model.path, "lm")
     shaper = RewardShaper(config.reward.clip, config.reward.missing_eos_penalty)
-    answering.attach(policy, [build(folder, "score") for folder in config.reward.models])
-    there = answering.dataset.rows - answering.dataset.dropped
-    count = min(options.prompts or there, there)
-    done = gather_objects(run.on_all_ranks(lambda: begun(run.folder, config) if mesh.is_main else 0), mesh.world)[0]
-    answering.dataset.next(min(count, done * options.prompts_per_save))  # the parts that are there
+    online.attach(policy, [build(folder, "score") for folder in config.reward.models])
+    available = online.dataset.rows - online.dataset.dropped
+    count = min(options.prompts or available, available)
+    done = run.on_main_rank(lambda: finished_parts(run.folder, config))
+    online.dataset.next(min(count, done * options.prompts_per_save))  # skips the prompts of finished parts
     parts = -(-count // options.prompts_per_save)
-    run.about = answering.about
+    run.about = online.about
     progress = run.progress
     progress.start(parts, done=done, formats={"reward": "reward {:.3f}"})
     for part in range(done, parts):
-        prompts = answering.dataset.next(min(options.prompts_per_save, count - part * options.prompts_per_save))
+        prompts = online.dataset.next(min(options.prompts_per_save, count - part * options.prompts_per_save))
         with progress.task("rollout"):
-            rollouts = sample(answering.generator, prompts, answering.sampling, config.rollout.samples_per_prompt)
+            rollouts = sample(online.generator, prompts, online.sampling, config.rollout.samples_per_prompt)
         with progress.task("score"):
-            scores = answering.scores(rollouts)
-        combined = answering.scorer.combined(scores)
+            scores = online.scores(rollouts)
+        combined = online.scorer.combined(scores)
         rewards = shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
-        for reason in answering.scorer.failures():
-            progress.print(f"abstains: {reason}")
+        online.print_failures()
         if mesh.is_main:
-            texts = response_texts(rollouts, answering.tokenizer)
+            texts = response_texts(rollouts, online.tokenizer)
             write_responses(run.folder / f"part_{part}.jsonl", make_responses(rollouts, texts, rewards, scores))
             shown = [reward for reward in rewards if reward == reward]
             progress.update(part + 1, {"reward": fmean(shown) if shown else float("nan")})
     run.on_all_ranks(lambda: finish(run.folder, config, parts) if mesh.is_main else None)
 
 
-def begun(folder: Path, config: PreferencesConfig) -> int:
-    """How many parts are there already.
+def finished_parts(folder: Path, config: PreferencesConfig) -> int:
+    """The number of parts written so far.
 
     Raises:
-        ValueError: they were made with another config.
+        ValueError: they were sampled with other options.
     """
     path, now = folder / "begun.json", {k: v for k, v in flatten(config).items() if not k.startswith("parallel.")}
     now = json.loads(json.dumps(now))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        for knob in (knob for knob in now if before.get(knob) != now[knob] and knob not in PLACES):
+        for option in (option for option in now if before.get(option) != now[option] and option not in PATHS):
             raise ValueError(
-                f"preferences.{knob}={now[knob]}: the answers in {folder} were begun with {before.get(knob)}"
+                f"preferences.{option}={now[option]}: the responses in {folder} were sampled with {before.get(option)}"
             )
         return len(list(folder.glob("part_*.jsonl")))
     write_text(path, json.dumps(now))
@@ -98,21 +89,21 @@ def begun(folder: Path, config: PreferencesConfig) -> int:
 
 
 def finish(folder: Path, config: PreferencesConfig, parts: int) -> None:
-    """Writes train.jsonl and held_out.jsonl, split as the prompts are, and counts.json.
+    """Writes the pairs of each split, train.jsonl and held_out.jsonl, and counts.json.
 
     Raises:
-        ValueError: there are no pairs to learn from, or none that are held out.
+        ValueError: a split has no pairs.
     """
-    answers = [answer for part in range(parts) for answer in read_responses(folder / f"part_{part}.jsonl")]
+    responses = [row for part in range(parts) for row in read_responses(folder / f"part_{part}.jsonl")]
     counts = {}
     for source in config.data.sources:
         side = Path(source).stem
-        own = [answer for answer in answers if Path(answer.source.rpartition(":")[0]).stem == side]
+        own = [response for response in responses if Path(response.source.rpartition(":")[0]).stem == side]
         labels = label_pairs(own, config.run.pairs)
         counts[side] = labels.counts
         if not labels.rows:
             raise ValueError(
-                f"no preferences: of {labels.counts['answers']} answers to the prompts in {source},"
+                f"no preferences: of {labels.counts['answers']} responses to the prompts in {source},"
                 f" {labels.counts['without_score']} have no score and the others tie"
             )
         write_jsonl(folder / f"{side}.jsonl", labels.rows)

@@ -1,12 +1,13 @@
-"""What scripts have in common whose model answers prompts and learns from rewards: prompts, sampling, scores."""
+"""Setup shared by scripts that sample responses and score them: prompts, generator, scorers, table of responses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from report.tables import ScoredResponse, response_text
+from report.panels import Panel
+from report.tables import ScoredResponse, response_text, reward_table
 from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, response_texts
 from trialign.algorithms.config.common import RolloutConfig
 from trialign.algorithms.config.data import PromptData
@@ -25,20 +26,11 @@ from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
 
-from .run import Run, ScriptConfig
+from .run import Run, ScriptConfig, Stateful
 
 
-class Show(Protocol):
-    """What a run section says of the table at the end."""
-
-    @property
-    def show(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
-class AnswerConfig(ScriptConfig, Protocol):
-    """The sections of a script whose model answers."""
+class SamplingConfig(ScriptConfig, Protocol):
+    """Sections of a script whose model samples responses."""
 
     @property
     def data(self) -> PromptData: ...
@@ -49,69 +41,79 @@ class AnswerConfig(ScriptConfig, Protocol):
 
 
 class OnlineRun:
-    """Prompts, tokenizer, scorers and how answers are sampled; `attach` adds what answers.
+    """Prompts, tokenizer and scorers of a run; `attach` adds the generator and the reward models.
 
     Args:
-        shape: of the model that answers.
+        shape: of the model that generates.
+        shown: prompts of the table at the end.
+
+    Attributes:
+        about: prompts and stop tokens, for the run's first line.
+        learners, parts: of `Run.begin`; a script that trains sets them, and `rewards`.
     """
 
-    def __init__(self, run: Run, config: AnswerConfig, show: Show, shape: ModelConfig):
-        self.reward_config, self.rollout_config, self.mesh, self.shape = (
-            config.reward,
-            config.rollout,
-            run.mesh,
-            shape,
-        )
-        self.run, self.progress, path = run, run.progress, config.model.path
+    learners: Mapping[str, tuple[Learner, str]]
+    parts: Mapping[str, Stateful]
+    rewards: Rewards
+
+    def __init__(self, run: Run, config: SamplingConfig, shape: ModelConfig, *, seed: int, shown: int = 0):
+        self.run, self.mesh, self.rollout_config, path = run, run.mesh, config.rollout, config.model.path
         self.tokenizer = run.on_all_ranks(lambda: load_tokenizer(path, shape))
-        self.dataset = run.on_all_ranks(lambda: PromptDataset(config.data, self.tokenizer, show.seed), "prompts")
+        self.dataset = run.on_all_ranks(lambda: PromptDataset(config.data, self.tokenizer, seed), "prompts")
         place = self.dataset.state()
         run.check_same_on_all(place)
-        self.shown: list[Prompt] = self.dataset.next(show.show)  # the same before and after, and after a resume
+        self.shown: list[Prompt] = self.dataset.next(shown)  # the same before and after, and after a resume
         self.dataset.load_state(place)
         policy = Policy(path, shape, self.tokenizer, config.data.chat_template)
         encoders = run.on_all_ranks(lambda: reward_encoders(config.reward.models, policy))
-        say_encoders(encoders, self.mesh.is_main)
+        print_encoders(encoders, self.mesh.is_main)
         self.scorer = Scorer(config.reward, self.tokenizer, self.mesh, encoders)
         run.stack.callback(self.scorer.close)
         self.scorer.check(self.dataset.columns())
         ends = run.on_all_ranks(lambda: stop_ids(path, shape, self.tokenizer))
-        self.sampling = sampling_params(config.rollout, ends, show.seed)
-        self.about = f"{self.dataset}; {stop_tokens(ends, self.tokenizer)}"  # for the run's first line
-        self.models: list[Role] = []
-        self.rewards: Rewards
+        self.sampling = sampling_params(config.rollout, ends, seed)
+        self.about = f"{self.dataset}; {stop_tokens(ends, self.tokenizer)}"
 
-    def attach(self, actor: Learner, models: list[Role]) -> None:
-        """The policy that answers, and the reward models."""
+    def attach(self, policy: Role, models: list[Role]) -> None:
+        """Adds the policy, from which the generator samples, and the reward models."""
         rollout = self.rollout_config
         options: dict[str, Any] = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
         options["profiler"] = self.run.phases
-        self.generator, self.models = EmbeddedGenerator(actor.model, self.mesh, **options), models
+        self.generator, self.models = EmbeddedGenerator(policy.model, self.mesh, **options), models
         self.generator.interrupted = self.run.interrupted
 
-    def answer_shown(self) -> list[ScoredResponse]:
-        """(prompt, greedy answer, score) for the first `run.show` prompts of the data. Collective."""
-        prompts = self.shown
-        if not prompts:
+    def begin(self, steps: int, about: str = "", facts: Mapping[str, str] | None = None) -> None:
+        """`Run.begin`, and samples responses before the first step. Collective."""
+        self.run.begin(self.learners, self.parts, steps, about=about or self.about, facts=facts)
+        self.before = self.run.remember("before.json", self.sample_responses)
+        self.shown = self.shown[: len(self.before)]  # a resume may ask for more
+
+    def finish(self, panels: Sequence[Panel]) -> None:
+        """`Run.finish` with a table of responses before and after. Collective."""
+        self.run.finish(panels, reward_table(self.before[: len(self.shown)], self.sample_responses()))
+
+    def sample_responses(self) -> list[ScoredResponse]:
+        """(prompt, greedy response, reward) for the first `run.show` prompts of the data. Collective."""
+        if not self.shown:
             return []
         greedy = replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0)
-        with self.progress.task("answers"):
-            rollouts = sample(self.generator, prompts, greedy)
+        with self.run.progress.task("responses"):
+            rollouts = sample(self.generator, self.shown, greedy)
             combined = self.scorer.combined(self.scores(rollouts))
         texts = response_texts(rollouts, self.tokenizer)
-        named = zip(prompts, rollouts, texts, combined, strict=True)
-        return [(prompt.text, response_text(text, rollout.finish), s) for prompt, rollout, text, s in named]
+        rows = zip(rollouts, texts, combined, strict=True)
+        return [(rollout.prompt.text, response_text(text, rollout.finish), s) for rollout, text, s in rows]
 
     def scores(self, rollouts: list[Rollout]) -> dict[str, list[Score]]:
         """Every reward of any number of responses. Collective."""
         return self.scorer(rollouts, from_rollouts(rollouts).to(self.mesh.device), self.models)
 
-    def rewards_of(self, shaper: RewardShaper) -> Rewards:
+    def build_rewards(self, shaper: RewardShaper) -> Rewards:
         """Rewards of a training run's rollouts."""
-        return Rewards(self.scorer, shaper, self.models, self.progress.print)
+        return Rewards(self.scorer, shaper, self.models, self.run.progress.print)
 
     def on_policy(self, prompts: int) -> OnPolicySource:
-        """Rollouts of the policy as it is, to so many prompts a step."""
+        """Rollouts of the current policy, to so many prompts a step."""
         count = self.rollout_config.samples_per_prompt
         return OnPolicySource(self.dataset, self.generator, self.sampling, prompts, count, self.run.phases)
 
@@ -124,17 +126,17 @@ class OnlineRun:
         self.run.end_step({**metrics, **self.rewards.take_metrics()})
 
     def sync(self, actor: Learner) -> None:
-        """Gives the generator the actor's weights."""
+        """Loads the actor's weights into the generator."""
         with self.run.phases("sync"):
             self.generator.load(actor.model, self.run.step + 1)
 
-    def say_failures(self, run: Run) -> None:
-        """One line for each scorer's reason to abstain; before an error says that nothing is left to learn from."""
+    def print_failures(self) -> None:
+        """Prints a line for each reason why a scorer abstained."""
         for reason in self.scorer.failures():
-            run.progress.print(f"abstains: {reason}")
+            self.run.progress.print(f"abstains: {reason}")
 
 
-def say_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:
-    """One line for each reward model that is given text, not the policy's tokens."""
+def print_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:
+    """Prints a line for each reward model that reads text instead of the policy's tokens."""
     for folder, encoder in encoders.items() if main else ():
         print(f"{folder}: not the policy's tokenizer ({encoder.why}): completions are encoded again with its own")
