@@ -1,13 +1,13 @@
-"""Prompts, rollouts of one or several turns, and the batch: packed samples with numbers for each of their tokens.
+"""Prompts, rollouts of one or several turns, and the batch: packed samples with per-token tensors.
 
-Convention: per-token tensors are aligned to the PREDICTED token. Entry t speaks of `tokens[t]`: its logprob under some
-policy, the value of the state it was chosen in, the reward for choosing it. What predicts tokens[t] is the model's
-output at t - 1, so `batch.response` (places of the policy's tokens) names the targets, `batch.response - 1` the rows
-of hidden states that predict them, and `batch.scatter` puts per-target numbers back in place. Entries outside
-`mask` (prompts, turns of an environment) are 0.
+Per-token tensors are aligned to the PREDICTED token: entry t belongs to `tokens[t]`: its logprob under a policy, the
+value of the state it was chosen in, the reward for choosing it. The model's output at t - 1 predicts it, so
+`batch.response` (indices of the policy's tokens) are the targets, `batch.response - 1` the rows of hidden states that
+predict them, and `batch.scatter` puts numbers of targets in place. Entries outside `mask` (prompts, turns of an
+environment) are 0.
 
-Every rank holds the same whole batch; ranks differ in which samples they compute, so statistics over a batch are plain
-local sums and the same in every layout.
+Every rank holds the same whole batch and computes some of its samples, so statistics of a batch are local sums, equal
+in every layout.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ Minibatches = tuple[tuple[tuple[int, ...], ...], ...]
 """Sample ids of each optimizer step of each epoch."""
 
 Score = float | None
-"""A reward: a finite number; NaN where a scorer failed and abstains; None where the row is not its own."""
+"""A reward: a finite number, NaN where a scorer failed and abstains, None where it does not score the row."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt out of a dataset. `index` counts the prompts drawn in a run; `source` says where it was read."""
+    """A prompt of a dataset. `index` counts the prompts drawn in a run; `source` is its file and line."""
 
     index: int
     tokens: list[int]
-    text: str  # what a reward function gets: the user's words, without the chat template
+    text: str  # for reward functions: the user's words, without the chat template
     fields: dict[str, Any] = field(default_factory=dict)
     source: str = ""
-    messages: tuple[dict[str, Any], ...] = ()  # the whole chat before the response, as the chat template gets it
+    messages: tuple[dict[str, Any], ...] = ()  # the chat before the response, as the chat template takes it
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Consecutive tokens of a rollout of one side: chosen by the policy, or given by its environment (a tool, a user).
+    """Consecutive tokens of a rollout from one side: the policy, or its environment (a tool, a user).
 
     Attributes:
-        tokens: of the policy, with the end of sequence where `finish` is "stop".
-        logprobs: of the sampler, after temperature and truncation, one a token; None: the turn is the environment's.
+        tokens: including the end-of-sequence token where the policy's `finish` is "stop".
+        logprobs: the sampler's, after temperature and truncation, one a token; None for an environment's turn.
         versions: of the weights that chose each token; empty for the environment.
-        messages: the environment's turn as the chat template gets it.
+        messages: an environment's turn as the chat template takes it.
     """
 
     tokens: list[int]
@@ -65,7 +65,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A response to a prompt: turns of the policy, the first of them right after the prompt, and of its environment."""
+    """A response to a prompt: turns of the policy, which has the first one, and of its environment."""
 
     prompt: Prompt
     turns: tuple[Turn, ...]
@@ -82,17 +82,17 @@ class Rollout:
 
     @property
     def policy_turns(self) -> list[Turn]:
-        """The turns that the policy chose."""
+        """The policy's turns."""
         return [turn for turn in self.turns if turn.logprobs is not None]
 
     @property
     def length(self) -> int:
-        """Tokens that the policy chose."""
+        """Number of tokens that the policy chose."""
         return sum(len(turn.tokens) for turn in self.policy_turns)
 
     @property
     def finish(self) -> Literal["stop", "length", "abort"]:
-        """End of the policy's last turn."""
+        """`finish` of the policy's last turn."""
         return self.policy_turns[-1].finish
 
 
@@ -103,25 +103,25 @@ def single_turn(
     finish: Literal["stop", "length", "abort"],
     versions: list[int] | None = None,
 ) -> Rollout:
-    """A rollout that is one completion of its prompt; without `versions` its tokens are of version 0."""
+    """A rollout of one completion; without `versions` its tokens are of version 0."""
     return Rollout(prompt, (Turn(tokens, logprobs, [0] * len(tokens) if versions is None else versions, finish),))
 
 
 def turn_texts(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Policy turns as text, without special tokens and without the token that ended them, special or not."""
+    """Texts of policy turns without special tokens and without the stop token, special or not."""
     tokens = [turn.tokens[:-1] if turn.finish == "stop" else turn.tokens for turn in turns]
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def response_texts(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Responses as text: the policy's turns (`turn_texts`), a blank line between them, nothing of the environment's."""
+    """Texts of responses: the policy's turns (`turn_texts`) joined by blank lines, without the environment's."""
     texts = iter(turn_texts([turn for rollout in rollouts for turn in rollout.policy_turns], tokenizer))
     return ["\n\n".join(next(texts) for _ in rollout.policy_turns) for rollout in rollouts]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed samples: prompt and response of each, end to end, no padding. See the module for the alignment."""
+    """Samples (prompt and response) packed end to end without padding. The module docstring has the alignment."""
 
     tokens: Tensor  # [total] int64
     lengths: tuple[int, ...]  # tokens of each sample
@@ -134,15 +134,15 @@ class Batch:
     rewards: Tensor | None = None  # [total] fp32
     advantages: Tensor | None = None  # [total] fp32
     returns: Tensor | None = None  # [total] fp32
-    weights: Tensor | None = None  # [total] fp32: what each token's loss counts for; None: all alike
-    names: tuple[str, ...] = ()  # of each sample, where it was read, for messages; () if not known
-    scores: Tensor | None = None  # [samples] fp32: rewards of responses; NaN where there is none
+    weights: Tensor | None = None  # [total] fp32: weight of each token's loss; None: all 1
+    names: tuple[str, ...] = ()  # of each sample for messages, such as file and line; () if unknown
+    scores: Tensor | None = None  # [samples] fp32: rewards of responses; NaN for an unscored one
     group: Tensor | None = None  # [samples] int64: responses to one prompt share a number
-    row_sizes: tuple[int, ...] = ()  # samples of each row, which micro-batches keep together; (): one sample a row
-    minibatches: Minibatches = ()  # of the update to come; (): none, or one that takes all samples at once
+    row_sizes: tuple[int, ...] = ()  # samples of each row, kept together by micro-batches; (): one sample a row
+    minibatches: Minibatches = ()  # of the coming update; (): one that takes all samples, or none
     cu_seqlens: Tensor = field(init=False)  # [samples + 1] int32: sample i is tokens[cu_seqlens[i]:cu_seqlens[i + 1]]
-    positions: Tensor = field(init=False)  # [total] int64: place within the sample
-    response: Tensor = field(init=False)  # [targets] int64: where mask holds
+    positions: Tensor = field(init=False)  # [total] int64: index within the sample
+    response: Tensor = field(init=False)  # [targets] int64: indices of the mask
 
     def __post_init__(self) -> None:
         total = sum(self.lengths)
@@ -152,17 +152,15 @@ class Batch:
         for name in PER_TOKEN:
             value = getattr(self, name)
             assert value is None or value.shape == (total,), f"{name} is {tuple(value.shape)}, not ({total},)"
-        device = self.tokens.device
         lengths = torch.tensor(self.lengths)  # [samples]
         ends = lengths.cumsum(0)
-        positions = torch.arange(total) - (ends - lengths).repeat_interleave(lengths)
         derived = {
             "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
-            "positions": positions,
+            "positions": torch.arange(total) - (ends - lengths).repeat_interleave(lengths),
+            "response": self.mask.nonzero().squeeze(1),
         }
         for name, value in derived.items():
-            object.__setattr__(self, name, value.to(device))
-        object.__setattr__(self, "response", self.mask.nonzero().squeeze(1))
+            object.__setattr__(self, name, value.to(self.tokens.device))
         assert not self.mask[self.cu_seqlens[:-1].long()].any(), "a sample whose first token is a target"
 
     def __len__(self) -> int:
@@ -174,7 +172,7 @@ class Batch:
         return max(self.lengths)
 
     def with_(self, **changes: Any) -> Batch:
-        """The same samples with some per-token tensors replaced."""
+        """The same samples with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -183,16 +181,16 @@ class Batch:
         return self.with_(**{name: value.to(device) for name, value in (self.per_token() | per_sample).items()})
 
     def per_token(self) -> dict[str, Tensor]:
-        """The per-token tensors that are there so far, by name."""
+        """The per-token tensors set so far, by name."""
         return {name: value for name in PER_TOKEN if (value := getattr(self, name)) is not None}
 
     def places(self, samples: Sequence[int]) -> Tensor:
-        """Places of these samples' tokens: [their total] int64."""
+        """Indices of these samples' tokens, [their total] int64."""
         ends = list(accumulate(self.lengths))
         return torch.cat([torch.arange(ends[i] - self.lengths[i], ends[i]) for i in samples]).to(self.tokens.device)
 
     def select(self, samples: Sequence[int]) -> Batch:
-        """The samples with these indices, packed again in the order given; of several samples a row, whole rows."""
+        """The samples with these ids, packed in the order given; where rows have several samples, whole rows."""
         places = self.places(samples)
         row_of = [row for row, size in enumerate(self.row_sizes) for _ in range(size)]
         per_token: dict[str, Any] = {name: value[places] for name, value in self.per_token().items()}
@@ -204,35 +202,32 @@ class Batch:
         )
 
     def name(self, sample: int) -> str:
-        """What a message calls a sample."""
+        """Name of a sample in messages."""
         return self.names[sample] if self.names else f"sample {sample + 1} of {len(self)}"
 
     def scatter(self, targets: Tensor) -> Tensor:
-        """`targets` [targets], one number for each response token, in their places among all: [total], 0 elsewhere."""
+        """[targets] -> [total]: numbers of response tokens put in place, 0 elsewhere. Differentiable."""
         return targets.new_zeros(self.tokens.shape).index_copy(0, self.response, targets)
 
     @property
     def segments(self) -> Segments:
-        """The samples and their targets over all tokens, [total]."""
+        """Segments over all tokens, [total]; the targets count."""
         return Segments.of_lengths(torch.tensor(self.lengths), self.mask)
 
     @property
     def target_segments(self) -> Segments:
-        """The samples over their targets alone, [targets]."""
+        """Segments over the targets alone, [targets]."""
         sample = torch.bucketize(self.response, self.cu_seqlens[1:].long(), right=True)
         return Segments(torch.ones_like(sample, dtype=torch.bool), sample, len(self))
 
     @property
     def labels(self) -> Tensor:
-        """[targets] int64: the response's tokens, which the outputs at `response - 1` predict."""
+        """[targets] int64: the response's tokens, predicted by the outputs at `response - 1`."""
         return self.tokens[self.response]
 
     @property
     def last(self) -> Tensor:
-        """[samples] int64: place of each sample's last target, where its score is read and given.
-
-        Of a sample without targets the place of its last token.
-        """
+        """[samples] int64: index of each sample's last target, where its score is read, else of its last token."""
         begins, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
         places = torch.arange(len(self.tokens), device=self.tokens.device)
         target = torch.where(self.mask, places, -1).cummax(0).values[ends - 1]
@@ -240,22 +235,13 @@ class Batch:
 
 
 PER_TOKEN = (
-    "tokens",
-    "mask",
-    "versions",
-    "rollout_logprobs",
-    "logprobs",
-    "ref_logprobs",
-    "values",
-    "rewards",
-    "advantages",
-    "returns",
-    "weights",
+    "tokens mask versions rollout_logprobs logprobs ref_logprobs values rewards advantages returns weights".split()
 )
+"""Names of the per-token tensors."""
 
 
 def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None = None) -> Batch:
-    """A batch of token sequences. Without masks all tokens but each first one are targets (plain text)."""
+    """A batch of token sequences; without masks all tokens but each first one are targets (plain text)."""
     if masks is None:
         masks = [[place > 0 for place in range(len(sequence))] for sequence in sequences]
     return Batch(
@@ -266,15 +252,16 @@ def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | N
 
 
 def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
-    """The batch of these responses, with the sampler's logprobs and the weights' versions in place.
+    """The batch of these rollouts with the sampler's logprobs and the versions of the weights.
 
     Raises:
-        ValueError: the policy has no first turn, or a turn of it no tokens, or not as many logprobs and versions.
+        ValueError: the first turn is not the policy's, or a policy turn has no tokens or other numbers of logprobs or
+            versions than tokens; names the row.
     """
     for rollout in rollouts:
         turns, where = rollout.turns, rollout.prompt.source or repr(rollout.prompt.text)
         if not turns or turns[0].logprobs is None:
-            raise ValueError(f"{where}: a response of {len(turns)} turns, of which the first is not the policy's")
+            raise ValueError(f"{where}: a response of {len(turns)} turns must begin with the policy's")
         for turn in rollout.policy_turns:
             counts = len(turn.tokens), len(turn.logprobs or ()), len(turn.versions)
             if not turn.tokens or len(set(counts)) > 1:

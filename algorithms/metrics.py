@@ -1,4 +1,4 @@
-"""What answers and models are worth, in numbers with how sure they are: pure functions of rewards, and perplexity."""
+"""Evaluation metrics with 95% confidence intervals: pass@k, mean reward, win rate; and perplexity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
 class Estimate(NamedTuple):
-    """A number with the interval that covers it 95 times out of 100."""
+    """A number with its 95% confidence interval."""
 
     value: float
     low: float
@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that at least one of k answers passes, out of `samples` answers to a prompt of which `passed` did.
+    """Probability that at least one of k responses passes, given `passed` of `samples` responses to a prompt.
 
     1 − C(n − c, k) / C(n, k), the unbiased estimator of https://arxiv.org/abs/2107.03374, equation 1.
 
@@ -35,8 +35,10 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def mean_of_prompts(values: Sequence[float]) -> Estimate:
-    """The mean of one number a prompt, with the interval of its standard error: answers to one prompt are not
-    independent, so the prompt is the unit. A single prompt says nothing of the spread: the interval is NaN."""
+    """Mean of one number a prompt, with the interval of its standard error; NaN bounds for a single prompt.
+
+    Responses to one prompt are not independent, so the prompt is the unit.
+    """
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
@@ -45,33 +47,33 @@ def mean_of_prompts(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - Z * error, mean + Z * error)
 
 
-def wilson(share: float, count: int) -> Estimate:
-    """A share of `count` trials with Wilson's score interval (1927), which holds at shares of 0 and 1 too."""
-    middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+def wilson(rate: float, count: int) -> Estimate:
+    """A rate over `count` trials with Wilson's score interval (1927), which is valid at rates of 0 and 1 too."""
+    middle = (rate + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * math.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
+    return Estimate(rate, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def prompt_wins(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How often an answer of ours beats one of theirs to the same prompt, over all pairs; a tie counts half."""
-    wins = sum((a > b) + 0.5 * (a == b) for a in ours for b in theirs)
-    return wins / (len(ours) * len(theirs))
+def prompt_wins(rewards: Sequence[float], baseline: Sequence[float]) -> float:
+    """Fraction of all pairs of responses to one prompt in which the reward is above the baseline's; a tie is half."""
+    wins = sum((a > b) + 0.5 * (a == b) for a in rewards for b in baseline)
+    return wins / (len(rewards) * len(baseline))
 
 
-def win_rate(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Estimate:
-    """The share of prompts won, each counted by `prompt_wins`, with Wilson's interval over the prompts.
+def win_rate(rewards: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]) -> Estimate:
+    """Mean of `prompt_wins` over the prompts, with Wilson's interval.
 
     Args:
-        ours, theirs: rewards of the answers, prompt by prompt, in the same order.
+        rewards, baseline: rewards of the responses, prompt by prompt, in the same order.
     """
-    shares = [prompt_wins(a, b) for a, b in zip(ours, theirs, strict=True)]
-    return wilson(math.fsum(shares) / len(shares), len(shares))
+    wins = [prompt_wins(a, b) for a, b in zip(rewards, baseline, strict=True)]
+    return wilson(math.fsum(wins) / len(wins), len(wins))
 
 
 def nats_a_token(role: Role, batches: Iterable[Batch]) -> tuple[float, int]:
-    """−log π, a mean over all targets of the batches, and how many they are; perplexity is exp of the first.
+    """(mean −log π over all targets of the batches, number of targets); perplexity is exp of the mean.
 
-    Collective; the same on every rank and in every layout within rounding.
+    Collective; the same on every rank and, within rounding, in every layout.
 
     Raises:
         ValueError: one is not finite; names the row.
@@ -85,5 +87,5 @@ def nats_a_token(role: Role, batches: Iterable[Batch]) -> tuple[float, int]:
 
 
 def perplexity(nats: float) -> float:
-    """Of a mean of −log π; of a model that is as far off as no float says, the largest."""
+    """exp of a mean −log π, at most the largest float."""
     return math.exp(min(nats, 709.0))

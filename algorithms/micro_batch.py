@@ -1,8 +1,8 @@
-"""Minibatches of an update, and the micro-batches a role cuts them into on its own mesh.
+"""Minibatches of an update, and the micro-batches that each role cuts them into on its own mesh.
 
-A minibatch, what one optimizer step learns from, is sample ids that depend on the seed alone. Every role deals them to
-the DP ranks of its mesh and cuts each rank's part by its own sizes. A pass over a batch that is to be learned from is
-cut exactly as the first epoch's optimizer steps are: an old logprob then is the new one to the last bit.
+A minibatch, the samples of one optimizer step, is a list of sample ids that depends only on the seed. Every role deals
+them to the DP ranks of its mesh and cuts each rank's part by its own sizes. A forward pass over a training batch is cut
+exactly as the optimizer steps of the first epoch, so an old logprob equals the new one to the last bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .batch import Batch, Minibatches
 
 
 class MicroBatchSizes(Protocol):
-    """Rows of a micro-batch or, where `micro_batch_tokens` is above 0, its most tokens."""
+    """Rows of a micro-batch or, where `micro_batch_tokens` is above 0, its token limit."""
 
     @property
     def micro_batch_size(self) -> int: ...
@@ -27,7 +27,7 @@ class MicroBatchSizes(Protocol):
 
 
 class Passes(MicroBatchSizes, Protocol):
-    """Use of a batch by PPO and GRPO: `epochs` passes of `minibatches` optimizer steps."""
+    """Updates of PPO and GRPO: `epochs` over the batch, of `minibatches` optimizer steps each."""
 
     @property
     def epochs(self) -> int: ...
@@ -45,14 +45,13 @@ def draw_minibatches(count: int, passes: Passes, seed: int) -> Minibatches:
 
 
 def update_micro_batches(batch: Batch, samples: Sequence[int], sizes: MicroBatchSizes, dp: Axis) -> list[list[int]]:
-    """This DP rank's micro-batches of an optimizer step, as sample ids: equally many rows a rank, or one more where
-    they do not divide, and about equally many tokens.
+    """This DP rank's micro-batches of an optimizer step, as sample ids, balanced by `deal`.
 
     Args:
         samples: ids of the minibatch, whole rows.
 
     Raises:
-        ValueError: the rows are fewer than the DP ranks, or one has more tokens than a micro-batch may.
+        ValueError: fewer rows than DP ranks, or a row over the token limit.
     """
     rows, lengths = _rows(batch)
     row_of = {sample: i for i, row in enumerate(rows) for sample in row}
@@ -64,18 +63,18 @@ def update_micro_batches(batch: Batch, samples: Sequence[int], sizes: MicroBatch
 def pass_micro_batches(batch: Batch, sizes: MicroBatchSizes, dp: Axis, *, by_length: bool = True) -> list[list[int]]:
     """This DP rank's micro-batches of a forward pass over the whole batch, as sample ids.
 
-    A batch that is only scored is cut into contiguous parts, whose rows need be neither as many as the DP ranks nor
-    short enough for `micro_batch_tokens`: a longer one has a micro-batch of its own.
+    A batch without minibatches (of a pass that nothing is learned from) is cut into contiguous parts; a DP rank may get
+    no row, and a row over `micro_batch_tokens` is a micro-batch of its own.
 
     Args:
-        by_length: of a batch that is only scored: as in `micro_batches`.
+        by_length: as in `micro_batches`, for a batch without minibatches.
     """
     if batch.minibatches:
         return [cut for samples in batch.minibatches[0] for cut in update_micro_batches(batch, samples, sizes, dp)]
     rows, lengths = _rows(batch)
-    most = sizes.micro_batch_tokens and max(sizes.micro_batch_tokens, *lengths)
-    mine = range(len(rows))[contiguous_part(len(rows), dp)]
-    cuts = micro_batches(mine, lengths, sizes.micro_batch_size, most, by_length=by_length)
+    limit = sizes.micro_batch_tokens and max(sizes.micro_batch_tokens, *lengths)
+    own = range(len(rows))[contiguous_part(len(rows), dp)]
+    cuts = micro_batches(own, lengths, sizes.micro_batch_size, limit, by_length=by_length)
     return [[sample for row in cut for sample in rows[row]] for cut in cuts]
 
 
@@ -92,38 +91,38 @@ def contiguous_part(count: int, dp: Axis) -> slice:
 
 
 def deal(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deals row indices to `parts` ranks: equally many each, or one more where they do not divide, and about equally
-    many tokens (longest first, to the rank with the fewest so far). Depends on the lengths alone, so every rank gets
-    the same result.
+    """Deals row indices to `parts` ranks: the same number each (or one more), and about the same number of tokens.
+
+    Greedy: longest first, to the rank with the fewest tokens so far. Depends only on the lengths, so all ranks agree.
 
     Raises:
-        ValueError: there are fewer rows than parts.
+        ValueError: fewer rows than parts.
     """
     least, more = divmod(len(lengths), parts)
     if not least:
         raise ValueError(f"{len(lengths)} samples are fewer than {parts} data-parallel ranks")
-    hands: list[list[int]] = [[] for _ in range(parts)]
+    dealt: list[list[int]] = [[] for _ in range(parts)]
     tokens = [0] * parts
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        room = least + (more > sum(len(hand) > least for hand in hands))
-        open_ranks = [rank for rank in range(parts) if len(hands[rank]) < room]
+        limit = least + (more > sum(len(rows) > least for rows in dealt))
+        open_ranks = [rank for rank in range(parts) if len(dealt[rank]) < limit]
         rank = min(open_ranks, key=lambda rank: (tokens[rank], rank))
-        hands[rank].append(row)
+        dealt[rank].append(row)
         tokens[rank] += lengths[row]
-    return [sorted(hand) for hand in hands]
+    return [sorted(rows) for rows in dealt]
 
 
 def micro_batches(
     rows: Sequence[int], lengths: Sequence[int], size: int, max_tokens: int = 0, *, by_length: bool = True
 ) -> list[list[int]]:
-    """Cuts `rows` into micro-batches of `size` rows, or, if `max_tokens` is given, of at most so many tokens.
+    """Cuts `rows` into micro-batches of `size` rows or, if given, of at most `max_tokens` tokens.
 
     Args:
         rows: indices into `lengths`.
-        by_length: longest first, so that those of one micro-batch are about equally long; else as they come.
+        by_length: longest first, so that a micro-batch has rows of similar length; else in their order.
 
     Raises:
-        ValueError: a row alone has more tokens than `max_tokens`.
+        ValueError: a row has more than `max_tokens` tokens.
     """
     ordered = sorted(rows, key=lambda i: (-lengths[i], i)) if by_length else rows
     if not max_tokens:
@@ -144,19 +143,19 @@ def micro_batches(
 def deal_micro_batches(
     rows: Sequence[int], lengths: Sequence[int], dp: Axis, size: int, max_tokens: int = 0
 ) -> list[list[int]]:
-    """This DP rank's part of `rows` in micro-batches, as many as every other DP rank has, or one fewer where it has a
-    row less and each alone.
+    """This DP rank's part of `rows` in micro-batches, as many as on every other DP rank, or one fewer where it has a
+    row less and every micro-batch is one row.
 
-    Under ep the n-th micro-batches of some ranks run together and go through the same experts: they must be the same
-    ones in every pass, for an old logprob to be the new one to the last bit.
+    Under ep the n-th micro-batches of several ranks go through the same experts together. They must be the same in
+    every pass, so that an old logprob equals the new one to the last bit.
 
     Args, raises: as in `deal` and `micro_batches`.
     """
-    hands = deal([lengths[i] for i in rows], dp.size)
-    cuts = [micro_batches([rows[i] for i in hand], lengths, size, max_tokens) for hand in hands]
-    mine = cuts[dp.rank]
-    while len(mine) < min(max(map(len, cuts)), len(hands[dp.rank])):
-        place = max(range(len(mine)), key=lambda i: len(mine[i]))
-        half = len(mine[place]) // 2
-        mine[place : place + 1] = [mine[place][:half], mine[place][half:]]
-    return mine
+    dealt = deal([lengths[i] for i in rows], dp.size)
+    cuts = [micro_batches([rows[i] for i in part], lengths, size, max_tokens) for part in dealt]
+    own = cuts[dp.rank]
+    while len(own) < min(max(map(len, cuts)), len(dealt[dp.rank])):
+        largest = max(range(len(own)), key=lambda i: len(own[i]))
+        half = len(own[largest]) // 2
+        own[largest : largest + 1] = [own[largest][:half], own[largest][half:]]
+    return own

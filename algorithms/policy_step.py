@@ -1,4 +1,4 @@
-"""The policy's optimizer step, of PPO and GRPO alike, with the check that the first ratios are exactly 1."""
+"""The optimizer step of a policy, shared by PPO and GRPO, with the check that the first ratio is exactly 1."""
 
 from __future__ import annotations
 
@@ -11,70 +11,11 @@ from torch import Tensor
 
 from .batch import Batch
 from .config.common import RolloutConfig
+from .extensions import check_shape, load_function
 from .losses.aggregation import Aggregation, Segments, token_weights
 from .micro_batch import Passes
 from .roles.learner import Learner, Stats
 from .roles.role import Readout, target_logprobs
-
-
-def single_update(passes: Passes) -> bool:
-    """True where the weights do not change before the last use of the batch: old and new logprobs, and old and new
-    values, are one forward."""
-    return passes.epochs == passes.minibatches == 1
-
-
-def truncated(rollout: RolloutConfig) -> bool:
-    """Whether the sampler's logprobs speak of a distribution that is cut: not the actor's."""
-    return rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_new_tokens > 0
-
-
-def sampler_mismatch(batch: Batch, rollout: RolloutConfig) -> dict[str, float]:
-    """How far the sampler's logprobs are from the actor's, where both are known and of the same distribution."""
-    if batch.logprobs is None or batch.rollout_logprobs is None or truncated(rollout):
-        return {}
-    difference = (batch.logprobs - batch.rollout_logprobs)[batch.response].abs()
-    return {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
-
-
-def target_count(batch: Batch, samples: Sequence[int]) -> int:
-    """Response tokens of a minibatch, over all DP ranks; 1 where there are none, for it divides."""
-    return max(1, int(batch.mask[batch.places(samples)].sum()))
-
-
-def set_loss_weights(batch: Batch, samples: Sequence[int], how: Aggregation, constant: float = 1.0) -> Batch:
-    """The batch with the weights of a minibatch's tokens, as multiples of 1 / its targets; none where all are 1."""
-    if how == "token-mean":
-        return batch
-    places = batch.places(samples)
-    lengths = torch.tensor([batch.lengths[i] for i in samples])
-    segments = Segments.of_lengths(lengths, batch.mask[places])
-    weights = token_weights(segments, how, constant=constant) * target_count(batch, samples)
-    return batch.with_(weights=torch.zeros(len(batch.tokens), device=weights.device).index_copy(0, places, weights))
-
-
-def apply_loss_weights(losses: Tensor, part: Batch) -> Tensor:
-    """[targets]: the losses times their weights; their sum over 1 / targets is the loss."""
-    return losses if part.weights is None else losses * part.weights[part.response]
-
-
-def without_unscored(batch: Batch, scores: Tensor) -> Batch:
-    """The batch with these scores [samples]; samples whose score is NaN have no targets: they count in no loss and no
-    statistic.
-
-    To be called before the first pass of the actor, for all its passes must see the same targets.
-
-    Raises:
-        ValueError: no sample is left.
-    """
-    there, batch = ~scores.isnan(), batch.with_(scores=scores.to(batch.tokens.device))
-    if there.all():
-        return batch
-    if not there.any():
-        raise ValueError("every answer of the step is without a score: nothing is left to learn from")
-    lengths = torch.tensor(batch.lengths)
-    keep = there.cpu().repeat_interleave(lengths).to(batch.mask.device)
-    mask = batch.mask & keep
-    return batch.with_(mask=mask)
 
 
 class TokenLosses(NamedTuple):
@@ -95,20 +36,19 @@ def policy_step(
     rollout: RolloutConfig,
     *,
     first: bool,
-    aggregation: Aggregation,
-    constant: float = 1.0,
     entropy_coef: float = 0.0,
     also: Sequence[tuple[Batch, Readout]] = (),
     counts: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """One optimizer step of the policy on a minibatch: its token losses, weighted, less the entropy bonus.
+    """One optimizer step of the policy on a minibatch: its weighted token losses minus the entropy bonus.
 
     Args:
-        token_losses: (micro-batch, logprobs, old logprobs) -> its terms; differentiable in the logprobs.
+        batch: with the loss weights of the minibatch (`set_loss_weights`).
+        token_losses: (micro-batch, logprobs, old logprobs) -> terms, differentiable in the logprobs.
         stats: further sums that the losses add to.
-        first: no step of this update has been made yet, so every ratio must be exactly 1.
+        first: this is the first step of the update, so every ratio must be exactly 1.
         also: further batches that join the step, each with its own loss.
-        counts: divisors of sums that are no means over the minibatch's targets.
+        counts: divisors of statistics that are not means over the minibatch's targets.
 
     Returns:
         (statistics of the losses, metrics of `Learner.step`).
@@ -138,8 +78,7 @@ def policy_step(
             losses = losses + penalty
         return apply_loss_weights(losses - entropy_coef * entropy, part).sum() / targets
 
-    weighted = set_loss_weights(batch, samples, aggregation, constant)
-    step = actor.step(weighted, loss, stats, samples=samples, also=also)
+    step = actor.step(batch, loss, stats, samples=samples, also=also)
     sums = stats.reduce(actor.mesh)
     extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
     if "ratio_min" in extremes:
@@ -152,18 +91,94 @@ def policy_step(
 def check_first_ratio(extremes: Mapping[str, float]) -> None:
     """Refuses ratios before the first step of an update that are not exactly 1.
 
+    Old logprobs come from the micro-batches of the update itself, so the same forward must give the same bits.
+
     Raises:
-        RuntimeError: they are not.
+        RuntimeError: a ratio differs; names the smallest and the largest.
     """
-    if any(extremes.get(name, 1.0) != 1.0 for name in ("ratio_min", "ratio_max")):
+    low, high = extremes.get("ratio_min", 1.0), extremes.get("ratio_max", 1.0)
+    if not low == high == 1.0:
         raise RuntimeError(
-            f"the ratios before the first step of an update lie in [{extremes['ratio_min']}, {extremes['ratio_max']}],"
-            " not at exactly 1: old logprobs are not those of the actor in the micro-batches of the update"
+            f"the ratios before the first step of an update lie in [{low}, {high}], not at exactly 1: old logprobs are"
+            " not those of the actor in the micro-batches of the update"
         )
 
 
+def single_update(passes: Passes) -> bool:
+    """Whether a batch is used for one optimizer step, so that old logprobs and values are those of its own forward."""
+    return passes.epochs == passes.minibatches == 1
+
+
+def truncated(rollout: RolloutConfig) -> bool:
+    """Whether top-k, top-p or a minimum length truncate the sampler's distribution, so that it is not the actor's."""
+    return rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_new_tokens > 0
+
+
+def without_unscored(batch: Batch, scores: Tensor) -> Batch:
+    """The batch with these scores [samples]; samples whose score is NaN lose their targets and count in no statistic.
+
+    Call it before the actor's first pass: all of its passes must see the same targets.
+
+    Raises:
+        ValueError: every score is NaN.
+    """
+    scored, batch = ~scores.isnan(), batch.with_(scores=scores.to(batch.tokens.device))
+    if scored.all():
+        return batch
+    if not scored.any():
+        raise ValueError("no response of the step has a score: nothing is left to learn from")
+    kept = scored.cpu().repeat_interleave(torch.tensor(batch.lengths)).to(batch.mask.device)  # [total]
+    return batch.with_(mask=batch.mask & kept)
+
+
+def target_count(batch: Batch, samples: Sequence[int]) -> int:
+    """Response tokens of a minibatch over all DP ranks; at least 1, since losses are divided by it."""
+    return max(1, int(batch.mask[batch.places(samples)].sum()))
+
+
+def set_loss_weights(batch: Batch, samples: Sequence[int], how: Aggregation, rollout: RolloutConfig) -> Batch:
+    """The batch with loss weights for a minibatch's tokens, in units of 1 / its targets; none where all are 1."""
+    if how == "token-mean":
+        return batch
+    places = batch.places(samples)
+    lengths = torch.tensor([batch.lengths[i] for i in samples])
+    segments = Segments.of_lengths(lengths, batch.mask[places])
+    weights = token_weights(segments, how, constant=float(rollout.max_new_tokens)) * target_count(batch, samples)
+    return batch.with_(weights=torch.zeros(len(batch.tokens), device=weights.device).index_copy(0, places, weights))
+
+
+def apply_loss_weights(losses: Tensor, part: Batch) -> Tensor:
+    """[targets]: the losses times their weights; their sum over the number of targets is the loss."""
+    return losses if part.weights is None else losses * part.weights[part.response]
+
+
+def user_losses(
+    spec: str, logprobs: Tensor, old: Tensor, d: Tensor, advantages: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ratio, clipped) of each target by a user's function, which clips nothing; d is the log-ratio."""
+    losses = load_function(spec)(logprobs, old, advantages, segments.sample)
+    return check_shape(spec, "losses", losses, logprobs), d.detach().exp(), torch.zeros_like(d)
+
+
+def kl_metrics(batch: Batch, kl: Tensor, logprobs: Tensor) -> dict[str, float]:
+    """KL to the reference: nats a sequence by the chosen estimator `kl` [total], and nats a token by k1."""
+    assert batch.ref_logprobs is not None
+    return {
+        "kl": batch.segments.sums(kl).sum().item() / batch.segments.filled,
+        "kl_per_token": (logprobs - batch.ref_logprobs)[batch.response].mean().item(),
+    }
+
+
+def sampler_mismatch(batch: Batch, rollout: RolloutConfig) -> dict[str, float]:
+    """Mean and largest distance of the sampler's logprobs from the actor's, where the batch has both untruncated."""
+    if batch.logprobs is None or batch.rollout_logprobs is None or truncated(rollout):
+        return {}
+    difference = (batch.logprobs - batch.rollout_logprobs)[batch.response].abs()
+    return {"sampler_mismatch": difference.mean().item(), "sampler_mismatch_max": difference.max().item()}
+
+
 def mean_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The means of the steps' metrics, the extremes of their extremes, how many were skipped."""
+    """Means of the steps' metrics, extremes of their extremes, and the number of skipped steps."""
     reduce = {"ratio_max": max, "ratio_min": min} | dict.fromkeys(("skipped", "actor_skipped", "critic_skipped"), sum)
     names = dict.fromkeys(name for metrics in history for name in metrics)
     named = {name: [metrics[name] for metrics in history if name in metrics] for name in names}

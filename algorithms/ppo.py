@@ -1,7 +1,18 @@
 """Proximal policy optimization (https://arxiv.org/abs/1707.06347) as RLHF uses it (https://arxiv.org/abs/2203.02155).
 
-One batch goes through `score` (rewards, reference logprobs, values), `with_advantages` and `update`. Everything that is
-a statistic of the batch is a local computation, for every rank holds the whole batch.
+The phases of the loop in launch/ppo.py, in its order. t is a token of a response; π the actor, V the critic, both "old"
+before the update:
+
+    score            a reward for each response; log π_ref, log π_old and V_old of each token
+    with_advantages  r_t = −β·kl_t + 1[t is the last token]·reward            KL penalty: token_rewards
+                     δ_t = r_t + γ·V_old(t+1) − V_old(t)
+                     A_t = Σ_l (γλ)^l·δ_{t+l},  R_t = A_t + V_old(t)          GAE, https://arxiv.org/abs/1506.02438
+                     A whitened over all tokens of the batch
+    update           critic: coef·max((V − R)², (clip(V, V_old ± c) − R)²)
+                     actor:  −min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A),  ρ = π / π_old
+
+Every rank holds the whole batch, so its statistics are local sums. `policy_step` takes the actor's optimizer step and
+checks that the first ratio ρ of every update is exactly 1.
 """
 
 from __future__ import annotations
@@ -23,6 +34,7 @@ from .losses.value import value_loss
 from .policy_step import (
     TokenLosses,
     apply_loss_weights,
+    kl_metrics,
     mean_metrics,
     policy_step,
     sampler_mismatch,
@@ -30,6 +42,7 @@ from .policy_step import (
     single_update,
     target_count,
     truncated,
+    user_losses,
     without_unscored,
 )
 from .rewards.rewards import Rewards
@@ -39,7 +52,7 @@ from .rollout.source import Rollouts
 
 
 def score(rollouts: Rollouts, roles: Roles, rewards: Rewards, config: PPOConfig) -> Batch:
-    """The batch of these rollouts: rewards, reference logprobs, and values and logprobs before the update."""
+    """Rollouts packed into a batch, with rewards, reference logprobs, old values and old logprobs."""
     batch = rollouts.batch(config.ppo, config.run.seed).to(roles.actor.mesh.device)
     with roles.profiler("score", tokens=len(batch.tokens)):
         batch = without_unscored(batch, torch.tensor(rewards(rollouts.samples, batch).shaped))
@@ -47,82 +60,74 @@ def score(rollouts: Rollouts, roles: Roles, rewards: Rewards, config: PPOConfig)
 
 
 def with_passes(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
-    """Fills in reference logprobs, values and the actor's own logprobs.
+    """Forward passes: reference logprobs, old values, old logprobs.
 
-    The passes of actor and critic are left out where one pass over the batch makes old and new equal by definition. The
-    KL penalty then takes the sampler's logprobs, which are of the same weights. Where top-k, top-p or a least length
-    cut the sampler's distribution those would not do, and the actor's pass is run.
+    A batch used for a single optimizer step skips the critic's and the actor's: that step's own forward gives the same
+    numbers. The KL penalty then reads the sampler's logprobs, which come from the same weights, unless top-k, top-p or
+    a minimum length truncated the sampler's distribution.
     """
     assert roles.reference is not None and roles.critic is not None
+    single = single_update(config.ppo)
     batch = batch.with_(ref_logprobs=roles.reference.logprobs(batch))
-    if not single_update(config.ppo) or config.ppo.advantage_estimator != "gae":  # which may mix the batch's samples
+    if not single or config.ppo.advantage_estimator != "gae":  # a user's estimator may mix the batch's samples
         batch = batch.with_(values=roles.critic.values(batch))
-    if single_update(config.ppo) and not truncated(config.rollout) and not config.ppo.tis_clip:
-        return batch
-    return batch.with_(logprobs=roles.actor.logprobs(batch))
+    if not single or truncated(config.rollout) or config.ppo.tis_clip:
+        batch = batch.with_(logprobs=roles.actor.logprobs(batch))
+    return batch
 
 
 def with_advantages(batch: Batch, config: PPOConfig, kl: KLController) -> tuple[Batch, dict[str, float]]:
-    """Token rewards, then advantages and returns; the KL penalty's weight moves on.
+    """Token rewards with the KL penalty, then advantages and returns; adapts β.
 
-    A batch that is used once has no values yet: they come from the critic's own step, and `update` goes on from there.
+    Without old values (a batch used for a single step) advantages are left to `update`.
     """
     assert batch.scores is not None
     batch, metrics = with_rewards(batch, batch.scores, config, kl.coef)
     kl.update(metrics["kl"], len(batch))
     if batch.values is None:
         return batch, metrics
-    batch, more = with_gae(batch, config)
-    return batch, metrics | more
+    batch, value_metrics = with_gae(batch, config)
+    return batch, metrics | value_metrics
 
 
 def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float) -> tuple[Batch, dict[str, float]]:
-    """Token rewards: r_t = −β·kl_t + 1[t is the last token]·score.
+    """Token rewards r_t = −β·kl_t + 1[t is the last token]·score.
 
     Args:
-        scores: [samples] fp32, one reward for each response; of samples without targets none is used.
+        scores: [samples] fp32, the reward of each response; ignored for samples without targets.
         kl_coef: β.
     """
     assert batch.ref_logprobs is not None and batch.rollout_logprobs is not None
     logprobs = batch.rollout_logprobs if batch.logprobs is None else batch.logprobs
-    options, segments = config.ppo, batch.segments
-    limits = options.kl_input_limit, options.kl_output_limit
-    kl = kl_estimate(logprobs, batch.ref_logprobs, options.kl_estimator, *limits)  # [total]
-    rewards = token_rewards(scores.to(kl), kl, segments, kl_coef, clip=config.reward.token_clip)
-    metrics = {
-        "kl": segments.sums(kl).sum().item() / segments.filled,  # nats a sequence, by the chosen estimator
-        "kl_per_token": (logprobs - batch.ref_logprobs)[batch.response].mean().item(),
-        "kl_coef": kl_coef,
-    }
+    limits = config.ppo.kl_input_limit, config.ppo.kl_output_limit
+    kl = kl_estimate(logprobs, batch.ref_logprobs, config.ppo.kl_estimator, *limits)  # [total]
+    rewards = token_rewards(scores.to(kl), kl, batch.segments, kl_coef, clip=config.reward.token_clip)
+    metrics = kl_metrics(batch, kl, logprobs) | {"kl_coef": kl_coef}
     return batch.with_(rewards=rewards), metrics | sampler_mismatch(batch, config.rollout)
 
 
-def advantages_of(batch: Batch, values: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, [total] each; by GAE a sample's depend on no other sample."""
-    assert batch.rewards is not None
-    options, spec = config.ppo, config.ppo.advantage_estimator
-    if spec == "gae":
-        how = options.gamma, options.lam, options.turn_gaps
-        return gae(batch.rewards, values, batch.segments, batch.cu_seqlens, *how)
-    estimate = load_function(spec)
-    advantages, returns = estimate(batch.rewards, values, batch.mask, batch.cu_seqlens, options.gamma, options.lam)
-    return check_shape(spec, "advantages", advantages, values), check_shape(spec, "returns", returns, values)
-
-
 def with_gae(batch: Batch, config: PPOConfig) -> tuple[Batch, dict[str, float]]:
-    """Advantages and returns by GAE; the advantages whitened over the batch's response tokens."""
+    """Advantages and returns; the advantages whitened over the batch's response tokens."""
     assert batch.values is not None
-    advantages, returns = advantages_of(batch, batch.values, config)
-    residual = (returns - batch.values)[batch.response]
-    spread = returns[batch.response].var(correction=0)
-    metrics = {
-        "value_mean": batch.values[batch.response].mean().item(),
-        "return_mean": returns[batch.response].mean().item(),
-        "explained_variance": (1 - residual.var(correction=0) / spread.clamp_min(1e-8)).item(),
-    }
+    advantages, returns = estimate_advantages(batch, batch.values, config)
+    metrics = value_metrics(batch, returns)
     if config.ppo.whiten != "off":
         advantages = whiten(advantages, batch.segments, config.ppo.whiten)
     return batch.with_(advantages=advantages, returns=returns), metrics
+
+
+def estimate_advantages(batch: Batch, values: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), [total] each, by `ppo.advantage_estimator`; under GAE every sample's are its own."""
+    assert batch.rewards is not None
+    gamma, lam, estimator = config.ppo.gamma, config.ppo.lam, config.ppo.advantage_estimator
+    if estimator == "gae":
+        return gae(batch.rewards, values, batch.segments, batch.cu_seqlens, gamma, lam, config.ppo.turn_gaps)
+    estimate = load_function(estimator)
+    advantages, returns = estimate(batch.rewards, values, batch.mask, batch.cu_seqlens, gamma, lam)
+    return (
+        check_shape(estimator, "advantages", advantages, values),
+        check_shape(estimator, "returns", returns, values),
+    )
 
 
 def update(
@@ -130,83 +135,56 @@ def update(
 ) -> dict[str, float]:
     """All epochs and minibatches; returns the means of their metrics (extremes of extremes).
 
-    Losses are weighted by the response tokens of the whole minibatch, so micro-batches and layout do not change them.
-    Where the batch has no values yet, for there is one pass over it, the critic's step comes first and gives them.
+    Losses are normalized over the whole minibatch, so micro-batches and layout do not change them.
 
     Args:
-        batch: with token rewards.
-        step: of the run: only the critic learns in the first critic.warmup_steps.
+        batch: with advantages and returns or, for a single step, with token rewards alone.
+        step: of the run; only the critic learns in the first critic.warmup_steps.
         documents: of the pretraining mix, the same on every rank; they join every minibatch.
 
     Raises:
         RuntimeError: a ratio before the first step of the update is not exactly 1.
     """
     assert roles.critic is not None
-    history: list[dict[str, float]] = []
-    learned, metrics = None, {}
+    assert batch.values is not None or single_update(config.ppo)
+    history, metrics = [], {}
     with roles.profiler("update", tokens=len(batch.tokens), epochs=config.ppo.epochs):
-        if batch.values is None:
-            assert single_update(config.ppo)
-            learned, values = critic_step(roles.critic, batch, batch.minibatches[0][0], config)
-            batch = batch.with_(values=values)
-        if batch.advantages is None:
-            batch, metrics = with_gae(batch, config)
         for samples in chain(*batch.minibatches):
-            history.append(learned or critic_step(roles.critic, batch, samples, config)[0])
+            learned, values = critic_step(roles.critic, batch, samples, config)
+            if batch.advantages is None:  # a single step: the values are those of the critic's own forward
+                batch, metrics = with_gae(batch.with_(values=values), config)
             if step >= config.critic.warmup_steps:
-                first = len(history) == 1
-                history[-1] |= actor_step(roles.actor, batch, samples, config, documents, first=first)
+                learned |= actor_step(roles.actor, batch, samples, config, documents, first=not history)
+            history.append(learned)
     return metrics | mean_metrics(history)
-
-
-def loss_weights(batch: Batch, samples: Sequence[int], config: PPOConfig) -> Batch:
-    """The batch with the weights of a minibatch's tokens under `ppo.loss_aggregation`."""
-    return set_loss_weights(batch, samples, config.ppo.loss_aggregation, float(config.rollout.max_new_tokens))
-
-
-def policy_losses(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: Segments, options: ActorConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ratio, clipped) of each target, all [targets]; whole samples only. Differentiable in `logprobs`.
-
-    Args:
-        segments: of the targets.
-    """
-    d = log_ratio(logprobs, old, options.log_ratio_limit)
-    if options.policy_loss == "clip":
-        return ppo_loss(d, advantages, options.clip_low, options.clip_high, options.dual_clip)
-    losses = load_function(options.policy_loss)(logprobs, old, advantages, segments.sample)
-    return check_shape(options.policy_loss, "losses", losses, logprobs), d.detach().exp(), torch.zeros_like(d)
 
 
 def critic_step(
     critic: Learner, batch: Batch, samples: Sequence[int], config: PPOConfig
 ) -> tuple[dict[str, float], Tensor]:
-    """One step on the clipped value loss; returns its metrics and the values before it, [total] fp32.
+    """One step on the clipped value loss; returns its metrics and the old values, [total] fp32.
 
-    Where the batch has no old values they are this forward's own, and so are the returns made of them: a sample's
-    returns need the values of no other.
+    Without old values in the batch they are this forward's own, and returns are computed from them sample by sample.
     """
     stats, options, targets = Stats(), config.critic, target_count(batch, samples)
-    weighted = loss_weights(batch, samples, config)
-    seen: list[Tensor] = []
+    forward_values: list[Tensor] = []
 
     def loss(part: Batch, hidden: Tensor) -> Tensor:
         at = part.response
-        values = critic.model.scores(hidden[at - 1])
-        seen.append(values.detach())
+        values = critic.model.scores(hidden[at - 1])  # [targets]
+        forward_values.append(values.detach())
         old = part.scatter(values.detach()) if part.values is None else part.values
-        returns = advantages_of(part, old, config)[1] if part.returns is None else part.returns
+        returns = estimate_advantages(part, old, config)[1] if part.returns is None else part.returns
         losses, clipped = value_loss(values, old[at], returns[at], options.value_clip, options.loss_coef)
         losses = apply_loss_weights(losses, part)
         stats.add(value_loss=losses, value_clip_fraction=clipped)
         return losses.sum() / targets
 
+    weighted = set_loss_weights(batch, samples, config.ppo.loss_aggregation, config.rollout)
     step = critic.step(weighted, loss, stats, samples=samples)
-    means = {name: value / targets for name, value in stats.reduce(critic.mesh).items()}
-    return means | {f"critic_{name}": value for name, value in step.items()}, critic.gather_targets(
-        batch, samples, seen
-    )
+    values = critic.gather_targets(batch, samples, forward_values) if batch.values is None else batch.values
+    means = stats.means(critic.mesh, targets)
+    return means | {f"critic_{name}": value for name, value in step.items()}, values
 
 
 def actor_step(
@@ -218,22 +196,20 @@ def actor_step(
     *,
     first: bool,
 ) -> dict[str, float]:
-    """One step on the clipped policy loss, the entropy bonus and the pretraining mix.
+    """One step on the clipped policy loss, the entropy bonus and the pretraining mix (PPO-ptx).
 
     Args:
-        first: no step of this update has been made yet, so every ratio must be exactly 1.
+        first: this is the first step of the update, so every ratio must be exactly 1.
     """
-    stats = Stats()
+    stats, mix = Stats(), pack(documents).to(actor.mesh.device) if documents else None
 
     def token_losses(part: Batch, logprobs: Tensor, old: Tensor) -> TokenLosses:
         assert part.advantages is not None and part.rollout_logprobs is not None
         at = part.response
         losses, ratio, clipped = policy_losses(logprobs, old, part.advantages[at], part.target_segments, config.actor)
-        if config.ppo.tis_clip:  # truncated importance sampling: the sampler is not quite the actor
+        if config.ppo.tis_clip:  # truncated importance sampling: the sampler's distribution is not quite the actor's
             losses = losses * torch.exp(old - part.rollout_logprobs[at]).clamp_max(config.ppo.tis_clip)
         return TokenLosses(losses, ratio, clipped)
-
-    mix = pack(documents).to(actor.mesh.device) if documents else None
 
     def ptx_loss(part: Batch, hidden: Tensor) -> Tensor:
         assert mix is not None
@@ -243,16 +219,40 @@ def actor_step(
 
     metrics, step = policy_step(
         actor,
-        batch,
+        set_loss_weights(batch, samples, config.ppo.loss_aggregation, config.rollout),
         samples,
         token_losses,
         stats,
         config.rollout,
         first=first,
-        aggregation=config.ppo.loss_aggregation,
-        constant=float(config.rollout.max_new_tokens),
         entropy_coef=config.actor.entropy_coef,
         also=[(mix, ptx_loss)] if mix else [],
         counts={"ptx_loss": len(mix.response)} if mix else {},
     )
     return metrics | {f"actor_{name}": value for name, value in step.items()}
+
+
+def policy_losses(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, segments: Segments, options: ActorConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ratio, clipped) of each target by `actor.policy_loss`, all [targets]. Differentiable in `logprobs`.
+
+    Args:
+        segments: of the targets of whole samples.
+    """
+    d = log_ratio(logprobs, old, options.log_ratio_limit)
+    if options.policy_loss == "clip":
+        return ppo_loss(d, advantages, options.clip_low, options.clip_high, options.dual_clip)
+    return user_losses(options.policy_loss, logprobs, old, d, advantages, segments)
+
+
+def value_metrics(batch: Batch, returns: Tensor) -> dict[str, float]:
+    """Means of values and returns over the targets, and the share of the returns' variance that values explain."""
+    assert batch.values is not None
+    values, returns = batch.values[batch.response], returns[batch.response]
+    unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
+    return {
+        "value_mean": values.mean().item(),
+        "return_mean": returns.mean().item(),
+        "explained_variance": (1 - unexplained).item(),
+    }

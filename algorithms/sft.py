@@ -1,7 +1,6 @@
-"""Supervised fine-tuning: −log π(y_t) of what the assistant said, a mean over all target tokens of a step.
+"""Supervised fine-tuning: −log π(y_t), a mean over all target tokens of a step.
 
-The mean is over the whole batch, all DP ranks and micro-batches: neither micro-batches, packing, layout nor the order
-of the rows changes the loss.
+The mean is over the whole batch of all DP ranks, so micro-batches, packing, layout and row order do not change it.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .roles.learner import Learner, Stats
+from .roles.nonfinite import check_finite
 from .roles.role import Role, target_logprobs
 
 
@@ -17,7 +17,7 @@ def sft_step(learner: Learner, batch: Batch) -> dict[str, float]:
     """One optimizer step on the whole batch.
 
     Returns:
-        loss and entropy in nats a target token, before the step; target_tokens; and what `Learner.step` gives.
+        loss and entropy in nats a target token, before the step; target_tokens; and the metrics of `Learner.step`.
     """
     stats, targets = Stats(), len(batch.response)
 
@@ -27,31 +27,20 @@ def sft_step(learner: Learner, batch: Batch) -> dict[str, float]:
         return -logprobs.sum() / targets
 
     step = learner.step(batch, loss, stats)
-    means = {name: value / targets for name, value in stats.reduce(learner.mesh).items()}
-    return means | {"target_tokens": targets} | step
+    return stats.means(learner.mesh, targets) | {"target_tokens": targets} | step
 
 
-def held_out_loss(role: Role, batch: Batch) -> float:
-    """The loss on rows that are not learned from, the same on every rank; nothing is divided by the DP ranks.
-
-    Raises:
-        ValueError: it is not finite; names the row.
-    """
+def eval_loss(role: Role, batch: Batch) -> float:
+    """The mean loss of rows of the eval split, on every rank; raises as `target_nats`."""
     return target_nats(role, batch).mean().item()
 
 
 def target_nats(role: Role, batch: Batch) -> Tensor:
-    """[targets] float64: −log π of each target, the same on every rank.
+    """[targets] float64: −log π of each target, on every rank.
 
     Raises:
         ValueError: one is not finite; names the row.
     """
     nats = -role.logprobs(batch)[batch.response].double()
-    bad = (~nats.isfinite()).nonzero().flatten()
-    if len(bad):
-        sample = int(batch.target_segments.sample[bad[0]])
-        raise ValueError(
-            f"{batch.name(sample)}: the model gives it the loss {nats[bad[0]].item()} at a token: must be a finite"
-            f" number ({len(bad)} of {len(nats)} are not)"
-        )
+    check_finite(nats, "loss of a token", lambda i: batch.name(int(batch.target_segments.sample[i])))
     return nats

@@ -25,7 +25,7 @@ from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.sources import read_rows
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
 from trialign.algorithms.grpo import update, with_advantages, with_passes
-from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
+from trialign.algorithms.kto import kto_step, pack_labeled, reference_point
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.reward_model import pack_pairs, pair_step
 from trialign.algorithms.rewards.scorer import Scorer
@@ -219,8 +219,8 @@ def kto_side(task: Task, steps: int, folder: Path) -> Side:
         [mismatched(one, part[(i + 1) % len(part)], task.max_tokens) for i, one in enumerate(part)] for part in batches
     ]
     learner = base.learner(steps)
-    references = [sums_of(learner, part, task.batch) for part in batches]
-    other_references = [sums_of(learner, part, task.batch) for part in others]
+    references = [reference_sums(learner, part, task.batch, pack_samples) for part in batches]
+    other_references = [reference_sums(learner, part, task.batch, pack_samples) for part in others]
 
     def step(number: int) -> dict[str, float]:
         z = reference_point(learner, others[number], other_references[number], task.batch)

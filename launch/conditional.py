@@ -32,7 +32,7 @@ from trialign.algorithms.rewards.encoder import Policy, reward_encoders
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
-from trialign.algorithms.sft import held_out_loss, sft_step
+from trialign.algorithms.sft import eval_loss, sft_step
 from trialign.models.hf.tokenizer import stop_ids
 
 PROGRESS = {"loss": "loss {:.4f}", "eval_loss": "eval loss {:.4f}", "epoch": "epoch {:.2f}"}
@@ -157,7 +157,7 @@ def main(run: Run[ConditionalConfig]) -> None:
     task = SupervisedTask(run, config.data, read)
     learner, data = task.learner, task.rows
     eval_batch = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
-    task.begin(eval_batch, lambda batch: {"eval_loss": held_out_loss(learner, batch)}, PROGRESS)
+    task.begin(eval_batch, lambda batch: {"eval_loss": eval_loss(learner, batch)}, PROGRESS)
     if config.reward.names:
         run.remember("rewards.json", lambda: rewards.found)
     before = run.remember("before.json", lambda: responses(task, rewards))

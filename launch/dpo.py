@@ -19,7 +19,7 @@ from report.panels import DPO_PANELS
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import DPOConfig
 from trialign.algorithms.data.preferences import Pair, PairStream
-from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
+from trialign.algorithms.dpo import dpo_eval, dpo_step, reference_sums, with_reference
 from trialign.algorithms.reward_model import pack_pairs
 
 PROGRESS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "eval accuracy {:.3f}"}
@@ -61,7 +61,7 @@ def main(run: Run[DPOConfig]) -> None:
     read = lambda tokenizer, ends: PairStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     task = SupervisedTask(run, config.data, read)
     learner, pairs = task.learner, PairsWithReference(task)
-    evaluate = lambda batch: held_out(learner, batch, config.loss)  # noqa: E731
+    evaluate = lambda batch: dpo_eval(learner, batch, config.loss)  # noqa: E731
     task.begin(pairs.eval_batch(), evaluate, PROGRESS)
 
     for _ in run.steps():

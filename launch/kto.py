@@ -20,8 +20,8 @@ from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import KTOConfig
 from trialign.algorithms.data.dialogues import Sample
 from trialign.algorithms.data.preferences import LabeledResponse, LabeledStream, mismatched
-from trialign.algorithms.dpo import with_reference
-from trialign.algorithms.kto import held_out, kto_step, pack_labeled, reference_point, sums_of
+from trialign.algorithms.dpo import reference_sums, with_reference
+from trialign.algorithms.kto import kto_eval, kto_step, pack_labeled, reference_point
 
 PROGRESS = {"loss": "loss {:.4f}", "margin": "margin {:+.3f}", "eval_accuracy": "eval accuracy {:.3f}"}
 
@@ -40,7 +40,7 @@ class LabeledWithReference:
         partners = [self._row((pool, self.stream.partners[pool][row])).sample for pool, row in self.rows]
         self.others = [mismatched(*two, config.data.max_tokens) for two in zip(own, partners, strict=True)]
         evaluated = [row.sample for row in self.stream.held_out]
-        compute = lambda role, part: sums_of(role, part, config.update.batch_size)  # noqa: E731
+        compute = lambda role, part: reference_sums(role, part, config.update.batch_size, pack_samples)  # noqa: E731
         samples = own + self.others + evaluated
         sums = reference_pass(task.run, task.learner, samples, lambda sample: (sample,), compute)
         self.sums, self.other_sums, self.eval_sums = sums.split([len(own), len(own), len(evaluated)])
@@ -71,7 +71,7 @@ def main(run: Run[KTOConfig]) -> None:
     read = lambda tokenizer, ends: LabeledStream(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     task = SupervisedTask(run, config.data, read)
     learner, rows = task.learner, LabeledWithReference(task)
-    evaluate = lambda batch: held_out(learner, batch, config.loss)  # noqa: E731
+    evaluate = lambda batch: kto_eval(learner, batch, config.loss)  # noqa: E731
     task.begin(rows.eval_batch(), evaluate, PROGRESS)
 
     for _ in run.steps():

@@ -18,7 +18,7 @@ from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.pretrain import PretrainConfig
 from trialign.algorithms.data.documents import TextStream, pack_documents, pack_rows
 from trialign.algorithms.metrics import perplexity
-from trialign.algorithms.sft import held_out_loss, sft_step
+from trialign.algorithms.sft import eval_loss, sft_step
 
 PROGRESS = {"loss": "loss {:.4f}", "eval_perplexity": "eval perplexity {:.3f}", "epoch": "epoch {:.2f}"}
 
@@ -30,7 +30,7 @@ def main(run: Run[PretrainConfig]) -> None:
     eval_batch = pack_documents(task.rows.held_out).to(mesh.device) if task.rows.held_out else None
 
     def evaluate(batch: Batch) -> dict[str, float]:
-        loss = held_out_loss(task.learner, batch)
+        loss = eval_loss(task.learner, batch)
         return {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
     task.begin(eval_batch, evaluate, PROGRESS)

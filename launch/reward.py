@@ -22,11 +22,11 @@ from trialign.algorithms.data.preferences import Pair, PairStream, Steps, read_s
 from trialign.algorithms.data.sources import RowReader
 from trialign.algorithms.data.streams import RowStream
 from trialign.algorithms.reward_model import (
-    held_out_pairs,
-    held_out_process,
     pack_pairs,
     pack_steps,
+    pair_eval,
     pair_step,
+    process_eval,
     process_step,
 )
 
@@ -49,8 +49,8 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
 
     def evaluate(batch: Batch) -> dict[str, float]:
         if by_pairs:
-            return held_out_pairs(learner, batch, config.loss.center_coef, names)
-        return held_out_process(learner, batch, names)
+            return pair_eval(learner, batch, config.loss.center_coef, names)
+        return process_eval(learner, batch, names)
 
     task.begin(pack(rows.held_out).to(mesh.device) if rows.held_out else None, evaluate, PROGRESS)
 

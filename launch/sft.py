@@ -17,7 +17,7 @@ from report.panels import SFT_PANELS
 from report.tables import response_table
 from trialign.algorithms.config.sft import SFTConfig
 from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_samples
-from trialign.algorithms.sft import held_out_loss, sft_step
+from trialign.algorithms.sft import eval_loss, sft_step
 
 PROGRESS = {"loss": "loss {:.4f}", "eval_loss": "eval loss {:.4f}", "epoch": "epoch {:.2f}"}
 
@@ -29,7 +29,7 @@ def main(run: Run[SFTConfig]) -> None:
     task = SupervisedTask(run, config.data, read)
     learner, rows = task.learner, task.rows
     eval_batch = pack_samples(joined(rows.held_out)).to(mesh.device) if rows.held_out else None
-    task.begin(eval_batch, lambda batch: {"eval_loss": held_out_loss(learner, batch)}, PROGRESS)
+    task.begin(eval_batch, lambda batch: {"eval_loss": eval_loss(learner, batch)}, PROGRESS)
     shown = rows.prompts(config.run.show)
     before = run.remember("before.json", lambda: task.greedy_responses(shown)[0])
 

@@ -1,7 +1,7 @@
-"""Sums over the samples of a packed batch, and the weights that make one loss out of per-token losses.
+"""Sums over the samples of a packed batch, and the token weights that aggregate per-token losses.
 
-A loss is always sum_t w_t l_t. The weights depend on the whole batch's mask alone, so they are known before the first
-micro-batch and the loss does not change with micro-batches, packing or layout.
+A loss is always sum_t w_t l_t. The weights depend only on the mask of the whole batch, so they are known before the
+first micro-batch and the loss does not change with micro-batches, packing or layout.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Aggregation = Literal["token-mean", "token-sum", "sample-mean", "sample-sum", "c
 
 @dataclass(frozen=True)
 class Segments:
-    """Which tokens of a packed batch count, and whose they are."""
+    """The counted tokens of a packed batch, and the sample of each token."""
 
     mask: Tensor  # [total] bool
     sample: Tensor  # [total] int64, ascending: the sample a token belongs to
-    count: int  # samples, those without a counted token included
+    count: int  # samples, including those without a counted token
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, mask: Tensor) -> Segments:
@@ -38,7 +38,7 @@ class Segments:
 
     @property
     def filled(self) -> int:
-        """Samples that have a counted token; at least 1, for it divides."""
+        """Samples with a counted token; at least 1, since sums are divided by it."""
         return max(1, int((self.sizes > 0).sum()))
 
     def sums(self, x: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ def token_weights(
     dtype: torch.dtype = torch.float32,
     mean_eps: float = 0.0,
 ) -> Tensor:
-    """w_t [total], 0 outside the mask, so that the loss is sum_t w_t l_t.
+    """w_t [total], 0 outside the mask, of the loss sum_t w_t l_t.
 
-    N counted tokens, S samples that have some, n_s tokens of sample s:
+    With N counted tokens, S samples that have some, n_s counted tokens of sample s:
     token-mean 1/N; token-sum 1; sample-mean 1/(S n_s), a mean over samples of token means; sample-sum 1/S; constant
     1/(count * `constant`), Dr. GRPO's fixed length (https://arxiv.org/abs/2503.20783); sum-of-sample-means 1/n_s.
 
     Args:
-        constant: tokens a sample counts for under "constant".
+        constant: length of a sample under "constant".
         mean_eps: added to n_s in the token means, as some trainers do.
     """
     sizes = segments.sizes.to(dtype)  # [samples]

@@ -1,6 +1,6 @@
-"""Policy-gradient losses per token: PPO's clip and its kin at token or sequence level, CISPO, importance correction.
+"""Policy-gradient losses per token: PPO's clip at token or sequence level, CISPO, importance weights.
 
-No masks and no means here: aggregation.token_weights makes one loss of them.
+Neither masks nor means: losses are aggregated by aggregation.token_weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CORRECTIONS: dict[Correction, dict[str, Any]] = {
     "sequence-mask": {"level": "sequence-mask"},
     "geometric-mask": {"level": "geometric-mask"},
 }
-"""What each correction asks of `importance_weights`."""
+"""Arguments of `importance_weights` for each correction."""
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor, limit: float = 0.0) -> Tensor:
-    """log pi - log pi_old per token, held within +-limit (no gradient beyond it); 0 for no limit."""
+    """log pi - log pi_old per token, clamped to +-limit (no gradient beyond it); 0 for no limit."""
     d = logp - old_logp.detach()
     return d.clamp(-limit, limit) if limit else d
 
@@ -39,18 +39,18 @@ def sequence_log_ratio(
     length: Literal["mean", "sum"] = "mean",
     limit: float = 0.0,
 ) -> Tensor:
-    """GSPO's ratio (https://arxiv.org/abs/2507.18071, eq. 7): each sample's mean log-ratio on all its tokens, [total].
+    """GSPO's log-ratio (https://arxiv.org/abs/2507.18071, eq. 7): each sample's mean on all its tokens, [total].
 
     Args:
-        gradient: "shared" goes through the mean; "own" gives each token the gradient of its own log-ratio (GSPO-token,
-            eq. 14), the same while a sample has one advantage.
-        length: "sum" is the ratio of the whole sequence's probabilities (RLOO).
-        limit: the most it may be (no gradient beyond it); 0 for no limit.
+        gradient: "shared" flows through the mean; "own" gives each token that of its own log-ratio (GSPO-token, eq.
+            14), which is the same while a sample has one advantage.
+        length: "sum" is the log-ratio of whole sequences (RLOO).
+        limit: upper limit (no gradient beyond it); 0 for none.
     """
-    whole = segments.means(d) if length == "mean" else segments.sums(d)
-    spread = segments.broadcast(whole)
-    made = spread if gradient == "shared" else d - d.detach() + spread.detach()
-    return made.clamp(max=limit) if limit else made
+    ratio = segments.broadcast(segments.means(d) if length == "mean" else segments.sums(d))
+    if gradient == "own":
+        ratio = d - d.detach() + ratio.detach()
+    return ratio.clamp(max=limit) if limit else ratio
 
 
 def ppo_loss(
@@ -82,27 +82,26 @@ def importance_weights(
     level: Literal["token", "sequence", "geometric", "sequence-mask", "geometric-mask"] = "token",
     limit: float = 0.0,
 ) -> Tensor:
-    """Weights [total] that correct for a sampler which is not quite the trained policy; no gradient.
+    """Importance weights [total] of a sampler that differs slightly from the trained policy; no gradient.
 
-    exp(trained - sampled), held in [low, high] (truncated importance sampling)
-    or 0 outside of it (IcePop, https://arxiv.org/abs/2510.18855).
+    exp(trained - sampled), clamped to [low, high] (truncated importance sampling) or 0 outside of it (IcePop,
+    https://arxiv.org/abs/2510.18855).
 
     Args:
         trained, sampled: [total] log-probabilities.
-        level: the ratio of each token, of the whole sequence, or the sequence's geometric mean; "-mask": the sequence
-            decides whether it counts at all, tokens keep their own ratios.
-        limit: of |log-ratio| before the exponential; 0 for none.
+        level: the ratio of each token, of the whole sequence, or the sequence's geometric mean; "-mask": the sequence's
+            ratio decides whether its tokens count, which keep their own ratios.
+        limit: largest |log-ratio| before the exponential; 0 for none.
     """
     d = (trained - sampled).detach()
+    level_d = d
     if level.startswith("sequence"):
-        judged = segments.broadcast(segments.sums(d))
+        level_d = segments.broadcast(segments.sums(d))
     elif level.startswith("geometric"):
-        judged = segments.broadcast(segments.means(d))
-    else:
-        judged = d
+        level_d = segments.broadcast(segments.means(d))
     if limit:
-        d, judged = d.clamp(-limit, limit), judged.clamp(-limit, limit)
-    ratio = judged.exp()
+        d, level_d = d.clamp(-limit, limit), level_d.clamp(-limit, limit)
+    ratio = level_d.exp()
     inside = (ratio >= low) & (ratio <= high)
     if level.endswith("-mask"):
         return torch.where(inside, d.exp(), 0)

@@ -1,4 +1,4 @@
-"""Roles, built on a mesh and filled from Hugging Face folders; and what a checkpoint holds of them."""
+"""Roles built on a mesh with the weights of Hugging Face folders, and their entries in a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,12 +44,12 @@ def load_tokenizer(folder: str, shape: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder.
 
     Raises:
-        ValueError: there is none, it cannot be read, or it knows tokens the model has no row for.
+        ValueError: there is none, it cannot be read, or it has more tokens than the model's vocabulary.
     """
     tokenizer = read_tokenizer(folder)
     if len(tokenizer) > shape.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the model only vocab_size={shape.vocab_size}"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model vocab_size={shape.vocab_size}"
         )
     return tokenizer
 
@@ -57,18 +57,18 @@ def load_tokenizer(folder: str, shape: ModelConfig) -> PreTrainedTokenizerBase:
 def read_shape(
     folder: str, parallel: ParallelConfig, run: RunConfig, head: HeadKind | None = None, lora: LoRAConfig | None = None
 ) -> ModelConfig:
-    """The shape of a model's folder, checked against the layout and against what the run will write.
+    """The shape of a model's folder, checked against the layout, the adapters and the run's output folder.
 
     Args:
-        head: what the folder must hold; None takes either, for a model with a score head.
-        lora: what adapters the model is to have, if it is to be trained.
+        head: of the folder's model; None accepts either, for a model that gets a score head.
+        lora: adapters of a trained model.
 
     Raises:
-        ValueError: the folder is missing or unsupported, a size does not divide, it cannot have these adapters or they
-            are not those of lora.adapter, or the run's export would replace it.
+        ValueError: the folder is missing, unsupported or has another head, a size does not divide, the adapters do not
+            fit the model or differ from lora.adapter, or the run's export would replace the folder.
     """
     shape = read_config(folder)
-    open_source(folder)  # what is missing, damaged or of another shape is said before a row is read
+    open_source(folder)  # missing, corrupt or misshapen tensors are refused before a row is read
     if head is not None and head_of(shape) != head:
         wanted = {"lm": "a causal language model", "score": "a model with a score head"}[head]
         raise ValueError(f"{folder} holds a {shape.architecture}: {wanted} is needed")
@@ -90,33 +90,22 @@ def read_shape(
 
 
 def read_shapes(config: PPOConfig | GRPOConfig, *critics: str) -> dict[str, ModelConfig]:
-    """The shape of every folder PPO's or GRPO's roles come from, checked against the layout and each other.
+    """Shapes of the folders of PPO's or GRPO's roles, checked against the layout and each other.
 
     Args:
         critics: folders of value models; "" is the actor's.
 
     Raises:
-        ValueError: a folder is missing or unsupported, a size does not divide, the critic reads other tokens than the
-            actor, or a reward model has no tokenizer and another vocabulary.
+        ValueError: as `read_shape`; a critic or a reward model without a tokenizer has another vocabulary than the
+            actor, or a model has too few positions.
     """
-    trained = [config.model.path, *filter(None, critics)]
-    shapes = {folder: read_shape(folder, config.parallel, config.run) for folder in config.reward.models}
-    plain = replace(config.lora, adapter="")  # adapters begin from a folder in the actor alone
-    shapes |= {folder: read_shape(folder, config.parallel, config.run, lora=plain) for folder in trained}
-    actor = shapes[config.model.path]
-    if head_of(actor) != "lm":
-        raise ValueError(f"model.path={config.model.path} holds a {actor.architecture}: the actor must predict tokens")
-    for folder in trained[1:]:
-        check_vocabulary(folder, shapes[folder], config.model.path, actor)
-    adapters = config.lora.adapters(actor)
-    if adapters is not None and config.lora.adapter:
-        check_adapter(config.lora.adapter, actor, adapters)
-    for folder in config.reward.models:
-        if head_of(shapes[folder]) != "score":
-            raise ValueError(f"reward.models={folder} holds a {shapes[folder].architecture}: a score head is needed")
-        check_scores_responses(folder)
-        if not has_tokenizer(folder):
-            check_vocabulary(folder, shapes[folder], config.model.path, actor)
+    path, critics = config.model.path, tuple(filter(None, critics))
+    read = partial(read_shape, parallel=config.parallel, run=config.run)
+    shapes = {folder: read(folder, head="score") for folder in config.reward.models}
+    shapes |= {folder: read(folder, lora=replace(config.lora, adapter="")) for folder in critics}
+    shapes[path] = actor = read(path, head="lm", lora=config.lora)
+    for folder in (*critics, *(folder for folder in config.reward.models if not has_tokenizer(folder))):
+        check_vocabulary(folder, shapes[folder], path, actor)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for folder, shape in shapes.items():
         positions = shape.longest_rollout if shape is actor else shape.longest_document
@@ -128,10 +117,10 @@ def read_shapes(config: PPOConfig | GRPOConfig, *critics: str) -> dict[str, Mode
 
 
 def check_scores_responses(folder: str) -> None:
-    """Refuses a process reward model where a whole response is to be scored. Raises ValueError."""
+    """Refuses a process reward model, which has no score for a whole response. Raises ValueError."""
     path = Path(folder)
-    said = read_state(path) if checkpoint_role(path) else read_json(path / "config.json")
-    if said.get(SCORES) == "steps":
+    metadata = read_state(path) if checkpoint_role(path) else read_json(path / "config.json")
+    if metadata.get(SCORES) == "steps":
         raise ValueError(
             f"{folder} is a process reward model, trained at the ends of steps: it has no score for a whole response;"
             " reward.functions may read it step by step"
@@ -150,14 +139,14 @@ def build_decoder(
     lora: LoRAConfig | None = None,
     seed: int = 0,
 ) -> Decoder:
-    """A model on its mesh with the weights of a folder; frozen unless it is trained.
+    """A model on its mesh with the weights of a folder; frozen unless `trained`.
 
     Args:
-        parallel: layers of stages, and whether a trained model recomputes; the layout itself is the mesh's.
-        lora: what is trained, if it is not the weights: adapters, drawn by `seed` or read from a PEFT folder.
+        parallel: layers of stages and recomputation; the layout is the mesh's.
+        lora: adapters to train in place of the weights, initialized by `seed` or read from a PEFT folder.
 
     Raises:
-        ValueError: the folder lacks a tensor or holds one of the wrong shape; adapters that are not the model's.
+        ValueError: the folder lacks a tensor or has one of the wrong shape; adapters do not fit the model.
     """
     adapters = lora.adapters(shape) if trained and lora is not None else None
     parallel = parallel or ParallelConfig()
@@ -193,12 +182,12 @@ def build_learner(
     profiler: Profiler | None = None,
     name: str = "actor",
 ) -> Learner:
-    """A trained model with its optimizer and a schedule over `updates` steps. `name` is for messages.
+    """A trained model with its optimizer and a learning-rate schedule over `updates` steps. `name` is for messages.
 
-    Masters begin as precise as what the model was filled from; its weights are those masters, rounded.
+    Master weights have the precision of the folder's tensors; the model's weights are the masters, rounded.
 
     Raises:
-        ValueError: router losses are weighted in a model without experts.
+        ValueError: router coefficients are set for a model without experts.
     """
     set_router_coefs(model, settings, name)
     optimizer = ShardedAdamW(
@@ -214,113 +203,7 @@ def build_learner(
     )
     if model.fill is not None:
         optimizer.refine_masters(partial(model.fill, model))
-    max_skipped = settings.max_skipped if settings.on_nonfinite == "skip" else 0
-    return Learner(model, optimizer, schedule(settings, updates), temperature, sizes, max_skipped, profiler)
-
-
-def set_router_coefs(model: Decoder, settings: OptimizerConfig, name: str) -> None:
-    """Gives a model with experts the weights of its router losses.
-
-    Raises:
-        ValueError: one is set and the model has no experts.
-    """
-    aux, z, moe = settings.router_aux_coef, settings.router_z_coef, model.config.moe
-    if moe is not None:
-        model.set_router_coefs(moe.aux_coef if aux == AS_CONFIG else aux, z)
-        return
-    for knob, value, off in (("router_aux_coef", aux, AS_CONFIG), ("router_z_coef", z, 0.0)):
-        if value != off:
-            raise ValueError(f"{knob}={value}: must be {off:g}, for the {name} model has no experts")
-
-
-def build_ppo_roles(
-    config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh, profiler: Profiler | None = None
-) -> Roles:
-    """All four roles, colocated on one mesh, with the weights of their folders.
-
-    Raises:
-        ValueError: a folder lacks a tensor or holds one of the wrong shape.
-    """
-    steps, per_step = config.run.steps, config.ppo.epochs * config.ppo.minibatches
-    temperature = config.rollout.temperature
-
-    def decoder(folder: str, head: HeadKind, *, trained: bool = False) -> Decoder:
-        # The folder that adapters begin from is the actor's.
-        lora = config.lora if head == "lm" else replace(config.lora, adapter="")
-        options = {"head": head, "trained": trained, "parallel": config.parallel}
-        return build_decoder(
-            folder, shapes[folder], mesh, config.model.dtype, **options, lora=lora, seed=config.run.seed
-        )
-
-    actor_steps = (steps - config.critic.warmup_steps) * per_step
-    actor, critic = config.model.path, config.model.critic or config.model.path
-    policy = decoder(actor, "lm", trained=True)
-    # Without its adapters the actor is the reference.
-    reference = AdapterOff if policy.lora else Role
-    frozen = policy if policy.lora else decoder(actor, "lm")
-    return Roles(
-        actor=build_learner(
-            policy,
-            config.actor.optimizer,
-            actor_steps,
-            ema_decay=config.actor.ema_decay,
-            temperature=temperature,
-            sizes=config.ppo,
-            profiler=profiler,
-        ),
-        critic=build_learner(
-            decoder(critic, "score", trained=True),
-            config.critic.optimizer,
-            steps * per_step,
-            temperature=temperature,
-            sizes=config.ppo,
-            profiler=profiler,
-            name="critic",
-        ),
-        reference=reference(frozen, temperature, config.ppo, profiler),
-        rewards=[Role(decoder(folder, "score"), 1.0, config.ppo, profiler) for folder in config.reward.models],
-    )
-
-
-def build_grpo_roles(
-    config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh, profiler: Profiler | None = None
-) -> Roles:
-    """GRPO's roles on one mesh, with the weights of their folders; a reference only where something needs it.
-
-    Raises:
-        ValueError: a folder lacks a tensor or holds one of the wrong shape.
-    """
-    folder, temperature = config.model.path, config.rollout.temperature
-
-    def decoder(path: str, head: HeadKind = "lm", *, trained: bool = False) -> Decoder:
-        options = {"head": head, "trained": trained, "parallel": config.parallel, "lora": config.lora}
-        return build_decoder(path, shapes[path], mesh, config.model.dtype, **options, seed=config.run.seed)
-
-    policy = decoder(folder, trained=True)
-    reference = None
-    if config.needs_reference:
-        # Without its adapters the actor is the reference.
-        frozen = AdapterOff if policy.lora else Role
-        reference = frozen(policy if policy.lora else decoder(folder), temperature, config.grpo, profiler)
-    updates = config.run.steps * config.grpo.epochs * config.grpo.minibatches
-    return Roles(
-        actor=build_learner(
-            policy,
-            config.optimizer,
-            updates,
-            ema_decay=config.grpo.ema_decay,
-            temperature=temperature,
-            sizes=config.grpo,
-            profiler=profiler,
-        ),
-        reference=reference,
-        rewards=[Role(decoder(path, "score"), 1.0, config.grpo, profiler) for path in config.reward.models],
-    )
-
-
-def schedule(settings: OptimizerConfig, updates: int) -> Callable[[int], float]:
-    """Learning rate by optimizer step over `updates` steps."""
-    return partial(
+    lr = partial(
         lr_at,
         total=updates,
         peak=settings.lr,
@@ -328,10 +211,97 @@ def schedule(settings: OptimizerConfig, updates: int) -> Callable[[int], float]:
         warmup_ratio=settings.warmup_ratio,
         min_lr_ratio=settings.min_lr_ratio,
     )
+    max_skipped = settings.max_skipped if settings.on_nonfinite == "skip" else 0
+    return Learner(model, optimizer, lr, temperature, sizes, max_skipped, profiler)
+
+
+def set_router_coefs(model: Decoder, settings: OptimizerConfig, name: str) -> None:
+    """Sets the coefficients of the router losses of a model with experts.
+
+    Raises:
+        ValueError: one is set for a model without experts.
+    """
+    aux, z, moe = settings.router_aux_coef, settings.router_z_coef, model.config.moe
+    if moe is not None:
+        model.set_router_coefs(moe.aux_coef if aux == AS_CONFIG else aux, z)
+        return
+    for option, value, off in (("router_aux_coef", aux, AS_CONFIG), ("router_z_coef", z, 0.0)):
+        if value != off:
+            raise ValueError(f"{option}={value}: must be {off:g}, since the {name} model has no experts")
+
+
+def build_ppo_roles(
+    config: PPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh, profiler: Profiler | None = None
+) -> Roles:
+    """Actor, critic, reference and reward models, colocated on one mesh, with the weights of their folders.
+
+    Raises:
+        ValueError: a folder lacks a tensor or has one of the wrong shape.
+    """
+    decoder = partial(_role_decoder, config, shapes, mesh)
+    shared: dict[str, Any] = {"temperature": config.rollout.temperature, "sizes": config.ppo, "profiler": profiler}
+    steps, per_step = config.run.steps, config.ppo.epochs * config.ppo.minibatches
+    policy = decoder(config.model.path, trained=True)
+    return Roles(
+        actor=build_learner(
+            policy,
+            config.actor.optimizer,
+            (steps - config.critic.warmup_steps) * per_step,
+            ema_decay=config.actor.ema_decay,
+            **shared,
+        ),
+        critic=build_learner(
+            decoder(config.model.critic or config.model.path, "score", trained=True),
+            config.critic.optimizer,
+            steps * per_step,
+            name="critic",
+            **shared,
+        ),
+        reference=_reference(policy, decoder, config.model.path, **shared),
+        rewards=[Role(decoder(folder, "score"), 1.0, config.ppo, profiler) for folder in config.reward.models],
+    )
+
+
+def build_grpo_roles(
+    config: GRPOConfig, shapes: dict[str, ModelConfig], mesh: Mesh, profiler: Profiler | None = None
+) -> Roles:
+    """Actor, reference (if anything needs one) and reward models on one mesh, with the weights of their folders.
+
+    Raises:
+        ValueError: a folder lacks a tensor or has one of the wrong shape.
+    """
+    decoder = partial(_role_decoder, config, shapes, mesh)
+    shared: dict[str, Any] = {"temperature": config.rollout.temperature, "sizes": config.grpo, "profiler": profiler}
+    updates = config.run.steps * config.grpo.epochs * config.grpo.minibatches
+    policy = decoder(config.model.path, trained=True)
+    return Roles(
+        actor=build_learner(policy, config.optimizer, updates, ema_decay=config.grpo.ema_decay, **shared),
+        reference=_reference(policy, decoder, config.model.path, **shared) if config.needs_reference else None,
+        rewards=[Role(decoder(folder, "score"), 1.0, config.grpo, profiler) for folder in config.reward.models],
+    )
+
+
+def _role_decoder(
+    config: PPOConfig | GRPOConfig,
+    shapes: dict[str, ModelConfig],
+    mesh: Mesh,
+    folder: str,
+    head: HeadKind = "lm",
+    *,
+    trained: bool = False,
+) -> Decoder:
+    lora = config.lora if head == "lm" else replace(config.lora, adapter="")  # lora.adapter is the actor's
+    options = {"head": head, "trained": trained, "parallel": config.parallel, "lora": lora, "seed": config.run.seed}
+    return build_decoder(folder, shapes[folder], mesh, config.model.dtype, **options)
+
+
+def _reference(policy: Decoder, decoder: Callable[[str], Decoder], folder: str, **shared: Any) -> Role:
+    """The policy without its adapters, or a second copy of its folder."""
+    return AdapterOff(policy, **shared) if policy.lora else Role(decoder(folder), **shared)
 
 
 def trained_entries(learners: Mapping[str, Learner]) -> Iterator[Entry]:
-    """Masters, moments and averages of every learner, as a checkpoint names them: `role/kind/weight`."""
+    """Masters, moments and averages of every learner under their names in a checkpoint, `role/kind/weight`."""
     for name, learner in learners.items():
         yield from learner.optimizer.entries(
             name, partial(trained_name, config=learner.model.config, head=learner.model.kind)

@@ -1,8 +1,9 @@
-"""Learners: roles that make optimizer steps; statistics of a step's losses, reduced over the mesh."""
+"""Learners: roles with an optimizer step; statistics of a step's losses, reduced over the mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from .role import DEFAULT_SIZES, Readout, Role, collect, padding, shapes, stage_
 
 
 class Stats:
-    """Sums and maxima over targets, gathered where the loss is and reduced over the mesh once an update."""
+    """Sums and maxima over targets, gathered where the loss is computed and reduced over the mesh once a step."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[Tensor]] = {}
@@ -37,31 +38,28 @@ class Stats:
             self.sums.setdefault(name, []).append(value.detach().sum())
 
     def largest(self, **values: Tensor) -> None:
-        """Takes the maximum of each tensor; one without entries, of a micro-batch without targets, says nothing."""
+        """Takes the maximum of each tensor; empty ones, of a micro-batch without targets, are ignored."""
         for name, value in values.items():
             if value.numel():
                 self.maxima.setdefault(name, []).append(value.detach().max())
 
-    def copy(self) -> Stats:
-        """A copy that further numbers do not change."""
-        copied = Stats()
-        copied.sums = {name: list(values) for name, values in self.sums.items()}
-        copied.maxima = {name: list(values) for name, values in self.maxima.items()}
-        return copied
-
     def reduce(self, mesh: Mesh) -> dict[str, float]:
-        """The same numbers on every rank, those outside the mesh too. Collective over the job."""
-        mine = {name: torch.stack(values).sum().item() for name, values in self.sums.items()}
-        mine |= {name: torch.stack(values).max().item() for name, values in self.maxima.items()}
-        over_dp = gather_objects((mine, set(self.maxima)), mesh.dp_cp)
+        """Sums and maxima over the mesh, on every rank of the job. Collective over the job."""
+        own = {name: torch.stack(values).sum().item() for name, values in self.sums.items()}
+        own |= {name: torch.stack(values).max().item() for name, values in self.maxima.items()}
+        over_dp = gather_objects((own, set(self.maxima)), mesh.dp_cp)
         maxima = set().union(*(names for _, names in over_dp))
-        known = dict.fromkeys(name for numbers, _ in over_dp for name in numbers)
-        merged = {n: (max if n in maxima else sum)(rank[n] for rank, _ in over_dp if n in rank) for n in known}
+        names = dict.fromkeys(name for numbers, _ in over_dp for name in numbers)
+        merged = {n: (max if n in maxima else sum)(rank[n] for rank, _ in over_dp if n in rank) for n in names}
         return object_from_mesh(gather_objects(merged, mesh.pp)[-1], mesh)
+
+    def means(self, mesh: Mesh, count: int) -> dict[str, float]:
+        """Sums over the mesh divided by `count`, on every rank of the job. Collective over the job."""
+        return {name: value / count for name, value in self.reduce(mesh).items()}
 
 
 class Learner(Role):
-    """A role that learns: optimizer and learning-rate schedule beside the decoder."""
+    """A role with an optimizer and a learning-rate schedule."""
 
     def __init__(
         self,
@@ -88,21 +86,21 @@ class Learner(Role):
         unit: int = 1,
         also: Sequence[tuple[Batch, Readout]] = (),
     ) -> dict[str, float]:
-        """One optimizer step on a batch, given the loss to read off a micro-batch's hidden states.
+        """One optimizer step on a batch with a loss of each micro-batch's hidden states.
 
         Args:
-            stats: what the losses add to.
-            samples: ids of the minibatch; None takes the whole batch.
-            unit: neighboring samples that only have a loss together, as a pair.
+            stats: statistics that the losses add to.
+            samples: ids of the minibatch; None for the whole batch.
+            unit: number of neighboring samples with a joint loss, 2 for pairs.
             also: further batches that join the step, each with its own loss.
 
         Returns:
-            grad_norm and lr, and of a model with experts what `router_metrics` gives. skipped, where steps may be: 1
-            if a number was not finite, so that weights, moments, average and the schedule are as before.
+            grad_norm and lr; with experts, `router_metrics`; where steps may be skipped, skipped: 1 if a number was not
+            finite, so that weights, moments, average and schedule did not change.
 
         Raises:
-            ValueError: the samples are fewer than the DP ranks.
-            FloatingPointError: a number is not finite, and the step may not be skipped; on every rank, naming it.
+            ValueError: fewer samples than DP ranks.
+            FloatingPointError: a number is not finite and the step may not be skipped; on every rank, naming it.
         """
         config = self.model.config
         work = [(batch, range(len(batch)) if samples is None else samples, loss)]
@@ -159,21 +157,21 @@ class Learner(Role):
         return metrics | object_from_mesh(routers, self.mesh)
 
     def gather_targets(self, batch: Batch, samples: Sequence[int], values: Sequence[Tensor]) -> Tensor:
-        """[total] fp32 on every rank: one number a target, read off in `step`'s loss, micro-batch by micro-batch."""
+        """[total] fp32 on every rank: numbers of targets that `step`'s loss kept, micro-batch by micro-batch."""
         cuts = update_micro_batches(batch, samples, self.sizes, self.mesh.dp)
         return collect(batch, cuts, values, [batch.select(cut).response for cut in cuts], self.mesh)
 
     def _skip(self, reason: str) -> None:
         self.skipped += 1
         if self.skipped > self.max_skipped:
-            row = f"; {self.max_skipped} steps before it were skipped" if self.max_skipped else ""
-            raise FloatingPointError(f"{reason}{row} (optimizer.on_nonfinite, optimizer.max_skipped)")
+            before = f"; {self.max_skipped} steps before it were skipped" if self.max_skipped else ""
+            raise FloatingPointError(f"{reason}{before} (optimizer.on_nonfinite, optimizer.max_skipped)")
         self.reasons.append(reason)
         self.optimizer.zero_grad()
 
     def _culprits(self, parts: Sequence[tuple[Batch, Readout]], stats: Stats | None, unit: int) -> str:
-        """Names what is not finite. Collective; `stats` stay as they are."""
-        before = stats.copy() if stats is not None else None
+        """Names the numbers that are not finite. Collective; leaves `stats` unchanged."""
+        before = deepcopy(vars(stats)) if stats else {}
 
         def forward(chunk: Chunk, i: int, x: Tensor | None) -> Tensor:
             part, loss = parts[i]
@@ -185,15 +183,15 @@ class Learner(Role):
             forward_only, self.model.stage, self.mesh, shapes(self.model, batches), self.model.dtype, forward
         )
         losses = [name for part, own in zip(batches, results, strict=False) for name in named_losses(part, own, unit)]
-        if stats is not None and before is not None:
-            stats.sums, stats.maxima = before.sums, before.maxima
+        if stats:
+            vars(stats).update(before)
         weights, gradient = (self.optimizer.data.not_finite(kind) for kind in ("master", "grad"))
         return describe_culprits([weights, *named_inputs(batches), losses, gradient], self.mesh)
 
 
 @dataclass
 class Roles:
-    """Roles of PPO or GRPO. `rewards` are the reward models, in the order of the config."""
+    """Roles of PPO or GRPO; `rewards` are the reward models in the order of the config."""
 
     actor: Learner
     critic: Learner | None = None
@@ -202,5 +200,5 @@ class Roles:
 
     @property
     def profiler(self) -> Profiler:
-        """The run's, which all roles report to."""
+        """The run's profiler, shared by all roles."""
         return self.actor.profiler

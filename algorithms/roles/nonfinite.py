@@ -1,8 +1,8 @@
-"""What is not finite in an update, found and named: a NaN is in no weight, no moment and no checkpoint.
+"""Detection of NaN and infinity in an update, before they reach weights, moments or checkpoints.
 
-Every micro-batch's inputs and loss, and the norm of the whole gradient, are looked at in one number that is the same on
-all ranks (`ShardedAdamW.step`), so all of them stop, or leave the step out, together. Only then is the culprit looked
-for: in the weights, in what the batch holds of each sample, in each sample's loss by one more forward, in the gradient.
+The inputs and loss of every micro-batch and the norm of the whole gradient are checked in one number that is the same
+on all ranks (`ShardedAdamW.step`), so all stop or skip the step together. Only then is the culprit searched: in the
+weights, in the batch's numbers of each sample, in each sample's loss by one more forward, in the gradient.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ...engine.optim.adamw import ShardedAdamW
 from ...engine.parallel.collectives import gather_objects
 from ..batch import PER_TOKEN, Batch
 
-NAMED = 3  # culprits that a message names
+NAMED = 3  # culprits named in a message
 NUMBERS = tuple(name for name in PER_TOKEN if name not in ("tokens", "mask", "versions"))
 
 
 def poison(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """0 where all numbers are finite, else NaN; 0-d float64. Waits for no device."""
+    """0 if all numbers are finite, else NaN; 0-d float64, without waiting for the device."""
     flag = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
         flag = flag.masked_fill(~tensor.detach().isfinite().all(), torch.nan)
@@ -35,7 +35,7 @@ def numbers_of(part: Batch) -> dict[str, Tensor]:
 
 
 def named_inputs(parts: Sequence[Batch]) -> list[list[str]]:
-    """Samples whose numbers are not all finite: a list for each of `NUMBERS`, causes before their effects."""
+    """Samples with numbers that are not finite: a list for each of `NUMBERS`, causes before their effects."""
     found: dict[str, list[str]] = {name: [] for name in NUMBERS}
     for part in parts:
         sample = torch.bucketize(torch.arange(len(part.tokens)), part.cu_seqlens[1:].cpu().long(), right=True)
@@ -48,7 +48,7 @@ def named_inputs(parts: Sequence[Batch]) -> list[list[str]]:
 
 
 def unit_losses(part: Batch, hidden: Tensor, loss: Callable[[Batch, Tensor], Tensor], unit: int) -> Tensor:
-    """[samples / unit]: the loss of each sample alone, or of each `unit` of neighbors that only make one together."""
+    """[samples / unit]: loss of each sample alone, or of each `unit` neighbors with a joint loss."""
     groups = [list(range(i, min(i + unit, len(part)))) for i in range(0, len(part), unit)]
     return torch.stack([loss(part.select(group), hidden[part.places(group)]) for group in groups])
 
@@ -61,10 +61,10 @@ def named_losses(part: Batch, losses: Tensor, unit: int) -> Iterator[str]:
 
 
 def describe_culprits(kinds: Sequence[Sequence[str]], mesh: Mesh) -> str:
-    """The first kind of culprits that any rank has found, a few of them by name. Collective over the world.
+    """A message with the first kind of culprits that any rank found, a few by name. Collective over the world.
 
     Args:
-        kinds: what this rank has found of each kind, causes before their effects.
+        kinds: this rank's culprits of each kind, causes before their effects.
     """
     ranks = gather_objects([list(kind) for kind in kinds], mesh.world)
     for found in zip(*ranks, strict=True):
@@ -75,12 +75,28 @@ def describe_culprits(kinds: Sequence[Sequence[str]], mesh: Mesh) -> str:
     return "each sample's loss is finite alone, and so is the gradient; their sum is not"
 
 
-def check_states(optimizers: dict[str, ShardedAdamW], mesh: Mesh) -> None:
-    """Refuses to save what is not finite. Collective over the world.
+def check_finite(values: Tensor, label: str, name: Callable[[int], str]) -> None:
+    """Refuses numbers [count] of the eval split that are not finite.
+
+    Args:
+        label: of the numbers, such as "score".
+        name: row of a number, by its index.
 
     Raises:
-        FloatingPointError: a weight, moment or average is not; on every rank, naming the first ones.
+        ValueError: names the first such row and counts them.
     """
-    mine = [f"{role}: {name}" for role, optimizer in optimizers.items() for name in optimizer.data.not_finite()]
-    if any(gather_objects(bool(mine), mesh.world)):
-        raise FloatingPointError(f"no checkpoint is written: {describe_culprits([mine], mesh)}")
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        first = f"{name(bad[0])}: {label} {values[bad[0]].item()}"
+        raise ValueError(f"{first}: must be a finite number ({len(bad)} of {len(values)} are not)")
+
+
+def check_states(optimizers: dict[str, ShardedAdamW], mesh: Mesh) -> None:
+    """Refuses states with numbers that are not finite, before a checkpoint. Collective over the world.
+
+    Raises:
+        FloatingPointError: a weight, moment or average is not finite; on every rank, naming the first ones.
+    """
+    own = [f"{role}: {name}" for role, optimizer in optimizers.items() for name in optimizer.data.not_finite()]
+    if any(gather_objects(bool(own), mesh.world)):
+        raise FloatingPointError(f"no checkpoint is written: {describe_culprits([own], mesh)}")

@@ -1,15 +1,16 @@
-"""Roles: a decoder on its mesh with the forward passes of RLHF. A Learner (learner.py) also updates it.
+"""Roles: decoders on a mesh with the forward passes of RLHF. Learner (learner.py) adds the optimizer step.
 
-A pass takes the whole batch, runs this DP rank's micro-batches of it, and leaves one number a target on the last
-pipeline stage; `collect` puts the numbers of all DP ranks in place in the whole batch, on every rank.
+A pass takes the whole batch, runs this DP rank's micro-batches and leaves one number a target on the last pipeline
+stage; `collect` puts the numbers of all DP ranks in place in the whole batch, on every rank.
 
-Ranks that share experts run equally many micro-batches, for each takes part in the others' all-to-alls: those with
-fewer begin with single tokens that count for nothing.
+Ranks that share experts must run equally many micro-batches, since each takes part in the others' all-to-alls: those
+with fewer begin with padding, micro-batches of a single token without targets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from ..config.supervised import UpdateConfig
 from ..micro_batch import MicroBatchSizes, pass_micro_batches
 
 Readout = Callable[[Batch, Tensor], Tensor]
-"""(micro-batch, hidden states [tokens, hidden] of the last stage) -> numbers or the loss read off them."""
+"""(micro-batch, hidden states [tokens, hidden] of the last stage) -> numbers or loss computed from them."""
 
 DEFAULT_SIZES = UpdateConfig()
 
@@ -39,7 +40,7 @@ DEFAULT_SIZES = UpdateConfig()
 def stage_forward(
     model: Decoder, batch: Batch, x: Tensor | None, routing: Routing | None = None, chunk: Chunk | None = None
 ) -> Tensor:
-    """A chunk's hidden states [tokens, hidden] of a packed batch, attending within each sample only."""
+    """A chunk's hidden states [tokens, hidden] of a packed batch; attention stays within each sample."""
     lengths = batch.cu_seqlens.diff()
     lengths = torch.repeat_interleave(lengths, lengths, output_size=len(batch.tokens))  # [tokens]
 
@@ -50,7 +51,7 @@ def stage_forward(
 
 
 def padding(count: int, mesh: Mesh) -> list[Batch]:
-    """Micro-batches a rank with `count` of its own needs besides to keep up with its ep group. Collective over ep.
+    """Extra micro-batches of a rank with `count` of its own, up to the most of its ep group. Collective over ep.
 
     They come first: gradients are reduced during the last backward, which must reach every parameter on every rank.
     """
@@ -59,19 +60,18 @@ def padding(count: int, mesh: Mesh) -> list[Batch]:
 
 def target_logprobs(model: Decoder, batch: Batch, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the distribution each response token was chosen from, both [targets] fp32."""
-    rows = hidden[batch.response - 1]  # [targets, hidden]: what predicts each response token
+    rows = hidden[batch.response - 1]  # [targets, hidden]: each predicts a response token
     return parallel_logprob(model.head_inputs(rows), model.head_weight(), batch.labels, model.vocab, 1 / temperature)
 
 
 class Role:
-    """A decoder that scores. Its mesh may be a part of the job's ranks: on others a pass runs nothing, but all ranks
-    call it, and get the numbers.
+    """A decoder with forward passes. All ranks of the job call a pass and get its result, also outside the mesh.
 
     Args:
-        temperature: divides its logits, as it does when it samples.
+        temperature: divides the logits, as in sampling.
         sizes: of its micro-batches.
-        profiler: takes the FLOPs of its passes.
-        by_length: samples of about equal length share a micro-batch of a pass; else consecutive ones do.
+        profiler: counts the FLOPs of its passes.
+        by_length: whether a micro-batch of a pass has samples of similar length, or consecutive ones.
     """
 
     def __init__(
@@ -88,33 +88,30 @@ class Role:
         self.profiler = Profiler(model.mesh) if profiler is None else profiler
 
     def count_flops(self, parts: Sequence[Batch], passes: int = 1) -> None:
-        """Reports micro-batches to the profiler; a forward with its backward is three passes."""
+        """Adds the FLOPs of micro-batches to the profiler; a forward with its backward is three passes."""
         head = self.model.kind == "lm"
         for part in parts:
             flops = forward_flops(self.model.config, part.lengths, len(part.response) * head)
             self.profiler.add(self.mesh, flops=passes * flops)
 
     def logprobs(self, batch: Batch) -> Tensor:
-        """[total] fp32: each response token's log-probability, 0 elsewhere."""
-        read: Readout = lambda part, hidden: target_logprobs(self.model, part, hidden, self.temperature)[0]  # noqa: E731
-        return self._pass(batch, read, lambda part: part.response)
+        """[total] fp32: log-probability of each response token, 0 elsewhere."""
+        return self._pass(batch, lambda part, hidden: target_logprobs(self.model, part, hidden, self.temperature)[0])
 
     def values(self, batch: Batch) -> Tensor:
-        """[total] fp32: the value of the state each response token was chosen in, 0 elsewhere."""
-        read: Readout = lambda part, hidden: self.model.scores(hidden[part.response - 1])  # noqa: E731
-        return self._pass(batch, read, lambda part: part.response)
+        """[total] fp32: value of the state that each response token was chosen in, 0 elsewhere."""
+        return self._pass(batch, lambda part, hidden: self.model.scores(hidden[part.response - 1]))
 
     def token_scores(self, batch: Batch) -> Tensor:
-        """[total] fp32: a reward model's score at each response token, 0 elsewhere."""
-        read: Readout = lambda part, hidden: self.model.scores(hidden[part.response])  # noqa: E731
-        return self._pass(batch, read, lambda part: part.response)
+        """[total] fp32: score of a reward model at each response token, 0 elsewhere."""
+        return self._pass(batch, lambda part, hidden: self.model.scores(hidden[part.response]))
 
     def scores(self, batch: Batch) -> Tensor:
-        """[samples] fp32: a reward model's score, read at each sample's last token."""
-        read: Readout = lambda part, hidden: self.model.scores(hidden[part.last])  # noqa: E731
-        return self._pass(batch, read, lambda part: part.last)[batch.last]
+        """[samples] fp32: score of a reward model at each sample's last target."""
+        return self._pass(batch, lambda part, hidden: self.model.scores(hidden[part.last]), "last")[batch.last]
 
-    def _pass(self, batch: Batch, read: Readout, where: Callable[[Batch], Tensor]) -> Tensor:
+    def _pass(self, batch: Batch, read: Readout, at: Literal["response", "last"] = "response") -> Tensor:
+        """[total] fp32 on every rank: numbers read from hidden states, one a token that the batch has in `at`."""
         options = {"by_length": self.by_length}
         cuts = pass_micro_batches(batch, self.sizes, self.mesh.dp, **options) if self.mesh.is_member else []
         own = [batch.select(samples) for samples in cuts]
@@ -129,28 +126,26 @@ class Role:
 
         sizes = shapes(self.model, parts)
         results = run_schedule(forward_only, self.model.stage, self.mesh, sizes, self.model.dtype, forward)
-        return collect(batch, cuts, results[len(first) :], [where(part) for part in own], self.mesh)
+        return collect(batch, cuts, results[len(first) :], [getattr(part, at) for part in own], self.mesh)
 
 
 class AdapterOff(Role):
-    """The policy that a learner's adapters were put on: the learner's own model with them off, no second copy."""
+    """The policy without the learner's adapters: the same model with them off, no second copy."""
 
-    def _pass(self, batch: Batch, read: Readout, where: Callable[[Batch], Tensor]) -> Tensor:
+    def _pass(self, batch: Batch, read: Readout, at: Literal["response", "last"] = "response") -> Tensor:
         with self.model.adapter_off():
-            return super()._pass(batch, read, where)
+            return super()._pass(batch, read, at)
 
 
 def collect(
     batch: Batch, cuts: Sequence[Sequence[int]], results: Sequence[Tensor], places: Sequence[Tensor], mesh: Mesh
 ) -> Tensor:
-    """Numbers of this DP rank's micro-batches put in place in the whole batch: [total] fp32, on every rank.
+    """[total] fp32: numbers of all DP ranks' micro-batches in place in the whole batch. Collective over the job.
 
     Args:
         cuts: samples of each micro-batch.
         results: one tensor a micro-batch on the last stage, none on the others.
-        places: where in its micro-batch each number belongs.
-
-    Collective over the job: numbers of a mesh on a part of the ranks reach all of them.
+        places: index of each number in its micro-batch.
     """
     whole = torch.zeros(len(batch.tokens), device=mesh.device)
     for samples, place, result in zip(cuts, places, results, strict=False):

@@ -1,4 +1,4 @@
-"""Rollouts of a step, and the interface of what yields them."""
+"""Rollouts of a step, and the interface of their sources."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .sync import sample
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Responses to learn from in one step, the same on every rank. Those to one prompt are neighbors, equally many."""
+    """Responses of one step, the same on every rank; those to one prompt are neighbors, `samples_per_prompt` each."""
 
     step: int
     samples: list[Rollout]
     samples_per_prompt: int = 1
-    rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # [samples] where the source scores them, or [0]
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # [samples] if the source scores them, else [0]
 
     def batch(self, passes: Passes, seed: int) -> Batch:
-        """The packed samples with their groups and the minibatches of their update, which `seed` and step draw."""
+        """The packed samples with their groups and the minibatches of their update, drawn by `seed` and step."""
         count = len(self.samples)
         minibatches = draw_minibatches(count, passes, seed=(seed << 32) + self.step)
         group = torch.arange(count) // self.samples_per_prompt
@@ -34,17 +34,17 @@ class Rollouts:
 
 
 class RolloutSource(Protocol):
-    """Source of a run's rollouts. Collective: every rank asks for every step."""
+    """Source of a run's rollouts. Collective: every rank calls `next` for every step."""
 
     def next(self, step: int) -> Rollouts: ...
 
 
-class OnPolicySource:
-    """Responses of the weights as they are, to the next prompts of the data.
+class OnPolicySource(RolloutSource):
+    """Responses of the current weights to the next prompts of the data.
 
     Args:
-        prompts: drawn for a step.
-        profiler: takes the phase "rollout"; the generator reports its work to it.
+        prompts: number of prompts a step.
+        profiler: times the phase "rollout"; the generator adds its FLOPs and tokens.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class OnPolicySource:
         return self.draw(step, self.prompts)
 
     def draw(self, step: int, prompts: int) -> Rollouts:
-        """Responses to so many prompts."""
+        """Responses to the next `prompts` prompts."""
         with self.profiler("rollout"):
             samples = sample(self.generator, self.dataset.next(prompts), self.params, self.samples_per_prompt)
         return Rollouts(step, samples, self.samples_per_prompt)

@@ -1,4 +1,4 @@
-"""Prompts to rollouts: each DP rank samples its part, then every rank holds the whole."""
+"""Synchronous sampling: each DP rank samples its part of the prompts, then every rank holds all rollouts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sampling_params(rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) -> SamplingParams:
-    """How the actor samples in training."""
+    """Sampling parameters of training."""
     return SamplingParams(
         temperature=rollout.temperature,
         top_k=rollout.top_k,
@@ -32,21 +32,21 @@ def sampling_params(rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) 
 def sample(
     generator: Generator, prompts: Sequence[Prompt], params: SamplingParams, samples_per_prompt: int = 1
 ) -> list[Rollout]:
-    """Answers to all prompts, `samples_per_prompt` in a row for each, the same on every rank and in every layout.
+    """Responses to all prompts, `samples_per_prompt` neighbors each, the same on every rank and in every layout.
 
-    Random numbers belong to (seed, running number of the sample, position), so neither layout nor batch matter.
+    Random numbers are keyed by (seed, number of the sample, position), independent of layout and batching.
 
     Raises:
-        Interrupted: on every rank, where the generator was on any.
+        Interrupted: on every rank, if the generator was interrupted on any.
     """
     requests = [
         (prompt, prompt.index * samples_per_prompt + j) for prompt in prompts for j in range(samples_per_prompt)
     ]
     mesh = generator.mesh
-    mine = requests[contiguous_part(len(requests), mesh.dp)] if mesh.is_member else []
+    own = requests[contiguous_part(len(requests), mesh.dp)] if mesh.is_member else []
     done = None
     with suppress(Interrupted):
-        done = generator.generate([p.tokens for p, _ in mine], [i for _, i in mine], params) if mesh.is_member else []
+        done = generator.generate([p.tokens for p, _ in own], [i for _, i in own], params) if mesh.is_member else []
     parts = object_from_mesh(gather_objects(done, mesh.dp), mesh)
     if None in parts:
         raise Interrupted
@@ -58,6 +58,6 @@ def sample(
 
 
 def stop_tokens(stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What ends an answer, for a run's first line: each token with its id."""
+    """Names and ids of the stop tokens, for a run's first line."""
     names = [f"{name} ({i})" for i, name in zip(stop_ids, tokenizer.convert_ids_to_tokens(list(stop_ids)), strict=True)]
-    return f"stop tokens: {', '.join(names) or 'none, so every answer is cut'}"
+    return f"stop tokens: {', '.join(names) or 'none, so every response is cut'}"

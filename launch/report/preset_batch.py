@@ -61,7 +61,7 @@ def quantities(files: Sequence[str], recorded: RecordedBatch, *, kl_coef: float,
     scores = recorded.scores.new_tensor(shaped)
     scored, _ = ppo.with_rewards(batch, scores, config, kl_coef)
     assert scored.rewards is not None
-    advantages, _ = ppo.advantages_of(scored, batch.values, config)
+    advantages, _ = ppo.estimate_advantages(scored, batch.values, config)
     white, _ = ppo.with_gae(scored, config)
     assert white.advantages is not None and white.returns is not None
 

@@ -12,11 +12,10 @@ from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.config.common import OptimizerConfig
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss
+from trialign.algorithms.data.dialogues import pack_samples
 from trialign.algorithms.data.preferences import mismatched
-from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
-from trialign.algorithms.dpo import held_out as held_out_dpo
-from trialign.algorithms.kto import held_out as held_out_kto
-from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
+from trialign.algorithms.dpo import dpo_eval, dpo_step, reference_sums, with_reference
+from trialign.algorithms.kto import kto_eval, kto_step, pack_labeled, reference_point
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_quality, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.learner import Learner
@@ -153,7 +152,7 @@ def test_losses_are_the_papers_formulas_over_transformers_logprobs(folders, name
     assert metrics["loss"] == pytest.approx(sum(formula(w, lo, 0.3) for w, lo in ratios) / 8, rel=1e-5)
     assert metrics["accuracy"] == sum(w > lo for w, lo in ratios) / 8
     assert metrics["margin"] == pytest.approx(0.3 * sum(w - lo for w, lo in ratios) / 8, rel=1e-5)
-    unseen = held_out_dpo(learner, batch, loss)
+    unseen = dpo_eval(learner, batch, loss)
     assert unseen["eval_accuracy"] == metrics["accuracy"]
     assert unseen["eval_loss"] == pytest.approx(metrics["loss"], rel=1e-5)
 
@@ -177,7 +176,7 @@ def test_dpo_s_gradient_with_nll_and_without_a_reference_is_autograd_s(folders, 
     assert metrics["nll"] == pytest.approx(
         -sum(answer_sum(policy, p.chosen).item() / p.chosen.targets for p in drawn) / 8, rel=1e-5
     )
-    assert held_out_dpo(learner, batch, loss)["eval_loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert dpo_eval(learner, batch, loss)["eval_loss"] == pytest.approx(total.item(), rel=1e-5)
 
 
 def test_scores_and_the_loss_of_a_reward_model_are_transformers(folders):
@@ -247,20 +246,20 @@ def test_kto_is_the_paper_s_formula_with_the_mean_kl_of_mismatched_answers(folde
     assert min(z.values()) < 0 < max(z.values())
     learner, role = learner_of(folders["lm"]), reference_of(folders["reference"])
     for name, ours, other in (("lm", learner, role), ("reference", role, learner)):
-        point = reference_point(ours, others, sums_of(other, others, 8), 8)
+        point = reference_point(ours, others, reference_sums(other, others, 8, pack_samples), 8)
         assert point == pytest.approx(max(0.0, z[name]), rel=1e-5)
     point = max(0.0, z["lm"])
     losses = [
         (1.2 if label else 1.0) * (1 - 1 / (1 + math.exp(-0.2 * (r - point if label else point - r))))
         for r, label in zip(ratios, labels, strict=True)
     ]
-    batch = with_reference(pack_labeled(samples, labels), sums_of(role, samples, 8))
+    batch = with_reference(pack_labeled(samples, labels), reference_sums(role, samples, 8, pack_samples))
     metrics = kto_step(learner, batch, KTO, point)
     assert metrics["loss"] == pytest.approx(sum(losses) / count, rel=1e-5) and metrics["kl"] == point
     good = [0.2 * r for r, label in zip(ratios, labels, strict=True) if label]
     bad = [0.2 * r for r, label in zip(ratios, labels, strict=True) if not label]
     assert metrics["margin"] == pytest.approx(sum(good) / len(good) - sum(bad) / len(bad), rel=1e-4)
-    unseen = held_out_kto(learner, batch, KTO)
+    unseen = kto_eval(learner, batch, KTO)
     assert unseen["eval_accuracy"] == sum(g > b for g in good for b in bad) / len(good) / len(bad)
 
 
@@ -270,7 +269,7 @@ def test_a_batch_of_one_kind_has_no_margin(folders):
     batch = with_reference(pack_labeled(samples, [True] * 8), torch.zeros(8))
     metrics = kto_step(learner, batch, KTOLoss(), 0.0)
     assert "chosen" in metrics and "rejected" not in metrics and "margin" not in metrics
-    assert held_out_kto(learner, batch, KTOLoss()) == {}
+    assert kto_eval(learner, batch, KTOLoss()) == {}
 
 
 def test_what_is_not_sane_is_refused_by_the_knob():

@@ -40,7 +40,7 @@ from trialign.algorithms.data.documents import (
     passages,
 )
 from trialign.algorithms.roles.build import build_decoder, build_learner
-from trialign.algorithms.sft import held_out_loss, sft_step
+from trialign.algorithms.sft import eval_loss, sft_step
 from trialign.engine.config import load, parse
 from trialign.models.families.registry import read_config
 
@@ -166,7 +166,7 @@ def two_steps(rank: int, world: int, layout: Layout, folder: Path, update=UPDATE
         own = rows(step)[:: -1 if backwards else 1]
         done = sft_step(learner, pack_rows(own))
         numbers |= {f"{name}/{step}": value for name, value in done.items()}
-    numbers["held out"] = held_out_loss(learner, pack_rows(rows(9, 3)))
+    numbers["held out"] = eval_loss(learner, pack_rows(rows(9, 3)))
     return numbers, whole_states(actor=learner)
 
 

@@ -15,7 +15,7 @@ from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 from trialign.algorithms.roles.build import build_decoder, build_learner
-from trialign.algorithms.sft import held_out_loss, sft_step
+from trialign.algorithms.sft import eval_loss, sft_step
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import read_config
 from trialign.models.hf.tokenizer import stop_ids
@@ -56,7 +56,7 @@ def two_steps(
         samples = rows(step)[:: -1 if backwards else 1]
         batch = pack_samples(samples)
         metrics |= {f"{name}/{step}": v for name, v in sft_step(learner, batch).items()}
-    metrics["held out"] = held_out_loss(learner, pack_samples(rows(9)[:5]))  # 5 rows, whatever dp is
+    metrics["held out"] = eval_loss(learner, pack_samples(rows(9)[:5]))  # 5 rows, whatever dp is
     return metrics, whole_states(actor=learner)
 
 

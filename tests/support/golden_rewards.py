@@ -20,7 +20,7 @@ from trialign.algorithms.config.conditional import CONDITION
 from trialign.algorithms.config.grpo import GRPOOptions
 from trialign.algorithms.data.conditional import conditioned
 from trialign.algorithms.data.responses import Scored, best_against_worst, best_of_n
-from trialign.algorithms.grpo import advantages_of
+from trialign.algorithms.grpo import estimate_advantages
 from trialign.algorithms.losses.kl import KLController, kl_estimate
 from trialign.algorithms.rewards.shaping import RewardShaper
 
@@ -123,7 +123,7 @@ def estimated(case: Case) -> Outputs:
     lam = next(args[key] for key in ("lam", "gae_lambda", "lambd") if key in args)
     config = ppo_config(case, lam=lam, gamma=args.get("gamma", args.get("gae_gamma")))
     batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
-    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+    advantages, returns = ppo.estimate_advantages(batch, values_of(batch), config)
     if case["framework"] == "verl":  # whitened in the same function
         advantages = whitened(case, advantages, rows)
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
@@ -160,7 +160,7 @@ def estimated_by_length(case: Case) -> Outputs:
     rows, args = Rows(prefix_mask(case, "rewards")), case["args"]
     batch = rows.batch(rewards=rows.pack(tensor(case, "rewards")), values=rows.pack(tensor(case, "values")))
     config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
-    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+    advantages, returns = ppo.estimate_advantages(batch, values_of(batch), config)
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
 
 
@@ -227,7 +227,7 @@ def verl_baseline(case: Case) -> Outputs:
     rows = Rows(tensor(case, "response_mask"))
     scores, made = tensor(case, "token_level_rewards").sum(1), grpo_options(case, "reinforce++_baseline")
     no_kl = torch.zeros_like(rows.mask, dtype=scores.dtype)
-    advantages = advantages_of(scores, tensor(case, "index"), no_kl, rows.segments, rows.cu_seqlens, made)[1]
+    advantages = estimate_advantages(scores, tensor(case, "index"), no_kl, rows.segments, rows.cu_seqlens, made)[1]
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(advantages)}
 
 
@@ -254,14 +254,16 @@ def openrlhf_experience(case: Case) -> Outputs:
         assert batch.rewards is not None
         outputs = experience(rows, ppo.with_gae(batch, config)[0])
         if args["no_std_norm"]:
-            outputs["advantages"] = rows.unpack(centered(ppo.advantages_of(batch, values_of(batch), config)[0], rows))
+            outputs["advantages"] = rows.unpack(
+                centered(ppo.estimate_advantages(batch, values_of(batch), config)[0], rows)
+            )
         return outputs
     group = torch.arange(len(scores)) // args["n_samples_per_prompt"]
     changes = OPENRLHF_ESTIMATORS[args["estimator"]] | {"kl_coef": args["kl_coef"], "gamma": args["gamma"]}
     made = grpo_options(case, **changes)
     given = scores, group, kl, segments, rows.cu_seqlens
-    returns = advantages_of(*given, replace(made, whiten="off"), clip)[1]
-    advantages = advantages_of(*given, made, clip)[1]
+    returns = estimate_advantages(*given, replace(made, whiten="off"), clip)[1]
+    advantages = estimate_advantages(*given, made, clip)[1]
     if args["no_std_norm"] and made.whiten != "off":
         advantages = centered(returns, rows)
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
@@ -284,7 +286,7 @@ def slime_experience(case: Case) -> Outputs:
         config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
         rewards = token_rewards(scores, kl, rows.segments, args["kl_coef"], clip=config.reward.token_clip)
         batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
-        advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+        advantages, returns = ppo.estimate_advantages(batch, values_of(batch), config)
         if whole:
             advantages = whitened(case, advantages, counted)
         return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
@@ -297,8 +299,8 @@ def slime_experience(case: Case) -> Outputs:
     made = grpo_options(case, algorithm, **changes)
     group = torch.arange(len(scores))
     given = scores, group, kl, counted.segments, rows.cu_seqlens
-    returns = advantages_of(*given, replace(made, whiten="off"))[1]
-    advantages = advantages_of(*given, replace(made, whiten="unbiased" if whole else "off"))[1]
+    returns = estimate_advantages(*given, replace(made, whiten="off"))[1]
+    advantages = estimate_advantages(*given, replace(made, whiten="unbiased" if whole else "off"))[1]
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
 
 
@@ -311,7 +313,7 @@ def nemo_reinforce(case: Case) -> Outputs:
     logp, ref = tensor(case, "logprobs_policy"), tensor(case, "logprobs_reference")
     kl = rows.pack(kl_estimate(logp, ref, args["kl_type"], *kl_limits(case, args["kl_type"])))
     group = tensor(case, "prompt_ids").unique(return_inverse=True)[1]
-    return {"advantages": rows.unpack(advantages_of(scores, group, kl, rows.segments, rows.cu_seqlens, made)[1])}
+    return {"advantages": rows.unpack(estimate_advantages(scores, group, kl, rows.segments, rows.cu_seqlens, made)[1])}
 
 
 @adapter("NeMo-RL", "RawRewardAdvantageEstimator.compute_advantage")
@@ -358,7 +360,7 @@ def trl_experience(case: Case) -> Outputs:
     if args["whiten_rewards"]:  # their mean stays
         rewards = whitened(case, rewards, longer) + longer.mask * rewards[longer.mask].mean()
     batch = longer.batch(rewards=rewards, values=longer.pack(values))
-    advantages, returns = ppo.advantages_of(batch, values_of(batch), config)
+    advantages, returns = ppo.estimate_advantages(batch, values_of(batch), config)
     return {
         "rewards": longer.unpack(rewards),
         "advantages": answer.unpack(whitened(case, advantages, answer)),
@@ -379,7 +381,7 @@ def trl_rloo(case: Case) -> Outputs:
         logp, ref = tensor(case, "old_per_token_logps"), tensor(case, "ref_per_token_logps")
         kl = rows.pack(kl_estimate(logp, ref, made.kl_estimator))
     group = torch.arange(len(rewards)) // args["num_generations"]
-    each = advantages_of(rewards, group, kl, rows.segments, rows.cu_seqlens, made)[1]
+    each = estimate_advantages(rewards, group, kl, rows.segments, rows.cu_seqlens, made)[1]
     advantages = rows.segments.means(each)
     if args["normalize_advantages"]:
         advantages = group_advantages(advantages, torch.zeros_like(group), "mean", "unbiased", 1e-4)  # of the batch

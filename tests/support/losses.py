@@ -25,7 +25,7 @@ from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.data.documents import Passage, pack_rows
 from trialign.algorithms.data.preferences import Pair, mismatched
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
-from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
+from trialign.algorithms.kto import kto_step, pack_labeled, reference_point
 from trialign.algorithms.micro_batch import Passes, draw_minibatches
 from trialign.algorithms.policy_step import without_unscored
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
@@ -172,9 +172,11 @@ def kto(models: Models, draw: Draw) -> Iterator[Step]:
     plain, others = [pair.chosen for pair in pairs(draw.seed, draw.count)], []
     for i in draw.order:
         others.append(draw.padded(mismatched(plain[i], plain[(i + 1) % draw.count], LONGEST), i))
-    z = reference_point(models.lm, others, sums_of(models.reference, others, draw.count) - 4, draw.count)
+    z = reference_point(
+        models.lm, others, reference_sums(models.reference, others, draw.count, pack_samples) - 4, draw.count
+    )
     batch = pack_labeled(draw.answers, [i % 3 == 0 for i in draw.order])
-    batch = with_reference(batch, sums_of(models.reference, draw.answers, draw.count))
+    batch = with_reference(batch, reference_sums(models.reference, draw.answers, draw.count, pack_samples))
     loss = KTOLoss(beta=0.2, desirable_weight=1.2)
     assert z > 0
     yield models.lm, kto_step(models.lm, batch, loss, z)

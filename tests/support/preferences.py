@@ -10,17 +10,16 @@ from tiny import VOCAB
 from trialign.algorithms.config.common import OptimizerConfig
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss
 from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.data.dialogues import Sample
+from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.data.preferences import Pair, Steps, mismatched
-from trialign.algorithms.dpo import dpo_step, held_out, reference_sums, with_reference
-from trialign.algorithms.kto import held_out as held_out_labeled
-from trialign.algorithms.kto import kto_step, pack_labeled, reference_point, sums_of
+from trialign.algorithms.dpo import dpo_eval, dpo_step, reference_sums, with_reference
+from trialign.algorithms.kto import kto_eval, kto_step, pack_labeled, reference_point
 from trialign.algorithms.reward_model import (
-    held_out_pairs,
-    held_out_process,
     pack_pairs,
     pack_steps,
+    pair_eval,
     pair_step,
+    process_eval,
     process_step,
 )
 from trialign.algorithms.roles.build import build_decoder, build_learner
@@ -98,29 +97,36 @@ def two_steps(
             if kind == "reward":
                 batch = pack_pairs(drawn)
                 if step == 9:
-                    got = held_out_pairs(learner, batch, 0.05)
+                    got = pair_eval(learner, batch, 0.05)
                 else:
                     got = pair_step(learner, batch, 0.05)
             elif kind == "process":
                 batch = pack_steps([steps(step, count)[i] for i in rows])
                 if step == 9:
-                    got = held_out_process(learner, batch)
+                    got = process_eval(learner, batch)
                 else:
                     got = process_step(learner, batch)
             elif kind == "dpo":
                 batch = with_reference(pack_pairs(drawn), reference_sums(reference, drawn, update.batch_size))
                 if step == 9:
-                    got = held_out(learner, batch, DPO)
+                    got = dpo_eval(learner, batch, DPO)
                 else:
                     got = dpo_step(learner, batch, DPO)
             else:
                 samples, labels = labeled(step, count)
                 others = [mismatched(samples[i], samples[(i + 1) % count], 64) for i in rows]
-                z = reference_point(learner, others, sums_of(reference, others, update.batch_size), update.batch_size)
+                z = reference_point(
+                    learner,
+                    others,
+                    reference_sums(reference, others, update.batch_size, pack_samples),
+                    update.batch_size,
+                )
                 samples, labels = [samples[i] for i in rows], [labels[i] for i in rows]
-                batch = with_reference(pack_labeled(samples, labels), sums_of(reference, samples, update.batch_size))
+                batch = with_reference(
+                    pack_labeled(samples, labels), reference_sums(reference, samples, update.batch_size, pack_samples)
+                )
                 if step == 9:
-                    got = held_out_labeled(learner, batch, KTO) | {"kl": z}
+                    got = kto_eval(learner, batch, KTO) | {"kl": z}
                 else:
                     got = kto_step(learner, batch, KTO, z)
             metrics |= {f"{name}/{step}": value for name, value in got.items()}

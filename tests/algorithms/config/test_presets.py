@@ -20,7 +20,7 @@ from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.config.rlhf import RLHFConfig
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.grpo import actor_step as grpo_step
-from trialign.algorithms.grpo import advantages_of, policy_losses, with_advantages
+from trialign.algorithms.grpo import estimate_advantages, policy_losses, with_advantages
 from trialign.algorithms.losses.aggregation import Segments, token_weights
 from trialign.algorithms.losses.kl import kl_estimate
 from trialign.algorithms.losses.policy import importance_weights, log_ratio, ppo_loss, sequence_log_ratio
@@ -213,7 +213,7 @@ def advantages_under(trainer: str, algorithm: str, mask: list[bool]) -> torch.Te
     segments = Segments.of_lengths(torch.tensor([4, 4]), torch.tensor(mask))
     options = grpo_options(algorithm, trainer, kl_coef=0.1, whiten="off")
     ends, group = torch.tensor([0, 4, 8]).int(), torch.zeros(2).long()
-    return advantages_of(torch.tensor([1.0, 3.0]), group, torch.ones(8), segments, ends, options)[1]
+    return estimate_advantages(torch.tensor([1.0, 3.0]), group, torch.ones(8), segments, ends, options)[1]
 
 
 def test_the_kl_of_later_tokens_or_a_token_s_own():

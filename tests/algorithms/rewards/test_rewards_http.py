@@ -283,7 +283,7 @@ def test_abstaining_samples_have_no_targets():
     left = without_unscored(batch, torch.tensor([0.5, math.nan, 1.0]))
     assert left.response.tolist() == [1, 2, 6, 7, 8] and left.lengths == batch.lengths
     assert without_unscored(batch, torch.tensor([0.5, 0.0, 1.0])).mask is batch.mask
-    with pytest.raises(ValueError, match="every answer of the step is without a score"):
+    with pytest.raises(ValueError, match="no response of the step has a score"):
         without_unscored(batch, torch.full((3,), math.nan))
 
 

@@ -70,10 +70,10 @@ def test_critic_starts_from_a_reward_model(folders):
     ("changes", "message"),
     [
         ({"model": {"path": "nowhere"}}, "nowhere: no such folder"),
-        ({"model": {"path": "reward"}}, "the actor must predict tokens"),
+        ({"model": {"path": "reward"}}, "a causal language model is needed"),
         ({"model": {"critic": "other_vocabulary"}}, "vocab_size=128, but the actor's is 260"),
         ({"reward": {"models": "other_vocabulary"}}, "vocab_size=128, but the actor's is 260"),
-        ({"reward": {"models": "actor"}}, "a score head is needed"),
+        ({"reward": {"models": "actor"}}, "a model with a score head is needed"),
         ({"parallel": {"tp": 5}}, "num_heads=4 cannot be sharded over tp=5 ranks; allowed tp: 1 to 4"),
         ({"parallel": {"pp": 2, "pp_layers": (1, 2)}}, r"parallel.pp_layers=\[1, 2\]"),
         ({"parallel": {"pp": 5}}, "num_layers=4 cannot be shared by pp=5; allowed pp: 1 to 4"),
@@ -141,7 +141,7 @@ def test_router_losses_are_weighed_by_the_knobs_or_by_config_json(folders):
 def test_weights_of_router_losses_that_do_not_fit_are_refused(folders):
     for knob, value in (("router_aux_coef", 0.0), ("router_z_coef", 1e-3)):
         settings = config(folders, actor=ActorConfig(dataclasses.replace(OptimizerConfig(), **{knob: value})))
-        with pytest.raises(ValueError, match=f"{knob}={value}: must be .*, for the actor model has no experts"):
+        with pytest.raises(ValueError, match=f"{knob}={value}: must be .*, since the actor model has no experts"):
             build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
         with pytest.raises(ValueError, match=f"{knob}=-0.5: must be"):
             dataclasses.replace(OptimizerConfig(), **{knob: -0.5})
@@ -150,7 +150,7 @@ def test_weights_of_router_losses_that_do_not_fit_are_refused(folders):
 def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):
     tiny_chat_model(tmp_path, vocab_size=200)
     shape = read_shapes(config(folders, model=PPOModels(str(tmp_path)), reward=PolicyReward(functions=("a:b",))))
-    with pytest.raises(ValueError, match="knows 259 tokens, the model only vocab_size=200"):
+    with pytest.raises(ValueError, match="has 259 tokens, the model vocab_size=200"):
         load_tokenizer(str(tmp_path), shape[str(tmp_path)])
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer can be read"):

@@ -13,8 +13,8 @@ from harness import run_ranks
 from preferences import DPO, KTO, labeled, pairs, steps
 from presets import grpo_options
 from safetensors.torch import load_file, save_file
+from samples import random_batch
 from scripts import launch, metrics, options, succeed
-from test_grpo import random_batch
 from tiny import tiny_chat_model, tiny_llama
 from torch import Tensor
 from trialign.algorithms import sft
@@ -317,10 +317,10 @@ def test_a_loss_of_held_out_rows_that_is_not_finite_is_refused_by_row(tmp_path):
     role = Role(build_decoder(str(folder), shape, mesh, "float32"))
     batch = pack([[5, 6, 7], [8, 9]]).with_(names=("a.jsonl:1", "a.jsonl:2"))
     for measure in (
-        lambda: sft.held_out_loss(role, batch),
+        lambda: sft.eval_loss(role, batch),
         lambda: nats_a_token(role, [batch]),
     ):
-        with pytest.raises(ValueError, match=r"^a\.jsonl:1: the model gives it the loss \S+ at a token"):
+        with pytest.raises(ValueError, match=r"^a\.jsonl:1: loss of a token \S+: must be"):
             measure()
     assert perplexity(2.0) == math.exp(2.0) and math.isfinite(perplexity(1e4))
 

@@ -28,7 +28,7 @@ def test_the_token_that_ended_an_answer_is_no_part_of_its_text(tmp_path):
     ]
     assert response_texts(rollouts, tokenizer) == ["hi", "hi!", "hi", ""]
     assert stop_tokens((2, end), tokenizer) == f"stop tokens: </s> (2), ! ({end})"
-    assert stop_tokens((), tokenizer) == "stop tokens: none, so every answer is cut"
+    assert stop_tokens((), tokenizer) == "stop tokens: none, so every response is cut"
 
 
 def test_an_evaluation_stops_at_the_tokenizer_s_own_end_of_sequence(tmp_path):
