@@ -1,14 +1,20 @@
 """Rollouts of two turns with an environment's tokens between and after them, against plain loops over each sample."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from layouts import ALONE, FOUR_RANKS, TWO_RANKS, Layout, assert_layouts_agree, whole_states
+from presets import grpo_options
 from samples import tokenizer
-from trialign.algorithms.advantages import gae
+from tiny import tiny_llama
+from torch import Tensor
 from trialign.algorithms.batch import Batch, Prompt, Rollout, Turn, from_rollouts, response_texts, single_turn
+from trialign.algorithms.config.common import OptimizerConfig, RolloutConfig
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
-from trialign.algorithms.config.ppo import PPOConfig, PPOOptions
+from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.data.responses import (
     label_pairs,
     make_responses,
@@ -19,13 +25,15 @@ from trialign.algorithms.data.responses import (
     write_responses,
 )
 from trialign.algorithms.data.text_files import write_jsonl
+from trialign.algorithms.grpo import actor_step as group_actor_step
 from trialign.algorithms.grpo import with_advantages as with_group_advantages
-from trialign.algorithms.losses.aggregation import Segments, token_weights
-from trialign.algorithms.losses.value import value_loss
-from trialign.algorithms.ppo import with_gae, with_rewards
+from trialign.algorithms.ppo import actor_step, critic_step, with_gae, with_rewards
 from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.rewards.encoder import completion_of, conversation
 from trialign.algorithms.rewards.scorer import with_conversations
+from trialign.algorithms.roles.build import build_decoder, build_learner
+from trialign.algorithms.roles.learner import Learner
+from trialign.models.families.registry import read_config
 
 WORDS = tokenizer()
 
@@ -35,7 +43,7 @@ def ids(text: str) -> list[int]:
 
 
 def rollouts() -> list[Rollout]:
-    """Two turns that end with a tool's words, one turn, and two turns of which the last was cut."""
+    """Two turns and a tool's words at the end, one turn, two turns with a truncated last one, one truncated turn."""
     user = ({"role": "user", "content": "say a"},)
     tool = ({"role": "tool", "content": "w5 w6"},)
     first = Turn(ids("hello w1 <eos>"), [-0.1, -0.2, -0.3], [3, 3, 4])
@@ -51,11 +59,11 @@ def rollouts() -> list[Rollout]:
     ]
 
 
-def test_the_batch_marks_policy_tokens_with_logprobs_and_versions():
+def test_batch_has_mask_logprobs_and_versions_of_policy_tokens():
     batch = from_rollouts(rollouts())
     policy = [0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 1, 1, 1, 0, 0, 0, 1, 1], [0, 0, 1]
     assert batch.mask.tolist() == [bool(m) for mask in policy for m in mask] and batch.lengths == (11, 4, 10, 3)
-    assert batch.last.tolist() == [9, 14, 24, 27]  # of the first, not the tool's last word
+    assert batch.last.tolist() == [9, 14, 24, 27]  # of the first, not the tool's last token
     assert batch.rollout_logprobs is not None and batch.versions is not None
     logprobs, versions = batch.rollout_logprobs[batch.mask], batch.versions[batch.mask]
     assert logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5, -1, -2, -0.1, -0.2, -0.3, -0.6, -0.7, -3])
@@ -63,7 +71,7 @@ def test_the_batch_marks_policy_tokens_with_logprobs_and_versions():
     assert not batch.rollout_logprobs[~batch.mask].any() and not batch.versions[~batch.mask].any()
     assert [rollout.length for rollout in rollouts()] == [5, 2, 5, 1]
     assert [rollout.finish for rollout in rollouts()] == ["stop", "stop", "length", "length"]
-    masked = batch.with_(mask=batch.mask & (torch.arange(28) > 14))  # samples without targets have a last token still
+    masked = batch.with_(mask=batch.mask & (torch.arange(28) > 14))  # samples without targets: their last token
     assert masked.last.tolist() == [10, 14, 24, 27]
     assert batch.select([2, 0]).last.tolist() == [9, 19]
 
@@ -77,26 +85,26 @@ def test_the_batch_marks_policy_tokens_with_logprobs_and_versions():
         (Turn([5, 6], [-1.0], [0, 0]),),
         (Turn([5, 6], [-1.0, -1.0], [0]),),
     ],
-    ids=["none", "the environment first", "no tokens", "too few logprobs", "too few versions"],
+    ids=["no turns", "environment first", "no tokens", "too few logprobs", "too few versions"],
 )
-def test_malformed_rollouts_are_refused_by_their_row(turns):
+def test_malformed_rollouts_are_refused(turns):
     with pytest.raises(ValueError, match="rows:7"):
         from_rollouts([Rollout(Prompt(0, [1], "p", source="rows:7"), turns)])
 
 
-def test_texts_are_of_the_policy_and_the_conversation_is_whole():
+def test_texts_are_the_policys_and_conversations_are_whole():
     done = rollouts()
     assert response_texts(done, WORDS) == ["hello w1\n\nw2", "b", "hello w1\n\nw2 w3", "c"]
     tool = {"role": "tool", "content": "w5 w6"}
     start = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "hello w1"}, tool]
     whole = [*start, {"role": "assistant", "content": "w2"}, tool]
     assert conversation(done[0], ["hello w1", "w2"]) == whole
-    last = completion_of(done[0], ["hello w1", "w2"])  # what a reward model with its own tokenizer scores
+    last = completion_of(done[0], ["hello w1", "w2"])  # scored by a reward model with its own tokenizer
     assert (last.messages, last.text, last.finished) == (start, "w2", True)
     columns = [prompt.fields for prompt in with_conversations(done, WORDS)]
     assert columns[0] == {"level": 0, "conversation": whole}
     assert columns[1]["conversation"] == [start[0], {"role": "assistant", "content": "b"}]
-    assert with_conversations(done[1:2], WORDS)[0].fields == {"level": 0}  # a batch of single turns has no such column
+    assert with_conversations(done[1:2], WORDS)[0].fields == {"level": 0}  # not in a batch of single turns
     bare = dataclasses.replace(done[0], turns=(done[0].turns[0], Turn([5]), done[0].turns[2]))
     with pytest.raises(ValueError, match=r"rows:0: turn 1 "):
         conversation(bare, ["a", "b"])
@@ -105,38 +113,38 @@ def test_texts_are_of_the_policy_and_the_conversation_is_whole():
 def test_rows_of_responses_keep_their_turns(tmp_path):
     done = rollouts()
     rewards = [1.0, 0.0, 2.0, -1.0]
-    made = make_responses(done, response_texts(done, WORDS), rewards, {"f": rewards})
-    pick(made, [r.prompt.index for r in done], "sft")
-    write_responses(tmp_path / "rows.jsonl", made)
+    responses = make_responses(done, response_texts(done, WORDS), rewards, {"f": rewards})
+    pick(responses, [r.prompt.index for r in done], "sft")
+    write_responses(tmp_path / "rows.jsonl", responses)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert ['"mask"' in line for line in lines] == [True, False, True, False]
-    assert read_responses(tmp_path / "rows.jsonl") == made
-    first, third = picked_samples(made)
+    assert read_responses(tmp_path / "rows.jsonl") == responses
+    first, third = picked_samples(responses)
     assert bytes(first.mask) == bytes([0, 0, 1, 1, 1, 0, 0, 0, 1, 1])  # up to its last target
     assert bytes(third.mask) == bytes([0, 0, 1, 1, 1, 0, 0, 0, 1, 1])
-    write_jsonl(tmp_path / "pairs.jsonl", label_pairs(made, 1).rows)
+    write_jsonl(tmp_path / "pairs.jsonl", label_pairs(responses, 1).rows)
     pairs = read_sampled_pairs(str(tmp_path / "pairs.jsonl"))
     assert [pair.chosen[:2] for pair in pairs] == [first[:2], third[:2]]
     assert pack_pairs(pairs).last.tolist() == [9, 13, 23, 26]
 
 
-def numbers() -> tuple[Batch, torch.Tensor]:
+def numbers() -> tuple[Batch, Tensor]:
     """The batch with float64 logprobs and values out of a seed, and a score for each sample."""
-    chance = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     batch = from_rollouts(rollouts())
-    draw = lambda: batch.scatter(torch.randn(len(batch.response), generator=chance, dtype=torch.float64))  # noqa: E731
+    draw = lambda: batch.scatter(torch.randn(len(batch.response), generator=generator, dtype=torch.float64))  # noqa: E731
     batch = batch.with_(logprobs=draw(), ref_logprobs=draw(), values=draw(), rollout_logprobs=draw())
     return batch, torch.tensor([1.5, -0.5, 0.25, 2.0], dtype=torch.float64)
 
 
 def targets_of(batch: Batch, sample: int) -> list[int]:
-    """Places of a sample's targets."""
+    """Indices of a sample's targets."""
     begin = sum(batch.lengths[:sample])
     return [place for place in range(begin, begin + batch.lengths[sample]) if batch.mask[place]]
 
 
-def plain_gae(batch: Batch, rewards: list[float], gamma: float, lam: float, gaps: str) -> list[float]:
-    """GAE of each token by its definition, sample by sample, from the last token to the first; 0 outside the mask."""
+def plain_gae(batch: Batch, rewards: list[float], gamma: float, lam: float, gaps: str) -> Tensor:
+    """[total]: GAE by its definition, sample by sample, from the last token to the first; 0 outside the mask."""
     assert batch.values is not None
     values, advantages, begin = batch.values.tolist(), [0.0] * len(rewards), 0
     for sample, length in enumerate(batch.lengths):
@@ -146,67 +154,143 @@ def plain_gae(batch: Batch, rewards: list[float], gamma: float, lam: float, gaps
             advantage = rewards[place] + gamma * value - values[place] + gamma * lam * advantage
             advantages[place], value = advantage, values[place]
         begin += length
-    return [a if m else 0.0 for a, m in zip(advantages, batch.mask.tolist(), strict=True)]
-
-
-def plain_rewards(batch: Batch, scores: torch.Tensor, kl_coef: float) -> list[float]:
-    """-kl_coef k1 at each target and the score at a sample's last one."""
-    assert batch.logprobs is not None and batch.ref_logprobs is not None
-    rewards = (-kl_coef * (batch.logprobs - batch.ref_logprobs)).tolist()
-    for sample, score in enumerate(scores.tolist()):
-        rewards[targets_of(batch, sample)[-1]] += score
-    return rewards
+    return torch.where(batch.mask, torch.tensor(advantages, dtype=torch.float64), 0)
 
 
 @pytest.mark.parametrize("gaps", ["carry", "zero"])
-def test_gae_across_turns(gaps):
+def test_ppo_rewards_and_advantages_equal_plain_loops(gaps):
     batch, scores = numbers()
-    assert batch.values is not None
-    rewards = plain_rewards(batch, scores, 0.1)
-    segments = Segments.of_lengths(torch.tensor(batch.lengths), batch.mask)
-    told, values = torch.tensor(rewards, dtype=torch.float64), batch.values
-    advantages, returns = gae(told, values, segments, batch.cu_seqlens, 0.95, 0.9, gaps)
-    expected = torch.tensor(plain_gae(batch, rewards, 0.95, 0.9, gaps), dtype=torch.float64)
-    torch.testing.assert_close(advantages, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(returns, torch.where(batch.mask, expected + values, 0), rtol=1e-6, atol=1e-6)
-
-
-def test_ppo_equals_plain_loops_over_the_samples():
-    batch, scores = numbers()
-    config = PPOConfig(ppo=PPOOptions(kl_estimator="k1", gamma=0.95))
-    made, metrics = with_rewards(batch, scores, config, kl_coef=0.1)
-    rewards = plain_rewards(batch, scores, 0.1)
-    assert made.rewards is not None and made.rewards.tolist() == pytest.approx(rewards)
+    config = PPOConfig(ppo=PPOOptions(kl_estimator="k1", gamma=0.95, lam=0.9, turn_gaps=gaps))
+    result, metrics = with_rewards(batch, scores, config, kl_coef=0.1)
     assert batch.logprobs is not None and batch.ref_logprobs is not None and batch.values is not None
-    kl = [sum((batch.logprobs - batch.ref_logprobs)[targets_of(batch, i)].tolist()) for i in range(4)]
-    assert metrics["kl"] == pytest.approx(sum(kl) / 4)
-    made, _ = with_gae(made, config)
-    plain = torch.tensor(plain_gae(batch, rewards, 0.95, config.ppo.lam, config.ppo.turn_gaps), dtype=torch.float64)
-    own = plain[batch.mask]
-    white = (own - own.mean()) / own.var(correction=0).sqrt()
-    assert made.advantages is not None and made.returns is not None
-    torch.testing.assert_close(made.advantages[batch.mask], white, rtol=1e-5, atol=1e-6)
-    assert not made.advantages[~batch.mask].any()
-    values, options = batch.values[batch.response], config.critic
-    losses, _ = value_loss(values, values, made.returns[batch.response], options.value_clip, options.loss_coef)
-    weights = token_weights(
-        Segments.of_lengths(torch.tensor(batch.lengths), batch.mask), "sample-mean", dtype=torch.float64
+    kl = batch.logprobs - batch.ref_logprobs
+    rewards = (-0.1 * kl).tolist()
+    for sample, score in enumerate(scores.tolist()):
+        rewards[targets_of(batch, sample)[-1]] += score
+    assert result.rewards is not None and result.rewards.tolist() == pytest.approx(rewards)
+    assert metrics["kl"] == pytest.approx(kl.sum().item() / 4)
+    result, _ = with_gae(result, config)
+    expected = plain_gae(batch, rewards, 0.95, 0.9, gaps)
+    own = expected[batch.mask]
+    white = batch.scatter((own - own.mean()) / own.var(correction=0).sqrt())
+    torch.testing.assert_close(result.advantages, white, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        result.returns, torch.where(batch.mask, expected + batch.values, 0), rtol=1e-6, atol=1e-6
     )
-    plain_losses = [(0.5 * plain[targets_of(batch, i)] ** 2).mean().item() for i in range(4)]
-    factor = options.loss_coef / 0.5
-    assert (losses * weights[batch.mask]).sum().item() == pytest.approx(factor * sum(plain_losses) / 4, rel=1e-5)
 
 
-def test_grpo_equals_plain_loops_over_the_samples():
-    """Every target of a sample has the advantage of its score in its group of two, less nothing: no KL is taken off."""
+def test_grpo_advantages_equal_plain_loops():
+    """Every target of a sample has the advantage of its score in its group of two."""
     batch, scores = numbers()
-    batch = batch.with_(ref_logprobs=None)
     config = GRPOConfig(grpo=GRPOOptions())
-    made, _ = with_group_advantages(batch.with_(scores=scores, group=torch.tensor([0, 0, 1, 1])), config)
-    assert made.advantages is not None
+    batch = batch.with_(ref_logprobs=None, scores=scores, group=torch.tensor([0, 0, 1, 1]))
+    result, _ = with_group_advantages(batch, config)
+    assert result.advantages is not None and not result.advantages[~batch.mask].any()
     for sample, (own, other) in enumerate([(1.5, -0.5), (-0.5, 1.5), (0.25, 2.0), (2.0, 0.25)]):
         deviation = abs(own - other) / 2**0.5
-        expected = (own - other) / 2 / (deviation + config.grpo.scale_eps)
         places = targets_of(batch, sample)
-        assert made.advantages[places].tolist() == pytest.approx([expected] * len(places), rel=1e-6)
-    assert not made.advantages[~batch.mask].any()
+        expected = (own - other) / 2 / (deviation + config.grpo.scale_eps)
+        assert result.advantages[places].tolist() == pytest.approx([expected] * len(places), rel=1e-6)
+
+
+PPO = PPOConfig(
+    actor=ActorConfig(clip_low=0.1, clip_high=0.1, dual_clip=1.25, entropy_coef=0.01),
+    critic=CriticConfig(value_clip=0.2),
+    ppo=PPOOptions(loss_aggregation="sample-mean", tis_clip=1.05, micro_batch_size=2),
+    rollout=RolloutConfig(max_new_tokens=16),
+)
+GSPO = GRPOConfig(
+    grpo=grpo_options("gspo", clip_low=0.03, clip_high=0.03, entropy_coef=0.01, micro_batch_size=2),
+    rollout=RolloutConfig(max_new_tokens=16, samples_per_prompt=2),
+)
+OLD = torch.tensor([-0.25, 0.1, 0.05, -0.1, 0.3, 0.02, -0.04, 0.9, -0.3, 0.15, -0.16, 0.05, -0.1])
+"""Distance of each target's old logprob from the actor's."""
+ADVANTAGES = torch.tensor([1.0, 0.5, -1.0, 0.4, -0.7, 0.3, -0.2, -1.2, -0.9, 0.8, 1.1, -0.6, 0.5])
+"""Both signs at ratios inside of and beyond the clips, and beyond the dual clip."""
+
+
+def off_policy_steps(rank: int, world: int, layout: Layout, folders: dict[str, Path]) -> dict[str, Any]:
+    """Metrics and whole gradients of one step of actor (PPO, GSPO) and critic on the four rollouts."""
+    mesh, settings, result = layout.mesh(), OptimizerConfig(lr=0.0, max_grad_norm=0.0), {}
+
+    def learner(head: Any) -> Learner:
+        shape = read_config(folders[head])
+        model = build_decoder(str(folders[head]), shape, mesh, "float32", head=head, trained=True)
+        return build_learner(model, settings, 1, sizes=PPO.ppo)
+
+    actor, critic, batch = learner("lm"), learner("score"), from_rollouts(rollouts())
+    logprobs, values = actor.logprobs(batch), critic.values(batch)
+    off = batch.scatter(OLD)
+    batch = batch.with_(logprobs=logprobs + off, rollout_logprobs=logprobs + off / 2, values=values + off)
+    batch = batch.with_(advantages=batch.scatter(ADVANTAGES), returns=values - off)
+    result["ppo"] = actor_step(actor, batch, range(4), PPO, first=False), whole_states(actor=actor)
+    result["gspo"] = group_actor_step(actor, batch, range(4), GSPO, first=False), whole_states(actor=actor)
+    result["critic"] = critic_step(critic, batch, range(4), PPO)[0], whole_states(critic=critic)
+    return result
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {"lm": tiny_llama(root / "lm"), "score": tiny_llama(root / "score", score=True)}
+
+
+@pytest.fixture(scope="module")
+def alone(folders) -> dict[str, Any]:
+    return off_policy_steps(0, 1, ALONE, folders)
+
+
+def reference_step(folders: dict[str, Path], kind: str) -> tuple[float, float, float]:
+    """(loss, clip fraction, gradient norm) in float64 by transformers, one sample at a time."""
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    head: Any = LlamaForSequenceClassification if kind == "critic" else LlamaForCausalLM
+    model = head.from_pretrained(folders["score" if kind == "critic" else "lm"], dtype=torch.float64)
+    batch, offsets = from_rollouts(rollouts()), torch.stack([OLD, ADVANTAGES]).double()
+    losses, bonus, clipped = [], [], []
+    for sample in range(4):
+        places, begin = targets_of(batch, sample), sum(batch.lengths[:sample])
+        tokens, rows = batch.tokens[begin : begin + batch.lengths[sample]][None], [i - begin - 1 for i in places]
+        (off, advantages), offsets = offsets[:, : len(places)], offsets[:, len(places) :]
+        if kind == "critic":
+            values = model.score(model.model(tokens).last_hidden_state)[0, rows, 0]
+            old, returns = values.detach() + off, values.detach() - off
+            free, held = (values - returns) ** 2, (old + (values - old).clamp(-0.2, 0.2) - returns) ** 2
+            own = PPO.critic.loss_coef * torch.maximum(free, held)
+        else:
+            distribution = model(tokens).logits[0, rows].log_softmax(-1)
+            logprobs = distribution.gather(1, batch.tokens[places][:, None])[:, 0]
+            bonus.append(-0.01 * (distribution.exp() * distribution).sum(-1).mean())
+            d, clip = logprobs - logprobs.detach() - off, 0.1
+            if kind == "gspo":
+                d, clip = d.mean().expand_as(d), 0.03
+            free, held = -d.exp() * advantages, -d.exp().clamp(1 - clip, 1 + clip) * advantages
+            own = torch.maximum(free, held)
+        if kind == "ppo":
+            own = torch.where(advantages < 0, torch.minimum(own, -1.25 * advantages), own)  # dual clip
+            own = own * (off / 2).exp().clamp(max=1.05)  # truncated importance sampling
+        losses.append(own.mean())
+        clipped += (held > free + 1e-9).tolist()
+    loss = torch.stack(losses).mean()  # sample-mean
+    (loss - sum(bonus) / 4).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    return loss.item(), sum(clipped) / len(clipped), norm.item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("ppo", ("policy_loss", "clip_fraction", "actor_grad_norm")),
+        ("gspo", ("policy_loss", "clip_fraction", "grad_norm")),
+        ("critic", ("value_loss", "value_clip_fraction", "critic_grad_norm")),
+    ],
+)
+def test_losses_of_two_turns_equal_float64(folders, alone, kind, names):
+    expected = reference_step(folders, kind)
+    assert [alone[kind][0][name] for name in names] == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected[1] < 1
+
+
+@pytest.mark.parametrize("layout", [*TWO_RANKS, *FOUR_RANKS], ids=str)
+def test_two_turns_in_layouts_equal_one_process(folders, alone, layout):
+    assert_layouts_agree(off_policy_steps, [layout], folders, expected=alone)
