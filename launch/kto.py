@@ -18,7 +18,7 @@ from report.panels import KTO_PANELS
 from torch import Tensor
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import KTOConfig
-from trialign.algorithms.data.dialogues import Sample
+from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.data.preferences import LabeledResponse, LabeledStream, mismatched
 from trialign.algorithms.dpo import reference_sums, with_reference
 from trialign.algorithms.kto import kto_eval, kto_step, pack_labeled, reference_point
