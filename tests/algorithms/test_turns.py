@@ -92,7 +92,7 @@ def test_malformed_rollouts_are_refused(turns):
         from_rollouts([Rollout(Prompt(0, [1], "p", source="rows:7"), turns)])
 
 
-def test_texts_are_the_policys_and_conversations_are_whole():
+def test_texts_hold_policy_turns_and_conversations_all_turns():
     done = rollouts()
     assert response_texts(done, WORDS) == ["hello w1\n\nw2", "b", "hello w1\n\nw2 w3", "c"]
     tool = {"role": "tool", "content": "w5 w6"}
