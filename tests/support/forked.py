@@ -1,10 +1,10 @@
-"""Runs scripts of launch/ in processes forked from one that has imported them: `Forked().run(...)`, in a second or two.
+"""Launch scripts in processes forked from one that has imported them: `Forked().run(...)` takes a second or two.
 
-As a program: that process. For each line of JSON on stdin it forks the ranks, with a store and an environment as
-torchrun's agent gives them, and answers with a line on stdout when all of them have ended or the time is up.
+As a program: the process that forks. For each line of JSON on stdin it forks the ranks, with a store and environment
+as under torchrun, and writes a line to stdout when all ranks have ended or the time is up.
 
-A fault is a signal that a rank sends itself, {"phase": "rollout", "nth": 2, "rank": 1, "signal": "SIGSTOP"}, and once
-more after `again` seconds if that is given; or a file that it makes, where `touch` is given.
+A fault is a signal that a rank sends to itself, {"phase": "rollout", "nth": 2, "rank": 1, "signal": "SIGSTOP"}, and
+again after `again` seconds where that is given; or a file that it creates, {"touch": PATH}.
 """
 
 import importlib
@@ -23,17 +23,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = str(ROOT / "launch")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+from scripts import ENVIRONMENT, ROOT
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from trialign.engine.heartbeat import HEARTBEAT
 
 
 class Ended(NamedTuple):
-    """How the ranks of a run ended; a code is negative where a signal ended one, None where it had to be killed."""
+    """Ends of a run's ranks; a code is negative after a signal, None where the rank had to be killed."""
 
     codes: list[int | None]
     output: str  # of all ranks, both streams
-    errors: list[str | None]  # what each rank wrote into torchrun's error file
+    errors: list[str | None]  # each rank's message in torchrun's error file
 
 
 class Forked:
@@ -51,7 +51,7 @@ class Forked:
     def run(
         self, script: str, *arguments: object, ranks: int = 1, fault: dict[str, Any] | None = None, seconds: float = 90
     ) -> Ended:
-        """A script's ranks, to their end; what has not ended in time is killed."""
+        """Runs a script's ranks to their end; kills those that have not ended in time."""
         job = {"script": script, "arguments": list(map(str, arguments)), "ranks": ranks, "fault": fault}
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(job | {"seconds": seconds}), file=self.process.stdin, flush=True)
@@ -64,13 +64,11 @@ class Forked:
 
 
 def _serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    sys.path.insert(0, LAUNCH)
+    sys.path.insert(0, str(ROOT / "launch"))
     for script in ("ppo", "sft", "dpo", "rejection", "evaluate"):
         importlib.import_module(script)
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
     for line in sys.stdin:
         job = json.loads(line)
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -80,7 +78,7 @@ def _serve() -> None:
             pids = [_fork(job, rank, store.port, output, file) for rank, file in enumerate(files)]
             codes = _wait(pids, time.monotonic() + job["seconds"])
             errors = [json.loads(f.read_text())["message"]["message"] if f.exists() else None for f in files]
-            print(json.dumps([codes, output.read_text(), errors]), file=answers, flush=True)
+            print(json.dumps([codes, output.read_text(), errors]), file=replies, flush=True)
 
 
 def _wait(pids: list[int], deadline: float) -> list[int | None]:
@@ -91,9 +89,8 @@ def _wait(pids: list[int], deadline: float) -> list[int | None]:
             if codes[pid] is None:
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
-        if not failed and any(
-            code not in (None, 0) for code in codes.values()
-        ):  # torchrun's agent then ends the others
+        if not failed and any(code not in (None, 0) for code in codes.values()):
+            # As torchrun's agent ends the other ranks.
             failed, deadline = True, min(deadline, time.monotonic() + 5)
             for pid in (pid for pid, code in codes.items() if code is None):
                 os.kill(pid, signal.SIGTERM)
@@ -137,8 +134,6 @@ def _fork(job: dict[str, Any], rank: int, port: int, output: Path, error: Path) 
 
 def _plant(fault: dict[str, Any]) -> None:
     """Sends this process the fault's signal at the nth time that the phase begins."""
-    from trialign.engine.heartbeat import HEARTBEAT
-
     run: Any = importlib.import_module("common.run")
     left = [fault.get("nth", 1)]
 
@@ -146,7 +141,7 @@ def _plant(fault: dict[str, Any]) -> None:
         if "touch" in fault:
             return Path(fault["touch"]).touch()
         number = signal.Signals[fault["signal"]]
-        time.sleep(0.5 if number == signal.SIGSTOP else 0)  # no rank hangs in the very moment that it begins a phase
+        time.sleep(0.5 if number == signal.SIGSTOP else 0)  # the phase is published before the rank stops
         if "again" in fault:
             threading.Timer(fault["again"], os.kill, (os.getpid(), number)).start()
         os.kill(os.getpid(), number)

@@ -1,6 +1,6 @@
 """Runs of launch scripts as users start them, killed runs, and readers of their outputs.
 
-As a program, under torchrun: runs several scripts one after the other in its ranks, which import everything once.
+As a program under torchrun: several scripts in turn in the same ranks, which import everything once.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "MPLBACKEND": "Agg", "H
 
 
 def command(script: str, *arguments: object, ranks: int = 1) -> list[str]:
-    """The words of `python launch/SCRIPT.py ...`, or of torchrun."""
+    """`python launch/SCRIPT.py ...` or, for several ranks, its torchrun command."""
     launcher = [sys.executable] if ranks == 1 else torchrun(ranks)
     return [*launcher, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments)]
 
 
 def torchrun(ranks: int) -> list[str]:
-    """The words that stand before a script."""
+    """The torchrun command before a script."""
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
 
 
@@ -45,7 +45,7 @@ def launch(script: str, *arguments: object, ranks: int = 1) -> subprocess.Comple
 
 
 def reports(done: subprocess.CompletedProcess[str], message: str) -> int:
-    """Ranks that reported an error; torchrun's table of failures, which repeats the first one's, is not counted."""
+    """The number of ranks that reported this error; torchrun's own table of failures is not counted."""
     return sum(line.startswith("error: ") and message in line for line in done.stderr.splitlines())
 
 
@@ -56,14 +56,14 @@ def _run(words: Sequence[str], timeout: float = 300) -> subprocess.CompletedProc
 
 
 def succeed(script: str, *arguments: object, ranks: int = 1) -> str:
-    """Runs a script that must succeed; what it printed."""
+    """Runs a script that must succeed; returns its stdout."""
     done = launch(script, *arguments, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def succeed_in_turn(runs: Sequence[tuple[object, ...]], ranks: int = 2) -> None:
-    """`succeed(*run, ranks=ranks)` of each, all by one torchrun: a script that fails is named and ends it."""
+    """`succeed(*run, ranks=ranks)` of each under one torchrun, which ends at the first failure."""
     jobs = json.dumps([list(map(str, run)) for run in runs])
     done = _run([*torchrun(ranks), __file__, jobs], timeout=300 * len(runs))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,7 +80,7 @@ def start(script: str, *arguments: object) -> subprocess.Popen[bytes]:
 
 
 def kill_after(file: str, folder: Path, script: str, *arguments: object) -> None:
-    """Starts a script that writes into `folder`, and kills it as soon as a file there matches the pattern."""
+    """Starts a script and kills it as soon as a file in `folder` matches the pattern."""
     process = start(script, *arguments)
     deadline = time.monotonic() + 120
     while not list(folder.glob(file)):
@@ -90,8 +90,24 @@ def kill_after(file: str, folder: Path, script: str, *arguments: object) -> None
     process.wait()
 
 
+def assert_resume_is_identical(file: str, folder: Path, whole: Path, step: int, script: str, *arguments: object) -> str:
+    """Kills a script when `file` appears in `folder`, resumes it, and compares it bit for bit with the run `whole`.
+
+    Args:
+        step: the last one.
+
+    Returns:
+        the resumed run's stdout.
+    """
+    kill_after(file, folder, script, *arguments, "--run.output", folder)
+    assert not (folder / "checkpoints" / f"step_{step}").exists(), "killed after the last step"
+    printed = succeed(script, "--resume", folder)
+    assert digests(folder, step) == digests(whole, step) and metrics(folder) == metrics(whole)
+    return printed
+
+
 def digests(run: Path, step: int) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint that training fills; of its state without what the run was asked for."""
+    """SHA-256 of each tensor file of a checkpoint, and its state without the options."""
     last = run / "checkpoints" / f"step_{step}"
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(last.glob("*.safetensors"))}
     state = json.loads((last / "state.json").read_text())
@@ -99,14 +115,14 @@ def digests(run: Path, step: int) -> dict[str, str]:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """The logged steps without what they cost."""
+    """The logged steps without their costs (time, throughput, memory)."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     costs = ("time", "seconds", "tokens_per_s", "mfu", "memory_gb")
     return [{name: value for name, value in line.items() if not name.startswith(costs)} for line in lines]
 
 
 def options(**given: object) -> list[str]:
-    """`model_path="m"` as `--model.path m`; a tuple as several words."""
+    """`model_path="m"` as `--model.path m`; a tuple as several arguments."""
     words = []
     for name, value in given.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -115,25 +131,25 @@ def options(**given: object) -> list[str]:
 
 
 def agree(run: Path, other: Path, step: int, tolerance: float = 1e-5) -> None:
-    """The weights of two runs' checkpoints, and their averages, within the tolerance of each one's largest number."""
-    ours, theirs = (Reader(folder / "checkpoints" / f"step_{step}") for folder in (run, other))
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    compared = [name for name in theirs.tensors if "/master/" in name or "/ema/" in name]
+    """Asserts that weights and averages of two checkpoints differ by at most `tolerance` of each tensor's maximum."""
+    actual, reference = (Reader(folder / "checkpoints" / f"step_{step}") for folder in (run, other))
+    assert actual.tensors.keys() == reference.tensors.keys()
+    compared = [name for name in reference.tensors if "/master/" in name or "/ema/" in name]
     assert compared
     for name in compared:
-        expected = theirs.read(name)
+        expected = reference.read(name)
         limit = tolerance * expected.abs().max().item()
-        torch.testing.assert_close(ours.read(name), expected, rtol=0, atol=limit, msg=f"{run.name}: {name}")
+        torch.testing.assert_close(actual.read(name), expected, rtol=0, atol=limit, msg=f"{run.name}: {name}")
 
 
 def agree_in_metrics(run: Path, other: Path, tolerance: float = 1e-4) -> None:
-    """The logged numbers of two runs, within the tolerance."""
-    for ours, theirs in zip(metrics(run), metrics(other), strict=True):
-        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance / 10), run.name
+    """Asserts that the logged metrics of two runs are equal within the tolerance."""
+    for step, expected in zip(metrics(run), metrics(other), strict=True):
+        assert step == pytest.approx(expected, rel=tolerance, abs=tolerance / 10), run.name
 
 
 def rewound(run: Path, folder: Path, step: int) -> Path:
-    """A copy of a run in `folder` as it was after this step."""
+    """Copies a run to `folder` without the checkpoints after this step."""
     shutil.copytree(run, folder)
     for path in (folder / "checkpoints").iterdir():
         if int(path.name.removeprefix("step_")) > step:
@@ -143,14 +159,13 @@ def rewound(run: Path, folder: Path, step: int) -> Path:
 
 
 def _in_turn(jobs: list[list[str]]) -> None:
-    """Each rank's part of `succeed_in_turn`. A run has keys of its own in the launcher's store."""
+    """One rank of `succeed_in_turn`. Each run has keys of its own in the launcher's store."""
     sys.path[0] = str(ROOT / "launch")
-    world = importlib.import_module("common.env")
+    env: Any = importlib.import_module("common.env")
     for number, (script, *arguments) in enumerate(jobs):
         store, rank, size = next(iter(rendezvous("env://")))
         own = PrefixStore(f"run {number}", store)
-        launch_world: Any = world
-        launch_world.rendezvous = lambda *_, own=own, rank=rank, size=size, **__: iter([(own, rank, size)])
+        env.rendezvous = lambda *_, own=own, rank=rank, size=size, **__: iter([(own, rank, size)])
         sys.argv = [f"{script}.py", *arguments]
         print(*sys.argv, flush=True)
         runpy.run_path(str(ROOT / "launch" / sys.argv[0]), run_name="__main__")

@@ -33,11 +33,11 @@ def killer(prompts, completions, **_):
 
 
 def tiny_run(folder: Path, rows: Sequence[dict], reward: str = "", layers: int = 4, **given: object) -> Path:
-    """Writes model/, rows.jsonl, rewards.py (`REWARDS`) and config.toml with the options `given`; returns the folder.
+    """Writes model/, rows.jsonl, rewards.py (`REWARDS`) and config.toml; returns the folder.
 
     Args:
-        reward: name of the function in rewards.py that rewards responses.
-        given: options as `section_name=value`; model.path, data.sources and reward.functions need not be given.
+        reward: the reward function in rewards.py.
+        given: further options as `section_name=value`.
     """
     tiny_chat_model(folder / "model", num_hidden_layers=layers)
     write_jsonl(folder / "rows.jsonl", rows)
@@ -49,12 +49,12 @@ def tiny_run(folder: Path, rows: Sequence[dict], reward: str = "", layers: int =
 
 
 def write_config(path: Path, **given: object) -> Path:
-    """A config file with these options: `section_name=value`, `section_part.name=value`; None leaves one out."""
+    """Writes a config file with the options `section_name=value`, `section_part.name=value`; None leaves one out."""
     values = {name.replace("_", ".", 1): value for name, value in given.items() if value is not None}
     path.write_text("".join(f"{name} = {json.dumps(value, default=str)}\n" for name, value in values.items()))
     return path
 
 
 def prompts(count: int, **columns: object) -> list[dict]:
-    """Rows with a prompt and a goal each."""
+    """Rows with a prompt and a goal."""
     return [{"prompt": f"say {i} words", "goal": i % 7, **columns} for i in range(count)]
