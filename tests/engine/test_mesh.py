@@ -1,16 +1,16 @@
-"""The mesh: its axes in layouts, meshes of a part of the ranks, and sizes that are refused."""
+"""Axes of a mesh, meshes of some of the ranks, refused sizes, and errors that reach all ranks."""
 
 import pytest
 import torch
 from harness import run_ranks
 from trialign.engine.mesh import build_mesh, check_layout, mesh_as
-from trialign.engine.parallel.collectives import all_reduce, from_mesh, object_from_mesh
+from trialign.engine.parallel.collectives import all_reduce, from_mesh, object_from_mesh, run_on_all_ranks
 
 AXES = ("dp", "pp", "cp", "dp_cp", "ep", "edp", "tp", "embedding")
 
 
 def test_axes_of_a_layout():
-    """tp is fastest and pp slowest; ep and edp are folded from dp."""
+    """tp is fastest and pp slowest; ep and edp are split from dp."""
     mesh = mesh_as(11, tp=2, pp=2, dp=4, ep=2)  # at pp 1, dp 1, tp 1
     assert {name: getattr(mesh, name).ranks for name in AXES} == {
         "tp": (10, 11),
@@ -30,7 +30,7 @@ def test_axes_of_a_layout():
 
 
 def two_meshes(rank: int, world: int):
-    """A mesh of ranks 3 and 1, as pp 2, beside one of all; sums over both and numbers given to ranks outside."""
+    """A mesh of ranks 3 and 1 with pp=2 beside one of all ranks; sums, and values brought to ranks outside."""
     part, whole = build_mesh(pp=2, ranks=[3, 1]), build_mesh(tp=2)
     total = all_reduce(torch.tensor([rank + 1.0]), part.pp).item()
     sizes = {name: (getattr(part, name).size, getattr(part, name).rank) for name in AXES}
@@ -39,20 +39,12 @@ def two_meshes(rank: int, world: int):
     return part.is_member, part.ranks, sizes, total, given, same, all_reduce(torch.ones(1), part.world).item()
 
 
-def test_a_mesh_of_a_part_of_the_ranks():
-    one = dict.fromkeys(AXES, (1, 0))
+def test_mesh_of_some_ranks():
     for rank, (member, ranks, sizes, total, given, same, everyone) in enumerate(run_ranks(two_meshes, 4)):
-        assert (member, ranks, same, everyone) == (rank in (1, 3), (3, 1), rank, 4)
+        assert (member, ranks, same, everyone, given) == (rank in (1, 3), (3, 1), rank, 4, (3, [3]))
         place = (2, [3, 1].index(rank)) if member else (1, 0)
-        assert sizes == one | {"pp": place, "embedding": place}
+        assert sizes == dict.fromkeys(AXES, (1, 0)) | {"pp": place, "embedding": place}
         assert total == (6 if member else rank + 1)
-        assert given == (3, [3])
-
-
-@pytest.mark.parametrize("ranks", [[0, 0], [1], [-1]])
-def test_ranks_that_are_not_there_are_refused(ranks):
-    with pytest.raises(ValueError, match="ranks="):
-        build_mesh(ranks=ranks)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +55,37 @@ def test_ranks_that_are_not_there_are_refused(ranks):
         (4, {"tp": 1, "pp": 0}, "parallel.pp=0"),
         (4, {"tp": 1, "pp": 1, "cp": 2}, "parallel.cp=2"),
         (8, {"tp": 2, "pp": 1, "ep": 3}, r"parallel\.ep=3: .* dp=4; allowed: 1, 2, 4"),
-        (8, {"tp": 2, "pp": 1, "ep": 0}, r"parallel\.ep=0"),
     ],
 )
-def test_sizes_that_make_no_layout_are_refused(world, sizes, named):
+def test_impossible_sizes_are_refused(world, sizes, named):
     assert check_layout(8, tp=2, pp=1, ep=4) == 4
     with pytest.raises(ValueError, match=named):
         check_layout(world, **sizes)
+    for ranks in ([0, 0], [1], [-1]):
+        with pytest.raises(ValueError, match="ranks="):
+            build_mesh(ranks=ranks)
+
+
+def failing(rank: int, world: int, error: type[Exception], failed: tuple[int, ...]) -> tuple[type, str]:
+    def work() -> int:
+        if rank in failed:
+            raise error(f"of {rank}")
+        return rank
+
+    axis = build_mesh(dp=world).world
+    assert run_on_all_ranks(lambda: rank, axis) == rank
+    with pytest.raises(Exception) as caught:
+        run_on_all_ranks(work, axis, "step: ")
+    return caught.type, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "failed", "expected"),
+    [
+        (FileNotFoundError, (0, 1), [(OSError, "step: of 0")] * 2),
+        (UnicodeError, (1,), [(ValueError, "step: rank 1: of 1")] * 2),
+        (KeyError, (1,), [(RuntimeError, "step: rank 1: 'of 1'"), (KeyError, "'of 1'")]),
+    ],
+)
+def test_error_of_one_rank_is_raised_on_all(error, failed, expected):
+    assert run_ranks(failing, 2, error, failed) == expected

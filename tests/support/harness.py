@@ -1,10 +1,9 @@
 """Runs a test's function on several gloo ranks of this machine: `run_ranks(fn, world, *args)`.
 
-Ranks are processes forked from a server that has torch loaded already, and they are kept from one call to the next,
-so a call costs hundredths of a second. What one call could leave for the next is set anew for every call: the process
-group, the random state, the environment, sys.path and the working directory (taken from the caller, so
-monkeypatch.setenv reaches the ranks), torch's default dtype and grad mode. A test that changes anything else in its
-process, or sets what is read when a module is imported, asks for `fresh=True`. After a failure no rank is used again.
+Ranks are processes forked from a server with torch loaded, kept from one call to the next, so that a call takes
+hundredths of a second. Every call starts with a new process group and resets the random state, the environment,
+sys.path and the working directory (the caller's, so that monkeypatch.setenv reaches the ranks), torch's default dtype
+and grad mode. A test that changes anything else in its process needs `fresh=True`. After a failure no rank is reused.
 """
 
 import contextlib
@@ -25,22 +24,22 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# The last one is what the first backward(gradient) of a process imports: 0.4 s.
+# The last one is imported by the first backward(gradient) of a process, in 0.4 s.
 PRELOAD = ["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes"]
-GRACE = 2.0  # seconds the other ranks get to say what they saw, after the first failure
+GRACE = 2.0  # seconds for the other ranks' tracebacks after the first failure
 _workers: list["Worker"] = []
 
 
 class RanksFailed(AssertionError):
-    """A rank raised or died. The text holds every rank's traceback, the first to fail first."""
+    """A rank raised or died. The text has the tracebacks of all failed ranks."""
 
 
 class RanksTimeout(RanksFailed):
-    """Some ranks did not end in time, as in a deadlock. The text names them and shows where each one stands."""
+    """Some ranks did not end in time (a deadlock). The text has their numbers and stacks."""
 
 
 class Worker:
-    """One process that runs one rank of one call after the other."""
+    """A process that runs one rank of a call after another."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -54,11 +53,11 @@ class Worker:
         far_end.close()
 
     def stack(self) -> str:
-        """Where the process stands now, written by its own faulthandler."""
+        """The process's current stack, from its faulthandler."""
         if self.process.pid is not None and self.process.is_alive():
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.2)
-        return self.stack_file.read_text() or "(no stack: it never started, or holds signals back)"
+        return self.stack_file.read_text() or "(no stack: not started, or signals are blocked)"
 
     def kill(self) -> None:
         self.process.kill()
@@ -68,14 +67,16 @@ class Worker:
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 60, fresh: bool = False) -> list[Any]:
-    """Runs `fn(rank, world, *args)` on `world` ranks with gloo as the default group, and gives their results by rank.
+    """Runs `fn(rank, world, *args)` on `world` ranks, with one thread each; returns their results by rank.
 
-    fn: a function at the top level of a test file. args and results travel by pickle; tensors are copied.
-    timeout: seconds for the whole call, and for each collective.
-    fresh: use new processes, and end them afterwards.
+    Args:
+        fn: a function at the top level of a test file; arguments and results are pickled.
+        timeout: seconds for the whole call, and for each collective.
+        fresh: use new processes, and end them afterwards.
 
-    Each rank computes with one thread. Raises RanksFailed with every failing rank's traceback when one raises or dies,
-    and RanksTimeout when some do not end in time.
+    Raises:
+        RanksFailed: a rank raised or died.
+        RanksTimeout: a rank did not end in time.
     """
     if fn.__qualname__ != fn.__name__:
         raise ValueError(f"{fn.__qualname__} must be at the top level of its file: ranks import it by name")
@@ -101,7 +102,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
 
 
 def _collect(workers: list[Worker], timeout: float) -> list[Any]:
-    """Waits for every rank's answer; a dead process answers at once, by the end of its pipe."""
+    """Waits for every rank's result; the pipe of a dead process ends at once."""
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     rank_of: dict[Any, int] = {worker.pipe: rank for rank, worker in enumerate(workers)}
@@ -109,14 +110,14 @@ def _collect(workers: list[Worker], timeout: float) -> list[Any]:
     while rank_of and (left := deadline - time.monotonic()) > 0:
         for pipe in wait(list(rank_of), left):
             rank = rank_of.pop(pipe)
+            worker = workers[rank]
             try:
-                answer: tuple[bool, bytes] = workers[rank].pipe.recv()
+                ok, payload = worker.pipe.recv()
             except EOFError:
-                workers[rank].process.join()
-                crash = workers[rank].stack_file.read_text()  # written by faulthandler for a segmentation fault
-                failures[rank] = f"died, exit code {workers[rank].process.exitcode}\n{crash}"
+                worker.process.join()
+                crash = worker.stack_file.read_text()  # by faulthandler, after a segmentation fault
+                failures[rank] = f"died, exit code {worker.process.exitcode}\n{crash}"
             else:
-                ok, payload = answer
                 if ok:
                     results[rank] = pickle.loads(payload)
                 else:
@@ -134,7 +135,7 @@ def _collect(workers: list[Worker], timeout: float) -> list[Any]:
 
 
 def _serve(pipe: Connection, stack_file: str) -> None:
-    """A worker's life: run jobs until the pipe closes."""
+    """Main loop of a worker: runs jobs until the pipe closes."""
     with open(stack_file, "w") as stack:
         faulthandler.enable(file=stack, all_threads=False)
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
@@ -143,7 +144,7 @@ def _serve(pipe: Connection, stack_file: str) -> None:
                 (environment, path, folder), job = pipe.recv()
                 os.environ.clear()
                 os.environ.update(environment)
-                # The machine's host name may not resolve; the loopback always answers.
+                # The machine's host name may not resolve; the loopback interface always works.
                 loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
                 sys.path[:] = path
@@ -152,8 +153,8 @@ def _serve(pipe: Connection, stack_file: str) -> None:
 
 
 def _run(job: bytes) -> tuple[bool, bytes]:
-    """One call: (True, the pickled result) or (False, the traceback)."""
-    import torch
+    """Runs one call: (True, the pickled result) or (False, the traceback)."""
+    import torch  # not at the top: the test process may not need it before its ranks do
     import torch.distributed as dist
 
     try:
@@ -162,17 +163,12 @@ def _run(job: bytes) -> tuple[bool, bytes]:
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.manual_seed(0)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=timeout),
-        )
-        dist.barrier()  # a rank that has little to do must not be gone before the others have connected
+        limit = datetime.timedelta(seconds=timeout)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
+        dist.barrier()  # no rank may end before the others have connected
         fn = getattr(importlib.import_module(module), name)
         return True, pickle.dumps(fn(rank, world, *args))
-    except BaseException:  # a rank's SystemExit is a failure of the test too, and the caller must see it
+    except BaseException:  # SystemExit too
         return False, traceback.format_exc().encode()
     finally:
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Layouts of ranks, and the law that each computes the numbers of one process."""
+"""Layouts of ranks, and the assertion that each computes the numbers of one process."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -38,7 +38,7 @@ FOUR_RANKS = (Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2))
 
 
 def whole_states(**learners: Learner) -> dict[str, Tensor]:
-    """Whole masters, moments and gradients of the last step: `role/kind/weight`, on every rank. Collective."""
+    """Whole masters, moments and gradients of the last step, on every rank: `role/kind/weight`. Collective."""
     states: dict[str, Tensor] = {}
     for role, learner in learners.items():
         optimizer, model = learner.optimizer, learner.model
@@ -52,9 +52,9 @@ def whole_states(**learners: Learner) -> dict[str, Tensor]:
 
 
 def assert_close(got: Any, expected: Any, tolerance: float = 1e-5, name: str = "") -> None:
-    """Numbers within the relative tolerance, tensors within that of their largest element, containers item by item.
+    """Compares numbers within the relative tolerance, tensors within that of their largest element, containers by item.
 
-    Numbers have an absolute floor besides, a fifth of the tolerance: metrics such as implicit rewards are small
+    Numbers have an absolute tolerance too, a fifth of the relative one: metrics such as implicit rewards are small
     differences of sums of tens of nats.
     """
     if isinstance(expected, Mapping):
@@ -63,8 +63,8 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-5, name: str = "
             assert_close(got[key], value, tolerance, f"{name}/{key}")
     elif isinstance(expected, tuple | list):
         assert len(got) == len(expected), name
-        for place, value in enumerate(expected):
-            assert_close(got[place], value, tolerance, f"{name}[{place}]")
+        for i, value in enumerate(expected):
+            assert_close(got[i], value, tolerance, f"{name}[{i}]")
     elif isinstance(expected, Tensor):
         largest = expected.abs().max().item()
         torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * largest, msg=name)
@@ -75,11 +75,11 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-5, name: str = "
 def assert_layouts_agree(
     step: Callable[..., Any], layouts: Iterable[Layout], *args: Any, tolerance: float = 1e-5, expected: Any = None
 ) -> Any:
-    """Runs `step(rank, world, layout, *args)` in one process and on all ranks of each layout; results are close.
+    """Asserts that `step(rank, world, layout, *args)` returns on all ranks of each layout what one process returns.
 
     Args:
-        step: a function at the top level of a test file; its result is what `assert_close` compares.
-        expected: the result of one process, where a test has it already.
+        step: a function at the top level of a test file; its results are compared by `assert_close`.
+        expected: the result of one process, if the test has it already.
 
     Returns:
         The result of one process.

@@ -1,4 +1,4 @@
-"""Pipeline schedules beside the engine's own, to show that its simulator and its runner take any."""
+"""Further pipeline schedules, for tests of the simulator and the runner."""
 
 from trialign.engine.pipeline.schedule import Action
 
@@ -9,8 +9,8 @@ def gpipe(rank: int, ranks: int, count: int) -> list[Action]:
 
 
 def interleaved(rank: int, ranks: int, count: int, chunks: int = 2) -> list[Action]:
-    """Interleaved 1F1B (https://arxiv.org/abs/2104.04473, section 2.2): groups of `ranks` micro-batches go through one
-    chunk of a rank after the other; `count` must be a multiple of `ranks`."""
+    """Interleaved 1F1B (https://arxiv.org/abs/2104.04473, section 2.2): groups of `ranks` micro-batches pass a
+    rank's chunks one after the other; `count` must be a multiple of `ranks`."""
     order = [(c, i) for first in range(0, count, ranks) for c in range(chunks) for i in range(first, first + ranks)]
     back = [(chunks - 1 - c, i) for c, i in order]
     warm_up = min(2 * (ranks - 1 - rank) + (chunks - 1) * ranks, len(order))
@@ -21,8 +21,8 @@ def interleaved(rank: int, ranks: int, count: int, chunks: int = 2) -> list[Acti
 
 
 def split_backward(rank: int, ranks: int, count: int) -> list[Action]:
-    """1F1B with the backward of the weights put off: until after the last of the inputs' (ZB-H1 at its simplest, with
-    its gain in time at more memory; https://arxiv.org/abs/2401.10241)."""
+    """1F1B with all backwards of the weights after the last backward of the inputs: the simplest form of zero bubble
+    (https://arxiv.org/abs/2401.10241)."""
     warm_up = min(ranks - 1 - rank, count)
     actions = [Action("F", rank, i) for i in range(warm_up)]
     for i in range(count - warm_up):

@@ -1,4 +1,4 @@
-"""The block pool gives each block to one owner; the paged cache has the shapes and bytes it says."""
+"""Block pool and paged cache."""
 
 import pytest
 import torch
@@ -7,38 +7,26 @@ from hypothesis import strategies as st
 from trialign.engine.generation.kv_cache import BlockPool, PagedCache, blocks_for
 
 
-@pytest.mark.parametrize("tokens, blocks", [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2)])
-def test_blocks_for_rounds_up(tokens, blocks):
-    assert blocks_for(tokens, 16) == blocks
-
-
-def test_pool_gives_all_or_nothing():
+def test_pool_allocates_all_or_nothing():
+    assert [blocks_for(tokens, 16) for tokens in (0, 1, 16, 17)] == [0, 1, 1, 2]
     pool = BlockPool(5)
     first = pool.allocate(3)
     assert first is not None and first == [0, 1, 2]
-    assert pool.allocate(3) is None
-    assert pool.free_blocks == 2, "a refused request must take nothing"
+    assert pool.allocate(3) is None and pool.free_blocks == 2
     pool.free(first)
-    assert pool.allocate(3) == first, "the last freed blocks come back first, in their order"
-    assert pool.allocate(0) == []
+    assert pool.allocate(3) == first, "the last freed blocks are allocated first, in their order"
     pool.grow(4)
     assert pool.num_blocks == 5, "a pool does not shrink"
     pool.grow(7)
-    assert pool.allocate(4) == [3, 4, 5, 6], "new blocks are handed out last"
-
-
-def test_pool_notices_a_double_free():
-    pool = BlockPool(2)
-    blocks = pool.allocate(2)
-    assert blocks is not None
-    pool.free(blocks)
+    assert pool.allocate(4) == [3, 4, 5, 6], "new blocks are allocated last"
+    pool.free(first)
     with pytest.raises(AssertionError, match="freed twice"):
-        pool.free(blocks)
+        pool.free([*first, *first])
 
 
 @given(st.integers(0, 30), st.lists(st.one_of(st.integers(0, 12), st.just(-1)), max_size=60))
-def test_pool_never_hands_out_a_block_twice(size, requests):
-    """Requests of random sizes (-1 frees the oldest holding): holdings stay disjoint and nothing is lost."""
+def test_pool_never_allocates_a_block_twice(size, requests):
+    """Requests of random sizes; -1 frees the oldest one's blocks."""
     pool, held = BlockPool(size), []
     for request in requests:
         if request < 0:
@@ -55,13 +43,11 @@ def test_pool_never_hands_out_a_block_twice(size, requests):
         assert pool.free_blocks == size - len(flat)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_shapes_and_bytes(dtype):
-    kv_shape = (3, 2, 8)
+def test_cache_grows_and_keeps_its_numbers():
+    kv_shape, dtype = (3, 2, 8), torch.bfloat16
     cache = PagedCache(kv_shape, 5, 4, dtype=dtype, device=torch.device("cpu"))
     tensors = [*cache.keys, *cache.values]
-    assert len(cache.keys) == len(cache.values) == 3
-    assert all(t.shape == (5, 4, 2, 8) and t.dtype == dtype and t.is_contiguous() for t in tensors)
+    assert len(tensors) == 6 and all(t.shape == (5, 4, 2, 8) and t.dtype == dtype for t in tensors)
     assert sum(t.nbytes for t in tensors) == 5 * PagedCache.bytes_per_block(kv_shape, 4, dtype)
     for number, tensor in enumerate(tensors):
         tensor.fill_(number)

@@ -1,4 +1,4 @@
-"""Continuous batching, simulated without tensors: every prompt ends, blocks are never shared, the order is fair."""
+"""Scheduler, driven without tensors: every prompt ends, blocks are never shared, first come is first served."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,8 +9,8 @@ from trialign.engine.generation.scheduler import Scheduler, Sequence, Step
 STOP = 7
 
 
-def make(lengths, blocks=None, block_size=4, *, max_new_tokens=5, **kwargs) -> Scheduler:
-    """A scheduler with a request for each length of a prompt; their ids are their places."""
+def scheduler_of(lengths, blocks=None, block_size=4, *, max_new_tokens=5, **kwargs) -> Scheduler:
+    """A scheduler with prompts of these lengths, whose ids count from 0."""
     options = {"max_running": 4, "prefill_tokens": 1000, "max_blocks": blocks, **kwargs}
     scheduler = Scheduler(block_size, **options)
     params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=(STOP,))
@@ -26,7 +26,7 @@ def planned(scheduler, lane=0) -> Step:
 
 
 def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None):
-    """Runs all lanes in turn to the end and returns the steps and what ended, by id; checks the invariants at each."""
+    """Runs all lanes in turn to the end, checking invariants; returns the steps, and the ended sequences by id."""
     steps, turn, idle = [], 0, 0
     pending = [None] * len(scheduler.running)
     while True:
@@ -50,7 +50,7 @@ def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None)
             steps.append(pending[lane])
         idle = 0 if any(pending) else idle + 1
         assert idle <= len(pending), "nothing runs although prompts wait"
-        check(scheduler)
+        assert_invariants(scheduler)
         turn += 1
     ended = {s.id: s for s in scheduler.ended}
     assert scheduler.done == scheduler.total
@@ -58,7 +58,7 @@ def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None)
     return steps, ended
 
 
-def check(scheduler):
+def assert_invariants(scheduler):
     running = [s for lane in scheduler.running for s in lane]
     blocks = [block for s in running for block in s.blocks]
     assert len(set(blocks)) == len(blocks), "two sequences share a block"
@@ -70,8 +70,8 @@ def check(scheduler):
         assert len(s.blocks) * scheduler.block_size >= len(s.prompt) + s.params.max_new_tokens - 1
 
 
-def test_a_finished_sequence_is_replaced_in_the_next_step():
-    scheduler = make([2, 2, 2], max_running=2)
+def test_finished_sequence_is_replaced_in_the_next_step():
+    scheduler = scheduler_of([2, 2, 2], max_running=2)
     first = planned(scheduler)
     assert (first.decoding, [s.id for s in first.admitted], first.tokens) == (0, [0, 1], 4)
     scheduler.commit(first, [STOP, 1], [-1.0, -2.0], version=3)
@@ -82,38 +82,29 @@ def test_a_finished_sequence_is_replaced_in_the_next_step():
     assert (done.tokens, done.logprobs, done.versions, done.finish, done.blocks) == ([STOP], [-1.0], [3], "stop", [])
 
 
-def test_length_and_stop():
-    _, ended = drive(make([3, 3], max_new_tokens=4), lambda s, place: STOP if s.id == 0 and place == 3 else 1)
-    assert [ended[i].finish for i in (0, 1)] == ["stop", "length"], "a stop id in the last place is a stop"
-    assert [len(ended[i].tokens) for i in (0, 1)] == [4, 4]
+def test_stop_id_as_last_token_is_a_stop():
+    _, ended = drive(scheduler_of([3, 3], max_new_tokens=4), lambda s, place: STOP if s.id == 0 and place == 3 else 1)
+    assert [ended[i].finish for i in (0, 1)] == ["stop", "length"]
 
 
-def test_prefill_budget():
-    steps, _ = drive(make([6, 3, 9, 20, 1], max_running=5, prefill_tokens=10))
+def test_admission_order_and_prefill_budget():
+    steps, _ = drive(scheduler_of([6, 3, 9, 20, 1], max_running=5, prefill_tokens=10))
     admitted = [[len(s.prompt) for s in step.admitted] for step in steps if step.admitted]
     assert admitted == [[6, 3], [9], [20], [1]], "in order, 10 tokens a step, a longer prompt alone"
-
-
-def test_a_prompt_waits_for_blocks_and_nobody_overtakes():
     # Blocks of 4, at most 5 new tokens: 8 + 4 cached tokens take 3 blocks, 1 + 4 take 2.
-    steps, _ = drive(make([8, 8, 1], blocks=5, max_running=3))
+    steps, _ = drive(scheduler_of([8, 8, 1], blocks=5, max_running=3))
     assert [[s.id for s in step.admitted] for step in steps if step.admitted] == [[0], [1, 2]]
 
 
-def test_the_last_token_needs_no_room():
-    scheduler = make([4], block_size=8)
-    planned(scheduler)
-    assert scheduler.pool.num_blocks == 1
-
-
 def test_lanes_are_filled_evenly():
-    scheduler = make([1] * 5, max_running=100, lanes=2)
+    scheduler = scheduler_of([1] * 5, block_size=5, max_running=100, lanes=2)
     assert (planned(scheduler, 0).rows, planned(scheduler, 1).rows) == (3, 2)
+    assert scheduler.pool.num_blocks == 5, "1 + 5 tokens take one block: the last is not cached"
 
 
-def test_an_aborted_sequence_gives_up_its_row_and_its_blocks():
-    """One that waits ends at once; one whose step is in flight ends when the step comes back, without its token."""
-    scheduler = make([2, 2, 2], max_running=2)
+def test_aborted_sequence_frees_its_row_and_blocks():
+    """A waiting one ends at once, a running one after its step, whose token is dropped."""
+    scheduler = scheduler_of([2, 2, 2], max_running=2)
     step = planned(scheduler)
     scheduler.abort([2, 1])
     assert [s.id for s in scheduler.ended] == [2] and scheduler.pool.free_blocks == 0
@@ -125,8 +116,8 @@ def test_an_aborted_sequence_gives_up_its_row_and_its_blocks():
     assert scheduler.retire(0) == [] and not scheduler.unfinished
 
 
-def test_a_requeued_sequence_is_admitted_first_with_the_tokens_it_has():
-    scheduler = make([2, 3, 1], max_running=2)
+def test_requeued_sequences_are_admitted_first_with_their_tokens():
+    scheduler = scheduler_of([2, 3, 1], max_running=2)
     scheduler.commit(planned(scheduler), [4, 5], [-1.0, -2.0])
     scheduler.requeue()
     assert scheduler.pool.free_blocks == scheduler.pool.num_blocks
@@ -134,8 +125,8 @@ def test_a_requeued_sequence_is_admitted_first_with_the_tokens_it_has():
     assert (step.decoding, [s.id for s in step.admitted], step.tokens) == (0, [0, 1], 3 + 4)
 
 
-def test_the_pool_grows_with_what_comes():
-    scheduler = make([4], max_running=8)  # 4 + 4 cached tokens: 2 blocks of 4
+def test_pool_doubles_up_to_its_limit():
+    scheduler = scheduler_of([4], max_running=8)  # 4 + 4 cached tokens: 2 blocks of 4
     params = SamplingParams(max_new_tokens=5)
     sizes = []
     for number in range(1, 10):
@@ -160,15 +151,13 @@ def test_the_pool_grows_with_what_comes():
     lanes=st.integers(1, 3),
     prefill_tokens=st.integers(1, 20),
 )
-def test_every_prompt_ends_right(
-    lengths, late, aborts, ends, block_size, spare, max_running, lanes, prefill_tokens
-):  # fmt: skip
-    """Whatever the sizes, arrivals and aborts: responses have the length their stop gives them, those that were aborted
-    at most that, and a second run takes the same steps."""
+def test_every_prompt_ends(lengths, late, aborts, ends, block_size, spare, max_running, lanes, prefill_tokens):
+    """For any sizes, arrivals and aborts: responses end with their stop id, aborted ones no later, and a second run
+    takes the same steps."""
     largest = blocks_for(max(lengths) + 4, block_size)
 
     def run():
-        scheduler = make(
+        scheduler = scheduler_of(
             lengths[:1],
             blocks=largest + spare,
             block_size=block_size,

@@ -1,4 +1,4 @@
-"""The generator as a service: requests come and go and weights change while it runs, in one process and in layouts."""
+"""Generator as a service: requests are added and aborted and weights change while it runs, in several layouts."""
 
 from functools import cache
 from typing import Any
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from harness import run_ranks
 from tiny import VOCAB
 from tiny_moe import MIXTRAL, moe_config, moe_decoder, world_of
+from trialign.algorithms.micro_batch import contiguous_part
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import Completion, Interrupted, Request, SamplingParams
 from trialign.engine.mesh import build_mesh
@@ -17,9 +18,7 @@ from trialign.kernels.attention import packed_attention
 from trialign.models.decoder import Decoder
 from trialign.models.flops import forward_flops
 
-LAYOUTS: list[dict[str, Any]] = [
-    {}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 2, "ep": 2}, {"pp": 2, "dp": 2, "ep": 2}
-]  # fmt: skip
+LAYOUTS: list[dict[str, Any]] = [{}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 2, "ep": 2}, {"pp": 2, "dp": 2, "ep": 2}]
 OPTIONS: dict[str, Any] = {"block_size": 4, "max_running": 3, "prefill_tokens": 16}
 PARAMS = [
     SamplingParams(max_new_tokens=12, stop_ids=tuple(range(3, 10)), temperature=1.2, seed=5),
@@ -38,7 +37,7 @@ def request(number: int) -> Request:
 
 
 def decoder(sizes: dict[str, Any], scale: float = 1.0, moe: bool = False) -> Decoder:
-    """Its logits depend on `scale`; with experts where `moe`."""
+    """A model with experts if `moe`; its logits depend on `scale`."""
     model = moe_decoder(moe_config(MIXTRAL if moe else None), build_mesh(**sizes))
     if model.norm is not None:
         model.norm.weight.data *= scale
@@ -53,8 +52,13 @@ def alone(moe: bool) -> list[Completion]:
     return [EmbeddedGenerator(model, model.mesh).generate([r.prompt], [r.sample_id], r.params)[0] for r in requests]
 
 
+def run(function: Any, sizes: dict[str, Any], *args: Any) -> list[Any]:
+    """Results of all ranks of a layout."""
+    return run_ranks(function, world_of(sizes), sizes, *args, timeout=180) if sizes else [function(0, 1, {}, *args)]
+
+
 def serve(rank: int, world: int, sizes: dict[str, Any]) -> dict[int, tuple[int, Completion]]:
-    """Request -> the step that returned its completion, the completion; of this DP rank's requests."""
+    """Request -> (step that returned its completion, completion), for the requests of this DP rank."""
     model = decoder(sizes, moe="ep" in sizes)
     generator, numbers = EmbeddedGenerator(model, model.mesh, **OPTIONS), {}
     collected, dp = {}, model.mesh.dp
@@ -71,8 +75,8 @@ def serve(rank: int, world: int, sizes: dict[str, Any]) -> dict[int, tuple[int, 
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
-def test_a_request_gets_the_same_tokens_whatever_comes_and_goes_beside_it(sizes):
-    results = run_ranks(serve, world_of(sizes), sizes, timeout=180) if sizes else [serve(0, 1, {})]
+def test_tokens_do_not_depend_on_other_requests(sizes):
+    results = run(serve, sizes)
     collected = results[0]
     for result in results:
         assert all(collected.setdefault(number, value) == value for number, value in result.items()), "ranks disagree"
@@ -87,14 +91,41 @@ def test_a_request_gets_the_same_tokens_whatever_comes_and_goes_beside_it(sizes)
         assert completion.tokens == expected.tokens[:count]
         assert completion.logprobs == pytest.approx(expected.logprobs[:count], abs=2e-5)
         assert completion.versions == [0] * count
-    assert collected[7][1].finish == "abort" or collected[4][1].finish == "abort", "aborted in time"
-    assert collected[1][1].finish != "abort", "it had been collected"
+    assert "abort" in (collected[7][1].finish, collected[4][1].finish)
+    assert collected[1][1].finish != "abort", "it was collected before"
     assert {completion.finish for _, completion in collected.values()} == {"stop", "length", "abort"}
+
+
+def generate(rank: int, world: int, sizes: dict[str, Any], count: int, options: dict[str, Any]) -> list[Completion]:
+    """Completions of this DP rank's part of `count` prompts."""
+    model = decoder(sizes, moe=True)
+    numbers = list(range(count))[contiguous_part(count, model.mesh.dp)]
+    prompts = [request(number).prompt for number in numbers]
+    return EmbeddedGenerator(model, model.mesh, block_size=4, **options).generate(prompts, numbers, PARAMS[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count"),
+    [({"ep": 2}, 0), ({"ep": 2}, 1), ({"dp": 4, "ep": 2}, 7), ({"tp": 2, "ep": 2}, 7), ({"pp": 2, "ep": 2}, 1)],
+    ids=str,
+)
+def test_uneven_prompts_of_ep_ranks(sizes, count):
+    """Ranks of an ep group with different numbers of prompts, or none."""
+    expected = generate(0, 1, {}, count, {})
+    tp, pp = sizes.get("tp", 1), sizes.get("pp", 1)
+    results = run(generate, sizes, count, {"max_running": 2, "prefill_tokens": 8})
+    dp = len(results) // (tp * pp)
+    for stage in range(pp):
+        for place in range(tp):
+            got = [c for d in range(dp) for c in results[(stage * dp + d) * tp + place]]
+            assert [(c.tokens, c.finish) for c in got] == [(c.tokens, c.finish) for c in expected]
+            for found, alone in zip(got, expected, strict=True):
+                assert found.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
 @torch.no_grad()
 def forward_logprobs(model: Decoder, prompt: list[int], tokens: list[int], temperature: float) -> list[float]:
-    """Of each response token by a full forward, in one process."""
+    """Logprobs of the response tokens by a full forward in one process."""
     text = torch.tensor(prompt + tokens)
     starts = torch.tensor([0, len(text)])
 
@@ -120,7 +151,7 @@ def reload(rank: int, world: int, sizes: dict[str, Any], in_place: bool) -> list
         if model.norm is not None:
             model.norm.weight.data *= 1.5
         generator.load(model, 8)
-        assert not generator.step() and generator.scheduler.done == before, "it is still paused"
+        assert not generator.step() and generator.scheduler.done == before, "not resumed yet"
         generator.resume()
     else:
         generator.load(decoder(sizes, 1.5, "ep" in sizes), 8)
@@ -131,12 +162,10 @@ def reload(rank: int, world: int, sizes: dict[str, Any], in_place: bool) -> list
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("sizes", [{}, {"pp": 2}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 2, "ep": 2}], ids=str)
-def test_each_token_carries_the_version_that_chose_it(sizes, in_place):
-    """And its logprob is the full forward's by that version, on requests that ran when the weights changed, too."""
-    results = (
-        run_ranks(reload, world_of(sizes), sizes, in_place, timeout=180) if sizes else [reload(0, 1, {}, in_place)]
-    )
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 2, "ep": 2}], ids=str)
+def test_tokens_carry_the_version_of_their_weights(sizes, in_place):
+    """Logprobs are those of a full forward with that version, in requests that run across the change too."""
+    results = run(reload, sizes, in_place)
     assert all(result == results[0] for result in results)
     models = {version: decoder({}, scale, "ep" in sizes) for version, scale in ((7, 1.0), (8, 1.5))}
     for number, completion in zip((3, 1, 2), results[0], strict=True):
@@ -148,7 +177,7 @@ def test_each_token_carries_the_version_that_chose_it(sizes, in_place):
 
 
 def interrupt(rank: int, world: int, sizes: dict[str, Any]) -> tuple[list[Completion], float, float]:
-    """Completions after a call that was interrupted, and what the profiler counted of them."""
+    """Completions after an interrupted call, and the tokens and FLOPs that the profiler counted."""
     model = decoder(sizes)
     mesh, calls = model.mesh, iter(range(100))
     profiler = Profiler(mesh, peak=1.0)
@@ -169,9 +198,9 @@ def interrupt(rank: int, world: int, sizes: dict[str, Any]) -> tuple[list[Comple
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tp": 2, "pp": 2}, {"dp": 2}], ids=str)
-def test_an_interrupted_call_leaves_nothing_and_work_is_reported(sizes):
+def test_interrupted_generator_works_again_and_reports(sizes):
     """One rank sees the interruption; a request that `generate` did not add is collected by `step`."""
-    results = run_ranks(interrupt, world_of(sizes), sizes) if sizes else [interrupt(0, 1, {})]
+    results = run(interrupt, sizes)
     dp, expected = sizes.get("dp", 1), results[0][0]
     tokens = flops = 0.0
     for rank in range(dp):
@@ -184,7 +213,7 @@ def test_an_interrupted_call_leaves_nothing_and_work_is_reported(sizes):
         assert (seen_tokens, seen_flops) == pytest.approx((tokens, flops))
 
 
-def test_an_id_that_was_never_added_is_refused():
+def test_unknown_request_id_is_refused():
     model = decoder({})
     generator: Any = EmbeddedGenerator(model, model.mesh)
     with pytest.raises(ValueError, match="request id 3"):

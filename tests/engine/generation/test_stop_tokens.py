@@ -1,4 +1,4 @@
-"""The tokens that end an answer: where a run finds them, what it says of them, and what it takes off the text."""
+"""Stop tokens: found in the model folder, printed, and removed from the response text."""
 
 import json
 from typing import Any
@@ -15,10 +15,10 @@ from trialign.models.families.registry import read_config
 from trialign.models.hf.tokenizer import read_tokenizer
 
 
-def test_the_token_that_ended_an_answer_is_no_part_of_its_text(tmp_path):
+def test_response_text_has_no_stop_token(tmp_path):
     tokenizer = read_tokenizer(tiny_chat_model(tmp_path))
     ids: Any = tokenizer.vocab
-    h, i, end = (ids[letter] for letter in "hi!")  # an end that is no special token
+    h, i, end = (ids[letter] for letter in "hi!")  # a stop token that is not special
     prompt = Prompt(0, [1], "p")
     rollouts = [
         single_turn(prompt, [h, i, end], [0.0] * 3, "stop"),
@@ -31,16 +31,16 @@ def test_the_token_that_ended_an_answer_is_no_part_of_its_text(tmp_path):
     assert stop_tokens((), tokenizer) == "stop tokens: none, so every response is cut"
 
 
-def test_an_evaluation_stops_at_the_tokenizer_s_own_end_of_sequence(tmp_path):
-    """No config names it: neither config.json nor generation_config.json has any."""
+def test_tokenizer_eos_is_a_stop_token(tmp_path):
+    """Where neither config.json nor generation_config.json has one."""
     model, tokenizer = tmp_path / "model", read_tokenizer(tiny_chat_model(tmp_path / "model", tied=False))
     prompt = tokenizer("<s>user: say</s><s>assistant: ", add_special_tokens=False)["input_ids"]
     shape = read_config(model)
     decoder = build_decoder(str(model), shape, build_mesh(), "float32")
     greedy = SamplingParams(temperature=0.0, max_new_tokens=8)
-    (answer,) = EmbeddedGenerator(decoder, decoder.mesh).generate([prompt], [0], greedy)
-    length = next(n for n in range(1, 8) if answer.tokens[n] not in answer.tokens[:n])  # met there for the first time
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(answer.tokens[length])
+    (response,) = EmbeddedGenerator(decoder, decoder.mesh).generate([prompt], [0], greedy)
+    length = next(n for n in range(1, 8) if response.tokens[n] not in response.tokens[:n])  # its first occurrence
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(response.tokens[length])
     tokenizer.save_pretrained(model)
     values = json.loads((model / "config.json").read_text()) | {"eos_token_id": None}
     (model / "config.json").write_text(json.dumps(values))
@@ -50,8 +50,8 @@ def test_an_evaluation_stops_at_the_tokenizer_s_own_end_of_sequence(tmp_path):
         model_path=model, model_dtype="float32", data_sources=tmp_path / "p.jsonl", run_output=tmp_path / "run",
         data_max_prompt_tokens=96, rollout_temperature=1e-4, rollout_max_new_tokens=8,
     )  # fmt: skip
-    said = succeed("evaluate", *given)
-    assert f"stop tokens: {tokenizer.eos_token} ({answer.tokens[length]})" in said
+    output = succeed("evaluate", *given)
+    assert f"stop tokens: {tokenizer.eos_token} ({response.tokens[length]})" in output
     (line,) = map(json.loads, (tmp_path / "run" / "completions.jsonl").read_text().splitlines())
     assert (line["finish"], line["tokens"]) == ("stop", length + 1)
-    assert line["completion"] == tokenizer.decode(answer.tokens[:length], skip_special_tokens=True)
+    assert line["completion"] == tokenizer.decode(response.tokens[:length], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""bf16 runs begin from masters with every digit of their folder, in every layout; weights are these, rounded."""
+"""bf16 training starts from masters in the full precision of the model folder, in every layout."""
 
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
 from trialign.models.lora import trained_name
 
-Case = tuple[Path, dict[str, Any]]  # a folder, and what is built of it
+Case = tuple[Path, dict[str, Any]]  # a folder, arguments of build_decoder
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +35,18 @@ def cases(tmp_path_factory) -> dict[str, Case]:
     return {
         "tied": (tied, {}),
         "untied": (tiny_llama(root / "untied", tied=False), {}),
-        "a new critic": (tied, {"head": "score"}),
-        "a reward model": (tiny_llama(root / "score", score=True), {"head": "score"}),
+        "new critic": (tied, {"head": "score"}),
+        "reward model": (tiny_llama(root / "score", score=True), {"head": "score"}),
         "new adapters": (tied, {"lora": LoRAConfig(**section)}),
-        "adapters of a folder": (tied, {"lora": LoRAConfig(**section, adapter=str(adapter))}),
+        "saved adapters": (tied, {"lora": LoRAConfig(**section, adapter=str(adapter))}),
         "experts": (tiny_mixtral(root / "moe"), {}),
     }
 
 
 def started(case: Case, dtype: str, **sizes: Any) -> dict[str, Tensor]:
-    """Whole states, and the weights, after a step at a learning rate of 0."""
-    (folder, given), mesh = case, build_mesh(**sizes)
-    model = build_decoder(str(folder), read_config(folder), mesh, dtype, trained=True, **given)
+    """Whole states and weights after a step at a learning rate of 0."""
+    (folder, arguments), mesh = case, build_mesh(**sizes)
+    model = build_decoder(str(folder), read_config(folder), mesh, dtype, trained=True, **arguments)
     learner = build_learner(model, OptimizerConfig(lr=0.0, weight_decay=0.1), 1, ema_decay=0.5)
     weights = [bucket.weights.clone() for bucket in learner.optimizer.buckets]
     for bucket in learner.optimizer.buckets:
@@ -54,7 +54,7 @@ def started(case: Case, dtype: str, **sizes: Any) -> dict[str, Tensor]:
         bucket.fresh.clear()
     learner.optimizer.step(0.0)
     for bucket, before in zip(learner.optimizer.buckets, weights, strict=True):
-        assert torch.equal(bucket.weights, before)  # what is computed with from the first forward on
+        assert torch.equal(bucket.weights, before)  # as in the first forward
         bucket.states["weight"] = bucket.weights[bucket.local]
     return whole(model, learner.optimizer, mesh)
 
@@ -64,7 +64,7 @@ def whole(model: Decoder, adamw: optimizer.ShardedAdamW, mesh: Any) -> dict[str,
 
 
 def all_cases(rank: int, world: int, cases: dict[str, Case]) -> dict[str, dict[str, Tensor]]:
-    """Each case in a layout of its own; a mixture's experts are spread."""
+    """Each case in a layout of its own."""
     optimizer.REFINED_ELEMENTS = 100
     layouts = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"dp": 2, "ep": 2}]
     return {
@@ -72,33 +72,28 @@ def all_cases(rank: int, world: int, cases: dict[str, Case]) -> dict[str, dict[s
     }
 
 
-def check(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The states of a bf16 run against those of a float32 one."""
+def assert_masters_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Masters and averages of a bf16 run equal those of a float32 one, and its weights are these, rounded."""
     assert got.keys() == expected.keys()
     for name, tensor in got.items():
-        kind = name.split("/")[1]
-        theirs = expected[name.replace("/weight/", "/master/")]
+        master, kind = expected[name.replace("/weight/", "/master/")], name.split("/")[1]
         if kind in ("master", "ema", "weight"):
-            assert torch.equal(tensor, theirs.bfloat16() if kind == "weight" else theirs), name
+            assert torch.equal(tensor, master.bfloat16() if kind == "weight" else master), name
 
 
-def test_masters_have_the_digits_of_the_folder_in_every_layout(cases):
+def test_masters_have_the_precision_of_the_folder(cases):
     expected = {name: started(case, "float32") for name, case in cases.items()}
     folder, _ = cases["untied"]
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(expected["untied"][f"r/master/{name}"], tensor), name
-        assert not torch.equal(tensor, tensor.bfloat16().float()) or tensor.dim() == 1, (
-            name
-        )  # there is something to lose
-    for name, case in cases.items():
-        check(started(case, "bfloat16"), expected[name])
+        assert tensor.dim() == 1 or not torch.equal(tensor, tensor.bfloat16().float()), f"{name} is bf16 already"
     for rank in run_ranks(all_cases, 2, cases, timeout=120, fresh=True):
         for name, got in rank.items():
-            check(got, expected[name])
+            assert_masters_equal(got, expected[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
-def test_masters_of_other_types_of_folders(cases, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_masters_of_folders_in_other_dtypes(cases, tmp_path, dtype):
     """float64 rounds by way of float32, as the masters do."""
     folder, tensors = cases["untied"][0], load_file(cases["untied"][0] / "model.safetensors")
     tensors = {name: tensor.to(dtype) * (1 + 1e-9) for name, tensor in tensors.items()}
@@ -111,7 +106,7 @@ def test_masters_of_other_types_of_folders(cases, tmp_path, dtype):
         assert torch.equal(got[f"r/weight/{name}"], tensor.float().bfloat16()), name
 
 
-def test_a_weight_that_was_changed_after_it_was_read_keeps_its_own_master(cases):
+def test_weight_changed_after_reading_keeps_its_master(cases):
     folder, mesh = cases["tied"][0], build_mesh()
     model = build_decoder(str(folder), read_config(folder), mesh, "bfloat16", trained=True)
     changed = model.get_parameter("norm.weight")
@@ -121,21 +116,18 @@ def test_a_weight_that_was_changed_after_it_was_read_keeps_its_own_master(cases)
     assert torch.equal(masters["r/master/model.norm.weight"][:5], changed.data[:5].float())
 
 
-def test_a_run_that_learns_nothing_ends_with_the_folder_s_own_numbers(tmp_path):
-    """Through the script, its checkpoint, and a run in float32 from there."""
+def test_run_at_zero_learning_rate_ends_with_the_folder_s_numbers(tmp_path):
+    """Through the script, its checkpoint, and a run from there."""
     model = tiny_chat_model(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "say", "response": "hi"}\n' * 4)
     given = options(
         data_sources=tmp_path / "rows.jsonl", data_max_tokens=64, update_batch_size=2, run_steps=1, run_show=0,
-        optimizer_lr=0,
+        optimizer_lr=0, model_path=model, model_dtype="bfloat16", run_output=tmp_path / "run",
     )  # fmt: skip
-    run = tmp_path / "run"
-    succeed("sft", *given, *options(model_path=model, model_dtype="bfloat16", run_output=run))
-    reader = Reader(run / "checkpoints" / "step_1")
-    for name, tensor in load_file(model / "model.safetensors").items():
-        assert torch.equal(reader.read(f"actor/master/{name}"), tensor), name
-    shape = read_config(reader.path)
-    again = build_decoder(str(reader.path), shape, build_mesh(), "bfloat16", trained=True)
+    succeed("sft", *given)
+    reader = Reader(tmp_path / "run" / "checkpoints" / "step_1")
+    again = build_decoder(str(reader.path), read_config(reader.path), build_mesh(), "bfloat16", trained=True)
     masters = whole(again, build_learner(again, OptimizerConfig(), 1).optimizer, again.mesh)
     for name, tensor in load_file(model / "model.safetensors").items():
+        assert torch.equal(reader.read(f"actor/master/{name}"), tensor), name
         assert torch.equal(masters[f"r/master/{name}"], tensor), name

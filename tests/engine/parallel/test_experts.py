@@ -1,4 +1,4 @@
-"""Expert parallelism below the model: the mesh's axes, rows to their experts and back, and the optimizer's buckets."""
+"""Expert parallelism below the model: rows to their experts and back, and the optimizer's buckets of experts."""
 
 from typing import Any
 
@@ -26,29 +26,28 @@ def choices(case: str, rows: int, rank: int) -> Tensor:
 
 
 def travel(rank: int, world: int, case: str, dtype: torch.dtype):
-    """Rows go to their experts, are multiplied by 10^expert there, and come back."""
+    """Sends rows to their experts, multiplies them by 10^expert there, and sends them back."""
     mesh = build_mesh(ep=world)
     order, offsets = sort_by_expert(choices(case, 5, rank), EXPERTS)
     rows = (torch.arange(len(order) * HIDDEN).view(-1, HIDDEN) + 1000.0 * rank).to(dtype).requires_grad_()
-    way = Dispatch(offsets, mesh.ep)
-    here = to_experts(rows, way)
+    dispatch = Dispatch(offsets, mesh.ep)
+    here = to_experts(rows, dispatch)
     local = EXPERTS // world
-    scale = 10.0 ** torch.arange(rank * local, (rank + 1) * local).repeat_interleave(way.offsets.diff())
-    out = from_experts(here * scale[:, None].to(dtype), way)
+    scale = 10.0 ** torch.arange(rank * local, (rank + 1) * local).repeat_interleave(dispatch.offsets.diff())
+    out = from_experts(here * scale[:, None].to(dtype), dispatch)
     out.backward(torch.ones_like(out) * (rank + 1))
     counts = offsets.diff()
     expected = 10.0 ** torch.arange(EXPERTS).repeat_interleave(counts)[:, None]
     assert torch.equal(out, rows * expected.to(dtype))
     assert rows.grad is not None
     assert torch.equal(rows.grad, ((rank + 1) * expected).expand_as(rows).to(dtype))
-    return way.offsets.diff().tolist(), counts.tolist()
+    return dispatch.offsets.diff().tolist(), counts.tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["spread", "one expert", "none here"])
+@pytest.mark.parametrize("case", ["random", "one expert", "none here"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_rows_reach_their_experts_and_return(world, case, dtype):
-    results = run_ranks(travel, world, case, dtype)
+def test_rows_reach_their_experts_and_return(world, case):
+    results = run_ranks(travel, world, case, torch.float32 if world == 2 else torch.bfloat16)
     arrived = [count for here, _ in results for count in here]
     assert arrived == torch.tensor([sent for _, sent in results]).sum(0).tolist()
 
@@ -75,7 +74,7 @@ def _slices(piece) -> tuple[slice, ...]:
 
 
 def steps(rank: int, world: int, sizes: dict[str, Any], frozen: bool = False):
-    """Two optimizer steps on a loss that is a sum over eight rows, dealt to the DP ranks; whole states, norms."""
+    """Two optimizer steps on a sum over eight rows, split over the DP ranks; the whole states, the norms."""
     mesh = build_mesh(**sizes)
     net = Net(mesh)
     net.all.weight.requires_grad_(not frozen)
@@ -86,29 +85,28 @@ def steps(rank: int, world: int, sizes: dict[str, Any], frozen: bool = False):
         x = torch.randn(8, HIDDEN, generator=generator).chunk(mesh.dp.size)[mesh.dp.rank]
         experts = torch.randint(EXPERTS - 1, (8, 1), generator=generator).chunk(mesh.dp.size)[mesh.dp.rank]
         order, offsets = sort_by_expert(experts, EXPERTS)
-        way = Dispatch(offsets, mesh.ep)
+        dispatch = Dispatch(offsets, mesh.ep)
         optimizer.data.expect_last_backward()
-        out = net.experts(to_experts(x[order], way), way.offsets)  # [rows here, 6/tp]: the loss is a sum over it
+        out = net.experts(
+            to_experts(x[order], dispatch), dispatch.offsets
+        )  # [rows here, 6/tp]: the loss is a sum over it
         shared = (x @ net.all.weight.t()).square().sum()
         (out.sin().sum() + shared).backward()
         norms.append(optimizer.step(0.05))
     return assemble(optimizer.entries("net", lambda name, part: f"{name}:{part}"), mesh.world), norms
 
 
-LAYOUTS = [{"ep": 2}, {"ep": 4}, {"dp": 4, "ep": 2}, {"dp": 4}, {"tp": 2, "ep": 2}, {"tp": 2, "dp": 4, "ep": 2}]
-
-
-@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+@pytest.mark.parametrize("sizes", [{"ep": 4}, {"dp": 4, "ep": 2}, {"tp": 2, "ep": 2}], ids=str)
 def test_optimizer_steps_equal_one_process(sizes):
     expected, norms = steps(0, 1, {})
     world = sizes.get("tp", 1) * sizes.get("dp", sizes.get("ep", 1))
-    for got, theirs in run_ranks(steps, world, sizes):
-        assert theirs == pytest.approx(norms, rel=1e-6)
+    for got, got_norms in run_ranks(steps, world, sizes):
+        assert got_norms == pytest.approx(norms, rel=1e-6)
         assert got.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_what_is_frozen_is_not_the_optimizers():
+def test_frozen_parameters_have_no_optimizer_states():
     for got, _ in run_ranks(steps, 2, {"ep": 2}, True):
         assert len(got) == 4 * 2 * EXPERTS and not any("all.weight" in name for name in got)

@@ -1,5 +1,4 @@
-"""Pipeline schedules, simulated: they end, keep no more micro-batches than they must, and leave the bubble they claim;
-and layers shared by stages."""
+"""Simulated pipeline schedules: no deadlock, the expected live micro-batches and bubble; layers of stages."""
 
 from functools import partial
 
@@ -12,7 +11,7 @@ from trialign.engine.pipeline.stage import split_layers, stage_of
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))
-def test_1f1b_ends_and_holds_no_more_than_it_must(ranks):
+def test_1f1b_has_its_bubble_and_live_micro_batches(ranks):
     for count in range(1, 20):
         schedules = [one_f_one_b(rank, ranks, count) for rank in range(ranks)]
         for rank, actions in enumerate(schedules):
@@ -20,17 +19,12 @@ def test_1f1b_ends_and_holds_no_more_than_it_must(ranks):
         found = simulate(schedules)
         assert found.live == [min(ranks - rank, count) for rank in range(ranks)]
         assert found.bubble == pytest.approx((ranks - 1) / (count + ranks - 1))
-
-
-@pytest.mark.parametrize("ranks", range(1, 9))
-def test_forward_only_ends(ranks):
-    for count in range(12):
         simulate([forward_only(rank, ranks, count) for rank in range(ranks)])
 
 
 @pytest.mark.parametrize("ranks", range(1, 6))
-def test_other_schedules_end(ranks):
-    """GPipe has 1F1B's bubble and keeps all alive; two chunks halve the bubble; a split backward makes it smaller."""
+def test_other_schedules_have_their_bubbles(ranks):
+    """GPipe has 1F1B's bubble with all micro-batches live; two chunks halve it; a split backward makes it smaller."""
     count = 2 * ranks
     figures = [
         simulate([schedule(rank, ranks, count) for rank in range(ranks)])
@@ -47,12 +41,12 @@ def test_other_schedules_end(ranks):
 @pytest.mark.parametrize(
     "middle",
     [
-        [Action("B", 1, 0), Action("F", 1, 0)],  # gradients before what they are gradients of was sent on
+        [Action("B", 1, 0), Action("F", 1, 0)],  # the gradient of a message that is not sent yet
         [Action("F", 1, 0), Action("W", 1, 0), Action("I", 1, 0)],
         [Action("F", 1, 0)],
     ],
 )
-def test_a_deadlock_is_found(middle):
+def test_deadlock_is_detected(middle):
     first, last = ([Action(kind, chunk, 0) for kind in ("F", "B")] for chunk in (0, 2))
     with pytest.raises(ValueError, match="deadlocks"):
         simulate([first, middle, last])
@@ -71,7 +65,7 @@ def test_a_deadlock_is_found(middle):
     ],
 )
 def test_layers_of_stages(layers, ranks, chunks, sizes):
-    """They differ by one at most, and the last has no more than any."""
+    """They differ by one at most, and the last has the fewest."""
     found = split_layers(layers, ranks, chunks=chunks)
     assert [len(one) for one in found] == sizes
     assert [layer for one in found for layer in one] == list(range(layers))
@@ -90,7 +84,7 @@ def test_chunks_of_ranks():
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (4,), (0, 4), (1, 2, 1)])
-def test_sizes_that_are_no_layout_are_refused(sizes):
+def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match=r"parallel.pp_layers=\["):
         split_layers(4, 2, sizes)
     with pytest.raises(ValueError, match="pp=5"):

@@ -1,4 +1,4 @@
-"""Checkpoints: any layout from any other, damage found, nothing half written, whatever happens and wherever."""
+"""Checkpoints: every layout loads from every other, damage is detected, and nothing is half written."""
 
 import dataclasses
 import json
@@ -21,48 +21,23 @@ from torch import Tensor
 from trialign.engine.mesh import Mesh, build_mesh, mesh_as
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel import data
-from trialign.engine.parallel.shard import Entry, flat_rectangles
+from trialign.engine.parallel.shard import Entry
 from trialign.engine.storage.checkpoint import Reader, latest, load, save
 from trialign.models.config import HeadKind, ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf.table import hf_name, hf_shapes
 
 CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=25,
-    hidden_size=12,
-    ffn_size=20,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-    max_positions=64,
-    tie_embeddings=True,
-)
+    "LlamaForCausalLM", vocab_size=25, hidden_size=12, ffn_size=20, num_layers=4, num_heads=4, num_kv_heads=2,
+    head_dim=6, rope_theta=1e4, norm_eps=1e-5, max_positions=64, tie_embeddings=True,
+)  # fmt: skip
 ROLES: list[tuple[str, HeadKind]] = [("actor", "lm"), ("critic", "score")]
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-LAYOUTS: list[tuple[int, int, int]] = [
-    (1, 1, 1),
-    (2, 1, 1),
-    (1, 2, 1),
-    (1, 1, 3),
-    (2, 2, 2),
-    (2, 3, 1),
-    (1, 4, 5),
-    (2, 1, 7),
-    (3, 1, 2),
-]  # tp, pp, dp
-
-
-def meshes(tp: int, pp: int, dp: int) -> list[Mesh]:
-    """The mesh as each of its ranks sees it."""
-    return [mesh_as(rank, tp=tp, pp=pp, dp=dp) for rank in range(tp * pp * dp)]
+LAYOUTS = [(1, 1, 1), (1, 1, 3), (2, 2, 2), (2, 3, 1), (1, 4, 5), (3, 1, 2)]  # tp, pp, dp
 
 
 def entries_of(mesh: Mesh) -> list[Entry]:
-    """What one rank's optimizers of actor and critic hold."""
+    """Entries of one rank's actor and critic."""
     entries = []
     for role, head in ROLES:
         model = Decoder(CONFIG, mesh, dtype=torch.float32, head=head)
@@ -71,8 +46,13 @@ def entries_of(mesh: Mesh) -> list[Entry]:
     return entries
 
 
+def entries_of_layout(tp: int, pp: int, dp: int) -> list[Entry]:
+    """Entries of all ranks of a layout."""
+    return [e for rank in range(tp * pp * dp) for e in entries_of(mesh_as(rank, tp=tp, pp=pp, dp=dp))]
+
+
 def unique_numbers() -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, no number twice, all exact in fp32."""
+    """Every tensor of a checkpoint; all numbers are distinct and exact in fp32."""
     wholes, begin = {}, 1
     for role, head in ROLES:
         for kind in KINDS:
@@ -94,16 +74,19 @@ def fill(entries: list[Entry]) -> list[Entry]:
     return entries
 
 
-def check_filled(entries: list[Entry]) -> None:
+def assert_loaded(path: Path, entries: list[Entry], mesh: Mesh, state: dict) -> None:
+    """Loading overwrites every entry with its part of `unique_numbers`."""
+    for entry in entries:
+        entry.tensor.fill_(-1)
+    assert load(path, entries, mesh) == state
     wholes = unique_numbers()
-    assert {entry.name for entry in entries} <= wholes.keys()
     for entry in entries:
         assert entry.global_shape == tuple(wholes[entry.name].shape)
         assert torch.equal(entry.tensor, rectangle(wholes[entry.name], entry)), (entry.name, entry.offset)
 
 
 def small(value: float = 1) -> list[Entry]:
-    """A checkpoint's worth of entries for what is not about layouts."""
+    """Entries of a small checkpoint."""
     return [
         Entry("actor/master/a.weight", (6, 5), (0, 0), torch.full((6, 5), float(value)), True),
         Entry("critic/exp_avg/b.weight", (7,), (0,), torch.full((7,), -float(value)), True),
@@ -119,50 +102,25 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("shape", [(1,), (9,), (1, 1), (5, 1), (1, 7), (4, 6)])
-def test_flat_rectangles_are_the_run(shape):
-    """Every run of every piece: at most three rectangles, in order, that hold exactly its numbers."""
-    offset = (3, 2)[: len(shape)]
-    whole = torch.full([o + n + 1 for o, n in zip(offset, shape, strict=True)], -1)
-    count = math.prod(shape)
-    whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = torch.arange(count).view(shape)
-    for start in range(count):
-        for stop in range(start, count + 1):
-            rectangles = flat_rectangles(shape, offset, start, stop)
-            assert len(rectangles) <= 3
-            at = start
-            for corner, size, begin in rectangles:
-                assert begin == at
-                held = whole[tuple(slice(o, o + n) for o, n in zip(corner, size, strict=True))].flatten()
-                assert held.tolist() == list(range(at, at + math.prod(size)))
-                at += math.prod(size)
-            assert at == stop
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Path]]:
-    """One checkpoint of each layout: the entries of all its ranks, put into it by this one process."""
+    """One checkpoint of each layout, written by one process: the pieces of flat buffers differ by rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "BUCKET_ELEMENTS", 700)  # several buckets, also of one parameter
         mesh, root, paths = build_mesh(), tmp_path_factory.mktemp("layouts"), {}
         for step, layout in enumerate(LAYOUTS):
-            union = [e for rank_mesh in meshes(*layout) for e in entries_of(rank_mesh)]
-            # The flat buffers' pieces differ by rank, so one file can hold them all.
-            paths[layout] = save(root, step, fill(union), {"step": step}, mesh, keep=99, assets={})
+            paths[layout] = save(root, step, fill(entries_of_layout(*layout)), {"step": step}, mesh, keep=99, assets={})
         yield paths
 
 
 @pytest.mark.parametrize("target", LAYOUTS, ids=str)
 def test_every_layout_loads_from_every_other(saved, target: tuple[int, int, int], alone):
-    entries = [e for mesh in meshes(*target) for e in entries_of(mesh)]
+    entries = entries_of_layout(*target)
     for step, path in enumerate(saved.values()):
-        for entry in entries:
-            entry.tensor.fill_(-1)
-        assert load(path, entries, alone) == {"step": step}
-        check_filled(entries)
+        assert_loaded(path, entries, alone, {"step": step})
 
 
-def test_reader_gives_whole_tensors(saved):
+def test_reader_returns_whole_tensors(saved):
     for layout in ((1, 1, 1), (2, 2, 2)):
         reader, wholes = Reader(saved[layout]), unique_numbers()
         assert reader.tensors.keys() == wholes.keys()
@@ -176,33 +134,26 @@ def rank_saves(rank: int, world: int, root: Path, tp: int, pp: int) -> tuple[str
     return str(path), str(latest(root, mesh))
 
 
-def rank_loads(rank: int, world: int, path: Path, tp: int, pp: int) -> dict:
+def rank_loads(rank: int, world: int, path: Path, tp: int, pp: int) -> None:
     mesh = build_mesh(tp=tp, pp=pp)
-    entries = entries_of(mesh)
-    for entry in entries:
-        entry.tensor.fill_(-1)
-    state = load(path, entries, mesh)
-    check_filled(entries)
-    return state
+    assert_loaded(path, entries_of(mesh), mesh, {"rank": 0})  # the state is rank 0's
 
 
-def test_real_ranks_save_and_load_in_other_layouts(tmp_path):
-    """tp=2 x dp=2 to pp=4, to dp=3, and to one process: each rank writes and reads its own share."""
+def test_ranks_save_and_load_in_other_layouts(tmp_path):
+    """tp=2 x dp=2 to pp=4 and to dp=3."""
     results = run_ranks(rank_saves, 4, tmp_path, 2, 1)
     assert results == [(str(tmp_path / "step_3"),) * 2] * 4
-    files = names(tmp_path / "step_3")
-    assert {f"actor.master.{rank:05d}.safetensors" for rank in range(4)} <= set(files)
+    assert {f"actor.master.{rank:05d}.safetensors" for rank in range(4)} <= set(names(tmp_path / "step_3"))
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "step_3", check=True)
-    for world, tp, pp in ((4, 1, 4), (3, 1, 1), (2, 2, 1), (1, 1, 1)):
-        # Rank 0's state is everyone's.
-        assert run_ranks(rank_loads, world, tmp_path / "step_3", tp, pp) == [{"rank": 0}] * world
+    for world, pp in ((4, 4), (3, 1)):
+        run_ranks(rank_loads, world, tmp_path / "step_3", 1, pp)
 
 
 def rank_fails(rank: int, world: int, root: Path, broken: int) -> str:
-    """One rank may not write files above 1 kB; all ranks must say so, none may wait for it."""
+    """One rank cannot write files above 1 kB; all ranks must raise."""
     mesh = build_mesh(tp=2)
     entries = fill(entries_of(mesh))
-    save(root, 1, entries, {}, mesh, keep=1, assets={})
+    save(root, 1, entries, {"rank": 0}, mesh, keep=1, assets={})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == broken:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -216,7 +167,7 @@ def rank_fails(rank: int, world: int, root: Path, broken: int) -> str:
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_all_ranks_fail_together(tmp_path, broken):
+def test_failed_save_raises_on_all_ranks(tmp_path, broken):
     messages = run_ranks(rank_fails, 2, tmp_path, broken)
     assert messages[0] == messages[1]
     assert f"step_2: {'rank 1: ' if broken else ''}[Errno 27] File too large" in messages[0]
@@ -225,7 +176,7 @@ def test_all_ranks_fail_together(tmp_path, broken):
 
 
 def rank_loads_nothing(rank: int, world: int, path: Path) -> str:
-    """Only rank 1 asks for what is not there; rank 0 must not go on alone."""
+    """Rank 1 asks for a missing tensor; rank 0 must raise too."""
     mesh = build_mesh(tp=2)
     entries = entries_of(mesh)
     if rank == 1:
@@ -235,52 +186,37 @@ def rank_loads_nothing(rank: int, world: int, path: Path) -> str:
     return str(caught.value)
 
 
-def test_all_ranks_refuse_a_load_together(saved):
+def test_failed_load_raises_on_all_ranks(saved):
     for message in run_ranks(rank_loads_nothing, 2, saved[1, 1, 1]):
         assert message.endswith("rank 1: no tensor actor/master/none")
 
 
-def test_state_comes_back_as_it_was(tmp_path, alone):
-    state = {"none": None, "list": [1, [2.5, "é"], {}], "float": 0.1 + 0.2, "big": 2**70, "nested": {"flag": True}}
-    path = save(tmp_path, 1, small(), state, alone, keep=1, assets={})
-    assert load(path, small(), alone) == state
-
-
 @pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({"rng": (1, 2)}, r"state\.rng is a tuple"),
-        ({"a": [0, {3: "x"}]}, r"state\.a\[1\] has the key 3"),
-        ({"t": torch.zeros(1)}, r"state\.t is a Tensor"),
-    ],
+    ("state", "parts"),
+    [({"rng": (1, 2)}, r"state\.rng .*tuple"), ({"a": [0, {3: "x"}]}, r"state\.a\[1\] .*3")],
 )
-def test_state_that_json_would_change_is_refused(tmp_path, alone, state, message):
-    with pytest.raises(ValueError, match=message):
+def test_state_changed_by_json_is_refused(tmp_path, alone, state, parts):
+    with pytest.raises(ValueError, match=parts):
         save(tmp_path, 1, small(), state, alone, keep=1, assets={})
     assert names(tmp_path) == []
 
 
-def test_the_newest_are_kept(tmp_path, alone):
+def test_newest_checkpoints_are_kept(tmp_path, alone):
     for step in (9, 10, 11, 100):
         save(tmp_path, step, small(step), {}, alone, keep=2, assets={})
     assert names(tmp_path) == ["step_100", "step_11"]
-    assert latest(tmp_path, alone).name == "step_100"
     with pytest.raises(ValueError, match="keep=0"):
         save(tmp_path, 101, small(), {}, alone, keep=0, assets={})
 
 
-def test_going_back_leaves_the_given_up_future_aside(tmp_path, alone):
+def test_going_back_renames_later_checkpoints(tmp_path, alone):
+    """A step that is saved again replaces the first."""
     for step in (10, 20, 30):
         save(tmp_path, step, small(step), {}, alone, keep=3, assets={})
-    save(tmp_path, 15, small(15), {}, alone, keep=1, assets={})
+    for value in (1.0, 2.0):
+        path = save(tmp_path, 15, small(value), {}, alone, keep=1, assets={})
     assert names(tmp_path) == ["abandoned_step_20", "abandoned_step_30", "step_15"]
     assert latest(tmp_path, alone).name == "step_15"
-
-
-def test_a_step_saved_again_replaces_the_first(tmp_path, alone):
-    for value in (1.0, 2.0):
-        path = save(tmp_path, 5, small(value), {}, alone, keep=1, assets={})
-    assert names(tmp_path) == ["step_5"]
     assert Reader(path).read("actor/master/a.weight").eq(2).all()
 
 
@@ -299,35 +235,26 @@ FILES = ["actor.master.00000.safetensors", "index.json", "state.json", "assets/a
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, alone, capsys, file, damage):
+def test_damaged_checkpoint_is_skipped(tmp_path, alone, capsys, file, damage):
     source = {"actor/config.json": Path(__file__)}
     for step in (1, 2):
         save(tmp_path, step, small(step), {}, alone, keep=2, assets=source)
-    assert latest(tmp_path, alone).name == "step_2"
-    assert capsys.readouterr().err == ""
+    assert latest(tmp_path, alone).name == "step_2" and capsys.readouterr().err == ""
     damage(tmp_path / "step_2" / file)
     assert latest(tmp_path, alone).name == "step_1"
     error = capsys.readouterr().err
-    assert "damaged checkpoint skipped" in error and "step_2" in error
-    if (file, damage) != ("SHA256SUMS", flip):  # a flipped letter there blames the file it signs, or itself
-        assert file in error
+    assert "step_2" in error and (file in error or (file, damage) == ("SHA256SUMS", flip))
+    if file in FILES[:3]:
+        entries = small(5.0)
+        with pytest.raises(ValueError, match=f"{file} (is missing|does not match its checksum)"):
+            load(tmp_path / "step_2", entries, alone)
+        assert entries[0].tensor.eq(5).all() and entries[1].tensor.eq(-5).all()
     damage(tmp_path / "step_1" / file)
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         latest(tmp_path, alone)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("file", ["actor.master.00000.safetensors", "index.json", "state.json"])
-def test_a_damaged_checkpoint_is_not_loaded(tmp_path, alone, file, damage):
-    path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
-    damage(path / file)
-    entries = small(5.0)
-    with pytest.raises(ValueError, match=f"{file} (is missing|does not match its checksum)"):
-        load(path, entries, alone)
-    assert entries[0].tensor.eq(5).all() and entries[1].tensor.eq(-5).all()
-
-
-def test_what_is_not_read_is_not_checked(tmp_path, alone):
+def test_unread_files_are_not_checked(tmp_path, alone):
     path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
     flip(path / "critic.exp_avg.00000.safetensors")
     load(path, small()[:1], alone)
@@ -337,36 +264,33 @@ def test_what_is_not_read_is_not_checked(tmp_path, alone):
         reader.read("critic/exp_avg/b.weight")
 
 
-def test_no_checkpoint(tmp_path, alone):
-    with pytest.raises(ValueError, match="no checkpoint here"):
-        latest(tmp_path, alone)
-    with pytest.raises(ValueError, match="no checkpoint here"):
-        latest(tmp_path / "none", alone)
-    with pytest.raises(ValueError, match="step_7: no such checkpoint"):
+def test_missing_checkpoints_are_refused(tmp_path, alone):
+    for root in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="no checkpoint here"):
+            latest(root, alone)
+    with pytest.raises(ValueError, match="step_7"):
         load(tmp_path / "step_7", small(), alone)
 
 
 def test_wrong_entries_are_refused(tmp_path, alone):
     path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
     entry = small()[0]
-    with pytest.raises(ValueError, match="no tensor w0, w1, w2 and 2 more"):
+    with pytest.raises(ValueError, match="w0, w1, w2 and 2 more"):
         load(path, [dataclasses.replace(entry, name=f"w{i}") for i in range(5)], alone)
     with pytest.raises(ValueError, match=r"actor/master/a.weight has shape \[6, 5\], expected \[6, 6\]"):
         load(path, [dataclasses.replace(entry, global_shape=(6, 6))], alone)
-    with pytest.raises(ValueError, match="the ranks own 30 of 36"):
+    with pytest.raises(ValueError, match="30 of 36"):
         save(tmp_path, 2, [dataclasses.replace(entry, global_shape=(6, 6))], {}, alone, keep=1, assets={})
     with pytest.raises(OSError, match="no such asset"):
         save(tmp_path, 2, [entry], {}, alone, keep=1, assets={"x": Path("/no such asset")})
     assert names(tmp_path) == ["step_1"]
 
 
-def test_the_compute_dtype_does_not_matter(tmp_path, alone):
-    numbers = torch.randn(6, 5).bfloat16()
-    entry = Entry("actor/master/a", (6, 5), (0, 0), numbers, True)
-    path = save(tmp_path, 1, [entry], {}, alone, keep=1, assets={})
-    loaded = torch.zeros(6, 5)
+def test_load_converts_dtypes(tmp_path, alone):
+    entry = Entry("actor/master/a", (6, 5), (0, 0), torch.randn(6, 5).bfloat16(), True)
+    path, loaded = save(tmp_path, 1, [entry], {}, alone, keep=1, assets={}), torch.zeros(6, 5)
     load(path, [dataclasses.replace(entry, tensor=loaded)], alone)
-    assert torch.equal(loaded, numbers.float())
+    assert torch.equal(loaded, entry.tensor.float())
 
 
 SAVER = """
@@ -384,53 +308,33 @@ for step in range(1, 1000):
 """
 
 
-def test_killed_at_any_moment_the_last_whole_one_loads(tmp_path, alone):
-    """SIGKILL at several moments of a process that only saves: what it said it saved is there, whole, or newer."""
+def test_killed_saver_leaves_an_intact_checkpoint(tmp_path, alone):
+    """SIGKILL at several moments of a saving process: the last reported save, or the next, is intact."""
     halfway = 0
-    for attempt in range(6):
+    for attempt in range(4):
         process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "1\n"
-        time.sleep(0.03 + 0.017 * attempt)
+        time.sleep(0.03 + 0.023 * attempt)
         process.send_signal(signal.SIGKILL)
-        said = [1, *map(int, process.communicate()[0].split())][-1]
+        reported = [1, *map(int, process.communicate()[0].split())][-1]
         left = names(tmp_path)
         halfway += any(name.startswith(".") for name in left)
         path = latest(tmp_path, alone)
         step = int(path.name.removeprefix("step_"))
-        assert said <= step <= said + 1, left
+        assert reported <= step <= reported + 1, left
         for kind in "abcd":
             whole = torch.zeros(1000, 2000)
             assert load(path, [Entry(f"actor/{kind}/w", (1000, 2000), (0, 0), whole, True)], alone) == {"step": step}
             assert whole.eq(step).all()
-        save(tmp_path, step + 1, small(), {}, alone, keep=1, assets={})  # and the next one clears up
+        save(tmp_path, step + 1, small(), {}, alone, keep=1, assets={})  # deletes the leftovers
         assert names(tmp_path) == [f"step_{step + 1}"]
         shutil.rmtree(tmp_path / f"step_{step + 1}")
-    assert halfway, "no kill fell into a save: the test shows nothing"
+    assert halfway, "no kill fell into a save"
 
 
-@pytest.fixture
-def tiny_disk(tmp_path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_full_disk(tiny_disk, alone):
-    large = [Entry("actor/master/w", (400, 400), (0, 0), torch.ones(400, 400), True)]
-    save(tiny_disk, 1, large, {}, alone, keep=2, assets={})
-    with pytest.raises(OSError, match=r"step_2: \[Errno 28\] No space left on device"):
-        save(tiny_disk, 2, large, {}, alone, keep=2, assets={})
-    assert names(tiny_disk) == ["step_1"]
-    assert latest(tiny_disk, alone).name == "step_1"
-
-
-def test_index_is_plain_json(tmp_path, alone):
-    """The format that the module's docstring promises to other readers."""
-    path = save(tmp_path, 4, small(), {"a": 1}, alone, keep=1, assets={"actor/config.json": Path(__file__)})
+def test_files_have_the_documented_format(tmp_path, alone):
+    state = {"none": None, "list": [1, [2.5, "é"], {}], "float": 0.1 + 0.2, "big": 2**70, "nested": {"flag": True}}
+    path = save(tmp_path, 4, small(), state, alone, keep=1, assets={"actor/config.json": Path(__file__)})
     index = json.loads((path / "index.json").read_text())
     assert index["step"] == 4
     assert index["tensors"]["critic/exp_avg/b.weight"] == {
@@ -439,3 +343,4 @@ def test_index_is_plain_json(tmp_path, alone):
     }
     assert (path / "assets/actor/config.json").read_bytes() == Path(__file__).read_bytes()
     assert os.stat(path / "actor.master.00000.safetensors").st_mode & 0o444 == 0o444
+    assert load(path, small(), alone) == state
