@@ -68,8 +68,8 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
         default=default,
         prog=prog,
         description=f"{(cls.__doc__ or '').strip()}\n\n--config A.toml B.toml gives defaults: later files override"
-        " earlier ones, options override both; a file that is not in the working directory is looked for in"
-        " launch/configs (presets/verl.toml). --resume RUN goes on with a run.",
+        " earlier ones, options override both; files not in the working directory are searched for in"
+        " launch/configs (presets/verl.toml). --resume RUN resumes a run.",
         use_underscores=True,
         console_outputs=not quiet,
         config=(tyro.conf.FlagConversionOff,),

@@ -117,7 +117,7 @@ class RowRewards:
                 ]
                 self.chunks.write(f"part_{part}", scored)
                 for reason in self.scorer.failures():  # [] but on the main rank
-                    print(f"abstains: {reason}")
+                    print(f"not scored: {reason}")
                 if self.run.mesh.is_main:
                     print(f"{begin + len(scored)} of {len(rows)} rows are scored", flush=True)
             found |= dict(scored)
@@ -156,7 +156,7 @@ def main(run: Run[ConditionalConfig]) -> None:
 
     task = SupervisedTask(run, config.data, read)
     learner, data = task.learner, task.rows
-    eval_batch = pack_samples(data.held_out).to(mesh.device) if data.held_out else None
+    eval_batch = pack_samples(data.eval_rows).to(mesh.device) if data.eval_rows else None
     task.begin(eval_batch, lambda batch: {"eval_loss": eval_loss(learner, batch)}, PROGRESS)
     if config.reward.names:
         run.remember("rewards.json", lambda: rewards.found)
@@ -170,7 +170,7 @@ def main(run: Run[ConditionalConfig]) -> None:
 
     rewards.chunks.drop()
     after = responses(task, rewards)
-    run.progress.print(f"responses are sampled with {data.best} as the reward in the prompt")
+    run.progress.print(f"responses are sampled with {data.target_reward} as the reward in the prompt")
     run.finish(SFT_PANELS, *([table(before, after)] if after else []))
 
 

@@ -34,7 +34,7 @@ class PairsWithReference:
     def __init__(self, task: SupervisedTask[PairStream]):
         config, self.stream, self.device = task.config, task.rows, task.run.mesh.device
         self.rows = {place: i for i, place in enumerate(self.stream.coming(task.steps * config.update.batch_size))}
-        pairs = [self.stream.pools[pool][row] for pool, row in self.rows] + self.stream.held_out
+        pairs = [self.stream.pools[pool][row] for pool, row in self.rows] + self.stream.eval_rows
         self.sums = torch.zeros(len(pairs), 2)  # log-probabilities of chosen and rejected
         if not config.loss.reference_free:
             compute = lambda role, part: reference_sums(role, part, config.update.batch_size)  # noqa: E731
@@ -49,7 +49,7 @@ class PairsWithReference:
     def eval_batch(self) -> Batch | None:
         """The batch of the eval split's pairs; None where there are none."""
         numbers = list(range(len(self.rows), len(self.sums)))
-        return self._pack(self.stream.held_out, numbers) if numbers else None
+        return self._pack(self.stream.eval_rows, numbers) if numbers else None
 
     def _pack(self, pairs: list[Pair], numbers: list[int]) -> Batch:
         return with_reference(pack_pairs(pairs), self.sums[numbers].flatten()).to(self.device)

@@ -1,8 +1,8 @@
 """Evaluation of a model, or of two side by side: rewards of responses to prompts, pass@k, win rate, perplexity.
 
 python launch/evaluate.py --config launch/configs/evaluate_smollm2.toml
-torchrun --nproc-per-node 8 launch/evaluate.py --model.path DIR --model.against DIR2 --data.sources prompts.jsonl \
-    --reward.functions rewards.py:score --rollout.samples_per_prompt 8 --passes.at 1 4
+torchrun --nproc-per-node 8 launch/evaluate.py --model.path DIR --model.baseline DIR2 --data.sources prompts.jsonl \
+    --reward.functions rewards.py:score --rollout.samples_per_prompt 8 --metrics.pass_at_k 1 4
 
 Every completion is a line of RUN/completions.jsonl, every number of the table is in RUN/results.json. An evaluation
 that was killed is resumed by --run.resume auto.
@@ -119,7 +119,7 @@ class Evaluated:
                 scores = online.scores(rollouts)
             rewards = online.scorer.combined(scores)
             for reason in online.scorer.failures():  # [] but on the main rank
-                self._print(f"abstains: {reason}")
+                self._print(f"not scored: {reason}")
         texts = response_texts(rollouts, self.tokenizer)
         return [
             {
@@ -186,9 +186,9 @@ def measured(responses: Completions, config: EvaluateConfig) -> Estimates:
     groups = by_prompt(responses)
     if means := [math.fsum(own) / len(own) for own in groups.values() if own]:
         numbers["reward"] = mean_of_prompts(means)
-    for k in config.passes.at:
+    for k in config.metrics.pass_at_k:
         enough = [own for own in groups.values() if len(own) >= k]
-        passed = [pass_at_k(len(own), sum(r >= config.passes.threshold for r in own), k) for own in enough]
+        passed = [pass_at_k(len(own), sum(r >= config.metrics.pass_threshold for r in own), k) for own in enough]
         if passed:
             numbers[f"pass@{k}"] = wilson(math.fsum(passed) / len(passed), len(passed))
         if left_out := len(groups) - len(enough):
@@ -222,8 +222,8 @@ def measure(run: Run[Any], chunks: ChunkStore, name: str, folder: str) -> tuple[
 def main(run: Run[Any]) -> None:
     """Evaluates each model, then writes and prints the results."""
     config: EvaluateConfig = run.config
-    folders = [folder for folder in (config.model.path, config.model.against) if folder]
-    asked = ("model", "data", "text", "dialogues", "rollout", "reward", "passes", "run.seed", "run.prompts_per_save")
+    folders = [folder for folder in (config.model.path, config.model.baseline) if folder]
+    asked = ("model", "data", "text", "dialogues", "rollout", "reward", "metrics", "run.seed", "run.prompts_per_save")
     sources = (*config.data.sources, *config.text.sources, *config.dialogues.sources)
     chunks = ChunkStore(run, "begun", asked, sources)
     chunks.check()

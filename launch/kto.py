@@ -39,7 +39,7 @@ class LabeledWithReference:
         own = [self._row(place).sample for place in self.rows]
         partners = [self._row((pool, self.stream.partners[pool][row])).sample for pool, row in self.rows]
         self.others = [mismatched(*two, config.data.max_tokens) for two in zip(own, partners, strict=True)]
-        evaluated = [row.sample for row in self.stream.held_out]
+        evaluated = [row.sample for row in self.stream.eval_rows]
         compute = lambda role, part: reference_sums(role, part, config.update.batch_size, pack_samples)  # noqa: E731
         samples = own + self.others + evaluated
         sums = reference_pass(task.run, task.learner, samples, lambda sample: (sample,), compute)
@@ -58,7 +58,7 @@ class LabeledWithReference:
 
     def eval_batch(self) -> Batch | None:
         """The batch of the eval split's rows; None where there are none."""
-        return self._pack(self.stream.held_out, self.eval_sums) if self.stream.held_out else None
+        return self._pack(self.stream.eval_rows, self.eval_sums) if self.stream.eval_rows else None
 
     def _pack(self, rows: list[LabeledResponse], sums: Tensor) -> Batch:
         batch = pack_labeled([row.sample for row in rows], [row.desirable for row in rows])

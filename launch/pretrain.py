@@ -27,7 +27,7 @@ def main(run: Run[PretrainConfig]) -> None:
     """Trains; leaves the exported model and the plot in the run's folder."""
     config, mesh = run.config, run.mesh
     task = SupervisedTask(run, config.data, lambda tokenizer, _: TextStream(config.data, tokenizer, config.run.seed))
-    eval_batch = pack_documents(task.rows.held_out).to(mesh.device) if task.rows.held_out else None
+    eval_batch = pack_documents(task.rows.eval_rows).to(mesh.device) if task.rows.eval_rows else None
 
     def evaluate(batch: Batch) -> dict[str, float]:
         loss = eval_loss(task.learner, batch)

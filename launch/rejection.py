@@ -1,7 +1,7 @@
 """Rejection sampling and iterative DPO in rounds: sample, score, pick, learn; on any number of ranks.
 
 python launch/rejection.py --config launch/configs/rejection_smollm2.toml
-torchrun --nproc-per-node 8 launch/rejection.py --config my.toml --round.method dpo --optimizer.lr 5e-7
+torchrun --nproc-per-node 8 launch/rejection.py --config my.toml --rejection.method dpo --optimizer.lr 5e-7
 torchrun ... launch/rejection.py --resume runs/rejection
 
 The model samples with the weights that learn. Each round's responses are kept in RUN/rounds; a killed run resumes
@@ -66,12 +66,12 @@ class RejectionRun(OnlineRun):
         policy = run.on_all_ranks(lambda: build(config.model.path, "lm", True), "model")
         frozen = [run.on_all_ranks(lambda f=f: build(f, "score", False), f) for f in config.reward.models]
         models = [Role(model, sizes=config.update, profiler=run.phases) for model in frozen]
-        self.total_steps = config.round.count * self.per_round
+        self.total_steps = config.rejection.rounds * self.per_round
         options = {"ema_decay": config.update.ema_decay, "sizes": config.update, "profiler": run.phases}
         self.learner = build_learner(policy, config.optimizer, self.total_steps, **options)
         self.attach(self.learner, models)
-        responses = config.round.prompts * config.rollout.samples_per_prompt
-        rounds = RoundSizes(config.round.method, self.per_round, responses)
+        responses = config.rejection.prompts_per_round * config.rollout.samples_per_prompt
+        rounds = RoundSizes(config.rejection.method, self.per_round, responses)
         self.learners = {"actor": (self.learner, config.model.path)}
         self.parts = {"data": self.dataset, "rounds": rounds}
 
@@ -88,7 +88,7 @@ class RejectionRun(OnlineRun):
         kept = run.on_main_rank(lambda: read_responses(path) if resumed and path.exists() else None)
         if kept is None and within:
             raise ValueError(f"{path}: does not exist, but the run resumes within this round")
-        prompts = [] if within else self.dataset.next(self.config.round.prompts)
+        prompts = [] if within else self.dataset.next(self.config.rejection.prompts_per_round)
         if kept is not None:
             return kept, {}
         with run.phases("rollout"):  # prompt -> responses
@@ -101,7 +101,7 @@ class RejectionRun(OnlineRun):
             rewards = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
             texts = response_texts(rollouts, self.tokenizer)
             responses = make_responses(rollouts, texts, rewards, scores)
-            pick(responses, [rollout.prompt.index for rollout in rollouts], self.config.round.method)
+            pick(responses, [rollout.prompt.index for rollout in rollouts], self.config.rejection.method)
             self._add_references(responses)
         if self.mesh.is_main:
             write_responses(path, responses)
@@ -111,7 +111,7 @@ class RejectionRun(OnlineRun):
 
     def _add_references(self, responses: list[Response]) -> None:
         """Adds log-probabilities under the policy, which is the round's reference, where DPO needs them. Collective."""
-        if self.config.round.method == "dpo" and not self.config.loss.reference_free:
+        if self.config.rejection.method == "dpo" and not self.config.loss.reference_free:
             pairs, _ = picked_pairs(responses)
             sums = iter(reference_sums(self.learner, pairs, self.config.update.batch_size).view(-1, 2).T.tolist())
             for picked in ("best", "worst"):
@@ -121,7 +121,7 @@ class RejectionRun(OnlineRun):
     def batch(self, responses: list[Response], number: int, step: int) -> Batch:
         """The batch of a step of a round."""
         config = self.config
-        if config.round.method == "sft":
+        if config.rejection.method == "sft":
             samples = picked_samples(responses)
             mine = rows_of_step(len(samples), config.run.seed, number, step, config.update.batch_size)
             return pack_samples([samples[i] for i in mine])
@@ -142,7 +142,7 @@ def train(rejection: RejectionRun) -> None:
             responses, metrics = rejection.responses(number)  # prompt -> scored responses
         batch = rejection.batch(responses, number, place).to(run.mesh.device)
         with run.phases("update", tokens=len(batch.tokens), epochs=1):
-            if config.round.method == "sft":
+            if config.rejection.method == "sft":
                 metrics |= sft_step(learner, batch)
             else:
                 metrics |= dpo_step(learner, batch, config.loss)

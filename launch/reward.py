@@ -45,14 +45,14 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
     pack: Any = pack_pairs if by_pairs else pack_steps
     task = SupervisedTask(run, config.rows, lambda tokenizer, ends: stream(config, tokenizer, ends, read), "score")
     learner, rows, run.scores = task.learner, task.rows, "" if by_pairs else "steps"
-    names = scored_names(rows.held_out)
+    names = scored_names(rows.eval_rows)
 
     def evaluate(batch: Batch) -> dict[str, float]:
         if by_pairs:
             return pair_eval(learner, batch, config.loss.center_coef, names)
         return process_eval(learner, batch, names)
 
-    task.begin(pack(rows.held_out).to(mesh.device) if rows.held_out else None, evaluate, PROGRESS)
+    task.begin(pack(rows.eval_rows).to(mesh.device) if rows.eval_rows else None, evaluate, PROGRESS)
 
     for _ in run.steps():
         batch = pack(rows.next(config.update.batch_size)).to(mesh.device)  # rows -> batch

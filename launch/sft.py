@@ -28,7 +28,7 @@ def main(run: Run[SFTConfig]) -> None:
     read = lambda tokenizer, ends: DialogueDataset(config.data, tokenizer, ends, config.run.seed)  # noqa: E731
     task = SupervisedTask(run, config.data, read)
     learner, rows = task.learner, task.rows
-    eval_batch = pack_samples(joined(rows.held_out)).to(mesh.device) if rows.held_out else None
+    eval_batch = pack_samples(joined(rows.eval_rows)).to(mesh.device) if rows.eval_rows else None
     task.begin(eval_batch, lambda batch: {"eval_loss": eval_loss(learner, batch)}, PROGRESS)
     shown = rows.prompts(config.run.show)
     before = run.remember("before.json", lambda: task.greedy_responses(shown)[0])

@@ -1,7 +1,6 @@
-"""Sections that most scripts share: model, rollout, parallel, lora, optimizer.
+"""Config sections of most scripts: model, rollout, parallel, lora, optimizer, micro-batches.
 
-What is one script's own is in the file of its name. Defaults are those of the first paper or of the trainers in wide
-use: [O] OpenRLHF, [V] verl, [T] TRL. 0 or an empty string turns an option off where its text says so.
+Defaults are those of the first paper or of widely used trainers: [O] OpenRLHF, [V] verl, [T] TRL.
 """
 
 from __future__ import annotations
@@ -15,9 +14,6 @@ from ...engine.parallel.lora import LoRA
 from ...models.config import ModelConfig
 from ...models.lora import MOE_TARGETS, TARGETS, Choice
 
-AS_CONFIG = -1.0
-"""`router_aux_coef` of config.json."""
-
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
     """Refuse an impossible value, naming it and what is allowed. NaN fails every comparison, so it is refused too."""
@@ -25,14 +21,28 @@ def require(holds: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value}: must be {allowed}")
 
 
+def require_at_least(section: object, least: float, *names: str) -> None:
+    """Refuse options of a section that are below `least`, infinite or NaN."""
+    for name in names:
+        require(least <= getattr(section, name) < math.inf, name, getattr(section, name), f"{least:g} or more")
+
+
+def require_fraction(section: object, *names: str, below_1: bool = False) -> None:
+    """Refuse options of a section outside [0, 1], or [0, 1)."""
+    allowed = "0 or more and below 1" if below_1 else "from 0 to 1"
+    for name in names:
+        value = getattr(section, name)
+        require(0 <= value < 1 or value == 1 and not below_1, name, value, allowed)
+
+
 @dataclass(frozen=True)
 class ModelPaths:
     """Model to train."""
 
     path: ContentPath = ""
-    """folder in Hugging Face format, tokenizer included, from which training starts"""
+    """folder of the initial weights in Hugging Face format, tokenizer included"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """compute type; optimizer states and master weights are float32 in any case, and begin as precise as the folder"""
+    """compute dtype; optimizer states and master weights are always float32"""
 
 
 @dataclass(frozen=True)
@@ -40,33 +50,31 @@ class RolloutConfig:
     """Sampling of responses."""
 
     temperature: float = 1.0
-    """sampling temperature; training uses the same, so that old and new logprobs are of one distribution"""
+    """sampling temperature; the losses divide logits by it too, so that ratios compare the distribution sampled from"""
     top_k: int = 0
-    """sample among the k likeliest tokens (0: all)"""
+    """sample from the k most likely tokens (0: all)"""
     top_p: float = 1.0
-    """sample among the likeliest tokens that hold this probability (1: all)"""
+    """nucleus sampling: sample from the most likely tokens that sum to this probability (1: all)"""
     max_new_tokens: int = 1024
-    """longest response in tokens"""
+    """maximum response length in tokens"""
     min_new_tokens: int = 0
-    """no end of sequence before this many tokens"""
+    """minimum response length: end of sequence is not sampled before"""
     samples_per_prompt: int = 1
-    """responses to each prompt"""
+    """responses per prompt"""
     kv_block: int = 16
-    """tokens in a block of the paged KV cache"""
+    """block size of the paged KV cache in tokens"""
     max_running: int = 256
-    """sequences decoded at once on a DP rank; the others wait"""
+    """maximum number of sequences decoded at once on a DP rank; others are queued"""
 
     def __post_init__(self) -> None:
         require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 (greedy explores nothing)")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require_at_least(self, 0, "top_k")
+        require_at_least(self, 1, "max_new_tokens", "samples_per_prompt", "kv_block", "max_running")
         limit = self.max_new_tokens
         require(
             0 <= self.min_new_tokens <= limit, "min_new_tokens", self.min_new_tokens, f"0 to max_new_tokens={limit}"
         )
-        for name in ("samples_per_prompt", "kv_block", "max_running"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True)
@@ -74,95 +82,109 @@ class ParallelConfig:
     """Parallel layout: world size = tp x pp x dp."""
 
     tp: int = 1
-    """tensor parallelism: ranks that share every matrix"""
+    """tensor parallel size"""
     pp: int = 1
-    """pipeline parallelism: stages of layers"""
+    """pipeline parallel size: number of stages"""
     pp_layers: tuple[int, ...] = ()
-    """layers of each pipeline stage (none given: as equal as they can be, the last never the largest)"""
+    """number of layers of each pipeline stage (empty: balanced, the last stage never the largest)"""
     dp: int = 0
-    """data parallelism: copies that share the batch (0: what tp x pp leaves)"""
+    """data parallel size (0: world size / (tp x pp))"""
     ep: int = 1
-    """expert parallelism: DP ranks that share one set of experts; of no use to models without"""
+    """expert parallel size of MoE models: the experts are sharded over this many DP ranks"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is one"""
+    """device; auto is CUDA if available"""
     recompute: bool = False
-    """activation checkpointing: keep only each layer's input and recompute the rest in the backward pass"""
+    """activation (gradient) checkpointing: store each layer's input only and recompute the rest in the backward pass"""
 
     def __post_init__(self) -> None:
-        for name, least in (("tp", 1), ("pp", 1), ("dp", 0), ("ep", 1)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        require_at_least(self, 1, "tp", "pp", "ep")
+        require_at_least(self, 0, "dp")
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on frozen weights (LoRA), which may be kept in 4 bits (QLoRA)."""
+    """Low-rank adapters on frozen weights (LoRA), optionally quantized to 4 bits (QLoRA)."""
 
     rank: int = 0
-    """rank of the adapters (0: off, the weights themselves are trained)"""
+    """rank of the adapters (0: off, all weights are trained)"""
     alpha: float = 32.0
-    """adapters are scaled by alpha / rank [T]"""
+    """scaling: adapters are multiplied by alpha / rank [T]"""
     rslora: bool = False
-    """scale by alpha / √rank instead, which keeps large ranks from learning too slowly"""
+    """rank-stabilized LoRA: scale by alpha / √rank, for large ranks"""
     targets: tuple[Choice, ...] = ()
-    """matrices that get an adapter (docs/lora.md), or all (none: q k v output, and gate up down if without experts)"""
+    """target modules (docs/lora.md), or all (empty: q k v output, and gate up down in models without experts)"""
     quantize: bool = False
-    """keep the frozen matrices in NF4 with double quantization, 4.13 bits a weight"""
+    """QLoRA: frozen weights in NF4 with double quantization, 4.13 bits a weight"""
     adapter: ContentPath = ""
-    """PEFT folder with adapters of this very kind that the actor's begin from ("": from none)"""
+    """PEFT folder of the initial adapters, of the same rank, scaling and targets (empty: new adapters)"""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, "rank", self.rank, "0 (off) or more")
+        require_at_least(self, 0, "rank")
         for name in ("quantize", "adapter"):
             require(not getattr(self, name) or self.rank > 0, name, getattr(self, name), "off where rank is 0")
         LoRA(max(self.rank, 1), self.alpha, self.targets or TARGETS)
 
     def adapters(self, shape: ModelConfig) -> LoRA | None:
-        """Adapters of a trained model of this shape; None for none."""
+        """Adapters of a model of this shape; None if off."""
         targets = self.targets or (TARGETS if shape.moe is None else MOE_TARGETS)
         return LoRA(self.rank, self.alpha, targets, self.rslora, self.quantize) if self.rank else None
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule over the updates of the whole run; weights of the router losses of a MoE."""
+    """AdamW, learning rate schedule, gradient clipping, and weights of the router losses of MoE models."""
 
     lr: float = 1e-6
     """peak learning rate [O, V]"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """decay of the first and second moments [O]"""
+    """β1 and β2: decay of the first and second moments [O]"""
     eps: float = 1e-8
-    """added to the root of the second moment"""
+    """ε, added to the root of the second moment"""
     weight_decay: float = 0.0
-    """decoupled decay of matrices; norms and biases are spared [O]"""
+    """decoupled weight decay of matrices, not of norms and biases [O]"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """decay of the learning rate after the warm-up [O]"""
+    """learning rate schedule after the warmup [O]"""
     warmup_ratio: float = 0.03
-    """share of the updates in which lr climbs from 0 to its peak [O]"""
+    """fraction of the updates with linear warmup from 0 to lr [O]"""
     min_lr_ratio: float = 0.1
-    """where the decay ends, as a share of lr [O]"""
+    """final learning rate as a fraction of lr [O]"""
     max_grad_norm: float = 1.0
-    """gradient clipping by global norm (0: off)"""
+    """gradient clipping: maximum global norm (0: off)"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """on a NaN or an infinity in rewards, advantages, losses or gradients: stop the run, naming it, or skip the step:
-    weights, moments, average and schedule stay as they are"""
+    """on NaN or infinity in rewards, advantages, losses or gradients: stop the run, or skip the step, which leaves
+    weights, optimizer state and schedule unchanged"""
     max_skipped: int = 10
-    """skipped steps in a row; one more stops the run"""
-    router_aux_coef: float = AS_CONFIG
-    """weight of the load-balancing loss of a MoE (-1: router_aux_loss_coef of its config.json)"""
+    """maximum number of consecutive skipped steps; one more stops the run"""
+    router_aux_coef: float = 0.001
+    """weight of the load-balancing loss of MoE models (0: off)"""
     router_z_coef: float = 0.0
-    """weight of the router z-loss of a MoE (0: off; ST-MoE has 0.001)"""
+    """weight of the router z-loss of MoE models (0: off; ST-MoE: 0.001)"""
 
     def __post_init__(self) -> None:
-        require(0 <= self.lr < math.inf, "lr", self.lr, "0 or more")
+        require_at_least(self, 0, "lr", "weight_decay", "max_grad_norm", "router_aux_coef", "router_z_coef")
+        require_at_least(self, 1, "max_skipped")
+        require_fraction(self, "warmup_ratio", "min_lr_ratio")
         require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "0 or more and below 1")
         require(0 < self.eps < math.inf, "eps", self.eps, "above 0")
-        require(self.max_skipped >= 1, "max_skipped", self.max_skipped, "at least 1")
-        for name in ("weight_decay", "max_grad_norm"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        for name in ("warmup_ratio", "min_lr_ratio"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
-        aux, z = self.router_aux_coef, self.router_z_coef
-        require(
-            aux == AS_CONFIG or 0 <= aux < math.inf, "router_aux_coef", aux, "-1 (as config.json has it) or 0 or more"
-        )
-        require(0 <= z < math.inf, "router_z_coef", z, "0 (off) or more")
+
+
+@dataclass(frozen=True)
+class MicroBatchConfig:
+    """Size of a micro-batch: memory and speed, not results."""
+
+    micro_batch_size: int = 8
+    """samples (rows) per forward and backward pass of a DP rank"""
+    micro_batch_tokens: int = 0
+    """maximum tokens per micro-batch, in place of micro_batch_size (0: off)"""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "micro_batch_size")
+        require_at_least(self, 0, "micro_batch_tokens")
+
+    def check_longest(self, section: str, longest: int, options: str) -> None:
+        """Refuse micro-batches of fewer tokens than one sample may have, which `options` limit to `longest`."""
+        if 0 < self.micro_batch_tokens < longest:
+            raise ValueError(
+                f"{section}.micro_batch_tokens={self.micro_batch_tokens} is less than one sample may have:"
+                f" {options} = {longest}"
+            )

@@ -1,10 +1,10 @@
-"""Config of launch/conditional.py, conditional SFT. [O] OpenRLHF, [S] SteerLM (Dong et al. 2023)."""
+"""Config of launch/conditional.py, conditional SFT."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .common import require
+from .common import require, require_at_least
 from .data import ResponseData
 from .reward import RewardConfig
 from .sft import SFTRun
@@ -16,33 +16,28 @@ CONDITION = "{input} <rm_score>: {reward} "
 
 @dataclass(frozen=True)
 class RewardedData(ResponseData):
-    """Answers with what they are worth."""
+    """Responses with their rewards."""
 
     prompt_key: str = "prompt"
-    """column that holds the prompt, a string or messages; rows without it hold whole dialogues in the next"""
+    """column of the prompt, a string or messages; rows without it hold whole dialogues in response_key"""
     response_key: str = "response"
-    """column with the answer: a string, or a dialogue that ends with it"""
+    """column of the response: a string, or a dialogue that ends with it"""
     reward_key: str = "reward"
-    """column with its reward, a number; where rewards are given in the section below, they score instead"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("prompt_key", "response_key", "reward_key"):
-            require(bool(getattr(self, name)), name, repr(getattr(self, name)), "the name of a column")
+    """column of the reward, a number; not read if the section reward has scorers"""
 
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """How a reward is written into the prompt."""
+    """Rewards in prompts."""
 
     template: str = CONDITION
-    """the user's last words with the reward: {input} and {reward}, which has two decimals [O]"""
+    """template of the last user message: {input}, and {reward} with two decimals [O]"""
     normalize: bool = True
-    """write rewards less their mean, over their deviation, both over all rows [O]"""
+    """subtract the mean of all rewards and divide by their standard deviation [O]"""
     buckets: int = 0
-    """write the mean of the reward's bucket, of so many with equally many rows each (0: the reward itself)"""
-    best: str = ""
-    """what is written when the trained model answers ("": the best reward or bucket that was written)"""
+    """number of quantile buckets; a reward is replaced by the mean of its bucket (0: off)"""
+    target_reward: str = ""
+    """reward in the prompt when the trained model responds (empty: the highest in the training prompts)"""
 
     def __post_init__(self) -> None:
         require(self.buckets >= 0 and self.buckets != 1, "buckets", self.buckets, "0 (off) or at least 2")
@@ -52,23 +47,23 @@ class ConditionConfig:
 
 @dataclass(frozen=True)
 class ConditionalRun(SFTRun):
-    """Run over rows in epochs, their scoring before it, and responses to show at its end."""
+    """Scoring of the rows, run over them in epochs, and responses to show at its end."""
 
     rows_per_save: int = 1024
-    """rows that are scored at once; their rewards are then kept, should the run be stopped before it has scored all"""
+    """rows per scoring chunk; finished chunks are skipped on restart"""
     show: int = 3
-    """rows whose prompt is answered greedily before and after, with the best reward in it; held-out ones if any"""
+    """number of rows, of the eval split if there is one, with greedy responses before and after in the final table"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.rows_per_save >= 1, "rows_per_save", self.rows_per_save, "at least 1")
+        require_at_least(self, 1, "rows_per_save")
 
 
 @dataclass(frozen=True)
 class ConditionalConfig(SupervisedConfig):
-    """Conditional SFT: rewards are written into the prompts, and the model learns which responses earn which.
+    """Conditional SFT: fine-tuning on responses whose prompts contain their rewards.
 
-    Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
+    Sources of defaults: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
     noun = "prompts with responses and rewards"
@@ -77,9 +72,3 @@ class ConditionalConfig(SupervisedConfig):
     run: ConditionalRun = field(default_factory=lambda: ConditionalRun(output="runs/conditional"))
     reward: RewardConfig = field(default_factory=RewardConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
-
-    def check(self, world: int) -> int:
-        """As `ScriptConfig.check`."""
-        dp = super().check(world)
-        self.update.check(dp, self.data.max_tokens, "data.max_tokens")
-        return dp

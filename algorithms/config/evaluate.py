@@ -1,4 +1,4 @@
-"""Config of launch/evaluate.py: measurements of one model, or of two side by side."""
+"""Config of launch/evaluate.py: evaluation of a model, alone or against a baseline."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...engine.config import ContentPath
-from ...engine.mesh import check_layout
-from .common import ModelPaths, ParallelConfig, RolloutConfig, require
+from .common import ModelPaths, ParallelConfig, RolloutConfig, require, require_at_least
 from .data import PromptData
 from .pretrain import TextData
 from .reward import RewardConfig
-from .run import FolderConfig, require_seconds
+from .run import FolderConfig, check_world
 from .sft import SFTData
 
 
@@ -22,98 +21,90 @@ class EvaluatedModels(ModelPaths):
     """Model to evaluate."""
 
     path: ContentPath = ""
-    """folder in Hugging Face format, tokenizer included"""
+    """folder of the model in Hugging Face format, tokenizer included"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """compute type"""
-    against: ContentPath = ""
-    """folder of a second model, measured likewise; the first one's wins over it are counted ("": none)"""
+    """compute dtype"""
+    baseline: ContentPath = ""
+    """folder of a baseline model, evaluated alike; the win rate over it is reported (empty: none)"""
 
 
 @dataclass(frozen=True)
 class EvaluatedPrompts(PromptData):
-    """Prompts that are answered."""
+    """Prompts."""
 
     limit: int = 0
-    """answer this many of them, chosen by the seed (0: all)"""
+    """number of prompts, chosen by run.seed (0: all)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.limit >= 0, "limit", self.limit, "0 (all) or more")
-        require(not self.probabilities, "probabilities", repr(self.probabilities), "empty: each prompt is met once")
+        require_at_least(self, 0, "limit")
 
 
 @dataclass(frozen=True)
 class EvaluatedText(TextData):
-    """Text whose perplexity is measured, and how it is cut and packed."""
+    """Documents for perplexity, packed into rows."""
 
     section = "text"
 
 
 @dataclass(frozen=True)
 class EvaluatedDialogues(SFTData):
-    """Dialogues, or prompts with their responses, whose perplexity is measured."""
+    """Dialogues, or prompts with their responses, for perplexity."""
 
     section = "dialogues"
 
 
 @dataclass(frozen=True)
 class EvaluatedRollout(RolloutConfig):
-    """How prompts are answered."""
+    """Sampling of responses."""
 
     temperature: float = 1.0
-    """divides the logits when a token is drawn (0: the likeliest token)"""
+    """sampling temperature (0: greedy)"""
 
     def __post_init__(self) -> None:
-        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
+        require_at_least(self, 0, "temperature")
         values: dict[str, Any] = asdict(self) | {"temperature": self.temperature or 1.0}
         RolloutConfig(**values)  # the rest is as in training
         if not self.temperature and self.samples_per_prompt > 1:
-            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: at temperature=0 all are the same answer")
+            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: must be 1 with temperature=0 (greedy)")
 
 
 @dataclass(frozen=True)
-class PassConfig:
-    """When an answer passes."""
+class MetricsConfig:
+    """Metrics of the rewards."""
 
-    at: tuple[int, ...] = ()
-    """k of pass@k: the chance that one of k answers passes, by the unbiased estimator of Chen et al. 2021"""
-    threshold: float = 0.5
-    """an answer passes whose reward is at least this"""
+    pass_at_k: tuple[int, ...] = ()
+    """k of pass@k, by the unbiased estimator of Chen et al. 2021"""
+    pass_threshold: float = 0.5
+    """minimum reward of a response that passes"""
 
     def __post_init__(self) -> None:
-        require(all(k >= 1 for k in self.at), "at", self.at, "at least 1 each")
-        require(math.isfinite(self.threshold), "threshold", self.threshold, "a finite number")
+        require(all(k >= 1 for k in self.pass_at_k), "pass_at_k", self.pass_at_k, "at least 1 each")
+        require(math.isfinite(self.pass_threshold), "pass_threshold", self.pass_threshold, "a finite number")
 
 
 @dataclass(frozen=True)
 class EvaluateRun(FolderConfig):
-    """Run: folder, chunks, seed, time limit."""
+    """Run: folder, chunks, seed, timeout."""
 
     prompts_per_save: int = 256
-    """prompts that are answered and scored at once; their answers are then kept, should the run be stopped"""
+    """prompts per chunk of responses and scores; finished chunks are skipped on restart"""
     micro_batch_size: int = 8
-    """answers, dialogues or rows of text that a data-parallel rank scores at once"""
+    """responses, dialogues or rows of text per forward pass of a DP rank"""
     show: int = 3
-    """answers that are shown beneath the table"""
-    seed: int = 0
-    """seeds sampling and the choice of prompts"""
-    timeout: float = 1800.0
-    """seconds that a rank may keep the others waiting before the run ends and the late rank is named"""
+    """number of responses shown below the table"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_seconds(self.timeout)
-        for name in ("prompts_per_save", "micro_batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("show", "seed"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_at_least(self, 1, "prompts_per_save", "micro_batch_size")
+        require_at_least(self, 0, "show")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluation: answers to a set of prompts scored by any reward, pass@k, win rate, perplexity.
+    """Evaluation: rewards of responses to prompts, pass@k, win rate, perplexity.
 
-    Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
+    Sources of defaults: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
     model: EvaluatedModels = field(default_factory=EvaluatedModels)
@@ -122,7 +113,7 @@ class EvaluateConfig:
     dialogues: EvaluatedDialogues = field(default_factory=EvaluatedDialogues)
     rollout: EvaluatedRollout = field(default_factory=EvaluatedRollout)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    passes: PassConfig = field(default_factory=PassConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: EvaluateRun = field(default_factory=lambda: EvaluateRun(output="runs/evaluate"))
 
@@ -131,29 +122,22 @@ class EvaluateConfig:
         if not self.model.path:
             raise ValueError("model.path is not given: the folder of the model to evaluate, in Hugging Face format")
         if not (self.data.sources or self.text.sources or self.dialogues.sources):
-            raise ValueError("nothing to measure on: give data.sources, text.sources, dialogues.sources or several")
-        for section in ("text", "dialogues"):
-            data = getattr(self, section)
-            if data.probabilities:
-                raise ValueError(
-                    f"{section}.probabilities={data.probabilities!r}: each row of {section}.sources is met once"
-                )
-            if data.eval_sources or data.eval_fraction:
-                raise ValueError(
-                    f"{section}.eval_sources and {section}.eval_fraction: all of {section}.sources is measured"
-                )
+            raise ValueError("no data: give data.sources, text.sources, dialogues.sources or several")
         for data in (self.data, self.text, self.dialogues):
+            names = ("probabilities", "eval_sources", "eval_fraction")
+            for name in (name for name in names if getattr(data, name, None)):
+                raise ValueError(f"{data.section}.{name}={getattr(data, name)}: every row is evaluated once")
             data.check_reader()
-        if self.model.against and Path(self.model.against).resolve() == Path(self.model.path).resolve():
-            raise ValueError(
-                f"model.against={self.model.against}: is model.path itself, and a model wins nothing over it"
-            )
+        baseline = self.model.baseline
+        if baseline and Path(baseline).resolve() == Path(self.model.path).resolve():
+            raise ValueError(f"model.baseline={baseline}: must be another model than model.path")
         samples, scored = self.rollout.samples_per_prompt, bool(self.data.sources and self.reward.names)
-        if self.passes.at and not scored:
-            raise ValueError(f"passes.at={self.passes.at}: needs data.sources and a reward that says what passes")
-        if any(k > samples for k in self.passes.at):
-            raise ValueError(f"passes.at={self.passes.at}: at most rollout.samples_per_prompt={samples}")
-        if self.data.sources and self.model.against and not scored:
-            raise ValueError(f"model.against={self.model.against}: wins are counted by a reward, and none is given")
-        parallel = self.parallel
-        return check_layout(world, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, ep=parallel.ep)
+        if self.metrics.pass_at_k and not scored:
+            raise ValueError(f"metrics.pass_at_k={self.metrics.pass_at_k}: needs data.sources and a reward")
+        if any(k > samples for k in self.metrics.pass_at_k):
+            raise ValueError(
+                f"metrics.pass_at_k={self.metrics.pass_at_k}: at most rollout.samples_per_prompt={samples}"
+            )
+        if self.data.sources and baseline and not scored:
+            raise ValueError(f"model.baseline={baseline}: the win rate needs a reward")
+        return check_world(self.parallel, world)

@@ -1,8 +1,7 @@
-"""Config of launch/ppo.py.
+"""Config of launch/ppo.py. Defaults of other trainers: launch/configs/presets.
 
-Defaults are those of the first paper or of the trainers in wide use: [P] PPO (Schulman et al. 2017), [I] InstructGPT
-(Ouyang et al. 2022), [D] dual clip (Ye et al. 2020), [Z] fine-tuning from human preferences (Ziegler et al. 2019), [O]
-OpenRLHF, [V] verl. Choices of other trainers: launch/configs/presets.
+[P] PPO (Schulman et al. 2017), [I] InstructGPT (Ouyang et al. 2022), [Z] fine-tuning from human preferences (Ziegler et
+al. 2019), [O] OpenRLHF, [V] verl, [T] TRL.
 """
 
 from __future__ import annotations
@@ -12,140 +11,104 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...engine.config import ContentPath, FilePath, FunctionPath
-from ..advantages import Gaps
 from ..extensions import PPO_ESTIMATOR, TOKEN_LOSS, check_function
-from ..losses.aggregation import Aggregation
-from .common import ModelPaths, OptimizerConfig, require
+from .common import ModelPaths, OptimizerConfig, require, require_at_least, require_fraction
 from .data import PromptData
-from .online import OnlineConfig, OnlineRun, UpdateOptions
+from .online import OnlineConfig, OnlineRun, PolicyLossConfig, UpdateOptions
 
 
 @dataclass(frozen=True)
 class PPOModels(ModelPaths):
-    """Model to train: the actor starts from `path`, the reference stays at it."""
+    """Initial weights: the actor and the reference start from `path`."""
 
     critic: ContentPath = ""
-    """folder the critic's body starts from, a reward model's for instance ("": the actor's)"""
+    """folder of the critic's initial weights, for instance a reward model's (empty: the actor's)"""
 
 
 @dataclass(frozen=True)
 class PPOData(PromptData):
-    """Prompts, and text for the pretraining mix."""
+    """Prompts, and text of the pretraining mix."""
 
     ptx_source: FilePath = ""
-    """text for the pretraining mix (actor.ptx_coef), given like a source"""
+    """text of the pretraining mix (actor.ptx_coef), a source as in data.sources"""
     ptx_key: str = "text"
-    """column of ptx_source that holds the text"""
+    """column of the text in ptx_source"""
     ptx_tokens: int = 512
-    """tokens of a sequence of the pretraining mix; each minibatch takes as many sequences as it has samples"""
+    """sequence length of the pretraining mix in tokens; a minibatch has as many sequences as samples"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.ptx_tokens >= 2, "ptx_tokens", self.ptx_tokens, "at least 2")
+        require_at_least(self, 2, "ptx_tokens")
 
 
 @dataclass(frozen=True)
-class ActorConfig:
-    """Update of the policy."""
+class ActorConfig(PolicyLossConfig):
+    """Actor: optimizer and policy loss."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    policy_loss: FunctionPath = "clip"
-    """clip, the clipped surrogate [P], or path/to/file.py:function (docs/extending.md)"""
-    clip_low: float = 0.2
-    """the probability ratio is clipped below 1 - clip_low [P]"""
-    clip_high: float = 0.2
-    """the ratio is clipped above 1 + clip_high; larger than clip_low lets rare tokens rise [P]"""
-    dual_clip: float = 0.0
-    """upper bound of the loss of a negative advantage, as a multiple of it (0: off; the paper has 3) [D]"""
-    log_ratio_limit: float = 0.0
-    """limit of |log π - log π_old| before the exponential (0: none)"""
-    entropy_coef: float = 0.0
-    """weight of the entropy bonus"""
-    ema_decay: float = 0.0
-    """keeps an exponential moving average of the weights and exports it too (0: off; [O] has 0.992)"""
     ptx_coef: float = 0.0
-    """weight of the pretraining loss mixed in, PPO-ptx (0: off; [I] has 27.8)"""
+    """weight of the pretraining loss, PPO-ptx (0: off; [I] 27.8)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.clip_low < 1, "clip_low", self.clip_low, "above 0 and below 1")
-        require(0 < self.clip_high < math.inf, "clip_high", self.clip_high, "above 0")
-        dual = self.dual_clip
-        require(dual == 0 or 1 < dual < math.inf, "dual_clip", dual, "0 (off) or above 1")
-        require(math.isfinite(self.entropy_coef), "entropy_coef", self.entropy_coef, "a finite number")
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (off) or more and below 1")
-        for name in ("log_ratio_limit", "ptx_coef"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 (off) or more")
+        require(self.clip_high > 0, "clip_high", self.clip_high, "above 0")
+        require_at_least(self, 0, "ptx_coef")
 
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """Update of the value function."""
+    """Critic: optimizer and value loss."""
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6))
     value_clip: float = 0.5
-    """values are clipped to at most this far from their old ones (0: off) [O, V]"""
+    """value clipping: maximum distance from the old values (0: off) [O, V]"""
     loss_coef: float = 0.5
     """weight of the squared error of the values"""
     warmup_steps: int = 0
-    """first steps in which only the critic learns"""
+    """number of initial steps that update only the critic"""
 
     def __post_init__(self) -> None:
-        require(0 <= self.value_clip < math.inf, "value_clip", self.value_clip, "0 (off) or more")
+        require_at_least(self, 0, "value_clip", "warmup_steps")
         require(0 < self.loss_coef < math.inf, "loss_coef", self.loss_coef, "above 0")
-        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
 
 
 @dataclass(frozen=True)
 class PPOOptions(UpdateOptions):
-    """Advantages, KL penalty, and how a batch becomes updates."""
+    """Advantages, KL penalty, and updates from a batch."""
 
     advantage_estimator: FunctionPath = "gae"
-    """gae, or path/to/file.py:function (docs/extending.md)"""
-    gamma: float = 1.0
-    """discount [I]"""
+    """gae, or a custom advantage estimator, path/to/file.py:function (docs/extending.md)"""
     lam: float = 0.95
-    """λ of GAE ([P, I]; [O] and [V] have 1)"""
-    turn_gaps: Gaps = "carry"
-    """GAE across tokens between turns, which the policy did not choose: carry goes on at its next token, zero takes
-    them for states of reward and value 0 [O]"""
+    """λ of GAE ([P, I]; [O, V] 1)"""
     whiten: Literal["off", "population", "unbiased", "unbiased_eps"] = "population"
-    """advantages get mean 0 and deviation 1 over the response tokens of the global batch: by the population variance,
-    1e-8 at least [O], or the unbiased one + 1e-8 [T], with 1e-8 added to the number of tokens [V]"""
+    """whiten advantages to mean 0 and variance 1 over the response tokens of the global batch: population variance, at
+    least 1e-8 [O]; unbiased variance + 1e-8 [T]; the same with 1e-8 added to the token count [V]"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """estimator of the KL to the reference in the per-token reward [O]"""
+    """estimator of the KL to the reference in the token rewards [O]"""
     kl_coef: float = 0.01
-    """weight of the KL penalty [O]; with kl_target the weight it starts from"""
+    """weight of the KL penalty [O]; with kl_target the initial weight"""
     kl_target: float = 0.0
-    """adaptive KL: the weight moves so that a sequence's KL stays near this (0: fixed; [Z] has 6)"""
+    """adaptive KL controller: target KL of a sequence (0: off, constant weight; [Z] 6)"""
     kl_horizon: int = 10000
-    """samples over which the adaptive weight moves [Z]"""
-    kl_input_limit: float = 0.0
-    """limit of |log-ratio| before the KL estimator (0: none)"""
-    kl_output_limit: float = 0.0
-    """limit of the KL estimate's size (0: none)"""
-    loss_aggregation: Aggregation = "token-mean"
-    """how the per-token losses of actor and critic become one (docs/grpo.md; constant: rollout.max_new_tokens)"""
+    """horizon of the adaptive KL controller in samples [Z]"""
     tis_clip: float = 0.0
-    """truncated importance sampling: weights tokens by π_old / sampler, at most this (0: off; 2 is usual)"""
+    """truncated importance sampling: weight tokens by min(π_old / π_sampler, this) (0: off; usually 2)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.gamma <= 1, "gamma", self.gamma, "from 0 to 1")
-        require(0 <= self.lam <= 1, "lam", self.lam, "from 0 to 1")
-        for name in ("kl_coef", "kl_target", "kl_input_limit", "kl_output_limit", "tis_clip"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        require(self.kl_horizon >= 1, "kl_horizon", self.kl_horizon, "at least 1")
-        adapts = self.kl_target > 0
-        require(
-            not adapts or self.kl_coef > 0, "kl_coef", self.kl_coef, f"above 0 to adapt to kl_target={self.kl_target}"
-        )
+        require_fraction(self, "lam")
+        require_at_least(self, 0, "kl_target", "tis_clip")
+        require_at_least(self, 1, "kl_horizon")
+        allowed = f"above 0 with kl_target={self.kl_target}"
+        require(not self.kl_target or self.kl_coef > 0, "kl_coef", self.kl_coef, allowed)
 
 
 @dataclass(frozen=True)
 class PPOConfig(OnlineConfig):
-    """Proximal policy optimization from rewards: actor, critic, reference and reward models.
+    """Proximal policy optimization (PPO) from rewards: actor, critic, reference and reward models.
 
-    Where defaults come from: [P] PPO, [I] InstructGPT, [D] dual clip, [Z] Ziegler et al., [O] OpenRLHF, [V] verl.
+    Sources of defaults: [P] PPO, [I] InstructGPT, [Z] Ziegler et al. 2019, [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
     model: PPOModels = field(default_factory=PPOModels)
@@ -156,13 +119,13 @@ class PPOConfig(OnlineConfig):
     ppo: PPOOptions = field(default_factory=PPOOptions)
 
     def check(self, world: int) -> int:
-        """As `ScriptConfig.check`. The model's own sizes (heads by tp) are checked against its config.json later."""
-        dp = self.check_batch(world, "ppo", self.ppo.minibatches, self.ppo.micro_batch_tokens)
+        """As `ScriptConfig.check`. Sizes of the model (heads by tp) are checked later, against its config.json."""
+        dp = self.check_batch(world, "ppo", self.ppo)
         if self.actor.ptx_coef and not self.data.ptx_source:
-            raise ValueError(f"actor.ptx_coef={self.actor.ptx_coef} needs text to learn from: give data.ptx_source")
+            raise ValueError(f"actor.ptx_coef={self.actor.ptx_coef}: needs text in data.ptx_source")
         if self.critic.warmup_steps >= self.run.steps:
             raise ValueError(
-                f"critic.warmup_steps={self.critic.warmup_steps} leaves the actor none of run.steps={self.run.steps}"
+                f"critic.warmup_steps={self.critic.warmup_steps}: must be below run.steps={self.run.steps}"
             )
         check_function("actor.policy_loss", self.actor.policy_loss, TOKEN_LOSS, own=("clip",))
         check_function("ppo.advantage_estimator", self.ppo.advantage_estimator, PPO_ESTIMATOR, own=("gae",))

@@ -1,4 +1,4 @@
-"""Configs of scripts that learn from preferences: reward models, DPO and its kin, KTO. [O] OpenRLHF, [T] TRL."""
+"""Configs of scripts that learn from preferences: reward models, DPO and variants, KTO."""
 
 from __future__ import annotations
 
@@ -7,69 +7,58 @@ from dataclasses import dataclass, field
 
 from ...engine.config import ContentPath
 from ..losses.preference import PairLoss
-from .common import ModelPaths, OptimizerConfig, require
+from .common import ModelPaths, OptimizerConfig, require, require_at_least
 from .data import ResponseData, RowData
 from .run import EpochRun
 from .supervised import SupervisedConfig
 
 
-def _columns(data: object, *names: str) -> None:
-    for name in names:
-        require(bool(getattr(data, name)), name, repr(getattr(data, name)), "the name of a column")
-
-
 @dataclass(frozen=True)
 class PairData(ResponseData):
-    """Pairs of answers: prompt, chosen and rejected, or two dialogues. max_tokens is of each, prompt included."""
+    """Pairs of responses: prompt, chosen and rejected, or two dialogues. max_tokens is of each, prompt included."""
+
+    row_samples = 2
 
     prompt_key: str = "prompt"
-    """column with the prompt, a string or messages; the next two may be whole dialogues, which need none"""
+    """column of the prompt, a string or messages; not needed if the next two are whole dialogues"""
     chosen_key: str = "chosen"
-    """column with the better answer: a string, or a dialogue that ends with it"""
+    """column of the chosen response: a string, or a dialogue that ends with it"""
     rejected_key: str = "rejected"
-    """column with the worse answer"""
+    """column of the rejected response"""
     margin_key: str = ""
-    """column that says by how much it is better, 0 or more ("": pairs have no margins)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _columns(self, "prompt_key", "chosen_key", "rejected_key")
+    """column of the margin between chosen and rejected, 0 or more (empty: no margins)"""
 
 
 @dataclass(frozen=True)
 class LabelData(ResponseData):
-    """Answers with a label each."""
+    """Responses with a binary label each."""
 
     prompt_key: str = "prompt"
-    """column with the prompt, a string or messages; the next may be a whole dialogue, which needs none"""
+    """column of the prompt, a string or messages; not needed if response_key is a whole dialogue"""
     response_key: str = "response"
-    """column that holds the answer: a string, or a dialogue that ends with it"""
+    """column of the response: a string, or a dialogue that ends with it"""
     label_key: str = "label"
-    """column that is true where the answer is wanted"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _columns(self, "prompt_key", "response_key", "label_key")
+    """column of the label, true if the response is desirable"""
 
 
 @dataclass(frozen=True)
 class StepData(RowData):
-    """Answers in steps with a label each, for a process reward model."""
+    """Responses in steps with a label each, for a process reward model."""
 
     section = "steps"
 
     prompt_key: str = "prompt"
-    """column that holds the prompt"""
+    """column of the prompt"""
     steps_key: str = "steps"
-    """column with the list of an answer's steps"""
+    """column of the list of a response's steps"""
     labels_key: str = "labels"
-    """column with a true or false for each step"""
+    """column of the list of labels, true or false for each step"""
     separator: str = "\n\n"
-    """what stands between steps; the score is read at its last token"""
+    """text after each step; a step's score is read at its last token"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _columns(self, "prompt_key", "steps_key", "labels_key", "separator")
+        require(bool(self.separator), "separator", repr(self.separator), "a text")
 
 
 @dataclass(frozen=True)
@@ -80,14 +69,14 @@ class RewardLoss:
     """weight of (r_chosen + r_rejected)², which keeps rewards near 0 (0: off) [T]"""
 
     def __post_init__(self) -> None:
-        require(0 <= self.center_coef < math.inf, "center_coef", self.center_coef, "0 (off) or more")
+        require_at_least(self, 0, "center_coef")
 
 
 @dataclass(frozen=True)
 class RewardModelConfig(SupervisedConfig):
-    """A reward model: a scalar head that ranks two responses (Bradley-Terry), or labels steps as right or wrong.
+    """Reward model: a scalar head trained on pairs of responses (Bradley-Terry), or on labeled steps (process reward).
 
-    Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
+    Sources of defaults: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
     noun = "pairs, or of steps in steps.sources"
@@ -96,24 +85,19 @@ class RewardModelConfig(SupervisedConfig):
     run: EpochRun = field(default_factory=lambda: EpochRun(output="runs/reward"))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6))
     steps: StepData = field(default_factory=StepData)
-    """rows of labeled steps instead of pairs, where steps.sources are given"""
+    """labeled steps in place of pairs, if steps.sources are given"""
     loss: RewardLoss = field(default_factory=RewardLoss)
 
     @property
     def rows(self) -> PairData | StepData:
-        """Pairs, or steps where they are given."""
+        """Pairs, or steps if they are given."""
         return self.steps if self.steps.sources else self.data
 
     def check(self, world: int) -> int:
         """As `ScriptConfig.check`."""
         if self.data.sources and self.steps.sources:
             raise ValueError("data.sources and steps.sources: a reward model learns from pairs or from steps, not both")
-        dp = super().check(world)
-        if self.rows is self.data:
-            self.update.check(dp, 2 * self.data.max_tokens, "2 × data.max_tokens")
-        else:
-            self.update.check(dp, self.steps.max_tokens, "steps.max_tokens")
-        return dp
+        return super().check(world)
 
 
 @dataclass(frozen=True)
@@ -121,43 +105,43 @@ class DPOModels(ModelPaths):
     """Policy to train, and its reference."""
 
     reference: ContentPath = ""
-    """folder of the reference ("": the policy as it is before the first step)"""
+    """folder of the reference model (empty: the initial policy)"""
 
 
 @dataclass(frozen=True)
 class DPOLoss:
-    """The loss of a pair."""
+    """Loss of a pair."""
 
     kind: PairLoss = "dpo"
-    """dpo with label_smoothing is cDPO; ipo is IPO; robust, hinge, exo, apo_zero, apo_down as their papers have them"""
+    """loss: dpo (cDPO with label_smoothing), ipo, robust, hinge (SLiC), exo, apo_zero, apo_down (docs/dpo.md)"""
     beta: float = 0.1
-    """how strongly the policy is held to the reference [O, T]"""
+    """β: strength of the KL constraint to the reference [O, T]"""
     label_smoothing: float = 0.0
-    """share of pairs thought to be labeled the wrong way round, for dpo (cDPO), robust and exo"""
+    """assumed fraction of pairs with flipped labels, for dpo (cDPO), robust and exo"""
     average_log_probs: bool = False
-    """a response's log-ratio is the mean over its tokens instead of their sum [T: IPO]"""
+    """average a response's log-ratio over its tokens instead of summing [T: IPO]"""
     nll_coef: float = 0.0
-    """weight of -log π of the chosen response (0: off) [O]"""
+    """weight of the NLL loss, -log π of the chosen response (0: off) [O]"""
     nll_average_log_probs: bool = True
-    """that is the mean over its tokens instead of their sum"""
+    """average the NLL over the response's tokens instead of summing"""
     reference_free: bool = False
-    """the reference counts as uniform: none is computed"""
+    """use a uniform reference: no reference model is computed"""
 
     def __post_init__(self) -> None:
         require(0 < self.beta < math.inf, "beta", self.beta, "above 0")
-        require(0 <= self.nll_coef < math.inf, "nll_coef", self.nll_coef, "0 (off) or more")
+        require_at_least(self, 0, "nll_coef")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 or more and below 0.5")
         if self.label_smoothing and self.kind not in ("dpo", "robust", "exo"):
-            raise ValueError(f"label_smoothing={self.label_smoothing}: {self.kind} has none; dpo, robust and exo do")
+            raise ValueError(f"label_smoothing={self.label_smoothing}: must be 0 for kind={self.kind}")
         if self.kind == "exo" and not self.label_smoothing:
-            raise ValueError("label_smoothing=0: exo needs a number above 0, its paper takes 0.001")
+            raise ValueError("label_smoothing=0.0: must be above 0 for kind=exo (0.001 in its paper)")
 
 
 @dataclass(frozen=True)
 class DPOConfig(SupervisedConfig):
-    """Direct preference optimization and its kin: the policy learns from pairs, without a reward model.
+    """Direct preference optimization and variants: the policy learns from pairs, without a reward model.
 
-    Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
+    Sources of defaults: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
     noun = "pairs"
@@ -171,46 +155,38 @@ class DPOConfig(SupervisedConfig):
     def check(self, world: int) -> int:
         """As `ScriptConfig.check`."""
         if self.loss.reference_free and self.model.reference:
-            raise ValueError(f"model.reference={self.model.reference}: loss.reference_free asks for none")
-        dp = super().check(world)
-        self.update.check(dp, 2 * self.data.max_tokens, "2 × data.max_tokens")
-        return dp
+            raise ValueError(f"model.reference={self.model.reference}: must be empty with loss.reference_free")
+        return super().check(world)
 
 
 @dataclass(frozen=True)
 class KTOLoss:
-    """The loss of an answer."""
+    """Loss of a labeled response."""
 
     beta: float = 0.1
-    """how strongly the policy is held to the reference [T]"""
+    """β: strength of the KL constraint to the reference [T]"""
     desirable_weight: float = 1.0
-    """weight of wanted answers; with unequal numbers, keep weight × number of the two kinds within 1 to 4/3 [T]"""
+    """weight of desirable responses; (weight x count) of desirable to undesirable should be within 1 to 4/3 [T]"""
     undesirable_weight: float = 1.0
-    """weight of unwanted answers"""
+    """weight of undesirable responses"""
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, "beta", self.beta, "above 0")
-        for name in ("desirable_weight", "undesirable_weight"):
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
 
 
 @dataclass(frozen=True)
 class KTOConfig(SupervisedConfig):
-    """Kahneman-Tversky optimization: the policy learns from responses labeled good or bad, no pairs needed.
+    """Kahneman-Tversky optimization: the policy learns from single responses labeled desirable or undesirable.
 
-    Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
+    Sources of defaults: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
     noun = "responses with labels"
+    even = False
 
     model: DPOModels = field(default_factory=DPOModels)
     data: LabelData = field(default_factory=LabelData)
     run: EpochRun = field(default_factory=lambda: EpochRun(output="runs/kto"))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-7))
     loss: KTOLoss = field(default_factory=KTOLoss)
-
-    def check(self, world: int) -> int:
-        """As `ScriptConfig.check`."""
-        dp = super().check(world)
-        self.update.check(dp, self.data.max_tokens, "data.max_tokens", even=False)
-        return dp

@@ -1,11 +1,11 @@
-"""Config of launch/pretrain.py. [O] OpenRLHF, [T] TRL, [V] verl."""
+"""Config of launch/pretrain.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ...engine.config import FilePath
-from .common import OptimizerConfig, require
+from .common import OptimizerConfig, require, require_at_least
 from .data import RowData
 from .run import EpochRun
 from .supervised import SupervisedConfig, UpdateConfig
@@ -13,34 +13,33 @@ from .supervised import SupervisedConfig, UpdateConfig
 
 @dataclass(frozen=True)
 class TextData(RowData):
-    """Documents, how they are cut and packed, and what is held out."""
+    """Documents, packed into rows, and the eval split."""
 
     sources: tuple[FilePath, ...] = ()
-    """files (.txt and .md, a document each; .jsonl, .json, .csv, .tsv, .parquet), folders, or names on the hub"""
+    """files (.txt and .md, a document each; .jsonl, .json, .csv, .tsv, .parquet), folders, or Hugging Face datasets"""
     chat_template: bool = False
-    """must be false: text is learned as it stands"""
+    """must be false: documents are plain text"""
     max_tokens: int = 2048
-    """tokens of a row: documents are packed into rows of at most so many, longer ones are cut into pieces"""
+    """sequence length in tokens: documents are packed into rows of at most this length, longer ones are split"""
     text_key: str = "text"
-    """column that holds a document"""
+    """column of the document"""
     min_tokens: int = 2
-    """documents with fewer tokens, end of sequence included, are counted and dropped"""
+    """minimum document length in tokens, end of sequence included; shorter ones are dropped and counted"""
     eval_fraction: float = 0.0
-    """instead of that, this share of the documents is held out, chosen by the seed (0: off)"""
+    """fraction of the documents in the eval split, chosen by run.seed, without eval_sources (0: off)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(not self.chat_template, "chat_template", self.chat_template, "false: text is learned as it stands")
-        require(not self.system_prompt, "system_prompt", repr(self.system_prompt), "empty: text has none")
-        require(self.min_tokens >= 2, "min_tokens", self.min_tokens, "at least 2: a lone token has nothing to predict")
-        require(bool(self.text_key), "text_key", repr(self.text_key), "the name of a column")
+        require(not self.chat_template, "chat_template", self.chat_template, "false: documents are plain text")
+        require(not self.system_prompt, "system_prompt", repr(self.system_prompt), "empty: documents are plain text")
+        require_at_least(self, 2, "min_tokens")
 
 
 @dataclass(frozen=True)
 class PretrainConfig(SupervisedConfig):
-    """Continued pretraining: the model learns to predict every token of plain text.
+    """Continued pretraining: next-token prediction on plain text.
 
-    Where defaults come from: [O] OpenRLHF, [V] verl, [T] TRL.
+    Sources of defaults: [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
     noun = "text"
@@ -49,9 +48,3 @@ class PretrainConfig(SupervisedConfig):
     run: EpochRun = field(default_factory=lambda: EpochRun(output="runs/pretrain"))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, weight_decay=0.1))
     update: UpdateConfig = field(default_factory=lambda: UpdateConfig(batch_size=32, micro_batch_size=1))
-
-    def check(self, world: int) -> int:
-        """As `ScriptConfig.check`."""
-        dp = super().check(world)
-        self.update.check(dp, self.data.max_tokens, "data.max_tokens")
-        return dp

@@ -1,73 +1,72 @@
-"""Config of launch/rlhf.py: fine-tuning, preferences, reward model, PPO, evaluation before and after.
+"""Config of launch/rlhf.py: SFT, preferences, reward model, PPO, and evaluation before and after.
 
-A stage's section is the config of its script. What ties the stages together (which model a stage starts from, which
-files it reads, where it writes, layout, seed) is the pipeline's own, filled in by `stages` and refused where given.
+A stage's section is the config of its script. The options that connect the stages (initial weights, files, output
+folders, layout, seed) are set by `stages` and refused in a stage's section.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ...engine.config import AUTO, flatten
-from .common import LoRAConfig, ModelPaths, ParallelConfig, RolloutConfig, require
+from .common import LoRAConfig, ModelPaths, ParallelConfig, RolloutConfig, require, require_at_least
 from .data import PromptData
 from .evaluate import EvaluateConfig
 from .ppo import PPOConfig
 from .preference import RewardModelConfig
 from .reward import RewardConfig, ShapedReward
-from .run import FolderConfig, check_given, require_seconds
+from .run import LoggedRun, check_given
 from .sft import SFTConfig
 
 
 @dataclass(frozen=True)
 class PromptsConfig(PromptData):
-    """Prompts, the same for all stages after the first, and how many no stage learns from."""
+    """Prompts of all stages after SFT, and their eval split."""
 
     section = "prompts"
     eval_fraction: float = 0.15
-    """share of the prompts, chosen by the seed, that no stage learns from: pairs and answers are measured on them"""
+    """fraction of the prompts in the eval split of preferences and responses, chosen by run.seed"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "above 0 and below 1")
-        require(not self.probabilities, "probabilities", repr(self.probabilities), "empty: each prompt is met once")
+        allowed = "empty: every prompt is used once"
+        require(not self.probabilities, "probabilities", repr(self.probabilities), allowed)
 
 
 @dataclass(frozen=True)
 class PreferencesRun:
-    """The labeling itself."""
+    """Labeling of preferences."""
 
     output: str = "runs/preferences"
-    """folder for the answers and the pairs"""
+    """folder of the responses and the pairs"""
     prompts: int = 0
-    """answer this many of the prompts, chosen by the seed (0: all)"""
-    pairs: int = 1
-    """pairs a prompt: best answer against worst, second best against second worst, and so on; ties are left out"""
+    """number of prompts, chosen by the seed (0: all)"""
+    pairs_per_prompt: int = 1
+    """pairs per prompt: best response against worst, second best against second worst, and so on, without ties"""
     prompts_per_save: int = 64
-    """prompts whose answers are kept together; a run that is killed goes on behind the last of them"""
+    """prompts per chunk of responses; finished chunks are skipped on restart"""
     micro_batch_size: int = 16
-    """answers that a reward model scores at once on a data-parallel rank"""
+    """responses per forward pass of a reward model on a DP rank"""
     seed: int = 0
-    """seeds sampling and the choice of prompts"""
+    """random seed of sampling and the choice of prompts"""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "prompts_per_save", "micro_batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("prompts", "seed"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_at_least(self, 1, "pairs_per_prompt", "prompts_per_save", "micro_batch_size")
+        require_at_least(self, 0, "prompts", "seed")
         require(bool(self.output), "output", repr(self.output), "a folder")
 
     @property
     def folder(self) -> str:
-        """Where the answers go."""
+        """Folder of the responses."""
         return self.output
 
 
 @dataclass(frozen=True)
 class PreferencesConfig:
-    """Preferences: a model answers each prompt several times, and a scorer says which answer is better."""
+    """Preferences: several responses to each prompt, ranked by their rewards."""
 
     model: ModelPaths = field(default_factory=ModelPaths)
     data: PromptData = field(default_factory=PromptData)
@@ -78,49 +77,38 @@ class PreferencesConfig:
 
     @property
     def lora(self) -> LoRAConfig:
-        """Nothing is trained."""
+        """No adapters: nothing is trained."""
         return LoRAConfig()
 
     def check(self, world: int) -> int:
         """As `ScriptConfig.check`."""
         dp = check_given(self.model, self.data, self.parallel, world, "prompts")
         self.reward.check_given()
-        samples, pairs = self.rollout.samples_per_prompt, self.run.pairs
+        samples, pairs = self.rollout.samples_per_prompt, self.run.pairs_per_prompt
         if samples < 2 * pairs:
             raise ValueError(
-                f"rollout.samples_per_prompt={samples}: run.pairs={pairs} needs {2 * pairs} responses at least"
+                f"rollout.samples_per_prompt={samples}: run.pairs_per_prompt={pairs} needs at least {2 * pairs}"
             )
         return dp
 
 
 @dataclass(frozen=True)
-class RLHFRun(FolderConfig):
-    """Run: folder for the report and for a folder a stage, logs, seed, time limits."""
+class RLHFRun(LoggedRun):
+    """Run: folder of the report and of a folder for each stage, loggers, seed, timeouts."""
 
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """where metrics go beside the JSONL files"""
-    seed: int = 0
-    """seeds every stage, and the choice of the prompts that are held out"""
     show: int = 8
-    """held-out prompts whose answers before and after stand in the report; the first ones, whatever they are"""
-    timeout: float = 1800.0
-    """seconds that a rank may keep the others waiting before the run ends and the late rank is named"""
-    grace: float = 15.0
-    """seconds after a request to stop in which the step at hand may still end; one that will not is dropped"""
+    """number of eval prompts whose responses before and after are shown in the report, from the first on"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_seconds(self.timeout, self.grace)
-        for name in ("seed", "show"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_at_least(self, 0, "show")
 
 
 @dataclass(frozen=True)
 class RLHFConfig:
-    """RLHF from a model to an aligned one: fine-tuning, preferences, reward model, PPO, and a report of all of it.
+    """The RLHF pipeline: SFT, preferences, reward model, PPO, evaluation, and a report.
 
-    Where defaults come from: [P] PPO, [I] InstructGPT, [D] dual clip, [Z] Ziegler et al., [O] OpenRLHF, [V] verl,
-    [T] TRL.
+    Sources of defaults: [P] PPO, [I] InstructGPT, [Z] Ziegler et al. 2019, [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
     model: ModelPaths = field(default_factory=ModelPaths)
@@ -139,14 +127,14 @@ class RLHFConfig:
         Raises:
             ValueError: with the stage, the options and numbers that do not fit.
         """
-        for stage, names in FILLED.items():
+        for stage, names in SET_BY_PIPELINE.items():
             section = getattr(self, stage)
             given, own = flatten(section), flatten(type(section)())
-            for name in (*OF_EVERY_STAGE, *names):
+            for name in (*SET_IN_EVERY_STAGE, *names):
                 for option in (option for option in own if option == name or option.startswith(f"{name}.")):
                     if given[option] != own[option]:
                         raise ValueError(
-                            f"{stage}.{option}={given[option]}: the pipeline fills it in; {_instead(stage, name)}"
+                            f"{stage}.{option}={given[option]}: is set by the pipeline; {_alternative(stage, name)}"
                         )
         dp = check_given(self.model, self.prompts, self.parallel, world, "prompts")
         root = Path(self.run.folder).resolve()
@@ -156,12 +144,12 @@ class RLHFConfig:
             for path in paths:
                 if Path(path).resolve().is_relative_to(root):
                     raise ValueError(
-                        f"{option}={path}: is within run.output={self.run.folder}, which a run writes anew"
+                        f"{option}={path}: must not be in run.output={self.run.folder}, which is overwritten"
                     )
         names = [Path(name).name for name in stages(self).ppo.reward.names]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"preferences.reward: {', '.join(names)}: scorers are told apart by the last part of their name"
+                f"preferences.reward: {', '.join(names)}: the last parts of the scorers' names must differ"
             )
         for name, stage in stages(self)._asdict().items():
             try:
@@ -172,7 +160,7 @@ class RLHFConfig:
 
 
 class Stages(NamedTuple):
-    """Each stage's config with everything filled in, in the order they run."""
+    """The complete config of each stage, in the order they run."""
 
     sft: SFTConfig
     preferences: PreferencesConfig
@@ -183,7 +171,7 @@ class Stages(NamedTuple):
 
 PROMPTS = tuple(option.name for option in fields(PromptData))
 SCORERS = tuple(option.name for option in fields(RewardConfig))
-FILLED = {
+SET_BY_PIPELINE = {
     "sft": (),
     "preferences": tuple(f"data.{name}" for name in PROMPTS),
     "reward": ("data.sources", "data.eval_sources", "data.eval_fraction", "data.max_tokens", "steps"),
@@ -193,11 +181,11 @@ FILLED = {
     ),
     "evaluation": (
         *(f"data.{name}" for name in PROMPTS),
-        *("model.against", "reward", "text", "dialogues", "passes"),
+        *("model.baseline", "reward", "text", "dialogues", "metrics"),
     ),
 }
-"""Knobs and sections of each stage that the pipeline fills in, besides those of every stage."""
-OF_EVERY_STAGE = (
+"""Options and sections of each stage that `stages` sets, besides those of every stage."""
+SET_IN_EVERY_STAGE = (
     "model.path",
     "model.dtype",
     "parallel",
@@ -212,21 +200,21 @@ OF_EVERY_STAGE = (
 
 
 def prompt_files(config: RLHFConfig) -> tuple[str, str]:
-    """The files of the prompts that are learned from and of those held out."""
+    """The files of the training prompts and the eval prompts."""
     folder = Path(config.run.folder) / "prompts"
-    return str(folder / "train.jsonl"), str(folder / "held_out.jsonl")
+    return str(folder / "train.jsonl"), str(folder / "eval.jsonl")
 
 
 def stages(config: RLHFConfig) -> Stages:
-    """The config of each stage, tied to the stages before it."""
+    """The complete config of each stage: models and files of the stages before it are set."""
     root, dtype = Path(config.run.folder), config.model.dtype
-    train, held_out = prompt_files(config)
+    train, eval_prompts = prompt_files(config)
     tuned, learned = str(root / "sft" / "model"), str(root / "reward" / "model")
     scorer = config.preferences.reward
 
     def prompts(data: Any, *sources: str) -> Any:
         shared = {name: getattr(config.prompts, name) for name in PROMPTS}
-        return replace(data, **(shared | {"sources": sources, "reader": ""}))  # the pipeline wrote these files
+        return replace(data, **(shared | {"sources": sources, "reader": ""}))  # the prompts are read already
 
     def fill(name: str, path: str, **changes: Any) -> Any:
         section = getattr(config, name)
@@ -240,8 +228,8 @@ def stages(config: RLHFConfig) -> Stages:
         model = replace(section.model, path=path, dtype=dtype, **changes.pop("model", {}))
         return replace(section, model=model, parallel=config.parallel, run=replace(section.run, **run), **changes)
 
-    # The true reward is measured wherever the learned one is, and weighs nothing.
-    by_both = {
+    # The true reward is logged beside the reward model's, with weight 0.
+    both = {
         "functions": scorer.functions,
         "models": (learned, *scorer.models),
         "servers": scorer.servers,
@@ -251,40 +239,39 @@ def stages(config: RLHFConfig) -> Stages:
     pairs = replace(
         config.reward.data,
         sources=(str(root / "preferences" / "train.jsonl"),),
-        eval_sources=(str(root / "preferences" / "held_out.jsonl"),),
+        eval_sources=(str(root / "preferences" / "eval.jsonl"),),
         max_tokens=longest,
     )
     return Stages(
         fill("sft", config.model.path),
-        fill("preferences", tuned, data=prompts(config.preferences.data, train, held_out)),
+        fill("preferences", tuned, data=prompts(config.preferences.data, train, eval_prompts)),
         fill("reward", tuned, data=pairs),
-        # The critic begins as the reward model [I].
+        # The critic starts from the reward model [I].
         fill(
             "ppo",
             tuned,
             model={"critic": learned},
             data=prompts(config.ppo.data, train),
-            reward=replace(config.ppo.reward, **by_both),
+            reward=replace(config.ppo.reward, **both),
         ),
         fill(
             "evaluation",
             str(root / "ppo" / "model"),
             model={"against": tuned},
-            data=prompts(config.evaluation.data, held_out),
-            reward=RewardConfig(**({name: getattr(scorer, name) for name in SCORERS} | by_both)),  # not shaped
+            data=prompts(config.evaluation.data, eval_prompts),
+            reward=RewardConfig(**({name: getattr(scorer, name) for name in SCORERS} | both)),  # not shaped
         ),
     )
 
 
-def _instead(stage: str, name: str) -> str:
-    """Where that is said."""
-    if name in OF_EVERY_STAGE:
-        section, _, option = name.partition(".")
-        return f"give {name}" if option != "resume" else "--resume RUN goes on with all stages"
+def _alternative(stage: str, name: str) -> str:
+    """Where to set an option that is refused in a stage's section."""
+    if name in SET_IN_EVERY_STAGE:
+        return f"set {name}" if name != "run.resume" else "--resume RUN resumes all stages"
     if name.removeprefix("data.") in PROMPTS and stage != "reward":
-        return f"give prompts.{name.removeprefix('data.')}"
+        return f"set prompts.{name.removeprefix('data.')}"
     if name.startswith("reward") and stage == "evaluation":
-        return "the rewards are those of preferences.reward and the one that is learned"
+        return "the rewards are those of preferences.reward and the trained reward model"
     if name.startswith("reward."):
-        return "PPO's reward is the model that the stage before it trains"
-    return "it is no choice here"
+        return "the reward of PPO is the trained reward model"
+    return "it cannot be changed"

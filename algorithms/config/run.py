@@ -1,4 +1,4 @@
-"""The `run` section, and the sections that every script which trains a model has."""
+"""The `run` section, and the sections of every script that trains a model."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import ClassVar, Literal
 
 from ...engine.config import AUTO, NEW
 from ...engine.mesh import check_layout
-from .common import ModelPaths, ParallelConfig, require
+from .common import ModelPaths, ParallelConfig, require, require_at_least
 from .data import DataConfig
-
-
-def require_seconds(timeout: float, grace: float = 0.0) -> None:
-    """Refuse a `run.timeout` or `run.grace` that is no length of time."""
-    require(0 < timeout < math.inf, "timeout", timeout, "above 0 (seconds)")
-    require(0 <= grace < math.inf, "grace", grace, "0 (a step is dropped at once) or more (seconds)")
 
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """The folder of a run. One that already holds a run is refused, unless an option decides what becomes of that."""
+    """Run: folder, seed, timeout."""
 
     output: str = "runs/trialign"
-    """folder for logs, results, checkpoints and the exported model"""
+    """folder of logs, results, checkpoints and the exported model; refused if it holds a run, see resume, overwrite"""
     resume: str = NEW
-    """auto: go on with the run in run.output from its newest whole checkpoint, or begin it where there is none; a
-    folder: go on with the run in it, whose config.toml gives the defaults ("": begin a run)"""
+    """auto: resume the run in run.output from its latest complete checkpoint, or start it; a folder: resume the run in
+    it, with the defaults of its config.toml (empty: start a new run)"""
     overwrite: bool = False
-    """delete the run that run.output holds, and begin anew"""
+    """delete an existing run in run.output and start anew"""
+    seed: int = 0
+    """random seed of shuffling, sampling, splits and new weights"""
+    timeout: float = 1800.0
+    """seconds that ranks wait for a late one before the run stops with an error that names it"""
 
     def __post_init__(self) -> None:
         require(bool(self.output), "output", repr(self.output), "a folder")
         if self.overwrite and self.resume not in (NEW, AUTO):
-            raise ValueError(f"overwrite=True: deletes a run, and resume={self.resume} goes on with one")
+            raise ValueError(f"overwrite=True: deletes a run, and resume={self.resume} continues one")
+        require_at_least(self, 0, "seed")
+        require(0 < self.timeout < math.inf, "timeout", self.timeout, "above 0 (seconds)")
 
     @property
     def folder(self) -> str:
@@ -42,46 +42,61 @@ class FolderConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig(FolderConfig):
-    """Run: folder, checkpoints, logs, seed, time limits."""
+class LoggedRun(FolderConfig):
+    """Run: folder, loggers, seed, timeouts."""
+
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """loggers of the metrics, besides metrics.jsonl"""
+    grace: float = 15.0
+    """grace period in seconds: after a stop signal the current step may finish within it, or is dropped"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 0, "grace")
+
+
+@dataclass(frozen=True)
+class RunConfig(LoggedRun):
+    """Run: folder, checkpoints, loggers, seed, timeouts."""
 
     save_every: int = 50
     """steps between checkpoints (0: only at the end)"""
     keep: int = 2
-    """newest checkpoints that stay"""
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """where metrics go beside the JSONL file"""
-    seed: int = 0
-    """seeds shuffling, sampling and new heads"""
-    timeout: float = 1800.0
-    """seconds that a rank may keep the others waiting before the run ends with a message that names the late rank"""
-    grace: float = 15.0
-    """seconds after a request to stop in which the current step may still end; a longer one is dropped"""
+    """number of latest checkpoints to keep"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_seconds(self.timeout, self.grace)
-        require(self.keep >= 1, "keep", self.keep, "at least 1")
-        for name in ("save_every", "seed"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_at_least(self, 1, "keep")
+        require_at_least(self, 0, "save_every")
+
+
+@dataclass(frozen=True)
+class PolicyRun(RunConfig):
+    """Run of a policy that samples responses: folder, checkpoints, loggers, seed, timeouts."""
+
+    show: int = 4
+    """number of prompts with greedy responses before and after training in the final table"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 0, "show")
 
 
 @dataclass(frozen=True)
 class EpochRun(RunConfig):
-    """Run over rows in epochs: folder, length, checkpoints, logs, seed, time limits."""
+    """Run over rows in epochs: folder, length, checkpoints, loggers, seed, timeouts."""
 
     epochs: int = 1
-    """passes over the rows; the last step fills up with rows of one more"""
+    """passes over the rows; the last batch is filled with rows of one more"""
     steps: int = 0
-    """optimizer steps of the run, whatever the epochs (0: the epochs decide)"""
+    """number of optimizer steps, in place of epochs (0: off)"""
     eval_every: int = 50
-    """steps between measurements on the eval split (0: only before the first step and after the last)"""
+    """steps between evaluations on the eval split (0: only before the first step and after the last)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        for name in ("steps", "eval_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_at_least(self, 1, "epochs")
+        require_at_least(self, 0, "steps", "eval_every")
 
     def total(self, rows: int, batch_size: int) -> int:
         """Optimizer steps over `rows` rows."""
@@ -92,7 +107,7 @@ class EpochRun(RunConfig):
 class ScriptConfig:
     """Sections of every script that trains a model."""
 
-    noun: ClassVar[str] = "rows"  # of data.sources, as messages name them
+    noun: ClassVar[str] = "rows"  # of data.sources, in messages
 
     model: ModelPaths = field(default_factory=ModelPaths)
     data: DataConfig = field(default_factory=DataConfig)
@@ -101,11 +116,11 @@ class ScriptConfig:
 
     @property
     def rows(self) -> DataConfig:
-        """The section of the rows to learn from."""
+        """The section of the training rows."""
         return self.data
 
     def check(self, world: int) -> int:
-        """Refuse options that do not fit together or to the world size, before any model is loaded.
+        """Refuse options that do not fit together or the world size, before any model is loaded.
 
         Returns:
             The size of the DP axis.
@@ -117,8 +132,13 @@ class ScriptConfig:
 
 
 def check_given(model: ModelPaths, data: DataConfig, parallel: ParallelConfig, world: int, rows: str) -> int:
-    """Refuse a config without a model or rows, or whose layout does not make up the world; the size of the DP axis."""
+    """Refuse a config without a model or rows, or with a layout of another world size; the size of the DP axis."""
     if not model.path:
-        raise ValueError("model.path is not given: the folder of the model to start from, in Hugging Face format")
+        raise ValueError("model.path is not given: the folder of the initial weights, in Hugging Face format")
     data.check(rows)
+    return check_world(parallel, world)
+
+
+def check_world(parallel: ParallelConfig, world: int) -> int:
+    """Refuse a layout of another world size; the size of the DP axis."""
     return check_layout(world, tp=parallel.tp, pp=parallel.pp, dp=parallel.dp or None, ep=parallel.ep)

@@ -1,38 +1,35 @@
-"""Sections of scripts that learn from rows: one optimizer step a batch of rows."""
+"""Config sections of scripts that learn from rows: one optimizer step for each batch of rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from .common import LoRAConfig, OptimizerConfig, require
+from .common import LoRAConfig, MicroBatchConfig, OptimizerConfig, require_at_least, require_fraction
+from .data import RowData
 from .run import EpochRun, ScriptConfig
 
 
 @dataclass(frozen=True)
-class UpdateConfig:
-    """How a batch of rows becomes one optimizer step."""
+class UpdateConfig(MicroBatchConfig):
+    """Batch of an optimizer step."""
 
     batch_size: int = 128
-    """rows of a step, over all ranks [O]"""
-    micro_batch_size: int = 8
-    """rows in one forward and backward of a DP rank; changes speed and memory only"""
-    micro_batch_tokens: int = 0
-    """instead of a number of rows, at most this many tokens in a micro-batch (0: by rows)"""
+    """global batch size: rows per optimizer step, over all ranks [O]"""
     ema_decay: float = 0.0
-    """keeps an exponential moving average of the weights and exports it too (0: off)"""
+    """decay of an exponential moving average of the weights, exported too (0: off)"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.micro_batch_tokens >= 0, "micro_batch_tokens", self.micro_batch_tokens, "0 (off) or more")
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 (off) or more and below 1")
+        super().__post_init__()
+        require_at_least(self, 1, "batch_size")
+        require_fraction(self, "ema_decay", below_1=True)
 
-    def check(self, dp: int, longest: int, option: str, *, even: bool = True) -> None:
-        """Refuse a batch that does not fit to the layout, or to the longest row.
+    def check(self, dp: int, longest: int, options: str, *, even: bool = True) -> None:
+        """Refuse a batch that does not fit the layout or the longest row.
 
         Args:
-            longest: tokens of a row, which `option` limits.
-            even: every DP rank is to have equally many rows.
+            longest: tokens of a row, which `options` limit.
+            even: every DP rank needs equally many rows.
 
         Raises:
             ValueError: with the options and numbers that do not fit.
@@ -40,18 +37,32 @@ class UpdateConfig:
         if even and self.batch_size % dp:
             raise ValueError(f"update.batch_size={self.batch_size} rows do not divide by dp={dp}")
         if self.batch_size < dp:
-            raise ValueError(f"update.batch_size={self.batch_size} rows are fewer than dp={dp}: one a rank at least")
-        if 0 < self.micro_batch_tokens < longest:
-            raise ValueError(
-                f"update.micro_batch_tokens={self.micro_batch_tokens} is less than one row may have: {option}={longest}"
-            )
+            raise ValueError(f"update.batch_size={self.batch_size} rows are fewer than dp={dp}: at least one a rank")
+        self.check_longest("update", longest, options)
 
 
 @dataclass(frozen=True)
 class SupervisedConfig(ScriptConfig):
     """Sections of a script that learns from rows."""
 
+    even: ClassVar[bool] = True  # DP ranks need equally many rows
+
+    data: RowData = field(default_factory=RowData)
     run: EpochRun = field(default_factory=EpochRun)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
     update: UpdateConfig = field(default_factory=UpdateConfig)
+
+    @property
+    def rows(self) -> RowData:
+        """The section of the training rows."""
+        return self.data
+
+    def check(self, world: int) -> int:
+        """As `ScriptConfig.check`."""
+        dp, rows = super().check(world), self.rows
+        options = (
+            f"{rows.row_samples} x {rows.section}.max_tokens" if rows.row_samples > 1 else f"{rows.section}.max_tokens"
+        )
+        self.update.check(dp, rows.row_samples * rows.max_tokens, options, even=self.even)
+        return dp

@@ -168,7 +168,7 @@ class ConditionedRows(RowStream[Sample]):
             scored = [response._replace(reward=number) for response, number in zip(scored, numbers, strict=True)]
         written = conditioned(scored, False, condition.template)
         self.written = sorted({f"{response.reward:.2f}" for response in written}, key=float)
-        self.best = condition.best or self.written[-1]
+        self.target_reward = condition.target_reward or self.written[-1]
         dialogues = {row.dialogue.where: row.with_words(new.prompt) for row, new in zip(rewarded, written, strict=True)}
         dialogues |= {row.dialogue.where: row.dialogue for row in every if row.dialogue.where in too_long}
 
@@ -190,9 +190,9 @@ class ConditionedRows(RowStream[Sample]):
 
     def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
         """(prompt asking for the best, the response's tokens in the data) of the first rows, held-out ones if any."""
-        rows = [self._rows[sample.where] for sample in (self.held_out or list(self.rows()))[:count]]
+        rows = [self._rows[sample.where] for sample in (self.eval_rows or list(self.rows()))[:count]]
         words = [row.words for row in rows]
-        best = [self._template.replace("{input}", text).replace("{reward}", self.best) for text in words]
+        best = [self._template.replace("{input}", text).replace("{reward}", self.target_reward) for text in words]
         dialogues = [row.with_words(text) for row, text in zip(rows, best, strict=True)]
         found = []
         samples = self.encoder.responses(dialogues)

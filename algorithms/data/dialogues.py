@@ -332,7 +332,7 @@ class DialogueDataset(RowStream[Turns]):
 
     def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
         """(prompt, wanted answer's tokens) of the first rows, held-out ones if there are, for a look at the model."""
-        turns = [(row[0], *row[0].first_turn()) for row in (self.held_out or list(self.rows()))[:count]]
+        turns = [(row[0], *row[0].first_turn()) for row in (self.eval_rows or list(self.rows()))[:count]]
         return [(Prompt(i, prompt, s.text, source=s.where), answer) for i, (s, prompt, answer) in enumerate(turns)]
 
 

@@ -124,7 +124,7 @@ class TextStream(RowStream[PackedRow]):
         # What is held out is whole documents, chosen before they are packed.
         rest = replace(config, sources=tuple(packed), eval_sources=(), eval_fraction=0.0)
         super().__init__(rest, packed.__getitem__, lambda row: [pack_tokens(row)], seed, reader=reader)
-        self.held_out = fill(passages(unseen, config.max_tokens), config.max_tokens)
+        self.eval_rows = fill(passages(unseen, config.max_tokens), config.max_tokens)
 
     def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[Passage]:
         """The documents of a source that are long enough."""

@@ -68,7 +68,7 @@ class Response:
     prompt: str
     source: str
     completion: str
-    reward: float | None  # after shaping; None where a scorer abstained
+    reward: float | None  # after shaping; None where a scorer unscored
     rewards: dict[str, float | None]
     finish: str
     picked: Literal["", "best", "worst"]

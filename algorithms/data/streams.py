@@ -136,7 +136,7 @@ class RowStream(Generic[Row]):
 
         alone = len(config.sources) == 1
         pools = [short(source, alone or bool(weights)) for source in config.sources]
-        self.held_out = [row for source in config.eval_sources for row in short(source, True)]
+        self.eval_rows = [row for source in config.eval_sources for row in short(source, True)]
         if not any(pools):
             raise ValueError(f"{section}.sources: all {noun} are longer than {option}")
         if config.eval_fraction:
@@ -151,7 +151,7 @@ class RowStream(Generic[Row]):
         count = max(1, round(config.eval_fraction * len(places)))
         order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
         chosen = {places[i] for i in order[:count]}
-        self.held_out = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
+        self.eval_rows = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
         rest = [[r for row, r in enumerate(rows) if (pool, row) not in chosen] for pool, rows in enumerate(pools)]
         check_left(config, [len(pool) for pool in pools], [len(pool) for pool in rest], self.noun)
         return rest
@@ -170,8 +170,8 @@ class RowStream(Generic[Row]):
 
     def __str__(self) -> str:
         text = self.amount()
-        if self.held_out:
-            text += f"; {len(self.held_out)} held out"
+        if self.eval_rows:
+            text += f"; {len(self.eval_rows)} held out"
         if self.dropped:
             text += f"; {self.dropped} dropped for more than {self.limit} tokens ({self.dropped_tokens:,} tokens)"
         return text

@@ -36,8 +36,8 @@ class RewardFunction:
     Args:
         spec: path/to/file.py:function or module:function (modules are looked for in the working directory too).
         time_limit: seconds for importing the file, and for each call.
-        abstain: what goes wrong in a call leaves rows without a score, NaN, instead of raising. A function that raises
-            is called again with each row alone; one that hangs or dies is started anew at the next call.
+        skip_failures: a call that fails leaves rows without a score, NaN, instead of raising. A function that raises
+            is called again with each row alone; one that hangs or dies is restarted at the next call.
 
     Attributes:
         failures: why rows are without a score, since it was last emptied.
@@ -46,14 +46,14 @@ class RewardFunction:
         ValueError: the file, module or function is not there or cannot be imported.
     """
 
-    def __init__(self, spec: str, time_limit: float = 60.0, *, abstain: bool = False):
-        self.spec, self.time_limit, self.abstain = spec, time_limit, abstain
+    def __init__(self, spec: str, time_limit: float = 60.0, *, skip_failures: bool = False):
+        self.spec, self.time_limit, self.skip_failures = spec, time_limit, skip_failures
         self.failures: list[str] = []
         self._start()
 
     def _start(self) -> None:
         worker = Path(__file__).with_name("worker.py")
-        mode = ["abstain"] if self.abstain else []
+        mode = ["skip"] if self.skip_failures else []
         self._process = subprocess.Popen(
             # -P: the worker's own folder is not to shadow modules
             [sys.executable, "-P", str(worker), self.spec, str(os.getpid()), *mode],
@@ -100,7 +100,7 @@ class RewardFunction:
         if failures:
             more = f"; and {len(failures) - 3} more rows" if len(failures) > 3 else ""
             reason = f"reward function {self.spec}: {'; '.join(failures[:3])}{more}"
-            if not self.abstain:
+            if not self.skip_failures:
                 raise ValueError(reason)
             self.failures.append(reason)
 
@@ -121,14 +121,14 @@ class RewardFunction:
         sources = request["sources"]
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
         try:
-            if self.abstain and self._closed:
+            if self.skip_failures and self._closed:
                 self._start()
             self._ask(request)
             answer = self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
             self.failures += [f"reward function {self.spec}: {reason}" for reason in answer.get("failures", ())]
             return answer["scores"]
         except ValueError as error:
-            if not self.abstain:
+            if not self.skip_failures:
                 raise
             self.failures.append(str(error))
             return [math.nan] * len(completions)

@@ -45,7 +45,7 @@ class RewardClient:
         time_limit: seconds for one request, its answer included.
         batch: completions in a request.
         tries: of one request.
-        abstain: completions of requests that failed get NaN instead of raising.
+        skip_failures: completions of requests that failed get NaN instead of raising.
         pause: seconds before the second try; doubles with each.
 
     Attributes:
@@ -59,11 +59,11 @@ class RewardClient:
         *,
         batch: int = 64,
         tries: int = 3,
-        abstain: bool = False,
+        skip_failures: bool = False,
         pause: float = 0.5,
     ):
         self.url, self.time_limit, self.batch, self.tries = url, time_limit, batch, tries
-        self.abstain, self.pause = abstain, pause
+        self.skip_failures, self.pause = skip_failures, pause
         self.failures: list[str] = []
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[Score]:
@@ -81,7 +81,7 @@ class RewardClient:
             try:
                 scores += self._request(prompts[part], completions[part], finished[part])
             except ValueError as error:
-                if not self.abstain:
+                if not self.skip_failures:
                     raise
                 self.failures.append(str(error))
                 scores += [math.nan] * len(completions[part])
@@ -186,7 +186,7 @@ class RewardClient:
         if math.isfinite(number):
             return number
         reason = f"reward server {self.url}: gave {value!r:.60} for {source}: must be a finite number, or null"
-        if not self.abstain:
+        if not self.skip_failures:
             raise ValueError(reason)
         self.failures.append(reason)
         return math.nan

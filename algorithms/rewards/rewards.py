@@ -47,7 +47,7 @@ class Rewards:
         scores = self.scorer(rollouts, batch, self.models)
         combined = self.scorer.combined(scores)
         for reason in self.scorer.failures():  # before an error for want of any score
-            self.warn(f"abstains: {reason}")
+            self.warn(f"not scored: {reason}")
         shaped = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
         self._rollouts += rollouts
         self._combined += combined
@@ -75,7 +75,7 @@ def reward_metrics(
 ) -> dict[str, float]:
     """Statistics of responses: reward before and after shaping, each reward by name, lengths.
 
-    Responses without a score are in none of the means; `abstained` counts them. A reward's mean is over the responses
+    Responses without a score are in none of the means; `unscored` counts them. A reward's mean is over the responses
     that it applies to; it is left out of a step in which there is none.
     """
     by_name = {f"reward/{name}": _mean(v) for name, v in zip(short_names(list(scores)), scores.values(), strict=True)}
@@ -86,7 +86,7 @@ def reward_metrics(
         "reward": _mean(combined),
         "reward_shaped": _mean(rewards),
         **{name: mean for name, mean in by_name.items() if mean == mean},
-        **({"abstained": missing} if missing else {}),
+        **({"unscored": missing} if missing else {}),
         "response_length": sum(lengths) / count,
         "response_length_max": max(lengths),
         "finished": sum(rollout.finish == "stop" for rollout in rollouts) / count,

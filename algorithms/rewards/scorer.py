@@ -31,7 +31,7 @@ class Scorer:
     """All rewards of a run: functions in processes of their own, models on the mesh, servers elsewhere.
 
     A function is called once a step, on the first rank, with the whole batch: one that looks across its rows (a rank, a
-    diversity bonus) means the same in every layout. So are servers, in requests of `server_batch` rows.
+    diversity bonus) means the same in every layout. So are servers, in requests of `server_batch_size` rows.
 
     Args:
         tokenizer: the policy's.
@@ -56,13 +56,13 @@ class Scorer:
 
         def start() -> None:
             abstain, sizes = (
-                config.on_failure == "abstain",
-                {"batch": config.server_batch, "tries": config.server_tries},
+                config.on_failure == "skip",
+                {"batch": config.server_batch_size, "tries": config.server_max_attempts},
             )
             for spec in config.functions:
-                self.functions.append(RewardFunction(spec, config.time_limit, abstain=abstain))
+                self.functions.append(RewardFunction(spec, config.time_limit, skip_failures=abstain))
             for url in config.servers:
-                self.servers.append(RewardClient(url, config.time_limit, abstain=abstain, **sizes))
+                self.servers.append(RewardClient(url, config.time_limit, skip_failures=abstain, **sizes))
 
         self._on_first_rank(start)
 
@@ -109,7 +109,7 @@ class Scorer:
         kinds += ["reward server"] * len(self.config.servers)
         scores = called[:functions] + by_model + called[functions:]
         for kind, name, own in zip(kinds, self.config.names, scores, strict=True):
-            self._check(f"{kind} {name}", own, rollouts, unread.get(name, {}), may_abstain=kind != "reward model")
+            self._check(f"{kind} {name}", own, rollouts, unread.get(name, {}), may_lack_score=kind != "reward model")
         nobodys = [r.prompt for r, own in zip(rollouts, zip(*scores, strict=True), strict=True) if set(own) == {None}]
         if nobodys and self.mesh.is_main:
             rows = list(dict.fromkeys(prompt.source or f"prompt {prompt.index}" for prompt in nobodys))
@@ -141,16 +141,16 @@ class Scorer:
         rollouts: Sequence[Rollout],
         unread: Mapping[int, str],
         *,
-        may_abstain: bool,
+        may_lack_score: bool,
     ) -> None:
         """Refuses scores that float32 has no finite number for, or makes them NaN where a scorer that fails abstains.
 
         Args:
             unread: samples that the scorer could not read and gave NaN, and why.
-            may_abstain: a NaN is no score, which is the scorer's right, as None is everyone's.
+            may_lack_score: a NaN is no score, which is the scorer's right, as None is everyone's.
         """
         for i, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
-            if score is None or abs(score) <= LARGEST or (may_abstain and math.isnan(score)):
+            if score is None or abs(score) <= LARGEST or (may_lack_score and math.isnan(score)):
                 continue
             where = rollout.prompt.source or f"prompt {rollout.prompt.index}"
             why = unread.get(i, f"gave {score} for {where}: must be a finite number of float32")

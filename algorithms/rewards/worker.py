@@ -1,11 +1,11 @@
-"""The process a reward function runs in: `python -P worker.py path/to/file.py:function PARENT [abstain]`.
+"""The process a reward function runs in: `python -P worker.py path/to/file.py:function PARENT [skip]`.
 Standard library only.
 
 It ends with PARENT, the process that started it, even in the middle of a call that holds the interpreter lock.
 
 It answers pickled requests (prompts, completions, sources, fields) on stdin with one JSON object each,
 {"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr. A score is null where
-the function gave None: the row is not its own. With a last argument `abstain` rows that failed get NaN, and
+the function gave None: the row is not its own. With a last argument `skip` rows that failed get NaN, and
 {"failures": [...]} says why.
 
 Its first answer says which columns the function needs and which it cannot be given, and whether there is a function
@@ -156,7 +156,7 @@ def called(function: Callable[..., Any], prompts: list, completions: list, field
     return list(given) if inspect.isgenerator(given) else given
 
 
-def score_or_abstain(function: Callable[..., Any], request: dict[str, Any]) -> tuple[list[float | None], list[str]]:
+def score_or_skip(function: Callable[..., Any], request: dict[str, Any]) -> tuple[list[float | None], list[str]]:
     """Scores, NaN for rows that failed, and why.
 
     A function that raises is called with one row at a time, so that only the rows it fails on are without a score.
@@ -260,8 +260,8 @@ def main() -> None:
             except ValueError as error:
                 answer(error=str(error))
             continue
-        if sys.argv[3:] == ["abstain"]:
-            scores, failures = score_or_abstain(function, request)
+        if sys.argv[3:] == ["skip"]:
+            scores, failures = score_or_skip(function, request)
             answer(scores=scores, failures=failures)
             continue
         try:

@@ -27,7 +27,7 @@ from ...models.hf.peft import check_adapter, load_adapter
 from ...models.hf.source import open_source
 from ...models.hf.tokenizer import has_tokenizer, read_tokenizer
 from ...models.lora import check_lora, init_adapters, trained_name
-from ..config.common import AS_CONFIG, LoRAConfig, OptimizerConfig, ParallelConfig
+from ..config.common import LoRAConfig, OptimizerConfig, ParallelConfig
 from ..config.grpo import GRPOConfig
 from ..config.ppo import PPOConfig
 from ..config.run import RunConfig

@@ -27,14 +27,21 @@ from .env import node
 FIXED = (
     *("model.path", "model.critic", "model.reference", "lora", "data", "steps", "run.seed", "run.prompts_per_step"),
     *("rollout.samples_per_prompt", "update.batch_size", "update.ema_decay", "actor.ema_decay", "grpo.ema_decay"),
-    *("ppo.epochs", "ppo.minibatches", "grpo.epochs", "grpo.minibatches", "round.method", "round.prompts"),
-    *("round.epochs", "condition.template", "condition.normalize", "condition.buckets"),
+    *(
+        "ppo.epochs",
+        "ppo.minibatches",
+        "grpo.epochs",
+        "grpo.minibatches",
+        "rejection.method",
+        "rejection.prompts_per_round",
+    ),
+    *("rejection.epochs", "condition.template", "condition.normalize", "condition.buckets"),
 )
 """Options and sections that may not change."""
 FIXED_OF = {
     "conditional": ("reward",),  # the rows are scored once, before the first step
     "rlhf": ("prompts",),  # split once; each stage has a record of its own
-    "evaluate": ("model", "text", "dialogues", "rollout", "reward", "passes", "run.prompts_per_save"),
+    "evaluate": ("model", "text", "dialogues", "rollout", "reward", "metrics", "run.prompts_per_save"),
 }
 """More of them, of one script alone."""
 FREE = (

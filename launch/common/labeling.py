@@ -89,7 +89,7 @@ def finished_parts(folder: Path, config: PreferencesConfig) -> int:
 
 
 def finish(folder: Path, config: PreferencesConfig, parts: int) -> None:
-    """Writes the pairs of each split, train.jsonl and held_out.jsonl, and counts.json.
+    """Writes the pairs of each split, train.jsonl and eval.jsonl, and counts.json.
 
     Raises:
         ValueError: a split has no pairs.
@@ -99,7 +99,7 @@ def finish(folder: Path, config: PreferencesConfig, parts: int) -> None:
     for source in config.data.sources:
         side = Path(source).stem
         own = [response for response in responses if Path(response.source.rpartition(":")[0]).stem == side]
-        labels = label_pairs(own, config.run.pairs)
+        labels = label_pairs(own, config.run.pairs_per_prompt)
         counts[side] = labels.counts
         if not labels.rows:
             raise ValueError(

@@ -131,9 +131,9 @@ class OnlineRun:
             self.generator.load(actor.model, self.run.step + 1)
 
     def print_failures(self) -> None:
-        """Prints a line for each reason why a scorer abstained."""
+        """Prints a line for each reason why a scorer unscored."""
         for reason in self.scorer.failures():
-            self.run.progress.print(f"abstains: {reason}")
+            self.run.progress.print(f"not scored: {reason}")
 
 
 def print_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:

@@ -116,7 +116,7 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
             for name in Stages._fields
         ],
         counts=counts(config, parts, root),
-        pairs=read_jsonl(root / "preferences" / "held_out.jsonl")[:4],
+        pairs=read_jsonl(root / "preferences" / "eval.jsonl")[:4],
         scorer=", ".join(Path(name).name for name in config.preferences.reward.names),
         changed=changed(config),
         toml=to_toml(config),
@@ -132,7 +132,7 @@ def compared(config: RLHFConfig, path: Path) -> tuple[list[RewardedResponse], li
         ValueError: there are none.
     """
     models = stages(config).evaluation.model
-    before, after = (responses(path, model, config) for model in (models.against, models.path))
+    before, after = (responses(path, model, config) for model in (models.baseline, models.path))
     both = {response.source for response in before} & {response.source for response in after}
     if not both:
         raise ValueError(f"{path}: no prompt has responses of both models that every reward scores")
@@ -219,7 +219,7 @@ def cards(
 ) -> list[tuple[str, str, str]]:
     """(name, number, description) of the main results."""
     mean = {key: [fmean(getattr(a, key) for a in side) for side in (before, after)] for key in ("true", "learned")}
-    pairs = len(read_jsonl(root / "preferences" / "held_out.jsonl"))
+    pairs = len(read_jsonl(root / "preferences" / "eval.jsonl"))
     accuracy = wilson([step["eval_accuracy"] for step in metrics["reward"] if "eval_accuracy" in step][-1], pairs)
     return [
         ("True reward", f"{mean['true'][0]:.2f} → {mean['true'][1]:.2f}", "eval prompts, before and after PPO"),
@@ -250,8 +250,8 @@ def counts(config: RLHFConfig, parts: Stages, root: Path) -> list[tuple[str, ...
         ("without_score", "of them without a score"),
         ("pairs", "pairs"),
     ):
-        rows.append((name, *(str(labeled[side][key]) for side in ("train", "held_out"))))
-    rows.append(("ties, dropped", *(str(labeled[side]["ties"]) for side in ("train", "held_out"))))
+        rows.append((name, *(str(labeled[side][key]) for side in ("train", "eval"))))
+    rows.append(("ties, dropped", *(str(labeled[side]["ties"]) for side in ("train", "eval"))))
     rows.append(("responses PPO learned from", f"{parts.ppo.run.steps * parts.ppo.batch_size:,}", ""))
     return rows
 

@@ -67,9 +67,9 @@ def test_each_pool_needs_two_prompts_and_partners_stay_within_it(tiny, tmp_path)
     together = LabeledStream(LabelData(sources=sources), tiny, STOP)
     assert together.partners == [[2, 2, 4, 4, 0, 0]]
     with pytest.raises(ValueError, match=r"data source \S*one.jsonl: all 2 answers are to one prompt"):
-        LabeledStream(LabelData(sources=sources, probabilities="0.5,0.5"), tiny, STOP)
+        LabeledStream(LabelData(sources=sources, probabilities=(0.5, 0.5)), tiny, STOP)
     write_jsonl(one, both_answers("r", "s"))
-    apart = LabeledStream(LabelData(sources=sources, probabilities="0.5,0.5"), tiny, STOP)
+    apart = LabeledStream(LabelData(sources=sources, probabilities=(0.5, 0.5)), tiny, STOP)
     assert apart.partners == [[2, 2, 0, 0]] * 2
 
 
@@ -107,5 +107,5 @@ def test_batches_need_a_row_a_rank_and_may_be_odd():
         )
 
     assert config(1).check(1) == 1 and config(7).check(2) == 2 and config(3).check(3) == 3
-    with pytest.raises(ValueError, match="update.batch_size=2 rows are fewer than dp=3: one a rank at least"):
+    with pytest.raises(ValueError, match="update.batch_size=2 rows are fewer than dp=3: at least one a rank"):
         config(2).check(3)

@@ -104,10 +104,10 @@ def test_documents_are_held_out_whole(tokenizer, tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"{i}" * 50)
     data = stream(tokenizer, *sorted(tmp_path.glob("*.txt")), max_tokens=16, eval_fraction=1 / 3)
     seen = {piece.where for row in data.rows() for piece in row}
-    unseen = {piece.where for row in data.held_out for piece in row}
+    unseen = {piece.where for row in data.eval_rows for piece in row}
     assert len(seen) == 4 and len(unseen) == 2 and not seen & unseen
     named = stream(tokenizer, tmp_path / "0.txt", max_tokens=16, eval_sources=(str(tmp_path / "1.txt"),))
-    assert {piece.where for row in named.held_out for piece in row} == {str(tmp_path / "1.txt")}
+    assert {piece.where for row in named.eval_rows for piece in row} == {str(tmp_path / "1.txt")}
 
 
 @pytest.mark.parametrize(
@@ -258,9 +258,9 @@ def test_what_a_run_leaves_and_that_the_exported_model_has_its_perplexity(settin
 
     model = AutoModelForCausalLM.from_pretrained(whole / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(whole / "model")
-    held_out = stream(tokenizer, setting / "text.jsonl", max_tokens=BUDGET, eval_fraction=0.2).held_out
+    evaluated = stream(tokenizer, setting / "text.jsonl", max_tokens=BUDGET, eval_fraction=0.2).eval_rows
     nats, count = 0.0, 0
-    for piece in (piece for row in held_out for piece in row):
+    for piece in (piece for row in evaluated for piece in row):
         tokens = torch.tensor(piece.tokens.tolist())[None]
         with torch.no_grad():
             nats += model(input_ids=tokens, labels=tokens, num_items_in_batch=1).loss.item()

@@ -66,7 +66,7 @@ def test_the_reward_stands_behind_the_user_s_last_words_and_only_the_answer_is_l
     ]
     learned = [[t for t, target in zip(s.tokens, s.mask, strict=True) if target] for s in data.rows()]
     assert [tokenizer.decode(tokens) for tokens in learned] == ["yo</s>", "d</s>"]
-    assert data.written == ["-0.26", "1.00"] and data.best == "1.00"
+    assert data.written == ["-0.26", "1.00"] and data.target_reward == "1.00"
     prompts = [tokenizer.decode(prompt.tokens) for prompt, _ in data.prompts(2)]
     assert prompts[0].endswith("<s>user: hi <rm_score>: 1.00 </s><s>assistant: ")
     assert prompts[1].endswith("c <rm_score>: 1.00 </s><s>assistant: ")  # asked for the best, not for its own
@@ -82,7 +82,7 @@ def test_normalized_then_bucketed_under_a_template_of_one_s_own(tokenizer, tmp_p
     data = rows(tmp_path, lines, tokenizer, ConditionConfig(buckets=2, template="[{reward}] {input}"))
     assert [text[:16] for text in texts(data, tokenizer)] == [f"<s>user: [{z:.2f}] p</s>"[:16] for z in halves]
     assert "2 rewards written: -0.64, 0.64" in str(data)
-    assert rows(tmp_path, lines, tokenizer, ConditionConfig(best="9")).best == "9"
+    assert rows(tmp_path, lines, tokenizer, ConditionConfig(target_reward="9")).target_reward == "9"
 
 
 def test_equal_rewards_share_a_bucket_and_buckets_are_equally_full():
@@ -136,7 +136,7 @@ def setting(tmp_path_factory) -> Path:
     given = {
         **{"data_max_tokens": 96, "data_eval_fraction": 0.2, "condition_buckets": 3},
         **{"reward_functions": [f"{folder}/topics.py:length"], "reward_models": [str(folder / "reward")]},
-        **{"reward_weights": [1.0, 0.01], "reward_on_failure": "abstain", "optimizer_lr": 1e-2, "optimizer_eps": 1e-5},
+        **{"reward_weights": [1.0, 0.01], "reward_on_failure": "skip", "optimizer_lr": 1e-2, "optimizer_eps": 1e-5},
         **{"update_batch_size": 4, "update_micro_batch_size": 2, "run_steps": STEPS, "run_eval_every": 2},
         **{"run_save_every": 1, "run_keep": STEPS, "run_show": 2, "run_show_tokens": 4},
     }

@@ -36,10 +36,10 @@ def setting(tmp_path_factory) -> Path:
     text = write_jsonl(folder / "text.jsonl", [{"text": "ab " * i} for i in range(1, 12)])
     chat = write_jsonl(folder / "chat.jsonl", [{"prompt": "p", "response": "r" * i} for i in (1, 9)])
     given = {
-        **{"model_against": f"{folder}/other", "data_max_prompt_tokens": 96, "text_sources": [text]},
+        **{"model_baseline": f"{folder}/other", "data_max_prompt_tokens": 96, "text_sources": [text]},
         **{"text_max_tokens": 24, "dialogues_sources": [chat], "dialogues_max_tokens": 64},
         **{"rollout_samples_per_prompt": 3, "rollout_max_new_tokens": 6, "reward_models": [str(folder / "reward")]},
-        **{"reward_weights": [1.0, 0.1], "passes_at": [1, 2], "passes_threshold": 5.5, "run_log": None},
+        **{"reward_weights": [1.0, 0.1], "metrics_pass_at_k": [1, 2], "passes_threshold": 5.5, "run_log": None},
     }
     rows = [{"prompt": f"count to {i}"} for i in range(5)]
     return tiny_run(folder, [*rows, {"prompt": "long " * 100}], "spread", **given)
@@ -139,8 +139,8 @@ def test_answers_without_a_score_are_left_out_and_counted(setting, tmp_path):
     arguments = ("--reward.functions", tmp_path / "some.py:some", "--reward.models", "--reward.weights")
     stopped = launch("evaluate", "--config", setting / "config.toml", *arguments, "--run.output", tmp_path / "a")
     assert stopped.returncode != 0 and "three!" in stopped.stderr and not (tmp_path / "a").exists()
-    printed, lines, results = run(setting, "abstain", *arguments, "--reward.on_failure", "abstain")
-    assert "abstains: " in printed and sum(line["reward"] is None for line in lines) == 2 * 3
+    printed, lines, results = run(setting, "skip", *arguments, "--reward.on_failure", "skip")
+    assert "not scored: " in printed and sum(line["reward"] is None for line in lines) == 2 * 3
     assert results[str(setting / "model")]["answers without a score"]["value"] == 3
     assert results[str(setting / "model")]["reward"]["value"] == 1.0
 
@@ -188,7 +188,7 @@ def test_one_model_is_held_at_a_time(setting, scripts, monkeypatch, tmp_path):
         return model
 
     monkeypatch.setattr(scripts.evaluate, "build_decoder", watched)
-    words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--passes.at"]
+    words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--metrics.pass_at_k"]
     with ExitStack() as stack:
         run = scripts.run.Run(parse(EvaluateConfig, words), build_mesh(), stack, "evaluate", unheard(scripts))
         scripts.evaluate.main(run)
@@ -231,7 +231,7 @@ def test_prompts_with_too_few_scored_answers_are_counted(scripts):
         for source, own in rewards.items()
         for reward in own
     ]
-    words = options(passes_at=(1, 2, 3), reward_functions="a.py:f", rollout_samples_per_prompt=3)
+    words = options(metrics_pass_at_k=(1, 2, 3), reward_functions="a.py:f", rollout_samples_per_prompt=3)
     config = parse(EvaluateConfig, words)
     numbers = {name: number.value for name, number in scripts.evaluate.measured(answers, config).items()}
     assert numbers["reward"] == pytest.approx((2 / 3 + 1) / 2) and numbers["answers without a score"] == 5
@@ -250,12 +250,15 @@ SCORED = {"reward_functions": "a.py:f"}
     [
         ({"model_path": ""}, "model.path"),
         ({"data_sources": ()}, "data.sources, text.sources, dialogues.sources"),
-        ({"passes_at": 2}, "passes.at=.2,.: .*data.sources and a reward"),
-        ({"passes_at": 2, "reward_functions": "a.py:f"}, "passes.at=.2,.: .*rollout.samples_per_prompt=1"),
-        ({"model_against": "n"}, "model.against=n: .*reward"),
+        ({"metrics_pass_at_k": 2}, "metrics.pass_at_k=.2,.: .*data.sources and a reward"),
+        (
+            {"metrics_pass_at_k": 2, "reward_functions": "a.py:f"},
+            "metrics.pass_at_k=.2,.: .*rollout.samples_per_prompt=1",
+        ),
+        ({"model_baseline": "n"}, "model.baseline=n: .*reward"),
         ({"dialogues_eval_fraction": 0.5}, "dialogues.eval_fraction"),
-        ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities='1.0'"),
-        (SCORED | {"model_against": "./m"}, "model.against=./m"),
+        ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities="),
+        (SCORED | {"model_baseline": "./m"}, "model.baseline=./m"),
     ],
 )
 def test_options_that_do_not_fit_together(changes, reported):

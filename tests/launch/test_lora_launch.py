@@ -23,7 +23,7 @@ ROWS = {"data_max_tokens": 64, "update_batch_size": 4, "optimizer_lr": 1e-2}
 GROUPS = {**PROMPTS, "rollout_samples_per_prompt": 2, "run_show": 0, "optimizer_lr": 1e-2}
 SCRIPTS = {
     "grpo": {**GROUPS, "grpo_minibatches": 2, "run_prompts_per_step": 4, "lora_quantize": True},
-    "rejection": {**GROUPS, "round_count": 1, "round_prompts": 4, "update_batch_size": 4},
+    "rejection": {**GROUPS, "rejection_rounds": 1, "rejection_prompts_per_round": 4, "update_batch_size": 4},
     "reward": ROWS,
     "kto": ROWS,
     "pretrain": ROWS,

@@ -94,7 +94,7 @@ def setting(tmp_path_factory) -> Path:
     tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
     given = {
         **{"data_max_prompt_tokens": 96, "rollout_samples_per_prompt": 3, "rollout_max_new_tokens": 8},
-        **{"reward_models": [str(folder / "reward")], "round_count": ROUNDS, "round_prompts": 8},
+        **{"reward_models": [str(folder / "reward")], "rejection_rounds": ROUNDS, "rejection_prompts_per_round": 8},
         **{"optimizer_lr": 1e-3, "optimizer_eps": 1e-5, "optimizer_schedule": "constant"},
         **{"update_batch_size": 4, "update_micro_batch_size": 4},
         **{"run_save_every": 1, "run_keep": STEPS, "run_show": 1},
@@ -107,7 +107,7 @@ def run(setting: Path, name: str, *arguments: object, ranks: int = 1) -> Path:
     return setting / name
 
 
-DPO = ("--round.method", "dpo")
+DPO = ("--rejection.method", "dpo")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def whole(setting) -> Path:
     return run(setting, "whole", *DPO)
 
 
-SFT = ("--round.epochs", 2, "--optimizer.lr", "1e-2", "--optimizer.eps", "1e-3", "--round.count", 1)
+SFT = ("--rejection.epochs", 2, "--optimizer.lr", "1e-2", "--optimizer.eps", "1e-3", "--rejection.rounds", 1)
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +187,8 @@ def test_a_round_that_was_answered_is_not_answered_again(setting, whole):
     shutil.rmtree(folder / "checkpoints" / f"step_{STEPS}")
     gone = launch("rejection", "--resume", folder)
     assert gone.returncode != 0 and "round_1.jsonl" in gone.stderr, gone.stderr
-    changed = launch("rejection", "--resume", folder, "--round.method", "sft")
-    assert changed.returncode != 0 and "round.method=sft (was dpo)" in changed.stderr
+    changed = launch("rejection", "--resume", folder, "--rejection.method", "sft")
+    assert changed.returncode != 0 and "rejection.method=sft (was dpo)" in changed.stderr
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from samples import write_jsonl
 from scripts import AXES, ROOT, agree, digests, kill_after, metrics, options, succeed, succeed_in_turn
 from tiny_run import tiny_run
 from trialign.algorithms.config.rlhf import (
-    FILLED,
+    SET_BY_PIPELINE,
     PromptsConfig,
     RLHFConfig,
     prompt_files,
@@ -65,10 +65,10 @@ def test_pairs_are_read_back_token_for_token(tmp_path):
 def test_equal_prompts_are_held_out_together(tmp_path):
     rows = [{"prompt": f"p{i % 10}", "row": i} for i in range(30)]
     source = str(write_jsonl(tmp_path / "prompts.jsonl", rows))
-    train, held_out = split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.3), 1)
-    assert len(held_out) == 9 and not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
-    assert sorted(r["row"] for r in train + held_out) == list(range(30))
-    assert split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.3), 2)[1] != held_out
+    train, evaluated = split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.3), 1)
+    assert len(evaluated) == 9 and not {r["prompt"] for r in train} & {r["prompt"] for r in evaluated}
+    assert sorted(r["row"] for r in train + evaluated) == list(range(30))
+    assert split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.3), 2)[1] != evaluated
     with pytest.raises(ValueError, match=r"prompts.eval_fraction=0.96 of 10 prompts"):
         split_prompts(PromptsConfig(sources=(source,), eval_fraction=0.96), 1)
 
@@ -78,7 +78,7 @@ def test_each_stage_starts_from_what_the_ones_before_it_left():
     assert config.check(1) == 1
     assert all((ROOT / source).is_file() for source in (*config.prompts.sources, *config.sft.data.sources))
     tied, root = stages(config), config.run.output
-    train, held_out = prompt_files(config)
+    train, evaluated = prompt_files(config)
     assert tied.sft.model.path == config.model.path
     for stage in (tied.preferences, tied.reward, tied.ppo):
         assert stage.model.path == f"{root}/sft/model"
@@ -87,8 +87,8 @@ def test_each_stage_starts_from_what_the_ones_before_it_left():
         "launch/examples/sentiment.py:sentiment": 0.0,
         f"{root}/reward/model": 1.0,
     }
-    assert (tied.evaluation.model.path, tied.evaluation.model.against) == (f"{root}/ppo/model", f"{root}/sft/model")
-    assert tied.ppo.data.sources == (train,) and tied.evaluation.data.sources == (held_out,)
+    assert (tied.evaluation.model.path, tied.evaluation.model.baseline) == (f"{root}/ppo/model", f"{root}/sft/model")
+    assert tied.ppo.data.sources == (train,) and tied.evaluation.data.sources == (evaluated,)
     assert tied.ppo.data.max_prompt_tokens == config.prompts.max_prompt_tokens
     assert {stage.run.output for stage in tied} == {f"{root}/{name}" for name in NAMES}
 
@@ -104,7 +104,7 @@ SCORER = {"preferences_reward.functions": "r.py:f"}
         ({"prompts_sources": ()}, "prompts.sources"),
         ({"sft_data.sources": ()}, r"\[sft\] data.sources"),
         ({"preferences_reward.functions": ()}, r"\[preferences\] .*reward.functions"),
-        ({"preferences_run.pairs": 3}, r"\[preferences\] rollout.samples_per_prompt=4: run.pairs=3"),
+        ({"preferences_run.pairs": 3}, r"\[preferences\] rollout.samples_per_prompt=4: run.pairs_per_prompt=3"),
         ({"ppo_ppo.minibatches": 3}, r"\[ppo\] .*ppo.minibatches=3"),
         ({"sft_model.path": "x"}, "sft.model.path=x: .*; give model.path"),
         ({"reward_parallel.tp": 2}, "reward.parallel.tp=2: .*; give parallel"),
@@ -124,7 +124,7 @@ def test_options_that_do_not_fit_together(changes, reported):
 
 
 def test_all_that_is_filled_in_is_an_option():
-    for stage, names in FILLED.items():
+    for stage, names in SET_BY_PIPELINE.items():
         for name in names:
             section = getattr(RLHFConfig(), stage)
             for part in name.split("."):
@@ -181,7 +181,7 @@ def test_outputs_of_the_stages(whole):
     done = json.loads((whole / "stages.json").read_text())
     assert tuple(done) == NAMES and all(fact["seconds"] > 0 for fact in done.values())
     prompts = {
-        side: {row["prompt"] for row in lines(whole / "prompts" / f"{side}.jsonl")} for side in ("train", "held_out")
+        side: {row["prompt"] for row in lines(whole / "prompts" / f"{side}.jsonl")} for side in ("train", "eval")
     }
     counts = json.loads((whole / "preferences" / "counts.json").read_text())
     for side, own in prompts.items():
@@ -192,7 +192,7 @@ def test_outputs_of_the_stages(whole):
     steps = metrics(whole / "ppo")
     assert len(steps) == PPO_STEPS and all(step["reward"] == pytest.approx(step["reward/model"]) for step in steps)
     assert all("reward/rewards.py:spread" in step for step in steps)
-    assert {row["prompt"] for row in lines(whole / "evaluation" / "completions.jsonl")} == prompts["held_out"]
+    assert {row["prompt"] for row in lines(whole / "evaluation" / "completions.jsonl")} == prompts["eval"]
     AutoModelForCausalLM.from_pretrained(whole / "ppo" / "model")
 
 
@@ -256,7 +256,7 @@ def moved(setting) -> None:
 @pytest.mark.parametrize("axis", AXES)
 def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, moved, axis):
     run = setting / axis
-    for side in ("train", "held_out"):
+    for side in ("train", "eval"):
         ours, theirs = (lines(folder / "preferences" / f"{side}.jsonl") for folder in (run, whole))
         assert [row | {"source": ""} for row in ours] == [row | {"source": ""} for row in theirs]
     for step, expected in zip(metrics(run / "ppo"), metrics(whole / "ppo"), strict=True):

@@ -209,8 +209,8 @@ def test_a_scorer_may_not_take_longer_than_the_other_ranks_wait(forked, setting,
     done = forked.run("ppo", *begin(setting, tmp_path / "run", "--run.timeout", 2))
     assert done.codes == [1] and "reward.time_limit=2.5: must be below run.timeout=2" in done.output
     words = begin(setting, tmp_path / "run", "--reward.functions", "--reward.servers", "http://localhost:1/score")
-    done = forked.run("ppo", *words, "--reward.server_tries", 5, "--run.timeout", 10)
-    assert done.codes == [1] and "reward.server_tries = 2.5 x 5" in done.output
+    done = forked.run("ppo", *words, "--reward.server_max_attempts", 5, "--run.timeout", 10)
+    assert done.codes == [1] and "reward.server_max_attempts = 2.5 x 5" in done.output
 
 
 def test_torchruns_ranks_stop_with_their_agent(setting):

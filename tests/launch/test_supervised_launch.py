@@ -144,10 +144,10 @@ def test_the_exported_sft_model_has_the_eval_loss_and_its_average_lags_behind(se
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     shape = read_config(run / "model")
     data = SFTData(sources=(f"{setting}/sft.jsonl",), max_tokens=64, eval_fraction=0.25)
-    held_out = joined(DialogueDataset(data, tokenizer, stop_ids(run / "model", shape, tokenizer)).held_out)
-    targets = sum(sample.targets for sample in held_out)
+    evaluated = joined(DialogueDataset(data, tokenizer, stop_ids(run / "model", shape, tokenizer)).eval_rows)
+    targets = sum(sample.targets for sample in evaluated)
     loss = 0.0
-    for sample in held_out:
+    for sample in evaluated:
         tokens = torch.tensor(sample.tokens.tolist())[None]
         labels = torch.where(torch.tensor(list(sample.mask)).bool(), tokens, -100)
         with torch.no_grad():

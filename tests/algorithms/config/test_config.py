@@ -92,7 +92,7 @@ def test_the_configs_that_ship_are_whole(path):
 
 
 def test_probabilities_are_shares():
-    config = parse(PPOConfig, ["--data.sources", "a", "b", "--data.probabilities", "3,1"])
+    config = parse(PPOConfig, ["--data.sources", "a", "b", "--data.probabilities", "3", "1"])
     assert config.data.weights() == (0.75, 0.25)
 
 

@@ -195,7 +195,7 @@ def test_holding_out_must_leave_rows(tiny, tmp_path):
 def test_no_source_that_is_drawn_from_may_be_held_out_whole(tiny, tmp_path):
     rows = [GOOD["pairs"] | {"prompt": f"{i}"} for i in range(9)]
     many, one = write_jsonl(tmp_path / "many.jsonl", rows), write_jsonl(tmp_path / "one.jsonl", rows[:1])
-    knobs = {"eval_fraction": 0.9, "probabilities": "0.5,0.5"}  # one row is left
+    knobs = {"eval_fraction": 0.9, "probabilities": (0.5, 0.5)}  # one row is left
     message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d pairs, but data.probabilities draw from every"
     with pytest.raises(ValueError, match=message):
         stream("pairs", tiny, many, one, **knobs)

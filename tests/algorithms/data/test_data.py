@@ -43,7 +43,7 @@ def test_the_seed_alone_decides_the_order(tmp_path):
     assert first == same and first != other
 
 
-@pytest.mark.parametrize("probabilities", ["", "0.7,0.3"])
+@pytest.mark.parametrize("probabilities", [(), (0.7, 0.3)])
 def test_a_stream_goes_on_where_its_state_was_taken(tmp_path, probabilities):
     paths = [write_jsonl(tmp_path / name, ROWS[:n]) for name, n in (("a.jsonl", 10), ("b.jsonl", 3))]
     data = dataset(*paths, probabilities=probabilities)
@@ -57,7 +57,7 @@ def test_a_stream_goes_on_where_its_state_was_taken(tmp_path, probabilities):
 
 def test_sources_are_mixed_by_their_probabilities(tmp_path):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"say {name}"}] * 4) for name in "abc"]
-    counts = Counter(prompt.text for prompt in dataset(*paths, probabilities="0.5,0.4,0.1").next(2000))
+    counts = Counter(prompt.text for prompt in dataset(*paths, probabilities=(0.5, 0.4, 0.1)).next(2000))
     shares = [counts[f"say {name}"] / 2000 for name in "abc"]
     assert shares == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
 
@@ -67,14 +67,14 @@ def test_text_is_mixed_by_its_sources_probabilities(tmp_path):
         str(write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {name}"}] * rows))
         for name, rows in (("a", 30), ("b", 3), ("c", 7))
     ]
-    config = TextData(sources=tuple(paths), max_tokens=3, probabilities="0.5,0.4,0.1")  # a document and its end a row
+    config = TextData(sources=tuple(paths), max_tokens=3, probabilities=(0.5, 0.4, 0.1))  # a document and its end a row
     data = TextStream(config, tokenizer())
     counts = Counter(Path(row[0].where.rpartition(":")[0]).stem for row in data.next(2000))
     assert [counts[name] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
     few = tuple(str(write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"w{i}"}] * n)) for i, n in ((1, 9), (2, 1)))
     message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d documents, but data.probabilities draw from ev"
     with pytest.raises(ValueError, match=message):
-        TextStream(TextData(sources=few, eval_fraction=0.9, probabilities="0.5,0.5"), tokenizer())
+        TextStream(TextData(sources=few, eval_fraction=0.9, probabilities=(0.5, 0.5)), tokenizer())
     assert TextStream(TextData(sources=few, eval_fraction=0.9), tokenizer()).documents == 1
 
 

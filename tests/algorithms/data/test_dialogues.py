@@ -266,7 +266,7 @@ def test_turns_are_samples_of_their_own_where_a_template_leaves_reasoning_out(wi
         and data.tokens == sum(len(sample.tokens) for sample in joined(data.rows()))
     )
     held = dataset(tokenizer, tmp_path / "a.jsonl", eval_fraction=0.5)  # a dialogue is held out whole
-    assert len(held) == len(held.held_out) == 1 and len(held.held_out[0]) == 2
+    assert len(held) == len(held.eval_rows) == 1 and len(held.eval_rows[0]) == 2
 
 
 def test_over_long_rows_are_dropped_and_counted(tiny, tmp_path):
@@ -287,14 +287,14 @@ def test_what_is_held_out_is_never_learned_from_and_depends_on_the_seed(tiny, tm
         for name in "ab"
     ]
     data = dataset(tiny, *paths, eval_fraction=0.25)
-    held, seen = {s.text for s in joined(data.held_out)}, {s.text for s in drawn(data, 60)}
+    held, seen = {s.text for s in joined(data.eval_rows)}, {s.text for s in drawn(data, 60)}
     assert len(data) == 15 and len(held) == 5 and len(seen) == 15 and not held & seen
-    assert [s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25).held_out)] == [
-        s.text for s in joined(data.held_out)
+    assert [s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25).eval_rows)] == [
+        s.text for s in joined(data.eval_rows)
     ]
-    assert {s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25, seed=1).held_out)} != held
+    assert {s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25, seed=1).eval_rows)} != held
     apart = dataset(tiny, paths[0], eval_sources=(str(paths[1]),))
-    assert len(apart) == 10 and {s.text[0] for s in joined(apart.held_out)} == {"b"}
+    assert len(apart) == 10 and {s.text[0] for s in joined(apart.eval_rows)} == {"b"}
     with pytest.raises(ValueError, match=r"eval_fraction=0.9 of 1 rows leaves none to learn from"):
         dataset(tiny, write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}]), eval_fraction=0.9)
 

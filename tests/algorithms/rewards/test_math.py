@@ -130,7 +130,7 @@ def test_rows_that_cannot_be_scored_are_named_before_the_run():
     with RewardFunction(MATH) as reward, pytest.raises(ValueError) as error:
         reward.check(rows)
     assert "a.jsonl:1700: answer='none'" in str(error.value) and "a.jsonl:2499: answer=" in str(error.value)
-    with RewardFunction(MATH, abstain=True) as reward:
+    with RewardFunction(MATH, skip_failures=True) as reward:
         reward.check(rows)
         assert len(reward.failures) == 1 and "a.jsonl:1700" in reward.failures[0]
     with RewardFunction(MATH) as reward, pytest.raises(ValueError, match="needs the column 'answer'.*they have topic"):

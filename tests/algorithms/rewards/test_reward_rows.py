@@ -79,7 +79,7 @@ def test_rows_of_several_kinds_are_scored_by_functions_of_their_own(script, tmp_
     assert "no scorer applies to 2 responses, of " in "".join(capsys.readouterr().out.split("\n")).replace("  ", " ")
     if script == "grpo":
         step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-        assert step["abstained"] == 2 and step["reward/f.py:half"] == 0.5
+        assert step["unscored"] == 2 and step["reward/f.py:half"] == 0.5
         assert step["reward"] == pytest.approx((4 * step["reward/f.py:long"] + 4 * 1.0) / 8)
     else:
         lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
@@ -100,17 +100,19 @@ def test_where_no_answer_has_a_score_the_reasons_come_before_the_refusal(script,
         data_sources=source,
         reward_functions=f"{tmp_path}/f.py:f",
         data_max_prompt_tokens=64,
-        reward_on_failure="abstain",
+        reward_on_failure="skip",
         rollout_max_new_tokens=2,
         rollout_samples_per_prompt=2,
         run_output=tmp_path / "run",
         run_show=0,
-        **({"round_prompts": 1} if script == "rejection" else {"run_prompts_per_step": 1, "run_steps": 1}),
+        **(
+            {"rejection_prompts_per_round": 1} if script == "rejection" else {"run_prompts_per_step": 1, "run_steps": 1}
+        ),
     )
     said = refused(script, words, monkeypatch)
     assert "without a score" in said or "no response has a score" in said
     reasons = capsys.readouterr().out
-    assert "abstains: reward function" in reasons and "no such grader" in reasons
+    assert "not scored: reward function" in reasons and "no such grader" in reasons
 
 
 def test_scorers_with_equal_path_ends_have_metrics_of_their_own():

@@ -187,7 +187,7 @@ def test_a_row_is_rewarded_by_the_scorers_that_apply_to_it(tmp_path):
     prompts = [Prompt(i, [1], "?", {"task": task}, f"multi.jsonl:{i + 1}") for i, task in enumerate(tasks)]
     scores = {}
     for name in ("math_only", "code_only", "broken"):
-        with RewardFunction(f"{tmp_path}/multi.py:{name}", abstain=True) as reward:
+        with RewardFunction(f"{tmp_path}/multi.py:{name}", skip_failures=True) as reward:
             scores[name] = reward.score(prompts, ["2", "hello", "roses"])
             assert len(reward.failures) == (name == "broken")
     assert scores["math_only"] == [1.0, None, None] and scores["code_only"] == [None, 0.5, None]

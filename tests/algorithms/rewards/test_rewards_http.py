@@ -198,7 +198,7 @@ def test_a_broken_answer_is_no_answer_in_time(case):
         with pytest.raises(ValueError, match="for 5 rows: a.jsonl:1") as error:
             RewardClient(url, 0.4, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
         assert message in str(error.value) and len(seen) == asked and time.monotonic() - started < 1.5
-        abstaining = RewardClient(url, 0.4, tries=1, abstain=True)
+        abstaining = RewardClient(url, 0.4, tries=1, skip_failures=True)
         assert all(score is not None and math.isnan(score) for score in abstaining.score(PROMPTS, TEXTS, ENDED))
         assert len(abstaining.failures) == 1 and message in abstaining.failures[0]
         server.shutdown()
@@ -232,14 +232,14 @@ def test_only_what_failed_abstains():
         return (400, b"no") if "ccc" in request["completions"] else lengths(request)
 
     with serving(second_fails) as (url, _):
-        server = RewardClient(url, batch=2, abstain=True)
+        server = RewardClient(url, batch=2, skip_failures=True)
         scores = server.score(PROMPTS, TEXTS, ENDED)
     assert [s if s == s else None for s in scores] == [1, 2, None, None, 5]
     assert len(server.failures) == 1 and "answered HTTP 400" in server.failures[0]
     with serving(lambda request: (200, b'{"scores": [null, 2, 3, 4, null]}')) as (url, _):  # rows that are not its own
         assert RewardClient(url).score(PROMPTS, TEXTS, ENDED) == [None, 2, 3, 4, None]
     with serving(LIES["NaN"][0]) as (url, _):
-        scores = RewardClient(url, abstain=True).score(PROMPTS, TEXTS, ENDED)
+        scores = RewardClient(url, skip_failures=True).score(PROMPTS, TEXTS, ENDED)
     assert [s if s == s else None for s in scores] == [1, 2, None, 4, 5]
 
 
@@ -260,7 +260,7 @@ def test_a_function_that_fails_abstains_and_goes_on(case, tmp_path):
     path = tmp_path / "reward.py"
     lines = body.replace("{flag}", str(tmp_path / "flag")).splitlines()
     path.write_text("def score(prompts, completions, **fields):\n" + "".join(f"    {line}\n" for line in lines))
-    with RewardFunction(f"{path}:score", abstain=True) as reward:
+    with RewardFunction(f"{path}:score", skip_failures=True) as reward:
         scores = reward.score(PROMPTS, TEXTS)
         assert [s if s == s else None for s in scores] == expected
         assert reward.failures and str(path) in reward.failures[0]
@@ -293,7 +293,7 @@ def test_abstaining_samples_have_no_targets():
         ({"servers": ("localhost:80",)}, "'localhost:80': must be an address as http://host:8000/score"),
         ({"servers": ("http://a/s", "http://a/s")}, "each may be named once"),
         ({"servers": ("http://a/s",), "weights": (1.0, 2.0)}, "2 weights for 1 functions, models and servers"),
-        ({"server_tries": 0}, "server_tries=0: must be at least 1"),
+        ({"server_max_attempts": 0}, "server_max_attempts=0: must be at least 1"),
     ],
 )
 def test_configs_that_are_refused(changes, message):

@@ -88,7 +88,7 @@ def by_both(folder: Path, url: str, data: PromptData) -> tuple[list[Any], list[A
         for text, finished in ANSWERS:
             tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([2] if finished else [])]
             rollouts.append(single_turn(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
-    scorer = Scorer(RewardConfig(models=(str(folder),), servers=(url,), server_batch=3), tokenizer, mesh)
+    scorer = Scorer(RewardConfig(models=(str(folder),), servers=(url,), server_batch_size=3), tokenizer, mesh)
     model = Role(
         build_decoder(str(folder), read_config(folder), mesh, "float32", head="score"),
         sizes=UpdateConfig(micro_batch_size=1),
@@ -275,6 +275,6 @@ def test_a_reward_model_s_nan_names_file_and_row():
 
     with pytest.raises(ValueError, match="reward model runs/m: gave nan for p.jsonl:2: must be a finite number"):
         score("stop")
-    combined, why = score("abstain")
+    combined, why = score("skip")
     assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])
     assert [reason.split(": ")[1] for reason in why] == ["gave nan for p.jsonl:2", "gave inf for p.jsonl:3"]

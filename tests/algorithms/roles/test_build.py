@@ -117,16 +117,17 @@ def router_gradient(learner: Learner, x: Tensor) -> tuple[Tensor, Tensor]:
     return got, z
 
 
-def test_router_losses_are_weighed_by_the_knobs_or_by_config_json(folders):
-    folder = str(tiny_mixtral(folders / "mixture", vocab_size=260, router_aux_loss_coef=0.1))
+def test_router_losses_have_the_weights_of_the_options(folders):
+    folder = str(tiny_mixtral(folders / "mixture", vocab_size=260, router_aux_loss_coef=0.5))
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
     settings = config(folders, model=PPOModels(folder, dtype="float32"), reward=PolicyReward(functions=("r.py:f",)))
+    tenth = OptimizerConfig(router_aux_coef=0.1)
+    settings = dataclasses.replace(settings, actor=ActorConfig(optimizer=tenth))
     plain = build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
-    knobs = OptimizerConfig(router_aux_coef=0.0, router_z_coef=0.25)
     settings = dataclasses.replace(
         settings,
-        actor=ActorConfig(knobs),
-        critic=dataclasses.replace(settings.critic, optimizer=OptimizerConfig(router_z_coef=0.5)),
+        actor=ActorConfig(optimizer=OptimizerConfig(router_aux_coef=0.0, router_z_coef=0.25)),
+        critic=dataclasses.replace(settings.critic, optimizer=dataclasses.replace(tenth, router_z_coef=0.5)),
     )
     roles = build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
     aux, z = router_gradient(plain.actor, x)
@@ -143,8 +144,8 @@ def test_weights_of_router_losses_that_do_not_fit_are_refused(folders):
         settings = config(folders, actor=ActorConfig(dataclasses.replace(OptimizerConfig(), **{knob: value})))
         with pytest.raises(ValueError, match=f"{knob}={value}: must be .*, since the actor model has no experts"):
             build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
-        with pytest.raises(ValueError, match=f"{knob}=-0.5: must be"):
-            dataclasses.replace(OptimizerConfig(), **{knob: -0.5})
+        with pytest.raises(ValueError, match=f"{option}=-0.5"):
+            dataclasses.replace(OptimizerConfig(), **{option: -0.5})
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folders, tmp_path):
