@@ -39,7 +39,7 @@ def setting(tmp_path_factory) -> Path:
         **{"model_baseline": f"{folder}/other", "data_max_prompt_tokens": 96, "text_sources": [text]},
         **{"text_max_tokens": 24, "dialogues_sources": [chat], "dialogues_max_tokens": 64},
         **{"rollout_samples_per_prompt": 3, "rollout_max_new_tokens": 6, "reward_models": [str(folder / "reward")]},
-        **{"reward_weights": [1.0, 0.1], "metrics_pass_at_k": [1, 2], "passes_threshold": 5.5, "run_log": None},
+        **{"reward_weights": [1.0, 0.1], "metrics_pass_at_k": [1, 2], "metrics_pass_threshold": 5.5, "run_log": None},
     }
     rows = [{"prompt": f"count to {i}"} for i in range(5)]
     return tiny_run(folder, [*rows, {"prompt": "long " * 100}], "spread", **given)

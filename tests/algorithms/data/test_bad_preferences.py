@@ -216,7 +216,7 @@ def test_a_held_out_file_is_read_as_strictly(tiny, tmp_path):
     write_jsonl(bad, [GOOD["pairs"] | {"chosen": ""}])
     with pytest.raises(ValueError, match=r"bad.jsonl:1: 'chosen' is empty"):
         stream("pairs", tiny, good, eval_sources=(str(bad),))
-    with pytest.raises(ValueError, match=r"eval_fraction=0.5: must be 0 where eval_sources are given"):
+    with pytest.raises(ValueError, match=r"eval_fraction=0.5: must be 0 with eval_sources"):
         stream("pairs", tiny, good, eval_sources=(str(good),), eval_fraction=0.5)
 
 
