@@ -104,7 +104,10 @@ SCORER = {"preferences_reward.functions": "r.py:f"}
         ({"prompts_sources": ()}, "prompts.sources"),
         ({"sft_data.sources": ()}, r"\[sft\] data.sources"),
         ({"preferences_reward.functions": ()}, r"\[preferences\] .*reward.functions"),
-        ({"preferences_run.pairs_per_prompt": 3}, r"\[preferences\] rollout.samples_per_prompt=4: run.pairs_per_prompt=3"),
+        (
+            {"preferences_run.pairs_per_prompt": 3},
+            r"\[preferences\] rollout.samples_per_prompt=4: run.pairs_per_prompt=3",
+        ),
         ({"ppo_ppo.minibatches": 3}, r"\[ppo\] .*ppo.minibatches=3"),
         ({"sft_model.path": "x"}, "sft.model.path=x: .*; set model.path"),
         ({"reward_parallel.tp": 2}, "reward.parallel.tp=2: .*; set parallel"),
