@@ -257,7 +257,7 @@ def stages(config: RLHFConfig) -> Stages:
         fill(
             "evaluation",
             str(root / "ppo" / "model"),
-            model={"against": tuned},
+            model={"baseline": tuned},
             data=prompts(config.evaluation.data, eval_prompts),
             reward=RewardConfig(**({name: getattr(scorer, name) for name in SCORERS} | both)),  # not shaped
         ),
