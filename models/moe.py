@@ -10,7 +10,7 @@ Two router losses, with T the tokens of the whole batch, both averaged over the 
         1/T Σ_s T_s · experts · Σ_e f_se · P_se,   f_se: choices of e a token in s,   P_se: mean of p_te in s
 
 The latter is computed per sample, so that it does not depend on micro-batches and layout. Coefficients:
-optimizer.router_z_coef, and optimizer.router_aux_coef or config.json's router_aux_loss_coef.
+optimizer.router_z_coef and optimizer.router_aux_coef.
 """
 
 from __future__ import annotations

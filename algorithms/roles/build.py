@@ -221,13 +221,13 @@ def set_router_coefs(model: Decoder, settings: OptimizerConfig, name: str) -> No
     Raises:
         ValueError: one is set for a model without experts.
     """
-    aux, z, moe = settings.router_aux_coef, settings.router_z_coef, model.config.moe
-    if moe is not None:
-        model.set_router_coefs(moe.aux_coef if aux == AS_CONFIG else aux, z)
+    if model.config.moe is not None:
+        model.set_router_coefs(settings.router_aux_coef, settings.router_z_coef)
         return
-    for option, value, off in (("router_aux_coef", aux, AS_CONFIG), ("router_z_coef", z, 0.0)):
-        if value != off:
-            raise ValueError(f"{option}={value}: must be {off:g}, since the {name} model has no experts")
+    for option in ("router_aux_coef", "router_z_coef"):
+        value, default = getattr(settings, option), getattr(OptimizerConfig(), option)
+        if value not in (0.0, default):
+            raise ValueError(f"{option}={value}: must be 0 or {default:g}, since the {name} model has no experts")
 
 
 def build_ppo_roles(

@@ -140,9 +140,10 @@ def test_router_losses_have_the_weights_of_the_options(folders):
 
 
 def test_weights_of_router_losses_that_do_not_fit_are_refused(folders):
-    for knob, value in (("router_aux_coef", 0.0), ("router_z_coef", 1e-3)):
-        settings = config(folders, actor=ActorConfig(dataclasses.replace(OptimizerConfig(), **{knob: value})))
-        with pytest.raises(ValueError, match=f"{knob}={value}: must be .*, since the actor model has no experts"):
+    for option, value in (("router_aux_coef", 0.5), ("router_z_coef", 1e-3)):
+        optimizer = dataclasses.replace(OptimizerConfig(), **{option: value})
+        settings = config(folders, actor=ActorConfig(optimizer=optimizer))
+        with pytest.raises(ValueError, match=f"{option}={value}: must be .*, since the actor model has no experts"):
             build_ppo_roles(settings, read_shapes(settings, settings.model.critic), build_mesh())
         with pytest.raises(ValueError, match=f"{option}=-0.5"):
             dataclasses.replace(OptimizerConfig(), **{option: -0.5})
