@@ -6,8 +6,8 @@ a `ContentPath` where a run depends on the files' content, or a `FunctionPath` (
 
 Files are layered: in `--config A.toml B.toml` later files override earlier ones, and the command line all of them. Two
 kinds of tables are conditional: [script.NAME.section] applies to launch/NAME.py alone (and to its section in rlhf.py),
-so that one file serves several scripts; [after.NAME.section] applies if NAME.toml is an earlier file. Every other
-unknown key is refused.
+so that one file serves several scripts; [after.NAME.section] applies if NAME.toml is an earlier file. Unknown keys are
+refused, except inside tables that do not apply.
 """
 
 from __future__ import annotations

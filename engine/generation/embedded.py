@@ -35,7 +35,7 @@ from ..parallel.collectives import all_gather, all_reduce, broadcast, exchange
 from ..parallel.shard import Split
 from ..profiler import Profiler
 from ..progress import report_progress
-from .interface import Completion, Interrupted, Request, SamplingParams
+from .interface import Completion, Generator, Interrupted, Request, SamplingParams
 from .kv_cache import PagedCache
 from .lane import Lane, sample_key
 from .scheduler import Scheduler, Sequence, Step
@@ -96,7 +96,7 @@ PACK_TOKENS = 10
 (benchmarks/bench_generate.py)."""
 
 
-class EmbeddedGenerator:
+class EmbeddedGenerator(Generator):
     """Generator (interface.py) on `model`, this rank's shard of the policy.
 
     `load` copies nothing: the weights are the policy's own parameters. Cache and packed weights exist only while

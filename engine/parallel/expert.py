@@ -141,7 +141,7 @@ class ExpertLinear(AdaptedLinear):
 
     Args:
         out_sizes: part -> rows in every expert; expert e's part is named "e.part", or "e" where the part is "".
-        target: with a part's name behind it, the name that `lora` targets the part by.
+        target: `lora` targets a part by this plus the part's name.
     """
 
     def __init__(

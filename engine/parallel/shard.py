@@ -168,7 +168,7 @@ class Sink(Protocol):
 
 
 class Store(Protocol):
-    """Storage behind a parameter that is on the meta device."""
+    """Storage of a parameter that is on the meta device."""
 
     def sink(self, piece: int) -> Sink: ...
 

@@ -25,7 +25,7 @@ from .shard import Shard, Split, full_piece, replicated, set_store, shard_along,
 def linear_weight(
     shard: Shard, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None
 ) -> tuple[nn.Parameter, NF4Weight | None]:
-    """A linear's weight and, where `lora` keeps it in NF4, the storage behind it."""
+    """A linear's weight and, where `lora` keeps it in NF4, its storage."""
     if lora is None or not lora.quantize:
         return sharded_parameter(shard, dtype=dtype, device=mesh.device), None
     nf4 = NF4Weight(shard, mesh.tp, mesh.device)

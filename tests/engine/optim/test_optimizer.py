@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from harness import run_ranks
+from layouts import assert_close
 from tiny import assemble
 from torch import nn
 from trialign.engine.mesh import build_mesh
@@ -73,10 +74,10 @@ def sharded_steps(rank: int, world: int, max_norm: float, micro: int = 1):
 def test_steps_equal_torch_adamw(world, micro, max_norm):
     model, ema, expected_norms = torch_steps(max_norm)
     for wholes, norms in run_ranks(sharded_steps, world, max_norm, micro):
-        assert norms == pytest.approx(expected_norms, rel=1e-5)
+        assert_close(norms, expected_norms)
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(wholes[f"net/master/{name}"], parameter.data, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(wholes[f"net/ema/{name}"], ema[name], rtol=1e-5, atol=1e-6)
+            assert_close(wholes[f"net/master/{name}"], parameter.data)
+            assert_close(wholes[f"net/ema/{name}"], ema[name])
 
 
 def test_norm_of_a_large_gradient_is_exact():

@@ -120,14 +120,6 @@ def test_every_layout_loads_from_every_other(saved, target: tuple[int, int, int]
         assert_loaded(path, entries, alone, {"step": step})
 
 
-def test_reader_returns_whole_tensors(saved):
-    for layout in ((1, 1, 1), (2, 2, 2)):
-        reader, wholes = Reader(saved[layout]), unique_numbers()
-        assert reader.tensors.keys() == wholes.keys()
-        for name, whole in wholes.items():
-            assert torch.equal(reader.read(name), whole)
-
-
 def rank_saves(rank: int, world: int, root: Path, tp: int, pp: int) -> tuple[str, str]:
     mesh = build_mesh(tp=tp, pp=pp)
     path = save(root, 3, fill(entries_of(mesh)), {"rank": rank}, mesh, keep=1, assets={"a.txt": Path(__file__)})
