@@ -61,7 +61,8 @@ rlhf: .venv/.package $(MODEL)/config.json ## fine-tuning, reward model and PPO i
 export TRITON_DEFAULT_FP_FUSION := 1
 # What the Triton that CUDA builds of torch 2.13 pin, and the installed one, compile is kept apart and between runs.
 OTHER_TRITON := 3.7.1
-INTERPRETED := $(sort $(wildcard tests/kernels/triton_kernels/test_*.py))
+OPS := adamw attention gae linear_logprob logprob moe nf4 paged_attention ppo_loss rms_norm rope sampling swiglu
+INTERPRETED := $(sort $(wildcard tests/kernels/triton_kernels/test_*.py)) $(OPS:%=tests/kernels/test_%.py)
 OTHER := TRIALIGN_EXPECT_TRITON=$(OTHER_TRITON) PYTHONPATH=.venv/triton-$(OTHER_TRITON) TRITON_CACHE_DIR=.venv/triton-cache-$(OTHER_TRITON)
 COMPILED := $(sort $(wildcard tests/kernels/test_*.py)) $(addprefix tests/kernels/cuda_kernels/,test_cuda_build.py test_cuda_emulated.py)
 
@@ -86,7 +87,7 @@ interpreted:
 	TRITON_INTERPRET=1 .venv/bin/pytest $(INTERPRETED)
 other-aot:
 	$(OTHER) .venv/bin/pytest tests/kernels/aot
-other-interpreted: # but for what kernels move, which is theirs and not Triton's
+other-interpreted: # without the traffic, which does not depend on Triton's version
 	$(OTHER) TRITON_INTERPRET=1 .venv/bin/pytest $(filter-out %_traffic.py,$(INTERPRETED))
 
 .venv/triton-$(OTHER_TRITON): | .venv/.package

@@ -1,12 +1,13 @@
-"""Choice of an op's implementation: C++ on the CPU; a library or Triton on CUDA; the torch reference elsewhere.
+"""Choice of an op's implementation: C++ on the CPU; a library, CUDA C++ or Triton on CUDA; else the torch reference.
 
-TRIALIGN_KERNELS is the one switch, read when this module is imported:
+Two environment variables, read when this module is imported. TRIALIGN_KERNELS:
     auto            (the default) what fits the tensor: an installed library (backends/libraries.py), else our kernel
-    own             as auto, but never a library's kernel
+    own             as auto, without libraries
     fp8             as auto, and decoder layers multiply in FP8 where Transformer Engine is installed: other numbers
     reference       plain torch everywhere
-    avx2, baseline  as own, with the C++ of a lesser machine, for tests
-Without a usable trialign._C there is one warning; Triton still serves CUDA, and the references the CPU.
+    avx2, baseline  as own, with the C++ built for that SIMD level, for tests
+TRITON_INTERPRET=1 (Triton's own switch): CPU tensors go through the Triton kernels, interpreted, for tests.
+Without a usable trialign._C there is one warning; Triton still runs on CUDA, and the references on the CPU.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ def _mode() -> str:
 
 
 MODE = _mode()
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA_KEY = "CPU" if INTERPRET else "CUDA"
+"""Dispatch key of the GPU implementations; interpreted kernels take CPU tensors."""
 PROBLEM = None if MODE == "reference" else load_extension()
 EXTENSION = MODE != "reference" and PROBLEM is None
 if PROBLEM and os.environ.get("RANK", "0") == "0":
@@ -63,7 +67,7 @@ def has_op(op: str) -> bool:
 def has_cuda(op: str) -> bool:
     """True when the op has an implementation for CUDA tensors: CUDA C++ of trialign._C, or Triton's once registered."""
     name = f"trialign::{op}"
-    return hasattr(torch.ops.trialign, op) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    return hasattr(torch.ops.trialign, op) and torch._C._dispatch_has_kernel_for_dispatch_key(name, CUDA_KEY)
 
 
 @functools.cache
@@ -73,11 +77,11 @@ def has_triton() -> bool:
 
 
 def choose(op: str, tensor: torch.Tensor) -> Implementation:
-    """The implementation of torch.ops.trialign.`op` that fits the tensor's device and, of numbers, its dtype."""
-    device = tensor.device.type
+    """The implementation of torch.ops.trialign.`op` that fits the tensor's device and, if floating point, its dtype."""
+    device = "cuda" if INTERPRET and tensor.device.type == "cpu" else tensor.device.type
     if device not in COMPILED_DTYPES or (tensor.is_floating_point() and tensor.dtype not in COMPILED_DTYPES[device]):
         return "reference"
-    if device == "meta":  # the op's fake knows the shapes, whoever would serve
+    if device == "meta":  # only shapes, which the op's fake implementation gives
         return "cpp" if has_op(op) else "triton" if hasattr(torch.ops.trialign, op) else "reference"
     if device == "cpu":
         return "cpp" if has_op(op) else "reference"
@@ -85,7 +89,7 @@ def choose(op: str, tensor: torch.Tensor) -> Implementation:
 
 
 def holds_data(tensor: torch.Tensor) -> bool:
-    """False for meta and fake tensors, whose numbers cannot be looked at."""
+    """False for meta and fake tensors, which have no values to check."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
@@ -99,17 +103,17 @@ def register(
     backward: Callable | None = None,
     triton: Callable | None = None,
 ) -> None:
-    """Gives torch.ops.trialign.`op` its shapes for FakeTensor and meta runs, its gradient and its Triton launcher.
+    """Registers for torch.ops.trialign.`op` its fake (shapes only), its gradient and its Triton launcher.
 
-    The schema, the CPU implementation and, where nvcc was found, CUDA C++ ones come from csrc/ (those go before
-    Triton's). Without a usable trialign._C the schema is that of SCHEMAS and Triton's the only implementation.
+    The schema, the CPU implementation and, where nvcc was found, a CUDA C++ one (preferred to Triton) come from csrc/.
+    Without a usable trialign._C the schema is that of SCHEMAS, and Triton the only implementation.
     """
     if not has_op(op):
         if MODE == "reference" or triton is None or not has_triton():
             return
         _definitions.define(op + SCHEMAS[op])
     torch.library.register_fake(f"trialign::{op}", fake)
-    if triton is not None and has_triton() and not has_cuda(op):
-        torch.library.impl(f"trialign::{op}", "CUDA")(triton)
+    if triton is not None and has_triton() and (INTERPRET or not has_cuda(op)):
+        torch.library.impl(f"trialign::{op}", CUDA_KEY)(triton)
     if backward is not None:
         torch.library.register_autograd(f"trialign::{op}", backward, setup_context=setup_context)

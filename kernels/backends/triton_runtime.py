@@ -1,27 +1,24 @@
-"""What the Triton kernels share: the import that may be missing, and the table each kernel is described by.
+"""Shared parts of the Triton kernels: the optional import, the launch table `Spec`, helpers for block sizes.
 
 Triton reads TRITON_INTERPRET when it is imported and when a kernel is decorated; the kernels themselves are the same in
-both modes. Without Triton a kernel stays a plain function that nobody calls.
+both modes. Without Triton a kernel stays a plain function that is never called.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..dispatch import MODE
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from ..dispatch import INTERPRET, MODE
 
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = tl = None  # the references and the C++ ops serve
+    triton = tl = None  # the C++ ops and the torch references remain
 
 
 def jit(fn: Callable) -> Any:
@@ -31,14 +28,15 @@ def jit(fn: Callable) -> Any:
 
 @dataclass(frozen=True)
 class Spec:
-    """One Triton kernel as it ships: the tests compile each config of it ahead of time for every architecture.
+    """A Triton kernel's launch table: the tests compile every config ahead of time for every architecture.
 
     signature: {argument: "*bf16" | "*fp32" | "*i64" | "i32" | "fp32" ...} of the arguments known at run time;
     configs: every set of compile-time values, `num_warps` and `num_stages` included, that a launch may use;
-    free: those of them that are sizes of a model or a call, for addresses, masks and counts of steps only: a launch may
-    use any value, and configs names one;
-    hip_configs: those of AMD where they differ; fp32_configs: those of fp32 tensors where they differ;
-    dot: it has to use the matrix units.
+    free: the compile-time values that may be anything (sizes of a model or a call, used in addresses, masks and loop
+        bounds only); configs has one example;
+    hip_configs: the configs on AMD, fp32_configs: those for fp32 tensors, where they differ;
+    dot: the kernel must use the matrix units;
+    unaligned: arguments that need not be multiples of 16.
     """
 
     kernel: Any
@@ -48,16 +46,16 @@ class Spec:
     fp32_configs: tuple[dict[str, Any], ...] | None = None
     free: tuple[str, ...] = ()
     dot: bool = False
-    unaligned: tuple[str, ...] = field(default=())  # arguments that need not be multiples of 16
+    unaligned: tuple[str, ...] = field(default=())
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
-    """True where an op without a C++ form runs its Triton kernel on `tensor`: on a GPU, or interpreted on the CPU."""
+    """True where an op without a C++ implementation runs its Triton kernel: on a GPU, or interpreted on the CPU."""
     return (tensor.is_cuda or INTERPRET) and triton is not None and MODE != "reference"
 
 
 def vendor() -> str:
-    """Whose GPUs this torch drives: "hip" or "cuda"."""
+    """GPU vendor of this torch build: "hip" (AMD) or "cuda"."""
     return "hip" if torch.version.hip else "cuda"
 
 

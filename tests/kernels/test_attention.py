@@ -1,129 +1,119 @@
-"""Packed attention: the law, forward and backward, in C++ and by torch's fused attention; documents stay apart."""
+"""Packed attention against float64, forward and backward; documents stay apart."""
 
 import pytest
 import torch
-from law import assert_law
+from accuracy import FLOOR, check_accuracy, run
+from implementations import DTYPES, INTERPRET, by_mode, cpp_only, device  # noqa: F401 (a fixture)
+from trialign.kernels import attention
 from trialign.kernels.attention import packed_attention, packed_attention_ref, sdpa_attention
-from trialign.kernels.dispatch import has_op
+from trialign.kernels.dispatch import choose
 
-OPTIONS = {
-    "plain": {},
-    "alibi": {"alibi_slopes": True},
-    "window": {"window": 3},
-    "both": {"alibi_slopes": True, "window": 70},
-}
+# torch's fused backward is less accurate where the softmax has one entry.
+SDPA_FLOOR = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 4e-4}
 
 
-def compiled(q, k, v, cu_seqlens, scale, **options):
-    if not has_op("attention"):
-        pytest.skip("trialign._C is not usable")
-    return packed_attention(q, k, v, cu_seqlens, q.shape[0], scale, **options)
-
-
-def inputs(lengths, heads, kv_heads, d, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def inputs(lengths, heads, kv_heads, d, dtype):
     total = sum(lengths)
-    q, k, v, grad = (
-        torch.randn(total, h, d, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads, heads)
-    )
-    return q, k, v, grad, torch.tensor([0, *lengths]).cumsum(0)
+    qkv = [torch.randn(total, h, d).to(dtype) for h in (heads, kv_heads, kv_heads)]
+    return qkv, torch.tensor([0, *lengths]).cumsum(0)
 
 
-def with_grads(function, q, k, v, grad):
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+def sdpa(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window):
+    return sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
 
 
-@pytest.mark.parametrize("implementation", [compiled, sdpa_attention])
+@pytest.mark.parametrize("function", [packed_attention, sdpa][: by_mode(2, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+# A window of 2 reaches just one key, or one query, into the next block.
+@pytest.mark.parametrize("alibi, window", [(False, None), (True, None), (False, 2), (True, 70), (True, 20)])
+@pytest.mark.parametrize(
+    "lengths, heads, kv_heads, d",
+    by_mode(
+        [
+            ([5, 5, 5], 6, 2, 64),
+            ([7, 1, 30, 29, 0, 3], 3, 3, 20),
+            ([1], 4, 1, 80),
+            ([131, 64, 65, 48, 49, 6], 6, 2, 64),
+            ([131, 64, 65, 48, 49, 6], 4, 1, 80),
+        ],
+        [([33, 1, 0, 20], 2, 1, 16), ([70], 3, 3, 20)],
+    ),
+)
+def test_error_against_float64(function, dtype, alibi, window, lengths, heads, kv_heads, d):
+    qkv, cu = inputs(lengths, heads, kv_heads, d, dtype)
+    slopes = 2.0 ** -torch.arange(1.0, heads + 1) if alibi else None
+    if slopes is not None and INTERPRET:  # rows past a document's end must not overflow
+        slopes[-1] = -0.5 if dtype == torch.float32 else -4.0
+    rest = cu, max(lengths), d**-0.5, slopes, window
+    fn, ref = (lambda *qkv, f=f: f(*qkv, *rest) for f in (function, packed_attention_ref))
+    by_torch = function is sdpa or choose("attention", qkv[0]) == "reference"
+    check_accuracy(fn, ref, qkv, (0, 1, 2), SDPA_FLOOR[dtype] if by_torch else FLOOR[dtype])
+
+
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+def test_error_at_every_head_dim(d):
+    """Each set of the GPU kernels' block sizes, at lengths just past them."""
+    qkv, cu = inputs([0, 1, 69, 2], 2, 1, d, torch.bfloat16)
+    fn, ref = (lambda *qkv, f=f: f(*qkv, cu, 69, d**-0.5) for f in (packed_attention, packed_attention_ref))
+    check_accuracy(fn, ref, qkv, (0, 1, 2), FLOOR[torch.bfloat16])
+
+
+def with_grads(qkv, *rest):
+    return run(lambda *qkv: packed_attention(*qkv, *rest), qkv, (0, 1, 2))[0]
+
+
+def test_wide_windows_and_many_documents(monkeypatch):
+    """A window beyond every document changes nothing, nor do more documents than a grid can hold."""
+    qkv, cu = inputs([3, 0, 5, 31, 1], 2, 1, 16, torch.float32)
+    whole = with_grads(qkv, cu, 31, 0.25)
+    monkeypatch.setattr(attention, "DOCUMENTS", 2)
+    for window in (None, 2**31 - 1, 2**40):
+        for actual, expected in zip(with_grads(qkv, cu, 31, 0.25, None, window), whole, strict=True):
+            assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("lengths", [[5, 5, 5], [7, 1, 30, 29, 0, 3], [1], [131, 64, 65, 48, 49, 6]])
-@pytest.mark.parametrize("heads, kv_heads, d", [(6, 2, 64), (3, 3, 20), (4, 1, 80)])
-def test_law(implementation, dtype, option, lengths, heads, kv_heads, d):
-    q, k, v, grad, cu = inputs(lengths, heads, kv_heads, d, dtype)
-    options = dict(OPTIONS[option])
-    if "alibi_slopes" in options:
-        options["alibi_slopes"] = 2.0 ** -torch.arange(1, heads + 1)
-    scale = d**-0.5
-    exact = with_grads(
-        lambda q, k, v: packed_attention_ref(q, k, v, cu, max(lengths), scale, **options),
-        *(t.double() for t in (q, k, v, grad)),
-    )
-    eager = with_grads(lambda q, k, v: packed_attention_ref(q, k, v, cu, max(lengths), scale, **options), q, k, v, grad)
-    ours = with_grads(lambda q, k, v: implementation(q, k, v, cu, scale, **options), q, k, v, grad)
-    for name, got, plain, right in zip(("out", "dq", "dk", "dv"), ours, eager, exact, strict=True):
-        # torch's fused backward misses the law by itself where the softmax has one entry.
-        torchs = {torch.float32: 4e-6, torch.bfloat16: 4e-3}[dtype]
-        assert_law(got, plain, right, name, torchs if implementation is sdpa_attention else None)
+def test_documents_are_independent(dtype):
+    qkv, cu = inputs([9, 17, 4], 2, 2, 32, dtype)
+    part, alone = [t[9:26] for t in qkv], torch.tensor([0, 17])
+    upstream = torch.randn(30, 2, 32).to(dtype)
+    whole, _ = run(lambda *t: packed_attention(*t, cu, 17, 0.2), qkv, (0, 1, 2), [upstream])
+    expected, _ = run(lambda *t: packed_attention(*t, alone, 17, 0.2), part, (0, 1, 2), [upstream[9:26]])
+    assert all(torch.equal(a[9:26], b) for a, b in zip(whole, expected, strict=True))
 
 
-def test_reference_gradients():
-    q, k, v, _, cu = inputs([3, 1, 4], 4, 2, 3, torch.float64)
-    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda q, k, v: packed_attention_ref(q, k, v, cu, 4, 0.5, slopes, 3), leaves)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_documents_do_not_see_each_other(dtype):
-    q, k, v, grad, cu = inputs([9, 17, 4], 2, 2, 32, dtype)
-    whole = with_grads(lambda q, k, v: packed_attention(q, k, v, cu, 17, 0.2), q, k, v, grad)
-    alone = with_grads(
-        lambda q, k, v: packed_attention(q, k, v, torch.tensor([0, 17]), 17, 0.2), *(t[9:26] for t in (q, k, v, grad))
-    )
-    for got, right in zip(whole, alone, strict=True):
-        assert torch.equal(got[9:26], right)
-
-
-def test_slices_of_a_fused_projection_and_int32_bounds():
-    torch.manual_seed(0)
-    qkv = torch.randn(12, 8, 16)
-    q, k, v = qkv.split((4, 2, 2), 1)
+def test_fused_projection_slices_and_int32_bounds():
+    q, k, v = torch.randn(12, 8, 16).split((4, 2, 2), 1)
     cu = torch.tensor([0, 5, 12], dtype=torch.int32)
     copies = [t.contiguous() for t in (q, k, v)]
-    assert torch.equal(packed_attention(q, k, v, cu, 7, 0.25), packed_attention(*copies, cu, 7, 0.25))
-    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in copies]  # heads outermost in memory
-    assert torch.equal(packed_attention(*turned, cu, 7, 0.25), packed_attention(*copies, cu, 7, 0.25))
+    expected = packed_attention(*copies, cu, 7, 0.25)
+    assert torch.equal(packed_attention(q, k, v, cu, 7, 0.25), expected)
+    heads_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in copies]
+    assert torch.equal(packed_attention(*heads_first, cu, 7, 0.25), expected)
 
 
 def test_large_scores_stay_finite():
-    q, k, v, grad, cu = inputs([40], 2, 1, 16, torch.float32)
-    ours = with_grads(lambda q, k, v: packed_attention(q, k, v, cu, 40, 1.0), 100 * q, 100 * k, v, grad)
-    exact = with_grads(
-        lambda q, k, v: packed_attention_ref(q, k, v, cu, 40, 1.0), *(t.double() for t in (100 * q, 100 * k, v, grad))
-    )
-    assert all(t.isfinite().all() for t in ours)
-    assert (ours[0] - exact[0]).abs().max() < 1e-2  # scores near 1e5 carry an fp32 error of 1e-2 themselves
+    (q, k, v), cu = inputs([40], 2, 1, 16, torch.float32)
+    actual = with_grads((100 * q, 100 * k, v), cu, 40, 1.0)
+    exact = packed_attention_ref(*(t.double() for t in (100 * q, 100 * k, v)), cu, 40, 1.0)
+    assert all(t.isfinite().all() for t in actual)
+    assert (actual[0] - exact).abs().max() < 1e-2  # the fp32 error of scores near 1e5
 
 
-def test_nan_is_neither_hidden_nor_handed_to_other_documents():
-    q, k, v, grad, cu = inputs([6, 5], 2, 1, 16, torch.float32)
+def test_nan_stays_in_its_document():
+    (q, k, v), cu = inputs([6, 5], 2, 1, 16, torch.float32)
     k[3] = torch.nan
-    out, *grads = with_grads(lambda q, k, v: packed_attention(q, k, v, cu, 6, 0.3), q, k, v, grad)
-    assert out[3:6].isnan().all() and grads[0][3:6].isnan().all() and grads[1][:6].isnan().any()
-    for t in (out, *grads):
-        assert not t[6:].isnan().any()
+    out, dq, dk, dv = with_grads((q, k, v), cu, 6, 0.3)
+    assert out[3:6].isnan().all() and dq[3:6].isnan().all() and dk[:6].isnan().any()
+    assert not any(t[6:].isnan().any() for t in (out, dq, dk, dv))
 
 
-def test_refusals():
-    q, k, v, _, cu = inputs([4], 6, 4, 8, torch.float32)
-    with pytest.raises(ValueError, match="6 query heads .* 4 key/value heads"):
-        packed_attention(q, k, v, cu, 4, 1.0)
-    if has_op("attention"):
-        q, k, v, _, _ = inputs([4], 4, 4, 8, torch.float32)
-        with pytest.raises(RuntimeError, match="must lie within 0 and 4"):
-            packed_attention(q, k, v, torch.tensor([0, 5]), 4, 1.0)
-        with pytest.raises(RuntimeError, match="must run from 0 to 4"):
-            packed_attention(q, k, v, torch.tensor([0, 3]), 4, 1.0)
-        with pytest.raises(RuntimeError, match="document 0 has 4 tokens, allowed are 0 to 3"):
-            packed_attention(q, k, v, torch.tensor([0, 4]), 3, 1.0)
-
-
-@pytest.mark.skipif(not has_op("attention"), reason="trialign._C is not usable")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    q, k, v, _, cu = inputs([3, 4], 4, 2, 8, dtype)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(torch.ops.trialign.attention.default, (*leaves, cu, 4, 0.5, None, None))
-    torch.library.opcheck(torch.ops.trialign.attention.default, (*leaves, cu, 4, 0.5, torch.rand(4), 2))
+@cpp_only
+@pytest.mark.parametrize(
+    "bounds, longest, message",
+    [([0, 5], 4, "within 0 and 4"), ([0, 3], 4, "from 0 to 4"), ([0, 4], 3, "document 0 has 4 tokens.*0 to 3")],
+)
+def test_invalid_document_bounds_are_refused(bounds, longest, message):
+    qkv, _ = inputs([4], 4, 4, 8, torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        packed_attention(*qkv, torch.tensor(bounds), longest, 1.0)

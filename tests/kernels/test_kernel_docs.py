@@ -1,4 +1,4 @@
-"""docs/kernels.md names exactly the Triton kernels and configs that exist, and says of every one what it moves."""
+"""docs/kernels.md lists exactly the Triton kernels and configs that exist, each with its traffic."""
 
 import re
 import sys
@@ -12,18 +12,18 @@ from kernel_table import ARCHITECTURES, label, specs, variants  # noqa: E402  # 
 PAGE = (ROOT / "docs" / "kernels.md").read_text()
 
 
-def test_the_report_is_of_these_kernels_and_configs():
+def test_report_lists_every_kernel_and_config():
     rows = re.findall(r"^\| (\w+\.\w+) \| (?:fp32: )?([^|]*=[^|]*) \| [\d /]+", PAGE, re.M)
     assert sorted(rows) == sorted(
         (name, label(configs[ARCHITECTURES[0]])) for name, spec in specs() for _, configs in variants(spec)
-    ), "docs/kernels.md is behind the kernels: make kernel-report ARGS=--write"
+    ), "docs/kernels.md is out of date: make kernel-report ARGS=--write"
 
 
-def test_the_report_says_what_every_kernel_moves():
+def test_report_has_the_traffic_of_every_kernel():
     counted = re.findall(r"^\| (\w+\.\w+) \|(?: [^|]+ \|){5} [\d.]+ \|$", PAGE, re.M)
     assert counted == sorted(name for name, _ in specs()), "make kernel-report ARGS=--write"
 
 
-def test_nothing_in_the_report_spills():
+def test_report_has_no_spills():
     figures = re.findall(r"(\d+) / (\d+) / \d+", PAGE.partition("<!-- report -->")[2])
     assert figures and all(spilled == "0" for _, spilled in figures)

@@ -1,4 +1,5 @@
-"""What holds for every op: opcheck passes, wrong sizes are refused, and every public function runs without data."""
+"""Checks that hold for every op: opcheck passes, references have the gradients of finite differences, wrong sizes are
+refused, operands may be strided, and every public function runs without data."""
 
 import importlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from trialign.kernels import (
     adamw,
     attention,
     gae,
+    grouped_matmul,
     linear_logprob,
     logprob,
     moe,
@@ -71,12 +73,49 @@ CALLS = {
     "value_loss": (*FLAT[:3], None),
     "write_kv": (*QKV[1:], *CACHES, torch.arange(N)),
 }
-# Triton's alone, which nothing serves on the CPU: tests/kernels/test_triton_linear_logprob.py checks them, interpreted.
+# Ops of Triton kernels alone, which nothing serves on the CPU: test_linear_logprob.py checks them, interpreted.
 TRITON_ONLY = {"linear_logprob_stats", "linear_logprob_gradient_", "add_product_"}
+# (op, {argument: value}): the other paths of optional arguments.
+VARIANTS = [
+    *((op, {}) for op in CALLS),
+    ("adamw", {4: empty(N).bfloat16()}),
+    ("adamw", {4: None}),
+    ("attention", {6: None, 7: None}),
+    *(("kl_estimate", {2: kind}) for kind in (1, 2)),
+    *((op, {place: None}) for op in ("logprob_backward", "logprob_backward_") for place in (3, 4)),
+    ("paged_attention", {6: None, 7: None}),
+    ("policy_loss", {5: 3.0}),
+    ("rms_norm_backward", {4: None}),
+    ("rope_", {0: randn(N, 5, 8)[:, 1:3], 3: True, 4: True}),
+    ("route", {2: False}),
+    ("route_backward", {4: False}),
+    ("unpermute", {2: None}),
+    ("value_loss", {3: 0.2}),
+]
+DIFFERENTIABLE = {  # op: arguments with a gradient
+    "add_rms_norm": (0, 1, 2), "attention": (0, 1, 2), "grouped_matmul": (0, 1), "nf4_linear": (0,), "permute": (0,),
+    "rms_norm": (0, 1), "route": (0,), "swiglu": (0,), "unpermute": (0, 2),
+}  # fmt: skip
+# Arguments that stay fp32 where an op computes in bf16.
+FP32 = {
+    "attention": (6,), "attention_backward": (5, 9), "logprob_backward": (2, 3, 4), "logprob_backward_": (2, 3, 4),
+    "logprob_update_": (0,), "nf4_linear": (2,), "nf4_linear_backward": (2,), "paged_attention": (6,), "rope_": (1, 2),
+    "rms_norm_backward": (3,), "route_backward": (0, 2), "sample": (1, 3), "unpermute": (2,),
+    "unpermute_backward": (3,),
+}  # fmt: skip
+ONLY_FP32 = {"adamw", "gae", "kl_estimate", "policy_loss", "value_loss"}
 
 
-def fresh(op: str) -> list:
-    return [value.clone() if isinstance(value, Tensor) else value for value in CALLS[op]]
+def arguments_of(op: str, changes: dict | None = None, dtype: torch.dtype = torch.float32) -> list:
+    """New arguments for an op: `changes` by position; in `dtype` where the op takes it."""
+    values = [(changes or {}).get(i, value) for i, value in enumerate(CALLS[op])]
+    narrow = set() if op in ONLY_FP32 else {i for i in range(len(values)) if i not in FP32.get(op, ())}
+    return [
+        (value.to(dtype) if i in narrow and value.is_floating_point() else value).clone()
+        if isinstance(value, Tensor)
+        else value
+        for i, value in enumerate(values)
+    ]
 
 
 def test_every_op_has_a_row():
@@ -87,12 +126,53 @@ def test_every_op_has_a_row():
     assert names == CALLS.keys() | TRITON_ONLY
 
 
-@pytest.mark.parametrize("op", CALLS)
-def test_opcheck(op):
-    torch.library.opcheck(getattr(torch.ops.trialign, op).default, tuple(fresh(op)))
+@pytest.mark.parametrize("op, changes", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(op, changes, dtype):
+    """Schema, fake and, of differentiable arguments, autograd registration."""
+    arguments = arguments_of(op, changes, dtype)
+    for place in DIFFERENTIABLE.get(op, ()):
+        if arguments[place] is not None:
+            arguments[place].requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.trialign, op).default, tuple(arguments))
 
 
-# (op, argument, dim) that may be of any size: the others follow from it, or it only has to be large enough.
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+SLOPES, CODES, ANGLES = rand(4), nf4.quantize_nf4(randn(5, 64)), (rand(N, 4).double(), rand(N, 4).double())
+REFERENCES = {
+    "attention": (
+        lambda *qkv: attention.packed_attention_ref(*qkv, BOUNDS, 3, 0.5, SLOPES, 3),
+        [(N, 4, 8), (N, 2, 8), (N, 2, 8)],
+    ),
+    "grouped_matmul": (lambda x, w: grouped_matmul.grouped_matmul(x, w, BOUNDS), [(N, H), (2, H, 3)]),
+    "kl_estimate": (lambda x, y: tuple(ppo_loss.kl_estimate_ref(x, y, k) for k in ppo_loss.KL_KINDS), [(60,), None]),
+    "linear_logprob": (lambda x, w: linear_logprob.linear_logprob(x, w, LABELS, 1.4), [(N, H), (V, H)]),
+    "logprob": (lambda x: (*logprob.logprob(x, LABELS, 1.3), *logprob.logprob_ref(x, LABELS, 1.3)), [(N, V)]),
+    "nf4": (lambda x: nf4.nf4_linear_ref(x, *CODES), [(3, 64)]),
+    "permute": (lambda x: moe.permute_ref(x, ORDER, K), [(N, H)]),
+    "policy_loss": (lambda x, y, a: ppo_loss.clipped_policy_loss_ref(x, y, a, 0.2, 0.3, 3.0)[0], [(60,), None, None]),
+    "rms_norm": (lambda x, r, w: rms_norm.add_rms_norm_ref(x, r, w, 1e-5), [(N, H), (N, H), (H,)]),
+    "rope": (lambda x: (rope.rope_ref(x, *ANGLES), rope.rope_ref(x, *ANGLES, True)), [(N, 2, 8)]),
+    "route": (lambda x: (moe.route_ref(x, 2, True)[0], moe.route_ref(x, 2, False)[0]), [(N, 5)]),
+    "swiglu": (swiglu.swiglu_ref, [(3, 8)]),
+    "unpermute": (lambda r, w: moe.unpermute_ref(r, ORDER, w), [(N * K, H), (N, K)]),
+    "value_loss": (lambda v, o, r: ppo_loss.clipped_value_loss_ref(v, o, r, 0.2)[0], [(60,), None, None]),
+}
+
+
+@pytest.mark.parametrize("op", REFERENCES)
+def test_references_have_the_gradients_of_finite_differences(op):
+    """Shapes of inputs with a gradient; None: an input of the first one's shape without."""
+    torch.manual_seed(0)
+    function, shapes = REFERENCES[op]
+    inputs = [double(*shape) if shape else double(*shapes[0]).detach() for shape in shapes]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+# (op, argument, dim) that may have any size, or any large enough one.
 FREE = {
     ("attention", 3, 0), ("attention_backward", 5, 0), ("gae", 3, 0), ("route", 0, 0), ("route", 0, 1), 
     ("swiglu", 0, 0), ("rms_norm", 0, 0),
@@ -110,7 +190,7 @@ def test_wrong_sizes_are_refused(op):
     for place, dim in sizes:
         if (op, place, dim) in FREE or (op, place) in UNREAD:
             continue
-        arguments = fresh(op)
+        arguments = arguments_of(op)
         arguments[place] = arguments[place].narrow(dim, 0, arguments[place].shape[dim] - 1).contiguous()
         with pytest.raises(RuntimeError):
             getattr(torch.ops.trialign, op)(*arguments)
@@ -122,7 +202,7 @@ def test_wrong_dtypes_are_refused(op):
     for place, value in enumerate(CALLS[op]):
         if not isinstance(value, Tensor) or (op, place) in UNREAD or (op, place) == ("permute", 0):
             continue
-        arguments = fresh(op)
+        arguments = arguments_of(op)
         arguments[place] = value.double() if value.is_floating_point() else value.to(torch.int16)
         with pytest.raises(RuntimeError):
             getattr(torch.ops.trialign, op)(*arguments)
@@ -143,6 +223,11 @@ REFUSED = [
     (lambda: paged_attention.write_kv(QKV[1], QKV[2][:2], *CACHES, LABELS), "do not fit the caches"),
     (lambda: sampling.sample(randn(N, V), ones(N) * -0.5, *SETTINGS[1:]), "temperature of row 0 is -0.5"),
     (lambda: sampling.sample(randn(N, V), ones(2), *SETTINGS[1:]), "must be one a row"),
+    (lambda: logprob.logprob(randn(N, V), LABELS, 0.0), "positive, got 0"),
+    (lambda: linear_logprob.linear_logprob(ROWS[0], randn(V, H), LABELS, -1.0), "positive, got -1"),
+    (lambda: nf4.nf4_linear(randn(3, 128), *nf4.quantize_nf4(zeros(2, 64))), r"x \[3, 128\] .* codes \[2, 32\]"),
+    (lambda: gae.gae(rand(4), rand(3), ones(4).bool(), BOUNDS, 1.0, 1.0), "differ in length"),
+    (lambda: rope.rope_(randn(5, 3, 16), rand(4, 8), rand(4, 8)), r"sin \[4, 8\] do not fit x \[5, 3, 16\]"),
     (lambda: logprob.logprob(randn(N, V), LABELS[:2]), r"labels \[2\] for 4 rows"),
     (lambda: linear_logprob.linear_logprob(ROWS[0], randn(V, H), LABELS[:2]), r"labels \[2\] for 4 rows"),
     (lambda: rms_norm.rms_norm(randn(N, 8), randn(H), 1e-5), "and weight .6.: must be"),
@@ -158,7 +243,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("call, message", REFUSED)
-def test_public_functions_refuse_what_does_not_fit(call, message):
+def test_public_functions_refuse_invalid_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -188,32 +273,30 @@ PUBLIC = {
 }
 
 
-def strided(x: Tensor) -> Tensor:
-    """The same numbers with a gap after each."""
+def with_gaps(x: Tensor) -> Tensor:
+    """The same values with a gap after each."""
     return torch.stack([x, torch.full_like(x, 1)], -1)[..., 0]
 
 
 KEPT = {"rope_": [0], "write_kv": [2, 3], "adamw_": [0, 1, 2, 4], "paged_attention": [1, 2]}
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_operands_may_be_strided(name):
-    """All but what is written in place, and caches, which are too large to be copied."""
-    function, *arguments = PUBLIC[name]
-    copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    gapped = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    for i, a in enumerate(gapped):
-        if isinstance(a, Tensor) and i not in KEPT.get(name, ()):
-            gapped[i] = strided(a)
-    right, got = function(*copies), function(*gapped)
-    pairs = [*zip(copies, gapped, strict=True), *zip(tuple_of(right), tuple_of(got), strict=True)]
-    for a, b in pairs:
-        if isinstance(a, Tensor):
-            torch.testing.assert_close(a, b)
-
-
 def tuple_of(result) -> tuple:
     return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_operands_may_be_strided(name):
+    """Except those written in place, and caches, which are too large to be copied."""
+    function, *arguments = PUBLIC[name]
+    packed, gapped = ([a.clone() if isinstance(a, Tensor) else a for a in arguments] for _ in range(2))
+    for i, a in enumerate(gapped):
+        if isinstance(a, Tensor) and i not in KEPT.get(name, ()):
+            gapped[i] = with_gaps(a)
+    expected, actual = tuple_of(function(*packed)), tuple_of(function(*gapped))
+    for a, b in [*zip(packed, gapped, strict=True), *zip(expected, actual, strict=True)]:
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(a, b)
 
 
 def shapes(result) -> list:
@@ -221,12 +304,56 @@ def shapes(result) -> list:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_meta_and_fake_runs_have_the_shapes_of_real_ones(name):
+def test_meta_and_fake_results_have_the_real_shapes(name):
     function, *arguments = PUBLIC[name]
-    real = shapes(function(*(a.clone() if isinstance(a, Tensor) else a for a in arguments)))
-    assert shapes(function(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments))) == real
+
+    def call(convert):
+        return shapes(function(*(convert(a) if isinstance(a, Tensor) else a for a in arguments)))
+
+    real = call(Tensor.clone)
+    assert call(lambda a: a.to("meta")) == real
     with FakeTensorMode():
-        assert (
-            shapes(function(*(empty(a.shape, dtype=a.dtype) if isinstance(a, Tensor) else a for a in arguments)))
-            == real
+        assert call(lambda a: empty(a.shape, dtype=a.dtype)) == real
+
+
+ROWS_LARGE, VOCABULARY = 1 << 20, 151_936
+LARGE = {
+    "rms_norm": (rms_norm.rms_norm, (ROWS_LARGE, 4096), (4096,), 1e-5),
+    "add_rms_norm": (rms_norm.add_rms_norm, (ROWS_LARGE, 4096), (ROWS_LARGE, 4096), (4096,), 1e-5),
+    "logprob": (logprob.logprob, (20_000, VOCABULARY), [20_000]),
+    "linear_logprob": (linear_logprob.linear_logprob, (20_000, 64), (VOCABULARY, 64), [20_000]),
+    "policy_loss": (ppo_loss.clipped_policy_loss, (3 << 30,), (3 << 30,), (3 << 30,), 0.2, 0.2),
+    "value_loss": (ppo_loss.clipped_value_loss, (3 << 30,), (3 << 30,), (3 << 30,), 0.2),
+    "kl_estimate": (ppo_loss.kl_estimate, (3 << 30,), (3 << 30,), "k3"),
+    "swiglu": (swiglu.swiglu, (ROWS_LARGE, 4096)),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", LARGE)
+def test_more_than_2_to_the_31_elements_without_memory(name, device):
+    """Gradients too. A tuple is the shape of a float tensor, a list that of labels."""
+    function, *described = LARGE[name]
+    with FakeTensorMode():
+        made = [
+            empty(*d, device=device, requires_grad=True)
+            if isinstance(d, tuple)
+            else zeros(d, device=device, dtype=torch.long)
+            if isinstance(d, list)
+            else d
+            for d in described
+        ]
+        out = tuple_of(function(*made))
+        (grad,) = torch.autograd.grad([o.sum() for o in out if o.requires_grad], made[0])
+        assert grad.shape == made[0].shape
+
+
+def test_fused_head_stats_of_fake_gpu_tensors():
+    """By the fake implementation of the Triton kernels: no GPU is needed."""
+    with FakeTensorMode():
+        hidden, weight, labels = (
+            empty(*size, device="cuda", dtype=dtype)
+            for size, dtype in (((4, 8), None), ((5000, 8), None), ((4,), torch.long))
         )
+        stats = linear_logprob.linear_logprob_stats(hidden, weight, labels, 1.0, 0)
+        assert stats.shape == (4, 4) and stats.device.type == "cuda"

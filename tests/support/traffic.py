@@ -1,4 +1,4 @@
-"""What every Triton kernel moves between programs and memory, counted under the interpreter, as a table in Markdown.
+"""Bytes that every Triton kernel loads and stores, counted under the interpreter, as a table in Markdown.
 
 TRITON_INTERPRET=1 python tests/support/traffic.py
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import implementations  # noqa: F401 (installs interp_shim)
 import torch
 from interp_shim import Monitor, Traffic
 from launches import KERNELS
@@ -27,14 +28,13 @@ from trialign.kernels import (
     sampling,
     swiglu,
 )
-from triton_case import DEVICE
 
 BF16 = torch.bfloat16
 HEAD = "| kernel | counted at | per | loaded | stored | each address once | ratio |\n" + "| --- " * 7 + "|"
 
 
 class Case(NamedTuple):
-    """A call that launches kernels, in bf16 where they take it, and what their bytes are divided by."""
+    """A call that launches kernels, in bf16 where they take it, and the unit its bytes are counted per."""
 
     size: str
     per: str
@@ -145,34 +145,31 @@ def weights() -> Iterator[Case]:
 
 
 def counted(cases: Iterator[Case]) -> Iterator[tuple[str, Case, Traffic]]:
-    """(kernel, the first case that launches it, what that launch moved), in the cases' order."""
+    """(kernel, the first case that launches it, the launch's traffic), in the cases' order."""
     torch.manual_seed(0)
-    met: set[str] = set()
+    seen: set[str] = set()
     current: list[tuple[str, Traffic]] = []
-    Monitor.counting, Monitor.done = (
-        True,
-        staticmethod(lambda kernel: current.append((KERNELS[kernel][0], Monitor.traffic()))),
-    )
+    Monitor.counting = True
+    Monitor.done = staticmethod(lambda kernel: current.append((KERNELS[kernel][0], Monitor.traffic())))
     try:
-        with torch.device(DEVICE):
-            for case in cases:
-                current.clear()  # what was launched to make the inputs
-                case.call()
-                for name, traffic in [each for each in current if each[0] not in met]:
-                    met.add(name)
-                    yield name, case, traffic
+        for case in cases:
+            current.clear()  # launches for the case's inputs
+            case.call()
+            for name, traffic in [each for each in current if each[0] not in seen]:
+                seen.add(name)
+                yield name, case, traffic
     finally:
         Monitor.counting, Monitor.done = False, staticmethod(lambda kernel: None)
 
 
 def all_kernels() -> dict[str, tuple[Case, Traffic]]:
-    """{kernel: (case, what it moved)}, sorted by name."""
+    """{kernel: (case, traffic)}, sorted by name."""
     found = [(name, case, traffic) for part in (rows, heads, weights) for name, case, traffic in counted(part())]
     return {name: (case, traffic) for name, case, traffic in sorted(found, key=lambda each: each[0])}
 
 
 def table(kernels: dict[str, tuple[Case, Traffic]]) -> list[str]:
-    """A row a kernel: bytes per element as loaded, as stored, with each address met once; moved over the last."""
+    """Rows, one a kernel: bytes per element loaded, stored, and with each address accessed once; their ratio."""
     return [
         f"| {name} | {case.size} | {case.per} | {traffic.loaded / case.count:.5g} | {traffic.stored / case.count:.5g} "
         f"| {traffic.once / case.count:.5g} | {(traffic.loaded + traffic.stored) / traffic.once:.2f} |"

@@ -1,12 +1,11 @@
-"""The CUDA C++ kernels on the CPU: built as C++ under emu/cuda_emu.h, their results held to the law. Under
-sanitizers they run in test_cuda_sanitized.py."""
+"""CUDA C++ kernels built as C++ for the CPU (emu/cuda_emu.h): their error against float64."""
 
 import ctypes
 
 import pytest
 import torch
+from accuracy import assert_all_accurate, run
 from emu_build import COMPILER, compile_all, link
-from law import assert_law
 from trialign.kernels import adamw as A
 from trialign.kernels import gae as G
 from trialign.kernels import logprob as P
@@ -39,18 +38,11 @@ def call(function, *arguments):
     assert function(*passed, ctypes.c_void_p(None)) == 0
 
 
-def graded(fn, dtype, inputs, upstream):
-    leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
-    outputs = fn(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    arriving = [u.to(out.dtype) for u, out in zip(upstream, outputs, strict=True)]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, arriving)]
-
-
-def law(ours, fn, inputs, upstream):
-    eager, exact = (graded(fn, dtype, inputs, upstream) for dtype in (inputs[0].dtype, torch.float64))
-    for place, (a, b, c) in enumerate(zip(ours, eager, exact, strict=True)):
-        assert_law(a, b.detach(), c.detach(), f"result {place}")
+def check(actual, fn, inputs, upstream):
+    """`actual`: outputs, then the gradients of all inputs."""
+    places = range(len(inputs))
+    eager, exact = (run(fn, [x.to(t) for x in inputs], places, upstream)[0] for t in (inputs[0].dtype, torch.float64))
+    assert_all_accurate(actual, eager, exact)
 
 
 @pytest.mark.parametrize("dtype", NUMBERS)
@@ -71,9 +63,9 @@ def test_rms_norm(kernels, n, h, add, dtype):
     grad_weight = partial.sum(0).to(dtype)
     if add:
         fn = lambda x, r, w: N.add_rms_norm_ref(x, r, w, EPS)  # noqa: E731
-        law((y, total, grad_x, grad_x, grad_weight), fn, (x, residual, weight), [g, through])
+        check((y, total, grad_x, grad_x, grad_weight), fn, (x, residual, weight), [g, through])
     else:
-        law((y, grad_x, grad_weight), lambda x, w: N.rms_norm_ref(x, w, EPS), (x, weight), [g])
+        check((y, grad_x, grad_weight), lambda x, w: N.rms_norm_ref(x, w, EPS), (x, weight), [g])
 
 
 @pytest.mark.parametrize("dtype", NUMBERS)
@@ -91,7 +83,7 @@ def test_logprob(kernels, n, v, shift, dtype):
             call(kernels.launch_logprob_update, NUMBERS[dtype], stats, *piece)
     out = torch.empty_like(logits)
     call(kernels.launch_logprob_backward, NUMBERS[dtype], logits, out, labels, stats, g, ge, n, v, v, 0, scale)
-    law((*P.finish(stats), out), lambda x: P.logprob_ref(x, labels, scale), (logits,), [g, ge])
+    check((*P.finish(stats), out), lambda x: P.logprob_ref(x, labels, scale), (logits,), [g, ge])
     only = torch.empty_like(logits)
     call(kernels.launch_logprob_backward, NUMBERS[dtype], logits, only, labels, stats, None, ge, n, v, v, 0, scale)
     torch.testing.assert_close(only, P.gradient_ref(logits, labels, stats, None, ge, scale, 0), rtol=2e-2, atol=1e-4)
@@ -124,12 +116,11 @@ def test_gae(kernels, lengths, kept):
     cu_seqlens, total = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
     rewards, values, mask = torch.randn(total), torch.randn(total), torch.rand(total) < kept
     values[~mask] = torch.nan
-    ours = torch.empty(total), torch.empty(total)
-    call(kernels.launch_gae, rewards, values, mask, cu_seqlens, *ours, len(lengths), 0.99, 0.95)
+    actual = torch.empty(total), torch.empty(total)
+    call(kernels.launch_gae, rewards, values, mask, cu_seqlens, *actual, len(lengths), 0.99, 0.95)
     eager = G.gae_ref(rewards, values, mask, cu_seqlens, 0.99, 0.95)
     exact = G.gae_ref(rewards.double(), values.double(), mask, cu_seqlens, 0.99, 0.95)
-    for a, b, c in zip(ours, eager, exact, strict=True):
-        assert_law(a, b, c)
+    assert_all_accurate(actual, eager, exact)
 
 
 @pytest.mark.parametrize("n, k, num", [(0, 2, 3), (1, 1, 1), (700, 3, 20), (1500, 2, 300)])
@@ -140,8 +131,8 @@ def test_sort_by_expert(kernels, n, k, num):
     room = torch.full((kernels.sort_by_expert_room(ctypes.c_int64(n * k), num),), -1, dtype=torch.int32)
     order, offsets = torch.full((n * k,), -1), torch.full((num + 1,), -1)
     call(kernels.launch_sort_by_expert, experts, room, order, offsets, n * k, num)
-    for got, right in zip((order, offsets), M.sort_by_expert_ref(experts, num), strict=True):
-        assert torch.equal(got, right)
+    for got, expected in zip((order, offsets), M.sort_by_expert_ref(experts, num), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("n, offset", [(1, 0), (1027, 0), (1027, 1)])  # at 1 no buffer starts at a multiple of 16
@@ -156,7 +147,6 @@ def test_adamw(kernels, n, offset, out):
     param = None if out is None else torch.empty(n, dtype=out)
     numbers = (beta1, beta2, 1 - lr * decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps, scale)
     call(kernels.launch_adamw, NUMBERS[out or torch.float32], *buffers, param, n, *numbers)
-    for a, b, c in zip(buffers, eager, exact, strict=True):
-        assert_law(a, b, c)
+    assert_all_accurate(buffers, eager, exact)
     if param is not None:
         assert torch.equal(param, buffers[0].to(param.dtype))

@@ -1,11 +1,11 @@
-"""Every launch of a Triton kernel, over the sizes of published models and past them, is one that tests/aot compiles;
-nothing in the tables is without a launch. Nothing is executed here."""
+"""Launches of Triton kernels, over the sizes of published models, equal the tables that tests/kernels/aot compiles."""
 
 from collections import defaultdict
 
 import launches
 import pytest
 import torch
+from implementations import DTYPES, INTERPRET, interpreted_only
 from trialign.kernels import (
     adamw,
     attention,
@@ -22,37 +22,16 @@ from trialign.kernels import (
     sampling,
     swiglu,
 )
-from triton_case import INTERPRET, needs_triton
 
-pytestmark = [*needs_triton, pytest.mark.skipif(not INTERPRET, reason="the interpreter tells of launches")]
+pytestmark = interpreted_only
 
 if INTERPRET:
     from interp_shim import Monitor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 HIDDEN = (32, 64, 128, 256, 576, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 14336, 16384)
 EXPERTS = (1, 4, 8, 16, 32, 60, 64, 128, 160, 256, 384, 512)
 LABEL = torch.zeros(1, dtype=torch.long)
-
-
-@pytest.fixture(params=["cuda", "hip"])
-def seen(request, monkeypatch):
-    """{kernel: {(fp32 or not, what it was launched with)}}, every launch of it in the table of this vendor."""
-    met = defaultdict(set)
-
-    def watch(kernel, arguments):
-        launches.check(kernel, arguments, request.param)
-        spec = launches.KERNELS[kernel][1]
-        wide = spec.fp32_configs is not None and launches.is_wide(spec, arguments)
-        met[kernel].add((wide, launches.bound(arguments, spec)))
-
-    monkeypatch.setattr(Monitor, "execute", False)
-    monkeypatch.setattr(Monitor, "watch", staticmethod(watch))
-    for module in (attention, linear_logprob, rms_norm):
-        monkeypatch.setattr(module, "vendor", lambda: request.param)
-    met["vendor"] = request.param
-    return met
 
 
 def launch_elementwise():
@@ -108,7 +87,7 @@ def launch_heads(dtype):
                     if d <= attention.MAX_HEAD_DIM[dtype]:
                         out, stats = attention.attention_triton(q, k, k, cu, 1, 1.0, slopes, window)
                         attention.attention_backward_triton(q, q, k, k, out, stats, cu, 1, 1.0, slopes, window)
-    many = torch.ones(256, 1, 64, dtype=dtype)  # enough sequences that none is shared out
+    many = torch.ones(256, 1, 64, dtype=dtype)  # enough sequences that none is split
     tables, lengths = torch.zeros(256, 1, dtype=torch.int32), torch.ones(256, dtype=torch.int32)
     for d in (64, 128, 256):
         paged_attention.paged_attention_triton(
@@ -135,8 +114,21 @@ def launch_experts(dtype):
         grouped_matmul.grouped_outer_triton(x, x, offsets)
 
 
-def test_what_is_launched_is_what_is_compiled(seen):
-    vendor = seen.pop("vendor")
+@pytest.mark.parametrize("vendor", ["cuda", "hip"])
+def test_launches_equal_the_tables(vendor, monkeypatch):
+    """Nothing is executed. Each launch is in its kernel's table, and each config in a table is launched."""
+    launched = defaultdict(set)  # {kernel: {(fp32 or not, compile-time values)}}
+
+    def watch(kernel, arguments):
+        launches.check(kernel, arguments, vendor)
+        spec = launches.KERNELS[kernel][1]
+        wide = spec.fp32_configs is not None and launches.is_wide(spec, arguments)
+        launched[kernel].add((wide, launches.bound(arguments, spec)))
+
+    monkeypatch.setattr(Monitor, "execute", False)
+    monkeypatch.setattr(Monitor, "watch", staticmethod(watch))
+    for module in (attention, linear_logprob, rms_norm):
+        monkeypatch.setattr(module, "vendor", lambda: vendor)
     launch_elementwise()
     for dtype in DTYPES:
         for launch in (launch_rows, launch_heads, launch_experts):
@@ -144,17 +136,17 @@ def test_what_is_launched_is_what_is_compiled(seen):
     for kernel, (name, spec) in launches.KERNELS.items():
         expected = {(False, launches.bound(config, spec)) for config in launches.table(spec, False, vendor)}
         expected |= {(True, launches.bound(config, spec)) for config in spec.fp32_configs or ()}
-        assert seen[kernel] == expected, f"{name}: in SPECS, but never launched"
+        assert launched[kernel] == expected, f"{name}: in SPECS, but never launched"
 
 
 @pytest.mark.parametrize("option", [{"num_warps": 2}, {"num_stages": 7}, {"BLOCK": 512}])
-def test_a_launch_that_is_not_in_the_table_is_refused(option, monkeypatch):
+def test_launch_outside_the_table_is_refused(option, monkeypatch):
     monkeypatch.setattr(swiglu, "_CONFIG", swiglu._CONFIG | option)
     with pytest.raises(ValueError, match="swiglu.forward is launched with values that SPECS does not have"):
         swiglu.swiglu_triton(torch.ones(2, 8))
 
 
-def test_a_launch_of_other_types_is_refused():
+def test_launch_with_other_types_is_refused():
     x, rstd, constants = torch.ones(2, 8), torch.ones(2), rms_norm._constants(8)
     with pytest.raises(ValueError, match="rms_norm.forward is launched with add = 1, where SPECS has u1"):
         rms_norm._forward[(2,)](x, x, x[0], x, x, rstd, 8, 1e-5, 1, **constants)
@@ -163,7 +155,7 @@ def test_a_launch_of_other_types_is_refused():
 
 
 @pytest.mark.parametrize(
-    "launch, said",
+    "launch, message",
     [
         (lambda: rms_norm.rms_norm_triton(torch.ones(1, 16385), torch.ones(16385), 1e-5), "rows of 16385"),
         (lambda: moe.route_triton(torch.ones(1, 513), 2, True), "513 experts"),
@@ -172,6 +164,6 @@ def test_a_launch_of_other_types_is_refused():
         (lambda: paged_attention._decode_constants(1, 257, 16, torch.float32), "head_dim 257"),
     ],
 )
-def test_a_size_beyond_the_tables_is_refused(launch, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_beyond_the_tables_are_refused(launch, message):
+    with pytest.raises(ValueError, match=message):
         launch()

@@ -1,21 +1,21 @@
-"""What the kernels move between programs and memory: as docs/kernels.md says, and no more than once but by intent."""
+"""Bytes that kernels load and store: as docs/kernels.md has them, each address once except where listed."""
 
 from pathlib import Path
 
 import pytest
-from triton_case import INTERPRET, needs_triton
+from implementations import INTERPRET, interpreted_only
 
-pytestmark = [*needs_triton, pytest.mark.skipif(not INTERPRET, reason="the interpreter counts")]
+pytestmark = interpreted_only
 
 if INTERPRET:
     import traffic
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "kernels.md").read_text()
-AGAIN = {
+REPEATED = {  # bytes moved over those of each address once
     "attention.dkv": 4.0,  # q and grad for each block of keys, from L2
     "attention.dq": 3.0,  # k and v for each block of queries, from L2
     "attention.forward": 3.0,
-    "gae.scan": 1.3,  # values and mask of the token behind, from the cache
+    "gae.scan": 1.3,  # values and mask of the next token, from the cache
     "grouped_matmul.matmul": 1.5,  # tiles of products, from L2; so below
     "grouped_matmul.outer": 1.5,
     "linear_logprob.accumulate": 1.4,
@@ -35,11 +35,11 @@ def kernels():
     return traffic.all_kernels()
 
 
-def test_the_page_says_what_is_counted(kernels):
-    behind = [row for row in traffic.table(kernels) if row not in PAGE]
-    assert not behind, "docs/kernels.md is behind the kernels: make kernel-report ARGS=--write"
+def test_docs_have_the_counted_traffic(kernels):
+    missing = [row for row in traffic.table(kernels) if row not in PAGE]
+    assert not missing, "docs/kernels.md is out of date: make kernel-report ARGS=--write"
 
 
-def test_every_address_is_met_once_or_as_often_as_meant(kernels):
+def test_addresses_are_accessed_once_except_where_listed(kernels):
     for name, (_, moved) in kernels.items():
-        assert moved.loaded + moved.stored <= AGAIN.get(name, 1.07) * moved.once, f"{name}: {moved}"
+        assert moved.loaded + moved.stored <= REPEATED.get(name, 1.07) * moved.once, f"{name}: {moved}"
