@@ -4,7 +4,6 @@ To `datasets` a folder with a README.md is such a data set, so nothing is fetche
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,31 +37,26 @@ def from_hub(folder: Path, chosen: str) -> Iterator:
 
 
 @pytest.mark.parametrize("read", [from_folder, from_hub])
-def test_a_configuration_and_a_split_are_chosen(folder, read: Callable[..., Iterator]):
+def test_a_configuration_and_a_split_are_chosen_or_listed(folder, read: Callable[..., Iterator]):
     texts = {chosen: "".join(row["prompt"] for _, row in read(folder, chosen)) for chosen in (*EVERY, "socratic")}
     assert texts == {"main:train": "ab", "main:test": "c", "socratic:train": "d", "socratic": "d"}
+    for chosen in ("", "train", "main:dev", "other:train", "train[:1]"):
+        with pytest.raises(ValueError) as error:
+            list(read(folder, chosen))
+        assert str(error.value).startswith(f"data source {folder}{':' * bool(chosen)}{chosen}: ")
+        assert ", ".join(f"{folder}:{one}" for one in EVERY) in str(error.value)
 
 
-def test_on_the_hub_the_split_is_train_and_may_be_a_slice(folder):
+def test_the_hub_s_default_split_is_train(folder):
     assert [row["prompt"] for _, row in from_hub(folder, "main")] == ["a", "b"]
     assert [row["prompt"] for _, row in from_hub(folder, "main:train[1:]")] == ["b"]
-
-
-@pytest.mark.parametrize("read", [from_folder, from_hub])
-@pytest.mark.parametrize("chosen", ["", "train", "main:dev", "other:train", "train[:1]"])
-def test_what_there_is_is_listed(folder, read: Callable[..., Iterator], chosen):
-    with pytest.raises(ValueError) as error:
-        list(read(folder, chosen))
-    assert str(error.value).startswith(f"data source {folder}{':' * bool(chosen)}{chosen}: ")
-    assert ", ".join(f"{folder}:{one}" for one in EVERY) in str(error.value)
-
-
-def test_a_folder_of_several_splits_does_not_choose_among_them(folder):
     with pytest.raises(ValueError, match="name one"):
         list(from_folder(folder, "main"))
+    with pytest.raises(ValueError, match="data source no/such:main:train: no such file or folder.*hub"):
+        list(read_rows("no/such:main:train"))
 
 
-def test_a_data_set_of_one_configuration_needs_no_name_of_it(tmp_path):
+def test_a_single_configuration_needs_no_name(tmp_path):
     for split in ("train", "test"):
         write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": split}])
     for read in (from_folder, from_hub):
@@ -70,9 +64,3 @@ def test_a_data_set_of_one_configuration_needs_no_name_of_it(tmp_path):
         with pytest.raises(ValueError, match=f"has splits, name one: {tmp_path}:train, {tmp_path}:test"):
             list(read(tmp_path, "dev"))
     assert [row["prompt"] for _, row in from_hub(tmp_path, "")] == ["train"]
-
-
-def test_a_data_set_that_is_not_to_be_had():
-    read = partial(read_rows, "no/such:main:train")
-    with pytest.raises(ValueError, match="data source no/such:main:train: no such file or folder.*hub"):
-        list(read())

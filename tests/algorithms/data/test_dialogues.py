@@ -1,7 +1,6 @@
 """Rows of supervised fine-tuning: which tokens are targets, what is dropped and held out, and what is refused."""
 
 import gzip
-import json
 from pathlib import Path
 
 import pytest
@@ -77,18 +76,11 @@ def test_a_dialogue_of_two_turns_by_hand(tiny, tmp_path):
     assert batch.mask.int().tolist() == expected * 2 and len(batch.response) == 14
 
 
-def test_of_a_prompt_with_its_response_only_the_response_is_learned(tiny, tmp_path):
-    plain, chat = read(
-        tiny,
-        tmp_path,
-        {"prompt": "hi", "response": "yo"},
-        {"prompt": TWO_TURNS[:3], "response": "bye"},
-    )
+def test_only_the_response_to_a_prompt_is_learned(tiny, tmp_path):
+    rows = {"prompt": "hi", "response": "yo"}, {"prompt": TWO_TURNS[:3], "response": "bye"}
+    plain, messages = read(tiny, tmp_path, *rows)
     assert learned(tiny, plain) == ["yo</s>"] and plain.text == "hi"
-    assert learned(tiny, chat) == ["bye</s>"] and chat.text == "ok"
-
-
-def test_other_names_of_the_columns(tiny, tmp_path):
+    assert learned(tiny, messages) == ["bye</s>"] and messages.text == "ok"
     names = {"prompt_key": "question", "response_key": "answer", "messages_key": "chat"}
     one, two = read(tiny, tmp_path, {"question": "hi", "answer": "yo"}, {"chat": TWO_TURNS}, **names)
     assert learned(tiny, one) == ["yo</s>"] and learned(tiny, two) == ["yo</s>", "bye</s>"]
@@ -111,28 +103,6 @@ def test_without_marks_the_mask_is_the_same_and_white_space_after_a_turn_is_not_
     ]
 
 
-def test_smollm2_s_template_learns_the_answer_and_its_end(smollm2, tmp_path):
-    """Against transformers, with marks put into the model's own template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    rows = [{"messages": TWO_TURNS}, {"messages": [{"role": "system", "content": "Be brief."}, *TWO_TURNS]}]
-    samples = read(tokenizer, tmp_path, *rows, stop=(tokenizer.eos_token_id,))
-    own = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    assert own in tokenizer.chat_template
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        own,
-        "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
-        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
-        "{% endif %}{{ '\n' }}",
-    )
-    for sample, row in zip(samples, rows, strict=True):
-        theirs = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = theirs["input_ids"][:-1], theirs["assistant_masks"][:-1]  # the line feed behind the last end
-        assert list(sample.tokens) == ids and list(sample.mask) == mask
-        assert learned(tokenizer, sample) == ["yo<|im_end|>", "bye<|im_end|>"]
-
-
 def test_a_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
     from transformers import ByT5Tokenizer
 
@@ -141,25 +111,6 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
     assert not tokenizer.is_fast
     (sample,) = read(tokenizer, tmp_path, {"messages": TWO_TURNS}, stop=(tokenizer.eos_token_id,))
     assert learned(tokenizer, sample) == ["yo</s>", "bye</s>"]
-
-
-def test_tools_reach_the_template_and_calls_are_learned(with_template, tmp_path):
-    tokenizer = with_template(
-        "{% for t in tools or [] %}<s>tool {{ t.function.name }}</s>{% endfor %}{% for m in messages %}"
-        "<s>{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}</s>"
-        "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
-    )
-    tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
-    messages = [
-        {"role": "user", "content": "when?", "tool_calls": None},
-        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "clock"}}]},
-        {"role": "tool", "content": "noon"},
-        {"role": "assistant", "content": "at noon"},
-    ]
-    for given in (tools, json.dumps(tools)):
-        (sample,) = read(tokenizer, tmp_path, {"messages": messages, "tools": given})
-        assert learned(tokenizer, sample) == ["[clock]</s>", "at noon</s>"]
-        assert str(tokenizer.decode(sample.tokens)).startswith("<s>tool clock</s>")
 
 
 def test_a_system_prompt_goes_before_dialogues_that_bring_none(tiny, tmp_path):
@@ -299,19 +250,6 @@ def test_what_is_held_out_is_never_learned_from_and_depends_on_the_seed(tiny, tm
         dataset(tiny, write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}]), eval_fraction=0.9)
 
 
-def test_the_stream_goes_on_where_its_state_was_taken(tiny, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"say {i}", "response": "x"} for i in range(7)])
-    data = dataset(tiny, path)
-    assert len({s.text for s in drawn(data, 7)}) == 7  # an epoch
-    state = json.loads(json.dumps(data.state()))
-    expected = data.next(10)
-    again = dataset(tiny, path)
-    again.load_state(state)
-    assert again.next(10) == expected
-    with pytest.raises(ValueError, match=r"the rows have changed since the checkpoint: \[7\] rows, now \[6\]"):
-        dataset(tiny, path, eval_fraction=0.1).load_state(state)
-
-
 def chat(*turns: tuple[str, object]) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -358,8 +296,6 @@ def test_a_bad_row_is_named(case, tiny, tmp_path):
 
 # Named, for a compressed file carries the second it was made in, and workers that collect other ids run nothing.
 BAD_FILES = {
-    "not JSON": ("a.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": oops}\n', ":2: not valid JSON: Expecting v"),
-    "a list": ("a.jsonl", b'["hi"]\n', ":1: must be an object such as {...}, not list"),
     "no rows": ("a.jsonl", b"\n", ": holds no rows"),
     "not compressed": ("a.jsonl.gz", b'{"prompt": "a"}\n', ": not a whole gzip file: Not a gzipped file"),
     "cut off": (

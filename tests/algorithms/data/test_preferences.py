@@ -1,6 +1,5 @@
 """Rows of preferences: pairs, labeled answers and labeled steps as tokens, with exactly the answer as targets."""
 
-import copy
 import json
 
 import pytest
@@ -45,10 +44,6 @@ def chat(*texts: str) -> list[dict[str, str]]:
 PAIRS = {
     "strings": ({"prompt": "hi", "chosen": "yes", "rejected": "no"}, HELLO),
     "a prompt of messages": ({"prompt": chat("hi", "yo", "ok"), "chosen": "yes", "rejected": "no"}, TWO_TURNS),
-    "answers as messages": (
-        {"prompt": USER, "chosen": chat("", "yes")[1:], "rejected": chat("", "no")[1:]},
-        HELLO,
-    ),
     "dialogues in messages": (
         {"chosen": chat("hi", "yo", "ok", "yes"), "rejected": chat("hi", "yo", "ok", "no")},
         TWO_TURNS,
@@ -63,10 +58,6 @@ PAIRS = {
     "a prompt beside whole dialogues": (
         {"prompt": "hi\n", "chosen": chat("hi", "yes"), "rejected": chat("hi", "no")},
         HELLO,
-    ),
-    "a prompt beside longer dialogues": (
-        {"prompt": "hi", "chosen": chat("hi", "yo", "ok", "yes"), "rejected": chat("hi", "yo", "ok", "no")},
-        TWO_TURNS,
     ),
     "a prompt of messages beside dialogues": (
         {"prompt": chat("hi", "yo", "ok"), "chosen": chat("hi", "yo", "ok", "yes"), "rejected": "no"},
@@ -88,29 +79,6 @@ def test_of_a_pair_the_two_last_answers_are_the_targets(case, tiny, tmp_path):
     assert pair.lengths == (len(pair.chosen.tokens), len(pair.rejected.tokens)) and pair.margin == 0.0
 
 
-CHATML = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
-
-
-def test_a_response_ends_with_its_end_of_turn_whatever_the_template_writes_behind_it(tiny, tmp_path):
-    """ChatML's new line: a rollout has none, so neither a reward model nor KTO's mismatched responses may have one."""
-    tokenizer = copy.deepcopy(tiny)
-    tokenizer.chat_template = CHATML
-    turns = chat("Hi", "Hello", "2+2?", "4"), chat("Hi", "Hello", "2+2?", "five of them")
-    before = "<s>user: Hi</s>\n<s>assistant: Hello</s>\n<s>user: 2+2?</s>\n<s>assistant: "
-    (pair,) = read(tokenizer, tmp_path, dict(zip(("chosen", "rejected"), turns, strict=True)))
-    assert shown(tokenizer, pair.chosen) == (before, "4</s>")
-    assert shown(tokenizer, pair.rejected) == (before, "five of them</s>")
-    batch = pack_pairs([pair])
-    assert batch.tokens[batch.last].tolist() == [2, 2]
-    rows = [{"response": own, "label": own is turns[0]} for own in turns]
-    good, bad = (row.sample for row in labeled_rows(tokenizer, tmp_path, *rows))
-    assert shown(tokenizer, good) == (before, "4</s>")
-    assert shown(tokenizer, mismatched(good, bad, 1000)) == (before, "five of them</s>")
-
-
 def test_margins_and_other_names_of_the_columns(tiny, tmp_path):
     rows = [{"q": "hi", "good": "a", "bad": "b", "by": by} for by in (0.5, 2)]
     names = {"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad", "margin_key": "by"}
@@ -119,14 +87,6 @@ def test_margins_and_other_names_of_the_columns(tiny, tmp_path):
     batch = pack_pairs(drawn)
     assert batch.rewards is not None and batch.lengths == (*drawn[0].lengths, *drawn[1].lengths)
     assert batch.rewards[batch.last].tolist() == [0.5, 0.0, 2.0, 0.0] and batch.rewards.sum() == 2.5
-
-
-def test_a_system_prompt_and_bare_text(tiny, tmp_path):
-    row = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
-    (pair,) = read(tiny, tmp_path, row, system_prompt="be kind")
-    assert shown(tiny, pair.chosen) == (f"<s>system: be kind</s>{HELLO}", "yes</s>")
-    (pair,) = read(tiny, tmp_path, row, chat_template=False)
-    assert shown(tiny, pair.rejected) == ("hi", "no</s>")
 
 
 def test_pairs_of_equal_answers_are_left_out_and_counted_where_there_are_others(tiny, tmp_path):
