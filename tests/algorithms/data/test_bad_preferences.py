@@ -15,9 +15,9 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
-def stream(kind: str, tokenizer, *sources, **knobs) -> RowStream[Any]:
+def stream(kind: str, tokenizer, *sources, **options) -> RowStream[Any]:
     """As the scripts read them."""
-    given = {"sources": tuple(map(str, sources)), **knobs}
+    given = {"sources": tuple(map(str, sources)), **options}
     if kind == "pairs":
         return PairStream(PairData(**given), tokenizer, (2,))
     if kind == "labels":
@@ -26,11 +26,14 @@ def stream(kind: str, tokenizer, *sources, **knobs) -> RowStream[Any]:
     return RowStream(config, lambda source: read_steps(source, config, tokenizer), lambda row: row.lengths, 0, kind)
 
 
-def turns(*turns: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for role, text in turns]
+def chat(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, changes to a good row, knobs, message
+SYSTEM = {"role": "system", "content": "s"}
+
+
+ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, changes to a good row, options, message
     "no chosen": ("pairs", {"chosen": ...}, {}, "no column 'chosen' (data.chosen_key); it has: 'prompt', 'rejected'"),
     "no such margin": ("pairs", {}, {"margin_key": "by"}, "no column 'by' (data.margin_key); it has:"),
     "empty chosen": ("pairs", {"chosen": " \n"}, {}, "'chosen' is empty"),
@@ -38,24 +41,9 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
     "a number for an answer": ("pairs", {"chosen": 3}, {}, "'chosen' must be a string or a list of {role, content}"),
     "messages without roles": ("pairs", {"chosen": [{"text": "b"}]}, {}, "'chosen'[0] must be a message"),
     "tools that are none": ("pairs", {"tools": {"a": 1}}, {}, "'tools' must be a list of function descriptions, not"),
-    "tools without a template": (
-        "pairs",
-        {"tools": [{"name": "clock"}]},
-        {"chat_template": False},
-        "'tools' is not empty: needs data.chat_template=true",
-    ),
-    "another dialogue than the prompt": (
-        "pairs",
-        {"chosen": turns(("user", "x"), ("assistant", "b"))},
-        {},
-        "'chosen' holds 2 messages that do not begin with 'prompt': give the answer alone, or the dialogue with its",
-    ),
-    "more than an answer": (
-        "labels",
-        {"response": turns(("assistant", "b"), ("user", "c"), ("assistant", "d"))},
-        {},
-        "'response' holds 3 messages that do not begin with 'prompt'",
-    ),
+    "tools without a template": ("pairs", {"tools": [{"name": "clock"}]}, {"chat_template": False}, "'tools' is not e"),
+    "another dialogue than the prompt": ("pairs", {"chosen": chat("x", "b")}, {}, "'chosen' holds 2 messages that do "),
+    "more than an answer": ("labels", {"response": chat(*"abcd")[1:]}, {}, "'response' holds 3 messages that do not b"),
     "different dialogues": (
         "pairs",
         {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"},
@@ -69,15 +57,10 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
         "'chosen' must end with the assistant, not with user",
     ),
     "no prompt anywhere": ("pairs", {"prompt": ...}, {}, "'chosen' is neither an answer to a prompt column nor a"),
-    "nothing to answer": (
-        "pairs",
-        {"prompt": ..., "chosen": turns(("system", "s"), ("assistant", "b"))},
-        {},
-        "'chosen' has no turn to answer; give the prompt in 'prompt'",
-    ),
+    "nothing to answer": ("pairs", {"prompt": ..., "chosen": [SYSTEM, *chat("a", "b")[1:]]}, {}, "'chosen' has no tur"),
     "a dialogue without a template": (
         "pairs",
-        {"prompt": ..., "chosen": turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))},
+        {"prompt": ..., "chosen": chat(*"abcd")},
         {"chat_template": False},
         "'chosen' is a dialogue of 4 turns: needs data.chat_template=true",
     ),
@@ -96,24 +79,19 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
     "a label too few": ("steps", {"steps": ["b", "c"]}, {}, "2 steps but 1 labels"),
     "labels in numbers": ("steps", {"labels": [0.7]}, {}, "'labels' must be a list of true and false, not [0.7]"),
     "no labels of steps": ("steps", {"labels": ...}, {}, "no column 'labels' (steps.labels_key); it has:"),
-    "a chat without a template": (
-        "steps",
-        {"prompt": turns(("user", "a"))},
-        {"chat_template": False},
-        "'prompt' is a list of messages: needs steps.chat_template=true",
-    ),
+    "a chat without a template": ("steps", {"prompt": chat("a")}, {"chat_template": False}, "'prompt' is a list of me"),
 }
 
 
 @pytest.mark.parametrize("case", ROWS)
 def test_a_bad_row_is_named(case, tiny, tmp_path):
-    kind, changes, knobs, message = ROWS[case]
+    kind, changes, options, message = ROWS[case]
     bad = {key: value for key, value in (GOOD[kind] | changes).items() if value is not ...}
     if changes.get("prompt") is ... and "rejected" not in changes:
         bad["rejected"] = "\n\nHuman: a\n\nAssistant: c"
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD[kind], bad])
     with pytest.raises(ValueError) as error:
-        stream(kind, tiny, path, **knobs)
+        stream(kind, tiny, path, **options)
     number = 1 if "no column 'by'" in message else 2
     assert str(error.value).startswith(f"{path}:{number}: ") and message in str(error.value), error.value
 
@@ -138,21 +116,21 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_a_bad_file_is_named(case, tiny, tmp_path):
-    kind, content, knobs, message = FILES[case]
+    kind, content, options, message = FILES[case]
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        stream(kind, tiny, path, **knobs)
+        stream(kind, tiny, path, **options)
     assert f"{path}{message}" in str(error.value), error.value
 
 
 def test_no_source_that_is_drawn_from_may_be_held_out_whole(tiny, tmp_path):
     rows = [GOOD["pairs"] | {"prompt": f"{i}"} for i in range(9)]
     many, one = write_jsonl(tmp_path / "many.jsonl", rows), write_jsonl(tmp_path / "one.jsonl", rows[:1])
-    knobs = {"eval_fraction": 0.9, "probabilities": (0.5, 0.5)}  # one row is left
+    options = {"eval_fraction": 0.9, "probabilities": (0.5, 0.5)}  # one row is left
     message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d pairs, but data.probabilities draw from every"
     with pytest.raises(ValueError, match=message):
-        stream("pairs", tiny, many, one, **knobs)
+        stream("pairs", tiny, many, one, **options)
     assert len(stream("pairs", tiny, many, one, eval_fraction=0.9)) == 1  # all rows alike: it need not be drawn
 
 
