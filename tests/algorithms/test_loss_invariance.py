@@ -1,4 +1,4 @@
-"""No loss and no gradient depends on micro-batches, packing, padding, order or layout: a property of every one."""
+"""Property of every loss and gradient: independent of micro-batches, packing, padding, order and layout."""
 
 import random
 from dataclasses import replace
@@ -18,7 +18,7 @@ from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import pack_samples
 
 LAYOUTS = {str(layout): layout for layout in TWO_RANKS}
-# One of every way to come by a loss: what a row is, which passes there are, what lies across the tokens of a sample.
+# One of each kind of row, of passes before the step, and of terms across the tokens of a sample.
 IN_LAYOUTS = [
     *("sft", "pretrain", "reward", "process", "kto", "router", "dpo, nll", "ipo, mean", "hinge", "ppo, ptx"),
     *("ppo, sample-mean", "grpo, k3 in the loss", "rloo, sequence-sum", "reinforce++", "gspo", "cispo"),
@@ -33,7 +33,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "lm": tiny_llama(root / "lm", num_hidden_layers=2),
         "reference": tiny_llama(root / "reference", seed=1, num_hidden_layers=2),
         "score": tiny_llama(root / "score", score=True, num_hidden_layers=2),
-        "mixture": tiny_mixtral(root / "mixture"),
+        "moe": tiny_mixtral(root / "moe"),
     }
 
 
@@ -43,7 +43,7 @@ def alone(folders) -> Models:
 
 
 def drawn(data: st.DataObject, counts: tuple[int, ...]) -> tuple[Draw, Draw]:
-    """A batch in one micro-batch, and the same in another order, cut and padded."""
+    """A batch in one micro-batch, and the same rows in another order, cut and padding."""
     count, seed = data.draw(st.sampled_from(counts)), data.draw(st.integers(0, 999))
     whole = Draw(seed, tuple(range(count)), count)
     return whole, replace(
@@ -51,7 +51,7 @@ def drawn(data: st.DataObject, counts: tuple[int, ...]) -> tuple[Draw, Draw]:
         order=tuple(data.draw(st.permutations(range(count)))),
         size=data.draw(st.integers(1, count)),
         tokens=data.draw(st.sampled_from((0, LONGEST, 100))),
-        behind=data.draw(st.integers(0, 3)),
+        padding=data.draw(st.integers(0, 3)),
     )
 
 
@@ -60,14 +60,14 @@ def compare(kind: str, got, expected) -> None:
     for (losses, gradient), (whole, own) in zip(got, expected, strict=True):
         assert losses == pytest.approx(whole, rel=1e-5, abs=2e-6), kind
         largest = max(tensor.abs().max().item() for tensor in own.values())
-        assert largest > 1e-4, f"{kind} learns nothing from this batch"
+        assert largest > 1e-4, f"{kind}: gradient is 0"
         assert gradient.keys() == own.keys()
         for name, tensor in own.items():
             torch.testing.assert_close(gradient[name], tensor, rtol=0, atol=1e-5 * largest, msg=f"{kind}: {name}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_are_the_batch_s_own(alone, kind):
+def test_cuts_order_and_padding_change_no_loss_or_gradient(alone, kind):
     @settings(max_examples=5, deadline=None, database=None)
     @given(st.data())
     def check(data: st.DataObject) -> None:
@@ -78,14 +78,14 @@ def test_losses_and_gradients_are_the_batch_s_own(alone, kind):
 
 
 def in_layouts(rank: int, world: int, folders: dict[str, Path], chosen: dict[str, str], draw: Draw):
-    """Each kind in its layout."""
+    """Losses and gradients of each kind in its layout."""
     models = {name: Models(folders, LAYOUTS[name]) for name in LAYOUTS}
     return {kind: run(models[layout], kind, draw) for kind, layout in chosen.items()}
 
 
 @settings(max_examples=3, deadline=None, database=None)
 @given(st.data())
-def test_losses_and_gradients_are_those_of_any_layout(folders, alone, data):
+def test_layouts_change_no_loss_or_gradient(folders, alone, data):
     whole, cut = drawn(data, (2, 4, 6))
     chosen = {kind: data.draw(st.sampled_from(list(LAYOUTS))) for kind in IN_LAYOUTS}
     expected = {kind: run(alone, kind, whole) for kind in IN_LAYOUTS}
@@ -94,8 +94,8 @@ def test_losses_and_gradients_are_those_of_any_layout(folders, alone, data):
             compare(f"{kind} in {chosen[kind]}", got[kind], expected[kind])
 
 
-def test_a_sample_s_log_probability_is_its_own_beside_any_others(alone):
-    """Packed with others, padded by none: attention stays within a sample."""
+def test_packing_changes_no_logprob(alone):
+    """Attention stays within a sample."""
     chance = random.Random(0)
     samples = [answer([chance.randrange(3, VOCAB) for _ in range(4)], chance) for _ in range(5)]
     batch = pack_samples(samples)

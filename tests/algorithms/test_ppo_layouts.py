@@ -1,4 +1,4 @@
-"""One PPO step gives the same losses, gradients and weights in every layout and for every micro-batch size."""
+"""PPO's updates in layouts equal one process: metrics, gradients, moments and weights."""
 
 import dataclasses
 from pathlib import Path
@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from layouts import ALONE, FOUR_RANKS, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
-from samples import turn_masks
-from tiny import VOCAB, tiny_llama
+from samples import random_batch
+from tiny import tiny_llama
 from tiny_moe import tiny_mixtral
-from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.ppo import update, with_passes, with_rewards
@@ -28,27 +27,17 @@ CONFIG = PPOConfig(
 )
 
 
-def random_batch() -> Batch:
-    """Eight samples of 3 to 20 tokens with made-up sampler's logprobs."""
-    generator = torch.Generator().manual_seed(7)
-    lengths = torch.randint(3, 20, (8,), generator=generator).tolist()
-    samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    prompts = [max(1, n // 3) for n in lengths]
-    batch = pack(samples, turn_masks(lengths, prompts))
-    return batch.with_(rollout_logprobs=batch.scatter(-4 + torch.randn(len(batch.response), generator=generator) / 10))
-
-
 def one_step(
     rank: int,
     world: int,
     layout: Layout,
     folder: Path,
     config: PPOConfig = CONFIG,
+    eps: float = 1e-5,
     recompute: bool = False,
     values_first: bool = False,
-    eps: float = 1e-5,
 ):
-    """One whole batch of PPO; returns its metrics, and gradients and weights put together from all ranks."""
+    """Metrics of PPO on one batch with two-turn samples; whole gradients, moments and weights of actor and critic."""
     mesh = layout.mesh()
     shape = read_config(folder)
 
@@ -59,8 +48,7 @@ def one_step(
 
     def learner(head, ema_decay):
         model = decoder(head)
-        # Adam's first step is g / (|g| + eps): with the usual eps of 1e-8 it would turn the rounding of gradients that
-        # are all but 0 into whole steps, and the comparison of weights would be one of rounding.
+        # A large eps: Adam's first step is g / (|g| + eps), the rounding of gradients near 0 would become whole steps.
         optimizer = ShardedAdamW(
             model, mesh, tied=model.tied_parameter(), eps=eps, max_grad_norm=0.5, ema_decay=ema_decay
         )
@@ -68,7 +56,7 @@ def one_step(
 
     actor, critic = learner("lm", config.actor.ema_decay), learner("score", 0.0)
     roles = Roles(actor, critic, Role(decoder("lm"), 0.8, config.ppo))
-    batch = with_passes(random_batch().with_(minibatches=draw_minibatches(8, config.ppo, seed=3)), roles, config)
+    batch = with_passes(random_batch(7).with_(minibatches=draw_minibatches(8, config.ppo, seed=3)), roles, config)
     scores = torch.linspace(-1, 1, len(batch))
     batch, metrics = with_rewards(batch, scores, config, kl_coef=0.1)
     if values_first:
@@ -93,39 +81,27 @@ def test_layouts_equal_one_process(folder, alone, layout):
     assert_layouts_agree(one_step, [layout], folder, expected=alone)
 
 
-def test_two_steps(folder):
-    """The second one off-policy, with the moments of the first. Each divides by its own gradients, so that a larger
-    eps is what keeps their rounding from becoming a part of the weights' steps."""
-    metrics, _ = assert_layouts_agree(one_step, TWO_RANKS, folder, with_ppo(minibatches=2), False, False, 1e-2)
+def test_off_policy_steps_equal_one_process(folder):
+    """A second step with the moments of the first; then four steps in which the clips decide, within their rounding."""
+    metrics, _ = assert_layouts_agree(one_step, TWO_RANKS, folder, with_ppo(minibatches=2), 1e-2)
     assert metrics["ratio_max"] > 1 > metrics["ratio_min"]
-
-
-def test_several_epochs_and_minibatches(folder):
-    """Four steps, later ones off-policy: the clip and the dual clip decide. Rounding grows with each step."""
     layouts, config = (Layout(tp=2, pp=2), Layout(dp=2)), with_ppo(minibatches=2, epochs=2)
     metrics, _ = assert_layouts_agree(one_step, layouts, folder, config, tolerance=1e-3)
     assert metrics["clip_fraction"] > 0 and metrics["ratio_max"] > 1 > metrics["ratio_min"]
 
 
-@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_tokens": 40}])
-def test_micro_batches_do_not_matter(folder, alone, changes):
-    assert_close(one_step(0, 1, ALONE, folder, with_ppo(**changes)), alone)
-
-
-def test_values_of_the_critics_own_step_are_those_of_a_pass_before_it(folder, alone):
-    assert_close(one_step(0, 1, ALONE, folder, values_first=True), alone, 1e-6)
-
-
-def test_recomputation_does_not_matter(folder, alone):
+def test_recomputation_and_separate_value_passes_change_nothing(folder, alone):
     assert_close(one_step(0, 1, ALONE, folder, recompute=True), alone)
-    assert_layouts_agree(one_step, [Layout(pp=3)], folder, CONFIG, True, expected=alone)  # stages of 1, 2 and 1 layers
+    assert_close(one_step(0, 1, ALONE, folder, values_first=True), alone, 1e-6)
+    uneven = [Layout(pp=3)]  # stages of 1, 2 and 1 layers
+    assert_layouts_agree(one_step, uneven, folder, CONFIG, 1e-5, True, expected=alone)
 
 
 def test_sizes_that_tp_does_not_divide(odd):
     assert_layouts_agree(one_step, (Layout(tp=2, dp=2), Layout(tp=4), Layout(tp=2, pp=2)), odd)
 
 
-def test_experts_spread_over_the_dp_ranks(tmp_path):
+def test_expert_parallelism_equals_one_process(tmp_path):
     """Two minibatches in micro-batches of at most 40 tokens; the first ratios are exactly 1, or update would raise."""
     layouts = (Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=2), Layout(pp=2, dp=2, ep=2))
     config = with_ppo(minibatches=2, micro_batch_tokens=40)
@@ -146,5 +122,5 @@ ODD: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def odd(request, tmp_path_factory):
-    """A model of which tp=2 and tp=4 divide nothing: with tp=4 three key/value heads are shared by four ranks."""
+    """A model with sizes that tp=2 and tp=4 do not divide; under tp=4 ranks share three key/value heads."""
     return tiny_llama(tmp_path_factory.mktemp("odd"), tied=request.param, **ODD)

@@ -1,62 +1,41 @@
-"""SFT's update against transformers, in every layout and for every cut of the batch."""
+"""SFT's optimizer step against transformers and in layouts."""
 
-import json
 import random
 from array import array
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from layouts import ALONE, TWO_RANKS, Layout, assert_close, assert_layouts_agree, whole_states
+from layouts import ALONE, TWO_RANKS, Layout, assert_layouts_agree, whole_states
 from tiny import VOCAB, tiny_llama
-from trialign.algorithms.config.common import OptimizerConfig, ParallelConfig
-from trialign.algorithms.config.sft import SFTData
+from trialign.algorithms.config.common import OptimizerConfig
 from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
+from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.sft import eval_loss, sft_step
-from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import read_config
-from trialign.models.hf.tokenizer import stop_ids
-
-UPDATE = UpdateConfig(batch_size=8, micro_batch_size=4)
 
 
 def rows(seed: int) -> list[Sample]:
-    """Eight rows of 4 to 24 tokens with one to three stretches of targets; one has but a single target."""
-    chance = random.Random(seed)
-    made = []
+    """Eight rows of 4 to 23 tokens with random targets; the first has a single target."""
+    chance, samples = random.Random(seed), []
     for i in range(8):
         tokens = [chance.randrange(3, VOCAB) for _ in range(chance.randrange(4, 24))]
-        mask = [0, *(chance.random() < 0.5 for _ in tokens[1:-1]), 1]
-        made.append(Sample(array("i", tokens), bytes(mask) if i else bytes(len(tokens) - 1) + b"\1", "", f"rows:{i}"))
-    return made
+        mask = bytes([0, *(i > 0 and chance.random() < 0.5 for _ in tokens[1:-1]), 1])
+        samples.append(Sample(array("i", tokens), mask, "", f"rows:{i}"))
+    return samples
 
 
-def two_steps(
-    rank: int,
-    world: int,
-    layout: Layout,
-    folder: Path,
-    update: UpdateConfig = UPDATE,
-    recompute: bool = False,
-    backwards: bool = False,
-):
-    """Two steps and a look at other rows; metrics, and gradients and weights put together from all ranks."""
-    mesh = layout.mesh()
-    shape = read_config(folder)
-    parallel = ParallelConfig(recompute=recompute)
-    model = build_decoder(str(folder), shape, mesh, "float32", trained=True, parallel=parallel)
+def two_steps(rank: int, world: int, layout: Layout, folder: Path):
+    """Metrics of two steps, eval loss of five rows; whole gradients, moments and weights."""
+    model = build_decoder(str(folder), read_config(folder), layout.mesh(), "float32", trained=True)
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
-    learner = build_learner(model, settings, 4, ema_decay=0.9, sizes=update)
+    learner = build_learner(model, settings, 4, ema_decay=0.9, sizes=UpdateConfig(batch_size=8, micro_batch_size=3))
     metrics = {}
     for step in range(2):
-        samples = rows(step)[:: -1 if backwards else 1]
-        batch = pack_samples(samples)
-        metrics |= {f"{name}/{step}": v for name, v in sft_step(learner, batch).items()}
-    metrics["held out"] = eval_loss(learner, pack_samples(rows(9)[:5]))  # 5 rows, whatever dp is
+        metrics |= {f"{name}/{step}": v for name, v in sft_step(learner, pack_samples(rows(step))).items()}
+    metrics["eval_loss"] = eval_loss(learner, pack_samples(rows(9)[:5]))  # 5 rows do not divide by dp
     return metrics, whole_states(actor=learner)
 
 
@@ -70,8 +49,8 @@ def alone(folder):
     return two_steps(0, 1, ALONE, folder)
 
 
-def test_the_loss_is_transformers_over_all_targets_of_the_batch(folder, alone):
-    """One sample after the other, without packing; gradients as autograd gives them."""
+def test_loss_and_gradient_equal_transformers(folder, alone):
+    """One sample at a time, without packing."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -93,46 +72,3 @@ def test_the_loss_is_transformers_over_all_targets_of_the_batch(folder, alone):
 @pytest.mark.parametrize("layout", [*TWO_RANKS, Layout(pp=2, dp=2)], ids=str)
 def test_layouts_equal_one_process(folder, alone, layout):
     assert_layouts_agree(two_steps, [layout], folder, expected=alone)
-
-
-@pytest.mark.parametrize(
-    ("changes", "recompute", "backwards"),
-    [
-        ({"micro_batch_size": 1}, False, False),
-        ({"micro_batch_size": 3}, False, True),
-        ({"micro_batch_tokens": 30}, False, False),
-        ({"micro_batch_tokens": 1000}, False, True),
-        ({}, True, False),
-    ],
-    ids=["one by one", "by threes, backwards", "small budget", "all at once, backwards", "recomputed"],
-)
-def test_cut_order_and_recomputation_do_not_matter(folder, alone, changes, recompute, backwards):
-    assert_close(two_steps(0, 1, ALONE, folder, replace(UPDATE, **changes), recompute, backwards), alone)
-
-
-def test_two_data_ranks_by_a_token_budget(folder, alone):
-    assert_layouts_agree(two_steps, [Layout(dp=2)], folder, replace(UPDATE, micro_batch_tokens=30), expected=alone)
-
-
-def test_smollm2_s_first_loss_is_transformers(smollm2, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    text = [("What is 2 + 3?", "2 + 3 = 5."), ("Name a color.", "Blue is a color, and so is green.")]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in text))
-    shape, tokenizer = read_config(smollm2), AutoTokenizer.from_pretrained(smollm2)
-    data = DialogueDataset(SFTData(sources=(str(path),)), tokenizer, stop_ids(smollm2, shape, tokenizer))
-    samples = joined(data.next(2))
-    batch = pack_samples(samples)
-    mesh = build_mesh()
-    model = build_decoder(str(smollm2), shape, mesh, "float32", trained=True)
-    learner = build_learner(model, OptimizerConfig(lr=0.0), 1)
-    metrics = sft_step(learner, batch)
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    total = 0.0
-    for sample in samples:
-        tokens = torch.tensor(sample.tokens.tolist())[None]
-        labels = torch.where(torch.tensor(list(sample.mask)).bool(), tokens, -100)
-        with torch.no_grad():
-            total += theirs(input_ids=tokens, labels=labels, num_items_in_batch=len(batch.response)).loss.item()
-    assert abs(metrics["loss"] - total) < 1e-4

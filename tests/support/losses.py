@@ -1,4 +1,4 @@
-"""Every loss there is, by name: the product's own updates on drawn rows, cut and ordered as told."""
+"""All training losses by name: optimizer steps on random rows in a given order, cut and padding."""
 
 import functools
 import random
@@ -35,19 +35,19 @@ from trialign.algorithms.roles.role import Role
 from trialign.algorithms.sft import sft_step
 from trialign.models.families.registry import read_config
 
-LONGEST = 42  # tokens of a pair: two answers of 17 and what is put behind them
+LONGEST = 42  # tokens of a pair: two responses of 17 and their padding
 DOCUMENTS = [list(range(5, 25)), list(range(40, 70))]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A batch, and how it comes: rows are numbered, and a row is the same whatever comes beside it."""
+    """A batch of random rows and its cut; the content of a row depends on its number alone."""
 
     seed: int
-    order: tuple[int, ...]  # of the rows
+    order: tuple[int, ...]  # numbers of the rows
     size: int  # rows of a micro-batch
-    tokens: int = 0  # or its tokens
-    behind: int = 0  # tokens at most behind a row's samples, which count for nothing
+    tokens: int = 0  # or its token limit
+    padding: int = 0  # most tokens after a sample, outside the mask
 
     @property
     def count(self) -> int:
@@ -58,8 +58,8 @@ class Draw:
         return UpdateConfig(batch_size=self.count, micro_batch_size=self.size, micro_batch_tokens=self.tokens)
 
     def padded(self, sample: Sample, row: int) -> Sample:
-        more = row % (self.behind + 1)
-        return sample._replace(tokens=sample.tokens + array("i", [7] * more), mask=sample.mask + bytes(more))
+        count = row % (self.padding + 1)
+        return sample._replace(tokens=sample.tokens + array("i", [7] * count), mask=sample.mask + bytes(count))
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -67,37 +67,37 @@ class Draw:
         return [own[i] for i in self.order]  # a pair's responses end with their last target
 
     @property
-    def answers(self) -> list[Sample]:
+    def responses(self) -> list[Sample]:
         return [self.padded(pair.chosen, i) for pair, i in zip(self.pairs, self.order, strict=True)]
 
     @property
     def scores(self) -> Tensor:
-        """[rows] of every answer; the last row of some batches has none."""
-        made = torch.randn(self.count, generator=torch.Generator().manual_seed(self.seed))
+        """[rows], one a response; NaN for the last row of some batches."""
+        scores = torch.randn(self.count, generator=torch.Generator().manual_seed(self.seed))
         if self.count > 3 and self.seed % 2:
-            made[-1] = torch.nan
-        return made[list(self.order)]
+            scores[-1] = torch.nan
+        return scores[list(self.order)]
 
     def noise(self, batch: Batch, scale: float, number: int) -> Tensor:
-        """[total] at the targets of the batch; none in the first row, whose ratios are all 1 and inside every clip."""
+        """[total] at the targets of the batch; 0 in the first row, whose ratios are 1 and inside every clip."""
         parts = []
-        for row, sample in zip(self.order, self.answers, strict=True):
+        for row, sample in zip(self.order, self.responses, strict=True):
             generator = torch.Generator().manual_seed(9000 * number + 10 * self.seed + row)
             parts.append(torch.randn(sum(sample.mask), generator=generator) * (scale if row else 0))
-        whole = pack_samples(self.answers)
+        whole = pack_samples(self.responses)
         return whole.scatter(torch.cat(parts)) * batch.mask
 
 
 class Models:
-    """What learns, each at a learning rate of 0, so that it stays as it is."""
+    """Learners with a learning rate of 0, and a reference."""
 
     def __init__(self, folders: dict[str, Path], layout: Layout = ALONE):
         self.folders = folders
         self.mesh = layout.mesh()
-        self.spread = layout._replace(ep=layout.dp).mesh()  # experts over the DP ranks
+        self.expert_mesh = layout._replace(ep=layout.dp).mesh()
 
     def _learner(self, name: str) -> Learner:
-        mesh = self.spread if name == "mixture" else self.mesh
+        mesh = self.expert_mesh if name == "moe" else self.mesh
         shape, head = read_config(self.folders[name]), "score" if name == "score" else "lm"
         model = build_decoder(str(self.folders[name]), shape, mesh, "float32", head=head, trained=True)
         return build_learner(model, OptimizerConfig(lr=0.0, max_grad_norm=0.0), 1)
@@ -111,8 +111,8 @@ class Models:
         return self._learner("score")
 
     @cached_property
-    def mixture(self) -> Learner:
-        return self._learner("mixture")
+    def moe(self) -> Learner:
+        return self._learner("moe")
 
     @cached_property
     def reference(self) -> Role:
@@ -125,21 +125,19 @@ Kind = Callable[[Models, Draw], Iterator[Step]]
 
 
 def sft(models: Models, draw: Draw) -> Iterator[Step]:
-    batch = pack_samples(draw.answers)
-    yield models.lm, sft_step(models.lm, batch)
+    yield models.lm, sft_step(models.lm, pack_samples(draw.responses))
 
 
 def router(models: Models, draw: Draw) -> Iterator[Step]:
-    """Every token of a sample counts in the losses of the router, so nothing is put behind any."""
-    batch = pack_samples(replace(draw, behind=0).answers)
-    yield models.mixture, sft_step(models.mixture, batch)
+    """Without padding, whose tokens would count in the router losses."""
+    yield models.moe, sft_step(models.moe, pack_samples(replace(draw, padding=0).responses))
 
 
 def pretrain(models: Models, draw: Draw) -> Iterator[Step]:
-    """Three documents a row; which ones lie in a row together is the order's choice."""
+    """Three documents a row, combined by the order."""
     chance = random.Random(draw.seed)
     texts = [
-        [answer([3], chance).tokens for _ in range(3)] + [array("i", [7])] * (row % (draw.behind + 1))
+        [answer([3], chance).tokens for _ in range(3)] + [array("i", [7])] * (row % (draw.padding + 1))
         for row in range(draw.count)
     ]
     pieces = [Passage(text, "") for place in range(3) for row in draw.order for text in texts[row][place : place + 1]]
@@ -149,8 +147,8 @@ def pretrain(models: Models, draw: Draw) -> Iterator[Step]:
 
 
 def reward(models: Models, draw: Draw) -> Iterator[Step]:
-    """The score is read at an answer's last token, so nothing is put behind it."""
-    batch = pack_pairs(replace(draw, behind=0).pairs)
+    """Without padding: the score is read at a response's last token."""
+    batch = pack_pairs(replace(draw, padding=0).pairs)
     yield models.score, pair_step(models.score, batch, 0.1)
 
 
@@ -168,67 +166,59 @@ def dpo(models: Models, draw: Draw, loss: DPOLoss) -> Iterator[Step]:
 
 
 def kto(models: Models, draw: Draw) -> Iterator[Step]:
-    """With its reference point, above 0, of each answer's prompt with the next row's answer."""
+    """With a reference point above 0, of each prompt with the next row's response."""
     plain, others = [pair.chosen for pair in pairs(draw.seed, draw.count)], []
     for i in draw.order:
         others.append(draw.padded(mismatched(plain[i], plain[(i + 1) % draw.count], LONGEST), i))
     z = reference_point(
         models.lm, others, reference_sums(models.reference, others, draw.count, pack_samples) - 4, draw.count
     )
-    batch = pack_labeled(draw.answers, [i % 3 == 0 for i in draw.order])
-    batch = with_reference(batch, reference_sums(models.reference, draw.answers, draw.count, pack_samples))
-    loss = KTOLoss(beta=0.2, desirable_weight=1.2)
+    batch = pack_labeled(draw.responses, [i % 3 == 0 for i in draw.order])
+    batch = with_reference(batch, reference_sums(models.reference, draw.responses, draw.count, pack_samples))
     assert z > 0
-    yield models.lm, kto_step(models.lm, batch, loss, z)
+    yield models.lm, kto_step(models.lm, batch, KTOLoss(beta=0.2, desirable_weight=1.2), z)
 
 
-def answered(actor: Learner, draw: Draw, passes: Passes) -> Batch:
-    """Answers of a sampler that is not quite the actor, those without a score without targets; all in one minibatch."""
-    batch = without_unscored(pack_samples(draw.answers), draw.scores)
+def sampled(actor: Learner, draw: Draw, passes: Passes) -> Batch:
+    """One minibatch of responses with a sampler's logprobs near the actor's; unscored ones have no targets."""
+    batch = without_unscored(pack_samples(draw.responses), draw.scores)
     batch = batch.with_(minibatches=draw_minibatches(len(batch), passes, seed=draw.seed))
     return batch.with_(rollout_logprobs=actor.logprobs(batch) + draw.noise(batch, 0.2, 1))
 
 
 def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]:
-    """The update on the policy, then critic and actor off it, so that clips decide."""
-    passes = replace(config.ppo, micro_batch_size=draw.size, micro_batch_tokens=draw.tokens)
-    config = replace(config, ppo=passes)
+    """An update on policy, then steps of critic and actor off policy, where clips decide."""
     roles = Roles(models.lm, models.score, models.reference)
     ptx = DOCUMENTS if config.actor.ptx_coef else ()
-    batch = answered(models.lm, draw, passes)
-    batch = ppo.with_passes(batch, roles, config)
+    batch = ppo.with_passes(sampled(models.lm, draw, config.ppo), roles, config)
     batch, _ = ppo.with_rewards(batch, draw.scores, config, kl_coef=0.1)
-    metrics = ppo.update(roles, batch, config, documents=ptx)
-    yield models.lm, metrics
+    yield models.lm, ppo.update(roles, batch, config, documents=ptx)
     yield models.score, {}
-    values = models.score.values(batch) + draw.noise(batch, 0.5, 2)
-    batch = batch.with_(values=values)
+    batch = batch.with_(values=models.score.values(batch) + draw.noise(batch, 0.5, 2))
     warmup = replace(config, critic=replace(config.critic, warmup_steps=1))
-    metrics = ppo.update(roles, batch, warmup)
-    yield models.score, metrics
+    yield models.score, ppo.update(roles, batch, warmup)
     old = models.lm.logprobs(batch) + draw.noise(batch, 0.4, 3)
     batch, _ = ppo.with_gae(batch.with_(logprobs=old), config)
     yield models.lm, ppo.actor_step(models.lm, batch, batch.minibatches[0][0], config, ptx, first=False)
 
 
-def grpo_updates(models: Models, draw: Draw, knobs: GRPOOptions, role: str = "lm") -> Iterator[Step]:
-    """The update on the policy, then a step off it, so that clips decide. Rows 2i and 2i + 1 are a group."""
-    knobs = replace(knobs, micro_batch_size=draw.size, micro_batch_tokens=draw.tokens)
-    config = GRPOConfig(grpo=knobs, rollout=RolloutConfig(max_new_tokens=16, samples_per_prompt=2))
+def grpo_updates(models: Models, draw: Draw, options: GRPOOptions, role: str = "lm") -> Iterator[Step]:
+    """An update on policy, then a step off policy, where clips decide. Rows 2i and 2i + 1 are a group."""
+    config = GRPOConfig(grpo=options, rollout=RolloutConfig(max_new_tokens=16, samples_per_prompt=2))
     actor = getattr(models, role)
     group = torch.tensor([row // 2 for row in draw.order])
-    batch = answered(actor, draw, knobs)
+    batch = sampled(actor, draw, options)
     roles = Roles(actor, reference=models.reference if config.needs_reference else None)
     batch = grpo.with_passes(batch, roles, config)
     batch, _ = grpo.with_advantages(batch.with_(group=group), config)
     yield actor, grpo.update(roles, batch, config)
-    far = 3e-4 if knobs.ratio_level == "sequence" else 0.3
+    far = 3e-4 if options.ratio_level == "sequence" else 0.3
     old = actor.logprobs(batch) + draw.noise(batch, far, 3)
     yield actor, grpo.actor_step(actor, batch.with_(logprobs=old), batch.minibatches[0][0], config, first=False)
 
 
 def routed(models: Models, draw: Draw) -> Iterator[Step]:
-    yield from grpo_updates(models, replace(draw, behind=0), grpo_options("dapo"), "mixture")
+    yield from grpo_updates(models, replace(draw, padding=0), grpo_options("dapo"), "moe")
 
 
 PAIR_LOSSES = {
@@ -275,17 +265,19 @@ KINDS: dict[str, Kind] = {
     "dapo, router": routed,
     **{name: functools.partial(dpo, loss=loss) for name, loss in PAIR_LOSSES.items()},
     **{name: functools.partial(ppo_updates, config=config) for name, config in PPO.items()},
-    **{name: functools.partial(grpo_updates, knobs=knobs) for name, knobs in GRPO.items()},
+    **{name: functools.partial(grpo_updates, options=options) for name, options in GRPO.items()},
 }
 
 
 def gradients(learner: Learner) -> dict[str, Tensor]:
-    """Whole gradients of the learner's last step."""
+    """Whole gradients of a learner's last step."""
     return {name: tensor for name, tensor in whole_states(role=learner).items() if "/grad/" in name}
 
 
 def run(models: Models, kind: str, draw: Draw) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
-    """Losses and gradients of each step."""
+    """Losses and gradients of each step, in the draw's micro-batches."""
+    for role in (models.lm, models.score, models.moe, models.reference):
+        role.sizes = draw.update
     return [
         ({name: value for name, value in metrics.items() if "loss" in name or "norm" in name}, gradients(learner))
         for learner, metrics in KINDS[kind](models, draw)
