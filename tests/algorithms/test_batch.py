@@ -1,4 +1,4 @@
-"""Packing, selecting, cutting and whitening of batches, against plain per-sample references."""
+"""Packing, selection and whitening of batches against references of each sample."""
 
 import pytest
 import torch
@@ -11,9 +11,8 @@ from trialign.algorithms.losses.aggregation import Segments
 SAMPLES = [([5, 6, 7], [8, 9]), ([1], [2]), ([3, 4], [10, 11, 12])]
 
 
-def rollout(prompt: list[int], answer: list[int]) -> Rollout:
-    logprobs = [-0.1 * token for token in answer]
-    return single_turn(Prompt(0, prompt, "text", source="file:1"), answer, logprobs, "stop")
+def rollout(prompt: list[int], response: list[int]) -> Rollout:
+    return single_turn(Prompt(0, prompt, "text"), response, [-0.1 * token for token in response], "stop")
 
 
 def test_rollouts_are_packed_and_aligned_to_the_predicted_token():
@@ -25,19 +24,13 @@ def test_rollouts_are_packed_and_aligned_to_the_predicted_token():
     assert batch.labels.tolist() == [8, 9, 2, 10, 11, 12]
     assert batch.last.tolist() == [4, 6, 11]
     assert batch.max_seqlen == 5 and len(batch) == 3
-    sampling = batch.rollout_logprobs
-    assert sampling is not None
+    assert batch.rollout_logprobs is not None
     expected = [-0.1 * t if m else 0.0 for t, m in zip(batch.tokens.tolist(), batch.mask.tolist(), strict=True)]
-    torch.testing.assert_close(sampling, torch.tensor(expected))
+    torch.testing.assert_close(batch.rollout_logprobs, torch.tensor(expected))
+    assert pack([[1, 2, 3], [4, 5]]).mask.tolist() == [False, True, True, False, True]  # plain text
 
 
-def test_the_rows_before_the_response_belong_to_the_same_sample():
-    batch = from_rollouts([rollout(*sample) for sample in SAMPLES])
-    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(batch.lengths))
-    assert torch.equal(owner[batch.response], owner[batch.response - 1])
-
-
-def test_spread_is_differentiable_and_undoes_the_gather():
+def test_scatter_inverts_the_gather_and_is_differentiable():
     batch = from_rollouts([rollout(*sample) for sample in SAMPLES])
     x = torch.randn(6, dtype=torch.float64, requires_grad=True)
     whole = batch.scatter(x)
@@ -46,14 +39,9 @@ def test_spread_is_differentiable_and_undoes_the_gather():
     assert x.grad is not None and torch.equal(x.grad, batch.response.double())
 
 
-def test_text_is_a_batch_whose_every_later_token_is_a_target():
-    batch = pack([[1, 2, 3], [4, 5]])
-    assert batch.mask.tolist() == [False, True, True, False, True]
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.data())
-def test_selecting_equals_packing_only_those_samples(data):
+def test_selection_equals_packing_those_samples(data):
     samples = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=6))
     rollouts = [rollout(list(range(i, i + p)), list(range(50 + i, 50 + i + n))) for i, (p, n) in enumerate(samples)]
     chosen = data.draw(st.lists(st.integers(0, len(samples) - 1), min_size=1, max_size=6))
@@ -62,41 +50,26 @@ def test_selecting_equals_packing_only_those_samples(data):
     part, alone = whole.select(chosen), from_rollouts([rollouts[i] for i in chosen])
     for name in ("tokens", "cu_seqlens", "positions", "mask", "response", "rollout_logprobs"):
         assert torch.equal(getattr(part, name), getattr(alone, name)), name
-    assert part.lengths == alone.lengths and torch.equal(part.mask, alone.mask)
     starts = whole.cu_seqlens.tolist()
-    assert part.values is not None
+    assert part.values is not None and part.lengths == alone.lengths
     assert part.values.tolist() == [t for i in chosen for t in range(starts[i], starts[i + 1])]
 
 
-def test_an_answer_without_tokens_is_refused_by_name():
-    with pytest.raises(ValueError, match="file:1.*0 tokens"):
-        from_rollouts([rollout([1], [])])
-
-
-def test_a_tensor_of_another_length_cannot_enter():
+def test_tensors_of_another_length_are_refused():
     with pytest.raises(AssertionError, match="values"):
         pack([[1, 2]]).with_(values=torch.zeros(3))
 
 
-def one_sample(mask: torch.Tensor) -> Segments:
-    return Segments.of_lengths(torch.tensor([len(mask)]), mask)
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.booleans()), min_size=1, max_size=40))
-def test_whitening_equals_its_float64_definition(entries):
-    x = torch.tensor([value for value, _ in entries])
+def test_whitening_equals_float64_and_ignores_masked_tokens(entries):
     mask = torch.tensor([keep for _, keep in entries])
+    x = torch.tensor([value if keep else torch.nan for value, keep in entries])
     kept = x[mask].double()
-    white = whiten(x, one_sample(mask))
+    white = whiten(x, Segments.of_lengths(torch.tensor([len(x)]), mask))
     assert white[~mask].abs().sum() == 0 and torch.isfinite(white).all()
     if len(kept):
         mean = sum(kept.tolist()) / len(kept)
         variance = sum((value - mean) ** 2 for value in kept.tolist()) / len(kept)
         expected = (kept - mean) / max(variance, 1e-8) ** 0.5
         torch.testing.assert_close(white[mask].double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_whitening_ignores_what_the_mask_hides():
-    x, mask = torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([True, False, True])
-    torch.testing.assert_close(whiten(x, one_sample(mask)), torch.tensor([-1.0, 0.0, 1.0]))

@@ -1,4 +1,4 @@
-"""Evaluation metrics against enumeration, their intervals against the definition."""
+"""Evaluation metrics against enumeration, and their intervals against the definition."""
 
 import itertools
 import math
@@ -10,19 +10,16 @@ from trialign.algorithms.metrics import mean_of_prompts, pass_at_k, prompt_wins,
 
 
 @pytest.mark.parametrize(("samples", "passed"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 7)])
-def test_pass_at_k_is_the_share_of_choices_of_k_responses_with_one_that_passes(samples, passed):
+def test_pass_at_k_equals_enumeration(samples, passed):
     for k in range(1, samples + 1):
         choices = list(itertools.combinations([True] * passed + [False] * (samples - passed), k))
         assert pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, choices)) / len(choices), rel=1e-12)
+    with pytest.raises(ValueError, match=f"pass@{samples + 1} of {samples} samples"):
+        pass_at_k(samples, passed, samples + 1)
 
 
-def test_pass_at_k_of_more_than_there_are_is_refused():
-    with pytest.raises(ValueError, match=r"pass@3 of 2 samples"):
-        pass_at_k(2, 1, 3)
-
-
-def test_wilson_s_interval_is_where_the_score_test_turns():
-    """Its ends are the shares p whose own standard error is 1/1.96 of their distance to what was seen."""
+def test_wilson_interval_ends_where_the_score_test_turns():
+    """Ends are the rates whose own standard error is 1/1.96 of their distance to the observed rate."""
     for won, count in ((3, 10), (7.5, 30), (99, 100)):
         value, low, high = wilson(won / count, count)
         assert low < value < high
@@ -33,17 +30,16 @@ def test_wilson_s_interval_is_where_the_score_test_turns():
     assert wilson(0.0, 10).low == pytest.approx(0.0, abs=1e-12) and 0 < wilson(0.0, 10).high < 0.4
 
 
-def test_wins_and_ties():
+def test_win_rate_counts_ties_as_half():
     assert prompt_wins([1.0, 3.0], [2.0, 3.0]) == (0 + 0 + 1 + 0.5) / 4
-    ours, theirs = [[1.0], [2.0], [0.0], [5.0]], [[0.0], [2.0], [1.0], [4.0]]
-    assert win_rate(ours, theirs).value == 2.5 / 4
-    there, back = win_rate(ours, theirs), win_rate(theirs, ours)
+    one, other = [[1.0], [2.0], [0.0], [5.0]], [[0.0], [2.0], [1.0], [4.0]]
+    there, back = win_rate(one, other), win_rate(other, one)
+    assert there.value == 2.5 / 4
     assert back.value == pytest.approx(1 - there.value) and back.low == pytest.approx(1 - there.high)
 
 
-def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
-    chance = random.Random(0)
-    hits = 0
+def test_interval_of_a_mean_covers_the_truth_in_95_percent():
+    chance, hits = random.Random(0), 0
     for _ in range(2000):
         value, low, high = mean_of_prompts([chance.gauss(1.0, 2.0) for _ in range(60)])
         assert low <= value <= high
