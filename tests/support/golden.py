@@ -1,4 +1,4 @@
-"""Golden vectors: cases computed by other trainers' own functions, and the options of each trainer's overlay."""
+"""Golden vectors: cases computed by other trainers, and adapters that compute them under each trainer's overlay."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {}
 
 
 def adapter(framework: str, *functions: str) -> Callable[[Adapter], Adapter]:
-    """Registers what computes the outputs of these functions of a framework with ours."""
+    """Registers a function that computes the outputs of a framework's functions with trialign's."""
 
     def register(function: Adapter) -> Adapter:
         for name in functions:
@@ -46,47 +46,35 @@ def cases() -> Iterator[tuple[str, Case]]:
 
 
 def tensor(case: Case, name: str) -> Tensor:
-    """An input in the default dtype, or int64 where it counts or names something."""
+    """An input in the default dtype, or int64 for counts and ids."""
     whole = any(name.endswith(ending) for ending in WHOLE_NUMBERS)
     return torch.tensor(case["inputs"][name], dtype=torch.int64 if whole else torch.get_default_dtype())
 
 
-TRAINERS = {
-    "OpenRLHF": "openrlhf",
-    "OpenRLHF-0.9.6": "openrlhf",
-    "TRL": "trl",
-    "verl": "verl",
-    "NeMo-RL": "nemo_rl",
-    "slime": "slime",
-}
+TRAINERS = {"OpenRLHF": "openrlhf", "OpenRLHF-0.9.6": "openrlhf", "TRL": "trl", "verl": "verl", "NeMo-RL": "nemo_rl"}
+TRAINERS |= {"slime": "slime"}
 
 
 def ppo_config(case: Case, *, clip: float | None = None, **ppo: Any) -> PPOConfig:
-    """PPO under the overlay of the case's framework, with the case's own options.
-
-    Args:
-        clip: of the ratio, on both sides.
-        ppo: of the section `ppo`.
-    """
+    """PPO under the overlay of the case's framework, with the case's clip on both sides and options of `ppo`."""
     config = preset(PPOConfig, TRAINERS[case["framework"]])
     actor = config.actor if clip is None else replace(config.actor, clip_low=clip, clip_high=clip)
     return replace(config, actor=actor, ppo=replace(config.ppo, **ppo))
 
 
 def grpo_options(case: Case, algorithm: str = "grpo", **changes: Any) -> GRPOOptions:
-    """`grpo` options under the overlays of the case's framework and of an algorithm, with the case's own."""
+    """`grpo` options under the overlays of the case's framework and an algorithm, with the case's own options."""
     return replace(preset(GRPOConfig, TRAINERS[case["framework"]], algorithm).grpo, **changes)
 
 
 def kl_limits(case: Case, kind: str) -> tuple[float, float]:
-    """Limits of a KL estimate under the case's overlay: that of GRPO has those of k3, PPO's those of the others."""
+    """Limits of a KL estimate under the case's overlay: GRPO's for k3, PPO's for the others."""
     options = grpo_options(case) if kind == "k3" else ppo_config(case).ppo
     return options.kl_input_limit, options.kl_output_limit
 
 
 class Rows:
-    """A padded [rows, tokens] case as one packed batch: a prompt's token before each row, then every place a token,
-    `mask` saying which count."""
+    """A padded [rows, tokens] case as a packed batch: a prompt token before each row; `mask` marks counted tokens."""
 
     def __init__(self, mask: Tensor):
         rows, tokens = self.shape = mask.shape
@@ -95,17 +83,21 @@ class Rows:
         self.cu_seqlens = torch.arange(rows + 1, dtype=torch.int32) * (tokens + 1)
 
     def pack(self, x: Tensor, *, grad: bool = False) -> Tensor:
-        """[rows, tokens], or [rows] put on all tokens, as [total]; a leaf where `grad`."""
+        """[rows, tokens], or [rows] broadcast to all tokens, as [total]; a leaf where `grad`."""
         wide = x if x.dim() == 2 else x[:, None].expand(self.shape)
         flat = torch.nn.functional.pad(wide, (1, 0)).flatten()
         return flat.requires_grad_() if grad else flat
+
+    def read(self, case: Case, name: str, *, grad: bool = False) -> Tensor:
+        """An input of a case as [total]; a leaf where `grad`."""
+        return self.pack(tensor(case, name), grad=grad)
 
     def unpack(self, x: Tensor) -> Tensor:
         """[total] as [rows, tokens]."""
         return x.reshape(self.shape[0], -1)[:, 1:]
 
     def batch(self, **per_token: Tensor) -> Batch:
-        """The batch that PPO's functions take, out of packed tensors; the sampler's logprobs are the old ones."""
+        """A batch of packed tensors; the sampler's logprobs are the old ones."""
         tokens, lengths = torch.zeros_like(self.mask, dtype=torch.int64), (self.shape[1] + 1,) * self.shape[0]
         if "logprobs" in per_token:
             per_token["rollout_logprobs"] = per_token["logprobs"]
@@ -113,6 +105,6 @@ class Rows:
 
 
 def loss_and_gradient(rows: Rows, loss: Tensor, leaf: Tensor, name: str) -> Outputs:
-    """The loss and its gradient at `leaf`, under the name the case gives it."""
+    """The loss, and its gradient at `leaf` under `name`."""
     (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
     return {"loss": loss, name: rows.unpack(torch.zeros_like(leaf) if gradient is None else gradient)}

@@ -1,4 +1,4 @@
-"""Golden vectors: what OpenRLHF, TRL, verl, NeMo-RL and slime compute, under the overlay of each."""
+"""Golden vectors of OpenRLHF, TRL, verl, NeMo-RL and slime, computed under the overlay of each."""
 
 from __future__ import annotations
 
@@ -17,70 +17,65 @@ from torch import Tensor
 
 MASKS = ("action_mask", "response_mask", "mask", "completion_mask", "token_mask", "loss_mask")
 
-OTHER_LOSSES = {"vespo", "luspo", "sapo"}
-OTHER_PAIR_LOSSES = {"aot", "aot_unpaired", "bco_pair", "discopop", "nca_pair", "sppo_hard"}
-
-LEFT_OUT = {
-    "Megatron-LM": "not one of the conventions",
-    "compute_grpo_passk_outcome_advantage": "pass@k advantages are not among the algorithms",
-    "compute_gdpo_outcome_advantage": "GDPO is not among the algorithms",
-    "compute_opo_outcome_advantage": "OPO is not among the algorithms",
-    "compute_gpg_outcome_advantage": "GPG is not among the algorithms",
-    "compute_remax_outcome_advantage": "ReMax is not among the algorithms",
-    "compute_optimal_token_baseline_advantage": "optimal token baselines are not among the algorithms",
-    "compute_multi_turn_optimal_token_baseline_advantage": "optimal token baselines are not among the algorithms",
-    "compute_policy_loss_sapo": "SAPO is not among the algorithms",
-    "compute_policy_loss_geo_mean": "GMPO is not among the algorithms",
-    "compute_policy_loss_dppo_tv": "DPPO is not among the algorithms",
-    "compute_policy_loss_dppo_kl": "DPPO is not among the algorithms",
-    "compute_policy_loss_gpg": "GPG is not among the algorithms",
-    "compute_policy_loss_dro": "DRO is not among the algorithms",
-    "compute_policy_loss_kl_cov": "KL-Cov is not among the algorithms",
-    "compute_rollout_rejection_mask": "verl's twelve rejection masks are not among the algorithms",
-    "compute_offpolicy_metrics": "metrics, not a convention",
-    "compute_policy_loss_bypass_mode": "verl's bypass mode is not among the algorithms",
-    "apply_stop_properly_penalty": "ProRL's penalty is not among the algorithms",
-    "MixtralForCausalLM": "a whole model: test_families_transformers.py puts Mixtral beside transformers itself",
-    "VanillaKTOLoss": "lets the gradient into the reference point, which its own authors took back",
+NOT_SUPPORTED = {  # framework or function -> algorithm
+    "Megatron-LM": "its router losses alone",
+    "MixtralForCausalLM": "a whole model, compared in test_families_transformers.py",
+    "VanillaKTOLoss": "a gradient through the reference point, which its authors took back",
+    "apply_stop_properly_penalty": "ProRL's penalty",
+    "compute_gdpo_outcome_advantage": "GDPO",
+    "compute_gpg_outcome_advantage": "GPG",
+    "compute_grpo_passk_outcome_advantage": "pass@k advantages",
+    "compute_multi_turn_optimal_token_baseline_advantage": "optimal token baselines",
+    "compute_offpolicy_metrics": "metrics",
+    "compute_opo_outcome_advantage": "OPO",
+    "compute_optimal_token_baseline_advantage": "optimal token baselines",
+    "compute_policy_loss_bypass_mode": "bypass mode",
+    "compute_policy_loss_dppo_kl": "DPPO",
+    "compute_policy_loss_dppo_tv": "DPPO",
+    "compute_policy_loss_dro": "DRO",
+    "compute_policy_loss_geo_mean": "GMPO",
+    "compute_policy_loss_gpg": "GPG",
+    "compute_policy_loss_kl_cov": "KL-Cov",
+    "compute_policy_loss_sapo": "SAPO",
+    "compute_remax_outcome_advantage": "ReMax",
+    "compute_rollout_rejection_mask": "verl's twelve rejection masks",
 }
 
-# Tolerances beyond the case's own, where the peer's arithmetic is narrower than the case's dtype.
+OTHER_LOSSES = {"vespo", "luspo", "sapo", "apo_zero_unpaired"}
+OTHER_LOSSES |= {"aot", "aot_unpaired", "bco_pair", "discopop", "nca_pair", "sppo_hard"}
+OTHER_OPTIONS = {
+    "off_policy_mask_threshold": "sequence masks by KL",
+    "use_opsm": "sequence masks by KL",
+    "length_adaptive_alpha": "VAPO's length-adaptive lambda",
+    "rollout_is_batch_normalize": "importance weights normalized over the batch",
+    "multi_objective_aggregation": "several rewards, which rewards/functions.py has summed before",
+}
+
+# Tolerances beyond the case's own, where the framework's arithmetic is narrower than the case's dtype.
 WIDER = {
-    "TRL PPOTrainer.train (steps 3-6)": (
-        1e-7,
-        "TRL's Bessel factor is a quotient of integers, which torch makes float32",
-    ),
-    "verl compute_grpo_vectorized_outcome_advantage": (
-        1e-6,
-        "verl adds its epsilon to the variance's float32 count there",
-    ),
-    "verl compute_grpo_outcome_advantage": (1e-6, "verl divides an answer without siblings by a float32 1 + 1e-6"),
+    "TRL PPOTrainer.train (steps 3-6)": 1e-7,  # its Bessel factor is a quotient of integers, which torch makes float32
+    "verl compute_grpo_vectorized_outcome_advantage": 1e-6,  # adds its epsilon to the variance's float32 count
+    "verl compute_grpo_outcome_advantage": 1e-6,  # divides a response without siblings by a float32 1 + 1e-6
 }
 
 
-def why_left_out(case: Case) -> str | None:
-    """The reason a case is not put to ours; None where it is."""
-    function, args = case["function"].split("::")[1], case["args"]
-    for key in (case["framework"], function):
-        if key in LEFT_OUT:
-            return LEFT_OUT[key]
+def reason_left_out(case: Case) -> str | None:
+    """The reason why a case is not computed; None where it is."""
+    function, args, kind = case["function"].split("::")[1], case["args"], case.get("kind")
+    for name in (case["framework"], function):
+        if name in NOT_SUPPORTED:
+            return f"not supported: {NOT_SUPPORTED[name]}"
     if "error" in case["outputs"]:
-        return f"{case['framework']} itself fails here: {case['outputs']['error']}"
-    if function == "masked_whiten" and case["framework"] == "TRL" and case["kind"] == "only_one":
-        return "TRL gives NaN for a single token; ours is 0"
-    if args.get("loss_type") in OTHER_LOSSES or args.get("method") in OTHER_PAIR_LOSSES:
-        return f"{args.get('loss_type', args.get('method'))} is not among the algorithms"
-    if args.get("loss_type") == "apo_zero_unpaired" or args.get("off_policy_mask_threshold") or args.get("use_opsm"):
-        return "sequence masks by KL and APO without pairs are not among the algorithms"
-    if args.get("length_adaptive_alpha"):
-        return "VAPO's length-adaptive lambda is not among the algorithms"
-    if args.get("rollout_is_batch_normalize"):
-        return "weights normalized over the batch are verl's alone"
-    if args.get("multi_objective_aggregation"):
-        return "several rewards are summed before they get here (algorithms/rewards/functions.py)"
-    rounded = function == "compute_grpo_vectorized_outcome_advantage" and case["kind"] == "zero_var"
-    if case.get("kind") == "noise" or rounded:
-        return "float32 rounding of equal rewards, which float64 does not have: there are no digits to match"
+        return f"{case['framework']} itself fails: {case['outputs']['error']}"
+    if function == "masked_whiten" and case["framework"] == "TRL" and kind == "only_one":
+        return "TRL gives NaN for a single token, trialign 0"
+    if loss := OTHER_LOSSES & {args.get("loss_type"), args.get("method")}:
+        return f"not supported: {loss}"
+    for name, feature in OTHER_OPTIONS.items():
+        if args.get(name):
+            return f"not supported: {feature}"
+    if kind == "noise" or (function == "compute_grpo_vectorized_outcome_advantage" and kind == "zero_var"):
+        return "float32 rounding of equal rewards, which float64 does not have"
     return None
 
 
@@ -89,14 +84,11 @@ FILES = {
     "loss_aggregation": 20, "moe_aux": 15, "offpolicy": 111, "overlong": 15, "policy_loss": 149, "preference": 61,
     "reward_model": 11, "sft_loss": 10, "token_rewards": 25, "value_loss": 46, "whitening": 43,
 }  # fmt: skip
-"""Cases in each file."""
-MET = 741
-"""Cases that are put to ours."""
+"""Number of cases in each file."""
+COMPARED = 741
+"""Number of cases that are compared."""
 
-
-# Outputs that nothing of ours is put beside, by name.
-A_METRIC = "a metric of the peer's, which is learned from nowhere"
-NOT_COMPARED = {
+NOT_COMPARED = {  # output -> reason
     **dict.fromkeys(
         (
             "approx_entropy", "gen_kl_error", "is_oob_ratio", "js_divergence_error", "probs_ratio",
@@ -105,41 +97,37 @@ NOT_COMPARED = {
             "chosen_rewards_mean", "rejected_rewards_mean", "ppo_kl", "vllm_kl", "tis", "tis_clipfrac", "current_kl",
             "non_score_reward",
         ),
-        A_METRIC,
+        "a metric of the framework, no part of a loss",
     ),
-    "kl_penalty": "0 where the case asks for no KL in the loss",
-    "sft_loss": "0 where the case asks for no such term",
+    "kl_penalty": "0 where the case has no KL in the loss",
+    "sft_loss": "0 where the case has no such term",
     "cispo_clip_ratio": "TRL counts among the tokens with a positive advantage",
-    "pg_clipfrac_lower": "verl counts dual clips apart, ours all clips together",
-    "vf_clipfrac": "TRL makes its own in float32, NeMo-RL's is compared",
-    "value_clipfrac": "slime counts values beyond the clip, ours those where the clip decided",
+    "pg_clipfrac_lower": "verl counts dual clips apart, trialign all clips together",
+    "vf_clipfrac": "TRL computes it in float32, NeMo-RL's is compared",
+    "value_clipfrac": "slime counts values beyond the clip, trialign those where the clip decides",
     "token_reward_sum": "OpenRLHF's sum has the KL of tokens that do not count",
-    "padding_mask": "how TRL says which tokens count",
-    "padding_mask_p1": "how TRL says which tokens count",
+    **dict.fromkeys(("padding_mask", "padding_mask_p1"), "TRL's masks"),
     **dict.fromkeys(
         ("grad_gate_logits_0", "grad_gate_logits_1", "grad_gate_logits_2"),
-        "of several layers, pooled before the product: a number that we log, not what we learn from",
+        "of several layers, pooled before the product: a logged number",
     ),
 }  # fmt: skip
 
-# (function, kind) -> outputs that float32 cannot hold, and why.
-NOT_IN_FLOAT32 = {
-    ("calculate_kl", "huge"): ("grad_logprobs", "k3's is 1 - e^34 + e^34 there, which float32 rounds to nothing"),
-}
-
+# (function, kind) -> an output that float32 cannot hold: k3's gradient is 1 - e^34 + e^34 there.
+NOT_IN_FLOAT32 = {("calculate_kl", "huge"): "grad_logprobs"}
 
 CASES = list(cases())
-PUT = [pytest.param(case, id=name) for name, case in CASES if why_left_out(case) is None]
+PARAMETERS = [pytest.param(case, id=name) for name, case in CASES if reason_left_out(case) is None]
 
 
-def counted(case: Case, name: str, theirs: Tensor) -> Tensor:
-    """Which entries of an output are said: those of tokens that count, and every gradient."""
+def counted(case: Case, name: str, expected: Tensor) -> Tensor:
+    """Mask of the compared entries of an output: tokens that count, and every gradient."""
     mask = next((m for m in MASKS if m in case["inputs"]), None)
     if mask is not None and not name.startswith("grad"):
-        here = torch.tensor(case["inputs"][mask]) > 0
-        if here.shape == theirs.shape:
-            return here
-    return torch.ones_like(theirs, dtype=torch.bool)
+        tokens = torch.tensor(case["inputs"][mask]) > 0
+        if tokens.shape == expected.shape:
+            return tokens
+    return torch.ones_like(expected, dtype=torch.bool)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -150,34 +138,34 @@ def dtype(request) -> Iterator[torch.dtype]:
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("case", PUT)
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_golden(case: Case, dtype: torch.dtype) -> None:
     case, function = dict(case), case["function"].split("::")[1]
-    tolerance = max(case["tol"], WIDER.get(f"{case['framework']} {function}", (0.0,))[0])
+    tolerance = max(case["tol"], WIDER.get(f"{case['framework']} {function}", 0.0))
     if dtype == torch.float32:
         tolerance = max(tolerance, 1e-5)
-    ours = ADAPTERS[case["framework"], function](case)
-    left = {name for name in case["outputs"] if name not in ours}
-    assert left < case["outputs"].keys(), f"nothing of {list(case['outputs'])} is compared"
-    for name in sorted(left):
-        assert name in NOT_COMPARED, f"{name} is not compared, and no reason is said"
-    rounded = NOT_IN_FLOAT32.get((function, case.get("kind", "")), ("",))[0] if dtype == torch.float32 else ""
-    for name in case["outputs"].keys() - left - {rounded}:
-        theirs = torch.tensor(case["outputs"][name], dtype=torch.float64)
-        mine = torch.as_tensor(ours[name]).detach().double()
-        assert mine.shape == theirs.shape, name
-        error = ((mine - theirs).abs() / (1 + theirs.abs()))[counted(case, name, theirs)]
+    outputs = ADAPTERS[case["framework"], function](case)
+    left_out = case["outputs"].keys() - outputs.keys()
+    assert left_out < case["outputs"].keys(), f"none of {list(case['outputs'])} is compared"
+    assert left_out <= NOT_COMPARED.keys()
+    if dtype == torch.float32:
+        left_out |= {NOT_IN_FLOAT32.get((function, case.get("kind", "")), "")}
+    for name in case["outputs"].keys() - left_out:
+        expected = torch.tensor(case["outputs"][name], dtype=torch.float64)
+        got = torch.as_tensor(outputs[name]).detach().double()
+        assert got.shape == expected.shape, name
+        error = ((got - expected).abs() / (1 + expected.abs()))[counted(case, name, expected)]
         assert not len(error) or error.max() <= tolerance, f"{name}: {error.max():.3g} over {tolerance}"
 
 
-def test_every_case_is_met_or_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is dropped unseen, in tests/golden or in a folder that TRIALIGN_GOLDEN names."""
+def test_every_case_is_compared_or_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests/golden, and in a folder named by TRIALIGN_GOLDEN."""
     monkeypatch.delenv("TRIALIGN_GOLDEN", raising=False)
     shutil.copytree(Path(__file__).resolve().parents[2] / "golden", tmp_path / "copy")
     shipped = list(cases())
     monkeypatch.setenv("TRIALIGN_GOLDEN", str(tmp_path / "copy"))
     assert [name for name, _ in cases()] == [name for name, _ in shipped]
     assert dict(Counter(name.split("[")[0] for name, _ in shipped)) == FILES
-    met = [case for _, case in shipped if why_left_out(case) is None]
-    assert (len(shipped), len(met)) == (903, MET)
-    assert all((case["framework"], case["function"].split("::")[1]) in ADAPTERS for case in met)
+    compared = [case for _, case in shipped if reason_left_out(case) is None]
+    assert (len(shipped), len(compared)) == (903, COMPARED)
+    assert all((case["framework"], case["function"].split("::")[1]) in ADAPTERS for case in compared)

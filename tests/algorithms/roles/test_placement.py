@@ -1,4 +1,4 @@
-"""Roles on parts of the ranks: PPO with the actor on two, critic and reference on two others, is one process's."""
+"""Roles on a part of the ranks: PPO with the actor on two, critic and reference on two others, equals one process."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Prompts:
 
 
 def rewards(rollouts: list[Rollout], batch: Batch) -> Scored:
-    """Rewards of many values, that depend on the tokens alone."""
+    """Rewards by a hash of the tokens."""
     scores = [sum(rollout.tokens) % 13 / 6 - 1 for rollout in rollouts]
     return Scored(scores, scores)
 
@@ -47,17 +47,17 @@ def rewards(rollouts: list[Rollout], batch: Batch) -> Scored:
 def three_steps(
     rank: int, world: int, folder: Path, placed: bool, root: Path, resume: bool = False
 ) -> tuple[dict[str, float], Any, Any]:
-    """Metrics, responses and states of three steps; they leave a checkpoint in `root`, or go on from the one there."""
+    """Metrics, whole states and responses of three steps, with a checkpoint saved in `root` or loaded from it."""
     whole = build_mesh()
-    mine = build_mesh(dp=2, ranks=[0, 1]) if placed else whole
+    first = build_mesh(dp=2, ranks=[0, 1]) if placed else whole
     others = build_mesh(tp=2, ranks=[2, 3]) if placed else whole
-    shape, options = read_config(folder), CONFIG.ppo
+    shape, sizes = read_config(folder), CONFIG.ppo
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-2, warmup_ratio=0.0, schedule="constant")
-    build = lambda mesh, **how: build_decoder(str(folder), shape, mesh, "float32", **how)  # noqa: E731
-    actor = build_learner(build(mine, trained=True), settings, 6, sizes=options)
-    critic = build_learner(build(others, head="score", trained=True), settings, 6, sizes=options, name="critic")
-    roles = Roles(actor, critic, Role(build(others), sizes=options))
+    build = lambda mesh, **options: build_decoder(str(folder), shape, mesh, "float32", **options)  # noqa: E731
+    actor = build_learner(build(first, trained=True), settings, 6, sizes=sizes)
+    critic = build_learner(build(others, head="score", trained=True), settings, 6, sizes=sizes, name="critic")
+    roles = Roles(actor, critic, Role(build(others), sizes=sizes))
     learners = {"actor": actor, "critic": critic}
     begin = 3 if resume else 0
     if resume:
@@ -65,7 +65,7 @@ def three_steps(
         for learner in learners.values():
             learner.optimizer.restore(state["steps"])
     dataset: Any = Prompts()
-    generator = EmbeddedGenerator(actor.model, mine)
+    generator = EmbeddedGenerator(actor.model, first)
     params = SamplingParams(max_new_tokens=6, stop_ids=(2,), seed=1)
     source = OnPolicySource(dataset, generator, params, 8, 1, Profiler(whole))
     kl, metrics, responses = KLController(0.1, 0.0, 1), {}, []
@@ -85,7 +85,7 @@ def three_steps(
 
 
 def test_placed_roles_equal_one_process(tmp_path):
-    """Checkpoints too: one that the placed roles write goes on in one process, and the other way round."""
+    """Metrics, gradients, moments, weights and responses; a run resumes from the other placement's checkpoint."""
     folder = tiny_llama(tmp_path / "llama")
     alone = three_steps(0, 1, folder, False, tmp_path / "alone")
     for got in run_ranks(three_steps, 4, folder, True, tmp_path / "placed", timeout=200):
