@@ -138,11 +138,11 @@ def _coefs(learner: Learner) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("option", "value"), [("router_aux_coef", 0.5), ("router_z_coef", 1e-3)])
 def test_router_coefficients_without_experts_are_refused(folders, option, value):
-    settings = config(folders, actor=ActorConfig(optimizer=OptimizerConfig(**{option: value})))
+    settings = config(folders, actor=ActorConfig(optimizer=dataclasses.replace(OptimizerConfig(), **{option: value})))
     with pytest.raises(ValueError, match=f"{option}={value}: .* actor model has no experts"):
         build(settings)
     with pytest.raises(ValueError, match=f"{option}=-0.5"):
-        OptimizerConfig(**{option: -0.5})
+        dataclasses.replace(OptimizerConfig(), **{option: -0.5})
 
 
 def test_corrupt_and_too_large_tokenizers_are_refused(folders, tmp_path):
