@@ -42,27 +42,18 @@ COMMAND_LINES = {
         ["--actor.optimizr.lr", "1"],
         ["Unrecognized options: --actor.optimizr.lr", "--actor.optimizer.lr"],
     ),
-    "unknown section": (["--actr.clip_low", "0.1"], ["Unrecognized options: --actr.clip_low", "--actor.clip_low"]),
     "not a number": (["--actor.optimizer.lr", "fast"], ["--actor.optimizer.lr", "'fast'"]),
-    "not a whole number": (["--run.steps", "2.5"], ["--run.steps", "'2.5'"]),
     "not a switch": (["--reward.normalize", "maybe"], ["--reward.normalize", "'maybe'", "True"]),
     "not a choice": (["--ppo.kl_estimator", "k4"], ["invalid choice 'k4'", "--ppo.kl_estimator", "'k1', 'k2', 'k3'"]),
     "no value": (["--run.steps"], ["'--run.steps'", "Expected 1 values"]),
-    "too few values": (["--actor.optimizer.betas", "0.9"], ["--actor.optimizer.betas", "2"]),
     "below its range": (["--run.steps", "0"], ["run: steps=0: must be 1 or more"]),
-    "above its range": (["--rollout.top_p", "1.5"], ["rollout: top_p=1.5: must be above 0 and at most 1"]),
     "not a number at all": (["--ppo.kl_coef", "nan"], ["ppo: kl_coef=nan: must be 0 or more"]),
-    "infinite": (["--critic.optimizer.lr", "inf"], ["critic.optimizer: lr=inf: must be 0 or more"]),
     "greedy": (["--rollout.temperature", "0"], ["temperature=0.0: must be above 0"]),
     "min above max": (
         ["--rollout.max_new_tokens", "8", "--rollout.min_new_tokens", "9"],
         ["min_new_tokens=9: must be 0 to max_new_tokens=8"],
     ),
     "reward without a colon": (["--reward.functions", "reward.py"], ["'reward.py': must be path/to/file.py:function"]),
-    "reward without a function": (
-        ["--reward.functions", "reward.py:"],
-        ["'reward.py:': must be path/to/file.py:function"],
-    ),
     "weights that do not fit": (
         ["--reward.functions", "a:b", "--reward.weights", "1", "2"],
         ["2 weights for 1 functions, models and servers"],
@@ -75,10 +66,6 @@ COMMAND_LINES = {
     "negative probabilities": (
         ["--data.sources", "a", "b", "--data.probabilities", "-1", "2"],
         ["probabilities=(-1.0, 2.0): must be 0 or more, and not all 0"],
-    ),
-    "probabilities of zero": (
-        ["--data.sources", "a", "b", "--data.probabilities", "0", "0"],
-        ["probabilities=(0.0, 0.0): must be 0 or more, and not all 0"],
     ),
     "no config file named": (["--config"], ["error: --config needs a path"]),
     "two config files": (["--config", "a.toml", "--config", "b.toml"], ["error: --config is given twice"]),
@@ -97,17 +84,13 @@ def test_command_line(case, capsys, tmp_path, monkeypatch):
 
 # Config: the file.
 FILES = {
-    "malformed": ("[actor\nx = 1", "not valid TOML: Expected ']'"),
     "malformed value": ("[run]\nsteps = many", "not valid TOML: Invalid value (at line 2"),
     "unknown key": (
         "[actor]\nclip_lw = 0.1",
         "unknown key 'actor.clip_lw': did you mean 'clip_low'? allowed: policy_loss, ",
     ),
-    "unknown section": ("[reard]\nclip = 1", "unknown key 'reard': did you mean 'reward'? allowed: model, data, "),
-    "key outside its section": ("steps = 3", "unknown key 'steps': allowed: model, data, "),
     "key for a section": ("actor = 3", "actor is a section: write [actor], not actor = 3"),
     "string for a number": ('[run]\nsteps = "3"', 'run.steps = "3": must be a whole number, not a string'),
-    "float for an int": ("[run]\nsteps = 3.5", "run.steps = 3.5: must be a whole number, not a number"),
     "switch for a number": ("[ppo]\ngamma = true", "ppo.gamma = true: must be a number, not true or false"),
     "number for a switch": (
         "[reward]\nnormalize = 1",
@@ -189,40 +172,19 @@ def load_prompts(path: Path | str, **knobs) -> PromptDataset:
 
 
 LINES = {
-    "malformed JSON": ('{"prompt": "hello"}\n\n{"prompt": oops}\n', ":3: not valid JSON: Expecting value at column 12"),
-    "half a surrogate pair": (
-        '{"prompt": "\\ud83d\\ude00"}\n{"prompt": "\\uD83D?"}\n',
-        ":2: 'prompt' holds '\\ud83d', half of a surrogate pair: not text",
-    ),
-    "cut short": ('{"prompt": "hello"}\n{"prompt": "he', ":2: not valid JSON: Unterminated string"),
-    "not an object": ('["hello"]\n', ":1: must be an object such as {...}, not list"),
     "missing key": (
         '{"prompt": "hello"}\n{"text": "a", "id": 1}\n',
         ":2: no column 'prompt' (data.prompt_key); it has: 'te",
     ),
     "empty prompt": ('{"prompt": "  "}\n', ":1: 'prompt' is empty"),
-    "number for a prompt": (
-        '{"prompt": 3}\n',
-        ":1: 'prompt' must be a string or a list of {role, content} messages, not 3",
-    ),
     "message without content": (
         '{"prompt": [{"role": "user"}]}\n',
         ":1: 'prompt'[0] (user): its content must be a string, not None",
     ),
-    "content in parts": (
-        '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n',
-        ":1: 'prompt'[0] (user): its content must be a string, not [{",
-    ),
-    "role that is no string": (
-        '{"prompt": [{"role": 1, "content": "a"}]}\n',
-        ":1: 'prompt'[0] must be a message {role, content}, not {'role': 1",
-    ),
-    "a string in a list": ('{"prompt": ["a"]}\n', ":1: 'prompt'[0] must be a message {role, content}, not 'a'"),
     "an answer that says nothing": (
         '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null, "tool_calls": []}]}\n',
         ":1: 'prompt'[1] (assistant): its content must be a string, not None",
     ),
-    "tools in words": ('{"prompt": "a", "tools": "clock"}\n', ":1: 'tools' is not valid JSON: Expecting value"),
     "role the template lacks": (
         '{"prompt": [{"role": "judge", "content": "a"}]}\n',
         ":1: the tokenizer's chat template refus",
@@ -238,46 +200,6 @@ def test_rows_are_named_by_file_and_line(case, tmp_path):
     with pytest.raises(ValueError) as error:
         load_prompts(path)
     assert f"{path}{part}" in str(error.value)
-
-
-def test_missing_prompt_file(tmp_path):
-    with pytest.raises(ValueError, match=r"data source nowhere\.jsonl: No such file or directory"):
-        load_prompts("nowhere.jsonl")
-    with pytest.raises(ValueError, match=r"data source nowhere\.parquet: "):
-        load_prompts("nowhere.parquet")
-
-
-def test_empty_prompt_file(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl: holds no prompts"):
-        load_prompts(path)
-
-
-def test_prompt_file_of_another_kind(tmp_path):
-    path = tmp_path / "a.xlsx"
-    path.write_text("prompt\nhello\n")
-    with pytest.raises(ValueError, match=r"a\.xlsx: must be \.jsonl, \.json, \.csv, .*, a folder of these, or a name"):
-        load_prompts(path)
-
-
-def test_prompt_file_that_is_not_what_its_name_says(tmp_path):
-    (tmp_path / "a.parquet").write_text("no parquet")
-    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "good"}\n' * 3000 + b'{"prompt": "\xff"}\n')
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file"):
-        load_prompts(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.jsonl:3001: not UTF-8: invalid start byte"):
-        load_prompts(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"data source .*folder: "):
-        load_prompts(tmp_path / "folder")
-
-
-def test_a_name_that_is_nowhere(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"nobody/nothing: no such file or folder, and not to be had from the Hugging F"
-    ):
-        load_prompts("nobody/nothing")
 
 
 def test_all_prompts_too_long(tmp_path):
@@ -326,15 +248,7 @@ def reward(tmp_path: Path, body: str) -> str:
 
 ANSWERS = {
     "raises": ("return [1 / len(c) for c in completions]", "raised ZeroDivisionError: division by zero"),
-    "the row that raises": (
-        "return [1 / len(c) for c in completions]",
-        "for a.jsonl:2 (prompt 'prompt 1', completion '')",
-    ),
-    "the line that raises": ("return [1 / len(c) for c in completions]", "reward.py:3)"),
-    "raises for the whole batch": (
-        "assert len(prompts) == 1; return [0.0]",
-        "raised AssertionError (",
-    ),
+    "one row": ("return [1 / len(c) for c in completions]", "for a.jsonl:2 (prompt 'prompt 1', completion '')"),
     "no row alone": (
         "assert len(prompts) == 1; return [0.0]",
         "the 3 rows from a.jsonl:1 to a.jsonl:3, but for none of them alone",
@@ -342,17 +256,11 @@ ANSWERS = {
     "wrong length": ("return [0.0]", "returned 1 scores for 3 completions, of a.jsonl:1 to a.jsonl:3"),
     "wrong length, its rows emptied": ("completions.clear(); return [0.0]", "returned 1 scores for 3 completions, of"),
     "nothing": ("return None", "returned None: must be one float for each completion"),
-    "one number for all": ("return 0.5", "returned 0.5: must be one float for each completion"),
     "NaN": (
         "return [0.0, 0.0, float('nan')]",
         "returned nan for a.jsonl:3 (prompt 'prompt 2'): must be a finite number",
     ),
-    "infinity": (
-        "return [0.0, -float('inf'), 0.0]",
-        "returned -inf for a.jsonl:2 (prompt 'prompt 1'): must be a finite",
-    ),
     "text": ("return [0.0, 'good', 0.0]", "returned 'good' for a.jsonl:2 (prompt 'prompt 1'): must be a finite number"),
-    "None for all": ("return None", "returned None: must be one float for each completion"),
     "exits": ("sys.exit(3)", "its process ended (exit code 3) for 3 rows: a.jsonl:1, a.jsonl:2, a.jsonl:3"),
     "closes everything": (
         "os.closerange(0, 100); time.sleep(60)",

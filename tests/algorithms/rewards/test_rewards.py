@@ -36,11 +36,6 @@ def test_a_function_gets_prompts_completions_and_columns(tmp_path):
         assert reward.score(PROMPTS[1:], [""]) == [8.0]
 
 
-def test_a_column_that_a_row_lacks_is_none(tmp_path):
-    with RewardFunction(function(tmp_path, "return [0.0 if t is None else 1.0 for t in fields['topic']]")) as reward:
-        assert reward.score(PROMPTS, ["", ""]) == [1.0, 0.0]
-
-
 def test_numpy_scalars_bools_and_generators_are_numbers(tmp_path):
     body = "import numpy as np\nyield np.float32(0.5)\nyield True"
     with RewardFunction(function(tmp_path, body)) as reward:
@@ -72,11 +67,6 @@ def test_a_module_is_found_in_the_working_directory_and_finds_its_neighbors(tmp_
     for spec in ("reward:score", "reward.py:score", f"{tmp_path}/reward.py:score"):
         with RewardFunction(spec) as reward:
             assert reward.score(PROMPTS, ["", ""]) == [7.0, 7.0]
-
-
-def test_large_batches_go_through(tmp_path):
-    with RewardFunction(function(tmp_path, "return [len(c) for c in completions]")) as reward:
-        assert reward.score(PROMPTS * 500, ["x" * 2000] * 1000) == [2000.0] * 1000
 
 
 def test_a_row_that_failed_can_be_scored_again(tmp_path):
@@ -127,9 +117,7 @@ def _running(pid: int) -> bool:
 
 
 def test_scores_are_combined_by_weight():
-    scores = {"a": [1.0, 2.0], "b": [10.0, -10.0]}
-    assert combine(scores) == [11.0, -8.0]
-    assert combine(scores, (0.5, 2.0)) == [20.5, -19.0]
+    assert combine({"a": [1.0, 2.0], "b": [10.0, -10.0]}, (0.5, 2.0)) == [20.5, -19.0]
 
 
 def test_running_statistics_equal_those_of_all_numbers_at_once():
@@ -152,13 +140,10 @@ def test_rewards_are_normalized_then_clipped_then_penalized():
     assert rewards == pytest.approx([low, low - 3.0, low, 1.0])
 
 
-def test_equal_rewards_normalize_to_zero():
-    assert RewardShaper(normalize=True)([2.0, 2.0], [True, True]) == [0.0, 0.0]
-
-
 def test_by_default_only_the_clip_acts():
     assert RewardShaper()([3.0, -11.0, 50.0], [True, False, True]) == [3.0, -10.0, 10.0]
     assert RewardShaper(clip=0)([50.0], [True]) == [50.0]
+    assert RewardShaper(normalize=True)([2.0, 2.0], [True, True]) == [0.0, 0.0]
 
 
 def test_the_statistics_go_on_from_a_checkpoint():
