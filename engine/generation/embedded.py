@@ -170,9 +170,8 @@ class EmbeddedGenerator(Generator):
 
     def add(self, request: Request) -> int:
         self._check(request)
-        sequence = Sequence(
-            self._next_id, request.prompt, request.params, sample_key(request.params.seed, request.sample_id)
-        )
+        key = sample_key(request.params.seed, request.sample_id)
+        sequence = Sequence(self._next_id, request.prompt, request.params, key)
         self._open.add(sequence.id)
         self._next_id += 1
         self._calls.append((self.tick, lambda: self.scheduler.add(sequence)))
@@ -207,7 +206,7 @@ class EmbeddedGenerator(Generator):
 
     def pause(self) -> None:
         self._pausing = True
-        self._calls.append((self.tick, lambda: self._set_paused(True)))
+        self._calls.append((self.tick, lambda: setattr(self, "_paused", True)))
         # Until the last step in flight has passed the last stage and its tokens have reached the first.
         for _ in range(max(1, 2 * self.mesh.pp.size - 2)):
             self._run_tick()
@@ -216,7 +215,7 @@ class EmbeddedGenerator(Generator):
 
     def resume(self) -> None:
         self._pausing = False
-        self._calls.append((self.tick, lambda: self._set_paused(False)))
+        self._calls.append((self.tick, lambda: setattr(self, "_paused", False)))
 
     def load(self, weights: Model, version: int) -> None:
         running = not self._pausing
@@ -233,6 +232,7 @@ class EmbeddedGenerator(Generator):
         prompt, params = request.prompt, request.params
         vocab, positions = self.model.config.vocab_size, self.model.config.longest_rollout
         name = f"prompt of sample {request.sample_id}"
+        size = f"{name} has {len(prompt)} tokens, with max_new_tokens={params.max_new_tokens}"
         for stop in params.stop_ids:
             if not 0 <= stop < vocab:
                 raise ValueError(f"stop id {stop} is not in the vocabulary of {vocab}")
@@ -241,16 +241,13 @@ class EmbeddedGenerator(Generator):
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise ValueError(f"{name} holds a token outside the vocabulary of {vocab}")
         if len(prompt) + params.max_new_tokens > positions:
-            raise ValueError(
-                f"{name} has {len(prompt)} tokens, with max_new_tokens={params.max_new_tokens} it passes the model's"
-                f" {positions} positions"
-            )
+            raise ValueError(f"{size} it passes the model's {positions} positions")
         self.scheduler.max_blocks = self._max_blocks
         blocks = self.scheduler.blocks_of(len(prompt), params)
         if self._max_blocks is not None and blocks > self._max_blocks:
             raise ValueError(
-                f"{name} has {len(prompt)} tokens, with max_new_tokens={params.max_new_tokens} it needs {blocks} cache"
-                f" blocks of {self.scheduler.block_size}; cache_bytes={self.cache_bytes} holds {self._max_blocks}"
+                f"{size} it needs {blocks} cache blocks of {self.scheduler.block_size} tokens;"
+                f" cache_bytes={self.cache_bytes} holds {self._max_blocks}"
             )
 
     def _on_any_rank(self, value: bool) -> bool:
@@ -258,9 +255,6 @@ class EmbeddedGenerator(Generator):
         if self.mesh.ep.size == 1:
             return value
         return bool(all_reduce(torch.tensor(int(value), device=self.mesh.device), self.mesh.ep, "max").item())
-
-    def _set_paused(self, paused: bool) -> None:
-        self._paused = paused
 
     def _thaw(self) -> None:
         if self._frozen:

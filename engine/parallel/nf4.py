@@ -21,14 +21,17 @@ from .shard import Shard, Sink
 
 
 @dataclass
-class _Part:
-    """Sink of one piece of an NF4Weight."""
+class _PieceSink:
+    """Sink of one piece [rows, cols] of an NF4Weight, which quantizes it."""
 
     weight: NF4Weight
     index: int
 
     def copy_(self, source: Tensor) -> None:
-        self.weight.fill(self.index, source)
+        weight, shape = self.weight, self.weight.pieces[self.index].shape
+        assert tuple(source.shape) == shape, f"{list(source.shape)} for a piece of {shape}"
+        codes, weight.filled[self.index] = quantize_nf4(source.to(weight.codes.device))
+        weight.codes[weight.rows(self.index)] = codes
 
 
 class NF4Weight(nn.Module):
@@ -61,18 +64,12 @@ class NF4Weight(nn.Module):
             self.register_buffer(f"offset_{i}", torch.empty((), device=device))
 
     def sink(self, piece: int) -> Sink:
-        """Sink of a piece; its `copy_` quantizes."""
-        return _Part(self, piece)
+        return _PieceSink(self, piece)
 
-    def _rows(self, index: int) -> slice:
+    def rows(self, index: int) -> slice:
+        """Rows of a piece."""
         begin = sum(piece.shape[0] for piece in self.pieces[:index])
         return slice(begin, begin + self.pieces[index].shape[0])
-
-    def fill(self, index: int, source: Tensor) -> None:
-        """Quantizes one piece [rows, cols] from floats."""
-        piece, rows = self.pieces[index], self._rows(index)
-        assert tuple(source.shape) == piece.shape, f"{list(source.shape)} for a piece of {piece.shape}"
-        self.codes[rows], self.filled[index] = quantize_nf4(source.to(self.codes.device))
 
     def _quantize_scales(self) -> None:
         """Quantizes the scales of filled pieces. Collective over the axis where a piece is sharded."""
@@ -85,7 +82,7 @@ class NF4Weight(nn.Module):
                 whole[here] = absmax
                 absmax = all_reduce(whole, self.axis)
             scales, groups, offset = quantize_scales(absmax)
-            self.scales[self._rows(index)] = scales[here]
+            self.scales[self.rows(index)] = scales[here]
             self.get_buffer(f"groups_{index}").copy_(groups)
             self.get_buffer(f"offset_{index}").copy_(offset)
         self.filled.clear()
@@ -98,7 +95,7 @@ class NF4Weight(nn.Module):
         for i, piece in enumerate(self.pieces):
             held = self.get_buffer(f"groups_{i}"), self.get_buffer(f"offset_{i}")
             start = piece.offset[0], piece.offset[1] // BLOCK
-            parts.append(dequantize_scales(self.scales[self._rows(i)], *held, start, piece.global_shape[1] // BLOCK))
+            parts.append(dequantize_scales(self.scales[self.rows(i)], *held, start, piece.global_shape[1] // BLOCK))
         return torch.cat(parts)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:

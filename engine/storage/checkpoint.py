@@ -272,8 +272,7 @@ def load(path: Path, entries: Iterable[Entry], mesh: Mesh) -> dict[str, Any]:
             disk that fails while reading leaves tensors partly filled.
     """
     wanted = list(entries)
-    plan: dict[str, list[Copy]] = {}
-    run_on_all_ranks(lambda: plan.update(_plan(Reader(path), wanted)), mesh.world, f"{path}: ")
+    plan = run_on_all_ranks(lambda: _plan(Reader(path), wanted), mesh.world, f"{path}: ")
     _check(path, {"state.json"}.union(*gather_objects(list(plan), mesh.world)), mesh)
 
     def fill() -> None:

@@ -120,20 +120,6 @@ def test_requeued_sequences_are_admitted_first_with_their_tokens():
     assert (step.decoding, [s.id for s in step.admitted], step.tokens) == (0, [0, 1], 3 + 4)
 
 
-def test_pool_doubles_up_to_its_limit():
-    scheduler = scheduler_of([4], max_running=8)  # 4 + 4 cached tokens: 2 blocks of 4
-    params = SamplingParams(max_new_tokens=5)
-    sizes = []
-    for number in range(1, 10):
-        planned(scheduler)
-        sizes.append(scheduler.pool.num_blocks)
-        scheduler.add(Sequence(number, [0] * 4, params))
-        running = scheduler.running[0]
-        scheduler.commit(Step(0, len(running), []), [1] * len(running), [0.0] * len(running))
-        scheduler.retire(0)
-    assert sizes[:4] == [2, 4, 8, 8] and max(sizes) <= 16
-
-
 @settings(deadline=None)
 @given(
     late=st.lists(st.integers(0, 8), min_size=12, max_size=12),

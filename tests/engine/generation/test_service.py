@@ -201,16 +201,15 @@ def interrupt(rank: int, world: int, sizes: dict[str, Any]) -> tuple[list[Comple
 def test_interrupted_generator_works_again_and_reports(sizes):
     """One rank sees the interruption; a request that `generate` did not add is collected by `step`."""
     results = run(interrupt, sizes)
-    dp, expected = sizes.get("dp", 1), results[0][0]
-    tokens = flops = 0.0
-    for rank in range(dp):
-        lengths = [len(completion.tokens) for completion in expected[: 5 - rank]] + [len(alone(False)[1].tokens)]
-        prompts = [len(request(number).prompt) for number in range(5 - rank)] + [len(request(1).prompt)]
-        tokens += sum(lengths)
-        flops += forward_flops(moe_config(None), [a + b for a, b in zip(prompts, lengths, strict=True)], sum(lengths))
-    for rank, (completions, seen_tokens, seen_flops) in enumerate(results):
-        assert completions == expected[: len(completions)], f"rank {rank}"
-        assert (seen_tokens, seen_flops) == pytest.approx((tokens, flops))
+    expected, tokens, flops = results[0][0], 0, 0.0
+    for rank in range(sizes.get("dp", 1)):
+        numbers, completions = [*range(5 - rank), 1], [*expected[: 5 - rank], alone(False)[1]]
+        lengths = [len(request(n).prompt) + len(c.tokens) for n, c in zip(numbers, completions, strict=True)]
+        sampled = sum(len(c.tokens) for c in completions)
+        tokens, flops = tokens + sampled, flops + forward_flops(moe_config(None), lengths, sampled)
+    for completions, counted_tokens, counted_flops in results:
+        assert completions == expected[: len(completions)]
+        assert (counted_tokens, counted_flops) == pytest.approx((tokens, flops))
 
 
 def test_unknown_request_id_is_refused():

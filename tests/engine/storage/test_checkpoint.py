@@ -167,20 +167,18 @@ def test_failed_save_raises_on_all_ranks(tmp_path, broken):
     run_ranks(rank_loads, 2, tmp_path / "step_1", 1, 2)
 
 
-def rank_loads_nothing(rank: int, world: int, path: Path) -> str:
+def rank_misses(rank: int, world: int, path: Path) -> None:
     """Rank 1 asks for a missing tensor; rank 0 must raise too."""
     mesh = build_mesh(tp=2)
     entries = entries_of(mesh)
     if rank == 1:
         entries[0] = dataclasses.replace(entries[0], name="actor/master/none")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="rank 1: no tensor actor/master/none"):
         load(path, entries, mesh)
-    return str(caught.value)
 
 
 def test_failed_load_raises_on_all_ranks(saved):
-    for message in run_ranks(rank_loads_nothing, 2, saved[1, 1, 1]):
-        assert message.endswith("rank 1: no tensor actor/master/none")
+    run_ranks(rank_misses, 2, saved[1, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -276,13 +274,6 @@ def test_wrong_entries_are_refused(tmp_path, alone):
     with pytest.raises(OSError, match="no such asset"):
         save(tmp_path, 2, [entry], {}, alone, keep=1, assets={"x": Path("/no such asset")})
     assert names(tmp_path) == ["step_1"]
-
-
-def test_load_converts_dtypes(tmp_path, alone):
-    entry = Entry("actor/master/a", (6, 5), (0, 0), torch.randn(6, 5).bfloat16(), True)
-    path, loaded = save(tmp_path, 1, [entry], {}, alone, keep=1, assets={}), torch.zeros(6, 5)
-    load(path, [dataclasses.replace(entry, tensor=loaded)], alone)
-    assert torch.equal(loaded, entry.tensor.float())
 
 
 SAVER = """
