@@ -62,6 +62,11 @@ class Family:
         return next(name for name, kind in self.architectures.items() if kind == head)
 
 
+def heads_of(stem: str) -> dict[str, HeadKind]:
+    """transformers' two architectures of a family: StemForCausalLM and StemForSequenceClassification."""
+    return {f"{stem}ForCausalLM": "lm", f"{stem}ForSequenceClassification": "score"}
+
+
 def read_decoder(values: Mapping[str, Any], fixed: Mapping[str, Any] | None = None, **more: Any) -> ModelConfig:
     """Config from the keys that LLaMA-like families have in common.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import HeadKind, ModelConfig
-from .family import Family, WeightRow, flag, read_decoder, write_decoder
+from .family import Family, WeightRow, flag, heads_of, read_decoder, write_decoder
 
 _LAYER, _HF = "layers.{i}.", "model.layers.{i}."
 
@@ -65,6 +65,4 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     return write_decoder(config, head, attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
 
 
-LLAMA = Family(
-    "LLaMA", {"LlamaForCausalLM": "lm", "LlamaForSequenceClassification": "score"}, read, write, table, "llama"
-)
+LLAMA = Family("LLaMA", heads_of("Llama"), read, write, table, "llama")

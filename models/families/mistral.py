@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig
 from . import llama
-from .family import Family, positive_int, read_decoder, write_decoder
+from .family import Family, heads_of, positive_int, read_decoder, write_decoder
 
 
 def read(values: Mapping[str, Any]) -> ModelConfig:
@@ -27,11 +27,4 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     return write_decoder(config, head, sliding_window=config.window)
 
 
-MISTRAL = Family(
-    "Mistral",
-    {"MistralForCausalLM": "lm", "MistralForSequenceClassification": "score"},
-    read,
-    write,
-    llama.table,
-    "mistral",
-)
+MISTRAL = Family("Mistral", heads_of("Mistral"), read, write, llama.table, "mistral")

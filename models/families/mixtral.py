@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig, MoEConfig
 from . import llama
-from .family import Family, WeightRow, nonnegative, positive_int, read_decoder, write_decoder
+from .family import Family, WeightRow, heads_of, nonnegative, positive_int, read_decoder, write_decoder
 
 _LAYER, _HF = "layers.{i}.mlp.", "model.layers.{i}.block_sparse_moe."
 
@@ -50,6 +50,4 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     )
 
 
-MIXTRAL = Family(
-    "Mixtral", {"MixtralForCausalLM": "lm", "MixtralForSequenceClassification": "score"}, read, write, table, "mixtral"
-)
+MIXTRAL = Family("Mixtral", heads_of("Mixtral"), read, write, table, "mixtral")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig
 from . import llama
-from .family import Family, flag, positive_int, read_decoder, write_decoder
+from .family import Family, flag, heads_of, positive_int, read_decoder, write_decoder
 
 
 def read(values: Mapping[str, Any]) -> ModelConfig:
@@ -55,6 +55,4 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     return write_decoder(config, head, **write_windows(config))
 
 
-QWEN2 = Family(
-    "Qwen2", {"Qwen2ForCausalLM": "lm", "Qwen2ForSequenceClassification": "score"}, read, write, llama.table, "qwen2"
-)
+QWEN2 = Family("Qwen2", heads_of("Qwen2"), read, write, llama.table, "qwen2")

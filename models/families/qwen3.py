@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig
 from . import llama
-from .family import Family, flag, read_decoder, write_decoder
+from .family import Family, flag, heads_of, read_decoder, write_decoder
 from .qwen2 import read_windows, write_windows
 
 
@@ -23,6 +23,4 @@ def write(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     return write_decoder(config, head, attention_bias=config.qkv_bias, **write_windows(config))
 
 
-QWEN3 = Family(
-    "Qwen3", {"Qwen3ForCausalLM": "lm", "Qwen3ForSequenceClassification": "score"}, read, write, llama.table, "qwen3"
-)
+QWEN3 = Family("Qwen3", heads_of("Qwen3"), read, write, llama.table, "qwen3")

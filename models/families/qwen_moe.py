@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import HeadKind, ModelConfig, MoEConfig
 from . import llama
-from .family import Family, WeightRow, flag, nonnegative, positive_int, read_decoder, write_decoder
+from .family import Family, WeightRow, flag, heads_of, nonnegative, positive_int, read_decoder, write_decoder
 
 _LAYER, _HF = "layers.{i}.mlp.", "model.layers.{i}.mlp."
 _EXPERT = _HF + "experts.{e}."
@@ -91,19 +91,5 @@ def write_qwen3(config: ModelConfig, head: HeadKind) -> dict[str, Any]:
     return write_decoder(config, head, attention_bias=config.qkv_bias, **_write_experts(config.moe))
 
 
-QWEN2_MOE = Family(
-    "Qwen2-MoE",
-    {"Qwen2MoeForCausalLM": "lm", "Qwen2MoeForSequenceClassification": "score"},
-    read_qwen2,
-    write_qwen2,
-    table,
-    "qwen2_moe",
-)
-QWEN3_MOE = Family(
-    "Qwen3-MoE",
-    {"Qwen3MoeForCausalLM": "lm", "Qwen3MoeForSequenceClassification": "score"},
-    read_qwen3,
-    write_qwen3,
-    table,
-    "qwen3_moe",
-)
+QWEN2_MOE = Family("Qwen2-MoE", heads_of("Qwen2Moe"), read_qwen2, write_qwen2, table, "qwen2_moe")
+QWEN3_MOE = Family("Qwen3-MoE", heads_of("Qwen3Moe"), read_qwen3, write_qwen3, table, "qwen3_moe")

@@ -1,4 +1,4 @@
-"""Tiny models of every family as Hugging Face folders: by transformers where it has the family, by hand elsewhere."""
+"""Tiny random models of every family as Hugging Face folders."""
 
 import json
 from collections.abc import Mapping
@@ -24,17 +24,13 @@ SIZES = {
 }
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+_MSCALE = _YARN | {"mscale": 0.7, "mscale_all_dim": 0.3, "beta_fast": 8.0, "truncate": False}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 16}
+_LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_WINDOW = {"use_sliding_window": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
 
-# name -> (prefix of transformers' classes, what its config says besides SIZES)
+# name -> (prefix of transformers' classes, config keys besides SIZES)
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -42,24 +38,24 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama-dynamic": ("Llama", {"rope_parameters": _DYNAMIC, "max_position_embeddings": 16}),
     "llama-yarn": ("Llama", {"rope_parameters": _YARN}),
-    "llama-yarn-mscale": (
-        "Llama",
-        {"rope_parameters": _YARN | {"mscale": 0.7, "mscale_all_dim": 0.3, "beta_fast": 8.0, "truncate": False}},
-    ),
+    "llama-yarn-mscale": ("Llama", {"rope_parameters": _MSCALE}),
     "llama-3.1": ("Llama", {"rope_parameters": _LLAMA3, "num_key_value_heads": 2}),
     "code-llama": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "mistral": ("Mistral", {"sliding_window": 5, "num_key_value_heads": 2, "head_dim": 16}),
     "mistral-full": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "qwen2-window": (
-        "Qwen2",
-        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-    ),
+    "qwen2-window": ("Qwen2", _WINDOW | {"num_key_value_heads": 2, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-mqa": (
         "Qwen3",
-        {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}
-        | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+        _WINDOW
+        | {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "attention_bias": True,
+            "sliding_window": 7,
+            "max_window_layers": 2,
+        },
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_key_value_heads": 2, "sliding_window": None}),
     "qwen2-moe": (
@@ -72,7 +68,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 _OWN = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6}
 _BAICHUAN = _OWN | {"intermediate_size": 36, "eos_token_id": 2, "initializer_range": 0.2}
 _QWEN = _OWN | {"intermediate_size": 72, "kv_channels": 8, "no_bias": True, "layer_norm_epsilon": 1e-6}
-# name -> config.json of families that transformers lacks, under the keys that their publishers use
+# name -> published config.json of families that transformers lacks
 OWN: dict[str, dict[str, Any]] = {
     "qwen": _QWEN
     | {"architectures": ["QWenLMHeadModel"], "seq_length": 64, "use_dynamic_ntk": True, "use_logn_attn": True},
@@ -97,7 +93,6 @@ def write_folder(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def peer_config(name: str) -> Any:
-    """transformers' config of a family it has."""
     import transformers
 
     prefix, changes = PEERS[name]
@@ -111,12 +106,12 @@ def peer_class(name: str, kind: str = "ForCausalLM") -> Any:
 
 
 def values_of(name: str) -> dict[str, Any]:
-    """The config.json of a family."""
+    """Content of the family's config.json."""
     return OWN[name] if name in OWN else peer_config(name).to_dict() | {"architectures": [peer_class(name).__name__]}
 
 
-def shake(tensors: Mapping[str, Tensor], seed: int) -> None:
-    """Random numbers in every tensor, biases and norms too: what is initialized to 0 or 1 would hide a mistake."""
+def randomize(tensors: Mapping[str, Tensor], seed: int) -> None:
+    """Fills all tensors, biases and norms too: initial values of 0 and 1 would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(tensors.items()):
         noise = torch.randn(tensor.shape, generator=generator)
@@ -125,30 +120,29 @@ def shake(tensors: Mapping[str, Tensor], seed: int) -> None:
 
 
 def random_folder(folder: Path, values: Mapping[str, Any], seed: int = 0) -> Path:
-    """A random model of a config.json."""
+    """A random model with this config.json."""
     shapes = hf_shapes(from_hf_dict(values))
     tensors = {tensor: torch.empty(shape) for tensor, shape in shapes.items()}
-    shake(tensors, seed)
+    randomize(tensors, seed)
     return write_folder(folder, values, tensors)
 
 
 def tiny_family(folder: Path, name: str, seed: int = 0) -> Path:
-    """A random model as its publisher would lay it out."""
+    """A random model, written by transformers if it has the family."""
     if name in OWN:
         return random_folder(folder, OWN[name], seed)
     model = peer_class(name)(peer_config(name))
-    shake(dict(model.named_parameters()), seed)
+    randomize(dict(model.named_parameters()), seed)
     model.save_pretrained(folder)
     return folder
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors."""
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether both hold the same names, types and bits."""
+    """Whether names, dtypes and bits are equal."""
     return one.keys() == other.keys() and all(
         t.dtype == other[name].dtype and torch.equal(t.view(torch.uint8), other[name].view(torch.uint8))
         for name, t in one.items()

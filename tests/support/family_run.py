@@ -1,4 +1,4 @@
-"""Our side of the families' tests: logits, gradients and greedy tokens of folders, in any layout."""
+"""Logits, gradients and greedy tokens of model folders by trialign, in any layout."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,12 +31,12 @@ LONG = [torch.randint(3, 96, (n,), generator=_generator).tolist() for n in (7, 4
 
 
 def room_for(config: ModelConfig, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """The prompts that can be continued."""
+    """The prompts with room for NEW_TOKENS."""
     return [prompt for prompt in prompts if len(prompt) + NEW_TOKENS <= config.longest_rollout]
 
 
 def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int) -> dict[str, Any]:
-    """What this rank has: logits (last stage), tokens, and its pieces of the gradient of the mean logprob."""
+    """This rank's logits (last stage), tokens, and pieces of the gradient of the mean logprob."""
     mesh = build_mesh(tp=tp, pp=pp, ep=ep)
     config = read_config(folder)
     model = Decoder(config, mesh, dtype=torch.float32)
@@ -64,7 +64,7 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
     gradients = []
     for name, parameter in model.named_parameters():
         begin, shard = 0, shard_of(parameter)
-        # Every DP rank runs the whole batch here; an expert gets the tokens of all ranks of ep.
+        # Every DP rank runs the whole batch here; an expert receives tokens from all EP ranks.
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradient = gradient / ep if shard.experts else gradient
         for piece in shard.pieces:
@@ -84,26 +84,26 @@ def rank_runs(
 def as_trialign(
     folders: Mapping[str, Path], tp: int, pp: int, ep: int = 1, prompts: list[list[int]] = PROMPTS
 ) -> dict[str, dict[str, Any]]:
-    """By folder: logits [tokens, vocab], gradients by Hugging Face's names, greedy tokens of the prompts that there is
-    room for; all ranks must agree."""
+    """By folder: logits [tokens, vocab], gradients by Hugging Face's names, greedy tokens of `room_for` prompts; all
+    ranks must agree."""
     results = run_ranks(rank_runs, tp * pp * ep, dict(folders), prompts, tp, pp, ep, timeout=180)
-    return {name: together([result[name] for result in results], folder) for name, folder in folders.items()}
+    return {name: merge_ranks([result[name] for result in results], folder) for name, folder in folders.items()}
 
 
-def together(ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+def merge_ranks(ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    wholes: dict[tuple[str, str], Tensor] = {}
+    merged: dict[tuple[str, str], Tensor] = {}
     for name, piece, rows in (entry for rank in ranks for entry in rank["gradients"]):
-        whole = wholes.setdefault((name, piece.part), torch.full(piece.global_shape, torch.nan))
+        full = merged.setdefault((name, piece.part), torch.full(piece.global_shape, torch.nan))
         place = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
-        known = ~whole[place].isnan()
-        torch.testing.assert_close(rows[known], whole[place][known], rtol=1e-5, atol=1e-6)
-        whole[place] = rows
+        present = ~full[place].isnan()
+        torch.testing.assert_close(rows[present], full[place][present], rtol=1e-5, atol=1e-6)
+        full[place] = rows
     parts: dict[str, Tensor] = {}
-    for (name, part), whole in wholes.items():
-        assert not whole.isnan().any(), f"{name} {part}: elements that no rank has a gradient of"
-        theirs = hf_name(name, part, config)
-        parts[theirs] = parts[theirs] + whole if theirs in parts else whole  # both ends of a tied embedding
+    for (name, part), full in merged.items():
+        assert not full.isnan().any(), f"{name} {part}: elements that no rank has a gradient of"
+        tensor = hf_name(name, part, config)
+        parts[tensor] = parts[tensor] + full if tensor in parts else full  # both copies of a tied embedding
     assert all(rank["tokens"] == ranks[0]["tokens"] for rank in ranks), "ranks sampled different tokens"
     logits = next(rank["logits"] for rank in ranks if rank["logits"] is not None)
     return {
@@ -113,14 +113,14 @@ def together(ranks: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     }
 
 
-def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
-    """Within 1e-5 of the largest number there; or of 0.02, for what is the small rest of sums that cancel."""
+def assert_same(got: Tensor, expected: Tensor, name: str) -> None:
+    """Within 1e-5 of the largest element; or of 0.02, for tensors of sums that nearly cancel."""
     error = (got.double() - expected.double()).abs().max().item()
-    assert got.shape == expected.shape and error <= 1e-5 * max(0.02, expected.abs().max().item()), f"{what}: {error}"
+    assert got.shape == expected.shape and error <= 1e-5 * max(0.02, expected.abs().max().item()), f"{name}: {error}"
 
 
 def assert_agrees(got: dict[str, Any], logits: Tensor, gradients: Mapping[str, Tensor], tokens: Any, name: str) -> None:
-    """What `as_trialign` gives of a folder is a reference's logits, gradients and first greedy tokens."""
+    """`as_trialign`'s result has a reference's logits, gradients and first greedy tokens."""
     assert_same(got["logits"], logits, f"{name}: logits")
     assert got["gradients"].keys() == gradients.keys()
     for tensor, gradient in gradients.items():
@@ -131,7 +131,7 @@ def assert_agrees(got: dict[str, Any], logits: Tensor, gradients: Mapping[str, T
 def rank_scores(
     rank: int, world: int, folders: dict[str, Path], new_head: Literal["refuse", "normal"] = "refuse"
 ) -> dict[str, Tensor]:
-    """Scores of the prompts' last tokens, by each folder's model with a score head under tp=world."""
+    """Scores of the prompts' last tokens by each folder's model with a score head, under tp=world."""
     found = {}
     for name, folder in folders.items():
         model = Decoder(read_config(folder), build_mesh(tp=world), dtype=torch.float32, head="score")

@@ -1,4 +1,4 @@
-"""How the golden vectors of routers and their losses are put to ours."""
+"""Adapters of the golden vectors of routers and their losses."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from trialign.models.moe import Router, Routing, router_metrics
 
 @adapter("transformers", "load_balancing_loss_func")
 def balance(case: Case) -> Outputs:
-    """transformers pools the layers before the product: what we log. We learn from each layer's: the same of one."""
+    """transformers pools the layers before the product, as the metric does; the loss of one layer is the same."""
     args, inputs = case["args"], case["inputs"]
     moe = MoEConfig(args["num_experts"], args["top_k"], ffn_size=1, aux_coef=1.0)
-    names = [name for name in inputs if name.startswith("gate_logits")]
-    logits = [tensor(case, name).requires_grad_() for name in names]
-    there = torch.ones(len(logits[0])).bool()
+    logits = [tensor(case, name).requires_grad_() for name in inputs if name.startswith("gate_logits")]
+    kept = torch.ones(len(logits[0])).bool()
     if "attention_mask" in inputs:  # a packed batch has no padding
-        there = tensor(case, "attention_mask").flatten().bool()
-    routing = Routing(torch.tensor([0, int(there.sum())], dtype=torch.int32), 1 / int(there.sum()))
-    losses = []
+        kept = tensor(case, "attention_mask").flatten().bool()
+    tokens = int(kept.sum())
+    routing, losses = Routing(torch.tensor([0, tokens], dtype=torch.int32), 1 / tokens), []
     for layer, each in enumerate(logits):
-        _, chosen = route(each[there].float(), moe.top_k, moe.normalize)
-        losses.append(routing.losses(layer, each[there], chosen, torch.tensor(0), moe))
-    config = moe_config(moe, num_layers=len(names))
-    outputs: Outputs = {"loss": router_metrics([routing], config, build_mesh())["router_aux_loss"]}
-    if len(names) == 1:
+        _, chosen = route(each[kept].float(), moe.top_k, moe.normalize)
+        losses.append(routing.losses(layer, each[kept], chosen, torch.tensor(0), moe))
+    metrics = router_metrics([routing], moe_config(moe, num_layers=len(logits)), build_mesh())
+    outputs: Outputs = {"loss": metrics["router_aux_loss"]}
+    if len(logits) == 1:
         outputs["grad_gate_logits_0"] = torch.autograd.grad(losses[0], logits[0])[0]
     return outputs
 

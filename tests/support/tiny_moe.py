@@ -1,11 +1,11 @@
-"""Small decoders with experts: one with made-up weights that are the same in every layout, and folders of mixtures."""
+"""Tiny MoE models: decoders with weights that are the same in every layout, and Hugging Face folders."""
 
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import shake
+from families import randomize
 from tiny import VOCAB
 from torch import nn
 from trialign.engine.mesh import Mesh
@@ -13,20 +13,11 @@ from trialign.engine.parallel.shard import shard_of
 from trialign.models.config import HeadKind, ModelConfig, MoEConfig
 from trialign.models.decoder import Decoder
 
-SIZES: dict[str, Any] = dict(
-    architecture="MixtralForCausalLM",
-    vocab_size=VOCAB,
-    hidden_size=32,
-    ffn_size=48,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=10000.0,
-    norm_eps=1e-6,
-    max_positions=256,
-    tie_embeddings=False,
-)
+SIZES: dict[str, Any] = {
+    **{"architecture": "MixtralForCausalLM", "vocab_size": VOCAB, "hidden_size": 32, "ffn_size": 48, "num_layers": 4},
+    **{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope_theta": 10000.0, "norm_eps": 1e-6},
+    **{"max_positions": 256, "tie_embeddings": False},
+}
 MIXTRAL = MoEConfig(experts=4, top_k=2, ffn_size=24, aux_coef=0.5, z_coef=0.1)
 SHARED = MoEConfig(
     experts=4, top_k=3, ffn_size=24, normalize=False, shared_ffn_size=16, dense_layers=(1,), aux_coef=0.5, z_coef=0.1
@@ -38,7 +29,7 @@ def moe_config(moe: MoEConfig | None = MIXTRAL, **changes: Any) -> ModelConfig:
 
 
 def fill(module: nn.Module, std: float = 0.3) -> None:
-    """Numbers that depend on the name, the part and the place in the whole tensor alone."""
+    """Fills parameters with random numbers that depend on name, part and index, not on the layout."""
     for name, parameter in module.named_parameters():
         begin = 0
         for piece in shard_of(parameter).pieces:
@@ -56,61 +47,38 @@ def moe_decoder(config: ModelConfig, mesh: Mesh, head: HeadKind = "lm", **option
     return model
 
 
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+EXPERTS: dict[str, Any] = TOKENS | {
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "router_aux_loss_coef": 0.1},
+    **{"num_local_experts": 4},
+}
+
+
 def tiny_mixtral(folder: Path, **changes: Any) -> Path:
     """A random Mixtral with 2 layers of 4 experts as a Hugging Face folder."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.1,
-        "router_aux_loss_coef": 0.1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "bos_token_id": 1,
-    }
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "max_position_embeddings": 256, "initializer_range": 0.1}
     torch.manual_seed(0)
-    MixtralForCausalLM(MixtralConfig(**(sizes | changes))).save_pretrained(folder)
+    MixtralForCausalLM(MixtralConfig(**(EXPERTS | sizes | changes))).save_pretrained(folder)
     return folder
 
 
-def mixture(folder: Path, *, family: str = "Qwen2Moe", tied: bool = False, **changes: Any) -> Path:
-    """A random mixture of 2 layers, the second of them dense where the family has such."""
+def moe_folder(folder: Path, *, family: str = "Qwen2Moe", tied: bool = False, **changes: Any) -> Path:
+    """A random MoE model of 2 layers with 4 experts, the second layer dense where the family has such."""
     import transformers
 
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "moe_intermediate_size": 128,
-        "shared_expert_intermediate_size": 128,
-        "num_experts": 4,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "mlp_only_layers": [1],
-        "router_aux_loss_coef": 0.1,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": tied,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
+    sizes: dict[str, Any] = EXPERTS | {
+        **{"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_experts_per_tok": 2},
+        **{"max_position_embeddings": 64, "tie_word_embeddings": tied},
     }
-    own = {} if family == "Qwen2Moe" else {"shared_expert_intermediate_size": None}
-    if family == "Mixtral":
-        own |= {"mlp_only_layers": None, "moe_intermediate_size": None}
-    kept = {key: value for key, value in (sizes | own | changes).items() if value is not None}
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**kept))
-    shake(dict(model.named_parameters()), 0)
+    if family != "Mixtral":
+        sizes |= {"num_experts": 4, "moe_intermediate_size": 128, "mlp_only_layers": [1]}
+    if family == "Qwen2Moe":
+        sizes |= {"shared_expert_intermediate_size": 128}
+    config = getattr(transformers, f"{family}Config")(**(sizes | changes))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    randomize(dict(model.named_parameters()), 0)
     model.save_pretrained(folder)
     return folder
 

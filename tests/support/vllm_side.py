@@ -1,9 +1,9 @@
-"""Runs in vLLM's environment, started by test_vllm.py: serves folders in this process and writes what they answer.
+"""Script for vLLM's environment, started by test_vllm.py: serves folders and writes vLLM's greedy tokens.
 
-    python -P vllm_side.py JOBS.json ANSWERS.json
+    python -P vllm_side.py JOBS.json RESULTS.json
 
-JOBS: {name: {"folder", "prompts": [[token id]], "tokens": new ones a prompt, "adapter": PEFT folder or absent}}.
-ANSWERS: {name: [[token id] a prompt], or the traceback as a string}.
+JOBS: {name: {"folder", "prompts": [[token id]], "tokens": new ones per prompt, "adapter": PEFT folder or absent}}.
+RESULTS: {name: [[token id] per prompt], or a traceback}.
 """
 
 # pyright: reportMissingImports=false
@@ -16,15 +16,14 @@ import traceback
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1")
 
 
-def answers(job: dict) -> list[list[int]]:
+def generate(job: dict) -> list[list[int]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    longest = max(map(len, job["prompts"])) + job["tokens"]
     engine = LLM(
         model=job["folder"],
         dtype="float32",
-        max_model_len=longest,
+        max_model_len=max(map(len, job["prompts"])) + job["tokens"],
         max_num_seqs=8,
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -40,16 +39,16 @@ def answers(job: dict) -> list[list[int]]:
 
 
 def main(jobs: str, target: str) -> None:
-    found: dict[str, list[list[int]] | str] = {}
+    results: dict[str, list[list[int]] | str] = {}
     with open(jobs) as file:
-        asked = json.load(file)
-    for name, job in asked.items():
+        todo = json.load(file)
+    for name, job in todo.items():
         try:
-            found[name] = answers(job)
-        except Exception:  # the test of this folder shows it; the others go on
-            found[name] = traceback.format_exc()
+            results[name] = generate(job)
+        except Exception:  # asserted by the job's test; the others continue
+            results[name] = traceback.format_exc()
     with open(target, "w") as file:
-        json.dump(found, file)
+        json.dump(results, file)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every family that transformers has: logits, gradients and greedy tokens of random weights are transformers'."""
+"""Every family in transformers: equal logits, gradients and greedy tokens, in several layouts."""
 
 from functools import cache
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import PEERS, SPARSE, peer_class, peer_config, shake, tiny_family
+from families import PEERS, SPARSE, peer_class, peer_config, randomize, tiny_family
 from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_agrees, assert_same, rank_scores, room_for
 from harness import run_ranks
 from safetensors.torch import load_file
@@ -22,14 +22,14 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @cache
-def theirs(name: str, folder: Path, long: bool = False) -> tuple[Tensor, dict[str, Tensor], list[list[int]]]:
+def reference(name: str, folder: Path, long: bool = False) -> tuple[Tensor, dict[str, Tensor], list[list[int]]]:
     """transformers' logits [tokens, vocab], gradients of the mean logprob by name on disk, greedy tokens."""
     model: Any = peer_class(name).from_pretrained(folder, dtype=torch.float32).eval()
     prompts = LONG if long else PROMPTS
 
     def alone(prompt: list[int]) -> Tensor:
         with torch.no_grad():
-            model(torch.tensor([[5]]))  # under dynamic NTK it keeps the base of the longest so far, up to a short one
+            model(torch.tensor([[5]]))  # resets dynamic NTK's base, which is that of the longest document so far
         return model(torch.tensor([prompt])).logits[0]
 
     logits = [alone(prompt) for prompt in prompts]
@@ -39,7 +39,7 @@ def theirs(name: str, folder: Path, long: bool = False) -> tuple[Tensor, dict[st
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
     short = room_for(read_config(folder), prompts)
     tokens = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in short]
-    # Gradients go through what makes names on disk of the model's own (fused experts, tied weights).
+    # Saved as weights, so that gradients get the names on disk (fused experts, tied weights).
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -47,40 +47,37 @@ def theirs(name: str, folder: Path, long: bool = False) -> tuple[Tensor, dict[st
     return torch.cat(logits).detach(), load_file(folder / "gradients" / "model.safetensors"), tokens
 
 
-def agree(folders: dict[str, Path], *layout: int, long: bool = False) -> None:
+def assert_equal_transformers(folders: dict[str, Path], *layout: int, long: bool = False) -> None:
     for name, got in as_trialign(folders, *layout, prompts=LONG if long else PROMPTS).items():
-        logits, gradients, tokens = theirs(name, folders[name], long)
+        logits, gradients, tokens = reference(name, folders[name], long)
         assert_agrees(got, logits, gradients, tokens, name)
         assert len(got["tokens"]) == len(tokens)
 
 
-# tp=4 is more than the key/value heads of most: ranks hold fractions of a head. tp=3 divides no head count.
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)])
-def test_all_families(folders, tp, pp):
-    agree(folders, tp, pp)
+# tp=4 exceeds the key/value heads of most: ranks hold fractions of a head. tp=3 divides no head count.
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2), (3, 1), (4, 1)])
+def test_all_families_equal_transformers(folders, tp, pp):
+    assert_equal_transformers(folders, tp, pp)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
-def test_dynamic_ntk_past_the_trained_length(folders, tp, pp):
-    """Trained on 16 positions: documents of 2 to 40 tokens in one batch, each turned by its own length's base."""
-    agree({"llama-dynamic": folders["llama-dynamic"]}, tp, pp, long=True)
+def test_dynamic_ntk_past_the_trained_length_equals_transformers(folders, tp, pp):
+    """Trained on 16 positions; documents of 2 to 40 tokens in one batch, each with its own base."""
+    assert_equal_transformers({"llama-dynamic": folders["llama-dynamic"]}, tp, pp, long=True)
 
 
-def test_mixtures_with_experts_over_ranks(folders):
-    agree({name: folders[name] for name in SPARSE}, 3, 1, 2)
+def test_expert_parallelism_equals_transformers(folders):
+    assert_equal_transformers({name: folders[name] for name in SPARSE}, 3, 1, 2)
 
 
-ONE_A_CLASS = ("llama-biases", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe")
-
-
-def test_score_heads(tmp_path):
-    """Reward models of every class: the score of each prompt's last token; alone and under tp=2."""
+def test_score_heads_equal_transformers(tmp_path):
+    """Reward models of every class: the score of each prompt's last token; in one process and under tp=2."""
     folders, expected = {}, {}
-    for name in ONE_A_CLASS:
+    for name in ("llama-biases", "mistral", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe"):
         config = peer_config(name)
         config.num_labels = 1
         model = peer_class(name, "ForSequenceClassification")(config).eval()
-        shake(dict(model.named_parameters()), 5)
+        randomize(dict(model.named_parameters()), 5)
         folders[name] = tmp_path / name
         model.save_pretrained(folders[name])
         with torch.no_grad():

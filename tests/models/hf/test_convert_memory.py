@@ -1,4 +1,4 @@
-"""What the conversion scripts hold in memory: always less than three times the largest tensor they meet."""
+"""Peak memory of the conversion scripts: less than three times the largest tensor."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from families import SIZES, same_bits, tensors_of, write_folder
-from test_convert import write_gguf
+from test_gguf import write_gguf
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.shard import Entry
 from trialign.engine.storage.checkpoint import write
@@ -30,9 +30,9 @@ def run(arguments):
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 small, large = (sys.argv[1:][i :: 2] for i in (0, 1))
-run(small)  # whatever is imported and kept, is now
+run(small)  # imports everything
 with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak begins anew
+    file.write("5")  # resets the peak
 before = peak()
 run(large)
 print("peak KB", peak() - before)
@@ -50,7 +50,7 @@ DOWN = {"hidden_size": 1024, "intermediate_size": 16384}
 
 
 def folder_of(folder: Path, values: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A folder of this config; its numbers are cheap to make, and no two rows of a tensor are alike."""
+    """A folder of this config with cheap numbers, different in each row."""
     tensors = {}
     for name, shape in hf_shapes(from_hf_dict(values)).items():
         numbers = torch.arange(torch.Size(shape).numel()) % 9973 - 4986 + len(name)
@@ -63,16 +63,16 @@ def largest(values: dict[str, Any], bytes_: int) -> int:
 
 
 def adapters(base: Path, checkpoint: Path, lora: LoRA) -> None:
-    """What a LoRA run on `base` leaves: a checkpoint of adapters alone."""
+    """A LoRA run's checkpoint of adapters on `base`."""
     shapes = adapter_shapes(read_config(base), lora)
     entries = [Entry(f"actor/master/{n}", s, (0, 0), torch.full(s, 0.1), True) for n, s in shapes.items()]
-    facts = {key: getattr(lora, key) for key in ("rank", "alpha", "rslora", "quantize")}
-    facts |= {"targets": list(lora.targets), "base": str(base), "digest": base_digest(base)}
-    write(checkpoint, [entries], lambda entry: entry.tensor, {"adapters": {"actor": facts}}, assets(base, "actor/"))
+    record = {key: getattr(lora, key) for key in ("rank", "alpha", "rslora", "quantize")}
+    record |= {"targets": list(lora.targets), "base": str(base), "digest": base_digest(base)}
+    write(checkpoint, [entries], lambda entry: entry.tensor, {"adapters": {"actor": record}}, assets(base, "actor/"))
 
 
 def assert_small(script: str, arguments: tuple[str, ...], root: Path, bound: int) -> None:
-    """Runs a script on `small` and then on `large` ("{}" in its arguments), whose peak stays below three bounds."""
+    """Runs a script on `small` and then on `large` ("{}" in its arguments), with a peak of less than three bounds."""
     both = [str(ROOT / "launch" / script)] * 2
     for argument in arguments:
         both += [argument.format(root / size) for size in ("small", "large")]
@@ -82,7 +82,7 @@ def assert_small(script: str, arguments: tuple[str, ...], root: Path, bound: int
     assert peak < 3 * bound, f"{script}: {peak / bound:.2f} times the largest tensor"
 
 
-def test_many_tensors_in_and_out(tmp_path):
+def test_import_and_export_of_many_tensors(tmp_path):
     """250 MB of weights in tensors of at most 32 MB, sharded."""
     sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 4096}
     values = LLAMA | sizes
@@ -103,26 +103,21 @@ def test_many_tensors_in_and_out(tmp_path):
     assert same_bits(tensors_of(tmp_path / "large_out"), tensors)
 
 
-def test_another_type_on_the_way_in(tmp_path):
-    for name, values in (("small", LLAMA), ("large", LLAMA | HEAD)):
-        folder_of(tmp_path / name, values)
-    arguments = ("--model", "{}", "--output", "{}_checkpoint", "--dtype", "float32")
-    assert_small("import_hf.py", arguments, tmp_path, largest(LLAMA | HEAD, 2))
-
-
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_a_normalized_head(dtype, tmp_path):
-    """Of a Baichuan2 in bfloat16, published so: in its own type and in a wider one, 32 MB as it comes."""
+def test_conversion_to_a_wider_dtype_and_a_normalized_head(tmp_path):
+    """A Baichuan2 in bfloat16, imported and exported in float32; its tensors have up to 32 MB before."""
     for name, values in (("small", BAICHUAN2), ("large", BAICHUAN2 | HEAD)):
-        import_checkpoint(folder_of(tmp_path / name, values), tmp_path / f"{name}_checkpoint")
-    arguments = ("--checkpoint", "{}_checkpoint", "--output", "{}_out", "--as", "llama", "--dtype", dtype)
-    assert_small("export_hf.py", arguments, tmp_path, largest(BAICHUAN2 | HEAD, 2))
+        folder_of(tmp_path / name, values)
+        import_checkpoint(tmp_path / name, tmp_path / f"{name}_narrow")
+    bound, wide = largest(BAICHUAN2 | HEAD, 2), ("--dtype", "float32")
+    assert_small("import_hf.py", ("--model", "{}", "--output", "{}_wide", *wide), tmp_path, bound)
+    exporting = ("--checkpoint", "{}_narrow", "--output", "{}_out", "--as", "llama", *wide)
+    assert_small("export_hf.py", exporting, tmp_path, bound)
 
 
 @pytest.mark.parametrize(
     ("targets", "quantize", "sizes"), [(("head",), False, HEAD), (("q", "down"), True, DOWN)], ids=["head", "qlora"]
 )
-def test_merged_adapters(targets: tuple[Choice, ...], quantize, sizes, tmp_path):
+def test_export_of_merged_adapters(targets: tuple[Choice, ...], quantize, sizes, tmp_path):
     lora = LoRA(4, 8.0, targets, quantize=quantize)
     for name, values in (("small", LLAMA | {"hidden_size": 64, "intermediate_size": 64}), ("large", LLAMA | sizes)):
         base = folder_of(tmp_path / f"{name}_base", values)
@@ -132,9 +127,8 @@ def test_merged_adapters(targets: tuple[Choice, ...], quantize, sizes, tmp_path)
     assert tensors_of(tmp_path / "large_out")["lm_head.weight"].dtype == torch.bfloat16
 
 
-def test_a_gguf_file(tmp_path):
-    """8-bit numbers, which become float32: 32 MB of them."""
-    pytest.importorskip("gguf")
+def test_import_of_a_gguf_file(tmp_path):
+    """8-bit weights, 32 MB of them in float32."""
     sizes = {"hidden_size": 1024, "intermediate_size": 8192}
     for name, values in (("small", LLAMA), ("large", LLAMA | sizes)):
         write_gguf(tmp_path / f"{name}.gguf", folder_of(tmp_path / name, values, torch.float32), "llama", True)
