@@ -8,7 +8,7 @@ reused; a new one is filled under another name and renamed at the end, so the fo
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import importlib.util
 import json

@@ -8,7 +8,7 @@ config. One process, no GPU, the memory of one tensor. Every file of the checkpo
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import sys
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Export:
     adapter: bool = False
     """Write a LoRA run's adapters as a PEFT folder, instead of merging them into their base."""
     base: Path | None = None
-    """The model that adapters are merged into, if it has moved since the run."""
+    """The model to merge adapters into, where it has moved since the run."""
     family: Annotated[Literal["own", "llama", "qwen2"], tyro.conf.arg(name="as")] = "own"
     """Write it as another architecture that computes the same, for programs that lack its own: Baichuan 7B and
     Baichuan2 7B as llama, Qwen 1 as qwen2. Refused where no other computes the same."""

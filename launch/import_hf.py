@@ -9,7 +9,7 @@ a large model reads only its own file, and GGUF files and bare tokenizer.model f
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import sys
 from dataclasses import dataclass

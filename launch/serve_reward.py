@@ -5,16 +5,16 @@
     POST /score {"prompts": ["..."], "completions": ["..."]}   ->  {"scores": [0.5, ...]}
     GET  /health                                               ->  {"model": "...", "scored": 128}
 
-A prompt is what the user says, or a list of {role, content} messages; the completion is the assistant's turn after it.
-Lists beside these two, one entry a row, say more: "messages", the whole chat that a prompt ends (null or []: none),
-"finished", false for a completion that was cut and has no end of turn (default: true), and in "fields" the column
-"tools" for the chat template. The score is read where a run with this model in reward.models reads it: behind the
-prompt that the model is asked with, at the completion's last token or the end of turn after it.
+A prompt is a user message or a list of {role, content} messages; the completion is the assistant's turn after it.
+Optional lists, one entry a row: "messages", the whole chat that ends with the prompt (null or []: none); "finished",
+false for a completion that was cut and has no end of turn (default: true); in "fields" the column "tools" for the chat
+template. The score is read where a run with this model in reward.models reads it: at the completion's last token, or
+the end of turn after it.
 """
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import json
 import signal
@@ -40,16 +40,16 @@ from trialign.engine.config import parse
 from trialign.engine.mesh import build_mesh
 
 MOST_BYTES = 64 << 20
-"""Of a request."""
+"""Largest request body."""
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A reward model behind an address, on one process."""
+    """A reward model served over HTTP by one process."""
 
     model: ModelPaths = field(default_factory=ModelPaths)
     host: str = "127.0.0.1"
-    """address to listen at; 0.0.0.0 for all, to whom anyone may then post"""
+    """address to listen at; 0.0.0.0 accepts requests from other machines"""
     port: int = 8000
     """port to listen at (0: any that is free)"""
     chat_template: bool = True
@@ -102,7 +102,7 @@ def read_request(body: bytes) -> list[Completion]:
     """The rows of a request.
 
     Raises:
-        ValueError: it is not what is asked for; names the row.
+        ValueError: it is malformed; names the row.
     """
     try:
         request = json.loads(body)
@@ -122,7 +122,7 @@ def read_request(body: bytes) -> list[Completion]:
 
 
 def _listed(section: Any, name: str, count: int) -> list[Any]:
-    """A list with an entry for each row; where there is none, of None."""
+    """The section's list with an entry a row; Nones where it is absent."""
     values = section.get(name) if isinstance(section, dict) else None
     if values is None:
         return [None] * count
@@ -132,10 +132,10 @@ def _listed(section: Any, name: str, count: int) -> list[Any]:
 
 
 def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any, tools: Any) -> Completion:
-    """A row as it came.
+    """A row of a request.
 
     Raises:
-        ValueError: a part is not what it must be; names the row.
+        ValueError: a field is malformed; names the row.
     """
     messages = chat or ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
     if not isinstance(messages, list) or not messages or not isinstance(completion, str):
@@ -147,29 +147,29 @@ def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any,
 
 
 def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:
-    """What answers requests."""
+    """The request handler class."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             if self.path != "/health":
-                return self.answer(404, {"error": "GET /health, POST /score"})
-            self.answer(200, {"model": scores.config.model.path, "scored": scores.scored})
+                return self.reply(404, {"error": "GET /health, POST /score"})
+            self.reply(200, {"model": scores.config.model.path, "scored": scores.scored})
 
         def do_POST(self) -> None:
             given = self.headers.get("Content-Length") or "0"
             size = int(given) if given.isdecimal() else -1
             if not 0 <= size <= MOST_BYTES:
-                self.close_connection = True  # what is not read would be taken for the next request
-                return self.answer(413, {"error": f"Content-Length: {given}: must be 0 to {MOST_BYTES}"})
+                self.close_connection = True  # the unread body would be parsed as the next request
+                return self.reply(413, {"error": f"Content-Length: {given}: must be 0 to {MOST_BYTES}"})
             body = self.rfile.read(size)
             if self.path != "/score":
-                return self.answer(404, {"error": "GET /health, POST /score"})
-            self.answer(*self.scored(body))
+                return self.reply(404, {"error": "GET /health, POST /score"})
+            self.reply(*self.scored(body))
 
         def scored(self, body: bytes) -> tuple[int, dict[str, Any]]:
-            """Code and answer. What nobody foresaw is told, so that the one who asks does not wait for an answer."""
+            """(status, response); also an unexpected error gets a response, so that no client waits for one."""
             try:
                 return 200, {"scores": scores(read_request(body))}
             except ValueError as error:
@@ -177,8 +177,8 @@ def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:
             except Exception as error:
                 return 500, {"error": describe_error(error)}
 
-        def answer(self, code: int, what: dict[str, Any]) -> None:
-            body = json.dumps(what).encode()
+        def reply(self, code: int, response: dict[str, Any]) -> None:
+            body = json.dumps(response).encode()
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -186,18 +186,18 @@ def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Says nothing: a run makes thousands of requests."""
+            """Logs nothing: a run sends thousands of requests."""
 
     return Handler
 
 
 def main(argv: list[str]) -> None:
-    """Loads the model, then answers until a signal says to stop, which is no failure; a second one ends it at once."""
+    """Loads the model and serves requests until a signal, with exit code 0; a second signal ends it at once."""
     config = parse(ServeConfig, argv, prog="serve_reward.py")
     if not config.model.path:
         sys.exit("error: model.path is not given: the folder of a reward model, in Hugging Face format")
     if world_size() > 1:
-        sys.exit("error: one process serves a model: start it with python, not with torchrun")
+        sys.exit(f"error: {world_size()} ranks: one process serves a model; start it with python, not with torchrun")
     try:
         scores = Scores(config, build_mesh(device=pick_device("auto")))
         with ThreadingHTTPServer((config.host, config.port), handler(scores)) as server:

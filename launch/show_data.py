@@ -1,15 +1,15 @@
-"""Shows the first rows of a run exactly as the model will see them: tokens, which of them are learned, what is dropped.
+"""Shows the first rows of a run as the model reads them: tokens, those that are learned, dropped rows.
 
 python launch/show_data.py --config launch/configs/sft_smollm2.toml
 python launch/show_data.py --script dpo --config my.toml --rows 5 --data.max_tokens 512
 
---script names the script whose config it is; without it the file's name does (sft_*.toml), or its sections. All
-options of that script may follow. What is learned is green and bold; without colors it stands between ⟦ and ⟧.
+--script names the config's script; without it the file's name does (sft_*.toml), or its sections. Options of that
+script may follow. Learned tokens are green and bold or, without colors, between ⟦ and ⟧.
 """
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import argparse
 import dataclasses
@@ -45,7 +45,7 @@ from trialign.models.hf.tokenizer import stop_ids
 
 
 class Shown(NamedTuple):
-    """A sample as the model gets it."""
+    """A sample as the model reads it."""
 
     title: str
     tokens: Sequence[int]
@@ -55,7 +55,7 @@ class Shown(NamedTuple):
 class Part(NamedTuple):
     """One kind of rows that a run reads."""
 
-    about: str  # the stream, its size and what was dropped
+    about: str  # the stream, its size and dropped rows
     rows: list[Shown]
 
 
@@ -71,7 +71,7 @@ def dialogues(data: SFTData, seed: int, tokenizer: Any, ends: Sequence[int], cou
 
 
 def text(data: TextData, seed: int, tokenizer: Any, count: int) -> Part:
-    """Rows of packed documents, piece by piece: none of them sees another."""
+    """Rows of packed documents, piece by piece: attention stays within a piece."""
     stream = TextStream(data, tokenizer, seed)
     rows = enumerate(stream.next(count), 1)
     pieces = [(f"row {number}: {piece.where}", piece.tokens) for number, row in rows for piece in row]
@@ -79,7 +79,7 @@ def text(data: TextData, seed: int, tokenizer: Any, count: int) -> Part:
 
 
 def prompt_rows(data: PromptData, seed: int, tokenizer: Any, count: int) -> Part:
-    """Prompts; nothing of them is learned."""
+    """Prompts, none of whose tokens is learned."""
     rows = PromptDataset(data, tokenizer, seed)
     return Part(str(rows), [Shown(p.source, p.tokens, [0] * len(p.tokens)) for p in rows.next(count)])
 
@@ -95,7 +95,7 @@ def pretrain(config: PretrainConfig, tokenizer: Any, ends: Sequence[int], count:
 
 
 def pairs(config: DPOConfig | RewardModelConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
-    """Chosen and rejected answers."""
+    """Chosen and rejected responses."""
     data = PairStream(config.data, tokenizer, ends, config.run.seed)
     sides = [(pair, side) for pair in data.next(count) for side in ("chosen", "rejected")]
     return [Part(str(data), [of_sample(getattr(pair, side), side) for pair, side in sides])]
@@ -111,14 +111,14 @@ def reward(config: RewardModelConfig, tokenizer: Any, ends: Sequence[int], count
 
 
 def kto(config: KTOConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
-    """Answers with their labels."""
+    """Responses with their labels."""
     data = LabeledStream(config.data, tokenizer, ends, config.run.seed)
     rows = [of_sample(row.sample, "wanted" if row.desirable else "not wanted") for row in data.next(count)]
     return [Part(str(data), rows)]
 
 
 def conditional(config: ConditionalConfig, tokenizer: Any, ends: Sequence[int], count: int) -> list[Part]:
-    """Answers with their rewards in the prompts; a question mark where the run's scorers are to say them."""
+    """Responses with their rewards in the prompts; a question mark for rewards that the run's scorers will give."""
     scored, seed = bool(config.reward.names), config.run.seed
     sources = dict.fromkeys((*config.data.sources, *config.data.eval_sources))
     rows = {source: read_rewarded(source, config.data, not scored) for source in sources}
@@ -188,7 +188,7 @@ SCRIPTS: dict[str, tuple[type[Any], Callable[..., list[Part]]]] = {
 
 
 def script_of(path: str) -> str:
-    """The script that a config file is for: by the file's name, or because its keys fit no other.
+    """The script of a config file: by the file's name, or the only one whose options fit.
 
     Raises:
         ValueError: no script fits, or several; names them.
@@ -208,18 +208,18 @@ def script_of(path: str) -> str:
     if len(fits) == 1:
         return fits[0]
     if not fits:
-        raise ValueError(f"{path} fits no script: {refusals['sft']}; say which with --script")
-    raise ValueError(f"{path} fits several scripts ({', '.join(fits)}): say which with --script")
+        raise ValueError(f"{path} fits no script: {refusals['sft']}; give --script")
+    raise ValueError(f"{path} fits several scripts ({', '.join(fits)}): give --script")
 
 
 def has_sources(config: Any) -> bool:
-    """Whether any section of a config, or a section's, names sources."""
+    """Whether any section of a config names sources, at any depth."""
     sections = [getattr(config, field.name) for field in dataclasses.fields(config)]
     return any(getattr(s, "sources", ()) or (dataclasses.is_dataclass(s) and has_sources(s)) for s in sections)
 
 
 def written(shown: Shown, tokenizer: Any, colors: bool) -> Text:
-    """A sample's tokens as text, runs of targets and of others told apart."""
+    """A sample's tokens as text with its targets marked."""
     text, place = Text(), 0
     for target, run in groupby(shown.mask):
         length = len(list(run))
@@ -230,7 +230,7 @@ def written(shown: Shown, tokenizer: Any, colors: bool) -> Text:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads the data as the script would, and shows it."""
+    """Reads the data as the script does, and prints its first rows."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--script", choices=SCRIPTS, default="")
     own.add_argument("--rows", type=int, default=3)

@@ -2,15 +2,15 @@
 
     python launch/show_presets.py --batch FILE.jsonl
 
-A line a sample: {"group": 0, "reward": 1.0, "logprobs": [...], "old_logprobs": [...], "rollout_logprobs": [...],
+One sample a line: {"group": 0, "reward": 1.0, "logprobs": [...], "old_logprobs": [...], "rollout_logprobs": [...],
 "ref_logprobs": [...], "values": [...], "old_values": [...], "mask": [1, 1, 0]}. `group` names the prompt; groups are of
 one size. `old_logprobs` may be left out (equal to `logprobs`), so may `rollout_logprobs` (equal to the old ones),
-`ref_logprobs`, `values` and `old_values` (zeros) and `mask` (all the policy's own words).
+`ref_logprobs`, `values` and `old_values` (zeros) and `mask` (all tokens are the policy's).
 """
 
 from __future__ import annotations
 
-import common.interrupts  # noqa: F401  # isort: skip  (before what takes seconds)
+import common.interrupts  # noqa: F401  # isort: skip  (handles signals while torch is imported)
 
 import sys
 from collections import Counter
@@ -46,7 +46,7 @@ COLUMNS = ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "valu
 
 
 def numbers(row: dict[str, Any], key: str, length: int, default: list[float], where: str) -> list[float]:
-    """A column of a line, a 0 before it: the prompt, which no number speaks of."""
+    """A column of a line after a 0 for the prompt."""
     values = row.get(key, default)
     if not isinstance(values, list) or not all(is_number(v) for v in values):
         raise ValueError(f"{where}: {key} must be a list of finite numbers")
@@ -60,7 +60,7 @@ def numbers(row: dict[str, Any], key: str, length: int, default: list[float], wh
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is finite, as a float too; true and false are none."""
+    """Whether a JSON value is a number that is finite as a float; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -106,7 +106,7 @@ def group_numbers(samples: dict[int, dict[str, Any]], path: Path) -> list[int]:
         if sizes[name] != sizes[names[0]]:
             first = f"{path}:{next(iter(samples))}: group={samples[next(iter(samples))]['group']!r}"
             raise ValueError(
-                f"{path}:{number}: group={samples[number]['group']!r} has {sizes[name]} answers, {first} has"
+                f"{path}:{number}: group={samples[number]['group']!r} has {sizes[name]} samples, {first} has"
                 f" {sizes[names[0]]}: groups must be of one size"
             )
     order = {name: i for i, name in enumerate(sizes)}
@@ -133,7 +133,7 @@ def read(path: Path) -> RecordedBatch:
 
     mask = column("mask").bool()
     if not mask.any():
-        raise ValueError(f"{path}: mask leaves no token of the policy's own")
+        raise ValueError(f"{path}: mask leaves no token of the policy")
     batch = Batch(
         torch.zeros_like(mask, dtype=torch.int64),
         tuple(len(row["mask"]) for row in rows),
@@ -156,8 +156,7 @@ def main(options: Options) -> None:
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
-    ours = columns["trialign"]
-    for quantity, value in ours.items():
+    for quantity, value in columns["trialign"].items():
         cells = [column[quantity] for column in columns.values()]
         marks = ["" if abs(v - value) <= 1e-6 * (1 + abs(value)) else "bold" for v in cells]
         texts = [f"[{m}]{v:.6g}[/{m}]" if m else f"{v:.6g}" for v, m in zip(cells, marks, strict=True)]

@@ -133,7 +133,6 @@ WITHOUT_REASONS = {
     *(f"algorithms/data/{name}.py" for name in ("arrow", "chat", "dialogues", "sources")),
     "algorithms/rewards/math/symbolic.py",
     "benchmarks/trl_side.py",
-    "launch/report/curves.py",
 }
 
 

@@ -1,11 +1,11 @@
 """Resumable chunked work: finished chunks are skipped on restart.
 
-chunks = ChunkStore(run, "begun", options, files)        # all that the work depends on
+chunks = ChunkStore(run, "begun", options, files)        # the work depends on these
 chunks.check()
 for i in range(count):
     if chunks.read(f"part_{i}") is None:
         chunks.write(f"part_{i}", rows)
-...                                                      # use the chunks, write the results
+...                                                      # write the results
 chunks.drop()
 """
 
@@ -29,7 +29,7 @@ class ChunkStore:
     Args:
         name: of the folder.
         options: options and sections that the chunks depend on.
-        files: data files that they depend on; a name that is no file is ignored.
+        files: data files that they depend on; names that are no files are ignored.
     """
 
     def __init__(self, run: Run[Any], name: str, options: Iterable[str], files: Iterable[str]):
@@ -38,17 +38,17 @@ class ChunkStore:
         self.facts["contents"]["files"] = run.on_all_ranks(lambda: {f: content(Path(f)) for f in dict.fromkeys(files)})
 
     def check(self) -> None:
-        """Refuses chunks of other options, or of files that have changed since.
+        """Refuses chunks of other options or files.
 
         Raises:
-            ValueError: on every rank; names what differs.
+            ValueError: on every rank; names the difference.
         """
         facts = self.read("asked")
         found = changes(facts[0], self.facts, self.run.name, strict=False) if facts else []
         if found:
             raise ValueError(
                 f"{'; '.join(found)}: the chunks in {self.folder} depend on it; --run.overwrite True deletes them,"
-                " another run.output begins anew"
+                " another run.output begins a new run"
             )
 
     def read(self, name: str) -> list[Any] | None:

@@ -22,8 +22,8 @@ from trialign.engine.mesh import Mesh, build_mesh
 from .signals import StopSignals
 from .watchdog import Watchdog
 
-# oneDNN keeps the primitives it has compiled, one a shape, by default 1024 of them: gigabytes where the number of
-# tokens differs from step to step. It reads this once, at its first operation.
+# oneDNN caches 1024 compiled primitives, one a shape: gigabytes where the number of tokens differs from step to step.
+# It reads the variable once, at its first operation.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
@@ -38,7 +38,7 @@ def is_main() -> bool:
 
 
 def restarted() -> bool:
-    """True where torchrun (--max-restarts) or SLURM (requeue) has started this command before."""
+    """Whether torchrun (--max-restarts) or SLURM (requeue) has started this command before."""
     return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
@@ -61,14 +61,14 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
-    """A prefix of the job's store that this start alone uses: after a restart by torchrun it holds old keys too.
+    """A prefix of the job's store for this start alone: after a restart by torchrun the store holds old keys too.
     Collective.
 
-    The number of restarts is no such prefix, for nodes count it differently. So a rank asks under a name that is new,
-    and only a living main rank responds.
+    The number of restarts would not do, as nodes count it differently. So each rank asks under a new name, and only a
+    living main rank responds.
 
     Raises:
-        TimeoutError: on the main rank: others have not asked after `timeout` seconds.
+        TimeoutError: on the main rank: a rank has not asked within `timeout` seconds.
     """
     if rank:
         name = uuid.uuid4().hex
@@ -94,9 +94,9 @@ def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
 
 @contextmanager
 def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> Iterator[Mesh]:
-    """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh and leaves the group at the end.
+    """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh, and leaves the group at the end.
 
-    After an error it is not left: that would wait for ranks which may be stuck. The launcher ends them.
+    After an error the group is not left, which would wait for ranks that may be stuck; the launcher ends them.
 
     Args:
         timeout: seconds that a rank waits for others.
@@ -110,7 +110,7 @@ def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> I
         yield build_mesh(**layout)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # Later than the watchdog, which says more; the library's own limit is for what the watchdog cannot see.
+    # Above the watchdog's limit, whose report is better; for waits that the watchdog cannot see.
     limit = timedelta(seconds=2 * timeout + 30)
     store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
     store = own_part(store, rank, world, timeout)
@@ -128,7 +128,7 @@ def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> I
         mesh = build_mesh(**layout)
     try:
         yield mesh
-    except SystemExit:  # it stops as all ranks do; after an error the others are to see that this one lives
+    except SystemExit:  # all ranks stop; after an error the watchdog goes on, to show that this rank lives
         watchdog.close()
         raise
     watchdog.close()

@@ -1,4 +1,4 @@
-"""Exits after an error under a launcher: one rank reports it and writes torchrun's error file, the others wait."""
+"""Exits after errors under a launcher: one rank reports and writes torchrun's error file, the others wait."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .watchdog import WAIT, Watchdog
 
 
 def leave(error: Exception, watchdog: Watchdog | None = None, *, alike: bool = False) -> NoReturn:
-    """Exits this rank after an error: in one line where users can cause it, else with a traceback. The first rank to
+    """Exits this rank after an error: with one line where users can cause it, else with a traceback. The first rank to
     fail reports.
 
     Args:
-        watchdog: None where there are no other ranks, or they have not met yet.
+        watchdog: None where there are no other ranks, or they have not joined yet.
         alike: every rank has the same error.
     """
     if watchdog is not None and HEARTBEAT.failed_collective and isinstance(error, RuntimeError):
@@ -51,9 +51,7 @@ def leave_together(message: str, main: bool) -> NoReturn:
 
 
 def wait() -> NoReturn:
-    """Exits a rank that has nothing to report, after the one that has.
-
-    A launcher ends all ranks as soon as one has left, and takes the first that left for the cause.
-    """
+    """Exits a rank with nothing to report, after the one that reports: the launcher blames the first to exit, and ends
+    the others."""
     time.sleep(WAIT)
     sys.exit(1)

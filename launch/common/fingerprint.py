@@ -43,14 +43,14 @@ FIXED_OF = {
     "rlhf": ("prompts",),  # split once; each stage has a record of its own
     "evaluate": ("model", "text", "dialogues", "rollout", "reward", "metrics", "run.prompts_per_save"),
 }
-"""More of them, of one script alone."""
+"""Further ones of one script."""
 FREE = (
     *("data.sources", "data.eval_sources", "data.ptx_source", "steps.sources", "steps.eval_sources"),
     "prompts.sources",
 )
-"""Exceptions within those sections: the rows are compared, not the names of their files."""
+"""Exceptions in those sections: the rows are compared, not their files' names."""
 IGNORED = ("run.output", "run.resume", "run.overwrite", "run.log", "run.timeout", "run.grace", "parallel")
-"""Options that no number depends on: a change is not reported."""
+"""Options that change no result: a change is not reported."""
 
 Content = dict[str, Any]  # file -> SHA-256; config.json -> its keys
 Facts = dict[str, Any]  # "options": dotted key -> value; "contents": dotted key -> {path: Content}
@@ -130,10 +130,10 @@ def _same_on_all(contents: dict[str, dict[str, Content]], mesh: Mesh) -> None:
     host, first = found[0]
     for other, own in found[1:]:
         for key, places in own.items():
-            for (path, theirs), ours in zip(places.items(), first[key].values(), strict=True):
-                if theirs != ours:
+            for (path, files), expected in zip(places.items(), first[key].values(), strict=True):
+                if files != expected:
                     raise ValueError(
-                        f"{key}={path}: node {other} does not see what node {host} sees: {difference(ours, theirs)}"
+                        f"{key}={path}: differs between node {host} and node {other}: {difference(expected, files)}"
                     )
 
 
@@ -144,11 +144,11 @@ def difference(before: Content, now: Content) -> str:
         if old == new:
             continue
         if old is None or new is None:
-            return f"{name} is {'new' if old is None else 'not there'}"
+            return f"{name} is {'new' if old is None else 'missing'}"
         if isinstance(old, dict) and isinstance(new, dict):
             keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
             return "another architecture: " + ", ".join(f"{key}={new.get(key)}, was {old.get(key)}" for key in keys[:4])
-        return f"{name} is another"
+        return f"{name} differs"
     return ""
 
 

@@ -54,7 +54,7 @@ def reference_pass(
     missing = [(name, chunk) for name, chunk in zip(names, chunks, strict=True) if name not in sums]
     role: Role = learner
     if missing:
-        if run.mesh.is_main:  # it may take a while before the run's first line
+        if run.mesh.is_main:  # before the run's first line, and may take long
             name, count = config.model.reference or "the model as it is", sum(len(chunk) for _, chunk in missing)
             print(f"reference: {name}; log-probabilities of {count} rows, computed once", flush=True)
         role = _reference(run) if config.model.reference else learner

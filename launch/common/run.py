@@ -1,4 +1,4 @@
-"""One run of a script on its mesh: the run's folder, resume, logs, checkpoints, export.
+"""Run of a script on its mesh: folder, resume, logs, checkpoints, export.
 
     def main(run: Run[SFTConfig]) -> None:
         ...                                              # read data, build the learners
@@ -12,7 +12,7 @@
     if __name__ == "__main__":
         start(SFTConfig, main, "sft", sys.argv[1:])
 
-A run may be killed at any moment: what it resumes from is always complete.
+A run may be killed at any moment: its newest checkpoint is always complete.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ScriptConfig(Protocol):
 
 
 class Stateful(Protocol):
-    """State that checkpoints hold beside the learners'. JSON must give it back unchanged."""
+    """State in checkpoints besides the learners'; JSON must preserve it."""
 
     def state(self) -> Any: ...
     def load_state(self, state: Any, /) -> None: ...
@@ -92,8 +92,8 @@ def start(
     """Runs a script: parses `argv`, checks the config before anything is read, then calls `main` on the mesh under the
     folder's run lock.
 
-    What a user can cause ends in a message of one rank without a traceback, and an exit code other than 0. A request
-    to stop (signals.py) ends in a checkpoint and the exit code `signals.EXIT_RESUMABLE`.
+    Errors that users can cause end in one rank's message without a traceback and a nonzero exit code; requests to stop
+    (signals.py) in a checkpoint and the exit code `signals.EXIT_RESUMABLE`.
 
     Args:
         name: of the script and of its plot.
@@ -118,14 +118,14 @@ def start(
 
 
 class Run(Generic[Config]):
-    """One run of a script on its mesh. See the module for the order of its calls.
+    """A run of a script on its mesh; the module's docstring has the order of calls.
 
     Attributes:
-        record: the run in this folder, where a resumed run left off.
+        record: of the run in this folder.
         step: steps done, of `total`.
         saved: step of the newest checkpoint.
-        scores: "steps" where a score head learns at the ends of steps; checkpoints and exports keep it.
-        about: the data in a few words, once it is read.
+        scores: "steps" for a process reward model, recorded in checkpoints and exports.
+        about: a short description of the data.
         stack: closed when the script ends.
         progress: the live display.
         phases: the profiler that roles and generator report to; phases are opened after `begin`.
@@ -148,8 +148,8 @@ class Run(Generic[Config]):
         """Runs `work` on every rank and returns its result; where it fails on any, every rank exits. Collective.
 
         Args:
-            work: reads and builds; no collectives in it.
-            name: displayed meanwhile, where it may take seconds.
+            work: without collectives.
+            name: displayed meanwhile.
         """
         try:
             with self.progress.task(name) if name else nullcontext():
@@ -163,7 +163,7 @@ class Run(Generic[Config]):
         return gather_objects(result, self.mesh.world)[0]
 
     def check_same_on_all(self, value: Any) -> None:
-        """Refuses ranks that differ in `value`: what was read of the data, say. Collective."""
+        """Refuses ranks with different values, for example of the state of their data. Collective."""
         read = gather_objects((node()[0], value), self.mesh.world)
         for rank, (host, other) in enumerate(read):
             if other != read[0][1]:
@@ -188,8 +188,8 @@ class Run(Generic[Config]):
             learners: role -> learner, and the Hugging Face folder of its config and tokenizer.
             parts: name -> other state that checkpoints hold.
             steps: of the whole run.
-            about: the data in a few words, for the first line.
-            facts: metric -> format of what the progress line shows beside tokens/s.
+            about: a short description of the data, for the first line.
+            facts: metric -> its format in the progress line.
         """
         self.learners, self.parts, self.total, self.about = learners, parts, steps, about
         config, record = self.config, self.record
@@ -215,7 +215,7 @@ class Run(Generic[Config]):
             yield
 
     def interrupted(self) -> bool:
-        """Whether the step in progress will be dropped, so that its responses need not be finished."""
+        """Whether the step in progress will be dropped, so that generation may end early."""
         return self.safe_points is not None and self.safe_points.too_long()
 
     def steps(self) -> Iterator[int]:
@@ -245,7 +245,7 @@ class Run(Generic[Config]):
             self._save(self._state_of_parts())
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The JSON value of `compute` before the first step; a resumed run reads it from its folder. Collective."""
+        """`compute()` as JSON, kept in the folder: a resumed run reads it there. Collective."""
         path = self.folder / name
         if self.step and path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
@@ -254,7 +254,7 @@ class Run(Generic[Config]):
         return value
 
     def finish(self, panels: Sequence[Panel], *shown: Any, role: ExportRole = "actor") -> None:
-        """Exports the model, draws the plot, prints `shown` and where both files are."""
+        """Exports the model, draws the plot, prints `shown` and both paths."""
         HEARTBEAT.phase = "export"
         if self.mesh.is_main:
             with self.progress.task("export"):
@@ -303,15 +303,14 @@ class Run(Generic[Config]):
             check_same_adapter(adapters.get(role), learner.model, base)
         state = checkpoint.load(path, entries, self.mesh)
         for name, part in self.parts.items():
-            if name in state["parts"]:  # a part that an option has only now added begins as in a new run
+            if name in state["parts"]:  # a part that a changed option adds begins as in a new run
                 part.load_state(state["parts"][name])
         for role, (learner, _) in self.learners.items():
             learner.optimizer.restore(state["optimizer_steps"][role])
         self.step = self.saved = state["step"]
 
     def _export(self, role: ExportRole) -> Path:
-        """Writes the last checkpoint's model as a Hugging Face folder, its average (EMA) and its adapter beside it;
-        each aside, then renamed. An adapter or an average that an earlier run left is deleted."""
+        """Exports the last checkpoint to model/, model_ema/ and adapter/, atomically; replaces earlier exports."""
         last = self.folder / "checkpoints" / f"step_{self.step}"
         averaged = self.learners[role][0].optimizer.ema_decay > 0
         for name in ("model_ema", "adapter"):

@@ -1,8 +1,7 @@
-"""The record of the run in a folder: resumed, already finished, deleted or refused when a script starts there again.
+"""Record of the run in a folder, RUN/run.json: script, fingerprint and, once it has finished, its results.
 
-RUN/run.json holds the script, what the run depends on (fingerprint.py) and, once it has ended, what it left. A folder
-with that file is never overwritten silently: a start resumes its run, deletes it, or is refused, as the `run` section
-of the config has it.
+A folder with a record is never overwritten silently: by the config's `run` section a script resumes the run, deletes
+it, or is refused.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ from .env import node, restarted
 from .fingerprint import Facts, changes, facts_of
 
 DISK_WAIT = 60.0
-"""Seconds until a node sees a file that another one wrote: NFS caches a folder's listing for so long."""
+"""Seconds until a node sees a file of another node: NFS caches folder listings."""
 OUTPUTS = (
     *("run.json", "config.toml", "metrics.jsonl", "checkpoints", "tensorboard", "wandb", "wandb_id", "before.json"),
     *("model", "model_ema", "adapter", "reference", "begun", "rewards.json", "rounds", "completions.jsonl"),
     *("results.json", "STOP", "STOPPED"),
 )
-"""Files and folders that runs leave, beside their plot."""
+"""Files and folders of runs, besides the plot."""
 OUTPUTS_OF = {"rlhf": ("prompts", "stages.json", "report.html", "sft", "preferences", "reward", "ppo", "evaluation")}
-"""More of them, of one script alone."""
+"""Further ones of one script."""
 
 
 class RunRecord:
-    """The run in a folder, from one start of a script to the next. Its methods are collective.
+    """The run in a folder. Its methods are collective.
 
     Args:
         on_all_ranks: `Run.on_all_ranks`.
 
     Attributes:
-        found: run.json of the run that is resumed; None where one begins.
-        checkpoint: that the run resumes from; None where it has none yet.
+        found: run.json of the resumed run; None in a new run.
+        checkpoint: of the resumed run; None where it has none yet.
         changes: a text for each option that differs from before.
     """
 
@@ -67,14 +66,14 @@ class RunRecord:
             self._refuse(str(error))
 
     def check_shared_disk(self, token: str) -> None:
-        """Refuses a run whose folder a rank does not see.
+        """Refuses a folder that is not the same on all nodes.
 
         Args:
-            token: the main rank's, which the folder's lock holds.
+            token: content of the folder's lock, on the main rank.
         """
         token, lock = gather_objects(token, self.mesh.world)[0], self.folder / ".lock"
         deadline = time.monotonic() + DISK_WAIT
-        seen = self.mesh.is_main  # it would lose its lock, were it to open the file and close it
+        seen = self.mesh.is_main  # which would lose its lock by closing the file
         while not seen and time.monotonic() < deadline:
             seen = lock.is_file() and lock.read_text() == token
             time.sleep(0 if seen else 0.2)
@@ -88,7 +87,7 @@ class RunRecord:
             )
 
     def open(self, prefix: str = "") -> None:
-        """Finds whether the run begins or is resumed, and from where; refuses options that may not change.
+        """Finds the run to resume and its checkpoint; refuses changes of fixed options.
 
         Args:
             prefix: of the options' names in messages.
@@ -110,7 +109,7 @@ class RunRecord:
 
     @property
     def results(self) -> dict[str, str]:
-        """Kind -> path in the folder, of a run that has ended and whose files all exist."""
+        """Kind -> path in the folder; {} where the run has not finished or a file is missing."""
         files = self.found["finished"].get("files", {}) if self.found else {}
         return files if all((self.folder / path).exists() for path in files.values()) else {}
 
@@ -142,7 +141,7 @@ class RunRecord:
             print(f"to begin anew: --run.overwrite True, or another run.output{more}")
 
     def write_begun(self) -> None:
-        """Writes the record of a run that has begun, and the config that a resume starts from."""
+        """Writes the record and the config of a run that begins."""
         if not self._claimed:
             self._claimed, facts = True, self.facts
             self.on_all_ranks(lambda: self._write_begun(facts) if self.mesh.is_main else None)
@@ -155,7 +154,7 @@ class RunRecord:
         self._write({"script": self.script, "facts": facts, "finished": {}})
 
     def write_finished(self, step: int, **files: str) -> None:
-        """Writes that the run has ended. On the main rank alone.
+        """Writes the record of a finished run. On the main rank alone.
 
         Args:
             files: kind -> path in the folder.
@@ -213,7 +212,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def delete(folder: Path, script: str) -> None:
-    """Deletes what a run left; other files stay. The record goes last: killed halfway, the folder still holds a run."""
+    """Deletes a run's files, and no others; the record last, so that a killed deletion still leaves a run."""
     for name in reversed((*OUTPUTS, f"{script}.png", *OUTPUTS_OF.get(script, ()))):
         path = folder / name
         if path.is_dir() and not path.is_symlink():

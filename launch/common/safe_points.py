@@ -1,4 +1,4 @@
-"""Safe points of a training step: a run may stop between two steps, and within one until its update begins.
+"""Safe points of a training step: a run may stop between steps, and within a step until its update begins.
 
 A dropped step leaves the state of the step before: until the update no weight has changed, and all other state
 (positions in the data, statistics of rewards) was copied when the step began.

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_ENDED = signal.SIGUSR2  # the kernel sends it when torchrun's agent ends
-END = signal.SIGURG  # from our thread to the main one; ignored by default, so a stray one does no harm
-ONE_REQUEST = 1.0  # seconds: a scheduler signals all processes, and the agent passes it on to its ranks once more
-NOTED = 0.5  # seconds in which the main rank writes STOPPED, before another's end has the launcher end it
-UNWIND = 5.0  # seconds that the main thread gets to leave; it does not where it waits within a library
+END = signal.SIGURG  # from the signal thread to the main one; ignored by default, so a stray one does no harm
+ONE_REQUEST = 1.0  # seconds: a scheduler signals all processes, and the agent passes it on to its ranks again
+NOTED = 0.5  # seconds for the main rank to write STOPPED before the launcher ends it
+UNWIND = 5.0  # seconds for the main thread to exit; it cannot while it waits in a library
 
 
 class StopSignals:
-    """Receives requests in a thread of its own, for the main one may wait within a library. A context manager.
+    """Receives requests in a thread of its own, as the main thread may wait in a library. A context manager.
 
     Args:
         folder: the run's, where STOP is looked for and STOPPED is written.
@@ -61,7 +61,7 @@ class StopSignals:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
-        # Python's own handlers run in the main thread alone, when that comes to it: only the number goes to ours.
+        # Python runs handlers late, in the main thread alone; the wakeup pipe brings the number to this thread at once.
         self._handlers = {number: signal.signal(number, _nothing) for number in (*SIGNALS, LAUNCHER_ENDED)}
         self._handlers[END] = signal.signal(END, self._exit_main)
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._exit_again
@@ -124,8 +124,8 @@ class StopSignals:
 
     def _handle_request(self, held: bool) -> None:
         """Ends the process outside of steps; within them the next safe point does."""
-        # The launcher ends us too where another rank has died; a dead rank confirms nothing, and that was no request.
-        # Before the ranks have met nothing distinguishes the two: then no STOPPED is written.
+        # The launcher also ends this rank where another has died: that is no request, and a dead rank does not confirm.
+        # Before the ranks have joined nothing distinguishes the two: then no STOPPED is written.
         real = self.watchdog is None or self.watchdog.broadcast(self.reason)
         distinct = self.watchdog is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1
         if held and real and self.main:
@@ -169,8 +169,8 @@ class StopSignals:
 
     def _receive(self, number: int) -> None:
         if number == LAUNCHER_ENDED:
-            # An agent that passed a signal on waits for us, unless it got another one. SIGUSR1 kills the agent, which
-            # has no handler for it, where a scheduler sends it to all processes.
+            # An agent that passed a signal on waits for its ranks, unless it got another one. SIGUSR1 from a scheduler
+            # kills the agent, which has no handler for it.
             if self._by_signal and self.reason != "SIGUSR1":
                 self.end(128 + signal.SIGTERM, unwind=1.0)
             self.request("the end of torchrun's agent")
@@ -207,4 +207,4 @@ class StopSignals:
 
 
 def _nothing(*_: Any) -> None:
-    """A signal handler, without which Python writes no number for our thread."""
+    """A signal handler: Python writes numbers to the wakeup pipe only for signals that have one."""

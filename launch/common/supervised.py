@@ -112,7 +112,7 @@ class SupervisedTask(Generic[Rows]):
 
         Args:
             eval_batch: of the eval split; None where there is none.
-            progress: metric -> format of what the progress line shows.
+            progress: metric -> its format in the progress line.
         """
         run = self.run
         about = f"{self.rows}; {stop_tokens(self.stop_ids, self.tokenizer)}"

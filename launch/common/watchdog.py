@@ -1,9 +1,8 @@
 """A watchdog thread on every rank that names the rank all others wait for.
 
 Every rank writes its heartbeat into the job's store: phase, collectives begun, the main thread's Python stack. One
-whose collectives have stood still for run.timeout reads the others' and names those that are late: without a heartbeat,
-or not waiting as the others do. Through the same store a request to stop reaches all ranks, and a failure is reported
-once.
+without progress for run.timeout reads the others' heartbeats and names the late ranks: those without a new heartbeat,
+or not waiting as the others do. The same store passes requests to stop to all ranks, and has a failure reported once.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Watchdog:
     """Starts the watchdog thread.
 
     Args:
-        store: the job's; it is called from two threads, and gets a connection of its own.
+        store: the job's; the watchdog opens a connection of its own, which two threads use.
         timeout: seconds without progress.
-        waits_show: a rank that waits in a collective stays in its call, as under gloo. NCCL's calls return at once.
+        waits_show: a rank that waits in a collective stays in its call, as with gloo; NCCL's calls return at once.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Watchdog:
             if self._exists("reported"):
                 return ""
             time.sleep(0.2)
-        if self.signals.reason:  # the launcher ends us, and shows which rank it was
+        if self.signals.reason:  # the launcher ends this rank, and reports which one failed
             return ""
         return self._report(self._late() or self._beats(), "a rank has ended, or cannot be reached")
 
@@ -88,7 +87,7 @@ class Watchdog:
                 time.sleep(TICK)
                 with self._lock:
                     confirmed = self.store.add("confirmed", 0)
-        except RuntimeError:  # the store has ended with the launcher: nobody is left to ask
+        except RuntimeError:  # the store has ended with the launcher, and with it the other ranks
             return True
         return confirmed >= self.world
 
@@ -142,7 +141,7 @@ class Watchdog:
         deadline = time.monotonic() + 4 * self.interval
         while time.monotonic() < deadline:
             time.sleep(self.interval)
-            self._publish()  # the others look at ours
+            self._publish()  # the other ranks read this one's heartbeat too
         after = self._beats()
         if HEARTBEAT.collectives != count:
             return {}
@@ -178,7 +177,7 @@ class Watchdog:
         return "\n".join(lines)
 
     def _end(self, late: Beats, seconds: float) -> None:
-        """Reports late ranks, unless another rank has, and ends this one, whose main thread waits in vain."""
+        """Reports late ranks, unless another rank has, and ends this one, whose main thread cannot continue."""
         waited = f"for {HEARTBEAT.waits_in or 'a collective'} for {seconds:.0f} s"
         headline = f"rank {self.rank} has waited {waited} in phase {HEARTBEAT.phase} (run.timeout)"
         if self.first():

@@ -1,7 +1,4 @@
-"""Small charts as SVG text: curves over the steps of a run, and histograms of two sets of numbers.
-
-They need no script and no style sheet; a point's value is its tooltip.
-"""
+"""SVG charts: curves over the steps of a run, and histograms of two sets of numbers; values are tooltips."""
 
 from __future__ import annotations
 
@@ -139,7 +136,7 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[t
 
 
 def svg(parts: Sequence[str], label: str) -> Markup:
-    """The parts as one picture. They are numbers and names of ours, never text that a model wrote."""
+    """One SVG of the parts, which hold numbers and fixed names, never a model's text: nothing is escaped."""
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" font-size="11" fill="{TEXT}">'
         f"{''.join(parts)}</svg>"

@@ -39,10 +39,10 @@ def plot(metrics: Path, picture: Path, panels: Sequence[Panel], title: str = "")
     """
     steps = read_metrics(metrics)
     panels = [panel for panel in panels if any(line.metric in step for line in panel.lines for step in steps)]
-    import matplotlib  # here: it takes a second to import, and all ranks but one draw nothing
+    import matplotlib  # here: it takes a second to import, and only the main rank draws
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # after the backend is chosen
     from matplotlib.lines import Line2D
 
     with plt.rc_context(STYLE):

@@ -258,8 +258,8 @@ def counts(config: RLHFConfig, parts: Stages, root: Path) -> list[tuple[str, ...
 
 def changed(config: RLHFConfig) -> list[tuple[str, Any, Any]]:
     """(option, value, default) of every option that differs from its default."""
-    ours, defaults = flatten(config), flatten(RLHFConfig())
-    return [(option, value, defaults[option]) for option, value in ours.items() if value != defaults[option]]
+    given, defaults = flatten(config), flatten(RLHFConfig())
+    return [(option, value, defaults[option]) for option, value in given.items() if value != defaults[option]]
 
 
 def versions() -> list[tuple[str, str]]:

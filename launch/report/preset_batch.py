@@ -45,7 +45,7 @@ def quantities(files: Sequence[str], recorded: RecordedBatch, *, kl_coef: float,
     """KL, rewards, advantages and losses of a batch under config files, each as one number.
 
     Args:
-        kl_coef: of the KL, where it is in the reward or taken off the advantage.
+        kl_coef: of the KL in the reward or in the advantage.
         clip: of the ratio on both sides; GSPO and CISPO have their own.
     """
     batch, at = recorded.batch, recorded.batch.response
@@ -92,10 +92,10 @@ def quantities(files: Sequence[str], recorded: RecordedBatch, *, kl_coef: float,
         own = load(GRPOConfig, *files, *recipe, script="grpo")
         changes = {} if title in OWN_CLIP else {"clip_low": clip, "clip_high": clip}
         own = replace(own, grpo=replace(own.grpo, kl_coef=kl_coef, **changes))
-        made, losses = _policy_losses(own, recorded, scores)
+        advantages, losses = _policy_losses(own, recorded, scores)
         if title not in OWN_CLIP:  # those have GRPO's
-            found[f"advantage ({title}), largest"] = made.max().item()
-            found[f"advantage ({title}), least"] = made.min().item()
+            found[f"advantage ({title}), largest"] = advantages.max().item()
+            found[f"advantage ({title}), least"] = advantages.min().item()
         constant = float(own.rollout.max_new_tokens)
         found[f"policy loss ({title})"] = mean(losses, own.grpo.loss_aggregation, constant)
     correction = of_groups if of_groups.rollout_correction != "off" else replace(of_groups, rollout_correction="tis")
