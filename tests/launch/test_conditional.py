@@ -1,6 +1,5 @@
-"""Conditional SFT: which reward is written into which prompt, and launch/conditional.py in every layout."""
+"""Conditional SFT: rewards written into prompts, and launch/conditional.py in every layout."""
 
-import importlib
 import json
 import statistics
 from contextlib import ExitStack
@@ -11,8 +10,7 @@ from scripts import (
     AXES,
     agree,
     agree_in_metrics,
-    digests,
-    kill_after,
+    assert_resume_is_identical,
     launch,
     metrics,
     options,
@@ -20,7 +18,7 @@ from scripts import (
     succeed,
     succeed_in_turn,
 )
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_llama
 from tiny_run import tiny_run
 from trialign.algorithms.config.conditional import (
     ConditionalConfig,
@@ -33,16 +31,8 @@ from trialign.algorithms.data.dialogues import Encoder
 from trialign.engine.config import parse
 from trialign.engine.mesh import build_mesh
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 RAW = ConditionConfig(normalize=False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def rows(folder: Path, lines: list[dict], tokenizer, condition=RAW, **knobs) -> ConditionedRows:
@@ -56,36 +46,36 @@ def texts(data: ConditionedRows, tokenizer) -> list[str]:
     return [tokenizer.decode(sample.tokens) for sample in data.rows()]
 
 
-def test_the_reward_stands_behind_the_user_s_last_words_and_only_the_answer_is_learned(tokenizer, tmp_path):
+def test_reward_is_written_into_the_last_user_turn(tiny, tmp_path):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     lines = [{"prompt": "hi", "response": "yo", "reward": 1}, {"prompt": chat, "response": "d", "reward": -0.256}]
-    data = rows(tmp_path, lines, tokenizer)
-    assert texts(data, tokenizer) == [
+    data = rows(tmp_path, lines, tiny)
+    assert texts(data, tiny) == [
         "<s>user: hi <rm_score>: 1.00 </s><s>assistant: yo</s>",
         "<s>user: a</s><s>assistant: b</s><s>user: c <rm_score>: -0.26 </s><s>assistant: d</s>",
     ]
     learned = [[t for t, target in zip(s.tokens, s.mask, strict=True) if target] for s in data.rows()]
-    assert [tokenizer.decode(tokens) for tokens in learned] == ["yo</s>", "d</s>"]
+    assert [tiny.decode(tokens) for tokens in learned] == ["yo</s>", "d</s>"]
     assert data.written == ["-0.26", "1.00"] and data.target_reward == "1.00"
-    prompts = [tokenizer.decode(prompt.tokens) for prompt, _ in data.prompts(2)]
+    prompts = [tiny.decode(prompt.tokens) for prompt, _ in data.prompts(2)]
     assert prompts[0].endswith("<s>user: hi <rm_score>: 1.00 </s><s>assistant: ")
-    assert prompts[1].endswith("c <rm_score>: 1.00 </s><s>assistant: ")  # asked for the best, not for its own
+    assert prompts[1].endswith("c <rm_score>: 1.00 </s><s>assistant: ")  # the best reward, not the row's own
 
 
-def test_normalized_then_bucketed_under_a_template_of_one_s_own(tokenizer, tmp_path):
+def test_rewards_are_normalized_and_bucketed(tiny, tmp_path):
     values = [0.0, 1.0, 2.0, 7.0]
     lines = [{"prompt": "p", "response": "r", "reward": value} for value in values]
     scaled = [(value - 2.5) / statistics.stdev(values) for value in values]
-    data = rows(tmp_path, lines, tokenizer, ConditionConfig(template="[{reward}] {input}"))
-    assert [text[:17] for text in texts(data, tokenizer)] == [f"<s>user: [{z:.2f}] p</s>"[:17] for z in scaled]
+    data = rows(tmp_path, lines, tiny, ConditionConfig(template="[{reward}] {input}"))
+    assert [text[:17] for text in texts(data, tiny)] == [f"<s>user: [{z:.2f}] p</s>"[:17] for z in scaled]
     halves = [statistics.fmean(scaled[:2])] * 2 + [statistics.fmean(scaled[2:])] * 2
-    data = rows(tmp_path, lines, tokenizer, ConditionConfig(buckets=2, template="[{reward}] {input}"))
-    assert [text[:16] for text in texts(data, tokenizer)] == [f"<s>user: [{z:.2f}] p</s>"[:16] for z in halves]
+    data = rows(tmp_path, lines, tiny, ConditionConfig(buckets=2, template="[{reward}] {input}"))
+    assert [text[:16] for text in texts(data, tiny)] == [f"<s>user: [{z:.2f}] p</s>"[:16] for z in halves]
     assert "2 rewards written: -0.64, 0.64" in str(data)
-    assert rows(tmp_path, lines, tokenizer, ConditionConfig(target_reward="9")).target_reward == "9"
+    assert rows(tmp_path, lines, tiny, ConditionConfig(target_reward="9")).target_reward == "9"
 
 
-def test_equal_rewards_share_a_bucket_and_buckets_are_equally_full():
+def test_buckets_are_equally_full_and_keep_ties_together():
     assert bucketed([3.0, 1.0, 2.0, 4.0], 2) == [3.5, 1.5, 1.5, 3.5]
     assert bucketed([1.0, 1.0, 1.0, 5.0], 2) == [1.0, 1.0, 1.0, 5.0]
     many = bucketed([float(i) for i in range(100)], 5)
@@ -104,27 +94,27 @@ def test_equal_rewards_share_a_bucket_and_buckets_are_equally_full():
         ({"prompt": "a", "response": " ", "reward": 1}, "'response'"),
     ],
 )
-def test_bad_rows_are_refused_by_name(tokenizer, tmp_path, line, reported):
+def test_bad_rows_are_refused_by_line(tiny, tmp_path, line, reported):
     with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{reported}"):
-        rows(tmp_path, [line], tokenizer)
+        rows(tmp_path, [line], tiny)
 
 
-def test_rows_that_the_reward_makes_too_long_are_dropped_and_told(tokenizer, tmp_path):
+def test_too_long_rows_are_dropped_and_counted(tiny, tmp_path):
     lines = [{"prompt": "p", "response": "r" * n, "reward": n} for n in (1, 2, 40)]
-    data = rows(tmp_path, lines, tokenizer, max_tokens=64)
+    data = rows(tmp_path, lines, tiny, max_tokens=64)
     assert len(data) == 2 and "1 dropped for more than 64 tokens" in str(data)
 
 
 @pytest.mark.parametrize(("after", "append"), [("</s>\n", False), ("", True)])
-def test_scorers_read_up_to_the_end_of_the_turn(tokenizer, tmp_path, monkeypatch, after, append):
-    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("</s>", after))
+def test_scored_rollouts_end_with_the_turn(tiny, tmp_path, monkeypatch, after, append):
+    monkeypatch.setattr(tiny, "chat_template", tiny.chat_template.replace("</s>", after))
     lines = [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}], "response": "r"}]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(lines[0]) + "\n")
     config = RewardedData(sources=(str(path),), append_eos=append)
     read = read_rewarded(str(path), config, False)
-    (rollout,) = as_rollouts(read, list(Encoder(config, tokenizer, (2,)).responses([read[0].dialogue])))
-    assert tokenizer.decode(rollout.tokens) == "r</s>"
+    (rollout,) = as_rollouts(read, list(Encoder(config, tiny, (2,)).responses([read[0].dialogue])))
+    assert tiny.decode(rollout.tokens) == "r</s>"
     assert rollout.finish == "stop" and list(rollout.prompt.messages) == lines[0]["prompt"]
 
 
@@ -171,19 +161,15 @@ def test_outputs_of_a_run(setting, whole):
     assert (whole / "conditional.png").stat().st_size > 10_000
 
 
-def test_killed_and_resumed_it_ends_bit_for_bit_the_same(setting, whole):
-    folder = setting / "killed"
-    kill_after("checkpoints/step_*", folder, "conditional", "--config", setting / "config.toml", "--run.output", folder)
-    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
-    succeed("conditional", "--resume", folder)
-    assert digests(folder, STEPS) == digests(whole, STEPS) and metrics(folder) == metrics(whole)
+def test_resume_is_bit_identical(setting, whole):
+    given = ("conditional", "--config", setting / "config.toml")
+    assert_resume_is_identical("checkpoints/step_*", setting / "killed", whole, STEPS, *given)
 
 
-def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, whole, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    conditional, module = importlib.import_module("conditional"), importlib.import_module("common.run")
+def test_scoring_resumes_after_the_last_chunk(setting, whole, tmp_path, monkeypatch, launched):
+    conditional, module = launched("conditional"), launched("common.run")
     words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--run.rows_per_save", "4"]
-    sizes, score = [], conditional.Rewards.scores
+    sizes, score = [], conditional.RowRewards.scores
 
     def stopped(self, rollouts):
         sizes.append(len(rollouts))
@@ -191,13 +177,13 @@ def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, 
             raise KeyboardInterrupt
         return score(self, rollouts)
 
-    monkeypatch.setattr(conditional.Rewards, "scores", stopped)
+    monkeypatch.setattr(conditional.RowRewards, "scores", stopped)
 
     def begin() -> dict[str, float | None]:
         with ExitStack() as stack:
             config = parse(ConditionalConfig, words)
-            unheard = module.StopSignals(tmp_path, main=True)
-            rewards = conditional.Rewards(module.Run(config, build_mesh(), stack, "conditional", unheard))
+            signals = module.StopSignals(tmp_path, main=True)
+            rewards = conditional.RowRewards(module.Run(config, build_mesh(), stack, "conditional", signals))
             rewards.rows()
             return rewards.found
 
@@ -212,19 +198,19 @@ def test_scoring_that_was_stopped_goes_on_behind_the_last_rows_it_kept(setting, 
 
 @pytest.fixture(scope="module")
 def moved(setting) -> None:
-    """The run in every layout, from its beginning."""
+    """The run in every layout."""
     given = ("--config", setting / "config.toml")
     runs = [("conditional", *given, "--run.output", setting / axis, f"--parallel.{axis}", 2) for axis in AXES]
     succeed_in_turn(runs)
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+def test_layouts_agree(setting, whole, moved, axis):
     agree(setting / axis, whole, STEPS)
     agree_in_metrics(setting / axis, whole)
 
 
-def test_a_row_without_its_reward_is_refused_once(setting, tmp_path):
+def test_row_without_reward_is_reported_once(setting, tmp_path):
     given = ("--config", setting / "config.toml", "--run.output", tmp_path / "run")
     none = ("--reward.functions", "--reward.models", "--reward.weights")
     done = launch("conditional", *given, *none, ranks=2)
@@ -232,7 +218,7 @@ def test_a_row_without_its_reward_is_refused_once(setting, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_options_that_do_not_fit():
+def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="template='{input}'"):
         ConditionConfig(template="{input}")
     with pytest.raises(ValueError, match="buckets=1"):

@@ -1,6 +1,5 @@
-"""What launch/common/env.py sets for a process."""
+"""launch/common/env.py: the oneDNN cache, and the store of a restarted job."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -24,35 +23,30 @@ for rows in [*range(2, 202), 2]:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_the_cache_of_onednn_primitives_is_bounded_by_default():
-    """200 shapes, then the first one again: it has left the cache, which holds 1024 if it is not told otherwise."""
+def test_onednn_primitive_cache_is_bounded():
+    """200 shapes, then the first again: it has left the cache, which by default holds 1024."""
     environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
     environment |= {"ONEDNN_VERBOSE": "profile_create"}
     words = [sys.executable, "-c", PRODUCTS.format(launch=str(LAUNCH))]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    made = [line for line in done.stdout.splitlines() if "create:cache_miss" in line and ",2x64:64x64" in line]
-    if not made:
+    compiled = [line for line in done.stdout.splitlines() if "create:cache_miss" in line and ",2x64:64x64" in line]
+    if not compiled:
         pytest.skip("oneDNN does not multiply bfloat16 on this machine")
-    assert len(made) == 2
+    assert len(compiled) == 2
 
 
-def test_a_start_has_a_part_of_the_store_that_no_start_before_it_wrote_to(monkeypatch):
-    """Ranks ask that have died since, some before they wrote what they ask for; and one is never there."""
-    monkeypatch.syspath_prepend(LAUNCH)
-    world = importlib.import_module("common.env")
+def test_restarted_job_has_a_store_prefix_of_its_own(launched):
+    """Keys of ranks that died in an earlier start are in the store; a rank that never joins is reported."""
+    env = launched("common.env")
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def start() -> None:
+    for _ in range(2):
         server.add("asked", 1)
-        server.set(f"asks/{server.add('asked', 1)}", "of the dead")
+        server.set(f"asks/{server.add('asked', 1)}", "a dead rank")
         with ThreadPoolExecutor(3) as pool:
             stores = [TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(3)]
-            parts = list(pool.map(lambda rank: world.own_part(stores[rank], rank, 3, 60.0), range(3)))
+            parts = list(pool.map(lambda rank: env.own_part(stores[rank], rank, 3, 60.0), range(3)))  # noqa: B023
         assert not parts[0].check(["stop"])
         parts[1].set("stop", "asked")
         assert all(part.get("stop") == b"asked" for part in parts)
-
-    start()
-    start()
-    with pytest.raises(TimeoutError, match="rank 1, 2 has not joined the run"):
-        world.own_part(server, 0, 3, 0.1)
+    with pytest.raises(TimeoutError, match="rank 1, 2"):
+        env.own_part(server, 0, 3, 0.1)

@@ -1,6 +1,5 @@
-"""launch/evaluate.py: every number from its completions, perplexity against transformers, the same in every layout."""
+"""launch/evaluate.py: metrics against its completions, perplexity against transformers, layouts, kill and resume."""
 
-import importlib
 import itertools
 import json
 import math
@@ -8,7 +7,6 @@ import statistics
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,18 +16,13 @@ from scripts import kill_after, launch, options, succeed
 from tiny import tiny_chat_model, tiny_llama
 from tiny_run import tiny_run
 from trialign.algorithms.config.evaluate import EvaluateConfig
-from trialign.algorithms.config.reward import RewardConfig
-from trialign.algorithms.config.rlhf import RLHFConfig, stages
-from trialign.algorithms.data.responses import Response, read_responses, write_responses
 from trialign.engine.config import parse
 from trialign.engine.mesh import build_mesh
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """Two tiny models and one that rewards, prompts, text, dialogues and a config."""
+    """Two tiny models, a reward model, prompts, text, dialogues and a config."""
     folder = tmp_path_factory.mktemp("evaluate")
     tiny_chat_model(folder / "other", seed=3)
     tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
@@ -46,7 +39,7 @@ def setting(tmp_path_factory) -> Path:
 
 
 def run(setting: Path, name: str, *arguments: object, ranks: int = 1) -> tuple[str, list[dict], dict]:
-    """What was printed, the lines of completions.jsonl, and results.json."""
+    """(stdout, rows of completions.jsonl, results.json) of an evaluation."""
     out = setting / name
     where = ("--run.output", out, "--run.resume", "auto")
     printed = succeed("evaluate", "--config", setting / "config.toml", *where, *arguments, ranks=ranks)
@@ -59,10 +52,10 @@ def alone(setting):
     return run(setting, "alone")
 
 
-def test_every_number_follows_from_the_completions(setting, alone):
+def test_metrics_follow_from_the_completions(setting, alone):
     printed, lines, results = alone
     assert "1 dropped for more than 96 tokens" in printed and "win rate" in printed and "pass@2" in printed
-    ours, theirs = (str(setting / name) for name in ("model", "other"))
+    first, second = (str(setting / name) for name in ("model", "other"))
     assert len(lines) == 2 * 5 * 3 and {line["sample"] for line in lines} == {0, 1, 2}
     groups = {}
     for line in lines:
@@ -70,7 +63,7 @@ def test_every_number_follows_from_the_completions(setting, alone):
         assert parts[f"{setting}/rewards.py:spread"] == len(set(line["completion"]))
         assert line["reward"] == pytest.approx(parts[f"{setting}/rewards.py:spread"] + 0.1 * parts[f"{setting}/reward"])
         groups.setdefault((line["model"], line["source"]), []).append(line["reward"])
-    for model in (ours, theirs):
+    for model in (first, second):
         own = [rewards for (name, _), rewards in groups.items() if name == model]
         assert results[model]["reward"]["value"] == pytest.approx(statistics.fmean(map(statistics.fmean, own)))
         for k in (1, 2):
@@ -81,13 +74,13 @@ def test_every_number_follows_from_the_completions(setting, alone):
             assert results[model][f"pass@{k}"]["value"] == pytest.approx(statistics.fmean(chances))
     sources = {source for _, source in groups}
     wins = [
-        statistics.fmean((a > b) + (a == b) / 2 for a in groups[ours, s] for b in groups[theirs, s]) for s in sources
+        statistics.fmean((a > b) + (a == b) / 2 for a in groups[first, s] for b in groups[second, s]) for s in sources
     ]
-    assert results[ours]["win rate"]["value"] == pytest.approx(statistics.fmean(wins))
-    assert results[theirs]["win rate"]["value"] == pytest.approx(1 - statistics.fmean(wins))
+    assert results[first]["win rate"]["value"] == pytest.approx(statistics.fmean(wins))
+    assert results[second]["win rate"]["value"] == pytest.approx(1 - statistics.fmean(wins))
 
 
-def test_perplexities_are_transformers(setting, alone):
+def test_perplexity_equals_transformers(setting, alone):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
@@ -113,23 +106,26 @@ def test_perplexities_are_transformers(setting, alone):
     assert numbers["perplexity of dialogues"]["value"] == pytest.approx(perplexity(chats), rel=1e-5)
 
 
-def test_under_tp_pp_and_dp_together_the_numbers_are_the_same(setting, alone):
-    """Four ranks: tp=2 x dp=2, and pp=2 x dp=2."""
-    for axis in ("tp", "pp"):
-        printed, lines, results = run(setting, axis, f"--parallel.{axis}", 2, ranks=4)
-        assert printed.count("completions:") == 1
-        exact = ("model", "prompt", "source", "sample", "completion", "tokens", "finish")
-        assert [[line[key] for key in exact] for line in lines] == [[line[key] for key in exact] for line in alone[1]]
-        for got, expected in zip(lines, alone[1], strict=True):
-            assert got["rewards"] == pytest.approx(expected["rewards"], rel=1e-4)
-        for model, numbers in alone[2].items():
-            for name, number in numbers.items():
-                assert results[model][name].keys() == number.keys()
-                for key, value in number.items():
-                    assert results[model][name][key] == (value if value is None else pytest.approx(value, rel=1e-4))
+def assert_same(found: tuple[str, list[dict], dict], expected: tuple[str, list[dict], dict], rel: float = 1e-4) -> None:
+    """Asserts that completions are equal, and rewards and results within a tolerance."""
+    for line, other in zip(found[1], expected[1], strict=True):
+        near = {key: pytest.approx(other[key], rel=rel) for key in ("reward", "rewards")}
+        assert line == other | near
+    for model, numbers in expected[2].items():
+        for name, number in numbers.items():
+            near = {key: value if value is None else pytest.approx(value, rel=rel) for key, value in number.items()}
+            assert found[2][model][name] == near
 
 
-def test_answers_without_a_score_are_left_out_and_counted(setting, tmp_path):
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_layouts_agree(setting, alone, axis):
+    """Four ranks: the axis times dp=2."""
+    found = run(setting, axis, f"--parallel.{axis}", 2, ranks=4)
+    assert found[0].count("completions:") == 1
+    assert_same(found, alone)
+
+
+def test_unscored_responses_are_left_out_and_counted(setting, tmp_path):
     (tmp_path / "some.py").write_text(
         "def some(prompts, completions, **_):\n"
         "    if any('3' in p for p in prompts):\n"
@@ -145,104 +141,82 @@ def test_answers_without_a_score_are_left_out_and_counted(setting, tmp_path):
     assert results[str(setting / "model")]["reward"]["value"] == 1.0
 
 
-def test_killed_it_goes_on_behind_the_last_prompts_it_kept(setting, alone):
+def test_resume_continues_after_the_last_chunk(setting, alone):
     out = setting / "killed"
     one_by_one = ("--config", setting / "config.toml", "--run.output", out, "--run.prompts_per_save", 1)
     kill_after("begun/model_part_1.jsonl", out, "evaluate", *one_by_one)
-    assert not (out / "completions.jsonl").exists(), "killed too late to show anything"
+    assert not (out / "completions.jsonl").exists(), "killed after the last chunk"
     first = out / "begun" / "model_part_0.jsonl"
-    first.write_text(first.read_text().replace('"sample": 0', '"sample": 100'))  # what is kept is what is taken
-    _, lines, results = run(setting, "killed", "--run.prompts_per_save", 1)
-    assert lines[0]["sample"] == 100 and [line | {"sample": 0} for line in lines] == [
-        line | {"sample": 0, "rewards": pytest.approx(line["rewards"]), "reward": pytest.approx(line["reward"])}
-        for line in alone[1]
-    ]
-    for model, numbers in alone[2].items():
-        for name, number in numbers.items():
-            for key, value in number.items():
-                assert results[model][name][key] == (value if value is None else pytest.approx(value, rel=1e-5))
+    first.write_text(first.read_text().replace('"sample": 0', '"sample": 100'))  # marks the chunk, which is reused
+    printed, lines, results = run(setting, "killed", "--run.prompts_per_save", 1)
+    assert lines[0]["sample"] == 100
+    lines[0]["sample"] = 0
+    assert_same((printed, lines, results), alone, rel=1e-5)
     assert [path.name for path in (out / "begun").iterdir()] == ["asked.jsonl"]
-    printed, _, _ = run(setting, "killed", "--run.prompts_per_save", 1)
-    assert "this run has ended" in printed and str(out / "results.json") in printed
+    assert "this run has ended" in run(setting, "killed", "--run.prompts_per_save", 1)[0]
     other = launch("evaluate", *one_by_one, "--run.resume", "auto", "--rollout.top_k", 3)
     assert other.returncode != 0 and "rollout.top_k=3 (was 0)" in other.stderr
 
 
-@pytest.fixture
-def scripts(monkeypatch) -> SimpleNamespace:
-    """launch/evaluate.py, kept.py and session.py as modules."""
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    names = {"evaluate": "evaluate", "kept": "common.chunks", "run": "common.run"}
-    return SimpleNamespace(**{name: importlib.import_module(module) for name, module in names.items()})
+def new_run(launched: Any, stack: ExitStack, arguments: list[str]) -> Any:
+    module = launched("common.run")
+    signals = module.StopSignals(Path("nowhere"), main=True)
+    return module.Run(parse(EvaluateConfig, arguments), build_mesh(), stack, "evaluate", signals)
 
 
-def test_one_model_is_held_at_a_time(setting, scripts, monkeypatch, tmp_path):
-    held: list[weakref.ref] = []
-    build = scripts.evaluate.build_decoder
+def test_one_model_is_held_at_a_time(setting, launched, monkeypatch, tmp_path):
+    evaluate, held = launched("evaluate"), []
+    build = evaluate.build_decoder
 
     def watched(*arguments: Any, head: str = "lm", **options: Any) -> Any:
-        if head == "lm":  # the reward model of the same turn comes after it
+        if head == "lm":  # the reward model is built after it
             assert not [ref for ref in held if ref() is not None]
         model = build(*arguments, head=head, **options)
         held.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(scripts.evaluate, "build_decoder", watched)
-    words = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--metrics.pass_at_k"]
+    monkeypatch.setattr(evaluate, "build_decoder", watched)
     with ExitStack() as stack:
-        run = scripts.run.Run(parse(EvaluateConfig, words), build_mesh(), stack, "evaluate", unheard(scripts))
-        scripts.evaluate.main(run)
+        arguments = ["--config", str(setting / "config.toml"), "--run.output", str(tmp_path), "--metrics.pass_at_k"]
+        evaluate.main(new_run(launched, stack, arguments))
     assert len(held) == 4
 
 
-def unheard(scripts) -> Any:
-    """Requests to stop that nobody hears."""
-    return scripts.run.StopSignals(Path("nowhere"), main=True)
-
-
-def test_chunks_are_those_of_the_same_options_and_files(scripts, tmp_path):
+def test_chunks_of_other_options_or_files_are_refused(launched, tmp_path):
     file, text = tmp_path / "data.jsonl", "a\u2028b\x85c"
     file.write_text("x")
 
-    def kept(seed: int, show: int = 0) -> Any:
-        config = parse(EvaluateConfig, options(run_output=tmp_path, run_seed=seed, run_show=show))
-        run = scripts.run.Run(config, build_mesh(), ExitStack(), "s", unheard(scripts))
-        return scripts.kept.ChunkStore(run, "begun", ("run.seed",), [str(file), str(tmp_path / "nowhere")])
+    def store(seed: int, show: int = 0) -> Any:
+        run = new_run(launched, ExitStack(), options(run_output=tmp_path, run_seed=seed, run_show=show))
+        return launched("common.chunks").ChunkStore(run, "begun", ("run.seed",), [str(file), str(tmp_path / "nowhere")])
 
-    assert kept(1).read("part_0") is None
-    kept(1).write("part_0", [text, (1, None)])
-    kept(1, show=3).check()
-    assert kept(1).read("part_0") == [text, [1, None]] and kept(1).read("part_1") is None
+    assert store(1).read("part_0") is None
+    store(1).write("part_0", [text, (1, None)])
+    store(1, show=3).check()
+    assert store(1).read("part_0") == [text, [1, None]] and store(1).read("part_1") is None
     with pytest.raises(ValueError, match=r"run.seed=2 \(was 1\).*begun"):
-        kept(2).check()
+        store(2).check()
     file.write_text("y")
-    with pytest.raises(ValueError, match="data.jsonl is another"):
-        kept(1).check()
-    assert kept(1).read("part_0") == [text, [1, None]]
-    answer = Response(text, "", text, 0.0, {}, "stop", "", [1], [2])
-    write_responses(tmp_path / "round.jsonl", [answer] * 2)
-    assert read_responses(tmp_path / "round.jsonl") == [answer] * 2
+    with pytest.raises(ValueError, match="data.jsonl"):
+        store(1).check()
 
 
-def test_prompts_with_too_few_scored_answers_are_counted(scripts):
+def test_prompts_with_too_few_scored_responses_are_counted(launched):
+    measured = launched("evaluate").measured
     rewards = {"a:1": [1.0, 0.0, 1.0], "a:2": [1.0, None, None], "a:3": [None] * 3}
-    answers = [
+    responses = [
         {"source": source, "reward": reward, "tokens": 1, "finish": "stop"}
         for source, own in rewards.items()
         for reward in own
     ]
-    words = options(metrics_pass_at_k=(1, 2, 3), reward_functions="a.py:f", rollout_samples_per_prompt=3)
-    config = parse(EvaluateConfig, words)
-    numbers = {name: number.value for name, number in scripts.evaluate.measured(answers, config).items()}
+    arguments = options(metrics_pass_at_k=(1, 2, 3), reward_functions="a.py:f", rollout_samples_per_prompt=3)
+    config = parse(EvaluateConfig, arguments)
+    numbers = {name: number.value for name, number in measured(responses, config).items()}
     assert numbers["reward"] == pytest.approx((2 / 3 + 1) / 2) and numbers["answers without a score"] == 5
     assert [numbers[f"prompts with fewer than {k} scored answers"] for k in (1, 2, 3)] == [1, 2, 2]
     assert numbers["pass@1"] == pytest.approx((2 / 3 + 1) / 2) and numbers["pass@3"] == 1.0
-    nothing = [answer | {"reward": None} for answer in answers]
-    numbers = {name: number.value for name, number in scripts.evaluate.measured(nothing, config).items()}
-    assert numbers["prompts with fewer than 1 scored answers"] == 3 and "pass@1" not in numbers
-
-
-SCORED = {"reward_functions": "a.py:f"}
+    numbers = measured([response | {"reward": None} for response in responses], config)
+    assert numbers["prompts with fewer than 1 scored answers"].value == 3 and "pass@1" not in numbers
 
 
 @pytest.mark.parametrize(
@@ -257,18 +231,11 @@ SCORED = {"reward_functions": "a.py:f"}
         ),
         ({"model_baseline": "n"}, "model.baseline=n: .*reward"),
         ({"dialogues_eval_fraction": 0.5}, "dialogues.eval_fraction"),
-        ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities="),
-        (SCORED | {"model_baseline": "./m"}, "model.baseline=./m"),
+        ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities='1.0'"),
+        ({"reward_functions": "a.py:f", "model_baseline": "./m"}, "model.baseline=./m"),
     ],
 )
-def test_options_that_do_not_fit_together(changes, reported):
+def test_conflicting_options_are_refused(changes, reported):
     argv = options(**({"model_path": "m", "data_sources": "a.jsonl"} | changes))
     with pytest.raises(ValueError, match=reported):
         parse(EvaluateConfig, argv).check(1)
-
-
-def test_rlhf_s_evaluation_takes_scores_as_they_are():
-    words = ["--preferences.reward.functions", "a.py:f", "--preferences.reward.clip", "3"]
-    config = parse(RLHFConfig, words)
-    assert type(stages(config).evaluation.reward) is RewardConfig  # without clip and penalty
-    assert stages(config).preferences.reward.clip == 3

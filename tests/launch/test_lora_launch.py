@@ -1,4 +1,4 @@
-"""LoRA and QLoRA in the launch scripts: only adapters are held, the base stays, resume, both exports, PEFT."""
+"""LoRA and QLoRA in the launch scripts: only adapters are trained; resume, both exports, PEFT."""
 
 import json
 from pathlib import Path
@@ -25,6 +25,7 @@ SCRIPTS = {
     "grpo": {**GROUPS, "grpo_minibatches": 2, "run_prompts_per_step": 4, "lora_quantize": True},
     "rejection": {**GROUPS, "rejection_rounds": 1, "rejection_prompts_per_round": 4, "update_batch_size": 4},
     "reward": ROWS,
+    "dpo": ROWS,
     "kto": ROWS,
     "pretrain": ROWS,
     "conditional": {**ROWS, "run_show": 0},
@@ -37,7 +38,7 @@ SFT |= {"run_steps": 6, "run_show": 0}
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """A tiny chat model as a folder and as a checkpoint, rewards, and rows with the columns of every script."""
+    """A tiny chat model as a folder and as a checkpoint, reward functions, rows with the columns of every script."""
     folder = tmp_path_factory.mktemp("lora")
     tiny_chat_model(folder / "model", hidden_size=128, intermediate_size=256)
     succeed("import_hf", "--model", folder / "model", "--output", folder / "imported", "--tp", 2)
@@ -71,7 +72,7 @@ def logits_of(peer: Any) -> Tensor:
 
 
 def assert_adapter_is_merged(folder: Path, base: Path, kind: Any, **given: int) -> None:
-    """PEFT's model, the adapter on its base, has the logits of the merged export; they are not the base's."""
+    """Asserts that PEFT's model has the logits of the merged export, and other ones than the base."""
     from peft import PeftModel
 
     merged = logits_of(kind.from_pretrained(folder / "model", dtype=torch.float32))
@@ -83,7 +84,7 @@ def assert_adapter_is_merged(folder: Path, base: Path, kind: Any, **given: int) 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_only_adapters_are_learned_and_both_exports_agree(setting, tmp_path, script):
+def test_only_adapters_are_trained_and_exports_agree(setting, tmp_path, script):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     steps = {} if script == "rejection" else {"run_steps": 2}
@@ -99,17 +100,17 @@ def test_only_adapters_are_learned_and_both_exports_agree(setting, tmp_path, scr
     start = dict(kind.from_pretrained(setting / "model", dtype=torch.float32, **alone).named_parameters())
     moved = {name for name, tensor in merged.named_parameters() if not torch.equal(tensor, start[name])}
     assert moved and all("proj" in name or name == "score.weight" for name in moved)
-    if script != "grpo":  # of the base in 4 bits the export has the rounded numbers, peft the folder's
+    if script != "grpo":  # a 4-bit base is exported rounded; PEFT reads the original
         assert_adapter_is_merged(tmp_path / "run", setting / "model", kind, **alone)
 
 
-def test_ppo_has_one_base_for_actor_and_reference(setting, tmp_path):
+def test_ppo_actor_and_reference_share_their_base(setting, tmp_path):
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "run"
     (step,) = run(setting, "ppo", out, PPO)
-    assert step["kl"] == 0  # the reference is the actor without its adapters, which begin as zero
-    assert step["ratio_min"] < 1 < step["ratio_max"]  # of the second minibatch: the first has exactly 1, or stops
+    assert step["kl"] == 0  # adapters begin at zero
+    assert step["ratio_min"] < 1 < step["ratio_max"]  # of the second minibatch; the first has exactly 1
     saved = Reader(out / "checkpoints" / "step_1")
     assert {n for n in saved.tensors if ".lora_" not in n} == {
         f"critic/{kind}/score.weight" for kind in ("master", "exp_avg", "exp_avg_sq")
@@ -117,7 +118,7 @@ def test_ppo_has_one_base_for_actor_and_reference(setting, tmp_path):
     assert_adapter_is_merged(out, setting / "model", AutoModelForCausalLM)
 
 
-def test_qlora_ppo_resumes_in_another_layout_and_exports_again(setting, tmp_path):
+def test_qlora_ppo_resumes_in_another_layout(setting, tmp_path):
     out = tmp_path / "run"
     run(setting, "ppo", out, PPO | {"lora_quantize": True})
     succeed("ppo", "--resume", out, "--run.steps", 2, "--parallel.tp", 2, ranks=2)
@@ -141,8 +142,8 @@ def eval_losses(steps: list[dict[str, float]]) -> list[float]:
     return [step["eval_loss"] for step in steps if "eval_loss" in step]
 
 
-def test_sft_adapters_on_an_imported_checkpoint_are_exported_and_continued(setting, tmp_path):
-    """PEFT puts the adapter on the folder that was imported; both exports start another run at the same loss."""
+def test_exported_sft_adapters_continue_at_the_same_loss(setting, tmp_path):
+    """From an imported checkpoint: PEFT loads the adapter on its folder; both exports start runs at the last loss."""
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "run"
@@ -158,8 +159,8 @@ def test_sft_adapters_on_an_imported_checkpoint_are_exported_and_continued(setti
         assert more[0]["eval_loss"] == pytest.approx(losses[-1], rel=1e-5)
 
 
-def test_qlora_sft_over_two_ranks_exports_the_model_it_trained(setting, tmp_path):
-    """The merged export, 4-bit codes and adapters in one, has the loss of the run's end."""
+def test_qlora_sft_on_two_ranks_exports_the_trained_model(setting, tmp_path):
+    """The merged export has the run's last eval loss."""
     given = SFT | {"lora_quantize": True, "parallel_tp": 2}
     losses = eval_losses(run(setting, "sft", tmp_path / "run", given, model="imported", ranks=2))
     assert losses[-1] < 0.95 * losses[0]

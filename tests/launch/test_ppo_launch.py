@@ -1,4 +1,4 @@
-"""launch/ppo.py from the outside: several rewards over several ranks, MoE, outputs, tables, a failing reward."""
+"""launch/ppo.py from the outside: several rewards on several ranks, MoE, outputs, tables, a failing reward."""
 
 import json
 import re
@@ -28,8 +28,8 @@ def given(setting: Path, out: Path, **more: object) -> list[object]:
     return ["--config", setting / "config.toml", "--run.output", out, *options(**more)]
 
 
-def test_function_and_reward_model_over_four_ranks(setting, tmp_path):
-    """tp=2 x dp=2, a function and a model with weights: the run's folder, the export, and the logged metrics."""
+def test_function_and_reward_model_on_four_ranks(setting, tmp_path):
+    """tp=2 x dp=2: the run's folder, the export, and the logged metrics."""
     out = tmp_path / "run"
     words = given(setting, out, reward_models=setting / "reward", reward_weights=(0.5, 2.0), reward_clip=0)
     words += options(run_steps=2, run_prompts_per_step=4, run_save_every=1, run_keep=1, run_log="tensorboard")
@@ -58,11 +58,11 @@ def test_function_and_reward_model_over_four_ranks(setting, tmp_path):
     start = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
     average = AutoModelForCausalLM.from_pretrained(out / "model_ema", dtype=torch.float32)
     for a, b, c in zip(start.parameters(), average.parameters(), model.parameters(), strict=True):
-        assert (b - a).norm() < (c - a).norm()  # the average lags behind
+        assert (b - a).norm() < (c - a).norm()  # the average has moved less
 
 
-def test_the_table_shows_the_same_prompts_before_and_after_and_changed_options_are_printed(setting, tmp_path):
-    """The first prompts of the data, on a resume too, even one that asks for more of them."""
+def test_table_shows_the_same_prompts_before_and_after(setting, tmp_path):
+    """Also where a resume increases run.show."""
     out = tmp_path / "run"
     words = given(setting, out, run_prompts_per_step=2, run_steps=2)
     printed = succeed("ppo", *words, "--actor.optimizer.lr", 0)
@@ -70,14 +70,14 @@ def test_the_table_shows_the_same_prompts_before_and_after_and_changed_options_a
     assert len(before) == 2
     rows = [line for line in printed.splitlines() if " words" in line]
     assert len(rows) == 2 and all(prompt in row for (prompt, *_), row in zip(before, rows, strict=True))
-    for row in rows:  # at a learning rate of 0 the same prompt gets the same score
+    for row in rows:  # at a learning rate of 0 a prompt's reward stays
         assert len(set(re.findall(r"[+-]\d+\.\d\d", row))) == 1, row
     printed = succeed("ppo", "--resume", out, "--run.steps", 3, "--run.show", 4)
     assert "steps = 3" in (out / "config.toml").read_text()
     assert "run.steps=3 (was 2)" in printed and "run.show=4 (was 2)" in printed
 
 
-def test_a_reward_that_turns_to_nan_stops_the_run_and_keeps_its_checkpoints(setting, tmp_path):
+def test_nan_reward_stops_the_run_and_keeps_checkpoints(setting, tmp_path):
     out = tmp_path / "run"
     words = given(setting, out, run_steps=9, run_prompts_per_step=12, run_save_every=1)
     done = launch("ppo", *words, "--reward.functions", f"{setting}/rewards.py:nan_later")
@@ -88,15 +88,15 @@ def test_a_reward_that_turns_to_nan_stops_the_run_and_keeps_its_checkpoints(sett
     assert not (out / "model").exists()
 
 
-def test_sizes_that_do_not_divide_stop_before_anything_is_read(setting, tmp_path):
+def test_sizes_that_do_not_divide_are_refused_first(setting, tmp_path):
     words = given(setting, tmp_path / "run", run_prompts_per_step=3, ppo_minibatches=2)
     done = launch("ppo", *words, "--reward.functions", "nowhere.py:f")
     assert done.returncode == 1 and "ppo.minibatches=2" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_moe_over_two_ranks_that_share_the_experts(tmp_path):
-    """One prompt is shown, so a rank has none; the micro-batches are unequally many; transformers loads the export."""
+def test_moe_on_two_expert_parallel_ranks(tmp_path):
+    """One prompt is shown, so a rank has none; the ranks have different numbers of micro-batches."""
     from transformers import MixtralForCausalLM
 
     folder = tiny_run(tmp_path, [{"prompt": f"count{' on' * i}"} for i in range(8)], "length")
@@ -115,7 +115,7 @@ def test_moe_over_two_ranks_that_share_the_experts(tmp_path):
             assert step[f"{role}_router_dropped"] == 0 and 1 < step[f"{role}_router_load"] <= 2
             assert 0 < step[f"{role}_router_entropy"] < 1.4 and step[f"{role}_router_aux_loss"] > 1.9
     exported = MixtralForCausalLM.from_pretrained(folder / "run" / "model", dtype=torch.float32)
-    assert exported.config.router_aux_loss_coef == 0.5  # of the training, not of the folder: 0.1
+    assert exported.config.router_aux_loss_coef == 0.5  # the training's; the folder has 0.1
     start = MixtralForCausalLM.from_pretrained(moe, dtype=torch.float32)
     moved = [(a - b).abs().max().item() for a, b in zip(exported.parameters(), start.parameters(), strict=True)]
     assert min(moved) > 0 and max(moved) < 0.1

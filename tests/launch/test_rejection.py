@@ -1,4 +1,4 @@
-"""Rejection sampling and iterative DPO: what is picked, what a round keeps, and launch/rejection.py in every layout."""
+"""Rejection sampling and iterative DPO: picked responses, rounds, and launch/rejection.py in every layout."""
 
 import math
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import AXES, agree, digests, kill_after, launch, metrics, options, succeed, succeed_in_turn
+from scripts import AXES, agree, assert_resume_is_identical, digests, launch, metrics, options, succeed, succeed_in_turn
 from tiny import tiny_llama
 from tiny_run import prompts, tiny_run
 from trialign.algorithms.batch import Prompt, Rollout, single_turn
@@ -31,7 +31,7 @@ NAN = math.nan
 
 
 def rollouts() -> list[Rollout]:
-    """Three answers to each of three prompts; the first two prompts are the same words."""
+    """Three responses to each of three prompts; the first two prompts have equal text."""
     prompts = [Prompt(i, [5, 6 + i], text, source=f"rows:{i}") for i, text in enumerate(("same", "same", "other"))]
     return [single_turn(prompt, [10 * prompt.index + j, 2], [0.0, 0.0], "stop") for prompt in prompts for j in range(3)]
 
@@ -43,17 +43,17 @@ def picked(rewards: list[float], method: str):
     return responses
 
 
-def test_the_best_of_each_prompt_and_the_first_among_equals():
-    answers = picked([1, 3, 2, 5, 5, NAN, 0, -1, 0], "sft")
-    assert [a.completion for a in answers if a.picked] == ["1", "10", "20"]
-    assert [list(sample.tokens) for sample in picked_samples(answers)] == [[5, 6, 1, 2], [5, 7, 10, 2], [5, 8, 20, 2]]
-    assert all(list(sample.mask) == [0, 0, 1, 1] for sample in picked_samples(answers))
-    assert answers[5].reward is None and answers[5].rewards == {"f": None}
+def test_sft_picks_the_best_response_of_each_prompt():
+    responses = picked([1, 3, 2, 5, 5, NAN, 0, -1, 0], "sft")
+    assert [a.completion for a in responses if a.picked] == ["1", "10", "20"]
+    assert [list(sample.tokens) for sample in picked_samples(responses)] == [[5, 6, 1, 2], [5, 7, 10, 2], [5, 8, 20, 2]]
+    assert all(list(sample.mask) == [0, 0, 1, 1] for sample in picked_samples(responses))
+    assert responses[5].reward is None and responses[5].rewards == {"f": None}
 
 
-def test_best_against_worst_leaves_out_prompts_whose_answers_score_the_same():
-    answers = picked([1, 3, 2, 5, 5, NAN, 0, -1, 0], "dpo")
-    pairs, _ = picked_pairs(answers)
+def test_dpo_pairs_best_and_worst_and_drops_ties():
+    responses = picked([1, 3, 2, 5, 5, NAN, 0, -1, 0], "dpo")
+    pairs, _ = picked_pairs(responses)
     assert [(p.chosen.tokens[2], p.rejected.tokens[2]) for p in pairs] == [(1, 0), (20, 21)]
 
 
@@ -64,23 +64,23 @@ def test_best_against_worst_leaves_out_prompts_whose_answers_score_the_same():
         ([NAN] * 9, "sft", "3 prompts.*has a score"),
     ],
 )
-def test_a_round_without_anything_to_learn_says_why(rewards, method, message):
+def test_round_without_a_pick_is_refused(rewards, method, message):
     with pytest.raises(ValueError, match=message):
         picked(rewards, method)
 
 
-def test_a_round_is_kept_to_the_last_bit(tmp_path):
-    answers = picked([0.1, 1 / 3, -2.5e-8, NAN, 1, 2, 3, 4, 5], "dpo")
-    for i, answer in enumerate(answers):
-        answer.reference = -1.7 * i / 3
-    write_responses(tmp_path / "rounds" / "round_0.jsonl", answers)
-    assert read_responses(tmp_path / "rounds" / "round_0.jsonl") == answers
+def test_written_responses_are_read_back_exactly(tmp_path):
+    responses = picked([0.1, 1 / 3, -2.5e-8, NAN, 1, 2, 3, 4, 5], "dpo")
+    for i, response in enumerate(responses):
+        response.reference = -1.7 * i / 3
+    write_responses(tmp_path / "rounds" / "round_0.jsonl", responses)
+    assert read_responses(tmp_path / "rounds" / "round_0.jsonl") == responses
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:1: not a response"):
         read_responses(tmp_path / "bad.jsonl")
 
 
-def test_rows_of_a_round_are_each_met_before_any_is_met_again():
+def test_rows_of_a_round_repeat_after_all_are_drawn():
     steps = [rows_of_step(5, 7, 1, step, 2) for step in range(5)]
     met = [row for step in steps for row in step]
     assert sorted(met[:5]) == sorted(met[5:]) == [0, 1, 2, 3, 4] and met[:5] != met[5:]
@@ -89,7 +89,7 @@ def test_rows_of_a_round_are_each_met_before_any_is_met_again():
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """Two tiny models, one to train and one that rewards, prompts and a config."""
+    """A tiny model and a reward model, prompts and a config."""
     folder = tmp_path_factory.mktemp("rejection")
     tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
     given = {
@@ -120,22 +120,22 @@ SFT = ("--rejection.epochs", 2, "--optimizer.lr", "1e-2", "--optimizer.eps", "1e
 
 @pytest.fixture(scope="module")
 def tuned(setting) -> Path:
-    """SFT on the picked_samples, one round of as many steps."""
+    """SFT on the picked responses, one round of as many steps."""
     return run(setting, "tuned", *SFT)
 
 
 def test_outputs_of_a_run(setting, whole):
-    """Each round's answers with their picks; what the steps log follows from them; the reference is the model."""
+    """Picks and metrics follow from the responses; reference log-probabilities equal transformers'."""
     from transformers import AutoModelForCausalLM
 
     steps = metrics(whole)
     assert [step["round"] for step in steps] == [0, 0, 1, 1]
     assert ["reward" in step for step in steps] == [True, False] * 2
     for number in range(ROUNDS):
-        answers = read_responses(whole / "rounds" / f"round_{number}.jsonl")
-        assert len(answers) == 8 * 3
+        responses = read_responses(whole / "rounds" / f"round_{number}.jsonl")
+        assert len(responses) == 8 * 3
         for begin in range(0, 24, 3):
-            group = answers[begin : begin + 3]
+            group = responses[begin : begin + 3]
             rewards = [a.reward or 0.0 for a in group]
             assert len({a.source for a in group}) == 1 and all(
                 a.reward == sum(v or 0.0 for v in a.rewards.values()) for a in group
@@ -143,52 +143,46 @@ def test_outputs_of_a_run(setting, whole):
             picks = {a.picked: a.reward for a in group if a.picked}
             assert picks == ({"best": max(rewards), "worst": min(rewards)} if len(set(rewards)) > 1 else {})
         first = steps[number * PER_ROUND]
-        assert first["reward"] == pytest.approx(statistics.fmean(a.reward or 0.0 for a in answers))
+        assert first["reward"] == pytest.approx(statistics.fmean(a.reward or 0.0 for a in responses))
         assert first["reward_picked"] == pytest.approx(
-            statistics.fmean(a.reward or 0.0 for a in answers if a.picked == "best")
+            statistics.fmean(a.reward or 0.0 for a in responses if a.picked == "best")
         )
         assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)  # the policy is the round's reference
     model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
-    answer = next(a for a in read_responses(whole / "rounds" / "round_0.jsonl") if a.picked)
-    ids = torch.tensor([answer.prompt_tokens + answer.tokens])
+    response = next(a for a in read_responses(whole / "rounds" / "round_0.jsonl") if a.picked)
+    ids = torch.tensor([response.prompt_tokens + response.tokens])
     with torch.no_grad():
         logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
-    assert answer.reference == pytest.approx(logprobs[-len(answer.tokens) :].sum().item(), rel=1e-5)
+    assert response.reference == pytest.approx(logprobs[-len(response.tokens) :].sum().item(), rel=1e-5)
     AutoModelForCausalLM.from_pretrained(whole / "model")
     assert (whole / "rejection.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft"])
-def test_killed_within_a_round_and_resumed_it_ends_bit_for_bit_the_same(setting, whole, tuned, method):
-    folder, words = setting / f"{method}-killed", DPO if method == "dpo" else SFT
-    given = ("--config", setting / "config.toml", "--run.output", folder, *words)
-    kill_after("checkpoints/step_1", folder, "rejection", *given)
-    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed too late to show anything"
-    succeed("rejection", "--resume", folder)
-    other = whole if method == "dpo" else tuned
-    assert digests(folder, STEPS) == digests(other, STEPS) and metrics(folder) == metrics(other)
+def test_resume_within_a_round_is_bit_identical(setting, whole, tuned, method):
+    other, given = (whole, DPO) if method == "dpo" else (tuned, SFT)
+    given = ("rejection", "--config", setting / "config.toml", *given)
+    assert_resume_is_identical("checkpoints/step_1", setting / f"{method}-killed", other, STEPS, *given)
 
 
-def test_a_round_that_was_answered_is_not_answered_again(setting, whole):
-    """Between the last step of a round and the first of the next; but where it is to be answered in another way."""
+def test_resume_reuses_the_responses_of_its_round(setting, whole):
+    """Killed after sampling and before the round's first step; other sampling options discard the responses."""
     folder = setting / "between"
     shutil.copytree(whole, folder)
     for step in range(PER_ROUND + 1, STEPS + 1):
         shutil.rmtree(folder / "checkpoints" / f"step_{step}")
-    answers = folder / "rounds" / "round_1.jsonl"
-    written = answers.stat().st_mtime_ns
+    responses = folder / "rounds" / "round_1.jsonl"
+    written = responses.stat().st_mtime_ns
     shutil.copytree(folder, setting / "other")
     succeed("rejection", "--resume", folder)
-    assert digests(folder, STEPS) == digests(whole, STEPS) and answers.stat().st_mtime_ns == written
+    assert digests(folder, STEPS) == digests(whole, STEPS) and responses.stat().st_mtime_ns == written
     printed = succeed("rejection", "--resume", setting / "other", "--rollout.temperature", 0.5)
     assert "resumed with rollout.temperature=0.5 (was 1.0)" in printed
-    assert read_responses(setting / "other" / "rounds" / "round_1.jsonl") != read_responses(answers)
+    assert read_responses(setting / "other" / "rounds" / "round_1.jsonl") != read_responses(responses)
     shutil.rmtree(folder / "rounds")
     shutil.rmtree(folder / "checkpoints" / f"step_{STEPS}")
     gone = launch("rejection", "--resume", folder)
     assert gone.returncode != 0 and "round_1.jsonl" in gone.stderr, gone.stderr
-    changed = launch("rejection", "--resume", folder, "--rejection.method", "sft")
-    assert changed.returncode != 0 and "rejection.method=sft (was dpo)" in changed.stderr
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +204,11 @@ def near(number: float | None):
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize(("method", "rounds"), [("dpo", ROUNDS), ("sft", 1)])
-def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, tuned, moved, method, rounds, axis):
+def test_layouts_agree(setting, whole, tuned, moved, method, rounds, axis):
     run, alone = setting / f"{method}-{axis}", whole if method == "dpo" else tuned
     for number in range(rounds):
-        ours, theirs = (read_responses(path / "rounds" / f"round_{number}.jsonl") for path in (run, alone))
-        for got, expected in zip(ours, theirs, strict=True):
+        rows, others = (read_responses(path / "rounds" / f"round_{number}.jsonl") for path in (run, alone))
+        for got, expected in zip(rows, others, strict=True):
             assert got.reward == near(expected.reward) and got.reference == near(expected.reference)
             assert got.rewards == {name: near(value) for name, value in expected.rewards.items()}
             numbers = {"reference": None, "reward": None, "rewards": {}}
@@ -222,15 +216,14 @@ def test_under_torchrun_it_ends_the_same_within_rounding(setting, whole, tuned, 
     agree(run, alone, STEPS)
 
 
-def test_sft_on_the_winners_makes_them_likelier(tuned):
-    """One round long enough to see it: its best answers gain."""
+def test_sft_lowers_the_loss_on_the_picked_responses(tuned):
     from transformers import AutoModelForCausalLM
 
     steps = metrics(tuned)
     assert len(steps) == STEPS and steps[-1]["loss"] < steps[0]["loss"]
-    answers = read_responses(tuned / "rounds" / "round_0.jsonl")
-    assert sum(a.picked == "best" for a in answers) == 8 and not any(a.picked == "worst" for a in answers)
-    assert steps[0]["picked"] == 8 and all(a.reference is None for a in answers)
+    responses = read_responses(tuned / "rounds" / "round_0.jsonl")
+    assert sum(a.picked == "best" for a in responses) == 8 and not any(a.picked == "worst" for a in responses)
+    assert steps[0]["picked"] == 8 and all(a.reference is None for a in responses)
     model = AutoModelForCausalLM.from_pretrained(tuned / "model", dtype=torch.float32)
     master = Reader(tuned / "checkpoints" / f"step_{STEPS}")
     for name, weight in model.named_parameters():
@@ -245,7 +238,7 @@ def test_sft_on_the_winners_makes_them_likelier(tuned):
         ({"update_batch_size": 3, "parallel_dp": 2}, "update.batch_size=3"),
     ],
 )
-def test_what_does_not_fit_together(changes, reported):
+def test_conflicting_options_are_refused(changes, reported):
     argv = options(**({"model_path": "m", "data_sources": "a.jsonl", "reward_functions": "r.py:f"} | changes))
     with pytest.raises(ValueError, match=reported):
         parse(RejectionConfig, argv).check(2 if "parallel_dp" in changes else 1)

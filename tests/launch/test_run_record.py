@@ -1,13 +1,13 @@
-"""A folder that holds a run: resumed, ended, deleted, refused; changed options; disks that nodes do not share."""
+"""Run folders: resumed, finished, deleted or refused; changed options; disks that nodes do not share."""
 
 import importlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """Models, rows, and a working directory where they are named by relative paths."""
+    """Models and rows, for runs with relative paths in this folder."""
     folder = tmp_path_factory.mktemp("folders")
     tiny_run(folder, [{"prompt": f"say {i}", "response": "word " * (i % 5 + 1)} for i in range(16)])
     tiny_chat_model(folder / "other", num_hidden_layers=1)
@@ -37,73 +37,64 @@ def setting(tmp_path_factory) -> Path:
     return folder
 
 
-def words(**given: object) -> list[str]:
-    """Options of a small SFT run, of the setting's working directory."""
+def sft_options(**given: object) -> list[str]:
+    """Arguments of a small SFT run in the setting's folder."""
     plain: dict[str, object] = {"model_path": "model", "model_dtype": "float32", "data_sources": "rows.jsonl"}
     plain |= {"data_max_tokens": 96, "update_batch_size": 4, "optimizer_lr": 1e-3, "parallel_device": "cpu"}
     plain |= {"run_steps": STEPS, "run_show": 0, "run_log": (), "run_save_every": 1}
     return options(**(plain | given))
 
 
-def pair_words(**more: object) -> list[str]:
-    """Options of a small DPO run."""
-    given = words(data_sources="pairs.jsonl", run_resume="auto", **more)
-    place = given.index("--run.show")
-    return given[:place] + given[place + 2 :]
+def dpo_options(**given: object) -> list[str]:
+    """Arguments of a small DPO run in the setting's folder."""
+    arguments = sft_options(data_sources="pairs.jsonl", run_resume="auto", **given)
+    place = arguments.index("--run.show")
+    return arguments[:place] + arguments[place + 2 :]
 
 
 @pytest.fixture
-def sft(setting, monkeypatch) -> ModuleType:
-    """launch/sft.py as a module, in the setting's working directory."""
-    monkeypatch.syspath_prepend(ROOT / "launch")
+def run(setting, monkeypatch, launched) -> Callable[..., None]:
+    """Runs launch/sft.py in this process, in the setting's folder."""
     monkeypatch.chdir(setting)
-    return importlib.import_module("sft")
+    sft = launched("sft")
+    return lambda *arguments: sft.start(SFTConfig, sft.main, "sft", arguments)
 
 
-def run(sft: Any, *given: str) -> None:
-    sft.start(SFTConfig, sft.main, "sft", given)
-
-
-def test_a_folder_that_holds_a_run_is_resumed_deleted_or_refused(sft, tmp_path, capsys):
+def test_folder_with_a_run_is_resumed_deleted_or_refused(run, tmp_path, capsys):
     out = tmp_path / "run"
-    given = words(run_output=out)
-    run(sft, *given, "--update.ema_decay", "0.5", "--lora.rank", "2", "--run.log", "tensorboard")
+    given = sft_options(run_output=out)
+    run(*given, "--update.ema_decay", "0.5", "--lora.rank", "2", "--run.log", "tensorboard")
     assert (out / "model_ema").is_dir() and (out / "adapter").is_dir() and (out / "tensorboard").is_dir()
     logged = (out / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit, match=r"run.output=.*--run.resume auto.*--run.overwrite True"):
-        run(sft, *given)
+        run(*given)
     with pytest.raises(SystemExit, match="lora.rank=0 .was 2."):
-        run(sft, *given, "--run.resume", "auto")
+        run(*given, "--run.resume", "auto")
     assert (out / "metrics.jsonl").read_bytes() == logged and (out / "model_ema").is_dir()
     (out / "mine.txt").write_text("the user's")
-    run(sft, *given, "--run.overwrite", "True")
+    run(*given, "--run.overwrite", "True")
     assert not any((out / name).exists() for name in ("model_ema", "adapter", "tensorboard"))
     assert (out / "mine.txt").exists() and len(metrics(out)) == STEPS
     written = (out / "model" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
-    run(sft, *given, "--run.resume", "auto")
-    printed = capsys.readouterr().out
-    assert (
-        f"this run has ended at step {STEPS}" in printed
-        and str(out / "model") in printed
-        and "--run.overwrite" in printed
-    )
+    run(*given, "--run.resume", "auto")
+    assert f"this run has ended at step {STEPS}" in capsys.readouterr().out
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == written
     shutil.rmtree(out / "model")
     (out / "sft.png").unlink()
-    run(sft, *given, "--run.resume", "auto")
+    run(*given, "--run.resume", "auto")
     assert (out / "model" / "config.json").exists() and (out / "sft.png").exists() and len(metrics(out)) == STEPS
     shutil.rmtree(out / "checkpoints")
-    run(sft, *given, "--run.resume", "auto")
+    run(*given, "--run.resume", "auto")
     with pytest.raises(SystemExit, match="run.steps=4 .was 3."):
-        run(sft, *given, "--run.resume", "auto", "--run.steps", "4")
+        run(*given, "--run.resume", "auto", "--run.steps", "4")
     assert (out / "model").is_dir()
 
 
-def test_options_that_a_resume_changes_are_printed_or_refused(sft, setting, tmp_path, capsys):
+def test_changed_options_of_a_resume_are_printed_or_refused(run, setting, tmp_path, capsys):
     out = tmp_path / "run"
-    given = words(run_output=out, run_resume="auto")
-    run(sft, *given)
+    given = sft_options(run_output=out, run_resume="auto")
+    run(*given)
     for change, message in {
         ("--run.seed", "3"): r"run.seed=3 \(was 0\)",
         ("--update.batch_size", "8"): r"update.batch_size=8 \(was 4\)",
@@ -111,43 +102,43 @@ def test_options_that_a_resume_changes_are_printed_or_refused(sft, setting, tmp_
         ("--model.path", "other"): "model.path=.*other .was .*model.: .*num_hidden_layers=1",
     }.items():
         with pytest.raises(SystemExit, match=message):
-            run(sft, *given, "--run.steps", "5", *change)
+            run(*given, "--run.steps", "5", *change)
     shutil.copytree(setting / "model", tmp_path / "moved")
     capsys.readouterr()
     moved = ("--model.path", str(tmp_path / "moved"))
-    run(sft, *given, *moved, "--run.steps", "4", "--optimizer.lr", "0.002", "--optimizer.schedule", "constant")
+    run(*given, *moved, "--run.steps", "4", "--optimizer.lr", "0.002", "--optimizer.schedule", "constant")
     printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "optimizer.lr=0.002 (was 0.001)" in printed
-        and "run.steps=4 (was 3)" in printed
-        and "model.path=" not in printed
-    )
+    assert all(part in printed for part in ("optimizer.lr=0.002 (was 0.001)", "run.steps=4 (was 3)"))
+    assert "model.path=" not in printed  # another path, the same files
     assert metrics(out)[-1]["lr"] == 0.002
     weights = tmp_path / "moved" / "model.safetensors"
-    spoilt = bytearray(weights.read_bytes())
-    spoilt[-1] ^= 1
-    weights.write_bytes(spoilt)
+    corrupt = bytearray(weights.read_bytes())
+    corrupt[-1] ^= 1
+    weights.write_bytes(corrupt)
     with pytest.raises(SystemExit, match="model.path=.*model.safetensors"):
-        run(sft, *given, *moved, "--run.steps", "6")
+        run(*given, *moved, "--run.steps", "6")
 
 
-def test_a_run_is_resumed_from_anywhere(sft, tmp_path, monkeypatch):
-    run(sft, *words(run_output=tmp_path / "run"))
+def test_moved_run_is_resumed_from_another_directory(run, tmp_path, monkeypatch):
+    run(*sft_options(run_output=tmp_path / "run"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    for contrary in (("--run.output", "other"), ("--config", "elsewhere/config.toml", "--run.output", "other")):
+    for other in (("--run.output", "other"), ("--config", "elsewhere/config.toml", "--run.output", "other")):
         with pytest.raises(SystemExit, match="2"):
-            run(sft, "--resume", "elsewhere", *contrary)
-    run(sft, "--resume", "elsewhere", "--run.steps", "4")
+            run("--resume", "elsewhere", *other)
+    (tmp_path / "mine.toml").touch()
+    with pytest.raises(SystemExit, match="run.resume=.*nowhere"):
+        run("--config", "mine.toml", *sft_options(run_resume=tmp_path / "nowhere"))
+    run("--resume", "elsewhere", "--run.steps", "4")
     assert len(metrics(tmp_path / "elsewhere")) == 4 and not (tmp_path / "other").exists()
     config = load(SFTConfig, tmp_path / "elsewhere" / "config.toml")
     assert all(Path(path).is_absolute() for path in (config.model.path, *config.data.sources, config.run.output))
 
 
-def test_a_run_that_has_no_checkpoint_yet_begins_again(setting, tmp_path, monkeypatch):
-    """Killed before its folder is there, within its steps, and within the reference pass; the same command ends it."""
+def test_run_killed_before_its_first_checkpoint_restarts(setting, tmp_path, monkeypatch):
+    """Killed before its record is written, then within its steps; the reference pass is not repeated."""
     monkeypatch.chdir(setting)
-    given = pair_words(run_save_every=0, run_steps=6, run_log="tensorboard")
+    given = dpo_options(run_save_every=0, run_steps=6, run_log="tensorboard")
     succeed("dpo", *given, "--run.output", tmp_path / "whole")
     out = tmp_path / "run"
     again = (*given, "--run.output", out)
@@ -156,17 +147,16 @@ def test_a_run_that_has_no_checkpoint_yet_begins_again(setting, tmp_path, monkey
     kill_after("metrics.jsonl", out, "dpo", *again)
     assert not list(out.glob("checkpoints/step_*"))
     printed = succeed("dpo", *again)
-    assert "computed once" not in printed and "from step 0" in printed  # the reference was kept
+    assert "computed once" not in printed and "from step 0" in printed
     assert digests(out, 6) == digests(tmp_path / "whole", 6) and metrics(out) == metrics(tmp_path / "whole")
     assert len(list((out / "tensorboard").iterdir())) == 1
 
 
-def test_parts_of_the_reference_pass_are_kept(setting, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "launch")
+def test_finished_chunks_of_the_reference_pass_are_reused(setting, tmp_path, monkeypatch, launched):
     monkeypatch.chdir(setting)
-    dpo, reference = importlib.import_module("dpo"), importlib.import_module("common.reference")
+    dpo, reference = launched("dpo"), launched("common.reference")
     monkeypatch.setattr(reference, "CHUNK", 5)
-    given = pair_words()
+    given = dpo_options()
     read, seen = dpo.reference_sums, []
 
     def start(stop_at: int, out: Path) -> None:
@@ -188,8 +178,8 @@ def test_parts_of_the_reference_pass_are_kept(setting, tmp_path, monkeypatch):
     assert digests(tmp_path / "run", STEPS) == digests(tmp_path / "whole", STEPS)
 
 
-def test_torchrun_restarts_a_run_where_it_was(setting, tmp_path, monkeypatch):
-    """The reward kills its rank in the fourth call; --max-restarts goes on from the last checkpoint."""
+def test_torchrun_restart_resumes_from_the_last_checkpoint(setting, tmp_path, monkeypatch):
+    """The reward function kills its rank in the fourth call."""
     monkeypatch.chdir(setting)
     given = options(
         model_path="model", model_dtype="float32", data_sources="rows.jsonl", reward_functions="rewards.py:killer"
@@ -213,55 +203,53 @@ def test_torchrun_restarts_a_run_where_it_was(setting, tmp_path, monkeypatch):
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def on_disks(rank: int, world: int, folder: Path, output: str) -> str:
-    """A rank's error, in a working directory of its own, of a run that writes to `output`; or ""."""
+def refusal(rank: int, world: int, folder: Path, output: str) -> str:
+    """A rank's error, or "": each rank is a node with a working directory of its own; the run writes to `output`, or
+    without one only its model is compared."""
     sys.path.insert(0, str(ROOT / "launch"))
-    module = importlib.import_module("common.run")
+    module, fingerprint = (importlib.import_module(f"common.{name}") for name in ("run", "fingerprint"))
     vars(importlib.import_module("common.run_record"))["DISK_WAIT"] = 1.0
     os.environ["GROUP_RANK"] = str(rank)
     os.chdir(folder / str(rank))
+    config, mesh = parse(SFTConfig, sft_options(run_output=output or "run")), build_mesh(dp=world)
     try:
+        if not output:
+            fingerprint.facts_of(config, mesh, lambda work: work())
+            return ""
         with ExitStack() as stack:
-            config, signals = parse(SFTConfig, words(run_output=output)), module.StopSignals(Path("nowhere"), rank == 0)
-            run = module.Run(config, build_mesh(dp=world), stack, "sft", signals)
+            run = module.Run(config, mesh, stack, "sft", module.StopSignals(Path("nowhere"), rank == 0))
             run.record.check_shared_disk(stack.enter_context(run_lock(run.folder)) if rank == 0 else "")
         return ""
-    except SystemExit as error:
+    except (SystemExit, ValueError) as error:
         return str(error)
 
 
-def test_a_disk_that_nodes_do_not_share_is_named(tmp_path):
-    """In two working directories a relative run.output is another folder on each rank."""
+def test_unshared_run_folder_is_refused(tmp_path):
+    """A relative run.output is another folder on each node."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-    assert run_ranks(on_disks, 2, tmp_path, str(tmp_path / "shared")) == ["", ""]
-    error, _ = run_ranks(on_disks, 2, tmp_path, "run")
-    assert "run.output=run: " in error and f"(rank 1) does not see in {tmp_path}/1/run" in error, error
+    assert run_ranks(refusal, 2, tmp_path, str(tmp_path / "shared")) == ["", ""]
+    error, _ = run_ranks(refusal, 2, tmp_path, "run")
+    assert "run.output=run" in error and f"(rank 1) does not see in {tmp_path}/1/run" in error, error
 
 
-def on_nodes(rank: int, world: int, folder: Path) -> str:
-    """A rank's error whose node has a folder of its own; or ""."""
-    sys.path.insert(0, str(ROOT / "launch"))
-    changes = importlib.import_module("common.fingerprint")
-    os.environ["GROUP_RANK"] = str(rank)
-    os.chdir(folder / str(rank))
-    config = parse(SFTConfig, words())
-    try:
-        changes.facts_of(config, build_mesh(dp=world), lambda work: work())
-        return ""
-    except ValueError as error:
-        return str(error)
+def test_nodes_with_different_models_are_refused(setting, tmp_path):
+    for number in range(2):
+        shutil.copytree(setting / "model", tmp_path / str(number) / "model")
+    assert run_ranks(refusal, 2, tmp_path, "") == ["", ""]
+    (tmp_path / "1" / "model" / "tokenizer_config.json").unlink()
+    first, second = run_ranks(refusal, 2, tmp_path, "")
+    assert first == second and "model.path=" in first and "tokenizer_config.json" in first
 
 
-def test_another_function_is_another_reward(setting, monkeypatch):
-    """Of the same file, and of a module, which has no file here."""
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    changes = importlib.import_module("common.fingerprint")
+def test_changed_reward_function_is_reported(setting, launched):
+    """Of the same file, and of a module, which has no file in the fingerprint."""
+    fingerprint = launched("common.fingerprint")
 
     def changed(before: str, now: str) -> list[str]:
         configs = [parse(PPOConfig, options(reward_functions=spec)) for spec in (before, now)]
-        facts = [changes.facts_of(config, build_mesh(), lambda work, **_: work()) for config in configs]
-        return changes.changes(*facts, "ppo")
+        facts = [fingerprint.facts_of(config, build_mesh(), lambda work, **_: work()) for config in configs]
+        return fingerprint.changes(*facts, "ppo")
 
     reward = f"{setting}/rewards.py"
     assert changed(f"{reward}:length", f"{reward}:length") == changed("os:getpid", "os:getpid") == []
@@ -269,12 +257,3 @@ def test_another_function_is_another_reward(setting, monkeypatch):
     for before, now in ((f"{reward}:length", f"{reward}:goal"), ("os:getpid", "os:getppid")):
         (change,) = changed(before, now)
         assert f"reward.functions={now} (was {before})" in change
-
-
-def test_nodes_whose_models_differ_are_named(setting, tmp_path):
-    for number in range(2):
-        shutil.copytree(setting / "model", tmp_path / str(number) / "model")
-    assert run_ranks(on_nodes, 2, tmp_path) == ["", ""]
-    (tmp_path / "1" / "model" / "tokenizer_config.json").unlink()
-    first, second = run_ranks(on_nodes, 2, tmp_path)
-    assert first == second and "model.path=" in first and "tokenizer_config.json is not there" in first

@@ -1,6 +1,5 @@
-"""launch/show_data.py: what it shows of each kind of data is what the run would learn, token by token."""
+"""launch/show_data.py: rows of each kind of data with the tokens that are learned."""
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -9,13 +8,11 @@ import pytest
 from samples import write_jsonl
 from scripts import ROOT, launch, succeed
 from tiny import tiny_chat_model
-from trialign.algorithms.config.pretrain import TextData
-from trialign.algorithms.data.documents import TextStream
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """A tiny model and a file of each kind of rows, with one that is too long."""
+    """A tiny model, and rows of each kind with one that is too long."""
     folder = tmp_path_factory.mktemp("data")
     tiny_chat_model(folder / "model")
     long = "long " * 50
@@ -41,7 +38,7 @@ def setting(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs", "shown"),
+    ("name", "given", "shown"),
     [
         (
             "sft",
@@ -64,15 +61,14 @@ def setting(tmp_path_factory) -> Path:
         ("pretrain", (), ["row 1: ", "o⟦ne</s>⟧", "t⟦wo</s>⟧", "1 dropped for fewer than 2 tokens"]),
     ],
 )
-def test_rows_as_the_model_sees_them(setting, name, knobs, shown):
-    said = succeed("show_data", "--config", setting / f"{name}_tiny.toml", *knobs)
-    assert said.startswith(f"{name}: ")
-    flat = re.sub(r"\s+", " ", said)
+def test_rows_are_shown_with_learned_tokens_marked(setting, name, given, shown):
+    printed = succeed("show_data", "--config", setting / f"{name}_tiny.toml", *given)
+    assert printed.startswith(f"{name}: ")
     for part in shown:
-        assert re.sub(r"\s+", " ", part) in flat, said
+        assert part in re.sub(r"\s+", " ", printed), printed
 
 
-def test_which_script_it_is_for(setting, tmp_path):
+def test_script_is_found_by_config_or_asked_for(setting, tmp_path):
     config = tmp_path / "mine.toml"
     config.write_text((setting / "sft_tiny.toml").read_text())
     unsure = launch("show_data", "--config", config)
@@ -86,74 +82,50 @@ def test_which_script_it_is_for(setting, tmp_path):
 
 
 @pytest.fixture
-def show(monkeypatch):
-    """launch/show_data.py in this process."""
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+def show(launched, monkeypatch, capsys):
+    """Runs launch/show_data.py in this process; returns its output."""
     monkeypatch.setenv("COLUMNS", "200")
-    return importlib.import_module("show_data").main
+    main = launched("show_data").main
+    return lambda *arguments: main(list(map(str, arguments))) or capsys.readouterr().out
 
 
-def test_rewards_that_are_still_to_come_are_question_marks(setting, show, capsys):
-    """The config that ships, on the tiny model: its rows are scored when it runs."""
-    config = str(ROOT / "launch" / "configs" / "conditional_smollm2.toml")
-    rows = str(ROOT / "launch" / "examples" / "dialogues.jsonl")
-    path = ("--model.path", str(setting / "model"), "--data.sources", rows)
-    show(["--config", config, *path, "--data.max_tokens", "2000", "--rows", "1"])
-    said = capsys.readouterr().out
-    assert "; ? stands for the rewards that launch/examples/sentiment.py:sentiment will give" in said.split("\n──")[0]
-    assert re.search(r" <rm_score>: \? </s><s>assistant: ⟦.+</s>⟧", said.replace("\n", " ")), said
+def test_rewards_of_later_scoring_are_question_marks(setting, show):
+    """The shipped config on the tiny model; the rows are scored when it runs."""
+    config, rows = ROOT / "launch/configs/conditional_smollm2.toml", ROOT / "launch/examples/dialogues.jsonl"
+    given = ("--model.path", setting / "model", "--data.sources", rows, "--data.max_tokens", 2000, "--rows", 1)
+    printed = show("--config", config, *given)
+    assert "launch/examples/sentiment.py:sentiment" in printed.split("\n──")[0]
+    assert re.search(r" <rm_score>: \? </s><s>assistant: ⟦.+</s>⟧", printed.replace("\n", " ")), printed
 
 
-def test_a_pipeline_s_dialogues_and_prompts(setting, show, capsys):
-    sources = ("--sft.data.sources", str(setting / "sft.jsonl"), "--prompts.sources", str(setting / "ppo.jsonl"))
-    show(["--script", "rlhf", "--model.path", str(setting / "model"), *sources, "--prompts.max_prompt_tokens", "64"])
-    said = capsys.readouterr().out
-    assert "rlhf: 2 rows of" in said and "<s>assistant: ⟦yo</s>⟧" in said
-    assert "rlhf: 1 prompts, 1 dropped for more than 64 tokens" in said and "<s>user: ask</s><s>assistant: " in said
-    shipped = ("--sft.data.sources", str(ROOT / "launch/examples/dialogues.jsonl"), "--sft.data.max_tokens", "2000")
-    shipped += ("--prompts.sources", str(ROOT / "launch/examples/prompts.jsonl"))
-    config = str(ROOT / "launch/configs/rlhf_smollm2.toml")
-    show(["--config", config, "--model.path", str(setting / "model"), *shipped, "--rows", "1"])
-    assert " held out" in (said := capsys.readouterr().out) and said.count("rlhf: ") == 2
+def test_rlhf_dialogues_and_prompts_are_shown(setting, show):
+    sources = ("--sft.data.sources", setting / "sft.jsonl", "--prompts.sources", setting / "ppo.jsonl")
+    printed = show("--script", "rlhf", "--model.path", setting / "model", *sources, "--prompts.max_prompt_tokens", 64)
+    assert "rlhf: 2 rows of" in printed and "<s>assistant: ⟦yo</s>⟧" in printed
+    assert "rlhf: 1 prompts, 1 dropped for more than 64 tokens" in printed and "<s>user: ask</s><s>ass" in printed
 
 
-def test_what_evaluation_and_the_pretraining_mix_read(setting, show, capsys):
-    texts, prompts = str(setting / "pretrain.jsonl"), ("--data.sources", str(setting / "ppo.jsonl"))
-    model = ("--model.path", str(setting / "model"))
-    measured = ("--text.sources", texts, "--dialogues.sources", str(setting / "sft.jsonl"))
-    show(["--script", "evaluate", *model, *prompts, *measured])
-    said = capsys.readouterr().out
-    assert all(part in said for part in ("evaluate: 2 prompts", "o⟦ne</s>⟧", "⟦yo</s>⟧"))
-    mix = ("--data.ptx_source", texts, "--data.ptx_tokens", "4", "--actor.ptx_coef", "1")
-    show(["--script", "ppo", *model, *prompts, *mix, "--rows", "1"])
-    assert "tokens of" in (said := capsys.readouterr().out) and "pretraining mix: 4 tokens, 3 learned" in said
+def test_evaluation_data_and_pretraining_mix_are_shown(setting, show):
+    given = ("--model.path", setting / "model", "--data.sources", setting / "ppo.jsonl")
+    texts = setting / "pretrain.jsonl"
+    sources = ("--text.sources", texts, "--dialogues.sources", setting / "sft.jsonl")
+    printed = show("--script", "evaluate", *given, *sources)
+    assert all(part in printed for part in ("evaluate: 2 prompts", "o⟦ne</s>⟧", "⟦yo</s>⟧"))
+    mix = ("--data.ptx_source", texts, "--data.ptx_tokens", 4, "--actor.ptx_coef", 1)
+    assert "pretraining mix: 4 tokens, 3 learned" in show("--script", "ppo", *given, *mix, "--rows", 1)
 
 
-def test_learned_tokens_are_green_and_bold_the_others_dim(setting, show, monkeypatch, capsys):
+def test_learned_tokens_are_green_and_bold(setting, show, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     rows = [{"messages": [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate("abcd")]}]
     path = write_jsonl(setting / "turns.jsonl", rows)
-    show(["--script", "sft", "--model.path", str(setting / "model"), "--data.sources", str(path), "--rows", "1"])
-    spans = re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m", capsys.readouterr().out.partition(" learned")[2])
-    told = [(style, words) for style, words in spans if style in ("2", "1;32")]
-    assert told == [
+    printed = show("--script", "sft", "--model.path", setting / "model", "--data.sources", path, "--rows", 1)
+    spans = re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m", printed.partition(" learned")[2])
+    assert [(style, words) for style, words in spans if style in ("2", "1;32")] == [
         ("2", "<s>user: a</s><s>assistant: "),
         ("1;32", "b</s>"),
         ("2", "<s>user: c</s><s>assistant: "),
         ("1;32", "d</s>"),
     ]
-
-
-def test_marks_are_those_of_the_stream(setting):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(setting / "model")
-    data = TextStream(TextData(sources=(str(setting / "pretrain.jsonl"),)), tokenizer)
-    said = succeed("show_data", "--config", setting / "pretrain_tiny.toml", "--rows", 1)
-    pieces = [piece for row in data.next(1) for piece in row]
-    assert said.count("⟦") == len(pieces)
-    for piece in pieces:
-        assert f"{tokenizer.decode(piece.tokens[:1])}⟦{tokenizer.decode(piece.tokens[1:])}⟧" in said
-        assert f"{len(piece.tokens)} tokens, {len(piece.tokens) - 1} learned" in said

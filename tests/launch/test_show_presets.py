@@ -1,4 +1,4 @@
-"""launch/show_presets.py on a batch of known numbers, and what it refuses."""
+"""launch/show_presets.py on a batch of known numbers, and its refused input."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "show_presets.py"
 
 
-# Two prompts with two answers each: of different lengths, one with another's words in between, one far from its
+# Two prompts with two responses each: of different lengths, one with an environment's tokens, one far from its
 # sampler, one reward above every clip.
 BATCH = [
     {"group": "a", "reward": 12, "logprobs": [-1.0], "old_logprobs": [-1.2], "rollout_logprobs": [-2.5],
@@ -62,25 +62,25 @@ ROWS = {
 }  # fmt: skip
 
 
-def test_every_row_of_one_batch(tmp_path: Path) -> None:
+def test_quantities_of_a_batch_under_every_preset(tmp_path: Path) -> None:
     """Checked by hand: KL (d = 0.3; 0.5, 0; 0.5, 15; -3.5, -0.5), IPO (h = 0.7 and -8, per token 0.6 and -4), the
     weights (one of e^1.3, six of 1); GRPO's advantages are 1/sqrt(2). The functions are test_golden.py's."""
     done = run(write(tmp_path / "batch.jsonl", BATCH))
     assert done.returncode == 0, done.stderr
     lines = (line.split("│")[1:8] for line in done.stdout.splitlines() if "│" in line)
-    told = {name.strip(): [float(cell) for cell in cells] for name, *cells in lines}
-    assert told == ROWS
+    shown = {name.strip(): [float(cell) for cell in cells] for name, *cells in lines}
+    assert shown == ROWS
 
 
-def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
-    """One answer a prompt, no values: nothing to pair, so no IPO; the sampler is the old policy, so weights are 1."""
+def test_defaults_of_absent_columns(tmp_path: Path) -> None:
+    """One response a prompt: no pairs, so no IPO; no sampler's logprobs, so importance weights are 1."""
     rows = [{"reward": r, "logprobs": [-1.0, -2.0], "ref_logprobs": [-1.0, -2.0]} for r in (1, 0, 0)]
     done = run(write(tmp_path / "batch.jsonl", rows))
     assert done.returncode == 0, done.stderr
     lines = {line.split("│")[1].strip(): line.split("│")[2:8] for line in done.stdout.splitlines() if "│" in line}
     assert set(ROWS) - set(lines) == {"loss (IPO)"}
     assert [cell.strip() for cell in lines["importance weight"]] == ["1"] * 6
-    # An answer without siblings: verl gives it its reward, the others nothing.
+    # A group of one: verl gives the reward, the others 0.
     assert [cell.strip() for cell in lines["advantage (GRPO), largest"]] == ["0", "0", "0", "1", "0", "0"]
 
 
@@ -90,28 +90,19 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
         ("", "holds no sample"),
         ("nonsense", "batch.jsonl:1: not valid JSON"),
         ('{"reward": 1}', "batch.jsonl:1: needs logprobs"),
-        ('{"reward": "much", "logprobs": [0]}', "reward='much': must be a finite number"),
-        ('{"reward": NaN, "logprobs": [0]}', "reward=nan: must be a finite number"),
-        ('{"reward": 1, "logprobs": [0, Infinity]}', "logprobs must be a list of finite numbers"),
-        ('{"reward": 1, "logprobs": [0, true]}', "logprobs must be a list of finite numbers"),
-        ('{"reward": 1, "logprobs": [0, 3.5]}', "logprobs holds 3.5: a log-probability is at most 0"),
-        ('{"reward": 1, "logprobs": [0], "mask": [0.5]}', "mask must hold 0 and 1 only"),
-        (
-            '{"reward": 1, "logprobs": [0], "old_logprob": [0]}',
-            "batch.jsonl:1: old_logprob: unknown; allowed are group",
-        ),
-        ('{"reward": 1, "logprobs": [0], "values": [1, 2]}', "values has 2 numbers, logprobs 1"),
+        ('{"reward": NaN, "logprobs": [0]}', "reward=nan"),
+        ('{"reward": 1, "logprobs": [0, true]}', "logprobs must be"),
+        ('{"reward": 1, "logprobs": [0, 3.5]}', "logprobs holds 3.5"),
+        ('{"reward": 1, "logprobs": [0], "mask": [0.5]}', "mask must hold"),
+        ('{"reward": 1, "logprobs": [0], "old_logprob": [0]}', "batch.jsonl:1: old_logprob"),
+        ('{"reward": 1, "logprobs": [0], "values": [1, 2]}', "values has 2"),
         ('{"reward": 1, "logprobs": [0], "mask": [0]}', "mask leaves no token"),
-        ('{"group": [1], "reward": 1, "logprobs": [0]}', "batch.jsonl:1: group=[1]: must be a whole number or a name"),
-        ('{"group": null, "reward": true, "logprobs": [0]}', "reward=True: must be a finite number"),
-        (
-            '{"group": "a", "reward": 1, "logprobs": [0]}\n\n{"group": "a", "reward": 1, "logprobs": [0]}\n'
-            '{"group": "b", "reward": 1, "logprobs": [0]}',
-            "batch.jsonl:4: group='b' has 1 answers, ",
-        ),
+        ('{"group": [1], "reward": 1, "logprobs": [0]}', "batch.jsonl:1: group=[1]"),
+        ('{"group": "a", "reward": 1, "logprobs": [0]}\n' * 2 + '{"group": "b", "reward": 1, "logprobs": [0]}',
+         "batch.jsonl:3: group='b'"),
     ],
-)
-def test_refused(tmp_path: Path, text: str, message: str) -> None:
+)  # fmt: skip
+def test_bad_batches_are_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
     batch = tmp_path / "batch.jsonl"
     batch.write_text(text, encoding="utf-8")
     done = run(batch)

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, or whose ranks hang or fail: checkpoints, reports, files (docs/runs.md)."""
+"""Kills, requests to stop, hanging and failing ranks: checkpoints, reports, files (docs/runs.md)."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def forked() -> Iterator[Forked]:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """A tiny PPO run with every kind of state."""
+    """A tiny PPO run with every kind of checkpoint state."""
     folder = tmp_path_factory.mktemp("stopping")
     write_jsonl(folder / "text.jsonl", [{"text": f"plain text {i} " * 5} for i in range(40)])
     given = {
@@ -47,13 +47,13 @@ def setting(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(forked, setting) -> Path:
-    """The run that nothing interrupts."""
+    """The uninterrupted run."""
     assert forked.run("ppo", *begin(setting, setting / "whole", *EVERY)).codes == [0]
     return setting / "whole"
 
 
 def begin(setting: Path, folder: Path, *more: object) -> list[object]:
-    """The words of a run of its own."""
+    """Arguments of a new run."""
     return ["--config", setting / "config.toml", "--run.output", folder, *more]
 
 
@@ -85,66 +85,62 @@ def test_resume_after_random_kills_is_bit_identical(setting, whole, forked):
 
 @pytest.fixture(scope="module")
 def moved(setting, whole) -> None:
-    """The last two steps under torchrun in other layouts than the first two's."""
+    """The last two steps in other layouts."""
     folders = {axis: rewound(whole, setting / axis, STEPS - 2) for axis in AXES}
     succeed_in_turn([("ppo", "--resume", folder, f"--parallel.{axis}", 2) for axis, folder in folders.items()])
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_resumed_in_another_layout_it_ends_the_same_within_rounding(setting, whole, moved, axis):
+def test_resume_in_another_layout_agrees(setting, whole, moved, axis):
     agree(setting / axis, whole, STEPS)
 
 
-def test_stopped_in_every_phase_and_resumed_it_ends_bit_for_bit_the_same(forked, setting, whole):
-    """Dropped in a rollout and before the update, finished in the update and while it saves; by any request."""
+def test_resume_after_stops_in_every_phase_is_bit_identical(forked, setting, whole):
+    """A step is dropped in its rollout and before its update, finished in the update and while it is saved."""
     folder = setting / "stopped"
     grace = ("--run.grace", "0")
-    ways: list[tuple[dict[str, Any], list[str]]] = [
+    faults: list[tuple[dict[str, Any], list[str]]] = [
         ({"phase": "loading", "signal": "SIGINT"}, []),
         ({"phase": "rollout", "signal": "SIGUSR1"}, ["step_0"]),
         ({"phase": "rollout", "nth": 2, "signal": "SIGTERM"}, ["step_0", "step_1"]),
         ({"phase": "update", "signal": "SIGINT"}, ["step_1", "step_2"]),
-        ({"phase": "score", "touch": str(folder / "STOP")}, ["step_2", "step_3"]),
+        ({"phase": "score", "nth": 2, "touch": str(folder / "STOP")}, ["step_2", "step_3"]),
         ({"phase": "checkpoint", "signal": "SIGTERM"}, ["step_3", f"step_{STEPS}"]),
     ]
-    words = begin(setting, folder)
-    for fault, expected in ways:
-        if "touch" in fault:  # it is made while the step is at hand, and found when the update is to begin
-            fault["nth"] = 2
-        done = forked.run("ppo", *words, *grace, fault=fault)
-        assert done.codes == [75], (fault, done.output)
-        assert "Traceback" not in done.output and "exit code 75" in done.output, done.output
+    arguments = begin(setting, folder)
+    for fault, expected in faults:
+        done = forked.run("ppo", *arguments, *grace, fault=fault)
+        assert done.codes == [75] and "Traceback" not in done.output, (fault, done.output)
         assert json.loads((folder / "STOPPED").read_text())["during"]
         assert not (folder / ".lock").exists() and not (folder / "STOP").exists()
         assert checkpoints(folder) == expected, (fault, done.output)
-        words = ["--resume", folder] if expected else words
+        arguments = ["--resume", folder] if expected else arguments
     assert forked.run("ppo", "--resume", folder).codes == [0]
-    assert digests(folder, STEPS) == digests(whole, STEPS)
-    assert metrics(folder) == metrics(whole)
+    assert digests(folder, STEPS) == digests(whole, STEPS) and metrics(folder) == metrics(whole)
     assert not (folder / "STOPPED").exists() and (folder / "model").exists()
 
 
-def test_one_rank_that_is_asked_stops_all_within_a_rollout(forked, setting):
-    """Over two pipeline stages, whose steps on the way run to the end first."""
+def test_request_to_one_rank_stops_all_ranks(forked, setting):
+    """In a rollout over two pipeline stages, whose steps in flight are finished first."""
     folder = setting / "stages"
-    words = begin(setting, folder, "--parallel.pp", 2, "--rollout.max_new_tokens", 60, "--run.grace", 0)
-    done = forked.run("ppo", *words, ranks=2, fault={"phase": "rollout", "nth": 2, "rank": 1, "signal": "SIGUSR1"})
+    arguments = begin(setting, folder, "--parallel.pp", 2, "--rollout.max_new_tokens", 60, "--run.grace", 0)
+    done = forked.run("ppo", *arguments, ranks=2, fault={"phase": "rollout", "nth": 2, "rank": 1, "signal": "SIGUSR1"})
     assert done.codes == [75, 75], done.output
     assert done.output.count("exit code 75") == 1 and checkpoints(folder) == ["step_1"]
     assert json.loads((folder / "STOPPED").read_text())["during"] == "rollout"
 
 
-def test_a_second_signal_ends_the_run_at_once_and_its_reward_process_with_it(forked, setting):
-    words = begin(setting, setting / "twice", "--reward.functions", f"{setting}/rewards.py:sleeping")
-    words += ["--reward.time_limit", 60, "--run.show", 0]
-    done = forked.run("ppo", *words, fault={"phase": "score", "signal": "SIGTERM", "again": 3})
+def test_second_signal_ends_run_and_reward_process(forked, setting):
+    arguments = begin(setting, setting / "twice", "--reward.functions", f"{setting}/rewards.py:sleeping")
+    arguments += ["--reward.time_limit", 60, "--run.show", 0]
+    done = forked.run("ppo", *arguments, fault={"phase": "score", "signal": "SIGTERM", "again": 3})
     assert done.codes == [128 + signal.SIGTERM], done.output
     assert "Traceback" not in done.output
-    wait_until(lambda: not running(int((setting / "pid").read_text())), "the reward process outlived its run")
+    wait_until(lambda: not running(int((setting / "pid").read_text())), "the reward process is still running")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_request_while_python_imports_ends_the_run_with_the_same_code(number):
+def test_signal_during_imports_exits_with_75(number):
     process = subprocess.Popen(command("sft"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), "torch is not imported")
     process.send_signal(number)
@@ -152,8 +148,8 @@ def test_a_request_while_python_imports_ends_the_run_with_the_same_code(number):
     assert (process.returncode, output) == (75, "")
 
 
-def test_a_request_within_a_finalizer_is_not_lost(tmp_path):
-    """Python drops exceptions that are raised there."""
+def test_signal_within_a_finalizer_is_not_lost(tmp_path):
+    """Python drops exceptions raised in finalizers."""
     program = f"""
 import os, signal, sys, time
 from pathlib import Path
@@ -177,10 +173,10 @@ with StopSignals(Path({str(tmp_path)!r}), True):
     assert "ignored" not in done.stderr and (tmp_path / "STOPPED").exists()
 
 
-@pytest.mark.parametrize("phase", ["loading", "rollout", "score", "update", "checkpoint"])
-def test_a_rank_that_hangs_is_named_with_its_phase_and_its_stack(forked, setting, tmp_path, phase):
-    words = begin(setting, tmp_path / "run", "--run.timeout", 3, "--run.save_every", 1)
-    done = forked.run("ppo", *words, ranks=2, fault={"phase": phase, "rank": 1, "signal": "SIGSTOP"})
+@pytest.mark.parametrize("phase", ["loading", "rollout", "update", "checkpoint"])
+def test_hanging_rank_is_reported_with_phase_and_stack(forked, setting, tmp_path, phase):
+    arguments = begin(setting, tmp_path / "run", "--run.timeout", 3, "--run.save_every", 1)
+    done = forked.run("ppo", *arguments, ranks=2, fault={"phase": phase, "rank": 1, "signal": "SIGSTOP"})
     assert done.codes == [1, None], done.output
     assert done.output.count("error:") == 1 and "run.timeout" in done.output, done.output
     assert f"late: rank 1, phase {phase}, without a sign of life" in done.output, done.output
@@ -188,39 +184,34 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_its_stack(forked, setting
     assert done.errors[1] is None and "late: rank 1" in str(done.errors[0])
 
 
-def test_a_failure_of_the_main_rank_alone_ends_all_and_is_reported_once(forked, setting, tmp_path):
+def test_failure_is_reported_once(forked, setting, tmp_path):
+    """A failure of the main rank alone, which ends the other rank too, and one of every rank."""
     (tmp_path / "wandb.py").write_text("raise ImportError('not here')\n")
-    words = begin(setting, tmp_path / "run", "--run.log", "wandb")
-    done = forked.run("ppo", *words, ranks=2)
-    assert done.codes[0] == 1 and done.codes[1] != 0
-    assert done.output.count("error:") == 1 and "Traceback" not in done.output, done.output
-    assert "wandb" in str(done.errors[0]) and done.errors[1] is None
+    alone = forked.run("ppo", *begin(setting, tmp_path / "alone", "--run.log", "wandb"), ranks=2)
+    assert "wandb" in str(alone.errors[0]) and "Traceback" not in alone.output, alone.output
+    rates = ("--actor.optimizer.lr", 1e30, "--critic.optimizer.lr", 1e30)
+    every = forked.run("ppo", *begin(setting, tmp_path / "every", *rates), ranks=2)
+    for done in (alone, every):
+        assert 0 not in done.codes and done.output.count("error:") == 1, done.output
+        assert sum(error is not None for error in done.errors) == 1
 
 
-def test_a_failure_of_every_rank_is_reported_once(forked, setting, tmp_path):
-    words = begin(setting, tmp_path / "run", "--actor.optimizer.lr", 1e30, "--critic.optimizer.lr", 1e30)
-    done = forked.run("ppo", *words, ranks=2)
-    assert 0 not in done.codes, done.output
-    assert done.output.count("error:") == 1, done.output
-    assert sum(error is not None for error in done.errors) == 1
-
-
-def test_a_scorer_may_not_take_longer_than_the_other_ranks_wait(forked, setting, tmp_path):
+def test_scorer_time_limit_must_be_below_run_timeout(forked, setting, tmp_path):
     done = forked.run("ppo", *begin(setting, tmp_path / "run", "--run.timeout", 2))
-    assert done.codes == [1] and "reward.time_limit=2.5: must be below run.timeout=2" in done.output
-    words = begin(setting, tmp_path / "run", "--reward.functions", "--reward.servers", "http://localhost:1/score")
-    done = forked.run("ppo", *words, "--reward.server_max_attempts", 5, "--run.timeout", 10)
+    assert done.codes == [1] and "reward.time_limit=2.5" in done.output and "run.timeout=2" in done.output
+    arguments = begin(setting, tmp_path / "run", "--reward.functions", "--reward.servers", "http://localhost:1/score")
+    done = forked.run("ppo", *arguments, "--reward.server_max_attempts", 5, "--run.timeout", 10)
     assert done.codes == [1] and "reward.server_max_attempts = 2.5 x 5" in done.output
 
 
-def test_torchruns_ranks_stop_with_their_agent(setting):
-    """When it is killed, and when it is told to stop."""
+def test_ranks_stop_with_the_torchrun_agent(setting):
+    """The agent is killed, or gets SIGTERM."""
     folder = setting / "launched"
-    words = begin(setting, folder, "--run.steps", 1000)
+    arguments = begin(setting, folder, "--run.steps", 1000)
     for number, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 1)):
         with open(setting / "output", "w+") as output:
             agent = subprocess.Popen(
-                command("ppo", *words, ranks=2), env=os.environ | ENVIRONMENT, stdout=output, stderr=output
+                command("ppo", *arguments, ranks=2), env=os.environ | ENVIRONMENT, stdout=output, stderr=output
             )
             wait_until(lambda: (folder / "metrics.jsonl").exists() and metrics(folder), "no step")
             before = len(metrics(folder))
@@ -229,12 +220,12 @@ def test_torchruns_ranks_stop_with_their_agent(setting):
             assert len(ranks) == 2
             agent.send_signal(number)
             assert agent.wait(60) == expected
-            wait_until(lambda: not any(map(running, ranks)), "ranks outlived their agent")  # noqa: B023
+            wait_until(lambda: not any(map(running, ranks)), "ranks are still running")  # noqa: B023
             output.seek(0)
             text = output.read()
         assert "exit code 75" in text, text
         assert checkpoints(folder)[-1] == f"step_{len(metrics(folder))}" and (folder / "STOPPED").exists(), text
-        words = ["--resume", folder]
+        arguments = ["--resume", folder]
 
 
 def wait_until(holds: Any, otherwise: str, seconds: float = 120) -> None:
@@ -249,7 +240,7 @@ def children(pid: int) -> list[int]:
 
 
 def running(pid: int) -> bool:
-    """False too for a zombie that nobody has waited for yet."""
+    """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
