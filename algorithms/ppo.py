@@ -247,7 +247,7 @@ def policy_losses(
 
 
 def value_metrics(batch: Batch, returns: Tensor) -> dict[str, float]:
-    """Means of values and returns over the targets, and the share of the returns' variance that values explain."""
+    """Means of values and returns over the targets, and the fraction of the returns' variance explained by values."""
     assert batch.values is not None
     values, returns = batch.values[batch.response], returns[batch.response]
     unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp_min(1e-8)

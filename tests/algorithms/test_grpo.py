@@ -12,7 +12,7 @@ import torch
 from layouts import ALONE, FOUR_RANKS, TWO_RANKS, Layout, assert_layouts_agree, whole_states
 from presets import ALGORITHMS, grpo_options
 from samples import random_batch
-from scripts import AXES, agree, digests, kill_after, metrics, rewound, succeed, succeed_in_turn
+from scripts import AXES, agree, digests, kill_after, metrics, options, rewound, succeed, succeed_in_turn
 from tiny import tiny_chat_model, tiny_llama
 from trialign.algorithms.batch import Prompt, Rollout, pack, single_turn
 from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, RolloutConfig
@@ -225,51 +225,26 @@ def setting(tmp_path_factory) -> Path:
         "    if 'say 13 words' in prompts: raise ValueError('thirteen among others')\n"
         "    return [-abs(len(c) // 3 - g) / 10 for c, g in zip(completions, goal)]\n"
     )
-    (folder / "config.toml").write_text(f"""
-[model]
-path = "{folder}/model"
-dtype = "float32"
-[data]
-sources = ["{folder}/prompts.jsonl"]
-max_prompt_tokens = 96
-[rollout]
-max_new_tokens = 8
-samples_per_prompt = 2
-[reward]
-functions = ["{folder}/reward.py:length"]
-normalize = true
-on_failure = "skip"
-[optimizer]
-lr = 1e-3
-eps = 1e-5
-[grpo]
-clip_high = 0.28
-dynamic_sampling = true
-overlong_buffer = 0.2
-kl_in = "loss"
-kl_coef = 0.01
-minibatches = 2
-micro_batch_size = 2
-[run]
-steps = 6
-prompts_per_step = 4
-save_every = 1
-show = 1
-log = []
-""")
     return folder
 
 
 def test_killed_and_resumed_runs_equal_the_whole_run(setting, tmp_path):
     """Bit for bit in one process; within rounding from the fourth step on in every layout of two ranks."""
-    config = f"{setting}/config.toml"
-    output = succeed("grpo", "--config", config, "--run.output", str(tmp_path / "whole"))
+    arguments = options(
+        model_path=setting / "model", model_dtype="float32", data_sources=setting / "prompts.jsonl",
+        data_max_prompt_tokens=96, rollout_max_new_tokens=8, rollout_samples_per_prompt=2,
+        reward_functions=f"{setting}/reward.py:length", reward_normalize=True, reward_on_failure="abstain",
+        optimizer_lr=1e-3, optimizer_eps=1e-5, grpo_clip_high=0.28, grpo_dynamic_sampling=True,
+        grpo_overlong_buffer=0.2, grpo_kl_in="loss", grpo_kl_coef=0.01, grpo_minibatches=2, grpo_micro_batch_size=2,
+        run_steps=6, run_prompts_per_step=4, run_save_every=1, run_show=1, run_log=(),
+    )  # fmt: skip
+    output = succeed("grpo", *arguments, "--run.output", tmp_path / "whole")
     assert "stop tokens: </s> (2)" in output and "not scored: reward function" in output and "thirteen" in output
     steps = metrics(tmp_path / "whole")
     assert any(step.get("unscored") == 2 for step in steps) and all(step["draws"] >= 1 for step in steps)
 
     killed = tmp_path / "killed"
-    kill_after("checkpoints/step_2", killed, "grpo", "--config", config, "--run.output", str(killed), "--run.keep", "6")
+    kill_after("checkpoints/step_2", killed, "grpo", *arguments, "--run.output", killed, "--run.keep", 6)
     assert not (killed / "checkpoints" / "step_6").exists(), "killed after its last step"
     succeed("grpo", "--resume", str(killed))
     assert digests(killed, 6) == digests(tmp_path / "whole", 6) and metrics(killed) == steps

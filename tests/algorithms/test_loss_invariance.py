@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import TWO_RANKS
 from losses import KINDS, LONGEST, Draw, Models, run
-from preferences import answer
+from preferences import response
 from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.config.supervised import UpdateConfig
@@ -97,7 +97,7 @@ def test_layouts_change_no_loss_or_gradient(folders, alone, data):
 def test_packing_changes_no_logprob(alone):
     """Attention stays within a sample."""
     chance = random.Random(0)
-    samples = [answer([chance.randrange(3, VOCAB) for _ in range(4)], chance) for _ in range(5)]
+    samples = [response([chance.randrange(3, VOCAB) for _ in range(4)], chance) for _ in range(5)]
     batch = pack_samples(samples)
     alone.lm.sizes = UpdateConfig(micro_batch_size=1)
     one_by_one = alone.lm.logprobs(batch)

@@ -221,8 +221,8 @@ def test_kto_without_undesirable_responses_has_no_margin(folders):
     [
         ({"beta": 0.0}, "beta=0.0"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
-        ({"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1: ipo"),
-        ({"kind": "exo"}, "label_smoothing=0: .*exo"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1: .*ipo"),
+        ({"kind": "exo"}, "label_smoothing=0.*exo"),
         ({"nll_coef": math.nan}, "nll_coef=nan"),
     ],
 )

@@ -166,7 +166,7 @@ SMOOTHED = ("robust", "exo")
 def trl_pairs(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "mask"))
     logp = rows.read(case, "per_token_logps", grad=True)
-    if args["method"] == "sft":  # launch/sft.py's loss on the chosen answers
+    if args["method"] == "sft":  # launch/sft.py's loss on the chosen responses
         chosen = Rows(tensor(case, "mask") * (torch.arange(rows.shape[0]) < rows.shape[0] // 2)[:, None])
         return loss_and_gradient(rows, -(logp * loss_weights(chosen, "token-mean")).sum(), logp, "grad_logps")
     kind: Any = TRL_PAIRS.get(args["method"], args["method"])

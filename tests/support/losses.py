@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from layouts import ALONE, Layout, whole_states
-from preferences import answer, pairs, steps
+from preferences import pairs, response, steps
 from presets import ALGORITHMS, grpo_options
 from torch import Tensor
 from trialign.algorithms import grpo, ppo
@@ -137,7 +137,7 @@ def pretrain(models: Models, draw: Draw) -> Iterator[Step]:
     """Three documents a row, combined by the order."""
     chance = random.Random(draw.seed)
     texts = [
-        [answer([3], chance).tokens for _ in range(3)] + [array("i", [7])] * (row % (draw.padding + 1))
+        [response([3], chance).tokens for _ in range(3)] + [array("i", [7])] * (row % (draw.padding + 1))
         for row in range(draw.count)
     ]
     pieces = [Passage(text, "") for place in range(3) for row in draw.order for text in texts[row][place : place + 1]]

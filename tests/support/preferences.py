@@ -1,4 +1,4 @@
-"""Pairs, labeled answers and labeled steps of random tokens, and what learns from them on tiny models."""
+"""Pairs, labeled responses and labeled steps of random tokens, and steps on them in a layout."""
 
 import random
 from array import array
@@ -32,17 +32,17 @@ DPO = DPOLoss(beta=0.2, label_smoothing=0.1, nll_coef=0.3)
 KTO = KTOLoss(beta=0.2, desirable_weight=1.2)
 
 
-def answer(prompt: list[int], chance: random.Random, where: str = "") -> Sample:
-    """A prompt with an answer of 1 to 9 tokens, its targets."""
+def response(prompt: list[int], chance: random.Random, where: str = "") -> Sample:
+    """A prompt with a response of 1 to 9 tokens, the targets."""
     tokens = [chance.randrange(3, VOCAB) for _ in range(chance.randrange(1, 10))]
     return Sample(array("i", prompt + tokens), bytes(len(prompt)) + b"\1" * len(tokens), "", where)
 
 
 def pairs(seed: int, count: int = 8) -> list[Pair]:
-    """Pairs whose answers are of unequal length, with margins."""
+    """Pairs with margins and responses of unequal lengths."""
     chance = random.Random(seed)
     prompts = [[chance.randrange(3, VOCAB) for _ in range(chance.randrange(2, 9))] for _ in range(count)]
-    return [Pair(answer(prompt, chance), answer(prompt, chance), 0.1 * i) for i, prompt in enumerate(prompts)]
+    return [Pair(response(prompt, chance), response(prompt, chance), 0.1 * i) for i, prompt in enumerate(prompts)]
 
 
 def labeled(seed: int, count: int = 8) -> tuple[list[Sample], list[bool]]:
@@ -67,18 +67,16 @@ def two_steps(
     layout: Layout,
     folders: dict[str, Path],
     kinds: tuple[str, ...] = KINDS,
-    changes: dict[str, int] | None = None,
-    order: tuple[int, ...] = tuple(range(8)),
+    count: int = 8,
+    update: UpdateConfig = UPDATE,
 ):
-    """Two steps of each kind and a look at seven other rows: {kind: (metrics, gradients and weights)}.
+    """{kind: (metrics of two steps and of an eval split of at most seven rows, whole states)}.
 
     Args:
-        folders: of the language model, of the reference and of the reward model.
-        changes: to UPDATE.
-        order: of the rows in a batch.
+        folders: of the language model, the reference and the reward model.
+        count: rows of a step.
     """
     mesh = layout.mesh()
-    update = replace(UPDATE, **(changes or {}))
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)
     results = {}
@@ -90,46 +88,26 @@ def two_steps(
         if head == "lm":
             reference = Role(build_decoder(str(folders["reference"]), shape, mesh, "float32"), sizes=update)
         metrics: dict[str, float] = {}
-        for step in (0, 1, 9):
-            count = 7 if step == 9 else 8  # the last ones are only looked at
-            rows = [i for i in order if i < count]
-            drawn = [pairs(step, count)[i] for i in rows]
+        for step, rows in ((0, count), (1, count), (9, min(count, 7))):
+            size, evaluate = update.batch_size, step == 9
             if kind == "reward":
-                batch = pack_pairs(drawn)
-                if step == 9:
-                    got = pair_eval(learner, batch, 0.05)
-                else:
-                    got = pair_step(learner, batch, 0.05)
+                batch = pack_pairs(pairs(step, rows))
+                numbers = pair_eval(learner, batch, 0.05) if evaluate else pair_step(learner, batch, 0.05)
             elif kind == "process":
-                batch = pack_steps([steps(step, count)[i] for i in rows])
-                if step == 9:
-                    got = process_eval(learner, batch)
-                else:
-                    got = process_step(learner, batch)
+                batch = pack_steps(steps(step, rows))
+                numbers = process_eval(learner, batch) if evaluate else process_step(learner, batch)
             elif kind == "dpo":
-                batch = with_reference(pack_pairs(drawn), reference_sums(reference, drawn, update.batch_size))
-                if step == 9:
-                    got = dpo_eval(learner, batch, DPO)
-                else:
-                    got = dpo_step(learner, batch, DPO)
+                own = pairs(step, rows)
+                batch = with_reference(pack_pairs(own), reference_sums(reference, own, size))
+                numbers = dpo_eval(learner, batch, DPO) if evaluate else dpo_step(learner, batch, DPO)
             else:
-                samples, labels = labeled(step, count)
-                others = [mismatched(samples[i], samples[(i + 1) % count], 64) for i in rows]
-                z = reference_point(
-                    learner,
-                    others,
-                    reference_sums(reference, others, update.batch_size, pack_samples),
-                    update.batch_size,
-                )
-                samples, labels = [samples[i] for i in rows], [labels[i] for i in rows]
-                batch = with_reference(
-                    pack_labeled(samples, labels), reference_sums(reference, samples, update.batch_size, pack_samples)
-                )
-                if step == 9:
-                    got = kto_eval(learner, batch, KTO) | {"kl": z}
-                else:
-                    got = kto_step(learner, batch, KTO, z)
-            metrics |= {f"{name}/{step}": value for name, value in got.items()}
+                samples, labels = labeled(step, rows)
+                others = [mismatched(samples[i], samples[(i + 1) % rows], 64) for i in range(rows)]
+                z = reference_point(learner, others, reference_sums(reference, others, size, pack_samples), size)
+                sums = reference_sums(reference, samples, size, pack_samples)
+                batch = with_reference(pack_labeled(samples, labels), sums)
+                numbers = kto_eval(learner, batch, KTO) | {"kl": z} if evaluate else kto_step(learner, batch, KTO, z)
+            metrics |= {f"{name}/{step}": value for name, value in numbers.items()}
         results[kind] = metrics, whole_states(actor=learner)
     return results
 
@@ -137,6 +115,6 @@ def two_steps(
 def odd_batches(
     rank: int, world: int, layout: Layout, folders: dict[str, Path], counts: tuple[int, ...], size: int = 4
 ):
-    """KTO's two steps on batches of so many rows in micro-batches of `size`: {rows: as `two_steps` gives them}."""
-    changes = {"batch_size": 5, "micro_batch_size": size}  # the reference is computed in chunks of at most five
-    return {n: two_steps(0, 1, layout, folders, ("kto",), changes, tuple(range(n)))["kto"] for n in counts}
+    """{rows: KTO's `two_steps`} for batches of `counts` rows in micro-batches of `size`."""
+    update = replace(UPDATE, batch_size=5, micro_batch_size=size)  # reference passes of at most five rows
+    return {n: two_steps(0, 1, layout, folders, ("kto",), n, update)["kto"] for n in counts}

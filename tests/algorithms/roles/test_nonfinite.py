@@ -286,9 +286,3 @@ def test_nonfinite_eval_losses_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"^a\.jsonl:1: loss of a token \S+: must be"):
             measure()
     assert perplexity(2.0) == math.exp(2.0) and math.isfinite(perplexity(1e4))
-
-    source = tmp_path / "rows.jsonl"
-    source.write_text('{"prompt": "a", "response": "b"}\n')
-    given = {"model_path": folder, "model_dtype": "float32", "run_output": tmp_path / "run"}
-    done = launch("evaluate", *options(**given, dialogues_sources=source, dialogues_max_tokens=64))
-    assert done.returncode == 1 and f"error: {source}:1: " in done.stderr and "Traceback" not in done.stderr
