@@ -233,7 +233,7 @@ def test_killed_and_resumed_runs_equal_the_whole_run(setting, tmp_path):
     arguments = options(
         model_path=setting / "model", model_dtype="float32", data_sources=setting / "prompts.jsonl",
         data_max_prompt_tokens=96, rollout_max_new_tokens=8, rollout_samples_per_prompt=2,
-        reward_functions=f"{setting}/reward.py:length", reward_normalize=True, reward_on_failure="abstain",
+        reward_functions=f"{setting}/reward.py:length", reward_normalize=True, reward_on_failure="skip",
         optimizer_lr=1e-3, optimizer_eps=1e-5, grpo_clip_high=0.28, grpo_dynamic_sampling=True,
         grpo_overlong_buffer=0.2, grpo_kl_in="loss", grpo_kl_coef=0.01, grpo_minibatches=2, grpo_micro_batch_size=2,
         run_steps=6, run_prompts_per_step=4, run_save_every=1, run_show=1, run_log=(),
