@@ -231,7 +231,7 @@ def test_prompts_with_too_few_scored_responses_are_counted(launched):
         ),
         ({"model_baseline": "n"}, "model.baseline=n: .*reward"),
         ({"dialogues_eval_fraction": 0.5}, "dialogues.eval_fraction"),
-        ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities='1.0'"),
+        ({"text_sources": "t.txt", "text_probabilities": "1.0"}, "text.probabilities="),
         ({"reward_functions": "a.py:f", "model_baseline": "./m"}, "model.baseline=./m"),
     ],
 )
