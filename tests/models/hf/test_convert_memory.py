@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT
 from families import SIZES, same_bits, tensors_of, write_folder
-from test_gguf import write_gguf
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.shard import Entry
 from trialign.engine.storage.checkpoint import write
@@ -129,6 +128,8 @@ def test_export_of_merged_adapters(targets: tuple[Choice, ...], quantize, sizes,
 
 def test_import_of_a_gguf_file(tmp_path):
     """8-bit weights, 32 MB of them in float32."""
+    from test_gguf import write_gguf  # skips without the optional package gguf
+
     sizes = {"hidden_size": 1024, "intermediate_size": 8192}
     for name, values in (("small", LLAMA), ("large", LLAMA | sizes)):
         write_gguf(tmp_path / f"{name}.gguf", folder_of(tmp_path / name, values, torch.float32), "llama", True)
