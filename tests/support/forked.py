@@ -49,7 +49,7 @@ class Forked:
         )
 
     def run(
-        self, script: str, *arguments: object, ranks: int = 1, fault: dict[str, Any] | None = None, seconds: float = 90
+        self, script: str, *arguments: object, ranks: int = 1, fault: dict[str, Any] | None = None, seconds: float = 180
     ) -> Ended:
         """Runs a script's ranks to their end; kills those that have not ended in time."""
         job = {"script": script, "arguments": list(map(str, arguments)), "ranks": ranks, "fault": fault}
