@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ours(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[int], None]:
+def embedded(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[int], None]:
     mesh = build_mesh(device=args.device)
     model = Decoder(read_config(args.model), mesh, dtype=getattr(torch, args.dtype))
     load_hf(model, args.model)
@@ -56,7 +56,7 @@ def ours(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[int], Non
 
 def hugging_face(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[int], None]:
     model: Any = AutoModelForCausalLM.from_pretrained(str(args.model), dtype=getattr(torch, args.dtype)).to(args.device)
-    # A config of our own, for the folder's may set top-p or other processors that would slow it down.
+    # Not the folder's config, which may set top-p or other processors that slow it down.
     model.generation_config = GenerationConfig(pad_token_id=0)
     settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=args.new_tokens, pad_token_id=0)
     ids = prompts.to(args.device)
@@ -74,7 +74,7 @@ def main() -> None:
     refuse_ranks("bench_generate.py")
     vocab = read_config(args.model).vocab_size
     prompts = torch.randint(vocab, (args.batch, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
-    runs = {"ours": ours(args, prompts)} | ({} if args.no_peer else {"hf": hugging_face(args, prompts)})
+    runs = {"trialign": embedded(args, prompts)} | ({} if args.no_peer else {"hf": hugging_face(args, prompts)})
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(args.repeats + 1):
         for name, run in runs.items():
@@ -83,11 +83,11 @@ def main() -> None:
             rate = args.batch * args.new_tokens / (time.perf_counter() - start)
             if repeat:
                 rates[name].append(rate)
-                print(f"run {repeat}  {name:4}  {rate:7.1f} tokens/s", flush=True)
+                print(f"run {repeat}  {name:8}  {rate:7.1f} tokens/s", flush=True)
     result = {name: statistics.median(values) for name, values in rates.items()}
-    report = {"tokens_per_s": round(result["ours"], 1)}
+    report = {"tokens_per_s": round(result["trialign"], 1)}
     if "hf" in result:
-        report |= {"hf_tokens_per_s": round(result["hf"], 1), "ratio": round(result["ours"] / result["hf"], 3)}
+        report |= {"hf_tokens_per_s": round(result["hf"], 1), "ratio": round(result["trialign"] / result["hf"], 3)}
     keys = ("batch", "prompt_tokens", "new_tokens", "dtype", "repeats")
     report |= {key: getattr(args, key) for key in keys} | {"threads": torch.get_num_threads()}
     print(json.dumps(report))

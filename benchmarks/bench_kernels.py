@@ -3,12 +3,13 @@
     python benchmarks/bench_kernels.py
     python benchmarks/bench_kernels.py --op logprob --op gae --dtype float32 --threads 2
 
-The contenders, in one process, take turns; a turn repeats the call for some milliseconds and counts its mean. Of the
-turns' ratios the table has the median. "first" is the ratio of each turn's first call, with the caches as the others
-left them. Peak memory is what one call adds to the process, "scratch" what of it is not results. A contender whose
-results differ from ours is not timed, the program stops. The row "products" is the matrix products of ours alone: its
-ratio is their share of our time, and "ratio_bound" in the last line, eager's time over theirs, what no implementation
-here passes. The last line is one JSON object: {op: {"ratio": eager / ours, ...}}.
+The contenders take turns in one process; a turn repeats the call for some milliseconds and counts the mean. The table
+has the median of the turns' ratios to trialign's time; "first" is the ratio of each turn's first call, with the caches
+as the other contenders left them. Peak memory is the growth of the process in one call, "scratch" the part that is not
+results. The program stops where a contender's results differ from trialign's. The row "products" is the matrix products
+of trialign alone: its ratio is their part of trialign's time, and "ratio_bound" in the last line, eager's time over
+that of the products, is an upper bound of any ratio. The last line is one JSON object:
+{op: {"ratio": eager / trialign, ...}}.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ from trialign.kernels import dispatch
 @dataclass(frozen=True)
 class Bench:
     op: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """an op to time (may be given again); all by default"""
+    """an op to time (may be repeated); all by default"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """type of the tensors, but for the per-token ones, which are fp32"""
+    """dtype of the tensors, except the per-token ones, which are fp32"""
     threads: int = 1
     """torch's threads"""
     seconds: float = 4.0
-    """how long an op's contenders take turns"""
+    """seconds of turns for each op"""
     turn_ms: float = 10.0
-    """how long a turn repeats its call"""
+    """milliseconds of a turn"""
     compile: bool = True
-    """torch.compile among the contenders (it compiles for several seconds an op)"""
+    """include torch.compile (several seconds of compiling for each op)"""
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,16 @@ class Timing:
     firsts: list[float]
 
 
-def check(name: str, results: tuple[torch.Tensor, ...], ours: tuple[torch.Tensor, ...], tolerance: float) -> None:
-    """Raises ValueError where a result is farther from ours than `tolerance` of our largest entry."""
-    for place, (a, b) in enumerate(zip(results, ours, strict=True)):
+def check(name: str, results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], tolerance: float) -> None:
+    """ValueError where a result differs from the expected one by more than `tolerance` of its largest entry."""
+    for place, (a, b) in enumerate(zip(results, expected, strict=True)):
         if b.numel() == 0 or not b.is_floating_point():
             continue
         error, scale = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
         if not error <= tolerance * scale + 1e-12:
-            raise ValueError(f"{name}: result {place} differs from ours by {error:.3g} at a size of {scale:.3g}")
+            raise ValueError(
+                f"{name}: result {place} differs from trialign's by {error:.3g}, largest entry {scale:.3g}"
+            )
 
 
 def status(field: str) -> int:
@@ -74,9 +77,9 @@ def status(field: str) -> int:
 
 
 def peak_memory(run: Run) -> tuple[float, float] | None:
-    """Megabytes that a call needs above what the process held before, and those without its results; None off Linux.
+    """(growth of the process in one call, the same without its results) in megabytes; None off Linux.
 
-    What the allocator holds is given back first: memory that a call finds there would not show as growth.
+    The allocator's free memory is returned to the system first: a call that reuses it would show no growth.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -103,7 +106,7 @@ def turn(run: Run, seconds: float) -> tuple[float, float]:
 
 
 def alternate(runs: dict[str, Run], bench: Bench) -> dict[str, Timing]:
-    """Turns of every contender, each time from another one on, for bench.seconds and five rounds at least."""
+    """Turns of every contender, each round starting with another, for bench.seconds and at least five rounds."""
     timings = {name: Timing([], []) for name in runs}
     names, start, rounds = list(runs), time.perf_counter(), 0
     while rounds < 5 or time.perf_counter() - start < bench.seconds:
@@ -116,9 +119,9 @@ def alternate(runs: dict[str, Run], bench: Bench) -> dict[str, Timing]:
 
 
 def usable(op: str, case: Case, bench: Bench) -> dict[str, Run]:
-    """The contenders that run here, warm and checked against ours."""
+    """The contenders that run on this machine, warmed up and checked against trialign."""
     tolerance = 2e-2 if bench.dtype == "bfloat16" else 1e-3
-    runs, ours = {}, case.compare(case.runs["ours"]())
+    runs, expected = {}, case.compare(case.runs["trialign"]())
     for name, run in case.runs.items():
         if name == "compile" and not bench.compile:
             continue
@@ -127,13 +130,13 @@ def usable(op: str, case: Case, bench: Bench) -> dict[str, Run]:
         except BackendCompilerFailed as error:  # no C++ compiler
             warnings.warn(f"{op}: torch.compile does not work here: {str(error).splitlines()[0]}", stacklevel=2)
             continue
-        check(f"{op} by {name}", results, ours, tolerance)
+        check(f"{op} by {name}", results, expected, tolerance)
         runs[name] = run
     return runs
 
 
-def ratio(theirs: list[float], ours: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(theirs, ours, strict=True)), 2)
+def ratio(times: list[float], baseline: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(times, baseline, strict=True)), 2)
 
 
 def measure(op: str, bench: Bench, table: Table) -> dict[str, float | None]:
@@ -146,24 +149,24 @@ def measure(op: str, bench: Bench, table: Table) -> dict[str, float | None]:
         runs["products"] = case.products
     peaks = {name: peak_memory(run) for name, run in runs.items()}
     timings = alternate(runs, bench)
-    ours, numbers = timings["ours"], {}
+    own, numbers = timings["trialign"], {}
     for name, timing in timings.items():
         median = statistics.median(timing.means) * 1e3
         cells = [f"{median:.3f}", "", "", "-", "-"]
         numbers[f"ms_{name}"] = round(median, 4)
-        if name != "ours":
+        if name != "trialign":
             suffix = "" if name == "eager" else f"_{name}"
-            against = ratio(timing.means, ours.means), ratio(timing.firsts, ours.firsts)
+            against = ratio(timing.means, own.means), ratio(timing.firsts, own.firsts)
             numbers |= {f"ratio{suffix}": against[0], f"first{suffix}": against[1]}
             cells[1:3] = (f"{r:.2f}" for r in against)
         if (peak := peaks[name]) is not None:
             numbers |= {f"peak_mb_{name}": round(peak[0], 1), f"scratch_mb_{name}": round(peak[1], 1)}
             cells[3:] = (f"{megabytes:.1f}" for megabytes in peak)
-        table.add_row(*((op, case.size) if name == "ours" else ("", "")), name, *cells)
+        table.add_row(*((op, case.size) if name == "trialign" else ("", "")), name, *cells)
     if "products" in timings:
         numbers["ratio_bound"] = ratio(timings["eager"].means, timings["products"].means)
     for name in case.runs.keys() - runs.keys():
-        table.add_row("", "", name, "does not run here" if bench.compile else "left out")
+        table.add_row("", "", name, "does not run on this machine" if bench.compile else "left out")
     table.add_section()
     return numbers
 

@@ -3,7 +3,7 @@
     python benchmarks/bench_ppo.py --model DIR --prompts 16 --prompt-tokens 32 --new-tokens 48 --iters 4
     torchrun --nproc-per-node N benchmarks/bench_ppo.py --model DIR --tp 2
 
-The reward is a model with a scalar head (the given model's body, a random head); no answer stops early; one epoch of
+The reward is a model with a scalar head (the given model's body, a random head); no early stop; one epoch of
 one minibatch. The last line is one JSON object.
 """
 
@@ -43,19 +43,19 @@ class Bench:
     prompt_tokens: int = 32
     """random tokens of a prompt"""
     new_tokens: int = 48
-    """tokens of an answer"""
+    """tokens of a response"""
     iters: int = 4
     """iterations; the first is left out of the median"""
     micro: int = 16
     """samples of a micro-batch"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """compute type; masters are float32"""
+    """compute dtype; master weights are float32"""
     tp: int = 1
     """tensor-parallel size"""
     pp: int = 1
     """pipeline stages"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where to run"""
+    """device"""
 
 
 def main(bench: Bench) -> None:
@@ -63,7 +63,7 @@ def main(bench: Bench) -> None:
         dp = check_layout(int(os.environ.get("WORLD_SIZE", "1")), tp=bench.tp, pp=bench.pp)
         if bench.prompts % dp:
             raise ValueError(f"prompts={bench.prompts} do not divide by dp={dp}")
-    except ValueError as error:  # the same on every rank
+    except ValueError as error:  # the same error on every rank
         raise SystemExit(f"error: {error}") from None
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if bench.device == "cuda" else "gloo")

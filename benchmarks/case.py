@@ -1,4 +1,4 @@
-"""A row of bench_kernels.py: one op's inputs, our call, and those it is compared with."""
+"""A row of bench_kernels.py: one op's inputs and the calls that are timed on them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Run = Callable[[], tuple[Tensor, ...]]
 
 @dataclass
 class Case:
-    """One op: `runs` give the tensors that are compared; "ours" and "eager" always are among them."""
+    """One op: `runs`, "trialign" and "eager" among them, return the tensors that are compared."""
 
     size: str
     runs: dict[str, Run]
     compare: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = field(default=lambda results: results)
-    """from a run's results to what must agree"""
+    """from a run's results to the tensors that must agree"""
     products: Run | None = None
-    """of an op that recomputes, its matrix products alone: no form of it takes less time"""
+    """the matrix products alone, of an op that recomputes: a lower bound of its time"""
 
 
 def case(size: str, inputs: tuple, wanted: tuple[int, ...], **functions: Callable) -> Case:
@@ -53,10 +53,10 @@ def as_tuple(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def by_hand(forward: Callable, backward: Callable) -> Callable:
-    """An autograd.Function: forward(*inputs) gives (output, what to save), backward(saved, grad) the gradients."""
+def autograd_function(forward: Callable, backward: Callable) -> Callable:
+    """An autograd.Function of forward(*inputs) -> (output, saved tensors) and backward(saved, grad) -> gradients."""
 
-    class Hand(torch.autograd.Function):
+    class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             output, saved = forward(*inputs)
@@ -67,4 +67,4 @@ def by_hand(forward: Callable, backward: Callable) -> Callable:
         def backward(ctx, *grads):
             return backward(ctx.saved_tensors, *grads)
 
-    return Hand.apply
+    return Function.apply

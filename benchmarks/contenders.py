@@ -1,8 +1,8 @@
-"""What bench_kernels.py times: a case for each op, those of the losses and of the optimizer here.
+"""Cases of bench_kernels.py, one an op: those of GAE, the losses and the optimizer, and the table of all.
 
 "eager" is the textbook formula in plain torch; "compile" is torch.compile of the same function; "liger" is the
-algorithm of liger-kernel (Hsu et al. 2024) in plain torch: gradients made in the forward pass or by hand from what was
-saved, and heads in chunks of tokens.
+algorithm of liger-kernel (Hsu et al. 2024) in plain torch: gradients computed in the forward pass or by a custom
+backward, and heads in chunks of tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def gae_forward(_dtype: torch.dtype) -> Case:
     rewards, values = torch.randn(2, rows, steps)
     mask, cu_seqlens = torch.ones(rows * steps, dtype=torch.bool), torch.arange(rows + 1) * steps
 
-    def ours(rewards, values):
+    def fused(rewards, values):
         return gae(rewards.view(-1), values.view(-1), mask, cu_seqlens, gamma, lam)
 
     def loop(rewards, values):
-        """Padded rows, one time step after another, as TRL and OpenRLHF have it."""
+        """Padded rows, one time step after another, as in TRL and OpenRLHF."""
         last, backwards = 0.0, []
         for t in reversed(range(steps)):
             following = values[:, t + 1] if t < steps - 1 else 0.0
@@ -37,12 +37,12 @@ def gae_forward(_dtype: torch.dtype) -> Case:
         advantages = torch.stack(backwards[::-1], 1)
         return advantages.view(-1), (advantages + values).view(-1)
 
-    return case(f"[{rows}, {steps}] against a loop over the steps", (rewards, values), (), ours=ours, eager=loop)
+    return case(f"[{rows}, {steps}] against a loop over the steps", (rewards, values), (), trialign=fused, eager=loop)
 
 
-def per_token(dtype: torch.dtype, ours: Callable, eager: Callable, count: int = 3) -> Case:
+def per_token(dtype: torch.dtype, fused: Callable, eager: Callable, count: int = 3) -> Case:
     inputs = tuple(0.3 * torch.randn(32_768) for _ in range(count))
-    return case("[32768] fp32", inputs, (0,), ours=ours, eager=eager, compile=compiled(eager))
+    return case("[32768] fp32", inputs, (0,), trialign=fused, eager=eager, compile=compiled(eager))
 
 
 def policy(dtype: torch.dtype) -> Case:
@@ -60,7 +60,7 @@ def value(dtype: torch.dtype) -> Case:
         return 0.5 * torch.maximum(free, held), (held > free).float()
 
     case = per_token(dtype, lambda v, old, returns: clipped_value_loss(v, old, returns, 0.2), eager)
-    case.compare = lambda results: (results[0], results[2])  # where rounding alone decides, the flags may differ
+    case.compare = lambda results: (results[0], results[2])  # the flags may differ by rounding
     return case
 
 
@@ -72,27 +72,27 @@ def kl(dtype: torch.dtype) -> Case:
 
 
 def optimizer(dtype: torch.dtype) -> Case:
-    """Gradient scaled, stepped, and the compute copy written, as the engine needs it."""
+    """Gradient scale, step and copy to the compute dtype, as the engine needs them."""
     size, lr, beta1, beta2, eps, decay, scale = 8_000_000, 1e-6, 0.9, 0.95, 1e-8, 0.1, 0.5
     start, grad = torch.randn(size), torch.randn(size)
     master, first, second = start.clone(), torch.zeros(size), torch.zeros(size)
-    copy, scaled, their_copy = start.to(dtype), torch.empty(size), start.to(dtype)
+    copy, scaled, peer_copy = start.to(dtype), torch.empty(size), start.to(dtype)
     parameter = torch.nn.Parameter(start.clone())
-    fused = torch.optim.AdamW([parameter], lr, (beta1, beta2), eps, decay, fused=True)
+    peer = torch.optim.AdamW([parameter], lr, (beta1, beta2), eps, decay, fused=True)
     steps = [0]
 
-    def ours():
+    def fused():
         steps[0] += 1
         adamw_(master, first, second, grad, copy, lr, beta1, beta2, eps, decay, steps[0], scale)
         return master, copy
 
     def eager():
         parameter.grad = torch.mul(grad, scale, out=scaled)
-        fused.step()
-        their_copy.copy_(parameter.detach())
-        return parameter.detach(), their_copy
+        peer.step()
+        peer_copy.copy_(parameter.detach())
+        return parameter.detach(), peer_copy
 
-    return Case(f"{size:,} parameters, against fused=True", {"ours": ours, "eager": eager})
+    return Case(f"{size:,} parameters, against fused=True", {"trialign": fused, "eager": eager})
 
 
 CASES: dict[str, Callable[[torch.dtype], Case]] = {

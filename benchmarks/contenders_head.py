@@ -1,9 +1,9 @@
-"""The ops over the vocabulary: log-probabilities, cross-entropy and sampling, each beside what it is compared with."""
+"""Cases of the ops over the vocabulary: log-probabilities, the fused head and sampling, with their contenders."""
 
 from __future__ import annotations
 
 import torch
-from case import HIDDEN, Case, Run, by_hand, case, compiled
+from case import HIDDEN, Case, Run, autograd_function, case, compiled
 from torch import Tensor
 from trialign.kernels.linear_logprob import linear_logprob
 from trialign.kernels.logprob import logprob
@@ -24,16 +24,16 @@ def head_logits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def logprob_forward(dtype: torch.dtype) -> Case:
     size = f"[{N}, {VOCAB}] with entropy"
-    return case(size, head_logits(dtype), (), ours=logprob, eager=eager_logprob, compile=compiled(eager_logprob))
+    return case(size, head_logits(dtype), (), trialign=logprob, eager=eager_logprob, compile=compiled(eager_logprob))
 
 
 def logprob_both(dtype: torch.dtype) -> Case:
     size = f"[{N}, {VOCAB}] with entropy"
-    return case(size, head_logits(dtype), (0,), ours=logprob, eager=eager_logprob, compile=compiled(eager_logprob))
+    return case(size, head_logits(dtype), (0,), trialign=logprob, eager=eager_logprob, compile=compiled(eager_logprob))
 
 
 TOKENS = 128
-"""Tokens a chunk of the liger way. Its own rule would take 8 here, which on a CPU only reads the weight more often."""
+"""Tokens of a chunk in liger's algorithm. Its own rule gives 8, which on a CPU only reads the weight more often."""
 
 
 def d_logits(logits, labels, g, g_entropy):
@@ -68,11 +68,11 @@ def eager_head(hidden, weight, labels):
 
 
 PIECE = 2048
-"""Columns of the vocabulary at a time, as ours has it at N tokens."""
+"""Vocabulary columns of a chunk, as trialign has it at N tokens."""
 
 
 def head_products(hidden: Tensor, weight: Tensor) -> Run:
-    """The four products of a head whose logits are never whole: logits forward, logits again, d hidden, d weight."""
+    """The four products of a head without whole logits: logits forward, logits again, d hidden, d weight."""
     logits, total = torch.zeros(len(hidden), PIECE, dtype=hidden.dtype), torch.empty_like(hidden)
 
     @torch.no_grad()
@@ -88,29 +88,29 @@ def head_products(hidden: Tensor, weight: Tensor) -> Run:
 
 def linear_logprob_both(dtype: torch.dtype) -> Case:
     hidden, weight = torch.randn(N, HIDDEN).to(dtype), (torch.randn(VOCAB, HIDDEN) / 12).to(dtype)
-    made = case(
+    row = case(
         f"[{N}, {HIDDEN}] x [{VOCAB}, {HIDDEN}] with entropy",
         (hidden, weight, torch.randint(VOCAB, (N,))),
         (0, 1),
-        ours=linear_logprob,
+        trialign=linear_logprob,
         eager=eager_head,
         compile=compiled(eager_head),
-        liger=by_hand(chunked_head_forward, chunked_head_backward),
+        liger=autograd_function(chunked_head_forward, chunked_head_backward),
     )
-    made.products = head_products(hidden, weight)
-    return made
+    row.products = head_products(hidden, weight)
+    return row
 
 
 def draw(dtype: torch.dtype) -> Case:
-    """Top-k and top-p with the token's logprob. Each draws by random numbers of its own; what is compared is whether
-    the logprob is that of the drawn token in the distribution both mean."""
+    """Top-k and top-p with the token's logprob. Random numbers differ: the comparison is of each logprob with that of
+    the drawn token in the exact distribution."""
     batch, k, p, temperature = 32, 50, 0.9, 0.7
     logits = (torch.randn(batch, VOCAB) * 3).to(dtype)
     settings = torch.full((batch,), temperature), torch.full((batch,), k).int(), torch.full((batch,), p)
     keys, counters = torch.arange(batch), torch.zeros(batch, dtype=torch.long)
 
     def truncated(logits):
-        """As transformers' logits processors do it."""
+        """As transformers' logits processors."""
         scores = logits.float() / temperature
         scores = scores.masked_fill(scores < scores.topk(k)[0][:, -1:], -torch.inf)
         ascending, order = scores.sort()
@@ -124,12 +124,12 @@ def draw(dtype: torch.dtype) -> Case:
         return tokens[:, 0], logp.gather(1, tokens)[:, 0]
 
     truth = truncated(logits).log_softmax(-1)
-    made = case(
+    row = case(
         f"[{batch}, {VOCAB}], top-k {k}, top-p {p}",
         (logits,),
         (),
-        ours=lambda x: sample(x, *settings, keys, counters),
+        trialign=lambda x: sample(x, *settings, keys, counters),
         eager=eager,
     )
-    made.compare = lambda results: (results[1] - truth.gather(1, results[0][:, None])[:, 0] + 1,)
-    return made
+    row.compare = lambda results: (results[1] - truth.gather(1, results[0][:, None])[:, 0] + 1,)
+    return row

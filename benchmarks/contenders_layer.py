@@ -1,4 +1,4 @@
-"""The ops of a decoder layer and of its cache, each beside what it is compared with."""
+"""Cases of the ops of a decoder layer and of its cache, with their contenders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from case import HIDDEN, Case, Run, by_hand, case, compiled
+from case import HIDDEN, Case, Run, autograd_function, case, compiled
 from torch import Tensor
 from trialign.kernels.attention import packed_attention, sdpa_attention
 from trialign.kernels.linear import linear, pack
@@ -47,11 +47,11 @@ def norm(dtype: torch.dtype) -> Case:
         f"[4096, {HIDDEN}]",
         (x, weight),
         (0, 1),
-        ours=lambda x, w: rms_norm(x, w, EPS),
+        trialign=lambda x, w: rms_norm(x, w, EPS),
         eager=eager_norm,
         torch=lambda x, w: F.rms_norm(x, (HIDDEN,), w, EPS),
         compile=compiled(eager_norm),
-        liger=by_hand(hand_norm_forward, hand_norm_backward),
+        liger=autograd_function(hand_norm_forward, hand_norm_backward),
     )
 
 
@@ -66,7 +66,7 @@ def add_norm(dtype: torch.dtype) -> Case:
         f"[4096, {HIDDEN}]",
         (x, residual, weight[0].clone()),
         (0, 1, 2),
-        ours=lambda x, r, w: add_rms_norm(x, r, w, EPS),
+        trialign=lambda x, r, w: add_rms_norm(x, r, w, EPS),
         eager=eager,
         compile=compiled(eager),
     )
@@ -83,10 +83,10 @@ def rotary(dtype: torch.dtype) -> Case:
         "[4096, 9 heads, 64]",
         (torch.randn(4096, 9, 64).to(dtype), angles.cos(), angles.sin()),
         (0,),
-        ours=lambda x, cos, sin: rope_(x.clone(), cos, sin),  # the others leave x as it is
+        trialign=lambda x, cos, sin: rope_(x.clone(), cos, sin),  # out of place, as the others
         eager=turn,
         compile=compiled(turn),
-        liger=by_hand(
+        liger=autograd_function(
             lambda x, cos, sin: (turn(x, cos, sin), (cos, sin)),
             lambda saved, g: (turn(g, saved[0], -saved[1]), None, None),
         ),
@@ -108,24 +108,24 @@ def gated(dtype: torch.dtype) -> Case:
         "[4096, 2 x 1536]",
         (torch.randn(4096, 2 * 1536).to(dtype),),
         (0,),
-        ours=swiglu,
+        trialign=swiglu,
         eager=eager,
         compile=compiled(eager),
-        liger=by_hand(lambda x: (eager(x), (x,)), backward),
+        liger=autograd_function(lambda x: (eager(x), (x,)), backward),
     )
 
 
 def decode_product(dtype: torch.dtype) -> Case:
-    """By a weight packed before. Nothing is packed in fp32: there both are one call."""
+    """A product by a packed weight. Nothing is packed in fp32: there both are one call."""
     x, weight = torch.randn(32, HIDDEN).to(dtype), (torch.randn(1536, HIDDEN) / 24).to(dtype)
     order = pack(weight)
     size = f"[32, {HIDDEN}] x [1536, {HIDDEN}], forward"
-    return case(size, (x, weight), (), ours=lambda x, w: linear(x, w, order), eager=F.linear)
+    return case(size, (x, weight), (), trialign=lambda x, w: linear(x, w, order), eager=F.linear)
 
 
 def quantized(dtype: torch.dtype) -> Case:
-    """On a CPU ours is plain torch too. eager keeps the unpacked weight for its backward; ours and bitsandbytes, where
-    installed, unpack it again."""
+    """On a CPU trialign's is plain torch too. eager keeps the unpacked weight for its backward; trialign and
+    bitsandbytes, where installed, unpack it again."""
     rows, outputs = 512, 2 * 1536
     x, weight = torch.randn(rows, HIDDEN).to(dtype), (torch.randn(outputs, HIDDEN) / 24).to(dtype)
     (codes, absmax), table = quantize_nf4(weight), torch.tensor(TABLE)
@@ -137,15 +137,15 @@ def quantized(dtype: torch.dtype) -> Case:
     peers = {}
     if importlib.util.find_spec("bitsandbytes"):
         bitsandbytes = importlib.import_module("bitsandbytes")
-        theirs, state = bitsandbytes.functional.quantize_4bit(
+        packed, state = bitsandbytes.functional.quantize_4bit(
             weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
         )
-        peers["bitsandbytes"] = lambda x: bitsandbytes.matmul_4bit(x, theirs, quant_state=state)
+        peers["bitsandbytes"] = lambda x: bitsandbytes.matmul_4bit(x, packed, quant_state=state)
     return case(
         f"[{rows}, {HIDDEN}] x [{outputs}, {HIDDEN}] in NF4",
         (x,),
         (0,),
-        ours=lambda x: nf4_linear(x, codes, absmax),
+        trialign=lambda x: nf4_linear(x, codes, absmax),
         eager=eager,
         compile=compiled(eager),
         **peers,
@@ -167,7 +167,7 @@ def packed(dtype: torch.dtype) -> Case:
         f"{documents} x {length} tokens, 9 heads of 64 over 3",
         tuple(torch.randn(total, heads, 64).to(dtype) for heads in (9, 3, 3)),
         (0, 1, 2),
-        ours=lambda q, k, v: packed_attention(q, k, v, cu_seqlens, length, scale),
+        trialign=lambda q, k, v: packed_attention(q, k, v, cu_seqlens, length, scale),
         eager=masked,
         loop=lambda q, k, v: sdpa_attention(q, k, v, cu_seqlens, scale),
     )
@@ -189,21 +189,20 @@ def decode(dtype: torch.dtype) -> Case:
         f"{batch} sequences of {span // 2} to {span} keys, 9 heads of 64 over 3",
         (torch.randn(batch, 9, 64).to(dtype), *caches),
         (),
-        ours=lambda q, k, v: paged_attention(q, k, v, tables, lengths, scale),
+        trialign=lambda q, k, v: paged_attention(q, k, v, tables, lengths, scale),
         eager=gathered,
     )
 
 
 def write(dtype: torch.dtype, length: int) -> Case:
-    """Keys and values as a layer has them, views of one projection, into caches of each contender's own: none passes
-    the check by what another wrote."""
+    """Keys and values as views of one projection, each contender into caches of its own."""
     batch, pages, block, kv, d = 32, 8, 16, 3, 64
-    k, v = torch.randn(batch * length, 15, d).to(dtype)[:, 9:].split(kv, 1)  # behind 9 query heads
+    k, v = torch.randn(batch * length, 15, d).to(dtype)[:, 9:].split(kv, 1)  # after 9 query heads
     tables = torch.randperm(batch * pages).view(batch, pages, 1)
     slots = (tables * block + torch.arange(block)).flatten(1)[:, :length].flatten()
 
     def index_copy(keys, values):
-        """As transformers' static cache has it."""
+        """As transformers' static cache."""
         keys.view(-1, kv, d).index_copy_(0, slots, k)
         values.view(-1, kv, d).index_copy_(0, slots, v)
 
@@ -221,7 +220,7 @@ def write(dtype: torch.dtype, length: int) -> Case:
         return run
 
     functions = {
-        "ours": lambda keys, values: write_kv(k, v, keys, values, slots),
+        "trialign": lambda keys, values: write_kv(k, v, keys, values, slots),
         "eager": index_copy,
         "index_put": index_put,
     }
@@ -235,7 +234,7 @@ def routing(dtype: torch.dtype) -> Case:
     logits = ((torch.rand(tokens, count).argsort(1) - count // 2) / 16).to(dtype)
 
     def eager(logits):
-        """As transformers has it."""
+        """As in transformers."""
         weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(k)
         weights /= weights.sum(-1, keepdim=True)
         return weights, chosen
@@ -244,7 +243,7 @@ def routing(dtype: torch.dtype) -> Case:
         f"[{tokens}, {count}], top {k}, normalized",
         (logits,),
         (0,),
-        ours=lambda logits: route(logits, k),
+        trialign=lambda logits: route(logits, k),
         eager=eager,
         compile=compiled(eager),
     )
@@ -255,12 +254,12 @@ def experts(dtype: torch.dtype) -> Case:
     x, weight = torch.randn(tokens, HIDDEN).to(dtype), (torch.randn(count, HIDDEN, width) / 24).to(dtype)
     gates, chosen = torch.randn(tokens, count).softmax(-1).topk(k)
 
-    def ours(x, weight):
+    def fused(x, weight):
         order, offsets = sort_by_expert(chosen, count)
         return unpermute(grouped_matmul(permute(x, order, k), weight, offsets), order, gates)
 
     def eager(x, weight):
-        """An expert after another, as transformers has it."""
+        """One expert after another, as in transformers."""
         out = x.new_zeros(tokens, width)
         for expert in range(count):
             token, place = (chosen == expert).nonzero(as_tuple=True)
@@ -269,5 +268,5 @@ def experts(dtype: torch.dtype) -> Case:
         return out
 
     return case(
-        f"[{tokens}, {HIDDEN}] to {width}, top {k} of {count} experts", (x, weight), (0, 1), ours=ours, eager=eager
+        f"[{tokens}, {HIDDEN}] to {width}, top {k} of {count} experts", (x, weight), (0, 1), trialign=fused, eager=eager
     )

@@ -1,16 +1,16 @@
-"""A peer that is timed beside us: a script in the interpreter of its own environment, started once, asked for turns.
+"""A peer library's script, started once in the interpreter of its own environment, which runs timed turns on request.
 
-The script is given a JSON file that says what to do. On its standard output it writes one JSON object a line: some
-before the turns, as it likes, then one for each line it reads. What libraries print goes to its standard error, which
-is kept in a file and shown where the script ends before its time.
+The script gets a JSON file with its job. It writes one JSON object a line to standard output: any number before the
+turns, then one for each line it reads. Output of libraries goes to standard error, kept in a file and shown if the
+script ends early.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 
@@ -19,7 +19,7 @@ class Peer:
 
     Args:
         python: the interpreter.
-        job: what the script is to do.
+        job: content of the script's JSON file.
         folder: where the job and the messages are written.
     """
 
@@ -29,20 +29,14 @@ class Peer:
         outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment = outside | {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1"}
         with self.messages.open("w") as messages:
-            self.process = subprocess.Popen(
-                [python, "-P", str(script), str(task)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=messages,
-                text=True,
-                env=environment,
-            )
+            command = [python, "-P", str(script), str(task)]
+            self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=messages, text=True, env=environment)
 
     def read(self) -> dict[str, Any]:
         """The script's next line.
 
         Raises:
-            RuntimeError: it has ended; with the end of what it printed.
+            RuntimeError: the script has ended; with the end of its messages.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -50,8 +44,8 @@ class Peer:
             raise RuntimeError(f"{self.process.args} ended early:\n{self.messages.read_text()[-4000:]}")
         return json.loads(line)
 
-    def ask(self) -> dict[str, Any]:
-        """One more turn."""
+    def turn(self) -> dict[str, Any]:
+        """Runs one more turn."""
         assert self.process.stdin is not None
         self.process.stdin.write("turn\n")
         self.process.stdin.flush()

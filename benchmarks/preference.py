@@ -1,4 +1,4 @@
-"""What bench_preference.py times of ours: rows, and a step on them as each algorithm's script in launch/ does it."""
+"""trialign's side of bench_preference.py: rows of each algorithm, and a step on them as in its script in launch/."""
 
 from __future__ import annotations
 
@@ -50,30 +50,30 @@ class Task:
     """The work of one step, the same for both sides."""
 
     algorithm: Algorithm
-    """what learns"""
+    """algorithm to time"""
     model: str
     """folder in Hugging Face format"""
     data: str = ""
-    """JSONL file: dialogues or prompts with responses for sft, pairs for reward, dpo and kto (which takes of each pair
-    one answer), prompts for grpo ("": what launch/examples holds)"""
+    """JSONL file: dialogues or prompts with responses for sft, pairs for reward, dpo and kto (one response of each
+    pair), prompts for grpo ("": those of launch/examples)"""
     prompt_key: str = "prompt"
     """column that holds the prompt"""
     response_key: str = "response"
     """column that holds the response, for sft"""
     max_tokens: int = 256
-    """rows with more tokens are left out; of grpo it is the prompts"""
+    """rows (for grpo prompts) with more tokens are left out"""
     batch: int = 8
-    """rows of a step; of grpo answers"""
+    """rows of a step; responses for grpo"""
     group: int = 4
-    """answers to a prompt, for grpo"""
+    """responses to a prompt, for grpo"""
     new_tokens: int = 48
-    """tokens of an answer, for grpo"""
+    """tokens of a response, for grpo"""
     steps: int = 2
     """optimizer steps of a turn"""
     micro_tokens: int = 2048
-    """of ours: tokens of a micro-batch"""
+    """tokens of a micro-batch of trialign"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """compute type; our masters are float32, TRL's as its settings say"""
+    """compute dtype; master weights are float32 in trialign, by its settings in TRL"""
     seed: int = 0
     """shuffles the rows"""
 
@@ -82,15 +82,15 @@ class Task:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.algorithm == "grpo" and self.batch % self.group:
-            raise ValueError(f"batch={self.batch}: answers must divide into groups of {self.group}")
+            raise ValueError(f"batch={self.batch}: responses must divide into groups of {self.group}")
         if self.algorithm == "kto" and self.batch < 2:
-            raise ValueError("batch=1: KTO puts answers to other rows' prompts, 2 rows at least")
+            raise ValueError("batch=1: KTO pairs prompts with other rows' responses, at least 2 rows")
         if not Path(self.model, "config.json").is_file():
             raise ValueError(f"model={self.model}: no folder in Hugging Face format")
 
     @property
     def update(self) -> UpdateConfig:
-        """How a batch becomes a step."""
+        """Batch and micro-batch sizes of a step."""
         longest = max(self.micro_tokens, 2 * self.max_tokens)  # a pair stays in one micro-batch
         return UpdateConfig(batch_size=self.batch, micro_batch_tokens=longest)
 
@@ -99,7 +99,7 @@ class Side(NamedTuple):
     """One algorithm, ready to be timed."""
 
     rows: list[dict[str, Any]]  # of all steps in order, as TRL takes them (trl_side.py)
-    tokens: list[int]  # of each step: what both sides are credited with
+    tokens: list[int]  # of each step, the same for both sides
     step: Callable[[int], object]
     close: Callable[[], None] = lambda: None
 
@@ -129,18 +129,21 @@ class Base:
 
 
 def pairs_file(folder: Path) -> str:
-    """Pairs out of the dialogues that ship: an answer against that to another question."""
+    """Pairs from the example dialogues: a response against that of another dialogue."""
     messages = [row["messages"] for _, row in read_rows(str(SHIPPED / "dialogues.jsonl"))]
     path = folder / "pairs.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for i, dialogue in enumerate(messages):
-            answers = {"chosen": dialogue[-1]["content"], "rejected": messages[(i + 7) % len(messages)][-1]["content"]}
-            file.write(json.dumps({"prompt": dialogue[0]["content"]} | answers) + "\n")
+            responses = {
+                "chosen": dialogue[-1]["content"],
+                "rejected": messages[(i + 7) % len(messages)][-1]["content"],
+            }
+            file.write(json.dumps({"prompt": dialogue[0]["content"]} | responses) + "\n")
     return str(path)
 
 
-def prompt_and_answer(one: Sample) -> tuple[list[int], list[int]]:
-    """The token ids before the answer, and the answer's."""
+def prompt_and_response(one: Sample) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the response."""
     cut = one.mask.index(1)
     return one.tokens[:cut].tolist(), one.tokens[cut:].tolist()
 
@@ -151,7 +154,7 @@ def cut(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 def sft_side(task: Task, steps: int, folder: Path) -> Side:
-    """Supervised fine-tuning: loss on what the assistant says."""
+    """Supervised fine-tuning: loss on the assistant's tokens."""
     base = Base(task)
     data = SFTData(
         sources=(task.data or str(SHIPPED / "dialogues.jsonl"),),
@@ -166,13 +169,8 @@ def sft_side(task: Task, steps: int, folder: Path) -> Side:
         batch = pack_samples(batches[number])
         return sft_step(learner, batch)
 
-    rows = [
-        {
-            "input_ids": one.tokens.tolist(),
-            "labels": [token if learned else -100 for token, learned in zip(one.tokens, one.mask, strict=True)],
-        }
-        for one in samples
-    ]
+    labels = [[t if learned else -100 for t, learned in zip(one.tokens, one.mask, strict=True)] for one in samples]
+    rows = [{"input_ids": one.tokens.tolist(), "labels": each} for one, each in zip(samples, labels, strict=True)]
     return Side(rows, [sum(len(one.tokens) for one in part) for part in batches], step)
 
 
@@ -203,13 +201,13 @@ def dpo_side(task: Task, steps: int, folder: Path) -> Side:
 
     rows = []
     for pair in pairs:
-        prompt, chosen = prompt_and_answer(pair.chosen)
-        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": prompt_and_answer(pair.rejected)[1]})
+        prompt, chosen = prompt_and_response(pair.chosen)
+        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": prompt_and_response(pair.rejected)[1]})
     return Side(rows, [sum(sum(pair.lengths) for pair in part) for part in batches], step)
 
 
 def kto_side(task: Task, steps: int, folder: Path) -> Side:
-    """KTO on one answer of each pair, wanted and unwanted in turn; the mismatched answers are scored in each step."""
+    """KTO on one response of each pair, chosen and rejected in turn; mismatched responses are scored in each step."""
     base, loss = Base(task), KTOLoss()
     pairs = base.pairs(steps * task.batch, folder)
     samples = [pair.rejected if i % 2 else pair.chosen for i, pair in enumerate(pairs)]
@@ -230,13 +228,13 @@ def kto_side(task: Task, steps: int, folder: Path) -> Side:
 
     rows = []
     for one, label in zip(samples, labels, strict=True):
-        prompt, answer = prompt_and_answer(one)
-        rows.append({"prompt_ids": prompt, "completion_ids": answer, "label": label})
+        prompt, response = prompt_and_response(one)
+        rows.append({"prompt_ids": prompt, "completion_ids": response, "label": label})
     return Side(rows, [sum(len(one.tokens) for one in part) for part in batches], step)
 
 
 def grpo_side(task: Task, steps: int, folder: Path) -> Side:
-    """GRPO without a KL: groups of answers, all of one length, a Python function as the reward, one update a batch."""
+    """GRPO without KL: groups of responses of one length, a Python function as the reward, one update a batch."""
     base, size = Base(task), task.batch // task.group
     reward = f"{Path(__file__).with_name('trl_side.py')}:variety"
     source = task.data or str(SHIPPED / "prompts.jsonl")
@@ -253,7 +251,7 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
     batches = cut(prompts, size)
     roles = build_grpo_roles(config, {task.model: base.shape}, base.mesh)
     generator = EmbeddedGenerator(roles.actor.model, base.mesh)
-    params = sampling_params(config.rollout, stop_ids=(), seed=task.seed)  # no answer stops early
+    params = sampling_params(config.rollout, stop_ids=(), seed=task.seed)  # no early stop
     scorer, shaper = Scorer(config.reward, base.tokenizer, base.mesh), RewardShaper(config.reward.clip)
     group = torch.arange(size).repeat_interleave(task.group)
 
@@ -276,9 +274,5 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
 
 
 SIDES: dict[str, Callable[[Task, int, Path], Side]] = {
-    "sft": sft_side,
-    "reward": reward_side,
-    "dpo": dpo_side,
-    "kto": kto_side,
-    "grpo": grpo_side,
-}
+    "sft": sft_side, "reward": reward_side, "dpo": dpo_side, "kto": kto_side, "grpo": grpo_side,
+}  # fmt: skip

@@ -1,13 +1,13 @@
-"""TRL's side of bench_preference.py: runs in TRL's environment, as peer.py starts it, and makes turns of whole steps.
+"""TRL's side of bench_preference.py: started by peer.py in TRL's environment, runs turns of whole steps on request.
 
     python -P trl_side.py JOB.json
 
-JOB: the fields of bench_preference.py, and "rows", in the order of the steps: of sft input_ids and labels, of reward
-chosen_ids and rejected_ids, of dpo prompt_ids, chosen_ids and rejected_ids, of kto prompt_ids, completion_ids and
-label, of grpo prompts as text. Before the turns each of TRL's settings that can matter on a CPU makes two steps, and
-the one whose second took the least is taken: bf16 weights or float32 ones under bf16 autocast; rows a micro-batch, for
-small ones hold less padding; of SFT batches flattened to one sequence without padding; of GRPO transformers' continuous
-batching instead of its generate. Gradient checkpointing, logging and saving are off. There is no liger-kernel for CPUs.
+JOB: the fields of bench_preference.py, and "rows", in the order of the steps: for sft input_ids and labels, for reward
+chosen_ids and rejected_ids, for dpo prompt_ids, chosen_ids and rejected_ids, for kto prompt_ids, completion_ids and
+label, for grpo prompts as text. Before the turns each of TRL's settings that can matter on a CPU runs two steps, and
+the one with the fastest second step is used: bf16 weights or float32 ones under bf16 autocast; rows of a micro-batch
+(small ones hold less padding); for SFT batches flattened to one sequence without padding; for GRPO transformers'
+continuous batching. Gradient checkpointing, logging and saving are off. There is no liger-kernel for CPUs.
 """
 
 # pyright: reportMissingImports=false
@@ -22,26 +22,26 @@ JSON = dict
 
 
 def variety(prompts: list[str], completions: list[str], **fields: list) -> list[float]:
-    """The reward of both sides: distinct words of an answer as a share of its words."""
+    """Reward of both sides: the fraction of a response's words that are distinct."""
     words = [completion.split() for completion in completions]
     return [len(set(found)) / max(1, len(found)) for found in words]
 
 
 def variants(job: JSON) -> list[JSON]:
-    """All settings that are tried."""
+    """All settings to try."""
     least = {"kto": 2, "grpo": 1}.get(job["algorithm"], 1)  # KTO's partners come from its micro-batch
-    sizes = sorted({max(least, job["batch"] // share) for share in (1, 2, 4, 8) if not job["batch"] % share})
+    sizes = sorted({max(least, job["batch"] // parts) for parts in (1, 2, 4, 8) if not job["batch"] % parts})
     weights = ("bfloat16", "float32") if job["dtype"] == "bfloat16" else ("float32",)
-    made = [{"weights": kind, "micro": size} for kind, size in product(weights, sizes)]
+    settings = [{"weights": kind, "micro": size} for kind, size in product(weights, sizes)]
     if job["algorithm"] == "sft":
-        made += [{"weights": kind, "micro": job["batch"], "padding_free": True} for kind in weights]
+        settings += [{"weights": kind, "micro": job["batch"], "padding_free": True} for kind in weights]
     if job["algorithm"] == "grpo":
-        made += [{"weights": kind, "micro": job["batch"], "continuous": True} for kind in weights]
-    return made
+        settings += [{"weights": kind, "micro": job["batch"], "continuous": True} for kind in weights]
+    return settings
 
 
 def ends(model: str, tokenizer) -> list[int]:
-    """The tokens at which TRL takes an answer for ended."""
+    """Stop tokens of TRL's generation."""
     files = [os.path.join(model, name) for name in ("config.json", "generation_config.json")]
     found = {tokenizer.eos_token_id}
     for file in filter(os.path.isfile, files):
@@ -53,7 +53,7 @@ def ends(model: str, tokenizer) -> list[int]:
 
 def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
     """TRL's trainer over these rows in their order."""
-    import trl
+    import trl  # in functions: bench_preference.py's reward and the tests import this file without TRL
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -85,14 +85,14 @@ def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
         options |= {
             "num_generations": job["group"],
             "max_completion_length": job["new_tokens"],
-            # No answer stops early; continuous batching knows no min_new_tokens.
+            # No early stop; continuous batching has no min_new_tokens.
             "generation_kwargs": {"suppress_tokens": ends(job["model"], tokenizer)},
             "temperature": 1.0,
             "shuffle_dataset": False,
             "beta": 0.0,
         }
         more["reward_funcs"] = variety
-        if settings.get("continuous", False):  # its cache takes all memory where nothing is said
+        if settings.get("continuous", False):  # by default its cache takes all memory
             longest = job["max_tokens"] + job["new_tokens"]
             pages = {"page_size": 16, "num_blocks": job["batch"] * -(-longest // 16)}
             options["use_transformers_continuous_batching"] = True
@@ -106,13 +106,13 @@ def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
         options["precompute_ref_log_probs"] = True
 
         class Tokenized(Trainer):
-            """Takes the rows as they are: they are token ids already."""
+            """Rows of token ids need no preparation."""
 
             def _prepare_dataset(self, dataset, *args, **kwargs):
                 return dataset
 
         Trainer = Tokenized
-    if algorithm == "kto":  # as TRL pairs them: within a micro-batch each prompt with the answer before
+    if algorithm == "kto":  # as TRL pairs them: each prompt with the previous response of its micro-batch
         parts = [rows[i : i + micro] for i in range(0, len(rows), micro)]
         rows = [
             row | {"KL_completion_ids": part[i - 1]["completion_ids"]} for part in parts for i, row in enumerate(part)
@@ -127,13 +127,13 @@ def trainer_of(job: JSON, settings: JSON, rows: list[JSON], steps: int):
 
 
 def tokens_of(trainer) -> int:
-    """Tokens trained on so far, by TRL's own count."""
+    """Tokens trained on so far, as TRL counts them."""
     return int(getattr(trainer, "_total_train_tokens", 0) or trainer.state.num_input_tokens_seen)
 
 
 def try_out(job: JSON, settings: JSON) -> float:
     """Seconds of a second step."""
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback  # only in TRL's environment
 
     stamps = []
 
@@ -149,15 +149,15 @@ def try_out(job: JSON, settings: JSON) -> float:
 
 
 def main(path: str) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not for the other side
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # output of libraries goes to standard error
 
-    def say(**what) -> None:
-        print(json.dumps(what), file=answers, flush=True)
+    def reply(**fields) -> None:
+        print(json.dumps(fields), file=replies, flush=True)
 
     with open(path) as file:
         job = json.load(file)
-    import torch
+    import torch  # only in TRL's environment
     import transformers
     import trl
     from transformers import TrainerCallback
@@ -169,13 +169,13 @@ def main(path: str) -> None:
         seconds = []
         for each in variants(job):
             seconds.append(try_out(job, each))
-            say(settings=each, seconds=seconds[-1])
+            reply(settings=each, seconds=seconds[-1])
         settings = variants(job)[seconds.index(min(seconds))]
     size = job["batch"] // (job["group"] if job["algorithm"] == "grpo" else 1)
     trainer = trainer_of(job, settings, job["rows"], len(job["rows"]) // size)
 
     class Turns(TrainerCallback):
-        """Waits to be asked before a turn, and says what it took after it."""
+        """Waits for a request before a turn, and replies with its times and tokens."""
 
         start, cpu, tokens = 0.0, 0.0, 0
 
@@ -189,18 +189,15 @@ def main(path: str) -> None:
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step % job["steps"] == 0:
-                seconds, cpu, tokens = (
-                    time.perf_counter() - self.start,
-                    time.process_time() - self.cpu,
-                    tokens_of(trainer),
-                )
-                say(seconds=seconds, cpu_seconds=cpu, tokens=tokens - self.tokens)
+                seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
+                tokens = tokens_of(trainer)
+                reply(seconds=seconds, cpu_seconds=cpu, tokens=tokens - self.tokens)
                 self.tokens = tokens
                 self.wait(control)
 
     trainer.add_callback(Turns())
     versions = f"TRL {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    say(settings=settings, versions=versions)
+    reply(settings=settings, versions=versions)
     trainer.train()
 
 

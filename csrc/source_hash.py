@@ -1,4 +1,4 @@
-"""The fingerprint of csrc/: compiled into trialign._C and compared with the sources beside it, to see a stale build."""
+"""Hash of csrc/: compiled into trialign._C and compared with the sources beside it, to detect a stale build."""
 
 import hashlib
 from pathlib import Path

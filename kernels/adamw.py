@@ -95,7 +95,7 @@ def adamw_(
 
     master, exp_avg, exp_avg_sq, grad: fp32 [m]; param_out: [m] of the compute dtype, receives the cast of the new
     master (None when master is the parameter itself). step counts from 1. grad_scale multiplies the gradient
-    (clipping, loss scale); grad itself is left alone. ValueError where the sizes differ.
+    (clipping, loss scale); grad itself is not changed. ValueError where the sizes differ.
     """
     buffers = (master, exp_avg, exp_avg_sq, grad, param_out)
     if any(b is not None and b.shape != master.shape for b in buffers):
@@ -103,7 +103,7 @@ def adamw_(
         raise ValueError(f"master, moments, gradient and parameter differ in size: {shapes}")
     arguments = (*buffers, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
     update = adamw_ref_
-    # torch's fused step was measured slower: scaling the gradient and the copy-out are passes of their own there.
+    # torch's fused step was measured slower: it needs separate passes to scale the gradient and to copy out.
     if choose("adamw", master if param_out is None else param_out) != "reference" and _is_flat(buffers):
         served = library("adamw", *arguments)
         if served is not None:

@@ -48,7 +48,7 @@ def packed_attention_ref(
 
 
 def position_bias(length: int, alibi_slopes: torch.Tensor | None, window: int | None, like: torch.Tensor):
-    """What the causal mask, ALiBi and the window add to the scores: [1 or heads, length, length] of like's dtype."""
+    """Causal mask, ALiBi and window as an additive bias on the scores: [1 or heads, length, length] of like's dtype."""
     position = torch.arange(length, device=like.device)
     distance = position[:, None] - position[None, :]  # [length, length], query minus key
     hidden = distance < 0
@@ -61,7 +61,7 @@ def position_bias(length: int, alibi_slopes: torch.Tensor | None, window: int | 
 
 
 def sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes=None, window=None):
-    """torch's fused attention, document by document: what serves without a compiled kernel."""
+    """torch's fused attention, document by document, where no compiled kernel fits."""
     outputs = []
     bounds = cu_seqlens.tolist()
     for start, end in zip(bounds, bounds[1:], strict=False):
@@ -80,19 +80,19 @@ def sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes=None, window=None):
 def _lift(slope, positions, anchor):
     """slope * (position - anchor). Row i's scores plus its lift are scale * q_i . k_j plus the lift of key j.
 
-    So ALiBi costs nothing a score: the product with `scale` takes the key's lift along. The anchor is the block's first
-    row: what a lift rounds off is below 2^-24 * slope * BLOCK_M for all rows, however long the document.
+    So ALiBi is one addition of a row vector to the scores. The anchor is the block's first row, so that a lift's
+    rounding error is below 2^-24 * slope * BLOCK_M for all rows, however long the document.
     """
     return slope * (positions - anchor).to(tl.float32)
 
 
 @jit
 def _scores(q, k, rows, keys, length, lift, scale, window, DOT: tl.constexpr):
-    """Lifted scores [rows, keys] with -inf where a key is hidden."""
+    """Lifted scores [rows, keys] with -inf where a key is masked."""
     scores = tl.dot(q, tl.trans(k), input_precision=DOT) * scale + lift[None, :]
     distance = (rows[:, None] - keys[None, :]).to(tl.uint32, bitcast=True)
-    seen = distance < window  # 0 <= rows - keys < window: below 0 is far beyond it
-    return tl.where(seen & (keys[None, :] < length), scores, float("-inf"))
+    visible = distance < window  # 0 <= rows - keys < window; a negative difference is a huge unsigned one
+    return tl.where(visible & (keys[None, :] < length), scores, float("-inf"))
 
 
 @jit
@@ -124,13 +124,13 @@ def _forward_kernel(
         v = tl.load(v_ptr + offset * v_stride + (head // GROUP) * D + columns[None, :], mask=there, other=0.0)
         scores = _scores(q, k, rows, keys, length, _lift(slope, keys, block * BLOCK_M), scale, window, DOT)
         risen = tl.maximum(peak, tl.max(scores, 1))
-        level = tl.where(risen == float("-inf"), 0.0, risen)  # a window can hide a whole block from a row
+        level = tl.where(risen == float("-inf"), 0.0, risen)  # a window can mask a whole block for a row
         weights = tl.exp(scores - level[:, None])
         shrink = tl.exp(peak - level)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=DOT)
         peak = risen
-    inverse = 1.0 / tl.where(rows < length, total, 1.0)  # rows behind the document may have seen nothing
+    inverse = 1.0 / tl.where(rows < length, total, 1.0)  # rows past the document may have no visible key
     token = (start + rows) * heads + head
     tl.store(
         out_ptr + token[:, None] * D + columns[None, :],
@@ -194,7 +194,7 @@ def _dkv_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys of one key/value head: sums over its query heads and the queries that see it."""
+    """dk and dv of one block of keys of one key/value head: sums over its query heads and their queries."""
     block, kv_head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(bounds_ptr + document)
     length = (tl.load(bounds_ptr + document + 1) - start).to(tl.int32)
@@ -216,7 +216,7 @@ def _dkv_kernel(
             q = tl.load(q_ptr + (start + rows)[:, None] * q_stride + head * D + columns[None, :], mask=real, other=0.0)
             grad = tl.load(grad_ptr + token[:, None] * D + columns[None, :], mask=real, other=0.0)
             delta = tl.load(delta_ptr + token, mask=rows < length, other=0.0)
-            peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=float("inf"))  # padded rows weigh nothing
+            peak = tl.load(stats_ptr + token * 2, mask=rows < length, other=float("inf"))  # padded rows get weight 0
             inverse = tl.load(stats_ptr + token * 2 + 1, mask=rows < length, other=0.0)
             peak += _lift(slope, rows, m)
             scores = _scores(q, k, rows, keys, length, _lift(slope, keys, m), scale, window, DOT)
@@ -229,17 +229,19 @@ def _dkv_kernel(
     tl.store(dv_ptr + token[:, None] * D + columns[None, :], dv.to(dv_ptr.dtype.element_ty), mask=there)
 
 
-DOCUMENTS = 65_520  # of one launch: a grid's last axis ends at 65,535, and multiples of 16 keep the bounds aligned
+DOCUMENTS = (
+    65_520  # documents of one launch: a grid's last axis ends at 65,535, and multiples of 16 keep the bounds aligned
+)
 
 
 def _launches(cu_seqlens: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-    """The documents' bounds in pieces that a grid can hold, each with its number of documents."""
+    """(bounds, number of documents) of each launch: as many documents as a grid can hold."""
     total = len(cu_seqlens) - 1
     return [(cu_seqlens[first:], min(DOCUMENTS, total - first)) for first in range(0, total, DOCUMENTS)]
 
 
 def _reach(window: int | None, max_seqlen: int) -> int:
-    """The window as the kernels take it: they add it to positions, in 32 bits; without one all that there is."""
+    """The window as the kernels take it (added to positions, in 32 bits): at most max_seqlen, also without one."""
     return max_seqlen if window is None else min(window, max_seqlen)
 
 
@@ -282,7 +284,7 @@ def _constants_for(kernel: str, q, k) -> dict:
 
 
 def _slopes(alibi_slopes, like) -> tuple:
-    """(slopes, whether there are any) as the kernels take them: without ALiBi they read none."""
+    """(slopes, True), or without ALiBi (any tensor, False): the kernels then read no slopes."""
     return (like, False) if alibi_slopes is None else (alibi_slopes, True)
 
 
@@ -304,15 +306,8 @@ def attention_backward_triton(grad, q, k, v, out, stats, cu_seqlens, max_seqlen,
     """(dq, dk, dv) as torch.ops.trialign.attention_backward gives them."""
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = stats.new_empty(q.shape[:2])
-    numbers = (
-        *_slopes(alibi_slopes, stats),
-        scale,
-        _reach(window, max_seqlen),
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        q.shape[1],
-    )
+    strides = (t.stride(0) for t in (q, k, v))
+    numbers = (*_slopes(alibi_slopes, stats), scale, _reach(window, max_seqlen), *strides, q.shape[1])
     for bounds, documents in _launches(cu_seqlens) if max_seqlen else ():
         constants = _constants_for("dq", q, k)
         grid = (cdiv(max_seqlen, constants["BLOCK_M"]), q.shape[1], documents)
@@ -325,15 +320,8 @@ def attention_backward_triton(grad, q, k, v, out, stats, cu_seqlens, max_seqlen,
 
 def _spec(name: str, kernel, tensors: str) -> Spec:
     types = {"stats_ptr": "*fp32", "delta_ptr": "*fp32", "bounds_ptr": "*i64", "slopes_ptr": "*fp32"}
-    numbers = {
-        "alibi": "u1",
-        "scale": "fp32",
-        "window": "i32",
-        "q_stride": "i64",
-        "k_stride": "i64",
-        "v_stride": "i64",
-        "heads": "i32",
-    }
+    numbers = {"alibi": "u1", "scale": "fp32", "window": "i32", "heads": "i32"}
+    numbers |= dict.fromkeys(("q_stride", "k_stride", "v_stride"), "i64")
     cuda, hip = (tuple(_constants(name, d, 3, torch.bfloat16, gpu) for d in (64, 128, 256)) for gpu in ("cuda", "hip"))
     signature = {tensor: types.get(tensor, "*bf16") for tensor in tensors.split()} | numbers
     wide = tuple(_constants(name, d, 3, torch.float32, "cuda") for d in (64, 128))
@@ -341,15 +329,12 @@ def _spec(name: str, kernel, tensors: str) -> Spec:
     return Spec(kernel, signature, cuda, hip, wide, free, dot=True, unaligned=unaligned)
 
 
-SPECS = {
-    "forward": _spec("forward", _forward_kernel, "q_ptr k_ptr v_ptr out_ptr stats_ptr bounds_ptr slopes_ptr"),
-    "dq": _spec(
-        "dq", _dq_kernel, "grad_ptr q_ptr k_ptr v_ptr out_ptr stats_ptr dq_ptr delta_ptr bounds_ptr slopes_ptr"
-    ),
-    "dkv": _spec(
-        "dkv", _dkv_kernel, "grad_ptr q_ptr k_ptr v_ptr stats_ptr delta_ptr dk_ptr dv_ptr bounds_ptr slopes_ptr"
-    ),
+_TENSORS = {
+    "forward": (_forward_kernel, "q_ptr k_ptr v_ptr out_ptr stats_ptr bounds_ptr slopes_ptr"),
+    "dq": (_dq_kernel, "grad_ptr q_ptr k_ptr v_ptr out_ptr stats_ptr dq_ptr delta_ptr bounds_ptr slopes_ptr"),
+    "dkv": (_dkv_kernel, "grad_ptr q_ptr k_ptr v_ptr stats_ptr delta_ptr dk_ptr dv_ptr bounds_ptr slopes_ptr"),
 }
+SPECS = {name: _spec(name, kernel, tensors) for name, (kernel, tensors) in _TENSORS.items()}
 
 
 def packed_attention(
@@ -418,20 +403,13 @@ def _backward(ctx, grad, _):
 # stats [total, heads, 2] fp32: each query's largest score and the reciprocal of its sum of exponentials.
 register(
     "attention",
-    lambda q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window: (
-        q.new_empty(q.shape),
-        q.new_empty(*q.shape[:2], 2, dtype=torch.float32),
-    ),
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=torch.float32)),
     _save,
     _backward,
     triton=attention_triton,
 )
 register(
     "attention_backward",
-    lambda grad, q, k, v, out, stats, cu_seqlens, max_seqlen, scale, alibi_slopes, window: (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-    ),
+    lambda grad, *qkv: tuple(t.new_empty(t.shape) for t in qkv[:3]),
     triton=attention_backward_triton,
 )

@@ -51,8 +51,8 @@ PROBLEM = None if MODE == "reference" else load_extension()
 EXTENSION = MODE != "reference" and PROBLEM is None
 if PROBLEM and os.environ.get("RANK", "0") == "0":
     warnings.warn(
-        f"trialign._C {PROBLEM}: plain torch serves instead, several times slower. "
-        "`pip install -e . --no-build-isolation --no-deps -v` builds it and shows what it lacks.",
+        f"trialign._C {PROBLEM}: plain torch runs instead, several times slower. "
+        "`pip install -e . --no-build-isolation --no-deps -v` builds it and shows errors.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -32,7 +32,7 @@ def gae_ref(rewards, values, mask, cu_seqlens, gamma, lam):
 
 @jit
 def _compose(c_later, o_later, c, o):
-    """x -> c (c_later x + o_later) + o: the map of a token after that of the tokens behind it."""
+    """x -> c (c_later x + o_later) + o: a token's map applied after that of the later tokens."""
     return c * c_later, c * o_later + o
 
 
@@ -40,8 +40,8 @@ def _compose(c_later, o_later, c, o):
 def _scan(rewards, values, mask, cu_seqlens, advantages, returns, gamma, lam, BLOCK: tl.constexpr):
     """One sequence a program, from its end, a block at a time.
 
-    What a token sees of its future (the next value, the next advantage) is an affine map of what the block's end sees;
-    a masked token's map is the identity. Both recursions are then reverse scans of maps.
+    A token's next value and next advantage are affine maps of those after the block; a masked token's map is the
+    identity. Both recursions are then reverse scans of maps.
     """
     sequence = tl.program_id(0)
     start, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
@@ -51,11 +51,11 @@ def _scan(rewards, values, mask, cu_seqlens, advantages, returns, gamma, lam, BL
         token = low + tl.arange(0, BLOCK)
         here = token >= start
         kept = tl.load(mask + token, here, 0) != 0
-        # The token behind: its value is what this token sees, unless it is masked. The block's last one is the carry's.
-        behind = (tl.arange(0, BLOCK) < BLOCK - 1) & (token + 1 >= start)
-        kept_behind = tl.load(mask + token + 1, behind, 0) != 0
-        value_behind = tl.load(values + token + 1, kept_behind, 0.0)
-        pass_on, given = tl.associative_scan((tl.where(kept_behind, 0.0, 1.0), value_behind), 0, _compose, reverse=True)
+        # The next token's value, unless it is masked; for the block's last token, the carried one.
+        inner = (tl.arange(0, BLOCK) < BLOCK - 1) & (token + 1 >= start)
+        kept_next = tl.load(mask + token + 1, inner, 0) != 0
+        value_after = tl.load(values + token + 1, kept_next, 0.0)
+        pass_on, given = tl.associative_scan((tl.where(kept_next, 0.0, 1.0), value_after), 0, _compose, reverse=True)
         next_value = pass_on * later_value + given
         value = tl.load(values + token, kept, 0.0)
         delta = tl.load(rewards + token, kept, 0.0) + gamma * next_value - value
@@ -83,10 +83,8 @@ _CONFIG = {"BLOCK": 512, "num_warps": 4, "num_stages": 3}
 SPECS = {
     "scan": Spec(
         _scan,
-        {
-            **dict.fromkeys(("rewards", "values", "advantages", "returns"), "*fp32"),
-            **{"mask": "*u8", "cu_seqlens": "*i64", "gamma": "fp32", "lam": "fp32"},
-        },
+        dict.fromkeys(("rewards", "values", "advantages", "returns"), "*fp32")
+        | {"mask": "*u8", "cu_seqlens": "*i64", "gamma": "fp32", "lam": "fp32"},
         (_CONFIG,),
     ),
 }

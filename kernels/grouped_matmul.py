@@ -34,21 +34,21 @@ def _matmul_kernel(
     x_ptr, weight_ptr, offsets_ptr, out_ptr, experts, h, f, x_stride, e_stride, h_stride, f_stride,
     GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out = x W_e. The tile finds its expert by itself: the host never waits for the counts."""
+    """A tile of out = x W_e. Each tile finds its expert on the device: the host never waits for the counts."""
     tile, expert = tl.program_id(0), tl.arange(0, GROUPS)
     begin = tl.load(offsets_ptr + expert, mask=expert < experts, other=0)
     end = tl.load(offsets_ptr + expert + 1, mask=expert < experts, other=0)
     tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
     upto = tl.cumsum(tiles, 0)
-    mine = tl.sum((upto <= tile).to(tl.int32), 0)
-    if mine >= experts:
+    own = tl.sum((upto <= tile).to(tl.int32), 0)
+    if own >= experts:
         return
-    here = expert == mine
+    here = expert == own
     first = tl.sum(tl.where(here, begin + (tile - (upto - tiles)) * BLOCK_M, 0), 0)
     rows = first + tl.arange(0, BLOCK_M)
     real = rows < tl.sum(tl.where(here, end, 0), 0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_ptr += mine.to(tl.int64) * e_stride
+    weight_ptr += own.to(tl.int64) * e_stride
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, h, BLOCK_K):
         inner = k0 + tl.arange(0, BLOCK_K)
@@ -112,7 +112,9 @@ def grouped_outer_triton(x, grad, offsets):
     return out
 
 
-_GROUPS = 512  # one build for as many experts as models have: their offsets are nothing beside a tile of the product
+_GROUPS = (
+    512  # one compiled kernel for all numbers of experts: reading 512 offsets costs little beside a tile's product
+)
 _BF16, _FP32, _SIZES = _constants(torch.bfloat16), _constants(torch.float32), {"h": "i32", "f": "i32"}
 _STRIDES = dict.fromkeys(("x_stride", "e_stride", "h_stride", "f_stride"), "i64")
 SPECS = {
@@ -143,7 +145,7 @@ def _outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.
 def _matmul_backward(ctx, grad):
     x, weight, offsets = ctx.saved_tensors
     grad = grad.contiguous()
-    for_x, for_weight, _ = ctx.needs_input_grad  # a frozen weight's would be as much work again
+    for_x, for_weight, _ = ctx.needs_input_grad  # a frozen weight's gradient would double the work
     dx = _matmul(grad, weight.transpose(1, 2), offsets) if for_x else None
     return dx, _outer(x, grad, offsets) if for_weight else None, None
 

@@ -1,11 +1,11 @@
 """y = x Wᵀ: in FP8 on a GPU where asked for, by a packed copy of W for the few rows of a decode step on a CPU.
 
-TRIALIGN_KERNELS=fp8 (kernels/dispatch.py) lets Transformer Engine multiply the decoder layers' products in FP8, forward
-and backward, with scales from the tensors at hand; the weights stay in their dtype. The head is left out: training goes
-through linear_logprob.py, which has no FP8, and the sampler's logprobs must be those of the same head.
+TRIALIGN_KERNELS=fp8 (kernels/dispatch.py): Transformer Engine multiplies in FP8 in the decoder layers, forward and
+backward, with scales of the current tensors; the weights stay in their dtype. Not in the head: training goes through
+linear_logprob.py, which has no FP8, and the sampler's logprobs must come from the same product.
 
-torch multiplies bf16 by oneDNN, which brings a plain [out, in] weight into its blocked order anew in every call. With
-32 rows that takes as long as the product. A copy packed once is worth it wherever a weight is used some ten times
+torch multiplies bf16 by oneDNN, which reorders a plain [out, in] weight into blocks in every call. With 32 rows that
+takes as long as the product. A copy packed once is worth it wherever a weight is used some ten times
 before it changes: in a rollout, or in a frozen model.
 """
 
@@ -24,7 +24,7 @@ ROWS = 32
 def pack(weight: torch.Tensor) -> torch.Tensor | None:
     """An opaque copy of weight [out, in] for `linear`.
 
-    None where there is nothing to gain: off the CPU, in another dtype than bf16, or where oneDNN has no bf16.
+    None where packing does not help: off the CPU, in another dtype than bf16, or where oneDNN has no bf16.
     """
     if MODE == "reference" or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not len(weight):
         return None
@@ -34,7 +34,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def _fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """The product in FP8; None where that is not asked for or cannot be."""
+    """The product in FP8; None where it is not requested or not possible."""
     build, recipe = library("fp8_linear", x, weight), library("fp8_recipe")
     region = None if recipe is None else library("fp8_region", recipe())
     if build is None or region is None:
@@ -48,7 +48,7 @@ def _fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     return out.narrow(0, 0, len(rows)).view(*x.shape[:-1], -1)
 
 
-_fp8_layers: dict[tuple, torch.nn.Module] = {}  # without weights or history: one serves every weight of its shape
+_fp8_layers: dict[tuple, torch.nn.Module] = {}  # without weights or history: one layer for every weight of its shape
 FP8_ROWS = 32
 """FP8 products sum over rows in the weight's gradient, by blocks of at most this many."""
 
@@ -63,6 +63,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = 
 
 
 def layer_linear(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
-    """`linear` of a decoder layer, in FP8 where TRIALIGN_KERNELS=fp8 asks for it and the library serves the shape."""
+    """`linear` of a decoder layer, in FP8 with TRIALIGN_KERNELS=fp8 where the library takes the shape."""
     out = _fp8_linear(x, weight) if MODE == "fp8" and packed is None else None
     return linear(x, weight, packed) if out is None else out

@@ -1,11 +1,11 @@
 """Log-probability and entropy straight from hidden states: head matmul and softmax by pieces of the vocabulary.
 
-logits = hidden weight^T is never whole. Forward keeps (m, s, t, y) of kernels/logprob.py; backward computes a chunk of
-the logits again, as d logits, and multiplies it out:
+The whole logits = hidden weight^T never exist. Forward keeps (m, s, t, y) of kernels/logprob.py; backward computes a
+chunk of the logits again, as d logits, and multiplies it:
 d hidden = sum_c dlogits_c weight_c (in fp32),   d weight_c = dlogits_c^T hidden
 On the CPU each chunk is a matmul and a pass of the logprob kernels over it. On CUDA a tile of logits lives in registers
-only: forward shares the vocabulary out over programs and joins their statistics in a fixed order, backward writes
-d logits at once. d weight_c is then a plain matmul, best left to the vendor's library; d hidden is one that adds up.
+only: forward splits the vocabulary over programs and joins their statistics in a fixed order, backward writes
+d logits at once. d weight_c is then a plain matmul of the vendor's library; d hidden is one that accumulates.
 """
 
 # The kernels' types are those of Triton's language.
@@ -23,7 +23,7 @@ from .dispatch import COMPILED_DTYPES
 from .logprob import Merge, add_piece_, check_rows, finish, logprob_ref, merged, piece_gradient_
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Logits held at a time: on the CPU what a second-level cache keeps, on a GPU enough for matmuls at full speed."""
+"""Logits held at a time: on the CPU what fits the second-level cache, on a GPU enough for matmuls at full speed."""
 TILE = 64
 
 
@@ -52,7 +52,7 @@ def _stats_kernel(
     hidden_ptr, weight_ptr, labels_ptr, part_ptr, n, v, h, vocab_start, scale,
     SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """(m, s, t, y) of BLOCK_M rows over one share of the vocabulary, into part [shares, 4, n]."""
+    """(m, s, t, y) of BLOCK_M rows over one part of SHARE columns, into part [shares, 4, n]."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     share = tl.program_id(1).to(tl.int64)
     label = tl.load(labels_ptr + rows, rows < n, 0) - vocab_start
@@ -81,7 +81,7 @@ def _stats_kernel(
 
 @jit
 def _join_kernel(part_ptr, stats_ptr, n, shares, BLOCK: tl.constexpr):
-    """stats [4, n] of all shares, first to last: the same sums in the same order every time."""
+    """stats [4, n] from all parts, first to last: sums in a fixed order."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = rows < n
     m = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -136,7 +136,7 @@ def _accumulate_kernel(
     grad_ptr, weight_ptr, total_ptr, n, v, h,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of total [n, h] += grad [n, v] weight [v, h]; total is fp32 and no chunk's part is rounded on the way."""
+    """A tile of total [n, h] += grad [n, v] weight [v, h]; total is fp32, so that no chunk's part is rounded."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -150,7 +150,7 @@ def _accumulate_kernel(
     tl.store(place, tl.load(place, mask, 0.0) + acc, mask)
 
 
-SHARE = 2048  # columns of the vocabulary a program sums up: enough programs for a GPU from a few hundred rows on
+SHARE = 2048  # vocabulary columns of a program: enough programs for a GPU from a few hundred rows on
 _JOIN = {"BLOCK": 128, "num_warps": 4, "num_stages": 3}
 
 
@@ -169,7 +169,7 @@ def linear_logprob_stats(
 ) -> torch.Tensor:
     """stats [4, n] of kernels/logprob.py of hidden [n, h] @ weight [v, h]^T, both packed."""
     (n, h), v, blocks = hidden.shape, weight.shape[0], _blocks(hidden.dtype, vendor())
-    shares = max(cdiv(v, SHARE), 1)  # a rank without rows of a small vocabulary has the stats of nothing
+    shares = max(cdiv(v, SHARE), 1)  # a rank may have no rows of a small vocabulary
     part, stats = hidden.new_empty(shares, 4, n, dtype=torch.float32), hidden.new_empty(4, n, dtype=torch.float32)
     if n:
         _stats_kernel[(cdiv(n, blocks["BLOCK_M"]), shares)](
@@ -287,15 +287,15 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _fused(hidden: torch.Tensor) -> bool:
-    """True where the Triton kernels above serve."""
+    """True where the Triton kernels above run."""
     return uses_triton(hidden) and hidden.dtype in COMPILED_DTYPES["cuda"]
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[list[tuple[int, int]], torch.Tensor]:
-    """Pieces of the vocabulary, and room for one piece's logits, used again by every piece.
+    """Chunks of the vocabulary, and a buffer for one chunk's logits, reused by every chunk.
 
     On a GPU a product is slow where a row of logits is not a whole number of tiles long, as in a vocabulary of 49,153:
-    the columns past the last tile are a piece of their own.
+    the columns past the last tile are a chunk of their own.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     elements = CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"]

@@ -22,7 +22,7 @@ Merge = Callable[[torch.Tensor], torch.Tensor]
 
 
 def logprob_ref(logits, labels, scale=1.0):
-    """The textbook way, differentiable by torch itself; whole vocabulary only. Shapes as in `logprob`."""
+    """log_softmax, differentiable by torch; whole vocabulary only. Shapes as in `logprob`."""
     logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale).log_softmax(-1)  # [n, v]
     entropy = -torch.where(logp > -torch.inf, logp.exp() * logp, 0).sum(-1)
     return logp.gather(1, labels[:, None])[:, 0], entropy
@@ -57,7 +57,7 @@ def gradient_ref(logits, labels, stats, grad_logprob, grad_entropy, scale, vocab
 def join(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The stats [4, n] of two pieces of the vocabulary together.
 
-    t + drop * s, rescaled, in an order in which logits of the least number, a common mask, do not overflow: the drop
+    t + drop * s, rescaled, in an order that does not overflow for logits masked by the least finite number: the drop
     from them to others is that number too, and its factor 0.
     """
     m = torch.maximum(a[0], b[0])
@@ -70,11 +70,11 @@ def join(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def merged(stats: torch.Tensor, merge: Merge | None) -> torch.Tensor:
-    """The stats of all vocabulary shards. `merge` speaks of sums of exp * logit, so t is made absolute on the way."""
+    """The stats of all vocabulary shards. `merge` takes sums of exp * logit, so t is converted before and after."""
     if merge is None:
         return stats
     m, s, t, y = stats
-    limit = torch.finfo(t.dtype).max  # of a shard that is masked with the least number, which then weighs nothing
+    limit = torch.finfo(t.dtype).max  # a shard masked by the least finite number overflows; its weight is 0
     m, s, t, y = merge(torch.stack((m, s, torch.where(s == 0, 0, t + m * s).clamp(-limit, limit), y)))
     return torch.stack((m, s, t - m * s, y)).contiguous()
 
@@ -88,7 +88,7 @@ def finish(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @jit
 def _update(stats, logits, labels, n, v, stride, vocab_start, scale, BLOCK: tl.constexpr):
-    """One row a program, a block at a time: its stats joined with those already there."""
+    """One row a program, a block at a time: its stats joined with those in `stats`."""
     row = tl.program_id(0).to(tl.int64)
     m, s, t = tl.load(stats + row), tl.load(stats + n + row), tl.load(stats + 2 * n + row)
     for start in range(0, v, BLOCK):
@@ -117,9 +117,9 @@ def _gradient(
     logits, out, labels, stats, grad_logprob, grad_entropy, n, v, stride, vocab_start, scale, of_logprob, of_entropy,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row a program; out may be logits itself, every element is read by the program that writes it.
+    """One block of one row a program; out may be logits itself: each element is read by the program that writes it.
 
-    A result that no gradient came for (of_logprob, of_entropy) has gradient 0.
+    An output without a gradient (of_logprob, of_entropy False) has gradient 0.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -167,7 +167,7 @@ def logprob_backward_triton(logits, *rest):
 
 
 def logprob_backward_triton_(logits, *rest):
-    """d logits in the logits' place by Triton; arguments as those of torch.ops.trialign.logprob_backward_."""
+    """d logits, in place of the logits, by Triton; arguments as those of torch.ops.trialign.logprob_backward_."""
     _launch_gradient(logits, logits, *rest)
 
 
@@ -175,23 +175,16 @@ _CONFIG = {"BLOCK": 4096, "num_warps": 8, "num_stages": 3}
 _NUMBERS = {**dict.fromkeys(("n", "v", "stride", "vocab_start"), "i32"), "scale": "fp32"}
 SPECS = {
     "update": Spec(
-        _update,
-        {"stats": "*fp32", "logits": "*bf16", "labels": "*i64", **_NUMBERS},
-        (_CONFIG,),
+        _update, {"stats": "*fp32", "logits": "*bf16", "labels": "*i64"} | _NUMBERS, (_CONFIG,),
         unaligned=("n", "vocab_start"),
     ),
     "gradient": Spec(
         _gradient,
-        {
-            **{"logits": "*bf16", "out": "*bf16", "labels": "*i64"},
-            **dict.fromkeys(("stats", "grad_logprob", "grad_entropy"), "*fp32"),
-            **_NUMBERS,
-            **dict.fromkeys(("of_logprob", "of_entropy"), "u1"),
-        },
-        (_CONFIG,),
-        unaligned=("n", "vocab_start"),
+        {"logits": "*bf16", "out": "*bf16", "labels": "*i64", **_NUMBERS, "of_logprob": "u1", "of_entropy": "u1"}
+        | dict.fromkeys(("stats", "grad_logprob", "grad_entropy"), "*fp32"),
+        (_CONFIG,), unaligned=("n", "vocab_start"),
     ),
-}
+}  # fmt: skip
 
 
 register(
@@ -214,7 +207,7 @@ def piece_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float, vocab_
 def add_piece_(
     stats: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, scale: float, vocab_start: int
 ) -> torch.Tensor:
-    """The stats joined with those of one more piece of the vocabulary; `stats` itself is given up."""
+    """The stats joined with those of one more piece of the vocabulary; `stats` itself may be overwritten."""
     if choose("logprob_update_", logits) == "reference":
         return join(stats, stats_ref(logits, labels, scale, vocab_start))
     torch.ops.trialign.logprob_update_(stats, logits, labels, scale, vocab_start)

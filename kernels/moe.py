@@ -1,11 +1,11 @@
-"""Mixture of experts around the experts' products: top-k routing, sorting tokens by expert, and the way back.
+"""Mixture of experts, without the experts' matmuls: top-k routing, sorting tokens by expert, and the weighted sum back.
 
-    p = softmax(logits),   the k largest are chosen (equals by index),   w_j = p_j  (or p_j / sum_j p_j when normalized)
+    p = softmax(logits),   the k largest are chosen (ties by index),   w_j = p_j  (or p_j / sum_j p_j when normalized)
     dlogit_e = p_e ([e chosen] dw_e - s)  (normalized: w_e (dw_e - s) on the chosen, else 0),   s = sum_j dw_j w_j
     slot s = token * k + choice;   order: slots sorted by expert, stable;   offsets[e]: where expert e's rows start
     rows[r] = x[order[r] // k];   y[t] = sum_j w[t, j] out[position(t, j)],   position the inverse of order
     dout[r] = w[s] dy[t],   dw[s] = out[r] . dy[t]   with s = order[r], t = s // k
-No float atomics: counts, ranks and sums have one order, so results repeat bit for bit. The products: grouped_matmul.py.
+No float atomics: counts, ranks and sums have one order, so results repeat bit for bit. The matmuls: grouped_matmul.py.
 """
 
 # The kernels' types are those of Triton's language.
@@ -54,7 +54,7 @@ def _route_kernel(
     logits_ptr, weights_ptr, chosen_ptr, n, experts, normalize,
     K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens; the k largest one after the other. NaN counts as the largest."""
+    """A block of tokens; the k largest, one at a time. NaN counts as the largest."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     expert, place = tl.arange(0, EXPERTS)[None, :], tl.arange(0, PLACES)[None, :]
     there = (expert < experts) & (row < n)[:, None]
@@ -85,7 +85,7 @@ def _route_backward_kernel(
     grad_ptr, logits_ptr, weights_ptr, chosen_ptr, out_ptr, n, experts, normalize,
     K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens; the softmax comes back from a chosen logit and its weight."""
+    """A block of tokens; the softmax is recomputed from a chosen logit and its weight."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     expert, place = tl.arange(0, EXPERTS)[None, :], tl.arange(0, PLACES)[None, :]
     there, mask = (expert < experts) & (row < n)[:, None], (place < K) & (row < n)[:, None]
@@ -108,7 +108,7 @@ def _route_backward_kernel(
 
 @jit
 def _count_kernel(experts_ptr, counts_ptr, slots, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of a block's slots go to each expert, counts [blocks, EXPERTS]."""
+    """Number of a block's slots for each expert, counts [blocks, EXPERTS]."""
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     own = tl.load(experts_ptr + slot, mask=slot < slots, other=-1)
@@ -130,7 +130,7 @@ def _rank_kernel(experts_ptr, starts_ptr, order_ptr, slots, EXPERTS: tl.constexp
 
 @jit
 def _permute_kernel(x_ptr, order_ptr, rows_ptr, h, K: tl.constexpr, BLOCK: tl.constexpr):
-    """A piece of one row."""
+    """Part of one row."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(order_ptr + row) // K
     tl.store(rows_ptr + row * h + column, tl.load(x_ptr + token * h + column, mask=column < h), mask=column < h)
@@ -140,7 +140,7 @@ def _permute_kernel(x_ptr, order_ptr, rows_ptr, h, K: tl.constexpr, BLOCK: tl.co
 def _unpermute_kernel(
     rows_ptr, position_ptr, weights_ptr, out_ptr, h, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A piece of one token: the sum of its K rows."""
+    """Part of one token: the sum of its K rows."""
     token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for j in range(K):
@@ -206,7 +206,7 @@ def _routing(experts: int, k: int) -> dict:
     columns = _columns(experts)
     return {
         "K": k, "PLACES": MAX_CHOICES, "EXPERTS": columns,
-        "BLOCK": max(1, min(16, 512 // columns)),  # what the registers hold
+        "BLOCK": max(1, min(16, 512 // columns)),  # limited by registers
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
 
@@ -384,7 +384,7 @@ def route(logits: torch.Tensor, k: int, normalize: bool = True) -> tuple[torch.T
     The largest comes first; normalize: a token's weights sum to 1. ValueError where k is not in 1 to experts.
     """
     if not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"top-{k} of {logits.shape[1]} experts")
+        raise ValueError(f"top-{k} of {logits.shape[1]} experts: k must be from 1 to {logits.shape[1]}")
     if choose("route", logits) == "reference":
         return route_ref(logits, k, normalize)
     return torch.ops.trialign.route(logits.contiguous(), k, normalize)

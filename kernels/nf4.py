@@ -1,10 +1,10 @@
-"""NF4 weights (QLoRA, Dettmers et al. 2023): 4-bit codes with an fp32 scale a block, multiplied as they are.
+"""NF4 weights (QLoRA, Dettmers et al. 2023): 4-bit codes with an fp32 scale a block, multiplied without unpacking.
 
     W[n, k] = absmax[n, k // block] * TABLE[code[n, k]],   y = x W^T,   dx = dy W       (W itself is frozen)
-Two codes share a byte, the even column in the high half. TABLE holds 16 quantiles of a normal distribution, scaled to
+A byte holds two codes, the even column in the high half. TABLE holds 16 quantiles of a normal distribution, scaled to
 [-1, 1], with an exact zero (appendix E of the paper).
 
-Double quantization (section 3 of the paper) holds the scales themselves in 8 bits, by groups of 256 along the flattened
+Double quantization (section 3 of the paper) stores the scales in 8 bits, by groups of 256 along the flattened
 weight:   absmax[i] = group[i // 256] * DYNAMIC[scale_code[i]] + offset,   offset the mean of all scales of the weight.
 DYNAMIC is the 8-bit type with a sign, a decimal exponent in unary and a linear fraction in the bits that are left
 (https://arxiv.org/abs/1511.04561). Together 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight.
@@ -25,8 +25,8 @@ TABLE = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-BLOCK = 64  # weights that share a scale
-GROUP = 256  # scales that share a scale of their own
+BLOCK = 64  # weights of one scale
+GROUP = 256  # scales of one group scale
 CHUNK = 1 << 22  # weights quantized at a time
 
 
@@ -37,7 +37,7 @@ def _table(device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _pairs(device: torch.device) -> torch.Tensor:
-    """[256, 2] fp32: the two values each byte of codes stands for; one look-up a byte is half the work."""
+    """[256, 2] fp32: the two values of each byte of codes: one look-up a byte instead of two."""
     return torch.cartesian_prod(torch.tensor(TABLE), torch.tensor(TABLE)).to(device)
 
 
@@ -65,7 +65,7 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     table = _table(weight.device)
     middles, tiny = (table[1:] + table[:-1]) / 2, torch.finfo(torch.float32).tiny
     step = max(CHUNK // k, 1)
-    for rows in (slice(start, min(start + step, n)) for start in range(0, n, step)):  # else the floats are held whole
+    for rows in (slice(start, min(start + step, n)) for start in range(0, n, step)):  # else all floats exist at once
         blocks = weight[rows].float().view(-1, k // BLOCK, BLOCK)
         absmax[rows] = blocks.abs().amax(2)
         codes = torch.bucketize(blocks / absmax[rows].clamp_min(tiny)[:, :, None], middles, out_int32=True)
@@ -77,7 +77,7 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [n, k] in `dtype` that `quantize_nf4`'s codes and scales stand for."""
+    """The weight [n, k] in `dtype` of `quantize_nf4`'s codes and scales."""
     n, half = codes.shape
     values = _pairs(codes.device).index_select(0, codes.flatten().int()).view(n, half * 2 // BLOCK, BLOCK)
     return (values * absmax[:, :, None]).view(n, 2 * half).to(dtype)
@@ -102,7 +102,7 @@ def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def dequantize_scales(
     codes: torch.Tensor, groups: torch.Tensor, offset: torch.Tensor, start: tuple[int, int] = (0, 0), width: int = 0
 ) -> torch.Tensor:
-    """The scales fp32 that `quantize_scales`'s results stand for, of a rectangle of the whole weight.
+    """The scales, fp32, from `quantize_scales`'s results, of a rectangle of the whole weight.
 
     Args:
         codes: [rows, cols] uint8, the rectangle of the scales that begins at `start`.
@@ -235,7 +235,7 @@ _op.register_autograd(
 
 
 class _Unpacking(torch.autograd.Function):
-    """The product with scales that are unpacked in the forward and again in the backward, and not kept between."""
+    """The product with scales unpacked in the forward and again in the backward, not kept in between."""
 
     @staticmethod
     def forward(ctx, x, codes, absmax):
@@ -253,7 +253,7 @@ def nf4_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor | Call
     """x [..., k] times the transposed NF4 weight [n, k]: [..., n] in x's dtype, differentiable in x.
 
     codes [n, k / 2] uint8 and absmax [n, k / 64] fp32 as `quantize_nf4` gives them; a function in place of absmax is
-    called for it in the forward and in the backward, so that nothing between holds the scales in fp32. Raises
+    called for it in the forward and in the backward, so that the fp32 scales are not kept in between. Raises
     ValueError when they do not fit x.
     """
     scales = absmax if isinstance(absmax, torch.Tensor) else None

@@ -35,7 +35,7 @@ def paged_attention_ref(q, k_cache, v_cache, block_tables, lengths, scale, alibi
     if window is not None:
         hidden = hidden | (position[None] + window < lengths[:, None])
     key, value = (cache[table].flatten(1, 2).to(wide) for cache in (k_cache, v_cache))  # [b, span, kv, d]
-    # Rows that are not seen may hold anything, NaN included: 0 * NaN must not reach the sum.
+    # Masked rows may hold anything, NaN included: 0 * NaN must not reach the sum.
     value = value.masked_fill(hidden[:, :, None, None], 0)
     query = q.to(wide).unflatten(1, (kv, heads // kv))  # [b, kv, group, d]
     scores = torch.einsum("bkgd,bskd->bkgs", query, key) * scale
@@ -64,24 +64,24 @@ def _decode_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One share of a sequence's keys for up to ROWS query heads of one key/value head: sum, maximum, total."""
+    """One split of a sequence's keys for up to ROWS query heads of one key/value head: sum, maximum, total."""
     sequence, chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     chunks = tl.cdiv(GROUP, ROWS)
     kv_head = chunk // chunks
     length = tl.load(lengths_ptr + sequence)
     first = tl.maximum(length - window, 0)
-    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    length_of_split = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
     # tl.dot wants at least 16 rows, a group is often smaller; larger ones are cut into chunks.
     row, columns = chunk % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + row
     real = (row[:, None] < GROUP) & (columns[None, :] < D)
     q = tl.load(q_ptr + sequence * q_stride + head[:, None] * D + columns[None, :], mask=real, other=0.0)
-    # Without ALiBi the slopes are 0: what is read decides the time here, not one product a score.
+    # Without ALiBi the slopes are 0: memory reads, not one multiplication a score, decide the time.
     slope = tl.load(slopes_ptr + head, mask=alibi & (row < GROUP), other=0.0)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for n in range(first + split * share, tl.minimum(length, first + (split + 1) * share), BLOCK_N):
+    for n in range(first + split * length_of_split, tl.minimum(length, first + (split + 1) * length_of_split), BLOCK_N):
         position = n + tl.arange(0, BLOCK_N)
         there = position < length
         page = tl.load(tables_ptr + sequence * table_stride + position // PAGE, mask=there, other=0).to(tl.int64)
@@ -108,7 +108,7 @@ def _decode_kernel(
 def _combine_kernel(
     part_ptr, peaks_ptr, totals_ptr, out_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr
 ):
-    """The shares of one query head into its output. Shares without keys have maximum -inf and total 0."""
+    """The splits of one query head into its output. Splits without keys have maximum -inf and total 0."""
     head, split, columns = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     peaks = tl.load(peaks_ptr + head * SPLITS + split)
     weights = tl.exp(peaks - tl.max(peaks, 0))
@@ -152,7 +152,7 @@ def _combine_constants(d: int, splits: int) -> dict:
     return {"D": d, "BLOCK_D": power_of_2(d, 64), "SPLITS": splits, "num_warps": 2, "num_stages": 1}
 
 
-SPLITS = 8  # shares of a sequence's keys that run side by side, where batch and heads alone do not fill a GPU
+SPLITS = 8  # splits of a sequence's keys run in parallel where batch and heads alone do not fill a GPU
 
 
 def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes, window):

@@ -1,6 +1,6 @@
 """The per-token losses of PPO (Schulman et al. 2017) and the KL estimators (Schulman 2020). No masks, no means here.
 
-rho = exp(logp - old_logp), the exponent held at 80 so that a wild ratio times its advantage stays finite in fp32
+rho = exp(logp - old_logp), the exponent capped at 80 so that a large ratio times its advantage stays finite in fp32
 policy: L = max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high));  dual clip (Ye et al. 2020), A < 0: L = min(L, -A c)
 value:  L = 1/2 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)
 KL, d = logp - logp_ref:  k1 = d,  k2 = d^2 / 2,  k3 = e^-d - 1 + d
@@ -44,7 +44,7 @@ def clipped_value_loss_ref(values, old_values, returns, clip=None):
     if clip is None:
         return 0.5 * free, torch.zeros_like(free)
     held = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-    # A value within the clip is old + (V - old): where rounding makes that more than V, the clip decided nothing.
+    # Within the clip old + (V - old) may round to more than V: that is not clipping.
     clipped = (held > free) & ((values - old_values).abs() > clip)
     return 0.5 * torch.maximum(free, held), clipped.to(free.dtype)
 
@@ -57,7 +57,7 @@ def _policy(
     inside = i < n
     d = tl.load(logp + i, inside, 0.0) - tl.load(old_logp + i, inside, 0.0)
     a = tl.load(advantages + i, inside, 0.0)
-    r = tl.exp(tl.where(d > 80.0, 80.0, d))  # not tl.minimum, which would swallow a NaN
+    r = tl.exp(tl.where(d > 80.0, 80.0, d))  # not tl.minimum, which drops a NaN
     kept = tl.where(r < low, low, tl.where(r > high, high, r))
     free, held = -a * r, -a * kept
     value = tl.where(free >= held, free, held)
@@ -111,13 +111,13 @@ def _kl(logp, logp_ref, estimate, slope, n, KIND: tl.constexpr, BLOCK: tl.conste
 
 
 def _launch(kernel, outputs: int, *arguments):
-    """Runs an elementwise kernel over tensors (the leading arguments), then numbers; returns its fresh outputs."""
+    """Runs an elementwise kernel over tensors (the leading arguments), then numbers; returns its new outputs."""
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    made = tuple(torch.empty_like(tensors[0]) for _ in range(outputs))
+    results = tuple(torch.empty_like(tensors[0]) for _ in range(outputs))
     n = tensors[0].numel()
     if n:
-        kernel[(cdiv(n, _CONFIG["BLOCK"]),)](*tensors, *made, n, *arguments[len(tensors) :], **_CONFIG)
-    return made
+        kernel[(cdiv(n, _CONFIG["BLOCK"]),)](*tensors, *results, n, *arguments[len(tensors) :], **_CONFIG)
+    return results
 
 
 def clipped_policy_loss_triton(logp, old_logp, advantages, clip_low, clip_high, dual_clip):
@@ -147,27 +147,14 @@ def _spec(kernel, tensors: tuple[str, ...], numbers: tuple[str, ...], choice: st
 
 SPECS = {
     "policy": _spec(
-        _policy,
-        ("logp", "old_logp", "advantages", "loss", "ratio", "clipped", "slope"),
-        ("low", "high", "dual"),
-        "DUAL",
-        (False, True),
+        _policy, ("logp", "old_logp", "advantages", "loss", "ratio", "clipped", "slope"), ("low", "high", "dual"),
+        "DUAL", (False, True),
     ),
     "value": _spec(
-        _value,
-        ("values", "old_values", "returns", "loss", "clipped", "slope"),
-        ("clip",),
-        "CLIP",
-        (False, True),
+        _value, ("values", "old_values", "returns", "loss", "clipped", "slope"), ("clip",), "CLIP", (False, True)
     ),
-    "kl": _spec(
-        _kl,
-        ("logp", "logp_ref", "estimate", "slope"),
-        (),
-        "KIND",
-        (1, 2, 3),
-    ),
-}
+    "kl": _spec(_kl, ("logp", "logp_ref", "estimate", "slope"), (), "KIND", (1, 2, 3)),
+}  # fmt: skip
 
 
 def _fakes(count: int):
@@ -188,7 +175,7 @@ class _Differentiable(torch.autograd.Function):
     """An op whose last output is the gradient of its first one in its first input.
 
     At 32k tokens autograd's own bookkeeping takes as long as the kernel, so it is kept short: a Function rather than
-    torch.library.register_autograd, and `once_differentiable` only where a graph of the gradient is being made.
+    torch.library.register_autograd, and `once_differentiable` only where a graph of the gradient is built.
     """
 
     @staticmethod
@@ -232,7 +219,7 @@ def clipped_policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, ratio, clipped), each [total] fp32: the clipped surrogate, exp(logp - old_logp), 1.0 where the clip ruled.
+    """(loss, ratio, clipped), each [total] fp32: the clipped surrogate, exp(logp - old_logp), 1.0 where clipped.
 
     All inputs [total] fp32. Only the loss is differentiable, and only in logp.
     """

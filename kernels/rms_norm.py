@@ -39,13 +39,13 @@ def rms_norm_backward_ref(grad, x, weight, rstd, grad_total):
 
 @jit
 def _forward(x, residual, weight, y, total, rstd, h, eps, add, BLOCK: tl.constexpr):
-    """One row a program. Without a residual to add the masks keep its memory, and the total's, untouched."""
+    """One row a program. Without a residual, masks leave its memory and the total's untouched."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < h
     v = tl.load(x + row * h + column, inside, 0.0).to(tl.float32)
     v += tl.load(residual + row * h + column, inside & add, 0.0).to(tl.float32)
-    v = v.to(total.dtype.element_ty)  # the norm is that of the rounded sum, as the next layer sees it
+    v = v.to(total.dtype.element_ty)  # normalize the rounded sum, which the next layer gets
     tl.store(total + row * h + column, v, inside & add)
     v = v.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / h + eps)
@@ -56,23 +56,23 @@ def _forward(x, residual, weight, y, total, rstd, h, eps, add, BLOCK: tl.constex
 
 @jit
 def _gradient(grad, x, weight, rstd, through, grad_x, partial, n, h, add, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """ROWS rows a program, which leaves its share of d weight in partial[program]: no atomics, so sums repeat."""
+    """ROWS rows a program, which writes its part of d weight to partial[program]: no atomics, so sums repeat."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < h
     w = tl.load(weight + column, inside, 0.0).to(tl.float32)
-    share = tl.zeros([BLOCK], tl.float32)
+    grad_weight = tl.zeros([BLOCK], tl.float32)
     for i in range(ROWS):
         row = program * ROWS + i
         mask = inside & (row < n)
         g = tl.load(grad + row * h + column, mask, 0.0).to(tl.float32)
         v = tl.load(x + row * h + column, mask, 0.0).to(tl.float32)
         r = tl.load(rstd + row, row < n, 0.0)
-        share += g * v * r
+        grad_weight += g * v * r
         d = r * (g * w - v * (r * r / h * tl.sum(g * w * v, 0)))
         d += tl.load(through + row * h + column, mask & add, 0.0).to(tl.float32)
         tl.store(grad_x + row * h + column, d, mask)
-    tl.store(partial + program * h + column, share, inside)
+    tl.store(partial + program * h + column, grad_weight, inside)
 
 
 ROWS = 16
@@ -131,23 +131,14 @@ _GRADIENTS = tuple(block for block in _BLOCKS if block <= MAX_GRADIENT)
 SPECS = {
     "forward": Spec(
         _forward,
-        {
-            **dict.fromkeys(("x", "residual", "weight", "y", "total"), "*bf16"),
-            "rstd": "*fp32",
-            "h": "i32",
-            "eps": "fp32",
-            "add": "u1",
-        },
+        dict.fromkeys(("x", "residual", "weight", "y", "total"), "*bf16")
+        | {"rstd": "*fp32", "h": "i32", "eps": "fp32", "add": "u1"},
         tuple(map(_constants, _BLOCKS)),
     ),
     "gradient": Spec(
         _gradient,
-        {
-            **dict.fromkeys(("grad", "x", "weight", "through", "grad_x"), "*bf16"),
-            **dict.fromkeys(("rstd", "partial"), "*fp32"),
-            **dict.fromkeys(("n", "h"), "i32"),
-            "add": "u1",
-        },
+        dict.fromkeys(("grad", "x", "weight", "through", "grad_x"), "*bf16")
+        | {"rstd": "*fp32", "partial": "*fp32", "n": "i32", "h": "i32", "add": "u1"},
         tuple(_gradient_constants(block, "cuda") for block in _GRADIENTS),
         tuple(_gradient_constants(block, "hip") for block in _GRADIENTS),
         unaligned=("n",),

@@ -1,7 +1,8 @@
 """Rotary position embedding (Su et al. 2021).
 
-Each pair (a, b) of a head's entries turns by its angle: (a cos - b sin, b cos + a sin). The half layout pairs entry i
-with entry i + d/2 (LLaMA in Hugging Face's format), the interleaved one 2i with 2i + 1. The gradient turns back: -sin.
+Each pair (a, b) of a head's entries is rotated by its angle: (a cos - b sin, b cos + a sin). The half layout pairs
+entry i with entry i + d/2 (LLaMA in Hugging Face's format), the interleaved one 2i with 2i + 1. The gradient is the
+inverse rotation: -sin.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _constants(d: int, interleaved: bool) -> dict:
 
 
 def rope_triton(x, cos, sin, interleaved, inverse):
-    """Turns x by Triton; arguments as those of torch.ops.trialign.rope_."""
+    """Rotates x by Triton; arguments as those of torch.ops.trialign.rope_."""
     n, heads, d = x.shape
     if x.numel():
         _turn[(n, cdiv(heads, HEADS))](
@@ -66,12 +67,8 @@ HEADS = 8
 SPECS = {
     "turn": Spec(
         _turn,
-        {
-            "x": "*bf16",
-            **dict.fromkeys(("cos", "sin"), "*fp32"),
-            **dict.fromkeys(("heads", "half", "row_stride", "head_stride"), "i32"),
-            "sign": "fp32",
-        },
+        {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "sign": "fp32"}
+        | dict.fromkeys(("heads", "half", "row_stride", "head_stride"), "i32"),
         tuple(_constants(d, interleaved) for d in (64, 128, 256) for interleaved in (False, True)),
         unaligned=("heads",),
     ),
@@ -92,14 +89,14 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        # A copy: the buffer that autograd hands over may be another input's gradient too.
+        # A copy: autograd's buffer may be another input's gradient too.
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         torch.ops.trialign.rope_(grad, *ctx.saved_tensors, ctx.interleaved, True)
         return grad, None, None, None
 
 
 def rope_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """Turns x [n, heads, d] in place by the angles whose cos and sin [n, d/2] fp32 are given, and returns x.
+    """Rotates x [n, heads, d] in place by angles given as cos and sin [n, d/2] fp32, and returns x.
 
     x may be a slice of a fused projection (any strides between heads and rows). Differentiable in x only.
 

@@ -1,4 +1,4 @@
-"""Draws the next token from logits: temperature, then top-k, then top-p, with counter-based random numbers.
+"""Sampling of the next token from logits: temperature, then top-k, then top-p, with counter-based random numbers.
 
     z = logits / temperature;  keep the top_k largest;  of those the fewest largest whose probability reaches top_p
     u ~ Philox4x32-10(key, counter) in [0, 1)
@@ -20,7 +20,7 @@ from .backends.triton_runtime import Spec, jit, tl
 from .dispatch import choose, holds_data, register
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
-_END = tl.constexpr(0x7FFFFFFF) if tl else None  # behind every key and every index
+_END = tl.constexpr(0x7FFFFFFF) if tl else None  # above every key and every index
 
 
 def philox(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def sample_ref(logits, temperature, top_k, top_p, keys, counters):
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
     drawn = (cumulative <= uniform(keys, counters)[:, None] * total).sum(1)
-    # u * total may round up to total: the last token that has any weight is then meant.
+    # u * total may round up to total: then the last token with any weight is drawn.
     last = vocab - 1 - (weights > 0).flip(1).int().argmax(1)
     tokens = torch.where(greedy, logits.argmax(1), torch.minimum(drawn, last))
     logprobs = z.gather(1, tokens[:, None])[:, 0] - total[:, 0].log().float()
@@ -80,7 +80,7 @@ def sample_ref(logits, temperature, top_k, top_p, keys, counters):
 
 @jit
 def _scaled(logits_ptr, i, v, peak, temperature):
-    """z = (logit - max) / temperature of lanes i; -inf behind the vocabulary."""
+    """z = (logit - max) / temperature of lanes i; -inf past the vocabulary."""
     logits = tl.load(logits_ptr + i, mask=i < v, other=float("-inf")).to(tl.float32)
     return (logits - peak) / temperature
 
@@ -93,7 +93,7 @@ def _key(z):
 
 @jit
 def _kept(own, i, v, key, index):
-    """Whether lanes i of keys `own` are among the candidates up to `key`, those of exactly `key` up to `index`."""
+    """True for lanes i of keys `own` that are candidates: keys below `key`, and those equal to it up to `index`."""
     return ((own < key) | ((own == key) & (i <= index))) & (i < v)
 
 
@@ -131,9 +131,9 @@ def _cut(
 
     Four searches in a row, one pass over the logits a step: of the fewest candidates that reach the goal first the
     last key, then the last index among those of that key; by their number (stages 0 and 1), then by their mass (2 and
-    3), whose first pass tells the mass the goal is a part of. Each pass narrows [low, high] to one of its WAYS equal
-    parts and to the candidates that stood in it. A number ends a search where it is exactly the goal: up to any such
-    place the candidates are the same.
+    3), whose first pass computes the mass of which the goal is a fraction. Each pass narrows [low, high] to one of its
+    WAYS equal parts and to the candidates in it. A count ends a search where it equals the goal: up to any such place
+    the candidates are the same.
     """
     key, index = 0x7F800000, _END  # the key of -inf
     low, high, stage = 0, key, tl.where(by_count, 0, 2)
@@ -225,7 +225,7 @@ def _sample_kernel(
 
 
 def sample_triton(logits, temperature, top_k, top_p, keys, counters):
-    """torch.ops.trialign.sample on a GPU: the same law and the same random words as the reference."""
+    """torch.ops.trialign.sample on a GPU: the same distribution and random words as the reference."""
     tokens, logprobs = torch.empty_like(keys), torch.empty_like(temperature)
     if len(logits):
         _sample_kernel[(len(logits),)](
@@ -239,14 +239,9 @@ _CONFIG = {"BLOCK": 4096, "WAYS": 8, "num_warps": 16, "num_stages": 1}
 SPECS = {
     "sample": Spec(
         _sample_kernel,
-        {
-            "logits_ptr": "*bf16",
-            "temperature_ptr": "*fp32",
-            "top_k_ptr": "*i32",
-            "top_p_ptr": "*fp32",
-            "keys_ptr": "*i64",
-        }
-        | {"counters_ptr": "*i64", "tokens_ptr": "*i64", "logprobs_ptr": "*fp32", "v": "i32", "stride": "i64"},
+        {"logits_ptr": "*bf16", "temperature_ptr": "*fp32", "top_k_ptr": "*i32", "top_p_ptr": "*fp32"}
+        | dict.fromkeys(("keys_ptr", "counters_ptr", "tokens_ptr"), "*i64")
+        | {"logprobs_ptr": "*fp32", "v": "i32", "stride": "i64"},
         (_CONFIG,),
         unaligned=("v",),
     )

@@ -58,16 +58,8 @@ def swiglu_backward_triton(grad, gate_up):
 
 _CONFIG = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 SPECS = {
-    "forward": Spec(
-        _forward,
-        {"gate_up": "*bf16", "y": "*bf16", "f": "i32"},
-        (_CONFIG,),
-    ),
-    "gradient": Spec(
-        _gradient,
-        {"grad": "*bf16", "gate_up": "*bf16", "out": "*bf16", "f": "i32"},
-        (_CONFIG,),
-    ),
+    "forward": Spec(_forward, {"gate_up": "*bf16", "y": "*bf16", "f": "i32"}, (_CONFIG,)),
+    "gradient": Spec(_gradient, {"grad": "*bf16", "gate_up": "*bf16", "out": "*bf16", "f": "i32"}, (_CONFIG,)),
 }
 
 

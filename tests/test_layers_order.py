@@ -132,7 +132,6 @@ def test_no_circles_of_imports():
 WITHOUT_REASONS = {
     *(f"algorithms/data/{name}.py" for name in ("arrow", "chat", "dialogues", "sources")),
     "algorithms/rewards/math/symbolic.py",
-    "benchmarks/trl_side.py",
 }
 
 

@@ -1,4 +1,4 @@
-"""The compiled extension trialign._C: loaded where it fits the sources and the torch that are here."""
+"""Loading of the compiled extension trialign._C, if it fits the sources and the installed torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...source_hash import source_hash  # pyright: ignore[reportMissingImports] (it lies in csrc/)
+from ...source_hash import source_hash  # pyright: ignore[reportMissingImports] (it is in csrc/)
 
 
 def why_unusable(built_hash: str, built_torch: str, sources: Path) -> str | None:
@@ -26,9 +26,9 @@ def why_unusable(built_hash: str, built_torch: str, sources: Path) -> str | None
 
 
 def load_extension() -> str | None:
-    """Loads trialign._C, which registers torch.ops.trialign.*. Returns why it cannot be used, or None.
+    """Loads trialign._C, which registers torch.ops.trialign.*. Returns the reason why it cannot be used, or None.
 
-    What it was built from is read out of the file: a stale one must not register its ops.
+    Its source hash and torch version are read from the file: a stale one must not register its ops.
     """
     spec = importlib.util.find_spec("trialign._C")
     if spec is None or spec.origin is None:

@@ -1,6 +1,6 @@
-"""Published kernels that serve an op on CUDA where their package is installed; none is required.
+"""Optional libraries whose kernels replace ours on CUDA where they are installed and fit the call.
 
-TRIALIGN_KERNELS (kernels/dispatch.py) allows them: auto and fp8 do, own does not.
+TRIALIGN_KERNELS (kernels/dispatch.py): auto and fp8 allow them, own does not.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ..dispatch import HALF, MODE
 
 @dataclass(frozen=True)
 class Library:
-    """A published function that serves an op where its package is installed."""
+    """A published function in place of an op."""
 
     module: str
-    """What is imported."""
+    """Module to import."""
     function: str
     """Its name in the module."""
     fits: Callable[..., bool]
-    """Whether the function can serve a call, by the arguments of ours."""
+    """Whether the function can take a call of the op, from the op's arguments."""
     call: Callable[..., tuple[tuple, dict[str, Any]]]
-    """Its positional and keyword arguments, by the arguments of ours."""
+    """The function's positional and keyword arguments, from the op's arguments."""
     modes: tuple[str, ...] = ("auto", "fp8")
-    """The modes in which it may serve."""
+    """Values of TRIALIGN_KERNELS that allow it."""
     needs: str = "torch"
-    """A compiled module that it imports only when it is called."""
+    """Compiled module that it imports only when it is called."""
 
 
 def _flash_attention_fits(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window) -> bool:
@@ -50,16 +50,16 @@ def _flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, windo
         "max_seqlen_k": max_seqlen,
         "softmax_scale": scale,
         "causal": True,
-        "window_size": (-1, -1) if window is None else (window - 1, 0),  # keys to the left, the query's own apart
+        "window_size": (-1, -1) if window is None else (window - 1, 0),  # keys to the left of the query's own
         "alibi_slopes": alibi_slopes,
-        "deterministic": True,  # its gradient of q otherwise sums in any order, and a resumed run would differ
+        "deterministic": True,  # else d q is summed in any order, and a resumed run would differ
     }
 
 
 def _apex_adam_fits(
     master, exp_avg, exp_avg_sq, grad, param_out, lr, beta1, beta2, eps, weight_decay, step, scale
 ) -> bool:
-    """It has neither a clip scale that leaves the gradient alone nor a copy-out, and indexes by 32 bits."""
+    """Without clip scale and copy-out, which it lacks, and within its 32-bit indices."""
     return master.is_cuda and param_out is None and scale == 1.0 and 0 < master.numel() < 2**31
 
 
@@ -72,15 +72,14 @@ def _apex_adam(master, exp_avg, exp_avg_sq, grad, param_out, lr, beta1, beta2, e
 
 
 def _fp8_fits(x, weight) -> bool:
-    """Its products take inner and outer sizes that are multiples of 16, on a device that multiplies FP8."""
+    """Inner and outer sizes are multiples of 16, and the device multiplies FP8."""
     if not x.is_cuda or x.dtype not in HALF or x.dtype != weight.dtype or x.numel() == 0:
         return False
     return all(size % 16 == 0 for size in weight.shape) and torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
-# Functions that serve an op on CUDA where they are installed. The three rows of FP8 are parts of one call
-# (kernels/linear.py): the layer, the region in which it multiplies in FP8, and the recipe, which keeps no history
-# between calls that a checkpoint would have to carry.
+# The three FP8 rows are parts of one call (kernels/linear.py): the layer, the region in which it multiplies in FP8, and
+# the recipe, which keeps no history between calls (a checkpoint would have to store it).
 LIBRARIES = {
     "attention": Library("flash_attn", "flash_attn_varlen_func", _flash_attention_fits, _flash_attention),
     "rms_norm": Library(
@@ -120,19 +119,23 @@ LIBRARIES = {
 
 @functools.cache
 def _published(module: str, function: str, needs: str) -> Callable | None:
-    """The library's function, or None where it is not installed; one that is there but does not load is said once."""
+    """The library's function, or None where it is not installed; one that does not load gives one warning."""
     if any(importlib.util.find_spec(name) is None for name in (module.partition(".")[0], needs)):
         return None
     try:
         importlib.import_module(needs)
         return getattr(importlib.import_module(module), function)
     except (ImportError, OSError, AttributeError) as error:  # built for another torch, or too old to have it
-        warnings.warn(f"{module}.{function} cannot be used ({error}): our own serves", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"{module}.{function} cannot be used ({error}): the kernel of trialign runs instead",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return None
 
 
 def library(op: str, *arguments: Any) -> Callable[[], Any] | None:
-    """The call of LIBRARIES[op], ready to be made, if its package is here and serves such arguments; else None."""
+    """LIBRARIES[op] bound to the arguments, if it is installed and fits them; else None."""
     row = LIBRARIES[op]
     if MODE not in row.modes or not row.fits(*arguments):
         return None

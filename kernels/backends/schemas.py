@@ -1,6 +1,6 @@
-"""The schemas of the ops that have a Triton kernel, for where trialign._C, which brings its own, is missing.
+"""Schemas of the ops with a Triton kernel, used when trialign._C, which registers its own, is missing.
 
-A test holds each against the one compiled into trialign._C (csrc/cpu/*.cpp).
+A test compares each with the one compiled into trialign._C (csrc/cpu/*.cpp).
 """
 
 from __future__ import annotations

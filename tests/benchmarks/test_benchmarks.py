@@ -1,4 +1,4 @@
-"""Benchmarks as programs: what they refuse, and sizes that once broke them."""
+"""Benchmarks as programs: refused arguments, and a small vocabulary."""
 
 import json
 import os
@@ -15,10 +15,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    made = tmp_path_factory.mktemp("model")
-    tiny_llama(made, vocab_size=259, max_position_embeddings=512)
-    tiny_tokenizer(made)
-    return str(made)
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama(path, vocab_size=259, max_position_embeddings=512)
+    tiny_tokenizer(path)
+    return str(path)
 
 
 def bench(name: str, *arguments: object, world: int = 1) -> subprocess.CompletedProcess[str]:
@@ -28,22 +28,22 @@ def bench(name: str, *arguments: object, world: int = 1) -> subprocess.Completed
 
 
 @pytest.mark.parametrize("name", ["generate", "kernels", "preference"])
-def test_independent_copies_under_torchrun_are_refused(name, folder):
+def test_several_ranks_are_refused(name, folder):
     arguments = {"generate": ["--model", folder], "kernels": [], "preference": ["--model", folder, "--trl", ""]}[name]
     if name == "preference":
         arguments += ["--algorithm", "sft"]
-    done = bench(name, *arguments, world=2)
-    assert done.returncode == 1 and "WORLD_SIZE=2" in done.stderr and "Traceback" not in done.stderr
+    result = bench(name, *arguments, world=2)
+    assert result.returncode == 1 and "WORLD_SIZE=2" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_ppo_is_measured_with_a_vocabulary_below_1000(folder):
+def test_ppo_runs_with_a_vocabulary_below_1000(folder):
     sizes = ["--prompts", 2, "--prompt-tokens", 4, "--new-tokens", 3, "--iters", 1, "--dtype", "float32"]
-    done = bench("ppo", "--model", folder, *sizes)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["samples_per_s"] > 0
+    result = bench("ppo", "--model", folder, *sizes)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["samples_per_s"] > 0
 
 
-@pytest.mark.parametrize(("arguments", "said"), [(["--prompts", 3], "prompts=3"), (["--tp", 4], "world size 2")])
-def test_sizes_that_do_not_divide_are_refused(arguments, said, folder):
-    done = bench("ppo", "--model", folder, *arguments, world=2)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(("arguments", "message"), [(["--prompts", 3], "prompts=3"), (["--tp", 4], "world size 2")])
+def test_sizes_that_do_not_divide_are_refused(arguments, message, folder):
+    result = bench("ppo", "--model", folder, *arguments, world=2)
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr

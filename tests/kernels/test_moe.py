@@ -152,7 +152,7 @@ def test_invalid_orders_and_experts_are_refused():
 
 @interpreted_only
 def test_planted_wrong_stride_is_caught(tmp_path, monkeypatch):
-    faulty = planted(G, "mine.to(tl.int64) * e_stride", "mine.to(tl.int64) * h * f", tmp_path, monkeypatch)
+    faulty = planted(G, "own.to(tl.int64) * e_stride", "own.to(tl.int64) * h * f", tmp_path, monkeypatch)
     x, weight, offsets = torch.randn(6, 16), torch.randn(2, 16, 40)[:, :, 8:24], torch.tensor([0, 3, 6])
     wrong, expected = faulty.grouped_matmul_triton(x, weight, offsets), G.grouped_matmul_ref(x, weight, offsets)
     assert torch.allclose(wrong[:3], expected[:3], atol=1e-5) and not torch.allclose(wrong, expected, atol=1e-2)

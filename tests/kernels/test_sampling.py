@@ -173,6 +173,6 @@ def test_top_p_cut_takes_few_passes(dtype, monkeypatch):
     from interp_shim import Monitor  # only where Triton is installed
 
     loaded, v = [], 16_384
-    monkeypatch.setattr(Monitor, "access", lambda builder, pointer, mask, kind: loaded.append((kind, mask)))
+    monkeypatch.setattr(Monitor, "access", lambda builder, pointer, mask, access: loaded.append((access, mask)))
     check((torch.randn(1, v) * 2).to(dtype), [0.7], [50], [0.9])
     assert sum(int(mask.data.sum()) for kind, mask in loaded if kind == "load" and mask is not None) <= 20 * v

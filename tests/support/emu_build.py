@@ -1,4 +1,4 @@
-"""Build the CUDA C++ kernels for the CPU under kernels/emu/cuda_emu.h, if asked with a sanitizer or a planted fault."""
+"""Build of the CUDA C++ kernels for the CPU (emu/cuda_emu.h), optionally with a sanitizer or a planted fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or ""
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-w", f"-I{ROOT / 'tests' / 'kernels' / 'emu'}"]
-# Optimizing for it takes longer than what the optimized code saves; ThreadSanitizer misses a planted race without.
+# Optimizing takes longer than it saves under ASan; ThreadSanitizer misses a planted race without it.
 ASAN = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 TSAN = ["-fsanitize=thread"]
 
@@ -39,7 +39,7 @@ def compile_all(folder: Path, flags: list[str]) -> dict[str, Path]:
     sources = [*KERNELS, ROOT / "tests" / "kernels" / "emu" / "driver.cpp"]
     with ThreadPoolExecutor(2) as pool:
         objects = pool.map(lambda source: compile_kernel(source, folder / f"{source.stem}.o", flags), sources)
-    return {source.stem: made for source, made in zip(sources, objects, strict=True)}
+    return {source.stem: target for source, target in zip(sources, objects, strict=True)}
 
 
 def link(objects: dict[str, Path], target: Path, flags: list[str]) -> Path:

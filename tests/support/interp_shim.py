@@ -1,10 +1,10 @@
-"""Makes TRITON_INTERPRET=1 trustworthy for tests. Call `install()` once, before the first launch.
+"""Corrections and checks for Triton's interpreter (TRITON_INTERPRET=1). Call `install()` once, before the first launch.
 
 Corrects the interpreter: bf16 arithmetic, reductions and tl.dot (stock computes on the raw bit patterns, silently),
 rounding of fp32 to bf16 (stock truncates), the dtype of comparisons (block and scalar masks combined) and of flags.
 Checks every launch: each live lane's address lies inside a tensor passed to it; no address is stored to by two lanes or
 two programs, or stored by one program and loaded by another; grid axes 1 and 2 stay below CUDA's limit. Programs run in
-shuffled order, so a result that depends on their order changes from run to run. `Monitor.watch` hears of every launch.
+shuffled order, so a result that depends on their order changes from run to run. `Monitor.watch` sees every launch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
-NOBODY, SEVERAL = -1, -2
+NONE, SEVERAL = -1, -2
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
@@ -43,8 +43,8 @@ def _widened(handle):
 
 
 class Traffic(NamedTuple):
-    """Bytes a launch loaded and stored (lanes of one load that share an address count once), and how many they had
-    been with each address loaded once and stored once."""
+    """Bytes a launch loaded and stored (lanes of one load at the same address count once), and the bytes with each
+    address loaded once and stored once."""
 
     loaded: int
     stored: int
@@ -57,8 +57,8 @@ class Storage:
     def __init__(self, tensor):
         storage = tensor.untyped_storage()
         self.start, self.size = storage.data_ptr(), storage.nbytes()
-        self.stored = np.full(self.size, NOBODY, np.int32)
-        self.loaded = np.full(self.size, NOBODY, np.int32)
+        self.stored = np.full(self.size, NONE, np.int32)
+        self.loaded = np.full(self.size, NONE, np.int32)
         self.element = 0  # bytes
         self.moved = {"load": 0, "store": 0, "atomic": 0}
 
@@ -66,8 +66,8 @@ class Storage:
 class Monitor:
     """The running launch's tensors. Tests of lock-protected stores may set `races = False`.
 
-    watch(kernel, {name: argument, or option such as num_warps}) is called before every launch; execute = False leaves
-    it at that. done(kernel) is called after it, when with `counting` set `traffic` tells what the launch moved.
+    watch(kernel, {name: argument, or option such as num_warps}) is called before every launch; execute = False skips
+    the launch itself. done(kernel) is called after it; with `counting` set, `traffic` is then the launch's.
     """
 
     races = True
@@ -85,8 +85,8 @@ class Monitor:
         cls.starts = [s.start for s in cls.storages]
 
     @classmethod
-    def access(cls, builder, pointer, mask, what: str) -> None:
-        """Checks the live lanes of one load, store or atomic and remembers who touched what."""
+    def access(cls, builder, pointer, mask, access: str) -> None:
+        """Checks the live lanes of one load, store or atomic and records the programs that touched each address."""
         addresses = np.asarray(pointer.data).astype(np.int64)
         if mask is not None:
             addresses = addresses[np.broadcast_to(np.asarray(mask.data), addresses.shape).astype(bool)]
@@ -101,35 +101,35 @@ class Monitor:
             offset = addresses - storage.start if storage else addresses
             here = (offset >= 0) & (offset + size <= storage.size) if storage else np.zeros(len(addresses), bool)
             if storage is None or not here[0]:
-                raise IndexError(f"{what} of {size} bytes out of bounds in program {program}")
+                raise IndexError(f"{access} of {size} bytes out of bounds in program {program}")
             if cls.counting:
                 storage.element = size
-                storage.moved[what] += size * len(np.unique(offset[here]))
+                storage.moved[access] += size * len(np.unique(offset[here]))
             if cls.races:
-                cls._trace(storage, offset[here], me, what, program)
+                cls._trace(storage, offset[here], me, access, program)
             addresses = addresses[~here]
 
     @classmethod
     def traffic(cls) -> Traffic:
-        """Of the last launch, which was counted, traced (`races`) and free of atomics."""
-        once = sum(s.element * int((touched != NOBODY).sum()) for s in cls.storages for touched in (s.loaded, s.stored))
-        return Traffic(*(sum(s.moved[what] for s in cls.storages) for what in ("load", "store")), once)
+        """Traffic of the last launch, run with `counting` and `races` and free of atomics."""
+        once = sum(s.element * int((touched != NONE).sum()) for s in cls.storages for touched in (s.loaded, s.stored))
+        return Traffic(*(sum(s.moved[access] for s in cls.storages) for access in ("load", "store")), once)
 
     @staticmethod
-    def _trace(storage: Storage, offset: np.ndarray, me: int, what: str, program) -> None:
-        if what == "store":
+    def _trace(storage: Storage, offset: np.ndarray, me: int, access: str, program) -> None:
+        if access == "store":
             if len(np.unique(offset)) != len(offset):
                 raise RuntimeError(f"two lanes of program {program} store to one address")
             for seen, verb in ((storage.stored[offset], "also stores to"), (storage.loaded[offset], "loads")):
-                if ((seen != NOBODY) & (seen != me)).any():
+                if ((seen != NONE) & (seen != me)).any():
                     raise RuntimeError(f"program {program} stores to an address that another one {verb}")
             storage.stored[offset] = me
-        elif what == "load":
+        elif access == "load":
             writer = storage.stored[offset]
-            if ((writer != NOBODY) & (writer != me)).any():
+            if ((writer != NONE) & (writer != me)).any():
                 raise RuntimeError(f"program {program} loads an address that another one stores to")
             seen = storage.loaded[offset]
-            storage.loaded[offset] = np.where((seen == NOBODY) | (seen == me), me, SEVERAL)
+            storage.loaded[offset] = np.where((seen == NONE) | (seen == me), me, SEVERAL)
 
 
 def _correct_bf16() -> None:
@@ -209,7 +209,7 @@ def _correct_comparisons() -> None:
 
 
 def _correct_flags() -> None:
-    """A launch's True or False is one bit; Triton 3.7 makes a 32-bit number of it and then refuses that."""
+    """A launch's True or False is one bit; Triton 3.7 converts it to a 32-bit number, which it then refuses."""
     plain = interpreter._implicit_cvt
 
     def convert(arg):

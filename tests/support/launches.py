@@ -1,4 +1,4 @@
-"""What interpreted kernels are launched with, against the tables SPECS that tests/aot compiles ahead of time."""
+"""Comparison of interpreted launches with the tables SPECS, which tests/kernels/aot compiles ahead of time."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def table(spec: triton_runtime.Spec, wide: bool, vendor: str) -> Iterable[dict]:
 
 
 def is_wide(spec: triton_runtime.Spec, arguments: dict) -> bool:
-    """Whether the tensors that may be bf16 are fp32 in a launch."""
+    """True if a launch's tensors of a variable dtype ('*bf16' in the table) are fp32."""
     tensors = [arguments[name] for name, kind in spec.signature.items() if kind == "*bf16"]
     return any(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)
 
 
 def fits(given: object, kind: str) -> bool:
-    """Whether an argument has its type of `Spec.signature`: "*bf16" stands for each that the kernel may take; None is a
-    tensor that is never read."""
+    """True if an argument has its type of `Spec.signature`: "*bf16" stands for every dtype of the kernel, None for a
+    tensor that is not read."""
     if kind.startswith("*"):
         return given is None or isinstance(given, torch.Tensor) and given.dtype == TYPES.get(kind, given.dtype)
     return type(given) is {"u1": bool, "fp32": float}.get(kind, int)
@@ -52,8 +52,8 @@ def check(kernel: Callable, arguments: dict, vendor: str = "cuda") -> None:
     for argument, kind in spec.signature.items():
         given = arguments[argument]
         if not fits(given, kind):
-            what = given.dtype if isinstance(given, torch.Tensor) else repr(given)
-            raise ValueError(f"{name} is launched with {argument} = {what}, where SPECS has {kind}")
+            actual = given.dtype if isinstance(given, torch.Tensor) else repr(given)
+            raise ValueError(f"{name} is launched with {argument} = {actual}, where SPECS has {kind}")
     values = bound(arguments, spec)
     if values not in {bound(config, spec) for config in table(spec, is_wide(spec, arguments), vendor)}:
         raise ValueError(f"{name} is launched with values that SPECS does not have: {sorted(values)}")

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for NVIDIA and AMD targets without a GPU or driver, and reads what came out."""
+"""Compilation of Triton kernels for NVIDIA and AMD without a GPU or driver: registers, spills, matrix instructions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGETS = {
     for arch in ARCHITECTURES
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-# What the compiler's last text form says; SASS says the same, but reading it takes longer than all of the compiling.
+# In the compiler's last text form: disassembling to SASS takes longer than all of the compiling.
 MATRIX_UNIT = {
     "sm_80": r"\bmma\.sync",
     "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",
@@ -69,7 +69,7 @@ def compile_kernel(spec, config: dict, arch: str) -> Report:
 def usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack) of the kernel in a cubin; local memory, where spills go, is on the stack.
 
-    Read from the ELF records .nv.info by hand: cuobjdump tells the same and takes longer than compiling.
+    Parsed from the ELF records .nv.info: cuobjdump takes longer than compiling.
     """
     (headers,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<3H", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQII", cubin, headers + i * size) for i in range(count)]

@@ -1,4 +1,4 @@
-"""What the compilers make of every kernel, as Markdown: `make kernel-report`; --write puts it into docs/kernels.md."""
+"""Registers, spills and traffic of every kernel, as Markdown: `make kernel-report`; --write updates docs/kernels.md."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def triton_report() -> str:
 
 
 def traffic_report() -> str:
-    """What each kernel moves, by tests/support/traffic.py: the interpreter needs a process of its own."""
+    """Table of tests/support/traffic.py, from a process of its own, as the interpreter needs."""
     command = [sys.executable, str(Path(__file__).resolve().parents[2] / "support" / "traffic.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def cuda_report() -> str:
-    """Registers, stack and static shared memory of the CUDA C++ kernels inside the trialign._C that is built here."""
+    """Registers, stack and static shared memory of the CUDA C++ kernels in this checkout's trialign._C."""
     found = [path for folder in trialign.__path__ for path in Path(folder).glob("_C*.so")]
     if not found:
         return "trialign._C is not built here."
-    said = subprocess.run(
+    listing = subprocess.run(
         [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(found[0])], capture_output=True, text=True
     ).stdout
     kernels: dict[str, dict[str, str]] = {}
     arch = ""
-    for line in said.splitlines():
+    for line in listing.splitlines():
         arch = next(iter(re.findall(r"^arch = (\S+)", line)), arch)
         if name := re.search(r"Function (\S+):", line):
             current = name[1]
@@ -83,7 +83,7 @@ def cuda_report() -> str:
 
 
 def report() -> str:
-    """All parts."""
+    """The whole report."""
     return (
         "Bytes per element, counted under the interpreter: what programs load and store (lanes of one load that share\n"
         "an address count once), caches left out of account; and the same with each\n"
@@ -98,9 +98,9 @@ def report() -> str:
 
 
 if __name__ == "__main__":
-    made = report()
-    print(made)
+    text = report()
+    print(text)
     if "--write" in sys.argv[1:]:
         page = PAGE.read_text()
         head, _, rest = page.partition(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+        PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")

@@ -1,4 +1,4 @@
-"""Every Triton kernel of the package: those of each kernels/*.py that has a table SPECS, in every config that ships."""
+"""Every Triton kernel of the package with its launch table: the SPECS of each kernels/*.py."""
 
 from __future__ import annotations
 
