@@ -86,8 +86,8 @@ def with_advantages(batch: Batch, config: PPOConfig, kl: KLController) -> tuple[
     kl.update(metrics["kl"], len(batch))
     if batch.values is None:
         return batch, metrics
-    batch, value_metrics = with_gae(batch, config)
-    return batch, metrics | value_metrics
+    batch, numbers = with_gae(batch, config)
+    return batch, metrics | numbers
 
 
 def with_rewards(batch: Batch, scores: Tensor, config: PPOConfig, kl_coef: float) -> tuple[Batch, dict[str, float]]:
