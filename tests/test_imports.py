@@ -163,7 +163,12 @@ QUESTIONS = {"what", "who", "which", "whose", "whom"}
 WORDS = {"told", "knob", "knobs", "said", "says", "nobody", "spoilt", "theirs", "ours", "whom"}
 # Places with other words yet; none may be added.
 REMAINING = ("algorithms/data", "algorithms/rewards", "tests/algorithms/config", "tests/algorithms/data")
-REMAINING += ("tests/algorithms/rewards", "tests/kernels", "tests/launch/test_conditional", "tests/support/golden_rewards")
+REMAINING += (
+    "tests/algorithms/rewards",
+    "tests/kernels",
+    "tests/launch/test_conditional",
+    "tests/support/golden_rewards",
+)
 
 
 def wording(source: str) -> Iterator[str]:
