@@ -1,7 +1,7 @@
-"""Functions of users that options name as path/to/file.py:function or module:function: loaded and checked early.
+"""User functions of options, path/to/file.py:function or module:function, loaded and checked before the run.
 
-Reward functions run in processes of their own (rewards/worker.py); advantage estimators, policy losses and row readers
-run in every rank's. docs/extending.md has an example of each.
+Reward functions run in their own processes (rewards/worker.py); advantage estimators, policy losses and row readers in
+every rank's. Examples: docs/extending.md.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ GROUP_ESTIMATOR = ("scores", "group")
 
 @cache
 def load_function(spec: str) -> Callable[..., Any]:
-    """The function of path/to/file.py:function or module:function; ValueError where there is none."""
+    """The function of path/to/file.py:function or module:function; ValueError if it cannot be loaded."""
     before = sys.path.copy()
     try:
         return load(spec)[0]
-    finally:  # its folder goes last, so that no file beside it stands in for a module of ours
+    finally:  # its folder goes last: files in it must not shadow other modules
         sys.path[:] = before + [folder for folder in sys.path if folder not in before]
 
 
@@ -38,7 +38,7 @@ def check_function(option: str, spec: str, arguments: tuple[str, ...], own: tupl
     """Refuse a function that cannot be loaded or called with `arguments`, naming the option.
 
     Args:
-        own: values of the option that name no function of a user.
+        own: built-in values of the option.
     """
     if spec in own:
         return
@@ -57,7 +57,7 @@ def check_function(option: str, spec: str, arguments: tuple[str, ...], own: tupl
 
 
 def check_shape(spec: str, name: str, result: Any, like: Any) -> Any:
-    """`result` where it is a tensor of the shape and dtype of `like`; ValueError with both otherwise."""
+    """Refuse a result without the shape and dtype of the tensor `like`; otherwise return it."""
     shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
     if shape != like.shape or dtype != like.dtype:
         given = type(result).__name__ if shape is None else f"{list(shape)} {dtype}"

@@ -1,8 +1,7 @@
-"""Rows out of Arrow tables: parquet files and data sets of `datasets`.
+"""Rows of Arrow tables: parquet files and Hugging Face datasets.
 
-An Arrow struct has all the fields that any row of the table has, and null in those a row lacks. Those nulls are no part
-of the row: learned, they would be arguments that a call does not have. A null that a row holds in JSON text, or in a
-map, whose keys are its own, stays.
+An Arrow struct has the fields of all rows, null where a row lacks one. These nulls are removed: in a tool call they
+would be arguments that the row does not have. Nulls in JSON text and in maps are kept.
 """
 
 from __future__ import annotations
@@ -20,12 +19,8 @@ Restore = Callable[[Any], Any]
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """The rows of a parquet file.
-
-    Raises:
-        ValueError: it is none, or holds what is no text in a column of text; names the file.
-    """
-    import pyarrow
+    """Rows of a parquet file; ValueError with the file if it is corrupt."""
+    import pyarrow  # optional, and slow to import
     import pyarrow.parquet
 
     try:
@@ -44,7 +39,7 @@ def named(source: str, tables: Iterable[pyarrow.RecordBatch | pyarrow.Table]) ->
         try:
             columns = {name: table.column(name) for name in table.schema.names}
             values = {name: _values(column) for name, column in columns.items()}
-        except ValueError as error:  # text that is not UTF-8, JSON that is none, two columns of one name
+        except ValueError as error:  # invalid UTF-8 or JSON, or two columns of one name
             raise ValueError(f"data source {source}: rows from {number + 1} on: {error}") from None
         for i in range(len(table)):
             number += 1
@@ -57,8 +52,8 @@ def _values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
 
 
 def restorer(kind: pyarrow.DataType) -> Restore | None:
-    """What makes a value of this type, as to_pylist gives it, what the row held; None where it is that already."""
-    import pyarrow.types as types
+    """Function from a value of this type by to_pylist to the row's own value; None for the identity."""
+    import pyarrow.types as types  # optional, and slow to import
 
     if types.is_struct(kind):
         fields = {field.name: restorer(field.type) for field in kind}

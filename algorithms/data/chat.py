@@ -1,7 +1,6 @@
-"""Chats: what a row holds as messages and tools, checked, and as the tokenizer's chat template writes them.
+"""Chats: messages and tools of rows, validated, and rendered by the tokenizer's chat template.
 
-One way to read them for all that learn: prompts, dialogues, pairs, labels and steps keep roles, tools, tool calls and
-whatever else a message holds for the template.
+Shared by prompts, dialogues, pairs, labels and steps: roles, tools, tool calls and other keys reach the template.
 """
 
 from __future__ import annotations
@@ -17,38 +16,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEARNED = ("weight", "train")
-"""Keys of a message that mark it as learned or not; no template sees them."""
+"""Keys of a message that mark it as learned or not; removed before the template."""
 Message = dict[str, Any]
 """role, content (a string), and what else the chat template reads."""
 
 
 def column(where: str, row: dict[str, Any], key: str, option: str) -> Any:
-    """A row's column. ValueError where there is none, naming row, option and what there is."""
+    """A row's column; ValueError with row, option and existing columns if it is missing."""
     if key not in row:
         raise ValueError(f"{where}: no column {key!r} ({option}); it has: {', '.join(map(repr, row)) or 'none'}")
     return row[key]
 
 
 def shorten(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value, shortened for messages."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_messages(where: str, value: list[Any]) -> list[Message]:
-    """A list of messages without what they lack in their row (parquet and `datasets` fill in None).
+    """Validated messages, without keys that are None (parquet and `datasets` add them).
 
     Args:
         where: as rows.jsonl:12: 'messages'.
 
     Raises:
-        ValueError: one is no message, its content no string, or the assistant says and calls nothing; names it.
+        ValueError: not a message, content not a string, or an empty assistant message; names it.
     """
     return [message for message, _ in _each(where, value)]
 
 
 def learned_messages(where: str, value: list[Any]) -> list[int]:
-    """Numbers of the messages to learn: the assistant's without weight 0. Raises ValueError as `read_messages` does."""
+    """Numbers of the messages to learn: the assistant's without weight 0. Raises: as `read_messages`."""
     messages = enumerate(_each(where, value))
     return [i for i, (message, learned) in messages if learned and message["role"] == "assistant"]
 
@@ -75,7 +74,7 @@ def _is_learned(where: str, message: Message) -> bool:
     """Whether a message may be learned: not with weight 0 or train false.
 
     Raises:
-        ValueError: these are something else, contradict each other, or ask for another role's message to be learned.
+        ValueError: the values are invalid, contradict each other, or mark another role's message as learned.
     """
     role, weight, train = message["role"], message.get("weight"), message.get("train")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
@@ -110,11 +109,7 @@ def read_prompt(where: str, row: dict[str, Any], key: str, config: DataConfig) -
 
 
 def read_tools(where: str, row: dict[str, Any], config: DataConfig) -> list[Any] | None:
-    """The row's column `tools`, for the template: a list, or one written as JSON.
-
-    Raises:
-        ValueError: it is something else, or there is no template to write it.
-    """
+    """The row's column `tools`: a list, or a list as JSON. ValueError for anything else, or without a chat template."""
     tools = row.get("tools") or None
     if isinstance(tools, str):
         try:
@@ -129,28 +124,28 @@ def read_tools(where: str, row: dict[str, Any], config: DataConfig) -> list[Any]
 
 
 def with_system_prompt(chat: list[Message], config: DataConfig) -> list[Message]:
-    """The messages with the config's system prompt before them, where they bring none."""
+    """The messages after the configured system prompt, unless they have a system message."""
     if config.system_prompt and config.chat_template and chat[0]["role"] != "system":
         return [{"role": "system", "content": config.system_prompt}, *chat]
     return chat
 
 
 def users_words(chat: Sequence[Message]) -> str:
-    """The text of the last message of the user."""
+    """Text of the user's last message."""
     return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
 
 
 def need_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer without a chat template. Raises ValueError."""
+    """Refuse a tokenizer without a chat template."""
     if not tokenizer.chat_template:
         raise ValueError("chat_template=true, but the model's tokenizer has none: set it to false")
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a text which no template ends. Raises ValueError where the tokenizer has none."""
+    """The tokenizer's end of sequence; ValueError if it has none."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
-        raise ValueError("the model's tokenizer has no end of sequence (eos_token) to put behind a text")
+        raise ValueError("the model's tokenizer has no end of sequence (eos_token)")
     return end
 
 
@@ -163,16 +158,16 @@ def render(
     generation_prompt: bool = False,
     opened: bool = False,
 ) -> str:
-    """The messages as the tokenizer's chat template writes them.
+    """Text of messages by the tokenizer's chat template.
 
     Args:
-        generation_prompt: the header of the response comes behind them.
-        opened: the last message's turn is not ended.
+        generation_prompt: followed by the header of the response.
+        opened: the last message is continued, without its end of turn.
 
     Raises:
         ValueError: the template refuses them, or leaves out tools or calls of them; names the row.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError  # installed with transformers, and slow to import
 
     def write(chat: Sequence[Message], tools: list[Any] | None) -> str:
         text = tokenizer.apply_chat_template(
@@ -207,11 +202,10 @@ def render(
 def render_prompt(
     where: str, chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None
 ) -> str:
-    """The messages as the model is given them: with the generation prompt, or where the last one is the assistant's,
-    with its turn open, to be continued (a prefill).
+    """Text of a prompt: with the generation prompt, or an assistant's last message to continue (prefill).
 
     Raises:
-        ValueError: the template refuses them, or there is no text to continue; names the row.
+        ValueError: the template refuses the messages, or the prefill; names the row.
     """
     opened = chat[-1]["role"] == "assistant"
     if opened:
@@ -220,16 +214,15 @@ def render_prompt(
 
 
 def check_prefill(where: str, message: Message) -> None:
-    """Refuses to continue an assistant's message that calls tools. Raises ValueError."""
+    """Refuse a prefill with tool calls."""
     if message.get("tool_calls"):
         raise ValueError(f"{where}: the prompt ends with tool calls of the assistant, whose results must follow")
 
 
 def with_response(where: str, prompt: Sequence[Message], response: Message) -> tuple[list[Message], str]:
-    """(the prompt's messages with the response behind them, the prefill: what of the response the prompt has already).
+    """(messages of prompt and response, prefill: the beginning of the response that is part of the prompt).
 
-    Raises:
-        ValueError: the prompt ends with what cannot be continued; names the row.
+    Raises: as `check_prefill`.
     """
     *before, last = prompt
     if last["role"] != "assistant":

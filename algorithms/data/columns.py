@@ -1,9 +1,8 @@
-"""ShareGPT's and Alpaca's columns as the columns that a config names.
+"""Columns of ShareGPT and Alpaca converted to the configured ones.
 
 ShareGPT: `conversations`, a list of {from, value} messages, `system`, and for preferences `chosen` and `rejected`, a
-message each. Alpaca: `instruction`, `input`, `output`, `system`, `history` (pairs of turns before
-them).
-A row that has the config's own columns is left as it is.
+message each. Alpaca: `instruction`, `input`, `output`, `system`, `history` (earlier pairs of turns). A row with the
+configured columns is not changed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Message = dict[str, Any]
 
 
 def own_columns(where: str, row: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """The row with the config's columns beside ShareGPT's or Alpaca's.
+    """The row with the configured columns added to ShareGPT's or Alpaca's.
 
     Args:
         keys: option -> column, as {"prompt_key": "prompt", "response_key": "response"}.
@@ -59,7 +58,7 @@ def from_sharegpt(where: str, message: Any) -> Any:
         where: as rows.jsonl:12: 'conversations'[0].
 
     Raises:
-        ValueError: `from` is none of ROLES, or a function call no JSON.
+        ValueError: `from` is not in ROLES, or a function call is not JSON.
     """
     if not isinstance(message, dict) or "from" not in message or "role" in message:
         return message
@@ -82,7 +81,7 @@ def from_sharegpt(where: str, message: Any) -> Any:
 
 
 def _listed(where: str, key: str, value: Any) -> Any:
-    """A list of messages that may be written as JSON, as it is in a cell of a CSV file."""
+    """A list of messages, which may be JSON text (in CSV files)."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -92,7 +91,7 @@ def _listed(where: str, key: str, value: Any) -> Any:
 
 
 def _system(where: str, row: dict[str, Any], chat: Any) -> list[Message]:
-    """The row's system prompt, where its dialogue has none."""
+    """The row's system prompt, if its dialogue has none."""
     if not isinstance(chat, list) or not chat or not all(isinstance(message, dict) for message in chat):
         raise ValueError(f"{where}: 'conversations' must be a list of {{from, value}} messages, not {chat!r:.60}")
     own = "system" in (chat[0].get("from"), chat[0].get("role"))
@@ -128,7 +127,7 @@ def _of_instruction(where: str, row: dict[str, Any], keys: Mapping[str, str]) ->
     before = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     chat = [*system, *before, {"role": "user", "content": prompt}]
-    if "messages_key" in keys and before:  # every answer is one to learn
+    if "messages_key" in keys and before:  # every output is learned
         return {keys["messages_key"]: [*chat, {"role": "assistant", "content": row.get("output")}]}
     columns = {keys["prompt_key"]: chat if len(chat) > 1 else prompt} if "prompt_key" in keys else {}
     if "response_key" in keys and row.get(keys["response_key"]) is None and "output" in row:

@@ -1,7 +1,4 @@
-"""Rows of conditional SFT: responses whose reward is written into the prompt (https://arxiv.org/abs/2308.12050).
-
-The model learns which responses earn which reward; prompted with the best one, it responds so.
-"""
+"""Rows of conditional SFT: responses with their rewards in the prompts (https://arxiv.org/abs/2308.12050)."""
 
 from __future__ import annotations
 
@@ -30,22 +27,22 @@ class Rewarded:
     """A row: a response with its reward."""
 
     dialogue: Dialogue
-    fields: dict[str, Any]  # what else the row holds, for reward functions
-    reward: float | None  # None where it is still to be scored, or has no score
+    fields: dict[str, Any]  # the other columns, for reward functions
+    reward: float | None  # None before scoring, or without a score
 
     @property
     def last_user(self) -> int:
-        """The message that the reward is written into: the user's last one."""
+        """Number of the user's last message before the response, which gets the reward."""
         messages = self.dialogue.messages
         return max(i for i, message in enumerate(messages[: self.dialogue.learned[0]]) if message["role"] == "user")
 
     @property
     def words(self) -> str:
-        """That message."""
+        """Text of that message."""
         return self.dialogue.messages[self.last_user]["content"]
 
     def with_words(self, words: str) -> Dialogue:
-        """The dialogue with these as the user's last words."""
+        """The dialogue with another last message of the user."""
         place, messages = self.last_user, self.dialogue.messages
         changed = [*messages[:place], {**messages[place], "content": words}, *messages[place + 1 :]]
         return self.dialogue._replace(messages=changed)
@@ -55,7 +52,7 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
     """The rows of a source.
 
     Args:
-        given: they bring their rewards; otherwise those are to be scored.
+        given: read the column of rewards; otherwise rewards are None.
 
     Raises:
         ValueError: a column is missing or malformed, or a reward is no finite number; names the row.
@@ -64,7 +61,7 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
     for where, row in read(source, config.keys):
         dialogue = read_response(where, row, config.response_key, "response_key", config)
         if not any(message["role"] == "user" for message in dialogue.messages):
-            raise ValueError(f"{where}: no user's turn to write the reward into")
+            raise ValueError(f"{where}: no user message for the reward")
         reward = column(where, row, config.reward_key, "data.reward_key") if given else None
         limit = sys.float_info.max  # an integer may be larger than any float
         if given and (isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= limit):
@@ -76,7 +73,7 @@ def read_rewarded(source: str, config: RewardedData, given: bool, read: Read = r
 
 
 def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rollout]:
-    """The responses as scorers take them, each with its end."""
+    """The responses as finished rollouts, for scorers."""
     rollouts = []
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         begin = sample.mask.index(1)
@@ -88,23 +85,20 @@ def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rol
 
 
 def conditioned(responses: Sequence[Scored], normalize: bool = False, template: str = CONDITION) -> list[Scored]:
-    """The same answers with their reward written into the prompt: conditional SFT (https://arxiv.org/abs/2308.12050).
+    """Responses with their rewards in the prompts.
 
     Args:
-        normalize: rewards less their mean, over their deviation (unbiased).
-        template: with {input} and {reward}, which is written with two decimals.
+        normalize: subtract the mean of the rewards and divide by their (unbiased) standard deviation.
+        template: with {input} and {reward}, which has two decimals.
 
     Raises:
-        ValueError: a template without {input} or {reward}; rewards that do not differ, so that they cannot be scaled.
+        ValueError: rewards to normalize are all equal.
     """
-    for field in ("{input}", "{reward}"):
-        if field not in template:
-            raise ValueError(f"template={template!r}: {field} must stand in it")
     rewards = [response.reward for response in responses]
     if normalize:
         deviation = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
         if deviation == 0:
-            raise ValueError(f"{len(rewards)} rewards are all {rewards[:1]}: they have no deviation to divide by")
+            raise ValueError(f"{len(rewards)} rewards are all {rewards[:1]}: equal rewards cannot be normalized")
         mean = statistics.fmean(rewards)
         rewards = [(reward - mean) / deviation for reward in rewards]
     return [
@@ -116,7 +110,7 @@ def conditioned(responses: Sequence[Scored], normalize: bool = False, template: 
 
 
 def bucketed(rewards: Sequence[float], count: int) -> list[float]:
-    """Each reward's bucket, named by the mean of its rewards: equally many rewards a bucket, equal ones in the same.
+    """Mean of each reward's quantile bucket; equal rewards share a bucket.
 
     Raises:
         ValueError: all are in one bucket.
@@ -124,20 +118,18 @@ def bucketed(rewards: Sequence[float], count: int) -> list[float]:
     ordered = sorted(rewards)
     buckets = [count * bisect_left(ordered, reward) // len(rewards) for reward in rewards]
     if len(set(buckets)) < 2:
-        raise ValueError(
-            f"{len(rewards)} rewards fall into one of condition.buckets={count}: they do not differ enough"
-        )
+        raise ValueError(f"{len(rewards)} rewards fall into one of condition.buckets={count}: use fewer buckets")
     means = {b: statistics.fmean(r for r, own in zip(rewards, buckets, strict=True) if own == b) for b in set(buckets)}
     return [means[bucket] for bucket in buckets]
 
 
 class ConditionedRows(RowStream[Sample]):
-    """The rows of conditional SFT as a stream. Rewards are normalized and bucketed over all rows, held-out ones too.
+    """Stream of conditional SFT. Rewards are normalized and bucketed over all rows, eval split included.
 
     Args:
-        rows: of each source; those without a reward are left out and counted.
-        too_long: rows, by name, that are longer than `data.max_tokens` without a reward already.
-        reader: what they were read with.
+        rows: of each source; those without a reward are dropped and counted.
+        too_long: names of rows longer than `data.max_tokens` even without a reward.
+        reader: the reader of `rows`.
 
     Raises:
         ValueError: no row has a reward, rewards do not differ, or no row is short enough.
@@ -185,11 +177,11 @@ class ConditionedRows(RowStream[Sample]):
     def __str__(self) -> str:
         some = self.written if len(self.written) <= 6 else [*self.written[:2], "...", *self.written[-2:]]
         text = f"{super().__str__()}; {len(self.written)} rewards written: {', '.join(some)}"
-        text += f"; {self.unscored} dropped for want of a score" if self.unscored else ""
+        text += f"; {self.unscored} dropped without a score" if self.unscored else ""
         return text + str(self.encoder)
 
     def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
-        """(prompt asking for the best, the response's tokens in the data) of the first rows, held-out ones if any."""
+        """(prompt with the target reward, response tokens of the data) of first rows, preferably of the eval split."""
         rows = [self._rows[sample.where] for sample in (self.eval_rows or list(self.rows()))[:count]]
         words = [row.words for row in rows]
         best = [self._template.replace("{input}", text).replace("{reward}", self.target_reward) for text in words]

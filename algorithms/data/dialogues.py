@@ -1,12 +1,11 @@
-"""Dialogues of supervised fine-tuning: rows read, encoded as tokens with a mask of the targets, and streamed.
+"""Dialogues of SFT: reading, tokenization with a mask of the targets, and streaming.
 
-A turn that is learned stands behind the very tokens that a rollout of it begins with: the messages before it with the
-generation prompt, tokenized by themselves. It ends with its end of sequence, and where the chat template has
-{% generation %} marks, only what they mark is learned of it.
+A turn to learn follows the same tokens as in a rollout: the earlier messages with the generation prompt, tokenized by
+themselves. It ends with its end of sequence. If the chat template has {% generation %} marks, only marked text is
+learned.
 
-A dialogue is one sample where each turn with what it answers is the beginning of what the next one answers. Where it
-is not, as in templates that leave the reasoning of earlier turns out, the sample ends there and the next turn begins
-another: each turn is learned behind what the model will see when it says it.
+A dialogue is one sample as long as each turn's tokens are a prefix of the next turn's prompt. Otherwise, as in
+templates that drop the reasoning of earlier turns, the next turn begins another sample.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 CHUNK = 1000  # rows tokenized at once
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Span = tuple[int, int]
-"""First character and the one behind the last."""
+"""[begin, end) in characters."""
 
 
 class Dialogue(NamedTuple):
@@ -55,10 +54,10 @@ class Dialogue(NamedTuple):
     messages: list[Message]
     learned: list[int]  # the messages that are targets
     tools: list[Any] | None
-    prefill: str = ""  # how the last message begins already in the prompt
+    prefill: str = ""  # beginning of the last message that is part of the prompt
 
     def prompt_messages(self, number: int) -> list[Message]:
-        """The messages that message `number` answers, and what of it is there already."""
+        """The messages before message `number`, and its prefill."""
         before = self.messages[:number]
         return [*before, {"role": "assistant", "content": self.prefill}] if self._opens(number) else before
 
@@ -66,7 +65,7 @@ class Dialogue(NamedTuple):
         return bool(self.prefill) and number == len(self.messages) - 1
 
     def prompt(self, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
-        """That as the chat template writes it. Raises ValueError where it refuses."""
+        """Their text by the chat template. ValueError if it refuses them."""
         opened = self._opens(number)
         messages = self.prompt_messages(number)
         return render(self.where, messages, tokenizer, self.tools, generation_prompt=not opened, opened=opened)
@@ -85,7 +84,7 @@ class Sample(NamedTuple):
         return sum(self.mask)
 
     def first_turn(self) -> tuple[list[int], list[int]]:
-        """The tokens before the first answer, and those of it."""
+        """Tokens before the first response, and of it."""
         begin = self.mask.index(1)
         length = next(len(list(run)) for _, run in groupby(self.mask[begin:]))
         return self.tokens[:begin].tolist(), self.tokens[begin : begin + length].tolist()
@@ -97,8 +96,8 @@ class Turn(NamedTuple):
     where: str
     number: int  # of the message
     prompt: str
-    text: str  # the message, and what the template writes behind it
-    marked: list[Span] | None  # what of it the template marks; None where it has no marks
+    text: str  # the message, and what the template writes after it
+    marked: list[Span] | None  # marked parts of it; None without marks in the template
 
 
 class Learned(NamedTuple):
@@ -110,19 +109,19 @@ class Learned(NamedTuple):
 
 
 def pack_samples(samples: Sequence[Sample]) -> Batch:
-    """The batch of these rows."""
+    """Batch of these samples."""
     batch = pack([sample.tokens.tolist() for sample in samples], [[bool(m) for m in s.mask] for s in samples])
     return batch.with_(names=tuple(sample.where for sample in samples))
 
 
 class Encoder:
-    """Turns dialogues into samples.
+    """Tokenizer of dialogues.
 
     Args:
         stop_ids: tokens that end a turn.
 
     Attributes:
-        appended: turns so far whose end of sequence `append_eos` has put there or joined_turns a target.
+        appended: turns so far whose end of sequence was appended, or made a target, by `append_eos`.
 
     Raises:
         ValueError: there is no chat template, or without one no end of sequence.
@@ -141,7 +140,7 @@ class Encoder:
         return f"; {self.config.section}.append_eos: the end of {count} is learned" if self.appended else ""
 
     def samples(self, dialogues: Sequence[Dialogue]) -> Iterator[list[Sample]]:
-        """Each dialogue's samples: one, or several where its turns are answers to other texts than it goes on with.
+        """Samples of each dialogue: one, or several if the template rewrites earlier turns.
 
         Raises:
             ValueError: the template does not fit a dialogue, leaves nothing to learn or writes no end; names the row.
@@ -154,7 +153,7 @@ class Encoder:
                 yield self._join(dialogue, [next(learned) for _ in dialogue.learned])
 
     def responses(self, dialogues: Sequence[Dialogue]) -> Iterator[Sample]:
-        """The samples of dialogues with one turn to learn each. Raises ValueError as `samples` does."""
+        """Samples of dialogues with one turn to learn each. Raises: as `samples`."""
         for samples in self.samples(dialogues):
             (sample,) = samples
             yield sample
@@ -171,7 +170,7 @@ class Encoder:
             text, spans = render(where, messages[: number + 1], self.tokenizer, tools), None
         if not text.startswith(prompt):
             raise ValueError(
-                f"{where}: the chat template writes message {number} (assistant) otherwise than it asks for it: the"
+                f"{where}: the chat template writes message {number} (assistant) otherwise than its prompt: the"
                 f" prompt ends with {prompt[-40:]!r}, the dialogue with {text[-80:]!r}"
             )
         begin = len(prompt)
@@ -180,7 +179,7 @@ class Encoder:
         return Turn(where, number, prompt, text[begin:], spans)
 
     def _encode(self, turns: Sequence[Turn]) -> list[Learned]:
-        """The turns as tokens. Raises ValueError where one has nothing to learn or no end; names the row."""
+        """Tokens of turns. ValueError with the row if one has nothing to learn or no end."""
         fast = any(turn.marked is not None for turn in turns) and bool(self.tokenizer.is_fast)
         pairs = [(turn.prompt, turn.text) for turn in turns]
         encoded = encode_responses(self.tokenizer, pairs, self.config.chat_template, fast)
@@ -200,35 +199,35 @@ class Encoder:
         return results
 
     def _mask(self, turn: Turn, prompt: list[int], tokens: Tokens, end: int) -> bytearray:
-        """1 where a token of the turn is to be learned, whether it has an end or not."""
+        """1 at the tokens of a turn that are learned."""
         if turn.marked is None:
             return bytearray(b"\1" * (end or len(tokens.ids)))
         mask = bytearray(len(tokens.ids))
         for span in turn.marked:
             if tokens.places:
                 mine = [i for i, (a, b) in enumerate(tokens.places) if a < span[1] and b > span[0]]
-                begin, behind = (mine[0], mine[-1] + 1) if mine else (0, 0)
+                begin, after = (mine[0], mine[-1] + 1) if mine else (0, 0)
             else:
-                begin, behind = (self._tokens_before(turn, prompt, tokens, place) for place in span)
-            mask[begin:behind] = b"\1" * (behind - begin)
+                begin, after = (self._tokens_before(turn, prompt, tokens, place) for place in span)
+            mask[begin:after] = b"\1" * (after - begin)
         return mask[:end] if end else mask
 
     def _tokens_before(self, turn: Turn, prompt: list[int], tokens: Tokens, place: int) -> int:
-        """How many tokens the turn's first `place` characters are, for a tokenizer that knows no characters."""
+        """Number of tokens of the turn's first `place` characters, for a tokenizer without offsets."""
         ((_, part),) = encode_responses(self.tokenizer, [(turn.prompt, turn.text[:place])], True)
         if tokens.ids[: len(part.ids)] != part.ids:
             raise ValueError(
-                f"{turn.where}: the tokenizer joins the end of a turn with what follows, and knows no offsets"
+                f"{turn.where}: the tokenizer merges the end of a turn with the text after it, and has no offsets"
             )
         return len(part.ids)
 
     def _ended(self, turn: Turn, prompt: list[int], tokens: Tokens, mask: bytearray, end: int) -> Learned:
-        """The turn with its end as a target: that of the text where it has one, otherwise one put behind it."""
+        """The turn with its end as a target: the end of the text, or an appended one."""
         assert self.end is not None
         if end:  # the marks stop before it
-            behind = mask.rindex(1) + 1
-            return Learned(prompt, tokens.ids[:end], bytes(mask[:behind]) + b"\1" * (end - behind))
-        if self.config.chat_template:  # white space behind the last word is the template's
+            after = mask.rindex(1) + 1
+            return Learned(prompt, tokens.ids[:end], bytes(mask[:after]) + b"\1" * (end - after))
+        if self.config.chat_template:  # white space after the last word is the template's
             length = max(b for _, b in turn.marked) if turn.marked else len(turn.text)
             turn = turn._replace(text=turn.text[:length].rstrip())
             ((_, tokens),) = encode_responses(self.tokenizer, [(turn.prompt, turn.text)], True, bool(tokens.places))
@@ -238,17 +237,17 @@ class Encoder:
     def _endless(self, turn: Turn, tokens: Tokens, end: int) -> str:
         if end:
             written = self.tokenizer.decode([tokens.ids[end - 1]])
-            what = f"its {{% generation %}} marks stop before {written!r}"
+            reason = f"its {{% generation %}} marks stop before {written!r}"
         else:
             ends = " or ".join(repr(self.tokenizer.decode([token])) for token in sorted(self.stop_ids))
-            what = f"it writes {turn.text[-40:]!r}, without an end of sequence ({ends or 'the model has none'})"
+            reason = f"it writes {turn.text[-40:]!r}, without an end of sequence ({ends or 'the model has none'})"
         return (
-            f"{turn.where}: the chat template lets the model learn no end of message {turn.number} (assistant): {what};"
-            f" {self.config.section}.append_eos=true learns one there"
+            f"{turn.where}: the chat template has no end of message {turn.number} (assistant) to learn: {reason};"
+            f" {self.config.section}.append_eos=true appends one"
         )
 
     def _join(self, dialogue: Dialogue, turns: Sequence[Learned]) -> list[Sample]:
-        """The turns as few samples: each goes on with the one before where its prompt begins with that."""
+        """Turns as samples: a turn extends the sample that its prompt begins with, or starts another."""
         joined_turns: list[tuple[list[int], bytes, int]] = []  # tokens, mask, number of the last message
         for number, turn in zip(dialogue.learned, turns, strict=True):
             before, mask = joined_turns[-1][:2] if joined_turns else ([], b"")
@@ -271,8 +270,8 @@ class Encoder:
 def _render_with_marks(
     where: str, messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, template: str
 ) -> tuple[str, list[Span]]:
-    """The messages as the chat template writes them, and what of it stands between its marks."""
-    from jinja2 import TemplateError
+    """Text of messages by the chat template, and the spans between its marks."""
+    from jinja2 import TemplateError  # slow to import
     from transformers.utils.chat_template_utils import render_jinja_template
 
     options = {"chat_template": template, "return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
@@ -284,16 +283,16 @@ def _render_with_marks(
 
 
 Turns = list[Sample]
-"""A row's samples: one, or where its turns are learned apart, several."""
+"""A row's samples."""
 
 
 def joined(rows: Iterable[Turns]) -> list[Sample]:
-    """The rows' samples, end to end."""
+    """The samples of all rows."""
     return list(chain.from_iterable(rows))
 
 
 class DialogueDataset(RowStream[Turns]):
-    """The rows of supervised fine-tuning as a stream.
+    """Stream of supervised fine-tuning.
 
     Args:
         stop_ids: tokens that end a turn.
@@ -324,23 +323,23 @@ class DialogueDataset(RowStream[Turns]):
     def __str__(self) -> str:
         text = super().__str__()
         if self.unlearned:
-            text += f"; {self.unlearned} dropped whose messages all have weight 0"
+            text += f"; {self.unlearned} dropped with weight 0 only"
         if self.apart:
             count = sum(len(row) for row in self.rows() if len(row) > 1)
-            text += f"; {self.apart} in {count} samples, turn by turn, for the template rewrites earlier turns"
+            text += f"; {self.apart} in {count} samples, turn by turn: the template rewrites earlier turns"
         return text + str(self.encoder)
 
     def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
-        """(prompt, wanted answer's tokens) of the first rows, held-out ones if there are, for a look at the model."""
+        """(prompt, response tokens of the data) of the first rows, of the eval split if there is one."""
         turns = [(row[0], *row[0].first_turn()) for row in (self.eval_rows or list(self.rows()))[:count]]
-        return [(Prompt(i, prompt, s.text, source=s.where), answer) for i, (s, prompt, answer) in enumerate(turns)]
+        return [(Prompt(i, prompt, s.text, source=s.where), response) for i, (s, prompt, response) in enumerate(turns)]
 
 
 def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:
-    """A row as messages; none is learned where all say no.
+    """A row as messages.
 
     Raises:
-        ValueError: a column is missing, malformed or empty, or the assistant says nothing; names the row.
+        ValueError: a column is missing, malformed or empty, or the assistant's content is empty; names the row.
     """
     key, section, prefill = config.messages_key, config.section, ""
     if row.get(key) is not None:
@@ -361,13 +360,13 @@ def read_dialogue(where: str, row: dict[str, Any], config: SFTData) -> Dialogue:
                 f" ({section}.prompt_key); it has: {', '.join(map(repr, row)) or 'none'}"
             )
         prompt = with_system_prompt(read_prompt(where, row, config.prompt_key, config), config)
-        answer = column(where, row, config.response_key, f"{section}.response_key")
-        if not isinstance(answer, str):
-            raise ValueError(f"{where}: {config.response_key!r} must be a string, not {shorten(answer)}")
-        if not answer.strip():
+        response = column(where, row, config.response_key, f"{section}.response_key")
+        if not isinstance(response, str):
+            raise ValueError(f"{where}: {config.response_key!r} must be a string, not {shorten(response)}")
+        if not response.strip():
             raise ValueError(f"{where}: {config.response_key!r} is empty")
-        messages, prefill = with_response(where, prompt, {"role": "assistant", "content": answer})
+        messages, prefill = with_response(where, prompt, {"role": "assistant", "content": response})
         learned = [len(messages) - 1]
     if learned and all(message["role"] == "system" for message in messages[: learned[0]]):
-        raise ValueError(f"{where}: the assistant speaks first: a turn to answer must come before its first one")
+        raise ValueError(f"{where}: the first turn is the assistant's: a user turn must come before")
     return Dialogue(where, messages, learned, read_tools(where, row, config), prefill)

@@ -1,8 +1,7 @@
-"""Documents of pretraining: cut into passages, packed into rows of a token budget; and the text of PPO's mix.
+"""Documents of pretraining: split into passages and packed into rows; and the text of PPO's pretraining mix.
 
-A row's passages do not see each other: each is a sample of its own in the batch, so attention and positions begin anew
-with it. A document ends with the end of sequence. One that is longer than a row is cut into passages that share one
-token: the last of a passage begins the next, so that every token of the document but its first is predicted, once.
+Each passage is a sample of its own: attention and positions restart with it. A document ends with the end of sequence.
+Passages of a document longer than a row overlap by one token, so that every token but its first is predicted once.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ CHUNK = 1000  # documents tokenized at once
 
 
 class Passage(NamedTuple):
-    """A document, or a part of one."""
+    """A document, or part of one."""
 
     tokens: array[int]
     where: str  # as text.jsonl:12
 
 
 PackedRow = list[Passage]
-"""A row: pieces of at most `data.max_tokens` tokens together."""
+"""A row: passages of at most `data.max_tokens` tokens in total."""
 
 
 def pack_tokens(row: PackedRow) -> int:
@@ -60,18 +59,18 @@ def read_texts(source: str, config: TextData, read: Read) -> Iterator[tuple[str,
 
 
 def cut(document: Sequence[int], length: int) -> Iterator[Sequence[int]]:
-    """A document's pieces of at most `length` tokens: each token but the first is in one piece behind another."""
+    """Parts of a document of at most `length` tokens, each beginning with the last token of the one before."""
     for begin in range(0, max(1, len(document) - 1), length - 1):
         yield document[begin : begin + length]
 
 
 def passages(documents: Sequence[Passage], length: int) -> list[Passage]:
-    """All documents' pieces of at most `length` tokens."""
+    """All documents' passages of at most `length` tokens."""
     return [Passage(array("i", part), d.where) for d in documents for part in cut(d.tokens, length)]
 
 
 def fill(parts: Sequence[Passage], budget: int) -> list[PackedRow]:
-    """The pieces in rows of at most `budget` tokens: longest first, each into the fullest row that has room for it."""
+    """Pack passages into rows of at most `budget` tokens: longest first, into the fullest row with room (best fit)."""
     rows: list[PackedRow] = []
     open_rows: dict[int, list[int]] = {}  # room -> rows that have it
     rooms: list[int] = []  # keys of open_rows, in order
@@ -88,7 +87,7 @@ def fill(parts: Sequence[Passage], budget: int) -> list[PackedRow]:
                 del open_rows[room], rooms[place]
         rows[row].append(piece)
         left = room - size
-        if left >= 2:  # the shortest piece
+        if left >= 2:  # the shortest passage
             if left not in open_rows:
                 insort(rooms, left)
             open_rows.setdefault(left, []).append(row)
@@ -96,10 +95,7 @@ def fill(parts: Sequence[Passage], budget: int) -> list[PackedRow]:
 
 
 class TextStream(RowStream[PackedRow]):
-    """The rows of continued pretraining as a stream.
-
-    Args:
-        tokenizer: writes what it puts before a text; its end of sequence is put behind it.
+    """Stream of continued pretraining.
 
     Raises:
         ValueError: a source is missing, empty or malformed, or no document is long enough; names file, row and key.
@@ -121,13 +117,13 @@ class TextStream(RowStream[PackedRow]):
             source: fill(passages(documents, config.max_tokens), config.max_tokens)
             for source, documents in learned.items()
         }
-        # What is held out is whole documents, chosen before they are packed.
+        # The eval split has whole documents, chosen before packing.
         rest = replace(config, sources=tuple(packed), eval_sources=(), eval_fraction=0.0)
         super().__init__(rest, packed.__getitem__, lambda row: [pack_tokens(row)], seed, reader=reader)
         self.eval_rows = fill(passages(unseen, config.max_tokens), config.max_tokens)
 
     def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[Passage]:
-        """The documents of a source that are long enough."""
+        """Documents of a source of at least `min_tokens` tokens."""
         documents = list(tokenize_texts(read_texts(source, config, read), tokenizer))
         if not documents:
             raise ValueError(f"data source {source}: holds no documents")
@@ -142,7 +138,7 @@ class TextStream(RowStream[PackedRow]):
     def amount(self) -> str:
         full = self.tokens / (len(self) * self.limit)
         text = f"{len(self)} rows of {self.tokens:,} tokens ({full:.1%} full) out of {self.documents:,} documents"
-        return text + (f", {self.cut:,} cut into pieces" if self.cut else "")
+        return text + (f", {self.cut:,} split" if self.cut else "")
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -152,7 +148,7 @@ class TextStream(RowStream[PackedRow]):
 
 
 def tokenize_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
-    """Each document whole, its end of sequence included; an empty one has nothing else."""
+    """Tokens of each document, end of sequence included; an empty one has only that."""
     waiting: list[tuple[str, str]] = []
 
     def flush() -> Iterator[Passage]:
@@ -171,11 +167,8 @@ def tokenize_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokeni
 def hold_out(
     documents: Mapping[str, list[Passage]], config: TextData, seed: int
 ) -> tuple[dict[str, list[Passage]], list[Passage]]:
-    """(the documents to learn from, by source; those held out): a share chosen by the seed, at least one.
-
-    Raises:
-        ValueError: none is left to learn from.
-    """
+    """(training documents by source, eval documents); at least one eval document, chosen by the seed. Raises: as
+    `check_left`."""
     places = [(source, i) for source, own in documents.items() for i in range(len(own))]
     order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
     chosen = {places[i] for i in order[: max(1, round(config.eval_fraction * len(places)))]}
@@ -198,8 +191,7 @@ def pack_rows(rows: Sequence[PackedRow]) -> Batch:
 
 
 class TextDataset:
-    """An endless, seeded stream of packed text for the pretraining mix: documents in shuffled order, an end of sequence
-    after each, cut into sequences of equal length.
+    """Endless, seeded stream of the pretraining mix: shuffled documents with ends of sequence, cut to one length.
 
     Args:
         length: tokens of a sequence.
@@ -228,7 +220,7 @@ class TextDataset:
         return torch.from_numpy(np.stack([self._draw() for _ in range(count)]))
 
     def _draw(self) -> np.ndarray:
-        epoch, place = divmod(self._position, self.tokens // self.length)  # an epoch's last, short sequence is left out
+        epoch, place = divmod(self._position, self.tokens // self.length)  # an epoch's last, short sequence is dropped
         if epoch != self._epoch:
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self._documents))
             self._epoch, self._stream = epoch, np.concatenate([self._documents[i] for i in order])
@@ -236,15 +228,11 @@ class TextDataset:
         return self._stream[place * self.length : (place + 1) * self.length]
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is, and in which text, for a checkpoint."""
+        """Position and digests, for a checkpoint."""
         return {"position": self._position, "tokens": self.tokens, "digests": self._reader.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
-
-        Raises:
-            ValueError: the text is not what it was then.
-        """
+        """Resume from `state`. ValueError if the text has changed."""
         if state["tokens"] != self.tokens:
             raise ValueError(f"the text has changed since the checkpoint: {state['tokens']} tokens, now {self.tokens}")
         self._reader.check(state.get("digests", ()))

@@ -1,8 +1,7 @@
-"""Prompts and responses as tokens: those of a prompt are the same wherever it is answered, learned from or scored.
+"""Tokens of prompts and responses: a prompt has the same tokens in sampling, training and scoring.
 
-A prompt is tokenized by itself, as a rollout begins with it, and a response is tokenized behind it: where a tokenizer
-would join the end of the one and the beginning of the other, they are cut between them. No tokenizer's own end of
-sequence comes behind a prompt.
+A prompt is tokenized by itself, as for a rollout, and a response after it: tokens never span their boundary. Prompts
+get no end of sequence from the tokenizer.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANCHORS = ("\n", "a", ".")
-"""Texts that a response is tokenized behind, one of which no tokenizer joins with its beginning."""
+"""Texts before a response, at least one of which no tokenizer merges with it."""
 
 
 class Tokens(NamedTuple):
     """A text as tokens."""
 
     ids: list[int]
-    places: list[tuple[int, int]]  # first and last character of each, the last excluded; empty where not asked for
+    places: list[tuple[int, int]]  # [begin, end) in characters of each; empty if not asked for
 
-    def behind(self, head: list[int], length: int) -> Tokens | None:
-        """Those behind `head`, the tokens of the first `length` characters; None where they do not begin with it."""
+    def after(self, head: list[int], length: int) -> Tokens | None:
+        """Tokens after `head`, the first `length` characters; None if they do not begin with it."""
         if self.ids[: len(head)] != head:
             return None
         return Tokens(self.ids[len(head) :], [(a - length, b - length) for a, b in self.places[len(head) :]])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], places: bool = False) -> list[Tokens]:
-    """Texts as tokens, without those that the tokenizer puts around a text."""
+    """Tokens of texts, without the tokenizer's special tokens around them."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=places, verbose=False)
@@ -42,7 +41,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], places: boo
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer begins a text with, as the beginning of sequence."""
+    """Tokens that the tokenizer puts before a text, such as the beginning of sequence."""
     probe = "a"
     plain, whole = encode(tokenizer, [probe])[0].ids, list(tokenizer(probe)["input_ids"])
     places = (i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain)
@@ -50,28 +49,23 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_bare(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Texts without a chat template: behind what the tokenizer begins a text with, once, and without what it ends one
-    with."""
+    """Tokens of plain texts, with the tokenizer's beginning of sequence once and without its end."""
     first = first_tokens(tokenizer)
-    return [_begun(tokens.ids, first) for tokens in encode(tokenizer, texts)]
+    return [_with_first(tokens.ids, first) for tokens in encode(tokenizer, texts)]
 
 
-def _begun(ids: list[int], first: list[int]) -> list[int]:
+def _with_first(ids: list[int], first: list[int]) -> list[int]:
     return ids if ids[: len(first)] == first else first + ids
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Documents with one end of sequence behind each. Raises ValueError where the tokenizer has none."""
+    """Tokens of documents, with one end of sequence each. ValueError if the tokenizer has none."""
     end = end_of_text(tokenizer)
     return [ids if ids[-1:] == [end] else [*ids, end] for ids in encode_bare(tokenizer, texts)]
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat_template: bool) -> list[list[int]]:
-    """Prompts as a rollout begins with them.
-
-    Args:
-        prompts: as the chat template wrote them, its beginning of sequence included; bare texts without it.
-    """
+    """Tokens of prompts as in rollouts: text of the chat template, beginning of sequence included, or plain text."""
     return [tokens.ids for tokens in encode(tokenizer, prompts)] if chat_template else encode_bare(tokenizer, prompts)
 
 
@@ -81,10 +75,10 @@ def encode_responses(
     chat_template: bool,
     places: bool = False,
 ) -> list[tuple[list[int], Tokens]]:
-    """(prompt, response) as tokens, the prompt's as `encode_prompts` gives them.
+    """Tokens of (prompt, response), prompts as by `encode_prompts`.
 
     Args:
-        places: also find which characters of the response each token is; needs a fast tokenizer.
+        places: with the characters of each response token; needs a fast tokenizer.
     """
     texts = list(dict.fromkeys(text for prompt, response in turns for text in (prompt, prompt + response)))
     tokens_of = dict(zip(texts, encode(tokenizer, texts, places), strict=True))
@@ -92,24 +86,24 @@ def encode_responses(
     encoded = []
     for prompt, response in turns:
         head = tokens_of[prompt].ids
-        tail = tokens_of[prompt + response].behind(head, len(prompt)) or _encode_apart(tokenizer, response, places)
-        encoded.append((_begun(head, first), tail))
+        tail = tokens_of[prompt + response].after(head, len(prompt)) or _encode_apart(tokenizer, response, places)
+        encoded.append((_with_first(head, first), tail))
     return encoded
 
 
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str, places: bool) -> Tokens:
-    """A text as tokens that go on behind others: sentencepiece's models begin a text that is alone with a space."""
+    """Tokens of a text after others: sentencepiece puts a space before a text of its own."""
     for anchor in ANCHORS:
         before, both = encode(tokenizer, [anchor, anchor + text], places)
-        tail = both.behind(before.ids, len(anchor))
+        tail = both.after(before.ids, len(anchor))
         if tail is not None:
             return tail
     return encode(tokenizer, [text], places)[0]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Collection[int]) -> int:
-    """How many of a response's tokens are its turn: up to the first end of sequence that only white space and further
-    ends follow. 0 where there is none."""
+    """Length of a response's turn: up to the first end of sequence followed only by white space and further ends; 0
+    without one."""
     found = 0
     for place in reversed(range(len(ids))):
         if ids[place] in stop_ids:

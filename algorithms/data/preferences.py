@@ -1,10 +1,9 @@
-"""Rows of preferences: pairs of a chosen and a rejected response, responses with a label, steps with labels.
+"""Rows of preferences: pairs of a chosen and a rejected response, labeled responses, labeled steps.
 
-A pair is two samples with the same beginning; the targets of each are the tokens of its own last answer, and it ends
-with them: what a template writes behind the end of a turn (ChatML: a new line) is no part of a rollout, so a reward
-model trained there would be trained at another token than it is read at. Rows come as
-prompt, chosen and rejected strings; as two dialogues in messages; or as two dialogues in one string each, turns begun
-by "Human:" and "Assistant:" after a blank line, as Anthropic's preference data has them.
+The two samples of a pair share their prompt; their targets are the tokens of the last response, up to its end of
+sequence: text that a template writes after it (ChatML: a new line) is not part of rollouts, where rewards are read.
+Formats: prompt, chosen and rejected strings; two dialogues in messages; or two dialogues in strings with turns after
+"Human:" and "Assistant:", as in Anthropic's hh-rlhf.
 """
 
 from __future__ import annotations
@@ -44,20 +43,20 @@ TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt, the chosen one first."""
+    """Chosen and rejected response to a prompt."""
 
     chosen: Sample
     rejected: Sample
-    margin: float  # by how much the chosen one is better, where the data says
+    margin: float  # 0 without a column of margins
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens of the two, prompt included."""
+        """Tokens of both, prompt included."""
         return len(self.chosen.tokens), len(self.rejected.tokens)
 
 
 class LabeledResponse(NamedTuple):
-    """An answer that is wanted or not."""
+    """A response labeled desirable or not."""
 
     sample: Sample
     desirable: bool
@@ -69,10 +68,10 @@ class LabeledResponse(NamedTuple):
 
 
 class PairStream(RowStream[Pair]):
-    """Pairs as a stream. Those whose two answers are the same tokens say nothing: they are left out and counted.
+    """Stream of pairs. Pairs of equal responses are dropped and counted.
 
     Raises:
-        ValueError: as RowStream and `read_pairs`; all pairs of a source are of equal answers.
+        ValueError: as RowStream and `read_pairs`; all pairs of a source have equal responses.
     """
 
     def __init__(self, config: PairData, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], seed: int = 0):
@@ -83,7 +82,7 @@ class PairStream(RowStream[Pair]):
             kept = [pair for pair in pairs if pair.chosen.tokens != pair.rejected.tokens]
             if pairs and not kept:
                 raise ValueError(
-                    f"data source {source}: in all {len(pairs)} pairs the chosen answer equals the rejected one"
+                    f"data source {source}: in all {len(pairs)} pairs the chosen response equals the rejected one"
                 )
             self.equal += len(pairs) - len(kept)
             return kept
@@ -91,20 +90,20 @@ class PairStream(RowStream[Pair]):
         super().__init__(config, load, lambda pair: pair.lengths, seed, "pairs", reader)
 
     def __str__(self) -> str:
-        equal = f"; {self.equal} dropped for two equal answers" if self.equal else ""
+        equal = f"; {self.equal} dropped for equal responses" if self.equal else ""
         return f"{super().__str__()}{equal}{self.encoder}"
 
 
 def read_pairs(source: str, config: PairData, encoder: Encoder, read: Read = read_rows) -> list[Pair]:
-    """The pairs of a source, over-long ones and those of equal answers too.
+    """The pairs of a source, including long ones and those of equal responses.
 
     Raises:
         ValueError: a column is missing or malformed; names the row.
     """
     chosen, rejected, margins = [], [], []
     for where, row in read(source, config.keys):
-        for answers, answer in zip((chosen, rejected), read_pair(where, row, config), strict=True):
-            answers.append(answer)
+        for side, response in zip((chosen, rejected), read_pair(where, row, config), strict=True):
+            side.append(response)
         margins.append(_margin(where, row, config.margin_key))
     samples = [encoder.responses(side) for side in (chosen, rejected)]
     return [Pair(*pair) for pair in zip(*samples, margins, strict=True)]
@@ -122,40 +121,44 @@ def read_pair(where: str, row: dict[str, Any], config: PairData) -> tuple[Dialog
     chosen = read_response(where, row, config.chosen_key, "chosen_key", config)
     rejected = read_response(where, row, config.rejected_key, "rejected_key", config)
     if (chosen.messages[:-1], chosen.prefill) != (rejected.messages[:-1], rejected.prefill):
-        raise ValueError(f"{where}: {config.chosen_key!r} and {config.rejected_key!r} answer different dialogues")
+        raise ValueError(
+            f"{where}: {config.chosen_key!r} and {config.rejected_key!r} are responses to different dialogues"
+        )
     return chosen, rejected
 
 
 def read_response(
     where: str, row: dict[str, Any], key: str, option: str, config: PairData | LabelData | RewardedData
 ) -> Dialogue:
-    """An answer with what it answers: the row's prompt, or the dialogue it ends. Only the answer is learned.
+    """A response after the row's prompt, or at the end of a dialogue. Only the response is learned.
 
-    A dialogue may stand beside its own prompt, with which it then has to begin.
+    A dialogue beside a prompt must begin with it.
 
     Args:
-        option: that names the column `key`.
+        option: of the column `key`.
 
     Raises:
-        ValueError: a column is missing or malformed, or it is no answer; names the row.
+        ValueError: a column is missing or malformed, or holds no response; names the row.
     """
-    answer, prompt, prefill = column(where, row, key, f"{config.section}.{option}"), [], ""
+    response, prompt, prefill = column(where, row, key, f"{config.section}.{option}"), [], ""
     if row.get(config.prompt_key) is not None:
         prompt = read_prompt(where, row, config.prompt_key, config)
-    if isinstance(answer, str):
-        alone = prompt and not TURN.match(answer)
-        messages = [{"role": "assistant", "content": answer}] if alone else split_turns(where, key, answer)
-    elif isinstance(answer, list) and answer:
-        messages = read_messages(f"{where}: {key!r}", answer)
-        if messages[-1]["role"] == "assistant" and len(answer) - 1 not in learned_messages(f"{where}: {key!r}", answer):
-            raise ValueError(f"{where}: {key!r}: its answer has weight 0: there is nothing to learn")
+    if isinstance(response, str):
+        alone = prompt and not TURN.match(response)
+        messages = [{"role": "assistant", "content": response}] if alone else split_turns(where, key, response)
+    elif isinstance(response, list) and response:
+        messages = read_messages(f"{where}: {key!r}", response)
+        if messages[-1]["role"] == "assistant" and len(response) - 1 not in learned_messages(
+            f"{where}: {key!r}", response
+        ):
+            raise ValueError(f"{where}: {key!r}: the response has weight 0: nothing to learn")
     else:
         allowed = "a string or a list of {role, content} messages"
-        raise ValueError(f"{where}: {key!r} must be {allowed}, not {shorten(answer)}")
+        raise ValueError(f"{where}: {key!r} must be {allowed}, not {shorten(response)}")
     if len(messages) > 1 and prompt and not begins(messages, prompt):
         raise ValueError(
             f"{where}: {key!r} holds {len(messages)} messages that do not begin with {config.prompt_key!r}: give the"
-            " answer alone, or the dialogue with its prompt"
+            " response alone, or the dialogue with its prompt"
         )
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: {key!r} must end with the assistant, not with {messages[-1]['role']}")
@@ -164,11 +167,11 @@ def read_response(
     if prompt:
         whole = len(messages) > 1
         own_system = whole and messages[0]["role"] == "system" != prompt[0]["role"]
-        if len(messages) == whole * len(prompt) + own_system + 1:  # nothing but the answer follows the prompt
+        if len(messages) == whole * len(prompt) + own_system + 1:  # only the response follows the prompt
             messages, prefill = with_response(where, messages[:-1] if whole else prompt, messages[-1])
     messages = with_system_prompt(messages, config)
     if len(messages) < 2 or messages[-2]["role"] == "system":
-        raise ValueError(f"{where}: {key!r} has no turn to answer; give the prompt in {config.prompt_key!r}")
+        raise ValueError(f"{where}: {key!r} has no user turn; give the prompt in {config.prompt_key!r}")
     if len(messages) > 2 and not config.chat_template:
         raise ValueError(
             f"{where}: {key!r} is a dialogue of {len(messages)} turns: needs {config.section}.chat_template=true"
@@ -177,8 +180,7 @@ def read_response(
 
 
 def begins(messages: list[Message], prompt: list[Message]) -> bool:
-    """Whether a dialogue begins with a prompt's messages, white space at their ends and a system message before them
-    aside."""
+    """Whether a dialogue begins with a prompt's messages, except for outer white space and an added system message."""
     own, wanted = ([{**m, "content": m["content"].strip()} for m in chat] for chat in (messages, prompt))
     if wanted[0]["role"] != "system" == own[0]["role"]:
         own = own[1:]
@@ -186,15 +188,11 @@ def begins(messages: list[Message], prompt: list[Message]) -> bool:
 
 
 def split_turns(where: str, key: str, text: str) -> list[Message]:
-    """A dialogue in one string as messages.
-
-    Raises:
-        ValueError: it has no turns.
-    """
+    """A dialogue in one string as messages; ValueError without turns."""
     parts = TURN.split(text)
     if len(parts) < 3 or parts[0].strip():
         raise ValueError(
-            f"{where}: {key!r} is neither an answer to a prompt column nor a dialogue that begins with"
+            f"{where}: {key!r} is neither a response to a prompt column nor a dialogue that begins with"
             f" '\\n\\nHuman:'; it is {shorten(text)}"
         )
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -207,7 +205,7 @@ def split_turns(where: str, key: str, text: str) -> list[Message]:
 def read_labeled_responses(
     source: str, config: LabelData, encoder: Encoder, read: Read = read_rows
 ) -> list[LabeledResponse]:
-    """Answers with their labels. Raises ValueError that names the row where a column is missing or malformed."""
+    """Labeled responses. ValueError with the row if a column is missing or malformed."""
     dialogues, labels = [], []
     for where, row in read(source, config.keys):
         dialogues.append(read_response(where, row, config.response_key, "response_key", config))
@@ -219,23 +217,22 @@ def read_labeled_responses(
 
 
 def is_label(value: Any) -> bool:
-    """Whether a column says yes or no: true, false, 1 or 0."""
+    """Whether a value is true, false, 1 or 0."""
     return isinstance(value, bool | int) and value in (0, 1)
 
 
 def mismatched(sample: Sample, other: Sample, limit: int) -> Sample:
-    """The other row's answer put to this row's prompt, for KTO's reference point; cut at `limit` tokens.
-
-    Its targets are those it has in its own row: white space that a template writes after the end is none.
-    """
+    """The other row's response after this row's prompt, for KTO's reference point; truncated at `limit` tokens."""
     prompt, begin = sample.tokens[: sample.mask.index(1)], other.mask.index(1)
-    answer = slice(begin, begin + max(1, limit - len(prompt)))
-    mask = bytes(len(prompt)) + other.mask[answer]
-    return Sample(prompt + other.tokens[answer], mask, sample.text, f"{sample.where} with the answer of {other.where}")
+    response = slice(begin, begin + max(1, limit - len(prompt)))
+    mask = bytes(len(prompt)) + other.mask[response]
+    return Sample(
+        prompt + other.tokens[response], mask, sample.text, f"{sample.where} with the response of {other.where}"
+    )
 
 
 def partners(pool: Sequence[Sample]) -> list[int]:
-    """Whose answer each row's prompt is measured with: the number of the next row, in a circle, whose prompt differs.
+    """For each row the number of the next one, cyclically, with another prompt: its response is mismatched (KTO).
 
     Raises:
         ValueError: all prompts are equal; names the sources.
@@ -244,8 +241,8 @@ def partners(pool: Sequence[Sample]) -> list[int]:
     if len(set(prompts)) < 2:
         sources = ", ".join(dict.fromkeys(sample.where.rpartition(":")[0] for sample in pool))
         raise ValueError(
-            f"data source {sources}: all {len(pool)} answers are to one prompt: KTO's reference point is measured on"
-            " answers put to another's"
+            f"data source {sources}: all {len(pool)} responses have one prompt: KTO's reference point needs"
+            " responses to other prompts"
         )
     found, other = [], next(i for i, prompt in enumerate(prompts) if prompt != prompts[-1])
     for i in reversed(range(len(pool))):
@@ -256,7 +253,7 @@ def partners(pool: Sequence[Sample]) -> list[int]:
 
 
 class LabeledStream(RowStream[LabeledResponse]):
-    """LabeledResponse answers as a stream.
+    """Stream of labeled responses.
 
     Attributes:
         partners: of each pool, what `partners` gives.
@@ -272,21 +269,20 @@ class LabeledStream(RowStream[LabeledResponse]):
         labels = [row.desirable for row in self.rows()]
         if len(set(labels)) == 1:
             raise ValueError(
-                f"data source {', '.join(config.sources)}: all {len(labels)} answers to learn from have the label"
-                f" {labels[0]}: there is nothing to tell apart"
+                f"data source {', '.join(config.sources)}: all {len(labels)} responses have the label {labels[0]}"
             )
-        self.wanted = sum(labels)
+        self.desirable = sum(labels)
         self.partners = [partners([row.sample for row in pool]) for pool in self.pools]
 
     def amount(self) -> str:
-        return f"{super().amount()}, {self.wanted} of them wanted"
+        return f"{super().amount()}, {self.desirable} of them desirable"
 
     def __str__(self) -> str:
         return f"{super().__str__()}{self.encoder}"
 
 
 class Steps(NamedTuple):
-    """An answer in steps; `sample.mask` marks the last token of each, `labels` says which are right."""
+    """A response in steps; `sample.mask` is 1 at the last token of each, `labels` are true for correct ones."""
 
     sample: Sample
     labels: tuple[bool, ...]
@@ -300,7 +296,7 @@ class Steps(NamedTuple):
 def read_steps(
     source: str, config: StepData, tokenizer: PreTrainedTokenizerBase, read: Read = read_rows
 ) -> list[Steps]:
-    """Answers whose steps are labeled one by one, over-long ones too. Raises ValueError that names the row."""
+    """Responses with labeled steps, including long ones. ValueError with the row."""
     if config.chat_template:
         need_template(tokenizer)
     rows = []
@@ -310,7 +306,7 @@ def read_steps(
         steps = column(where, row, config.steps_key, f"{config.section}.steps_key")
         labels = column(where, row, config.labels_key, f"{config.section}.labels_key")
         if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
-            raise ValueError(f"{where}: {config.steps_key!r} must be a list of steps in words, not {shorten(steps)}")
+            raise ValueError(f"{where}: {config.steps_key!r} must be a list of strings, not {shorten(steps)}")
         if not isinstance(labels, list) or not all(map(is_label, labels)):
             raise ValueError(f"{where}: {config.labels_key!r} must be a list of true and false, not {shorten(labels)}")
         if len(labels) != len(steps):

@@ -1,8 +1,4 @@
-"""Prompts and text: read and checked whole before the run, then drawn endlessly in an order the seed alone decides.
-
-Every rank reads the same rows and draws the same prompts, in any layout. A stream's place is a small dict; given back
-with the same data it goes on exactly there.
-"""
+"""Endless, seeded streams of prompts, read and checked before the run; the same on every rank, in any layout."""
 
 from __future__ import annotations
 
@@ -36,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Item:
-    """A prompt before it is drawn."""
+    """A row of a prompt."""
 
     tokens: array
     messages: tuple[dict[str, Any], ...]
@@ -45,13 +41,9 @@ class _Item:
 
 
 class PromptDataset:
-    """An endless, seeded stream of prompts out of one or more sources.
+    """Endless, seeded stream of prompts.
 
-    Without probabilities all rows form one pool, met once an epoch in shuffled order; with them each source is a pool
-    with epochs of its own, and each draw picks a pool by chance.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer; its chat template wraps the prompts unless the config says no.
+    Without probabilities all rows form one pool, shuffled each epoch; with them each source is one, sampled by chance.
 
     Raises:
         ValueError: a source is missing, empty or malformed, or no prompt is short enough; names file, row and key.
@@ -84,7 +76,7 @@ class PromptDataset:
         return f"{self.rows - self.dropped} prompts{dropped if self.dropped else ''}"
 
     def columns(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Where each prompt was read, and the other columns of its row."""
+        """Source and other columns of each prompt."""
         return ((item.where, item.fields) for pool in self._pools for item in pool)
 
     def next(self, count: int) -> list[Prompt]:
@@ -98,21 +90,17 @@ class PromptDataset:
         return Prompt(index, item.tokens.tolist(), users_words(item.messages), item.fields, item.where, item.messages)
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is, and in which data, for a checkpoint."""
+        """Positions and digests of the data, for a checkpoint."""
         return self._draws.state() | {"digests": self._reader.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
-
-        Raises:
-            ValueError: the data is not what it was then; names the source.
-        """
+        """Resume from `state`. ValueError if the data has changed."""
         self._draws.load_state(state)
         self._reader.check(state.get("digests", ()))
 
 
 def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[_Item]:
-    """All prompts of a source, over-long ones too, tokenized."""
+    """All prompts of a source, tokenized, including long ones."""
     rows = list(read(source, config.keys))
     if not rows:
         raise ValueError(f"data source {source}: holds no prompts")
@@ -131,10 +119,10 @@ def _load_prompts(source: str, config: PromptData, tokenizer: PreTrainedTokenize
 
 
 def split_prompts(config: PromptsConfig, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows of prompts to learn from, rows held out), in the order of the data; equal prompts go to the same side.
+    """(training rows, eval rows) in the order of the data; equal prompts are in the same split.
 
     Raises:
-        ValueError: a source cannot be read or lacks the column, or one of the sides would be empty.
+        ValueError: a source cannot be read or lacks the column, or a split would be empty.
     """
     rows, keys = [], []
     for source in config.sources:

@@ -1,9 +1,8 @@
-"""Scored responses of the policy: which of them are learned from, and the JSONL files that keep them.
+"""Selection of scored responses for training, and their JSONL files.
 
-Rejection sampling learns the best response to each prompt, iterative DPO the best against the worst, and a reward model
-the pairs that a scorer has ranked. A row keeps the tokens as they were sampled: a resumed run goes on with the same
-rows, and a reward model learns at the very token that it is read at, the end of sequence of a response that ended, the
-last word of one that was cut.
+Rejection sampling learns the best response to each prompt, iterative DPO the best against the worst, a reward model the
+ranked pairs. Rows keep the sampled tokens: a resumed run has the same rows, and a reward model is trained at the token
+where its score is read (the end of sequence, or the last token of a truncated response).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Scored(NamedTuple):
 
 
 def by_prompt(responses: Sequence[Scored]) -> dict[str, list[Scored]]:
-    """Prompt -> the responses to it, in the order they came in."""
+    """Prompt -> its responses, in order."""
     groups: dict[str, list[Scored]] = {}
     for response in responses:
         groups.setdefault(response.prompt, []).append(response)
@@ -41,18 +40,18 @@ def by_prompt(responses: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 
 def best_of_n(responses: Sequence[Scored]) -> list[Scored]:
-    """The response of the highest reward to each prompt, the first among equals; prompts in the order they came in.
+    """The response with the highest reward to each prompt, the first of equal ones; prompts in order.
 
-    Rejection sampling as in https://arxiv.org/abs/2307.09288, section 3.2.3.
+    Rejection sampling, https://arxiv.org/abs/2307.09288, section 3.2.3.
     """
     return [max(group, key=lambda response: response.reward) for group in by_prompt(responses).values()]
 
 
 def best_against_worst(responses: Sequence[Scored], count: int = 1) -> list[tuple[Scored, Scored]]:
-    """(chosen, rejected): each prompt's best response and its worst, for iterative DPO; equal rewards give no pair.
+    """(chosen, rejected): the best and the worst response to each prompt, for iterative DPO; no pair of equal rewards.
 
     Args:
-        count: pairs of a prompt with twice as many responses: the second best and the second worst, and so on.
+        count: pairs per prompt: second best against second worst, and so on.
     """
     pairs = []
     for group in by_prompt(responses).values():
@@ -63,36 +62,36 @@ def best_against_worst(responses: Sequence[Scored], count: int = 1) -> list[tupl
 
 @dataclass
 class Response:
-    """A response as its row of a file holds it."""
+    """A row of a file of responses."""
 
     prompt: str
     source: str
     completion: str
-    reward: float | None  # after shaping; None where a scorer unscored
+    reward: float | None  # after shaping; None without a score
     rewards: dict[str, float | None]
     finish: str
     picked: Literal["", "best", "worst"]
     prompt_tokens: list[int]
     tokens: list[int]
-    reference: float | None = None  # log-probability under the policy that the round began with, where DPO needs it
-    mask: list[int] = field(default_factory=list)  # 1 where the policy chose the token; empty: all, one turn
+    reference: float | None = None  # log-probability under the initial policy of the round, for DPO
+    mask: list[int] = field(default_factory=list)  # 1 at the policy's tokens; empty: all, one turn
 
     def sample(self) -> Sample:
-        """The response as a row to learn from."""
+        """The response as a training row."""
         return sampled_row(self.prompt_tokens, self.tokens, self.mask, self.prompt, self.source)
 
 
 def sampled_row(
     prompt_tokens: Sequence[int], tokens: Sequence[int], mask: Sequence[int], prompt: str, where: str
 ) -> Sample:
-    """A sampled response up to its last target, token for token, as a row to learn from."""
+    """A sampled response up to its last target as a training row, with the sampled tokens."""
     targets = (bytes(mask) or b"\1" * len(tokens)).rstrip(b"\0")
     tokens = [*prompt_tokens, *tokens[: len(targets)]]
     return Sample(array("i", tokens), bytes(len(prompt_tokens)) + targets, prompt, where)
 
 
 def score_or_none(score: Score) -> float | None:
-    """A score as JSON has it: null where there is none."""
+    """A score, None instead of NaN, for JSON."""
     return None if score is None or math.isnan(score) else score
 
 
@@ -102,12 +101,12 @@ def make_responses(
     rewards: Sequence[float],
     scores: Mapping[str, Sequence[Score]],
 ) -> list[Response]:
-    """Rollouts with their rewards, none of them picked.
+    """Rows of rollouts with rewards and scores, none of them picked.
 
     Args:
         completions: their texts.
-        rewards: after shaping; NaN where there is none.
-        scores: by name, kept beside.
+        rewards: after shaping; NaN without a score.
+        scores: of each scorer.
     """
     return [
         Response(
@@ -127,7 +126,7 @@ def make_responses(
 
 
 def pick(responses: Sequence[Response], prompts: Sequence[int], method: Literal["sft", "dpo"]) -> None:
-    """Marks the best response to each prompt as picked, for DPO the worst too; one without a reward never is.
+    """Mark the best response to each prompt as picked, for DPO the worst too; never one without a reward.
 
     Args:
         prompts: number of the prompt of each response.
@@ -143,7 +142,7 @@ def pick(responses: Sequence[Response], prompts: Sequence[int], method: Literal[
     best = best_of_n(scored) if method == "sft" else [chosen for chosen, _ in best_against_worst(scored)]
     worst = [] if method == "sft" else [rejected for _, rejected in best_against_worst(scored)]
     if not best:
-        why = "the responses to each score the same" if scored else "no response has a score"
+        why = "equal rewards of the responses to each" if scored else "no response has a score"
         raise ValueError(f"nothing to learn from {len(set(prompts))} prompts: {why}")
     for response in best:
         responses[int(response.response)].picked = "best"
@@ -157,7 +156,7 @@ def picked_samples(responses: Sequence[Response]) -> list[Sample]:
 
 
 def picked_pairs(responses: Sequence[Response]) -> tuple[list[Pair], list[tuple[float, float]]]:
-    """Rows of DPO and the reference's log-probabilities of them: best and worst of each prompt, in order."""
+    """Rows of DPO, best and worst response to each prompt in order, and their reference log-probabilities."""
     best = [response for response in responses if response.picked == "best"]
     worst = [response for response in responses if response.picked == "worst"]
     pairs = [Pair(a.sample(), b.sample(), 0.0) for a, b in zip(best, worst, strict=True)]
@@ -165,7 +164,7 @@ def picked_pairs(responses: Sequence[Response]) -> tuple[list[Pair], list[tuple[
 
 
 class LabeledPairs(NamedTuple):
-    """Rows of preferences out of scored responses, and how many responses there were."""
+    """Preference rows from scored responses, and counts."""
 
     rows: list[dict[str, Any]]
     counts: dict[str, int]
@@ -178,8 +177,8 @@ def label_pairs(responses: Sequence[Response], pairs: int) -> LabeledPairs:
         pairs: of a prompt; see `best_against_worst`.
 
     Returns:
-        rows with the texts, the rewards and the tokens, and how many prompts, responses, responses without a score,
-        pairs and ties there were; a tie is two responses whose rewards are equal, and gives no row.
+        rows with texts, rewards and tokens; counts of prompts, responses, responses without a score, pairs, and ties
+        (pairs of equal rewards, without a row).
     """
     scored = [Scored(r.source, str(i), r.reward) for i, r in enumerate(responses) if r.reward is not None]
     rows = []
@@ -213,7 +212,7 @@ def label_pairs(responses: Sequence[Response], pairs: int) -> LabeledPairs:
 
 
 def read_sampled_pairs(source: str, read: Read = read_rows) -> list[Pair]:
-    """The pairs of a file of `label_pairs`'s rows, token for token."""
+    """Pairs of a file of `label_pairs`, with the sampled tokens."""
 
     def sample(row: dict[str, Any], where: str, side: str) -> Sample:
         tokens, mask = row[f"{side}_tokens"], row.get(f"{side}_mask") or []
@@ -223,19 +222,15 @@ def read_sampled_pairs(source: str, read: Read = read_rows) -> list[Pair]:
 
 
 def write_responses(path: Path, responses: Sequence[Response]) -> None:
-    """Writes responses as JSONL, those of one turn without a mask."""
+    """Write responses as JSONL; those of one turn without a mask."""
     rows = map(asdict, responses)
     write_jsonl(path, ({name: value for name, value in row.items() if name != "mask" or value} for row in rows))
 
 
 def read_responses(path: Path) -> list[Response]:
-    """The responses of a file.
-
-    Raises:
-        ValueError: a line is not a response; names the line.
-    """
+    """Read `write_responses`'s file; ValueError with the line of an invalid one."""
     responses = []
-    with open(path, encoding="utf-8") as file:  # its lines end at line feeds alone: what is in strings may be others
+    with open(path, encoding="utf-8") as file:  # lines end with line feeds only: strings may hold other line separators
         for number, line in enumerate(file, 1):
             try:
                 responses.append(Response(**json.loads(line)))
@@ -245,7 +240,7 @@ def read_responses(path: Path) -> list[Response]:
 
 
 def rows_of_step(rows: int, seed: int, number: int, step: int, count: int) -> list[int]:
-    """The rows of a step of a round, each met once before any is met again.
+    """Rows of a step of a round, in shuffled epochs.
 
     Args:
         number: of the round.
@@ -258,7 +253,7 @@ def rows_of_step(rows: int, seed: int, number: int, step: int, count: int) -> li
 
 
 class RoundSizes:
-    """Sizes of a run's rounds, in its checkpoints: a resume must cut the run into the same ones."""
+    """Sizes of rounds, in checkpoints: a resumed run must have the same ones."""
 
     def __init__(self, method: str, steps: int, responses: int):
         self.sizes = {"method": method, "steps_per_round": steps, "answers": responses}
@@ -268,6 +263,6 @@ class RoundSizes:
         return self.sizes
 
     def load_state(self, state: dict[str, str | int]) -> None:
-        """Raises ValueError where the run was begun with other rounds."""
+        """Refuse other rounds than those of the checkpoint."""
         if state != self.sizes:
-            raise ValueError(f"the run was begun with rounds of {state}, now {self.sizes}")
+            raise ValueError(f"rounds of the checkpoint: {state}, now {self.sizes}")

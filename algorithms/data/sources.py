@@ -1,4 +1,4 @@
-"""Rows of data, out of whatever they are kept in: files, folders, data sets on the hub."""
+"""Readers of rows: files, folders, Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ from .columns import own_columns
 from .text_files import Row, read_csv, read_json, read_jsonl, read_text
 
 FORMS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
-"""Of files; those of text may be gzipped (.jsonl.gz). A .txt or .md file is one row."""
+"""File formats; text may be gzipped (.jsonl.gz). A .txt or .md file is one row."""
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
-"""Those that hold rows and nothing else."""
+"""File formats of tables."""
 
 Keys = Mapping[str, str]
-"""Option -> the column that it names, as {"prompt_key": "prompt"}."""
+"""Option -> its column, as {"prompt_key": "prompt"}."""
 
 NO_KEYS: Keys = MappingProxyType({})
 
 Read = Callable[[str, Keys], Iterator[Row]]
-"""Gives a source's rows: `read_rows`, or a `RowReader`."""
+"""Reader of a source: `read_rows`, or a `RowReader`."""
 
 
 class RowReader:
-    """`read_rows` that keeps the SHA-256 of the rows of each source it has read to the end.
-
-    The digest is of the rows as they were read, in order: of no file's name, format or compression, and of no layout.
+    """`read_rows` with a SHA-256 of the rows of each source, independent of file names, formats and layout.
 
     Args:
-        function: path/to/file.py:function that reads a source instead (`data.reader`); "" for none.
+        function: path/to/file.py:function that reads sources instead (`data.reader`); "" for none.
 
     Attributes:
         digests: by source, in the order they were first read.
@@ -51,17 +49,14 @@ class RowReader:
         self.digests[source] = digest.hexdigest()
 
     def state(self) -> list[str]:
-        """The digests in order, for a checkpoint: without names, for a source may be moved."""
+        """The digests in order, for a checkpoint; without names, since a source may be moved."""
         return list(self.digests.values())
 
     def check(self, state: Sequence[str]) -> None:
-        """Refuses rows that are not those of a checkpoint.
+        """Refuse other rows than those of a checkpoint, naming the source.
 
         Args:
-            state: of the checkpoint's reader; empty in one of before digests were kept, which is taken at its word.
-
-        Raises:
-            ValueError: other rows, or more or fewer sources; names the source.
+            state: of the checkpoint's reader; empty in checkpoints without digests.
         """
         if state and len(state) != len(self.digests):
             raise ValueError(
@@ -77,24 +72,23 @@ class RowReader:
 
 
 def user_rows(function: str, source: str, keys: Keys) -> Iterator[Row]:
-    """The rows of a source by a function of the user's; ValueError where one is no dict, naming its number."""
+    """Rows of a source by a user's function; ValueError with the number of a row that is not a dict."""
     for number, row in enumerate(load_function(function)(source), 1):
         where = f"{source}:{number}"
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: {function} gave {row!r:.60}: must be a dict of columns")
+            raise ValueError(f"{where}: {function} returned {row!r:.60}: must be a dict of columns")
         yield where, own_columns(where, row, keys)
 
 
 LISTED = 16
-"""Configurations whose splits are listed, for each may take a request to the hub."""
+"""Configurations whose splits are listed in messages; each may be a request to the hub."""
 
 NUMBERS = ("label_key", "margin_key", "reward_key")
-"""Options whose columns hold something else than text."""
+"""Options of columns that are not text."""
 
 
 def read_rows(source: str, keys: Keys = NO_KEYS) -> Iterator[Row]:
-    """The rows of a file, of a folder of files, of one that `datasets` wrote, or of a data set on the hub
-    (name:config:split, name:split).
+    """Rows of a file, a folder of files, a saved dataset, or a Hugging Face dataset (name:config:split, name:split).
 
     Columns of ShareGPT and Alpaca become those that `keys` names; see columns.py.
 
@@ -122,7 +116,7 @@ def _read(source: str, keys: Keys) -> Iterator[Row]:
 
 
 def form_of(path: Path) -> str:
-    """Which of FORMS a file has by its name; "" for none."""
+    """Format of a file by its name, of FORMS; "" for none."""
     name = path.name.removesuffix(".gz")
     form = next((form for form in FORMS if name.endswith(form)), "")
     return "" if form == ".parquet" and name != path.name else form
@@ -139,15 +133,16 @@ def _read_file(path: Path, form: str, keys: Keys) -> Iterator[Row]:
         text = [column for option, column in keys.items() if option not in NUMBERS]
         yield from read_csv(path, "," if form == ".csv" else "\t", text)
     elif not form:
-        raise ValueError(f"data source {path}: must be {', '.join(FORMS)}, a folder of these, or a name on the hub")
+        raise ValueError(
+            f"data source {path}: must be {', '.join(FORMS)}, a folder of these, or a Hugging Face dataset"
+        )
     else:
         yield str(path), {keys.get("text_key", "text"): read_text(path)}
 
 
 def _read_folder(folder: Path, chosen: str, keys: Keys) -> Iterator[Row]:
-    """The rows of a folder of files; `datasets` says by their names, or by the configurations that a README.md
-    declares, which files are of which split."""
-    import datasets
+    """Rows of a folder of files; `datasets` finds the splits by file names or the configurations in README.md."""
+    import datasets  # optional, and slow to import
 
     try:
         config, split = configuration(str(folder), chosen)
@@ -156,7 +151,7 @@ def _read_folder(folder: Path, chosen: str, keys: Keys) -> Iterator[Row]:
     except OSError as error:
         raise ValueError(f"data source {folder}: no folder of {', '.join(FORMS)} files: {error}") from None
     kinds = sorted({form_of(file) for file in folder.rglob("*") if file.is_file()} & set(TABLES))
-    if len(kinds) > 1 and not declared:  # `datasets` would read one kind and say nothing of the other
+    if len(kinds) > 1 and not declared:  # `datasets` would silently read one kind only
         raise ValueError(
             f"data source {folder}: holds {' and '.join(kinds)} files: name the files, or give each a folder"
         )
@@ -168,8 +163,8 @@ def _read_folder(folder: Path, chosen: str, keys: Keys) -> Iterator[Row]:
 
 
 def _read_saved(name: str, split: str) -> Iterator[Row]:
-    """The rows of a folder that `datasets` saved."""
-    import datasets
+    """Rows of a folder saved by `datasets`."""
+    import datasets  # optional, and slow to import
 
     try:
         loaded = datasets.load_from_disk(name)
@@ -184,8 +179,8 @@ def _read_saved(name: str, split: str) -> Iterator[Row]:
 
 
 def _read_hub(name: str, chosen: str) -> Iterator[Row]:
-    """The rows of a data set on the hub."""
-    import datasets
+    """Rows of a Hugging Face dataset."""
+    import datasets  # optional, and slow to import
 
     source = f"{name}{':' * bool(chosen)}{chosen}"
     try:
@@ -193,29 +188,29 @@ def _read_hub(name: str, chosen: str) -> Iterator[Row]:
         loaded = datasets.load_dataset(name, config, split=split)
     except OSError as error:
         raise ValueError(
-            f"data source {source}: no such file or folder, and not to be had from the Hugging Face hub: {error}"
+            f"data source {source}: no such file or folder, and not available from the Hugging Face hub: {error}"
         ) from None
     yield from _table_rows(source, loaded)
 
 
 def _table_rows(source: str, table: Any) -> Iterator[Row]:
-    """Its rows, read a thousand at a time."""
+    """Rows of a dataset, read in blocks."""
     yield from named(source, table.with_format("arrow").iter(1000))
 
 
 def configuration(name: str, chosen: str, default: str = "") -> tuple[str, str]:
-    """The configuration of a data set and the split that are chosen by `config:split`, `split`, `config` or nothing.
+    """Configuration and split of a dataset, chosen by `config:split`, `split`, `config` or nothing.
 
-    A split may be a slice, as `datasets` writes it: train[:100].
+    A split may be a slice, such as train[:100].
 
     Args:
-        default: the split of those that have several, where none is chosen.
+        default: split of datasets with several, if none is chosen.
 
     Raises:
         ValueError: there are several, or none of that name; lists them.
-        OSError: there is no such data set.
+        OSError: no such dataset.
     """
-    import datasets
+    import datasets  # optional, and slow to import
 
     try:
         configs = datasets.get_dataset_config_names(name)
@@ -234,16 +229,16 @@ def configuration(name: str, chosen: str, default: str = "") -> tuple[str, str]:
     prefix = {config: f"{name}:" if len(configs) == 1 else f"{name}:{config}:" for config in configs}
     whole = [f"{prefix[config]}{split}" for config in configs[:LISTED] for split in _splits_of(name, config)]
     more = [f"and {len(configs) - LISTED} more: {', '.join(configs[LISTED:])}"] if len(configs) > LISTED else []
-    what = "configurations and splits" if len(configs) > 1 else "splits"
+    kinds_named = "configurations and splits" if len(configs) > 1 else "splits"
     raise ValueError(
-        f"data source {name}{':' * bool(chosen)}{chosen}: has {what}, name one: {', '.join([*whole, *more])}"
+        f"data source {name}{':' * bool(chosen)}{chosen}: has {kinds_named}, name one: {', '.join([*whole, *more])}"
     )
 
 
 def _splits_of(name: str, config: str) -> list[str]:
-    import datasets
+    import datasets  # optional, and slow to import
 
     try:
         return datasets.get_dataset_split_names(name, config)
-    except (OSError, ValueError):  # a damaged one must not hide the others' names
+    except (OSError, ValueError):  # a corrupt one must not hide the others' names
         return ["..."]

@@ -1,4 +1,4 @@
-"""Endless, seeded streams of rows to learn from, read and checked before the run, and the rows held out of them."""
+"""Endless, seeded streams of rows, read and checked before the run, and their eval split."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Row = TypeVar("Row")
 
 
 class Mixture:
-    """Endless, seeded draws out of pools of rows: one pool in epochs, or several, each draw picking one by chance.
+    """Endless, seeded draws from pools of rows: epochs of one pool, or several pools sampled by weights.
 
     Args:
         sizes: rows of each pool.
-        weights: how likely each pool is; none where there is one.
-        rows: what the rows are, for messages.
+        weights: probability of each pool; empty for one pool.
+        rows: noun of the rows, for messages.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int, rows: str = "rows"):
@@ -31,21 +31,17 @@ class Mixture:
     def next(self) -> tuple[int, int]:
         """(pool, row in it)."""
         pool = 0
-        if self.weights:  # keyed by the draw, so that going on needs no generator's state
+        if self.weights:  # keyed by the draw: the state needs no generator
             pool = int(np.random.default_rng((self._seed, self.drawn)).choice(len(self.weights), p=self.weights))
         self.drawn += 1
         return pool, self._order[pool].next()
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is, for a checkpoint."""
+        """Positions, for a checkpoint."""
         return {"drawn": self.drawn, "positions": [order.position for order in self._order], "rows": self.sizes}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
-
-        Raises:
-            ValueError: the pools are not what they were then.
-        """
+        """Resume from `state`. ValueError if the pools have changed."""
         if state["rows"] != self.sizes:
             raise ValueError(
                 f"the {self.rows} have changed since the checkpoint: {state['rows']} rows, now {self.sizes}"
@@ -56,7 +52,7 @@ class Mixture:
 
 
 class _Order:
-    """Endless shuffled indices below `size`: each epoch is a permutation of its own, found from seed and epoch."""
+    """Endless shuffled indices below `size`: each epoch is a permutation by seed and epoch."""
 
     def __init__(self, size: int, seed: tuple[int, ...]):
         self.size, self.seed, self.position = size, seed, 0
@@ -71,38 +67,35 @@ class _Order:
 
 
 def check_left(config: RowData, before: Sequence[int], left: Sequence[int], noun: str) -> None:
-    """Refuses an `eval_fraction` that leaves nothing, or nothing of a source with a probability of its own.
+    """Refuse an `eval_fraction` that leaves no training rows, or none of a source with a probability.
 
     Args:
-        before, left: rows of each source, before some are held out and after.
-
-    Raises:
-        ValueError: naming the option and the source.
+        before, left: rows of each source, with and without the eval split.
     """
     option = f"{config.section}.eval_fraction={config.eval_fraction}"
     if not any(left):
-        raise ValueError(f"{option} of {sum(before)} {noun} leaves none to learn from")
+        raise ValueError(f"{option} of {sum(before)} {noun} leaves none for training")
     for source, count, rest in zip(config.sources, before, left, strict=True):
         if config.probabilities and not rest:
             raise ValueError(
-                f"data source {source}: {option} holds out all of its {count} {noun}, but"
-                f" {config.section}.probabilities draw from every source"
+                f"data source {source}: {option} takes all of its {count} {noun}, but"
+                f" {config.section}.probabilities sample every source"
             )
 
 
 class RowStream(Generic[Row]):
-    """An endless, seeded stream of rows, the same on every rank.
+    """Endless, seeded stream of rows, the same on every rank.
 
-    Without probabilities all rows form one pool, met once an epoch in shuffled order; with them each source is a pool.
+    Without probabilities all rows form one pool, shuffled each epoch; with them each source is a pool.
 
     Args:
-        load: the rows of a source, over-long ones too.
-        lengths: tokens of each sample of a row; the longest is what `max_tokens` limits.
-        noun: what a row is called, in the plural.
-        reader: what `load` reads with: checkpoints keep its digests.
+        load: the rows of a source, including long ones.
+        lengths: tokens of each sample of a row; `max_tokens` limits the longest.
+        noun: of the rows, in the plural.
+        reader: the reader of `load`, whose digests checkpoints keep.
 
     Raises:
-        ValueError: no row is short enough, or holding out leaves none; and what `load` raises.
+        ValueError: no row is short enough, the eval split takes all rows, or `load` fails.
     """
 
     def __init__(
@@ -146,7 +139,7 @@ class RowStream(Generic[Row]):
         self._draws = Mixture([len(pool) for pool in self.pools], weights, seed, noun)
 
     def _hold_out(self, config: RowData, pools: list[list[Row]], seed: int) -> list[list[Row]]:
-        """The pools without the rows that are held out."""
+        """The pools without the eval split."""
         places = [(pool, row) for pool, rows in enumerate(pools) for row in range(len(rows))]
         count = max(1, round(config.eval_fraction * len(places)))
         order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
@@ -161,23 +154,23 @@ class RowStream(Generic[Row]):
         return sum(map(len, self.pools))
 
     def rows(self) -> Iterator[Row]:
-        """The rows of an epoch, as they were read."""
+        """The rows of an epoch, unshuffled."""
         return (row for pool in self.pools for row in pool)
 
     def amount(self) -> str:
-        """How much there is to learn from."""
+        """Number of rows and tokens, for the first lines of a run."""
         return f"{len(self)} {self.noun} of {self.tokens:,} tokens"
 
     def __str__(self) -> str:
         text = self.amount()
         if self.eval_rows:
-            text += f"; {len(self.eval_rows)} held out"
+            text += f"; {len(self.eval_rows)} for evaluation"
         if self.dropped:
             text += f"; {self.dropped} dropped for more than {self.limit} tokens ({self.dropped_tokens:,} tokens)"
         return text
 
     def places(self, count: int) -> list[tuple[int, int]]:
-        """(pool, row) of the next `count` rows, which are drawn by this."""
+        """Draw the next `count` rows: (pool, row) of each."""
         return [self._draws.next() for _ in range(count)]
 
     def next(self, count: int) -> list[Row]:
@@ -185,7 +178,7 @@ class RowStream(Generic[Row]):
         return [self.pools[pool][row] for pool, row in self.places(count)]
 
     def coming(self, count: int) -> list[tuple[int, int]]:
-        """(pool, row) of every row that the first `count` draws of the run give, each once, in order."""
+        """(pool, row) of all rows in the first `count` draws of the run, sorted, each once."""
         here = self._draws.state()
         self._draws.load_state({"drawn": 0, "positions": [0] * len(self.pools), "rows": here["rows"]})
         drawn = sorted(set(self.places(count)))
@@ -193,10 +186,10 @@ class RowStream(Generic[Row]):
         return drawn
 
     def state(self) -> dict[str, Any]:
-        """Where the stream is, and in which data, for a checkpoint."""
+        """Positions and digests of the data, for a checkpoint."""
         return self._draws.state() | {"digests": self._reader.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken. ValueError where the data is not what it was then."""
+        """Resume from `state`. ValueError if the data has changed."""
         self._draws.load_state(state)
         self._reader.check(state.get("digests", ()))

@@ -1,7 +1,6 @@
-"""Rows out of files of text: JSON Lines, JSON lists, CSV, plain text; each may be gzipped.
+"""Readers of text files: JSON Lines, JSON lists, CSV, plain text; each may be gzipped, with a byte-order mark or CRLF.
 
-A byte-order mark and either kind of line end are no part of the rows. Whatever is wrong is a ValueError that names the
-file and the line (of a JSON list the row).
+Errors are ValueErrors with the file and the line (of a JSON list the row).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 
 from ...engine.storage.atomic import atomic_file
 
-MAX_DEPTH = 100  # lists and objects within each other: far more than any row has, far less than Python can walk
+MAX_DEPTH = 100  # nesting: far more than any row has, far less than Python's recursion limit
 TOO_DEEP = f"nested more than {MAX_DEPTH} lists or objects deep"
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?|-?inf|nan", re.IGNORECASE)
 
@@ -28,7 +27,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError that says in a few words what is wrong with it."""
+    """The value of a JSON text; ValueError with a short reason."""
     with _in_words():
         value = json.loads(text)
     _check_depth(value, text)
@@ -37,7 +36,7 @@ def parse_json(text: str) -> Any:
 
 @contextmanager
 def _in_words() -> Iterator[None]:
-    """What json raises, which is not always an error of its own, as a ValueError of a few words."""
+    """Errors of json as ValueErrors with a short reason."""
     try:
         yield
     except json.JSONDecodeError as error:
@@ -64,7 +63,7 @@ def _deeper(value: Any, depth: int) -> bool:
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """An object a line; blank lines are none."""
+    """An object a line; blank lines are skipped."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -77,7 +76,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """A list of objects, or JSON Lines in a file that is called .json. A row of a list is named by its number."""
+    """A list of objects, or JSON Lines in a .json file. A row of a list is named by its number."""
     with _opened(path) as file:
         text = file.read()
     if not text.lstrip().startswith("["):
@@ -87,7 +86,7 @@ def read_json(path: Path) -> Iterator[Row]:
             raise ValueError(f"{error}; a .json file must hold a list of objects, or an object a line") from None
         return
     decoder, number = json.JSONDecoder(), 0
-    place = _behind_space(text, text.index("[") + 1)
+    place = _skip_space(text, text.index("[") + 1)
     while number or text[place : place + 1] != "]":
         number, begin, where = number + 1, place, f"{path}:{number + 1}"
         try:
@@ -97,17 +96,17 @@ def read_json(path: Path) -> Iterator[Row]:
         except ValueError as error:
             raise ValueError(f"{where} (line {_line(text, begin)}): {error}") from None
         yield where, _row(where, row, text[begin:place])
-        place = _behind_space(text, place)
+        place = _skip_space(text, place)
         if text[place : place + 1] == "]":
             break
         if text[place : place + 1] != ",":
-            raise ValueError(f"{where}: not valid JSON: no , or ] behind the row, at line {_line(text, place)}")
-        place = _behind_space(text, place + 1)
+            raise ValueError(f"{where}: not valid JSON: no , or ] after the row, at line {_line(text, place)}")
+        place = _skip_space(text, place + 1)
     if text[place + 1 :].strip():
-        raise ValueError(f"{path}: not valid JSON: more behind the list, at line {_line(text, place)}")
+        raise ValueError(f"{path}: not valid JSON: text after the list, at line {_line(text, place)}")
 
 
-def _behind_space(text: str, place: int) -> int:
+def _skip_space(text: str, place: int) -> int:
     while text[place : place + 1].isspace():
         place += 1
     return place
@@ -118,12 +117,12 @@ def _line(text: str, place: int) -> int:
 
 
 def read_csv(path: Path, separator: str, text: Collection[str]) -> Iterator[Row]:
-    """The lines of a table whose first line names its columns. An empty cell is None.
+    """Lines of a table whose first line has the column names. An empty cell is None.
 
-    A column all of whose cells are numbers holds numbers, one of true and false booleans, every other text.
+    A column of numbers only holds numbers, of true and false only booleans, any other text.
 
     Args:
-        text: columns that hold text whatever their cells look like.
+        text: columns that hold text in any case.
     """
     with _opened(path) as file:
         names, lines = _cells(path, csv.reader(file, delimiter=separator, strict=True))
@@ -147,7 +146,7 @@ def _cells(path: Path, reader: Any) -> tuple[list[str], list[tuple[int, list[str
             if not names:
                 names = cells
                 if len(set(names)) < len(names) or not all(names):
-                    raise ValueError(f"{path}:{number}: the columns need names of their own, not {names}")
+                    raise ValueError(f"{path}:{number}: the column names must differ and not be empty, not {names}")
                 continue
             if len(cells) != len(names):
                 named = ", ".join(map(repr, names))
@@ -159,7 +158,7 @@ def _cells(path: Path, reader: Any) -> tuple[list[str], list[tuple[int, list[str
 
 
 def _typed(cells: Sequence[str | None]) -> Sequence[Any]:
-    """The cells of a column as what all of them are."""
+    """The cells of a column with their common type."""
     filled = [cell for cell in cells if cell is not None]
     if filled and all(cell.lower() in ("true", "false") for cell in filled):
         return [None if cell is None else cell.lower() == "true" for cell in cells]
@@ -184,13 +183,13 @@ def _row(where: str, row: Any, text: str) -> dict[str, Any]:
 
 
 def _refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
-    """JSON may write half of a surrogate pair, which no tokenizer takes: it is no text."""
+    """Refuse half of a surrogate pair, which JSON can write but no tokenizer reads."""
     for key, value in row.items():
         try:
             json.dumps({key: value}, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            raise ValueError(f"{where}: {key!r} holds {half!a}, half of a surrogate pair: not text") from None
+            raise ValueError(f"{where}: {key!r} holds {half!a}, half of a surrogate pair: not valid text") from None
 
 
 def _undecodable(path: Path) -> int:
@@ -206,12 +205,12 @@ def _undecodable(path: Path) -> int:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """A file of text, unpacked, without its byte-order mark; lines end with a line feed alone, within quotes too."""
+    """A text file, decompressed, without byte-order mark and with line feeds only, in quotes too."""
     opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig") as file:
             yield file
-    except UnicodeDecodeError as error:  # its place is within what was decoded at once
+    except UnicodeDecodeError as error:  # its position is relative to the decoded block
         raise ValueError(f"{path}:{_undecodable(path)}: not UTF-8: {error.reason}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"data source {path}: not a whole gzip file: {error}") from None
@@ -220,11 +219,11 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 
 def json_line(row: object) -> str:
-    """A row as a line of JSONL. Values that JSON has no form for, a date for instance, become strings."""
+    """A row as a line of JSONL; values that are not JSON, such as dates, become strings."""
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """Writes JSONL, whole or not at all."""
+    """Write JSONL atomically."""
     with atomic_file(path) as aside, open(aside, "w", encoding="utf-8") as file:
         file.writelines(map(json_line, rows))

@@ -1,8 +1,7 @@
-"""Prompts and completions as the tokens of a reward model's own tokenizer and chat template.
+"""Tokens of prompts and completions by a reward model's own tokenizer and chat template.
 
-So a served model reads them, and so does a model in `reward.models` whose tokenizer is not the policy's: what the
-policy sampled is decoded, and encoded again. Where the two make the same tokens nothing is, and the model reads the
-very ids that were sampled.
+For served models, and for models in `reward.models` with another tokenizer than the policy: responses are decoded and
+encoded again. If both tokenizers agree, the model reads the sampled tokens.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ class Completion(NamedTuple):
     where: str
     messages: list[Message]  # before the completion
     text: str
-    finished: bool  # it came to its end of turn
+    finished: bool  # it has an end of turn
     tools: list[Any] | None
 
 
 def conversation(rollout: Rollout, texts: Sequence[str]) -> list[Message]:
-    """The chat of a rollout, from the prompt's messages to its last turn.
+    """Messages of a rollout, from the prompt to its last turn.
 
     Args:
-        texts: of the policy's turns, each of which becomes a message of the assistant.
+        texts: of the policy's turns, which become messages of the assistant.
 
     Raises:
         ValueError: a turn of the environment has no messages; names the prompt's row.
@@ -50,13 +49,13 @@ def conversation(rollout: Rollout, texts: Sequence[str]) -> list[Message]:
         if turn.logprobs is not None:
             chat, _ = with_response(where, chat, {"role": "assistant", "content": next(written)})
         elif not turn.messages:
-            raise ValueError(f"{where}: turn {number} of its response, an environment's, has no messages")
+            raise ValueError(f"{where}: environment turn {number} of its response has no messages")
         chat += turn.messages
     return chat
 
 
 def completion_of(rollout: Rollout, texts: Sequence[str]) -> Completion:
-    """The policy's last turn as a completion of all that stands before it.
+    """The policy's last turn as a completion of the chat before it.
 
     Args, raises: as in `conversation`.
     """
@@ -68,29 +67,25 @@ def completion_of(rollout: Rollout, texts: Sequence[str]) -> Completion:
 
 
 def parse_tools(where: str, tools: Any) -> list[Any] | None:
-    """Function descriptions as a column holds them: a list, or one as JSON; None for none.
-
-    Raises:
-        ValueError: it is something else; names the row.
-    """
+    """Function descriptions of a column: a list, or a list as JSON. ValueError with the row for anything else."""
     if isinstance(tools, str):
         with suppress(ValueError):
             tools = parse_json(tools)
     if tools and not isinstance(tools, list):
-        raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or one as JSON")
+        raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or a list as JSON")
     return tools or None
 
 
 class ChatEncoder:
-    """The tokens that a reward model reads of a completion, the last of which its score is read at.
+    """Tokenizer of completions for a reward model; the score is read at the last token.
 
     Args:
         folder: of the model.
-        chat_template: prompts are written by the tokenizer's chat template; false: as bare text.
-        why: the model is given text, for messages.
+        chat_template: format prompts with the tokenizer's chat template; false: plain text.
+        why: reason for encoding again, for messages.
 
     Raises:
-        ValueError: there is no chat template though one is asked for, or no token that ends a turn.
+        ValueError: the tokenizer has no chat template, or no end of turn.
     """
 
     def __init__(
@@ -103,10 +98,10 @@ class ChatEncoder:
         self.end = self._end_of_turn(stop_ids(folder, shape, tokenizer))
 
     def __call__(self, completion: Completion) -> list[int]:
-        """The prompt as a model is asked with it, the completion, and the end of its turn if it came to one.
+        """Tokens of prompt and completion, with the end of turn if it is finished.
 
         Raises:
-            ValueError: the chat template refuses the prompt, or it is no bare text; names the row.
+            ValueError: the chat template refuses the prompt, or it is not plain text; names the row.
         """
         where, messages, text, finished, tools = completion
         if self.chat_template:
@@ -115,11 +110,11 @@ class ChatEncoder:
             asked = messages[0]["content"]
         else:
             raise ValueError(f"{where}: a chat of {len(messages)} messages: needs chat_template=true")
-        ((head, (answer, _)),) = encode_responses(self.tokenizer, [(asked, text)], self.chat_template)
-        return [*head, *answer, *([self.end] if finished else [])]
+        ((head, (tail, _)),) = encode_responses(self.tokenizer, [(asked, text)], self.chat_template)
+        return [*head, *tail, *([self.end] if finished else [])]
 
     def within_positions(self, completion: Completion) -> list[int]:
-        """The same, where the model has positions for all of them. Raises ValueError where it has not."""
+        """The same tokens; ValueError if they exceed the model's positions."""
         tokens = self(completion)
         if len(tokens) > self.shape.longest_document:
             raise ValueError(
@@ -129,7 +124,7 @@ class ChatEncoder:
         return tokens
 
     def _end_of_turn(self, ends: Sequence[int]) -> int:
-        """The token that a response ends with: the one of the model's that its chat template writes, or its first."""
+        """The end of a response: the stop token that the chat template writes, or the first stop token."""
         written: list[int] = []
         if self.chat_template:
             chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -144,7 +139,7 @@ class ChatEncoder:
 
 
 class Policy(NamedTuple):
-    """The model whose tokens other models are to read."""
+    """The policy, as far as other models read its tokens."""
 
     folder: str
     shape: ModelConfig
@@ -153,13 +148,12 @@ class Policy(NamedTuple):
 
 
 def reward_encoders(folders: Sequence[str], policy: Policy) -> dict[str, ChatEncoder]:
-    """Folder -> encoder of each reward model that does not read the policy's tokens as the policy does.
+    """Folder -> encoder of each reward model with another tokenizer or chat template than the policy.
 
-    A folder without a tokenizer is taken for a model of the policy's.
+    A folder without a tokenizer is assumed to use the policy's.
 
     Raises:
-        ValueError: such a model has no chat template or no end of turn to encode with, or has no tokenizer and a
-            vocabulary of another size.
+        ValueError: such a model has no chat template or no end of turn, or no tokenizer and another vocabulary size.
     """
     found = {}
     for folder in folders:
@@ -168,7 +162,7 @@ def reward_encoders(folders: Sequence[str], policy: Policy) -> dict[str, ChatEnc
             check_vocabulary(folder, shape, policy.folder, policy.shape)
             continue
         tokenizer = read_tokenizer(folder)
-        why = _reads_otherwise(tokenizer, shape, policy)
+        why = _difference(tokenizer, shape, policy)
         if why:
             try:
                 found[folder] = ChatEncoder(folder, shape, tokenizer, policy.chat_template, why)
@@ -179,9 +173,8 @@ def reward_encoders(folders: Sequence[str], policy: Policy) -> dict[str, ChatEnc
     return found
 
 
-def _reads_otherwise(tokenizer: PreTrainedTokenizerBase, shape: ModelConfig, policy: Policy) -> str:
-    """Why a reward model cannot be given the policy's tokens; "" where it can. A tokenizer without a chat template is
-    compared by its tokens alone."""
+def _difference(tokenizer: PreTrainedTokenizerBase, shape: ModelConfig, policy: Policy) -> str:
+    """Reason why a model cannot read the policy's tokens, or "". Chat templates are compared if both have one."""
     if why := tokens_differ(policy.tokenizer, tokenizer, specials=not policy.chat_template):
         return why
     if shape.vocab_size < policy.shape.vocab_size:
@@ -190,11 +183,7 @@ def _reads_otherwise(tokenizer: PreTrainedTokenizerBase, shape: ModelConfig, pol
 
 
 def check_vocabulary(folder: str, shape: ModelConfig, actor: str, actor_shape: ModelConfig) -> None:
-    """Refuses a model that cannot read the actor's tokens one by one, as a critic or a reference must.
-
-    Raises:
-        ValueError: their vocabularies differ in size, or their tokenizers, where both folders have one, in a token.
-    """
+    """Refuse a critic or reference whose vocabulary size, or tokenizer if both folders have one, is not the actor's."""
     if shape.vocab_size != actor_shape.vocab_size:
         raise ValueError(
             f"{folder}: vocab_size={shape.vocab_size}, but the actor's is {actor_shape.vocab_size} ({actor}):"

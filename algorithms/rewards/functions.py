@@ -1,7 +1,7 @@
-"""Rewards: functions of the user's in processes of their own, and what is done to scores before they are rewards.
+"""Reward functions of users, each in its own process.
 
-A function that raises, hangs, dies or gives nonsense stops the run with the row named, or leaves the row without a
-score: a reward of 0 in its place would teach the model something nobody meant.
+A function that raises, hangs, dies or returns invalid scores stops the run, naming the row, or leaves the row without a
+score. A failure never counts as a reward of 0.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from typing import Any
 from ..batch import Prompt, Score
 
 CHECKED = 1000
-"""Rows that are checked before the run within one time limit."""
+"""Rows per check before the run, each within the time limit."""
 
 
 class RewardFunction:
-    """A Python function `(prompts, completions, **fields) -> one float or None each` in a process of its own.
+    """A Python function `(prompts, completions, **columns) -> one float or None each` in its own process.
 
-    The process starts once and stays, so that what the function loads stays loaded; a call that takes longer than the
-    limit ends with the process and all its children killed. The process imports neither torch nor this package, and
-    ends with the thread that made this object (on Linux the kernel sees to it), so with the run, however that ends.
+    The process is persistent. A call beyond the time limit kills it with all its children. It imports neither torch nor
+    this package, and ends with the thread that created this object (on Linux by the kernel).
 
     Args:
-        spec: path/to/file.py:function or module:function (modules are looked for in the working directory too).
+        spec: path/to/file.py:function or module:function (modules are also searched for in the working directory).
         time_limit: seconds for importing the file, and for each call.
         skip_failures: a call that fails leaves rows without a score, NaN, instead of raising. A function that raises
             is called again with each row alone; one that hangs or dies is restarted at the next call.
 
     Attributes:
-        failures: why rows are without a score, since it was last emptied.
+        failures: reasons for rows without a score, until emptied.
 
     Raises:
-        ValueError: the file, module or function is not there or cannot be imported.
+        ValueError: the file, module or function does not exist or cannot be imported.
     """
 
     def __init__(self, spec: str, time_limit: float = 60.0, *, skip_failures: bool = False):
+        self._name = f"reward.functions={spec}"  # of the option, until it is loaded
         self.spec, self.time_limit, self.skip_failures = spec, time_limit, skip_failures
         self.failures: list[str] = []
         self._start()
@@ -55,26 +55,26 @@ class RewardFunction:
         worker = Path(__file__).with_name("worker.py")
         mode = ["skip"] if self.skip_failures else []
         self._process = subprocess.Popen(
-            # -P: the worker's own folder is not to shadow modules
+            # -P: the worker's folder must not shadow modules
             [sys.executable, "-P", str(worker), self.spec, str(os.getpid()), *mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # a process group of its own, killed whole
+            start_new_session=True,  # a process group, killed as a whole
         )
         self._closed = False
-        about = self._answer("while it was imported")
+        about = self._response("while it was imported")
+        self._name = f"reward function {self.spec}"
         self._needed, self._taken, self._checks = about["needed"], about["taken"], about["checks"]
 
     def check(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Before the run, finds rows that cannot be scored: their columns, and what a function `check_NAME` beside the
-        function says of them.
+        """Check rows before the run: their columns, and their values by the function `check_NAME`, if it exists.
 
         Args:
-            rows: where each was read, and its columns.
+            rows: source and columns of each.
 
         Raises:
-            ValueError: a column has the name of an argument, one that is needed is in no row, or a row cannot be scored
-                (which is only noted in `failures` where the function abstains); names the row.
+            ValueError: a column has the name of an argument, a required column is in no row, or a row cannot be scored
+                (with skip_failures only added to `failures`); names the row.
         """
         for name in self._taken:
             for where, fields in rows:
@@ -95,8 +95,8 @@ class RewardFunction:
             part = rows[start : start + CHECKED]
             columns = {key: [fields.get(key) for _, fields in part] for key in named}
             self._ask({"sources": [where for where, _ in part], "fields": columns})
-            answer = self._answer(f"while {len(part)} rows from {part[0][0]} on were checked")
-            failures += [f"{part[row][0]}: {reason}" for row, reason in answer["failures"]]
+            response = self._response(f"while {len(part)} rows from {part[0][0]} on were checked")
+            failures += [f"{part[row][0]}: {reason}" for row, reason in response["failures"]]
         if failures:
             more = f"; and {len(failures) - 3} more rows" if len(failures) > 3 else ""
             reason = f"reward function {self.spec}: {'; '.join(failures[:3])}{more}"
@@ -105,11 +105,11 @@ class RewardFunction:
             self.failures.append(reason)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Score]:
-        """One score for each completion. A column that a row lacks is None there.
+        """One score for each completion. Columns that a row lacks are None.
 
         Raises:
             ValueError: the function raised, took too long, died, or did not return a finite number for each row;
-                names the rows. After a time limit or a death the object is of no more use. Not where it abstains.
+                names the rows. After a timeout or death the object is unusable. Not with skip_failures.
         """
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.fields)
         request = {
@@ -124,9 +124,9 @@ class RewardFunction:
             if self.skip_failures and self._closed:
                 self._start()
             self._ask(request)
-            answer = self._answer(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
-            self.failures += [f"reward function {self.spec}: {reason}" for reason in answer.get("failures", ())]
-            return answer["scores"]
+            response = self._response(f"for {len(sources)} rows: {', '.join(sources[:8])}{more}")
+            self.failures += [f"reward function {self.spec}: {reason}" for reason in response.get("failures", ())]
+            return response["scores"]
         except ValueError as error:
             if not self.skip_failures:
                 raise
@@ -134,8 +134,8 @@ class RewardFunction:
             return [math.nan] * len(completions)
 
     def close(self) -> None:
-        """Ends the process and everything it started; may be called twice."""
-        if self._closed:  # its number may be another process's by now
+        """Kill the process and its children; may be called twice."""
+        if self._closed:  # its pid may be reused
             return
         self._closed = True
         with contextlib.suppress(ProcessLookupError):
@@ -155,12 +155,12 @@ class RewardFunction:
     def _ask(self, request: dict[str, Any]) -> None:
         stdin = self._process.stdin
         assert stdin is not None and not self._closed
-        with contextlib.suppress(BrokenPipeError):  # it died between calls: the missing answer tells
+        with contextlib.suppress(BrokenPipeError):  # it died between calls: reading the response fails
             pickle.dump(request, stdin)
             stdin.flush()
 
-    def _answer(self, doing: str) -> dict[str, Any]:
-        """Waits for the next answer; `doing` says in messages what it is the answer to."""
+    def _response(self, doing: str) -> dict[str, Any]:
+        """Wait for the next response; `doing` describes the request in messages."""
         line = self._line(doing)
         if not line.endswith(b"\n"):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -170,16 +170,16 @@ class RewardFunction:
             if code is not None and code < 0:
                 how = f"killed by {signal.Signals(-code).name}"
             self.close()
-            raise ValueError(f"reward function {self.spec}: its process ended ({how}) {doing}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
+            raise ValueError(f"{self._name}: its process ended ({how}) {doing}")
+        response: dict[str, Any] = json.loads(line)
+        if "error" in response:
             if doing.startswith("while"):
                 self.close()
-            raise ValueError(f"reward function {self.spec}: {answer['error']}")
-        return answer
+            raise ValueError(f"{self._name}: {response['error']}")
+        return response
 
     def _line(self, doing: str) -> bytes:
-        """The next line of the process, or what there is of it when it ends."""
+        """The next line of the process, incomplete if it ends."""
         stdout = self._process.stdout
         assert stdout is not None
         line, deadline = b"", time.monotonic() + self.time_limit
@@ -189,7 +189,7 @@ class RewardFunction:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     self.close()
                     limit = f"reward.time_limit={self.time_limit:g} seconds"
-                    raise ValueError(f"reward function {self.spec}: took longer than {limit} {doing}")
+                    raise ValueError(f"{self._name}: took longer than {limit} {doing}")
                 part = os.read(stdout.fileno(), 1 << 16)
                 if not part:
                     break

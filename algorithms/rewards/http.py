@@ -1,12 +1,12 @@
-"""Rewards by HTTP: prompts and completions go out as JSON, scores come back.
+"""Reward servers by HTTP: requests and responses are JSON.
 
     POST {"prompts": ["..."], "completions": ["..."], "messages": [[{"role": "user", "content": "..."}]],
           "finished": [true], "fields": {"column": [...]}}
     200  {"scores": [0.5, null, ...]}
 
-A prompt is the user's last words, its messages are the whole chat that is answered, and a completion is finished that
-ended by itself. A score is null where the row is not the server's own. A server that is down, slow or overloaded is
-asked again; one that answers with what are no scores is not, for asking again would not make them true.
+`prompts` are the last user messages, `messages` the whole chats; `finished` completions have an end of sequence. A
+score is null for rows that the server does not score. Requests to a server that is down, slow or overloaded are
+retried; invalid responses are not.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ..batch import Prompt, Score
 
 T = TypeVar("T")
 LONGEST = 1 << 24
-"""Bytes of an answer: a thousand for each of 16,000 scores."""
+"""Maximum bytes of a response: 1,000 for each of 16,000 scores."""
 AGAIN = (429, 500, 502, 503, 504)
-"""HTTP codes after which the same request may succeed."""
+"""HTTP codes of retried requests."""
 
 
 class NoResponse(Exception):
-    """No answer this time; another try may get one."""
+    """A failed attempt; a retry may succeed."""
 
 
 class RewardClient:
@@ -44,7 +44,7 @@ class RewardClient:
         url: where to post.
         time_limit: seconds for one request, its answer included.
         batch: completions in a request.
-        tries: of one request.
+        attempts: per request.
         skip_failures: completions of requests that failed get NaN instead of raising.
         pause: seconds before the second try; doubles with each.
 
@@ -58,11 +58,11 @@ class RewardClient:
         time_limit: float = 60.0,
         *,
         batch: int = 64,
-        tries: int = 3,
+        attempts: int = 3,
         skip_failures: bool = False,
         pause: float = 0.5,
     ):
-        self.url, self.time_limit, self.batch, self.tries = url, time_limit, batch, tries
+        self.url, self.time_limit, self.batch, self.attempts = url, time_limit, batch, attempts
         self.skip_failures, self.pause = skip_failures, pause
         self.failures: list[str] = []
 
@@ -104,21 +104,21 @@ class RewardClient:
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
         about = f"for {len(sources)} rows: {', '.join(sources[:8])}{more}"
         reason = ""
-        for attempt in range(self.tries):
+        for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
                 return self._scores(self._post(body, about), sources, about)
             except NoResponse as error:
                 reason = str(error)
-        tries = f"{self.tries} tries" if self.tries > 1 else "1 try"
-        raise ValueError(f"reward server {self.url}: {reason} ({tries}) {about}")
+        count = f"{self.attempts} attempts" if self.attempts > 1 else "1 attempt"
+        raise ValueError(f"reward server {self.url}: {reason} ({count}) {about}")
 
     def _post(self, body: bytes, about: str) -> bytes:
-        """The answer's body.
+        """Body of the response.
 
         Raises:
-            NoResponse: there is none in time, or one of `AGAIN`.
+            NoResponse: none in time, or a code of `AGAIN`.
             ValueError: the server refuses the request.
         """
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
@@ -132,7 +132,7 @@ class RewardClient:
                     size += len(part)
                     if size > LONGEST:
                         raise ValueError(f"reward server {self.url}: answered more than {LONGEST:,} bytes {about}")
-                    if time.monotonic() > deadline:  # nobody waits any more
+                    if time.monotonic() > deadline:  # the caller has stopped waiting
                         raise TimeoutError
                 if response.length:
                     raise http.client.IncompleteRead(b"".join(parts), response.length)
@@ -142,7 +142,7 @@ class RewardClient:
             return within(self.time_limit, ask)
         except urllib.error.HTTPError as error:
             detail = b""
-            with suppress(OSError, http.client.HTTPException):  # the code says enough
+            with suppress(OSError, http.client.HTTPException):  # the code is enough
                 detail = within(max(0.0, deadline - time.monotonic()), partial(error.read, 200))
             reason = f"answered HTTP {error.code}: {detail.decode(errors='replace')!r}"
             if error.code in AGAIN:
@@ -155,24 +155,20 @@ class RewardClient:
             raise NoResponse(f"no connection: {reason!s}" if str(reason) else f"no connection: {reason!r}") from error
 
     def _scores(self, body: bytes, sources: Sequence[str], about: str) -> list[Score]:
-        """The scores in an answer.
-
-        Raises:
-            ValueError: it is not what was asked for.
-        """
+        """Scores of a response; ValueError if it is invalid."""
         try:
             answer: Any = json.loads(body)
         except (ValueError, RecursionError):
             text = body[:60].decode(errors="replace")
-            raise ValueError(f"reward server {self.url}: answered what is not JSON, {text!r}, {about}") from None
+            raise ValueError(f"reward server {self.url}: response is not JSON, {text!r}, {about}") from None
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list):
             raise ValueError(
-                f'reward server {self.url}: answered {str(answer)[:60]!r}: must be {{"scores": [...]}}, {about}'
+                f'reward server {self.url}: response {str(answer)[:60]!r}: must be {{"scores": [...]}}, {about}'
             )
         if len(scores) != len(sources):
             raise ValueError(
-                f"reward server {self.url}: gave {len(scores)} scores for {len(sources)} completions, {about}"
+                f"reward server {self.url}: returned {len(scores)} scores for {len(sources)} completions, {about}"
             )
         return [self._score(value, source) for value, source in zip(scores, sources, strict=True)]
 
@@ -185,7 +181,7 @@ class RewardClient:
                 number = float(value)
         if math.isfinite(number):
             return number
-        reason = f"reward server {self.url}: gave {value!r:.60} for {source}: must be a finite number, or null"
+        reason = f"reward server {self.url}: returned {value!r:.60} for {source}: must be a finite number, or null"
         if not self.skip_failures:
             raise ValueError(reason)
         self.failures.append(reason)
@@ -193,20 +189,19 @@ class RewardClient:
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` gives or raises.
+    """Result or error of `work`, run in a thread that is abandoned after the time limit.
 
-    A socket's time limit is for each read alone, and a server that sends a byte now and then keeps it for ever: so the
-    work has a thread of its own, which is left to itself when the time is up.
+    A socket's timeout is for each read: a server that sends a byte now and then would never exceed it.
 
     Raises:
-        TimeoutError: it takes longer.
+        TimeoutError: after `seconds`.
     """
     outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             outcome.put((work(), None))
-        except BaseException as error:  # raised again where it is waited for
+        except BaseException as error:  # raised again in the waiting thread
             outcome.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()
@@ -220,7 +215,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
 
 def as_json(value: Any) -> Any:
-    """The value with None for every NaN and infinity, which JSON has no form for."""
+    """The value with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

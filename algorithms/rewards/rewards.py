@@ -1,4 +1,4 @@
-"""Rewards of rollouts: all scorers' scores, combined and shaped, with their statistics over a step."""
+"""Rewards of rollouts: combined and shaped scores, and their metrics."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 class Scored(NamedTuple):
-    """Numbers of responses, one each; NaN without a score."""
+    """One number for each response; NaN without a score."""
 
-    combined: list[float]  # of all scorers
-    shaped: list[float]  # rewards to learn from
+    combined: list[float]  # weighted sum of the scores
+    shaped: list[float]  # rewards of the algorithm
 
 
 class Rewards:
-    """Scorers, the shaping of their sum, and statistics of all responses since the last `take_metrics`.
+    """Scorers, reward shaping, and metrics of all responses since the last `take_metrics`.
 
     Args:
         models: reward models, in the order of the config.
-        warn: gets a line for each reason why a scorer abstains.
+        warn: prints reasons for responses without a score.
     """
 
     def __init__(self, scorer: Scorer, shaper: RewardShaper, models: Sequence[Role], warn: Callable[[str], None]):
         self.scorer, self.shaper, self.models, self.warn = scorer, shaper, models, warn
         self.metrics: dict[str, float] = {}
-        self._forget()
+        self._reset()
 
     def __call__(self, rollouts: Sequence[Rollout], batch: Batch) -> Scored:
         """Rewards of responses. Collective.
@@ -46,7 +46,7 @@ class Rewards:
         """
         scores = self.scorer(rollouts, batch, self.models)
         combined = self.scorer.combined(scores)
-        for reason in self.scorer.failures():  # before an error for want of any score
+        for reason in self.scorer.failures():  # before the error if no response has a score
             self.warn(f"not scored: {reason}")
         shaped = self.shaper(combined, [rollout.finish == "stop" for rollout in rollouts])
         self._rollouts += rollouts
@@ -57,13 +57,13 @@ class Rewards:
         return Scored(combined, shaped)
 
     def take_metrics(self) -> dict[str, float]:
-        """`reward_metrics` of all responses since the last call, and what else was put in `metrics`."""
+        """`reward_metrics` of all responses since the last call, and the entries of `metrics`."""
         metrics = self.metrics | reward_metrics(self._rollouts, self._scores, self._combined, self._shaped)
         self.metrics = {}
-        self._forget()
+        self._reset()
         return metrics
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._rollouts: list[Rollout] = []
         self._scores: dict[str, list[Score]] = {}
         self._combined: list[float] = []
@@ -73,10 +73,10 @@ class Rewards:
 def reward_metrics(
     rollouts: Sequence[Rollout], scores: dict[str, list[Score]], combined: Sequence[float], rewards: Sequence[float]
 ) -> dict[str, float]:
-    """Statistics of responses: reward before and after shaping, each reward by name, lengths.
+    """Metrics of responses: reward before and after shaping, mean of each scorer, lengths.
 
-    Responses without a score are in none of the means; `unscored` counts them. A reward's mean is over the responses
-    that it applies to; it is left out of a step in which there is none.
+    Means are over responses with a score; `unscored` counts the others. A scorer that applies to no response has no
+    metric.
     """
     by_name = {f"reward/{name}": _mean(v) for name, v in zip(short_names(list(scores)), scores.values(), strict=True)}
     count = len(rollouts)
@@ -94,7 +94,7 @@ def reward_metrics(
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The ends of paths and addresses, all different, as short as they can be: most reward models are called model."""
+    """Shortest unique ends of paths and URLs (most reward models are in a folder `model`)."""
     parts = [Path(name).parts for name in names]
     ends = [["/".join(own[-count:]) for own in parts] for count in range(1, max(map(len, parts), default=1) + 1)]
     return next((short for short in ends if len(set(short)) == len(names)), list(names))

@@ -1,4 +1,4 @@
-"""Rollouts to scores: every reward function, reward model and reward server of a run, on all ranks."""
+"""Scores of rollouts by the reward functions, models and servers of a run, on all ranks."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LARGEST = 3.4e38
-"""Size of the largest score: what is learned from is float32."""
+"""Largest absolute score: rewards are float32."""
 
 
 class Scorer:
-    """All rewards of a run: functions in processes of their own, models on the mesh, servers elsewhere.
+    """All scorers of a run: functions in their own processes, models on the mesh, servers.
 
-    A function is called once a step, on the first rank, with the whole batch: one that looks across its rows (a rank, a
-    diversity bonus) means the same in every layout. So are servers, in requests of `server_batch_size` rows.
+    Functions are called once a step, on the first rank, with the whole batch: a function across rows (a rank, a
+    diversity bonus) is independent of the layout. Servers likewise, in requests of `server_batch_size` rows.
 
     Args:
-        tokenizer: the policy's.
-        encoders: of the reward models that do not read the policy's tokens, by folder (`reward_encoders`); they score
-            what was sampled decoded, and encoded again.
+        tokenizer: of the policy.
+        encoders: of the reward models with other tokenizers than the policy, by folder (`reward_encoders`): they score
+            the decoded text, encoded again.
 
     Raises:
         ValueError: a function cannot be loaded; on every rank.
@@ -52,35 +52,33 @@ class Scorer:
         self.config, self.tokenizer, self.mesh, self.encoders = config, tokenizer, mesh, encoders or {}
         self.functions: list[RewardFunction] = []
         self.servers: list[RewardClient] = []
-        self._unscored: list[str] = []  # why samples are without a score that a scorer gave
+        self._unscored: list[str] = []  # reasons for samples without a score
 
         def start() -> None:
-            abstain, sizes = (
-                config.on_failure == "skip",
-                {"batch": config.server_batch_size, "tries": config.server_max_attempts},
-            )
+            skip = config.on_failure == "skip"
+            sizes = {"batch": config.server_batch_size, "attempts": config.server_max_attempts}
             for spec in config.functions:
-                self.functions.append(RewardFunction(spec, config.time_limit, skip_failures=abstain))
+                self.functions.append(RewardFunction(spec, config.time_limit, skip_failures=skip))
             for url in config.servers:
-                self.servers.append(RewardClient(url, config.time_limit, skip_failures=abstain, **sizes))
+                self.servers.append(RewardClient(url, config.time_limit, skip_failures=skip, **sizes))
 
         self._on_first_rank(start)
 
     def check(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """Before the run, and before a model is loaded: whether the functions can score these rows. Collective.
+        """Refuse rows that the functions cannot score, before a model is loaded. Collective.
 
         Args:
-            rows: where each was read, and its columns.
+            rows: source and columns of each.
 
         Raises:
-            ValueError: they cannot, on every rank; names the row.
+            ValueError: on every rank; names the row.
         """
         if self.config.functions:
             named = list(rows)
             self._on_first_rank(lambda: [function.check(named) for function in self.functions])
 
     def __call__(self, rollouts: Sequence[Rollout], batch: Batch, models: Sequence[Role]) -> dict[str, list[Score]]:
-        """Every reward's name -> its scores, one a sample, in the order of the config's weights.
+        """Scorer -> its scores, one a sample, in the order of the weights.
 
         Args:
             models: the reward models, in the order of the config.
@@ -99,7 +97,7 @@ class Scorer:
             return by_function + [server.score(prompts, texts, finished) for server in self.servers]
 
         called = self._on_first_rank(call)
-        unread: dict[str, dict[int, str]] = {}  # model -> samples that it cannot read, and why
+        unread: dict[str, dict[int, str]] = {}  # model -> unreadable samples and reasons
         by_model: list[list[Score]] = [
             self._by_model(name, model, rollouts, batch, unread.setdefault(name, {}))
             for name, model in zip(self.config.models, models, strict=True)
@@ -110,19 +108,19 @@ class Scorer:
         scores = called[:functions] + by_model + called[functions:]
         for kind, name, own in zip(kinds, self.config.names, scores, strict=True):
             self._check(f"{kind} {name}", own, rollouts, unread.get(name, {}), may_lack_score=kind != "reward model")
-        nobodys = [r.prompt for r, own in zip(rollouts, zip(*scores, strict=True), strict=True) if set(own) == {None}]
-        if nobodys and self.mesh.is_main:
-            rows = list(dict.fromkeys(prompt.source or f"prompt {prompt.index}" for prompt in nobodys))
+        unscored = [r.prompt for r, own in zip(rollouts, zip(*scores, strict=True), strict=True) if set(own) == {None}]
+        if unscored and self.mesh.is_main:
+            rows = list(dict.fromkeys(prompt.source or f"prompt {prompt.index}" for prompt in unscored))
             more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-            self._unscored.append(f"no scorer applies to {len(nobodys)} responses, of {', '.join(rows[:8])}{more}")
+            self._unscored.append(f"no scorer applies to {len(unscored)} responses, of {', '.join(rows[:8])}{more}")
         return dict(zip(self.config.names, scores, strict=True))
 
     def combined(self, scores: Mapping[str, Sequence[Score]]) -> list[float]:
-        """The weighted sum of the rewards that apply, sample by sample; NaN where one abstains, or none applies."""
+        """Weighted sum of the applicable scores of each sample; NaN if one failed or none applies."""
         return combine(scores, self.config.weights)
 
     def failures(self) -> list[str]:
-        """Why samples are without a score, one line each since the last call; on the first rank."""
+        """Reasons for samples without a score since the last call; on the first rank."""
         lines = []
         for reasons in (self._unscored, *(scorer.failures for scorer in (*self.functions, *self.servers))):
             lines += reasons
@@ -130,7 +128,7 @@ class Scorer:
         return lines
 
     def close(self) -> None:
-        """Ends the functions' processes."""
+        """Kill the functions' processes."""
         for function in self.functions:
             function.close()
 
@@ -143,17 +141,17 @@ class Scorer:
         *,
         may_lack_score: bool,
     ) -> None:
-        """Refuses scores that float32 has no finite number for, or makes them NaN where a scorer that fails abstains.
+        """Refuse scores outside float32, or make them NaN with on_failure=skip.
 
         Args:
-            unread: samples that the scorer could not read and gave NaN, and why.
-            may_lack_score: a NaN is no score, which is the scorer's right, as None is everyone's.
+            unread: samples that the scorer could not read, and reasons.
+            may_lack_score: NaN is allowed: a failure that was reported already.
         """
         for i, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
             if score is None or abs(score) <= LARGEST or (may_lack_score and math.isnan(score)):
                 continue
             where = rollout.prompt.source or f"prompt {rollout.prompt.index}"
-            why = unread.get(i, f"gave {score} for {where}: must be a finite number of float32")
+            why = unread.get(i, f"returned {score} for {where}: must be a finite number of float32")
             reason = f"{scorer}: {why}"
             if self.config.on_failure == "stop":
                 raise ValueError(reason)
@@ -169,14 +167,14 @@ class Scorer:
         batch: Batch,
         unread: dict[int, str],
     ) -> list[Score]:
-        """A model's scores; NaN for samples that its own tokenizer cannot encode, which are noted in `unread`."""
+        """A model's scores; NaN for samples that its tokenizer cannot encode, which are added to `unread`."""
         if name in self.encoders:
             batch = self._encoded_again(self.encoders[name], rollouts, unread)
         scores = model.scores(batch).tolist()
         return [math.nan if i in unread else score for i, score in enumerate(scores)]
 
     def _encoded_again(self, encoder: ChatEncoder, rollouts: Sequence[Rollout], unread: dict[int, str]) -> Batch:
-        """The rollouts as another tokenizer's tokens; a single token for one that cannot be encoded."""
+        """The rollouts encoded by another tokenizer; a single token for one that cannot be encoded."""
         sequences: list[list[int]] = []
         for i, rollout in enumerate(rollouts):
             try:
@@ -188,7 +186,7 @@ class Scorer:
         return pack(sequences).to(self.mesh.device)
 
     def _on_first_rank(self, work: Callable[[], T]) -> T:
-        """What `work` gives there, on every rank; where it raises, whatever it is, every rank does: the others wait."""
+        """Result of `work` on the first rank, on every rank; an error of it is raised on every rank."""
 
         def guarded() -> Any:
             try:
@@ -201,7 +199,7 @@ class Scorer:
 
 
 def with_conversations(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The rollouts' prompts; where any rollout has several turns, with the column `conversation`: the whole chat."""
+    """The rollouts' prompts; if any rollout has several turns, with the chat in a column `conversation`."""
     if all(len(rollout.turns) == 1 for rollout in rollouts):
         return [rollout.prompt for rollout in rollouts]
     chats = [conversation(rollout, turn_texts(rollout.policy_turns, tokenizer)) for rollout in rollouts]

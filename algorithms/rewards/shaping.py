@@ -1,4 +1,4 @@
-"""Scores to rewards: the weighted sum of all scorers, normalized by running statistics, clipped, penalized."""
+"""Reward shaping: weighted sum of scores, normalization by running moments, clip, penalty."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..batch import Score
 
 
 def combine(scores: Mapping[str, Sequence[Score]], weights: Sequence[float] = ()) -> list[float]:
-    """The weighted sum of the rewards that apply, sample by sample; NaN where one of them is, or none applies.
+    """Weighted sum of the applicable scores of each sample; NaN if one is NaN or none applies.
 
     Args:
-        scores: by name (a function's spec, a model's folder), in the order of the weights; one each sample.
-        weights: none: 1 each.
+        scores: of each scorer, in the order of the weights.
+        weights: empty: 1 each.
     """
     factors = weights or [1.0] * len(scores)
     combined = []
@@ -24,12 +24,9 @@ def combine(scores: Mapping[str, Sequence[Score]], weights: Sequence[float] = ()
 
 
 class RewardShaper:
-    """Combined scores -> rewards: normalized by all scores so far, clipped, less the penalty for no end of sequence.
+    """Scores -> rewards: normalized by running moments, clipped, minus the penalty for a missing end of sequence.
 
-    In this order, so that the penalty is in units of the final reward and neither moves the statistics nor is clipped.
-
-    Args:
-        clip: limit of a score's size; 0 for none.
+    The penalty comes last: it does not enter the moments and is not clipped. clip=0 is off.
     """
 
     def __init__(self, clip: float = 10.0, missing_eos_penalty: float = 0.0, normalize: bool = False):
@@ -40,8 +37,8 @@ class RewardShaper:
         """One reward for each sample.
 
         Args:
-            scores: of the whole global batch; NaN, which a sample without a score has, stays and moves nothing.
-            finished: the answer ended by itself (end of sequence), rather than at max_new_tokens.
+            scores: of the global batch; NaN (no score) stays NaN and does not enter the moments.
+            finished: whether the response has an end of sequence.
         """
         rewards = list(scores)
         if self.normalize:
@@ -53,7 +50,7 @@ class RewardShaper:
         return [reward - (0.0 if end else penalty) for reward, end in zip(rewards, finished, strict=True)]
 
     def state(self) -> dict[str, float]:
-        """The running statistics, for a checkpoint."""
+        """The running moments, for a checkpoint."""
         return self.moments.state()
 
     def load_state(self, state: Mapping[str, float]) -> None:
@@ -61,7 +58,7 @@ class RewardShaper:
 
 
 class RunningMoments:
-    """Mean and deviation of all numbers seen so far, batch by batch (Chan, Golub and LeVeque 1979)."""
+    """Mean and standard deviation of all numbers so far, batch by batch (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
@@ -80,7 +77,7 @@ class RunningMoments:
 
     @property
     def deviation(self) -> float:
-        """Of the population; 1 while all numbers are equal but for rounding, which leaves them at 0."""
+        """Population standard deviation; 1 if all numbers are equal up to rounding."""
         deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
         return deviation if deviation > 1e-8 * max(1.0, abs(self.mean)) else 1.0
 

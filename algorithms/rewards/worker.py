@@ -1,16 +1,15 @@
 """The process a reward function runs in: `python -P worker.py path/to/file.py:function PARENT [skip]`.
 Standard library only.
 
-It ends with PARENT, the process that started it, even in the middle of a call that holds the interpreter lock.
+It ends with PARENT, the process that started it, even during a call that holds the interpreter lock.
 
-It answers pickled requests (prompts, completions, sources, fields) on stdin with one JSON object each,
-{"scores": [...]} or {"error": "..."}, on what was stdout. The function's own prints go to stderr. A score is null where
-the function gave None: the row is not its own. With a last argument `skip` rows that failed get NaN, and
-{"failures": [...]} says why.
+Requests on stdin are pickled dicts (prompts, completions, sources, fields); responses on stdout are JSON lines,
+{"scores": [...]} or {"error": "..."}. The function's own prints go to stderr. A score is null if the function returned
+None: it does not score the row. With the last argument `skip` failed rows get NaN, with reasons in {"failures": [...]}.
 
-Its first answer says which columns the function needs and which it cannot be given, and whether there is a function
-`check_NAME` beside it, which gets the columns alone, before the run, and gives the reason why a row cannot be scored,
-or None, for each. A request without completions is for it; its reasons are {"failures": [[row, reason], ...]}.
+The first response has the columns that the function requires, those with names of its arguments, and whether the file
+has a function `check_NAME`: called before the run with columns only, it returns the reason why a row cannot be scored,
+or None, for each. Requests without completions are for it; the reasons are {"failures": [[row, reason], ...]}.
 """
 
 import contextlib
@@ -32,10 +31,10 @@ from typing import Any
 
 
 def load(spec: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    """The function that `path/to/file.py:function` or `module:function` names, and the one that checks its rows.
+    """The function of `path/to/file.py:function` or `module:function`, and its `check_` function or None.
 
     Raises:
-        ValueError: no such file, module or function, or importing it failed.
+        ValueError: no such file, module or function, or an error of the import.
     """
     place, _, name = spec.rpartition(":")
     try:
@@ -62,7 +61,7 @@ def load(spec: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
 
 
 def columns(function: Callable[..., Any]) -> dict[str, list[str]]:
-    """The columns it needs, and those it cannot be given, for its first two arguments have their names."""
+    """Required columns, and column names taken by the first two arguments."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = list(inspect.signature(function).parameters.values())
     needed = [p.name for p in parameters[2:] if p.kind in named and p.default is inspect.Parameter.empty]
@@ -81,7 +80,7 @@ def check(function: Callable[..., Any], fields: dict[str, list], count: int) -> 
     """(row, reason) of the rows that cannot be scored.
 
     Raises:
-        ValueError: the function raised, or gave something else than `count` reasons or Nones.
+        ValueError: the function raised, or did not return `count` reasons or Nones.
     """
     try:
         reasons = list(function(**accepted(function, fields)))
@@ -93,7 +92,7 @@ def check(function: Callable[..., Any], fields: dict[str, list], count: int) -> 
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception in a line, with the line of the file it came from."""
+    """An exception in one line, with its file and line."""
     frames = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
@@ -101,23 +100,23 @@ def describe_error(error: BaseException) -> str:
 
 
 class Raised(ValueError):
-    """What a reward function raised, and for which row."""
+    """An exception of a reward function, and its row."""
 
 
 def score(
     function: Callable[..., Any], request: dict[str, Any], failures: list[str] | None = None
 ) -> list[float | None]:
-    """Calls the function and checks what it gives.
+    """Call the function and check its result.
 
     Args:
-        failures: where it is given, what is no finite number becomes NaN, and the reason is added to it.
+        failures: if given, invalid scores become NaN and their reasons are added to it.
 
     Returns:
-        A finite number for each completion; None where the function gave that, for a row that is not its own.
+        A finite number for each completion, or None for rows that it does not score.
 
     Raises:
         Raised: it raised; names the row.
-        ValueError: it gave another number of scores, or neither a finite number nor None for some row; names the row.
+        ValueError: a wrong number of scores, or neither a finite number nor None; names the row.
     """
     prompts, completions, sources = request["prompts"], request["completions"], request["sources"]
     fields = accepted(function, request["fields"])
@@ -148,19 +147,15 @@ def score(
 
 
 def called(function: Callable[..., Any], prompts: list, completions: list, fields: dict[str, list]) -> Any:
-    """What the function gives for lists of its own, which it may change.
-
-    A generator's numbers come as a list, for its body runs only as they are asked for.
-    """
+    """Result of the function on copies of the lists; a generator as a list, so that its errors are raised here."""
     given = function(list(prompts), list(completions), **{key: list(values) for key, values in fields.items()})
     return list(given) if inspect.isgenerator(given) else given
 
 
 def score_or_skip(function: Callable[..., Any], request: dict[str, Any]) -> tuple[list[float | None], list[str]]:
-    """Scores, NaN for rows that failed, and why.
+    """Scores, NaN for rows that failed, and the reasons.
 
-    A function that raises is called with one row at a time, so that only the rows it fails on are without a score.
-    One that gives another number of scores says of no row which is its own.
+    A function that raises is called again with one row at a time. After a wrong number of scores all rows are NaN.
     """
     scores: list[float | None] = []
     failures: list[str] = []
@@ -183,8 +178,8 @@ def score_or_skip(function: Callable[..., Any], request: dict[str, Any]) -> tupl
 
 
 def as_number(value: Any) -> float:
-    """A number of Python's, NumPy's or torch's as a float; NaN for anything else."""
-    with contextlib.suppress(Exception):  # whatever it is, the caller refuses what is no number
+    """A Python, NumPy or torch number as a float; NaN for anything else."""
+    with contextlib.suppress(Exception):  # the caller refuses NaN
         value = value.item()
     with contextlib.suppress(OverflowError):  # an integer may be larger than any float
         return float(value) if isinstance(value, int | float) else math.nan
@@ -192,15 +187,15 @@ def as_number(value: Any) -> float:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value, shortened for messages."""
     try:
         return f"{value!r:.60}"
-    except Exception:  # Python writes no integer of more than 4300 digits, and a __repr__ may be anyone's
+    except Exception:  # integers of more than 4300 digits, or an error in __repr__
         return f"a value of type {type(value).__name__}"
 
 
 def culprit(function: Any, prompts: list, completions: list, sources: list, fields: dict[str, list]) -> str:
-    """Finds the row that fails when it is alone; a function that is stateful or random may hide it."""
+    """The first row that fails by itself; not found if the function is stateful or random."""
     for i, source in enumerate(sources):
         try:
             row = {key: value[i : i + 1] for key, value in fields.items()}
@@ -211,22 +206,22 @@ def culprit(function: Any, prompts: list, completions: list, sources: list, fiel
 
 
 def end_with_parent(parent: int) -> None:
-    """Ends this process when `parent`, which started it, is gone, even in the middle of a call."""
+    """End this process with `parent`, which started it, even during a call."""
     by_kernel = signal_at_end_of_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the kernel was asked
+    if os.getppid() != parent:  # it ended before the call
         os._exit(1)
     if not by_kernel:
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
 
 
 def signal_at_end_of_parent(number: signal.Signals) -> bool:
-    """Asks the kernel to send this process a signal when the thread that started it ends; whether it will."""
+    """Request a signal to this process when the thread that started it ends (Linux); whether it is supported."""
     pr_set_pdeathsig = 1
     return sys.platform == "linux" and ctypes.CDLL(None).prctl(pr_set_pdeathsig, number.value, 0, 0, 0) == 0
 
 
 def _watch_parent(parent: int) -> None:
-    """For want of the kernel's help: in vain while a call holds the interpreter lock."""
+    """Poll for the end of the parent; blocked while a call holds the interpreter lock."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -234,12 +229,12 @@ def _watch_parent(parent: int) -> None:
 
 def main() -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the function prints must not get between the replies
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor is it to read the requests
+    os.dup2(2, 1)  # prints of the function must not mix with responses
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and it must not read requests
     end_with_parent(int(sys.argv[2]))
 
     def answer(**message: Any) -> None:
-        sys.stdout.flush()  # what the function printed: a later kill would take it along
+        sys.stdout.flush()  # or a later kill would lose the prints
         print(json.dumps(message), file=replies, flush=True)
 
     try:

@@ -56,11 +56,11 @@ def learner(folder: Path, head: Any = "lm"):
 
 
 def batch():
-    made = pack([[3, 4, 5, 6], [7, 8, 9], [4, 4, 4, 4, 4], [9, 8, 7]])
-    return made.with_(rollout_logprobs=torch.zeros(15), minibatches=draw_minibatches(4, PPOOptions(), seed=0))
+    estimated = pack([[3, 4, 5, 6], [7, 8, 9], [4, 4, 4, 4, 4], [9, 8, 7]])
+    return estimated.with_(rollout_logprobs=torch.zeros(15), minibatches=draw_minibatches(4, PPOOptions(), seed=0))
 
 
-def test_the_pages_reward_and_reader(folder, tmp_path):
+def test_documented_reward_and_reader(folder, tmp_path):
     with RewardFunction(f"{folder}/reward.py:brevity") as function:
         prompts = [Prompt(i, [1], "p", source=f"a:{i}") for i in range(2)]
         assert function.score(prompts, ["", "x" * 50]) == [1.0, 0.5]
@@ -73,35 +73,35 @@ def test_the_pages_reward_and_reader(folder, tmp_path):
         PromptDataset(PromptData(sources=config.sources, reader=f"{tmp_path}/bad.py:rows"), tokenizer())
 
 
-def test_ppo_learns_by_the_pages_estimator_and_loss(folder):
+def test_documented_ppo_estimator_and_loss(folder):
     """Returns are the rewards to come, and the first loss is that of ratio 1, whatever the values are."""
     options = PPOOptions(advantage_estimator=f"{folder}/estimator.py:monte_carlo", whiten="off", kl_coef=0.0)
     config = PPOConfig(ppo=options, actor=ActorConfig(policy_loss=f"{folder}/loss.py:squared"))
     reference = Role(build_decoder(str(folder / "model"), read_config(folder / "model"), build_mesh(), "float32"),
                      sizes=options)  # fmt: skip
     roles, scores = Roles(learner(folder), learner(folder, "score"), reference), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    made = ppo.with_passes(batch(), roles, config)
-    made, _ = ppo.with_rewards(made, scores, config, 0.0)
-    whole, _ = ppo.with_gae(made, config)
+    estimated = ppo.with_passes(batch(), roles, config)
+    estimated, _ = ppo.with_rewards(estimated, scores, config, 0.0)
+    whole, _ = ppo.with_gae(estimated, config)
     assert whole.returns is not None and whole.advantages is not None and whole.values is not None
     assert torch.equal(whole.returns[whole.response], whole.segments.broadcast(scores)[whole.response])
-    metrics = ppo.update(roles, made, config)
+    metrics = ppo.update(roles, estimated, config)
     assert metrics["ratio_min"] == metrics["ratio_max"] == 1
     assert metrics["policy_loss"] == pytest.approx(-whole.advantages[whole.response].mean().item(), rel=1e-5)
 
 
-def test_grpo_learns_by_the_pages_estimator_and_loss(folder):
+def test_documented_grpo_estimator_and_loss(folder):
     options = GRPOOptions(
         advantage_estimator=f"{folder}/ranks.py:ranks", policy_loss=f"{folder}/loss.py:squared", kl_in="off"
     )
     config, actor = GRPOConfig(grpo=options), learner(folder)
-    made, _ = grpo.with_advantages(
+    estimated, _ = grpo.with_advantages(
         batch().with_(scores=torch.tensor([1.0, 3.0, 2.0, 2.0]), group=torch.tensor([0, 0, 1, 1])), config
     )
-    assert made.advantages is not None
-    assert made.advantages[made.last].tolist() == [-0.5, 0.5, 0.0, 0.0]
-    metrics = grpo.update(Roles(actor), made, config)
-    assert metrics["policy_loss"] == pytest.approx(-made.advantages[made.response].mean().item(), abs=1e-7)
+    assert estimated.advantages is not None
+    assert estimated.advantages[estimated.last].tolist() == [-0.5, 0.5, 0.0, 0.0]
+    metrics = grpo.update(Roles(actor), estimated, config)
+    assert metrics["policy_loss"] == pytest.approx(-estimated.advantages[estimated.response].mean().item(), abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_grpo_learns_by_the_pages_estimator_and_loss(folder):
         ("data.reader", "{folder}/loss.py:squared", "is called with (source)"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(folder, option, value, part):
+def test_invalid_user_functions_are_refused(folder, option, value, part):
     value = value.format(folder=folder)
     config = parse(PPOConfig, [*GIVEN, f"--{option}", value])
     with pytest.raises(ValueError) as error:
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(folder, option, 
     assert str(error.value).startswith(f"{option}=") and value in str(error.value) and part in str(error.value)
 
 
-def test_a_result_of_another_shape_is_refused(folder, tmp_path):
+def test_wrong_result_shape_is_refused(folder, tmp_path):
     path = tmp_path / "short.py"
     path.write_text("def short(scores, group):\n    return scores[1:]\n", encoding="utf-8")
     config = GRPOConfig(grpo=GRPOOptions(advantage_estimator=f"{path}:short", kl_in="off"))
@@ -130,7 +130,7 @@ def test_a_result_of_another_shape_is_refused(folder, tmp_path):
         grpo.with_advantages(batch().with_(scores=torch.ones(4), group=torch.zeros(4).long()), config)
 
 
-def test_paths_become_absolute_and_names_stay(folder, tmp_path, monkeypatch):
+def test_function_paths_become_absolute(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gae").mkdir()
     (tmp_path / "own.py").write_text("def loss(a, b, c, d):\n    return a\n", encoding="utf-8")

@@ -142,7 +142,7 @@ def setting(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(setting) -> Path:
     printed = succeed("conditional", "--config", setting / "config.toml", "--run.output", setting / "whole")
-    parts = ("1 dropped for more than 96 tokens", "1 dropped for want of a score", "3 rewards written")
+    parts = ("1 dropped for more than 96 tokens", "1 dropped without a score", "3 rewards written")
     assert all(part in printed for part in (*parts, "stop tokens: </s> (2)", "before", "after", "as the reward in"))
     return setting / "whole"
 

@@ -60,7 +60,7 @@ def test_dpo_pairs_best_and_worst_and_drops_ties():
 @pytest.mark.parametrize(
     ("rewards", "method", "message"),
     [
-        ([1.0] * 9, "dpo", "3 prompts.*score the same"),
+        ([1.0] * 9, "dpo", "3 prompts.*equal rewards"),
         ([NAN] * 9, "sft", "3 prompts.*has a score"),
     ],
 )

@@ -21,8 +21,8 @@ def planted(module: ModuleType, old: str, new: str, folder: Path, monkeypatch: p
     path.write_text(source.replace(old, new).replace("trialign::", "planted::"))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, made)
+    module_again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module_again)
     monkeypatch.setattr(dispatch, "register", lambda *_, **__: None)  # the ops have their shapes and launchers already
-    spec.loader.exec_module(made)
-    return made
+    spec.loader.exec_module(module_again)
+    return module_again

@@ -46,7 +46,7 @@ def pairs(seed: int, count: int = 8) -> list[Pair]:
 
 
 def labeled(seed: int, count: int = 8) -> tuple[list[Sample], list[bool]]:
-    """Answers to a prompt each, three of eight of them wanted."""
+    """Answers to a prompt each, three of eight of them desirable."""
     return [pair.chosen for pair in pairs(seed, count)], [i % 8 in (0, 3, 4) for i in range(count)]
 
 

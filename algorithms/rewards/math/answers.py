@@ -1,4 +1,4 @@
-"""The final answer of a response: behind its reasoning, in its last box, behind ####, behind "the answer is"."""
+"""The final answer of a response: after its reasoning, in its last box, after ####, after "the answer is"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tex import boxes_at_end, last_boxed, tidy
 from .units import SCALES, known, unit_of
 
 _REASONING = re.compile(r"</\s*(?:think|thinking|thought|reasoning|reason|analysis)\s*>", re.IGNORECASE)
-_SAYS = re.compile(r"\banswer\b(?:\s+(?:to|of|for)\b[^.:\n]{0,60})?\s*(?:\bis\b|:|=|\bwas\b)\s*:?", re.IGNORECASE)
+_MARKERS = re.compile(r"\banswer\b(?:\s+(?:to|of|for)\b[^.:\n]{0,60})?\s*(?:\bis\b|:|=|\bwas\b)\s*:?", re.IGNORECASE)
 _CLAUSE = re.compile(r"(?:[^.\n!?]|\.(?=\S)|!(?=[\d)=])|\?(?=\S))*")
 _HEDGED = re.compile(r"[<>]|\\(?:le|ge|ne|in|pm)\b|\b(?:between|least|most|than|not|either|or)\b", re.IGNORECASE)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
@@ -44,7 +44,7 @@ _COEFFICIENT = re.compile(r"\s*\\(?:sqrt|pi|log|ln|sin|cos|tan|infty|theta|alpha
 
 
 class Answer(NamedTuple):
-    """A final answer, tidied."""
+    """A normalized final answer."""
 
     text: str
     found: Literal["box", "clause", "text"]  # it is all of a box; begins a clause; is somewhere in a text
@@ -52,7 +52,7 @@ class Answer(NamedTuple):
 
 
 def final_answer(response: str) -> Answer:
-    """What a response gives as its answer; an answer that is cut off ("\\boxed{3" and no more) is empty."""
+    """The final answer of a response; a truncated one ("\\boxed{3" and no more) is empty."""
     response = _REASONING.split(response)[-1]
     within, closed, _ = response.rpartition("</answer>")
     if closed:
@@ -66,15 +66,15 @@ def final_answer(response: str) -> Answer:
         return Answer(tidy(after.strip().partition("\n")[0]), "clause")
     if closed:
         return Answer(tidy(response), "clause")
-    for says in reversed(list(_SAYS.finditer(response))):
-        clause = _CLAUSE.match(response, says.end())
+    for marker in reversed(list(_MARKERS.finditer(response))):
+        clause = _CLAUSE.match(response, marker.end())
         if clause and clause[0].strip():
             return Answer(tidy(clause[0]), "clause")
     return Answer(response, "text")
 
 
 def stated_number(answer: Answer) -> Number | None:
-    """The number of a clause or a text with others around it: a clause's first behind its last sign of equality, a
+    """The number of a clause or a text with others around it: a clause's first after its last sign of equality, a
     text's last."""
     if answer.found == "text":
         numbers = numbers_in(tidy(answer.text))
@@ -121,7 +121,7 @@ def numbers_in(text: str) -> list[Number]:
             rest = _DIGITS.match(text, start)
             place = max(rest.end() if rest else 0, start + 1)
             continue
-        number = None if _COEFFICIENT.match(text, match.end()) or _variable(match) else _made(match)
+        number = None if _COEFFICIENT.match(text, match.end()) or _variable(match) else _number_of(match)
         if number is not None:
             found.append(number)
         place = max(match.end(), place + 1)
@@ -129,7 +129,7 @@ def numbers_in(text: str) -> list[Number]:
 
 
 def _variable(match: re.Match[str]) -> bool:
-    """Whether the letter right behind a number is a variable: 3x."""
+    """Whether the letter after a number is a variable: 3x."""
     unit = match["unit"] or ""
     return len(unit) == 1 and unit.isalpha() and not known(unit) and match.start("unit") == match.end("plain")
 
@@ -142,8 +142,8 @@ def is_sign(text: str, place: int, apart: bool) -> bool:
     return not before or not re.match(r"[\w)\]}.%]", before[-1])
 
 
-def _made(match: re.Match[str]) -> Number | None:
-    """The number of a match; None where it divides by 0 or is longer than anyone means."""
+def _number_of(match: re.Match[str]) -> Number | None:
+    """The number of a match; None where it divides by 0 or is too long."""
     if len(match[0]) > LONGEST:
         return None
     group = match.groupdict()

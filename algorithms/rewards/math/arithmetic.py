@@ -36,7 +36,7 @@ _OPEN = {"(": ")", "{": "}", "[": "]"}
 
 
 class NoValue(Exception):
-    """The text is no arithmetic, or its value is no rational number of a size that anyone means."""
+    """The text is not arithmetic, or its value is not a rational number of reasonable size."""
 
 
 def value_of(text: str, start: int = 0) -> tuple[Fraction, int]:
@@ -109,7 +109,7 @@ class _Reader:
             value = _sized(value / factor if over else value * factor)
 
     def signed(self) -> Fraction:
-        """A factor behind an operator, which may bring its sign: 3 * -2."""
+        """A factor after an operator, which may bring its sign: 3 * -2."""
         self.space()
         negative = self.text[self.place : self.place + 1] == "-"
         self.place += negative
@@ -134,7 +134,7 @@ class _Reader:
                 return base
 
     def argument(self, signed: bool = False) -> Fraction:
-        """What TeX takes for an argument: something in braces, or one character."""
+        """An argument of a TeX command: something in braces, or one character."""
         self.space()
         mark = self.text[self.place : self.place + 1]
         if mark in ("{", "("):

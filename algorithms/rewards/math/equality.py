@@ -1,4 +1,4 @@
-"""Whether two answers are one: numbers exactly, lists, points and intervals entry by entry, the rest by `math-verify`.
+"""Equality of answers: numbers exactly, lists, points and intervals entry by entry, the rest by `math-verify`.
 
 All texts are tidied ones (`tex.tidy`).
 """
@@ -14,9 +14,9 @@ from .tex import UPRIGHT
 from .units import Unit, unit_of
 
 MISSING = frozenset(("", "none", "null", "nan", "n/a", "na", "?", "-", "proof", "notfound", "not found", "inf", "-inf"))
-"""What data sets write where there is no answer."""
+"""Placeholders of datasets for a missing answer."""
 WORDS = 8
-"""Words of an answer that is no mathematics."""
+"""Words of an answer that is not mathematics."""
 
 symbolic = Symbolic()
 _SPACE = re.compile(rf"[\s{UPRIGHT}$]+")
@@ -45,7 +45,7 @@ class Entries(NamedTuple):
 
 
 def readable(wanted: str) -> bool:
-    """Whether a reference is something that answers can be compared with."""
+    """Whether a reference can be compared with answers."""
     if wanted.strip().strip(".").lower() in MISSING:
         return False
     if numeral(wanted) is not None or choice(wanted) or words(wanted):
@@ -59,7 +59,7 @@ def readable(wanted: str) -> bool:
 
 
 def equal(wanted: str, given: str) -> bool:
-    """Whether an answer is the reference."""
+    """Whether an answer equals the reference."""
     if choice(wanted):
         label = CHOICE.match(wanted)  # (E) 42 is chosen by its letter, or by its value
         if choice(given) or label is None or label.end() == len(wanted):
@@ -72,12 +72,12 @@ def equal(wanted: str, given: str) -> bool:
         return True
     if words(wanted):
         return words(wanted) == words(given)
-    ours, theirs = entries(wanted), entries(given)
-    if ours and theirs:
-        return same_entries(ours, theirs)
+    wanted_parts, given_parts = entries(wanted), entries(given)
+    if wanted_parts and given_parts:
+        return same_entries(wanted_parts, given_parts)
     if "\\cup" in wanted + given:
         wanted, given = as_union(wanted), as_union(given)
-    elif ours and not _RELATION.search(given):
+    elif wanted_parts and not _RELATION.search(given):
         return False
     if label := CHOICE.match(given):
         given = given[label.end() :] or given
@@ -87,7 +87,7 @@ def equal(wanted: str, given: str) -> bool:
 
 
 def is_number(given: str, right: Number) -> bool:
-    """Whether an answer is a number: as it is written, or as an expression without variables that has its value."""
+    """Whether an answer equals a number, as written or as the value of an expression without variables."""
     number = numeral(given)
     if number is not None:
         return number.equals(right)
@@ -106,23 +106,23 @@ def is_number(given: str, right: Number) -> bool:
 
 def same_sides(wanted: str, given: str) -> bool:
     """Equations and expressions: `y = 2x + 3` is asked for by that or by `2x + 3`, and `x + 1 = 5` is not `5`."""
-    names, ours = named_sides(wanted)
-    others, theirs = named_sides(given)
-    if len(ours) > 1 or len(theirs) > 1:  # an equation that no name solves
-        if len(ours) == 1 and not names:
-            return all(symbolic.equal(expression(ours[0]), expression(side)) for side in theirs)
+    names, wanted_parts = named_sides(wanted)
+    others, given_parts = named_sides(given)
+    if len(wanted_parts) > 1 or len(given_parts) > 1:  # an equation that no name solves
+        if len(wanted_parts) == 1 and not names:
+            return all(symbolic.equal(expression(wanted_parts[0]), expression(side)) for side in given_parts)
         return symbolic.equal(expression(wanted), expression(given))
     if names and others and squeezed(names) != squeezed(others):
         return symbolic.equal(expression(wanted), expression(given))
-    if squeezed(ours[0]) == squeezed(theirs[0]):
+    if squeezed(wanted_parts[0]) == squeezed(given_parts[0]):
         return True
-    number = numeral(ours[0])
+    number = numeral(wanted_parts[0])
     if number is not None:
-        return is_number(theirs[0], number)
-    several, other = entries(ours[0]), entries(theirs[0])
+        return is_number(given_parts[0], number)
+    several, other = entries(wanted_parts[0]), entries(given_parts[0])
     if several and other:
         return same_entries(several, other)
-    (left, unit), (right, its) = without_unit(ours[0]), without_unit(theirs[0])
+    (left, unit), (right, its) = without_unit(wanted_parts[0]), without_unit(given_parts[0])
     return (not unit or not its or unit == its) and symbolic.equal(expression(left), expression(right))
 
 
@@ -140,7 +140,7 @@ def as_union(text: str) -> str:
 
 
 def without_unit(text: str) -> tuple[str, Unit | None]:
-    """An expression without the unit or the words behind it, and the unit where it is known: `12\\pi cm^2`."""
+    """An expression without the unit or the words after it, and the unit where it is known: `12\\pi cm^2`."""
     match = _UNITS.fullmatch(text)
     if match is None:
         return text, None
@@ -159,7 +159,7 @@ def alternatives(text: str) -> list[str]:
 
 
 def named_sides(text: str) -> tuple[str, list[str]]:
-    """The name before an equation's sign, or "", and the sides behind it."""
+    """The name before an equation's sign, or "", and the sides after it."""
     sides = [side for side in split_at(text.replace("==", "="), "=") if side.strip()] or [text]
     if len(sides) > 1 and is_quantity(sides[0]):
         return sides[0], sides[1:]
@@ -201,7 +201,7 @@ def expression(text: str) -> str:
 
 
 def entries(text: str) -> Entries | None:
-    """What a text lists, with its brackets; None where it lists nothing."""
+    """Entries of a list with its brackets; None if the text is not a list."""
     name, sides = named_sides(_MEMBER.sub("", text))
     text = expression(sides[0] if name and len(sides) == 1 else text).strip()
     text = text.replace("\\langle", "(").replace("\\rangle", ")")
@@ -265,25 +265,30 @@ def named_entry(entry: str) -> tuple[str, str]:
 
 
 def same_entries(wanted: Entries, given: Entries) -> bool:
-    """Whether two lists are one: in the order of points and intervals, in any order otherwise; by name where they are
+    """Equality of two lists: in the order of points and intervals, in any order otherwise; by name where they are
     named."""
     if wanted.kind != given.kind and {wanted.kind, given.kind} not in ({"", "{}"}, {"", "()"}):
         return False
     if len(wanted.entries) != len(given.entries):
         return False
-    ours, theirs = (list(map(named_entry, side.entries)) for side in (wanted, given))
+    wanted_parts, given_parts = (list(map(named_entry, side.entries)) for side in (wanted, given))
     distinct = lambda side: len({name for name, _ in side}) == len(side) > 1 and all(name for name, _ in side)  # noqa: E731
-    both = all(name for name, _ in [*ours, *theirs])
+    both = all(name for name, _ in [*wanted_parts, *given_parts])
     if not both:
-        if distinct(ours) or distinct(theirs) or "()" in (wanted.kind, given.kind) or "[" in wanted.kind + given.kind:
-            return all(equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
-        ours, theirs = ([("", value) for _, value in side] for side in (ours, theirs))
+        if (
+            distinct(wanted_parts)
+            or distinct(given_parts)
+            or "()" in (wanted.kind, given.kind)
+            or "[" in wanted.kind + given.kind
+        ):
+            return all(equal(a, b) for (_, a), (_, b) in zip(wanted_parts, given_parts, strict=True))
+        wanted_parts, given_parts = ([("", value) for _, value in side] for side in (wanted_parts, given_parts))
     elif wanted.kind or given.kind:
         if wanted.kind not in ("", "{}") or given.kind not in ("", "{}"):
-            return all(a[0] == b[0] and equal(a[1], b[1]) for a, b in zip(ours, theirs, strict=True))
-    for name, value in ours:
-        found = next((i for i, (other, its) in enumerate(theirs) if other == name and equal(value, its)), None)
+            return all(a[0] == b[0] and equal(a[1], b[1]) for a, b in zip(wanted_parts, given_parts, strict=True))
+    for name, value in wanted_parts:
+        found = next((i for i, (other, its) in enumerate(given_parts) if other == name and equal(value, its)), None)
         if found is None:
             return False
-        del theirs[found]
+        del given_parts[found]
     return True

@@ -26,16 +26,19 @@ class Number(NamedTuple):
     def equals(self, other: Number) -> bool:
         """By value. A percentage is also its hundredth part where the other side is none; units count where both have
         one; digits in another base than ten equal the same digits in the same base alone."""
-        mine, theirs = self.value, other.value
+        mine, other_unit = self.value, other.value
         if self.base != other.base:
             return False
         if self.unit and other.unit:
-            return self.unit.dimension == other.unit.dimension and mine * self.unit.factor == theirs * other.unit.factor
+            return (
+                self.unit.dimension == other.unit.dimension
+                and mine * self.unit.factor == other_unit * other.unit.factor
+            )
         if self.percent and not other.percent:
-            return theirs in (mine, mine / 100)
+            return other_unit in (mine, mine / 100)
         if other.percent and not self.percent:
-            return mine in (theirs, theirs / 100)
-        return mine == theirs
+            return mine in (other_unit, other_unit / 100)
+        return mine == other_unit
 
 
 CHOICE = re.compile(rf"\s*(?:\(\s*{UPRIGHT}?([A-Ja-j])\s*\)|{UPRIGHT}?([A-J])(?:[.):](?=\s|$)|\s*\)))\s*")
@@ -50,7 +53,7 @@ _TAIL = re.compile(
     r"(?:\s*\(\s*[A-Za-z][A-Za-z.\s]*\))?\s*"
 )
 _PAIRS = ("st", "nd", "rd", "th", "am", "pm", "of", "in")
-"""What two letters right behind a number may be beside units; others are two variables."""
+"""Two letters after a number that are neither units nor two variables."""
 _SCALE = re.compile(rf"\s*({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 _FURTHER = re.compile(rf"({UPRIGHT}?[A-Za-z]+\.?)(?:\s*,|\s+and\b)?\s*(\d.*)")
 _NOT_ONE = frozenset(
@@ -72,7 +75,7 @@ _FUNCTIONS = re.compile(
 
 
 def numeral(text: str) -> Number | None:
-    """The number that a tidied text is and nothing else: `x = 5 cm` is one, `x^2 + 5` is none, `x + 1 = 5` neither."""
+    """The number that a normalized text consists of: `x = 5 cm` is one, `x^2 + 5` is none, `x + 1 = 5` neither."""
     if len(text) > LONGEST:
         return None
     sides = equal_sides(text)
@@ -189,7 +192,7 @@ def _compound(value: Fraction, unit: Unit | None, rest: Number | None) -> Number
 
 
 def _is_unit(tail: str, glued: bool) -> bool:
-    """Whether what stands behind a number is a unit or words that leave it a number; nothing is one, `x` and `or 5` are
+    """Whether the text after a number is a unit or words that leave it a number; nothing is one, `x` and `or 5` are
     not.
 
     Args:

@@ -1,4 +1,4 @@
-"""A verifiable reward: is an answer the right one?
+"""Verifiable math reward: correctness of final answers.
 
     reward.functions = ["trialign.algorithms.rewards.math.reward:math"]
 
@@ -20,7 +20,7 @@ from .tex import last_boxed, tidy
 
 
 def math(prompts: list[str], completions: list[str], answer: list[Any], **fields: list) -> list[float]:
-    """1 where a completion's answer is that of the row's column `answer`, else 0.
+    """1 for completions whose answer equals the row's column `answer`, else 0.
 
     Raises:
         ValueError: a row's answer holds nothing to compare with.
@@ -29,7 +29,7 @@ def math(prompts: list[str], completions: list[str], answer: list[Any], **fields
 
 
 def check_math(answer: list[Any], **fields: list) -> list[str | None]:
-    """Before the run: why a row's answer cannot be compared with, None for those that can."""
+    """Reason why a row's reference cannot be read, or None, for each row; called before the run."""
     reasons: list[str | None] = []
     for wanted in answer:
         try:
@@ -41,7 +41,7 @@ def check_math(answer: list[Any], **fields: list) -> list[str | None]:
 
 
 def correct(text: str, wanted: Any) -> bool:
-    """Whether a response's answer is the wanted one: a number, or a text that holds it as a response does.
+    """Whether a response's answer equals the reference: a number, or a text with it as in a response.
 
     Raises:
         ValueError: `wanted` holds nothing to compare with.
@@ -59,7 +59,7 @@ def correct(text: str, wanted: Any) -> bool:
 
 
 def _is_stated(right: str, answer: Answer) -> bool:
-    """Whether an answer that is somewhere in a text is the right one."""
+    """Whether an unmarked answer of a text is correct."""
     letter = last_choice(answer.text) if choice(right) else ""
     number = numeral(right)
     if letter or number is None:
@@ -69,7 +69,7 @@ def _is_stated(right: str, answer: Answer) -> bool:
 
 
 def _is(right: str, answer: Answer) -> bool:
-    """Whether an answer that is marked as such is the right one."""
+    """Whether a marked answer is correct."""
     if equal(right, answer.text):
         return True
     several, number = entries(right), numeral(right)
@@ -83,7 +83,7 @@ def _is(right: str, answer: Answer) -> bool:
 
 
 def reference(wanted: Any) -> str:
-    """What a row's answer holds, tidied.
+    """Normalized reference of a row.
 
     Raises:
         ValueError: it is nothing to compare with.

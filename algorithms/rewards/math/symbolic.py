@@ -25,14 +25,14 @@ MEMORY = 4 << 30
 LONGEST = 1000
 """Characters of an expression."""
 KNOWN = 100_000
-"""Answers that are remembered."""
+"""Size of the cache of results."""
 _ENDLESS = re.compile(r"(?:[({\[]\s*){20}|\d\s*\}?\s*\^\s*\{?\s*\(?\s*\d+\s*\)?\s*\^|\d{5}\s*!|!\s*!|\^\s*\{?\s*\d{6}")
-"""Brackets, powers of powers and factorials that nobody means: not worth the seconds."""
+"""Brackets, powers of powers and factorials that are unrealistic: not worth the time."""
 _WARM = (r"\frac{2\sqrt{3}}{x^2+1}", r"x \in (-\infty, 3] \cup [5, 7)", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}")
 
 
 class Symbolic:
-    """Asks the process, which starts at the first question and ends with this one."""
+    """Client of the process, which starts at the first question and ends with this process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -44,7 +44,7 @@ class Symbolic:
         return self._ask(text)
 
     def equal(self, wanted: str, given: str) -> bool:
-        """Whether two expressions are equal; False where that is not found out in time."""
+        """Whether two expressions are equal; False after the time limit."""
         return self._ask(wanted, given)
 
     def _ask(self, *texts: str) -> bool:
@@ -83,14 +83,14 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that is printed must get between the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that asks
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # which warns that nobody limits its time
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # which warns about its missing time limit
     for text in _WARM:
         parsed(text)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # nobody handles SIGPROF: it ends the process
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF is not handled: it ends the process
         try:
             answer = answered(*json.loads(line))
         except Exception:  # of whatever library; what cannot be compared is not equal
@@ -100,8 +100,8 @@ def main() -> None:
 
 
 def parsed(text: str) -> Any:
-    """The SymPy object that an expression is, decimals made fractions; None where it is none."""
-    import sympy
+    """SymPy object of an expression, with decimals as fractions; None if it cannot be parsed."""
+    import sympy  # optional, and slow to import
     from math_verify import LatexExtractionConfig, parse
 
     config = LatexExtractionConfig()
@@ -115,7 +115,7 @@ def parsed(text: str) -> Any:
 
 def answered(wanted: str, given: str | None = None) -> bool:
     """Whether `wanted` can be read; with `given`, whether they are equal."""
-    from math_verify import verify
+    from math_verify import verify  # optional, and slow to import
 
     right = parsed(wanted)
     if right is None or given is None:

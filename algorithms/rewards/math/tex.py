@@ -1,4 +1,4 @@
-"""TeX's and Unicode's many ways of writing one thing made one, and what stands between braces."""
+"""Normalization of TeX and Unicode notation, and contents of braces and boxes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ _LETTER = re.compile(r"(?<![A-Za-z\\\x02])([A-Za-z])(?![A-Za-z])")
 
 
 def tidy(text: str) -> str:
-    """The text with one way of writing each thing: no white space commands, fonts or \\left, \\dfrac as \\frac."""
+    """Normalized text: no white space commands, fonts or \\left, \\dfrac as \\frac."""
     for pattern, by in _BEFORE:
         text = pattern.sub(by, text)
     text = unicodedata.normalize("NFKC", text)
@@ -121,7 +121,7 @@ def closing(text: str, opened: int) -> int:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed or \\fbox holds, also without braces (\\boxed3); "" where it is not closed, None where
+    """Contents of the last \\boxed or \\fbox, also without braces (\\boxed3); "" where it is not closed, None where
     there is none."""
     boxes = list(re.finditer(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*", text))
     while boxes:
@@ -139,7 +139,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def boxes_at_end(text: str) -> list[str]:
-    """What the last boxes of a text hold that nothing but "and", "or", commas and the like stands between."""
+    """Contents of the last boxes of a text that only "and", "or", commas and the like stands between."""
     found, end = [], 0
     for box in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
         between = text[end : box.start()]

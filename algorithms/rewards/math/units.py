@@ -1,4 +1,4 @@
-"""Units of measurement: what `km/h` or `square feet` measure, and how much of the dimension's own unit they are."""
+"""Units of measurement, such as `km/h` or `square feet`: dimensions and factors to base units."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """What is measured, as (dimension, power) in alphabetical order, and how many of the dimensions' own units."""
+    """Dimensions as (dimension, power) in alphabetical order, and the factor to their base units."""
 
     dimension: tuple[tuple[str, int], ...]
     factor: Fraction
@@ -79,10 +79,10 @@ UNITS: dict[str, tuple[str, Fraction]] = {
     for words, factor in units.items()
     for word in words.split()
 }
-"""Word -> the dimension, and how much of the dimension's own unit it is."""
+"""Word -> dimension and factor to its base unit."""
 
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-"""What a word behind a number multiplies it by."""
+"""Factors of words after a number."""
 
 _SPEEDS = {"mph": "miles per hour", "kmh": "km per h", "kph": "km per h"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
@@ -95,12 +95,12 @@ def known(word: str) -> str | None:
 
 
 def unit_of(text: str) -> Unit | None:
-    """The unit that a text is; None where a word of it is no unit that is known."""
+    """The unit of a text; None with an unknown word."""
     text = text.replace("\\times", "·")
     text = " ".join(_SPEEDS.get(word, word) for word in text.split())
     powers: dict[str, int] = {}
     factor, side, ahead, place = Fraction(1), 1, 1, 0
-    last: tuple[str, int] | None = None  # the unit that a power behind it belongs to
+    last: tuple[str, int] | None = None  # the unit that a power after it belongs to
     while place < len(text.rstrip()):
         match = _TOKEN.match(text, place)
         if match is None:

@@ -48,7 +48,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
         "pairs",
         {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"},
         {},
-        "'chosen' and 'rejected' answer different dialogues",
+        "'chosen' and 'rejected' are responses to different dialogues",
     ),
     "the user last": (
         "pairs",
@@ -56,7 +56,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
         {},
         "'chosen' must end with the assistant, not with user",
     ),
-    "no prompt anywhere": ("pairs", {"prompt": ...}, {}, "'chosen' is neither an answer to a prompt column nor a"),
+    "no prompt anywhere": ("pairs", {"prompt": ...}, {}, "'chosen' is neither a response to a prompt column nor a"),
     "nothing to answer": ("pairs", {"prompt": ..., "chosen": [SYSTEM, *chat("a", "b")[1:]]}, {}, "'chosen' has no tur"),
     "a dialogue without a template": (
         "pairs",
@@ -74,8 +74,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
     "a label in words": ("labels", {"label": "good"}, {}, "'label' must be true or false, not 'good'"),
     "an empty response": ("labels", {"response": ""}, {}, "'response' is empty"),
     "no response": ("labels", {"response": ...}, {}, "no column 'response' (data.response_key); it has:"),
-    "no steps": ("steps", {"steps": []}, {}, "'steps' must be a list of steps in words, not []"),
-    "steps in one string": ("steps", {"steps": "b"}, {}, "'steps' must be a list of steps in words, not 'b'"),
+    "no steps": ("steps", {"steps": []}, {}, "'steps' must be a list of strings, not []"),
+    "steps in one string": ("steps", {"steps": "b"}, {}, "'steps' must be a list of strings, not 'b'"),
     "a label too few": ("steps", {"steps": ["b", "c"]}, {}, "2 steps but 1 labels"),
     "labels in numbers": ("steps", {"labels": [0.7]}, {}, "'labels' must be a list of true and false, not [0.7]"),
     "no labels of steps": ("steps", {"labels": ...}, {}, "no column 'labels' (steps.labels_key); it has:"),
@@ -98,7 +98,12 @@ def test_a_bad_row_is_named(case, tiny, tmp_path):
 
 FILES = {
     "all equal": ("pairs", b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3, {}, ": in all 3 pairs the chosen"),
-    "all wanted": ("labels", b'{"prompt": "a", "response": "b", "label": true}\n' * 4, {}, ": all 4 answers to learn"),
+    "all wanted": (
+        "labels",
+        b'{"prompt": "a", "response": "b", "label": true}\n' * 4,
+        {},
+        ": all 4 responses have the label",
+    ),
     "all too long": (
         "pairs",
         b'{"prompt": "a", "chosen": "b", "rejected": "ccc"}\n' * 2,
@@ -128,7 +133,7 @@ def test_no_source_that_is_drawn_from_may_be_held_out_whole(tiny, tmp_path):
     rows = [GOOD["pairs"] | {"prompt": f"{i}"} for i in range(9)]
     many, one = write_jsonl(tmp_path / "many.jsonl", rows), write_jsonl(tmp_path / "one.jsonl", rows[:1])
     options = {"eval_fraction": 0.9, "probabilities": (0.5, 0.5)}  # one row is left
-    message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d pairs, but data.probabilities draw from every"
+    message = r"\.jsonl: data.eval_fraction=0.9 takes all of its \d pairs, but data.probabilities sample every"
     with pytest.raises(ValueError, match=message):
         stream("pairs", tiny, many, one, **options)
     assert len(stream("pairs", tiny, many, one, eval_fraction=0.9)) == 1  # all rows alike: it need not be drawn

@@ -53,7 +53,7 @@ def test_sources_are_mixed_by_their_probabilities(tmp_path):
     counts = Counter(prompt.text for prompt in dataset(*paths, probabilities=(0.5, 0.4, 0.1)).next(2000))
     assert [counts[f"say {name}"] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
     few = tuple(str(write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"w{i}"}] * n)) for i, n in ((1, 9), (2, 1)))
-    message = r"\.jsonl: data.eval_fraction=0.9 holds out all of its \d documents, but data.probabilities draw from ev"
+    message = r"\.jsonl: data.eval_fraction=0.9 takes all of its \d documents, but data.probabilities sample ev"
     with pytest.raises(ValueError, match=message):
         TextStream(TextData(sources=few, eval_fraction=0.9, probabilities=(0.5, 0.5)), tokenizer())
     assert TextStream(TextData(sources=few, eval_fraction=0.9), tokenizer()).documents == 1

@@ -174,7 +174,7 @@ def test_messages_of_weight_0_are_read_and_not_learned(tiny, with_template, tmp_
     assert learned(tiny, sample) == ["bye</s>"]
     none = {"messages": [TWO_TURNS[0], TWO_TURNS[1] | no[0]]}
     path = write_jsonl(tmp_path / "none.jsonl", [none, *rows])
-    assert "; 1 dropped whose messages all have weight 0" in str(dataset(tiny, path))
+    assert "; 1 dropped with weight 0 only" in str(dataset(tiny, path))
     with pytest.raises(ValueError, match=r"none.jsonl: all messages of all 2 rows have weight 0"):
         dataset(tiny, write_jsonl(tmp_path / "none.jsonl", [none, none]))
     told = with_template(
@@ -246,7 +246,7 @@ def test_what_is_held_out_is_never_learned_from_and_depends_on_the_seed(tiny, tm
     assert {s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25, seed=1).eval_rows)} != held
     apart = dataset(tiny, paths[0], eval_sources=(str(paths[1]),))
     assert len(apart) == 10 and {s.text[0] for s in joined(apart.eval_rows)} == {"b"}
-    with pytest.raises(ValueError, match=r"eval_fraction=0.9 of 1 rows leaves none to learn from"):
+    with pytest.raises(ValueError, match=r"eval_fraction=0.9 of 1 rows leaves none for training"):
         dataset(tiny, write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}]), eval_fraction=0.9)
 
 
@@ -278,7 +278,7 @@ REFUSED = {
     "a user's message to learn": ({"messages": [TWO_TURNS[0] | {"train": True}, TWO_TURNS[1]]}, "'messages'[0] (user)"),
     "the assistant first": (
         chat(("system", "s"), ("assistant", "a"), ("user", "b"), ("assistant", "c")),
-        "the assistant speaks first: a turn to answer must come before its first one",
+        "the first turn is the assistant's: a user turn must come before",
     ),
     "tools in words": ({"prompt": "a", "response": "b", "tools": "clock"}, "'tools' is not valid JSON: Expecting"),
     "tools that are none": ({"prompt": "a", "response": "b", "tools": {"a": 1}}, "'tools' must be a list of function"),

@@ -200,5 +200,5 @@ def test_kto_finds_equal_prompts_by_their_tokens(tokenizers, tmp_path):
     tokenizer = tokenizers(TEMPLATES["a prompt that ends in a space"])
     rows = [{"prompt": "same", "response": text, "label": i} for i, text in enumerate(("hi", " hi"))]
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    with pytest.raises(ValueError, match="all 2 answers are to one prompt"):
+    with pytest.raises(ValueError, match="all 2 responses have one prompt"):
         LabeledStream(LabelData(sources=(path,)), tokenizer, (tokenizer.eos_token_id,))

@@ -92,7 +92,7 @@ def test_margins_and_other_names_of_the_columns(tiny, tmp_path):
 def test_pairs_of_equal_answers_are_left_out_and_counted_where_there_are_others(tiny, tmp_path):
     rows = [{"prompt": "hi", "chosen": "yes", "rejected": other} for other in ("yes", "no", "yes")]
     data = PairStream(PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", rows)),)), tiny, STOP)
-    assert len(data) == 1 and str(data).endswith("; 2 dropped for two equal answers")
+    assert len(data) == 1 and str(data).endswith("; 2 dropped for equal responses")
 
 
 def test_a_prompt_beside_dialogues_with_a_system_message_of_their_own(tiny, tmp_path):
@@ -162,7 +162,7 @@ def test_a_mismatched_answer_is_the_other_s_after_the_own_prompt_cut_at_the_limi
     assert shown(tiny, both) == ("<s>user: one</s><s>assistant: ", "nono</s>")
     short = mismatched(one.sample, two.sample, len(both.tokens) - 2)
     assert shown(tiny, short)[1] == "non"
-    assert both.where.endswith("rows.jsonl:1 with the answer of " + two.sample.where)
+    assert both.where.endswith("rows.jsonl:1 with the response of " + two.sample.where)
 
 
 def test_steps_end_where_the_data_says_and_carry_their_labels(tiny, tmp_path):
