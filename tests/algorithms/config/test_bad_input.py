@@ -339,4 +339,4 @@ def test_reward_function_that_cannot_be_had(text, spec, part, tmp_path, monkeypa
         Path("reward.py").write_text(text)
     with pytest.raises(ValueError) as error:
         RewardFunction(spec, time_limit=2)
-    assert str(error.value).startswith(f"reward function {spec}: ") and part in str(error.value)
+    assert str(error.value).startswith(f"reward.functions={spec}: ") and part in str(error.value)

@@ -57,7 +57,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
         "'chosen' must end with the assistant, not with user",
     ),
     "no prompt anywhere": ("pairs", {"prompt": ...}, {}, "'chosen' is neither a response to a prompt column nor a"),
-    "nothing to answer": ("pairs", {"prompt": ..., "chosen": [SYSTEM, *chat("a", "b")[1:]]}, {}, "'chosen' has no tur"),
+    "nothing to answer": ("pairs", {"prompt": ..., "chosen": [SYSTEM, *chat("a", "b")[1:]]}, {}, "'chosen' has no user"),
     "a dialogue without a template": (
         "pairs",
         {"prompt": ..., "chosen": chat(*"abcd")},
@@ -66,16 +66,10 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
     ),
     "a negative margin": ("pairs", {"margin": -1}, {"margin_key": "margin"}, "'margin' must be a number of at least 0"),
     "a margin of NaN": ("pairs", {"margin": float("nan")}, {"margin_key": "margin"}, "at least 0, not nan"),
-    "an endless margin": ("pairs", {"margin": float("inf")}, {"margin_key": "margin"}, "at least 0, not inf"),
     "a margin beyond floats": ("pairs", {"margin": 10**400}, {"margin_key": "margin"}, "at least 0, not 1000"),
-    "a margin in words": ("pairs", {"margin": "much"}, {"margin_key": "margin"}, "at least 0, not 'much'"),
-    "a true margin": ("pairs", {"margin": True}, {"margin_key": "margin"}, "at least 0, not True"),
     "no label": ("labels", {"label": ...}, {}, "no column 'label' (data.label_key); it has: 'prompt', 'response'"),
     "a label in words": ("labels", {"label": "good"}, {}, "'label' must be true or false, not 'good'"),
-    "an empty response": ("labels", {"response": ""}, {}, "'response' is empty"),
-    "no response": ("labels", {"response": ...}, {}, "no column 'response' (data.response_key); it has:"),
     "no steps": ("steps", {"steps": []}, {}, "'steps' must be a list of strings, not []"),
-    "steps in one string": ("steps", {"steps": "b"}, {}, "'steps' must be a list of strings, not 'b'"),
     "a label too few": ("steps", {"steps": ["b", "c"]}, {}, "2 steps but 1 labels"),
     "labels in numbers": ("steps", {"labels": [0.7]}, {}, "'labels' must be a list of true and false, not [0.7]"),
     "no labels of steps": ("steps", {"labels": ...}, {}, "no column 'labels' (steps.labels_key); it has:"),
@@ -84,7 +78,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_bad_row_is_named(case, tiny, tmp_path):
+def test_invalid_preference_rows_are_refused(case, tiny, tmp_path):
     kind, changes, options, message = ROWS[case]
     bad = {key: value for key, value in (GOOD[kind] | changes).items() if value is not ...}
     if changes.get("prompt") is ... and "rejected" not in changes:
@@ -110,17 +104,11 @@ FILES = {
         {"max_tokens": 20},
         ": all 2 pairs are longer than data.max_tokens=20; the shortest has 25 tokens",
     ),
-    "all steps too long": (
-        "steps",
-        b'{"prompt": "a", "steps": ["b"], "labels": [1]}\n',
-        {"max_tokens": 9},
-        ": all 1 steps are longer than steps.max_tokens=9; the shortest has 24 tokens",
-    ),
 }
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_bad_file_is_named(case, tiny, tmp_path):
+def test_invalid_preference_files_are_refused(case, tiny, tmp_path):
     kind, content, options, message = FILES[case]
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
@@ -129,7 +117,7 @@ def test_a_bad_file_is_named(case, tiny, tmp_path):
     assert f"{path}{message}" in str(error.value), error.value
 
 
-def test_no_source_that_is_drawn_from_may_be_held_out_whole(tiny, tmp_path):
+def test_eval_fraction_must_leave_rows_of_every_source(tiny, tmp_path):
     rows = [GOOD["pairs"] | {"prompt": f"{i}"} for i in range(9)]
     many, one = write_jsonl(tmp_path / "many.jsonl", rows), write_jsonl(tmp_path / "one.jsonl", rows[:1])
     options = {"eval_fraction": 0.9, "probabilities": (0.5, 0.5)}  # one row is left
@@ -139,7 +127,7 @@ def test_no_source_that_is_drawn_from_may_be_held_out_whole(tiny, tmp_path):
     assert len(stream("pairs", tiny, many, one, eval_fraction=0.9)) == 1  # all rows alike: it need not be drawn
 
 
-def test_a_held_out_file_is_read_as_strictly(tiny, tmp_path):
+def test_eval_sources_are_checked(tiny, tmp_path):
     good, bad = (write_jsonl(tmp_path / f"{name}.jsonl", [GOOD["pairs"]]) for name in ("good", "bad"))
     write_jsonl(bad, [GOOD["pairs"] | {"chosen": ""}])
     with pytest.raises(ValueError, match=r"bad.jsonl:1: 'chosen' is empty"):

@@ -81,7 +81,7 @@ def changed(value):
 
 
 @pytest.mark.parametrize("case", STREAMS)
-def test_a_row_that_has_changed_is_refused_and_one_that_has_moved_is_not(case, tokenizer, tmp_path, monkeypatch):
+def test_changed_rows_are_refused_on_resume(case, tokenizer, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "launch"))
     make, key = STREAMS[case]
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)

@@ -37,7 +37,7 @@ def from_hub(folder: Path, chosen: str) -> Iterator:
 
 
 @pytest.mark.parametrize("read", [from_folder, from_hub])
-def test_a_configuration_and_a_split_are_chosen_or_listed(folder, read: Callable[..., Iterator]):
+def test_configuration_and_split_are_selected(folder, read: Callable[..., Iterator]):
     texts = {chosen: "".join(row["prompt"] for _, row in read(folder, chosen)) for chosen in (*EVERY, "socratic")}
     assert texts == {"main:train": "ab", "main:test": "c", "socratic:train": "d", "socratic": "d"}
     for chosen in ("", "train", "main:dev", "other:train", "train[:1]"):
@@ -47,7 +47,7 @@ def test_a_configuration_and_a_split_are_chosen_or_listed(folder, read: Callable
         assert ", ".join(f"{folder}:{one}" for one in EVERY) in str(error.value)
 
 
-def test_the_hub_s_default_split_is_train(folder):
+def test_hub_default_split_and_slices(folder):
     assert [row["prompt"] for _, row in from_hub(folder, "main")] == ["a", "b"]
     assert [row["prompt"] for _, row in from_hub(folder, "main:train[1:]")] == ["b"]
     with pytest.raises(ValueError, match="name one"):
@@ -56,7 +56,7 @@ def test_the_hub_s_default_split_is_train(folder):
         list(read_rows("no/such:main:train"))
 
 
-def test_a_single_configuration_needs_no_name(tmp_path):
+def test_single_configuration_needs_no_name(tmp_path):
     for split in ("train", "test"):
         write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": split}])
     for read in (from_folder, from_hub):

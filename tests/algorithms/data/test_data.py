@@ -37,7 +37,7 @@ def test_prompts_of_an_epoch_have_index_text_fields_and_source(tmp_path):
 
 
 @pytest.mark.parametrize("probabilities", [(), (0.7, 0.3)])
-def test_a_stream_resumes_at_its_state(tmp_path, probabilities):
+def test_prompts_resume_from_state(tmp_path, probabilities):
     paths = [write_jsonl(tmp_path / name, ROWS[:n]) for name, n in (("a.jsonl", 10), ("b.jsonl", 3))]
     data = dataset(*paths, probabilities=probabilities)
     data.next(17)
@@ -48,7 +48,7 @@ def test_a_stream_resumes_at_its_state(tmp_path, probabilities):
     assert again.next(30) == expected
 
 
-def test_sources_are_mixed_by_their_probabilities(tmp_path):
+def test_prompts_are_mixed_by_probabilities(tmp_path):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"say {name}"}] * 4) for name in "abc"]
     counts = Counter(prompt.text for prompt in dataset(*paths, probabilities=(0.5, 0.4, 0.1)).next(2000))
     assert [counts[f"say {name}"] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
@@ -59,7 +59,7 @@ def test_sources_are_mixed_by_their_probabilities(tmp_path):
     assert TextStream(TextData(sources=few, eval_fraction=0.9), tokenizer()).documents == 1
 
 
-def test_the_chat_template_wraps_strings_and_messages_alike(tmp_path):
+def test_strings_and_messages_use_the_chat_template(tmp_path):
     chat = [{"role": "user", "content": "hello you"}]
     rows = [{"prompt": "hello you"}, {"prompt": chat}, {"prompt": [{"role": "system", "content": "be kind"}, *chat]}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -77,14 +77,14 @@ def test_the_chat_template_wraps_strings_and_messages_alike(tmp_path):
     assert plain.messages == messages.messages == tuple(chat) and len(system.messages) == 2
 
 
-def test_over_long_prompts_are_dropped_and_counted(tmp_path):
+def test_long_prompts_are_dropped(tmp_path):
     rows = [*ROWS, {"prompt": "say " * 20}]
     data = dataset(write_jsonl(tmp_path / "a.jsonl", rows), max_prompt_tokens=5)
     assert data.dropped == 1 and str(data) == "10 prompts, 1 dropped for more than 5 tokens (22 tokens)"
     assert all(len(prompt.tokens) <= 5 for prompt in data.next(50))
 
 
-def test_text_is_packed_with_an_end_after_each_document(tmp_path):
+def test_pretraining_mix_is_packed_with_eos(tmp_path):
     documents = [f"w{i} w{i} w{i}" for i in range(5)]
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in documents])
     tok = tokenizer()
@@ -102,7 +102,7 @@ def test_text_is_packed_with_an_end_after_each_document(tmp_path):
     assert again.next(9).equal(expected)
 
 
-def test_missing_columns_are_named_by_the_section_s_own_option(tmp_path):
+def test_errors_name_the_options_of_their_section(tmp_path):
     sources = (str(write_jsonl(tmp_path / "a.jsonl", [{"word": "a"}])),)
     with pytest.raises(ValueError, match=r"no column 'text' \(text.text_key\)"):
         TextStream(EvaluatedText(sources=sources), tokenizer())

@@ -65,7 +65,7 @@ def learned(tokenizer, sample: Sample) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-def test_a_dialogue_of_two_turns_by_hand(tiny, tmp_path):
+def test_mask_of_two_turns(tiny, tmp_path):
     """<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>, a token a letter."""
     (sample,) = read(tiny, tmp_path, {"messages": TWO_TURNS})
     user, header = 1 + len("user: hi") + 1, 1 + len("assistant: ")
@@ -76,7 +76,7 @@ def test_a_dialogue_of_two_turns_by_hand(tiny, tmp_path):
     assert batch.mask.int().tolist() == expected * 2 and len(batch.response) == 14
 
 
-def test_only_the_response_to_a_prompt_is_learned(tiny, tmp_path):
+def test_mask_of_a_prompt_and_its_response(tiny, tmp_path):
     rows = {"prompt": "hi", "response": "yo"}, {"prompt": TWO_TURNS[:3], "response": "bye"}
     plain, messages = read(tiny, tmp_path, *rows)
     assert learned(tiny, plain) == ["yo</s>"] and plain.text == "hi"
@@ -86,7 +86,7 @@ def test_only_the_response_to_a_prompt_is_learned(tiny, tmp_path):
     assert learned(tiny, one) == ["yo</s>"] and learned(tiny, two) == ["yo</s>", "bye</s>"]
 
 
-def test_marks_in_the_template_are_transformers_own(with_template, tmp_path):
+def test_generation_marks_equal_transformers(with_template, tmp_path):
     tokenizer = with_template(MARKED)
     (sample,) = read(tokenizer, tmp_path, {"messages": TWO_TURNS})
     theirs = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True)
@@ -95,7 +95,7 @@ def test_marks_in_the_template_are_transformers_own(with_template, tmp_path):
     assert list(response.tokens) == theirs["input_ids"] and learned(tokenizer, response) == ["bye</s>"]
 
 
-def test_without_marks_the_mask_is_the_same_and_white_space_after_a_turn_is_not_learned(with_template, tmp_path):
+def test_mask_without_marks_ends_at_eos(with_template, tmp_path):
     rows = [{"messages": TWO_TURNS}, {"prompt": "a\n", "response": " b </s>\nc "}]
     marked = read(with_template(MARKED), tmp_path, *rows)
     assert [(s.tokens, s.mask) for s in read(with_template(UNMARKED), tmp_path, *rows)] == [
@@ -103,7 +103,7 @@ def test_without_marks_the_mask_is_the_same_and_white_space_after_a_turn_is_not_
     ]
 
 
-def test_a_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
+def test_slow_tokenizer_gives_the_same_mask(tmp_path):
     from transformers import ByT5Tokenizer
 
     tokenizer = ByT5Tokenizer()
@@ -113,24 +113,12 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask(tmp_path):
     assert learned(tokenizer, sample) == ["yo</s>", "bye</s>"]
 
 
-def test_a_system_prompt_goes_before_dialogues_that_bring_none(tiny, tmp_path):
-    own = {"role": "system", "content": "be kind"}
-    rows = [{"messages": TWO_TURNS}, {"messages": [own, *TWO_TURNS]}, {"prompt": "hi", "response": "yo"}]
-    texts = [tiny.decode(sample.tokens) for sample in read(tiny, tmp_path, *rows, system_prompt="be brief")]
-    assert [text.startswith("<s>system: be brief</s>") for text in texts] == [True, False, True]
-
-
-def test_without_a_template_the_response_follows_the_bare_prompt(tiny, tmp_path):
-    (sample,) = read(tiny, tmp_path, {"prompt": "hi ", "response": "yo"}, chat_template=False)
-    assert tiny.decode(sample.tokens) == "hi yo</s>" and learned(tiny, sample) == ["yo</s>"]
-
-
 ENDLESS = UNMARKED.replace("</s>", "")
 SHORT = MARKED.replace("{{ m.content }}</s>{% endgeneration %}", "{{ m.content }}{% endgeneration %}</s>")
 
 
 @pytest.mark.parametrize("template", [ENDLESS, SHORT], ids=["none is written", "marks stop before it"])
-def test_turns_without_an_end_to_learn_are_refused_or_get_one(template, with_template, tmp_path):
+def test_turns_without_eos_are_refused_or_completed(template, with_template, tmp_path):
     tokenizer = with_template(template)
     rows = [{"messages": TWO_TURNS}, {"prompt": "hi", "response": "yo \n"}]
     for row in rows:
@@ -148,7 +136,7 @@ def test_turns_without_an_end_to_learn_are_refused_or_get_one(template, with_tem
     assert len(samples) == (3 if template == ENDLESS else 2)
 
 
-def test_an_end_that_the_response_brings_is_not_doubled(tiny, tmp_path):
+def test_eos_in_the_response_is_not_doubled(tiny, tmp_path):
     rows = [{"prompt": "hi", "response": f"yo{end}"} for end in ("</s>", "</s></s>", "</s>\n", "</s> </s>")]
     for knobs in ({}, {"append_eos": True}, {"chat_template": False}):
         assert [learned(tiny, sample) for sample in read(tiny, tmp_path, *rows, **knobs)] == [["yo</s>"]] * 4
@@ -156,7 +144,7 @@ def test_an_end_that_the_response_brings_is_not_doubled(tiny, tmp_path):
     assert learned(tiny, inside) == ["yo</s>no</s>"]
 
 
-def test_messages_of_weight_0_are_read_and_not_learned(tiny, with_template, tmp_path):
+def test_weight_0_messages_are_not_learned(tiny, with_template, tmp_path):
     no = [{"weight": 0}, {"train": False}, {"weight": 0, "train": False}, {"weight": 0.0}]
     yes = [{}, {"weight": 1}, {"train": True}, {"weight": None, "train": None}]
     last = {"role": "assistant", "content": "bye"}
@@ -193,7 +181,7 @@ THOUGHTS = [
 ]
 
 
-def test_turns_are_samples_of_their_own_where_a_template_leaves_reasoning_out(with_template, tmp_path):
+def test_rewritten_history_splits_turns_into_samples(with_template, tmp_path):
     tokenizer = with_template(QWEN3)
     rows = [{"messages": THOUGHTS}, {"messages": TWO_TURNS}]
     data = dataset(tokenizer, write_jsonl(tmp_path / "a.jsonl", rows))
@@ -220,7 +208,7 @@ def test_turns_are_samples_of_their_own_where_a_template_leaves_reasoning_out(wi
     assert len(held) == len(held.eval_rows) == 1 and len(held.eval_rows[0]) == 2
 
 
-def test_over_long_rows_are_dropped_and_counted(tiny, tmp_path):
+def test_long_rows_are_dropped(tiny, tmp_path):
     rows = [{"prompt": "hi", "response": "x" * n} for n in (1, 2, 50, 60)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     lengths = [len(s.tokens) for s in read(tiny, tmp_path, *rows)]
@@ -232,7 +220,7 @@ def test_over_long_rows_are_dropped_and_counted(tiny, tmp_path):
         dataset(tiny, path, max_tokens=5)
 
 
-def test_what_is_held_out_is_never_learned_from_and_depends_on_the_seed(tiny, tmp_path):
+def test_eval_split_is_disjoint_and_seeded(tiny, tmp_path):
     paths = [
         write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", "response": "x"} for i in range(10)])
         for name in "ab"
@@ -258,16 +246,9 @@ REFUSED = {
     "no columns": ({"text": "a", "id": 1}, "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt"),
     "no response": ({"prompt": "a", "answer": "b"}, "no column 'response' (data.response_key); it has: 'prompt', 'ans"),
     "empty response": ({"prompt": "a", "response": " \n"}, "'response' is empty"),
-    "empty prompt": ({"prompt": "", "response": "b"}, "'prompt' is empty"),
-    "number for a response": ({"prompt": "a", "response": 4}, "'response' must be a string, not 4"),
     "nothing for a response": ({"prompt": "a", "response": None}, "'response' must be a string, not None"),
     "no messages": ({"messages": []}, "'messages' must be a list of {role, content} messages, not []"),
-    "a string for messages": ({"messages": "hi"}, "'messages' must be a list of {role, content} messages, not 'hi'"),
-    "no role": ({"messages": [{"content": "hi"}]}, "'messages'[0] must be a message {role, content}, not"),
-    "no content": (chat(("user", "a"), ("assistant", None)), "[1] (assistant): its content must be a string, not None"),
-    "content in parts": (chat(("user", [{"type": "text"}])), "'messages'[0] (user): its content must be a string, not"),
     "no assistant turn": (chat(("system", "a"), ("user", "b")), "'messages' has no assistant turn to learn (roles: sy"),
-    "an empty turn": (chat(("user", "a"), ("assistant", "")), "'messages'[1] (assistant) is empty"),
     "a weight of a half": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}]}, "'messages'[1] (assistant):"),
     "a weight of true": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": True}]}, "weight=True: must be 0"),
     "train in words": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"train": "no"}]}, "'messages'[1] (assistant):"),
@@ -280,13 +261,11 @@ REFUSED = {
         chat(("system", "s"), ("assistant", "a"), ("user", "b"), ("assistant", "c")),
         "the first turn is the assistant's: a user turn must come before",
     ),
-    "tools in words": ({"prompt": "a", "response": "b", "tools": "clock"}, "'tools' is not valid JSON: Expecting"),
-    "tools that are none": ({"prompt": "a", "response": "b", "tools": {"a": 1}}, "'tools' must be a list of function"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_bad_row_is_named(case, tiny, tmp_path):
+def test_invalid_dialogue_rows_are_refused(case, tiny, tmp_path):
     row, message = REFUSED[case]
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}, row])
     with pytest.raises(ValueError) as error:
@@ -307,7 +286,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file_is_named(case, tiny, tmp_path):
+def test_invalid_dialogue_files_are_refused(case, tiny, tmp_path):
     name, content, message = BAD_FILES[case]
     path = tmp_path / name
     path.write_bytes(content)
@@ -316,7 +295,7 @@ def test_a_bad_file_is_named(case, tiny, tmp_path):
     assert f"{path}{message}" in str(error.value)
 
 
-def test_templates_that_do_not_tell_turns_apart_are_refused(with_template, tmp_path):
+def test_inconsistent_chat_templates_are_refused(with_template, tmp_path):
     otherwise = UNMARKED.replace("<s>assistant: {% endif %}", "<s>assistant: hm{% endif %}")
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
     with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template writes message 1 \(assistant\) otherwise"):
@@ -333,7 +312,7 @@ def test_templates_that_do_not_tell_turns_apart_are_refused(with_template, tmp_p
         dataset(with_template(strict), path)
 
 
-def test_tools_and_calls_that_the_template_does_not_write_are_refused(with_template, tmp_path):
+def test_templates_that_drop_tools_are_refused(with_template, tmp_path):
     """A call that is left out would be learned as an empty turn."""
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
     asked = {"role": "user", "content": "hi"}
@@ -345,7 +324,7 @@ def test_tools_and_calls_that_the_template_does_not_write_are_refused(with_templ
         dataset(with_template(UNMARKED), write_jsonl(tmp_path / "b.jsonl", [tools]))
 
 
-def test_messages_or_a_template_that_is_not_there(tiny, tmp_path):
+def test_dialogues_need_a_chat_template(tiny, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
     with pytest.raises(ValueError, match=":1: 'messages' holds messages: needs data.chat_template=true"):
         dataset(tiny, path, chat_template=False)

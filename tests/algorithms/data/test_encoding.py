@@ -80,7 +80,7 @@ def split(sample: Sample) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_turn_is_learned_behind_the_tokens_that_a_rollout_begins_with(name, tokenizers, tmp_path):
+def test_training_prompts_equal_rollout_prompts(name, tokenizers, tmp_path):
     """All answers of dialogues, and the one of a pair, a label, a reward, of steps and of a request to the server."""
     tokenizer, stop = tokenizers(TEMPLATES[name]), TEMPLATES[name].end
     ends = (tokenizer.eos_token_id,)
@@ -121,7 +121,7 @@ def test_every_turn_is_learned_behind_the_tokens_that_a_rollout_begins_with(name
 
 
 @pytest.mark.parametrize("name", ["SmolLM2, Qwen 1 and 2", "a prompt that ends in a space", "Mistral, Mixtral"])
-def test_the_reward_server_reads_the_tokens_that_a_reward_model_is_trained_on(name, tokenizers, tmp_path):
+def test_reward_server_tokens_equal_training_tokens(name, tokenizers, tmp_path):
     """So do models of another tokenizer, which encode what the policy says in the same way."""
     tokenizer = tokenizers(TEMPLATES[name])
     encoder = object.__new__(ChatEncoder)
@@ -137,7 +137,7 @@ def test_the_reward_server_reads_the_tokens_that_a_reward_model_is_trained_on(na
         assert encoder(completion) == own.sample.tokens.tolist()
 
 
-def test_a_prompt_that_ends_in_a_space_by_hand(tokenizers):
+def test_prompt_ending_in_a_space(tokenizers):
     """A byte-level tokenizer would join the space with the word behind it."""
     tokenizer = tokenizers(TEMPLATES["a prompt that ends in a space"])
     ((head, (tail, _)),) = encode_responses(tokenizer, [("assistant: ", "hi")], True)
@@ -160,7 +160,7 @@ def ending(tmp_path):
     return tokenizer
 
 
-def test_no_end_of_sequence_comes_behind_a_bare_prompt_and_one_behind_a_response(ending, tmp_path):
+def test_eos_follows_responses_but_not_prompts(ending, tmp_path):
     """Of a tokenizer that puts its own around every text; one that is in the text already is not put there again."""
     assert first_tokens(ending) == [1] and ending("hi")["input_ids"][-1] == 2
     rows = [
@@ -187,7 +187,7 @@ def test_no_end_of_sequence_comes_behind_a_bare_prompt_and_one_behind_a_response
     assert {decode(sample.tokens)[-5:] for sample in found.rows()} == {"yo</s>"[-5:]}
 
 
-def test_a_document_has_one_beginning_and_one_end(ending, tmp_path):
+def test_documents_have_one_bos_and_one_eos(ending, tmp_path):
     texts = ["one", "<s>one", "one</s>"]
     path = str(write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts]))
     for row in TextStream(TextData(sources=(path,), max_tokens=6), ending).rows():
@@ -195,7 +195,7 @@ def test_a_document_has_one_beginning_and_one_end(ending, tmp_path):
     assert TextDataset(path, "text", ending, 5).tokens == 3 * 5
 
 
-def test_kto_finds_equal_prompts_by_their_tokens(tokenizers, tmp_path):
+def test_kto_compares_prompts_by_tokens(tokenizers, tmp_path):
     """In a template under which the first token of an answer would otherwise be joined with the prompt's last."""
     tokenizer = tokenizers(TEMPLATES["a prompt that ends in a space"])
     rows = [{"prompt": "same", "response": text, "label": i} for i, text in enumerate(("hi", " hi"))]

@@ -72,14 +72,14 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("case", PAIRS)
-def test_of_a_pair_the_two_last_answers_are_the_targets(case, tiny, tmp_path):
+def test_targets_of_pairs_are_the_last_responses(case, tiny, tmp_path):
     row, before = PAIRS[case]
     (pair,) = read(tiny, tmp_path, row)
     assert shown(tiny, pair.chosen) == (before, "yes</s>") and shown(tiny, pair.rejected) == (before, "no</s>")
     assert pair.lengths == (len(pair.chosen.tokens), len(pair.rejected.tokens)) and pair.margin == 0.0
 
 
-def test_margins_and_other_names_of_the_columns(tiny, tmp_path):
+def test_margins_and_renamed_columns(tiny, tmp_path):
     rows = [{"q": "hi", "good": "a", "bad": "b", "by": by} for by in (0.5, 2)]
     names = {"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad", "margin_key": "by"}
     drawn = read(tiny, tmp_path, *rows, **names)
@@ -89,16 +89,10 @@ def test_margins_and_other_names_of_the_columns(tiny, tmp_path):
     assert batch.rewards[batch.last].tolist() == [0.5, 0.0, 2.0, 0.0] and batch.rewards.sum() == 2.5
 
 
-def test_pairs_of_equal_answers_are_left_out_and_counted_where_there_are_others(tiny, tmp_path):
+def test_pairs_of_equal_responses_are_dropped(tiny, tmp_path):
     rows = [{"prompt": "hi", "chosen": "yes", "rejected": other} for other in ("yes", "no", "yes")]
     data = PairStream(PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", rows)),)), tiny, STOP)
     assert len(data) == 1 and str(data).endswith("; 2 dropped for equal responses")
-
-
-def test_a_prompt_beside_dialogues_with_a_system_message_of_their_own(tiny, tmp_path):
-    chosen, rejected = ([{"role": "system", "content": "be kind"}, *chat("hi", text)] for text in ("yes", "no"))
-    (pair,) = read(tiny, tmp_path, {"prompt": "hi", "chosen": chosen, "rejected": rejected}, system_prompt="be brief")
-    assert shown(tiny, pair.chosen) == (f"<s>system: be kind</s>{HELLO}", "yes</s>")
 
 
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
@@ -122,7 +116,7 @@ def with_tools(tiny):
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["a list", "JSON"])
-def test_tools_and_calls_reach_the_template_of_all_that_learn_and_of_prompts(tools, with_tools, tmp_path):
+def test_tools_reach_the_template_in_every_format(tools, with_tools, tmp_path):
     end, row = {"role": "assistant", "content": "at noon"}, {"prompt": ASKED, "tools": tools}
     sides = {"chosen": [*ASKED, end], "rejected": [*ASKED, end | {"content": "no"}], "tools": tools}
     for given in (row | {"chosen": "at noon", "rejected": "no"}, row | sides, sides):
@@ -139,12 +133,7 @@ def test_tools_and_calls_reach_the_template_of_all_that_learn_and_of_prompts(too
     assert [message["role"] for message in prompt.messages] == ["user", "assistant", "tool"]
 
 
-def test_an_answer_may_be_a_call(with_tools, tmp_path):
-    (pair,) = read(with_tools, tmp_path, {"prompt": "when?", "chosen": [CALL], "rejected": "noon", "tools": TOOLS})
-    assert [shown(with_tools, side)[1] for side in pair[:2]] == ["[clock]</s>", "noon</s>"]
-
-
-def test_labels_are_true_and_false_or_1_and_0_and_a_response_may_be_a_dialogue(tiny, tmp_path):
+def test_labels_and_responses_of_kto_rows(tiny, tmp_path):
     rows = [
         {"prompt": "hi", "response": "yes", "label": True},
         {"prompt": "hi", "response": "no", "label": 0},
@@ -155,7 +144,7 @@ def test_labels_are_true_and_false_or_1_and_0_and_a_response_may_be_a_dialogue(t
     assert [shown(tiny, row.sample) for row in labeled] == [(HELLO, f"{text}</s>") for text in ("yes", "no", "so")]
 
 
-def test_a_mismatched_answer_is_the_other_s_after_the_own_prompt_cut_at_the_limit(tiny, tmp_path):
+def test_mismatched_responses_of_kto(tiny, tmp_path):
     rows = [{"prompt": "one", "response": "yes", "label": True}, {"prompt": "hi", "response": "nono", "label": False}]
     one, two = labeled_rows(tiny, tmp_path, *rows)
     both = mismatched(one.sample, two.sample, 100)
@@ -165,7 +154,7 @@ def test_a_mismatched_answer_is_the_other_s_after_the_own_prompt_cut_at_the_limi
     assert both.where.endswith("rows.jsonl:1 with the response of " + two.sample.where)
 
 
-def test_steps_end_where_the_data_says_and_carry_their_labels(tiny, tmp_path):
+def test_steps_have_labels_at_their_ends(tiny, tmp_path):
     row = {"prompt": "1+1+1?", "steps": ["1+1=2", "2+1=4"], "labels": [True, False]}
     (steps,) = read_steps(str(write_jsonl(tmp_path / "a.jsonl", [row])), StepData(), tiny)
     text = "<s>user: 1+1+1?</s><s>assistant: 1+1=2\n\n2+1=4\n\n"
@@ -176,7 +165,7 @@ def test_steps_end_where_the_data_says_and_carry_their_labels(tiny, tmp_path):
     assert batch.rewards is not None and batch.rewards[batch.response].tolist() == [1.0, 0.0, 1.0, 0.0]
 
 
-def test_the_longer_answer_is_what_the_limit_is_for_and_the_stream_knows_what_is_to_come(tiny, tmp_path):
+def test_pair_limit_and_coming_rows(tiny, tmp_path):
     rows = [{"prompt": f"{i}", "chosen": "yes", "rejected": "n" * (1 + 10 * (i == 3))} for i in range(7)]
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
     config = PairData(sources=(path,), max_tokens=32)

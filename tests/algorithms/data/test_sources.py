@@ -108,7 +108,7 @@ def learned(source: str, characters) -> list[tuple]:
     return [(characters.decode(tokens), mask) for tokens, mask in found]
 
 
-def test_the_same_rows_give_the_same_tokens_in_every_kind_of_file(characters, tmp_path):
+def test_every_file_format_gives_the_same_tokens(characters, tmp_path):
     rows = [
         row
         | {"other": [*row["messages"][:-1], {"role": "assistant", "content": "no"}], "label": i == 0}
@@ -122,7 +122,7 @@ def test_the_same_rows_give_the_same_tokens_in_every_kind_of_file(characters, tm
         assert learned(source, characters) == expected, name
 
 
-def test_a_null_that_a_row_wrote_itself_stays(characters, tmp_path):
+def test_nulls_of_json_text_are_kept(characters, tmp_path):
     schema = [tool("add", a={"type": "integer", "default": None})]
     written = {"messages": asked(call("add", a=None, b=[None, {"c": None}])), "tools": schema}
     as_text = [{"messages": CALLS[0]["messages"], "tools": json.dumps(schema)}, {**CALLS[0], "tools": "[]"}]
@@ -151,7 +151,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_what_arrow_fills_in_is_taken_out_again(case, tmp_path):
+def test_arrow_struct_nulls_are_removed(case, tmp_path):
     kind, value, expected = ODD[case]
     array = pa.array([value, None], pa.string()).cast(kind) if case == "JSON" else pa.array([value, None], kind)
     (given, none), restore = array.to_pylist(), restorer(kind)
@@ -160,7 +160,7 @@ def test_what_arrow_fills_in_is_taken_out_again(case, tmp_path):
     assert [row for _, row in read_rows(str(tmp_path / "a.parquet"))] == [{"column": expected}, {"column": None}]
 
 
-def test_a_folder_s_splits_are_named_and_two_kinds_of_files_refused(tmp_path):
+def test_folder_splits_and_mixed_formats(tmp_path):
     for name, rows in (("train-0.jsonl", ["a"]), ("train-1.jsonl", ["b"]), ("test-0.jsonl", ["c"])):
         write_jsonl(tmp_path / name, [{"prompt": row} for row in rows])
     assert [(where, row["prompt"]) for where, row in read_rows(f"{tmp_path}:train")] == [
@@ -179,7 +179,7 @@ def test_a_folder_s_splits_are_named_and_two_kinds_of_files_refused(tmp_path):
         list(read_rows(str(tmp_path / "empty")))
 
 
-def test_a_table_s_columns_are_numbers_truths_or_text(tmp_path):
+def test_csv_columns_are_typed(tmp_path):
     rows = [
         ["prompt", "response", "label", "reward", "id", "note", "count"],
         ['say "hi",\nplease', "42", "true", "0.5", "007", "", "1"],
@@ -232,7 +232,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_sharegpt_and_alpaca_are_read_as_messages_by_all_that_learn_and_ask(case, tmp_path):
+def test_sharegpt_and_alpaca_equal_messages(case, tmp_path):
     row, chat = KINDS[case]
     words = tokenizer()
     both = {
@@ -254,7 +254,7 @@ def test_sharegpt_and_alpaca_are_read_as_messages_by_all_that_learn_and_ask(case
     assert rewarded.dialogue.messages == chat and rewarded.dialogue.learned == [len(chat) - 1]
 
 
-def test_sharegpt_preferences_calls_and_unknown_turns(tmp_path):
+def test_sharegpt_preferences_and_tool_calls(tmp_path):
     words = tokenizer()
     pair = {
         "conversations": CHAT[:1],
@@ -290,7 +290,7 @@ def test_sharegpt_preferences_calls_and_unknown_turns(tmp_path):
         ({"instruction": "a", "history": [["b", "c", "d"], ["e"]]}, "'history' a list of .* pairs"),
     ],
 )
-def test_malformed_sharegpt_and_alpaca_rows_are_named(row, message, tmp_path):
+def test_malformed_sharegpt_and_alpaca_rows_are_refused(row, message, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hi", "response": "ho"}, row])
     with pytest.raises(ValueError, match=f"a.jsonl:2: .*{message}"):
         list(read_rows(str(path), SFTData().keys))
@@ -318,7 +318,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_is_refused_by_file_and_line(name, tmp_path):
+def test_unreadable_files_are_refused(name, tmp_path):
     text, message = REFUSED[name]
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message) as error:
@@ -326,7 +326,7 @@ def test_what_cannot_be_read_is_refused_by_file_and_line(name, tmp_path):
     assert str(tmp_path / name) in str(error.value)
 
 
-def test_a_deep_column_of_json_is_refused_too(tmp_path):
+def test_deep_json_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "tools": DEEP}])
     with pytest.raises(ValueError, match=r"a.jsonl:1: 'tools' is nested more than 100"):
         PromptDataset(PromptData(sources=(str(path),)), tokenizer())
