@@ -146,7 +146,7 @@ def arguments(setting: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(setting) -> Path:
     output = succeed("pretrain", *arguments(setting), "--run.output", setting / "whole")
-    assert "cut into pieces" in output and "1 dropped for fewer than 2 tokens" in output and "held out" in output
+    assert "split" in output and "1 dropped for fewer than 2 tokens" in output and "for evaluation" in output
     return setting / "whole"
 
 

@@ -57,7 +57,12 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
         "'chosen' must end with the assistant, not with user",
     ),
     "no prompt anywhere": ("pairs", {"prompt": ...}, {}, "'chosen' is neither a response to a prompt column nor a"),
-    "nothing to answer": ("pairs", {"prompt": ..., "chosen": [SYSTEM, *chat("a", "b")[1:]]}, {}, "'chosen' has no user"),
+    "nothing to answer": (
+        "pairs",
+        {"prompt": ..., "chosen": [SYSTEM, *chat("a", "b")[1:]]},
+        {},
+        "'chosen' has no user",
+    ),
     "a dialogue without a template": (
         "pairs",
         {"prompt": ..., "chosen": chat(*"abcd")},

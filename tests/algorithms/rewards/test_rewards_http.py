@@ -97,15 +97,15 @@ def free_port() -> int:
 
 
 LIES = {
-    "wrong count": (lambda r: (200, b'{"scores": [1, 2]}'), "gave 2 scores for 5 completions"),
+    "wrong count": (lambda r: (200, b'{"scores": [1, 2]}'), "returned 2 scores for 5 completions"),
     "no scores": (lambda r: (200, b'{"result": 1}'), 'must be {"scores": [...]}'),
-    "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "gave nan for a.jsonl:3: must be a finite number"),
-    "text": (lambda r: (200, b'{"scores": ["1", 2, 3, 4, 5]}'), "gave '1' for a.jsonl:1: must be a finite number"),
+    "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "returned nan for a.jsonl:3: must be a finite number"),
+    "text": (lambda r: (200, b'{"scores": ["1", 2, 3, 4, 5]}'), "returned '1' for a.jsonl:1: must be a finite number"),
     "a huge integer": (
         lambda r: (200, b'{"scores": [1, 2, 3, 4, 1%s]}' % (b"0" * 400)),
         "for a.jsonl:5: must be a finite number",
     ),
-    "brackets": (lambda r: (200, b"[" * 100_000), "answered what is not JSON, '[[["),
+    "brackets": (lambda r: (200, b"[" * 100_000), "response is not JSON, '[[["),
     "refusal": (lambda r: (400, b"no such model"), "answered HTTP 400: 'no such model'"),
 }
 
@@ -122,14 +122,14 @@ def test_what_are_no_scores_is_refused_at_once(case):
 
 def test_down():
     url = f"http://127.0.0.1:{free_port()}/score"
-    with pytest.raises(ValueError, match=r"no connection: .*refused.* \(2 tries\) for 5 rows: a.jsonl:1, a.jsonl:2"):
-        RewardClient(url, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+    with pytest.raises(ValueError, match=r"no connection: .*refused.* \(2 attempts\) for 5 rows: a.jsonl:1, a.jsonl:2"):
+        RewardClient(url, attempts=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
 
 
 def test_hung_up():
     with serving(lambda request: None) as (url, seen):
-        with pytest.raises(ValueError, match=r"no connection: .*\(2 tries\)"):
-            RewardClient(url, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+        with pytest.raises(ValueError, match=r"no connection: .*\(2 attempts\)"):
+            RewardClient(url, attempts=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
     assert len(seen) == 2
 
 
@@ -139,8 +139,10 @@ def test_slow():
         return lengths(request)
 
     with serving(sleep) as (url, _):
-        with pytest.raises(ValueError, match=r"took longer than reward.time_limit=0.2 seconds \(1 try\) for 5 rows"):
-            RewardClient(url, 0.2, tries=1).score(PROMPTS, TEXTS, ENDED)
+        with pytest.raises(
+            ValueError, match=r"took longer than reward.time_limit=0.2 seconds \(1 attempt\) for 5 rows"
+        ):
+            RewardClient(url, 0.2, attempts=1).score(PROMPTS, TEXTS, ENDED)
 
 
 def drip(connection: socket.socket) -> None:
@@ -186,9 +188,9 @@ def test_a_broken_answer_is_no_answer_in_time(case):
         url = f"http://127.0.0.1:{server.server_address[1]}/score"
         started = time.monotonic()
         with pytest.raises(ValueError, match="for 5 rows: a.jsonl:1") as error:
-            RewardClient(url, 0.4, tries=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
+            RewardClient(url, 0.4, attempts=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
         assert message in str(error.value) and len(seen) == asked and time.monotonic() - started < 1.5
-        abstaining = RewardClient(url, 0.4, tries=1, skip_failures=True)
+        abstaining = RewardClient(url, 0.4, attempts=1, skip_failures=True)
         assert all(score is not None and math.isnan(score) for score in abstaining.score(PROMPTS, TEXTS, ENDED))
         assert len(abstaining.failures) == 1 and message in abstaining.failures[0]
         server.shutdown()
@@ -213,7 +215,7 @@ def test_busy_at_first():
         assert RewardClient(url, pause=0.01).score(PROMPTS, TEXTS, ENDED) == [1, 2, 3, 4, 5]
     assert len(seen) == 3
     with serving(lambda request: (503, b"busy")) as (url, _):
-        with pytest.raises(ValueError, match=r"answered HTTP 503: 'busy' \(3 tries\)"):
+        with pytest.raises(ValueError, match=r"answered HTTP 503: 'busy' \(3 attempts\)"):
             RewardClient(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
 
 

@@ -230,8 +230,8 @@ def test_a_reward_model_s_nan_names_file_and_row():
         combined = scorer.combined(scorer(rollouts, from_rollouts(rollouts), models))
         return combined, scorer.failures() + scorer.failures()
 
-    with pytest.raises(ValueError, match="reward model runs/m: gave nan for p.jsonl:2: must be a finite number"):
+    with pytest.raises(ValueError, match="reward model runs/m: returned nan for p.jsonl:2: must be a finite number"):
         score("stop")
     combined, why = score("skip")
     assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])
-    assert [reason.split(": ")[1] for reason in why] == ["gave nan for p.jsonl:2", "gave inf for p.jsonl:3"]
+    assert [reason.split(": ")[1] for reason in why] == ["returned nan for p.jsonl:2", "returned inf for p.jsonl:3"]
