@@ -127,10 +127,7 @@ def without_reason(path: Path, source: str) -> list[int]:
 
 
 # Files without reasons yet; none may be added.
-REASONS_MISSING = {
-    *(f"algorithms/data/{name}.py" for name in ("arrow", "chat", "dialogues", "sources")),
-    "algorithms/rewards/math/symbolic.py",
-}
+REASONS_MISSING = {}
 
 
 def test_late_imports_have_their_reason_beside_them():
