@@ -1,4 +1,4 @@
-"""LoRA and QLoRA against peft, bitsandbytes and floats; and any layout against one process."""
+"""LoRA against peft, NF4 against bitsandbytes; and any layout against one process."""
 
 import math
 from pathlib import Path
@@ -7,31 +7,26 @@ import pytest
 import torch
 from harness import run_ranks
 from layouts import ALONE, Layout, assert_close, assert_layouts_agree
-from peft_case import build, learner, logits, peer_logits, peft_model, samples, save_peft, states, train, two_steps
+from peft_case import build, learner, logits, peer_logits, peft_model, samples, save_peft, states, take_steps, train
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
 from trialign.algorithms.batch import pack
-from trialign.algorithms.roles.role import AdapterOff, Role, stage_forward
+from trialign.algorithms.roles.role import stage_forward
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.nf4 import NF4Weight
 from trialign.kernels.nf4 import dequantize_nf4, dequantize_scales, quantize_nf4, quantize_scales
 from trialign.models.config import ModelConfig
 from trialign.models.families.registry import read_config
-from trialign.models.lora import TARGETS, adapter_shapes, check_lora, trained_name
+from trialign.models.lora import TARGETS, adapter_shapes, check_lora
 
 ALL = LoRA(4, 8.0, TARGETS)
-LAYOUTS = (Layout(pp=2, dp=2), Layout(tp=2, dp=2), Layout(tp=4))  # the last: more ranks than key/value heads
+LAYOUTS = (Layout(pp=2, dp=2), Layout(tp=4))  # the last: more ranks than key/value heads
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(folder, tmp_path_factory) -> Path:
-    return save_peft(peft_model(folder, ALL), tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.mark.parametrize(
@@ -52,19 +47,20 @@ def test_logits_and_gradients_equal_peft(folder, tmp_path, lora):
     assert_close(states(train(model, 1), "grad"), expected)
 
 
-def test_layouts_agree(folder, adapter, tmp_path):
+def test_layouts_agree(folder, tmp_path):
     """All targets; and, over all axes, adapters on a part of a fused linear beside linears without."""
-    assert_layouts_agree(two_steps, LAYOUTS, folder, ALL, adapter)
+    adapter = save_peft(peft_model(folder, ALL), tmp_path / "all")
+    assert_layouts_agree(take_steps, LAYOUTS, folder, ALL, adapter)
     some = LoRA(2, 4.0, ("v", "up", "down"))
-    partial_adapter = save_peft(peft_model(folder, some), tmp_path)
-    assert_layouts_agree(two_steps, [Layout(2, 2, 2)], folder, some, partial_adapter)
+    partial_adapter = save_peft(peft_model(folder, some), tmp_path / "some")
+    assert_layouts_agree(take_steps, [Layout(2, 2, 2)], folder, some, partial_adapter)
 
 
 def initial(rank: int, world: int, layout: Layout, folder: Path) -> dict[str, Tensor]:
     return states(learner(build(folder, layout.mesh(), ALL)), "master")
 
 
-def test_initialization_is_pefts_in_every_layout(folder):
+def test_initial_adapters_equal_pefts_and_have_no_effect(folder):
     alone = initial(0, 1, ALONE, folder)
     assert {n: tuple(t.shape) for n, t in alone.items()} == adapter_shapes(read_config(folder), ALL)
     for name, tensor in alone.items():
@@ -75,38 +71,10 @@ def test_initialization_is_pefts_in_every_layout(folder):
             assert tensor.abs().max() <= bound and 0.8 < tensor.std() * 3**0.5 / bound < 1.2, name
     different = {tuple(tensor.flatten()[:4].tolist()) for name, tensor in alone.items() if ".lora_A." in name}
     assert len(different) == 4 * len(TARGETS)
+    models = [build(folder, build_mesh(), lora) for lora in (ALL, None)]
+    assert torch.equal(*map(logits, models))
     for got in run_ranks(initial, 4, Layout(tp=2, pp=2), folder):
         assert_close(got, alone, 0)
-
-
-def test_disabled_and_initial_adapters_are_the_base_bit_for_bit(folder, adapter):
-    mesh, batch = build_mesh(), pack(samples(VOCAB))
-    base = Role(build(folder, mesh, None)).logprobs(batch)
-    trained = build(folder, mesh, ALL, adapter)
-    assert torch.equal(AdapterOff(trained).logprobs(batch), base)
-    assert (Role(trained).logprobs(batch) - base).abs().max() > 0.01  # enabled again afterwards
-    assert torch.equal(Role(build(folder, mesh, ALL)).logprobs(batch), base)
-
-
-def test_gradients_and_optimizer_hold_adapters_only(folder):
-    trained = train(build(folder, build_mesh(), ALL), 1)
-    count = sum(math.prod(shape) for shape in adapter_shapes(trained.model.config, ALL).values())
-    buckets = trained.optimizer.buckets
-    padding = 64 * len(buckets)
-    assert 3 * count <= sum(t.numel() for b in buckets for t in b.states.values()) <= 3 * (count + padding)
-    assert count <= sum(bucket.grads.numel() for bucket in buckets) <= count + padding
-    base = dict(build(folder, build_mesh(), None).named_parameters())
-    for name, parameter in trained.model.named_parameters():
-        assert parameter.grad is None
-        assert parameter.requires_grad or torch.equal(parameter, base[name]), name
-
-
-def test_critic_trains_adapters_and_full_score_head(folder):
-    lora = LoRA(2, 4.0, ("q",))
-    critic = build(folder, build_mesh(), lora, head="score")
-    names = [name for name, parameter in critic.named_parameters() if parameter.requires_grad]
-    trained = {trained_name(name, "q" * ("lora" in name), critic.config, "score") for name in names}
-    assert trained == {"score.weight"} | set(adapter_shapes(critic.config, lora))
 
 
 def test_invalid_options_are_refused(folder):
@@ -127,21 +95,6 @@ def test_invalid_options_are_refused(folder):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-# QLoRA.
-
-QLORA = LoRA(4, 8.0, TARGETS, quantize=True)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=256)
-
-
-@pytest.fixture(scope="module")
-def wide_adapter(wide, tmp_path_factory) -> Path:
-    return save_peft(peft_model(wide, QLORA), tmp_path_factory.mktemp("wide-adapter"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -169,26 +122,9 @@ def test_codes_and_scales_equal_bitsandbytes(dtype):
     torch.testing.assert_close(got, expected, rtol=1e-5 + rounding, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (7, 192), (300, 320)])
-def test_scales_are_nearest_and_any_rectangle_dequantizes_alike(shape):
-    torch.manual_seed(0)
-    _, absmax = quantize_nf4(torch.randn(shape))
-    scales, groups, offset = quantize_scales(absmax)
-    assert scales.dtype == torch.uint8 and len(groups) == math.ceil(absmax.numel() / 256)
-    full = dequantize_scales(scales, groups, offset)
-    group = groups.repeat_interleave(256)[: absmax.numel()].view_as(absmax)
-    assert ((full - absmax).abs() <= 0.0071 * group + 1e-6).all()  # half of the type's widest gap, 0.9 / 64
-    start = shape[0] // 3, absmax.shape[1] // 2
-    cut = slice(start[0], None), slice(start[1], None)
-    assert torch.equal(dequantize_scales(scales[cut], groups, offset, start, absmax.shape[1]), full[cut])
-
-
-def test_quantized_layouts_agree(wide, wide_adapter):
-    assert_layouts_agree(two_steps, [Layout(dp=2), Layout(tp=2, pp=2)], wide, QLORA, wide_adapter)
-
-
-def test_base_has_4_bits_a_weight_and_backward_saves_no_floats(wide):
-    model = build(wide, build_mesh(), QLORA)
+def test_nf4_base_and_backward_hold_no_floats(tmp_path):
+    folder = tiny_llama(tmp_path, hidden_size=128, intermediate_size=256)
+    model = build(folder, build_mesh(), LoRA(4, 8.0, TARGETS, quantize=True))
     weights = sum(p.numel() for p in model.parameters() if p.is_meta)
     assert weights == 4 * (128 * (128 + 2 * 64 + 128) + 3 * 128 * 256)
     saved = {}
@@ -209,9 +145,3 @@ def test_base_has_4_bits_a_weight_and_backward_saves_no_floats(wide):
     assert {m.codes.data_ptr() for m in quantized[1:]} <= saved.keys()  # the first one's input needs no gradient
     activations = len(batch.tokens) * 4 * 256 * 2
     assert not [n for n in saved.values() if n in sizes and n > activations]
-
-
-def test_rows_without_whole_blocks_are_refused(tmp_path):
-    folder = tiny_llama(tmp_path, hidden_size=96, num_attention_heads=4, num_key_value_heads=2)
-    with pytest.raises(ValueError, match=r"64.*\[96, 96\]"):
-        build(folder, build_mesh(), QLORA)

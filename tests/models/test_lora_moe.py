@@ -7,10 +7,12 @@ import pytest
 import torch
 from families import tiny_family
 from layouts import ALONE, Layout, assert_close, assert_layouts_agree
-from peft_case import adapted, build, learner, logits, samples, states, train
+from peft_case import adapted, build, learner, logits, samples, states, take_steps, train
 from tiny import VOCAB, weight_pieces
 from tiny_moe import moe_folder
 from torch import Tensor
+from trialign.algorithms.batch import pack
+from trialign.algorithms.roles.role import AdapterOff, Role
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
@@ -23,7 +25,7 @@ from trialign.models.lora import EVERY_TARGET, adapted_weights, adapter_name, ad
 
 EVERY = LoRA(4, 8.0, EVERY_TARGET)
 QUANTIZED = LoRA(4, 8.0, EVERY_TARGET, quantize=True)
-LAYOUTS = (Layout(pp=2), Layout(tp=2, dp=2, ep=2), Layout(dp=4, ep=2))
+LAYOUTS = (Layout(pp=2), Layout(tp=2, dp=2, ep=2), Layout(dp=4, ep=2))  # of two layers, one without experts
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -48,12 +50,12 @@ def masters(folder: Path, lora: LoRA) -> dict[str, Tensor]:
     return states(learner(adapted(folder, lora)), "master")
 
 
-def gradients_of(adapters: dict[str, Tensor], names: list[str], lora: LoRA, full: dict[str, Tensor]):
+def gradients_of(folder: Path, lora: LoRA, adapters: dict[str, Tensor], full: dict[str, Tensor]) -> dict[str, Tensor]:
     """dA = s Bᵀ dW and dB = s dW Aᵀ, with dW of the merged weights."""
     found: dict[str, Tensor] = {}
-    for name in names:
-        a, b = (adapter_name(name, letter) for letter in "AB")
-        found |= {a: lora.scale * adapters[b].t() @ full[name], b: lora.scale * full[name] @ adapters[a].t()}
+    for weight in (weight for some in adapted_weights(read_config(folder), lora).values() for weight in some):
+        (a, b), dw = (adapter_name(weight.name, letter) for letter in "AB"), full[weight.name]
+        found |= {a: lora.scale * adapters[b].t() @ dw, b: lora.scale * dw @ adapters[a].t()}
     return found
 
 
@@ -64,8 +66,7 @@ def test_step_equals_that_of_merged_weights(folder):
     plain = merged(folder, EVERY, before)
     assert_close(logits(model), logits(plain))
     trained, full = states(train(model, 1)), states(train(plain, 1), "grad")
-    names = [weight.name for found in adapted_weights(model.config, EVERY).values() for weight in found]
-    gradients = gradients_of(before, names, EVERY, full)
+    gradients = gradients_of(folder, EVERY, before, full)
     assert_close({n.removeprefix("grad/"): t for n, t in trained.items() if n.startswith("grad/")}, gradients)
     leaves = {name: torch.nn.Parameter(tensor) for name, tensor in before.items()}
     for name, leaf in leaves.items():
@@ -75,45 +76,38 @@ def test_step_equals_that_of_merged_weights(folder):
     assert_close({n.removeprefix("master/"): t for n, t in trained.items() if n.startswith("master/")}, leaves, 1e-4)
 
 
-def steps_taken(
-    rank: int, world: int, layout: Layout, folder: Path, lora: LoRA, steps: int = 2, recompute: bool = False
-) -> dict[str, Tensor]:
-    return states(train(adapted(folder, lora, layout, recompute=recompute), steps))
-
-
 def test_normalized_head_equals_that_of_merged_weights(tmp_path):
     """Baichuan2's: the rows are normalized with their adapter; each TP rank normalizes its own."""
     folder, lora = tiny_family(tmp_path, "baichuan2-7b"), LoRA(2, 4.0, ("head",))
     before = masters(folder, lora)
     full = states(train(merged(folder, lora, before), 1), "grad")
-    alone = assert_layouts_agree(steps_taken, [Layout(tp=2)], folder, lora, 1)
-    for name, gradient in gradients_of(before, ["lm_head.weight"], lora, full).items():
+    alone = assert_layouts_agree(take_steps, [Layout(tp=2)], folder, lora, None, 1)
+    for name, gradient in gradients_of(folder, lora, before, full).items():
         assert_close(alone[f"grad/{name}"], gradient)
 
 
 @pytest.mark.parametrize("lora", [EVERY, QUANTIZED], ids=["lora", "qlora"])
 def test_layouts_and_recomputation_agree(folder, lora):
-    alone = assert_layouts_agree(steps_taken, LAYOUTS, folder, lora, tolerance=3e-5)
-    assert_close(steps_taken(0, 1, ALONE, folder, lora, recompute=True), alone)
+    alone = assert_layouts_agree(take_steps, LAYOUTS, folder, lora, tolerance=3e-5)
+    assert_close(take_steps(0, 1, ALONE, folder, lora, recompute=True), alone)
 
 
-@pytest.mark.parametrize(
-    "targets", [("head",), ("experts.up", "shared.down"), ("router", "experts.down")], ids="-".join
-)
+@pytest.mark.parametrize("targets", [("head",), ("experts.up", "shared.down"), ("router", "experts.down")])
 def test_layouts_agree_with_a_stage_without_adapters(tmp_path, targets):
     folder, lora = moe_folder(tmp_path, mlp_only_layers=[0], tied=True), LoRA(2, 4.0, targets)
-    alone = assert_layouts_agree(steps_taken, [Layout(pp=2)], folder, lora, tolerance=3e-5)
-    assert {n.removeprefix("grad/") for n in alone if n.startswith("grad/")} == set(
-        adapter_shapes(read_config(folder), lora)
-    )
+    alone = assert_layouts_agree(take_steps, [Layout(pp=2)], folder, lora, tolerance=3e-5)
+    gradients = {name for name in alone if name.startswith("grad/")}
+    assert gradients == {f"grad/{name}" for name in adapter_shapes(read_config(folder), lora)}
 
 
-def test_disabled_adapters_are_the_base_and_generation_uses_them(folder):
+def test_adapters_are_disabled_exactly_and_used_in_generation(folder):
     """The generator's greedy tokens and logprobs are the merged weights', packed (12 tokens) and not (4)."""
     model, base = adapted(folder, EVERY), build(folder, build_mesh(), None)
     enabled = logits(model)
     with model.adapter_off():
         assert torch.equal(logits(model), logits(base))
+    batch = pack(samples(VOCAB))
+    assert torch.equal(AdapterOff(model).logprobs(batch), Role(base).logprobs(batch))
     assert torch.equal(logits(model), enabled) and (enabled - logits(base)).abs().max() > 0.1
     prompts, plain = samples(VOCAB)[:3], merged(folder, EVERY, masters(folder, EVERY))
     for count in (4, 12):
@@ -125,13 +119,12 @@ def test_disabled_adapters_are_the_base_and_generation_uses_them(folder):
 
 
 def test_quantized_model_equals_its_dequantized_weights(folder):
-    """Logits, gradients and a step; in NF4 are all matrices but the embedding, the head and the routers."""
+    """Logits, gradients and a step; all matrices but embedding, head and routers are in NF4."""
     model, floats = adapted(folder, QUANTIZED), adapted(folder, EVERY)
     names = {name.rpartition(".")[0] for name, module in model.named_modules() if isinstance(module, NF4Weight)}
-    assert {re.sub(r"^layers\.\d+\.", "", name) for name in names} == {
-        "attention.qkv", "attention.output", "mlp.gate_up", "mlp.down",
-        "mlp.experts.gate_up", "mlp.experts.down", "mlp.shared.gate_up", "mlp.shared.down",
-    }  # fmt: skip
+    kinds = {re.sub(r"^layers\.\d+\.", "", name) for name in names}
+    experts = {f"mlp.{module}.{linear}" for module in ("experts", "shared") for linear in ("gate_up", "down")}
+    assert kinds == {"attention.qkv", "attention.output", "mlp.gate_up", "mlp.down"} | experts
     exact = logits(floats)
     with torch.no_grad():
         for name in names:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from harness import run_ranks
 from torch import Tensor
-from trialign.algorithms.batch import pack
+from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.roles.role import shapes, stage_forward
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import SamplingParams
@@ -35,6 +35,18 @@ def room_for(config: ModelConfig, prompts: Sequence[list[int]]) -> list[list[int
     return [prompt for prompt in prompts if len(prompt) + NEW_TOKENS <= config.longest_rollout]
 
 
+def whole_logits(model: Decoder, batch: Batch) -> Tensor | None:
+    """[total, vocab] on the last stage, None elsewhere. Collective."""
+    mesh = model.mesh
+
+    def forward(chunk: Chunk, _: int, x: Tensor | None) -> Tensor:
+        hidden = stage_forward(model, batch, x, chunk=chunk)
+        return all_gather(model.logits(hidden), mesh.tp, 1, model.vocab.sizes) if chunk.has_head else hidden
+
+    results = run_schedule(forward_only, model.stage, mesh, shapes(model, [batch]), model.dtype, forward)
+    return results[0] if results else None
+
+
 def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int) -> dict[str, Any]:
     """This rank's logits (last stage), tokens, and pieces of the gradient of the mean logprob."""
     mesh = build_mesh(tp=tp, pp=pp, ep=ep)
@@ -43,10 +55,6 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
     load_hf(model, folder)
     batch = pack(prompts, [[False] + [True] * (len(prompt) - 1) for prompt in prompts])
 
-    def whole_logits(chunk: Chunk, _: int, x: Tensor | None) -> Tensor:
-        hidden = stage_forward(model, batch, x, chunk=chunk)
-        return all_gather(model.logits(hidden), mesh.tp, 1, model.vocab.sizes) if chunk.has_head else hidden
-
     def loss(chunk: Chunk, _: int, x: Tensor | None) -> Tensor:
         hidden = stage_forward(model, batch, x, chunk=chunk)
         if not chunk.has_head:
@@ -54,12 +62,10 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
         rows = hidden[batch.response - 1]
         return -parallel_logprob(rows, model.head_weight(), batch.labels, model.vocab)[0].mean()
 
-    logits = run_schedule(forward_only, model.stage, mesh, shapes(model, [batch]), model.dtype, whole_logits)
+    logits, short = whole_logits(model, batch), room_for(config, prompts)
     greedy = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
-    short = room_for(config, prompts)
-    completions = EmbeddedGenerator(model, mesh, block_size=4, max_running=3).generate(
-        short, list(range(len(short))), greedy
-    )
+    generator = EmbeddedGenerator(model, mesh, block_size=4, max_running=3)
+    completions = generator.generate(short, list(range(len(short))), greedy)
     run_schedule(one_f_one_b, model.stage, mesh, shapes(model, [batch]), model.dtype, loss)
     gradients = []
     for name, parameter in model.named_parameters():
@@ -71,8 +77,7 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
             rows = gradient[begin : begin + piece.shape[0]].clone()
             gradients.append((name, piece, rows))
             begin += piece.shape[0]
-    tokens = [completion.tokens for completion in completions]
-    return {"logits": logits[0] if logits else None, "tokens": tokens, "gradients": gradients}
+    return {"logits": logits, "tokens": [c.tokens for c in completions], "gradients": gradients}
 
 
 def rank_runs(

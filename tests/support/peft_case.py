@@ -126,17 +126,22 @@ def states(trained: Learner, kind: str = "") -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.clone() for key, value in found if key.startswith(prefix)}
 
 
-def two_steps(
+def take_steps(
     rank: int,
     world: int,
     layout: Layout,
     folder: Path,
     lora: LoRA | None,
-    adapter: Path | None,
+    adapter: Path | None = None,
+    steps: int = 2,
     recompute: bool = False,
 ) -> dict[str, Tensor]:
-    """States after two optimizer steps of the adapters, or of the weights without."""
-    return states(train(build(folder, layout.mesh(), lora, adapter, recompute=recompute), 2))
+    """States after optimizer steps of a PEFT folder's adapters, or of `adapted` ones; of the weights without LoRA."""
+    if lora is None or adapter is not None:
+        model = build(folder, layout.mesh(), lora, adapter, recompute=recompute)
+    else:
+        model = adapted(folder, lora, layout, recompute=recompute)
+    return states(train(model, steps))
 
 
 def save_run(trained: Learner, root: Path, base: Path, role: str = "actor") -> Path:
@@ -154,11 +159,11 @@ def train_and_save(rank: int, world: int, layout: Layout, folder: Path, root: Pa
 
 
 def resume(rank: int, world: int, layout: Layout, folder: Path, path: Path, lora: LoRA) -> dict[str, Tensor]:
-    """States of a run that resumes from `train_and_save`'s checkpoint; one process: see also `resumed`."""
     return states(resumed(layout, folder, path, lora))
 
 
 def resumed(layout: Layout, folder: Path, path: Path, lora: LoRA) -> Learner:
+    """A run that resumes from `train_and_save`'s checkpoint."""
     trained = learner(build(folder, layout.mesh(), lora))
     model = trained.model
     check_same_adapter(checkpoint.read_state(path)["adapters"]["actor"], model, folder)

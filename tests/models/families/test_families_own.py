@@ -5,7 +5,7 @@ The reference is independent of trialign: it reads the published tensors, and ap
 
 import json
 import math
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -77,35 +77,30 @@ def paper_slopes(heads: int) -> list[float]:
     return paper_slopes(below) + paper_slopes(2 * below)[0::2][: heads - below]
 
 
-def qwen(w: Weights, config: dict[str, Any], tokens: list[int]) -> Tensor:
-    """[length, vocab], by Qwen's technical report, section 2.3."""
-    heads, d = config["num_attention_heads"], config["kv_channels"]
+# Qwen 1's names -> Baichuan's.
+NAMES = {
+    **{"transformer.wte": "model.embed_tokens", "transformer.h": "model.layers", "transformer.ln_f": "model.norm"},
+    **{"ln_1": "input_layernorm", "attn.c_attn": "self_attn.W_pack", "attn.c_proj": "self_attn.o_proj"},
+    **{"ln_2": "post_attention_layernorm", "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj"},
+    **{"mlp.c_proj": "mlp.down_proj"},
+}
+
+
+def reference_logits(weights: Weights, config: dict[str, Any], tokens: list[int]) -> Tensor:
+    """[length, vocab], by Qwen's technical report, section 2.3, and Baichuan 2's, sections 2.3 and 2.6."""
+    w = {reduce(lambda name, old: name.replace(old, NAMES[old]), NAMES, name): t for name, t in weights.items()}
+    heads, alibi = config["num_attention_heads"], "model_max_length" in config
+    slopes = paper_slopes(heads) if alibi else [None] * heads
     log_base = config["seq_length"] if config.get("use_logn_attn") else None
     trained = config["seq_length"] if config.get("use_dynamic_ntk") else None
-    x = w["transformer.wte.weight"][tokens]
-    for i in range(config["num_hidden_layers"]):
-        name = f"transformer.h.{i}."
-        fused = rms(x, w[name + "ln_1.weight"]) @ w[name + "attn.c_attn.weight"].T + w[name + "attn.c_attn.bias"]
-        q, k, v = (part.reshape(-1, heads, d) for part in fused.chunk(3, -1))
-        out = torch.cat([attention(q[:, h], k[:, h], v[:, h], None, log_base, trained) for h in range(heads)], -1)
-        x = x + out @ w[name + "attn.c_proj.weight"].T
-        y = rms(x, w[name + "ln_2.weight"])
-        gated = y @ w[name + "mlp.w1.weight"].T * silu(y @ w[name + "mlp.w2.weight"].T)
-        x = x + gated @ w[name + "mlp.c_proj.weight"].T
-    return rms(x, w["transformer.ln_f.weight"]) @ w["lm_head.weight"].T
-
-
-def baichuan(w: Weights, config: dict[str, Any], tokens: list[int]) -> Tensor:
-    """[length, vocab], by Baichuan 2's report, sections 2.3 and 2.6."""
-    heads = config["num_attention_heads"]
-    slopes = paper_slopes(heads) if "max_position_embeddings" not in config else [None] * heads
     x = w["model.embed_tokens.weight"][tokens]
     for i in range(config["num_hidden_layers"]):
         name = f"model.layers.{i}."
         fused = rms(x, w[name + "input_layernorm.weight"]) @ w[name + "self_attn.W_pack.weight"].T
+        fused = fused + w.get(name + "self_attn.W_pack.bias", 0)
         q, k, v = (part.reshape(len(tokens), heads, -1) for part in fused.chunk(3, -1))
-        out = torch.cat([attention(q[:, h], k[:, h], v[:, h], slopes[h], None) for h in range(heads)], -1)
-        x = x + out @ w[name + "self_attn.o_proj.weight"].T
+        out = [attention(q[:, h], k[:, h], v[:, h], slopes[h], log_base, trained) for h in range(heads)]
+        x = x + torch.cat(out, -1) @ w[name + "self_attn.o_proj.weight"].T
         y = rms(x, w[name + "post_attention_layernorm.weight"])
         gate, up = (y @ w[f"{name}mlp.{part}_proj.weight"].T for part in ("gate", "up"))
         x = x + (silu(gate) * up) @ w[name + "mlp.down_proj.weight"].T
@@ -125,17 +120,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 STRETCHED = OWN["qwen"] | {"seq_length": 8}
 
 
-def logits_of(name: str, weights: Weights, tokens: list[int]) -> Tensor:
-    values = STRETCHED if name == "stretched" else OWN[name]
-    return (baichuan if name.startswith("baichuan") else qwen)(weights, values, tokens)
-
-
 @cache
 def reference(name: str, folder: Path) -> tuple[Tensor, Weights, list[list[int]]]:
     """Logits [tokens, vocab], gradients of the mean logprob by name, greedy tokens."""
     weights = {key: t.double().requires_grad_() for key, t in load_file(folder / "model.safetensors").items()}
-    prompts = LONG if name == "stretched" else PROMPTS
-    logits = [logits_of(name, weights, prompt) for prompt in prompts]
+    values, prompts = (STRETCHED, LONG) if name == "stretched" else (OWN[name], PROMPTS)
+    logits = [reference_logits(weights, values, prompt) for prompt in prompts]
     picked = [part[:-1].log_softmax(-1)[range(len(p) - 1), p[1:]] for part, p in zip(logits, prompts, strict=True)]
     (-torch.cat(picked).mean()).backward()
     with torch.no_grad():
@@ -143,7 +133,7 @@ def reference(name: str, folder: Path) -> tuple[Tensor, Weights, list[list[int]]
         for prompt in room_for(read_config(folder), prompts)[:2]:
             tokens = list(prompt)
             for _ in range(NEW_TOKENS):
-                tokens.append(int(logits_of(name, weights, tokens)[-1].argmax()))
+                tokens.append(int(reference_logits(weights, values, tokens)[-1].argmax()))
             completions.append(tokens[len(prompt) :])
     return torch.cat(logits).detach(), {key: w.grad for key, w in weights.items() if w.grad is not None}, completions
 
@@ -163,17 +153,28 @@ def test_qwen_past_its_trained_length_equals_the_reference(tmp_path, tp, pp):
     assert_agrees(got, logits, gradients, [], "stretched")
 
 
-@pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 32, 40])
-def test_alibi_slopes_equal_the_papers(heads):
-    torch.testing.assert_close(alibi_slopes(heads).double(), torch.tensor(paper_slopes(heads)).double())
+def test_alibi_slopes_equal_the_papers():
+    for heads in (1, 2, 6, 8, 12, 32, 40):
+        torch.testing.assert_close(alibi_slopes(heads).double(), torch.tensor(paper_slopes(heads)).double())
+
+
+def generator_of(folder: Path) -> tuple[Decoder, EmbeddedGenerator]:
+    model = Decoder(read_config(folder), build_mesh(), dtype=torch.float32)
+    load_hf(model, folder)
+    return model, EmbeddedGenerator(model, model.mesh)
+
+
+def test_dynamic_ntk_sampling_is_bounded_by_trained_length(folders):
+    """Rotations depend on the final length, known only in scoring and training."""
+    _, generator = generator_of(folders["qwen"])
+    with pytest.raises(ValueError, match="sample 0 has 60 tokens, with max_new_tokens=5"):
+        generator.generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))
 
 
 def test_normalized_head_is_cached_only_during_generation(folders):
-    config = read_config(folders["baichuan2-7b"])
-    model = Decoder(config, build_mesh(), dtype=torch.float32)
-    load_hf(model, folders["baichuan2-7b"])
+    model, generator = generator_of(folders["baichuan2-7b"])
     assert model.head is not None
-    generator, params = EmbeddedGenerator(model, model.mesh), SamplingParams(temperature=0, max_new_tokens=12)
+    params = SamplingParams(temperature=0, max_new_tokens=12)
     before = generator.generate(PROMPTS, list(range(4)), params)
     with torch.no_grad():
         model.head.weight.mul_(2)  # the same normalized rows, to the bit
@@ -192,19 +193,19 @@ def test_critic_scores_equal_the_reference(folders):
         weights = {key: t.double() for key, t in load_file(folder / "model.safetensors").items()}
         weights["lm_head.weight"] = draws.double()
         plain = {key: value for key, value in OWN[name].items() if key != "z_loss_weight"}
-        model = qwen if name.startswith("qwen") else baichuan
-        expected = torch.stack([model(weights, plain, prompt)[-1, 0] for prompt in PROMPTS])
+        expected = torch.stack([reference_logits(weights, plain, prompt)[-1, 0] for prompt in PROMPTS])
         for scores in (alone[name], cut[name], other[name]):
             assert_same(scores, expected, name)
 
 
-PUBLISHED = {  # sizes in the publishers' config.json
-    "7B": {"architectures": ["BaiChuanForCausalLM"], "hidden_size": 4096, "max_position_embeddings": 4096},
-    "13B": {"architectures": ["BaichuanForCausalLM"], "hidden_size": 5120, "model_max_length": 4096},
-    "2-7B": {"architectures": ["BaichuanForCausalLM"], "hidden_size": 4096, "max_position_embeddings": 4096}
-    | {"model_max_length": 4096, "vocab_size": 125696},
-    "2-13B": {"architectures": ["BaichuanForCausalLM"], "hidden_size": 5120, "model_max_length": 4096}
-    | {"vocab_size": 125696, "z_loss_weight": 0},
+_7B, _13B = ({"hidden_size": size} for size in (4096, 5120))
+PUBLISHED: dict[str, dict[str, Any]] = {  # config.json of the publishers, without what decides nothing
+    "7B": _7B | {"architectures": ["BaiChuanForCausalLM"], "max_position_embeddings": 4096},
+    "13B": _13B | {"architectures": ["BaichuanForCausalLM"], "model_max_length": 4096},
+}
+PUBLISHED |= {
+    "2-7B": PUBLISHED["13B"] | _7B | {"max_position_embeddings": 4096, "vocab_size": 125696},
+    "2-13B": PUBLISHED["13B"] | {"vocab_size": 125696, "z_loss_weight": 0},
 }
 
 
@@ -213,56 +214,33 @@ def baichuan_config(values: dict[str, Any]) -> ModelConfig:
     return from_hf_dict({"vocab_size": 64000} | sizes | values)
 
 
-def test_published_baichuan_models_are_recognized():
-    found = {name: baichuan_config(values) for name, values in PUBLISHED.items()}
-    assert {name: (c.alibi, c.norm_head, c.max_positions) for name, c in found.items()} == {
-        "7B": (False, False, 4096),
-        "13B": (True, False, 4096),
-        "2-7B": (False, True, 4096),
-        "2-13B": (True, True, 4096),
-    }
-    for config in found.values():
-        written = json.loads(json.dumps(to_hf_dict(config)))
-        assert from_hf_dict(written) == config
-        bare = {key: value for key, value in written.items() if key not in ("alibi", "norm_head")}
-        assert from_hf_dict(bare).alibi == config.alibi
-
-
 @pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
+    ("name", "alibi", "norm_head"),
+    [("7B", False, False), ("13B", True, False), ("2-7B", False, True), ("2-13B", True, True)],
+)
+def test_published_baichuan_models_are_recognized(name, alibi, norm_head):
+    config = baichuan_config(PUBLISHED[name])
+    assert (config.alibi, config.norm_head, config.max_positions) == (alibi, norm_head, 4096)
+    written = json.loads(json.dumps(to_hf_dict(config)))
+    assert from_hf_dict(written) == config
+    bare = {key: value for key, value in written.items() if key not in ("alibi", "norm_head")}
+    assert from_hf_dict(bare).alibi == config.alibi
+
+
+def test_ambiguous_or_unsupported_configs_are_refused():
+    for name, changes, message in (
         ("7B", {"hidden_size": 5120}, "hidden_size=5120.*BaiChuanForCausalLM: neither a 7B .* nor a 13B"),
         ("13B", {"hidden_size": 4096}, "hidden_size=4096, max_position_embeddings=None.*key alibi to true or false"),
         ("13B", {"model_max_length": None}, "neither a 7B"),
         ("2-7B", {"vocab_size": 125700}, "vocab_size=125700 and z_loss_weight=None: neither Baichuan .* norm_head"),
         ("13B", {"z_loss_weight": 0}, "vocab_size=64000 and z_loss_weight=0: neither"),
-        ("7B", {"num_key_value_heads": 4}, "num_key_value_heads=4 is not supported"),
-        ("7B", {"norm_head": "no"}, "norm_head='no': expected true or false"),
-    ],
-)
-def test_ambiguous_baichuan_configs_are_refused(name, changes, message):
-    with pytest.raises(ValueError, match=message):
-        baichuan_config(PUBLISHED[name] | changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"intermediate_size": 71}, "intermediate_size=71: Qwen 1 counts both"),
-        ({"rotary_pct": 0.5}, "rotary_pct=0.5 is not supported; allowed: 1.0"),
-        ({"no_bias": False}, "no_bias=False is not supported; allowed: true"),
-        ({"use_dynamic_ntk": 1}, "use_dynamic_ntk=1: expected true or false"),
-    ],
-)
-def test_unsupported_qwen_configs_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        from_hf_dict(OWN["qwen"] | changes)
-
-
-def test_dynamic_ntk_is_not_sampled_past_the_trained_length(folders):
-    """Rotations depend on the final length, known only in scoring and training."""
-    model = Decoder(read_config(folders["qwen"]), build_mesh(), dtype=torch.float32)
-    load_hf(model, folders["qwen"])
-    assert (model.config.longest_rollout, model.config.longest_document) == (64, math.inf)
-    with pytest.raises(ValueError, match="sample 0 has 60 tokens, with max_new_tokens=5"):
-        EmbeddedGenerator(model, model.mesh).generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))
+        ("7B", {"num_key_value_heads": 4}, "num_key_value_heads=4"),
+        ("7B", {"norm_head": "no"}, "norm_head='no'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            baichuan_config(PUBLISHED[name] | changes)
+    qwen: tuple[dict[str, Any], ...] = ({"intermediate_size": 71}, {"rotary_pct": 0.5})
+    for changes in (*qwen, {"no_bias": False}, {"use_dynamic_ntk": 1}):
+        ((key, value),) = changes.items()
+        with pytest.raises(ValueError, match=f"{key}={value}"):
+            from_hf_dict(OWN["qwen"] | changes)

@@ -1,4 +1,4 @@
-"""Conversion into checkpoints of any layout and back, translation to other families, pickles, and refusals."""
+"""Conversion: folders to checkpoints of any layout and back, export as another family, pickles and outputs."""
 
 import errno
 import json
@@ -16,112 +16,84 @@ from families import OWN, same_bits, tensors_of, tiny_family, write_folder
 from peft_case import build, logits, peer_logits
 from safetensors.torch import load_file
 from scripts import launch
-from tiny import tiny_llama, weight_pieces
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
 from trialign.engine.mesh import build_mesh
-from trialign.models.decoder import Decoder
+from trialign.engine.storage.atomic import atomic_folder
 from trialign.models.families.registry import read_config
 from trialign.models.hf.convert import export_checkpoint, import_checkpoint
-from trialign.models.hf.load import load_hf
-from trialign.models.hf.source import FolderSource
-from trialign.models.hf.translate import translate_config
+from trialign.models.hf.translate import Target, translate_config
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen2-moe", "qwen", "baichuan-7b", "baichuan2-13b"])
-def test_folder_to_checkpoint_and_back_is_exact(name, tmp_path):
-    """Through the files of every layout; a run that starts from the checkpoint has the folder's weights."""
-    folder = tiny_family(tmp_path / "folder", name)
-    straight = {n: view for n, _, view in weight_pieces(build(folder, build_mesh(), None))}
-    for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 4)):
-        checkpoint, out = tmp_path / f"checkpoint{tp}{pp}", tmp_path / f"out{tp}{pp}"
-        assert import_checkpoint(folder, checkpoint, tp=tp, pp=pp)[1] == "actor"
-        export_checkpoint(checkpoint, out, dtype=torch.float32)
-        assert same_bits(tensors_of(out), tensors_of(folder))
-        assert len(list(checkpoint.glob("actor.master.*.safetensors"))) == tp * pp
-        model = build(checkpoint, build_mesh(), None) if (tp, pp) == (2, 4) else None
-        assert model is None or same_bits({n: view for n, _, view in weight_pieces(model)}, straight)
-
-
-def test_each_ranks_weights_are_in_its_own_file(tmp_path):
-    folder = tiny_llama(tmp_path / "folder", tied=False)
-    import_checkpoint(folder, tmp_path / "checkpoint", tp=2, pp=3)
-    last = load_file(tmp_path / "checkpoint" / "actor.master.00005.safetensors")  # stages of 1, 2 and 1 layers
-    assert torch.equal(last["lm_head.weight@48,0"], tensors_of(folder)["lm_head.weight"][48:])
-    assert {name.split(".")[2] for name in last if name.startswith("model.layers")} == {"3"}
-
-
-def test_score_models_are_imported_as_critics(tmp_path):
-    folder = tiny_llama(tmp_path / "folder", score=True)
-    assert import_checkpoint(folder, tmp_path / "checkpoint", tp=2)[1] == "critic"
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", role="critic", dtype=torch.float32)
-    assert same_bits(tensors_of(tmp_path / "out"), tensors_of(folder))
-    model = Decoder(read_config(tmp_path / "checkpoint"), build_mesh(), dtype=torch.float32, head="score")
-    load_hf(model, tmp_path / "checkpoint")
-    assert model.head is not None and torch.equal(model.head.weight, tensors_of(folder)["score.weight"])
+def test_each_rank_has_a_file_of_its_own(tmp_path):
+    import_checkpoint(tiny_llama(tmp_path / "folder"), tmp_path / "checkpoint", tp=2, pp=3)
+    files = sorted((tmp_path / "checkpoint").glob("actor.master.*.safetensors"))
+    layers = [{key.split(".")[2] for key in load_file(file) if key.startswith("model.layers")} for file in files]
+    assert layers == [{"0"}, {"0"}, {"1", "2"}, {"1", "2"}, {"3"}, {"3"}]
 
 
 def test_dtypes_are_kept_or_converted(tmp_path):
-    folder, dtypes = tiny_llama(tmp_path / "float32"), {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    """Bit for bit, whatever config.json has."""
+    folder = tiny_llama(tmp_path / "folder")
     values, tensors = json.loads((folder / "config.json").read_text()), tensors_of(folder)
-    for name, dtype in dtypes.items():
-        write_folder(tmp_path / name, values, {key: t.to(dtype) for key, t in tensors.items()})
-    for source, dtype, stored in (
-        ("bfloat16", None, torch.bfloat16),
-        ("bfloat16", torch.float32, torch.float32),
-        ("float32", torch.bfloat16, torch.bfloat16),
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for i, (source, dtype, stored) in enumerate(
+        ((bf16, None, bf16), (fp16, None, fp16), (bf16, fp32, fp32), (fp32, bf16, bf16))
     ):
-        checkpoint = tmp_path / f"{source}-{dtype}"
-        import_checkpoint(tmp_path / source, checkpoint, dtype=dtype)
-        for name, tensor in load_file(checkpoint / "actor.master.00000.safetensors").items():
-            assert tensor.dtype == stored and torch.equal(tensor.bfloat16(), tensors[name].bfloat16())
-    import_checkpoint(tmp_path / "float16", tmp_path / "checkpoint", tp=2)
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")  # bit for bit, whatever the source's config.json has
-    assert same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "float16"))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"
+        write_folder(tmp_path / "source", values, {name: t.to(source) for name, t in tensors.items()})
+        checkpoint, out = tmp_path / f"checkpoint{i}", tmp_path / f"out{i}"
+        import_checkpoint(tmp_path / "source", checkpoint, dtype=dtype, tp=2)
+        export_checkpoint(checkpoint, out)
+        assert same_bits(tensors_of(out), {name: t.to(source).to(stored) for name, t in tensors.items()})
+        assert f"torch.{json.loads((out / 'config.json').read_text())['torch_dtype']}" == str(stored)
 
 
-def test_invalid_sources_and_layouts_are_refused_and_leave_nothing(tmp_path):
+def test_bad_imports_are_refused_and_leave_nothing(tmp_path):
     folder = tiny_llama(tmp_path / "folder")
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     (tmp_path / "corrupt.gguf").write_bytes(b"GGUX" * 100)
-    before, out = sorted(path.name for path in tmp_path.iterdir()), tmp_path / "out"
-    for model, output, tp, pp, message in (
-        (folder, out, 5, 1, "num_heads=4 .* tp=5"),
-        (folder, out, 1, 5, "num_layers=4 .* pp=5"),
-        (folder, folder, 1, 1, "exists and is not an empty folder"),
-        (tmp_path / "pickle", out, 1, 1, "pytorch_model.bin; pickles are not loaded.*docs/conversion.md, Pickles"),
-        (tmp_path / "none", out, 1, 1, "none: no such folder"),
-        (tmp_path / "none.gguf", out, 1, 1, "none.gguf: no such file"),
-        (tmp_path / "corrupt.gguf", out, 1, 1, "corrupt, or not a GGUF file"),
-    ):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    out = tmp_path / "out"
+    cases: tuple[tuple[Path, Path, dict[str, Any], str], ...] = (
+        (folder, out, {"tp": 5}, "num_heads=4 .*tp=5"),
+        (folder, out, {"pp": 5}, "num_layers=4 .*pp=5"),
+        (folder, folder, {}, "exists and is not an empty folder"),
+        (tmp_path / "pickle", out, {}, "pytorch_model.bin; pickles are not loaded.*docs/conversion.md, Pickles"),
+        (tmp_path / "none", out, {}, "none: no such folder"),
+        (tmp_path / "none.gguf", out, {}, "none.gguf: no such file"),
+        (tmp_path / "corrupt.gguf", out, {}, "corrupt, or not a GGUF file"),
+    )
+    for model, output, options, message in cases:
         with pytest.raises(ValueError, match=message):
-            import_checkpoint(model, output, tp=tp, pp=pp)
+            import_checkpoint(model, output, **options)
     done = launch("import_hf", "--model", tmp_path / "none", "--output", out)
-    assert done.returncode != 0 and "no such folder" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and "import_hf: " in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def write(folder: Path) -> None:
+    with atomic_folder(folder) as aside:
+        (aside / "file").write_text("whole")
+
+
 @pytest.mark.parametrize("exists", [True, False])
-def test_symbolic_links_to_outputs_are_followed(exists, tmp_path):
-    model, disk = tiny_llama(tmp_path / "model"), tmp_path / "disk"
-    for name in ("checkpoint", "folder"):
-        (tmp_path / name).symlink_to(disk / name)
-        if exists:
-            (disk / name).mkdir(parents=True)
-    import_checkpoint(model, tmp_path / "checkpoint")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "folder")
-    assert (tmp_path / "checkpoint").is_symlink() and (tmp_path / "folder").is_symlink()
-    assert same_bits(tensors_of(disk / "folder"), tensors_of(model))
-    assert sorted(path.name for path in disk.iterdir()) == ["checkpoint", "folder"]
+def test_target_of_a_linked_output_is_filled(exists, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "folder")
+    if exists:
+        (tmp_path / "disk" / "folder").mkdir(parents=True)
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["folder"]
+    assert (tmp_path / "disk" / "folder" / "file").read_text() == "whole"
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ValueError, match="loop: exists and is not an empty folder"):
-        import_checkpoint(model, tmp_path / "loop")
+        write(tmp_path / "loop")
 
 
-def test_mount_points_are_refused_before_any_work(tmp_path, monkeypatch):
-    """The kernel renames nothing onto a mount point, which os.path.ismount may miss."""
-    model, mount, rename = tiny_llama(tmp_path / "model"), tmp_path / "mount", os.rename
+def test_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    """The kernel renames nothing onto a mount point, which os.path.ismount does not always detect."""
+    mount, rename = tmp_path / "mount", os.rename
     mount.mkdir()
 
     def busy(source: Any, target: Any) -> None:
@@ -130,33 +102,25 @@ def test_mount_points_are_refused_before_any_work(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", busy)
-    monkeypatch.setattr(FolderSource, "read", lambda *_: pytest.fail("a tensor was read"))
-    with pytest.raises(ValueError, match="mount: .*Device or resource busy"):
-        import_checkpoint(model, mount)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "mount"] and not list(mount.iterdir())
-    monkeypatch.undo()
-    import_checkpoint(model, mount / "in")
+    with pytest.raises(ValueError, match="mount: .*Device or resource busy.*folder in"), atomic_folder(mount):
+        pytest.fail("work began")
+    assert list(tmp_path.iterdir()) == [mount] and not list(mount.iterdir())
+    write(mount / "in")
 
 
-def test_remains_of_a_killed_conversion_are_named_and_kept(tmp_path, capsys):
-    """In a container the next process may have the killed one's number."""
-    model = tiny_llama(tmp_path / "model")
-    remains = [tmp_path / f".{name}.{os.getpid()}.unfinished" for name in ("checkpoint", "folder")]
-    for folder in remains:
-        folder.mkdir()
-        (folder / "file").write_text("of another process")
-    capsys.readouterr()
-    import_checkpoint(model, tmp_path / "checkpoint")
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "folder")
-    assert all((folder / "file").is_file() for folder in remains)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(str(folder) in line for folder, line in zip(remains, lines, strict=True)), lines
-    assert sorted(tmp_path.glob(".*")) == remains
-    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == stat.S_IMODE(model.stat().st_mode)
+def test_leftovers_of_killed_conversions_are_reported_and_kept(tmp_path, capsys):
+    """In a container the next process may have the killed one's process id."""
+    left = tmp_path / f".folder.{os.getpid()}.unfinished"
+    left.mkdir()
+    (left / "file").write_text("of another process")
+    write(tmp_path / "folder")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(left) in line and list(tmp_path.glob(".*")) == [left] and (left / "file").is_file()
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == stat.S_IMODE(left.stat().st_mode)
 
 
-def test_documented_conversion_of_pickles(tmp_path):
-    """The code of docs/conversion.md on two files with a tied head under both names; it runs no pickled code."""
+def test_documented_code_converts_pickles_to_safetensors(tmp_path):
+    """The lines of docs/conversion.md: two files, a tied head under both its names; a pickle that runs code fails."""
     page = (ROOT / "docs" / "conversion.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     folder = tiny_llama(tmp_path / "folder")
@@ -181,32 +145,27 @@ def test_documented_conversion_of_pickles(tmp_path):
 @pytest.mark.parametrize(
     ("name", "family"), [("baichuan-7b", "llama"), ("baichuan2-7b", "llama"), ("qwen", "qwen2"), ("llama", "llama")]
 )
-def test_translated_models_have_the_same_logits_in_transformers(name, family, tmp_path):
-    from transformers import AutoModelForCausalLM
-
+def test_export_as_another_family_has_the_same_logits(name, family, tmp_path):
     folder = tiny_family(tmp_path / "folder", name)
     import_checkpoint(folder, tmp_path / "checkpoint", tp=2)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", dtype=torch.float32, family=family)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    model, info = loaded
+    exported, info = loaded
     assert not any(info.values()), info
-    torch.testing.assert_close(logits(build(folder, build_mesh(), None)), peer_logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(peer_logits(exported), logits(build(folder, build_mesh(), None)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "family", "message"),
-    [
-        ("baichuan-13b", "llama", "BaichuanForCausalLM cannot be exported as llama: .*alibi=True"),
+def test_export_as_a_family_that_differs_is_refused(tmp_path):
+    cases: tuple[tuple[str, Target, str], ...] = (
+        ("baichuan-13b", "llama", "BaichuanForCausalLM .*llama: LLaMA has no alibi=True"),
         ("qwen-logn", "qwen2", "position 6 .use_logn_attn. of 64"),
         ("qwen", "llama", "biases on q, k and v but not on the output"),
         ("qwen3", "llama", "qk_norm=True"),
-        ("mistral", "llama", "window=5"),
-        ("mixtral", "llama", "moe="),
-    ],
-)
-def test_translation_of_other_models_is_refused(name, family, message, tmp_path):
-    config = read_config(tiny_family(tmp_path / "folder", name))
-    with pytest.raises(ValueError, match=message):
-        translate_config(config, family)
-    qwen = read_config(tiny_family(tmp_path / "qwen", "qwen"))  # dynamic NTK: up to its trained length
+        ("mistral", "llama", "LLaMA has no window=5"),
+        ("mixtral", "llama", "LLaMA has no moe="),
+    )
+    for name, family, message in cases:
+        with pytest.raises(ValueError, match=message):
+            translate_config(read_config(tiny_family(tmp_path / f"{name}-{family}", name)), family)
+    qwen = read_config(tmp_path / "qwen-llama")  # dynamic NTK: it ends where Qwen2 would begin to differ
     assert translate_config(qwen, "qwen2").max_positions == OWN["qwen"]["seq_length"]

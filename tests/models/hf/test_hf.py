@@ -1,7 +1,8 @@
-"""Loading of Hugging Face folders: dtypes, new heads, layouts that fit; stop tokens and padding tokens."""
+"""Loading of Hugging Face folders: dtypes, heads, stop and padding tokens; invalid folders are refused."""
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from samples import tokenizer as words
 from tiny import tiny_llama, tiny_tokenizer, weight_pieces
-from trialign.engine.mesh import mesh_as
-from trialign.models.config import check_layout
+from tiny_moe import tiny_mixtral
+from torch import Tensor
+from trialign.algorithms.config.common import ParallelConfig
+from trialign.algorithms.config.run import RunConfig
+from trialign.algorithms.roles.build import read_shape
+from trialign.engine.mesh import build_mesh, mesh_as
+from trialign.models.config import ModelConfig, check_layout
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import head_of, read_config
+from trialign.models.folder import INDEX
+from trialign.models.hf.convert import import_checkpoint
 from trialign.models.hf.load import load_hf
 from trialign.models.hf.padding import padding_id, score_padding, write_padding
-from trialign.models.hf.table import hf_name, hf_shapes
+from trialign.models.hf.source import open_source
+from trialign.models.hf.table import hf_shapes
 from trialign.models.hf.tokenizer import read_tokenizer, stop_ids
 
 
@@ -33,7 +42,6 @@ def test_stop_ids_are_those_of_configs_and_tokenizer(tmp_path):
         assert stop_ids(tmp_path, config, tokenizer) == expected
     for text, message in (
         ("{", "not JSON"),
-        ("[]", "found list"),
         ('{"eos_token_id": "</s>"}', "eos_token_id='</s>'.* vocab_size=96"),
         ('{"eos_token_id": [5, 96]}', r"eos_token_id=\[5, 96\].* vocab_size=96"),
         ('{"eos_token_id": [true]}', r"eos_token_id=\[True\]"),
@@ -50,7 +58,7 @@ def test_stop_ids_are_those_of_configs_and_tokenizer(tmp_path):
         stop_ids(tmp_path, dataclasses.replace(config, vocab_size=8), tokenizer)
 
 
-def test_layouts_that_do_not_fit_are_refused_by_size(untied):
+def test_unfit_layouts_are_refused_by_size(untied):
     config = read_config(untied)  # 4 heads, 2 key/value heads, ffn 64, vocabulary 96, 4 layers
     smollm2 = dataclasses.replace(config, num_heads=9, num_kv_heads=3, ffn_size=1536, vocab_size=49153)
     for shape, tp, pp in ((config, 2, 4), (config, 3, 3), (smollm2, 2, 1), (smollm2, 7, 2), (smollm2, 9, 1)):
@@ -96,19 +104,19 @@ def test_score_head_of_a_causal_model_is_new(tmp_path, tied):
     assert torch.equal(last.weight, other.weight) and 0.5 < last.weight.std() * 33 < 1.5
 
 
-def test_heads_and_tied_embeddings_of_folders(tmp_path):
-    score = tiny_llama(tmp_path / "score", score=True)
+def test_score_folder_as_language_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has a score head; a language model needs lm_head.weight"):
-        build(score, 1, 1, 0, head="lm")
-    tied = tiny_llama(tmp_path / "tied")
+        build(tiny_llama(tmp_path, score=True), 1, 1, 0, head="lm")
+
+
+def test_copy_of_a_tied_embedding_is_ignored(tmp_path):
+    tied = tiny_llama(tmp_path)
     tensors = load_file(tied / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tied / "model.safetensors")
-    config = build(tied, 1, 1, 0).config  # an equal copy of the embedding is ignored
-    assert hf_name("head.weight", "", config) == "model.embed_tokens.weight"
-    assert hf_name("head.weight", "", config, "score") == "score.weight"
+    build(tied, 1, 1, 0)
 
 
-def test_padding_is_named_pad_or_a_token_that_ends_nothing(tmp_path):
+def test_padding_is_a_token_that_ends_nothing(tmp_path):
     """Of a tokenizer that pads with its end of sequence and has unused special tokens."""
     tokenizer = read_tokenizer(tiny_tokenizer(tmp_path))
     specials: list = ["<|im_end|>", "<|endoftext|>", "</tool>", "<|file_sep|>", "<|fim_pad|>"]
@@ -133,7 +141,7 @@ def test_padding_of_smollm2_ends_nothing(smollm2):
     assert shape.pad_id not in (tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer.encode("a\nb"))
 
 
-def test_no_padding_where_every_token_may_end_a_text(tmp_path):
+def test_padding_is_none_if_all_tokens_end(tmp_path):
     """A vocabulary of words, any of which may be unknown: transformers then takes single rows only."""
     assert padding_id(words(), (1,), 34) is None
     words().save_pretrained(tiny_llama(tmp_path, vocab_size=260))
@@ -147,3 +155,109 @@ def test_padding_is_written_to_the_tokenizers_files(tmp_path):
     write_padding(tmp_path, "<s>")
     tokenizer = read_tokenizer(tmp_path)
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+NORM, DOWN = "model.layers.1.input_layernorm.weight", "model.layers.3.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A tiny LLaMA in two files with an index."""
+    folder = tiny_llama(tmp_path / "model", tied=False)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"{'b' if 'layers.1' in name else 'a'}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+    open_source(folder)
+    return folder
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def point(folder: Path, name: str, file: str | list[str]) -> None:
+    """Changes the index's file of a tensor."""
+    index = json.loads((folder / INDEX).read_text())
+    change(folder / INDEX, weight_map=index["weight_map"] | {name: file})
+
+
+def put(file: Path, name: str, tensor: Tensor) -> None:
+    save_file(load_file(file) | {name: tensor}, file)
+
+
+A, CONFIG = "a.safetensors", "config.json"
+FOLDERS = {
+    "layers": (lambda f: change(f / CONFIG, num_hidden_layers=10**6), r"model: config.json .*1000000 num_h.* \d+ tens"),
+    "model-type": (lambda f: change(f / CONFIG, model_type="qwen2"), "config.json: model_type='qwen2' .*: 'llama'"),
+    "vocab-size": (lambda f: change(f / CONFIG, vocab_size=0), "config.json: vocab_size=0"),
+    "wrong-type": (lambda f: change(f / CONFIG, id2label=3), "config.json: a value of the wrong type"),
+    "no-json": (lambda f: (f / CONFIG).write_text("{"), "config.json: not JSON"),
+    "nested-config": (lambda f: (f / CONFIG).write_text('{"a": ' + "[" * 10**5), "config.json: .* nested too deep"),
+    "index-numbers": (lambda f: change(f / INDEX, weight_map=3), "index.json: not an index"),
+    "file-elsewhere": (lambda f: point(f, NORM, "../b.safetensors"), f"{INDEX}: weight_map, {NORM}: '../b.saf"),
+    "wrong-file": (lambda f: point(f, NORM, A), f"{A}: no tensor {NORM}, expected by {INDEX}; it is in b.saf"),
+    "missing-file": (lambda f: point(f, NORM, "c.safetensors"), "c.safetensors: missing"),
+    "missing-tensor": (lambda f: point(f, "odd", A), f"{A}: no tensor odd, expected by {INDEX}"),
+    "tensor-twice": (lambda f: put(f / A, NORM, torch.ones(32)), f"b.safetensors: {NORM} is also in {A}"),
+    "integers": (lambda f: put(f / A, DOWN, torch.zeros(32, 64).char()), f"{DOWN} is I8; allowed: .*BF16"),
+    "truncated": (lambda f: os.truncate(f / A, 1000), f"{A}: corrupt or truncated"),
+    "tied": (lambda f: change(f / CONFIG, tie_word_embeddings=True), "lm_head.weight differs from model.embed_tokens"),
+    "no-config": (lambda f: (f / CONFIG).unlink(), "no config.json in this folder"),
+}
+
+
+def assert_load_refuses(folder: Path, message: str, config: ModelConfig) -> None:
+    model = Decoder(config, build_mesh(), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.fill_(-7.0)
+    with pytest.raises(ValueError, match=message):
+        load_hf(model, folder)
+    assert all(parameter.eq(-7).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_inconsistent_folders_are_refused_before_any_work(case, folder):
+    (corrupt, message), config = FOLDERS[case], read_config(folder)
+    corrupt(folder)
+    with pytest.raises(ValueError, match=message):
+        read_shape(str(folder), ParallelConfig(), RunConfig())
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(folder, folder.parent / "imported")
+    assert not (folder.parent / "imported").exists()
+    assert_load_refuses(folder, message, config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_heads", 8), ("rope_theta", 5e5), ("norm_eps", 1e-5), ("vocab_size", 97), ("tie_embeddings", True)],
+)
+def test_folder_of_another_config_is_refused(folder, key, value):
+    config = dataclasses.replace(read_config(folder), **{key: value})
+    assert_load_refuses(folder, f"{key}=.*, the model has {value}", config)
+
+
+def test_missing_folders_and_gguf_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x.gguf: .*launch/import_hf.py"):
+        read_config("x.gguf")
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_more_experts_than_tensors_are_refused(tmp_path):
+    folder = tiny_mixtral(tmp_path / "model")
+    change(folder / CONFIG, num_experts=1_000_000, num_local_experts=1_000_000)
+    with pytest.raises(ValueError, match=r"has \d+000000 experts in all layers.* \d+ tensors"):
+        read_shape(str(folder), ParallelConfig(), RunConfig())
+
+
+def test_nonfinite_tensors_are_refused_by_name(folder):
+    model = Decoder(read_config(folder), build_mesh(), dtype=torch.float32)
+    for number in (float("nan"), float("inf")):
+        put(folder / "b.safetensors", NORM, torch.ones(32).index_fill(0, torch.tensor(31), number))
+        for call in (lambda: import_checkpoint(folder, folder.parent / "imported"), lambda: load_hf(model, folder)):
+            with pytest.raises(ValueError, match=f"model: {NORM} has NaN or infinity"):
+                call()
+    assert not (folder.parent / "imported").exists()

@@ -32,23 +32,25 @@ pytestmark = pytest.mark.skipif(not VLLM.is_file(), reason="vLLM's environment i
 _SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
 _SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512, "eos_token_id": 2}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 2}
-# Baichuan with 5 heads, not a power of two, so ALiBi has slopes of both series; OWN has four published variants.
-_BAICHUAN = {"vocab_size": 512, "hidden_size": 160, "intermediate_size": 224, "num_hidden_layers": 2}
-_BAICHUAN |= {"num_attention_heads": 5, "model_type": "baichuan"}
-_POSITIONS = ("max_position_embeddings", "model_max_length")
-FOLDERS: dict[str, dict[str, Any]] = {
-    name: values | _BAICHUAN | {key: 512 for key in _POSITIONS if key in values}
-    for name, values in OWN.items()
-    if name.startswith("baichuan")
-}
+_OWN = {"vocab_size": 512, "num_hidden_layers": 2}
+_QWEN = _OWN | {"hidden_size": 128, "num_attention_heads": 4, "kv_channels": 32, "intermediate_size": 384}
+# 5 heads: not a power of two, so ALiBi has slopes of both series.
+_BAICHUAN = _OWN | {"hidden_size": 160, "intermediate_size": 224, "num_attention_heads": 5, "rms_norm_eps": 1e-6}
+_BAICHUAN |= {"model_type": "baichuan"}
+
+
+def resized(name: str, **sizes: Any) -> dict[str, Any]:
+    """config.json of a family that transformers lacks, in its publisher's keys, for 512 positions."""
+    lengths = {key: 512 for key in ("max_position_embeddings", "model_max_length", "seq_length") if key in OWN[name]}
+    return OWN[name] | lengths | sizes
+
+
+# 7B: RoPE, and LLaMA once W_pack is cut; 13B: ALiBi; Baichuan2: NormHead.
+FOLDERS = {name: resized(name, **_BAICHUAN) for name in OWN if name.startswith("baichuan")}
 # As published, without the keys that an export adds: recognized by vocabulary and positions.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "baichuan-13b-published": {key: value for key, value in FOLDERS["baichuan-13b"].items() if key != "norm_head"}
-    | {"vocab_size": 64000},
-    "baichuan2-7b-published": FOLDERS["baichuan2-7b"] | {"vocab_size": 64064},
-}
-QWEN = OWN["qwen"] | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
-QWEN |= {"num_attention_heads": 4, "kv_channels": 32, "seq_length": 512}
+PUBLISHED = {"baichuan-13b-published": resized("baichuan-13b", **_BAICHUAN | {"vocab_size": 64000})}
+del PUBLISHED["baichuan-13b-published"]["norm_head"]
+PUBLISHED["baichuan2-7b-published"] = FOLDERS["baichuan2-7b"] | {"vocab_size": 64064}
 # name -> transformers' class, config keys besides _SIZES; windows are shorter than the longest prompt
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 48, "num_key_value_heads": 2}),
@@ -153,7 +155,7 @@ def served(smollm2, tmp_path_factory) -> dict[str, dict[str, Any]]:
     (root / "ambiguous").mkdir()
     (root / "ambiguous" / "config.json").write_text(json.dumps(ambiguous | {"max_position_embeddings": 4096}))
     add("ambiguous", root / "ambiguous", [])
-    add_export("qwen-as-qwen2", random_folder(root / "qwen-source", QWEN, seed=3), "qwen2")
+    add_export("qwen-as-qwen2", random_folder(root / "qwen-source", resized("qwen", **_QWEN), seed=3), "qwen2")
     for name in PEERS:
         add_export(name, peer_folder(root / f"{name}-source", name))
     (root / "jobs.json").write_text(json.dumps(jobs))
@@ -165,7 +167,7 @@ def served(smollm2, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return {name: job | {"got": results[name]} for name, job in jobs.items()}
 
 
-def test_tuned_smollm2_has_the_same_tokens_in_vllm_and_transformers(smollm2, served):
+def test_tuned_smollm2_tokens_agree_in_vllm_and_transformers(smollm2, served):
     """Tuned for a step in tp=3 x pp=2; 64 tokens each."""
     from transformers import AutoModelForCausalLM
 
@@ -198,6 +200,6 @@ def test_every_family_has_the_same_tokens_in_vllm(served, name):
     assert all(one != other for one, other in zip(job["expected"], job.get("base", [None] * 4), strict=True))
 
 
-def test_vllm_refuses_windows_in_some_layers_and_ambiguous_baichuan(served):
+def test_vllm_refuses_partial_windows_and_ambiguous_baichuan(served):
     assert "Sliding window for some but all layers is not supported" in served["qwen2-window"]["got"]
     assert "neither a 7B nor a 13B" in served["ambiguous"]["got"], served["ambiguous"]["got"]
