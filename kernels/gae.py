@@ -86,7 +86,7 @@ SPECS = {
         dict.fromkeys(("rewards", "values", "advantages", "returns"), "*fp32")
         | {"mask": "*u8", "cu_seqlens": "*i64", "gamma": "fp32", "lam": "fp32"},
         (_CONFIG,),
-    ),
+    )
 }
 
 

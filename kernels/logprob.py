@@ -263,11 +263,7 @@ def check_rows(rows: torch.Tensor, labels: torch.Tensor, scale: float) -> None:
 
 
 def logprob(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    scale: float = 1.0,
-    merge: Merge | None = None,
-    vocab_start: int = 0,
+    logits: torch.Tensor, labels: torch.Tensor, scale: float = 1.0, merge: Merge | None = None, vocab_start: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logprob [n], entropy [n]), fp32, of the softmax of scale * logits; both differentiable in the logits.
 

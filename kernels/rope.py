@@ -71,7 +71,7 @@ SPECS = {
         | dict.fromkeys(("heads", "half", "row_stride", "head_stride"), "i32"),
         tuple(_constants(d, interleaved) for d in (64, 128, 256) for interleaved in (False, True)),
         unaligned=("heads",),
-    ),
+    )
 }
 
 

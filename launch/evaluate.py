@@ -34,15 +34,7 @@ from trialign.algorithms.data.dialogues import DialogueDataset, joined, pack_sam
 from trialign.algorithms.data.documents import TextStream, pack_documents
 from trialign.algorithms.data.responses import score_or_none
 from trialign.algorithms.data.text_files import write_jsonl
-from trialign.algorithms.metrics import (
-    Estimate,
-    mean_of_prompts,
-    nats_a_token,
-    pass_at_k,
-    perplexity,
-    wilson,
-    win_rate,
-)
+from trialign.algorithms.metrics import Estimate, mean_of_prompts, nats_a_token, pass_at_k, perplexity, wilson, win_rate
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample

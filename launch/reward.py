@@ -21,14 +21,7 @@ from trialign.algorithms.config.preference import RewardModelConfig
 from trialign.algorithms.data.preferences import Pair, PairStream, Steps, read_steps
 from trialign.algorithms.data.sources import RowReader
 from trialign.algorithms.data.streams import RowStream
-from trialign.algorithms.reward_model import (
-    pack_pairs,
-    pack_steps,
-    pair_eval,
-    pair_step,
-    process_eval,
-    process_step,
-)
+from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_eval, pair_step, process_eval, process_step
 
 ReadPairs = Callable[[str, RowReader], Sequence[Pair]]
 PROGRESS = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "eval_accuracy": "eval accuracy {:.3f}"}

@@ -70,10 +70,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
 
 
 def encode_responses(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[tuple[str, str]],
-    chat_template: bool,
-    places: bool = False,
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], chat_template: bool, places: bool = False
 ) -> list[tuple[list[int], Tokens]]:
     """Tokens of (prompt, response), prompts as by `encode_prompts`.
 

@@ -13,15 +13,7 @@ import numpy as np
 from ..batch import Prompt
 from ..config.data import PromptData
 from ..config.rlhf import PromptsConfig
-from .chat import (
-    column,
-    need_template,
-    read_prompt,
-    read_tools,
-    render_prompt,
-    users_words,
-    with_system_prompt,
-)
+from .chat import column, need_template, read_prompt, read_tools, render_prompt, users_words, with_system_prompt
 from .encoding import encode_prompts
 from .sources import Read, RowReader
 from .streams import Mixture

@@ -160,12 +160,7 @@ class Scorer:
                 self._unscored.append(reason)
 
     def _by_model(
-        self,
-        name: str,
-        model: Role,
-        rollouts: Sequence[Rollout],
-        batch: Batch,
-        unread: dict[int, str],
+        self, name: str, model: Role, rollouts: Sequence[Rollout], batch: Batch, unread: dict[int, str]
     ) -> list[Score]:
         """A model's scores; NaN for samples that its tokenizer cannot encode, which are added to `unread`."""
         if name in self.encoders:

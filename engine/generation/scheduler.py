@@ -80,13 +80,7 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        block_size: int,
-        *,
-        max_running: int,
-        prefill_tokens: int,
-        lanes: int = 1,
-        max_blocks: int | None = None,
+        self, block_size: int, *, max_running: int, prefill_tokens: int, lanes: int = 1, max_blocks: int | None = None
     ) -> None:
         self.block_size, self.max_running, self.prefill_tokens = block_size, max_running, prefill_tokens
         self.max_blocks = max_blocks

@@ -108,11 +108,7 @@ LIBRARIES = {
         modes=("fp8",),
     ),
     "fp8_recipe": Library(
-        "transformer_engine.common.recipe",
-        "Float8CurrentScaling",
-        lambda: True,
-        lambda: ((), {}),
-        modes=("fp8",),
+        "transformer_engine.common.recipe", "Float8CurrentScaling", lambda: True, lambda: ((), {}), modes=("fp8",)
     ),
 }
 

@@ -83,12 +83,7 @@ Config = TypeVar("Config", bound=ScriptConfig)
 Result = TypeVar("Result")
 
 
-def start(
-    cls: type[Config],
-    main: Callable[[Run[Config]], None],
-    name: str,
-    argv: Sequence[str],
-) -> None:
+def start(cls: type[Config], main: Callable[[Run[Config]], None], name: str, argv: Sequence[str]) -> None:
     """Runs a script: parses `argv`, checks the config before anything is read, then calls `main` on the mesh under the
     folder's run lock.
 

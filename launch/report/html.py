@@ -31,9 +31,7 @@ TITLES = {
 }
 LEARNED, TRUE = "learned_reward", "true_reward"
 REWARD = Panel(
-    "Rewards",
-    "mean over the batch",
-    (Line(LEARNED, INDIGO, "learned"), Line(TRUE, TEAL, "true, not learned from")),
+    "Rewards", "mean over the batch", (Line(LEARNED, INDIGO, "learned"), Line(TRUE, TEAL, "true, not learned from"))
 )
 
 

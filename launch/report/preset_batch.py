@@ -52,9 +52,7 @@ def quantities(files: Sequence[str], recorded: RecordedBatch, *, kl_coef: float,
     assert batch.logprobs is not None and batch.ref_logprobs is not None and batch.values is not None
     config = load(PPOConfig, *files, script="ppo")
     config = replace(
-        config,
-        actor=replace(config.actor, clip_low=clip, clip_high=clip),
-        ppo=replace(config.ppo, kl_coef=kl_coef),
+        config, actor=replace(config.actor, clip_low=clip, clip_high=clip), ppo=replace(config.ppo, kl_coef=kl_coef)
     )
     segments, targets = batch.segments, batch.target_segments
     shaped = RewardShaper(config.reward.score_clip)(recorded.scores.tolist(), [True] * len(batch))
