@@ -55,7 +55,6 @@ class Bench:
     pp: int = 1
     """pipeline stages"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """device"""
 
 
 def main(bench: Bench) -> None:

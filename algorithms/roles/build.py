@@ -240,23 +240,14 @@ def build_ppo_roles(
     """
     decoder = partial(_role_decoder, config, shapes, mesh)
     shared: dict[str, Any] = {"temperature": config.rollout.temperature, "sizes": config.ppo, "profiler": profiler}
-    steps, per_step = config.run.steps, config.ppo.epochs * config.ppo.minibatches
-    policy = decoder(config.model.path, trained=True)
+    steps, updates = config.run.steps, config.ppo.epochs * config.ppo.minibatches  # of a step
+    policy, ema_decay = decoder(config.model.path, trained=True), config.actor.ema_decay
+    actor_updates = (steps - config.critic.warmup_steps) * updates
+    actor = build_learner(policy, config.actor.optimizer, actor_updates, ema_decay=ema_decay, **shared)
+    value = decoder(config.model.critic or config.model.path, "score", trained=True)
     return Roles(
-        actor=build_learner(
-            policy,
-            config.actor.optimizer,
-            (steps - config.critic.warmup_steps) * per_step,
-            ema_decay=config.actor.ema_decay,
-            **shared,
-        ),
-        critic=build_learner(
-            decoder(config.model.critic or config.model.path, "score", trained=True),
-            config.critic.optimizer,
-            steps * per_step,
-            name="critic",
-            **shared,
-        ),
+        actor=actor,
+        critic=build_learner(value, config.critic.optimizer, steps * updates, name="critic", **shared),
         reference=_reference(policy, decoder, config.model.path, **shared),
         rewards=[Role(decoder(folder, "score"), 1.0, config.ppo, profiler) for folder in config.reward.models],
     )

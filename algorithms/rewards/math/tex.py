@@ -30,12 +30,7 @@ _AFTER = (
     (re.compile(r"\\(?:[hv]space|phantom|vphantom|hphantom)\*?\s*\{[^{}]*\}"), " "),
     (re.compile(r"\\(?:color)\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}"), ""),
-    (
-        re.compile(
-            r"\\(?:quad|qquad|enspace|enskip|thinspace|medspace|thickspace|space|hfill|nobreakspace)(?![A-Za-z])"
-        ),
-        " ",
-    ),
+    (re.compile(r"\\(?:q?quad|(?:en|thin|med|thick|nobreak)?space|enskip|hfill)(?![A-Za-z])"), " "),
     (re.compile(r"\\text(dollar|euro|sterling|yen)(?![A-Za-z])(?:\{\})?"), lambda m: _MONEY[m[1]]),
     (re.compile(r"\\(pounds|euro)(?![A-Za-z])(?:\{\})?"), lambda m: _MONEY[m[1]]),
     (re.compile(r"\\textdegree(?![A-Za-z])(?:\{\})?|\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])|°"), " degree "),
