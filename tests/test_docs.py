@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 import textwrap
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trialign.algorithms.config.conditional import ConditionalConfig
@@ -38,41 +40,28 @@ BEGIN, END = "<!-- options -->\n", "<!-- /options -->\n"
 
 
 def docs_of(cls: type) -> dict[str, str]:
-    """Field -> the string under it; a field without one is a KeyError in `table`."""
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(node, ast.ClassDef)
+    """Field -> the string under it, of a config and its bases."""
     found = {}
-    for base in (base for base in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(base)):
-        found |= docs_of(base)
-    for field, text in zip(node.body, node.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            found[field.target.id] = ast.literal_eval(text.value)
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        for field, text in itertools.pairwise(tree.body[0].body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = ast.literal_eval(text.value)
     return found
 
 
-def argument_of(value: object) -> str:
-    """A value as a command-line argument."""
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "(none)"
-    return (
-        {"": '""', True: "True", False: "False"}.get(value, str(value)) if isinstance(value, str | bool) else f"{value}"
-    )
-
-
-def table(config: object, prefix: str) -> str:
+def table(config: Any, prefix: str) -> str:
     """The rows of a section, and of the sections in it."""
-    hints, docs = typing.get_type_hints(type(config)), docs_of(type(config))
-    rows = ""
-    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+    hints, docs, rows = typing.get_type_hints(type(config)), docs_of(type(config)), ""
+    for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}.{field.name}"
         if dataclasses.is_dataclass(value):
             rows += table(value, name)
             continue
-        default = argument_of(value)
-        choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+        default = " ".join(map(str, value)) or "(none)" if isinstance(value, tuple) else str(value) or '""'
         text = " ".join(docs[field.name].split()).replace("|", "\\|")  # a row of a Markdown table is one line
-        if choices:
-            text += f" ({', '.join(f'`{choice}`' for choice in choices)})"
+        if typing.get_origin(hints[field.name]) is typing.Literal:
+            text += f" ({', '.join(f'`{choice}`' for choice in typing.get_args(hints[field.name]))})"
         rows += f"| `{name}` | `{default}` | {text} |\n"
     return rows
 
@@ -80,11 +69,10 @@ def table(config: object, prefix: str) -> str:
 def tables(cls: type) -> str:
     """Tables of a config's sections; for a section that is another script's config, a link to its page."""
     config, parts = cls(), []
-    pages = {config: page for page, config in PAGES.items()}
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
         about = (inspect.getdoc(type(section)) or "").splitlines()[0]
-        if page := pages.get(type(section)):
+        if page := next((page for page, other in PAGES.items() if other is type(section)), None):
             rows = f"Options of [{page}]({page}), prefixed with `{field.name}.`\n"
         else:
             rows = f"| option | default | |\n|---|---|---|\n{table(section, field.name)}"
@@ -92,25 +80,19 @@ def tables(cls: type) -> str:
     return "\n".join(parts)
 
 
-def with_tables(page: str, cls: type) -> str:
-    """`page` with the tables of a config between the markers."""
-    head, _, rest = page.partition(BEGIN)
-    return f"{head}{BEGIN}\n{tables(cls)}\n{END}{rest.partition(END)[2]}"
+def with_tables(name: str) -> str:
+    """A page with the tables of its config between the markers."""
+    head, _, rest = (DOCS / name).read_text().partition(BEGIN)
+    return f"{head}{BEGIN}\n{tables(PAGES[name])}\n{END}{rest.partition(END)[2]}"
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_option_tables_match_the_configs(name):
+def test_options_of_a_page_match_the_config(name):
     page = (DOCS / name).read_text()
-    assert page == with_tables(page, PAGES[name]), f"docs/{name} is out of date: run python tests/test_docs.py"
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_options_named_in_the_text_exist(name):
-    page = (DOCS / name).read_text().partition(BEGIN)[0]
+    assert page == with_tables(name), f"docs/{name} is out of date: run python tests/test_docs.py"
     sections = "|".join(field.name for field in dataclasses.fields(PAGES[name]))
-    named = set(re.findall(rf"`((?:{sections})\.\w+)`", page))
-    known = set(re.findall(r"^\| `([\w.]+)`", tables(PAGES[name]), re.M))
-    assert named and named <= known, named - known
+    named = set(re.findall(rf"`((?:{sections})\.\w+)`", page.partition(BEGIN)[0]))
+    assert named and named <= set(re.findall(r"^\| `([\w.]+)`", tables(PAGES[name]), re.M))
 
 
 def test_options_in_commands_exist():
@@ -125,5 +107,5 @@ def test_options_in_commands_exist():
 
 
 if __name__ == "__main__":
-    for name, cls in PAGES.items():
-        (DOCS / name).write_text(with_tables((DOCS / name).read_text(), cls))
+    for name in PAGES:
+        (DOCS / name).write_text(with_tables(name))

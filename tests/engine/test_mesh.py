@@ -1,10 +1,9 @@
-"""Axes of a mesh, meshes of some of the ranks, refused sizes, and errors that reach all ranks."""
+"""Axes of a mesh, refused sizes, and errors that reach all ranks."""
 
 import pytest
-import torch
 from harness import run_ranks
 from trialign.engine.mesh import build_mesh, check_layout, mesh_as
-from trialign.engine.parallel.collectives import all_reduce, from_mesh, object_from_mesh, run_on_all_ranks
+from trialign.engine.parallel.collectives import run_on_all_ranks
 
 AXES = ("dp", "pp", "cp", "dp_cp", "ep", "edp", "tp", "embedding")
 
@@ -25,26 +24,6 @@ def test_axes_of_a_layout():
     assert [axis.rank for axis in (mesh.world, mesh.tp, mesh.dp, mesh.ep, mesh.edp, mesh.pp)] == [11, 1, 1, 1, 0, 1]
     assert mesh_as(1, pp=3).embedding.size == 1
     assert str(mesh) == "dp=4 ep=2 pp=2 tp=2 on cpu"
-    plain = mesh_as(0, pp=2, dp=2)
-    assert (plain.edp.ranks, plain.ep.size, str(plain)) == (plain.dp.ranks, 1, "dp=2 pp=2 tp=1 on cpu")
-
-
-def two_meshes(rank: int, world: int):
-    """A mesh of ranks 3 and 1 with pp=2 beside one of all ranks; sums, and values brought to ranks outside."""
-    part, whole = build_mesh(pp=2, ranks=[3, 1]), build_mesh(tp=2)
-    total = all_reduce(torch.tensor([rank + 1.0]), part.pp).item()
-    sizes = {name: (getattr(part, name).size, getattr(part, name).rank) for name in AXES}
-    given = from_mesh(torch.tensor([float(rank)]), part).item(), object_from_mesh([rank], part)
-    same = from_mesh(torch.tensor([float(rank)]), whole).item()
-    return part.is_member, part.ranks, sizes, total, given, same, all_reduce(torch.ones(1), part.world).item()
-
-
-def test_mesh_of_some_ranks():
-    for rank, (member, ranks, sizes, total, given, same, everyone) in enumerate(run_ranks(two_meshes, 4)):
-        assert (member, ranks, same, everyone, given) == (rank in (1, 3), (3, 1), rank, 4, (3, [3]))
-        place = (2, [3, 1].index(rank)) if member else (1, 0)
-        assert sizes == dict.fromkeys(AXES, (1, 0)) | {"pp": place, "embedding": place}
-        assert total == (6 if member else rank + 1)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from tiny import weight_pieces
 from transformers import LlamaConfig, LlamaForCausalLM
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import Completion, Request, SamplingParams
-from trialign.engine.generation.lane import sample_key
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.tensor import ParallelLinear
 from trialign.kernels.linear import pack
@@ -55,19 +54,15 @@ def build(tp: int = 1, pp: int = 1, dtype: torch.dtype = torch.float32) -> Decod
 
 @cache
 @torch.no_grad()
-def _greedy(prompt: tuple[int, ...], count: int, banned: int | None, ban_for: int) -> list[int]:
-    tokens = list(prompt)
+def greedy(number: int, count: int, banned: int | None = None, ban_for: int = 0) -> list[int]:
+    """Greedy tokens after a prompt, each by a full forward of transformers' model, without a cache."""
+    tokens = list(PROMPTS[number])
     for position in range(count):
         logits = reference()(torch.tensor([tokens])).logits[0, -1]
         if position < ban_for:
             logits[banned] = -torch.inf
         tokens.append(int(logits.argmax()))
-    return tokens[len(prompt) :]
-
-
-def greedy(prompt: list[int], count: int, banned: int | None = None, ban_for: int = 0) -> list[int]:
-    """Greedy tokens by a full forward of transformers' model for each, without a cache."""
-    return _greedy(tuple(prompt), count, banned, ban_for)
+    return tokens[-count:]
 
 
 @torch.no_grad()
@@ -90,23 +85,19 @@ def rank_greedy(rank: int, world: int, tp: int, pp: int, options: dict) -> list[
 @pytest.mark.parametrize(
     "tp, pp, options",
     [
-        (1, 1, {"max_running": 64}),
         (2, 2, {"max_running": 64}),
-        (2, 1, {"max_running": 3, "prefill_tokens": 10}),
         (1, 2, {"max_running": 3, "prefill_tokens": 10}),
-        (1, 1, {"block_size": 1}),
         (1, 1, {"block_size": 3, "cache_bytes": 12 * BYTES_PER_TOKEN * 3}),  # one sequence at a time fits
     ],
 )
 def test_greedy_tokens_equal_transformers(tp, pp, options):
     result, *others = run_ranks(rank_greedy, tp * pp, tp, pp, options)
     assert all(other == result for other in others), "ranks differ"
-    for prompt, completion in zip(PROMPTS, result, strict=True):
-        expected = greedy(prompt, 20)
+    for number, completion in enumerate(result):
+        expected = greedy(number, 20)
         assert (completion.tokens, completion.finish) == (expected, "length")
-        table = forward_logprobs(prompt, expected)
-        got = torch.tensor(completion.logprobs, dtype=torch.float64)
-        torch.testing.assert_close(got, table[range(20), expected], atol=2e-5, rtol=0)
+        logprobs = forward_logprobs(PROMPTS[number], expected)[range(20), expected]
+        assert completion.logprobs == pytest.approx(logprobs.tolist(), abs=2e-5)
 
 
 def test_bf16_logprobs_are_close_to_fp32():
@@ -145,39 +136,16 @@ def test_samples_depend_on_seed_and_id_not_order():
     assert same[0] == same[2] and same[0].tokens != same[1].tokens
 
 
-def test_sample_keys_are_distinct_64_bit_numbers():
-    keys = [sample_key(seed, number) for seed in range(-3, 40) for number in range(100)]
-    assert len(set(keys)) == len(keys)
-    assert -(1 << 63) <= min(keys) < 0 < max(keys) < 1 << 63
-    ones = sum(bin(key & (1 << 64) - 1).count("1") for key in keys) / (64 * len(keys))
-    assert abs(ones - 0.5) < 0.01
-
-
 def test_stop_ids_end_a_response_after_min_new_tokens():
     prompt = PROMPTS[1]
-    free = greedy(prompt, 10)
-    stop = free[4]
-    cut = free.index(stop) + 1
+    free = greedy(1, 10)
+    stop, cut = free[4], free.index(free[4]) + 1
     stopped = generate([prompt], temperature=0, max_new_tokens=10, stop_ids=(stop,))[0]
     assert (stopped.tokens, stopped.finish, len(stopped.logprobs)) == (free[:cut], "stop", cut)
     banned = generate([prompt], temperature=0, max_new_tokens=10, min_new_tokens=7, stop_ids=(stop,))[0]
     assert stop not in banned.tokens[:7]
-    assert banned.tokens == greedy(prompt, 10, stop, 7)[: len(banned.tokens)]
+    assert banned.tokens == greedy(1, 10, stop, 7)[: len(banned.tokens)]
     assert len(banned.tokens) == 10 or banned.tokens[-1] == stop
-
-
-def test_updated_weights_are_used_without_a_sync():
-    decoder = build()
-    generator = EmbeddedGenerator(decoder, decoder.mesh)
-    params = SamplingParams(temperature=0, max_new_tokens=6)
-    before = generator.generate(PROMPTS, list(range(10)), params)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    after = generator.generate(PROMPTS, list(range(10)), params)
-    fresh = EmbeddedGenerator(decoder, decoder.mesh).generate(PROMPTS, list(range(10)), params)
-    assert after == fresh and after != before
-    assert all(p.requires_grad and not p.is_inference() for p in decoder.parameters())
 
 
 @pytest.mark.skipif(pack(torch.zeros(8, 8).bfloat16()) is None, reason="this processor has no bf16 in oneDNN")
@@ -200,7 +168,6 @@ def test_weights_are_packed_while_long_requests_run(tokens, packed):
     [
         ({"prompts": [[1], []]}, ("sample 1", "empty")),
         ({"prompts": [[1, VOCAB]]}, ("sample 0", "97")),
-        ({"prompts": [[-1]]}, ("sample 0", "97")),
         ({"prompts": [[1]], "ids": [1, 2]}, ("1 prompts", "2 sample ids")),
         ({"prompts": [[1] * 100], "max_new_tokens": 29}, ("100 tokens", "max_new_tokens=29", "128")),
         ({"stop_ids": (VOCAB,)}, ("stop id 97",)),
@@ -210,7 +177,6 @@ def test_weights_are_packed_while_long_requests_run(tokens, packed):
         ({"temperature": float("nan")}, ("temperature=nan",)),
         ({"top_k": -1}, ("top_k=-1",)),
         ({"top_p": 0.0}, ("top_p=0.0",)),
-        ({"max_new_tokens": 0}, ("max_new_tokens=0",)),
         ({"max_new_tokens": 4, "min_new_tokens": 5}, ("min_new_tokens=5", "max_new_tokens=4")),
     ],
 )

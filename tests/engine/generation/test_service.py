@@ -18,7 +18,7 @@ from trialign.kernels.attention import packed_attention
 from trialign.models.decoder import Decoder
 from trialign.models.flops import forward_flops
 
-LAYOUTS: list[dict[str, Any]] = [{}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 2, "ep": 2}, {"pp": 2, "dp": 2, "ep": 2}]
+LAYOUTS: list[dict[str, Any]] = [{}, {"tp": 2, "pp": 2}, {"pp": 2, "dp": 2, "ep": 2}]
 OPTIONS: dict[str, Any] = {"block_size": 4, "max_running": 3, "prefill_tokens": 16}
 PARAMS = [
     SamplingParams(max_new_tokens=12, stop_ids=tuple(range(3, 10)), temperature=1.2, seed=5),
@@ -84,15 +84,12 @@ def test_tokens_do_not_depend_on_other_requests(sizes):
     for number, expected in enumerate(alone("ep" in sizes)):
         completion = collected[number][1]
         count = len(completion.tokens)
-        if number in ABORTS and completion.finish == "abort":
-            assert count < len(expected.tokens)
+        if completion.finish == "abort":
+            assert number in ABORTS and count < len(expected.tokens)
         else:
             assert (count, completion.finish) == (len(expected.tokens), expected.finish)
-        assert completion.tokens == expected.tokens[:count]
+        assert completion.tokens == expected.tokens[:count] and completion.versions == [0] * count
         assert completion.logprobs == pytest.approx(expected.logprobs[:count], abs=2e-5)
-        assert completion.versions == [0] * count
-    assert "abort" in (collected[7][1].finish, collected[4][1].finish)
-    assert collected[1][1].finish != "abort", "it was collected before"
     assert {completion.finish for _, completion in collected.values()} == {"stop", "length", "abort"}
 
 
@@ -106,7 +103,7 @@ def generate(rank: int, world: int, sizes: dict[str, Any], count: int, options: 
 
 @pytest.mark.parametrize(
     ("sizes", "count"),
-    [({"ep": 2}, 0), ({"ep": 2}, 1), ({"dp": 4, "ep": 2}, 7), ({"tp": 2, "ep": 2}, 7), ({"pp": 2, "ep": 2}, 1)],
+    [({"ep": 2}, 0), ({"dp": 4, "ep": 2}, 7), ({"tp": 2, "ep": 2}, 7), ({"pp": 2, "ep": 2}, 1)],
     ids=str,
 )
 def test_uneven_prompts_of_ep_ranks(sizes, count):
@@ -162,7 +159,7 @@ def reload(rank: int, world: int, sizes: dict[str, Any], in_place: bool) -> list
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("sizes", [{}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 2, "ep": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2, "pp": 2}, {"dp": 2, "ep": 2}], ids=str)
 def test_tokens_carry_the_version_of_their_weights(sizes, in_place):
     """Logprobs are those of a full forward with that version, in requests that run across the change too."""
     results = run(reload, sizes, in_place)
@@ -187,6 +184,8 @@ def interrupt(rank: int, world: int, sizes: dict[str, Any]) -> tuple[list[Comple
     with pytest.raises(Interrupted):
         generator.generate(prompts, numbers, params)
     assert not generator.busy and generator.cache is None
+    with pytest.raises(ValueError, match="request id 99"):
+        generator.abort(99)
     beside = generator.add(request(1))
     with profiler("rollout"):
         completions = generator.generate(prompts[: 5 - mesh.dp.rank], numbers[: 5 - mesh.dp.rank], params)
@@ -210,10 +209,3 @@ def test_interrupted_generator_works_again_and_reports(sizes):
     for completions, counted_tokens, counted_flops in results:
         assert completions == expected[: len(completions)]
         assert (counted_tokens, counted_flops) == pytest.approx((tokens, flops))
-
-
-def test_unknown_request_id_is_refused():
-    model = decoder({})
-    generator: Any = EmbeddedGenerator(model, model.mesh)
-    with pytest.raises(ValueError, match="request id 3"):
-        generator.abort(3)

@@ -1,13 +1,10 @@
 """Stop tokens: found in the model folder, printed, and removed from the response text."""
 
 import json
-from typing import Any
 
 from scripts import options, succeed
 from tiny import tiny_chat_model
-from trialign.algorithms.batch import Prompt, response_texts, single_turn
 from trialign.algorithms.roles.build import build_decoder
-from trialign.algorithms.rollout.sync import stop_tokens
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
@@ -15,28 +12,11 @@ from trialign.models.families.registry import read_config
 from trialign.models.hf.tokenizer import read_tokenizer
 
 
-def test_response_text_has_no_stop_token(tmp_path):
-    tokenizer = read_tokenizer(tiny_chat_model(tmp_path))
-    ids: Any = tokenizer.vocab
-    h, i, end = (ids[letter] for letter in "hi!")  # a stop token that is not special
-    prompt = Prompt(0, [1], "p")
-    rollouts = [
-        single_turn(prompt, [h, i, end], [0.0] * 3, "stop"),
-        single_turn(prompt, [h, i, end], [0.0] * 3, "length"),
-        single_turn(prompt, [h, 2, i, 2], [0.0] * 4, "stop"),
-        single_turn(prompt, [end], [0.0], "stop"),
-    ]
-    assert response_texts(rollouts, tokenizer) == ["hi", "hi!", "hi", ""]
-    assert stop_tokens((2, end), tokenizer) == f"stop tokens: </s> (2), ! ({end})"
-    assert stop_tokens((), tokenizer) == "stop tokens: none, so every response is cut"
-
-
 def test_tokenizer_eos_is_a_stop_token(tmp_path):
     """Where neither config.json nor generation_config.json has one."""
     model, tokenizer = tmp_path / "model", read_tokenizer(tiny_chat_model(tmp_path / "model", tied=False))
     prompt = tokenizer("<s>user: say</s><s>assistant: ", add_special_tokens=False)["input_ids"]
-    shape = read_config(model)
-    decoder = build_decoder(str(model), shape, build_mesh(), "float32")
+    decoder = build_decoder(str(model), read_config(model), build_mesh(), "float32")
     greedy = SamplingParams(temperature=0.0, max_new_tokens=8)
     (response,) = EmbeddedGenerator(decoder, decoder.mesh).generate([prompt], [0], greedy)
     length = next(n for n in range(1, 8) if response.tokens[n] not in response.tokens[:n])  # its first occurrence

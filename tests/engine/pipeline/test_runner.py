@@ -72,13 +72,10 @@ def assert_steps_agree(folder: Path, case: Case, world: int) -> None:
 
 PP = {"pp": 2}
 CASES = {
-    "uneven": (Case(one_f_one_b, PP), 2),
     "sizes": (Case(one_f_one_b, {"pp": 3}, (1, 3, 1)), 3),
     "gpipe": (Case(gpipe, PP), 2),
-    "interleaved": (Case(interleaved, PP, chunks=2), 2),
     "interleaved-tp-dp": (Case(interleaved, {"pp": 2, "dp": 2}, (1, 1, 1, 2), 2), 4),
     "chunks-of-one-rank": (Case(partial(interleaved, chunks=3), {}, chunks=3), 1),
-    "split": (Case(split_backward, PP), 2),
     "split-tp-recompute": (Case(split_backward, {"pp": 2, "tp": 2}, recompute=True), 4),
     "part-of-the-ranks": (Case(one_f_one_b, {"pp": 2, "ranks": (2, 0)}), 3),
     "adapters": (Case(split_backward, PP, lora=LoRA(4, 8.0, ("all",))), 2),

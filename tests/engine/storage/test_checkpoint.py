@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -17,23 +16,24 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_ranks
+from layouts import Layout
+from tiny_moe import moe_config
 from torch import Tensor
 from trialign.engine.mesh import Mesh, build_mesh, mesh_as
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel import data
 from trialign.engine.parallel.shard import Entry
 from trialign.engine.storage.checkpoint import Reader, latest, load, save
-from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.config import HeadKind, MoEConfig
 from trialign.models.decoder import Decoder
 from trialign.models.hf.table import hf_name, hf_shapes
 
-CONFIG = ModelConfig(
-    "LlamaForCausalLM", vocab_size=25, hidden_size=12, ffn_size=20, num_layers=4, num_heads=4, num_kv_heads=2,
-    head_dim=6, rope_theta=1e4, norm_eps=1e-5, max_positions=64, tie_embeddings=True,
-)  # fmt: skip
+CONFIG = moe_config(
+    MoEConfig(experts=4, top_k=2, ffn_size=10), vocab_size=25, hidden_size=12, head_dim=6, tie_embeddings=True
+)
 ROLES: list[tuple[str, HeadKind]] = [("actor", "lm"), ("critic", "score")]
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-LAYOUTS = [(1, 1, 1), (1, 1, 3), (2, 2, 2), (2, 3, 1), (1, 4, 5), (3, 1, 2)]  # tp, pp, dp
+LAYOUTS = [Layout(), Layout(2, 2, 2, 2), Layout(2, 3, 1), Layout(1, 4, 5), Layout(dp=4, ep=4)]
 
 
 def entries_of(mesh: Mesh) -> list[Entry]:
@@ -46,9 +46,9 @@ def entries_of(mesh: Mesh) -> list[Entry]:
     return entries
 
 
-def entries_of_layout(tp: int, pp: int, dp: int) -> list[Entry]:
+def entries_of_layout(layout: Layout) -> list[Entry]:
     """Entries of all ranks of a layout."""
-    return [e for rank in range(tp * pp * dp) for e in entries_of(mesh_as(rank, tp=tp, pp=pp, dp=dp))]
+    return [e for rank in range(layout.world) for e in entries_of(mesh_as(rank, **layout._asdict()))]
 
 
 def unique_numbers() -> dict[str, Tensor]:
@@ -103,109 +103,80 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Iterator[dict[tuple[int, int, int], Path]]:
+def saved(tmp_path_factory) -> Iterator[list[Path]]:
     """One checkpoint of each layout, written by one process: the pieces of flat buffers differ by rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "BUCKET_ELEMENTS", 700)  # several buckets, also of one parameter
-        mesh, root, paths = build_mesh(), tmp_path_factory.mktemp("layouts"), {}
-        for step, layout in enumerate(LAYOUTS):
-            paths[layout] = save(root, step, fill(entries_of_layout(*layout)), {"step": step}, mesh, keep=99, assets={})
-        yield paths
+        mesh, root = build_mesh(), tmp_path_factory.mktemp("layouts")
+        yield [
+            save(root, step, fill(entries_of_layout(layout)), {"step": step}, mesh, keep=99, assets={})
+            for step, layout in enumerate(LAYOUTS)
+        ]
 
 
 @pytest.mark.parametrize("target", LAYOUTS, ids=str)
-def test_every_layout_loads_from_every_other(saved, target: tuple[int, int, int], alone):
-    entries = entries_of_layout(*target)
-    for step, path in enumerate(saved.values()):
+def test_every_layout_loads_from_every_other(saved, target, alone):
+    entries = entries_of_layout(target)
+    for step, path in enumerate(saved):
         assert_loaded(path, entries, alone, {"step": step})
 
 
-def rank_saves(rank: int, world: int, root: Path, tp: int, pp: int) -> tuple[str, str]:
-    mesh = build_mesh(tp=tp, pp=pp)
+def rank_saves(rank: int, world: int, root: Path, layout: Layout) -> tuple[str, str]:
+    mesh = layout.mesh()
     path = save(root, 3, fill(entries_of(mesh)), {"rank": rank}, mesh, keep=1, assets={"a.txt": Path(__file__)})
     return str(path), str(latest(root, mesh))
 
 
-def rank_loads(rank: int, world: int, path: Path, tp: int, pp: int) -> None:
-    mesh = build_mesh(tp=tp, pp=pp)
+def rank_loads(rank: int, world: int, path: Path, layout: Layout) -> None:
+    mesh = layout.mesh()
     assert_loaded(path, entries_of(mesh), mesh, {"rank": 0})  # the state is rank 0's
 
 
 def test_ranks_save_and_load_in_other_layouts(tmp_path):
-    """tp=2 x dp=2 to pp=4 and to dp=3."""
-    results = run_ranks(rank_saves, 4, tmp_path, 2, 1)
+    results = run_ranks(rank_saves, 4, tmp_path, Layout(tp=2, dp=2, ep=2))
     assert results == [(str(tmp_path / "step_3"),) * 2] * 4
     assert {f"actor.master.{rank:05d}.safetensors" for rank in range(4)} <= set(names(tmp_path / "step_3"))
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "step_3", check=True)
-    for world, pp in ((4, 4), (3, 1)):
-        run_ranks(rank_loads, world, tmp_path / "step_3", 1, pp)
+    for layout in (Layout(pp=4), Layout(dp=3)):
+        run_ranks(rank_loads, layout.world, tmp_path / "step_3", layout)
 
 
-def rank_fails(rank: int, world: int, root: Path, broken: int) -> str:
-    """One rank cannot write files above 1 kB; all ranks must raise."""
+def rank_fails(rank: int, world: int, root: Path, broken: int) -> tuple[str, str]:
+    """The errors of a save in which one rank cannot write files above 1 kB, and of a load of a missing tensor there."""
     mesh = build_mesh(tp=2)
     entries = fill(entries_of(mesh))
-    save(root, 1, entries, {"rank": 0}, mesh, keep=1, assets={})
+    path = save(root, 1, entries, {"rank": 0}, mesh, keep=1, assets={})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == broken:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
+    with pytest.raises(OSError) as unsaved:
         save(root, 2, entries, {}, mesh, keep=1, assets={})
-    except OSError as error:
-        return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    raise AssertionError("saved")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if rank == broken:
+        entries[0] = dataclasses.replace(entries[0], name="actor/master/none")
+    with pytest.raises(ValueError) as unloaded:
+        load(path, entries, mesh)
+    return str(unsaved.value), str(unloaded.value)
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_failed_save_raises_on_all_ranks(tmp_path, broken):
-    messages = run_ranks(rank_fails, 2, tmp_path, broken)
-    assert messages[0] == messages[1]
-    assert f"step_2: {'rank 1: ' if broken else ''}[Errno 27] File too large" in messages[0]
+def test_failure_of_one_rank_raises_on_all(tmp_path, broken):
+    first, second = run_ranks(rank_fails, 2, tmp_path, broken)
+    prefix = "rank 1: " if broken else ""
+    assert first == second
+    assert f"step_2: {prefix}[Errno 27] File too large" in first[0]
+    assert f"{prefix}no tensor actor/master/none" in first[1]
     assert names(tmp_path) == ["step_1"]
-    run_ranks(rank_loads, 2, tmp_path / "step_1", 1, 2)
+    run_ranks(rank_loads, 2, tmp_path / "step_1", Layout(pp=2))
 
 
-def rank_misses(rank: int, world: int, path: Path) -> None:
-    """Rank 1 asks for a missing tensor; rank 0 must raise too."""
-    mesh = build_mesh(tp=2)
-    entries = entries_of(mesh)
-    if rank == 1:
-        entries[0] = dataclasses.replace(entries[0], name="actor/master/none")
-    with pytest.raises(ValueError, match="rank 1: no tensor actor/master/none"):
-        load(path, entries, mesh)
-
-
-def test_failed_load_raises_on_all_ranks(saved):
-    run_ranks(rank_misses, 2, saved[1, 1, 1])
-
-
-@pytest.mark.parametrize(
-    ("state", "parts"),
-    [({"rng": (1, 2)}, r"state\.rng .*tuple"), ({"a": [0, {3: "x"}]}, r"state\.a\[1\] .*3")],
-)
-def test_state_changed_by_json_is_refused(tmp_path, alone, state, parts):
-    with pytest.raises(ValueError, match=parts):
-        save(tmp_path, 1, small(), state, alone, keep=1, assets={})
-    assert names(tmp_path) == []
-
-
-def test_newest_checkpoints_are_kept(tmp_path, alone):
-    for step in (9, 10, 11, 100):
+def test_newest_checkpoints_are_kept_and_later_ones_renamed(tmp_path, alone):
+    for step in (9, 10, 20, 100):
         save(tmp_path, step, small(step), {}, alone, keep=2, assets={})
-    assert names(tmp_path) == ["step_100", "step_11"]
-    with pytest.raises(ValueError, match="keep=0"):
-        save(tmp_path, 101, small(), {}, alone, keep=0, assets={})
-
-
-def test_going_back_renames_later_checkpoints(tmp_path, alone):
-    """A step that is saved again replaces the first."""
-    for step in (10, 20, 30):
-        save(tmp_path, step, small(step), {}, alone, keep=3, assets={})
-    for value in (1.0, 2.0):
+    assert names(tmp_path) == ["step_100", "step_20"]
+    for value in (1.0, 2.0):  # a step that is saved again replaces the first
         path = save(tmp_path, 15, small(value), {}, alone, keep=1, assets={})
-    assert names(tmp_path) == ["abandoned_step_20", "abandoned_step_30", "step_15"]
+    assert names(tmp_path) == ["abandoned_step_100", "abandoned_step_20", "step_15"]
     assert latest(tmp_path, alone).name == "step_15"
     assert Reader(path).read("actor/master/a.weight").eq(2).all()
 
@@ -244,35 +215,30 @@ def test_damaged_checkpoint_is_skipped(tmp_path, alone, capsys, file, damage):
         latest(tmp_path, alone)
 
 
-def test_unread_files_are_not_checked(tmp_path, alone):
-    path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
-    flip(path / "critic.exp_avg.00000.safetensors")
-    load(path, small()[:1], alone)
-    reader = Reader(path)
-    assert reader.read("actor/master/a.weight").eq(1).all()
-    with pytest.raises(ValueError, match=r"critic\.exp_avg\.00000\.safetensors does not match"):
-        reader.read("critic/exp_avg/b.weight")
-
-
-def test_missing_checkpoints_are_refused(tmp_path, alone):
-    for root in (tmp_path, tmp_path / "none"):
-        with pytest.raises(ValueError, match="no checkpoint here"):
-            latest(root, alone)
-    with pytest.raises(ValueError, match="step_7"):
-        load(tmp_path / "step_7", small(), alone)
-
-
-def test_wrong_entries_are_refused(tmp_path, alone):
+def test_invalid_values_are_refused(tmp_path, alone):
     path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
     entry = small()[0]
-    with pytest.raises(ValueError, match="w0, w1, w2 and 2 more"):
-        load(path, [dataclasses.replace(entry, name=f"w{i}") for i in range(5)], alone)
-    with pytest.raises(ValueError, match=r"actor/master/a.weight has shape \[6, 5\], expected \[6, 6\]"):
-        load(path, [dataclasses.replace(entry, global_shape=(6, 6))], alone)
-    with pytest.raises(ValueError, match="30 of 36"):
-        save(tmp_path, 2, [dataclasses.replace(entry, global_shape=(6, 6))], {}, alone, keep=1, assets={})
-    with pytest.raises(OSError, match="no such asset"):
-        save(tmp_path, 2, [entry], {}, alone, keep=1, assets={"x": Path("/no such asset")})
+    wrong = dataclasses.replace(entry, global_shape=(6, 6))
+    for root in (path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="no checkpoint here"):
+            latest(root, alone)
+    for folder, entries, message in (
+        (tmp_path / "step_7", [entry], "step_7"),
+        (path, [dataclasses.replace(entry, name=f"w{i}") for i in range(5)], "w0, w1, w2 and 2 more"),
+        (path, [wrong], r"actor/master/a.weight has shape \[6, 5\], expected \[6, 6\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(folder, entries, alone)
+    for change, error, message in (
+        ({"entries": [wrong]}, ValueError, "30 of 36"),
+        ({"assets": {"x": Path("/no such asset")}}, OSError, "no such asset"),
+        ({"keep": 0}, ValueError, "keep=0"),
+        ({"state": {"rng": (1, 2)}}, ValueError, r"state\.rng .*tuple"),  # JSON would change it
+        ({"state": {"a": [0, {3: "x"}]}}, ValueError, r"state\.a\[1\] .*3"),
+    ):
+        arguments = {"entries": small(), "state": {}, "keep": 1, "assets": {}} | change
+        with pytest.raises(error, match=message):
+            save(tmp_path, 2, mesh=alone, **arguments)
     assert names(tmp_path) == ["step_1"]
 
 
@@ -293,22 +259,19 @@ for step in range(1, 1000):
 
 def test_killed_saver_leaves_an_intact_checkpoint(tmp_path, alone):
     """SIGKILL at several moments of a saving process: the last reported save, or the next, is intact."""
-    halfway = 0
+    halfway = False
     for attempt in range(4):
         process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "1\n"
         time.sleep(0.03 + 0.023 * attempt)
         process.send_signal(signal.SIGKILL)
         reported = [1, *map(int, process.communicate()[0].split())][-1]
-        left = names(tmp_path)
-        halfway += any(name.startswith(".") for name in left)
+        halfway |= any(name.startswith(".") for name in names(tmp_path))
         path = latest(tmp_path, alone)
-        step = int(path.name.removeprefix("step_"))
-        assert reported <= step <= reported + 1, left
-        for kind in "abcd":
-            whole = torch.zeros(1000, 2000)
-            assert load(path, [Entry(f"actor/{kind}/w", (1000, 2000), (0, 0), whole, True)], alone) == {"step": step}
-            assert whole.eq(step).all()
+        wholes = [Entry(f"actor/{kind}/w", (1000, 2000), (0, 0), torch.zeros(1000, 2000), True) for kind in "abcd"]
+        step = load(path, wholes, alone)["step"]
+        assert reported <= step <= reported + 1 and path.name == f"step_{step}"
+        assert all(entry.tensor.eq(step).all() for entry in wholes)
         save(tmp_path, step + 1, small(), {}, alone, keep=1, assets={})  # deletes the leftovers
         assert names(tmp_path) == [f"step_{step + 1}"]
         shutil.rmtree(tmp_path / f"step_{step + 1}")
@@ -325,5 +288,4 @@ def test_files_have_the_documented_format(tmp_path, alone):
         "rectangles": [["critic.exp_avg.00000.safetensors", "b.weight", [0], [7]]],
     }
     assert (path / "assets/actor/config.json").read_bytes() == Path(__file__).read_bytes()
-    assert os.stat(path / "actor.master.00000.safetensors").st_mode & 0o444 == 0o444
     assert load(path, small(), alone) == state

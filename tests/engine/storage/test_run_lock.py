@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import importlib
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from scripts import options
 from trialign.algorithms.config.evaluate import EvaluateConfig
 from trialign.engine.storage.run_lock import run_lock
@@ -47,15 +45,9 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
         with run_lock(tmp_path / "runs" / "b"):
             pass
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    with run_lock(folder):
-        (folder / "metrics.jsonl").touch()
-    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
-
-
-def test_empty_folder_is_deleted(tmp_path):
-    with pytest.raises(ZeroDivisionError), run_lock(tmp_path / "runs" / "a"):
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path / "empty" / "a"):
         raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_file_system_without_locks_is_accepted(tmp_path, monkeypatch, capsys):
@@ -67,21 +59,18 @@ def test_file_system_without_locks_is_accepted(tmp_path, monkeypatch, capsys):
         assert "No locks available" in capsys.readouterr().err
 
 
-def test_scripts_lock_their_folder(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    session = importlib.import_module("common.run")
-    folder, started = tmp_path / "run", []
-    given = options(run_output=folder, parallel_device="cpu", model_path="m", data_sources="p.jsonl")
+def test_scripts_lock_their_folder(tmp_path, launched):
+    start, started = launched("common.run").start, []
+    given = options(run_output=tmp_path / "run", parallel_device="cpu", model_path="m", data_sources="p.jsonl")
 
-    def main(session: Any) -> None:
-        started.append(session.folder)
-        session.folder.joinpath("started").touch()
-        words = [sys.executable, "-c", HOLDER, str(session.folder)]
-        other = subprocess.run(words, input="", capture_output=True, text=True, check=False)
-        assert other.returncode != 0 and "another run" in other.stderr
+    def main(run: Any) -> None:
+        started.append(run.folder)
+        run.folder.joinpath("started").touch()
+        with pytest.raises(AssertionError), another_run(run.folder):
+            pass
 
-    with another_run(folder), pytest.raises(SystemExit, match="run: another run"):
-        session.start(EvaluateConfig, main, "evaluate", given)
+    with another_run(tmp_path / "run"), pytest.raises(SystemExit, match="run: another run"):
+        start(EvaluateConfig, main, "evaluate", given)
     assert not started
-    session.start(EvaluateConfig, main, "evaluate", given)
-    assert started == [folder] and [path.name for path in folder.iterdir()] == ["started"]
+    start(EvaluateConfig, main, "evaluate", given)
+    assert started == [tmp_path / "run"] and [path.name for path in started[0].iterdir()] == ["started"]
