@@ -42,7 +42,7 @@ BEGIN, END = "<!-- options -->\n", "<!-- /options -->\n"
 def docs_of(cls: type) -> dict[str, str]:
     """Field -> the string under it, of a config and its bases."""
     found = {}
-    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+    for base in (base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)):
         tree: Any = ast.parse(textwrap.dedent(inspect.getsource(base)))
         for field, text in itertools.pairwise(tree.body[0].body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):

@@ -30,13 +30,13 @@ Case = tuple[Path, dict[str, Any]]  # a folder, arguments of build_decoder
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> dict[str, Case]:
     root = tmp_path_factory.mktemp("masters")
-    tied, lora = tiny_llama(root / "tied"), LoRA(4, 8.0, ("q", "down"))
-    adapter = save_peft(peft_model(tied, lora), root / "adapter")
+    tied, config = tiny_llama(root / "tied"), LoRAConfig(4, 8.0, targets=("q", "down"), adapter=str(root / "adapter"))
+    save_peft(peft_model(tied, LoRA(4, 8.0, config.targets)), root / "adapter")
     return {
         "tied": (tied, {}),
         "untied": (tiny_llama(root / "untied", tied=False), {}),
         "reward model": (tiny_llama(root / "score", score=True), {"head": "score"}),
-        "adapters": (tied, {"lora": LoRAConfig(4, 8.0, targets=lora.targets, adapter=str(adapter))}),
+        "adapters": (tied, {"lora": config}),
         "experts": (tiny_mixtral(root / "moe"), {}),
     }
 

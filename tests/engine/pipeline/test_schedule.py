@@ -1,5 +1,7 @@
 """Simulated pipeline schedules: no deadlock, the expected live micro-batches and bubble; layers of stages."""
 
+from typing import Any
+
 import pytest
 from schedules import gpipe, interleaved, split_backward
 from trialign.engine.mesh import build_mesh, mesh_as
@@ -29,10 +31,12 @@ def test_schedules_have_their_bubble_and_live_micro_batches(ranks):
 
 
 def test_deadlock_is_detected():
-    first, last = ([Action(kind, chunk, 0) for kind in ("F", "B")] for chunk in (0, 2))
+    def actions(chunk: int, kinds: Any) -> list[Action]:
+        return [Action(kind, chunk, 0) for kind in kinds]
+
     for kinds in ("BF", "FWI", "F"):  # a gradient before it is sent, backwards out of order, no backward
         with pytest.raises(ValueError, match="deadlocks"):
-            simulate([first, [Action(kind, 1, 0) for kind in kinds], last])
+            simulate([actions(0, "FB"), actions(1, kinds), actions(2, "FB")])
 
 
 @pytest.mark.parametrize(

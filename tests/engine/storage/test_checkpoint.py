@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,7 +237,7 @@ def test_invalid_values_are_refused(tmp_path, alone):
         ({"state": {"rng": (1, 2)}}, ValueError, r"state\.rng .*tuple"),  # JSON would change it
         ({"state": {"a": [0, {3: "x"}]}}, ValueError, r"state\.a\[1\] .*3"),
     ):
-        arguments = {"entries": small(), "state": {}, "keep": 1, "assets": {}} | change
+        arguments: Any = {"entries": small(), "state": {}, "keep": 1, "assets": {}} | change
         with pytest.raises(error, match=message):
             save(tmp_path, 2, mesh=alone, **arguments)
     assert names(tmp_path) == ["step_1"]
@@ -245,6 +246,7 @@ def test_invalid_values_are_refused(tmp_path, alone):
 SAVER = """
 import sys, torch
 from pathlib import Path
+from typing import Any
 from trialign.engine.parallel.shard import Entry
 from trialign.engine.storage.checkpoint import save
 from trialign.engine.mesh import build_mesh
