@@ -11,8 +11,8 @@ from conftest import ROOT
 from tiny import tiny_chat_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts there import each other by bare names, which tests must not
-NAMES = ("peer", "preference", "trl_side", "bench_preference")
-peer, preference, trl_side, bench_preference = map(importlib.import_module, NAMES)
+NAMES = ("peer", "preference", "bench_preference")
+peer, preference, bench_preference = map(importlib.import_module, NAMES)
 sys.path.remove(str(ROOT / "benchmarks"))
 for name in NAMES:
     del sys.modules[name]
@@ -103,11 +103,3 @@ def test_dead_peer_s_output_is_shown(tmp_path):
     with pytest.raises(RuntimeError, match="no such model"):
         dead.read()
     dead.close()
-
-
-@pytest.mark.parametrize("algorithm", SIDES)
-def test_peer_s_micro_batches_divide_the_batch(algorithm):
-    tried = trl_side.variants({"algorithm": algorithm, "batch": 8, "dtype": "bfloat16"})
-    assert {8 % each["micro"] for each in tried} == {0}
-    assert {each["weights"] for each in tried} == {"bfloat16", "float32"}
-    assert algorithm != "kto" or min(each["micro"] for each in tried) == 2

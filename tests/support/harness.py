@@ -73,10 +73,6 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
         fn: a function at the top level of a test file; arguments and results are pickled.
         timeout: seconds for the whole call, and for each collective.
         fresh: use new processes, and end them afterwards.
-
-    Raises:
-        RanksFailed: a rank raised or died.
-        RanksTimeout: a rank did not end in time.
     """
     if fn.__qualname__ != fn.__name__:
         raise ValueError(f"{fn.__qualname__} must be at the top level of its file: ranks import it by name")
@@ -84,8 +80,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
     while len(reusable) < world:
         reusable.append(Worker())
     workers = reusable[:world]
-    surroundings = (dict(os.environ), list(sys.path), os.getcwd())
-    finished = False
+    surroundings, finished = (dict(os.environ), list(sys.path), os.getcwd()), False
     try:
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             for rank, worker in enumerate(workers):
@@ -103,8 +98,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
 
 def _collect(workers: list[Worker], timeout: float) -> list[Any]:
     """Waits for every rank's result; the pipe of a dead process ends at once."""
-    results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
+    results, failures = dict[int, Any](), dict[int, str]()
     rank_of: dict[Any, int] = {worker.pipe: rank for rank, worker in enumerate(workers)}
     deadline = time.monotonic() + timeout
     while rank_of and (left := deadline - time.monotonic()) > 0:
@@ -117,11 +111,11 @@ def _collect(workers: list[Worker], timeout: float) -> list[Any]:
                 worker.process.join()
                 crash = worker.stack_file.read_text()  # by faulthandler, after a segmentation fault
                 failures[rank] = f"died, exit code {worker.process.exitcode}\n{crash}"
+                continue
+            if ok:
+                results[rank] = pickle.loads(payload)
             else:
-                if ok:
-                    results[rank] = pickle.loads(payload)
-                else:
-                    failures[rank] = payload.decode()
+                failures[rank] = payload.decode()
         if failures:
             deadline = min(deadline, time.monotonic() + GRACE)
     if not failures and not rank_of:
