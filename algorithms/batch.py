@@ -30,7 +30,7 @@ Minibatches = tuple[tuple[tuple[int, ...], ...], ...]
 """Sample ids of each optimizer step of each epoch."""
 
 Score = float | None
-"""A reward: a finite number, NaN where a scorer failed and abstains, None where it does not score the row."""
+"""A reward: a finite number, NaN where its scorer failed (and abstains), None where the scorer is not for the row."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def policy_step(
     *,
     first: bool,
     entropy_coef: float = 0.0,
-    also: Sequence[tuple[Batch, Readout]] = (),
+    extra_losses: Sequence[tuple[Batch, Readout]] = (),
     counts: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """One optimizer step of the policy on a minibatch: its weighted token losses minus the entropy bonus.
@@ -47,7 +47,7 @@ def policy_step(
         token_losses: (micro-batch, logprobs, old logprobs) -> terms, differentiable in the logprobs.
         stats: further sums that the losses add to.
         first: this is the first step of the update, so every ratio must be exactly 1.
-        also: further batches that join the step, each with its own loss.
+        extra_losses: further batches that join the step, each with its own loss.
         counts: divisors of statistics that are not means over the minibatch's targets.
 
     Returns:
@@ -78,7 +78,7 @@ def policy_step(
             losses = losses + penalty
         return apply_loss_weights(losses - entropy_coef * entropy, part).sum() / targets
 
-    step = actor.step(batch, loss, stats, samples=samples, also=also)
+    step = actor.step(batch, loss, stats, samples=samples, extra_losses=extra_losses)
     sums = stats.reduce(actor.mesh)
     extremes = {name: sums.pop(name) for name in ("ratio_max", "ratio_min", "sampler_mismatch_max") if name in sums}
     if "ratio_min" in extremes:

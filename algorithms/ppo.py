@@ -4,15 +4,16 @@ The phases of the loop in launch/ppo.py, in its order. t is a token of a respons
 before the update:
 
     score            a reward for each response; log π_ref, log π_old and V_old of each token
-    with_advantages  r_t = −β·kl_t + 1[t is the last token]·reward            KL penalty: token_rewards
+    with_advantages  r_t = −β·kl_t + 1[t is the last token]·reward            KL penalty: advantages.token_rewards
                      δ_t = r_t + γ·V_old(t+1) − V_old(t)
                      A_t = Σ_l (γλ)^l·δ_{t+l},  R_t = A_t + V_old(t)          GAE, https://arxiv.org/abs/1506.02438
-                     A whitened over all tokens of the batch
+                     A whitened over all response tokens of the batch
     update           critic: coef·max((V − R)², (clip(V, V_old ± c) − R)²)
                      actor:  −min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A),  ρ = π / π_old
+                     with entropy bonus and pretraining loss where they are on
 
-Every rank holds the whole batch, so its statistics are local sums. `policy_step` takes the actor's optimizer step and
-checks that the first ratio ρ of every update is exactly 1.
+kl_t estimates log π_old − log π_ref. Every rank holds the whole batch, so its statistics are local sums. `policy_step`
+takes the actor's optimizer step and checks that the first ratio ρ of every update is exactly 1.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def estimate_advantages(batch: Batch, values: Tensor, config: PPOConfig) -> tupl
 def update(
     roles: Roles, batch: Batch, config: PPOConfig, step: int = 0, documents: Sequence[Sequence[int]] = ()
 ) -> dict[str, float]:
-    """All epochs and minibatches; returns the means of their metrics (extremes of extremes).
+    """All epochs and minibatches; returns the means of their metrics (of minima the minimum, of maxima the maximum).
 
     Losses are normalized over the whole minibatch, so micro-batches and layout do not change them.
 
@@ -150,12 +151,12 @@ def update(
     history, metrics = [], {}
     with roles.profiler("update", tokens=len(batch.tokens), epochs=config.ppo.epochs):
         for samples in chain(*batch.minibatches):
-            learned, values = critic_step(roles.critic, batch, samples, config)
+            step_metrics, values = critic_step(roles.critic, batch, samples, config)
             if batch.advantages is None:  # a single step: the values are those of the critic's own forward
                 batch, metrics = with_gae(batch.with_(values=values), config)
             if step >= config.critic.warmup_steps:
-                learned |= actor_step(roles.actor, batch, samples, config, documents, first=not history)
-            history.append(learned)
+                step_metrics |= actor_step(roles.actor, batch, samples, config, documents, first=not history)
+            history.append(step_metrics)
     return metrics | mean_metrics(history)
 
 
@@ -226,7 +227,7 @@ def actor_step(
         config.rollout,
         first=first,
         entropy_coef=config.actor.entropy_coef,
-        also=[(mix, ptx_loss)] if mix else [],
+        extra_losses=[(mix, ptx_loss)] if mix else [],
         counts={"ptx_loss": len(mix.response)} if mix else {},
     )
     return metrics | {f"actor_{name}": value for name, value in step.items()}

@@ -38,7 +38,7 @@ def _compose(c_later, o_later, c, o):
 
 @jit
 def _scan(rewards, values, mask, cu_seqlens, advantages, returns, gamma, lam, BLOCK: tl.constexpr):
-    """One sequence a program, from its end, a block at a time.
+    """Each program handles one sequence, from its end, a block at a time.
 
     A token's next value and next advantage are affine maps of those after the block; a masked token's map is the
     identity. Both recursions are then reverse scans of maps.

@@ -117,7 +117,7 @@ def _gradient(
     logits, out, labels, stats, grad_logprob, grad_entropy, n, v, stride, vocab_start, scale, of_logprob, of_entropy,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row a program; out may be logits itself: each element is read by the program that writes it.
+    """Each program handles one block of one row; out may be logits: an element is read by the program that writes it.
 
     An output without a gradient (of_logprob, of_entropy False) has gradient 0.
     """

@@ -3,8 +3,8 @@
     python launch/import_hf.py --model DIR --output CKPT [--tp 2 --pp 4]
     torchrun ... launch/ppo.py --model.path CKPT ...
 
-One process, no GPU; the memory of one tensor. Runs read Hugging Face folders directly too: in a checkpoint each rank of
-a large model reads only its own file, and GGUF files and bare tokenizer.model files become readable for runs.
+One process, no GPU, one tensor in memory at a time. Runs read Hugging Face folders directly too: in a checkpoint each
+rank of a large model reads only its own file, and GGUF files and bare tokenizer.model files become readable for runs.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ class PPORun(OnlineRun):
         self.attach(self.roles.actor, self.roles.rewards)
         self.rewards, self.rollouts = self.build_rewards(shaper), self.on_policy(config.run.prompts_per_step)
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
-        actor, critic = config.model.path, config.model.critic or config.model.path
+        actor_folder, critic_folder = config.model.path, config.model.critic or config.model.path
         assert self.roles.critic is not None
-        self.learners = {"actor": (self.roles.actor, actor), "critic": (self.roles.critic, critic)}
+        self.learners = {"actor": (self.roles.actor, actor_folder), "critic": (self.roles.critic, critic_folder)}
         self.parts = {"data": self.dataset, "reward": shaper, "kl": self.kl}
         self.parts |= {"text": self.text} if self.text else {}
 
@@ -49,7 +49,7 @@ class PPORun(OnlineRun):
         return TextDataset(data.ptx_source, data.ptx_key, self.tokenizer, data.ptx_tokens, self.config.run.seed)
 
     def documents(self) -> list[list[int]]:
-        """The next documents of the pretraining mix, for every minibatch of a step."""
+        """The step's documents of the pretraining mix, the same for each of its minibatches."""
         count = self.config.batch_size // self.config.ppo.minibatches
         return self.text.next(count).tolist() if self.text else []
 

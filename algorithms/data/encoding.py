@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
     places: list[tuple[int, int]]  # [begin, end) in characters of each; empty if not asked for
 
     def after(self, head: list[int], length: int) -> Tokens | None:
-        """Tokens after `head`, the first `length` characters; None if they do not begin with it."""
+        """Tokens after the prefix `head`, a text of `length` characters; None if they do not begin with it."""
         if self.ids[: len(head)] != head:
             return None
         return Tokens(self.ids[len(head) :], [(a - length, b - length) for a, b in self.places[len(head) :]])
@@ -89,7 +89,7 @@ def encode_responses(
 
 
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str, places: bool) -> Tokens:
-    """Tokens of a text after others: sentencepiece puts a space before a text of its own."""
+    """Tokens of a text that continues another, without the space that sentencepiece puts before a text of its own."""
     for anchor in ANCHORS:
         before, both = encode(tokenizer, [anchor, anchor + text], places)
         tail = both.after(before.ids, len(anchor))

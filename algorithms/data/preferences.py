@@ -232,7 +232,7 @@ def mismatched(sample: Sample, other: Sample, limit: int) -> Sample:
 
 
 def partners(pool: Sequence[Sample]) -> list[int]:
-    """For each row the number of the next one, cyclically, with another prompt: its response is mismatched (KTO).
+    """For each row the index of the next one (cyclic) with another prompt, whose response is its mismatched one (KTO).
 
     Raises:
         ValueError: all prompts are equal; names the sources.

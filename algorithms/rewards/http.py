@@ -73,7 +73,7 @@ class RewardClient:
             finished: the completion ended by itself, rather than at max_new_tokens.
 
         Raises:
-            ValueError: the server is down, too slow, or lies; names the rows. Not where it abstains.
+            ValueError: the server is down, too slow, or returns invalid scores; names the rows. Not where it abstains.
         """
         scores: list[Score] = []
         for start in range(0, len(completions), self.batch):

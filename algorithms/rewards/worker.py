@@ -121,7 +121,7 @@ def score(
     prompts, completions, sources = request["prompts"], request["completions"], request["sources"]
     fields = accepted(function, request["fields"])
     try:
-        given = called(function, prompts, completions, fields)
+        given = call(function, prompts, completions, fields)
     except Exception as error:
         raise Raised(
             f"raised {describe_error(error)} for {culprit(function, prompts, completions, sources, fields)}"
@@ -146,7 +146,7 @@ def score(
     return numbers
 
 
-def called(function: Callable[..., Any], prompts: list, completions: list, fields: dict[str, list]) -> Any:
+def call(function: Callable[..., Any], prompts: list, completions: list, fields: dict[str, list]) -> Any:
     """Result of the function on copies of the lists; a generator as a list, so that its errors are raised here."""
     given = function(list(prompts), list(completions), **{key: list(values) for key, values in fields.items()})
     return list(given) if inspect.isgenerator(given) else given
@@ -199,7 +199,7 @@ def culprit(function: Any, prompts: list, completions: list, sources: list, fiel
     for i, source in enumerate(sources):
         try:
             row = {key: value[i : i + 1] for key, value in fields.items()}
-            called(function, prompts[i : i + 1], completions[i : i + 1], row)
+            call(function, prompts[i : i + 1], completions[i : i + 1], row)
         except Exception:
             return f"{source} (prompt {prompts[i]!r:.80}, completion {completions[i]!r:.80})"
     return f"the {len(sources)} rows from {sources[0]} to {sources[-1]}, but for none of them alone"

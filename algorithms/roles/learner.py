@@ -84,7 +84,7 @@ class Learner(Role):
         *,
         samples: Sequence[int] | None = None,
         unit: int = 1,
-        also: Sequence[tuple[Batch, Readout]] = (),
+        extra_losses: Sequence[tuple[Batch, Readout]] = (),
     ) -> dict[str, float]:
         """One optimizer step on a batch with a loss of each micro-batch's hidden states.
 
@@ -92,7 +92,7 @@ class Learner(Role):
             stats: statistics that the losses add to.
             samples: ids of the minibatch; None for the whole batch.
             unit: number of neighboring samples with a joint loss, 2 for pairs.
-            also: further batches that join the step, each with its own loss.
+            extra_losses: further batches that join the step, each with its own loss.
 
         Returns:
             grad_norm and lr; with experts, `router_metrics`; where steps may be skipped, skipped: 1 if a number was not
@@ -104,7 +104,7 @@ class Learner(Role):
         """
         config = self.model.config
         work = [(batch, range(len(batch)) if samples is None else samples, loss)]
-        work += [(other, range(len(other)), own) for other, own in also]
+        work += [(other, range(len(other)), own) for other, own in extra_losses]
         work = work if self.mesh.is_member else []
         parts = [
             (whole.select(cut), own)

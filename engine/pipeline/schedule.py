@@ -1,6 +1,6 @@
 """Pipeline schedules as data: pure functions from a rank to its actions, and the transfers these actions need.
 
-`simulate` checks a schedule for deadlocks; `run_schedule` executes it.
+`simulate` checks a schedule for deadlocks; `run_schedule` executes it. Learners run `one_f_one_b` (1F1B).
 """
 
 from __future__ import annotations

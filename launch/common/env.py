@@ -61,7 +61,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
-    """A prefix of the job's store for this start alone: after a restart by torchrun the store holds old keys too.
+    """The job's store under a key prefix unique to this start: after a restart by torchrun it holds old keys too.
     Collective.
 
     The number of restarts would not do, as nodes count it differently. So each rank asks under a new name, and only a

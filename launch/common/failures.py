@@ -51,7 +51,6 @@ def leave_together(message: str, main: bool) -> NoReturn:
 
 
 def wait() -> NoReturn:
-    """Exits a rank with nothing to report, after the one that reports: the launcher blames the first to exit, and ends
-    the others."""
+    """Waits until the reporting rank has exited, then exits: the launcher blames the first rank that exits."""
     time.sleep(WAIT)
     sys.exit(1)

@@ -249,7 +249,7 @@ class Run(Generic[Config]):
         return value
 
     def finish(self, panels: Sequence[Panel], *shown: Any, role: ExportRole = "actor") -> None:
-        """Exports the model, draws the plot, prints `shown` and both paths."""
+        """Exports the model, draws the plot, prints `shown`, then the paths of model and plot."""
         HEARTBEAT.phase = "export"
         if self.mesh.is_main:
             with self.progress.task("export"):

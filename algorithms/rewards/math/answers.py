@@ -74,8 +74,7 @@ def final_answer(response: str) -> Answer:
 
 
 def stated_number(answer: Answer) -> Number | None:
-    """The number of a clause or a text with others around it: a clause's first after its last sign of equality, a
-    text's last."""
+    """Of a clause the first number after its last equals sign; of a text its last number."""
     if answer.found == "text":
         numbers = numbers_in(tidy(answer.text))
         return numbers[-1] if numbers else None

@@ -1,6 +1,6 @@
 """Exact values of arithmetic as TeX and plain text write it: `1 1/2`, `-\\frac{3}{4}`, `2^{10}`, `0.\\overline{3}`.
 
-The text is a tidied one (`tex.tidy`). What holds a letter, or is no rational number, has no value here.
+The text is a tidied one (`tex.tidy`). One with a letter, or without a rational value, raises `NoValue`.
 """
 
 from __future__ import annotations
