@@ -68,7 +68,7 @@ class RowRewards:
         return build_decoder(folder, shape, self.run.mesh, config.model.dtype, head="score", parallel=config.parallel)
 
     def scores(self, rollouts: list[Rollout]) -> list[float]:
-        """One number a response, NaN where a scorer abstains. Collective."""
+        """One number a response, NaN without a score. Collective."""
         batch = from_rollouts(rollouts).to(self.run.mesh.device)
         return self.scorer.combined(self.scorer(rollouts, batch, self.models))
 

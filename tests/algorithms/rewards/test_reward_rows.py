@@ -110,7 +110,7 @@ def test_where_no_answer_has_a_score_the_reasons_come_before_the_refusal(script,
         ),
     )
     said = refused(script, words, monkeypatch)
-    assert "without a score" in said or "no response has a score" in said
+    assert "has a score" in said
     reasons = capsys.readouterr().out
     assert "not scored: reward function" in reasons and "no such grader" in reasons
 
