@@ -21,13 +21,6 @@ def test_packed_error_against_float64(rows, out_size, in_size):
     assert_accurate(actual, F.linear(x, weight), x.double() @ weight.double().T)
 
 
-def test_only_bf16_on_the_cpu_is_packed():
-    for weight in (torch.zeros(8, 8), torch.zeros(8, 8).half(), torch.zeros(8, 8, device="meta").bfloat16()):
-        assert pack(weight) is None
-    x, weight = torch.randn(3, 5), torch.randn(4, 5)
-    assert torch.equal(linear(x, weight, pack(weight)), F.linear(x, weight))
-
-
 @pytest.mark.skipif(not packable(), reason="this processor has no bf16 in oneDNN")
 def test_packed_weight_is_a_copy_without_a_gradient():
     weight = torch.ones(8, 8, dtype=torch.bfloat16)

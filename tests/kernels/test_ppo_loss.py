@@ -1,6 +1,5 @@
 """PPO's per-token losses against float64 formulas written out here, with their gradients."""
 
-import math
 from functools import partial
 
 import pytest
@@ -13,34 +12,6 @@ from trialign.kernels.dispatch import choose
 
 def draw(n, spread=0.5):
     return list(torch.randn(3, n) * spread)
-
-
-def policy_token(logp, old, advantage, low, high, dual):
-    """(loss, slope) of one token by cases, as the papers draw it."""
-    ratio = math.exp(min(logp - old, P.LOG_RATIO_MAX))
-    clip = 1 + high if ratio > 1 + high and advantage > 0 else 1 - low if ratio < 1 - low and advantage < 0 else None
-    if clip is not None:
-        return -advantage * clip, 0.0
-    if dual is not None and advantage < 0 and ratio > dual:
-        return -advantage * dual, 0.0
-    return -advantage * ratio, -advantage * ratio if logp - old <= P.LOG_RATIO_MAX else 0.0
-
-
-@pytest.mark.parametrize("dual", [None, 3.0])
-@pytest.mark.parametrize("spread", [0.1, 1.0, 20.0])
-def test_policy_loss_equals_the_cases_of_the_papers(spread, dual):
-    logp, old, advantages = draw(400, spread)
-    logp.requires_grad_()
-    loss, ratio, clipped = P.clipped_policy_loss(logp, old, advantages, 0.2, 0.28, dual)
-    (slope,) = torch.autograd.grad(loss.sum(), logp)
-    rows = list(zip(logp.tolist(), old.tolist(), advantages.tolist(), strict=True))
-    exact = torch.tensor([policy_token(*row, 0.2, 0.28, dual) for row in rows], dtype=torch.float64)
-    torch.testing.assert_close(torch.stack((loss, slope), 1).double(), exact, rtol=1e-5, atol=1e-6)
-    exact_ratio = (logp.detach().double() - old.double()).clamp(max=80).exp()
-    torch.testing.assert_close(ratio.double(), exact_ratio, rtol=1e-5, atol=1e-30)
-    outside = ((ratio > 1.28) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
-    assert torch.equal(clipped.bool(), outside)
-    assert not ratio.requires_grad and not clipped.requires_grad
 
 
 @pytest.mark.parametrize("n", [0, 1, 15, by_mode(1001, 1500)])
@@ -58,6 +29,10 @@ def test_error_against_float64(n, spread, bound):
     policy = partial(P.clipped_policy_loss, clip_low=0.2, clip_high=0.3, dual_clip=bound)
     policy_ref = partial(P.clipped_policy_loss_ref, clip_low=0.2, clip_high=0.3, dual_clip=bound)
     check(lambda *t: policy(*t)[0], lambda *t: policy_ref(*t)[0], first, old, advantages)
+    (_, ratio, clipped), expected = policy(first.requires_grad_(), old, advantages), policy_ref(first, old, advantages)
+    assert torch.equal(clipped, expected[2]) and not ratio.requires_grad and not clipped.requires_grad
+    torch.testing.assert_close(ratio, expected[1].detach(), rtol=1e-5, atol=1e-30)
+    first = first.detach()
     value, value_ref = (partial(f, clip=clip) for f in (P.clipped_value_loss, P.clipped_value_loss_ref))
     check(lambda *t: value(*t)[0], lambda *t: value_ref(*t)[0], first, old, advantages)
     assert torch.equal(value(first, old, advantages)[1], value_ref(first, old, advantages)[1])
@@ -93,17 +68,6 @@ def test_nan_is_kept():
         assert P.kl_estimate(nan, one, kind).isnan().all()
 
 
-def test_value_loss_of_four_cases():
-    values = torch.tensor([1.0, 1.0, 0.0, 2.0], requires_grad=True)
-    old, returns = torch.tensor([0.0, 0.0, 0.0, 1.9]), torch.tensor([0.0, 2.0, 1.0, 3.0])
-    loss, clipped = P.clipped_value_loss(values, old, returns, 0.2)
-    # 1: unclipped is larger (1 > 0.04); 2: clipped at 0.2, (0.2 - 2)^2 > 1; 3 and 4: within the clip
-    torch.testing.assert_close(loss, torch.tensor([0.5, 1.62, 0.5, 0.5]))
-    assert clipped.tolist() == [0, 1, 0, 0]
-    assert torch.autograd.grad(loss.sum(), values)[0].tolist() == [1.0, 0.0, -1.0, -1.0]
-    assert torch.equal(P.clipped_value_loss(values, old, returns)[0], 0.5 * (values - returns).square())
-
-
 def test_kl_estimates_equal_their_formulas():
     logp, ref = torch.tensor([0.0, -3.0, 5.0]), torch.tensor([0.0, -1.0, 0.0])
     d = (logp - ref).double()
@@ -116,17 +80,6 @@ def test_kl_estimates_equal_their_formulas():
     assert torch.autograd.grad(estimate.sum(), infinite)[0].tolist() == [1.0] * 2
     with pytest.raises(ValueError, match="'k4'.*k1, k2, k3"):
         P.kl_estimate(logp, ref, "k4")
-
-
-def test_only_the_first_input_gets_a_gradient():
-    leaves = [x.requires_grad_() for x in draw(20)]
-    for loss in (
-        P.clipped_policy_loss(*leaves, 0.2, 0.2)[0],
-        P.clipped_value_loss(*leaves, 0.2)[0],
-        P.kl_estimate(*leaves[:2], "k2"),
-    ):
-        grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
-        assert grads[0] is not None and grads[1] is None and grads[2] is None
 
 
 def test_second_derivatives_are_refused():

@@ -63,15 +63,6 @@ def test_gradients_through_a_partly_rotated_projection(interleaved):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
 
 
-def test_gradient_is_the_inverse_and_keeps_its_input():
-    cos, sin = angles(7, 16)
-    x = torch.randn(7, 3, 32, requires_grad=True)
-    y = rope_(x.clone(), cos, sin)
-    upstream = y.detach().clone()
-    torch.testing.assert_close(torch.autograd.grad(y, x, upstream)[0], x)
-    assert torch.equal(upstream, y)
-
-
 def test_leaves_that_require_a_gradient_are_refused():
     with pytest.raises(RuntimeError, match="leaf"):
         rope_(torch.randn(4, 3, 16, requires_grad=True), *angles(4, 8))

@@ -221,33 +221,26 @@ def _correct_flags() -> None:
 
 
 def _watch_memory() -> None:
-    plain_load, plain_store = Builder.create_masked_load, Builder.create_masked_store
-    plain_rmw, plain_cas = Builder.create_atomic_rmw, Builder.create_atomic_cas
+    def wrap(name, pointer, mask, access):
+        plain = getattr(Builder, name)
+
+        def op(self, *args, **named):
+            Monitor.access(self, args[pointer], None if mask is None else args[mask], access)
+            return plain(self, *args, **named)
+
+        setattr(Builder, name, op)
+
+    wrap("create_masked_load", 0, 1, "load")
+    wrap("create_masked_store", 0, 2, "store")
+    wrap("create_atomic_rmw", 1, 3, "atomic")
+    wrap("create_atomic_cas", 0, None, "atomic")
     plain_init = interpreter.GridExecutor._init_args_hst
-
-    def load(self, pointer, mask, *rest, **named):
-        Monitor.access(self, pointer, mask, "load")
-        return plain_load(self, pointer, mask, *rest, **named)
-
-    def store(self, pointer, value, mask, *rest, **named):
-        Monitor.access(self, pointer, mask, "store")
-        return plain_store(self, pointer, value, mask, *rest, **named)
-
-    def rmw(self, op, pointer, value, mask, *rest, **named):
-        Monitor.access(self, pointer, mask, "atomic")
-        return plain_rmw(self, op, pointer, value, mask, *rest, **named)
-
-    def cas(self, pointer, *rest, **named):
-        Monitor.access(self, pointer, None, "atomic")
-        return plain_cas(self, pointer, *rest, **named)
 
     def init(self, args, named):
         on_host, named_on_host = plain_init(self, args, named)
         Monitor.begin([t for t in [*on_host, *named_on_host.values()] if hasattr(t, "untyped_storage")])
         return on_host, named_on_host
 
-    Builder.create_masked_load, Builder.create_masked_store = load, store
-    Builder.create_atomic_rmw, Builder.create_atomic_cas = rmw, cas
     interpreter.GridExecutor._init_args_hst = init
 
 

@@ -1,36 +1,74 @@
-"""Comparison of interpreted launches with the tables SPECS, which tests/kernels/aot compiles ahead of time."""
+"""Every Triton kernel of the package with its launch table (the SPECS of each kernels/*.py), and the comparison of
+interpreted launches with these tables, which tests/kernels/aot compiles ahead of time."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from trialign.kernels.backends import triton_runtime
+import trialign.kernels
+from trialign.kernels.backends.triton_runtime import Spec
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels" / "aot"))
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-from kernel_table import specs  # pyright: ignore[reportMissingImports]
+
+def specs() -> Iterator[tuple[str, Spec]]:
+    """("module.kernel", its Spec), sorted by module."""
+    for stem in sorted({path.stem for folder in trialign.kernels.__path__ for path in Path(folder).glob("*.py")}):
+        module = importlib.import_module(f"trialign.kernels.{stem}")
+        for name, spec in getattr(module, "SPECS", {}).items():
+            yield f"{stem}.{name}", spec
+
+
+def variants(spec: Spec) -> Iterator[tuple[Spec, dict[str, dict]]]:
+    """(spec, {architecture: config}) of every config, then of the fp32 configs, with a spec whose tensors are fp32."""
+    for nvidia, amd in zip(spec.configs, spec.hip_configs or spec.configs, strict=True):
+        yield spec, {arch: amd if arch.startswith("gfx") else nvidia for arch in ARCHITECTURES}
+    for config in spec.fp32_configs or ():
+        yield of_type(spec, "fp32"), dict.fromkeys(ARCHITECTURES, config)
+
+
+def of_type(spec: Spec, kind: str) -> Spec:
+    """The same kernel, its bf16 tensors of another type."""
+    signature = {name: written.replace("bf16", kind) for name, written in spec.signature.items()}
+    return dataclasses.replace(spec, signature=signature)
+
+
+def other_types(spec: Spec) -> Iterator[tuple[str, Spec, dict[str, dict]]]:
+    """("fp16" or "fp32", spec, {architecture: config}) of the last, largest config: these types ship in it too."""
+    if "*bf16" in spec.signature.values():
+        *_, (_, configs) = variants(dataclasses.replace(spec, fp32_configs=None))
+        for kind in ("fp16",) if spec.fp32_configs else ("fp16", "fp32"):
+            yield kind, of_type(spec, kind), configs
+
+
+def label(config: dict) -> str:
+    """A config in a table: its compile-time values, warps (w) and stages (s)."""
+    values = [f"{k}={v:d}" if isinstance(v, int) else f"{k}={v}" for k, v in config.items() if not k.startswith("num_")]
+    return ", ".join([*values, f"w{config['num_warps']}", f"s{config['num_stages']}"])
+
 
 KERNELS = {spec.kernel.fn: (name, spec) for name, spec in specs() if hasattr(spec.kernel, "fn")}
 TYPES = {"*fp32": torch.float32, "*i64": torch.int64, "*i32": torch.int32, "*u8": torch.uint8}
 Values = frozenset[tuple[str, object]]
 
 
-def bound(config: dict, spec: triton_runtime.Spec) -> Values:
+def bound(config: dict, spec: Spec) -> Values:
     """The compile-time values of a config or a launch that are not free, with its warps and stages."""
     return frozenset((k, v) for k, v in config.items() if k not in spec.free and k not in spec.signature)
 
 
-def table(spec: triton_runtime.Spec, wide: bool, vendor: str) -> Iterable[dict]:
+def table(spec: Spec, wide: bool, vendor: str) -> Iterable[dict]:
     """The configs that may be launched on a vendor's GPUs; wide: with tensors of fp32."""
     if wide and spec.fp32_configs is not None:
         return spec.fp32_configs
     return spec.hip_configs or spec.configs if vendor == "hip" else spec.configs
 
 
-def is_wide(spec: triton_runtime.Spec, arguments: dict) -> bool:
+def is_wide(spec: Spec, arguments: dict) -> bool:
     """True if a launch's tensors of a variable dtype ('*bf16' in the table) are fp32."""
     tensors = [arguments[name] for name, kind in spec.signature.items() if kind == "*bf16"]
     return any(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)

@@ -42,15 +42,13 @@ class Case(NamedTuple):
     call: Callable[[], object]
 
 
-def rows() -> Iterator[Case]:
-    """Ops along rows: of a head, a norm, an MLP, tokens and parameters."""
+def cases() -> Iterator[Case]:
+    """Ops along rows, then attention with 8 heads of 64 over 2, then products with experts' and with 4-bit weights."""
+    torch.manual_seed(0)
     n = 4096
     a, b, c, d = torch.ones(4, n)
-    mask, cu = torch.ones(n, dtype=torch.bool), torch.arange(9) * (n // 8)
-    yield Case(
-        f"[{n}], bf16 copy-out", "parameter", n,
-        lambda: adamw.adamw_triton(a, b, c, d, a.to(BF16), 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0),
-    )  # fmt: skip
+    mask, cu, hyper = torch.ones(n, dtype=torch.bool), torch.arange(9) * (n // 8), (1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0)
+    yield Case(f"[{n}], bf16 copy-out", "parameter", n, lambda: adamw.adamw_triton(a, b, c, d, a.to(BF16), *hyper))
     yield Case(f"8 sequences of {n // 8}", "token", n, lambda: gae.gae_triton(a, b, mask, cu, 0.99, 0.95))
     yield Case(f"[{n}]", "token", n, lambda: ppo_loss.clipped_policy_loss_triton(a, b, c, 0.2, 0.2, 3.0))
     yield Case(f"[{n}]", "token", n, lambda: ppo_loss.clipped_value_loss_triton(a, b, c, 0.2))
@@ -67,66 +65,41 @@ def rows() -> Iterator[Case]:
 
     n, v, h = 128, 4096, 64
     logits, labels, ones = torch.randn(n, v).to(BF16), torch.randint(v, (n,)), torch.ones(n)
-    hidden, head = torch.randn(n, h).to(BF16), torch.randn(v, h).to(BF16)
-    stats = logprob.logprob_stats_triton(logits, labels, 1.0, 0)
-    total, size = torch.zeros(n, h), f"[{n}, {v}]"
+    hidden, head, total = torch.randn(n, h).to(BF16), torch.randn(v, h).to(BF16), torch.zeros(n, h)
+    rest = labels, logprob.logprob_stats_triton(logits, labels, 1.0, 0), ones, ones, 1.0, 0
+    size, fused = f"[{n}, {v}]", f"[{n}, {h}] x [{v}, {h}]"
     yield Case(size, "logit", n * v, lambda: logprob.logprob_stats_triton(logits, labels, 1.0, 0))
-    yield Case(size, "logit", n * v, lambda: logprob.logprob_backward_triton(logits, labels, stats, ones, ones, 1.0, 0))
-    size = f"[{n}, {h}] x [{v}, {h}]"
-    yield Case(size, "logit", n * v, lambda: linear_logprob.linear_logprob_stats(hidden, head, labels, 1.0, 0))
-    yield Case(
-        size, "logit", n * v,
-        lambda: linear_logprob.linear_logprob_gradient_(logits, hidden, head, labels, stats, ones, ones, 1.0, 0),
-    )  # fmt: skip
-    yield Case(size, "logit", n * v, lambda: linear_logprob.add_product_(total, logits, head))
+    yield Case(size, "logit", n * v, lambda: logprob.logprob_backward_triton(logits, *rest))
+    yield Case(fused, "logit", n * v, lambda: linear_logprob.linear_logprob_stats(hidden, head, labels, 1.0, 0))
+    yield Case(fused, "logit", n * v, lambda: linear_logprob.linear_logprob_gradient_(logits, hidden, head, *rest))
+    yield Case(fused, "logit", n * v, lambda: linear_logprob.add_product_(total, logits, head))
 
     n, v = 4, 16384
-    logits, settings = (
-        torch.randn(n, v).to(BF16),
-        (torch.full((n,), 0.7), torch.full((n,), 50).int(), torch.full((n,), 0.9)),
-    )
-    keys, counters = torch.arange(2 * n).view(2, n)
-    yield Case(
-        f"[{n}, {v}], top-k 50, top-p 0.9", "logit", n * v,
-        lambda: sampling.sample_triton(logits, *settings, keys, counters),
-    )  # fmt: skip
+    rows = torch.randn(n, v).to(BF16), torch.full((n,), 0.7), torch.full((n,), 50).int(), torch.full((n,), 0.9)
+    keys = torch.arange(2 * n).view(2, n)
+    yield Case(f"[{n}, {v}], top-k 50, top-p 0.9", "logit", n * v, lambda: sampling.sample_triton(*rows, *keys))
 
-
-def heads() -> Iterator[Case]:
-    """Ops of attention, 8 heads of 64 over 2."""
+    torch.manual_seed(0)
     n, d = 256, 64
     q, k, v = (torch.randn(n, heads, d).to(BF16) for heads in (8, 2, 2))
-    angles = torch.ones(n, d // 2)
+    angles, size = torch.ones(n, d // 2), "256 tokens, 8 heads of 64 over 2"
     yield Case("[256, 8, 64]", "element", q.numel(), lambda: rope.rope_triton(q.clone(), angles, angles, False, False))
-    cu = torch.tensor([0, n])
-    size = "256 tokens, 8 heads of 64 over 2"
-    grad = torch.randn(n, 8, d).to(BF16)
-    out, stats = attention.attention_triton(q, k, v, cu, n, 0.125, None, None)
-    yield Case(size, "token", n, lambda: attention.attention_triton(q, k, v, cu, n, 0.125, None, None))
-    yield Case(
-        size,
-        "token",
-        n,
-        lambda: attention.attention_backward_triton(grad, q, k, v, out, stats, cu, n, 0.125, None, None),
-    )
-    caches = [torch.zeros(64, 16, 2, d, dtype=BF16) for _ in range(2)]
-    slots = torch.randperm(1024)[:n]
+    rest, grad = (torch.tensor([0, n]), n, 0.125, None, None), torch.randn(n, 8, d).to(BF16)
+    out = attention.attention_triton(q, k, v, *rest)
+    yield Case(size, "token", n, lambda: attention.attention_triton(q, k, v, *rest))
+    yield Case(size, "token", n, lambda: attention.attention_backward_triton(grad, q, k, v, *out, *rest))
+    caches, slots = [torch.zeros(64, 16, 2, d, dtype=BF16) for _ in range(2)], torch.randperm(1024)[:n]
     yield Case("[256, 2, 64]", "token", n, lambda: paged_attention.write_kv_triton(k, v, *caches, slots))
-    tables, lengths = torch.randperm(64).view(4, 16).int(), torch.full((4,), 256, dtype=torch.int32)
-    yield Case(
-        "4 sequences of 256 keys, 8 heads of 64 over 2", "key", 4 * 256,
-        lambda: paged_attention.paged_attention_triton(q[:4], *caches, tables, lengths, 0.125, None, None),
-    )  # fmt: skip
+    cache = (*caches, torch.randperm(64).view(4, 16).int(), torch.full((4,), 256).int(), 0.125, None, None)
+    size = "4 sequences of 256 keys, 8 heads of 64 over 2"
+    yield Case(size, "key", 4 * 256, lambda: paged_attention.paged_attention_triton(q[:4], *cache))
 
-
-def weights() -> Iterator[Case]:
-    """Products with experts' and with 4-bit weights."""
+    torch.manual_seed(0)
     n, h, f, experts, k = 256, 128, 256, 8, 2
     x, logits = torch.randn(n, h).to(BF16), torch.randn(n, experts).to(BF16)
     given, chosen = moe.route_triton(logits, k, True)
     order, offsets = moe.sort_by_expert_triton(chosen, experts)
-    permuted = moe.permute_triton(x, order, k)
-    size = f"{n} tokens, {k} of {experts} experts"
+    permuted, size = moe.permute_triton(x, order, k), f"{n} tokens, {k} of {experts} experts"
     yield Case(size, "token", n, lambda: moe.route_triton(logits, k, True))
     yield Case(size, "token", n, lambda: moe.route_backward_triton(given.clone(), logits, given, chosen, True))
     yield Case(size, "token", n, lambda: moe.sort_by_expert_triton(chosen, experts))
@@ -138,34 +111,26 @@ def weights() -> Iterator[Case]:
     size = f"[{n * k}, {h}] x [{experts}, {h}, {f}]"
     yield Case(size, "row", n * k, lambda: grouped_matmul.grouped_matmul_triton(permuted, weight, offsets))
     yield Case(size, "row", n * k, lambda: grouped_matmul.grouped_outer_triton(permuted, grad, offsets))
-    codes, scales = torch.zeros(f, h // 2, dtype=torch.uint8), torch.ones(f, h // 64)
-    size = f"[{n}, {h}] x [{f}, {h}]"
-    yield Case(size, "weight", f * h, lambda: nf4.nf4_linear_triton(x, codes, scales))
-    yield Case(size, "weight", f * h, lambda: nf4.nf4_linear_backward_triton(grad[:n], codes, scales))
-
-
-def counted(cases: Iterator[Case]) -> Iterator[tuple[str, Case, Traffic]]:
-    """(kernel, the first case that launches it, the launch's traffic), in the cases' order."""
-    torch.manual_seed(0)
-    seen: set[str] = set()
-    current: list[tuple[str, Traffic]] = []
-    Monitor.counting = True
-    Monitor.done = staticmethod(lambda kernel: current.append((KERNELS[kernel][0], Monitor.traffic())))
-    try:
-        for case in cases:
-            current.clear()  # launches for the case's inputs
-            case.call()
-            for name, traffic in [each for each in current if each[0] not in seen]:
-                seen.add(name)
-                yield name, case, traffic
-    finally:
-        Monitor.counting, Monitor.done = False, staticmethod(lambda kernel: None)
+    codes, size = (torch.zeros(f, h // 2, dtype=torch.uint8), torch.ones(f, h // 64)), f"[{n}, {h}] x [{f}, {h}]"
+    yield Case(size, "weight", f * h, lambda: nf4.nf4_linear_triton(x, *codes))
+    yield Case(size, "weight", f * h, lambda: nf4.nf4_linear_backward_triton(grad[:n], *codes))
 
 
 def all_kernels() -> dict[str, tuple[Case, Traffic]]:
-    """{kernel: (case, traffic)}, sorted by name."""
-    found = [(name, case, traffic) for part in (rows, heads, weights) for name, case, traffic in counted(part())]
-    return {name: (case, traffic) for name, case, traffic in sorted(found, key=lambda each: each[0])}
+    """{kernel: (the first case that launches it, the launch's traffic)}, sorted by name."""
+    found: dict[str, tuple[Case, Traffic]] = {}
+    launched: list[tuple[str, Traffic]] = []
+    Monitor.counting = True
+    Monitor.done = staticmethod(lambda kernel: launched.append((KERNELS[kernel][0], Monitor.traffic())))
+    try:
+        for case in cases():
+            launched.clear()  # launches for the case's inputs
+            case.call()
+            for name, traffic in launched:
+                found.setdefault(name, (case, traffic))
+    finally:
+        Monitor.counting, Monitor.done = False, staticmethod(lambda kernel: None)
+    return dict(sorted(found.items()))
 
 
 def table(kernels: dict[str, tuple[Case, Traffic]]) -> list[str]:

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 
 import triton
-from kernel_table import ARCHITECTURES
+from launches import ARCHITECTURES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -8,6 +8,7 @@ reach an address.
 from __future__ import annotations
 
 import re
+from operator import add, floordiv, mul, sub
 
 DIM = 1 << 26
 WIDE = 1 << 48
@@ -17,25 +18,18 @@ Interval = tuple[int, int, str]
 """(least, largest, the operation in which it may have overflowed, or nothing)."""
 
 
+CORNERS = {"addi": add, "subi": sub, "muli": mul, "maxsi": max, "minsi": min, "divsi": floordiv}
+
+
 def combined(op: str, left: Interval, right: Interval) -> tuple[int, int]:
     """The range of an operation's result, before it is cut to the type's bits."""
     (a, b, _), (c, d, _) = left, right
-    if op == "addi":
-        return a + c, b + d
-    if op == "subi":
-        return a - d, b - c
-    if op == "muli":
-        corners = (a * c, a * d, b * c, b * d)
-        return min(corners), max(corners)
-    if op == "maxsi":
-        return max(a, c), max(b, d)
-    if op == "minsi":
-        return min(a, c), min(b, d)
     if op == "remsi":
         return max(min(a, 0), 1 - d), min(max(b, 0), d - 1)
-    if c < 1:  # divsi by something unknown, never 0
+    if op == "divsi" and c < 1:  # by something unknown, never 0
         return min(a, 0), max(b, 0)
-    return min(a // c, a // d), max(b // c, b // d)
+    corners = [CORNERS[op](x, y) for x in (a, b) for y in (c, d)]
+    return min(corners), max(corners)
 
 
 def overflows(ttir: str, bounds: dict[str, int]) -> list[str]:
@@ -91,7 +85,7 @@ def overflows(ttir: str, bounds: dict[str, int]) -> list[str]:
             known[name] = value(operands[0], int(re.search(r"i(\d+)", rest)[1]) if "i" in rest else bits)
         elif op == "select":
             known[name] = (min(i[0] for i in inputs[1:]), max(i[1] for i in inputs[1:]), past)
-        elif op in ("addi", "subi", "muli", "maxsi", "minsi", "divsi", "remsi"):
+        elif op in (*CORNERS, "remsi"):
             low, high = combined(op, *inputs)
             outside = bits <= 32 and (low < -LIMIT or high >= LIMIT)
             known[name] = (low, high, past or (line if outside else ""))

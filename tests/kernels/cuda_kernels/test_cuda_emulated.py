@@ -23,19 +23,13 @@ def kernels(tmp_path_factory):
     return ctypes.CDLL(str(link(compile_all(folder, []), folder / "emulated.so", [])))
 
 
+PASSED = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
+
+
 def call(function, *arguments):
     """Tensors as pointers, None as null, int and float as the kernel's int64_t and float (the first int: the dtype)."""
-    passed = []
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            passed.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, float):
-            passed.append(ctypes.c_float(argument))
-        elif argument is None:
-            passed.append(ctypes.c_void_p(None))
-        else:
-            passed.append(ctypes.c_int64(argument))
-    assert function(*passed, ctypes.c_void_p(None)) == 0
+    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else PASSED[type(a)](a) for a in arguments]
+    assert function(*values, ctypes.c_void_p(None)) == 0
 
 
 def check(actual, fn, inputs, upstream):
