@@ -3,6 +3,7 @@ refused, operands may be strided, and every public function runs without data.""
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,7 +251,9 @@ ALIKE = (  # public functions named as their ops
     *(moe.route, moe.sort_by_expert, moe.permute, moe.grouped_matmul),
     *(paged_attention.paged_attention, paged_attention.write_kv),
 )
-PUBLIC = {function.__name__: (function, *CALLS[function.__name__]) for function in ALIKE} | {
+PUBLIC: dict[str, tuple[Any, ...]] = {
+    function.__name__: (function, *CALLS[function.__name__]) for function in ALIKE
+} | {
     "logprob": (logprob.logprob, randn(N, V), LABELS),
     "linear_logprob": (linear_logprob.linear_logprob, ROWS[0], randn(V, H), LABELS),
     "policy_loss": (ppo_loss.clipped_policy_loss, *FLAT[:3], 0.2, 0.2),
