@@ -1,7 +1,6 @@
 """GRPO and its kin: updates equal one process in every layout; advantages, groups, dynamic sampling and the script."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +11,9 @@ import torch
 from layouts import ALONE, FOUR_RANKS, TWO_RANKS, Layout, assert_layouts_agree, whole_states
 from presets import ALGORITHMS, grpo_options
 from samples import random_batch
-from scripts import AXES, agree, digests, kill_after, metrics, options, rewound, succeed, succeed_in_turn
-from tiny import tiny_chat_model, tiny_llama
+from scripts import AXES, agree, assert_resume_is_identical, metrics, rewound, succeed, succeed_in_turn
+from tiny import tiny_llama
+from tiny_run import prompts, tiny_run
 from trialign.algorithms.batch import Prompt, Rollout, pack, single_turn
 from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, RolloutConfig
 from trialign.algorithms.config.data import PromptData
@@ -102,44 +102,16 @@ def test_first_ratios_other_than_one_raise(folder):
         actor_step(actor, batch, range(8), config, first=True)
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-@pytest.mark.parametrize("kl_in", ["score", "reward", "advantage", "loss"])
-@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.5}], ids=str)
-def test_logged_kl_is_of_the_actors_own_logprobs(folder, truncation, kl_in, epochs):
+@pytest.mark.parametrize(
+    ("kl_in", "epochs", "truncation"),
+    [("score", 1, {}), ("reward", 2, {}), ("advantage", 2, {"top_p": 0.5}), ("loss", 1, {"top_p": 0.5})],
+)
+def test_logged_kl_is_of_the_actors_own_logprobs(folder, kl_in, epochs, truncation):
     """Actor and reference are equal before the first step, while the sampler's logprobs are random."""
     options = grpo_options("dapo", kl_in=kl_in, kl_estimator="k1", kl_coef=0.1, epochs=epochs, micro_batch_size=3)
     metrics, _ = two_updates(0, 1, ALONE, folder, config_of(options, **truncation))
     assert metrics["kl/0"] == metrics["kl_per_token/0"] == 0
     assert ("sampler_mismatch/0" in metrics) == (not truncation)
-
-
-def advantages(scores: list[float], group: list[int], **options) -> list[float]:
-    """Each response's advantage; three tokens a response."""
-    batch = pack([[1, 2, 3]] * len(scores)).with_(rollout_logprobs=torch.zeros(3 * len(scores)))
-    scored = without_unscored(batch.with_(group=torch.tensor(group)), torch.tensor(scores))
-    result, _ = with_advantages(scored, config_of(grpo_options(**options)))
-    assert result.advantages is not None
-    assert torch.equal(result.advantages[1::3], result.advantages[2::3]) and not result.advantages[::3].any()
-    return result.advantages[1::3].tolist()
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "expected"),
-    [
-        ("grpo", [1.5, -0.5, -0.5, -0.5]),
-        ("dr_grpo", [0.75, -0.25, -0.25, -0.25]),
-        ("rloo", [1.0, -1 / 3, -1 / 3, -1 / 3]),
-        ("reinforce++_baseline", [math.sqrt(3), *[-1 / math.sqrt(3)] * 3]),
-    ],
-)
-def test_advantages_of_one_winner(algorithm, expected):
-    assert advantages([1, 0, 0, 0], [0] * 4, algorithm=algorithm) == pytest.approx(expected, rel=1e-5)
-
-
-def test_unscored_responses_change_no_baseline():
-    unscored = advantages([1.0, math.nan, 0.0, 0.5, 0.5], [0, 0, 0, 1, 1], algorithm="reinforce++_baseline")
-    without = advantages([1.0, 0.0, 0.5, 0.5], [0, 0, 1, 1], algorithm="reinforce++_baseline")
-    assert unscored[1] == 0 and [unscored[i] for i in (0, 2, 3, 4)] == without
 
 
 def test_kl_in_the_score_precedes_the_baseline_and_in_the_reward_follows_it():
@@ -180,84 +152,64 @@ def test_dynamic_sampling_draws_until_groups_have_spread():
     assert rewards.metrics == {"groups_with_spread": 2 / 7, "draws": 3, "groups_filled": 1}
 
 
-@pytest.mark.parametrize("missing", [0, 3, 4, 7])
-def test_groups_of_another_size_are_refused(missing):
-    rollouts = rollouts_of(8)
-    del rollouts[missing]
-    with pytest.raises(ValueError, match=rf"p.jsonl:{missing // 4}: 3 .*rollout.samples_per_prompt=4"):
-        make_groups(rollouts, [0.0] * 7, [0.0] * 7, config_of(grpo_options("dapo")))
-
-
-def test_length_penalty_leaves_the_groups_spread():
+def test_groups_have_one_size_and_spread_before_the_length_penalty():
+    for missing in (0, 7):
+        rollouts = [rollout for i, rollout in enumerate(rollouts_of(8)) if i != missing]
+        with pytest.raises(ValueError, match=rf"p.jsonl:{missing // 4}: 3 .*rollout.samples_per_prompt=4"):
+            make_groups(rollouts, [0.0] * 7, [0.0] * 7, config_of(grpo_options("dapo")))
     config = config_of(grpo_options("dapo", overlong_buffer=0.5, overlong_penalty=0.5), max_new_tokens=4)
     (group,) = make_groups(rollouts_of(4), [1.0] * 4, [1.0] * 4, config)
     assert group.rewards == [1.0, 1.0, 0.75, 0.5] and not group.has_spread
 
 
-@pytest.mark.parametrize(
-    ("changes", "world", "message"),
-    [
-        ({"rollout": RolloutConfig(samples_per_prompt=1)}, 1, "samples_per_prompt=1"),
-        ({"grpo": GRPOOptions(minibatches=3)}, 1, "grpo.minibatches=3"),
-        ({"run": OnlineRun(prompts_per_step=1)}, 3, "dp=3"),
-        ({"grpo": GRPOOptions(clip_low=1.0)}, 1, "grpo.clip_low=1.0"),
-        ({"grpo": GRPOOptions(policy_loss="cispo", clip_low=0.0, clip_high=0.0)}, 1, "grpo.clip_high=0.0"),
-        ({"grpo": GRPOOptions(micro_batch_tokens=99)}, 1, "micro_batch_tokens=99"),
-        ({"reward": PolicyReward()}, 1, "no reward"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_options_that_do_not_fit_are_refused(changes, world, message):
-    given = {"model": ModelPaths("m"), "data": PromptData(("p",)), "reward": PolicyReward(functions=("a:b",))}
-    with pytest.raises(ValueError, match=message):
-        GRPOConfig(**(given | changes)).check(world)
+def test_options_that_do_not_fit_are_refused():
+    given: dict[str, Any] = {
+        "model": ModelPaths("m"),
+        "data": PromptData(("p",)),
+        "reward": PolicyReward(functions=("a:b",)),
+    }
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"rollout": RolloutConfig(samples_per_prompt=1)}, "samples_per_prompt=1"),
+        ({"grpo": GRPOOptions(minibatches=3)}, "grpo.minibatches=3"),
+        ({"grpo": GRPOOptions(clip_low=1.0)}, "grpo.clip_low=1.0"),
+        ({"grpo": GRPOOptions(policy_loss="cispo", clip_low=0.0, clip_high=0.0)}, "grpo.clip_high=0.0"),
+        ({"grpo": GRPOOptions(micro_batch_tokens=99)}, "micro_batch_tokens=99"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            GRPOConfig(**(given | changes)).check(1)
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    tiny_chat_model(folder / "model")
-    rows = [{"prompt": f"say {i} words", "goal": i % 7} for i in range(20)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reward.py").write_text(
+def test_killed_and_resumed_runs_equal_the_whole_run(tmp_path):
+    """Bit for bit in one process; within rounding from the fourth step on in every layout of two ranks."""
+    given = {
+        "data_max_prompt_tokens": 96, "rollout_max_new_tokens": 8, "rollout_samples_per_prompt": 2,
+        "reward_functions": [f"{tmp_path}/own.py:length"], "reward_normalize": True, "reward_on_failure": "skip",
+        "optimizer_lr": 1e-3, "optimizer_eps": 1e-5, "grpo_clip_high": 0.28, "grpo_dynamic_sampling": True,
+        "grpo_overlong_buffer": 0.2, "grpo_kl_in": "loss", "grpo_kl_coef": 0.01, "grpo_minibatches": 2,
+        "grpo_micro_batch_size": 2, "run_steps": 6, "run_prompts_per_step": 4, "run_save_every": 1, "run_show": 1,
+    }  # fmt: skip
+    arguments = ("grpo", "--config", tiny_run(tmp_path, prompts(20), **given) / "config.toml")
+    (tmp_path / "own.py").write_text(
         "def length(prompts, completions, goal, **fields):\n"
-        "    if 'say 13 words' in prompts and len(prompts) == 1: raise ValueError('thirteen')\n"
-        "    if 'say 13 words' in prompts: raise ValueError('thirteen among others')\n"
+        "    if 'say 13 words' in prompts: raise ValueError('thirteen')\n"
         "    return [-abs(len(c) // 3 - g) / 10 for c, g in zip(completions, goal)]\n"
     )
-    return folder
-
-
-def test_killed_and_resumed_runs_equal_the_whole_run(setting, tmp_path):
-    """Bit for bit in one process; within rounding from the fourth step on in every layout of two ranks."""
-    arguments = options(
-        model_path=setting / "model", model_dtype="float32", data_sources=setting / "prompts.jsonl",
-        data_max_prompt_tokens=96, rollout_max_new_tokens=8, rollout_samples_per_prompt=2,
-        reward_functions=f"{setting}/reward.py:length", reward_normalize=True, reward_on_failure="skip",
-        optimizer_lr=1e-3, optimizer_eps=1e-5, grpo_clip_high=0.28, grpo_dynamic_sampling=True,
-        grpo_overlong_buffer=0.2, grpo_kl_in="loss", grpo_kl_coef=0.01, grpo_minibatches=2, grpo_micro_batch_size=2,
-        run_steps=6, run_prompts_per_step=4, run_save_every=1, run_show=1, run_log=(),
-    )  # fmt: skip
-    output = succeed("grpo", *arguments, "--run.output", tmp_path / "whole")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    output = succeed(*arguments, "--run.output", whole)
     assert "stop tokens: </s> (2)" in output and "not scored: reward function" in output and "thirteen" in output
-    steps = metrics(tmp_path / "whole")
+    steps = metrics(whole)
     assert any(step.get("unscored") == 2 for step in steps) and all(step["draws"] >= 1 for step in steps)
-
-    killed = tmp_path / "killed"
-    kill_after("checkpoints/step_2", killed, "grpo", *arguments, "--run.output", killed, "--run.keep", 6)
-    assert not (killed / "checkpoints" / "step_6").exists(), "killed after its last step"
-    succeed("grpo", "--resume", str(killed))
-    assert digests(killed, 6) == digests(tmp_path / "whole", 6) and metrics(killed) == steps
+    assert_resume_is_identical("checkpoints/step_2", killed, whole, 6, *arguments, "--run.keep", 6)
 
     from transformers import AutoModelForCausalLM
 
-    master = Reader(tmp_path / "whole" / "checkpoints" / "step_6")
-    start = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
+    master = Reader(whole / "checkpoints" / "step_6")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(killed / "model", dtype=torch.float32)
     for (name, weight), before in zip(model.named_parameters(), start.parameters(), strict=True):
         assert torch.equal(weight, master.read(f"actor/master/{name}")) and not torch.equal(weight, before), name
-
     folders = {axis: rewound(killed, tmp_path / axis, 4) for axis in AXES}
     succeed_in_turn([("grpo", "--resume", folders[axis], f"--parallel.{axis}", 2) for axis in AXES])
     for folder in folders.values():
-        agree(folder, tmp_path / "whole", 6)
+        agree(folder, whole, 6)

@@ -1,6 +1,5 @@
 """Property of every loss and gradient: independent of micro-batches, packing, padding, order and layout."""
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import TWO_RANKS
 from losses import KINDS, LONGEST, Draw, Models, run
-from preferences import response
-from tiny import VOCAB, tiny_llama
+from tiny import tiny_llama
 from tiny_moe import tiny_mixtral
-from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.data.dialogues import pack_samples
 
 LAYOUTS = {str(layout): layout for layout in TWO_RANKS}
 # One of each kind of row, of passes before the step, and of terms across the tokens of a sample.
@@ -92,19 +88,3 @@ def test_layouts_change_no_loss_or_gradient(folders, alone, data):
     for got in run_ranks(in_layouts, 2, folders, chosen, cut, timeout=120):
         for kind in IN_LAYOUTS:
             compare(f"{kind} in {chosen[kind]}", got[kind], expected[kind])
-
-
-def test_packing_changes_no_logprob(alone):
-    """Attention stays within a sample."""
-    chance = random.Random(0)
-    samples = [response([chance.randrange(3, VOCAB) for _ in range(4)], chance) for _ in range(5)]
-    batch = pack_samples(samples)
-    alone.lm.sizes = UpdateConfig(micro_batch_size=1)
-    one_by_one = alone.lm.logprobs(batch)
-    alone.lm.sizes = UpdateConfig(micro_batch_size=5)
-    packed = alone.lm.logprobs(batch)
-    torch.testing.assert_close(packed, one_by_one, rtol=1e-5, atol=1e-6)
-    sums = batch.target_segments.sums(packed[batch.response])
-    for i, sample in enumerate(samples):
-        single = pack_samples([sample])
-        torch.testing.assert_close(alone.lm.logprobs(single).sum(), sums[i], rtol=1e-5, atol=1e-5)

@@ -10,7 +10,6 @@ from trialign.algorithms.micro_batch import (
     deal,
     deal_micro_batches,
     draw_minibatches,
-    micro_batches,
     pass_micro_batches,
     update_micro_batches,
 )
@@ -67,18 +66,6 @@ def test_deal_balances_tokens():
     lengths = [100, 1, 90, 2, 80, 3, 70, 4]
     loads = [sum(lengths[i] for i in part) for part in deal(lengths, 2)]
     assert max(loads) - min(loads) <= 10
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8), st.sampled_from([0, 50, 120]))
-def test_micro_batches_hold_every_sample_once_within_the_limit(lengths, size, max_tokens):
-    samples = list(range(0, len(lengths), 2))
-    cuts = micro_batches(samples, lengths, size, max_tokens)
-    assert sorted(i for cut in cuts for i in cut) == samples and all(cuts)
-    if max_tokens:
-        assert all(sum(lengths[i] for i in cut) <= max_tokens for cut in cuts)
-    else:
-        assert all(len(cut) <= size for cut in cuts) and len(cuts) == -(-len(samples) // size)
 
 
 @settings(deadline=None)

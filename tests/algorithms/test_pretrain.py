@@ -1,26 +1,15 @@
-"""Continued pretraining: text into packed rows, and launch/pretrain.py against transformers, killed, and in layouts."""
+"""Continued pretraining: text into packed rows, and launch/pretrain.py's perplexity against transformers."""
 
-import json
 import math
 from array import array
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import (
-    AXES,
-    agree,
-    agree_in_metrics,
-    digests,
-    kill_after,
-    metrics,
-    options,
-    succeed,
-    succeed_in_turn,
-)
-from tiny import tiny_chat_model, tiny_tokenizer
+from scripts import metrics, options, succeed
+from tiny import tiny_tokenizer
+from tiny_run import tiny_run
 from trialign.algorithms.config.pretrain import PretrainConfig, TextData
 from trialign.algorithms.data.documents import (
     PackedRow,
@@ -33,7 +22,7 @@ from trialign.algorithms.data.documents import (
 )
 from trialign.engine.config import parse
 
-BUDGET, STEPS = 32, 4
+BUDGET = 32
 
 
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=40), st.integers(2, 64))
@@ -125,44 +114,23 @@ def test_invalid_options_and_encodings_are_refused(tokenizer, tmp_path):
         config.check(2)
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> Path:
-    """A folder with a tiny model and text."""
-    folder = tmp_path_factory.mktemp("pretrain")
-    tiny_chat_model(folder / "model")
-    lines = [json.dumps({"text": " ".join(map(str, range(i)))}) for i in range(1, 30)]
-    (folder / "text.jsonl").write_text("\n".join([*lines, '{"text": ""}']))
-    return folder
-
-
-def arguments(setting: Path) -> list[str]:
-    return options(
-        model_path=setting / "model", model_dtype="float32", data_sources=setting / "text.jsonl",
-        data_max_tokens=BUDGET, data_eval_fraction=0.2, optimizer_lr=1e-2, optimizer_eps=1e-5, update_batch_size=4,
-        update_micro_batch_size=2, run_steps=STEPS, run_eval_every=2, run_save_every=1, run_keep=STEPS, run_log=(),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole(setting) -> Path:
-    output = succeed("pretrain", *arguments(setting), "--run.output", setting / "whole")
-    assert "split" in output and "1 dropped for fewer than 2 tokens" in output and "for evaluation" in output
-    return setting / "whole"
-
-
-def test_exported_model_has_the_logged_perplexity(setting, whole):
+def test_exported_model_has_the_logged_perplexity(tmp_path):
     """By transformers, document by document: packing changes nothing."""
-    steps = metrics(whole)
-    assert [step["step"] for step in steps] == list(range(STEPS + 1))
+    folder = tiny_run(tmp_path, [{"text": " ".join(map(str, range(i)))} for i in range(1, 30)] + [{"text": ""}])
+    words = options(data_max_tokens=BUDGET, data_eval_fraction=0.2, optimizer_lr=1e-2, update_batch_size=4)
+    words += options(update_micro_batch_size=2, run_steps=4, run_eval_every=2, run_output=folder / "run")
+    output = succeed("pretrain", "--config", folder / "config.toml", *words)
+    assert "split" in output and "1 dropped for fewer than 2 tokens" in output and "for evaluation" in output
+    steps = metrics(folder / "run")
     assert ["eval_perplexity" in step for step in steps] == [True, False, True, False, True]
     assert steps[-1]["eval_perplexity"] == pytest.approx(math.exp(steps[-1]["eval_loss"]))
-    assert steps[-1]["eval_loss"] < steps[0]["eval_loss"] and (whole / "pretrain.png").stat().st_size > 10_000
+    assert steps[-1]["eval_loss"] < steps[0]["eval_loss"] and (folder / "run" / "pretrain.png").exists()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(whole / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
-    evaluated = stream(tokenizer, setting / "text.jsonl", max_tokens=BUDGET, eval_fraction=0.2).eval_rows
+    model = AutoModelForCausalLM.from_pretrained(folder / "run" / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "model")
+    evaluated = stream(tokenizer, folder / "rows.jsonl", max_tokens=BUDGET, eval_fraction=0.2).eval_rows
     nats, count = 0.0, 0
     for piece in (piece for row in evaluated for piece in row):
         tokens = torch.tensor(piece.tokens.tolist())[None]
@@ -170,21 +138,3 @@ def test_exported_model_has_the_logged_perplexity(setting, whole):
             nats += model(input_ids=tokens, labels=tokens, num_items_in_batch=1).loss.item()
         count += len(piece.tokens) - 1
     assert steps[-1]["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
-
-
-def test_killed_and_resumed_run_equals_the_whole_run(setting, whole):
-    folder = setting / "killed"
-    kill_after("checkpoints/step_*", folder, "pretrain", *arguments(setting), "--run.output", folder)
-    assert not (folder / "checkpoints" / f"step_{STEPS}").exists(), "killed after its last step"
-    succeed("pretrain", "--resume", folder)
-    assert digests(folder, STEPS) == digests(whole, STEPS)
-    assert metrics(folder) == metrics(whole)
-
-
-def test_layouts_equal_one_process(setting, whole):
-    succeed_in_turn(
-        [("pretrain", *arguments(setting), "--run.output", setting / axis, f"--parallel.{axis}", 2) for axis in AXES]
-    )
-    for axis in AXES:
-        agree(setting / axis, whole, STEPS)
-        agree_in_metrics(setting / axis, whole)

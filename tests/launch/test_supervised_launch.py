@@ -1,4 +1,4 @@
-"""launch/sft.py, reward.py, dpo.py and kto.py from the outside: outputs, resume, layouts, refused input."""
+"""launch/sft.py, pretrain.py, reward.py, dpo.py and kto.py: outputs, resume, layouts, refused input."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from scripts import (
     AXES,
     ROOT,
     agree,
+    agree_in_metrics,
     assert_resume_is_identical,
     launch,
     metrics,
@@ -42,6 +43,7 @@ from trialign.models.hf.tokenizer import stop_ids
 STEPS = 4
 METRICS = {
     "sft": ("loss", "entropy"),
+    "pretrain": ("loss", "entropy"),
     "reward": ("loss", "accuracy", "chosen", "rejected"),
     "process": ("loss", "accuracy"),
     "dpo": ("loss", "accuracy", "chosen", "rejected", "margin", "nll"),
@@ -72,7 +74,8 @@ def setting(tmp_path_factory) -> Path:
         {"messages": [{"role": role, "content": text} for role, text in (*turns, ("assistant", f"bye {i}"))]}
         for i in range(6)
     ]
-    rows = {"sft": counts + chats, "reward": pairs, "process": steps, "dpo": pairs, "kto": labeled}
+    texts = [{"text": row["response"]} for row in counts]
+    rows = {"sft": counts + chats, "pretrain": texts, "reward": pairs, "process": steps, "dpo": pairs, "kto": labeled}
     for name, own in rows.items():
         section = "steps" if name == "process" else "data"
         given = {
@@ -115,12 +118,12 @@ def test_outputs_of_a_run(setting, whole, kind):
     steps = metrics(run)
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
     assert all(name in step for name in METRICS[kind] for step in steps[1:])
-    evaluated = "eval_loss" if kind == "sft" else "eval_accuracy"
+    evaluated = {"sft": "eval_loss", "pretrain": "eval_perplexity"}.get(kind, "eval_accuracy")
     assert [evaluated in step for step in steps] == [True, False, True, False, True]
     if kind == "sft":
         assert steps[-1]["eval_loss"] < steps[2]["eval_loss"] < steps[0]["eval_loss"]
         assert steps[-1]["loss"] < steps[1]["loss"] and steps[-1]["epoch"] == pytest.approx(16 / 13)
-    else:
+    elif kind != "pretrain":
         assert steps[-1]["eval_accuracy"] >= 0.75  # "yes" against "no" is soon learned
     assert (run / f"{script}.png").stat().st_size > 10_000
     if script == "dpo":  # the policy is the reference
@@ -221,6 +224,8 @@ def moved(setting, whole) -> None:
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_resume_in_another_layout_agrees(setting, whole, moved, kind, axis):
     agree(setting / f"{kind}-{axis}", whole[kind], STEPS)
+    if kind in ("sft", "pretrain"):
+        agree_in_metrics(setting / f"{kind}-{axis}", whole[kind])
 
 
 @pytest.mark.parametrize(

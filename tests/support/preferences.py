@@ -1,4 +1,4 @@
-"""Pairs, labeled responses and labeled steps of random tokens, and steps on them in a layout."""
+"""Pairs, labeled responses and labeled steps of random tokens, and optimizer steps on them in a layout."""
 
 import random
 from array import array
@@ -24,10 +24,11 @@ from trialign.algorithms.reward_model import (
 )
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Role
+from trialign.algorithms.sft import eval_loss, sft_step
 from trialign.models.families.registry import read_config
 
 UPDATE = UpdateConfig(batch_size=8, micro_batch_size=4)
-KINDS = ("reward", "process", "dpo", "kto")
+KINDS = ("sft", "reward", "process", "dpo", "kto")
 DPO = DPOLoss(beta=0.2, label_smoothing=0.1, nll_coef=0.3)
 KTO = KTOLoss(beta=0.2, desirable_weight=1.2)
 
@@ -90,7 +91,10 @@ def two_steps(
         metrics: dict[str, float] = {}
         for step, rows in ((0, count), (1, count), (9, min(count, 7))):
             size, evaluate = update.batch_size, step == 9
-            if kind == "reward":
+            if kind == "sft":
+                batch = pack_samples(labeled(step, rows)[0])
+                numbers = {"eval_loss": eval_loss(learner, batch)} if evaluate else sft_step(learner, batch)
+            elif kind == "reward":
                 batch = pack_pairs(pairs(step, rows))
                 numbers = pair_eval(learner, batch, 0.05) if evaluate else pair_step(learner, batch, 0.05)
             elif kind == "process":

@@ -1,6 +1,5 @@
 """NaN and infinity: the run stops or skips the step on all ranks, names the sample, and saves no such number."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -9,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from preferences import DPO, KTO, labeled, pairs, steps
+from preferences import KTO, labeled, pairs
 from presets import grpo_options
 from safetensors.torch import load_file, save_file
 from samples import random_batch
 from scripts import launch, metrics, options, succeed
 from tiny import tiny_chat_model, tiny_llama
+from tiny_run import prompts, tiny_run
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.common import OptimizerConfig
@@ -30,7 +30,7 @@ from trialign.algorithms.metrics import nats_a_token, perplexity
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.ppo import update as ppo_update
 from trialign.algorithms.ppo import with_rewards
-from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
+from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.learner import Learner, Roles
 from trialign.algorithms.roles.nonfinite import check_states
@@ -46,9 +46,6 @@ ROW = f"rows.jsonl:{CORRUPT}"
 KINDS = {  # -> culprit in the message
     "sft": f"loss of {ROW} (inf)",
     "gradient": "grad of ",
-    "reward": f"rewards of {ROW} (inf)",
-    "process": f"rewards of {ROW} (nan)",
-    "dpo": f"ref_logprobs of {ROW} (nan)",
     "pair": "loss of rows.jsonl:4 and rows.jsonl:5 (inf)",
     "kto": f"ref_logprobs of {ROW} (-inf)",
     "grpo": f"rewards of {ROW} (nan)",
@@ -57,42 +54,23 @@ KINDS = {  # -> culprit in the message
 LAYOUTS = {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp": 2}}
 
 
-def batch_of(kind: str, seed: int, corrupt: bool) -> Batch:
-    """Eight samples or pairs; `corrupt`: with a number of sample CORRUPT that is not finite, if the batch holds it."""
-    if kind in ("reward", "dpo", "pair"):
-        batch = pack_pairs(pairs(seed))
-    elif kind in ("process", "kto"):
-        batch = pack_steps(steps(seed)) if kind == "process" else pack_labeled(*labeled(seed))
-    else:
-        batch = random_batch(seed)
-    batch = batch.with_(names=tuple(f"rows.jsonl:{i}" for i in range(len(batch))))
-    if kind in ("dpo", "pair", "kto"):
-        sums = torch.full((len(batch),), -20.0)
-        if corrupt:
-            sums[CORRUPT] = {"dpo": torch.nan, "kto": -torch.inf, "pair": -3e38}[kind]
-        batch = with_reference(batch, sums)
-    if kind in ("reward", "process") and corrupt:
-        assert batch.rewards is not None
-        at, value = batch.last[CORRUPT : CORRUPT + 1], torch.inf if kind == "reward" else torch.nan
-        batch = batch.with_(rewards=batch.rewards.index_fill(0, at, value))
-    return batch
-
-
 def one_step(learners: list[Learner], kind: str, seed: int, corrupt: bool) -> dict[str, float]:
-    """An optimizer step of a kind, with or without a number that is not finite."""
-    learner, batch = learners[0], batch_of(kind, seed, corrupt)
+    """An optimizer step on eight samples or pairs; `corrupt`: a number of sample CORRUPT is not finite."""
+    learner = learners[0]
+    batch = {"pair": lambda: pack_pairs(pairs(seed)), "kto": lambda: pack_labeled(*labeled(seed))}.get(
+        kind, lambda: random_batch(seed)
+    )()
+    batch = batch.with_(names=tuple(f"rows.jsonl:{i}" for i in range(len(batch))))
     for each in learners:
         each.sizes = PPOConfig().ppo if kind == "ppo" else UpdateConfig(micro_batch_size=3 if kind == "grpo" else 4)
     scores = torch.linspace(-1, 1, 8)
     scores[CORRUPT] = torch.inf if corrupt else scores[CORRUPT]
-    if kind == "reward":
-        return pair_step(learner, batch, 0.05)
-    if kind == "process":
-        return process_step(learner, batch)
-    if kind in ("dpo", "pair"):
-        return dpo_step(learner, batch, DPO if kind == "dpo" else DPOLoss(kind="ipo"))
-    if kind == "kto":
-        return kto_step(learner, batch, KTO, 0.1)
+    if kind in ("pair", "kto"):
+        sums = torch.full((len(batch),), -20.0)
+        if corrupt:
+            sums[CORRUPT] = -torch.inf if kind == "kto" else -3e38
+        batch = with_reference(batch, sums)
+        return kto_step(learner, batch, KTO, 0.1) if kind == "kto" else dpo_step(learner, batch, DPOLoss(kind="ipo"))
     if kind == "grpo":
         options = grpo_options("dapo", micro_batch_size=3, baseline="none", scale_rewards="none")
         group = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])  # CORRUPT is alone in its group
@@ -131,7 +109,7 @@ def states(learners: list[Learner]) -> list[Tensor]:
 def run(rank: int, world: int, folders: dict[str, Path], kind: str, sizes: dict[str, Any]) -> list[str]:
     """Reasons of a skipped step between two good ones; the run ends as one of the good steps alone."""
     mesh = build_mesh(**sizes)
-    heads: list[Any] = {"reward": ["score"], "process": ["score"], "ppo": ["lm", "score"]}.get(kind, ["lm"])
+    heads: list[Any] = ["lm", "score"] if kind == "ppo" else ["lm"]
     settings = OptimizerConfig(lr=1e-3, on_nonfinite="skip", max_skipped=1)
 
     def learners() -> list[Learner]:
@@ -209,50 +187,36 @@ def test_nonfinite_states_are_not_saved(folders):
         check_states({"actor": learner.optimizer}, mesh)
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("scripts")
-    tiny_chat_model(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(8)))
-    (folder / "rewards.py").write_text(
+def test_rewards_that_are_not_finite_stop_the_run_or_skip_one_step(tmp_path):
+    """1e39 is beyond float32; 1e38 is by its weight of 10. Four steps see every prompt once."""
+    given = {"rollout_max_new_tokens": 4, "rollout_samples_per_prompt": 2, "reward_clip": 0, "optimizer_lr": 1e-3}
+    given |= {"run_prompts_per_step": 2, "run_steps": 4, "run_save_every": 1, "run_keep": 9, "run_show": 0}
+    config = tiny_run(tmp_path, prompts(8), data_max_prompt_tokens=96, **given) / "config.toml"
+    (tmp_path / "own.py").write_text(
         "def lengths(prompts, completions, three):\n"
         "    return [three if '3' in p else float(len(c)) for p, c in zip(prompts, completions)]\n"
         "def huge(prompts, completions, **_): return lengths(prompts, completions, 1e39)\n"
         "def large(prompts, completions, **_): return lengths(prompts, completions, 1e38)\n"
     )
-    return folder
 
+    def words(name: str, output: str) -> list[str]:
+        own = options(reward_functions=f"{tmp_path}/own.py:{name}", run_output=tmp_path / output)
+        return ["--config", str(config), *own]
 
-def grpo(setting: Path, output: Path, **given) -> list[str]:
-    fixed = options(
-        model_path=setting / "model", model_dtype="float32", data_sources=setting / "prompts.jsonl",
-        data_max_prompt_tokens=96, rollout_max_new_tokens=4, rollout_samples_per_prompt=2, reward_clip=0,
-        run_prompts_per_step=2, run_steps=4, run_save_every=1, run_keep=9, run_show=0, optimizer_lr=1e-3,
-        run_output=output,
-    )  # fmt: skip
-    return fixed + options(**given)
-
-
-def test_reward_beyond_float32_stops_the_run(setting, tmp_path):
-    done = launch("grpo", *grpo(setting, tmp_path / "run", reward_functions=f"{setting}/rewards.py:huge"))
+    done = launch("grpo", *words("huge", "refused"))
     assert done.returncode != 0
-    assert re.search(r"rewards.py:huge: gave 1e\+39 for \S*prompts.jsonl:4: must be a finite number", done.stderr)
-    assert not list((tmp_path / "run").glob("checkpoints/step_4"))
-
-
-def test_reward_that_overflows_by_its_weight_skips_one_step(setting, tmp_path):
-    """1e38 times 10; four steps see every prompt once. Without skipping the run stops."""
-    run_ = tmp_path / "run"
-    words = grpo(setting, run_, reward_functions=f"{setting}/rewards.py:large", reward_weights=10.0)
-    stopped = launch("grpo", *words, "--run.output", str(tmp_path / "stopped"))
-    assert stopped.returncode != 0 and re.search(r"not finite: \w+ of \S*prompts.jsonl:4, response 1", stopped.stderr)
-    output = succeed("grpo", *words, "--optimizer.on_nonfinite", "skip")
-    skipped = [step["skipped"] for step in metrics(run_)]
+    assert re.search(r"own.py:huge: .*1e\+39 for \S*rows.jsonl:4: must be a finite number", done.stderr)
+    assert not list((tmp_path / "refused").glob("checkpoints/step_4"))
+    weighted = [*words("large", "run"), "--reward.weights", "10"]
+    stopped = launch("grpo", *weighted, "--run.output", str(tmp_path / "stopped"))
+    assert stopped.returncode != 0 and re.search(r"not finite: \w+ of \S*rows.jsonl:4, response 1", stopped.stderr)
+    output = succeed("grpo", *weighted, "--optimizer.on_nonfinite", "skip")
+    skipped = [step["skipped"] for step in metrics(tmp_path / "run")]
     assert sorted(skipped) == [0, 0, 0, 1]
     step = skipped.index(1) + 1
-    assert re.search(rf"actor: step {step} is skipped: .*prompts.jsonl:4, response 1", output)
+    assert re.search(rf"actor: step {step} is skipped: .*rows.jsonl:4, response 1", output)
     if step > 1:
-        before, after = (Reader(run_ / "checkpoints" / f"step_{number}") for number in (step - 1, step))
+        before, after = (Reader(tmp_path / "run" / "checkpoints" / f"step_{number}") for number in (step - 1, step))
         assert all(torch.equal(before.read(name), after.read(name)) for name in before.tensors)
 
 
@@ -265,14 +229,11 @@ def overflowing_model(folder: Path, **changes) -> Path:
     return folder
 
 
-def test_nonfinite_reference_stops_the_run_before_its_first_step(setting, tmp_path):
+def test_nonfinite_reference_stops_the_run_before_its_first_step(tmp_path):
     """And leaves no reference pass for a resume."""
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "say", "chosen": "hi", "rejected": "no"}\n' * 4)
-    given = options(
-        model_path=setting / "model", model_reference=overflowing_model(tmp_path / "reference"),
-        data_sources=tmp_path / "rows.jsonl", data_max_tokens=64, update_batch_size=2, run_output=tmp_path / "run",
-    )  # fmt: skip
-    done = launch("dpo", *given)
+    reference, rows = overflowing_model(tmp_path / "reference"), [{"prompt": "say", "chosen": "hi", "rejected": "no"}]
+    tiny_run(tmp_path, rows * 4, model_reference=str(reference), data_max_tokens=64, update_batch_size=2)
+    done = launch("dpo", "--config", tmp_path / "config.toml", "--run.output", tmp_path / "run")
     assert done.returncode != 0
     assert re.search(r"log-probability of \S*rows.jsonl:\d is \S+: must be .* \(8 of 8 are not\)", done.stderr)
     assert not list((tmp_path / "run").rglob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Reward models, DPO and its kin, KTO: against transformers and the papers' formulas, and in layouts."""
+"""SFT, reward models, DPO and its kin, KTO: against transformers and the papers' formulas, and in layouts."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tiny import VOCAB, tiny_llama
 from tiny_moe import tiny_mixtral
 from torch import Tensor
 from trialign.algorithms.config.common import OptimizerConfig
-from trialign.algorithms.config.preference import DPOLoss, KTOLoss
+from trialign.algorithms.config.preference import DPOLoss
 from trialign.algorithms.data.dialogues import pack_samples
 from trialign.algorithms.data.preferences import mismatched
 from trialign.algorithms.dpo import dpo_eval, dpo_step, reference_sums, with_reference
@@ -22,6 +22,7 @@ from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_qualit
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.learner import Learner
 from trialign.algorithms.roles.role import Role
+from trialign.algorithms.sft import sft_step
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import head_of, read_config
 
@@ -95,51 +96,50 @@ def test_first_loss_is_log_2_where_policy_equals_reference(folders):
     assert metrics["loss"] == torch.tensor(2.0).log().item() and (metrics["margin"], metrics["accuracy"]) == (0.0, 0.5)
 
 
-FORMULAS = {  # of h, the difference of the log-ratios, with beta 0.3
-    "dpo": (DPOLoss(beta=0.3), lambda h: -math.log(sigmoid(0.3 * h))),
-    "cdpo": (
-        DPOLoss(beta=0.3, label_smoothing=0.2),
-        lambda h: -0.8 * math.log(sigmoid(0.3 * h)) - 0.2 * math.log(sigmoid(-0.3 * h)),
-    ),
-    "ipo": (DPOLoss(kind="ipo", beta=0.3, average_log_probs=True), lambda h: (h - 1 / 0.6) ** 2),
-}
-
-
-@pytest.mark.parametrize("name", FORMULAS)
-def test_dpo_losses_equal_formulas_over_transformers_logprobs(folders, name):
-    (loss, formula), rows = FORMULAS[name], pairs(0)
-    policy, reference = transformers_model(folders["lm"]), transformers_model(folders["reference"])
-    h = []
-    with torch.no_grad():
-        for pair in rows:
-            counts = [side.targets if loss.average_log_probs else 1 for side in pair[:2]]
-            ratios = [response_sum(policy, side) - response_sum(reference, side) for side in pair[:2]]
-            h.append((ratios[0] / counts[0] - ratios[1] / counts[1]).item())
-    learner, role = learner_of(folders["lm"]), role_of(folders["reference"])
-    batch = with_reference(pack_pairs(rows), reference_sums(role, rows, 8))
-    metrics, unseen = dpo_step(learner, batch, loss), dpo_eval(learner, batch, loss)
-    expected = [sum(map(formula, h)) / 8, sum(x > 0 for x in h) / 8, 0.3 * sum(h) / 8]
-    assert [metrics[key] for key in ("loss", "accuracy", "margin")] == pytest.approx(expected, rel=1e-5)
-    assert [unseen[f"eval_{key}"] for key in ("loss", "accuracy", "margin")] == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("average", [True, False])
-def test_dpo_gradient_with_nll_and_no_reference_equals_autograd(folders, average):
-    loss = DPOLoss(beta=0.3, nll_coef=0.5, reference_free=True, nll_average_log_probs=average)
-    rows, policy = pairs(0), transformers_model(folders["lm"])
-    terms, nats = [], 0.0
+@pytest.mark.parametrize(
+    "loss",
+    [
+        DPOLoss(beta=0.3, label_smoothing=0.2, nll_coef=0.5, nll_average_log_probs=False),
+        DPOLoss(beta=0.3, nll_coef=0.5, reference_free=True),
+        DPOLoss(kind="ipo", beta=0.3, average_log_probs=True),
+    ],
+    ids=["cdpo, nll summed", "reference-free, nll", "ipo"],
+)
+def test_dpo_losses_and_gradients_equal_autograd_of_transformers(folders, loss):
+    policy, reference, rows = transformers_model(folders["lm"]), transformers_model(folders["reference"]), pairs(0)
+    terms, nats, gaps = [], 0.0, []
     for pair in rows:
-        chosen, rejected = response_sum(policy, pair.chosen), response_sum(policy, pair.rejected)
-        mean = chosen / pair.chosen.targets
-        nats -= mean.item() / 8
-        terms.append(-F.logsigmoid(0.3 * (chosen - rejected)) - 0.5 * (mean if average else chosen))
+        chosen, rejected = (response_sum(policy, side) for side in pair[:2])
+        mean, ratios = chosen / pair.chosen.targets, [chosen, rejected]
+        if not loss.reference_free:
+            ratios = [own - response_sum(reference, side).item() for own, side in zip(ratios, pair[:2], strict=True)]
+        if loss.average_log_probs:
+            ratios = [own / side.targets for own, side in zip(ratios, pair[:2], strict=True)]
+        h = ratios[0] - ratios[1]
+        own = -(1 - loss.label_smoothing) * F.logsigmoid(0.3 * h) - loss.label_smoothing * F.logsigmoid(-0.3 * h)
+        own = (h - 1 / 0.6) ** 2 if loss.kind == "ipo" else own
+        terms.append(own - loss.nll_coef * (mean if loss.nll_average_log_probs else chosen))
+        nats, gaps = nats - mean.item() / 8, [*gaps, h.item()]
     total = torch.stack(terms).mean()
     total.backward()
-    learner, batch = learner_of(folders["lm"]), pack_pairs(rows)
-    metrics = dpo_step(learner, batch, loss)
-    expected = [total.item(), grad_norm(policy), nats]
-    assert [metrics[key] for key in ("loss", "grad_norm", "nll")] == pytest.approx(expected, rel=1e-5)
-    assert dpo_eval(learner, batch, loss)["eval_loss"] == pytest.approx(total.item(), rel=1e-5)
+    learner, role, batch = learner_of(folders["lm"]), role_of(folders["reference"]), pack_pairs(rows)
+    batch = batch if loss.reference_free else with_reference(batch, reference_sums(role, rows, 8))
+    metrics, unseen = dpo_step(learner, batch, loss), dpo_eval(learner, batch, loss)
+    expected = [total.item(), sum(h > 0 for h in gaps) / 8, 0.3 * sum(gaps) / 8]
+    assert [metrics[key] for key in ("loss", "accuracy", "margin")] == pytest.approx(expected, rel=1e-5)
+    assert [unseen[f"eval_{key}"] for key in ("loss", "accuracy", "margin")] == pytest.approx(expected, rel=1e-5)
+    assert [metrics["grad_norm"], metrics["nll"]] == pytest.approx([grad_norm(policy), nats], rel=1e-5)
+
+
+def test_sft_loss_and_gradient_equal_transformers(folders):
+    """One sample at a time, without packing."""
+    model, samples = transformers_model(folders["lm"]), labeled(0)[0]
+    total = -torch.stack([response_sum(model, sample) for sample in samples]).sum()
+    total = total / sum(sample.targets for sample in samples)
+    total.backward()
+    metrics = sft_step(learner_of(folders["lm"]), pack_samples(samples))
+    expected = [total.item(), grad_norm(model)]
+    assert [metrics["loss"], metrics["grad_norm"]] == pytest.approx(expected, rel=1e-5)
 
 
 def test_reward_model_scores_and_gradient_equal_transformers(folders):
@@ -183,10 +183,9 @@ def test_accuracy_and_calibration_by_hand():
     assert quality["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
-@pytest.mark.parametrize("count", [7, 8], ids=["odd", "even"])
-def test_kto_equals_the_papers_formula(folders, count):
+def test_kto_equals_the_papers_formula(folders):
     """z is the mean log-ratio of mismatched responses; of two random models it is above 0 one way round."""
-    samples, labels = labeled(0, count)
+    samples, labels = labeled(0, count := 7)
     others = [mismatched(samples[i], samples[(i + 1) % count], 64) for i in range(count)]
     policy, reference = transformers_model(folders["lm"]), transformers_model(folders["reference"])
     with torch.no_grad():
@@ -207,25 +206,11 @@ def test_kto_equals_the_papers_formula(folders, count):
     assert accuracy == sum(g > b for g in good for b in bad) / len(good) / len(bad)
 
 
-def test_kto_without_undesirable_responses_has_no_margin(folders):
-    samples, _ = labeled(0)
-    learner = learner_of(folders["lm"])
-    batch = with_reference(pack_labeled(samples, [True] * 8), torch.zeros(8))
-    metrics = kto_step(learner, batch, KTOLoss(), 0.0)
-    assert "chosen" in metrics and "rejected" not in metrics and "margin" not in metrics
-    assert kto_eval(learner, batch, KTOLoss()) == {}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beta": 0.0}, "beta=0.0"),
-        ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
-        ({"kind": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1: .*ipo"),
-        ({"kind": "exo"}, "label_smoothing=0.*exo"),
-        ({"nll_coef": math.nan}, "nll_coef=nan"),
-    ],
-)
-def test_invalid_loss_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        replace(DPOLoss(), **options)
+def test_invalid_loss_options_are_refused():
+    for options in (
+        {"beta": 0.0}, {"label_smoothing": 0.5}, {"label_smoothing": 0.1, "kind": "ipo"}, {"nll_coef": math.nan},
+        {"label_smoothing": 0.0, "kind": "exo"},
+    ):  # fmt: skip
+        name, value = next(iter(options.items()))
+        with pytest.raises(ValueError, match=f"{name}={value}.*{options.get('kind', '')}"):
+            replace(DPOLoss(), **options)
