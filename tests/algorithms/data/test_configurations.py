@@ -54,13 +54,3 @@ def test_hub_default_split_and_slices(folder):
         list(from_folder(folder, "main"))
     with pytest.raises(ValueError, match="data source no/such:main:train: no such file or folder.*hub"):
         list(read_rows("no/such:main:train"))
-
-
-def test_single_configuration_needs_no_name(tmp_path):
-    for split in ("train", "test"):
-        write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": split}])
-    for read in (from_folder, from_hub):
-        assert [row["prompt"] for _, row in read(tmp_path, "test")] == ["test"]
-        with pytest.raises(ValueError, match=f"has splits, name one: {tmp_path}:train, {tmp_path}:test"):
-            list(read(tmp_path, "dev"))
-    assert [row["prompt"] for _, row in from_hub(tmp_path, "")] == ["train"]

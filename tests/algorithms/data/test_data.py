@@ -53,10 +53,8 @@ def test_prompts_are_mixed_by_probabilities(tmp_path):
     counts = Counter(prompt.text for prompt in dataset(*paths, probabilities=(0.5, 0.4, 0.1)).next(2000))
     assert [counts[f"say {name}"] / 2000 for name in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.04)
     few = tuple(str(write_jsonl(tmp_path / f"{i}.jsonl", [{"text": f"w{i}"}] * n)) for i, n in ((1, 9), (2, 1)))
-    message = r"\.jsonl: data.eval_fraction=0.9 takes all of its \d documents, but data.probabilities sample ev"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="data.eval_fraction=0.9 takes all of its . documents, but data.probabilities"):
         TextStream(TextData(sources=few, eval_fraction=0.9, probabilities=(0.5, 0.5)), tokenizer())
-    assert TextStream(TextData(sources=few, eval_fraction=0.9), tokenizer()).documents == 1
 
 
 def test_strings_and_messages_use_the_chat_template(tmp_path):
@@ -77,13 +75,6 @@ def test_strings_and_messages_use_the_chat_template(tmp_path):
     assert plain.messages == messages.messages == tuple(chat) and len(system.messages) == 2
 
 
-def test_long_prompts_are_dropped(tmp_path):
-    rows = [*ROWS, {"prompt": "say " * 20}]
-    data = dataset(write_jsonl(tmp_path / "a.jsonl", rows), max_prompt_tokens=5)
-    assert data.dropped == 1 and str(data) == "10 prompts, 1 dropped for more than 5 tokens (22 tokens)"
-    assert all(len(prompt.tokens) <= 5 for prompt in data.next(50))
-
-
 def test_pretraining_mix_is_packed_with_eos(tmp_path):
     documents = [f"w{i} w{i} w{i}" for i in range(5)]
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in documents])
@@ -93,6 +84,8 @@ def test_pretraining_mix_is_packed_with_eos(tmp_path):
     assert epoch.shape == (5, 4)
     assert sorted(tok.decode(row) for row in epoch) == [f"{text} <eos>" for text in documents]
     assert not data.next(5).equal(epoch)
+    with pytest.raises(ValueError, match=r"t.jsonl: 20 tokens are less than one sequence of 21"):
+        TextDataset(str(path), "text", tok, length=21)
     uneven = TextDataset(str(path), "text", tok, length=3, seed=1)  # 20 tokens: 6 whole sequences an epoch
     uneven.next(8)
     state = uneven.state()

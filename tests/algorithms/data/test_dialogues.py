@@ -4,7 +4,6 @@ import gzip
 from pathlib import Path
 
 import pytest
-from samples import tokenizer as words
 from samples import write_jsonl
 from templates import TEMPLATES
 from trialign.algorithms.config.sft import SFTData
@@ -38,8 +37,8 @@ def with_template(tiny):
     tiny.chat_template = own
 
 
-def dataset(tokenizer, *sources: Path | str, stop=STOP, seed: int = 0, **knobs) -> DialogueDataset:
-    return DialogueDataset(SFTData(sources=tuple(map(str, sources)), **knobs), tokenizer, stop, seed)
+def dataset(tokenizer, *sources: Path | str, stop=STOP, seed: int = 0, **options) -> DialogueDataset:
+    return DialogueDataset(SFTData(sources=tuple(map(str, sources)), **options), tokenizer, stop, seed)
 
 
 def drawn(data: DialogueDataset, count: int) -> list[Sample]:
@@ -47,9 +46,9 @@ def drawn(data: DialogueDataset, count: int) -> list[Sample]:
     return joined(data.next(count))
 
 
-def read(tokenizer, folder: Path, *rows: dict, **knobs) -> list[Sample]:
+def read(tokenizer, folder: Path, *rows: dict, **options) -> list[Sample]:
     """The samples of these rows, in their order."""
-    data = dataset(tokenizer, write_jsonl(folder / "rows.jsonl", rows), **knobs)
+    data = dataset(tokenizer, write_jsonl(folder / "rows.jsonl", rows), **options)
     return sorted(drawn(data, len(rows)), key=lambda sample: int(sample.where.rpartition(":")[2]))
 
 
@@ -65,52 +64,26 @@ def learned(tokenizer, sample: Sample) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-def test_mask_of_two_turns(tiny, tmp_path):
-    """<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>, a token a letter."""
-    (sample,) = read(tiny, tmp_path, {"messages": TWO_TURNS})
-    user, header = 1 + len("user: hi") + 1, 1 + len("assistant: ")
-    expected = [0] * user + [0] * header + [1] * 3 + [0] * user + [0] * header + [1] * 4
-    assert list(sample.mask) == expected
-    assert tiny.decode(sample.tokens) == "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>"
-    batch = pack_samples([sample, sample])
-    assert batch.mask.int().tolist() == expected * 2 and len(batch.response) == 14
-
-
 def test_mask_of_a_prompt_and_its_response(tiny, tmp_path):
     rows = {"prompt": "hi", "response": "yo"}, {"prompt": TWO_TURNS[:3], "response": "bye"}
     plain, messages = read(tiny, tmp_path, *rows)
     assert learned(tiny, plain) == ["yo</s>"] and plain.text == "hi"
     assert learned(tiny, messages) == ["bye</s>"] and messages.text == "ok"
     names = {"prompt_key": "question", "response_key": "answer", "messages_key": "chat"}
-    one, two = read(tiny, tmp_path, {"question": "hi", "answer": "yo"}, {"chat": TWO_TURNS}, **names)
+    one, two = read(tiny, tmp_path, {"question": "hi", "answer": "yo</s> </s>"}, {"chat": TWO_TURNS}, **names)
     assert learned(tiny, one) == ["yo</s>"] and learned(tiny, two) == ["yo</s>", "bye</s>"]
+    assert pack_samples([one, two]).mask.int().tolist() == [*one.mask, *two.mask]
 
 
 def test_generation_marks_equal_transformers(with_template, tmp_path):
     tokenizer = with_template(MARKED)
     (sample,) = read(tokenizer, tmp_path, {"messages": TWO_TURNS})
-    theirs = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True)
-    assert list(sample.tokens) == theirs["input_ids"] and list(sample.mask) == theirs["assistant_masks"]
+    expected = tokenizer.apply_chat_template(TWO_TURNS, return_dict=True, return_assistant_tokens_mask=True)
+    assert list(sample.tokens) == expected["input_ids"] and list(sample.mask) == expected["assistant_masks"]
     (response,) = read(tokenizer, tmp_path, {"prompt": TWO_TURNS[:3], "response": "bye"})
-    assert list(response.tokens) == theirs["input_ids"] and learned(tokenizer, response) == ["bye</s>"]
-
-
-def test_mask_without_marks_ends_at_eos(with_template, tmp_path):
-    rows = [{"messages": TWO_TURNS}, {"prompt": "a\n", "response": " b </s>\nc "}]
-    marked = read(with_template(MARKED), tmp_path, *rows)
-    assert [(s.tokens, s.mask) for s in read(with_template(UNMARKED), tmp_path, *rows)] == [
-        (s.tokens, s.mask) for s in marked
-    ]
-
-
-def test_slow_tokenizer_gives_the_same_mask(tmp_path):
-    from transformers import ByT5Tokenizer
-
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = UNMARKED.replace("<s>", "")
-    assert not tokenizer.is_fast
-    (sample,) = read(tokenizer, tmp_path, {"messages": TWO_TURNS}, stop=(tokenizer.eos_token_id,))
-    assert learned(tokenizer, sample) == ["yo</s>", "bye</s>"]
+    assert list(response.tokens) == expected["input_ids"] and learned(tokenizer, response) == ["bye</s>"]
+    (unmarked,) = read(with_template(UNMARKED), tmp_path, {"messages": TWO_TURNS})
+    assert (unmarked.tokens, unmarked.mask) == (sample.tokens, sample.mask)
 
 
 ENDLESS = UNMARKED.replace("</s>", "")
@@ -132,21 +105,13 @@ def test_turns_without_eos_are_refused_or_completed(template, with_template, tmp
     ]
     assert all(sample.tokens.tolist().count(2) <= 4 for sample in samples)  # none is doubled
     assert "data.append_eos: the end of 3 turns is learned" in str(data)
-    # What ENDLESS goes on with behind an answer is not its end, so each turn is a sample.
+    # ENDLESS does not continue a response with its end, so each turn is a sample.
     assert len(samples) == (3 if template == ENDLESS else 2)
 
 
-def test_eos_in_the_response_is_not_doubled(tiny, tmp_path):
-    rows = [{"prompt": "hi", "response": f"yo{end}"} for end in ("</s>", "</s></s>", "</s>\n", "</s> </s>")]
-    for knobs in ({}, {"append_eos": True}, {"chat_template": False}):
-        assert [learned(tiny, sample) for sample in read(tiny, tmp_path, *rows, **knobs)] == [["yo</s>"]] * 4
-    (inside,) = read(tiny, tmp_path, {"prompt": "hi", "response": "yo</s>no"})
-    assert learned(tiny, inside) == ["yo</s>no</s>"]
-
-
-def test_weight_0_messages_are_not_learned(tiny, with_template, tmp_path):
-    no = [{"weight": 0}, {"train": False}, {"weight": 0, "train": False}, {"weight": 0.0}]
-    yes = [{}, {"weight": 1}, {"train": True}, {"weight": None, "train": None}]
+def test_weight_0_messages_are_not_learned(tiny, tmp_path):
+    no = [{"weight": 0}, {"weight": 0, "train": False}]
+    yes = [{"train": True}, {"weight": None, "train": None}]
     last = {"role": "assistant", "content": "bye"}
     rows = [
         {"messages": [TWO_TURNS[0] | {"weight": 0}, TWO_TURNS[1] | a, TWO_TURNS[2], last | b]} for a in no for b in yes
@@ -157,19 +122,11 @@ def test_weight_0_messages_are_not_learned(tiny, with_template, tmp_path):
     rows = [{"messages": [TWO_TURNS[0], TWO_TURNS[1], TWO_TURNS[2], last | own]} for own in no]
     for sample in read(tiny, tmp_path, *rows, system_prompt="be kind"):
         assert learned(tiny, sample) == ["yo</s>"] and str(tiny.decode(sample.tokens)).endswith("yo</s>")
-    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 0}]
-    (sample,) = read(tiny, tmp_path, {"messages": [*shared, {"from": "human", "value": "ok"}, last]})
-    assert learned(tiny, sample) == ["bye</s>"]
     none = {"messages": [TWO_TURNS[0], TWO_TURNS[1] | no[0]]}
     path = write_jsonl(tmp_path / "none.jsonl", [none, *rows])
     assert "; 1 dropped with weight 0 only" in str(dataset(tiny, path))
     with pytest.raises(ValueError, match=r"none.jsonl: all messages of all 2 rows have weight 0"):
         dataset(tiny, write_jsonl(tmp_path / "none.jsonl", [none, none]))
-    told = with_template(
-        "{% for m in messages %}{{ m.keys() | list }}</s>{% endfor %}{% if add_generation_prompt %}{% endif %}"
-    )
-    (sample,) = read(told, tmp_path, {"messages": [TWO_TURNS[0] | no[0], TWO_TURNS[1] | yes[1]]})
-    assert "weight" not in str(told.decode(sample.tokens))
 
 
 QWEN3 = TEMPLATES["Qwen 3"].text.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
@@ -194,16 +151,9 @@ def test_rewritten_history_splits_turns_into_samples(with_template, tmp_path):
     assert [learned(tokenizer, sample) for sample in first] == [[f"{thought}4</s>"], [f"{thought}6</s>"]]
     assert [sample.where.rpartition(":")[2] for sample in first] == ["1, message 1", "1, message 3"]
     assert [sample.text for sample in first] == ["2+2?", "3+3?"]
-    # Without reasoning in the data an answer is given empty thoughts, which later turns leave out as well.
-    assert [learned(tokenizer, s) for s in second] == [
-        ["<think>\n\n</think>\n\nyo</s>"],
-        ["<think>\n\n</think>\n\nbye</s>"],
-    ]
-    assert (
-        "; 2 in 4 samples, turn by turn" in str(data)
-        and len(data) == 2
-        and data.tokens == sum(len(sample.tokens) for sample in joined(data.rows()))
-    )
+    # Without reasoning in the data a response is given empty thoughts, which later turns leave out as well.
+    assert [learned(tokenizer, s) for s in second] == [[f"<think>\n\n</think>\n\n{end}</s>"] for end in ("yo", "bye")]
+    assert len(data) == 2 and data.tokens == sum(len(sample.tokens) for sample in joined(data.rows()))
     held = dataset(tokenizer, tmp_path / "a.jsonl", eval_fraction=0.5)  # a dialogue is held out whole
     assert len(held) == len(held.eval_rows) == 1 and len(held.eval_rows[0]) == 2
 
@@ -214,8 +164,6 @@ def test_long_rows_are_dropped(tiny, tmp_path):
     lengths = [len(s.tokens) for s in read(tiny, tmp_path, *rows)]
     data = dataset(tiny, path, max_tokens=40)
     assert (len(data), data.dropped, data.dropped_tokens) == (2, 2, lengths[2] + lengths[3])
-    assert f"2 dropped for more than 40 tokens ({lengths[2] + lengths[3]:,} tokens)" in str(data)
-    assert f"2 rows of {lengths[0] + lengths[1]} tokens, 5 of them targets" in str(data)
     with pytest.raises(ValueError, match="all 4 rows are longer than data.max_tokens=5; the shortest has 24 tokens"):
         dataset(tiny, path, max_tokens=5)
 
@@ -234,8 +182,6 @@ def test_eval_split_is_disjoint_and_seeded(tiny, tmp_path):
     assert {s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25, seed=1).eval_rows)} != held
     apart = dataset(tiny, paths[0], eval_sources=(str(paths[1]),))
     assert len(apart) == 10 and {s.text[0] for s in joined(apart.eval_rows)} == {"b"}
-    with pytest.raises(ValueError, match=r"eval_fraction=0.9 of 1 rows leaves none for training"):
-        dataset(tiny, write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}]), eval_fraction=0.9)
 
 
 def chat(*turns: tuple[str, object]) -> dict:
@@ -244,14 +190,9 @@ def chat(*turns: tuple[str, object]) -> dict:
 
 REFUSED = {
     "no columns": ({"text": "a", "id": 1}, "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt"),
-    "no response": ({"prompt": "a", "answer": "b"}, "no column 'response' (data.response_key); it has: 'prompt', 'ans"),
     "empty response": ({"prompt": "a", "response": " \n"}, "'response' is empty"),
-    "nothing for a response": ({"prompt": "a", "response": None}, "'response' must be a string, not None"),
-    "no messages": ({"messages": []}, "'messages' must be a list of {role, content} messages, not []"),
     "no assistant turn": (chat(("system", "a"), ("user", "b")), "'messages' has no assistant turn to learn (roles: sy"),
     "a weight of a half": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}]}, "'messages'[1] (assistant):"),
-    "a weight of true": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": True}]}, "weight=True: must be 0"),
-    "train in words": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"train": "no"}]}, "'messages'[1] (assistant):"),
     "a weight against train": (
         {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 1, "train": False}]},
         "'messages'[1] (assistant): weight=1 and train=False: must agree",
@@ -275,7 +216,6 @@ def test_invalid_dialogue_rows_are_refused(case, tiny, tmp_path):
 
 # Named, for a compressed file carries the second it was made in, and workers that collect other ids run nothing.
 BAD_FILES = {
-    "no rows": ("a.jsonl", b"\n", ": holds no rows"),
     "not compressed": ("a.jsonl.gz", b'{"prompt": "a"}\n', ": not a whole gzip file: Not a gzipped file"),
     "cut off": (
         "b.jsonl.gz",
@@ -304,12 +244,6 @@ def test_inconsistent_chat_templates_are_refused(with_template, tmp_path):
     row = {"prompt": TWO_TURNS[:3], "response": "bye"}
     with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template leaves message 3 no token to learn"):
         dataset(with_template(blind), write_jsonl(path, [row]))
-    never = MARKED.replace("m.role == 'assistant'", "false")
-    with pytest.raises(ValueError, match=r"a.jsonl:1: the chat template leaves message 1 no token to learn"):
-        dataset(with_template(never), write_jsonl(path, [{"messages": TWO_TURNS}]))
-    strict = "{% if messages|length > 2 %}{{ raise_exception('two messages at most') }}{% endif %}" + UNMARKED
-    with pytest.raises(ValueError, match=r"a.jsonl:1: the tokenizer's chat template refuses it: two messages"):
-        dataset(with_template(strict), path)
 
 
 def test_templates_that_drop_tools_are_refused(with_template, tmp_path):
@@ -322,15 +256,3 @@ def test_templates_that_drop_tools_are_refused(with_template, tmp_path):
     tools = {"messages": TWO_TURNS, "tools": [{"type": "function", "function": {"name": "weather"}}]}
     with pytest.raises(ValueError, match=r"b.jsonl:1: .* 'tools'"):
         dataset(with_template(UNMARKED), write_jsonl(tmp_path / "b.jsonl", [tools]))
-
-
-def test_dialogues_need_a_chat_template(tiny, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}])
-    with pytest.raises(ValueError, match=":1: 'messages' holds messages: needs data.chat_template=true"):
-        dataset(tiny, path, chat_template=False)
-    with pytest.raises(ValueError, match="chat_template=true, but the model's tokenizer has none"):
-        dataset(words(template=False), path)
-    endless = words()
-    endless.eos_token = None
-    with pytest.raises(ValueError, match="the model's tokenizer has no end of sequence"):
-        dataset(endless, write_jsonl(path, [{"prompt": "a", "response": "b"}]), chat_template=False)

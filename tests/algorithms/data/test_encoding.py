@@ -16,7 +16,7 @@ from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
 from trialign.algorithms.data.dialogues import DialogueDataset, Encoder, Sample, joined
 from trialign.algorithms.data.documents import TextDataset, TextStream
-from trialign.algorithms.data.encoding import encode_responses, first_tokens
+from trialign.algorithms.data.encoding import first_tokens
 from trialign.algorithms.data.preferences import (
     LabeledStream,
     mismatched,
@@ -64,10 +64,10 @@ def chats() -> list[list[dict[str, str]]]:
     return made
 
 
-def prompts(tokenizer, folder, rows, **knobs) -> list[list[int]]:
-    """What rollouts of these prompts begin with."""
+def prompts(tokenizer, folder, rows, **options) -> list[list[int]]:
+    """Tokens that rollouts of these prompts begin with."""
     path = write_jsonl(folder / "prompts.jsonl", [{"prompt": row} for row in rows])
-    data = PromptDataset(PromptData(sources=(str(path),), max_prompt_tokens=10_000, **knobs), tokenizer)
+    data = PromptDataset(PromptData(sources=(str(path),), max_prompt_tokens=10_000, **options), tokenizer)
     drawn = sorted(data.next(len(rows)), key=lambda prompt: int(prompt.source.rpartition(":")[2]))
     return [prompt.tokens for prompt in drawn]
 
@@ -122,7 +122,6 @@ def test_training_prompts_equal_rollout_prompts(name, tokenizers, tmp_path):
 
 @pytest.mark.parametrize("name", ["SmolLM2, Qwen 1 and 2", "a prompt that ends in a space", "Mistral, Mixtral"])
 def test_reward_server_tokens_equal_training_tokens(name, tokenizers, tmp_path):
-    """So do models of another tokenizer, which encode what the policy says in the same way."""
     tokenizer = tokenizers(TEMPLATES[name])
     encoder = object.__new__(ChatEncoder)
     encoder.tokenizer, encoder.chat_template, encoder.end = tokenizer, True, tokenizer.eos_token_id
@@ -135,17 +134,6 @@ def test_reward_server_tokens_equal_training_tokens(name, tokenizers, tmp_path):
     for row, own in zip(rows, trained, strict=True):
         completion = Completion("row", row["prompt"], row["response"], True, None)
         assert encoder(completion) == own.sample.tokens.tolist()
-
-
-def test_prompt_ending_in_a_space(tokenizers):
-    """A byte-level tokenizer would join the space with the word behind it."""
-    tokenizer = tokenizers(TEMPLATES["a prompt that ends in a space"])
-    ((head, (tail, _)),) = encode_responses(tokenizer, [("assistant: ", "hi")], True)
-    assert tokenizer.convert_ids_to_tokens(head) == ["ass", "istant", ":", "Ġ"]
-    assert tokenizer.convert_ids_to_tokens(tail) == ["hi"]
-    sentencepiece = tokenizers(TEMPLATES["a prompt that ends in a space, sentencepiece"])
-    ((head, (tail, _)),) = encode_responses(sentencepiece, [("the", "cat sat")], True)
-    assert sentencepiece.decode(head + tail) == "thecat sat"  # alone it would begin with a space
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Encoder
-from trialign.algorithms.data.preferences import PairStream, mismatched, read_labeled_responses, read_pairs, read_steps
+from trialign.algorithms.data.preferences import PairStream, read_labeled_responses, read_pairs, read_steps
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.reward_model import pack_pairs, pack_steps
 
 STOP = (2,)  # </s> of the tiny tokenizer
 
 
-def read(tokenizer, folder, *rows, **knobs):
-    config = PairData(**knobs)
+def read(tokenizer, folder, *rows, **options):
+    config = PairData(**options)
     return read_pairs(str(write_jsonl(folder / "rows.jsonl", rows)), config, Encoder(config, tokenizer, STOP))
 
 
@@ -26,7 +26,7 @@ def labeled_rows(tokenizer, folder, *rows):
 
 
 def shown(tokenizer, sample) -> tuple[str, str]:
-    """(what is not learned, what is); targets are one stretch at the end."""
+    """(text before the targets, text of the targets); targets are one stretch at the end."""
     begin = sample.mask.index(1)
     assert sample.mask == bytes(begin) + b"\1" * (len(sample.mask) - begin)
     return str(tokenizer.decode(sample.tokens[:begin])), str(tokenizer.decode(sample.tokens[begin:]))
@@ -43,7 +43,6 @@ def chat(*texts: str) -> list[dict[str, str]]:
 
 PAIRS = {
     "strings": ({"prompt": "hi", "chosen": "yes", "rejected": "no"}, HELLO),
-    "a prompt of messages": ({"prompt": chat("hi", "yo", "ok"), "chosen": "yes", "rejected": "no"}, TWO_TURNS),
     "dialogues in messages": (
         {"chosen": chat("hi", "yo", "ok", "yes"), "rejected": chat("hi", "yo", "ok", "no")},
         TWO_TURNS,
@@ -55,10 +54,6 @@ PAIRS = {
         },
         TWO_TURNS,
     ),
-    "a prompt beside whole dialogues": (
-        {"prompt": "hi\n", "chosen": chat("hi", "yes"), "rejected": chat("hi", "no")},
-        HELLO,
-    ),
     "a prompt of messages beside dialogues": (
         {"prompt": chat("hi", "yo", "ok"), "chosen": chat("hi", "yo", "ok", "yes"), "rejected": "no"},
         TWO_TURNS,
@@ -67,7 +62,6 @@ PAIRS = {
         {"prompt": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nAssistant: no"},
         HELLO,
     ),
-    "a prompt that is null": ({"prompt": None, "chosen": chat("hi", "yes"), "rejected": chat("hi", "no")}, HELLO),
 }
 
 
@@ -142,16 +136,6 @@ def test_labels_and_responses_of_kto_rows(tiny, tmp_path):
     labeled = labeled_rows(tiny, tmp_path, *rows)
     assert [row.desirable for row in labeled] == [True, False, True]
     assert [shown(tiny, row.sample) for row in labeled] == [(HELLO, f"{text}</s>") for text in ("yes", "no", "so")]
-
-
-def test_mismatched_responses_of_kto(tiny, tmp_path):
-    rows = [{"prompt": "one", "response": "yes", "label": True}, {"prompt": "hi", "response": "nono", "label": False}]
-    one, two = labeled_rows(tiny, tmp_path, *rows)
-    both = mismatched(one.sample, two.sample, 100)
-    assert shown(tiny, both) == ("<s>user: one</s><s>assistant: ", "nono</s>")
-    short = mismatched(one.sample, two.sample, len(both.tokens) - 2)
-    assert shown(tiny, short)[1] == "non"
-    assert both.where.endswith("rows.jsonl:1 with the response of " + two.sample.where)
 
 
 def test_steps_have_labels_at_their_ends(tiny, tmp_path):

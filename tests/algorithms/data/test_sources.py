@@ -59,14 +59,14 @@ def asked(*turns: dict) -> list[dict]:
     return [{"role": "user", "content": "go"}, *turns]
 
 
-SAID, TEXT = {"role": "tool", "content": "fine"}, {"type": "string"}
+SUNNY, TEXT = {"role": "tool", "content": "fine"}, {"type": "string"}
 CALLS = [
     {
-        "messages": asked(call("weather", city="Rome"), SAID, {"role": "assistant", "content": "sunny"}),
+        "messages": asked(call("weather", city="Rome"), SUNNY, {"role": "assistant", "content": "sunny"}),
         "tools": [tool("weather", city=TEXT)],
     },
     {
-        "messages": asked(call("add", a=2, deep={"rows": [{"x": 1}, {"y": {"z": [2]}}]}), SAID, call("stop")),
+        "messages": asked(call("add", a=2, deep={"rows": [{"x": 1}, {"y": {"z": [2]}}]}), SUNNY, call("stop")),
         "tools": [tool("add", a={"type": "integer"}, b={"anyOf": [TEXT, {"enum": ["p", "q"]}]}), tool("stop")],
     },
     {"messages": asked({"role": "assistant", "content": "no tools"}), "tools": None},
@@ -140,13 +140,8 @@ STRUCT = pa.struct({"x": pa.int64(), "y": pa.struct({"z": pa.string()})})
 ODD = {
     "a list of structs": (pa.list_(STRUCT), [{"x": 1}, {"y": {}}, None, {}], [{"x": 1}, {"y": {}}, None, {}]),
     "a large list": (pa.large_list(pa.list_(STRUCT)), [[{"x": 1}], []], [[{"x": 1}], []]),
-    "a list of one length": (pa.list_(STRUCT, 2), [{"x": 1}, {}], [{"x": 1}, {}]),
-    "null for all": (pa.struct({"x": pa.null(), "y": pa.int64()}), {"y": 1}, {"y": 1}),
-    "an empty object": (STRUCT, {}, {}),
     "a map": (pa.map_(pa.string(), STRUCT), [("a", None), ("b", {"x": 1})], {"a": None, "b": {"x": 1}}),
-    "nulls of a list": (pa.list_(pa.int64()), [1, None], [1, None]),
     "JSON": (pa.json_(), '{"a": null, "b": [1]}', {"a": None, "b": [1]}),
-    "a name for each number": (pa.dictionary(pa.int8(), pa.string()), "a", "a"),
 }
 
 
@@ -169,14 +164,9 @@ def test_folder_splits_and_mixed_formats(tmp_path):
     ]
     with pytest.raises(ValueError, match=rf"{tmp_path}: has splits, name one: {tmp_path}:train, {tmp_path}:test"):
         list(read_rows(str(tmp_path)))
-    with pytest.raises(ValueError, match=r"train\[:1\]: the splits of a folder of files are train, test"):
-        list(read_rows(f"{tmp_path}:train[:1]"))
     pq.write_table(pa.table({"prompt": ["d"]}), tmp_path / "train-2.parquet")
     with pytest.raises(ValueError, match=r"holds .jsonl and .parquet files"):
         list(read_rows(f"{tmp_path}:train"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: no folder of .jsonl, .json, .csv"):
-        list(read_rows(str(tmp_path / "empty")))
 
 
 def test_csv_columns_are_typed(tmp_path):
@@ -211,15 +201,9 @@ HI, YO = {"role": "user", "content": "hello"}, {"role": "assistant", "content": 
 BE = {"role": "system", "content": "be kind"}
 CHAT = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "you"}]
 KINDS = {
-    "ShareGPT": ({"conversations": CHAT}, [HI, YO]),
     "ShareGPT with a system column": ({"conversations": CHAT, "system": "be kind"}, [BE, HI, YO]),
-    "ShareGPT with a system turn": ({"conversations": [{"from": "system", "value": "be kind"}, *CHAT]}, [BE, HI, YO]),
-    "ShareGPT of several turns": ({"conversations": [*CHAT, *CHAT]}, [HI, YO, HI, YO]),
     "ShareGPT as JSON": ({"conversations": json.dumps(CHAT)}, [HI, YO]),
-    "messages under its name": ({"conversations": [HI, YO]}, [HI, YO]),
-    "messages as JSON": ({"messages": json.dumps([HI, YO])}, [HI, YO]),
     "its messages under another": ({"messages": CHAT}, [HI, YO]),
-    "Alpaca": ({"instruction": "hello", "input": "", "output": "you"}, [HI, YO]),
     "Alpaca with an input": (
         {"instruction": "say", "input": "hello", "output": "you"},
         [{**HI, "content": "say\nhello"}, YO],
@@ -235,16 +219,13 @@ KINDS = {
 def test_sharegpt_and_alpaca_equal_messages(case, tmp_path):
     row, chat = KINDS[case]
     words = tokenizer()
-    both = {
-        "theirs": write_jsonl(tmp_path / "a.jsonl", [{**row, "label": True, "chosen": "a", "rejected": "b"}] * 2),
-        "ours": write_jsonl(tmp_path / "b.jsonl", [{"messages": chat}] * 2),
-    }
-    datasets_of = (SFTData(sources=(str(path),), append_eos=True) for path in both.values())
-    theirs, ours = (joined(DialogueDataset(data, words, END).rows()) for data in datasets_of)
-    assert [(s.tokens, s.mask) for s in theirs] == [(s.tokens, s.mask) for s in ours]
-    if "messages" in row:  # what a prompt would be, is not said
+    source = str(write_jsonl(tmp_path / "a.jsonl", [{**row, "label": True, "chosen": "a", "rejected": "b"}] * 2))
+    sources = source, str(write_jsonl(tmp_path / "b.jsonl", [{"messages": chat}] * 2))
+    configs = (SFTData(sources=(path,), append_eos=True) for path in sources)
+    actual, expected = (joined(DialogueDataset(config, words, END).rows()) for config in configs)
+    assert [(s.tokens, s.mask) for s in actual] == [(s.tokens, s.mask) for s in expected]
+    if "messages" in row:  # it has no prompt
         return
-    source = str(both["theirs"])
     (prompt,) = PromptDataset(PromptData(sources=(source,)), words).next(1)
     (before,) = PromptDataset(
         PromptData(sources=(str(write_jsonl(tmp_path / "c.jsonl", [{"prompt": chat[:-1]}])),)), words
@@ -262,31 +243,24 @@ def test_sharegpt_preferences_and_tool_calls(tmp_path):
         "rejected": {"from": "gpt", "value": "b"},
     }
     plain = {"prompt": "hello", "chosen": "a", "rejected": "b"}
-    theirs, ours = (
+    actual, expected = (
         PairStream(
             PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", [row])),), append_eos=True), words, END
         ).next(1)[0]
         for row in (pair, plain)
     )
-    assert theirs.chosen.tokens == ours.chosen.tokens and theirs.rejected.tokens == ours.rejected.tokens
+    assert actual.chosen.tokens == expected.chosen.tokens and actual.rejected.tokens == expected.rejected.tokens
     calls = [CHAT[0], {"from": "function_call", "value": '{"name": "add", "arguments": {"a": null}}'}]
     row = {"conversations": [*calls, {"from": "observation", "value": "5"}, CHAT[1]]}
     ((_, read),) = read_rows(str(write_jsonl(tmp_path / "b.jsonl", [row])), SFTData().keys)
     assert read["messages"][1:3] == [call("add", a=None), {"role": "tool", "content": "5"}]
-    bad = write_jsonl(tmp_path / "c.jsonl", [{"conversations": [{"from": "alien", "value": "hi"}]}])
-    with pytest.raises(
-        ValueError, match=r"c.jsonl:1: 'conversations'\[0\]: from='alien': must be one of system, human"
-    ):
-        DialogueDataset(SFTData(sources=(str(bad),)), words, END)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"conversations": []}, "'conversations' must be a list of {from, value} messages"),
         ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"from=\['gpt'\]: must be one of system, human"),
         ({"conversations": [{"from": "function_call", "value": "add"}]}, "a function_call that is not valid JSON"),
-        ({"instruction": 3}, "'instruction' and 'input' must be strings"),
         ({"instruction": "a", "history": [["b", "c", "d"], ["e"]]}, "'history' a list of .* pairs"),
     ],
 )
@@ -299,18 +273,12 @@ def test_malformed_sharegpt_and_alpaca_rows_are_refused(row, message, tmp_path):
 DEEP, NINES = "[" * 100_000 + "]" * 100_000, "9" * 5000
 REFUSED = {
     "deep.jsonl": ('{"a": 1}\n{"n": ' + DEEP + "}\n", ":2: nested more than 100 lists or objects deep"),
-    "less_deep.jsonl": ('{"n": ' + "[" * 400 + "]" * 400 + "}\n", ":1: nested more than 100 lists or objects deep"),
     "huge.jsonl": ('{"n": ' + NINES + "}\n", ":1: .*a whole number of more than 4300 digits"),
     "deep.json": ('[{"a": 1},\n{"n": ' + DEEP + "}]", r":2 \(line 2\): nested more than 100 lists or objects deep"),
-    "huge.json": ('[{"n": ' + NINES + "}]", r":1 \(line 1\): .*a whole number of more than 4300 digits"),
     "open.json": ('[{"a": 1},\n', r":2 \(line 2\): not valid JSON"),
     "no_comma.json": ('[{"a": 1} {"a": 2}]', ":1: not valid JSON: no , or ] after the row, at line 1"),
-    "two.json": ('[{"a": 1}]\n[{"a": 2}]', ": not valid JSON: text after the list"),
-    "numbers.json": ("[1, 2]", r":1: must be an object such as \{...\}, not int"),
     "object.json": ('{\n "a": 1\n}', ":1: .*a .json file must hold a list of objects, or an object a line"),
-    "half.json": ('[{"prompt": "\\ud83d"}]', r":1: 'prompt' holds '\\ud83d', half of a surrogate pair"),
     "ragged.csv": ("a,b\n1,2\n3\n", ":3: 1 cells for 2 columns"),
-    "twice.csv": ("a,a\n1,2\n", ":1: the column names must differ"),
     "quotes.csv": ('a,b\n1,"2\n', ":2: not valid CSV: unexpected end of data"),
     "rows.xlsx": ("", r"rows.xlsx: must be .jsonl, .json, .csv, .tsv, .parquet, .txt, .md"),
     "rows.parquet": ("no", "rows.parquet: not a parquet file"),

@@ -1,4 +1,4 @@
-"""The math scorer, case by case: what is taken for an answer, and what counts as equal."""
+"""The math scorer, case by case: answers found in a text, and answers that are equal."""
 
 import json
 import time
@@ -8,18 +8,11 @@ import pytest
 from trialign.algorithms.batch import Prompt
 from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.algorithms.rewards.math.reward import correct, math
-from trialign.algorithms.rewards.math.symbolic import Symbolic
 
 MATH = "trialign.algorithms.rewards.math.reward:math"
 
 
-@pytest.mark.parametrize("wanted", ["none", "", None, True, [1]])
-def test_an_answer_without_a_number_is_refused(wanted):
-    with pytest.raises(ValueError, match="answer="):
-        correct("1", wanted)
-
-
-def test_each_completion_earns_what_it_should():
+def test_rewards_of_known_completions():
     """[completion, reference, reward] of every way that models and data sets write answers which has come up."""
     cases = json.loads((Path(__file__).parent / "math_cases.json").read_text(encoding="utf-8"))
     earned = math([""] * len(cases), [case[0] for case in cases], [case[1] for case in cases])
@@ -52,25 +45,17 @@ def test_rows_that_cannot_be_scored_are_named_before_the_run():
 
 
 @pytest.mark.parametrize(
-    "text", [r"\int_0^{10^9} x^x dx", r"\prod_{k=1}^{99999} k^k", r"\frac{1}{7^{99999}+\sqrt{2}}^{99999}"]
+    "text", [r"\int_0^{10^9} x^x dx", r"9^{9^{9}}+\sqrt{2}", r"\frac{1}{7^{99999}+\sqrt{2}}^{99999}"]
 )
-def test_what_takes_for_ever_is_wrong_and_the_next_answer_is_scored(text, monkeypatch):
-    """Computer algebra ends when its seconds of CPU time are over; they are few here."""
+def test_endless_algebra_is_wrong_and_the_next_answer_is_scored(text):
+    """A power of 10**9 digits is one C call, which Python's signal handlers wait for: the kernel ends the process."""
     begun = time.monotonic()
     assert not correct(rf"\boxed{{{text}}}", r"2\sqrt{3}")
     assert time.monotonic() - begun < 100
     assert correct(r"\boxed{\sqrt{12}}", r"2\sqrt{3}")
 
 
-def test_the_kernel_ends_what_no_signal_handler_can():
-    """A power of 10**9 digits is one C call, which Python's signal handlers wait for."""
-    asks = Symbolic()
-    assert not asks._answer((r"9^{9^{9}}+\sqrt{2}", r"3"))
-    assert asks._process is None or asks._process.poll() is None
-    assert asks.equal(r"\sqrt{8}", r"2\sqrt{2}")
-
-
-@pytest.mark.parametrize("text", ["1" * 20000, "1," * 5000, "-" * 5000, "\\frac{1" * 3000, "9^999 " * 500, "{" * 5000])
-def test_whatever_a_model_writes_is_read(text):
+@pytest.mark.parametrize("text", ["1" * 20000, "1," * 5000, "\\frac{1" * 3000, "9^999 " * 500, "{" * 5000])
+def test_long_texts_are_scored(text):
     assert correct(f"{text} so it is 3", 3)
     assert not correct("1" * 20000, 3)

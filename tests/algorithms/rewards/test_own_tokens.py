@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness import run_ranks
 from samples import write_jsonl
-from scripts import launch, options, succeed
+from scripts import launch, options
 from test_rewards_served import serve_reward  # noqa: F401
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import pre_tokenizers
@@ -109,7 +109,7 @@ def sampled(root: Path) -> list[Rollout]:
 def scored(
     rank: int, world: int, root: Path, layout: tuple[int, int, int], other: tuple[str, ...]
 ) -> dict[str, list[Any]]:
-    """What a run's scorer gives them: by a reward model of the policy's tokens, by others."""
+    """Scores of a run: by a reward model of the policy's tokens, by others."""
     tp, pp, dp = layout
     mesh, policy, rollouts = build_mesh(tp=tp, pp=pp, dp=dp), policy_of(root), sampled(root)
     names = [str(root / name) for name in ("alike", *other)]
@@ -122,20 +122,13 @@ def scored(
 
 
 def by_server(module: Any, folder: str, rollouts: list[Rollout]) -> list[float]:
-    """What serve_reward.py answers about the same completions."""
+    """Scores of serve_reward.py for the same completions."""
     score = module.Scores(module.ServeConfig(ModelPaths(folder, dtype="float32")), build_mesh())
     rows = zip(rollouts, ANSWERS * len(CHATS), strict=True)
     return score([Completion("row", list(r.prompt.messages), text, end, None) for r, (text, end) in rows])
 
 
-def test_a_model_of_other_tokens_scores_what_its_server_does(folders, serve_reward):  # noqa: F811
-    rollouts = sampled(folders)
-    for name, scores in scored(0, 1, folders, (1, 1, 1), ("bytes",)).items():
-        assert scores == pytest.approx(by_server(serve_reward, name, rollouts), rel=1e-5, abs=1e-6), name
-        assert len({round(score, 5) for score in scores}) == len(scores)
-
-
-def test_it_does_in_every_layout(small, serve_reward):  # noqa: F811
+def test_models_of_other_tokens_score_as_their_servers_in_every_layout(small, serve_reward):  # noqa: F811
     rollouts = sampled(small)
     names = [str(small / name) for name in ("alike", "bytes", "large")]
     alone = {name: by_server(serve_reward, name, rollouts) for name in names}
@@ -145,7 +138,7 @@ def test_it_does_in_every_layout(small, serve_reward):  # noqa: F811
                 assert got[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-6), (layout, name)
 
 
-def test_where_tokens_agree_the_model_reads_those_that_were_sampled(folders):
+def test_models_of_equal_tokens_score_the_sampled_tokens(folders):
     """To the last bit: a text that its tokenizer would cut in another way is not cut anew."""
     name, policy, mesh = str(folders / "alike"), policy_of(folders), build_mesh()
     assert reward_encoders([name], policy._replace(chat_template=False)) == encoders_of(folders, name) == {}
@@ -157,34 +150,34 @@ def test_where_tokens_agree_the_model_reads_those_that_were_sampled(folders):
     assert scorer(rollouts, batch, [role])[name] == role.scores(batch).tolist()
 
 
-def test_what_makes_two_tokenizers_differ(folders):
-    ours, theirs = policy_of(folders).tokenizer, read_tokenizer(folders / "alike")
+def test_differences_of_tokenizers(folders):
+    own, other = policy_of(folders).tokenizer, read_tokenizer(folders / "alike")
 
     def differences(name: str, value: object) -> tuple[str, str]:
         """Of tokens, and of chats, once the other tokenizer is changed so."""
-        before = getattr(theirs, name)
-        setattr(theirs, name, value)
-        found = tokens_differ(ours, theirs, specials=True), chats_differ(ours, theirs)
-        setattr(theirs, name, before)
+        before = getattr(other, name)
+        setattr(other, name, value)
+        found = tokens_differ(own, other, specials=True), chats_differ(own, other)
+        setattr(other, name, before)
         return found
 
-    template = str(ours.chat_template)
-    assert "is token" in tokens_differ(ours, read_tokenizer(folders / "bytes"))
+    template = str(own.chat_template)
+    assert "is token" in tokens_differ(own, read_tokenizer(folders / "bytes"))
     assert differences("pad_token", "<repo_name>") == ("", "")
     assert differences("chat_template", "{# the same #}" + template) == ("", "")
     tokens, chats = differences("eos_token", "<|endoftext|>")
     assert not tokens and "eos_token" in chats
     tokens, chats = differences("chat_template", template.replace("'<|im_end|>'", "' <|im_end|>'"))
     assert not tokens and "(user)" in chats
-    theirs.add_tokens(["<extra>"])
-    assert tokens_differ(ours, theirs) == ""
-    assert tokens_differ(theirs, ours) == "'<extra>' is token 49152 in one and none in the other"
-    core: Any = theirs.backend_tokenizer
+    other.add_tokens(["<extra>"])
+    assert tokens_differ(own, other) == ""
+    assert tokens_differ(other, own) == "'<extra>' is token 49152 in one and none in the other"
+    core: Any = other.backend_tokenizer
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert "becomes" in tokens_differ(ours, theirs)  # digits are no longer cut one by one
+    assert "becomes" in tokens_differ(own, other)  # digits are no longer cut one by one
 
 
-def test_a_long_text_of_the_model_s_own_tokens_is_refused_or_left_unscored_by_row(folders):
+def test_too_long_texts_are_refused_or_unscored(folders):
     name, policy, mesh = str(folders / "bytes"), policy_of(folders), build_mesh()
     text = " ".join(random.Random(0).choices("yes no maybe".split(), k=200))  # 200 tokens of the policy's
     tokens = policy.tokenizer(text)["input_ids"]
@@ -203,7 +196,7 @@ def test_a_long_text_of_the_model_s_own_tokens_is_refused_or_left_unscored_by_ro
     assert short == short and long != long
 
 
-def test_who_must_read_the_very_tokens_is_refused_by_folder(folders, tmp_path):
+def test_other_tokenizers_of_critic_and_reference_are_refused(folders, tmp_path):
     models = PPOModels(str(folders / "policy"), critic=str(folders / "bytes"), dtype="float32")
     config = PPOConfig(
         model=models,
@@ -229,19 +222,3 @@ def test_who_must_read_the_very_tokens_is_refused_by_folder(folders, tmp_path):
     done = launch("dpo", *given, *options(run_output=tmp_path / "run", update_batch_size=1, data_max_tokens=64))
     assert done.returncode != 0 and "policy of bytes: its tokenizer is not that of" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_an_evaluation_s_rewards_are_the_model_s_own(folders, serve_reward, tmp_path):  # noqa: F811
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": chat} for chat in CHATS])
-    given = options(model_path=folders / "policy", model_dtype="float32", reward_models=folders / "bytes")
-    given += options(data_sources=prompts, rollout_max_new_tokens=6, rollout_samples_per_prompt=2)
-    given += options(data_max_prompt_tokens=100, run_output=tmp_path / "run")
-    assert "bytes: not the policy's tokenizer ('" in succeed("evaluate", *given)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
-    config = serve_reward.ServeConfig(ModelPaths(str(folders / "bytes"), dtype="float32"))
-    score = serve_reward.Scores(config, build_mesh())
-    for line in lines:
-        chat = CHATS[int(line["source"].rpartition(":")[2]) - 1]
-        row = Completion("row", chat, line["completion"], line["finish"] == "stop", None)
-        assert line["reward"] == pytest.approx(score([row])[0], rel=1e-5)
-    assert len(lines) == 4

@@ -29,7 +29,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def refused(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a script says as it leaves."""
+    """The message with which a script exits."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -51,68 +51,25 @@ def asked(script: str, model: Path, source: Path, function: str, folder: Path) -
     return options(model_path=model, data_sources=source, reward_functions=function, run_output=folder)
 
 
-@pytest.mark.parametrize("script", ["grpo", "evaluate"])
-def test_rows_of_several_kinds_are_scored_by_functions_of_their_own(script, tmp_path, monkeypatch, capsys):
-    """Rows that no function is for stay out: of the step, of the means."""
+def test_functions_score_rows_of_their_own_kind(tmp_path, monkeypatch, capsys):
+    """Rows that no function is for stay out of the step and the means."""
     (tmp_path / "f.py").write_text(
         "def long(prompts, completions, task, **f):\n"
         "    return [1.0 + len(c) if t == 'a' else None for t, c in zip(task, completions)]\n"
         "def half(prompts, completions, task, **f): return [0.5 if t == 'b' else None for t in task]\n"
     )
-    rows = [{"prompt": f"p{i}", "task": task} for i, task in enumerate("abcab")]
-    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"p{i}", "task": task} for i, task in enumerate("abcab")])
     functions = tuple(f"{tmp_path}/f.py:{name}" for name in ("long", "half"))
-    words = options(
-        model_path=tiny_chat_model(tmp_path / "model"),
-        data_sources=source,
-        data_max_prompt_tokens=64,
-        reward_functions=functions,
-        reward_weights=(1.0, 2.0),
-        rollout_max_new_tokens=4,
-        rollout_samples_per_prompt=2,
-        run_output=tmp_path / "run",
-    )
-    training = options(run_prompts_per_step=5, run_steps=1, run_save_every=0, grpo_micro_batch_size=4)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, *(training if script == "grpo" else [])])
+    words = options(model_path=tiny_chat_model(tmp_path / "model"), data_sources=source, data_max_prompt_tokens=64)
+    words += options(reward_functions=functions, reward_weights=(1.0, 2.0), run_output=tmp_path / "run")
+    words += options(rollout_max_new_tokens=4, rollout_samples_per_prompt=2, run_prompts_per_step=5, run_steps=1)
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *words, *options(run_save_every=0, grpo_micro_batch_size=4)])
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    runpy.run_path(str(ROOT / "launch" / f"{script}.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "launch" / "grpo.py"), run_name="__main__")
     assert "no scorer applies to 2 responses, of " in "".join(capsys.readouterr().out.split("\n")).replace("  ", " ")
-    if script == "grpo":
-        step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-        assert step["unscored"] == 2 and step["reward/f.py:half"] == 0.5
-        assert step["reward"] == pytest.approx((4 * step["reward/f.py:long"] + 4 * 1.0) / 8)
-    else:
-        lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
-        for line in lines:
-            task = "abcab"[int(line["prompt"][1])]
-            own = {"a": (1.0 + len(line["completion"]), None), "b": (None, 0.5), "c": (None, None)}[task]
-            assert tuple(line["rewards"].values()) == own
-            assert line["reward"] == {"a": own[0], "b": 1.0, "c": None}[task]
-        assert len(lines) == 10
-
-
-@pytest.mark.parametrize("script", ["ppo", "grpo", "rejection"])
-def test_where_no_answer_has_a_score_the_reasons_come_before_the_refusal(script, tmp_path, monkeypatch, capsys):
-    (tmp_path / "f.py").write_text("def f(prompts, completions, **fields): raise RuntimeError('no such grader')")
-    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p0"}])
-    words = options(
-        model_path=tiny_chat_model(tmp_path / "model"),
-        data_sources=source,
-        reward_functions=f"{tmp_path}/f.py:f",
-        data_max_prompt_tokens=64,
-        reward_on_failure="skip",
-        rollout_max_new_tokens=2,
-        rollout_samples_per_prompt=2,
-        run_output=tmp_path / "run",
-        run_show=0,
-        **(
-            {"rejection_prompts_per_round": 1} if script == "rejection" else {"run_prompts_per_step": 1, "run_steps": 1}
-        ),
-    )
-    said = refused(script, words, monkeypatch)
-    assert "has a score" in said
-    reasons = capsys.readouterr().out
-    assert "not scored: reward function" in reasons and "no such grader" in reasons
+    step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert step["unscored"] == 2 and step["reward/f.py:half"] == 0.5
+    assert step["reward"] == pytest.approx((4 * step["reward/f.py:long"] + 4 * 1.0) / 8)
 
 
 def test_scorers_with_equal_path_ends_have_metrics_of_their_own():
@@ -133,21 +90,19 @@ SCRIPTS = ("ppo", "grpo", "rejection", "conditional", "evaluate", "rlhf")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_reference_that_cannot_be_read_stops_the_run_by_its_row(script, model, tmp_path, monkeypatch):
+def test_unreadable_answers_are_refused_by_every_script(script, model, tmp_path, monkeypatch):
     wanted = ["3", "none", "2\\sqrt{3}", "none"]
     rows = [{"prompt": f"p{i}", "response": "r", "answer": right} for i, right in enumerate(wanted)]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    said = refused(script, asked(script, model, source, MATH, tmp_path / "run"), monkeypatch)
-    assert "answer='none'" in said and MATH in said
-    assert "rows.jsonl:2: " in said
+    message = refused(script, asked(script, model, source, MATH, tmp_path / "run"), monkeypatch)
+    assert "answer='none'" in message and MATH in message
+    assert "rows.jsonl:2: " in message
 
 
-@pytest.mark.parametrize("script", ["ppo", "rlhf"])
-def test_columns_with_the_names_of_arguments_stop_the_run(script, model, tmp_path, monkeypatch):
+def test_columns_named_as_arguments_are_refused(model, tmp_path, monkeypatch):
     (tmp_path / "f.py").write_text("def f(prompts, completions, **fields): return [0.0 for _ in prompts]")
     for name in ("prompts", "completions"):
         rows = [{"prompt": "p0", "response": "r"}, {"prompt": "p1", "response": "r", name: ["x"]}]
         source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        said = refused(script, asked(script, model, source, f"{tmp_path}/f.py:f", tmp_path / "run"), monkeypatch)
-        assert f"the column '{name}' has the name of an argument" in said
-        assert f"{name}.jsonl:2: " in said
+        message = refused("ppo", asked("ppo", model, source, f"{tmp_path}/f.py:f", tmp_path / "run"), monkeypatch)
+        assert f"{name}.jsonl:2: " in message and f"the column '{name}' has the name of an argument" in message

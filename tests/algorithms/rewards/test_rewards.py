@@ -1,4 +1,4 @@
-"""Reward functions in their process, and what becomes of scores. What goes wrong is in test_bad_input.py."""
+"""Reward functions in their process, and the shaping of scores. Refused functions: test_bad_input.py."""
 
 import json
 import math
@@ -36,28 +36,15 @@ def test_a_function_gets_prompts_completions_and_columns(tmp_path):
         assert reward.score(PROMPTS[1:], [""]) == [8.0]
 
 
-def test_numpy_scalars_bools_and_generators_are_numbers(tmp_path):
-    body = "import numpy as np\nyield np.float32(0.5)\nyield True"
-    with RewardFunction(function(tmp_path, body)) as reward:
-        assert reward.score(PROMPTS, ["", ""]) == [0.5, 1.0]
-
-
-def test_prints_and_reads_of_the_function_do_not_disturb(tmp_path, capfd):
-    body = (
-        "import os, sys\nprint('hello from reward')\nos.system('echo from a child')\nreturn [len(sys.stdin.read())] * 2"
-    )
-    with RewardFunction(function(tmp_path, body)) as reward:
-        assert reward.score(PROMPTS, ["", ""]) == [0.0, 0.0]
-        assert reward.score(PROMPTS, ["", ""]) == [0.0, 0.0]
-    captured = capfd.readouterr()
-    assert captured.out == "" and captured.err.count("hello from reward") == 2
-
-
-def test_the_process_keeps_what_it_loaded_and_leaves_torch_alone(tmp_path):
-    body = "import sys\nglobal calls\ncalls = globals().get('calls', 0) + 1\nreturn [calls, 'torch' in sys.modules]"
-    with RewardFunction(function(tmp_path, body)) as reward:
+def test_functions_may_print_read_and_keep_state(tmp_path, capfd):
+    """Scores may be numpy scalars, bools and yielded."""
+    body = "import os, sys, numpy\nglobal calls\ncalls = globals().get('calls', 0) + 1\nprint('hello from reward')\n"
+    body += "os.system('echo from a child')\nyield numpy.float32(calls + len(sys.stdin.read()))\n"
+    with RewardFunction(function(tmp_path, f"{body}yield 'torch' in sys.modules")) as reward:
         assert reward.score(PROMPTS, ["", ""]) == [1.0, 0.0]
         assert reward.score(PROMPTS, ["", ""]) == [2.0, 0.0]
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err.count("hello from reward") == 2
 
 
 def test_a_module_is_found_in_the_working_directory_and_finds_its_neighbors(tmp_path, monkeypatch):
@@ -69,18 +56,11 @@ def test_a_module_is_found_in_the_working_directory_and_finds_its_neighbors(tmp_
             assert reward.score(PROMPTS, ["", ""]) == [7.0, 7.0]
 
 
-def test_a_row_that_failed_can_be_scored_again(tmp_path):
-    with RewardFunction(function(tmp_path, "return [1 / len(c) for c in completions]")) as reward:
-        with pytest.raises(ValueError, match="ZeroDivisionError"):
-            reward.score(PROMPTS, ["x", ""])
-        assert reward.score(PROMPTS, ["x", "xx"]) == [1.0, 0.5]
-
-
 CALLS = {"a sleep": "time.sleep(60)", "a call that holds the interpreter lock": "re.match('(a+)+$', 'a' * 60 + 'b')"}
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_the_process_ends_with_the_one_that_started_it(tmp_path, call):
+def test_reward_process_ends_with_its_parent(tmp_path, call):
     """Even when that is killed in the middle of a call."""
     spec = function(tmp_path, f"import pathlib, re, time\npathlib.Path({str(tmp_path / 'in')!r}).touch()\n{call}")
     script = (
@@ -109,15 +89,11 @@ def test_the_process_ends_with_the_one_that_started_it(tmp_path, call):
 
 
 def _running(pid: int) -> bool:
-    """False too for a zombie that nobody has waited for yet."""
+    """False too for a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def test_scores_are_combined_by_weight():
-    assert combine({"a": [1.0, 2.0], "b": [10.0, -10.0]}, (0.5, 2.0)) == [20.5, -19.0]
 
 
 def test_running_statistics_equal_those_of_all_numbers_at_once():
@@ -140,13 +116,7 @@ def test_rewards_are_normalized_then_clipped_then_penalized():
     assert rewards == pytest.approx([low, low - 3.0, low, 1.0])
 
 
-def test_by_default_only_the_clip_acts():
-    assert RewardShaper()([3.0, -11.0, 50.0], [True, False, True]) == [3.0, -10.0, 10.0]
-    assert RewardShaper(clip=0)([50.0], [True]) == [50.0]
-    assert RewardShaper(normalize=True)([2.0, 2.0], [True, True]) == [0.0, 0.0]
-
-
-def test_the_statistics_go_on_from_a_checkpoint():
+def test_statistics_resume_from_state():
     shape, again = RewardShaper(normalize=True), RewardShaper(normalize=True)
     shape([1.0, 5.0, 2.0], [True] * 3)
     again.load_state(json.loads(json.dumps(shape.state())))

@@ -1,4 +1,4 @@
-"""Rewards by HTTP: a server that is down, slow, broken or lies, scorers that abstain, and a served reward model."""
+"""Rewards by HTTP: servers that are down, slow or broken, scorers that abstain, and a served reward model."""
 
 import http.server
 import json
@@ -21,7 +21,6 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 from trialign.algorithms.batch import Prompt, pack
-from trialign.algorithms.config.reward import RewardConfig
 from trialign.algorithms.policy_step import without_unscored
 from trialign.algorithms.rewards import http as reward_server
 from trialign.algorithms.rewards.functions import RewardFunction
@@ -82,7 +81,7 @@ def test_requests_are_batches_with_columns():
     }
 
 
-def test_what_is_no_number_reaches_a_server_as_null():
+def test_nonfinite_columns_are_sent_as_null():
     columns = [{"goal": math.nan, "deep": {"a": [1.5, math.inf]}}, {"goal": 2.0, "deep": {"a": [-math.inf]}}]
     prompts = [Prompt(i, [1], f"p{i}", fields) for i, fields in enumerate(columns)]
     with serving(lengths) as (url, seen):
@@ -90,29 +89,17 @@ def test_what_is_no_number_reaches_a_server_as_null():
     assert seen[0]["fields"] == {"goal": [None, 2.0], "deep": [{"a": [1.5, None]}, {"a": [None]}]}
 
 
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
-LIES = {
+INVALID = {
     "wrong count": (lambda r: (200, b'{"scores": [1, 2]}'), "returned 2 scores for 5 completions"),
-    "no scores": (lambda r: (200, b'{"result": 1}'), 'must be {"scores": [...]}'),
     "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "returned nan for a.jsonl:3: must be a finite number"),
-    "text": (lambda r: (200, b'{"scores": ["1", 2, 3, 4, 5]}'), "returned '1' for a.jsonl:1: must be a finite number"),
-    "a huge integer": (
-        lambda r: (200, b'{"scores": [1, 2, 3, 4, 1%s]}' % (b"0" * 400)),
-        "for a.jsonl:5: must be a finite number",
-    ),
     "brackets": (lambda r: (200, b"[" * 100_000), "response is not JSON, '[[["),
     "refusal": (lambda r: (400, b"no such model"), "answered HTTP 400: 'no such model'"),
 }
 
 
-@pytest.mark.parametrize("case", LIES)
-def test_what_are_no_scores_is_refused_at_once(case):
-    answer, message = LIES[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_scores_are_refused_at_once(case):
+    answer, message = INVALID[case]
     with serving(answer) as (url, seen):
         with pytest.raises(ValueError) as error:
             RewardClient(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
@@ -120,29 +107,11 @@ def test_what_are_no_scores_is_refused_at_once(case):
     assert len(seen) == 1
 
 
-def test_down():
-    url = f"http://127.0.0.1:{free_port()}/score"
-    with pytest.raises(ValueError, match=r"no connection: .*refused.* \(2 attempts\) for 5 rows: a.jsonl:1, a.jsonl:2"):
-        RewardClient(url, attempts=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
-
-
-def test_hung_up():
+def test_closed_connections_are_tried_again():
     with serving(lambda request: None) as (url, seen):
         with pytest.raises(ValueError, match=r"no connection: .*\(2 attempts\)"):
             RewardClient(url, attempts=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
     assert len(seen) == 2
-
-
-def test_slow():
-    def sleep(request: dict) -> tuple[int, bytes]:
-        time.sleep(1.0)
-        return lengths(request)
-
-    with serving(sleep) as (url, _):
-        with pytest.raises(
-            ValueError, match=r"took longer than reward.time_limit=0.2 seconds \(1 attempt\) for 5 rows"
-        ):
-            RewardClient(url, 0.2, attempts=1).score(PROMPTS, TEXTS, ENDED)
 
 
 def drip(connection: socket.socket) -> None:
@@ -159,16 +128,13 @@ def reset(connection: socket.socket) -> None:
 
 
 BROKEN = {
-    "an error that hangs": (b"HTTP/1.1 503 X\r\nContent-Length: 9\r\n\r\n", lambda c: time.sleep(2), "HTTP 503: ''", 2),
-    "a refusal that is cut": (b"HTTP/1.1 400 X\r\nContent-Length: 9\r\n\r\n", reset, "answered HTTP 400: ''", 1),
-    "half an answer": (b'HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n{"sco', lambda c: None, "IncompleteRead", 2),
     "an answer that is cut": (b'HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n{"sco', reset, "no connection: ", 2),
     "a header without end": (b"HTTP/1.1 200 X\r\n", drip, "took longer than reward.time_limit=0.4 seconds", 2),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_answer_is_no_answer_in_time(case):
+def test_broken_responses_are_tried_again_within_the_limit(case):
     """It is asked for again, unless the code refuses; then all its rows are named, or abstain."""
     begin, then, message, asked = BROKEN[case]
     seen = []
@@ -205,7 +171,7 @@ def test_an_answer_without_end_is_given_up(monkeypatch):
     assert len(seen) == 1
 
 
-def test_busy_at_first():
+def test_busy_servers_are_tried_again():
     answers = iter([(503, b"busy"), (429, b"later")])
 
     def busy(request: dict) -> tuple[int, bytes]:
@@ -219,7 +185,7 @@ def test_busy_at_first():
             RewardClient(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
 
 
-def test_only_what_failed_abstains():
+def test_only_failed_rows_abstain():
     def second_fails(request: dict) -> tuple[int, bytes]:
         return (400, b"no") if "ccc" in request["completions"] else lengths(request)
 
@@ -230,7 +196,7 @@ def test_only_what_failed_abstains():
     assert len(server.failures) == 1 and "answered HTTP 400" in server.failures[0]
     with serving(lambda request: (200, b'{"scores": [null, 2, 3, 4, null]}')) as (url, _):  # rows that are not its own
         assert RewardClient(url).score(PROMPTS, TEXTS, ENDED) == [None, 2, 3, 4, None]
-    with serving(LIES["NaN"][0]) as (url, _):
+    with serving(INVALID["NaN"][0]) as (url, _):
         scores = RewardClient(url, skip_failures=True).score(PROMPTS, TEXTS, ENDED)
     assert [s if s == s else None for s in scores] == [1, 2, None, 4, 5]
 
@@ -238,8 +204,6 @@ def test_only_what_failed_abstains():
 FUNCTIONS = {
     "raises": ("if 'ccc' in completions: raise KeyError('x')\nreturn [1.0] * len(completions)", [1, 1, None, 1, 1]),
     "gives NaN": ("return [float('nan') if c == 'bb' else 2.0 for c in completions]", [2, None, 2, 2, 2]),
-    "raises as it yields": ("for c in completions:\n    yield {'bb': 'x'}.get(c, 1.0) + 1.0", [2, None, 2, 2, 2]),
-    "gives one score for all": ("return [1.0]", [None] * 5),
     "dies": ("import os\nif not os.path.exists('{flag}'): open('{flag}', 'w').close(); os._exit(3)\nreturn [1.0] * 5",
              [None] * 5),
 }  # fmt: skip
@@ -276,21 +240,6 @@ def test_abstaining_samples_have_no_targets():
     assert without_unscored(batch, torch.tensor([0.5, 0.0, 1.0])).mask is batch.mask
     with pytest.raises(ValueError, match="no response of the step has a score"):
         without_unscored(batch, torch.full((3,), math.nan))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"servers": ("localhost:80",)}, "'localhost:80'"),
-        ({"servers": ("http://a/s", "http://a/s")}, "each may be named once"),
-        ({"servers": ("http://a/s",), "weights": (1.0, 2.0)}, "2 weights for 1 functions, models and servers"),
-        ({"server_max_attempts": 0}, "server_max_attempts=0"),
-    ],
-)
-def test_configs_that_are_refused(changes, message):
-    with pytest.raises(ValueError) as error:
-        RewardConfig(**changes)
-    assert message in str(error.value)
 
 
 def test_a_served_reward_model_gives_transformers_scores(tmp_path):
