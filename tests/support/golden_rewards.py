@@ -1,4 +1,4 @@
-"""How the golden vectors of rewards, KL, whitening, GAE and group advantages are put to ours."""
+"""Golden vectors of rewards, KL, whitening, GAE and group advantages, computed by trialign's functions."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def kl(case: Case) -> Outputs:
     args, names = case["args"], list(case["inputs"])
     logp, ref = tensor(case, names[0]).requires_grad_(), tensor(case, names[1])
     kind: Any = next(args[key] for key in ("kl_penalty", "kl_estimator", "kl_loss_type", "kl_type") if key in args)
-    ours = SPELLINGS.get(kind, kind)
-    limits = kl_limits(case, "k3" if ours == "k3+" else ours)
+    estimator = SPELLINGS.get(kind, kind)
+    limits = kl_limits(case, "k3" if estimator == "k3+" else estimator)
     if args.get("input_clamp_value", 0) is None or (case["framework"], kind) == ("slime", "k3"):
         limits = 0.0, 0.0  # slime limits its k3 under the name low_var_kl alone
     ratio = None
     if args.get("unbiased") or "importance_sampling_weights" in args:
         old = tensor(case, "old_log_probs") if "old_log_probs" in case["inputs"] else logp.detach()
         ratio = (logp - old).exp()
-    estimate = kl_estimate(logp, ref, ours, *limits, ratio=ratio)
+    estimate = kl_estimate(logp, ref, estimator, *limits, ratio=ratio)
     (gradient,) = torch.autograd.grad(estimate.sum(), logp)
     return {"kl": estimate, f"grad_{names[0]}": gradient}
 
@@ -116,9 +116,11 @@ def scores_and_kl(case: Case) -> Outputs:
 @adapter("verl", "compute_gae_advantage_return")
 @adapter("NeMo-RL", "GeneralizedAdvantageEstimator._compute_gae")
 @adapter("OpenRLHF", "RemoteExperienceMaker.get_advantages_and_returns")
+@adapter("slime", "get_advantages_and_returns_batch")
 def estimated(case: Case) -> Outputs:
     args, names = case["args"], list(case["inputs"])
-    rows = Rows(tensor(case, next(name for name in names if name.endswith("mask"))))
+    masks = [tensor(case, name) for name in names if name.endswith("mask")] or [prefix_mask(case, "rewards")]
+    rows = Rows(masks[0])
     rewards = rows.pack(tensor(case, next(name for name in names if name.endswith("rewards"))))
     lam = next(args[key] for key in ("lam", "gae_lambda", "lambd") if key in args)
     config = ppo_config(case, lam=lam, gamma=args.get("gamma", args.get("gae_gamma")))
@@ -153,15 +155,6 @@ def prefix_mask(case: Case, like: str) -> torch.Tensor:
     """[rows, tokens]: the first `response_lengths` places of each row."""
     width = tensor(case, like).shape[1]
     return (torch.arange(width)[None] < tensor(case, "response_lengths")[:, None]).double()
-
-
-@adapter("slime", "get_advantages_and_returns_batch")
-def estimated_by_length(case: Case) -> Outputs:
-    rows, args = Rows(prefix_mask(case, "rewards")), case["args"]
-    batch = rows.batch(rewards=rows.pack(tensor(case, "rewards")), values=rows.pack(tensor(case, "values")))
-    config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
-    advantages, returns = ppo.estimate_advantages(batch, values_of(batch), config)
-    return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
 
 
 def against_group(rewards: torch.Tensor, group: torch.Tensor, options: GRPOOptions) -> torch.Tensor:
@@ -270,7 +263,7 @@ def openrlhf_experience(case: Case) -> Outputs:
 
 
 def centered(x: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """x [total] less its mean over the counted tokens: whitening without its deviation, which ours always has."""
+    """x [total] less its mean over the counted tokens: whitening without its deviation, which `whiten` always has."""
     deviation = x[rows.mask].double().var(correction=0).clamp(min=1e-8).sqrt()
     return (whiten(x, rows.segments).double() * deviation).to(x)
 
@@ -391,7 +384,7 @@ def trl_rloo(case: Case) -> Outputs:
 @adapter("OpenRLHF-0.9.6", "get_processor")
 def selection(case: Case) -> Outputs:
     """Text, not numbers: compared here, so that the numbers' test has the rewards left to compare."""
-    args, told = case["args"], case["outputs"]["objs"]
+    args, expected = case["args"], case["outputs"]["objs"]
     answers = [Scored(row["input"], row["output"], row["reward"]) for row in case["inputs"]["objs"]]
     if args["name"] == "rs":
         made = [{"input": a.prompt, "output": a.response, "reward": a.reward} for a in best_of_n(answers)]
@@ -409,10 +402,10 @@ def selection(case: Case) -> Outputs:
     else:
         given = conditioned(answers, args["normalize_reward"], args.get("reward_template", CONDITION))
         made = [{"input": a.prompt, "output": a.response, "reward": a.reward} for a in given]
-    names = [name for name in told[0] if "reward" not in name]
-    assert [[row[n] for n in names] for row in made] == [[row[n] for n in names] for row in told]
+    names = [name for name in expected[0] if "reward" not in name]
+    assert [[row[n] for n in names] for row in made] == [[row[n] for n in names] for row in expected]
     numbers = [[value for name, value in row.items() if "reward" in name] for row in made]
-    case["outputs"] = {"rewards": [[value for name, value in row.items() if "reward" in name] for row in told]}
+    case["outputs"] = {"rewards": [[value for name, value in row.items() if "reward" in name] for row in expected]}
     return {"rewards": torch.tensor(numbers)}
 
 
@@ -420,7 +413,7 @@ def selection(case: Case) -> Outputs:
 def trl_overlong(case: Case) -> Outputs:
     args, lengths = case["args"], tensor(case, "response_length")
     penalty = soft_overlong_penalty(lengths, args["max_completion_len"], args["soft_punish_cache"])
-    return {"penalty": penalty.clamp(min=-1)}  # longer responses than the limit are not ours
+    return {"penalty": penalty.clamp(min=-1)}  # longer responses than the limit are truncated here
 
 
 @adapter("verl", "DAPORewardManager.__call__")

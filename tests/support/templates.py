@@ -76,21 +76,14 @@ TEMPLATES = {
     "Qwen 3": Template(QWEN3, IM, "<|im_end|>"),
     "Llama 3": Template(LLAMA3, EOT, "<|eot_id|>"),
     "Llama 2": Template(LLAMA2, INST, "</s>", "sentencepiece"),
-    "Llama 2, legacy off": Template(LLAMA2, INST, "</s>", "sentencepiece, legacy off"),
     "Mistral, Mixtral": Template(MIXTRAL, INST, "</s>", "sentencepiece"),
     "Mistral 3": Template(MISTRAL3, INST, "</s>"),
     "Baichuan": Template(BAICHUAN, RESERVED, "</s>", "sentencepiece"),
     "ChatML on sentencepiece": Template(CHATML, IM, "<|im_end|>", "sentencepiece"),
     "a prompt that ends in a space": Template(plain(": ", "assistant: "), ("<|end|>",), "<|end|>"),
-    "a prompt that ends in spaces": Template(plain(":   ", "assistant:   "), ("<|end|>",), "<|end|>"),
-    "a prompt that ends in a newline": Template(plain(":\n", "assistant:\n"), ("<|end|>",), "<|end|>"),
     "a prompt that ends within a word": Template(plain("says", "assistantsays"), ("<|end|>",), "<|end|>"),
-    "a prompt that ends in a space, sentencepiece": Template(
-        plain(": ", "assistant: "), ("<|end|>",), "<|end|>", "sentencepiece"
-    ),
     "an end in words": Template(plain(": ", "assistant: ", "</s>\n"), (), "</s>", "sentencepiece"),
     "no generation prompt": Template(plain(": ", ""), ("<|end|>",), "<|end|>"),
-    "white space behind the end": Template(plain(": ", "assistant: ", "<|end|>\n \n"), ("<|end|>",), "<|end|>"),
 }
 
 

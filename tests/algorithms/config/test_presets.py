@@ -1,6 +1,5 @@
 """Overlays of launch/configs/presets: losses of PPO and GRPO under each are the pure functions with its numbers."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from trialign.algorithms.config.rlhf import RLHFConfig
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.grpo import actor_step as grpo_step
 from trialign.algorithms.grpo import with_advantages
-from trialign.algorithms.losses.aggregation import Segments, token_weights
+from trialign.algorithms.losses.aggregation import token_weights
 from trialign.algorithms.losses.kl import kl_estimate
-from trialign.algorithms.losses.policy import importance_weights, log_ratio, ppo_loss, sequence_log_ratio
+from trialign.algorithms.losses.policy import importance_weights, log_ratio, ppo_loss
 from trialign.algorithms.losses.value import value_loss
 from trialign.algorithms.ppo import actor_step, critic_step, with_rewards
 from trialign.algorithms.ppo import with_gae as ppo_advantages
@@ -68,13 +67,6 @@ def batch_of(actor: Learner) -> Batch:
     return batch.with_(logprobs=old, ref_logprobs=ref, rollout_logprobs=near(0.3), values=values)
 
 
-def pure(batch: Batch) -> tuple[Segments, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Segments, old and reference logprobs and values of a batch."""
-    segments = Segments.of_lengths(torch.tensor(batch.lengths), batch.mask)
-    assert batch.logprobs is not None and batch.ref_logprobs is not None and batch.values is not None
-    return segments, batch.logprobs, batch.ref_logprobs, batch.values
-
-
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_ppo_losses_are_the_pure_functions(folder, trainer):
     config = preset(PPOConfig, trainer)
@@ -86,7 +78,8 @@ def test_ppo_losses_are_the_pure_functions(folder, trainer):
     policy = actor_step(actor, scored, WHOLE, config, first=False)["policy_loss"]
     critics = critic_step(critic, scored, WHOLE, config)[0]["value_loss"]
 
-    segments, old, ref, before = pure(batch)
+    segments, old, ref, before = batch.segments, batch.logprobs, batch.ref_logprobs, batch.values
+    assert old is not None and ref is not None and before is not None
     kl = kl_estimate(old, ref, "k1", options.kl_input_limit, options.kl_output_limit)
     rewards = token_rewards(SCORES, kl, segments, 0.1, clip=10.0 if trainer == "openrlhf" else 0.0)
     lam = 0.95 if trainer in ("trialign", "trl", "nemo_rl") else 1.0
@@ -104,32 +97,27 @@ def test_ppo_losses_are_the_pure_functions(folder, trainer):
     assert options.loss_aggregation == ("sample-mean" if trainer == "slime" else "token-mean")
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "gspo"])
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_grpo_losses_are_the_pure_functions(folder, trainer, algorithm):
-    config: GRPOConfig = preset(GRPOConfig, trainer, algorithm)
+def test_grpo_losses_are_the_pure_functions(folder, trainer):
+    config: GRPOConfig = preset(GRPOConfig, trainer)
     actor = learner(folder)
     batch = batch_of(actor)
     now = actor.logprobs(batch)
     scored, _ = with_advantages(batch.with_(scores=SCORES, group=GROUP), config)
     metrics = grpo_step(actor, scored, WHOLE, config, first=False)
 
-    segments, old, ref, _ = pure(batch)
+    segments, old, ref = batch.segments, batch.logprobs, batch.ref_logprobs
+    assert old is not None and ref is not None
     how: Any = ("leave-one-out", "leave-one-out") if trainer == "nemo_rl" else ("mean", "unbiased")
     eps = {"openrlhf": 1e-9, "trl": 1e-4}.get(trainer, 1e-6)
     grouped = group_advantages(SCORES, GROUP, *how, eps, "reward" if trainer == "verl" else "zero")
     grouped = grouped.clamp(-10, 10) if trainer == "openrlhf" else grouped
     d, advantages = log_ratio(now, old, 20.0 if trainer in ("openrlhf", "verl") else 0.0), segments.broadcast(grouped)
-    if algorithm == "gspo":
-        d = sequence_log_ratio(now - old, segments).clamp(max=10.0 if trainer == "verl" else math.inf)
-        losses = ppo_loss(d, advantages, 3e-4, 4e-4)[0]
-        weights = token_weights(segments, "sample-mean")
-    else:
-        losses = ppo_loss(d, advantages, 0.2, 0.2, 3.0 if trainer == "verl" else 0.0)[0]
-        weights = token_weights(segments, "sample-mean" if trainer == "slime" else "token-mean")
-        limits = (20.0 if trainer in ("verl", "nemo_rl") else 0.0), (0.0 if trainer in ("trialign", "trl") else 10.0)
-        kl = kl_estimate(now, ref, "k3", *limits, ratio=(now - old).exp() if trainer == "nemo_rl" else None)
-        assert metrics["kl_loss"] == pytest.approx((kl * weights).sum().item(), rel=1e-4)
+    losses = ppo_loss(d, advantages, 0.2, 0.2, 3.0 if trainer == "verl" else 0.0)[0]
+    weights = token_weights(segments, "sample-mean" if trainer == "slime" else "token-mean")
+    limits = (20.0 if trainer in ("verl", "nemo_rl") else 0.0), (0.0 if trainer in ("trialign", "trl") else 10.0)
+    kl = kl_estimate(now, ref, "k3", *limits, ratio=(now - old).exp() if trainer == "nemo_rl" else None)
+    assert metrics["kl_loss"] == pytest.approx((kl * weights).sum().item(), rel=1e-4)
     if trainer == "trl":  # corrects for the sampler by default
         assert batch.rollout_logprobs is not None
         sampled = batch.rollout_logprobs

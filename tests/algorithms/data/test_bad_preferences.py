@@ -33,9 +33,7 @@ def chat(*texts: str) -> list[dict[str, str]]:
 ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, changes to a good row, options, message
     "no chosen": ("pairs", {"chosen": ...}, {}, "no column 'chosen' (data.chosen_key); it has: 'prompt', 'rejected'"),
     "empty chosen": ("pairs", {"chosen": " \n"}, {}, "'chosen' is empty"),
-    "a number for an answer": ("pairs", {"chosen": 3}, {}, "'chosen' must be a string or a list of {role, content}"),
     "tools without a template": ("pairs", {"tools": [{"name": "clock"}]}, {"chat_template": False}, "'tools' is not e"),
-    "another dialogue than the prompt": ("pairs", {"chosen": chat("x", "b")}, {}, "'chosen' holds 2 messages that do "),
     "different dialogues": (
         "pairs",
         {"prompt": ..., "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"},

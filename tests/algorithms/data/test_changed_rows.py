@@ -9,15 +9,12 @@ from samples import write_jsonl
 from tiny import tiny_tokenizer
 from trialign.algorithms.config.conditional import ConditionConfig, RewardedData
 from trialign.algorithms.config.data import PromptData
-from trialign.algorithms.config.preference import LabelData, PairData, RewardModelConfig, StepData
+from trialign.algorithms.config.preference import PairData, RewardModelConfig, StepData
 from trialign.algorithms.config.pretrain import TextData
-from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
-from trialign.algorithms.data.dialogues import DialogueDataset
 from trialign.algorithms.data.documents import TextDataset, TextStream
-from trialign.algorithms.data.preferences import LabeledStream, PairStream
+from trialign.algorithms.data.preferences import PairStream
 from trialign.algorithms.data.prompts import PromptDataset
-from trialign.algorithms.data.responses import read_sampled_pairs
 from trialign.algorithms.data.sources import RowReader
 
 STOP = (2,)  # </s> of the tiny tokenizer
@@ -57,22 +54,13 @@ def in_steps(tokenizer, path: str):
     return importlib.import_module("reward").stream(config, tokenizer, STOP)
 
 
-def of_answers(tokenizer, path: str):
-    config = RewardModelConfig(data=PairData(sources=(path,)))
-    return importlib.import_module("reward").stream(config, tokenizer, STOP, read_sampled_pairs)
-
-
 STREAMS = {
-    "prompts": (lambda t, p: PromptDataset(PromptData(sources=(p,)), t), "answer"),
     "the pretraining mix": (lambda t, p: TextDataset(p, "text", t, 4), "text"),
-    "dialogues": (lambda t, p: DialogueDataset(SFTData(sources=(p,)), t, STOP), "response"),
-    "held-out dialogues": (lambda t, p: DialogueDataset(SFTData(sources=(p,), eval_fraction=0.5), t, STOP), "prompt"),
+    "prompts": (lambda t, p: PromptDataset(PromptData(sources=(p,)), t), "answer"),
     "text": (lambda t, p: TextStream(TextData(sources=(p,)), t), "text"),
     "pairs": (lambda t, p: PairStream(PairData(sources=(p,)), t, STOP), "rejected"),
-    "labels": (lambda t, p: LabeledStream(LabelData(sources=(p,)), t, STOP), "response"),
     "rewards": (conditioned, "response"),
     "steps": (in_steps, "labels"),
-    "pairs of RLHF": (of_answers, "rejected_tokens"),
 }
 
 

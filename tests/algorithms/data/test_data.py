@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from samples import tokenizer, write_jsonl
 from trialign.algorithms.config.data import PromptData
-from trialign.algorithms.config.evaluate import EvaluatedDialogues, EvaluatedText
+from trialign.algorithms.config.evaluate import EvaluatedDialogues
 from trialign.algorithms.config.pretrain import TextData
-from trialign.algorithms.config.rlhf import PromptsConfig
 from trialign.algorithms.data.dialogues import DialogueDataset
 from trialign.algorithms.data.documents import TextDataset, TextStream
 from trialign.algorithms.data.prompts import PromptDataset
@@ -97,11 +96,7 @@ def test_pretraining_mix_is_packed_with_eos(tmp_path):
 
 def test_errors_name_the_options_of_their_section(tmp_path):
     sources = (str(write_jsonl(tmp_path / "a.jsonl", [{"word": "a"}])),)
-    with pytest.raises(ValueError, match=r"no column 'text' \(text.text_key\)"):
-        TextStream(EvaluatedText(sources=sources), tokenizer())
     with pytest.raises(
         ValueError, match=r"'messages' \(dialogues.messages_key\) nor 'prompt' \(dialogues.prompt_key\)"
     ):
         DialogueDataset(EvaluatedDialogues(sources=sources), tokenizer(), (1,))
-    with pytest.raises(ValueError, match=r"no column 'prompt' \(prompts.prompt_key\)"):
-        PromptDataset(PromptsConfig(sources=sources), tokenizer())

@@ -158,16 +158,6 @@ def test_rewritten_history_splits_turns_into_samples(with_template, tmp_path):
     assert len(held) == len(held.eval_rows) == 1 and len(held.eval_rows[0]) == 2
 
 
-def test_long_rows_are_dropped(tiny, tmp_path):
-    rows = [{"prompt": "hi", "response": "x" * n} for n in (1, 2, 50, 60)]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    lengths = [len(s.tokens) for s in read(tiny, tmp_path, *rows)]
-    data = dataset(tiny, path, max_tokens=40)
-    assert (len(data), data.dropped, data.dropped_tokens) == (2, 2, lengths[2] + lengths[3])
-    with pytest.raises(ValueError, match="all 4 rows are longer than data.max_tokens=5; the shortest has 24 tokens"):
-        dataset(tiny, path, max_tokens=5)
-
-
 def test_eval_split_is_disjoint_and_seeded(tiny, tmp_path):
     paths = [
         write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", "response": "x"} for i in range(10)])

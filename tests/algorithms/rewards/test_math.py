@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import pytest
-from trialign.algorithms.batch import Prompt
 from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.algorithms.rewards.math.reward import correct, math
 
@@ -18,16 +17,6 @@ def test_rewards_of_known_completions():
     earned = math([""] * len(cases), [case[0] for case in cases], [case[1] for case in cases])
     assert [case for case, reward in zip(cases, earned, strict=True) if case[2] != reward] == []
     assert len(cases) > 500
-
-
-def test_as_a_reward_function_in_its_process(tmp_path: Path):
-    wanted = ("#### 5", "1/2", "2\\sqrt{3}", "(3, -2)")
-    prompts = [Prompt(i, [1], "?", {"answer": right}, f"a.jsonl:{i}") for i, right in enumerate(wanted)]
-    with RewardFunction(MATH) as reward:
-        reward.check([(prompt.source, prompt.fields) for prompt in prompts])
-        answers = ["It is 5.", "It is 0.6.", "\\boxed{\\sqrt{12}}", "\\boxed{(5, 1)}"]
-        assert reward.score(prompts, answers) == [1.0, 0.0, 1.0, 0.0]
-    assert math([""], ["50%"], [0.5]) == [1.0]
 
 
 def test_rows_that_cannot_be_scored_are_named_before_the_run():

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 from harness import run_ranks
-from samples import write_jsonl
-from scripts import launch, options
 from test_rewards_served import serve_reward  # noqa: F401
 from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import pre_tokenizers
-from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, single_turn
+from trialign.algorithms.batch import Prompt, Rollout, from_rollouts, single_turn
 from trialign.algorithms.config.common import ModelPaths, RolloutConfig
 from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels
-from trialign.algorithms.config.reward import PolicyReward, RewardConfig
+from trialign.algorithms.config.reward import RewardConfig
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, Policy, reward_encoders
 from trialign.algorithms.rewards.scorer import Scorer
@@ -29,11 +27,8 @@ from trialign.models.folder import assets
 from trialign.models.hf.tokenizer import read_tokenizer
 from trialign.models.hf.tokenizer_match import chats_differ, tokens_differ
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 49152,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 512,
-}  # that of SmolLM2's tokenizer
+VOCABULARY = 49152  # of SmolLM2's tokenizer
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embeddings": 512}
 CHATS = (
     [{"role": "user", "content": "What is 2+2?"}],
     [
@@ -56,7 +51,6 @@ def folders(tmp_path_factory, smollm2) -> Path:
             if asset != "config.json":
                 shutil.copyfile(path, root / name / asset)
     tiny_tokenizer(tiny_llama(root / "bytes", score=True, seed=1, **SIZES))
-    tiny_tokenizer(tiny_llama(root / "policy of bytes", **SIZES))
     return root
 
 
@@ -122,7 +116,7 @@ def scored(
 
 
 def by_server(module: Any, folder: str, rollouts: list[Rollout]) -> list[float]:
-    """Scores of serve_reward.py for the same completions."""
+    """Scores of launch/serve_reward.py for the same completions."""
     score = module.Scores(module.ServeConfig(ModelPaths(folder, dtype="float32")), build_mesh())
     rows = zip(rollouts, ANSWERS * len(CHATS), strict=True)
     return score([Completion("row", list(r.prompt.messages), text, end, None) for r, (text, end) in rows])
@@ -184,26 +178,17 @@ def test_too_long_texts_are_refused_or_unscored(folders):
     prompt = Prompt(0, [1], "hi", source="p.jsonl:1", messages=tuple(CHATS[0]))
     rollouts = [single_turn(prompt, own, [0.0] * len(own), "length") for own in (tokens[:9], tokens)]
     role = Role(build_decoder(name, read_config(name), mesh, "float32", head="score"))
-
-    def score(on_failure: Any) -> list[Score]:
-        config = RewardConfig(models=(name,), on_failure=on_failure)
-        scorer = Scorer(config, policy.tokenizer, mesh, encoders_of(folders, name))
-        return scorer(rollouts, from_rollouts(rollouts), [role])[name]
-
+    stopping, skipping = (RewardConfig(models=(name,), on_failure=how) for how in ("stop", "skip"))
+    given = policy.tokenizer, mesh, encoders_of(folders, name)
     with pytest.raises(ValueError, match=r"bytes: p.jsonl:1: \d+ tokens of .*bytes, which has positions for 512"):
-        score("stop")
-    short, long = score("skip")
+        Scorer(stopping, *given)(rollouts, from_rollouts(rollouts), [role])
+    short, long = Scorer(skipping, *given)(rollouts, from_rollouts(rollouts), [role])[name]
     assert short == short and long != long
 
 
-def test_other_tokenizers_of_critic_and_reference_are_refused(folders, tmp_path):
+def test_other_tokenizers_of_critic_and_reward_are_refused(folders, tmp_path):
     models = PPOModels(str(folders / "policy"), critic=str(folders / "bytes"), dtype="float32")
-    config = PPOConfig(
-        model=models,
-        data=PPOData(max_prompt_tokens=20),
-        rollout=RolloutConfig(max_new_tokens=20),
-        reward=PolicyReward(),
-    )
+    config = PPOConfig(model=models, data=PPOData(max_prompt_tokens=20), rollout=RolloutConfig(max_new_tokens=20))
     with pytest.raises(ValueError, match=r"bytes: its tokenizer is not that of .*policy, and both must read the same"):
         read_shapes(config, models.critic)
     read_shapes(config, str(folders / "alike"))
@@ -217,8 +202,3 @@ def test_other_tokenizers_of_critic_and_reference_are_refused(folders, tmp_path)
     tiny_llama(unknown, score=True)
     with pytest.raises(ValueError, match="unknown: vocab_size=96, but the actor's is 49152"):
         reward_encoders([str(unknown)], policy_of(folders))
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    given = options(model_path=folders / "policy", model_reference=folders / "policy of bytes", data_sources=pairs)
-    done = launch("dpo", *given, *options(run_output=tmp_path / "run", update_batch_size=1, data_max_tokens=64))
-    assert done.returncode != 0 and "policy of bytes: its tokenizer is not that of" in done.stderr, done.stderr
-    assert not (tmp_path / "run").exists()

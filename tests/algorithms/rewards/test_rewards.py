@@ -56,13 +56,10 @@ def test_a_module_is_found_in_the_working_directory_and_finds_its_neighbors(tmp_
             assert reward.score(PROMPTS, ["", ""]) == [7.0, 7.0]
 
 
-CALLS = {"a sleep": "time.sleep(60)", "a call that holds the interpreter lock": "re.match('(a+)+$', 'a' * 60 + 'b')"}
-
-
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_reward_process_ends_with_its_parent(tmp_path, call):
-    """Even when that is killed in the middle of a call."""
-    spec = function(tmp_path, f"import pathlib, re, time\npathlib.Path({str(tmp_path / 'in')!r}).touch()\n{call}")
+def test_reward_process_ends_with_its_parent(tmp_path):
+    """Even when that is killed in the middle of a call that holds the interpreter lock."""
+    call = "re.match('(a+)+$', 'a' * 60 + 'b')"
+    spec = function(tmp_path, f"import pathlib, re\npathlib.Path({str(tmp_path / 'in')!r}).touch()\n{call}")
     script = (
         "import sys\n"
         "from trialign.algorithms.batch import Prompt\n"
@@ -121,14 +118,6 @@ def test_statistics_resume_from_state():
     shape([1.0, 5.0, 2.0], [True] * 3)
     again.load_state(json.loads(json.dumps(shape.state())))
     assert again([4.0, 0.5], [True] * 2) == shape([4.0, 0.5], [True] * 2)
-
-
-def test_the_demo_s_reward_likes_what_is_pleasant():
-    pytest.importorskip("vaderSentiment")
-    spec = Path(__file__).resolve().parents[3] / "launch" / "examples" / "sentiment.py"
-    with RewardFunction(f"{spec}:sentiment") as reward:
-        good, bad = reward.score(PROMPTS, ["What a wonderful, happy day!", "It was a terrible, sad failure."])
-    assert good is not None and good > 0.5 and bad is not None and bad < -0.5
 
 
 def test_a_row_is_rewarded_by_the_scorers_that_apply_to_it(tmp_path):

@@ -5,9 +5,7 @@ import json
 import math
 import os
 import signal
-import socket
 import socketserver
-import struct
 import subprocess
 import sys
 import threading
@@ -23,7 +21,6 @@ from tiny import tiny_llama, tiny_tokenizer
 from trialign.algorithms.batch import Prompt, pack
 from trialign.algorithms.policy_step import without_unscored
 from trialign.algorithms.rewards import http as reward_server
-from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.algorithms.rewards.http import RewardClient
 from trialign.algorithms.rewards.shaping import RewardShaper, combine
 
@@ -114,48 +111,29 @@ def test_closed_connections_are_tried_again():
     assert len(seen) == 2
 
 
-def drip(connection: socket.socket) -> None:
-    """A header that never ends, each part of it in time."""
-    while True:
-        connection.sendall(b"a")
-        time.sleep(0.02)
-
-
-def reset(connection: socket.socket) -> None:
-    """Ends the connection as a process does that is killed."""
-    time.sleep(0.1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-BROKEN = {
-    "an answer that is cut": (b'HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n{"sco', reset, "no connection: ", 2),
-    "a header without end": (b"HTTP/1.1 200 X\r\n", drip, "took longer than reward.time_limit=0.4 seconds", 2),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_responses_are_tried_again_within_the_limit(case):
-    """It is asked for again, unless the code refuses; then all its rows are named, or abstain."""
-    begin, then, message, asked = BROKEN[case]
+def test_headers_without_end_are_given_up_in_time():
+    """Every part of the header comes in time; then all rows are named, or abstain."""
     seen = []
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
             seen.append(self.request.recv(1 << 16))
             with suppress(OSError):
-                self.request.sendall(begin)
-                then(self.request)
+                self.request.sendall(b"HTTP/1.1 200 X\r\n")
+                while True:
+                    self.request.sendall(b"a")
+                    time.sleep(0.02)
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads, block_on_close = True, False
 
     with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/score"
-        started = time.monotonic()
-        with pytest.raises(ValueError, match="for 5 rows: a.jsonl:1") as error:
+        url, started = f"http://127.0.0.1:{server.server_address[1]}/score", time.monotonic()
+        message = "took longer than reward.time_limit=0.4 seconds"
+        with pytest.raises(ValueError, match=f"{message}.* for 5 rows: a.jsonl:1"):
             RewardClient(url, 0.4, attempts=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
-        assert message in str(error.value) and len(seen) == asked and time.monotonic() - started < 1.5
+        assert len(seen) == 2 and time.monotonic() - started < 1.5
         abstaining = RewardClient(url, 0.4, attempts=1, skip_failures=True)
         assert all(score is not None and math.isnan(score) for score in abstaining.score(PROMPTS, TEXTS, ENDED))
         assert len(abstaining.failures) == 1 and message in abstaining.failures[0]
@@ -199,28 +177,6 @@ def test_only_failed_rows_abstain():
     with serving(INVALID["NaN"][0]) as (url, _):
         scores = RewardClient(url, skip_failures=True).score(PROMPTS, TEXTS, ENDED)
     assert [s if s == s else None for s in scores] == [1, 2, None, 4, 5]
-
-
-FUNCTIONS = {
-    "raises": ("if 'ccc' in completions: raise KeyError('x')\nreturn [1.0] * len(completions)", [1, 1, None, 1, 1]),
-    "gives NaN": ("return [float('nan') if c == 'bb' else 2.0 for c in completions]", [2, None, 2, 2, 2]),
-    "dies": ("import os\nif not os.path.exists('{flag}'): open('{flag}', 'w').close(); os._exit(3)\nreturn [1.0] * 5",
-             [None] * 5),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FUNCTIONS)
-def test_a_function_that_fails_abstains_and_goes_on(case, tmp_path):
-    body, expected = FUNCTIONS[case]
-    path = tmp_path / "reward.py"
-    lines = body.replace("{flag}", str(tmp_path / "flag")).splitlines()
-    path.write_text("def score(prompts, completions, **fields):\n" + "".join(f"    {line}\n" for line in lines))
-    with RewardFunction(f"{path}:score", skip_failures=True) as reward:
-        scores = reward.score(PROMPTS, TEXTS)
-        assert [s if s == s else None for s in scores] == expected
-        assert reward.failures and str(path) in reward.failures[0]
-        again = reward.score(PROMPTS, TEXTS)
-        assert [s if s == s else None for s in again] == ([1.0] * 5 if case == "dies" else expected)
 
 
 def test_abstaining_samples_move_no_statistic():

@@ -9,24 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
-from samples import write_jsonl
 from tiny import tiny_llama, tiny_tokenizer
 from trialign.algorithms.batch import Prompt, from_rollouts, single_turn
 from trialign.algorithms.config.common import ModelPaths
-from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.reward import RewardConfig
-from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.scorer import Scorer
-from trialign.algorithms.roles.build import build_decoder
-from trialign.algorithms.roles.role import Role
 from trialign.engine.mesh import build_mesh
-from trialign.models.families.registry import read_config
 
 ROOT = Path(__file__).resolve().parents[3]
 CHAT = [
@@ -35,7 +29,6 @@ CHAT = [
     {"role": "user", "content": "three"},
 ]
 # White space and cut answers are where text and tokens may come apart; the template writes a line after each turn.
-ANSWERS = (("four", True), (" four\n", True), ("fo", False), ("", True))
 TEMPLATE = (
     "{% if tools %}<s>tools: {{ tools | length }}</s>\n{% endif %}"
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
@@ -71,36 +64,6 @@ def served(module: Any, folder: Path, **options: Any) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/score"
         server.shutdown()
-
-
-def by_both(folder: Path, url: str, data: PromptData) -> tuple[list[Any], list[Any]]:
-    """The scores of ANSWERS to each prompt: by reward.models, by reward.servers."""
-    from transformers import AutoTokenizer
-
-    tokenizer, mesh = AutoTokenizer.from_pretrained(folder), build_mesh()
-    dataset = PromptDataset(data, tokenizer)
-    rollouts = []
-    for prompt in dataset.next(dataset.rows):
-        for text, finished in ANSWERS:
-            tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], *([2] if finished else [])]
-            rollouts.append(single_turn(prompt, tokens, [0.0] * len(tokens), "stop" if finished else "length"))
-    scorer = Scorer(RewardConfig(models=(str(folder),), servers=(url,), server_batch_size=3), tokenizer, mesh)
-    model = Role(
-        build_decoder(str(folder), read_config(folder), mesh, "float32", head="score"),
-        sizes=UpdateConfig(micro_batch_size=1),
-    )
-    batch = from_rollouts(rollouts)
-    scores = scorer(rollouts, batch, [model])
-    return scores[str(folder)], scores[url]
-
-
-def test_models_and_servers_score_the_same_chat(folder, serve_reward, tmp_path):
-    """Several turns, a system prompt of the run's, answers that ended and that were cut."""
-    rows = [{"prompt": CHAT}, {"prompt": "hi"}, {"prompt": [{"role": "system", "content": "own"}, *CHAT]}]
-    data = PromptData((str(write_jsonl(tmp_path / "chats.jsonl", rows)),), system_prompt="be kind")
-    with served(serve_reward, folder) as url:
-        own, served_scores = by_both(folder, url, data)
-    assert served_scores == pytest.approx(own, rel=1e-4) and len({round(score, 4) for score in own}) == len(own)
 
 
 def post(url: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
@@ -165,13 +128,13 @@ def test_invalid_folders_are_refused_before_loading(serve_reward, tmp_path):
         serve_reward.Scores(serve_reward.ServeConfig(ModelPaths(str(endless))), build_mesh())
 
 
-def fails_alone(rank: int, world: int, kind: str) -> str:
+def fails_alone(rank: int, world: int) -> str:
     """The message on a rank of an error on the first one."""
     tokenizer: Any = None
     scorer = Scorer(RewardConfig(), tokenizer, build_mesh(dp=world))
 
     def work() -> None:
-        raise {"foreseen": ValueError("a.jsonl:3: why"), "unforeseen": KeyError("x")}[kind]
+        raise KeyError("x")
 
     try:
         scorer._on_first_rank(work)
@@ -180,33 +143,15 @@ def fails_alone(rank: int, world: int, kind: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("kind", "message"), [("foreseen", "a.jsonl:3: why"), ("unforeseen", "KeyError: 'x' (")])
-def test_errors_of_the_first_rank_reach_every_rank(kind, message):
-    messages = run_ranks(fails_alone, 2, kind)
-    assert messages[0] == messages[1] and messages[0].startswith(message)
-
-
-class Fixed:
-    """A reward model that gives these scores."""
-
-    def __init__(self, *scores: float):
-        self.given = scores
-
-    def scores(self, *_: Any) -> torch.Tensor:
-        return torch.tensor(self.given)
-
-
-class Wordless:
-    """A tokenizer of no words."""
-
-    def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
-        return ["" for _ in rows]
+def test_errors_of_the_first_rank_reach_every_rank():
+    messages = run_ranks(fails_alone, 2)
+    assert messages[0] == messages[1] and messages[0].startswith("KeyError: 'x' (")
 
 
 def test_a_reward_model_s_nan_names_file_and_row():
     rollouts = [single_turn(Prompt(i, [1], "", source=f"p.jsonl:{i + 1}"), [2], [0.0], "stop") for i in range(3)]
-    models: Any = [Fixed(1.0, math.nan, math.inf)]
-    tokenizer: Any = Wordless()
+    models: Any = [SimpleNamespace(scores=lambda *_: torch.tensor([1.0, math.nan, math.inf]))]
+    tokenizer: Any = SimpleNamespace(batch_decode=lambda rows, **_: [""] * len(rows))
 
     def score(on_failure: Any) -> tuple[list[float], list[str]]:
         scorer = Scorer(RewardConfig(models=("runs/m",), on_failure=on_failure), tokenizer, build_mesh())
