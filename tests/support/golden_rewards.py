@@ -124,16 +124,11 @@ def estimated(case: Case) -> Outputs:
     rewards = rows.pack(tensor(case, next(name for name in names if name.endswith("rewards"))))
     lam = next(args[key] for key in ("lam", "gae_lambda", "lambd") if key in args)
     config = ppo_config(case, lam=lam, gamma=args.get("gamma", args.get("gae_gamma")))
-    batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
-    advantages, returns = ppo.estimate_advantages(batch, values_of(batch), config)
+    values = rows.read(case, "values")
+    advantages, returns = ppo.estimate_advantages(rows.batch(rewards=rewards), values, config)
     if case["framework"] == "verl":  # whitened in the same function
         advantages = whitened(case, advantages, rows)
     return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
-
-
-def values_of(batch: Batch) -> torch.Tensor:
-    assert batch.values is not None
-    return batch.values
 
 
 def experience(rows: Rows, batch: Batch) -> Outputs:
@@ -242,14 +237,12 @@ def openrlhf_experience(case: Case) -> Outputs:
     assert tuple(args["reward_clip_range"]) == (-clip, clip)
     if args["estimator"] == "gae":
         config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
-        batch = rows.batch(logprobs=kl, ref_logprobs=torch.zeros_like(kl), values=rows.pack(tensor(case, "values")))
+        values = rows.read(case, "values")
+        batch = rows.batch(logprobs=kl, ref_logprobs=torch.zeros_like(kl), values=values)
         batch, _ = ppo.with_rewards(batch, scores, config, args["kl_coef"])
-        assert batch.rewards is not None
         outputs = experience(rows, ppo.with_gae(batch, config)[0])
         if args["no_std_norm"]:
-            outputs["advantages"] = rows.unpack(
-                centered(ppo.estimate_advantages(batch, values_of(batch), config)[0], rows)
-            )
+            outputs["advantages"] = rows.unpack(centered(ppo.estimate_advantages(batch, values, config)[0], rows))
         return outputs
     group = torch.arange(len(scores)) // args["n_samples_per_prompt"]
     changes = OPENRLHF_ESTIMATORS[args["estimator"]] | {"kl_coef": args["kl_coef"], "gamma": args["gamma"]}
@@ -278,8 +271,8 @@ def slime_experience(case: Case) -> Outputs:
     if args["estimator"] == "ppo":
         config = ppo_config(case, gamma=args["gamma"], lam=args["lambd"])
         rewards = token_rewards(scores, kl, rows.segments, args["kl_coef"], clip=config.reward.token_clip)
-        batch = rows.batch(rewards=rewards, values=rows.pack(tensor(case, "values")))
-        advantages, returns = ppo.estimate_advantages(batch, values_of(batch), config)
+        values = rows.read(case, "values")
+        advantages, returns = ppo.estimate_advantages(rows.batch(rewards=rewards), values, config)
         if whole:
             advantages = whitened(case, advantages, counted)
         return {"advantages": rows.unpack(advantages), "returns": rows.unpack(returns)}
@@ -352,8 +345,7 @@ def trl_experience(case: Case) -> Outputs:
     config = ppo_config(case, gamma=args["gamma"], lam=args["lam"])
     if args["whiten_rewards"]:  # their mean stays
         rewards = whitened(case, rewards, longer) + longer.mask * rewards[longer.mask].mean()
-    batch = longer.batch(rewards=rewards, values=longer.pack(values))
-    advantages, returns = ppo.estimate_advantages(batch, values_of(batch), config)
+    advantages, returns = ppo.estimate_advantages(longer.batch(rewards=rewards), longer.pack(values), config)
     return {
         "rewards": longer.unpack(rewards),
         "advantages": answer.unpack(whitened(case, advantages, answer)),
@@ -389,15 +381,10 @@ def selection(case: Case) -> Outputs:
     if args["name"] == "rs":
         made = [{"input": a.prompt, "output": a.response, "reward": a.reward} for a in best_of_n(answers)]
     elif args["name"] == "iter_dpo":
+        names = "prompt", "chosen", "chosen_reward", "rejected", "rejected_reward"
         made = [
-            {
-                "prompt": chosen.prompt,
-                "chosen": chosen.response,
-                "chosen_reward": chosen.reward,
-                "rejected": rejected.response,
-                "rejected_reward": rejected.reward,
-            }
-            for chosen, rejected in best_against_worst(answers)
+            dict(zip(names, (best.prompt, best.response, best.reward, worst.response, worst.reward), strict=True))
+            for best, worst in best_against_worst(answers)
         ]
     else:
         given = conditioned(answers, args["normalize_reward"], args.get("reward_template", CONDITION))
@@ -420,8 +407,7 @@ def trl_overlong(case: Case) -> Outputs:
 @adapter("NeMo-RL", "apply_reward_shaping")
 @adapter("OpenRLHF", "apply_overlong_penalty")
 def overlong(case: Case) -> Outputs:
-    args = list(case["args"].values())
-    limit, buffer, factor = args
+    limit, buffer, factor = case["args"].values()
     penalty = soft_overlong_penalty(tensor(case, "response_length"), limit, buffer, factor)
     penalty = penalty.clamp(min=-factor) if case["framework"] == "OpenRLHF" else penalty
     return {"rewards": tensor(case, "rewards") + penalty}

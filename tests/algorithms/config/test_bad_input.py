@@ -34,37 +34,28 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 
 # Config: the command line.
 COMMAND_LINES = {
-    "unknown key": (
-        ["--actor.optimizr.lr", "1"],
-        ["Unrecognized options: --actor.optimizr.lr", "--actor.optimizer.lr"],
+    "unknown key": ("--actor.optimizr.lr 1", "Unrecognized options: --actor.optimizr.lr"),
+    "not a number": ("--actor.optimizer.lr fast", "--actor.optimizer.lr"),
+    "not a choice": ("--ppo.kl_estimator k4", "invalid choice 'k4'"),
+    "below its range": ("--run.steps 0", "run: steps=0: must be 1 or more"),
+    "min above max": ("--rollout.max_new_tokens 8 --rollout.min_new_tokens 9", "min_new_tokens=9: must be 0 to max_ne"),
+    "weights that do not fit": ("--reward.functions a:b --reward.weights 1 2", "2 weights for 1 functions, models and"),
+    "probabilities": (
+        "--data.sources a --data.probabilities 0.5 0.5",
+        "probabilities=(0.5, 0.5): 2 numbers for 1 sour",
     ),
-    "not a number": (["--actor.optimizer.lr", "fast"], ["--actor.optimizer.lr", "'fast'"]),
-    "not a choice": (["--ppo.kl_estimator", "k4"], ["invalid choice 'k4'", "--ppo.kl_estimator", "'k1', 'k2', 'k3'"]),
-    "below its range": (["--run.steps", "0"], ["run: steps=0: must be 1 or more"]),
-    "min above max": (
-        ["--rollout.max_new_tokens", "8", "--rollout.min_new_tokens", "9"],
-        ["min_new_tokens=9: must be 0 to max_new_tokens=8"],
-    ),
-    "weights that do not fit": (
-        ["--reward.functions", "a:b", "--reward.weights", "1", "2"],
-        ["2 weights for 1 functions, models and servers"],
-    ),
-    "probabilities that do not fit": (
-        ["--data.sources", "a", "--data.probabilities", "0.5", "0.5"],
-        ["probabilities=(0.5, 0.5): 2 numbers for 1 sources"],
-    ),
-    "no config file named": (["--config"], ["error: --config needs a path"]),
-    "two config files": (["--config", "a.toml", "--config", "b.toml"], ["error: --config is given twice"]),
-    "no such config file": (["--config", "nowhere.toml"], ["error: config file nowhere.toml: No such file"]),
+    "no config file named": ("--config", "error: --config needs a path"),
+    "two config files": ("--config a.toml --config b.toml", "error: --config is given twice"),
+    "no such config file": ("--config nowhere.toml", "error: config file nowhere.toml: No such file"),
 }
 
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
 def test_invalid_command_lines_are_refused(case, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv, parts = COMMAND_LINES[case]
-    message = refused(capsys, argv)
-    assert all(part in message for part in parts), message
+    argv, part = COMMAND_LINES[case]
+    message = refused(capsys, argv.split())
+    assert part in message, message
 
 
 # Config: the file.
@@ -72,7 +63,7 @@ FILES = {
     "malformed value": ("[run]\nsteps = many", "not valid TOML: Invalid value (at line 2"),
     "unknown key": (
         "[actor]\nclip_lw = 0.1",
-        "unknown key 'actor.clip_lw': did you mean 'clip_low'? allowed: policy_loss, ",
+        "unknown key 'actor.clip_lw': did you mean 'clip_low'? allowed: ",
     ),
     "key for a section": ("actor = 3", "actor is a section: write [actor], not actor = 3"),
     "string for a number": ('[run]\nsteps = "3"', 'run.steps = "3": must be a whole number, not a string'),
@@ -96,16 +87,8 @@ CHECKS = {
     "no model": (flags(model_path=None), 1, "model.path is not given"),
     "ptx without text": (flags(actor_ptx_coef=1), 1, "actor.ptx_coef=1.0: needs text"),
     "world by all": (flags(parallel_tp=2, parallel_dp=2), 8, "world size 8 is not tp x pp x dp = 2 x 1 x 2 = 4"),
-    "minibatches": (
-        flags(run_prompts_per_step=10, ppo_minibatches=4),
-        1,
-        "10 x 1 = 10 samples do not divide by ppo.minib",
-    ),
-    "micro-batch tokens": (
-        flags(ppo_micro_batch_tokens=2047),
-        1,
-        "ppo.micro_batch_tokens=2047 is less than one sample may have: data.max_prompt_tokens + rollout.max_new_tok",
-    ),
+    "minibatches": (flags(run_prompts_per_step=10, ppo_minibatches=4), 1, "10 x 1 = 10 samples do not divide by ppo."),
+    "tokens": (flags(ppo_micro_batch_tokens=2047), 1, "ppo.micro_batch_tokens=2047 is less than one sample may have"),
 }
 
 
@@ -178,11 +161,7 @@ FAILURES = {  # body, message, number of rows that are scored where failures are
     "wrong length": ("return [0.0]", "returned 1 scores for 3 completions, of a.jsonl:1 to a.jsonl:3", 0),
     "NaN": ("return [0.0, 0.0, float('nan')]", "returned nan for a.jsonl:3 (prompt 'prompt 2'): must be a finite", 2),
     "text": ("return [0.0, 'good', 0.0]", "returned 'good' for a.jsonl:2 (prompt 'prompt 1'): must be a finite", 2),
-    "closes everything": (
-        "os.closerange(0, 100); time.sleep(60)",
-        "ended (it closed its output) for 3 rows: a.json",
-        0,
-    ),
+    "closes its output": ("os.closerange(0, 100); time.sleep(60)", "ended (it closed its output) for 3 rows", 0),
     "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", "ended (killed by SIGKILL) for 3 rows: a.jsonl:1", 0),
 }
 

@@ -59,14 +59,10 @@ def test_prompts_are_mixed_by_probabilities(tmp_path):
 def test_strings_and_messages_use_the_chat_template(tmp_path):
     chat = [{"role": "user", "content": "hello you"}]
     rows = [{"prompt": "hello you"}, {"prompt": chat}, {"prompt": [{"role": "system", "content": "be kind"}, *chat]}]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    data, briefly = dataset(path), dataset(path, system_prompt="be brief")
-    begins = [tokenizer().decode(p.tokens[:3]) for p in sorted(briefly.next(3), key=lambda prompt: prompt.source)]
-    assert begins == ["<system> be brief", "<system> be brief", "<system> be kind"]
-    (bare,) = dataset(write_jsonl(tmp_path / "b.jsonl", rows[:1]), chat_template=False).next(1)
-    assert tokenizer().decode(bare.tokens) == "hello you"
-    plain, messages, system = sorted(data.next(3), key=lambda prompt: prompt.source)
-    decode = tokenizer().decode
+    path, decode = write_jsonl(tmp_path / "a.jsonl", rows), tokenizer().decode
+    briefly = sorted(dataset(path, system_prompt="be brief").next(3), key=lambda prompt: prompt.source)
+    assert [decode(prompt.tokens[:3])[-5:] for prompt in briefly] == ["brief", "brief", " kind"]
+    plain, messages, system = sorted(dataset(path).next(3), key=lambda prompt: prompt.source)
     assert plain.tokens == messages.tokens
     assert decode(plain.tokens) == "<user> hello you <assistant>"
     assert decode(system.tokens) == "<system> be kind <user> hello you <assistant>"
@@ -96,7 +92,5 @@ def test_pretraining_mix_is_packed_with_eos(tmp_path):
 
 def test_errors_name_the_options_of_their_section(tmp_path):
     sources = (str(write_jsonl(tmp_path / "a.jsonl", [{"word": "a"}])),)
-    with pytest.raises(
-        ValueError, match=r"'messages' \(dialogues.messages_key\) nor 'prompt' \(dialogues.prompt_key\)"
-    ):
+    with pytest.raises(ValueError, match=r"'messages' \(dialogues.messages_key\) nor 'prompt' \(dialogues.prompt"):
         DialogueDataset(EvaluatedDialogues(sources=sources), tokenizer(), (1,))

@@ -1,6 +1,7 @@
 """Rows of supervised fine-tuning: which tokens are targets, what is dropped and held out, and what is refused."""
 
 import gzip
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,8 @@ def read(tokenizer, folder: Path, *rows: dict, **options) -> list[Sample]:
 
 def learned(tokenizer, sample: Sample) -> list[str]:
     """The text of every run of targets."""
-    runs, inside = [], False
-    for token, target in zip(sample.tokens, sample.mask, strict=True):
-        if target and not inside:
-            runs.append([])
-        if target:
-            runs[-1].append(token)
-        inside = bool(target)
-    return [tokenizer.decode(run) for run in runs]
+    runs = groupby(zip(sample.tokens, sample.mask, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]) for target, run in runs if target]
 
 
 def test_mask_of_a_prompt_and_its_response(tiny, tmp_path):
@@ -99,10 +94,8 @@ def test_turns_without_eos_are_refused_or_completed(template, with_template, tmp
             read(tokenizer, tmp_path, row)
     data = dataset(tokenizer, write_jsonl(tmp_path / "rows.jsonl", rows), append_eos=True)
     samples = joined(data.rows())
-    assert [turn for sample in samples for turn in learned(tokenizer, sample)] == [
-        *("yo</s>", "bye</s>"),
-        "yo</s>" if template == ENDLESS else "yo \n</s>",
-    ]
+    turns = [turn for sample in samples for turn in learned(tokenizer, sample)]
+    assert turns == ["yo</s>", "bye</s>", "yo</s>" if template == ENDLESS else "yo \n</s>"]
     assert all(sample.tokens.tolist().count(2) <= 4 for sample in samples)  # none is doubled
     assert "data.append_eos: the end of 3 turns is learned" in str(data)
     # ENDLESS does not continue a response with its end, so each turn is a sample.
@@ -113,9 +106,8 @@ def test_weight_0_messages_are_not_learned(tiny, tmp_path):
     no = [{"weight": 0}, {"weight": 0, "train": False}]
     yes = [{"train": True}, {"weight": None, "train": None}]
     last = {"role": "assistant", "content": "bye"}
-    rows = [
-        {"messages": [TWO_TURNS[0] | {"weight": 0}, TWO_TURNS[1] | a, TWO_TURNS[2], last | b]} for a in no for b in yes
-    ]
+    user = TWO_TURNS[0] | {"weight": 0}
+    rows = [{"messages": [user, TWO_TURNS[1] | a, TWO_TURNS[2], last | b]} for a in no for b in yes]
     for sample in read(tiny, tmp_path, *rows):
         assert learned(tiny, sample) == ["bye</s>"]
         assert tiny.decode(sample.tokens) == "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>"
@@ -159,17 +151,13 @@ def test_rewritten_history_splits_turns_into_samples(with_template, tmp_path):
 
 
 def test_eval_split_is_disjoint_and_seeded(tiny, tmp_path):
-    paths = [
-        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", "response": "x"} for i in range(10)])
-        for name in "ab"
-    ]
+    rows = {name: [{"prompt": f"{name} {i}", "response": "x"} for i in range(10)] for name in "ab"}
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", own) for name, own in rows.items()]
     data = dataset(tiny, *paths, eval_fraction=0.25)
     held, seen = {s.text for s in joined(data.eval_rows)}, {s.text for s in drawn(data, 60)}
     assert len(data) == 15 and len(held) == 5 and len(seen) == 15 and not held & seen
-    assert [s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25).eval_rows)] == [
-        s.text for s in joined(data.eval_rows)
-    ]
-    assert {s.text for s in joined(dataset(tiny, *paths, eval_fraction=0.25, seed=1).eval_rows)} != held
+    again, other = (dataset(tiny, *paths, eval_fraction=0.25, seed=seed).eval_rows for seed in (0, 1))
+    assert {s.text for s in joined(again)} == held != {s.text for s in joined(other)}
     apart = dataset(tiny, paths[0], eval_sources=(str(paths[1]),))
     assert len(apart) == 10 and {s.text[0] for s in joined(apart.eval_rows)} == {"b"}
 
@@ -182,7 +170,6 @@ REFUSED = {
     "no columns": ({"text": "a", "id": 1}, "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt"),
     "empty response": ({"prompt": "a", "response": " \n"}, "'response' is empty"),
     "no assistant turn": (chat(("system", "a"), ("user", "b")), "'messages' has no assistant turn to learn (roles: sy"),
-    "a weight of a half": ({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}]}, "'messages'[1] (assistant):"),
     "a weight against train": (
         {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 1, "train": False}]},
         "'messages'[1] (assistant): weight=1 and train=False: must agree",
@@ -204,25 +191,12 @@ def test_invalid_dialogue_rows_are_refused(case, tiny, tmp_path):
     assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
 
 
-# Named, for a compressed file carries the second it was made in, and workers that collect other ids run nothing.
-BAD_FILES = {
-    "not compressed": ("a.jsonl.gz", b'{"prompt": "a"}\n', ": not a whole gzip file: Not a gzipped file"),
-    "cut off": (
-        "b.jsonl.gz",
-        gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 99, mtime=0)[:-20],
-        ": not a whole gzip file",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_invalid_dialogue_files_are_refused(case, tiny, tmp_path):
-    name, content, message = BAD_FILES[case]
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        dataset(tiny, path)
-    assert f"{path}{message}" in str(error.value)
+def test_broken_gzip_files_are_refused(tiny, tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    for content in (b'{"prompt": "a"}\n', gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 99)[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a.jsonl.gz: not a whole gzip file"):
+            dataset(tiny, path)
 
 
 def test_inconsistent_chat_templates_are_refused(with_template, tmp_path):

@@ -1,4 +1,4 @@
-"""Rows of preferences: pairs, labeled answers and labeled steps as tokens, with exactly the answer as targets."""
+"""Rows of preferences: pairs, labeled responses and labeled steps as tokens, with exactly the response as targets."""
 
 import json
 
@@ -20,11 +20,6 @@ def read(tokenizer, folder, *rows, **options):
     return read_pairs(str(write_jsonl(folder / "rows.jsonl", rows)), config, Encoder(config, tokenizer, STOP))
 
 
-def labeled_rows(tokenizer, folder, *rows):
-    path, config = write_jsonl(folder / "rows.jsonl", rows), LabelData()
-    return read_labeled_responses(str(path), config, Encoder(config, tokenizer, STOP))
-
-
 def shown(tokenizer, sample) -> tuple[str, str]:
     """(text before the targets, text of the targets); targets are one stretch at the end."""
     begin = sample.mask.index(1)
@@ -34,41 +29,26 @@ def shown(tokenizer, sample) -> tuple[str, str]:
 
 HELLO = "<s>user: hi</s><s>assistant: "
 TWO_TURNS = "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: "
-USER = [{"role": "user", "content": "hi"}]
 
 
 def chat(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+TURNS, IN_WORDS = ("hi", "yo", "ok"), "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: ok\n\nAssistant: "
 PAIRS = {
-    "strings": ({"prompt": "hi", "chosen": "yes", "rejected": "no"}, HELLO),
-    "dialogues in messages": (
-        {"chosen": chat("hi", "yo", "ok", "yes"), "rejected": chat("hi", "yo", "ok", "no")},
-        TWO_TURNS,
-    ),
-    "dialogues in strings": (
-        {
-            "chosen": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: ok\n\nAssistant: yes",
-            "rejected": "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: ok\n\nAssistant: no ",
-        },
-        TWO_TURNS,
-    ),
-    "a prompt of messages beside dialogues": (
-        {"prompt": chat("hi", "yo", "ok"), "chosen": chat("hi", "yo", "ok", "yes"), "rejected": "no"},
-        TWO_TURNS,
-    ),
-    "a prompt beside dialogues in strings": (
-        {"prompt": "hi", "chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nAssistant: no"},
-        HELLO,
-    ),
+    "strings": ("hi", "yes", "no", HELLO),
+    "dialogues in messages": (None, chat(*TURNS, "yes"), chat(*TURNS, "no"), TWO_TURNS),
+    "dialogues in strings": (None, f"{IN_WORDS}yes", f"{IN_WORDS}no ", TWO_TURNS),
+    "a prompt of messages beside dialogues": (chat(*TURNS), chat(*TURNS, "yes"), "no", TWO_TURNS),
+    "a prompt beside dialogues in strings": ("hi", "\n\nHuman: hi\n\nAssistant: yes", "\n\nAssistant: no", HELLO),
 }
 
 
 @pytest.mark.parametrize("case", PAIRS)
 def test_targets_of_pairs_are_the_last_responses(case, tiny, tmp_path):
-    row, before = PAIRS[case]
-    (pair,) = read(tiny, tmp_path, row)
+    prompt, chosen, rejected, before = PAIRS[case]
+    (pair,) = read(tiny, tmp_path, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
     assert shown(tiny, pair.chosen) == (before, "yes</s>") and shown(tiny, pair.rejected) == (before, "no</s>")
     assert pair.lengths == (len(pair.chosen.tokens), len(pair.rejected.tokens)) and pair.margin == 0.0
 
@@ -81,12 +61,6 @@ def test_margins_and_renamed_columns(tiny, tmp_path):
     batch = pack_pairs(drawn)
     assert batch.rewards is not None and batch.lengths == (*drawn[0].lengths, *drawn[1].lengths)
     assert batch.rewards[batch.last].tolist() == [0.5, 0.0, 2.0, 0.0] and batch.rewards.sum() == 2.5
-
-
-def test_pairs_of_equal_responses_are_dropped(tiny, tmp_path):
-    rows = [{"prompt": "hi", "chosen": "yes", "rejected": other} for other in ("yes", "no", "yes")]
-    data = PairStream(PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", rows)),)), tiny, STOP)
-    assert len(data) == 1 and str(data).endswith("; 2 dropped for equal responses")
 
 
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
@@ -128,12 +102,9 @@ def test_tools_reach_the_template_in_every_format(tools, with_tools, tmp_path):
 
 
 def test_labels_and_responses_of_kto_rows(tiny, tmp_path):
-    rows = [
-        {"prompt": "hi", "response": "yes", "label": True},
-        {"prompt": "hi", "response": "no", "label": 0},
-        {"response": "\n\nHuman: hi\n\nAssistant: so", "label": 1},
-    ]
-    labeled = labeled_rows(tiny, tmp_path, *rows)
+    rows = [{"prompt": "hi", "response": "yes", "label": True}, {"prompt": "hi", "response": "no", "label": 0}]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, {"response": "\n\nHuman: hi\n\nAssistant: so", "label": 1}])
+    labeled = read_labeled_responses(str(path), LabelData(), Encoder(LabelData(), tiny, STOP))
     assert [row.desirable for row in labeled] == [True, False, True]
     assert [shown(tiny, row.sample) for row in labeled] == [(HELLO, f"{text}</s>") for text in ("yes", "no", "so")]
 
@@ -151,10 +122,12 @@ def test_steps_have_labels_at_their_ends(tiny, tmp_path):
 
 def test_pair_limit_and_coming_rows(tiny, tmp_path):
     rows = [{"prompt": f"{i}", "chosen": "yes", "rejected": "n" * (1 + 10 * (i == 3))} for i in range(7)]
+    rows.append({"prompt": "7", "chosen": "yes", "rejected": "yes"})
     path = str(write_jsonl(tmp_path / "a.jsonl", rows))
     config = PairData(sources=(path,), max_tokens=32)
     data = PairStream(config, tiny, STOP)
-    assert len(data) == 6 and "1 dropped for more than 32 tokens" in str(data) and str(data).startswith("6 pairs of")
+    assert len(data) == 6 and "1 dropped for more than 32 tokens" in str(data)
+    assert str(data).endswith("; 1 dropped for equal responses")
     coming, state = data.coming(4), data.state()
     assert len(coming) == 4 and sorted(data.places(4)) == coming and data.coming(4) == coming
     data.load_state(state)

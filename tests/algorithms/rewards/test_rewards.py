@@ -28,14 +28,6 @@ def function(tmp_path: Path, body: str, signature: str = "prompts, completions, 
     return f"{path}:score"
 
 
-def test_a_function_gets_prompts_completions_and_columns(tmp_path):
-    body = "return [len(p) + 10 * len(c) + a for p, c, a in zip(prompts, completions, answer)]"
-    spec = function(tmp_path, body, "prompts, completions, answer")
-    with RewardFunction(spec) as reward:
-        assert reward.score(PROMPTS, ["x", "yy"]) == [14.0, 28.0]
-        assert reward.score(PROMPTS[1:], [""]) == [8.0]
-
-
 def test_functions_may_print_read_and_keep_state(tmp_path, capfd):
     """Scores may be numpy scalars, bools and yielded."""
     body = "import os, sys, numpy\nglobal calls\ncalls = globals().get('calls', 0) + 1\nprint('hello from reward')\n"
@@ -47,13 +39,14 @@ def test_functions_may_print_read_and_keep_state(tmp_path, capfd):
     assert captured.out == "" and captured.err.count("hello from reward") == 2
 
 
-def test_a_module_is_found_in_the_working_directory_and_finds_its_neighbors(tmp_path, monkeypatch):
+def test_modules_of_the_working_directory_get_prompts_and_columns(tmp_path, monkeypatch):
     (tmp_path / "neighbor.py").write_text("value = 7.0\n")
-    function(tmp_path, "import neighbor\nreturn [neighbor.value] * len(prompts)")
+    body = "import neighbor\nreturn [neighbor.value + len(p) + 10 * a for p, a in zip(prompts, answer)]"
+    function(tmp_path, body, "prompts, completions, answer")
     monkeypatch.chdir(tmp_path)
     for spec in ("reward:score", "reward.py:score", f"{tmp_path}/reward.py:score"):
         with RewardFunction(spec) as reward:
-            assert reward.score(PROMPTS, ["", ""]) == [7.0, 7.0]
+            assert reward.score(PROMPTS, ["x", "yy"]) == [20.0, 42.0]
 
 
 def test_reward_process_ends_with_its_parent(tmp_path):
