@@ -1,12 +1,9 @@
-"""Packing, selection and whitening of batches against references of each sample."""
+"""Packing and selection of batches against references of each sample."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trialign.algorithms.advantages import whiten
 from trialign.algorithms.batch import Prompt, Rollout, from_rollouts, pack, single_turn
-from trialign.algorithms.losses.aggregation import Segments
 
 SAMPLES = [([5, 6, 7], [8, 9]), ([1], [2]), ([3, 4], [10, 11, 12])]
 
@@ -53,23 +50,3 @@ def test_selection_equals_packing_those_samples(data):
     starts = whole.cu_seqlens.tolist()
     assert part.values is not None and part.lengths == alone.lengths
     assert part.values.tolist() == [t for i in chosen for t in range(starts[i], starts[i + 1])]
-
-
-def test_tensors_of_another_length_are_refused():
-    with pytest.raises(AssertionError, match="values"):
-        pack([[1, 2]]).with_(values=torch.zeros(3))
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.booleans()), min_size=1, max_size=40))
-def test_whitening_equals_float64_and_ignores_masked_tokens(entries):
-    mask = torch.tensor([keep for _, keep in entries])
-    x = torch.tensor([value if keep else torch.nan for value, keep in entries])
-    kept = x[mask].double()
-    white = whiten(x, Segments.of_lengths(torch.tensor([len(x)]), mask))
-    assert white[~mask].abs().sum() == 0 and torch.isfinite(white).all()
-    if len(kept):
-        mean = sum(kept.tolist()) / len(kept)
-        variance = sum((value - mean) ** 2 for value in kept.tolist()) / len(kept)
-        expected = (kept - mean) / max(variance, 1e-8) ** 0.5
-        torch.testing.assert_close(white[mask].double(), expected, rtol=1e-5, atol=1e-5)

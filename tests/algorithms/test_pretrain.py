@@ -10,17 +10,15 @@ from hypothesis import strategies as st
 from scripts import metrics, options, succeed
 from tiny import tiny_tokenizer
 from tiny_run import tiny_run
-from trialign.algorithms.config.pretrain import PretrainConfig, TextData
+from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.data.documents import (
     PackedRow,
     Passage,
     TextStream,
-    cut,
     fill,
     pack_tokens,
     passages,
 )
-from trialign.engine.config import parse
 
 BUDGET = 32
 
@@ -38,11 +36,6 @@ def test_rows_predict_every_later_token_once_within_the_budget(lengths, budget):
         str(number): list(range(1, n)) for number, n in enumerate(lengths)
     }
     assert sum(2 * pack_tokens(row) <= budget for row in rows) <= 1  # two half-full rows would have been one
-
-
-def test_pieces_of_a_document_overlap_by_one_token():
-    assert [list(piece) for piece in cut(range(8), 4)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]
-    assert [list(piece) for piece in cut(range(7), 4)] == [[0, 1, 2, 3], [3, 4, 5, 6]]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +81,7 @@ def test_eval_split_holds_whole_documents(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (None, {}, "rows.jsonl: No such file"),
+        (b"\xff", {}, "rows.jsonl:1: not UTF-8"),
         ("", {}, "rows.jsonl: holds no documents"),
         ('{"body": "a"}\n', {}, r"rows.jsonl:1: no column 'text' \(data.text_key\); it has: 'body'"),
         ('{"text": "ab"}\n{"text": 3}\n', {}, "rows.jsonl:2: 'text' must be a string, not 3"),
@@ -97,21 +90,9 @@ def test_eval_split_holds_whole_documents(tokenizer, tmp_path):
     ],
 )
 def test_invalid_text_is_refused(tokenizer, tmp_path, text, options, message):
-    if text is not None:
-        (tmp_path / "rows.jsonl").write_text(text)
+    (tmp_path / "rows.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         stream(tokenizer, tmp_path / "rows.jsonl", **options)
-
-
-def test_invalid_options_and_encodings_are_refused(tokenizer, tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"ab\xff")
-    with pytest.raises(ValueError, match=r"a.txt:1: not UTF-8"):
-        stream(tokenizer, tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="chat_template=True"):
-        TextData(chat_template=True)
-    config = parse(PretrainConfig, options(model_path="m", data_sources="a.txt", update_batch_size=3))
-    with pytest.raises(ValueError, match="update.batch_size=3 .*dp=2"):
-        config.check(2)
 
 
 def test_exported_model_has_the_logged_perplexity(tmp_path):

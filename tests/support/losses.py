@@ -102,17 +102,9 @@ class Models:
         model = build_decoder(str(self.folders[name]), shape, mesh, "float32", head=head, trained=True)
         return build_learner(model, OptimizerConfig(lr=0.0, max_grad_norm=0.0), 1)
 
-    @cached_property
-    def lm(self) -> Learner:
-        return self._learner("lm")
-
-    @cached_property
-    def score(self) -> Learner:
-        return self._learner("score")
-
-    @cached_property
-    def moe(self) -> Learner:
-        return self._learner("moe")
+    lm = cached_property(lambda self: self._learner("lm"))
+    score = cached_property(lambda self: self._learner("score"))
+    moe = cached_property(lambda self: self._learner("moe"))
 
     @cached_property
     def reference(self) -> Role:
