@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 import statistics
 
 import pytest
@@ -38,11 +37,9 @@ def test_win_rate_counts_ties_as_half():
     assert back.value == pytest.approx(1 - there.value) and back.low == pytest.approx(1 - there.high)
 
 
-def test_interval_of_a_mean_covers_the_truth_in_95_percent():
-    chance, hits = random.Random(0), 0
-    for _ in range(2000):
-        value, low, high = mean_of_prompts([chance.gauss(1.0, 2.0) for _ in range(60)])
-        assert low <= value <= high
-        hits += low <= 1.0 <= high
-    assert 0.93 < hits / 2000 < 0.97
-    assert math.isnan(mean_of_prompts([1.0]).low)
+def test_interval_of_a_mean_has_its_standard_error():
+    values = [float(i * i % 17) for i in range(60)]
+    value, low, high = mean_of_prompts(values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    assert value == pytest.approx(statistics.fmean(values)) and high - value == pytest.approx(value - low)
+    assert (high - value) / error == pytest.approx(1.96, rel=0.05) and math.isnan(mean_of_prompts([1.0]).low)

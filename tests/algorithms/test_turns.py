@@ -73,20 +73,13 @@ def test_batch_has_mask_logprobs_and_versions_of_policy_tokens():
     assert batch.select([2, 0]).last.tolist() == [9, 19]
 
 
-@pytest.mark.parametrize(
-    "turns",
-    [
-        (),
-        (Turn([5]), Turn([6], [-1.0], [0])),
-        (Turn([5], [-1.0], [0]), Turn([], [], [])),
-        (Turn([5, 6], [-1.0], [0, 0]),),
-        (Turn([5, 6], [-1.0, -1.0], [0]),),
-    ],
-    ids=["no turns", "environment first", "no tokens", "too few logprobs", "too few versions"],
-)
-def test_malformed_rollouts_are_refused(turns):
-    with pytest.raises(ValueError, match="rows:7"):
-        from_rollouts([Rollout(Prompt(0, [1], "p", source="rows:7"), turns)])
+def test_malformed_rollouts_are_refused():
+    """No turns, an environment first, no tokens, too few logprobs or versions."""
+    one = Turn([5], [-1.0], [0])
+    for turns in ((), (Turn([5]), one), (one, Turn([], [], [])), (Turn([5, 6], [-1.0], [0, 0]),),
+                  (Turn([5, 6], [-1.0, -1.0], [0]),)):  # fmt: skip
+        with pytest.raises(ValueError, match="rows:7"):
+            from_rollouts([Rollout(Prompt(0, [1], "p", source="rows:7"), turns)])
 
 
 def test_texts_hold_policy_turns_and_conversations_all_turns():

@@ -108,3 +108,9 @@ def loss_and_gradient(rows: Rows, loss: Tensor, leaf: Tensor, name: str) -> Outp
     """The loss, and its gradient at `leaf` under `name`."""
     (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
     return {"loss": loss, name: rows.unpack(torch.zeros_like(leaf) if gradient is None else gradient)}
+
+
+def with_gradients(loss: Tensor, **leaves: Tensor) -> Outputs:
+    """The loss, and its gradient at each leaf as `grad_NAME`."""
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"loss": loss, **{f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}}

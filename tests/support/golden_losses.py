@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from golden import Case, Outputs, Rows, adapter, grpo_options, kl_limits, loss_and_gradient, ppo_config, tensor
+from golden import (
+    Case,
+    Outputs,
+    Rows,
+    adapter,
+    grpo_options,
+    kl_limits,
+    loss_and_gradient,
+    ppo_config,
+    tensor,
+    with_gradients,
+)
 from presets import preset
 from trialign.algorithms.config.preference import DPOConfig
 from trialign.algorithms.grpo import corrected
@@ -148,14 +159,8 @@ def openrlhf_pairs(case: Case) -> Outputs:
     overlay = preset(DPOConfig, "openrlhf", "ipo" if kind == "ipo" else "")
     assert not overlay.loss.average_log_probs  # the inputs are summed
     loss = pair_loss(*ratios, args["beta"], kind, args.get("label_smoothing", 0.0)).mean()
-    gradients = torch.autograd.grad(loss, (chosen, rejected))
-    return {
-        "loss": loss,
-        "chosen_rewards": args["beta"] * ratios[0],
-        "rejected_rewards": args["beta"] * ratios[1],
-        "grad_policy_chosen_logps": gradients[0],
-        "grad_policy_rejected_logps": gradients[1],
-    }
+    rewards = {"chosen_rewards": args["beta"] * ratios[0], "rejected_rewards": args["beta"] * ratios[1]}
+    return rewards | with_gradients(loss, policy_chosen_logps=chosen, policy_rejected_logps=rejected)
 
 
 TRL_PAIRS = {"sigmoid": "dpo", "sigmoid_norm": "dpo", "exo_pair": "exo"}
@@ -205,15 +210,14 @@ def reward_models(case: Case) -> Outputs:
     chosen, rejected = tensor(case, "chosen_reward").requires_grad_(), tensor(case, "reject_reward").requires_grad_()
     margin = tensor(case, "margin") if case["args"]["margin"] else 0.0
     loss = reward_loss(chosen, rejected, margin, case["args"].get("center_rewards_coefficient") or 0.0).mean()
-    gradients = torch.autograd.grad(loss, (chosen, rejected))
-    return {"loss": loss, "grad_chosen_reward": gradients[0], "grad_reject_reward": gradients[1]}
+    return with_gradients(loss, chosen_reward=chosen, reject_reward=rejected)
 
 
 @adapter("NeMo-RL", "PreferenceLossFn")
 def nemo_reward_model(case: Case) -> Outputs:
     rewards = tensor(case, "rewards").requires_grad_()
     loss = reward_loss(rewards[0::2, 0], rewards[1::2, 0]).mean()
-    return {"loss": loss, "grad_rewards": torch.autograd.grad(loss, rewards)[0]}
+    return with_gradients(loss, rewards=rewards)
 
 
 @adapter("OpenRLHF", "SFTLoss")
@@ -268,22 +272,15 @@ def trl_kto(case: Case) -> Outputs:
 def openrlhf_kto(case: Case) -> Outputs:
     args = case["args"]
     names = ("policy_chosen_logps", "policy_rejected_logps")
-    leaves = [tensor(case, name).requires_grad_() for name in names]
-    references = [tensor(case, name.replace("policy", "reference")) for name in names]
-    ratios = torch.cat([leaf - reference for leaf, reference in zip(leaves, references, strict=True)])
-    desirable = torch.arange(len(ratios)) < len(leaves[0])
+    leaves = {name: tensor(case, name).requires_grad_() for name in names}
+    ratios = torch.cat([leaves[name] - tensor(case, name.replace("policy", "reference")) for name in names])
+    desirable = torch.arange(len(ratios)) < len(leaves[names[0]])
     kl = kto_reference(tensor(case, "policy_KL_logps") - tensor(case, "reference_KL_logps"))
     weights_ = args["desirable_weight"], args["undesirable_weight"]
     loss = kto_loss(ratios, desirable, kl, args["beta"], *weights_).mean()
-    gradients = torch.autograd.grad(loss, leaves)
     rewards = args["beta"] * ratios
-    return {
-        "loss": loss,
-        "kl": kl,
-        "chosen_rewards": rewards[desirable],
-        "rejected_rewards": rewards[~desirable],
-        **{f"grad_{name}": gradient for name, gradient in zip(names, gradients, strict=True)},
-    }
+    outputs: Outputs = {"kl": kl, "chosen_rewards": rewards[desirable], "rejected_rewards": rewards[~desirable]}
+    return outputs | with_gradients(loss, **leaves)
 
 
 @adapter("TRL", "PPOTrainer.train (losses)")
@@ -300,15 +297,10 @@ def trl_ppo(case: Case) -> Outputs:
     before, returns = longer.read(case, "mb_values"), longer.read(case, "mb_return")
     losses = value_loss(value, before, returns, args["cliprange_value"], config.critic.loss_coef)[0]
     critic = (losses * loss_weights(longer, how)).sum()
-    loss = policy + args["vf_coef"] * critic
-    gradients = torch.autograd.grad(loss, (logp, value))
-    return {
-        "loss": loss,
-        "pg_loss": policy,
-        "vf_loss": critic,
-        "grad_new_logprobs": response.unpack(gradients[0]),
-        "grad_vpred": longer.unpack(gradients[1]),
-    }
+    outputs = with_gradients(policy + args["vf_coef"] * critic, new_logprobs=logp, vpred=value)
+    for rows, name in ((response, "grad_new_logprobs"), (longer, "grad_vpred")):
+        outputs[name] = rows.unpack(torch.as_tensor(outputs[name]))
+    return outputs | {"pg_loss": policy, "vf_loss": critic}
 
 
 TRL_IMPORTANCE = {
