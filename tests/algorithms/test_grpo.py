@@ -11,7 +11,7 @@ import torch
 from layouts import ALONE, FOUR_RANKS, TWO_RANKS, Layout, assert_layouts_agree, whole_states
 from presets import ALGORITHMS, grpo_options
 from samples import random_batch
-from scripts import AXES, agree, assert_resume_is_identical, metrics, rewound, succeed, succeed_in_turn
+from scripts import AXES, agree, assert_resume_identical, metrics, rewound, succeed, succeed_in_turn
 from tiny import tiny_llama
 from tiny_run import prompts, tiny_run
 from trialign.algorithms.batch import Prompt, Rollout, pack, single_turn
@@ -200,7 +200,7 @@ def test_killed_and_resumed_runs_equal_the_whole_run(tmp_path):
     assert "stop tokens: </s> (2)" in output and "not scored: reward function" in output and "thirteen" in output
     steps = metrics(whole)
     assert any(step.get("unscored") == 2 for step in steps) and all(step["draws"] >= 1 for step in steps)
-    assert_resume_is_identical("checkpoints/step_2", killed, whole, 6, *arguments, "--run.keep", 6)
+    assert_resume_identical("checkpoints/step_2", killed, whole, 6, *arguments, "--run.keep", 6)
 
     from transformers import AutoModelForCausalLM
 

@@ -4,16 +4,15 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-PRODUCTS = """
+PRODUCTS = f"""
 import sys
-sys.path.insert(0, {launch!r})
+sys.path.insert(0, {str(ROOT / "launch")!r})
 import torch
 from common import env
 weight = torch.ones(64, 64, dtype=torch.bfloat16)
@@ -27,16 +26,15 @@ def test_onednn_primitive_cache_is_bounded():
     """200 shapes, then the first again: it has left the cache, which by default holds 1024."""
     environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
     environment |= {"ONEDNN_VERBOSE": "profile_create"}
-    words = [sys.executable, "-c", PRODUCTS.format(launch=str(LAUNCH))]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    compiled = [line for line in done.stdout.splitlines() if "create:cache_miss" in line and ",2x64:64x64" in line]
+    printed = subprocess.check_output([sys.executable, "-c", PRODUCTS], env=environment, text=True, timeout=300)
+    compiled = [line for line in printed.splitlines() if "create:cache_miss" in line and ",2x64:64x64" in line]
     if not compiled:
         pytest.skip("oneDNN does not multiply bfloat16 on this machine")
     assert len(compiled) == 2
 
 
 def test_restarted_job_has_a_store_prefix_of_its_own(launched):
-    """Keys of ranks that died in an earlier start are in the store; a rank that never joins is reported."""
+    """Despite keys of ranks that died in an earlier start; a rank that never joins is reported."""
     env = launched("common.env")
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):

@@ -1,29 +1,20 @@
 """Rejection sampling and iterative DPO: picked responses, rounds, and launch/rejection.py in every layout."""
 
 import math
-import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import AXES, agree, assert_resume_is_identical, digests, launch, metrics, options, succeed, succeed_in_turn
+from scripts import AXES, agree, assert_resume_identical, digests, metrics, options, rewound, succeed, succeed_in_turn
 from tiny import tiny_llama
 from tiny_run import prompts, tiny_run
 from trialign.algorithms.batch import Prompt, Rollout, single_turn
 from trialign.algorithms.config.rejection import RejectionConfig
-from trialign.algorithms.data.responses import (
-    make_responses,
-    pick,
-    picked_pairs,
-    picked_samples,
-    read_responses,
-    rows_of_step,
-    write_responses,
-)
+from trialign.algorithms.data import responses as stored
+from trialign.algorithms.data.responses import pick, picked_pairs, picked_samples, read_responses, rows_of_step
 from trialign.engine.config import parse
-from trialign.engine.storage.checkpoint import Reader
 
 ROUNDS, PER_ROUND = 2, 2
 STEPS = ROUNDS * PER_ROUND
@@ -38,7 +29,7 @@ def rollouts() -> list[Rollout]:
 
 def picked(rewards: list[float], method: str):
     done = rollouts()
-    responses = make_responses(done, [str(r.tokens[0]) for r in done], rewards, {"f": rewards})
+    responses = stored.make_responses(done, [str(r.tokens[0]) for r in done], rewards, {"f": rewards})
     pick(responses, [r.prompt.index for r in done], method)  # pyright: ignore
     return responses
 
@@ -57,23 +48,17 @@ def test_dpo_pairs_best_and_worst_and_drops_ties():
     assert [(p.chosen.tokens[2], p.rejected.tokens[2]) for p in pairs] == [(1, 0), (20, 21)]
 
 
-@pytest.mark.parametrize(
-    ("rewards", "method", "message"),
-    [
-        ([1.0] * 9, "dpo", "3 prompts.*equal rewards"),
-        ([NAN] * 9, "sft", "3 prompts.*has a score"),
-    ],
-)
-def test_round_without_a_pick_is_refused(rewards, method, message):
-    with pytest.raises(ValueError, match=message):
-        picked(rewards, method)
+def test_round_without_a_pick_is_refused():
+    with pytest.raises(ValueError, match=r"3 prompts.*equal rewards"):
+        picked([1.0] * 9, "dpo")
+    with pytest.raises(ValueError, match=r"3 prompts.*has a score"):
+        picked([NAN] * 9, "sft")
 
 
 def test_written_responses_are_read_back_exactly(tmp_path):
     responses = picked([0.1, 1 / 3, -2.5e-8, NAN, 1, 2, 3, 4, 5], "dpo")
-    for i, response in enumerate(responses):
-        response.reference = -1.7 * i / 3
-    write_responses(tmp_path / "rounds" / "round_0.jsonl", responses)
+    responses[0].reference = -1.7 / 3
+    stored.write_responses(tmp_path / "rounds" / "round_0.jsonl", responses)
     assert read_responses(tmp_path / "rounds" / "round_0.jsonl") == responses
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:1: not a response"):
@@ -89,7 +74,6 @@ def test_rows_of_a_round_repeat_after_all_are_drawn():
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> Path:
-    """A tiny model and a reward model, prompts and a config."""
     folder = tmp_path_factory.mktemp("rejection")
     tiny_llama(folder / "reward", score=True, vocab_size=260, seed=1)
     given = {
@@ -102,9 +86,8 @@ def setting(tmp_path_factory) -> Path:
     return tiny_run(folder, prompts(12), "spread", **given)
 
 
-def run(setting: Path, name: str, *arguments: object, ranks: int = 1) -> Path:
-    succeed("rejection", "--config", setting / "config.toml", "--run.output", setting / name, *arguments, ranks=ranks)
-    return setting / name
+def words(setting: Path, name: str, *arguments: object) -> list[str]:
+    return ["rejection", *map(str, ("--config", setting / "config.toml", "--run.output", setting / name, *arguments))]
 
 
 DPO = ("--rejection.method", "dpo")
@@ -112,16 +95,8 @@ DPO = ("--rejection.method", "dpo")
 
 @pytest.fixture(scope="module")
 def whole(setting) -> Path:
-    return run(setting, "whole", *DPO)
-
-
-SFT = ("--rejection.epochs", 2, "--optimizer.lr", "1e-2", "--optimizer.eps", "1e-3", "--rejection.rounds", 1)
-
-
-@pytest.fixture(scope="module")
-def tuned(setting) -> Path:
-    """SFT on the picked responses, one round of as many steps."""
-    return run(setting, "tuned", *SFT)
+    succeed(*words(setting, "whole", *DPO))
+    return setting / "whole"
 
 
 def test_outputs_of_a_run(setting, whole):
@@ -137,16 +112,13 @@ def test_outputs_of_a_run(setting, whole):
         for begin in range(0, 24, 3):
             group = responses[begin : begin + 3]
             rewards = [a.reward or 0.0 for a in group]
-            assert len({a.source for a in group}) == 1 and all(
-                a.reward == sum(v or 0.0 for v in a.rewards.values()) for a in group
-            )
+            assert len({a.source for a in group}) == 1
+            assert all(a.reward == sum(v or 0.0 for v in a.rewards.values()) for a in group)
             picks = {a.picked: a.reward for a in group if a.picked}
             assert picks == ({"best": max(rewards), "worst": min(rewards)} if len(set(rewards)) > 1 else {})
-        first = steps[number * PER_ROUND]
+        first, best = steps[number * PER_ROUND], [a.reward or 0.0 for a in responses if a.picked == "best"]
         assert first["reward"] == pytest.approx(statistics.fmean(a.reward or 0.0 for a in responses))
-        assert first["reward_picked"] == pytest.approx(
-            statistics.fmean(a.reward or 0.0 for a in responses if a.picked == "best")
-        )
+        assert first["reward_picked"] == pytest.approx(statistics.fmean(best))
         assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)  # the policy is the round's reference
     model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
     response = next(a for a in read_responses(whole / "rounds" / "round_0.jsonl") if a.picked)
@@ -155,90 +127,59 @@ def test_outputs_of_a_run(setting, whole):
         logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     assert response.reference == pytest.approx(logprobs[-len(response.tokens) :].sum().item(), rel=1e-5)
     AutoModelForCausalLM.from_pretrained(whole / "model")
-    assert (whole / "rejection.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft"])
-def test_resume_within_a_round_is_bit_identical(setting, whole, tuned, method):
-    other, given = (whole, DPO) if method == "dpo" else (tuned, SFT)
-    given = ("rejection", "--config", setting / "config.toml", *given)
-    assert_resume_is_identical("checkpoints/step_1", setting / f"{method}-killed", other, STEPS, *given)
+def test_resume_within_a_round_is_bit_identical(setting, whole):
+    given = ("rejection", "--config", setting / "config.toml", *DPO)
+    assert_resume_identical("checkpoints/step_1", setting / "killed", whole, STEPS, *given)
 
 
 def test_resume_reuses_the_responses_of_its_round(setting, whole):
-    """Killed after sampling and before the round's first step; other sampling options discard the responses."""
-    folder = setting / "between"
-    shutil.copytree(whole, folder)
-    for step in range(PER_ROUND + 1, STEPS + 1):
-        shutil.rmtree(folder / "checkpoints" / f"step_{step}")
+    """After sampling and before the round's first step; other sampling options discard the responses."""
+    folder, other = (rewound(whole, setting / name, PER_ROUND) for name in ("between", "other"))
     responses = folder / "rounds" / "round_1.jsonl"
     written = responses.stat().st_mtime_ns
-    shutil.copytree(folder, setting / "other")
     succeed("rejection", "--resume", folder)
     assert digests(folder, STEPS) == digests(whole, STEPS) and responses.stat().st_mtime_ns == written
-    printed = succeed("rejection", "--resume", setting / "other", "--rollout.temperature", 0.5)
+    printed = succeed("rejection", "--resume", other, "--rollout.temperature", 0.5)
     assert "resumed with rollout.temperature=0.5 (was 1.0)" in printed
-    assert read_responses(setting / "other" / "rounds" / "round_1.jsonl") != read_responses(responses)
-    shutil.rmtree(folder / "rounds")
-    shutil.rmtree(folder / "checkpoints" / f"step_{STEPS}")
-    gone = launch("rejection", "--resume", folder)
-    assert gone.returncode != 0 and "round_1.jsonl" in gone.stderr, gone.stderr
-
-
-@pytest.fixture(scope="module")
-def moved(setting) -> None:
-    """Both methods in every layout, from their beginning."""
-    succeed_in_turn(
-        [
-            ("rejection", "--config", setting / "config.toml", "--run.output", setting / f"{method}-{axis}", *words)
-            for axis in AXES
-            for method, given in (("dpo", DPO), ("sft", SFT))
-            for words in [(*given, f"--parallel.{axis}", 2)]
-        ]
-    )
+    assert read_responses(other / "rounds" / "round_1.jsonl") != read_responses(responses)
 
 
 def near(number: float | None):
     return None if number is None else pytest.approx(number, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize(("method", "rounds"), [("dpo", ROUNDS), ("sft", 1)])
-def test_layouts_agree(setting, whole, tuned, moved, method, rounds, axis):
-    run, alone = setting / f"{method}-{axis}", whole if method == "dpo" else tuned
-    for number in range(rounds):
-        rows, others = (read_responses(path / "rounds" / f"round_{number}.jsonl") for path in (run, alone))
+def test_layouts_agree(setting, whole):
+    succeed_in_turn([words(setting, axis, *DPO, f"--parallel.{axis}", 2) for axis in AXES])
+    for axis, number in ((axis, number) for axis in AXES for number in range(ROUNDS)):
+        run = setting / axis
+        rows, others = (read_responses(path / "rounds" / f"round_{number}.jsonl") for path in (run, whole))
         for got, expected in zip(rows, others, strict=True):
             assert got.reward == near(expected.reward) and got.reference == near(expected.reference)
             assert got.rewards == {name: near(value) for name, value in expected.rewards.items()}
             numbers = {"reference": None, "reward": None, "rewards": {}}
             assert replace(got, **numbers) == replace(expected, **numbers)
-    agree(run, alone, STEPS)
+        agree(run, whole, STEPS)
 
 
-def test_sft_lowers_the_loss_on_the_picked_responses(tuned):
-    from transformers import AutoModelForCausalLM
-
+def test_sft_lowers_the_loss_on_the_picked_responses(setting):
+    """One round on two ranks."""
+    given = ("--rejection.epochs", 2, "--optimizer.lr", "1e-2", "--rejection.rounds", 1, "--parallel.tp", 2)
+    succeed(*words(setting, "tuned", *given), ranks=2)
+    tuned = setting / "tuned"
     steps = metrics(tuned)
     assert len(steps) == STEPS and steps[-1]["loss"] < steps[0]["loss"]
     responses = read_responses(tuned / "rounds" / "round_0.jsonl")
     assert sum(a.picked == "best" for a in responses) == 8 and not any(a.picked == "worst" for a in responses)
     assert steps[0]["picked"] == 8 and all(a.reference is None for a in responses)
-    model = AutoModelForCausalLM.from_pretrained(tuned / "model", dtype=torch.float32)
-    master = Reader(tuned / "checkpoints" / f"step_{STEPS}")
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, master.read(f"actor/master/{name}")), name
 
 
-@pytest.mark.parametrize(
-    ("changes", "reported"),
-    [
-        ({"rollout_samples_per_prompt": 1}, "rollout.samples_per_prompt=1"),
-        ({"reward_functions": ()}, "reward.functions"),
-        ({"update_batch_size": 3, "parallel_dp": 2}, "update.batch_size=3"),
-    ],
-)
-def test_conflicting_options_are_refused(changes, reported):
-    argv = options(**({"model_path": "m", "data_sources": "a.jsonl", "reward_functions": "r.py:f"} | changes))
-    with pytest.raises(ValueError, match=reported):
-        parse(RejectionConfig, argv).check(2 if "parallel_dp" in changes else 1)
+def test_conflicting_options_are_refused():
+    for changes, reported, world in (
+        ({"rollout_samples_per_prompt": 1}, "rollout.samples_per_prompt=1", 1),
+        ({"update_batch_size": 3, "parallel_dp": 2}, "update.batch_size=3", 2),
+    ):
+        given = {"model_path": "m", "data_sources": "a.jsonl", "reward_functions": "r.py:f"} | changes
+        with pytest.raises(ValueError, match=reported):
+            parse(RejectionConfig, options(**given)).check(world)

@@ -8,48 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from samples import write_jsonl
-from scripts import (
-    AXES,
-    ROOT,
-    agree,
-    agree_in_metrics,
-    assert_resume_is_identical,
-    launch,
-    metrics,
-    reports,
-    rewound,
-    succeed,
-    succeed_in_turn,
-)
+from scripts import AXES, agree, assert_resume_identical, launch, metrics, rewound, succeed, succeed_in_turn
 from tiny import tiny_chat_model
 from tiny_run import write_config
 from trialign.algorithms.config.common import ParallelConfig
 from trialign.algorithms.config.preference import PairData
 from trialign.algorithms.config.run import RunConfig
-from trialign.algorithms.config.sft import SFTConfig, SFTData
-from trialign.algorithms.data.dialogues import DialogueDataset, Encoder, joined
-from trialign.algorithms.data.preferences import Pair, read_pairs
+from trialign.algorithms.data.dialogues import Encoder
+from trialign.algorithms.data.preferences import read_pairs
 from trialign.algorithms.reward_model import pack_pairs
 from trialign.algorithms.roles.build import build_decoder, read_shape
 from trialign.algorithms.roles.role import Role
-from trialign.engine.config import parse
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import head_of, read_config
 from trialign.models.hf.convert import export_checkpoint
-from trialign.models.hf.tokenizer import stop_ids
 
 STEPS = 4
-METRICS = {
-    "sft": ("loss", "entropy"),
-    "pretrain": ("loss", "entropy"),
-    "reward": ("loss", "accuracy", "chosen", "rejected"),
-    "process": ("loss", "accuracy"),
-    "dpo": ("loss", "accuracy", "chosen", "rejected", "margin", "nll"),
-    "kto": ("loss", "kl"),
-}
-SCRIPTS = {name: "reward" if name == "process" else name for name in METRICS}  # process: labeled steps
+SIDES = ("chosen", "rejected")
+SCRIPTS = {kind: kind for kind in ("sft", "pretrain", "reward", "dpo", "kto")} | {"process": "reward"}  # labeled steps
 
 
 @pytest.fixture(scope="module")
@@ -58,42 +37,29 @@ def setting(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("supervised")
     tiny_chat_model(folder / "model", num_hidden_layers=2)
     pairs = [{"prompt": f"say {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no" * (1 + i % 4)} for i in range(14)]
-    labeled = [
-        {"prompt": row["prompt"], "response": row[key], "label": key == "chosen"}
-        for row in pairs
-        for key in ("chosen", "rejected")
-    ]
+    labeled = [{"prompt": r["prompt"], "response": r[k], "label": k == "chosen"} for r in pairs for k in SIDES]
+    labels = [[True] * (1 + i % 2) + [False] * (1 + i % 3) for i in range(len(pairs))]
     steps = [
-        {"prompt": row["prompt"], "steps": ["yes"] * (1 + i % 2) + ["no"] * (1 + i % 3), "labels": labels}
-        for i, row in enumerate(pairs)
-        for labels in [[True] * (1 + i % 2) + [False] * (1 + i % 3)]
+        {"prompt": f"say {i}", "steps": ["yes" if y else "no" for y in own], "labels": own}
+        for i, own in enumerate(labels)
     ]
     counts: list[dict] = [{"prompt": f"to {i}", "response": " ".join(map(str, range(i + 1)))} for i in range(1, 12)]
-    turns = ("user", "hi"), ("assistant", "yo"), ("user", "and now?")
     chats = [
-        {"messages": [{"role": role, "content": text} for role, text in (*turns, ("assistant", f"bye {i}"))]}
+        {
+            "messages": [
+                {"role": ("user", "assistant")[t % 2], "content": f"{text} {i}"} for t, text in enumerate("abcd")
+            ]
+        }
         for i in range(6)
     ]
     texts = [{"text": row["response"]} for row in counts]
     rows = {"sft": counts + chats, "pretrain": texts, "reward": pairs, "process": steps, "dpo": pairs, "kto": labeled}
     for name, own in rows.items():
         section = "steps" if name == "process" else "data"
-        given = {
-            "model_path": f"{folder}/model",
-            "model_dtype": "float32",
-            f"{section}_sources": [str(write_jsonl(folder / f"{name}.jsonl", own))],
-            f"{section}_max_tokens": 64 if name == "sft" else 48,
-            f"{section}_eval_fraction": 0.25,
-            "optimizer_lr": 5e-3,
-            "optimizer_eps": 1e-5,
-            "update_batch_size": 4,
-            "update_micro_batch_tokens": 128,
-            "run_steps": STEPS,
-            "run_eval_every": 2,
-            "run_save_every": 1,
-            "run_keep": STEPS,
-            "run_log": (),
-        }
+        given: dict = {"model_path": folder / "model", "model_dtype": "float32", f"{section}_eval_fraction": 0.25}
+        given |= {f"{section}_sources": [write_jsonl(folder / f"{name}.jsonl", own)], f"{section}_max_tokens": 64}
+        given |= {"optimizer_lr": 5e-3, "optimizer_eps": 1e-5, "update_batch_size": 4, "update_micro_batch_tokens": 128}
+        given |= {"run_steps": STEPS, "run_eval_every": 2, "run_save_every": 1, "run_keep": STEPS, "run_log": ()}
         if name == "sft":
             given |= {"update_ema_decay": 0.5, "run_show": 1, "run_show_tokens": 4, "optimizer_lr": 1e-2}
         write_config(folder / f"{name}.toml", **given)
@@ -117,7 +83,6 @@ def test_outputs_of_a_run(setting, whole, kind):
     run, script = whole[kind], SCRIPTS[kind]
     steps = metrics(run)
     assert [step["step"] for step in steps] == list(range(STEPS + 1))
-    assert all(name in step for name in METRICS[kind] for step in steps[1:])
     evaluated = {"sft": "eval_loss", "pretrain": "eval_perplexity"}.get(kind, "eval_accuracy")
     assert [evaluated in step for step in steps] == [True, False, True, False, True]
     if kind == "sft":
@@ -137,33 +102,9 @@ def test_outputs_of_a_run(setting, whole, kind):
     assert all(moved) and len(moved) >= len(model) - 1
 
 
-def test_exported_sft_model_has_the_eval_loss(setting, whole):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run = whole["sft"]
-    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    shape = read_config(run / "model")
-    data = SFTData(sources=(f"{setting}/sft.jsonl",), max_tokens=64, eval_fraction=0.25)
-    evaluated = joined(DialogueDataset(data, tokenizer, stop_ids(run / "model", shape, tokenizer)).eval_rows)
-    targets = sum(sample.targets for sample in evaluated)
-    loss = 0.0
-    for sample in evaluated:
-        tokens = torch.tensor(sample.tokens.tolist())[None]
-        labels = torch.where(torch.tensor(list(sample.mask)).bool(), tokens, -100)
-        with torch.no_grad():
-            loss += model(input_ids=tokens, labels=labels, num_items_in_batch=targets).loss.item()
-    assert metrics(run)[-1]["eval_loss"] == pytest.approx(loss, rel=1e-5)
-    average = AutoModelForCausalLM.from_pretrained(run / "model_ema", dtype=torch.float32)
-    start = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
-    for a, b, c in zip(start.parameters(), average.parameters(), model.parameters(), strict=True):
-        assert (b - a).norm() < (c - a).norm()
-
-
-@pytest.mark.parametrize(("side", "end"), [("right", "</s>"), ("left", "</s>"), ("right", "")])
+@pytest.mark.parametrize(("side", "end"), [("left", "</s>"), ("right", "")])
 def test_exported_reward_model_scores_alike_by_the_code_of_the_docs(setting, whole, tmp_path, side, end):
-    """A padded batch in transformers; the template writes a newline after the end token, or no end token at all, and
-    then `append_eos` and the change described in the docs add it."""
+    """A padded batch; the template ends with a newline, or without an end token, which `append_eos` adds."""
     from transformers import AutoTokenizer
 
     folder = tmp_path / "model"
@@ -174,16 +115,11 @@ def test_exported_reward_model_scores_alike_by_the_code_of_the_docs(setting, who
     shape, mesh = read_config(folder), build_mesh()
     assert shape.pad_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     data = PairData(append_eos=not end)
-    drawn: list[Pair] = read_pairs(f"{setting}/reward.jsonl", data, Encoder(data, tokenizer, (2,)))
-    batch = pack_pairs(drawn)
-    role = Role(build_decoder(str(folder), shape, mesh, "float32", head="score"))
-    scores = role.scores(batch)
+    batch = pack_pairs(read_pairs(f"{setting}/reward.jsonl", data, Encoder(data, tokenizer, (2,))))
+    scores = Role(build_decoder(str(folder), shape, mesh, "float32", head="score")).scores(batch)
     rows = [json.loads(line) for line in (setting / "reward.jsonl").read_text().splitlines()]
-    chats = [
-        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[key]}]
-        for row in rows
-        for key in ("chosen", "rejected")
-    ]
+    texts = [(row["prompt"], row[key]) for row in rows for key in SIDES]
+    chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in texts]
     (lines,) = re.findall(r"```python\n(import torch\n.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.DOTALL)
     if not end:
         lines = lines.replace(".rstrip()", ".rstrip() + tokenizer.eos_token")
@@ -205,44 +141,31 @@ def test_process_reward_model_is_refused_as_reward_model(whole, place):
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_resume_is_bit_identical(setting, whole, kind):
     given = (SCRIPTS[kind], "--config", f"{setting}/{kind}.toml")
-    printed = assert_resume_is_identical("checkpoints/step_*", setting / f"{kind}-killed", whole[kind], STEPS, *given)
+    printed = assert_resume_identical("checkpoints/step_*", setting / f"{kind}-killed", whole[kind], STEPS, *given)
     assert "computed once" not in printed  # the reference's log-probabilities are in the folder
 
 
-@pytest.fixture(scope="module")
-def moved(setting, whole) -> None:
-    """Each run's last three steps in every layout."""
-    runs = []
-    for kind, axis in ((kind, axis) for kind in SCRIPTS for axis in AXES):
-        folder = rewound(whole[kind], setting / f"{kind}-{axis}", 1)
-        shutil.rmtree(folder / "reference", ignore_errors=True)  # computed again, in this layout
-        runs.append((SCRIPTS[kind], "--resume", folder, f"--parallel.{axis}", 2))
-    succeed_in_turn(runs)
+def test_resume_in_another_layout_agrees(setting, whole):
+    """The last three steps of each run."""
+    folders = {(kind, axis): setting / f"{kind}-{axis}" for kind in SCRIPTS for axis in AXES}
+    for (kind, _), folder in folders.items():
+        # The reference's log-probabilities are computed again, in this layout.
+        shutil.rmtree(rewound(whole[kind], folder, 1) / "reference", ignore_errors=True)
+    succeed_in_turn([(SCRIPTS[k], "--resume", folder, f"--parallel.{a}", 2) for (k, a), folder in folders.items()])
+    for (kind, _), folder in folders.items():
+        agree(folder, whole[kind], STEPS, logged=kind in ("sft", "pretrain"))
 
 
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("kind", SCRIPTS)
-def test_resume_in_another_layout_agrees(setting, whole, moved, kind, axis):
-    agree(setting / f"{kind}-{axis}", whole[kind], STEPS)
-    if kind in ("sft", "pretrain"):
-        agree_in_metrics(setting / f"{kind}-{axis}", whole[kind])
-
-
-@pytest.mark.parametrize(
-    ("kind", "given", "reported"),
-    [
-        ("dpo", ("--update.batch_size", "3"), "update.batch_size=3"),
-        ("dpo", ("--update.micro_batch_tokens", "64"), "update.micro_batch_tokens=64"),
-        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}], "bad.jsonl:2"),
-        ("sft", [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}], "bad.jsonl:2"),
-    ],
-)
-def test_bad_input_is_reported_once_by_two_ranks(setting, tmp_path, kind, given, reported):
-    if isinstance(given, list):
-        given = ("--data.sources", write_jsonl(tmp_path / "bad.jsonl", given))
-    done = launch(kind, "--config", f"{setting}/{kind}.toml", "--run.output", tmp_path / "run", *given, ranks=2)
-    assert done.returncode != 0 and reports(done, reported) == 1, done.stderr
-    assert not (tmp_path / "run").exists()
+def test_bad_input_is_reported_once_by_two_ranks(setting, tmp_path):
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a"}])
+    for given, reported in (
+        (("--update.batch_size", 3), "update.batch_size=3"),
+        (("--data.sources", bad), "bad.jsonl:2"),
+    ):
+        done = launch("dpo", "--config", setting / "dpo.toml", "--run.output", tmp_path / "run", *given, ranks=2)
+        reports = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode != 0 and len(reports) == 1 and reported in reports[0], done.stderr
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("kind", "score"), [("reward", "(chosen)"), ("process", "(step 1)")])
@@ -256,16 +179,3 @@ def test_nonfinite_eval_score_is_reported_by_row(setting, tmp_path, kind, score)
     done = launch("reward", "--config", f"{setting}/{kind}.toml", *given)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert re.search(rf"error: \S+/{kind}\.jsonl:\d+ {re.escape(score)}:", done.stderr), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("given", "world", "reported"),
-    [
-        ("--data.sources a.jsonl", 1, "model.path"),
-        ("--model.path m", 1, "data.sources"),
-        ("--model.path m --data.sources a --parallel.tp 2", 3, "world size 3"),
-    ],
-)
-def test_missing_or_unfit_options_are_refused(given, world, reported):
-    with pytest.raises(ValueError, match=reported):
-        parse(SFTConfig, given.split()).check(world)

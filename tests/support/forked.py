@@ -1,10 +1,8 @@
 """Launch scripts in processes forked from one that has imported them: `Forked().run(...)` takes a second or two.
 
-As a program: the process that forks. For each line of JSON on stdin it forks the ranks, with a store and environment
-as under torchrun, and writes a line to stdout when all ranks have ended or the time is up.
-
-A fault is a signal that a rank sends to itself, {"phase": "rollout", "nth": 2, "rank": 1, "signal": "SIGSTOP"}, and
-again after `again` seconds where that is given; or a file that it creates, {"touch": PATH}.
+As a program: forks the ranks for each line of JSON on stdin, with a store and environment as under torchrun, and writes
+a line to stdout when all have ended or the time is up. A fault is a signal that a rank sends to itself, {"phase":
+"rollout", "nth": 2, "rank": 1, "signal": "SIGSTOP"}, `again` after some seconds; or a file to create, {"touch": PATH}.
 """
 
 import importlib
@@ -18,8 +16,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +38,8 @@ class Forked:
     """The process that forks, until `close`."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=os.environ | ENVIRONMENT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command, environment, pipe = [sys.executable, __file__], os.environ | ENVIRONMENT, subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def run(
         self, script: str, *arguments: object, ranks: int = 1, fault: dict[str, Any] | None = None, seconds: float = 180
@@ -58,9 +51,7 @@ class Forked:
         return Ended(*json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 def _serve() -> None:
@@ -111,8 +102,7 @@ def _fork(job: dict[str, Any], rank: int, port: int, output: Path, error: Path) 
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.setsid()
-        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in where.items()} | {"MASTER_ADDR": "127.0.0.1"}
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": str(error)}
@@ -145,6 +135,7 @@ def _plant(fault: dict[str, Any]) -> None:
         if "again" in fault:
             threading.Timer(fault["again"], os.kill, (os.getpid(), number)).start()
         os.kill(os.getpid(), number)
+        time.sleep(3 if fault["phase"] == "loading" else 0)  # the signal is handled in a thread, before the run begins
 
     def begins(phase: str) -> None:
         if phase == fault["phase"]:
@@ -152,8 +143,7 @@ def _plant(fault: dict[str, Any]) -> None:
             if not left[0]:
                 strike()
 
-    at: Callable[[str], AbstractContextManager[None]] = HEARTBEAT.at
-    begin = run.Run.begin
+    at, begin = HEARTBEAT.at, run.Run.begin
 
     @contextmanager
     def at_phase(phase: str) -> Iterator[None]:
@@ -165,8 +155,7 @@ def _plant(fault: dict[str, Any]) -> None:
         begins("loading")
         begin(*given, **named)
 
-    HEARTBEAT.at = at_phase
-    run.Run.begin = at_begin
+    HEARTBEAT.at, run.Run.begin = at_phase, at_begin
 
 
 if __name__ == "__main__":

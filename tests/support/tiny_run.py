@@ -33,12 +33,8 @@ def killer(prompts, completions, **_):
 
 
 def tiny_run(folder: Path, rows: Sequence[dict], reward: str = "", layers: int = 4, **given: object) -> Path:
-    """Writes model/, rows.jsonl, rewards.py (`REWARDS`) and config.toml; returns the folder.
-
-    Args:
-        reward: the reward function in rewards.py.
-        given: further options as `section_name=value`.
-    """
+    """Writes model/, rows.jsonl, rewards.py (`REWARDS`) and config.toml, with `rewards.py:REWARD` and the options
+    `section_name=value`; returns the folder."""
     tiny_chat_model(folder / "model", num_hidden_layers=layers)
     write_jsonl(folder / "rows.jsonl", rows)
     (folder / "rewards.py").write_text(REWARDS)
