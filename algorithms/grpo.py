@@ -49,10 +49,10 @@ def score(rollouts: Rollouts, roles: Roles, config: GRPOConfig) -> Batch:
     """Groups of scored rollouts packed into a batch, with reference logprobs and old logprobs."""
     batch = rollouts.batch(config.grpo, config.run.seed).to(roles.actor.mesh.device)
     with roles.profiler("score", tokens=len(batch.tokens)):
-        return with_passes(without_unscored(batch, rollouts.rewards), roles, config)
+        return with_forward_passes(without_unscored(batch, rollouts.rewards), roles, config)
 
 
-def with_passes(batch: Batch, roles: Roles, config: GRPOConfig) -> Batch:
+def with_forward_passes(batch: Batch, roles: Roles, config: GRPOConfig) -> Batch:
     """Forward passes: reference logprobs, old logprobs.
 
     A batch used for a single optimizer step skips the actor's: that step's own forward gives the same numbers. A KL in

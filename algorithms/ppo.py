@@ -57,10 +57,10 @@ def score(rollouts: Rollouts, roles: Roles, rewards: Rewards, config: PPOConfig)
     batch = rollouts.batch(config.ppo, config.run.seed).to(roles.actor.mesh.device)
     with roles.profiler("score", tokens=len(batch.tokens)):
         batch = without_unscored(batch, torch.tensor(rewards(rollouts.samples, batch).shaped))
-        return with_passes(batch, roles, config)
+        return with_forward_passes(batch, roles, config)
 
 
-def with_passes(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
+def with_forward_passes(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
     """Forward passes: reference logprobs, old values, old logprobs.
 
     A batch used for a single optimizer step skips the critic's and the actor's: that step's own forward gives the same

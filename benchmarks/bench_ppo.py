@@ -20,10 +20,10 @@ import torch.distributed as dist
 import tyro
 from trialign.algorithms.batch import Prompt, from_rollouts
 from trialign.algorithms.config.common import ParallelConfig, RolloutConfig
-from trialign.algorithms.config.online import OnlineRun
+from trialign.algorithms.config.online import OnlineRunConfig
 from trialign.algorithms.config.ppo import PPOConfig, PPOData, PPOModels, PPOOptions
 from trialign.algorithms.micro_batch import draw_minibatches
-from trialign.algorithms.ppo import update, with_passes, with_rewards
+from trialign.algorithms.ppo import update, with_forward_passes, with_rewards
 from trialign.algorithms.roles.build import build_ppo_roles, read_shapes
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample, sampling_params
@@ -72,7 +72,7 @@ def main(bench: Bench) -> None:
         rollout=RolloutConfig(max_new_tokens=bench.new_tokens),
         parallel=ParallelConfig(tp=bench.tp, pp=bench.pp),
         ppo=PPOOptions(micro_batch_size=bench.micro),
-        run=OnlineRun(steps=bench.iters, prompts_per_step=bench.prompts),
+        run=OnlineRunConfig(steps=bench.iters, prompts_per_step=bench.prompts),
     )
     mesh = build_mesh(tp=bench.tp, pp=bench.pp, device=bench.device)
     shapes = read_shapes(config)
@@ -96,7 +96,7 @@ def main(bench: Bench) -> None:
             batch = batch.with_(minibatches=draw_minibatches(len(batch), config.ppo, seed=step))
         with phases("score"):
             scores = roles.rewards[0].scores(batch)
-            batch = with_passes(batch, roles, config)
+            batch = with_forward_passes(batch, roles, config)
             batch, metrics = with_rewards(batch, scores, config, config.ppo.kl_coef)
         metrics |= update(roles, batch, config)  # opens its own phase
         with phases("sync"):

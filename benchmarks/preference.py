@@ -14,7 +14,7 @@ from trialign.algorithms.batch import Batch, from_rollouts
 from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, ParallelConfig, RolloutConfig
 from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
-from trialign.algorithms.config.online import OnlineRun
+from trialign.algorithms.config.online import OnlineRunConfig
 from trialign.algorithms.config.preference import DPOLoss, KTOLoss, PairData
 from trialign.algorithms.config.reward import PolicyReward
 from trialign.algorithms.config.sft import SFTData, SFTRun
@@ -24,7 +24,7 @@ from trialign.algorithms.data.preferences import Pair, PairStream, mismatched
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.data.sources import read_rows
 from trialign.algorithms.dpo import dpo_step, reference_sums, with_reference
-from trialign.algorithms.grpo import update, with_advantages, with_passes
+from trialign.algorithms.grpo import update, with_advantages, with_forward_passes
 from trialign.algorithms.kto import kto_step, pack_labeled, reference_point
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.reward_model import pack_pairs, pair_step
@@ -245,7 +245,7 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
         reward=PolicyReward(functions=(reward,)),
         optimizer=OPTIMIZER,
         grpo=GRPOOptions(kl_in="off", micro_batch_tokens=max(task.micro_tokens, task.max_tokens + task.new_tokens)),
-        run=OnlineRun(steps=steps, prompts_per_step=size),
+        run=OnlineRunConfig(steps=steps, prompts_per_step=size),
     )
     prompts = PromptDataset(config.data, base.tokenizer, task.seed).next(steps * size)
     batches = cut(prompts, size)
@@ -262,7 +262,7 @@ def grpo_side(task: Task, steps: int, folder: Path) -> Side:
         shaped = shaper(scores, [rollout.finish == "stop" for rollout in rollouts])
         rewards = torch.tensor([r for part in make_groups(rollouts, scores, shaped, config) for r in part.rewards])
         batch = batch.with_(minibatches=draw_minibatches(len(batch), config.grpo, seed=number))
-        batch = with_passes(batch, roles, config)
+        batch = with_forward_passes(batch, roles, config)
         batch, about = with_advantages(batch.with_(scores=rewards, group=group), config)
         about |= update(roles, batch, config)
         generator.load(roles.actor.model, number + 1)

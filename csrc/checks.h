@@ -1,4 +1,4 @@
-// What an op asks of its tensors before it reads them by pointer; for the CPU and the CUDA side.
+// Checks of an op's tensors before it reads them by pointer; for the CPU and the CUDA side.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>

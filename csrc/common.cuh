@@ -1,4 +1,4 @@
-// What the CUDA kernels share. The same .cu files build under nvcc and, for the tests, as C++ under the emulator (tests/emu).
+// Shared parts of the CUDA kernels. The .cu files build under nvcc and, for the tests, as C++ under tests/kernels/emu.
 #pragma once
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@
 #include <cmath>
 #include <cstdint>
 
-enum DType { FLOAT = 0, BFLOAT16 = 1, HALF = 2 };  // the number by which the host names the element type
+enum DType { FLOAT = 0, BFLOAT16 = 1, HALF = 2 };  // element types, as the host passes them
 
 // Runs the lambda with T the element type.
 #define BY_NUMBER(dtype, T, ...)        \
@@ -60,7 +60,7 @@ __device__ inline float warp_sum(float v) {
 __device__ inline float block_sum(float v, float* room) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   v = warp_sum(v);
-  __syncthreads();  // room may still be read from the call before
+  __syncthreads();  // the previous call may still read room
   if (lane == 0) room[warp] = v;
   __syncthreads();
   if (warp == 0) {

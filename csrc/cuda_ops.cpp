@@ -1,5 +1,5 @@
 // The CUDA side of the ops whose schemas csrc/cpu declares: checks, outputs, stream; the kernels are csrc/cuda/*_kernel.cu.
-// Built in only where nvcc is (TRIALIGN_CUDA); links no more of torch than the CPU part does.
+// Built only with nvcc (TRIALIGN_CUDA); links nothing of torch beyond the CPU part's libraries.
 #if defined(TRIALIGN_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -48,10 +48,10 @@ class Place {
 int number(const Tensor& tensor) {  // as enum DType of common.cuh
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "trialign: float32, bfloat16 or float16 needed");
+                  "trialign: must be float32, bfloat16 or float16");
   return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2;
 }
-void need(bool held, const char* what) { STD_TORCH_CHECK(held, "trialign: ", what); }
+void need(bool satisfied, const char* message) { STD_TORCH_CHECK(satisfied, "trialign: ", message); }
 void launched(int status) { STD_TORCH_CHECK(status == 0, "trialign: CUDA error ", status, " at launch"); }
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 const float* floats(const std::optional<Tensor>& tensor) { return tensor ? floats(*tensor) : nullptr; }
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
   CHECK_PACKED(mask, ScalarType::Bool, total);
   CHECK_PACKED(cu_seqlens, ScalarType::Long, sequences + 1);
   Tensor advantages = fresh(rewards, {total}, ScalarType::Float), returns = fresh(rewards, {total}, ScalarType::Float);
-  torch::stable::zero_(advantages);  // of tokens that no sequence holds
+  torch::stable::zero_(advantages);  // tokens outside every sequence
   torch::stable::zero_(returns);
   const Place place(rewards);
   if (sequences > 0)

@@ -1,4 +1,4 @@
-// What an op file needs to be part of trialign._C.
+// Registration, allocation and checks for the op files of trialign._C.
 // To add an op: put csrc/cpu/<op>.cpp with its code in an anonymous namespace and `TRIALIGN_OPS(ops) { ops.add("<schema>", TORCH_BOX(&fn)); }`.
 // The file is compiled once per SIMD level (simd.h has the level's vector width); only the level the machine runs registers its ops.
 #pragma once
@@ -44,10 +44,10 @@ struct Registration {
   static const trialign::Registration trialign_registration(TRIALIGN_LEVEL, &trialign_fill_ops); \
   static void trialign_fill_ops(trialign::Ops& ops)
 
-// Anonymous: every level has its own copy of what follows.
+// Anonymous: every SIMD level has its own copy of the rest.
 namespace {
 
-// A fresh uninitialized tensor on the device of `like`. A big one asks for huge pages: faulting in 4 KB pages would cost
+// A fresh uninitialized tensor on the device of `like`. Large ones request huge pages: faulting in 4 KB pages would cost
 // as much as the arithmetic of an elementwise op.
 [[maybe_unused]] Tensor fresh(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor made = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
@@ -93,7 +93,7 @@ T* out(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Where packed sequences begin: in order and within `total` tokens, so that nothing is read out of bounds.
+// Starts of packed sequences: in order and within `total` tokens, so that nothing is read out of bounds.
 inline const int64_t* starts_of(const Tensor& cu_seqlens, int64_t total, int64_t longest) {
   STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Long && cu_seqlens.is_contiguous() && cu_seqlens.numel() > 0,
                   "trialign: cu_seqlens must be int64 and contiguous");

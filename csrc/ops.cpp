@@ -1,4 +1,4 @@
-// trialign._C: registers the ops of csrc/cpu at the SIMD level this machine has, and carries the facts a stale build is told by.
+// trialign._C: registers the ops of csrc/cpu at the SIMD level this machine has, and holds the hash and torch version that reveal a stale build.
 #include <Python.h>
 
 #include <cstdlib>
@@ -36,7 +36,7 @@ int machine_level() {
 #endif
 }
 
-// TRIALIGN_KERNELS=baseline|avx2 asks for less than the machine has (to test those levels); see kernels/dispatch.py.
+// TRIALIGN_KERNELS=baseline|avx2 chooses a lower level than the machine's, for tests; see kernels/dispatch.py.
 int chosen_level() {
   const int best = machine_level();
   const char* asked = std::getenv("TRIALIGN_KERNELS");
@@ -62,7 +62,7 @@ void Ops::add(const char* schema, void (*boxed)(StableIValue*, uint64_t, uint64_
 
 }  // namespace trialign
 
-// Read out of the file by kernels/dispatch.py before it loads the module: a stale one must not register its ops.
+// Read from the file by kernels/backends/extension.py before it loads the module: a stale one must not register its ops.
 extern "C" __attribute__((visibility("default"), used)) const char trialign_facts[] =
     "trialign._C built from <" TRIALIGN_SOURCES "> for torch <" TRIALIGN_TORCH ">";
 

@@ -54,7 +54,7 @@ INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
 INLINE vu widen(vh h) { return __builtin_convertvector(h, vu); }
 INLINE vh narrow(vu u) { return __builtin_convertvector(u, vh); }
-INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // like the machine instructions: a NaN in b stays, one in a does not
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }  // as the machine instructions: a NaN in b is kept, one in a is not
 INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 #endif
 #if VW != 16

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends.triton_runtime import Spec, cdiv, jit, precision, tl, uses_triton, vendor
 from .dispatch import COMPILED_DTYPES
-from .logprob import Merge, add_piece_, check_rows, finish, logprob_ref, merged, piece_gradient_
+from .logprob import Merge, add_piece_, check_rows, finish, logprob_ref, merge_shards, piece_gradient_
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits held at a time: on the CPU what fits the second-level cache, on a GPU enough for matmuls at full speed."""
@@ -255,7 +255,7 @@ class _LinearLogprob(torch.autograd.Function):
             for start, end in chunks:
                 logits = _logits(hidden, weight[start:end], work)
                 stats = add_piece_(stats, logits, labels, scale, vocab_start + start)
-        stats = merged(stats, merge)
+        stats = merge_shards(stats, merge)
         ctx.save_for_backward(hidden, weight, labels, stats)
         ctx.scale, ctx.vocab_start = scale, vocab_start
         ctx.set_materialize_grads(False)

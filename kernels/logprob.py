@@ -69,7 +69,7 @@ def join(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack((m, parts[0][0] + parts[1][0], parts[0][1] + parts[1][1], a[3] + b[3]))
 
 
-def merged(stats: torch.Tensor, merge: Merge | None) -> torch.Tensor:
+def merge_shards(stats: torch.Tensor, merge: Merge | None) -> torch.Tensor:
     """The stats of all vocabulary shards. `merge` takes sums of exp * logit, so t is converted before and after."""
     if merge is None:
         return stats
@@ -240,7 +240,7 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 class _Logprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, scale, merge, vocab_start):
-        stats = merged(piece_stats(logits, labels, scale, vocab_start), merge)
+        stats = merge_shards(piece_stats(logits, labels, scale, vocab_start), merge)
         ctx.save_for_backward(logits, labels, stats)
         ctx.scale, ctx.vocab_start = scale, vocab_start
         ctx.set_materialize_grads(False)

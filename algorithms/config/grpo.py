@@ -15,7 +15,7 @@ from ..extensions import GROUP_ESTIMATOR, TOKEN_LOSS, check_function
 from ..losses.kl import KLKind
 from ..losses.policy import Correction, Level
 from .common import OptimizerConfig, RolloutConfig, require, require_at_least, require_fraction
-from .online import OnlineConfig, OnlineRun, PolicyLossConfig, UpdateOptions
+from .online import OnlineConfig, OnlineRunConfig, PolicyLossConfig, UpdateOptions
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class GRPOConfig(OnlineConfig):
     Sources of defaults: [G] GRPO, [R] RLOO, [A] DAPO, [O] OpenRLHF, [V] verl, [T] TRL.
     """
 
-    run: OnlineRun = field(default_factory=lambda: OnlineRun(output="runs/grpo", prompts_per_step=32))
+    run: OnlineRunConfig = field(default_factory=lambda: OnlineRunConfig(output="runs/grpo", prompts_per_step=32))
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(samples_per_prompt=8))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grpo: GRPOOptions = field(default_factory=GRPOOptions)

@@ -16,7 +16,7 @@ from .run import PolicyRun, ScriptConfig
 
 
 @dataclass(frozen=True)
-class OnlineRun(PolicyRun):
+class OnlineRunConfig(PolicyRun):
     """Run in steps of rollouts: folder, length, checkpoints, loggers, seed, timeouts."""
 
     steps: int = 100
@@ -96,7 +96,7 @@ class OnlineConfig(ScriptConfig):
     noun = "prompts"
 
     data: PromptData = field(default_factory=PromptData)
-    run: OnlineRun = field(default_factory=OnlineRun)
+    run: OnlineRunConfig = field(default_factory=OnlineRunConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: PolicyReward = field(default_factory=PolicyReward)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -14,7 +14,7 @@ from ...engine.config import ContentPath, FilePath, FunctionPath
 from ..extensions import PPO_ESTIMATOR, TOKEN_LOSS, check_function
 from .common import ModelPaths, OptimizerConfig, require, require_at_least, require_fraction
 from .data import PromptData
-from .online import OnlineConfig, OnlineRun, PolicyLossConfig, UpdateOptions
+from .online import OnlineConfig, OnlineRunConfig, PolicyLossConfig, UpdateOptions
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class PPOConfig(OnlineConfig):
 
     model: PPOModels = field(default_factory=PPOModels)
     data: PPOData = field(default_factory=PPOData)
-    run: OnlineRun = field(default_factory=lambda: OnlineRun(output="runs/ppo"))
+    run: OnlineRunConfig = field(default_factory=lambda: OnlineRunConfig(output="runs/ppo"))
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ppo: PPOOptions = field(default_factory=PPOOptions)

@@ -35,7 +35,7 @@ __attribute__((noinline)) void range(const Step& s, int64_t begin, int64_t end, 
     if (out) store(out + i, next);
   }
   if (i == end) return;
-  // The rest goes through the same instructions: a result must not depend on how the buffer was cut.
+  // The rest goes through the same instructions: a result must not depend on how the buffer is split.
   float part[4][VW] = {};
   T part_out[VW];
   float* buffers[3] = {p + i, m + i, v + i};

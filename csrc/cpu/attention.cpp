@@ -1,7 +1,7 @@
 // Causal attention over packed documents, forward and backward. See kernels/attention.py.
 //
-// One task is one document and one key/value head. Keys and values are widened to fp32 once a task; every product is made
-// of register tiles of MR rows x NV vectors. A tile covers only the keys its last row can see: the hidden half is left out.
+// One task is one document and one key/value head. Keys and values are widened to fp32 once a task; every product is computed
+// in register tiles of MR rows x NV vectors. A tile covers only the keys its last row can see: the masked half is skipped.
 #include <algorithm>
 #include <atomic>
 #include <numeric>
@@ -67,7 +67,7 @@ void tile_mn(int m, int n, int64_t K, const float* A, int64_t am, int64_t ak, co
 
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// rows x d of T, widened into rows x dp of float, zeros behind d
+// rows x d of T, widened into rows x dp of float, zeros past d
 template <typename T>
 void widen(const T* x, int64_t stride, int64_t rows, int64_t d, int64_t dp, float scale, float* out) {
   for (int64_t r = 0; r < rows; ++r, x += stride, out += dp) {
@@ -78,7 +78,7 @@ void widen(const T* x, int64_t stride, int64_t rows, int64_t d, int64_t dp, floa
   }
 }
 
-// rows x dp of float -> panels [ceil(rows / PANEL)][d][PANEL] of the transpose, zeros behind the last row
+// rows x dp of float -> panels [ceil(rows / PANEL)][d][PANEL] of the transpose, zeros past the last row
 void transpose_panels(const float* x, int64_t rows, int64_t d, int64_t dp, float* out) {
   for (int64_t r0 = 0; r0 < rows; r0 += PANEL, out += d * PANEL)
     for (int64_t c = 0; c < d; ++c)
@@ -141,7 +141,7 @@ void attention_forward_task(const AttentionShape& a, const T* q, const T* k, con
         const int64_t i = i0 + r;
         if (a.slopes) add_alibi(s, lo, i, a.slopes[h]);
         const Row row = visible(i, a.window);
-        const int64_t stop = std::min(round_up(i0 + r / MR * MR + MR, VW), round_up(length, VW)) - lo;   // end of what the tile wrote
+        const int64_t stop = std::min(round_up(i0 + r / MR * MR + MR, VW), round_up(length, VW)) - lo;   // end of the tile's columns
         for (int64_t j = 0; j < row.first - lo; ++j) s[j] = -INFINITY;
         for (int64_t j = row.end - lo; j < stop; ++j) s[j] = -INFINITY;
         vf top = splat(-INFINITY);

@@ -11,7 +11,7 @@ struct Scan {
   float *advantage, *ret;
   float gamma, slope;  // slope = gamma * lambda
   vf powers[4];        // slope^1, 2, 4, 8
-  vf reach;            // lane i: slope^(VW - i), what the advantage behind the vector counts there
+  vf reach;            // lane i: slope^(VW - i), weight of the first advantage after the vector
   float next_value = 0, running = 0;
 
   void skip(int64_t t, int64_t n) const {
@@ -27,7 +27,7 @@ struct Scan {
     ret[t] = running + next_value;
   }
 
-  // VW kept tokens at once. Token by token each would wait for the one behind it; here only the vectors do.
+  // VW kept tokens at once: a serial dependence between vectors only, not between tokens.
   void vector(int64_t t) {
     const vf v = load(value + t);
     vf behind = shift<1>(v);

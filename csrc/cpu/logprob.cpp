@@ -22,7 +22,7 @@ INLINE Stats join(Stats a, Stats b) {
 
 // Adds e^d and e^d d of one vector, d = (x - base) * scale: in this order it is exactly 0 at the maximum.
 INLINE void add(vf x, float scale, float base, vf& s, vf& t) {
-  // -inf becomes a probability of 1e-38. The maximum of the block passes a NaN over, this does not: it reaches t.
+  // -inf becomes a probability of 1e-38. The block's maximum ignores a NaN; here it reaches t.
   const vf d = vmax(splat(exp_low), (x - base) * scale), p = vexp(d);
   s += p;
   t += p * d;

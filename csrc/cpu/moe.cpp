@@ -1,5 +1,5 @@
-// Mixture of experts around the experts' own products: top-k routing, the stable sort of slots by expert, the gather into
-// expert order and the weighted sum back. Formulas: kernels/moe.py. No two threads write one place, so results repeat.
+// Mixture of experts, without the experts' matmuls: top-k routing, the stable sort of slots by expert, the gather into
+// expert order and the weighted sum back. Formulas: kernels/moe.py. No two threads write to one address, so results are reproducible.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -14,7 +14,7 @@ struct Choice {
   int64_t expert;
 };
 
-// Largest first, equals by index; NaN before everything, as torch sorts.
+// Largest first, ties by index; NaN before everything, as torch sorts.
 INLINE bool ahead(float a, float b) { return a > b || (a != a && b == b); }
 
 template <typename T>
@@ -131,7 +131,7 @@ std::vector<int64_t> positions(const Tensor& order) {
   std::vector<int64_t> row(slots, -1);
   for (int64_t r = 0; r < slots; ++r) {
     check_slot(slot[r], slots);
-    STD_TORCH_CHECK(row[slot[r]] < 0, "trialign: slot ", slot[r], " is twice in order");
+    STD_TORCH_CHECK(row[slot[r]] < 0, "trialign: slot ", slot[r], " appears twice in order");
     row[slot[r]] = r;
   }
   return row;
@@ -163,7 +163,7 @@ Tensor unpermute(const Tensor& rows, const Tensor& order, const std::optional<Te
   STD_TORCH_CHECK(k > 0 && slots % k == 0 && rows.size(0) == slots, "trialign: ", rows.size(0), " rows and ", slots, " slots do not fit k = ", k);
   if (weights) {
     CHECK_CONTIGUOUS(*weights);
-    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float && weights->numel() == slots, "trialign: float32 weights, one a slot, needed");
+    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float && weights->numel() == slots, "trialign: weights must be float32, one a slot");
   }
   const std::vector<int64_t> position = positions(order);
   Tensor y = fresh(rows, {slots / k, h}, rows.scalar_type());

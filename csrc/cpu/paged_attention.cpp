@@ -89,7 +89,7 @@ void mix_all(const T* cache, const int64_t* rows, int64_t length, int64_t d, int
   }
 }
 
-// G query heads that share one key/value head; q and out point to the first of them.
+// G query heads of one key/value head; q and out point to the first of them.
 template <int G, typename T>
 void decode(const Paged& a, const T* q, const T* k_cache, const T* v_cache, const int64_t* rows, int64_t length, const float* slopes, T* out,
             std::vector<float>& scratch) {
@@ -181,7 +181,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
     STD_TORCH_CHECK(length[b] >= 1 && length[b] <= block_tables.size(1) * a.block, "sequence ", b, " has length ", length[b], ", its table holds 1 to ",
                     block_tables.size(1) * a.block);
     for (int64_t i = 0; i * a.block < length[b]; ++i)
-      STD_TORCH_CHECK(tables[b * stride + i] >= 0 && tables[b * stride + i] < blocks, "sequence ", b, " names block ", tables[b * stride + i],
+      STD_TORCH_CHECK(tables[b * stride + i] >= 0 && tables[b * stride + i] < blocks, "sequence ", b, " has block ", tables[b * stride + i],
                       ", the cache has ", blocks);
   }
   Tensor result = fresh(q, {batch, a.heads, a.d}, q.scalar_type());

@@ -20,7 +20,7 @@ void check(std::initializer_list<const Tensor*> tensors) {
   }
 }
 
-// The pointers are parameters: read from a lambda's captures they would be loaded anew after every store.
+// The pointers are parameters: from a lambda's captures they would be reloaded after every store.
 void policy(const float* lp, const float* old, const float* advantage, float* loss, float* ratio, float* clip, float* gradient, int64_t n,
             float clip_low, float clip_high, std::optional<float> dual_clip) {
   const vf low = splat(clip_low), high = splat(clip_high), dual = splat(dual_clip.value_or(infinity)), zero = {};

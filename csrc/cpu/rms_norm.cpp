@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr int64_t block_rows = 64;  // rows that share one partial sum of d weight: fixed, so threads do not change the result
+constexpr int64_t block_rows = 64;  // rows of one partial sum of d weight: fixed, so the thread count does not change the result
 
 // Four sums hide the latency of the addition.
 template <class T>

@@ -1,6 +1,6 @@
-// Draws tokens from logits: temperature, top-k, top-p. See kernels/sampling.py for the law it follows.
+// Draws tokens from logits: temperature, top-k, top-p. Definition: kernels/sampling.py.
 //
-// z = (logit - max) / temperature <= 0 and w = e^z are made once per row. The cut of top-k and top-p is found with a
+// z = (logit - max) / temperature <= 0 and w = e^z are computed once per row. The cut of top-k and top-p is found with a
 // histogram over z: only the bin in which the count or the mass is reached has to be sorted.
 #include <algorithm>
 #include <vector>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t CHUNK = 256;          // weights summed in fp32 before they join a double
 constexpr int64_t BINS = 2048;
-constexpr float BINS_PER_UNIT = 32.f;   // bin of z is min(-32 z, 2047): the last one holds what weighs less than e^-64
+constexpr float BINS_PER_UNIT = 32.f;   // bin of z is min(-32 z, 2047): the last one holds weights below e^-64
 
 // Philox4x32-10 of the counter (low, high, 0, 0); 53 of its bits as a double in [0, 1).
 double uniform(int64_t key, int64_t counter) {
@@ -42,7 +42,7 @@ struct Workspace {
 
 int64_t bin_of(float z) { return int64_t(std::min(-z * BINS_PER_UNIT, float(BINS - 1))); }
 
-// The members of one bin that are not behind `cut`, best first.
+// Members of one bin up to `cut`, best first.
 void collect(Workspace& s, int64_t v, int64_t bin, const Candidate& cut) {
   s.bin.clear();
   for (int64_t i = 0; i < v; ++i) {
@@ -168,7 +168,7 @@ void draw(const T* logits, int64_t v, float temperature, int64_t k, double p, in
     }
     break;
   }
-  if (drawn < 0)                          // rounding brought the target to the total: the last that has weight
+  if (drawn < 0)                          // rounding brought the target to the total: the last token with weight
     for (drawn = v - 1; s.w[drawn] == 0;) --drawn;
   *token = drawn;
   *logprob = float((get(logits + drawn) - peak) / inverse - std::log(total));

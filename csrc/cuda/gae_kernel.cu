@@ -1,6 +1,6 @@
 // GAE over packed sequences, one warp a sequence, 32 tokens at a time from its end. Formulas: kernels/gae.py.
-// What a token sees of its future is an affine map of what the step's end sees (a masked token's map is the identity), so
-// both recursions are scans of maps by shuffles.
+// A token's next value and next advantage are affine maps of those after the step's 32 tokens (a masked token's map is the
+// identity), so both recursions are scans of maps by shuffles.
 #include "../common.cuh"
 
 namespace {
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(warps * 32)
     const int64_t token = low + lane;
     const bool here = token >= start, kept = here && mask[token];
     const float value = kept ? values[token] : 0.f, reward = kept ? rewards[token] : 0.f;
-    // The scan of tokens behind: lane i takes lane i + 1's map, the last lane sees the carry itself.
+    // The scan of later tokens: lane i takes lane i + 1's map, the last lane the carry itself.
     Map seen = reverse_scan(kept ? Map{0, value} : Map{1, 0}, lane);
     const float slope = __shfl_down_sync(0xffffffffu, seen.slope, 1), offset = __shfl_down_sync(0xffffffffu, seen.offset, 1);
     const float next_value = lane == 31 ? later_value : slope * later_value + offset;

@@ -20,7 +20,7 @@ template <int count>
 __device__ inline Stats take(Stats all, const float* z) {
   float m = all.m;
 #pragma unroll
-  for (int k = 0; k < count; ++k) m = fmaxf(m, z[k]);  // passes a NaN over, which then reaches s and t
+  for (int k = 0; k < count; ++k) m = fmaxf(m, z[k]);  // ignores a NaN, which still reaches s and t
   const float base = m == -INFINITY ? 0.f : m, drop = all.s == 0 ? 0.f : all.m - base, factor = expf(drop);
   Stats next{m, all.s * factor, all.t * factor + all.s * (drop * factor)};
 #pragma unroll

@@ -1,4 +1,4 @@
-// Mixture of experts: which slots go to which expert, by a counting sort that keeps the order of equals. See kernels/moe.py.
+// Mixture of experts: which slots go to which expert, by a stable counting sort. See kernels/moe.py.
 // Three passes over blocks of `chunk` slots: the blocks' counts, where each block's part of each expert starts, the rows.
 // Only integer sums race, so every run gives the same rows.
 #include "../common.cuh"
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(threads) count(const int64_t* experts, int* co
 __global__ void __launch_bounds__(threads) starts(int* counts, int64_t* offsets, int64_t blocks, int num_experts) {
   __shared__ int sums[threads];
   const int tid = threadIdx.x;
-  int64_t before = 0;  // rows of the experts of earlier turns
+  int64_t before = 0;  // rows of the experts of earlier iterations
   for (int base = 0; base < num_experts; base += threads) {
     const int e = base + tid;
     int total = 0;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(threads) starts(int* counts, int64_t* offsets,
       }
     }
     before += sums[threads - 1];
-    __syncthreads();  // sums is written anew in the next turn
+    __syncthreads();  // the next iteration overwrites sums
   }
   if (tid == 0) offsets[num_experts] = before;
 }
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(threads) rank(const int64_t* experts, const in
 
 }  // namespace
 
-// How many int32 the sort needs beside its results.
+// Number of int32 of scratch memory for the sort.
 extern "C" int64_t sort_by_expert_room(int64_t slots, int num_experts) { return (slots + chunk - 1) / chunk * num_experts; }
 
 extern "C" int launch_sort_by_expert(const int64_t* experts, int* room, int64_t* order, int64_t* offsets, int64_t slots, int num_experts,

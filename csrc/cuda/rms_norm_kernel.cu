@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(threads) forward(const T* x, const T* residual
   if (threadIdx.x == 0) rstd[row] = r;
 }
 
-// Each thread owns columns, so its sums of d weight need no atomics: partial[block] is the block's share.
+// Each thread owns columns, so its sums of d weight need no atomics: partial[block] is the block's part.
 template <typename T>
 __global__ void __launch_bounds__(threads)
     backward(const T* grad, const T* x, const T* weight, const float* rstd, const T* through, T* grad_x, float* partial, int64_t n, int64_t h) {

@@ -81,7 +81,7 @@ def test_documented_ppo_estimator_and_loss(folder):
     reference = Role(build_decoder(str(folder / "model"), read_config(folder / "model"), build_mesh(), "float32"),
                      sizes=options)  # fmt: skip
     roles, scores = Roles(learner(folder), learner(folder, "score"), reference), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    estimated = ppo.with_passes(batch(), roles, config)
+    estimated = ppo.with_forward_passes(batch(), roles, config)
     estimated, _ = ppo.with_rewards(estimated, scores, config, 0.0)
     whole, _ = ppo.with_gae(estimated, config)
     assert whole.returns is not None and whole.advantages is not None and whole.values is not None

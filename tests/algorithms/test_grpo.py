@@ -18,9 +18,9 @@ from trialign.algorithms.batch import Prompt, Rollout, pack, single_turn
 from trialign.algorithms.config.common import ModelPaths, OptimizerConfig, RolloutConfig
 from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
-from trialign.algorithms.config.online import OnlineRun
+from trialign.algorithms.config.online import OnlineRunConfig
 from trialign.algorithms.config.reward import PolicyReward
-from trialign.algorithms.grpo import actor_step, update, with_advantages, with_passes
+from trialign.algorithms.grpo import actor_step, update, with_advantages, with_forward_passes
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.policy_step import without_unscored
 from trialign.algorithms.rewards.rewards import Scored
@@ -62,7 +62,7 @@ def two_updates(rank: int, world: int, layout: Layout, folder: Path, config: GRP
     for number in range(2):
         batch = without_unscored(random_batch(number), SCORES)
         batch = batch.with_(group=GROUPS, minibatches=draw_minibatches(8, options, seed=number))
-        batch = with_passes(batch, Roles(actor, reference=reference), config)
+        batch = with_forward_passes(batch, Roles(actor, reference=reference), config)
         batch, numbers = with_advantages(batch, config)
         numbers |= update(Roles(actor), batch, config)
         metrics |= {f"{name}/{number}": value for name, value in numbers.items()}
@@ -146,7 +146,7 @@ def test_dynamic_sampling_draws_until_groups_have_spread():
     rewards: Any = lambda rollouts, batch: Scored(*([values := next(draws), values]))  # noqa: E731
     rewards.metrics = {}
     options = grpo_options("dapo", overlong_buffer=0.0, max_draws=3)
-    config = dataclasses.replace(config_of(options), run=OnlineRun(prompts_per_step=3))
+    config = dataclasses.replace(config_of(options), run=OnlineRunConfig(prompts_per_step=3))
     drawn = GroupSource(source, rewards, config).next(0)
     assert asked == [3, 2, 2] and drawn.rewards.tolist() == [1, 0, 0, 0, 3, 3, 4, 4, 1, 1, 1, 1]
     assert rewards.metrics == {"groups_with_spread": 2 / 7, "draws": 3, "groups_filled": 1}

@@ -12,7 +12,7 @@ from tiny import tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOOptions
 from trialign.algorithms.micro_batch import draw_minibatches
-from trialign.algorithms.ppo import update, with_passes, with_rewards
+from trialign.algorithms.ppo import update, with_forward_passes, with_rewards
 from trialign.algorithms.roles.learner import Learner, Roles
 from trialign.algorithms.roles.role import Role
 from trialign.engine.optim.adamw import ShardedAdamW
@@ -56,7 +56,9 @@ def one_step(
 
     actor, critic = learner("lm", config.actor.ema_decay), learner("score", 0.0)
     roles = Roles(actor, critic, Role(decoder("lm"), 0.8, config.ppo))
-    batch = with_passes(random_batch(7).with_(minibatches=draw_minibatches(8, config.ppo, seed=3)), roles, config)
+    batch = with_forward_passes(
+        random_batch(7).with_(minibatches=draw_minibatches(8, config.ppo, seed=3)), roles, config
+    )
     scores = torch.linspace(-1, 1, len(batch))
     batch, metrics = with_rewards(batch, scores, config, kl_coef=0.1)
     if values_first:

@@ -182,7 +182,7 @@ def ppo_updates(models: Models, draw: Draw, config: PPOConfig) -> Iterator[Step]
     """An update on policy, then steps of critic and actor off policy, where clips decide."""
     roles = Roles(models.lm, models.score, models.reference)
     ptx = DOCUMENTS if config.actor.ptx_coef else ()
-    batch = ppo.with_passes(sampled(models.lm, draw, config.ppo), roles, config)
+    batch = ppo.with_forward_passes(sampled(models.lm, draw, config.ppo), roles, config)
     batch, _ = ppo.with_rewards(batch, draw.scores, config, kl_coef=0.1)
     yield models.lm, ppo.update(roles, batch, config, documents=ptx)
     yield models.score, {}
@@ -201,7 +201,7 @@ def grpo_updates(models: Models, draw: Draw, options: GRPOOptions, role: str = "
     group = torch.tensor([row // 2 for row in draw.order])
     batch = sampled(actor, draw, options)
     roles = Roles(actor, reference=models.reference if config.needs_reference else None)
-    batch = grpo.with_passes(batch, roles, config)
+    batch = grpo.with_forward_passes(batch, roles, config)
     batch, _ = grpo.with_advantages(batch.with_(group=group), config)
     yield actor, grpo.update(roles, batch, config)
     far = 3e-4 if options.ratio_level == "sequence" else 0.3

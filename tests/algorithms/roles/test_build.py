@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_chat_model, tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.algorithms.config.common import OptimizerConfig, ParallelConfig, RolloutConfig
-from trialign.algorithms.config.online import OnlineRun
+from trialign.algorithms.config.online import OnlineRunConfig
 from trialign.algorithms.config.ppo import ActorConfig, PPOConfig, PPOData, PPOModels
 from trialign.algorithms.config.reward import PolicyReward
 from trialign.algorithms.roles.build import build_ppo_roles, load_tokenizer, read_shapes, trained_entries
@@ -119,7 +119,7 @@ def test_unsupported_models_tokenizers_and_outputs_are_refused(folders, tmp_path
     path = str(tmp_path / "model")
     settings = config(folders, model=PPOModels(path), reward=PolicyReward(functions=("a:b",)))
     with pytest.raises(ValueError, match="its export would replace .*model, which the run reads"):
-        read_shapes(dataclasses.replace(settings, run=OnlineRun(output=str(tmp_path))))
+        read_shapes(dataclasses.replace(settings, run=OnlineRunConfig(output=str(tmp_path))))
     shape = read_shapes(settings)[path]
     with pytest.raises(ValueError, match="has 259 tokens, the model vocab_size=200"):
         load_tokenizer(path, shape)
