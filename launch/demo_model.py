@@ -14,6 +14,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from trialign.engine.storage.atomic import atomic_folder, delete_folder
 
@@ -85,7 +86,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     saved = AutoTokenizer.from_pretrained(folder)
     for chat in CHAT:
-        options = {"add_generation_prompt": True, "return_dict": False}
+        options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
         ids, expected = (t.apply_chat_template(chat, **options) for t in (saved, tokenizer))
         if ids != expected:
             raise ValueError(f"the saved tokenizer gives {ids} for {chat}, the package's gives {expected}")
