@@ -11,14 +11,7 @@ from scripts import metrics, options, succeed
 from tiny import tiny_tokenizer
 from tiny_run import tiny_run
 from trialign.algorithms.config.pretrain import TextData
-from trialign.algorithms.data.documents import (
-    PackedRow,
-    Passage,
-    TextStream,
-    fill,
-    pack_tokens,
-    passages,
-)
+from trialign.algorithms.data.documents import PackedRow, Passage, TextStream, fill, pack_tokens, passages
 
 BUDGET = 32
 

@@ -14,14 +14,7 @@ from trialign.algorithms.data.dialogues import Sample, pack_samples
 from trialign.algorithms.data.preferences import Pair, Steps, mismatched
 from trialign.algorithms.dpo import dpo_eval, dpo_step, reference_sums, with_reference
 from trialign.algorithms.kto import kto_eval, kto_step, pack_labeled, reference_point
-from trialign.algorithms.reward_model import (
-    pack_pairs,
-    pack_steps,
-    pair_eval,
-    pair_step,
-    process_eval,
-    process_step,
-)
+from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_eval, pair_step, process_eval, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.sft import eval_loss, sft_step

@@ -61,10 +61,7 @@ def test_invalid_command_lines_are_refused(case, capsys, tmp_path, monkeypatch):
 # Config: the file.
 FILES = {
     "malformed value": ("[run]\nsteps = many", "not valid TOML: Invalid value (at line 2"),
-    "unknown key": (
-        "[actor]\nclip_lw = 0.1",
-        "unknown key 'actor.clip_lw': did you mean 'clip_low'? allowed: ",
-    ),
+    "unknown key": ("[actor]\nclip_lw = 0.1", "unknown key 'actor.clip_lw': did you mean 'clip_low'? allowed: "),
     "key for a section": ("actor = 3", "actor is a section: write [actor], not actor = 3"),
     "string for a number": ('[run]\nsteps = "3"', 'run.steps = "3": must be a whole number, not a string'),
     "wrong item of a list": ("[data]\nsources = [1]", "data.sources[0] = 1: must be a string, not a whole number"),
