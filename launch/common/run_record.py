@@ -150,8 +150,8 @@ class RunRecord:
         config: Any = absolute(self.config)
         own = {"output": str(self.folder.absolute()), "resume": "", "overwrite": False}
         own = {key: value for key, value in own.items() if hasattr(config.run, key)}
+        self._write({"script": self.script, "facts": facts, "finished": {}})  # first: a kill in between leaves a run
         write_text(self.folder / "config.toml", to_toml(replace(config, run=replace(config.run, **own))))
-        self._write({"script": self.script, "facts": facts, "finished": {}})
 
     def write_finished(self, step: int, **files: str) -> None:
         """Writes the record of a finished run. On the main rank alone.
