@@ -18,13 +18,12 @@ from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.grpo import GRPOConfig, GRPOOptions
 from trialign.algorithms.config.ppo import ActorConfig, PPOConfig, PPOOptions
 from trialign.algorithms.data.prompts import PromptDataset
-from trialign.algorithms.extensions import load_function
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.learner import Roles
 from trialign.algorithms.roles.role import Role
-from trialign.engine.config import absolute, parse
+from trialign.engine.config import parse
 from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import read_config
 
@@ -125,12 +124,3 @@ def test_invalid_user_functions_are_refused(folder, option, value, part):
     with pytest.raises(ValueError) as error:
         config.check(1)
     assert str(error.value).startswith(f"{option}=") and value in str(error.value) and part in str(error.value)
-
-
-def test_function_paths_become_absolute(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gae").mkdir()
-    (tmp_path / "own.py").write_text("def loss(a, b, c, d):\n    return a\n", encoding="utf-8")
-    config = absolute(PPOConfig(actor=ActorConfig(policy_loss="own.py:loss")))
-    assert config.actor.policy_loss == f"{tmp_path}/own.py:loss" and config.ppo.advantage_estimator == "gae"
-    assert load_function(config.actor.policy_loss)(1, 2, 3, 4) == 1

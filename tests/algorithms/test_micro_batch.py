@@ -62,12 +62,6 @@ def test_scored_batches_may_have_few_or_long_rows():
         deal([4, 5], 3)
 
 
-def test_deal_balances_tokens():
-    lengths = [100, 1, 90, 2, 80, 3, 70, 4]
-    loads = [sum(lengths[i] for i in part) for part in deal(lengths, 2)]
-    assert max(loads) - min(loads) <= 10
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=4, max_size=24), st.integers(1, 4), st.sampled_from([0, 50, 120]))
 def test_ranks_get_equally_many_samples_and_micro_batches(lengths, parts, max_tokens):

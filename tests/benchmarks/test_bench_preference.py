@@ -94,12 +94,3 @@ def test_ratio_to_a_peer_of_the_same_tokens(folder, tmp_path, monkeypatch, capsy
     assert report["ratio"] > 1 and report["settings"] == {"micro": 1}
     with pytest.raises(ValueError, match="TRL trained on"):
         bench_preference.main(replace(bench, seed=1))
-
-
-def test_dead_peer_s_output_is_shown(tmp_path):
-    script = tmp_path / "dies.py"
-    script.write_text("raise SystemExit('no such model')")
-    dead = peer.Peer(sys.executable, script, {"threads": 1}, tmp_path)
-    with pytest.raises(RuntimeError, match="no such model"):
-        dead.read()
-    dead.close()

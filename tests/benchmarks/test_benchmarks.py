@@ -22,20 +22,6 @@ def bench(name: str, *arguments: object, world: int = 1) -> subprocess.Completed
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("generate", (), "WORLD_SIZE=2"),
-        ("preference", ("--trl", "", "--algorithm", "sft"), "WORLD_SIZE=2"),
-        ("ppo", ("--prompts", 3), "prompts=3"),
-        ("ppo", ("--tp", 4), "world size 2"),
-    ],
-)
-def test_invalid_options_are_refused(name, arguments, message, folder):
-    done = bench(name, "--model", folder, *arguments, world=2)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-
-
 def test_ppo_runs_with_a_vocabulary_below_1000(folder):
     sizes = ["--prompts", 2, "--prompt-tokens", 4, "--new-tokens", 3, "--iters", 1, "--dtype", "float32"]
     done = bench("ppo", "--model", folder, *sizes)

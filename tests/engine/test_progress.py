@@ -6,8 +6,6 @@ import time
 import pytest
 from rich.console import Console
 from trialign.engine import progress as module
-from trialign.engine.mesh import build_mesh
-from trialign.engine.profiler import Profiler
 from trialign.engine.progress import Pace, Progress, clock, report_progress
 
 METRICS = {"reward": 0.5, "kl": 1.25, "tokens_per_s": 1234.0}
@@ -72,14 +70,3 @@ def test_steps_and_long_tasks_have_bars_on_a_terminal(monkeypatch):
         progress.update(2, METRICS)
     assert all(part in out.getvalue() for part in ("2/3", "reward +0.500", "KL 1.250", "1,234 tokens/s", "elapsed"))
     report_progress(1, 2)  # outside of any task
-
-
-def test_long_task_has_lines_without_a_terminal():
-    """Also a profiler's phase; a short task has none."""
-    target, out = console(terminal=False)
-    with Progress(console=target) as progress:
-        profiler = Profiler(build_mesh(), around=progress.task)
-        with profiler("rollout"), progress.task("logprobs", line_after=0.01):
-            report_progress(2, 4)
-            wait_for(out.getvalue)
-    assert out.getvalue().startswith("logprobs 2/4: 0:00:0") and len(out.getvalue().splitlines()) == 1

@@ -82,14 +82,6 @@ def test_documents_are_independent(dtype):
     assert all(torch.equal(a[9:26], b) for a, b in zip(whole, expected, strict=True))
 
 
-def test_large_scores_stay_finite():
-    (q, k, v), cu = inputs([40], 2, 1, 16, torch.float32)
-    actual = with_grads((100 * q, 100 * k, v), cu, 40, 1.0)
-    exact = packed_attention_ref(*(t.double() for t in (100 * q, 100 * k, v)), cu, 40, 1.0)
-    assert all(t.isfinite().all() for t in actual)
-    assert (actual[0] - exact).abs().max() < 1e-2  # the fp32 error of scores near 1e5
-
-
 def test_nan_stays_in_its_document():
     (q, k, v), cu = inputs([6, 5], 2, 1, 16, torch.float32)
     k[3] = torch.nan

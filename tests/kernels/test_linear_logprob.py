@@ -77,14 +77,6 @@ def test_masked_stats_and_gradients_equal_the_reference(small_chunks, mask, mask
     torch.testing.assert_close(out, gradient_ref(logits, *rest), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("n, v, count", [(1, 1, 1), (1, 49152, 1), (512, 49152, 24), (1 << 22, 3000, 3), (0, 10, 1)])
-def test_chunks_cover_the_vocabulary_once(n, v, count):
-    chunks, work = L._chunks(torch.empty(n, 4, device="meta"), torch.empty(v, 4, device="meta"))
-    assert work.numel() == n * max(b - a for a, b in chunks) <= max(L.CHUNK_ELEMENTS["cpu"], 1024 * n)
-    assert chunks[0][0] == 0 and chunks[-1][1] == v and len(chunks) == count
-    assert all(a[1] == b[0] for a, b in pairwise(chunks))
-
-
 @pytest.mark.parametrize("v, last", [(49153, [(49152, 49153)]), (49152, []), (40, [(0, 40)])])
 def test_gpu_chunks_end_at_whole_tiles(v, last):
     with FakeTensorMode():
@@ -116,16 +108,6 @@ def test_vocabulary_shards_equal_the_whole(small_chunks, bounds, dtype, wanted):
         partial += d_hidden
         torch.testing.assert_close(d_weight, grad_weight[start : start + len(part)], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(partial, grad_hidden, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_frozen_input_gets_no_gradient(small_chunks, frozen):
-    *inputs, labels = draw(4, 8, 1500)
-    leaf = inputs[1 - frozen].requires_grad_()
-    torch.cat(linear_logprob(*inputs, labels)).sum().backward()
-    expected = torch.cat(linear_logprob_ref(*inputs, labels)).sum()
-    torch.testing.assert_close(leaf.grad, torch.autograd.grad(expected, leaf)[0])
-    assert inputs[frozen].grad is None
 
 
 PEAK = """

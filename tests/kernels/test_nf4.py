@@ -8,15 +8,6 @@ from trialign.kernels import nf4
 from trialign.kernels.nf4 import TABLE, dequantize_nf4, nf4_linear, nf4_linear_ref, quantize_nf4
 
 
-def test_table_holds_quantiles_of_the_normal_distribution():
-    """Appendix E of QLoRA: 8 quantiles above zero, 7 below, and zero, between 1 - 0.9677083 and 0.9677083."""
-    offset = 0.9677083
-    above = torch.special.ndtri(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
-    below = -torch.special.ndtri(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
-    values = torch.cat((above, torch.zeros(1, dtype=torch.float64), below)).sort().values
-    assert torch.allclose(values / values.max(), torch.tensor(TABLE, dtype=torch.float64), atol=1e-6)
-
-
 def test_codes_are_the_nearest_and_survive_a_round_trip():
     weight = torch.randn(6, 128)
     weight[2, :64] = 0

@@ -23,17 +23,6 @@ def test_error_against_float64(n, heads, d, interleaved, dtype):
     check_accuracy(fn, ref, (torch.randn(n, heads, d).to(dtype),), (0,))
 
 
-def test_rotation_equals_complex_multiplication():
-    cos, sin = angles(9, 6)
-    turn = torch.complex(cos.double(), sin.double())[:, None]
-    x = torch.randn(9, 2, 12)
-    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn
-    expected = torch.view_as_real(pairs).flatten(-2)
-    torch.testing.assert_close(rope_(x.clone(), cos, sin, True).double(), expected, rtol=0, atol=1e-6)
-    half = torch.complex(x[..., :6].double(), x[..., 6:].double()) * turn
-    torch.testing.assert_close(rope_(x, cos, sin).double(), torch.cat((half.real, half.imag), -1), rtol=0, atol=1e-6)
-
-
 def test_slice_of_a_fused_projection_is_rotated_in_place():
     cos, sin = angles(6, 8)
     fused = torch.randn(6, 5, 16)

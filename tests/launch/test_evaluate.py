@@ -148,18 +148,6 @@ def test_resume_continues_after_the_last_chunk(setting, alone):
     assert [path.name for path in (out / "begun").iterdir()] == ["asked.jsonl"]
 
 
-def test_prompts_with_too_few_scored_responses_are_counted(launched):
-    measured = launched("evaluate").measured
-    rewards = {"a:1": [1.0, 0.0, 1.0], "a:2": [1.0, None, None], "a:3": [None] * 3}
-    rows = [{"source": s, "reward": r, "tokens": 1, "finish": "stop"} for s, own in rewards.items() for r in own]
-    given = options(metrics_pass_at_k=(1, 2, 3), reward_functions="a.py:f", rollout_samples_per_prompt=3)
-    config = parse(EvaluateConfig, given)
-    numbers = {name: number.value for name, number in measured(rows, config).items()}
-    assert numbers["reward"] == pytest.approx((2 / 3 + 1) / 2) and numbers["answers without a score"] == 5
-    assert [numbers[f"prompts with fewer than {k} scored answers"] for k in (1, 2, 3)] == [1, 2, 2]
-    assert numbers["pass@1"] == pytest.approx((2 / 3 + 1) / 2) and numbers["pass@3"] == 1.0
-
-
 @pytest.mark.parametrize(
     ("changes", "reported"),
     [

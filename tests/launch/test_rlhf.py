@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from samples import write_jsonl
 from scripts import AXES, ROOT, agree, digests, kill_after, metrics, options, succeed, succeed_in_turn
 from tiny_run import tiny_run
 from trialign.algorithms.config.reward import RewardConfig
-from trialign.algorithms.config.rlhf import SET_BY_PIPELINE, PromptsConfig, RLHFConfig, prompt_files, stages
+from trialign.algorithms.config.rlhf import PromptsConfig, RLHFConfig, prompt_files, stages
 from trialign.algorithms.data.prompts import split_prompts
 from trialign.algorithms.data.responses import Response, label_pairs, read_sampled_pairs
 from trialign.engine.config import load, parse, to_toml
@@ -90,12 +89,6 @@ def test_conflicting_options_are_refused(changes, reported):
     words = options(**{name: value for name, value in (GIVEN | SCORER | changes).items() if value != ()})
     with pytest.raises(ValueError, match=reported):
         parse(RLHFConfig, words).check(1)
-
-
-def test_filled_in_options_exist():
-    for stage, names in SET_BY_PIPELINE.items():
-        for name in names:
-            attrgetter(f"{stage}.{name}")(RLHFConfig())
 
 
 @pytest.fixture(scope="module")

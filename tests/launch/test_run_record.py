@@ -17,7 +17,6 @@ from samples import write_jsonl
 from scripts import ENVIRONMENT, command, digests, kill_after, metrics, options, succeed
 from tiny import tiny_chat_model
 from tiny_run import tiny_run
-from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.config.sft import SFTConfig
 from trialign.engine.config import load, parse
 from trialign.engine.mesh import build_mesh
@@ -208,19 +207,3 @@ def test_nodes_with_different_folders_or_models_are_refused(setting, tmp_path):
     (tmp_path / "1" / "model" / "tokenizer_config.json").unlink()
     first, second = run_ranks(refusal, 2, tmp_path, "")
     assert first == second and "model.path=" in first and "tokenizer_config.json" in first
-
-
-def test_changed_reward_function_is_reported(setting, launched):
-    """Of the same file, and of a module, which has no file in the fingerprint."""
-    fingerprint = launched("common.fingerprint")
-
-    def changed(before: str, now: str) -> list[str]:
-        configs = [parse(PPOConfig, options(reward_functions=spec)) for spec in (before, now)]
-        facts = [fingerprint.facts_of(config, build_mesh(), lambda work, **_: work()) for config in configs]
-        return fingerprint.changes(*facts, "ppo")
-
-    reward = f"{setting}/rewards.py"
-    assert changed(f"{reward}:length", f"{setting}/./rewards.py:length") == changed("os:getpid", "os:getpid") == []
-    for before, now in ((f"{reward}:length", f"{reward}:goal"), ("os:getpid", "os:getppid")):
-        (change,) = changed(before, now)
-        assert f"reward.functions={now} (was {before})" in change

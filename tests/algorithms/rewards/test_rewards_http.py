@@ -78,14 +78,6 @@ def test_requests_are_batches_with_columns():
     }
 
 
-def test_nonfinite_columns_are_sent_as_null():
-    columns = [{"goal": math.nan, "deep": {"a": [1.5, math.inf]}}, {"goal": 2.0, "deep": {"a": [-math.inf]}}]
-    prompts = [Prompt(i, [1], f"p{i}", fields) for i, fields in enumerate(columns)]
-    with serving(lengths) as (url, seen):
-        RewardClient(url).score(prompts, TEXTS[:2], ENDED[:2])
-    assert seen[0]["fields"] == {"goal": [None, 2.0], "deep": [{"a": [1.5, None]}, {"a": [None]}]}
-
-
 INVALID = {
     "wrong count": (lambda r: (200, b'{"scores": [1, 2]}'), "returned 2 scores for 5 completions"),
     "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "returned nan for a.jsonl:3: must be a finite number"),
@@ -102,13 +94,6 @@ def test_invalid_scores_are_refused_at_once(case):
             RewardClient(url, pause=0.01).score(PROMPTS, TEXTS, ENDED)
     assert message in str(error.value) and url in str(error.value) and "a.jsonl:" in str(error.value)
     assert len(seen) == 1
-
-
-def test_closed_connections_are_tried_again():
-    with serving(lambda request: None) as (url, seen):
-        with pytest.raises(ValueError, match=r"no connection: .*\(2 attempts\)"):
-            RewardClient(url, attempts=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
-    assert len(seen) == 2
 
 
 def test_headers_without_end_are_given_up_in_time():

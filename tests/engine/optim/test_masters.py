@@ -1,6 +1,5 @@
 """bf16 training starts from masters in the full precision of the model folder, in every layout."""
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from harness import run_ranks
 from peft_case import peft_model, save_peft
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scripts import options, succeed
 from tiny import assemble, tiny_chat_model, tiny_llama
 from tiny_moe import tiny_mixtral
@@ -83,29 +82,6 @@ def test_masters_have_the_precision_of_the_folder(cases):
                 master, kind = expected[name][key.replace("/weight/", "/master/")], key.split("/")[1]
                 if kind in ("master", "ema", "weight"):
                     assert torch.equal(tensor, master.bfloat16() if kind == "weight" else master), key
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_masters_of_folders_in_other_dtypes(cases, tmp_path, dtype):
-    """float64 rounds by way of float32, as the masters do."""
-    shutil.copytree(cases["untied"][0], tmp_path, dirs_exist_ok=True)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors = {name: tensor.to(dtype) * (1 + 1e-9) for name, tensor in tensors.items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    got = started((tmp_path, {}), "bfloat16")
-    for name, tensor in tensors.items():
-        assert torch.equal(got[f"r/master/{name}"], tensor.float()), name
-        assert torch.equal(got[f"r/weight/{name}"], tensor.float().bfloat16()), name
-
-
-def test_weight_changed_after_reading_keeps_its_master(cases):
-    folder, mesh = cases["tied"][0], build_mesh()
-    model = build_decoder(str(folder), read_config(folder), mesh, "bfloat16", trained=True)
-    changed = model.get_parameter("norm.weight")
-    changed.data[:5] += 1
-    learner = build_learner(model, OptimizerConfig(), 1)
-    masters = whole(model, learner.optimizer, mesh)
-    assert torch.equal(masters["r/master/model.norm.weight"][:5], changed.data[:5].float())
 
 
 def test_run_at_zero_learning_rate_ends_with_the_folder_s_numbers(tmp_path):

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import ALL, PEERS, SIZES, peer_config, values_of
-from transformers import AutoConfig, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AutoConfig
 from trialign.models.config import ModelConfig
 from trialign.models.families.registry import FAMILIES, family_of, from_hf_dict, head_of, read_config, to_hf_dict
 from trialign.models.rope import Rope
@@ -84,13 +83,6 @@ def test_rope_scaling_keys_old_and_new(keys, rope, theta, longest):
     assert config_of(**to_hf_dict(config)) == config
 
 
-def test_yarn_with_top_level_trained_length_equals_transformers():
-    keys: dict[str, Any] = SIZES | {ORIGINAL: 16, "rope_parameters": YARN | {"rope_theta": 1e4}}
-    config = config_of(**keys)
-    got, _ = config.rope.frequencies(config.rope_theta, config.head_dim)
-    torch.testing.assert_close(got, LlamaRotaryEmbedding(LlamaConfig(**keys)).inv_freq)
-
-
 @pytest.mark.parametrize(
     ("keys", "window", "full"),
     [
@@ -106,15 +98,6 @@ def test_qwen2_windows_by_layer(keys, window, full):
     config = config_of(QWEN2, **{"use_sliding_window": True} | keys)
     assert (config.window, config.full_layers) == (window, full)
     assert [config.window_of(i) for i in range(4)] == [None if i in full else window for i in range(4)]
-
-
-@pytest.mark.parametrize(("kind", "window"), [("full_attention", None), ("sliding_attention", 9)])
-@pytest.mark.parametrize("architecture", [MISTRAL, QWEN2, "Qwen3ForCausalLM"])
-def test_layer_types_take_precedence_over_sliding_window(architecture, kind, window):
-    keys = {"sliding_window": 9, "layer_types": [kind] * 4, "num_key_value_heads": 4}
-    config = config_of(architecture, **keys, **({"use_sliding_window": True} if "Qwen" in architecture else {}))
-    assert [config.window_of(i) for i in range(4)] == [window] * 4
-    assert from_hf_dict(to_hf_dict(config)) == config
 
 
 def test_absent_keys_have_transformers_defaults():

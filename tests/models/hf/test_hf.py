@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import tokenizer as words
 from tiny import tiny_llama, tiny_tokenizer, weight_pieces
-from tiny_moe import tiny_mixtral
 from torch import Tensor
 from trialign.algorithms.config.common import ParallelConfig
 from trialign.algorithms.config.run import RunConfig
@@ -23,7 +21,7 @@ from trialign.models.families.registry import head_of, read_config
 from trialign.models.folder import INDEX
 from trialign.models.hf.convert import import_checkpoint
 from trialign.models.hf.load import load_hf
-from trialign.models.hf.padding import padding_id, score_padding, write_padding
+from trialign.models.hf.padding import padding_id, write_padding
 from trialign.models.hf.source import open_source
 from trialign.models.hf.table import hf_shapes
 from trialign.models.hf.tokenizer import read_tokenizer, stop_ids
@@ -104,11 +102,6 @@ def test_score_head_of_a_causal_model_is_new(tmp_path, tied):
     assert torch.equal(last.weight, other.weight) and 0.5 < last.weight.std() * 33 < 1.5
 
 
-def test_score_folder_as_language_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has a score head; a language model needs lm_head.weight"):
-        build(tiny_llama(tmp_path, score=True), 1, 1, 0, head="lm")
-
-
 def test_copy_of_a_tied_embedding_is_ignored(tmp_path):
     tied = tiny_llama(tmp_path)
     tensors = load_file(tied / "model.safetensors")
@@ -132,21 +125,6 @@ def test_padding_is_a_token_that_ends_nothing(tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|file_sep|>\n{% endfor %}"
     tokenizer.pad_token = "<|file_sep|>"
     assert padding_id(tokenizer, (2,), 1000) == pad
-
-
-def test_padding_of_smollm2_ends_nothing(smollm2):
-    tokenizer = read_tokenizer(smollm2)
-    shape, token = score_padding(read_config(smollm2), smollm2)
-    assert token == "<repo_name>" and shape.pad_id == tokenizer.convert_tokens_to_ids(token)
-    assert shape.pad_id not in (tokenizer.eos_token_id, tokenizer.unk_token_id, *tokenizer.encode("a\nb"))
-
-
-def test_padding_is_none_if_all_tokens_end(tmp_path):
-    """A vocabulary of words, any of which may be unknown: transformers then takes single rows only."""
-    assert padding_id(words(), (1,), 34) is None
-    words().save_pretrained(tiny_llama(tmp_path, vocab_size=260))
-    shape, token = score_padding(read_config(tmp_path), tmp_path)
-    assert shape.pad_id is None and token is None
 
 
 def test_padding_is_written_to_the_tokenizers_files(tmp_path):
@@ -244,13 +222,6 @@ def test_missing_folders_and_gguf_files_are_refused(tmp_path):
         read_config("x.gguf")
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         read_config(tmp_path / "nowhere")
-
-
-def test_more_experts_than_tensors_are_refused(tmp_path):
-    folder = tiny_mixtral(tmp_path / "model")
-    change(folder / CONFIG, num_experts=1_000_000, num_local_experts=1_000_000)
-    with pytest.raises(ValueError, match=r"has \d+000000 experts in all layers.* \d+ tensors"):
-        read_shape(str(folder), ParallelConfig(), RunConfig())
 
 
 def test_nonfinite_tensors_are_refused_by_name(folder):

@@ -13,7 +13,6 @@ import torch
 from peft_case import build, peft_model, save_peft
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
-from tiny_moe import tiny_mixtral
 from torch import Tensor
 from trialign.algorithms.config.common import LoRAConfig, ParallelConfig
 from trialign.algorithms.config.run import RunConfig
@@ -23,8 +22,6 @@ from trialign.engine.parallel.lora import LoRA
 from trialign.models.config import ModelConfig
 from trialign.models.families.registry import read_config
 from trialign.models.hf.peft import load_adapter, read_peft
-from trialign.models.hf.peft_config import unsupported_by_peft
-from trialign.models.lora import TARGETS, check_lora
 
 LORA = LoRA(4, 8.0, ("q", "v", "output", "down"), rslora=True)
 INVALID: list[tuple[Any, ...]] = [  # key, invalid values: the message has key and value
@@ -139,19 +136,3 @@ def test_adapters_of_other_options_or_sizes_are_refused(folder, copies, tmp_path
             read(folder, lora)
     with pytest.raises(ValueError, match=r"has shape \[4, 32\], expected \[4, 64\]"):
         read(tiny_llama(tmp_path / "wide", hidden_size=64), LORA)
-
-
-def test_options_become_adapters_of_the_model(tmp_path):
-    dense, moe = (read_config(make(tmp_path / make.__name__)) for make in (tiny_llama, tiny_mixtral))
-    assert LoRAConfig().adapters(dense) is None
-    section = LoRAConfig(rank=4, alpha=8.0, rslora=True, targets=("q", "v", "output", "down"), quantize=True)
-    assert section.adapters(dense) == dataclasses.replace(LORA, quantize=True)
-    for shape, targets in ((dense, TARGETS), (moe, ("q", "k", "v", "output"))):
-        default = LoRAConfig(rank=4).adapters(shape)
-        assert default is not None and default.targets == targets and unsupported_by_peft(shape, default) is None
-        check_lora(shape, default, tp=1)
-    invalid: tuple[dict[str, Any], ...] = ({"rank": -1}, {"quantize": True}, {"rank": 1, "targets": ("q", "q")})
-    for changes in invalid:
-        key, value = list(changes.items())[-1]
-        with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}")):
-            LoRAConfig(**changes)
