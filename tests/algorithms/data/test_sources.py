@@ -139,6 +139,9 @@ def test_nulls_of_json_text_are_kept(characters, tmp_path):
 STRUCT = pa.struct({"x": pa.int64(), "y": pa.struct({"z": pa.string()})})
 ODD = {
     "a list of structs": (pa.list_(STRUCT), [{"x": 1}, {"y": {}}, None, {}], [{"x": 1}, {"y": {}}, None, {}]),
+    "a large list": (pa.large_list(pa.list_(STRUCT)), [[{"x": 1}], []], [[{"x": 1}], []]),
+    "a list of one length": (pa.list_(STRUCT, 2), [{"x": 1}, {}], [{"x": 1}, {}]),
+    "a dictionary": (pa.dictionary(pa.int8(), pa.string()), "a", "a"),
     "a map": (pa.map_(pa.string(), STRUCT), [("a", None), ("b", {"x": 1})], {"a": None, "b": {"x": 1}}),
     "JSON": (pa.json_(), '{"a": null, "b": [1]}', {"a": None, "b": [1]}),
 }
