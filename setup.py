@@ -3,7 +3,7 @@
 Where nvcc is found (on PATH or as NVCC) the CUDA kernels of csrc/cuda go into the same module, beside a CPU torch too;
 TRIALIGN_CUDA_ARCHS changes the architectures, TRIALIGN_CUDA=0 leaves them out.
 
-Without compiler or torch it installs pure Python: the torch references serve, and kernels/dispatch.py says so once.
+Without compiler or torch it installs pure Python: the torch references run, and kernels/dispatch.py warns once.
 """
 
 from __future__ import annotations

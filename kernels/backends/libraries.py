@@ -1,4 +1,4 @@
-"""Optional libraries whose kernels replace ours on CUDA where they are installed and fit the call.
+"""Optional libraries whose kernels replace those of trialign on CUDA where they are installed and fit the call.
 
 TRIALIGN_KERNELS (kernels/dispatch.py): auto and fp8 allow them, own does not.
 """

@@ -6,6 +6,6 @@ import torch
 
 
 def untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """[elements] of zeros that nobody has written yet."""
+    """[elements] of zeros that are not written yet."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
