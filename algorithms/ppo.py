@@ -123,12 +123,11 @@ def estimate_advantages(batch: Batch, values: Tensor, config: PPOConfig) -> tupl
     gamma, lam, estimator = config.ppo.gamma, config.ppo.lam, config.ppo.advantage_estimator
     if estimator == "gae":
         return gae(batch.rewards, values, batch.segments, batch.cu_seqlens, gamma, lam, config.ppo.turn_gaps)
-    estimate = load_function(estimator)
-    advantages, returns = estimate(batch.rewards, values, batch.mask, batch.cu_seqlens, gamma, lam)
-    return (
-        check_shape(estimator, "advantages", advantages, values),
-        check_shape(estimator, "returns", returns, values),
-    )
+    result = load_function(estimator)(batch.rewards, values, batch.mask, batch.cu_seqlens, gamma, lam)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"{estimator}: must return (advantages, returns), returned {type(result).__name__}")
+    advantages, returns = result
+    return check_shape(estimator, "advantages", advantages, values), check_shape(estimator, "returns", returns, values)
 
 
 def update(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
@@ -73,8 +73,10 @@ class RowReader:
 
 def user_rows(function: str, source: str, keys: Keys) -> Iterator[Row]:
     """Rows of a source by a user's function; ValueError with the number of a row that is not a dict."""
-    for number, row in enumerate(load_function(function)(source), 1):
-        where = f"{source}:{number}"
+    rows = load_function(function)(source)
+    if not isinstance(rows, Iterable):
+        raise ValueError(f"{source}: {function} must return rows, returned {type(rows).__name__}")
+    for where, row in ((f"{source}:{number}", row) for number, row in enumerate(rows, 1)):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: {function} returned {row!r:.60}: must be a dict of columns")
         yield where, own_columns(where, row, keys)

@@ -235,8 +235,7 @@ class Run(Generic[Config]):
         self.step += 1
         self.log(self.step, metrics)
         self.progress.update(self.step, metrics)
-        every = self.config.run.save_every
-        if self.step == self.total or (every and self.step % every == 0):
+        if self.step == self.total or not self.step % (self.config.run.save_every or self.total):
             self._save(self._state_of_parts())
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:

@@ -65,12 +65,12 @@ def test_documented_reward_and_reader(folder, tmp_path):
         prompts = [Prompt(i, [1], "p", source=f"a:{i}") for i in range(2)]
         assert function.score(prompts, ["", "x" * 50]) == [1.0, 0.5]
     (tmp_path / "a.txt").write_text("hello w1\nw2\n", encoding="utf-8")
-    config = PromptData(sources=(str(tmp_path / "a.txt"),), reader=f"{folder}/reader.py:numbered")
-    dataset = PromptDataset(config, tokenizer())
-    assert {(prompt.text, prompt.fields["id"]) for prompt in dataset.next(2)} == {("hello w1", 0), ("w2", 1)}
-    (tmp_path / "bad.py").write_text("def rows(source):\n    return [3]\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a.txt:1: .*bad.py:rows"):
-        PromptDataset(PromptData(sources=config.sources, reader=f"{tmp_path}/bad.py:rows"), tokenizer())
+    read = lambda spec: PromptDataset(PromptData(sources=(str(tmp_path / "a.txt"),), reader=spec), tokenizer())  # noqa: E731
+    assert sorted(p.text for p in read(f"{folder}/reader.py:numbered").next(2)) == ["hello w1", "w2"]
+    (tmp_path / "bad.py").write_text("def rows(source):\n    return [3]\n\ndef none(source): ...\n", encoding="utf-8")
+    for name, where in (("rows", "a.txt:1: "), ("none", "a.txt: ")):
+        with pytest.raises(ValueError, match=f"{where}.*bad.py:{name}"):
+            read(f"{tmp_path}/bad.py:{name}")
 
 
 def test_documented_ppo_estimator_and_loss(folder):
