@@ -6,8 +6,8 @@ a `ContentPath` where a run depends on the files' content, or a `FunctionPath` (
 
 Files are layered: in `--config A.toml B.toml` later files override earlier ones, and the command line all of them. Two
 kinds of tables are conditional: [script.NAME.section] applies to launch/NAME.py alone (and to its section in rlhf.py),
-so that one file serves several scripts; [after.NAME.section] applies if NAME.toml is an earlier file. Unknown keys are
-refused, except inside tables that do not apply.
+so that one file serves several scripts; [after.NAME.section] applies if NAME.toml is an earlier file. Unknown keys and
+wrong types are refused in tables that do not apply, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import sys
 import tomllib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,7 +34,9 @@ NEW, AUTO = "", "auto"
 """Values of `run.resume` beside folders: a new run; the run in run.output if there is one, else a new one."""
 
 
-def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, quiet: bool = False) -> Config:
+def parse(
+    cls: type[Config], argv: Sequence[str], scripts: Mapping[str, type[Any]] = {}, *, quiet: bool = False
+) -> Config:
     """Parses a command line: `--config FILE...` gives defaults, `--section.key value` overrides them.
 
     `--resume RUN` is short for `--run.resume RUN`; without `--config`, RUN/config.toml gives the defaults, unless RUN
@@ -42,7 +44,7 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
 
     Args:
         cls: a dataclass whose every field has a default.
-        prog: NAME.py, the script, which selects the [script.NAME] tables.
+        scripts: config classes by script, for the [script.NAME] tables.
         quiet: print nothing (for all ranks but one).
 
     Raises:
@@ -55,9 +57,7 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
             rest = ["--run.resume", *run, *others]
         run = "".join(_take(rest, "--run.resume")[0])
         resumed = bool(run) and run != AUTO and not files
-        default = load(
-            cls, *([Path(run) / "config.toml"] if resumed else files), script=(prog or "").removesuffix(".py")
-        )
+        default = load(cls, *([Path(run) / "config.toml"] if resumed else files), scripts=scripts)
     except ValueError as error:
         if not quiet:
             print(f"error: {error}", file=sys.stderr)
@@ -66,7 +66,6 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
         cls,
         args=rest,
         default=default,
-        prog=prog,
         description=f"{(cls.__doc__ or '').strip()}\n\n--config A.toml B.toml gives defaults: later files override"
         " earlier ones, options override both; files not in the working directory are searched for in"
         " launch/configs (presets/verl.toml). --resume RUN resumes a run.",
@@ -85,11 +84,11 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str | None = None, qu
     return config
 
 
-def load(cls: type[Config], *files: str | Path, script: str = "") -> Config:
+def load(cls: type[Config], *files: str | Path, scripts: Mapping[str, type[Any]] = {}) -> Config:
     """Loads a config from TOML files; later ones override earlier ones, absent keys keep their defaults.
 
     Args:
-        script: NAME of launch/NAME.py, which selects the [script.NAME] tables.
+        scripts: config classes by script, for the [script.NAME] tables.
 
     Raises:
         ValueError: with the file's name: no such file, malformed TOML, an unknown key, a wrong type or value.
@@ -98,8 +97,8 @@ def load(cls: type[Config], *files: str | Path, script: str = "") -> Config:
     for i, file in enumerate(files):
         try:
             table = _read(_find(Path(file)))
-            for part in _parts(cls, table, script, [Path(other).stem for other in files], i):
-                _merge(values, _convert_table(cls, part, ""))
+            for part in _parts(cls, table, scripts, [Path(other).stem for other in files], i):
+                _merge(values, part)
         except ValueError as error:
             raise ValueError(f"config file {file}: {error}") from None
     try:
@@ -123,30 +122,28 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"not valid TOML: {error}") from None
 
 
-def _parts(cls: Any, table: dict[str, Any], script: str, names: Sequence[str], index: int) -> Iterator[dict[str, Any]]:
-    """Tables of a file that apply: its plain keys, [script.NAME] of this script, [after.NAME] of earlier files.
+def _parts(
+    cls: Any, table: dict[str, Any], scripts: Mapping[str, type[Any]], names: Sequence[str], index: int
+) -> Iterator[dict[str, Any]]:
+    """Converted tables of a file that apply: its plain keys, [script.NAME] of this script, [after.NAME] of earlier
+    files. Those that do not apply are checked.
 
     Args:
         names: of all files, without .toml.
         index: of this file.
     """
-    yield {key: value for key, value in table.items() if key not in ("script", "after")}
+    yield _convert_table(cls, {key: value for key, value in table.items() if key not in ("script", "after")}, "")
     hints = typing.get_type_hints(cls)
-    scripts = sorted(path.stem for path in CONFIGS.parent.glob("*.py"))
-    presets = sorted({path.stem for path in CONFIGS.glob("presets/*.toml")} | set(names))
-    for kind, allowed in (("script", scripts), ("after", presets)):
-        for name, part in table.get(kind, {}).items():
-            if name not in allowed:
-                raise ValueError(f"unknown key '{kind}.{name}': {suggest(name, allowed)}")
-            if (kind, name) == ("script", script) or kind == "after" and name in names[:index]:
-                yield part
-            elif kind == "script" and _is_script(hints.get(name)):
-                yield {name: part}
-
-
-def _is_script(hint: Any) -> bool:
-    """Whether a section is a whole script's config, as in rlhf.py."""
-    return dataclasses.is_dataclass(hint) and "run" in (field.name for field in dataclasses.fields(hint))
+    presets = dict.fromkeys(sorted({path.stem for path in CONFIGS.glob("presets/*.toml")} | set(names)), cls)
+    for kind, classes in (("script", scripts), ("after", presets)):
+        for name, part in _table(table.get(kind, {}), kind).items():
+            if name not in classes:
+                raise ValueError(f"unknown key '{kind}.{name}': {suggest(name, list(classes))}")
+            values = _convert_table(classes[name], _table(part, f"{kind}.{name}"), f"{kind}.{name}.")
+            if classes[name] is cls and (kind == "script" or name in names[:index]):
+                yield values
+            elif hints.get(name) is classes[name]:  # a whole script's section, as in rlhf.py
+                yield {name: values}
 
 
 def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
@@ -259,13 +256,17 @@ def _convert_table(cls: Any, table: dict[str, Any], prefix: str) -> dict[str, An
         name = f"{prefix}{key}"
         if key not in names:
             raise ValueError(f"unknown key {name!r}: {suggest(key, names)}")
-        if not dataclasses.is_dataclass(hints[key]):
-            values[key] = _convert(hints[key], value, name)
-        elif isinstance(value, dict):
-            values[key] = _convert_table(hints[key], value, f"{name}.")
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _convert_table(hints[key], _table(value, name), f"{name}.")
         else:
-            raise ValueError(f"{name} is a section: write [{name}], not {name} = {_literal(value)}")
+            values[key] = _convert(hints[key], value, name)
     return values
+
+
+def _table(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is a section: write [{name}], not {name} = {_literal(value)}")
+    return value
 
 
 def _replaced(config: Any, values: dict[str, Any], prefix: str) -> Any:

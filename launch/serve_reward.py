@@ -193,7 +193,7 @@ def handler(scores: Scores) -> type[BaseHTTPRequestHandler]:
 
 def main(argv: list[str]) -> None:
     """Loads the model and serves requests until a signal, with exit code 0; a second signal ends it at once."""
-    config = parse(ServeConfig, argv, prog="serve_reward.py")
+    config = parse(ServeConfig, argv)
     if not config.model.path:
         sys.exit("error: model.path is not given: the folder of a reward model, in Hugging Face format")
     if world_size() > 1:

@@ -25,12 +25,11 @@ from rich.text import Text
 from trialign.algorithms.config.conditional import ConditionalConfig
 from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.evaluate import EvaluateConfig
-from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.config.preference import DPOConfig, KTOConfig, RewardModelConfig
 from trialign.algorithms.config.pretrain import PretrainConfig, TextData
-from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.config.rlhf import RLHFConfig
+from trialign.algorithms.config.scripts import SCRIPTS
 from trialign.algorithms.config.sft import SFTConfig, SFTData
 from trialign.algorithms.data.conditional import ConditionedRows, read_rewarded
 from trialign.algorithms.data.dialogues import DialogueDataset, Encoder, Sample, joined
@@ -172,18 +171,18 @@ def rlhf(config: RLHFConfig, tokenizer: Any, ends: Sequence[int], count: int) ->
     ]
 
 
-SCRIPTS: dict[str, tuple[type[Any], Callable[..., list[Part]]]] = {
-    "pretrain": (PretrainConfig, pretrain),
-    "sft": (SFTConfig, sft),
-    "reward": (RewardModelConfig, reward),
-    "dpo": (DPOConfig, pairs),
-    "kto": (KTOConfig, kto),
-    "rejection": (RejectionConfig, prompts),
-    "conditional": (ConditionalConfig, conditional),
-    "ppo": (PPOConfig, ppo),
-    "grpo": (GRPOConfig, prompts),
-    "evaluate": (EvaluateConfig, evaluate),
-    "rlhf": (RLHFConfig, rlhf),
+READERS: dict[str, Callable[..., list[Part]]] = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "reward": reward,
+    "dpo": pairs,
+    "kto": kto,
+    "rejection": prompts,
+    "conditional": conditional,
+    "ppo": ppo,
+    "grpo": prompts,
+    "evaluate": evaluate,
+    "rlhf": rlhf,
 }
 
 
@@ -199,9 +198,9 @@ def script_of(path: str) -> str:
     if named in SCRIPTS:
         return named
     fits, refusals = [], {}
-    for name, (cls, _) in SCRIPTS.items():
+    for name, cls in SCRIPTS.items():
         try:
-            load(cls, path)
+            load(cls, path, scripts=SCRIPTS)
             fits.append(name)
         except ValueError as error:
             refusals[name] = str(error)
@@ -242,15 +241,14 @@ def main(argv: Sequence[str]) -> None:
     words = [] if place is None else (rest[place].partition("=")[2] or "".join(rest[place + 1 : place + 2]))
     try:
         name = options.script or script_of("".join(words))
-        cls, show = SCRIPTS[name]
-        config = parse(cls, rest, prog=f"{name}.py")
+        config = parse(SCRIPTS[name], rest, SCRIPTS)
         if not config.model.path:
             raise ValueError("model.path is not given: the folder whose tokenizer reads the rows")
         if not has_sources(config):
             raise ValueError("data.sources is not given: nothing to show")
         shape = read_config(config.model.path)
         tokenizer = load_tokenizer(config.model.path, shape)
-        parts = show(config, tokenizer, stop_ids(config.model.path, shape, tokenizer), options.rows)
+        parts = READERS[name](config, tokenizer, stop_ids(config.model.path, shape, tokenizer), options.rows)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     console = Console(highlight=False)

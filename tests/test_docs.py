@@ -11,31 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trialign.algorithms.config.conditional import ConditionalConfig
-from trialign.algorithms.config.evaluate import EvaluateConfig
-from trialign.algorithms.config.grpo import GRPOConfig
-from trialign.algorithms.config.ppo import PPOConfig
-from trialign.algorithms.config.preference import DPOConfig, KTOConfig, RewardModelConfig
-from trialign.algorithms.config.pretrain import PretrainConfig
-from trialign.algorithms.config.rejection import RejectionConfig
-from trialign.algorithms.config.rlhf import RLHFConfig
-from trialign.algorithms.config.sft import SFTConfig
+from trialign.algorithms.config.scripts import SCRIPTS
 from trialign.engine.config import flatten
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = {
-    "reward.md": RewardModelConfig,
-    "dpo.md": DPOConfig,
-    "kto.md": KTOConfig,
-    "grpo.md": GRPOConfig,
-    "ppo.md": PPOConfig,
-    "sft.md": SFTConfig,
-    "pretrain.md": PretrainConfig,
-    "evaluate.md": EvaluateConfig,
-    "rejection.md": RejectionConfig,
-    "conditional.md": ConditionalConfig,
-    "rlhf.md": RLHFConfig,
-}
+PAGES = {f"{name}.md": cls for name, cls in SCRIPTS.items()}
 BEGIN, END = "<!-- options -->\n", "<!-- /options -->\n"
 
 
@@ -96,7 +76,7 @@ def test_options_of_a_page_match_the_config(name):
 
 
 def test_options_in_commands_exist():
-    options = {page.removesuffix(".md"): set(flatten(cls())) for page, cls in PAGES.items()}
+    options = {script: set(flatten(cls())) for script, cls in SCRIPTS.items()}
     unknown = []
     for path in (*DOCS.glob("*.md"), *DOCS.parent.glob("README*.md")):
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")

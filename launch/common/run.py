@@ -32,6 +32,7 @@ from trialign.algorithms.config.common import ModelPaths, ParallelConfig
 from trialign.algorithms.config.data import DataConfig
 from trialign.algorithms.config.reward import check_time_limits
 from trialign.algorithms.config.run import RunConfig
+from trialign.algorithms.config.scripts import SCRIPTS
 from trialign.algorithms.roles.build import trained_entries
 from trialign.algorithms.roles.learner import Learner
 from trialign.algorithms.roles.nonfinite import check_states
@@ -93,7 +94,7 @@ def start(cls: type[Config], main: Callable[[Run[Config]], None], name: str, arg
     Args:
         name: of the script and of its plot.
     """
-    config = absolute(parse(cls, argv, prog=f"{name}.py", quiet=not is_main()))
+    config = absolute(parse(cls, argv, SCRIPTS, quiet=not is_main()))
     try:
         check_time_limits(config, config.run.timeout)
         config.check(world_size())

@@ -12,6 +12,7 @@ from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.config.preference import DPOConfig
+from trialign.algorithms.config.scripts import SCRIPTS
 from trialign.algorithms.losses.aggregation import Aggregation, token_weights
 from trialign.algorithms.losses.kl import kl_estimate
 from trialign.algorithms.losses.preference import pair_loss
@@ -50,7 +51,7 @@ def quantities(files: Sequence[str], recorded: RecordedBatch, *, kl_coef: float,
     """
     batch, at = recorded.batch, recorded.batch.response
     assert batch.logprobs is not None and batch.ref_logprobs is not None and batch.values is not None
-    config = load(PPOConfig, *files, script="ppo")
+    config = load(PPOConfig, *files, scripts=SCRIPTS)
     config = replace(
         config, actor=replace(config.actor, clip_low=clip, clip_high=clip), ppo=replace(config.ppo, kl_coef=kl_coef)
     )
@@ -71,7 +72,7 @@ def quantities(files: Sequence[str], recorded: RecordedBatch, *, kl_coef: float,
         assert batch.logprobs is not None and batch.ref_logprobs is not None
         return kl_estimate(batch.logprobs, batch.ref_logprobs, kind, *limits)[at].mean().item()  # pyright: ignore[reportArgumentType]
 
-    options, of_groups = config.ppo, load(GRPOConfig, *files, script="grpo").grpo
+    options, of_groups = config.ppo, load(GRPOConfig, *files, scripts=SCRIPTS).grpo
     logprobs, old, critic = recorded.logprobs[at], batch.logprobs[at], config.critic
     policy = ppo.policy_losses(logprobs, old, white.advantages[at], targets, config.actor)[0]
     before, returns = batch.values[at], white.returns[at]
@@ -87,7 +88,7 @@ def quantities(files: Sequence[str], recorded: RecordedBatch, *, kl_coef: float,
         "value loss": mean(values, options.loss_aggregation),
     }
     for title, recipe in ALGORITHMS.items():
-        own = load(GRPOConfig, *files, *recipe, script="grpo")
+        own = load(GRPOConfig, *files, *recipe, scripts=SCRIPTS)
         changes = {} if title in OWN_CLIP else {"clip_low": clip, "clip_high": clip}
         own = replace(own, grpo=replace(own.grpo, kl_coef=kl_coef, **changes))
         advantages, losses = _policy_losses(own, recorded, scores)
@@ -117,7 +118,7 @@ def _ipo(files: Sequence[str], recorded: RecordedBatch) -> dict[str, float]:
     """IPO's mean loss on the best against the worst response of each group; nothing where no group has two rewards."""
     batch, at = recorded.batch, recorded.batch.response
     assert batch.ref_logprobs is not None
-    loss, segments = load(DPOConfig, *files, "presets/ipo.toml", script="dpo").loss, batch.target_segments
+    loss, segments = load(DPOConfig, *files, "presets/ipo.toml", scripts=SCRIPTS).loss, batch.target_segments
     d = recorded.logprobs[at] - batch.ref_logprobs[at]
     ratios = segments.means(d) if loss.average_log_probs else segments.sums(d)  # [samples]
     pairs = []

@@ -4,18 +4,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_docs import PAGES
+from trialign.algorithms.config.scripts import SCRIPTS
 from trialign.engine.config import flatten, load
 
 CONFIGS = {path.stem.removesuffix("_smollm2"): path for path in (ROOT / "launch" / "configs").glob("*.toml")}
-CLASSES = {page.removesuffix(".md"): cls for page, cls in PAGES.items()}
 
 
-@pytest.mark.parametrize("script", CLASSES)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_shipped_config_passes_its_checks(script, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert CONFIGS.keys() == CLASSES.keys()
-    config = load(CLASSES[script], str(CONFIGS[script]))
+    assert CONFIGS.keys() == SCRIPTS.keys()
+    config = load(SCRIPTS[script], str(CONFIGS[script]))
     assert config.check(1) == 1
     files = [path for name, paths in flatten(config).items() if name.endswith("sources") for path in paths]
     assert files and all(Path(path).is_file() for path in files if not path.startswith("runs/"))

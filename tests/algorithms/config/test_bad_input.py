@@ -9,6 +9,7 @@ from samples import tokenizer, write_jsonl
 from trialign.algorithms.batch import Prompt
 from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.ppo import PPOConfig
+from trialign.algorithms.config.scripts import SCRIPTS
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.functions import RewardFunction
 from trialign.engine.config import parse
@@ -26,7 +27,7 @@ def flags(**changes: object) -> list[str]:
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
     """Stderr of `parse`, which exits with code 2, without tyro's frame and line breaks."""
     with pytest.raises(SystemExit) as exit_info:
-        parse(PPOConfig, argv, prog="ppo.py")
+        parse(PPOConfig, argv, SCRIPTS)
     captured = capsys.readouterr()
     assert exit_info.value.code == 2 and captured.out == ""
     return " ".join("".join(c for c in captured.err if c not in "│╭╮╰╯─").split())
@@ -66,6 +67,12 @@ FILES = {
     "string for a number": ('[run]\nsteps = "3"', 'run.steps = "3": must be a whole number, not a string'),
     "wrong item of a list": ("[data]\nsources = [1]", "data.sources[0] = 1: must be a string, not a whole number"),
     "not a choice": ('[model]\ndtype = "float16"', "model.dtype = \"float16\": not a choice; did you mean 'bfloat16'?"),
+    "unknown script": ("[script.pppo.run]", "unknown key 'script.pppo': did you mean 'ppo'? allowed: "),
+    "unknown key of another script": ("[script.grpo.grpo]\nlam = 1", "unknown key 'script.grpo.grpo.lam'"),
+    "unknown section of rlhf.py": ("[script.rlhf.actor]\n", "unknown key 'script.rlhf.actor'"),
+    "wrong type of another script": ("[script.sft.run]\nsteps = 1.5", "script.sft.run.steps = 1.5: must be a whole"),
+    "unknown key after an absent file": ("[after.verl.ppo]\nlamda = 1", "unknown key 'after.verl.ppo.lamda'"),
+    "value for a script": ("[script]\nppo = 3", "script.ppo is a section: write [script.ppo], not script.ppo = 3"),
     "impossible value": ("[actor]\nclip_low = 2.0", "[actor] clip_low=2.0: must be above 0 and below 1"),
 }
 

@@ -40,7 +40,7 @@ def test_resume_loads_the_config_of_the_run(tmp_path):
 
 def test_help_explains_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parse(PPOConfig, ["--help"], prog="ppo.py")
+        parse(PPOConfig, ["--help"])
     assert exit_info.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     keys = flatten(PPOConfig())

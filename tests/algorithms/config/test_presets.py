@@ -13,9 +13,9 @@ from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.common import OptimizerConfig
 from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.config.ppo import PPOConfig
-from trialign.algorithms.config.preference import DPOConfig
 from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.config.rlhf import RLHFConfig
+from trialign.algorithms.config.scripts import SCRIPTS
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.grpo import actor_step as grpo_step
 from trialign.algorithms.grpo import with_advantages
@@ -35,7 +35,6 @@ from trialign.models.families.registry import read_config
 SCORES = torch.tensor([30.0, -1.0, 0.5, 0.0, 2.0, 2.5])
 GROUP = torch.tensor([0, 0, 0, 1, 1, 1])
 WHOLE = range(6)
-SCRIPTS = {"ppo": PPOConfig, "grpo": GRPOConfig, "dpo": DPOConfig, "rejection": RejectionConfig, "rlhf": RLHFConfig}
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +128,9 @@ def test_grpo_losses_are_the_pure_functions(folder, trainer):
 def test_overlays_load_under_their_scripts(path):
     """Files of trainers load under every script; those of algorithms under theirs, after every trainer's."""
     own = {"ipo": ("dpo", "rejection")} | dict.fromkeys(ALGORITHMS, ("grpo",))
-    for script in own.get(path.stem, SCRIPTS):
+    for script in own.get(path.stem, ("ppo", "grpo", "dpo", "rejection", "rlhf")):
         for trainer in TRAINERS[1:]:
-            load(SCRIPTS[script], f"presets/{trainer}.toml", path, script=script)
+            load(SCRIPTS[script], f"presets/{trainer}.toml", path, scripts=SCRIPTS)
 
 
 def test_later_overlays_override_earlier_ones():
