@@ -13,13 +13,13 @@ from pathlib import Path
 import trialign.kernels
 import triton
 
-SUPPORT = Path(__file__).resolve().parents[2] / "support"
+SUPPORT = Path(__file__).resolve().parents[2] / "support" / "kernels"
 sys.path.append(str(SUPPORT))
 
 from aot_compile import compile_kernel  # noqa: E402
 from launches import ARCHITECTURES, label, specs, variants  # noqa: E402
 
-PAGE = SUPPORT.parents[1] / "docs" / "kernels.md"
+PAGE = SUPPORT.parents[2] / "docs" / "kernels.md"
 BEGIN, END = "<!-- report -->\n", "<!-- /report -->\n"
 
 
@@ -47,7 +47,7 @@ def triton_report() -> str:
 
 
 def traffic_report() -> str:
-    """Table of tests/support/traffic.py, from a process of its own, as the interpreter needs."""
+    """Table of tests/support/kernels/traffic.py, from a process of its own, as the interpreter needs."""
     command = [sys.executable, str(SUPPORT / "traffic.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()

@@ -1,5 +1,5 @@
 // Runs the CUDA kernels on the CPU at awkward sizes, for the sanitizers: every buffer is a heap block of its exact size.
-// `driver` runs all, `driver NAME...` those named. Built with csrc/cuda/*.cu under cuda_emu.h by tests/support/emu_build.py.
+// `driver` runs all, `driver NAME...` those named. Built with csrc/cuda/*.cu under cuda_emu.h by tests/support/kernels/emu_build.py.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>

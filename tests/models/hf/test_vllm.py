@@ -159,7 +159,7 @@ def served(smollm2, tmp_path_factory) -> dict[str, dict[str, Any]]:
     for name in PEERS:
         add_export(name, peer_folder(root / f"{name}-source", name))
     (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [str(VLLM), "-P", str(ROOT / "tests" / "support" / "vllm_side.py"), "jobs.json", "results.json"]
+    command = [VLLM, "-P", ROOT / "tests" / "support" / "models" / "vllm_side.py", "jobs.json", "results.json"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

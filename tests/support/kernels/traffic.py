@@ -1,6 +1,6 @@
 """Bytes that every Triton kernel loads and stores, counted under the interpreter, as a table in Markdown.
 
-TRITON_INTERPRET=1 python tests/support/traffic.py
+TRITON_INTERPRET=1 python tests/support/kernels/traffic.py
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def adapter(framework: str, *functions: str) -> Callable[[Adapter], Adapter]:
 
 def cases() -> Iterator[tuple[str, Case]]:
     """(name, case) of every case in tests/golden, or in the folder that TRIALIGN_GOLDEN names."""
-    folder = Path(os.environ.get("TRIALIGN_GOLDEN") or Path(__file__).resolve().parents[1] / "golden")
+    folder = Path(os.environ.get("TRIALIGN_GOLDEN") or Path(__file__).resolve().parents[2] / "golden")
     for path in sorted(folder.glob("*.json")):
         for number, case in enumerate(json.loads(path.read_text(encoding="utf-8"))):
             function = case["function"].split("::")[1]

@@ -8,7 +8,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or ""
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-w", f"-I{ROOT / 'tests' / 'kernels' / 'emu'}"]
