@@ -40,7 +40,7 @@ def gae_forward(_dtype: torch.dtype) -> Case:
     return case(f"[{rows}, {steps}] against a loop over the steps", (rewards, values), (), trialign=fused, eager=loop)
 
 
-def per_token(dtype: torch.dtype, fused: Callable, eager: Callable, count: int = 3) -> Case:
+def per_token(fused: Callable, eager: Callable, count: int = 3) -> Case:
     inputs = tuple(0.3 * torch.randn(32_768) for _ in range(count))
     return case("[32768] fp32", inputs, (0,), trialign=fused, eager=eager, compile=compiled(eager))
 
@@ -51,7 +51,7 @@ def policy(dtype: torch.dtype) -> Case:
         free, held = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.28)
         return torch.maximum(free, held), ratio.detach(), (held > free).float()
 
-    return per_token(dtype, lambda logp, old, a: clipped_policy_loss(logp, old, a, 0.2, 0.28), eager)
+    return per_token(lambda logp, old, a: clipped_policy_loss(logp, old, a, 0.2, 0.28), eager)
 
 
 def value(dtype: torch.dtype) -> Case:
@@ -59,7 +59,7 @@ def value(dtype: torch.dtype) -> Case:
         free, held = (values - returns).square(), (old + (values - old).clamp(-0.2, 0.2) - returns).square()
         return 0.5 * torch.maximum(free, held), (held > free).float()
 
-    case = per_token(dtype, lambda v, old, returns: clipped_value_loss(v, old, returns, 0.2), eager)
+    case = per_token(lambda v, old, returns: clipped_value_loss(v, old, returns, 0.2), eager)
     case.compare = lambda results: (results[0], results[2])  # the flags may differ by rounding
     return case
 
@@ -68,7 +68,7 @@ def kl(dtype: torch.dtype) -> Case:
     def eager(logp, ref):
         return torch.exp(ref - logp) - 1 + logp - ref
 
-    return per_token(dtype, lambda logp, ref: kl_estimate(logp, ref, "k3"), eager, 2)
+    return per_token(lambda logp, ref: kl_estimate(logp, ref, "k3"), eager, 2)
 
 
 def optimizer(dtype: torch.dtype) -> Case:

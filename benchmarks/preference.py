@@ -166,8 +166,7 @@ def sft_side(task: Task, steps: int, folder: Path) -> Side:
     learner, batches = base.learner(steps), cut(samples, task.batch)
 
     def step(number: int) -> dict[str, float]:
-        batch = pack_samples(batches[number])
-        return sft_step(learner, batch)
+        return sft_step(learner, pack_samples(batches[number]))
 
     labels = [[t if learned else -100 for t, learned in zip(one.tokens, one.mask, strict=True)] for one in samples]
     rows = [{"input_ids": one.tokens.tolist(), "labels": each} for one, each in zip(samples, labels, strict=True)]
@@ -181,8 +180,7 @@ def reward_side(task: Task, steps: int, folder: Path) -> Side:
     learner, batches = base.learner(steps), cut(pairs, task.batch)
 
     def step(number: int) -> dict[str, float]:
-        batch = pack_pairs(batches[number])
-        return pair_step(learner, batch, 0.0)
+        return pair_step(learner, pack_pairs(batches[number]), 0.0)
 
     rows = [{"chosen_ids": p.chosen.tokens.tolist(), "rejected_ids": p.rejected.tokens.tolist()} for p in pairs]
     return Side(rows, [sum(sum(pair.lengths) for pair in part) for part in batches], step)

@@ -229,9 +229,7 @@ def _dkv_kernel(
     tl.store(dv_ptr + token[:, None] * D + columns[None, :], dv.to(dv_ptr.dtype.element_ty), mask=there)
 
 
-DOCUMENTS = (
-    65_520  # documents of one launch: a grid's last axis ends at 65,535, and multiples of 16 keep the bounds aligned
-)
+DOCUMENTS = 65_520  # of one launch: a grid's last axis ends at 65,535; multiples of 16 keep the bounds aligned
 
 
 def _launches(cu_seqlens: torch.Tensor) -> list[tuple[torch.Tensor, int]]:

@@ -112,9 +112,7 @@ def grouped_outer_triton(x, grad, offsets):
     return out
 
 
-_GROUPS = (
-    512  # one compiled kernel for all numbers of experts: reading 512 offsets costs little beside a tile's product
-)
+_GROUPS = 512  # one compiled kernel for up to 512 experts: reading all offsets costs little beside a tile's product
 _BF16, _FP32, _SIZES = _constants(torch.bfloat16), _constants(torch.float32), {"h": "i32", "f": "i32"}
 _STRIDES = dict.fromkeys(("x_stride", "e_stride", "h_stride", "f_stride"), "i64")
 SPECS = {

@@ -126,9 +126,8 @@ def _weights(codes_ptr, absmax_ptr, table_ptr, rows, k0, n, k, BLOCK_N: tl.const
     half = tl.arange(0, BLOCK_K // 2)
     real = (rows < n)[:, None]
     packed = tl.load(codes_ptr + rows[:, None] * (k // 2) + k0 // 2 + half[None, :], mask=real, other=0).to(tl.int32)
-    values = tl.join(
-        tl.load(table_ptr + (packed >> 4)), tl.load(table_ptr + (packed & 15))
-    )  # [BLOCK_N, BLOCK_K / 2, 2]
+    # [BLOCK_N, BLOCK_K / 2, 2]
+    values = tl.join(tl.load(table_ptr + (packed >> 4)), tl.load(table_ptr + (packed & 15)))
     scale = tl.load(absmax_ptr + rows * (k // BLOCK_K) + k0 // BLOCK_K, mask=rows < n, other=0.0)
     return tl.reshape(values, [BLOCK_N, BLOCK_K]) * scale[:, None]
 

@@ -168,7 +168,10 @@ class DataParallel:
     def finish_reduction(self) -> None:
         """Reduces the remaining buckets and waits for all. Collective over the mesh."""
         if self.tied is not None:
-            view = next(view for b in self.buckets for p, view in b.grad_views() if p is self.tied)
+            bucket, view = self._places[self.tied]
+            if self.tied in bucket.fresh:  # without a gradient here; the other end may have one
+                view.zero_()
+                bucket.fresh.discard(self.tied)
             all_reduce(view, self.mesh.embedding)
         for bucket in self.buckets:
             if not bucket.reduced:

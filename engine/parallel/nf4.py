@@ -45,12 +45,12 @@ class NF4Weight(nn.Module):
         super().__init__()
         self.axis, self.pieces = axis, shard.pieces
         cols = shard.pieces[0].shape[1]
-        for piece in shard.pieces:
-            if cols % BLOCK:
-                raise ValueError(
-                    f"NF4 needs rows of a multiple of {BLOCK} weights: {list(piece.global_shape)} leaves rows of {cols}"
-                    f" on each of {axis.size} ranks of {axis.name}"
-                )
+        if cols % BLOCK:
+            whole = list(shard.pieces[0].global_shape)
+            raise ValueError(
+                f"NF4 needs rows of a multiple of {BLOCK} weights: {whole} leaves rows of {cols} on this rank of"
+                f" {axis.size} of {axis.name}"
+            )
         self.filled: dict[int, Tensor] = {}  # piece -> scales [rows, cols / 64] fp32, until they are quantized
         rows = sum(piece.shape[0] for piece in shard.pieces)
         self.codes: Tensor  # [rows, cols / 2], two codes a byte

@@ -54,10 +54,13 @@ def delete_folder(folder: Path) -> None:
 
 def replace_folder(folder: Path, new: Path) -> None:
     """Renames the complete folder `new`, which is beside `folder`, to it; an existing `folder` is deleted."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)  # of a process that was killed
     if folder.exists():
-        delete_folder(folder)
-    new.rename(folder)
+        folder.rename(doomed)
+    new.rename(folder)  # before the slow deletion: a kill during it would leave neither
     fsync(folder.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager

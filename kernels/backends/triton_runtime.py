@@ -7,7 +7,7 @@ both modes. Without Triton a kernel stays a plain function that is never called.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Spec:
     fp32_configs: tuple[dict[str, Any], ...] | None = None
     free: tuple[str, ...] = ()
     dot: bool = False
-    unaligned: tuple[str, ...] = field(default=())
+    unaligned: tuple[str, ...] = ()
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

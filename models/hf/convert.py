@@ -147,19 +147,18 @@ def export_checkpoint(
     if family is not None:
         old, config = config, translate_config(config, family, head)
         tensors = TranslatedState(tensors, old, config, head)
-    dtype = dtype or original_dtype(reader, prefix, asset_folder)
-    pad_token = None
-    if head == "score" and "imported_from" not in state:
+    imported, pad_token = "imported_from" in state, None
+    dtype = dtype or original_dtype(reader, prefix, asset_folder, imported)
+    if head == "score" and not imported:
         config, pad_token = score_padding(config, asset_folder)
     more = {SCORES: state[SCORES]} if head == "score" and SCORES in state else {}
     export_hf(folder, config, tensors, asset_folder, head=head, dtype=dtype, pad_token=pad_token, more=more)
 
 
-def original_dtype(reader: Reader, prefix: str, asset_folder: Path) -> torch.dtype:
+def original_dtype(reader: Reader, prefix: str, asset_folder: Path, imported: bool) -> torch.dtype:
     """Dtype of a checkpoint's model before training: of an imported model the widest of its tensors, of a run's that in
     config.json, or bfloat16."""
-    reader.check("state.json")
-    if "imported_from" in read_state(reader.path):
+    if imported:
         return reduce(torch.promote_types, {reader.dtype(n) for n in reader.tensors if n.startswith(prefix)})
     values = read_json(asset_folder / "config.json")
     named = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
