@@ -31,6 +31,7 @@ from .losses.policy import CORRECTIONS, cispo_loss, importance_weights, log_rati
 from .policy_step import (
     TokenLosses,
     apply_loss_weights,
+    check_estimate,
     kl_metrics,
     mean_metrics,
     policy_step,
@@ -85,6 +86,8 @@ def with_advantages(batch: Batch, config: GRPOConfig) -> tuple[Batch, dict[str, 
             metrics |= kl_metrics(batch, kl, logprobs)
     clip = config.reward.token_clip
     rewards, advantages = estimate_advantages(scores, group, kl, segments, batch.cu_seqlens, options, clip)
+    if options.advantage_estimator != "group":  # the reward of a response's last token is its advantage
+        check_estimate(options.advantage_estimator, "advantages", rewards, batch, (kl,), config.optimizer)
     at = batch.response
     metrics |= {"advantage_max": advantages[at].max().item(), "advantage_min": advantages[at].min().item()}
     return batch.with_(rewards=rewards, advantages=advantages), metrics

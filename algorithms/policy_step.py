@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .config.common import RolloutConfig
+from .config.common import OptimizerConfig, RolloutConfig
 from .extensions import check_shape, load_function
 from .losses.aggregation import Aggregation, Segments, token_weights
 from .micro_batch import Passes
 from .roles.learner import Learner, Stats
+from .roles.nonfinite import check_finite
 from .roles.role import Readout, target_logprobs
 
 
@@ -155,9 +156,31 @@ def apply_loss_weights(losses: Tensor, part: Batch) -> Tensor:
 def user_losses(
     spec: str, logprobs: Tensor, old: Tensor, d: Tensor, advantages: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ratio, clipped) of each target by a user's function, which clips nothing; d is the log-ratio."""
-    losses = load_function(spec)(logprobs, old, advantages, segments.sample)
-    return check_shape(spec, "losses", losses, logprobs), d.detach().exp(), torch.zeros_like(d)
+    """(loss, ratio, clipped) of each target by a user's function, which clips nothing; d is the log-ratio.
+
+    Raises:
+        ValueError: losses of another shape or dtype, or without a gradient in `logprobs`.
+    """
+    losses = check_shape(spec, "losses", load_function(spec)(logprobs, old, advantages, segments.sample), logprobs)
+    if len(losses) and logprobs.requires_grad and not losses.requires_grad:
+        raise ValueError(f"{spec}: losses must depend on logprobs; they have no gradient, so nothing would be learned")
+    return losses, d.detach().exp(), torch.zeros_like(d)
+
+
+def check_estimate(
+    spec: str, name: str, numbers: Tensor, batch: Batch, given: Sequence[Tensor], optimizer: OptimizerConfig
+) -> None:
+    """Refuses numbers [total] of a user's estimator that are not finite at targets.
+
+    Not where the step may be skipped, or where the numbers that it was `given` are not finite either: the update names
+    those.
+
+    Raises:
+        ValueError: names the function and the first such sample.
+    """
+    if optimizer.on_nonfinite == "stop" and all(numbers.isfinite().all() for numbers in given):
+        sample = batch.target_segments.sample
+        check_finite(numbers[batch.response], f"{name} of {spec}", lambda i: batch.name(int(sample[i])))
 
 
 def kl_metrics(batch: Batch, kl: Tensor, logprobs: Tensor) -> dict[str, float]:

@@ -35,6 +35,7 @@ from .losses.value import value_loss
 from .policy_step import (
     TokenLosses,
     apply_loss_weights,
+    check_estimate,
     kl_metrics,
     mean_metrics,
     policy_step,
@@ -65,7 +66,7 @@ def with_forward_passes(batch: Batch, roles: Roles, config: PPOConfig) -> Batch:
 
     A batch used for a single optimizer step skips the critic's and the actor's: that step's own forward gives the same
     numbers. The KL penalty then reads the sampler's logprobs, which come from the same weights, unless top-k, top-p or
-    a minimum length truncated the sampler's distribution.
+    a minimum length truncated the sampler's distribution, or ppo.tis_clip corrects for its difference.
     """
     assert roles.reference is not None and roles.critic is not None
     single = single_update(config.ppo)
@@ -126,8 +127,11 @@ def estimate_advantages(batch: Batch, values: Tensor, config: PPOConfig) -> tupl
     result = load_function(estimator)(batch.rewards, values, batch.mask, batch.cu_seqlens, gamma, lam)
     if not isinstance(result, tuple) or len(result) != 2:
         raise ValueError(f"{estimator}: must return (advantages, returns), returned {type(result).__name__}")
-    advantages, returns = result
-    return check_shape(estimator, "advantages", advantages, values), check_shape(estimator, "returns", returns, values)
+    optimizers = config.actor.optimizer, config.critic.optimizer
+    for name, numbers, optimizer in zip(("advantages", "returns"), result, optimizers, strict=True):
+        check_shape(estimator, name, numbers, values)
+        check_estimate(estimator, name, numbers, batch, (batch.rewards, values), optimizer)
+    return result
 
 
 def update(

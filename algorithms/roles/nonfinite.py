@@ -76,7 +76,7 @@ def describe_culprits(kinds: Sequence[Sequence[str]], mesh: Mesh) -> str:
 
 
 def check_finite(values: Tensor, label: str, name: Callable[[int], str]) -> None:
-    """Refuses numbers [count] of the eval split that are not finite.
+    """Refuses numbers [count] that are not finite.
 
     Args:
         label: of the numbers, such as "score".

@@ -102,10 +102,16 @@ def test_documented_grpo_estimator_and_loss(folder, tmp_path):
     assert estimated.advantages[estimated.last].tolist() == [-0.5, 0.5, 0.0, 0.0]
     metrics = grpo.update(Roles(actor), estimated, config)
     assert metrics["policy_loss"] == pytest.approx(-estimated.advantages[estimated.response].mean().item(), abs=1e-7)
-    (tmp_path / "short.py").write_text("def short(scores, group):\n    return scores[1:]\n", encoding="utf-8")
-    short = replace(options, advantage_estimator=f"{tmp_path}/short.py:short")
-    with pytest.raises(ValueError, match=r"short.py:short: advantages must be \[4\] .*\[3\]"):
-        grpo.with_advantages(estimated, GRPOConfig(grpo=short))
+    bad = "def short(scores, group):\n    return scores[1:]\n\ndef nan(scores, group):\n    return 0 / (0 * scores)\n"
+    bad += "\ndef fixed(logprobs, old_logprobs, advantages, sample):\n    return -advantages\n"
+    (tmp_path / "bad.py").write_text(bad, encoding="utf-8")
+    for name, why in {"short": r"advantages must be \[4\] .*\[3\]", "nan": "sample 1 of 4: .*bad.py:nan nan"}.items():
+        made = replace(options, advantage_estimator=f"{tmp_path}/bad.py:{name}")
+        with pytest.raises(ValueError, match=why):
+            grpo.with_advantages(estimated, GRPOConfig(grpo=made))
+    with pytest.raises(ValueError, match="bad.py:fixed: .*logprobs"):
+        made = replace(options, policy_loss=f"{tmp_path}/bad.py:fixed")
+        grpo.update(Roles(actor), estimated, GRPOConfig(grpo=made))
 
 
 @pytest.mark.parametrize(
