@@ -61,7 +61,7 @@ class ChunkStore:
         self.run.record.write_begun()
 
         def write() -> None:
-            if not self.folder.exists():
+            if not (self.folder / "asked.jsonl").exists():
                 write_jsonl(self.folder / "asked.jsonl", [self.facts])
             write_jsonl(self.folder / f"{name}.jsonl", rows)
 

@@ -136,6 +136,7 @@ def test_unscored_responses_are_left_out_and_counted(setting, tmp_path):
 
 def test_resume_continues_after_the_last_chunk(setting, alone):
     out, one_by_one = setting / "killed", ("--run.prompts_per_save", 1)
+    (out / "begun").mkdir(parents=True)  # as a kill before its first file leaves it
     kill_after("begun/model_part_1.jsonl", out, *words(setting, "killed", *one_by_one))
     assert not (out / "completions.jsonl").exists(), "killed after the last chunk"
     other = launch(*words(setting, "killed", *one_by_one, "--rollout.top_k", 3))
