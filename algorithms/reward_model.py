@@ -60,18 +60,15 @@ def pair_step(learner: Learner, batch: Batch, center_coef: float) -> dict[str, f
     return stats.means(learner.mesh, pairs) | step
 
 
-def pair_eval(role: Role, batch: Batch, center_coef: float, names: Sequence[str] = ()) -> dict[str, float]:
+def pair_eval(role: Role, batch: Batch, center_coef: float) -> dict[str, float]:
     """`pair_quality` of pairs of the eval split, on every rank.
 
-    Args:
-        names: of the responses, chosen and rejected in turn, for messages.
-
     Raises:
-        ValueError: a score is not finite.
+        ValueError: a score is not finite; names the response.
     """
     assert batch.rewards is not None
     scores = role.scores(batch)
-    check_finite(scores, "score", lambda i: names[i] if names else f"score {i + 1}")
+    check_finite(scores, "score", lambda i: f"{batch.name(i)} ({('chosen', 'rejected')[i % 2]})")
     return pair_quality(scores, batch.rewards[batch.last[::2]], center_coef)
 
 
@@ -108,17 +105,15 @@ def process_step(learner: Learner, batch: Batch) -> dict[str, float]:
     return stats.means(learner.mesh, count) | step
 
 
-def process_eval(role: Role, batch: Batch, names: Sequence[str] = ()) -> dict[str, float]:
+def process_eval(role: Role, batch: Batch) -> dict[str, float]:
     """eval_loss and eval_accuracy of labeled steps of the eval split, on every rank.
 
-    Args:
-        names: of the steps, for messages.
-
     Raises:
-        ValueError: a score is not finite.
+        ValueError: a score is not finite; names the step.
     """
     assert batch.rewards is not None
     scores, labels = (x[batch.response].double() for x in (role.token_scores(batch), batch.rewards))
-    check_finite(scores, "score", lambda i: names[i] if names else f"score {i + 1}")
+    row = batch.target_segments.sample.tolist()  # of each step
+    check_finite(scores, "score", lambda i: f"{batch.name(row[i])} (step {row[: i + 1].count(row[i])})")
     losses = F.binary_cross_entropy_with_logits(scores, labels)
     return {"eval_loss": losses.item(), "eval_accuracy": ((scores > 0) == (labels > 0)).double().mean().item()}

@@ -18,7 +18,7 @@ from common.supervised import SupervisedTask
 from report.panels import REWARD_PANELS
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.preference import RewardModelConfig
-from trialign.algorithms.data.preferences import Pair, PairStream, Steps, read_steps
+from trialign.algorithms.data.preferences import Pair, PairStream, read_steps
 from trialign.algorithms.data.sources import RowReader
 from trialign.algorithms.data.streams import RowStream
 from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_eval, pair_step, process_eval, process_step
@@ -38,12 +38,11 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
     pack: Any = pack_pairs if by_pairs else pack_steps
     task = SupervisedTask(run, config.rows, lambda tokenizer, ends: stream(config, tokenizer, ends, read), "score")
     learner, rows, run.scores = task.learner, task.rows, "" if by_pairs else "steps"
-    names = scored_names(rows.eval_rows)
 
     def evaluate(batch: Batch) -> dict[str, float]:
         if by_pairs:
-            return pair_eval(learner, batch, config.loss.center_coef, names)
-        return process_eval(learner, batch, names)
+            return pair_eval(learner, batch, config.loss.center_coef)
+        return process_eval(learner, batch)
 
     task.begin(pack(rows.eval_rows).to(mesh.device) if rows.eval_rows else None, evaluate, PROGRESS)
 
@@ -57,17 +56,6 @@ def main(run: Run[RewardModelConfig], read: ReadPairs | None = None) -> None:
         task.end_step(metrics)
 
     run.finish(REWARD_PANELS, role="reward")
-
-
-def scored_names(rows: Sequence[Pair] | Sequence[Steps]) -> list[str]:
-    """Names of a batch's scores, in their order: both responses of a pair, each step of a response."""
-    names = []
-    for row in rows:
-        if isinstance(row, Pair):
-            names += [f"{row.chosen.where} (chosen)", f"{row.rejected.where} (rejected)"]
-        else:
-            names += [f"{row.sample.where} (step {i + 1})" for i in range(len(row.labels))]
-    return names
 
 
 def stream(config: RewardModelConfig, tokenizer, ends, read: ReadPairs | None = None) -> RowStream[Any]:
