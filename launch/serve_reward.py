@@ -31,8 +31,8 @@ from trialign.algorithms.batch import pack
 from trialign.algorithms.config.common import ModelPaths, ParallelConfig, require
 from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.config.supervised import UpdateConfig
-from trialign.algorithms.data.chat import read_messages
-from trialign.algorithms.rewards.encoder import ChatEncoder, Completion, parse_tools
+from trialign.algorithms.data.chat import parse_tools, read_messages
+from trialign.algorithms.rewards.encoder import ChatEncoder, Completion
 from trialign.algorithms.rewards.worker import describe_error
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role

@@ -6,6 +6,7 @@ Shared by prompts, dialogues, pairs, labels and steps: roles, tools, tool calls 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..config.data import DataConfig
@@ -108,16 +109,19 @@ def read_prompt(where: str, row: dict[str, Any], key: str, config: DataConfig) -
     return read_messages(f"{where}: {key!r}", prompt)
 
 
-def read_tools(where: str, row: dict[str, Any], config: DataConfig) -> list[Any] | None:
-    """The row's column `tools`: a list, or a list as JSON. ValueError for anything else, or without a chat template."""
-    tools = row.get("tools") or None
+def parse_tools(where: str, tools: Any) -> list[Any] | None:
+    """Function descriptions of a column: a list, or a list as JSON. ValueError with the row for anything else."""
     if isinstance(tools, str):
-        try:
+        with suppress(ValueError):
             tools = parse_json(tools)
-        except ValueError as error:
-            raise ValueError(f"{where}: 'tools' is {error}") from None
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"{where}: 'tools' must be a list of function descriptions, not {shorten(tools)}")
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or a list as JSON")
+    return tools or None
+
+
+def read_tools(where: str, row: dict[str, Any], config: DataConfig) -> list[Any] | None:
+    """The row's column `tools`. ValueError for one that is not valid, or without a chat template."""
+    tools = parse_tools(where, row.get("tools"))
     if tools and not config.chat_template:
         raise ValueError(f"{where}: 'tools' is not empty: needs {config.section}.chat_template=true")
     return tools

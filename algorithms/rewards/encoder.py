@@ -7,7 +7,6 @@ encoded again. If both tokenizers agree, the model reads the sampled tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.config import ModelConfig
@@ -15,9 +14,8 @@ from ...models.families.registry import read_config
 from ...models.hf.tokenizer import has_tokenizer, read_tokenizer, stop_ids
 from ...models.hf.tokenizer_match import chats_differ, tokens_differ
 from ..batch import Rollout
-from ..data.chat import Message, render, render_prompt, with_response
+from ..data.chat import Message, parse_tools, render, render_prompt, with_response
 from ..data.encoding import encode_responses
-from ..data.text_files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,16 +62,6 @@ def completion_of(rollout: Rollout, texts: Sequence[str]) -> Completion:
     last = max(i for i, turn in enumerate(rollout.turns) if turn.logprobs is not None)
     messages = conversation(Rollout(prompt, rollout.turns[:last]), texts)
     return Completion(where, messages, texts[-1], rollout.finish == "stop", parse_tools(where, tools))
-
-
-def parse_tools(where: str, tools: Any) -> list[Any] | None:
-    """Function descriptions of a column: a list, or a list as JSON. ValueError with the row for anything else."""
-    if isinstance(tools, str):
-        with suppress(ValueError):
-            tools = parse_json(tools)
-    if tools and not isinstance(tools, list):
-        raise ValueError(f"{where}: tools={tools!r:.60}: must be a list of function descriptions, or a list as JSON")
-    return tools or None
 
 
 class ChatEncoder:
