@@ -18,7 +18,6 @@ from common.run import Run, start
 from report.panels import GRPO_PANELS
 from trialign.algorithms.config.grpo import GRPOConfig
 from trialign.algorithms.grpo import score, update, with_advantages
-from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_grpo_roles, read_shapes
 from trialign.algorithms.rollout.groups import GroupSource
 
@@ -30,14 +29,12 @@ class GRPORun(OnlineRun):
         config = self.config = run.config
         shapes = run.on_all_ranks(lambda: read_shapes(config))
         super().__init__(run, config, shapes[config.model.path], seed=config.run.seed, shown=config.run.show)
-        reward = config.reward
-        shaper = RewardShaper(reward.score_clip, reward.missing_eos_penalty, reward.normalize)
         self.roles = run.on_all_ranks(lambda: build_grpo_roles(config, shapes, run.mesh, run.phases), "models")
         self.attach(self.roles.actor, self.roles.rewards)
-        self.rewards = self.build_rewards(shaper)
+        self.rewards = self.build_rewards(config.reward)
         self.rollouts = GroupSource(self.on_policy(config.run.prompts_per_step), self.rewards, config)
         self.learners = {"actor": (self.roles.actor, config.model.path)}
-        self.parts = {"data": self.dataset, "reward": shaper}
+        self.parts = {"data": self.dataset, "reward": self.rewards.shaper}
 
 
 def train(run: GRPORun) -> None:

@@ -20,7 +20,6 @@ from trialign.algorithms.config.ppo import PPOConfig
 from trialign.algorithms.data.documents import TextDataset
 from trialign.algorithms.losses.kl import KLController
 from trialign.algorithms.ppo import score, update, with_advantages
-from trialign.algorithms.rewards.shaping import RewardShaper
 from trialign.algorithms.roles.build import build_ppo_roles, read_shapes
 
 
@@ -31,17 +30,15 @@ class PPORun(OnlineRun):
         config = self.config = run.config
         shapes = run.on_all_ranks(lambda: read_shapes(config, config.model.critic))
         super().__init__(run, config, shapes[config.model.path], seed=config.run.seed, shown=config.run.show)
-        reward = config.reward
-        shaper = RewardShaper(reward.score_clip, reward.missing_eos_penalty, reward.normalize)
         self.text = run.on_all_ranks(self._read_text, "text") if config.actor.ptx_coef else None
         self.roles = run.on_all_ranks(lambda: build_ppo_roles(config, shapes, run.mesh, run.phases), "models")
         self.attach(self.roles.actor, self.roles.rewards)
-        self.rewards, self.rollouts = self.build_rewards(shaper), self.on_policy(config.run.prompts_per_step)
+        self.rewards, self.rollouts = self.build_rewards(config.reward), self.on_policy(config.run.prompts_per_step)
         self.kl = KLController(config.ppo.kl_coef, config.ppo.kl_target, config.ppo.kl_horizon)
         actor_folder, critic_folder = config.model.path, config.model.critic or config.model.path
         assert self.roles.critic is not None
         self.learners = {"actor": (self.roles.actor, actor_folder), "critic": (self.roles.critic, critic_folder)}
-        self.parts = {"data": self.dataset, "reward": shaper, "kl": self.kl}
+        self.parts = {"data": self.dataset, "reward": self.rewards.shaper, "kl": self.kl}
         self.parts |= {"text": self.text} if self.text else {}
 
     def _read_text(self) -> TextDataset:

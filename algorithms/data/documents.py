@@ -45,16 +45,19 @@ def pack_tokens(row: PackedRow) -> int:
     return sum(len(piece.tokens) for piece in row)
 
 
-def read_texts(source: str, config: TextData, read: Read) -> Iterator[tuple[str, str]]:
+def read_texts(source: str, key: str, option: str, read: Read) -> Iterator[tuple[str, str]]:
     """(where, text) of every document of a source; a .txt or .md file is one.
+
+    Args:
+        option: of the column `key`.
 
     Raises:
         ValueError: it does not exist or cannot be read, a row lacks the column, or it holds no string; names the row.
     """
-    for where, row in read(source, config.keys):
-        text = column(where, row, config.text_key, f"{config.section}.text_key")
+    for where, row in read(source, {"text_key": key}):
+        text = column(where, row, key, option)
         if not isinstance(text, str):
-            raise ValueError(f"{where}: {config.text_key!r} must be a string, not {shorten(text)}")
+            raise ValueError(f"{where}: {key!r} must be a string, not {shorten(text)}")
         yield where, text
 
 
@@ -124,7 +127,8 @@ class TextStream(RowStream[PackedRow]):
 
     def _read(self, source: str, config: TextData, tokenizer: PreTrainedTokenizerBase, read: Read) -> list[Passage]:
         """Documents of a source of at least `min_tokens` tokens."""
-        documents = list(tokenize_texts(read_texts(source, config, read), tokenizer))
+        texts = read_texts(source, config.text_key, f"{config.section}.text_key", read)
+        documents = list(tokenize_texts(texts, tokenizer))
         if not documents:
             raise ValueError(f"data source {source}: holds no documents")
         kept = [document for document in documents if len(document.tokens) >= config.min_tokens]
@@ -203,11 +207,7 @@ class TextDataset:
 
     def __init__(self, source: str, key: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0):
         self._reader = RowReader()
-        rows = list(self._reader(source, {"text_key": key}))
-        texts = [column(where, row, key, "data.ptx_key") for where, row in rows]
-        for (where, _), text in zip(rows, texts, strict=True):
-            if not isinstance(text, str):
-                raise ValueError(f"{where}: {key!r} must be a string, not {shorten(text)}")
+        texts = [text for _, text in read_texts(source, key, "data.ptx_key", self._reader)]
         self._documents = [np.array(document, np.int64) for document in encode_documents(tokenizer, texts)]
         self.tokens = sum(len(document) for document in self._documents)
         if self.tokens < length:

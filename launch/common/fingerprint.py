@@ -27,15 +27,8 @@ from .env import node
 FIXED = (
     *("model.path", "model.critic", "model.reference", "lora", "data", "steps", "run.seed", "run.prompts_per_step"),
     *("rollout.samples_per_prompt", "update.batch_size", "update.ema_decay", "actor.ema_decay", "grpo.ema_decay"),
-    *(
-        "ppo.epochs",
-        "ppo.minibatches",
-        "grpo.epochs",
-        "grpo.minibatches",
-        "rejection.method",
-        "rejection.prompts_per_round",
-    ),
-    *("rejection.epochs", "condition.template", "condition.normalize", "condition.buckets"),
+    *("ppo.epochs", "ppo.minibatches", "grpo.epochs", "grpo.minibatches", "rejection.method", "rejection.epochs"),
+    *("rejection.prompts_per_round", "condition.template", "condition.normalize", "condition.buckets"),
 )
 """Options and sections that may not change."""
 FIXED_OF = {

@@ -11,7 +11,7 @@ from report.tables import ScoredResponse, response_text, reward_table
 from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, response_texts
 from trialign.algorithms.config.common import RolloutConfig
 from trialign.algorithms.config.data import PromptData
-from trialign.algorithms.config.reward import RewardConfig
+from trialign.algorithms.config.reward import PolicyReward, RewardConfig
 from trialign.algorithms.data.prompts import PromptDataset
 from trialign.algorithms.rewards.encoder import ChatEncoder, Policy, reward_encoders
 from trialign.algorithms.rewards.rewards import Rewards
@@ -108,8 +108,9 @@ class OnlineRun:
         """Every reward of any number of responses. Collective."""
         return self.scorer(rollouts, from_rollouts(rollouts).to(self.mesh.device), self.models)
 
-    def build_rewards(self, shaper: RewardShaper) -> Rewards:
+    def build_rewards(self, reward: PolicyReward) -> Rewards:
         """Rewards of a training run's rollouts."""
+        shaper = RewardShaper(reward.score_clip, reward.missing_eos_penalty, reward.normalize)
         return Rewards(self.scorer, shaper, self.models, self.run.progress.print)
 
     def on_policy(self, prompts: int) -> OnPolicySource:

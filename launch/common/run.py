@@ -153,9 +153,9 @@ class Run(Generic[Config]):
         except (ValueError, OSError) as error:
             failures.leave_together(f"error: {error}", self.mesh.is_main)
 
-    def on_main_rank(self, work: Callable[[], Result], name: str = "") -> Result:
+    def on_main_rank(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on the main rank and returns its result on every rank; a failure as in `on_all_ranks`."""
-        result = self.on_all_ranks(lambda: work() if self.mesh.is_main else None, name)
+        result = self.on_all_ranks(lambda: work() if self.mesh.is_main else None)
         return gather_objects(result, self.mesh.world)[0]
 
     def check_same_on_all(self, value: Any) -> None:

@@ -39,21 +39,21 @@ class NoValue(Exception):
     """The text is not arithmetic, or its value is not a rational number of reasonable size."""
 
 
-def value_of(text: str, start: int = 0) -> tuple[Fraction, int]:
-    """The value of the longest arithmetic at `start`, and where it ends.
+def value_of(text: str) -> tuple[Fraction, int]:
+    """The value of the longest arithmetic that a text begins with, and where it ends.
 
     Raises:
         NoValue: there is none.
     """
-    reader = _Reader(text, start)
+    reader = _Reader(text)
     return reader.sum(), reader.place
 
 
 class _Reader:
     """Recursive descent over a text."""
 
-    def __init__(self, text: str, place: int):
-        self.text, self.place, self.depth = text, place, 0
+    def __init__(self, text: str):
+        self.text, self.place, self.depth = text, 0, 0
 
     def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         match = pattern.match(self.text, self.place)
