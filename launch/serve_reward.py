@@ -23,7 +23,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 from common.env import pick_device, world_size
 from common.signals import SIGNALS
@@ -36,7 +36,7 @@ from trialign.algorithms.rewards.encoder import ChatEncoder, Completion
 from trialign.algorithms.rewards.worker import describe_error
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
-from trialign.engine.config import parse
+from trialign.engine.config import ContentPath, parse
 from trialign.engine.mesh import build_mesh
 
 MOST_BYTES = 64 << 20
@@ -44,20 +44,30 @@ MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
+class ServedModel(ModelPaths):
+    """Reward model to serve."""
+
+    path: ContentPath = ""
+    """folder of the reward model in Hugging Face format, tokenizer included"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype of weights and computation"""
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """A reward model served over HTTP by one process."""
 
-    model: ModelPaths = field(default_factory=ModelPaths)
+    model: ServedModel = field(default_factory=ServedModel)
     host: str = "127.0.0.1"
     """address to listen at; 0.0.0.0 accepts requests from other machines"""
     port: int = 8000
     """port to listen at (0: any that is free)"""
     chat_template: bool = True
-    """wrap prompt and completion in the tokenizer's chat template; false feeds the bare text"""
+    """format prompts with the tokenizer's chat template; false: plain text"""
     max_tokens: int = 2048
-    """longer prompts and completions together are refused"""
+    """maximum length of a prompt with its completion in tokens; requests with a longer one are refused"""
     batch_tokens: int = 8192
-    """tokens in one forward"""
+    """maximum tokens per micro-batch of a forward pass"""
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "port", self.port, "0 to 65535")
@@ -74,9 +84,9 @@ class Scores:
 
     def __init__(self, config: ServeConfig, mesh: Any):
         self.config, folder = config, config.model.path
-        self.shape = read_shape(folder, ParallelConfig(), RunConfig(), "score")
-        self.encode = ChatEncoder(folder, self.shape, load_tokenizer(folder, self.shape), config.chat_template)
-        model = build_decoder(folder, self.shape, mesh, config.model.dtype, head="score")
+        shape = read_shape(folder, ParallelConfig(), RunConfig(), "score")
+        self.encode = ChatEncoder(folder, shape, load_tokenizer(folder, shape), config.chat_template)
+        model = build_decoder(folder, shape, mesh, config.model.dtype, head="score")
         sizes = UpdateConfig(micro_batch_tokens=config.batch_tokens)
         self.role, self.lock, self.scored = Role(model, sizes=sizes), threading.Lock(), 0
 
@@ -92,7 +102,7 @@ class Scores:
             return self.role.scores(batch).tolist()
 
     def _tokens(self, row: Completion) -> list[int]:
-        tokens = self.encode(row)
+        tokens = self.encode.within_positions(row)
         if len(tokens) > self.config.max_tokens:
             raise ValueError(f"{row.where}: {len(tokens)} tokens, max_tokens={self.config.max_tokens}")
         return tokens

@@ -161,7 +161,7 @@ def main(options: Options) -> None:
         marks = ["" if abs(v - value) <= 1e-6 * (1 + abs(value)) else "bold" for v in cells]
         texts = [f"[{m}]{v:.6g}[/{m}]" if m else f"{v:.6g}" for v, m in zip(cells, marks, strict=True)]
         table.add_row(quantity, *texts)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 1000)  # a file or a pipe gets whole numbers
     console.print(table)
     console.print("Bold: differs from trialign's by more than 1e-6.")
 

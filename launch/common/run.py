@@ -54,7 +54,7 @@ from trialign.models.hf.peft_config import unsupported_by_peft
 
 from . import failures
 from .env import is_main, mesh_of, node, world_size
-from .run_record import RunRecord
+from .run_record import RunRecord, check_resumed
 from .safe_points import SafePoints
 from .signals import StopSignals
 
@@ -94,8 +94,9 @@ def start(cls: type[Config], main: Callable[[Run[Config]], None], name: str, arg
     Args:
         name: of the script and of its plot.
     """
-    config = absolute(parse(cls, argv, SCRIPTS, quiet=not is_main()))
     try:
+        check_resumed(argv, name)
+        config = absolute(parse(cls, argv, SCRIPTS, quiet=not is_main()))
         check_time_limits(config, config.run.timeout)
         config.check(world_size())
     except ValueError as error:  # the same on every rank

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,8 @@ OUTPUTS = (
     *("results.json", "STOP", "STOPPED"),
 )
 """Files and folders of runs, besides the plot."""
+LENGTHS = ("run.steps", "run.epochs", "rejection.rounds")
+"""Options that may give a finished run more steps: larger ones, and run.steps=0, by which run.epochs counts."""
 OUTPUTS_OF = {"rlhf": ("prompts", "stages.json", "report.html", "sft", "preferences", "reward", "ppo", "evaluation")}
 """Further ones of one script."""
 
@@ -114,7 +117,7 @@ class RunRecord:
         return files if all((self.folder / path).exists() for path in files.values()) else {}
 
     def is_finished(self) -> bool:
-        """Whether all steps are done and no option differs; prints the results then.
+        """Whether all steps are done and no option may add some; prints the results then.
 
         A finished run with changed options and without a checkpoint to resume from is refused.
         """
@@ -126,9 +129,12 @@ class RunRecord:
                 f"{self.folder}: the run has ended at step {step} and its checkpoints are gone: it cannot be resumed"
                 f" with {'; '.join(self.changes)}; another run.output begins anew"
             )
-        if not self.changes:
-            self.print_finished()
-        return not self.changes
+        before, now = self.found["facts"]["options"], self.facts["options"]
+        lengths = [(before.get(name, now[name]), now[name]) for name in LENGTHS if name in now]
+        if any(new > old or new != old == 0 or old != new == 0 for old, new in lengths):
+            return False
+        self.print_finished()
+        return True
 
     def print_finished(self) -> None:
         """Prints that the run has ended, its results, and how to begin anew."""
@@ -137,6 +143,8 @@ class RunRecord:
             print(f"{self.folder}: this run has ended{f' at step {step}' * bool(step)}")
             for name, path in self.results.items():
                 print(f"{name + ':':<6} {self.folder / path}")
+            if self.changes:
+                print(f"ignored, as no step is left: {'; '.join(self.changes)}")
             more = "; to go on: more steps" * bool(step)
             print(f"to begin anew: --run.overwrite True, or another run.output{more}")
 
@@ -184,8 +192,7 @@ def resumed(folder: Path, script: str, section: Any) -> dict[str, Any] | None:
         if resume not in (NEW, AUTO):
             raise ValueError(f"run.resume={resume}: there is no run in this folder")
         return None
-    if record["script"] not in (script, ""):
-        raise ValueError(f"{folder}: holds a run of {record['script']}.py, not of {script}.py; name another folder")
+    check_script(folder, record, script)
     if overwrite and not restarted():  # by the launcher: then it is this command's own run
         delete(folder, script)
         return None
@@ -196,6 +203,20 @@ def resumed(folder: Path, script: str, section: Any) -> dict[str, Any] | None:
             " another run.output leaves it alone"
         )
     return record
+
+
+def check_script(folder: Path, record: dict[str, Any] | None, script: str) -> None:
+    """Refuses the record of another script's run."""
+    if record is not None and record["script"] not in (script, ""):
+        raise ValueError(f"{folder}: holds a run of {record['script']}.py, not of {script}.py; name another folder")
+
+
+def check_resumed(argv: Sequence[str], script: str) -> None:
+    """Refuses `--resume RUN` of another script's run, before its config is read."""
+    words = [word for argument in argv for word in argument.split("=", argument.startswith("--"))]
+    for option, folder in pairwise(words):
+        if option in ("--resume", "--run.resume") and folder != AUTO:
+            check_script(Path(folder), read(Path(folder)), script)
 
 
 def read(folder: Path) -> dict[str, Any] | None:

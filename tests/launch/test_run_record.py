@@ -17,6 +17,7 @@ from samples import write_jsonl
 from scripts import ENVIRONMENT, command, digests, kill_after, metrics, options, succeed
 from tiny import tiny_chat_model
 from tiny_run import tiny_run
+from trialign.algorithms.config.preference import DPOConfig
 from trialign.algorithms.config.sft import SFTConfig
 from trialign.engine.config import load, parse
 from trialign.engine.mesh import build_mesh
@@ -55,7 +56,7 @@ def run(setting, monkeypatch, launched) -> Callable[..., None]:
     return lambda *arguments: sft.start(SFTConfig, sft.main, "sft", arguments)
 
 
-def test_folder_with_a_run_is_resumed_deleted_or_refused(run, tmp_path, capsys):
+def test_folder_with_a_run_is_resumed_deleted_or_refused(run, tmp_path, capsys, launched):
     out = tmp_path / "run"
     given = sft_options(run_output=out)
     run(*given, "--update.ema_decay", "0.5", "--lora.rank", "2", "--run.log", "tensorboard")
@@ -73,6 +74,13 @@ def test_folder_with_a_run_is_resumed_deleted_or_refused(run, tmp_path, capsys):
     written = (out / "model" / "model.safetensors").stat().st_mtime_ns
     run(*given, "--run.resume", "auto")
     assert f"this run has ended at step {STEPS}" in capsys.readouterr().out
+    begun = (out / "config.toml").read_bytes()
+    run(*given, "--run.resume", "auto", "--optimizer.lr", "0.5", "--run.steps", "2")
+    printed = capsys.readouterr().out
+    assert f"this run has ended at step {STEPS}" in printed and "optimizer.lr=0.5 (was 0.001)" in printed
+    assert (out / "config.toml").read_bytes() == begun
+    with pytest.raises(SystemExit, match="run of sft.py, not of dpo.py"):
+        launched("dpo").start(DPOConfig, None, "dpo", ["--resume", str(out)])
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == written
     shutil.rmtree(out / "model")
     run(*given, "--run.resume", "auto")

@@ -24,7 +24,7 @@ BATCH = [
 def cells(batch: Path) -> dict[str, list[float]]:
     """The table's numbers by quantity."""
     command = [sys.executable, str(ROOT / "launch" / "show_presets.py"), "--batch", str(batch)]
-    printed = subprocess.check_output(command, text=True, env={"COLUMNS": "200", "PATH": ""})
+    printed = subprocess.check_output(command, text=True, env={"PATH": ""})
     lines = (line.split("│")[1:8] for line in printed.splitlines() if "│" in line)
     return {name.strip(): [float(cell) for cell in own] for name, *own in lines}
 
