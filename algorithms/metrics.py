@@ -70,8 +70,8 @@ def win_rate(rewards: Sequence[Sequence[float]], baseline: Sequence[Sequence[flo
     return wilson(math.fsum(wins) / len(wins), len(wins))
 
 
-def nats_a_token(role: Role, batches: Iterable[Batch]) -> tuple[float, int]:
-    """(mean −log π over all targets of the batches, number of targets); perplexity is exp of the mean.
+def nats_a_token(role: Role, batches: Iterable[Batch]) -> float:
+    """Mean −log π over all targets of the batches.
 
     Collective; the same on every rank and, within rounding, in every layout.
 
@@ -83,7 +83,7 @@ def nats_a_token(role: Role, batches: Iterable[Batch]) -> tuple[float, int]:
         batch = batch.to(role.mesh.device)
         nats += target_nats(role, batch).sum().item()
         targets += len(batch.response)
-    return nats / targets, targets
+    return nats / targets
 
 
 def perplexity(nats: float) -> float:

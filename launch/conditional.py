@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from common.chunks import ChunkStore
-from common.online import print_encoders
+from common.online import build_scorer
 from common.run import Run, start
 from common.supervised import SupervisedTask
 from report.panels import SFT_PANELS
@@ -28,11 +28,10 @@ from trialign.algorithms.config.conditional import ConditionalConfig
 from trialign.algorithms.data.conditional import ConditionedRows, Rewarded, as_rollouts, read_rewarded
 from trialign.algorithms.data.dialogues import Encoder, Sample, pack_samples
 from trialign.algorithms.data.sources import RowReader
-from trialign.algorithms.rewards.encoder import Policy, reward_encoders
-from trialign.algorithms.rewards.scorer import Scorer
-from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.roles.build import load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.sft import eval_loss, sft_step
+from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
 
 PROGRESS = {"loss": "loss {:.4f}", "eval_loss": "eval loss {:.4f}", "epoch": "epoch {:.2f}"}
@@ -47,25 +46,21 @@ class RowRewards:
         self.shape = run.on_all_ranks(lambda: read_shape(folder, config.parallel, config.run, "lm", config.lora))
         self.tokenizer = run.on_all_ranks(lambda: load_tokenizer(folder, self.shape))
         self.ends = run.on_all_ranks(lambda: stop_ids(folder, self.shape, self.tokenizer))
-        policy = Policy(folder, self.shape, self.tokenizer, config.data.chat_template)
-        encoders = run.on_all_ranks(lambda: reward_encoders(config.reward.models, policy))
-        print_encoders(encoders, run.mesh.is_main)
-        self.scorer = Scorer(config.reward, self.tokenizer, run.mesh, encoders)
-        run.stack.callback(self.scorer.close)
+        self.scorer = build_scorer(run, cast(Any, config), self.shape, self.tokenizer)
         asked = ("model", "data", "reward", "run.rows_per_save")
         self.chunks = ChunkStore(run, "begun", asked, (*config.data.sources, *config.data.eval_sources))
         self.models: list[Role] = []
         self.too_long: frozenset[str] = frozenset()
         self.reader = RowReader(config.data.reader)
 
-    def _model(self, folder: str):
+    def _reward_shape(self, folder: str) -> ModelConfig:
         config = self.config
         shape = read_shape(folder, config.parallel, config.run, "score")
         if config.data.max_tokens > shape.longest_document:
             raise ValueError(
                 f"data.max_tokens={config.data.max_tokens}: {folder} has positions for {shape.longest_document}"
             )
-        return build_decoder(folder, shape, self.run.mesh, config.model.dtype, head="score", parallel=config.parallel)
+        return shape
 
     def scores(self, rollouts: list[Rollout]) -> list[float]:
         """One number a response, NaN without a score. Collective."""
@@ -93,8 +88,8 @@ class RowRewards:
             raise ValueError(f"data.sources: all {len(samples)} rows are longer than data.max_tokens={data.max_tokens}")
         self.scorer.check((samples[i].where, every[i].fields) for i in short)
         for path in config.reward.models:
-            model = run.on_all_ranks(lambda p=path: self._model(p), path)
-            self.models.append(Role(model, sizes=config.update))
+            shape = run.on_all_ranks(lambda p=path: self._reward_shape(p))
+            self.models.append(Role(run.load_frozen(path, shape, "score"), sizes=config.update))
         rows_left, samples = [every[i] for i in short], [samples[i] for i in short]
         self.found = self._read_rewards(samples) or self._score(rows_left, samples)
         return {

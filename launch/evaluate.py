@@ -35,7 +35,7 @@ from trialign.algorithms.data.documents import TextStream, pack_documents
 from trialign.algorithms.data.responses import score_or_none
 from trialign.algorithms.data.text_files import write_jsonl
 from trialign.algorithms.metrics import Estimate, mean_of_prompts, nats_a_token, pass_at_k, perplexity, wilson, win_rate
-from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
+from trialign.algorithms.roles.build import load_tokenizer, read_shape
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample
 from trialign.engine.storage.atomic import write_text
@@ -60,9 +60,7 @@ class Evaluated:
     @cached_property
     def role(self) -> Role:
         """The model, loaded at its first use: after everything that could refuse the data. Collective."""
-        dtype, parallel = self.config.model.dtype, self.config.parallel
-        build = lambda: build_decoder(self.folder, self.shape, self.mesh, dtype, parallel=parallel)  # noqa: E731
-        return Role(self.run.on_all_ranks(build, self.folder), sizes=self.sizes)
+        return Role(self.run.load_frozen(self.folder, self.shape), sizes=self.sizes)
 
     def _read_shape(self) -> ModelConfig:
         """The model's shape, with room for every row."""
@@ -86,7 +84,9 @@ class Evaluated:
         own = replace(config, model=replace(config.model, path=self.folder))
         online = OnlineRun(run, cast(Any, own), self.shape, seed=config.run.seed)
         role = self.role
-        models = [run.on_all_ranks(lambda p=p: self._reward_model(p), p) for p in config.reward.models]
+        read = lambda path: read_shape(path, config.parallel, cast(Any, config.run), "score")  # noqa: E731
+        shapes = run.on_all_ranks(lambda: {path: read(path) for path in config.reward.models})
+        models = [run.load_frozen(path, shape, "score") for path, shape in shapes.items()]
         online.attach(cast(Any, role), [Role(model, sizes=self.sizes, by_length=False) for model in models])
         available = online.dataset.rows - online.dataset.dropped
         self._print(online.about)
@@ -128,11 +128,6 @@ class Evaluated:
             for i, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
         ]
 
-    def _reward_model(self, folder: str):
-        config = self.config
-        shape = read_shape(folder, config.parallel, cast(Any, config.run), "score")
-        return build_decoder(folder, shape, self.mesh, config.model.dtype, head="score", parallel=config.parallel)
-
     def perplexities(self) -> dict[str, Estimate]:
         """Perplexity of the text and of the dialogues, where they are given. Collective."""
         found = {}
@@ -140,7 +135,7 @@ class Evaluated:
             if getattr(self.config, name).sources:
                 batches = rows()
                 with self.run.progress.task(f"perplexity of {name}"):
-                    loss, _ = nats_a_token(self.role, batches)
+                    loss = nats_a_token(self.role, batches)
                 found[f"perplexity of {name}"] = Estimate(perplexity(loss), math.nan, math.nan)
         return found
 

@@ -26,7 +26,6 @@ from trialign.algorithms.config.rejection import RejectionConfig
 from trialign.algorithms.data.dialogues import pack_samples
 from trialign.algorithms.data.responses import (
     Response,
-    RoundSizes,
     make_responses,
     pick,
     picked_pairs,
@@ -51,29 +50,22 @@ class RejectionRun(OnlineRun):
     """Prompts, rewards and policy of rejection sampling, and the state that checkpoints hold."""
 
     def __init__(self, run: Run[RejectionConfig]):
-        config, mesh = run.config, run.mesh
+        config, folder = run.config, run.config.model.path
         shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
-        super().__init__(run, config, shapes[config.model.path], seed=config.run.seed, shown=config.run.show)
+        super().__init__(run, config, shapes[folder], seed=config.run.seed, shown=config.run.show)
         self.shaper = RewardShaper(config.reward.clip, config.reward.missing_eos_penalty)
         self.config, self.per_round, self.first_step = config, config.steps_per_round, 0
-        options = {"parallel": config.parallel, "lora": config.lora, "seed": config.run.seed}
-
-        def build(folder: str, head: Any, trained: bool):
-            return build_decoder(
-                folder, shapes[folder], mesh, config.model.dtype, head=head, trained=trained, **options
-            )
-
-        policy = run.on_all_ranks(lambda: build(config.model.path, "lm", True), "model")
-        frozen = [run.on_all_ranks(lambda f=f: build(f, "score", False), f) for f in config.reward.models]
+        options = {"trained": True, "parallel": config.parallel, "lora": config.lora, "seed": config.run.seed}
+        build = lambda: build_decoder(folder, shapes[folder], run.mesh, config.model.dtype, **options)  # noqa: E731
+        policy = run.on_all_ranks(build, "model")
+        frozen = [run.load_frozen(path, shapes[path], "score") for path in config.reward.models]
         models = [Role(model, sizes=config.update, profiler=run.phases) for model in frozen]
         self.total_steps = config.rejection.rounds * self.per_round
         options = {"ema_decay": config.update.ema_decay, "sizes": config.update, "profiler": run.phases}
         self.learner = build_learner(policy, config.optimizer, self.total_steps, **options)
         self.attach(self.learner, models)
-        responses = config.rejection.prompts_per_round * config.rollout.samples_per_prompt
-        rounds = RoundSizes(config.rejection.method, self.per_round, responses)
-        self.learners = {"actor": (self.learner, config.model.path)}
-        self.parts = {"data": self.dataset, "rounds": rounds}
+        self.learners = {"actor": (self.learner, folder)}
+        self.parts = {"data": self.dataset}
 
     def responses(self, number: int) -> tuple[list[Response], dict[str, float]]:
         """A round's responses and their metrics. Collective.

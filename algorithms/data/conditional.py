@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..batch import Prompt, Rollout, single_turn
-from ..config.conditional import CONDITION, ConditionConfig, RewardedData
+from ..config.conditional import ConditionConfig, RewardedData
 from .chat import column, shorten
 from .dialogues import Dialogue, Encoder, Sample
 from .preferences import read_response
-from .responses import Scored
 from .sources import Read, RowReader, read_rows
 from .streams import RowStream
 
@@ -84,29 +83,18 @@ def as_rollouts(rows: Sequence[Rewarded], samples: Sequence[Sample]) -> list[Rol
     return rollouts
 
 
-def conditioned(responses: Sequence[Scored], normalize: bool = False, template: str = CONDITION) -> list[Scored]:
-    """Responses with their rewards in the prompts.
+def conditioned(template: str, words: str, reward: str) -> str:
+    """The user's words with a reward, by a template with {input} and {reward}."""
+    return template.replace("{reward}", reward).replace("{input}", words)  # words with {reward} stay as they are
 
-    Args:
-        normalize: subtract the mean of the rewards and divide by their (unbiased) standard deviation.
-        template: with {input} and {reward}, which has two decimals.
 
-    Raises:
-        ValueError: rewards to normalize are all equal.
-    """
-    rewards = [response.reward for response in responses]
-    if normalize:
-        deviation = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
-        if deviation == 0:
-            raise ValueError(f"{len(rewards)} rewards are all {rewards[:1]}: equal rewards cannot be normalized")
-        mean = statistics.fmean(rewards)
-        rewards = [(reward - mean) / deviation for reward in rewards]
-    return [
-        Scored(
-            template.replace("{input}", response.prompt).replace("{reward}", f"{reward:.2f}"), response.response, reward
-        )
-        for response, reward in zip(responses, rewards, strict=True)
-    ]
+def normalized(rewards: Sequence[float]) -> list[float]:
+    """Rewards minus their mean, divided by their (unbiased) standard deviation. ValueError if all are equal."""
+    deviation = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+    if deviation == 0:
+        raise ValueError(f"{len(rewards)} rewards are all {rewards[:1]}: equal rewards cannot be normalized")
+    mean = statistics.fmean(rewards)
+    return [(reward - mean) / deviation for reward in rewards]
 
 
 def bucketed(rewards: Sequence[float], count: int) -> list[float]:
@@ -151,17 +139,16 @@ class ConditionedRows(RowStream[Sample]):
         self.unscored = len(every) - len(rewarded) - len(too_long)
         if not rewarded:
             raise ValueError(f"none of {len(every)} rows has a reward")
-        scored = [Scored(row.words, "", row.reward or 0.0) for row in rewarded]
-        if condition.normalize:
-            scaled = conditioned(scored, True, condition.template)
-            scored = [response._replace(reward=new.reward) for response, new in zip(scored, scaled, strict=True)]
-        if condition.buckets:
-            numbers = bucketed([response.reward for response in scored], condition.buckets)
-            scored = [response._replace(reward=number) for response, number in zip(scored, numbers, strict=True)]
-        written = conditioned(scored, False, condition.template)
-        self.written = sorted({f"{response.reward:.2f}" for response in written}, key=float)
-        self.target_reward = condition.target_reward or self.written[-1]
-        dialogues = {row.dialogue.where: row.with_words(new.prompt) for row, new in zip(rewarded, written, strict=True)}
+        rewards = [row.reward or 0.0 for row in rewarded]
+        rewards = normalized(rewards) if condition.normalize else rewards
+        rewards = bucketed(rewards, condition.buckets) if condition.buckets else rewards
+        texts = [f"{reward:.2f}" for reward in rewards]
+        self.written = sorted(set(texts), key=float)
+        self.target_reward, template = condition.target_reward or self.written[-1], condition.template
+        dialogues = {
+            row.dialogue.where: row.with_words(conditioned(template, row.words, text))
+            for row, text in zip(rewarded, texts, strict=True)
+        }
         dialogues |= {row.dialogue.where: row.dialogue for row in every if row.dialogue.where in too_long}
 
         self.encoder = Encoder(config, tokenizer, stop_ids)
@@ -171,7 +158,7 @@ class ConditionedRows(RowStream[Sample]):
             return list(self.encoder.responses(mine))
 
         super().__init__(config, load, lambda sample: [len(sample.tokens)], seed, reader=reader)
-        self._template = condition.template
+        self._template = template
         self._rows = {row.dialogue.where: row for row in rewarded}
 
     def __str__(self) -> str:
@@ -183,13 +170,11 @@ class ConditionedRows(RowStream[Sample]):
     def prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
         """(prompt with the target reward, response tokens of the data) of first rows, preferably of the eval split."""
         rows = [self._rows[sample.where] for sample in (self.eval_rows or list(self.rows()))[:count]]
-        words = [row.words for row in rows]
-        best = [self._template.replace("{input}", text).replace("{reward}", self.target_reward) for text in words]
-        dialogues = [row.with_words(text) for row, text in zip(rows, best, strict=True)]
+        dialogues = [row.with_words(conditioned(self._template, row.words, self.target_reward)) for row in rows]
         found = []
         samples = self.encoder.responses(dialogues)
-        for i, (row, text, dialogue, sample) in enumerate(zip(rows, words, dialogues, samples, strict=True)):
+        for i, (row, dialogue, sample) in enumerate(zip(rows, dialogues, samples, strict=True)):
             begin, messages = sample.mask.index(1), tuple(dialogue.prompt_messages(dialogue.learned[0]))
-            prompt = Prompt(i, sample.tokens[:begin].tolist(), text, row.fields, sample.where, messages)
+            prompt = Prompt(i, sample.tokens[:begin].tolist(), row.words, row.fields, sample.where, messages)
             found.append((prompt, sample.tokens[begin:].tolist()))
         return found

@@ -250,19 +250,3 @@ def rows_of_step(rows: int, seed: int, number: int, step: int, count: int) -> li
     draws = Mixture([rows], (), (seed << 32) + number)
     draws.load_state({"drawn": step * count, "positions": [step * count], "rows": [rows]})
     return [draws.next()[1] for _ in range(count)]
-
-
-class RoundSizes:
-    """Sizes of rounds, in checkpoints: a resumed run must have the same ones."""
-
-    def __init__(self, method: str, steps: int, responses: int):
-        self.sizes = {"method": method, "steps_per_round": steps, "answers": responses}
-
-    def state(self) -> dict[str, str | int]:
-        """For a checkpoint."""
-        return self.sizes
-
-    def load_state(self, state: dict[str, str | int]) -> None:
-        """Refuse other rounds than those of the checkpoint."""
-        if state != self.sizes:
-            raise ValueError(f"rounds of the checkpoint: {state}, now {self.sizes}")

@@ -42,14 +42,14 @@ class RewardClient:
 
     Args:
         url: where to post.
-        time_limit: seconds for one request, its answer included.
+        time_limit: seconds for one request with its response.
         batch: completions in a request.
         attempts: per request.
         skip_failures: completions of requests that failed get NaN instead of raising.
         pause: seconds before the second try; doubles with each.
 
     Attributes:
-        failures: why completions are without a score, since it was last emptied.
+        failures: reasons for completions without a score, until emptied.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RewardClient:
             finished: the completion ended by itself, rather than at max_new_tokens.
 
         Raises:
-            ValueError: the server is down, too slow, or returns invalid scores; names the rows. Not where it abstains.
+            ValueError: the server is down, too slow, or returns invalid scores; names the rows. Not with skip_failures.
         """
         scores: list[Score] = []
         for start in range(0, len(completions), self.batch):
@@ -86,9 +86,6 @@ class RewardClient:
                 self.failures.append(str(error))
                 scores += [math.nan] * len(completions[part])
         return scores
-
-    def close(self) -> None:
-        """Nothing stays open between requests."""
 
     def _request(self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]) -> list[Score]:
         columns = dict.fromkeys(key for prompt in prompts for key in prompt.fields)

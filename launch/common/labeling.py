@@ -16,7 +16,7 @@ from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.responses import label_pairs, make_responses, read_responses, write_responses
 from trialign.algorithms.data.text_files import write_jsonl
 from trialign.algorithms.rewards.shaping import RewardShaper
-from trialign.algorithms.roles.build import build_decoder, read_shapes
+from trialign.algorithms.roles.build import read_shapes
 from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample
 from trialign.engine.config import flatten
@@ -36,9 +36,8 @@ def main(run: Run[Any]) -> None:
     shapes = run.on_all_ranks(lambda: read_shapes(cast(Any, config)))
 
     def build(folder: str, head: HeadKind) -> Role:
-        layout = {"head": head, "parallel": config.parallel}
-        build = lambda: build_decoder(folder, shapes[folder], mesh, config.model.dtype, **layout)  # noqa: E731
-        return Role(run.on_all_ranks(build, folder), sizes=UpdateConfig(micro_batch_size=options.micro_batch_size))
+        sizes = UpdateConfig(micro_batch_size=options.micro_batch_size)
+        return Role(run.load_frozen(folder, shapes[folder], head), sizes=sizes)
 
     online = OnlineRun(run, cast(Any, config), shapes[config.model.path], seed=options.seed)
     policy: Any = build(config.model.path, "lm")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from report.panels import Panel
 from report.tables import ScoredResponse, response_text, reward_table
@@ -13,7 +13,7 @@ from trialign.algorithms.config.common import RolloutConfig
 from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.reward import PolicyReward, RewardConfig
 from trialign.algorithms.data.prompts import PromptDataset
-from trialign.algorithms.rewards.encoder import ChatEncoder, Policy, reward_encoders
+from trialign.algorithms.rewards.encoder import Policy, reward_encoders
 from trialign.algorithms.rewards.rewards import Rewards
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.algorithms.rewards.shaping import RewardShaper
@@ -27,6 +27,9 @@ from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
 
 from .run import Run, ScriptConfig, Stateful
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class SamplingConfig(ScriptConfig, Protocol):
@@ -64,11 +67,7 @@ class OnlineRun:
         run.check_same_on_all(place)
         self.shown: list[Prompt] = self.dataset.next(shown)  # the same before and after, and after a resume
         self.dataset.load_state(place)
-        policy = Policy(path, shape, self.tokenizer, config.data.chat_template)
-        encoders = run.on_all_ranks(lambda: reward_encoders(config.reward.models, policy))
-        print_encoders(encoders, self.mesh.is_main)
-        self.scorer = Scorer(config.reward, self.tokenizer, self.mesh, encoders)
-        run.stack.callback(self.scorer.close)
+        self.scorer = build_scorer(run, config, shape, self.tokenizer)
         self.scorer.check(self.dataset.columns())
         ends = run.on_all_ranks(lambda: stop_ids(path, shape, self.tokenizer))
         self.sampling = sampling_params(config.rollout, ends, seed)
@@ -137,7 +136,12 @@ class OnlineRun:
             self.run.progress.print(f"not scored: {reason}")
 
 
-def print_encoders(encoders: Mapping[str, ChatEncoder], main: bool) -> None:
-    """Prints a line for each reward model that reads text instead of the policy's tokens."""
-    for folder, encoder in encoders.items() if main else ():
+def build_scorer(run: Run, config: SamplingConfig, shape: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    """Scorers of a run's responses, closed with the run; prints the reward models that read text instead of tokens."""
+    policy = Policy(config.model.path, shape, tokenizer, config.data.chat_template)
+    encoders = run.on_all_ranks(lambda: reward_encoders(config.reward.models, policy))
+    for folder, encoder in encoders.items() if run.mesh.is_main else ():
         print(f"{folder}: not the policy's tokenizer ({encoder.why}): completions are encoded again with its own")
+    scorer = Scorer(config.reward, tokenizer, run.mesh, encoders)
+    run.stack.callback(scorer.close)
+    return scorer

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trialign.algorithms.data.dialogues import Sample
-from trialign.algorithms.roles.build import build_decoder, read_shape
+from trialign.algorithms.roles.build import read_shape
 from trialign.algorithms.roles.learner import Learner
 from trialign.algorithms.roles.role import Role
 from trialign.engine.storage.atomic import atomic_file
@@ -67,11 +67,9 @@ def reference_pass(
 
 
 def _reference(run: Run[Any]) -> Role:
-    folder, config, mesh = run.config.model.reference, run.config, run.mesh
-    dtype, parallel = config.model.dtype, config.parallel
+    folder, config = run.config.model.reference, run.config
     shape = run.on_all_ranks(lambda: read_shape(folder, config.parallel, config.run, "lm"))
-    model = run.on_all_ranks(lambda: build_decoder(folder, shape, mesh, dtype, parallel=parallel), folder)
-    return Role(model, sizes=config.update)
+    return Role(run.load_frozen(folder, shape), sizes=config.update)
 
 
 def _check_finite(config: Any, samples: Sequence[Sample], sums: Tensor) -> None:

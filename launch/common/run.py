@@ -33,7 +33,7 @@ from trialign.algorithms.config.data import DataConfig
 from trialign.algorithms.config.reward import check_time_limits
 from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.config.scripts import SCRIPTS
-from trialign.algorithms.roles.build import trained_entries
+from trialign.algorithms.roles.build import build_decoder, trained_entries
 from trialign.algorithms.roles.learner import Learner
 from trialign.algorithms.roles.nonfinite import check_states
 from trialign.engine.config import absolute, flatten, parse
@@ -46,6 +46,8 @@ from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.storage import checkpoint
 from trialign.engine.storage.atomic import replace_folder, write_text
 from trialign.engine.storage.run_lock import run_lock
+from trialign.models.config import HeadKind, ModelConfig
+from trialign.models.decoder import Decoder
 from trialign.models.folder import assets
 from trialign.models.hf.adapter_record import adapter_record, check_same_adapter
 from trialign.models.hf.convert import SCORES, ExportRole, export_checkpoint
@@ -158,6 +160,11 @@ class Run(Generic[Config]):
         """Runs `work` on the main rank and returns its result on every rank; a failure as in `on_all_ranks`."""
         result = self.on_all_ranks(lambda: work() if self.mesh.is_main else None)
         return gather_objects(result, self.mesh.world)[0]
+
+    def load_frozen(self, folder: str, shape: ModelConfig, head: HeadKind = "lm") -> Decoder:
+        """A model of a folder that is not trained. Collective."""
+        dtype, options = self.config.model.dtype, {"head": head, "parallel": self.config.parallel}
+        return self.on_all_ranks(lambda: build_decoder(folder, shape, self.mesh, dtype, **options), folder)
 
     def check_same_on_all(self, value: Any) -> None:
         """Refuses ranks with different values, for example of the state of their data. Collective."""

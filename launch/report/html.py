@@ -71,6 +71,7 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
         step |= {LEARNED: step["reward/model"]} | ({} if true is None else {TRUE: true})
     panels = {"sft": SFT_PANELS, "reward": REWARD_PANELS, "ppo": (REWARD, *PPO_PANELS[1:])}
     seconds = [done[name]["seconds"] for name in Stages._fields]
+    numbers = lambda name: [[getattr(response, name) for response in side] for side in (before, after)]  # noqa: E731
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -90,11 +91,8 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
         responses=len(before),
         prompts=len({response.source for response in before}),
         histograms=[
-            ("True reward", histogram([a.true for a in before], [a.true for a in after], "the true reward")),
-            (
-                "Learned reward",
-                histogram([a.learned for a in before], [a.learned for a in after], "the learned reward"),
-            ),
+            (f"{name.capitalize()} reward", histogram(*numbers(name), f"the {name} reward"))
+            for name in ("true", "learned")
         ],
         samples=samples(before, after, config.run.show),
         stages=[
@@ -105,11 +103,7 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
                 "share": f"{done[name]['seconds'] / (sum(seconds) or 1):.1%}",
                 "steps": done[name]["steps"],
                 "data": done[name]["data"] or f"{len(before) + len(after)} responses to eval prompts",
-                "panels": [
-                    (panel, curves(panel, metrics[name]))
-                    for panel in panels.get(name, ())
-                    if curves(panel, metrics[name])
-                ],
+                "panels": [(panel, drawn) for panel in panels.get(name, ()) if (drawn := curves(panel, metrics[name]))],
             }
             for name in Stages._fields
         ],

@@ -110,8 +110,7 @@ def test_documented_grpo_estimator_and_loss(folder, tmp_path):
         with pytest.raises(ValueError, match=why):
             grpo.with_advantages(estimated, GRPOConfig(grpo=made))
     with pytest.raises(ValueError, match="bad.py:fixed: .*logprobs"):
-        made = replace(options, policy_loss=f"{tmp_path}/bad.py:fixed")
-        grpo.update(Roles(actor), estimated, GRPOConfig(grpo=made))
+        grpo.update(Roles(actor), estimated, GRPOConfig(grpo=replace(options, policy_loss=f"{tmp_path}/bad.py:fixed")))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from samples import write_jsonl
 from scripts import ENVIRONMENT, command, digests, kill_after, metrics, options, succeed
 from tiny import tiny_chat_model
 from tiny_run import tiny_run
-from trialign.algorithms.config.preference import DPOConfig
 from trialign.algorithms.config.sft import SFTConfig
 from trialign.engine.config import load, parse
 from trialign.engine.mesh import build_mesh
@@ -72,15 +71,13 @@ def test_folder_with_a_run_is_resumed_deleted_or_refused(run, tmp_path, capsys, 
     assert not any((out / name).exists() for name in ("model_ema", "adapter", "tensorboard"))
     assert (out / "mine.txt").exists() and len(metrics(out)) == STEPS
     written = (out / "model" / "model.safetensors").stat().st_mtime_ns
-    run(*given, "--run.resume", "auto")
-    assert f"this run has ended at step {STEPS}" in capsys.readouterr().out
-    begun = (out / "config.toml").read_bytes()
+    begun, dpo = (out / "config.toml").read_bytes(), launched("dpo")
     run(*given, "--run.resume", "auto", "--optimizer.lr", "0.5", "--run.steps", "2")
     printed = capsys.readouterr().out
     assert f"this run has ended at step {STEPS}" in printed and "optimizer.lr=0.5 (was 0.001)" in printed
     assert (out / "config.toml").read_bytes() == begun
     with pytest.raises(SystemExit, match="run of sft.py, not of dpo.py"):
-        launched("dpo").start(DPOConfig, None, "dpo", ["--resume", str(out)])
+        dpo.start(dpo.DPOConfig, dpo.main, "dpo", ["--resume", str(out)])
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == written
     shutil.rmtree(out / "model")
     run(*given, "--run.resume", "auto")

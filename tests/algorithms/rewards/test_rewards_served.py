@@ -1,7 +1,6 @@
 """A reward model behind an address scores what the same model scores within the run; requests that are refused."""
 
 import http.client
-import importlib
 import json
 import math
 import threading
@@ -22,7 +21,6 @@ from trialign.algorithms.config.reward import RewardConfig
 from trialign.algorithms.rewards.scorer import Scorer
 from trialign.engine.mesh import build_mesh
 
-ROOT = Path(__file__).resolve().parents[3]
 CHAT = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "two"},
@@ -47,12 +45,10 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def serve_reward():
+@pytest.fixture
+def serve_reward(launched):
     """launch/serve_reward.py as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "launch")
-        yield importlib.import_module("serve_reward")
+    return launched("serve_reward")
 
 
 @contextmanager
@@ -115,6 +111,9 @@ def test_bad_requests_are_refused(folder, serve_reward):
             assert code == 400 and message in answer["error"], (case, answer)
         assert post(url, b"", **{"Content-Length": "-1"})[0] == post(url, b"", **{"Content-Length": "x"})[0] == 413
         assert post(url, request())[0] == 200
+    scores = serve_reward.Scores(serve_reward.ServeConfig(ModelPaths(str(folder), dtype="float32")), build_mesh())
+    with pytest.raises(ValueError, match="row 1: .* which has positions for 256"):
+        scores(serve_reward.read_request(request(completions=["c", "d" * 1000])))
 
 
 def test_invalid_folders_are_refused_before_loading(serve_reward, tmp_path):

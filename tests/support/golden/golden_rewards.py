@@ -18,7 +18,7 @@ from trialign.algorithms.advantages import (
 from trialign.algorithms.batch import Batch
 from trialign.algorithms.config.conditional import CONDITION
 from trialign.algorithms.config.grpo import GRPOOptions
-from trialign.algorithms.data.conditional import conditioned
+from trialign.algorithms.data.conditional import conditioned, normalized
 from trialign.algorithms.data.responses import Scored, best_against_worst, best_of_n
 from trialign.algorithms.grpo import estimate_advantages
 from trialign.algorithms.losses.kl import KLController, kl_estimate
@@ -387,8 +387,12 @@ def selection(case: Case) -> Outputs:
             for best, worst in best_against_worst(answers)
         ]
     else:
-        given = conditioned(answers, args["normalize_reward"], args.get("reward_template", CONDITION))
-        made = [{"input": a.prompt, "output": a.response, "reward": a.reward} for a in given]
+        rewards, template = [answer.reward for answer in answers], args.get("reward_template", CONDITION)
+        rewards = normalized(rewards) if args["normalize_reward"] else rewards
+        made = [
+            {"input": conditioned(template, a.prompt, f"{reward:.2f}"), "output": a.response, "reward": reward}
+            for a, reward in zip(answers, rewards, strict=True)
+        ]
     names = [name for name in expected[0] if "reward" not in name]
     assert [[row[n] for n in names] for row in made] == [[row[n] for n in names] for row in expected]
     numbers = [[value for name, value in row.items() if "reward" in name] for row in made]
