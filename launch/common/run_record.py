@@ -129,7 +129,7 @@ class RunRecord:
                 f"{self.folder}: the run has ended at step {step} and its checkpoints are gone: it cannot be resumed"
                 f" with {'; '.join(self.changes)}; another run.output begins anew"
             )
-        before, now = self.found["facts"]["options"], self.facts["options"]
+        before, now = self.found["facts"]["options"] if self.found else {}, self.facts["options"]
         lengths = [(before.get(name, now[name]), now[name]) for name in LENGTHS if name in now]
         if any(new > old or new != old == 0 or old != new == 0 for old, new in lengths):
             return False

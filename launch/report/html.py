@@ -91,7 +91,7 @@ def page(config: RLHFConfig, done: Mapping[str, Any]) -> str:
         responses=len(before),
         prompts=len({response.source for response in before}),
         histograms=[
-            (f"{name.capitalize()} reward", histogram(*numbers(name), f"the {name} reward"))
+            (f"{name.capitalize()} reward", histogram(*numbers(name), name=f"the {name} reward"))
             for name in ("true", "learned")
         ],
         samples=samples(before, after, config.run.show),
