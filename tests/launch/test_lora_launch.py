@@ -9,7 +9,7 @@ import torch
 from peft_case import samples
 from safetensors.torch import load_file
 from samples import write_jsonl
-from scripts import metrics, options, succeed
+from scripts import metrics, options, succeed, succeed_in_turn
 from tiny import VOCAB, tiny_chat_model
 from tiny_run import REWARDS
 from torch import Tensor
@@ -19,15 +19,16 @@ from trialign.models.hf.adapter_record import saved_adapter
 from trialign.models.lora import TARGETS
 
 PROMPTS = {"data_max_prompt_tokens": 96, "rollout_max_new_tokens": 6, "reward_functions": "spread"}
-ROWS = {"data_max_tokens": 64, "update_batch_size": 4, "optimizer_lr": 1e-2}
+ROWS = {"data_max_tokens": 64, "update_batch_size": 4, "optimizer_lr": 1e-2, "run_steps": 2}
 GROUPS = {**PROMPTS, "rollout_samples_per_prompt": 2, "run_show": 0, "optimizer_lr": 1e-2}
-SCRIPTS = {
-    "grpo": {**GROUPS, "grpo_minibatches": 2, "run_prompts_per_step": 4, "lora_quantize": True},
-    "rejection": {**GROUPS, "rejection_rounds": 1, "rejection_prompts_per_round": 4, "update_batch_size": 4},
-    **{"reward": ROWS, "dpo": ROWS},
-}
 PPO = {**PROMPTS, "reward_functions": "length", "actor_optimizer.lr": 1e-2, "ppo_minibatches": 2}
 PPO |= {"run_prompts_per_step": 4, "run_steps": 1, "run_show": 1}
+SCRIPTS = {
+    "ppo": PPO,
+    "grpo": {**GROUPS, "grpo_minibatches": 2, "run_prompts_per_step": 4, "lora_quantize": True, "run_steps": 2},
+    "rejection": {**GROUPS, "rejection_rounds": 1, "rejection_prompts_per_round": 4, "update_batch_size": 4},
+    **{"reward": ROWS, "dpo": ROWS, "kto": ROWS, "pretrain": ROWS, "conditional": ROWS | {"run_show": 0}},
+}
 SFT = {"data_max_tokens": 128, "data_eval_fraction": 0.25, "optimizer_lr": 5e-3, "update_batch_size": 6}
 SFT |= {"run_steps": 6, "run_show": 0}
 
@@ -40,6 +41,7 @@ def setting(tmp_path_factory) -> Path:
     succeed("import_hf", "--model", folder / "model", "--output", folder / "imported", "--tp", 2)
     rows = [
         {"prompt": f"count to {i}", "response": "one two " * i, "chosen": f"yes {i}", "rejected": f"no {i}"}
+        | {"reward": i / 10, "label": i % 2 == 0, "text": f"plain text {i} " * 3}
         for i in range(1, 9)
     ]
     write_jsonl(folder / "rows.jsonl", rows)
@@ -47,14 +49,13 @@ def setting(tmp_path_factory) -> Path:
     return folder
 
 
-def run(setting: Path, script: str, out: Path, given: dict, *arguments: object, model="model", ranks=1) -> list[dict]:
-    """The logged steps of a script with adapters of rank 4."""
+def words(setting: Path, script: str, out: Path, given: dict, *arguments: object, model="model") -> list[object]:
+    """A script and its arguments, with adapters of rank 4."""
     values = {"model_path": setting / model, "model_dtype": "float32", "data_sources": setting / "rows.jsonl"}
     values |= {"lora_rank": 4, "run_log": (), "run_output": out, **given}
     if "reward_functions" in given:
         values["reward_functions"] = f"{setting}/rewards.py:{given['reward_functions']}"
-    succeed(script, *options(**values), *arguments, ranks=ranks)
-    return metrics(out)
+    return [script, *options(**values), *arguments]
 
 
 def logits_of(peer: Any) -> Tensor:
@@ -74,30 +75,37 @@ def assert_adapter_is_merged(folder: Path, base: Path, kind: Any, **given: int) 
     assert (merged - before).abs().max() > 1e-3
 
 
+@pytest.fixture(scope="module")
+def trained(setting) -> Path:
+    """The folder of a run of each script."""
+    succeed_in_turn([words(setting, script, setting / script, given) for script, given in SCRIPTS.items()], ranks=1)
+    return setting
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_only_adapters_are_trained_and_exports_agree(setting, tmp_path, script):
+def test_only_adapters_are_trained_and_exports_agree(setting, trained, script):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    steps = {} if script == "rejection" else {"run_steps": 2}
-    run(setting, script, tmp_path / "run", SCRIPTS[script] | steps)
-    saved = Reader(max((tmp_path / "run" / "checkpoints").glob("step_*")))
+    run = trained / script
+    saved = Reader(max((run / "checkpoints").glob("step_*")))
     others = {name for name in saved.tensors if ".lora_" not in name}
-    head = {f"reward/{kind}/score.weight" for kind in ("master", "exp_avg", "exp_avg_sq")}
-    assert others == (head if script == "reward" else set()) and len(saved.tensors) > len(others)
+    role = {"reward": "reward", "ppo": "critic"}.get(script)
+    head = {f"{role}/{kind}/score.weight" for kind in ("master", "exp_avg", "exp_avg_sq") if role}
+    assert others == head and len(saved.tensors) > len(others)
 
     kind = AutoModelForSequenceClassification if script == "reward" else AutoModelForCausalLM
     alone = {"num_labels": 1} if script == "reward" else {}
-    merged = kind.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
+    merged = kind.from_pretrained(run / "model", dtype=torch.float32).eval()
     start = dict(kind.from_pretrained(setting / "model", dtype=torch.float32, **alone).named_parameters())
     moved = {name for name, tensor in merged.named_parameters() if not torch.equal(tensor, start[name])}
     assert moved and all("proj" in name or name == "score.weight" for name in moved)
     if script != "grpo":  # a 4-bit base is exported rounded; PEFT reads the original
-        assert_adapter_is_merged(tmp_path / "run", setting / "model", kind, **alone)
+        assert_adapter_is_merged(run, setting / "model", kind, **alone)
 
 
 def test_qlora_ppo_resumes_in_another_layout(setting, tmp_path):
     out = tmp_path / "run"
-    run(setting, "ppo", out, PPO | {"lora_quantize": True})
+    succeed(*words(setting, "ppo", out, PPO | {"lora_quantize": True}))
     succeed("ppo", "--resume", out, "--run.steps", 2, "--parallel.tp", 2, ranks=2)
     steps = metrics(out)
     assert [step["step"] for step in steps] == [1, 2]
@@ -121,8 +129,8 @@ def test_exported_sft_adapters_continue_at_the_same_loss(setting, tmp_path, quan
     from transformers import AutoModelForCausalLM
 
     def eval_losses(name: str, given: dict, *arguments: object, model: str = "model", ranks: int = 1) -> list[float]:
-        steps = run(setting, "sft", tmp_path / name, SFT | given, *arguments, model=model, ranks=ranks)
-        return [step["eval_loss"] for step in steps if "eval_loss" in step]
+        succeed(*words(setting, "sft", tmp_path / name, SFT | given, *arguments, model=model), ranks=ranks)
+        return [step["eval_loss"] for step in metrics(tmp_path / name) if "eval_loss" in step]
 
     out, ranks = tmp_path / "run", 1 + quantize
     losses = eval_losses("run", {"lora_quantize": quantize, "parallel_tp": ranks}, model="imported", ranks=ranks)
