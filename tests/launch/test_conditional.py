@@ -11,7 +11,7 @@ from scripts import AXES, agree, assert_resume_identical, metrics, options, succ
 from tiny import tiny_llama
 from tiny_run import tiny_run
 from trialign.algorithms.config.conditional import ConditionalConfig, ConditionalRun, ConditionConfig, RewardedData
-from trialign.algorithms.data.conditional import ConditionedRows, as_rollouts, read_rewarded
+from trialign.algorithms.data.conditional import ConditionedRows, as_rollouts, bucketed, read_rewarded
 from trialign.algorithms.data.dialogues import Encoder
 from trialign.engine.config import parse
 
@@ -53,6 +53,10 @@ def test_rewards_are_normalized_and_bucketed(tiny, tmp_path):
     assert [text[:17] for text in texts(data, tiny)] == [f"<s>user: [{z:.2f}] p</s>"[:17] for z in scaled]
     data = rows(tmp_path, lines, tiny, ConditionConfig(buckets=2, target_reward="9"))
     assert data.written == ["-0.64", "0.64"] and data.target_reward == "9"
+    assert [text.split()[3] for text in texts(data, tiny)] == ["-0.64", "-0.64", "0.64", "0.64"]
+    assert bucketed([1.0, 1.0, 5.0, 1.0], 2) == [1.0, 1.0, 5.0, 1.0]  # equal rewards share a bucket
+    with pytest.raises(ValueError, match="condition.buckets=2"):
+        bucketed([1.0] * 4, 2)
 
 
 @pytest.mark.parametrize(

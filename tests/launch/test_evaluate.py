@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -9,7 +10,7 @@ from statistics import fmean
 import pytest
 import torch
 from samples import write_jsonl
-from scripts import kill_after, launch, options, succeed, succeed_in_turn
+from scripts import kill_after, options, succeed, succeed_in_turn
 from tiny import tiny_chat_model, tiny_llama
 from tiny_run import tiny_run
 from trialign.algorithms.config.evaluate import EvaluateConfig
@@ -132,15 +133,35 @@ def test_unscored_responses_are_left_out_and_counted(setting, tmp_path):
     assert "not scored: " in printed and sum(line["reward"] is None for line in lines) == 2 * 3
     assert results[str(setting / "model")]["answers without a score"]["value"] == 3
     assert results[str(setting / "model")]["reward"]["value"] == 1.0
+    assert results[str(setting / "model")]["prompts with fewer than 2 scored answers"]["value"] == 1
 
 
-def test_resume_continues_after_the_last_chunk(setting, alone):
+def test_models_are_freed_before_the_next_is_loaded(setting, launched, monkeypatch):
+    evaluate, built = launched("evaluate"), list[weakref.ref]()
+    build = evaluate.build_decoder
+
+    def watched(*given, head="lm", **options):
+        assert head == "score" or not any(model() for model in built)
+        model = build(*given, head=head, **options)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(evaluate, "build_decoder", watched)
+    evaluate.start(EvaluateConfig, evaluate.main, "evaluate", words(setting, "freed")[1:])
+    assert len(built) == 4  # each model with the reward model
+
+
+def test_resume_continues_after_the_last_chunk(setting, alone, launched):
     out, one_by_one = setting / "killed", ("--run.prompts_per_save", 1)
     (out / "begun").mkdir(parents=True)  # as a kill before its first file leaves it
     kill_after("begun/model_part_1.jsonl", out, *words(setting, "killed", *one_by_one))
     assert not (out / "completions.jsonl").exists(), "killed after the last chunk"
-    other = launch(*words(setting, "killed", *one_by_one, "--rollout.top_k", 3))
-    assert other.returncode != 0 and "rollout.top_k=3 (was 0)" in other.stderr
+    evaluate, text = launched("evaluate"), (setting / "text.jsonl").read_text()
+    for given, reported in (("--rollout.top_k", 3), r"rollout.top_k=3 \(was 0\)"), ((), "text.jsonl differs"):
+        (setting / "text.jsonl").write_text(text.replace("ab", "ba"))
+        with pytest.raises(SystemExit, match=reported):
+            evaluate.start(EvaluateConfig, evaluate.main, "evaluate", words(setting, "killed", *one_by_one, *given)[1:])
+    (setting / "text.jsonl").write_text(text)
     first, path = out / "begun" / "model_part_0.jsonl", out / "completions.jsonl"
     first.write_text(first.read_text().replace('"sample": 0', '"sample": 100'))  # marks the chunk, which is reused
     assert run(setting, "killed", *one_by_one)[1][0]["sample"] == 100

@@ -1,13 +1,14 @@
 """Rejection sampling and iterative DPO: picked responses, rounds, and launch/rejection.py in every layout."""
 
 import math
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import AXES, agree, assert_resume_identical, digests, metrics, options, rewound, succeed, succeed_in_turn
+from scripts import agree, assert_resume_identical, digests, metrics, options, rewound, succeed, succeed_in_turn
 from tiny import tiny_llama
 from tiny_run import prompts, tiny_run
 from trialign.algorithms.batch import Prompt, Rollout, single_turn
@@ -91,12 +92,19 @@ def words(setting: Path, name: str, *arguments: object) -> list[str]:
 
 
 DPO = ("--rejection.method", "dpo")
+SFT = ("--rejection.epochs", 2, "--optimizer.lr", "1e-2", "--rejection.rounds", 1)
 
 
 @pytest.fixture(scope="module")
 def whole(setting) -> Path:
     succeed(*words(setting, "whole", *DPO))
     return setting / "whole"
+
+
+@pytest.fixture(scope="module")
+def tuned(setting) -> Path:
+    succeed(*words(setting, "tuned", *SFT))
+    return setting / "tuned"
 
 
 def test_outputs_of_a_run(setting, whole):
@@ -129,12 +137,14 @@ def test_outputs_of_a_run(setting, whole):
     AutoModelForCausalLM.from_pretrained(whole / "model")
 
 
-def test_resume_within_a_round_is_bit_identical(setting, whole):
-    given = ("rejection", "--config", setting / "config.toml", *DPO)
-    assert_resume_identical("checkpoints/step_1", setting / "killed", whole, STEPS, *given)
+@pytest.mark.parametrize(("run", "given"), [("whole", DPO), ("tuned", SFT)])
+def test_resume_within_a_round_is_bit_identical(setting, request, run, given):
+    words = ("rejection", "--config", setting / "config.toml", *given)
+    whole, folder = request.getfixturevalue(run), setting / f"{run}-killed"
+    assert_resume_identical("checkpoints/step_1", folder, whole, STEPS, *words)
 
 
-def test_resume_reuses_the_responses_of_its_round(setting, whole):
+def test_resume_reuses_the_responses_of_its_round(setting, whole, launched):
     """After sampling and before the round's first step; other sampling options discard the responses."""
     folder, other = (rewound(whole, setting / name, PER_ROUND) for name in ("between", "other"))
     responses = folder / "rounds" / "round_1.jsonl"
@@ -144,30 +154,32 @@ def test_resume_reuses_the_responses_of_its_round(setting, whole):
     printed = succeed("rejection", "--resume", other, "--rollout.temperature", 0.5)
     assert "resumed with rollout.temperature=0.5 (was 1.0)" in printed
     assert read_responses(other / "rounds" / "round_1.jsonl") != read_responses(responses)
+    within, script = rewound(whole, setting / "within", 1), launched("rejection")
+    shutil.rmtree(within / "rounds")
+    with pytest.raises(SystemExit, match="within/rounds/round_0.jsonl: does not exist"):
+        script.start(RejectionConfig, script.main, "rejection", ["--resume", str(within)])
 
 
 def near(number: float | None):
     return None if number is None else pytest.approx(number, rel=1e-5, abs=1e-6)
 
 
-def test_layouts_agree(setting, whole):
-    succeed_in_turn([words(setting, axis, *DPO, f"--parallel.{axis}", 2) for axis in AXES])
-    for axis, number in ((axis, number) for axis in AXES for number in range(ROUNDS)):
-        run = setting / axis
-        rows, others = (read_responses(path / "rounds" / f"round_{number}.jsonl") for path in (run, whole))
+def test_layouts_agree(setting, whole, tuned):
+    """Four ranks: tp or pp times dp."""
+    given = {"dpo-tp": DPO, "dpo-pp": DPO, "sft-tp": SFT}
+    succeed_in_turn([words(setting, name, *own, f"--parallel.{name[4:]}", 2) for name, own in given.items()], ranks=4)
+    for name, number in [("dpo-tp", 0), ("dpo-tp", 1), ("dpo-pp", 0), ("dpo-pp", 1), ("sft-tp", 0)]:
+        run, other = setting / name, tuned if name == "sft-tp" else whole
+        rows, others = (read_responses(path / "rounds" / f"round_{number}.jsonl") for path in (run, other))
         for got, expected in zip(rows, others, strict=True):
             assert got.reward == near(expected.reward) and got.reference == near(expected.reference)
             assert got.rewards == {name: near(value) for name, value in expected.rewards.items()}
             numbers = {"reference": None, "reward": None, "rewards": {}}
             assert replace(got, **numbers) == replace(expected, **numbers)
-        agree(run, whole, STEPS)
+        agree(run, other, STEPS)
 
 
-def test_sft_lowers_the_loss_on_the_picked_responses(setting):
-    """One round on two ranks."""
-    given = ("--rejection.epochs", 2, "--optimizer.lr", "1e-2", "--rejection.rounds", 1, "--parallel.tp", 2)
-    succeed(*words(setting, "tuned", *given), ranks=2)
-    tuned = setting / "tuned"
+def test_sft_lowers_the_loss_on_the_picked_responses(tuned):
     steps = metrics(tuned)
     assert len(steps) == STEPS and steps[-1]["loss"] < steps[0]["loss"]
     responses = read_responses(tuned / "rounds" / "round_0.jsonl")

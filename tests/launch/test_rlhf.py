@@ -12,10 +12,17 @@ from samples import write_jsonl
 from scripts import AXES, ROOT, agree, digests, kill_after, metrics, options, succeed, succeed_in_turn
 from tiny_run import tiny_run
 from trialign.algorithms.config.reward import RewardConfig
-from trialign.algorithms.config.rlhf import PromptsConfig, RLHFConfig, prompt_files, stages
+from trialign.algorithms.config.rlhf import (
+    SET_BY_PIPELINE,
+    SET_IN_EVERY_STAGE,
+    PromptsConfig,
+    RLHFConfig,
+    prompt_files,
+    stages,
+)
 from trialign.algorithms.data.prompts import split_prompts
 from trialign.algorithms.data.responses import Response, label_pairs, read_sampled_pairs
-from trialign.engine.config import load, parse, to_toml
+from trialign.engine.config import flatten, load, parse, to_toml
 
 PPO_STEPS = 3
 NAMES = ("sft", "preferences", "reward", "ppo", "evaluation")
@@ -65,6 +72,13 @@ def test_stages_start_from_results_of_earlier_stages():
     assert (tied.evaluation.model.path, tied.evaluation.model.baseline) == (f"{root}/ppo/model", f"{root}/sft/model")
     assert tied.ppo.data.sources == (train,) and tied.evaluation.data.sources == (evaluated,)
     assert type(tied.evaluation.reward) is RewardConfig  # without clip and penalty
+
+
+def test_options_set_by_the_pipeline_exist():
+    for stage, names in [("sft", SET_IN_EVERY_STAGE), *SET_BY_PIPELINE.items()]:
+        known = flatten(getattr(RLHFConfig(), stage))
+        for name in names:
+            assert any(option == name or option.startswith(f"{name}.") for option in known), f"{stage}.{name}"
 
 
 GIVEN = {"model_path": "m", "prompts_sources": "p.jsonl", "sft_data.sources": "d.jsonl"}

@@ -67,6 +67,21 @@ def test_script_is_found_by_config_or_asked_for(setting, show, tmp_path):
     config.write_text(config.read_text() + "[loss]\ndesirable_weight = 2.0\n")
     with pytest.raises(SystemExit, match="sft.jsonl:1: no column 'label'"):  # only KTO has it
         show("--config", config)
+    with pytest.raises(SystemExit, match="data.sources is not given"):
+        show("--script", "sft", "--model.path", setting / "model")
+
+
+def test_rewards_to_be_given_are_question_marks(setting, show):
+    printed = show("--config", setting / "conditional_tiny.toml", "--reward.functions", "a.py:f")
+    assert "user: p <rm_score>: ? </s>" in printed and "the rewards that a.py:f will give" in printed
+
+
+def test_learned_tokens_are_green_and_bold(setting, show, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    printed = show("--config", setting / "sft_tiny.toml", "--rows", 1, *SHORT)
+    assert "\x1b[2m<s>user: hi</s><s>assistant: \x1b[0m\x1b[1;32myo</s>\x1b[0m" in printed
 
 
 def test_all_data_of_a_script_is_shown(setting, show):

@@ -12,6 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from samples import write_jsonl
 from scripts import AXES, agree, assert_resume_identical, launch, metrics, rewound, succeed, succeed_in_turn
+from test_rewards_served import post, request, served
 from tiny import tiny_chat_model
 from tiny_run import write_config
 from trialign.algorithms.config.common import ParallelConfig
@@ -129,6 +130,13 @@ def test_exported_reward_model_scores_alike_by_the_code_of_the_docs(setting, who
     expected: Any = names["scores"]
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     assert (scores[::2] > scores[1::2]).float().mean() >= 0.75 and len(set(batch.lengths)) > 2
+
+
+def test_reward_server_survives_unexpected_errors(whole, launched):
+    with served(launched("serve_reward"), whole["reward"] / "model") as url:
+        status, response = post(url, request(completions=["c", "\ud800"]))  # tokenizers raise TypeError for a surrogate
+        assert status == 500 and response["error"].startswith("TypeError: ")
+        assert post(url, request())[0] == 200
 
 
 @pytest.mark.parametrize("place", ["model", f"checkpoints/step_{STEPS}"])
