@@ -59,17 +59,14 @@ def test_rewards_are_normalized_and_bucketed(tiny, tmp_path):
         bucketed([1.0] * 4, 2)
 
 
-@pytest.mark.parametrize(
-    ("line", "reported"),
-    [
-        ({"prompt": "a", "response": "b"}, r"'reward' \(data.reward_key\)"),
-        ({"prompt": "a", "response": "b", "reward": True}, "'reward' .*True"),
-        ({"prompt": "a", "response": "b", "reward": 10**400}, "'reward' .*1000"),
-    ],
-)
-def test_bad_rows_are_refused_by_line(tiny, tmp_path, line, reported):
-    with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{reported}"):
-        rows(tmp_path, [line], tiny)
+def test_bad_rows_are_refused_by_line(tiny, tmp_path):
+    for column, reported in (
+        ({}, r"'reward' \(data.reward_key\)"),
+        ({"reward": True}, "'reward' .*True"),
+        ({"reward": 10**400}, "'reward' .*1000"),
+    ):
+        with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{reported}"):
+            rows(tmp_path, [{"prompt": "a", "response": "b"} | column], tiny)
 
 
 @pytest.mark.parametrize(("after", "append"), [("</s>\n", False), ("", True)])
@@ -117,9 +114,8 @@ def test_outputs_of_a_run(setting, whole):
     from transformers import AutoModelForCausalLM
 
     rewards = json.loads((whole / "rewards.json").read_text())
-    assert len(rewards) == 14 and [place for place, value in rewards.items() if value is None] == [
-        f"{setting}/rows.jsonl:3"
-    ]
+    unscored = [place for place, value in rewards.items() if value is None]
+    assert (len(rewards), unscored) == (14, [f"{setting}/rows.jsonl:3"])
     assert not (whole / "begun").exists()
     steps = metrics(whole)
     assert steps[-1]["eval_loss"] < steps[0]["eval_loss"] and steps[STEPS]["loss"] < steps[1]["loss"]

@@ -3,11 +3,10 @@
 import math
 import shutil
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from layouts import assert_close
 from scripts import agree, assert_resume_identical, digests, metrics, options, rewound, succeed, succeed_in_turn
 from tiny import tiny_llama
 from tiny_run import prompts, tiny_run
@@ -107,8 +106,8 @@ def tuned(setting) -> Path:
     return setting / "tuned"
 
 
-def test_outputs_of_a_run(setting, whole):
-    """Picks and metrics follow from the responses; reference log-probabilities equal transformers'."""
+def test_outputs_of_a_run(whole):
+    """Picks and metrics follow from the responses."""
     from transformers import AutoModelForCausalLM
 
     steps = metrics(whole)
@@ -120,7 +119,6 @@ def test_outputs_of_a_run(setting, whole):
         for begin in range(0, 24, 3):
             group = responses[begin : begin + 3]
             rewards = [a.reward or 0.0 for a in group]
-            assert len({a.source for a in group}) == 1
             assert all(a.reward == sum(v or 0.0 for v in a.rewards.values()) for a in group)
             picks = {a.picked: a.reward for a in group if a.picked}
             assert picks == ({"best": max(rewards), "worst": min(rewards)} if len(set(rewards)) > 1 else {})
@@ -128,12 +126,6 @@ def test_outputs_of_a_run(setting, whole):
         assert first["reward"] == pytest.approx(statistics.fmean(a.reward or 0.0 for a in responses))
         assert first["reward_picked"] == pytest.approx(statistics.fmean(best))
         assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)  # the policy is the round's reference
-    model = AutoModelForCausalLM.from_pretrained(setting / "model", dtype=torch.float32)
-    response = next(a for a in read_responses(whole / "rounds" / "round_0.jsonl") if a.picked)
-    ids = torch.tensor([response.prompt_tokens + response.tokens])
-    with torch.no_grad():
-        logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
-    assert response.reference == pytest.approx(logprobs[-len(response.tokens) :].sum().item(), rel=1e-5)
     AutoModelForCausalLM.from_pretrained(whole / "model")
 
 
@@ -160,10 +152,6 @@ def test_resume_reuses_the_responses_of_its_round(setting, whole, launched):
         script.start(RejectionConfig, script.main, "rejection", ["--resume", str(within)])
 
 
-def near(number: float | None):
-    return None if number is None else pytest.approx(number, rel=1e-5, abs=1e-6)
-
-
 def test_layouts_agree(setting, whole, tuned):
     """Four ranks: tp or pp times dp."""
     given = {"dpo-tp": DPO, "dpo-pp": DPO, "sft-tp": SFT}
@@ -172,10 +160,7 @@ def test_layouts_agree(setting, whole, tuned):
         run, other = setting / name, tuned if name == "sft-tp" else whole
         rows, others = (read_responses(path / "rounds" / f"round_{number}.jsonl") for path in (run, other))
         for got, expected in zip(rows, others, strict=True):
-            assert got.reward == near(expected.reward) and got.reference == near(expected.reference)
-            assert got.rewards == {name: near(value) for name, value in expected.rewards.items()}
-            numbers = {"reference": None, "reward": None, "rewards": {}}
-            assert replace(got, **numbers) == replace(expected, **numbers)
+            assert_close(vars(got), vars(expected))
         agree(run, other, STEPS)
 
 

@@ -1,9 +1,10 @@
 """launch/rlhf.py: preferences of scored responses, its stages, kill and resume, layouts, and its report."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,7 @@ from samples import write_jsonl
 from scripts import AXES, ROOT, agree, digests, kill_after, metrics, options, succeed, succeed_in_turn
 from tiny_run import tiny_run
 from trialign.algorithms.config.reward import RewardConfig
-from trialign.algorithms.config.rlhf import (
-    SET_BY_PIPELINE,
-    SET_IN_EVERY_STAGE,
-    PromptsConfig,
-    RLHFConfig,
-    prompt_files,
-    stages,
-)
+from trialign.algorithms.config.rlhf import SET_BY_PIPELINE, SET_IN_EVERY_STAGE, PromptsConfig, RLHFConfig, stages
 from trialign.algorithms.data.prompts import split_prompts
 from trialign.algorithms.data.responses import Response, label_pairs, read_sampled_pairs
 from trialign.engine.config import flatten, load, parse, to_toml
@@ -63,14 +57,14 @@ def test_equal_prompts_are_in_one_split(tmp_path):
 def test_stages_start_from_results_of_earlier_stages():
     config = load(RLHFConfig, ROOT / "launch" / "configs" / "rlhf_smollm2.toml")
     tied, root = stages(config), config.run.output
-    train, evaluated = prompt_files(config)
     assert tied.sft.model.path == config.model.path
     assert {stage.model.path for stage in (tied.preferences, tied.reward, tied.ppo)} == {f"{root}/sft/model"}
     assert tied.ppo.model.critic == tied.ppo.reward.models[0] == f"{root}/reward/model"
     weights = dict(zip(tied.ppo.reward.names, tied.ppo.reward.weights, strict=True))
     assert weights == {"launch/examples/sentiment.py:sentiment": 0.0, f"{root}/reward/model": 1.0}
     assert (tied.evaluation.model.path, tied.evaluation.model.baseline) == (f"{root}/ppo/model", f"{root}/sft/model")
-    assert tied.ppo.data.sources == (train,) and tied.evaluation.data.sources == (evaluated,)
+    assert tied.ppo.data.sources == (f"{root}/prompts/train.jsonl",)
+    assert tied.evaluation.data.sources == (f"{root}/prompts/eval.jsonl",)
     assert type(tied.evaluation.reward) is RewardConfig  # without clip and penalty
 
 
@@ -82,12 +76,11 @@ def test_options_set_by_the_pipeline_exist():
 
 
 GIVEN = {"model_path": "m", "prompts_sources": "p.jsonl", "sft_data.sources": "d.jsonl"}
-SCORER = {"preferences_reward.functions": "r.py:f"}
+GIVEN |= {"preferences_reward.functions": "r.py:f"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "reported"),
-    [
+def test_conflicting_options_are_refused():
+    for changes, reported in (
         ({"model_path": ""}, "model.path"),
         ({"sft_data.sources": ()}, r"\[sft\] data.sources"),
         ({"preferences_reward.functions": ()}, r"\[preferences\] .*reward.functions"),
@@ -97,12 +90,10 @@ SCORER = {"preferences_reward.functions": "r.py:f"}
         ({"evaluation_reward.time_limit": 3}, "evaluation.reward.time_limit=3.0: .*preferences.reward"),
         ({"preferences_reward.models": "a/model"}, "preferences.reward: r.py:f, model, model"),
         ({"model_path": "runs/rlhf/ppo/model"}, "model.path=runs/rlhf/ppo/model: .*run.output=runs/rlhf"),
-    ],
-)
-def test_conflicting_options_are_refused(changes, reported):
-    words = options(**{name: value for name, value in (GIVEN | SCORER | changes).items() if value != ()})
-    with pytest.raises(ValueError, match=reported):
-        parse(RLHFConfig, words).check(1)
+    ):
+        words = options(**{name: value for name, value in (GIVEN | changes).items() if value != ()})
+        with pytest.raises(ValueError, match=reported):
+            parse(RLHFConfig, words).check(1)
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +165,6 @@ def test_resume_after_kills_in_two_stages_is_bit_identical(setting, whole):
     for name, steps in (("sft", 2), ("ppo", PPO_STEPS)):
         assert digests(folder / name, steps) == digests(whole / name, steps)
         assert metrics(folder / name) == metrics(whole / name)
-    completions, expected = (lines(run / "evaluation" / "completions.jsonl") for run in (folder, whole))
-    for row, other in zip(completions, expected, strict=True):
-        assert (row["completion"], row["reward"]) == (other["completion"], other["reward"])
     assert (folder / "report.html").exists()
 
 
@@ -207,48 +195,28 @@ def test_layouts_agree(setting, whole):
     done = json.loads((whole / "stages.json").read_text())
     for axis in AXES:
         run = setting / axis
-        for side in ("train", "eval"):
-            pairs, expected = (lines(folder / "preferences" / f"{side}.jsonl") for folder in (run, whole))
-            assert [row | {"source": ""} for row in pairs] == [row | {"source": ""} for row in expected]
-        for step, expected in zip(metrics(run / "ppo"), metrics(whole / "ppo"), strict=True):
-            assert step["reward"] == pytest.approx(expected["reward"], rel=1e-5, abs=1e-6)
         for stage in ("sft", "reward", "ppo"):
             agree(run / stage, whole / stage, done[stage]["steps"])
-        assert f"{axis}=2" in Page((run / "report.html").read_text()).text
+        assert f"{axis}=2" in text_of((run / "report.html").read_text())
 
 
-class Page(HTMLParser):
-    """The text and elements of a page."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.text = " ".join(self.text.split())
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += f" {data}"
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+def text_of(html: str) -> str:
+    """A page's text on one line."""
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", html)).split())
 
 
 def test_report_is_self_contained_with_curves_samples_and_config(whole):
     html = (whole / "report.html").read_text()
-    page = Page(html)
-    assert not any(attributes.keys() & {"src", "href", "xlink:href", "srcset"} for _, attributes in page.elements)
+    text = text_of(html)
+    assert not re.search(r"<[^>]+(src|href|srcset)=", html)
     assert not any(part in html for part in ("<script", "http", "@import", "url("))
-    assert len(page.named("svg")) == 2 + 4 + 4 + 4
-    points = [len((attributes["points"] or "").split()) for attributes in page.named("polyline")]
+    assert html.count("<svg ") == 2 + 4 + 4 + 4
+    points = [len(own.split()) for own in re.findall('<polyline points="(.*?)"', html)]
     assert len(points) == 5 + 7 + 5 and min(points) >= 2 and points[-1] == PPO_STEPS
     rows, model = lines(whole / "evaluation" / "completions.jsonl"), str(whole / "sft" / "model")
     for row in [row for row in rows if row["model"] == model and row["sample"] == 0][:3]:
-        assert " ".join(row["completion"].replace("\0", "\N{REPLACEMENT CHARACTER}").split()) in page.text
-    assert " ".join(to_toml(load(RLHFConfig, whole / "config.toml")).split()) in page.text
+        assert " ".join(row["completion"].replace("\0", "\N{REPLACEMENT CHARACTER}").split()) in text
+    assert " ".join(to_toml(load(RLHFConfig, whole / "config.toml")).split()) in text
 
 
 def test_report_escapes_responses(setting, whole, launched):
@@ -260,5 +228,5 @@ def test_report_escapes_responses(setting, whole, launched):
     write_jsonl(path, rows)
     config = load(RLHFConfig, folder / "config.toml")
     config = replace(config, run=replace(config.run, output=str(folder)))
-    page = Page(launched("report.html").page(config, json.loads((folder / "stages.json").read_text())))
-    assert not page.named("script") and "<script>alert(1)</script>" in page.text
+    html = launched("report.html").page(config, json.loads((folder / "stages.json").read_text()))
+    assert "<script" not in html and "<script>alert(1)</script>" in text_of(html)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,9 @@ def test_run_killed_before_its_first_checkpoint_restarts(setting, tmp_path, monk
 
 def test_finished_chunks_of_the_reference_pass_are_reused(setting, tmp_path, monkeypatch, launched):
     monkeypatch.chdir(setting)
-    dpo, reference = launched("dpo"), launched("common.reference")
-    monkeypatch.setattr(reference, "CHUNK", 5)
-    given = sft_options(**DPO)
-    read, seen = dpo.reference_sums, []
+    dpo, seen = launched("dpo"), list[int]()
+    start, read = partial(dpo.start, dpo.DPOConfig, dpo.main, "dpo"), dpo.reference_sums
+    monkeypatch.setattr(launched("common.reference"), "CHUNK", 5)
 
     def counted(role: Any, part: Any, update: Any) -> Any:
         seen.append(len(part))
@@ -155,15 +155,12 @@ def test_finished_chunks_of_the_reference_pass_are_reused(setting, tmp_path, mon
             raise KeyboardInterrupt
         return read(role, part, update)
 
-    def start(out: Path) -> None:
-        dpo.start(dpo.DPOConfig, dpo.main, "dpo", [*given, "--run.output", str(out)])
-
     monkeypatch.setattr(dpo, "reference_sums", counted)
     with pytest.raises(KeyboardInterrupt):
-        start(tmp_path / "run")
-    start(tmp_path / "run")
+        start(sft_options(**DPO, run_output=tmp_path / "run"))
+    start(sft_options(**DPO, run_output=tmp_path / "run"))
     assert seen == [5, 5, 5, 2]
-    start(tmp_path / "whole")
+    start(sft_options(**DPO, run_output=tmp_path / "whole"))
     assert digests(tmp_path / "run", STEPS) == digests(tmp_path / "whole", STEPS)
 
 

@@ -25,9 +25,7 @@ def setting(tmp_path_factory) -> Path:
         "pretrain": [{"text": "one"}, {"text": "two"}, {"text": ""}],
     }
     for name, lines in files.items():
-        sources = {
-            "steps_sources" if name == "reward" else "data_sources": [write_jsonl(folder / f"{name}.jsonl", lines)]
-        }
+        sources = {f"{'steps' if name == 'reward' else 'data'}_sources": [write_jsonl(folder / f"{name}.jsonl", lines)]}
         write_config(folder / f"{name}_tiny.toml", model_path=folder / "model", **sources)
     return folder
 
@@ -71,11 +69,6 @@ def test_script_is_found_by_config_or_asked_for(setting, show, tmp_path):
         show("--script", "sft", "--model.path", setting / "model")
 
 
-def test_rewards_to_be_given_are_question_marks(setting, show):
-    printed = show("--config", setting / "conditional_tiny.toml", "--reward.functions", "a.py:f")
-    assert "user: p <rm_score>: ? </s>" in printed and "the rewards that a.py:f will give" in printed
-
-
 def test_learned_tokens_are_green_and_bold(setting, show, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -85,7 +78,9 @@ def test_learned_tokens_are_green_and_bold(setting, show, monkeypatch):
 
 
 def test_all_data_of_a_script_is_shown(setting, show):
-    """The dialogues and prompts of rlhf, the texts of an evaluation, the pretraining mix of PPO."""
+    """Rewards to be given, dialogues and prompts of rlhf, texts of an evaluation, the pretraining mix of PPO."""
+    printed = show("--config", setting / "conditional_tiny.toml", "--reward.functions", "a.py:f")
+    assert "user: p <rm_score>: ? </s>" in printed and "the rewards that a.py:f will give" in printed
     model, texts, prompts = ("--model.path", setting / "model"), setting / "pretrain.jsonl", setting / "ppo.jsonl"
     sources = ("--sft.data.sources", setting / "sft.jsonl", "--prompts.sources", prompts)
     printed = show("--script", "rlhf", *model, *sources)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file, save_file
 from samples import write_jsonl
 from scripts import AXES, agree, assert_resume_identical, launch, metrics, rewound, succeed, succeed_in_turn
+from test_nonfinite import overflowing_model
 from test_rewards_served import post, request, served
 from tiny import tiny_chat_model
 from tiny_run import write_config
@@ -40,19 +40,11 @@ def setting(tmp_path_factory) -> Path:
     pairs = [{"prompt": f"say {i}", "chosen": "yes " * (1 + i % 3), "rejected": "no" * (1 + i % 4)} for i in range(14)]
     labeled = [{"prompt": r["prompt"], "response": r[k], "label": k == "chosen"} for r in pairs for k in SIDES]
     labels = [[True] * (1 + i % 2) + [False] * (1 + i % 3) for i in range(len(pairs))]
-    steps = [
-        {"prompt": f"say {i}", "steps": ["yes" if y else "no" for y in own], "labels": own}
-        for i, own in enumerate(labels)
-    ]
+    words = [["yes" if good else "no" for good in own] for own in labels]
+    steps = [{"prompt": "say", "steps": own, "labels": good} for own, good in zip(words, labels, strict=True)]
     counts: list[dict] = [{"prompt": f"to {i}", "response": " ".join(map(str, range(i + 1)))} for i in range(1, 12)]
-    chats = [
-        {
-            "messages": [
-                {"role": ("user", "assistant")[t % 2], "content": f"{text} {i}"} for t, text in enumerate("abcd")
-            ]
-        }
-        for i in range(6)
-    ]
+    roles = ("user", "assistant", "user", "assistant")
+    chats = [{"messages": [{"role": role, "content": f"{role[0]} {i}"} for role in roles]} for i in range(6)]
     texts = [{"text": row["response"]} for row in counts]
     rows = {"sft": counts + chats, "pretrain": texts, "reward": pairs, "process": steps, "dpo": pairs, "kto": labeled}
     for name, own in rows.items():
@@ -179,10 +171,7 @@ def test_bad_input_is_reported_once_by_two_ranks(setting, tmp_path):
 @pytest.mark.parametrize(("kind", "score"), [("reward", "(chosen)"), ("process", "(step 1)")])
 def test_nonfinite_eval_score_is_reported_by_row(setting, tmp_path, kind, score):
     """The weights are finite, the scores are not."""
-    shutil.copytree(setting / "model", tmp_path / "model")
-    weights = load_file(setting / "model" / "model.safetensors")
-    weights["model.norm.weight"].fill_(3e38)
-    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    overflowing_model(tmp_path / "model")
     given = ("--model.path", f"{tmp_path}/model", "--run.output", f"{tmp_path}/run")
     done = launch("reward", "--config", f"{setting}/{kind}.toml", *given)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr

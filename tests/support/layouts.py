@@ -68,6 +68,8 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-5, name: str = "
     elif isinstance(expected, Tensor):
         largest = expected.abs().max().item()
         torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * largest, msg=name)
+    elif expected is None or isinstance(expected, str):
+        assert got == expected, name
     else:
         assert got == pytest.approx(expected, rel=tolerance, abs=tolerance / 5, nan_ok=True), name
 
