@@ -28,8 +28,8 @@ def test_demo_reward_prefers_positive_responses(tiny, monkeypatch):
     """VADER's scores reach PPO neither scaled nor clipped."""
     monkeypatch.chdir(ROOT)
     reward = load(SCRIPTS["ppo"], str(CONFIGS["ppo"])).reward
-    texts = ("What a wonderful, happy day!", "It was a terrible, sad failure.")
-    responses = [tiny.encode(f"{text}</s>", add_special_tokens=False) for text in texts]
+    texts = ("What a wonderful, happy day!</s>", "It was a terrible, sad failure.</s>")
+    responses = [tiny.encode(text, add_special_tokens=False) for text in texts]
     rollouts = [single_turn(Prompt(i, [1], "How?"), own, [0.0] * len(own), "stop") for i, own in enumerate(responses)]
     scorer = Scorer(reward, tiny, build_mesh())
     scores = scorer.combined(scorer(rollouts, from_rollouts(rollouts), []))

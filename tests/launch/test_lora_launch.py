@@ -49,7 +49,7 @@ def setting(tmp_path_factory) -> Path:
     return folder
 
 
-def words(setting: Path, script: str, out: Path, given: dict, *arguments: object, model="model") -> list[object]:
+def words(setting: Path, script: str, out: Path, given: dict, *arguments: object, model="model") -> list[Any]:
     """A script and its arguments, with adapters of rank 4."""
     values = {"model_path": setting / model, "model_dtype": "float32", "data_sources": setting / "rows.jsonl"}
     values |= {"lora_rank": 4, "run_log": (), "run_output": out, **given}

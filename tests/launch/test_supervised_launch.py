@@ -1,5 +1,6 @@
 """launch/sft.py, pretrain.py, reward.py, dpo.py and kto.py: outputs, resume, layouts, refused input."""
 
+import importlib
 import json
 import re
 import shutil
@@ -11,8 +12,6 @@ import torch
 from conftest import ROOT
 from samples import write_jsonl
 from scripts import AXES, agree, assert_resume_identical, launch, metrics, rewound, succeed, succeed_in_turn
-from test_nonfinite import overflowing_model
-from test_rewards_served import post, request, served
 from tiny import tiny_chat_model
 from tiny_run import write_config
 from trialign.algorithms.config.common import ParallelConfig
@@ -27,6 +26,9 @@ from trialign.engine.mesh import build_mesh
 from trialign.models.families.registry import head_of, read_config
 from trialign.models.hf.convert import export_checkpoint
 
+# Helpers of tests in other folders, which pyright does not search.
+overflowing_model = importlib.import_module("test_nonfinite").overflowing_model
+server = importlib.import_module("test_rewards_served")
 STEPS = 4
 SIDES = ("chosen", "rejected")
 SCRIPTS = {kind: kind for kind in ("sft", "pretrain", "reward", "dpo", "kto")} | {"process": "reward"}  # labeled steps
@@ -125,10 +127,10 @@ def test_exported_reward_model_scores_alike_by_the_code_of_the_docs(setting, who
 
 
 def test_reward_server_survives_unexpected_errors(whole, launched):
-    with served(launched("serve_reward"), whole["reward"] / "model") as url:
-        status, response = post(url, request(completions=["c", "\ud800"]))  # tokenizers raise TypeError for a surrogate
+    with server.served(launched("serve_reward"), whole["reward"] / "model") as url:
+        status, response = server.post(url, server.request(completions=["c", "\ud800"]))  # tokenizers refuse it
         assert status == 500 and response["error"].startswith("TypeError: ")
-        assert post(url, request())[0] == 200
+        assert server.post(url, server.request())[0] == 200
 
 
 @pytest.mark.parametrize("place", ["model", f"checkpoints/step_{STEPS}"])
