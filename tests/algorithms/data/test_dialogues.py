@@ -9,6 +9,7 @@ from samples import write_jsonl
 from templates import TEMPLATES
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
+from trialign.models.hf.tokenizer import read_tokenizer
 
 STOP = (2,)  # </s> of the tiny tokenizer
 TWO_TURNS = [
@@ -79,6 +80,19 @@ def test_generation_marks_equal_transformers(with_template, tmp_path):
     assert list(response.tokens) == expected["input_ids"] and learned(tokenizer, response) == ["bye</s>"]
     (unmarked,) = read(with_template(UNMARKED), tmp_path, {"messages": TWO_TURNS})
     assert (unmarked.tokens, unmarked.mask) == (sample.tokens, sample.mask)
+
+
+def test_tokenizers_without_offsets_give_the_same_mask(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<s>"]).save_pretrained(tmp_path)
+    slow = read_tokenizer(tmp_path)
+    assert not slow.is_fast
+    for template in (MARKED, UNMARKED):
+        slow.chat_template = template
+        rows = {"messages": TWO_TURNS}, {"prompt": "hi", "response": "né"}
+        dialogue, response = read(slow, tmp_path, *rows, stop=(slow.eos_token_id,))
+        assert learned(slow, dialogue) == ["yo</s>", "bye</s>"] and learned(slow, response) == ["né</s>"]
 
 
 ENDLESS = UNMARKED.replace("</s>", "")
