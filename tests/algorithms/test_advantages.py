@@ -5,7 +5,18 @@ from typing import get_args
 
 import pytest
 import torch
-from trialign.algorithms.advantages import Baseline, Scale, group_advantages
+from torch import Tensor
+from trialign.algorithms.advantages import (
+    Baseline,
+    Gaps,
+    Scale,
+    Whitening,
+    gae,
+    group_advantages,
+    token_rewards,
+    whiten,
+)
+from trialign.algorithms.losses.aggregation import Segments
 from trialign.algorithms.rewards.shaping import RunningMoments
 
 BASELINES, SCALES = get_args(Baseline), get_args(Scale)
@@ -61,6 +72,23 @@ def test_group_advantages_equal_each_group_by_hand(baseline, scale):
         if deviation is not None and deviation > 0:
             expected = expected / (deviation + 1e-3)
         torch.testing.assert_close(result[number], expected)
+
+
+@pytest.mark.parametrize("hidden", [math.nan, math.inf, -math.inf])
+def test_numbers_outside_the_mask_change_nothing(hidden):
+    """Of an environment's tokens, between two turns and at the end of a sample."""
+    segments = Segments.of_lengths(torch.tensor([6, 3]), torch.tensor([0, 1, 0, 1, 1, 0, 0, 1, 0]))
+    rewards, values = torch.linspace(-1, 1, 9), torch.linspace(2, 1, 9)
+    cu_seqlens, scores = torch.tensor([0, 6, 9], dtype=torch.int32), torch.tensor([1.0, -2.0])
+
+    def results(x: Tensor, y: Tensor) -> list[Tensor]:
+        white = [whiten(x, segments, how) for how in get_args(Whitening)]
+        found = [part for gaps in get_args(Gaps) for part in gae(x, y, segments, cu_seqlens, 0.9, 0.8, gaps)]
+        return [*white, *found, token_rewards(scores, x, segments, 0.1), segments.sums(x), segments.means(x)]
+
+    masked = [x.where(segments.mask, torch.tensor(hidden)) for x in (rewards, values)]
+    for got, expected in zip(results(*masked), results(rewards, values), strict=True):
+        assert torch.equal(got, expected) and expected.any()
 
 
 @pytest.mark.parametrize("value", [0.1, 1e9 + 0.1, -3e12])

@@ -9,6 +9,7 @@ from samples import tokenizer, write_jsonl
 from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.evaluate import EvaluatedDialogues
 from trialign.algorithms.config.pretrain import TextData
+from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset
 from trialign.algorithms.data.documents import TextDataset, TextStream
 from trialign.algorithms.data.prompts import PromptDataset
@@ -88,6 +89,24 @@ def test_pretraining_mix_is_packed_with_eos(tmp_path):
     again = TextDataset(str(path), "text", tok, length=3, seed=1)
     again.load_state(state)
     assert again.next(9).equal(expected)
+
+
+def test_invalid_pretraining_mixes_are_refused(tmp_path):
+    path, endless = str(write_jsonl(tmp_path / "a.jsonl", [{"text": "a b"}, {"text": 7}])), tokenizer()
+    with pytest.raises(ValueError, match=r"a.jsonl:2: 'text' must be a string, not 7"):
+        TextDataset(path, "text", tokenizer(), length=4)
+    with pytest.raises(ValueError, match=r"a.jsonl:1: no column 'body' \(data.ptx_key\); it has: 'text'"):
+        TextDataset(path, "body", tokenizer(), length=4)
+    endless.eos_token = None
+    path = str(write_jsonl(tmp_path / "b.jsonl", [{"text": "a b", "prompt": "a", "response": "b"}]))
+    sft = SFTData(sources=(path,), chat_template=False)
+    for read in (
+        lambda: TextDataset(path, "text", endless, length=1),
+        lambda: TextStream(TextData(sources=(path,)), endless),
+        lambda: DialogueDataset(sft, endless, (1,)),
+    ):
+        with pytest.raises(ValueError, match="tokenizer has no end of sequence"):
+            read()
 
 
 def test_errors_name_the_options_of_their_section(tmp_path):
