@@ -125,6 +125,29 @@ def test_kl_in_the_score_precedes_the_baseline_and_in_the_reward_follows_it():
         assert result.advantages[result.mask].tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "first", "others"),
+    [
+        ("grpo", 1.5, -0.5),
+        ("dapo", 1.5, -0.5),
+        ("dr_grpo", 0.75, -0.25),
+        ("rloo", 1.0, -1 / 3),
+        ("reinforce++", math.sqrt(3), -1 / math.sqrt(3)),
+        ("reinforce++_baseline", math.sqrt(3), -1 / math.sqrt(3)),
+    ],
+)
+def test_advantages_of_one_right_response_of_four(algorithm, first, others):
+    """On every target; an unscored response has none and changes no baseline."""
+    for scores, expected in (([1, 0, 0, 0], [first] + [others] * 3), ([1, math.nan, 0, 0, 0], [first] + [others] * 3)):
+        rewards = torch.tensor(scores)
+        batch = without_unscored(pack([[1, 2, 3]] * len(scores)), rewards).with_(scores=rewards)
+        batch = batch.with_(rollout_logprobs=torch.zeros(3 * len(scores)), group=torch.zeros(len(scores)).long())
+        result, _ = with_advantages(batch, config_of(grpo_options(algorithm)))
+        assert result.advantages is not None and not result.advantages[~result.mask].any()
+        each = [advantage for advantage in expected for _ in range(2)]
+        assert result.advantages[result.mask].tolist() == pytest.approx(each, rel=1e-5)
+
+
 def rollouts_of(count: int, start: int = 0) -> list[Rollout]:
     """Responses of 1, 2, 3, ... tokens, four to a prompt."""
     prompts = [Prompt((start + i) // 4, [1], "", source=f"p.jsonl:{(start + i) // 4}") for i in range(count)]

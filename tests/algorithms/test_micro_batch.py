@@ -44,6 +44,12 @@ def test_passes_are_cut_as_the_first_epoch(dp):
             assert pass_micro_batches(batch, sizes, place) == sum(steps, [])
 
 
+def test_deal_balances_tokens():
+    for lengths in ([100, 1, 90, 2, 80, 3, 70, 4], [*range(1, 41)]):
+        loads = [sum(lengths[i] for i in dealt) for dealt in deal(lengths, 4)]
+        assert sum(loads) == sum(lengths) and max(loads) - min(loads) <= max(lengths) / 2
+
+
 def test_rows_of_several_samples_stay_whole_and_in_order():
     batch = batch_of(3, 4, 9, 9, 2, 2, 5, rows=(2, 2, 1, 2))
     sizes = UpdateConfig(micro_batch_size=2)

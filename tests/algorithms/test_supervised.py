@@ -101,9 +101,11 @@ def test_first_loss_is_log_2_where_policy_equals_reference(folders):
     [
         DPOLoss(beta=0.3, label_smoothing=0.2, nll_coef=0.5, nll_average_log_probs=False),
         DPOLoss(beta=0.3, nll_coef=0.5, reference_free=True),
+        DPOLoss(kind="robust", beta=0.3, label_smoothing=0.2),
         DPOLoss(kind="ipo", beta=0.3, average_log_probs=True),
+        DPOLoss(kind="ipo", beta=0.3),
     ],
-    ids=["cdpo, nll summed", "reference-free, nll", "ipo"],
+    ids=["cdpo, nll summed", "reference-free, nll", "robust", "ipo", "ipo, sum"],
 )
 def test_dpo_losses_and_gradients_equal_autograd_of_transformers(folders, loss):
     policy, reference, rows = transformers_model(folders["lm"]), transformers_model(folders["reference"]), pairs(0)
@@ -116,7 +118,8 @@ def test_dpo_losses_and_gradients_equal_autograd_of_transformers(folders, loss):
         if loss.average_log_probs:
             ratios = [own / side.targets for own, side in zip(ratios, pair[:2], strict=True)]
         h = ratios[0] - ratios[1]
-        own = -(1 - loss.label_smoothing) * F.logsigmoid(0.3 * h) - loss.label_smoothing * F.logsigmoid(-0.3 * h)
+        e, sign = loss.label_smoothing, -1 if loss.kind == "robust" else 1
+        own = -((1 - e) * F.logsigmoid(0.3 * h) + sign * e * F.logsigmoid(-0.3 * h)) / (0.6 if sign < 0 else 1)
         own = (h - 1 / 0.6) ** 2 if loss.kind == "ipo" else own
         terms.append(own - loss.nll_coef * (mean if loss.nll_average_log_probs else chosen))
         nats, gaps = nats - mean.item() / 8, [*gaps, h.item()]
@@ -183,27 +186,38 @@ def test_accuracy_and_calibration_by_hand():
     assert quality["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
-def test_kto_equals_the_papers_formula(folders):
-    """z is the mean log-ratio of mismatched responses; of two random models it is above 0 one way round."""
-    samples, labels = labeled(0, count := 7)
+@pytest.mark.parametrize(("count", "label"), [(7, None), (8, None), (7, True), (7, False)])
+def test_kto_and_its_gradient_equal_the_papers_formula(folders, count, label):
+    """Of both labels or one; z is the mean log-ratio of mismatched responses, above 0 one way round of two models."""
+    samples, labels = labeled(0, count)
+    labels = labels if label is None else [label] * count
     others = [mismatched(samples[i], samples[(i + 1) % count], 64) for i in range(count)]
     policy, reference = transformers_model(folders["lm"]), transformers_model(folders["reference"])
     with torch.no_grad():
         z = sum((response_sum(policy, s) - response_sum(reference, s)).item() for s in others) / count
-        ratios = [(response_sum(policy, s) - response_sum(reference, s)).item() for s in samples]
+        sums = [response_sum(reference, s) for s in samples]
     learner, role = learner_of(folders["lm"]), role_of(folders["reference"])
     for one, other, expected in ((learner, role, z), (role, learner, -z)):
         point = reference_point(one, others, reference_sums(other, others, 8, pack_samples), 8)
         assert point == pytest.approx(max(0.0, expected), rel=1e-5)
-    point, rows = max(0.0, z), list(zip(ratios, labels, strict=True))
-    losses = [1.2 * sigmoid(-0.2 * (r - point)) if label else sigmoid(-0.2 * (point - r)) for r, label in rows]
+    rows = [(response_sum(policy, s) - own, wanted) for s, own, wanted in zip(samples, sums, labels, strict=True)]
+    point = max(0.0, z)
+    losses = [1.2 * (-0.2 * (r - point)).sigmoid() if wanted else (0.2 * (r - point)).sigmoid() for r, wanted in rows]
+    total = torch.stack(losses).mean()
+    total.backward()
     batch = with_reference(pack_labeled(samples, labels), reference_sums(role, samples, 8, pack_samples))
     metrics = kto_step(learner, batch, KTO, point)
-    assert metrics["loss"] == pytest.approx(sum(losses) / count, rel=1e-5) and metrics["kl"] == point
-    good, bad = ([0.2 * r for r, label in rows if label == kind] for kind in (True, False))
+    assert [metrics["loss"], metrics["grad_norm"]] == pytest.approx([total.item(), grad_norm(policy)], rel=1e-5)
+    good, bad = ([0.2 * r.item() for r, wanted in rows if wanted == kind] for kind in (True, False))
+    measured = kto_eval(learner, batch, KTO)
+    assert metrics["kl"] == point and all(map(math.isfinite, metrics.values()))
+    if label is not None:  # a mean of one label's rewards, and nothing to compare it with
+        name, own = ("chosen", good) if label else ("rejected", bad)
+        assert metrics[name] == pytest.approx(sum(own) / count, rel=1e-4) and measured == {}
+        assert not metrics.keys() & ({"chosen", "rejected", "margin"} - {name})
+        return
     assert metrics["margin"] == pytest.approx(sum(good) / len(good) - sum(bad) / len(bad), rel=1e-4)
-    accuracy = kto_eval(learner, batch, KTO)["eval_accuracy"]
-    assert accuracy == sum(g > b for g in good for b in bad) / len(good) / len(bad)
+    assert measured["eval_accuracy"] == sum(g > b for g in good for b in bad) / len(good) / len(bad)
 
 
 def test_invalid_loss_options_are_refused():

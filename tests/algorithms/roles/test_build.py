@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import whole_states
 from tiny import tiny_chat_model, tiny_llama
 from tiny_moe import tiny_mixtral
+from torch import Tensor
+from trialign.algorithms.batch import pack
 from trialign.algorithms.config.common import OptimizerConfig, ParallelConfig, RolloutConfig
 from trialign.algorithms.config.online import OnlineRunConfig
-from trialign.algorithms.config.ppo import ActorConfig, PPOConfig, PPOData, PPOModels
+from trialign.algorithms.config.ppo import ActorConfig, CriticConfig, PPOConfig, PPOData, PPOModels
 from trialign.algorithms.config.reward import PolicyReward
 from trialign.algorithms.roles.build import build_ppo_roles, load_tokenizer, read_shapes, trained_entries
 from trialign.algorithms.roles.learner import Learner, Roles
@@ -112,6 +115,30 @@ def test_router_coefficients_are_those_of_the_options(folders):
             build(config(folders, actor=ActorConfig(optimizer=given)))
         with pytest.raises(ValueError, match=f"{option}=-0.5"):
             dataclasses.replace(OptimizerConfig(), **{option: -0.5})
+
+
+def test_router_gradients_are_linear_in_the_coefficients(folders):
+    """Those of steps whose own loss is 0, and 0 without coefficients."""
+    folder = str(tiny_mixtral(folders / "experts", vocab_size=260, router_aux_loss_coef=0.5))
+    functions, batch = PolicyReward(functions=("r.py:f",)), pack([[5, 6, 7, 8, 9], [10, 11, 12]])
+
+    def gradients(aux: float, z: float) -> dict[str, Tensor]:
+        """Of actor and critic, as one vector each."""
+        optimizer = OptimizerConfig(router_aux_coef=aux, router_z_coef=z, max_grad_norm=0.0)
+        given = {"actor": ActorConfig(optimizer=optimizer), "critic": CriticConfig(optimizer=optimizer)}
+        roles = build(config(folders, model=PPOModels(folder, dtype="float32"), reward=functions, **given))
+        for learner in roles[:2]:
+            learner.step(batch, lambda part, hidden: hidden.sum() * 0)
+        states = [whole_states(role=learner) for learner in roles[:2]]
+        return {
+            name: torch.cat([tensor.flatten() for key, tensor in own.items() if "/grad/" in key])
+            for name, own in zip(given, states, strict=True)
+        }
+
+    none, aux, z, both = (gradients(*pair) for pair in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (1.0, 0.75)))
+    for name in ("actor", "critic"):
+        assert not none[name].any() and min(aux[name].norm(), z[name].norm()) > 1e-4
+        torch.testing.assert_close(both[name], 2 * aux[name] + 3 * z[name], rtol=1e-4, atol=1e-6)
 
 
 def test_unsupported_models_tokenizers_and_outputs_are_refused(folders, tmp_path):

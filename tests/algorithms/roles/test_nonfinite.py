@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from preferences import KTO, labeled, pairs
+from preferences import KTO, labeled, pairs, steps
 from presets import grpo_options
 from safetensors.torch import load_file, save_file
 from samples import random_batch
@@ -30,7 +30,7 @@ from trialign.algorithms.metrics import nats_a_token, perplexity
 from trialign.algorithms.micro_batch import draw_minibatches
 from trialign.algorithms.ppo import update as ppo_update
 from trialign.algorithms.ppo import with_rewards
-from trialign.algorithms.reward_model import pack_pairs
+from trialign.algorithms.reward_model import pack_pairs, pack_steps, pair_step, process_step
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.learner import Learner, Roles
 from trialign.algorithms.roles.nonfinite import check_states
@@ -46,6 +46,9 @@ ROW = f"rows.jsonl:{CORRUPT}"
 KINDS = {  # -> culprit in the message
     "sft": f"loss of {ROW} (inf)",
     "gradient": "grad of ",
+    "reward": f"rewards of {ROW} (inf)",
+    "process": f"rewards of {ROW} (nan)",
+    "dpo": f"ref_logprobs of {ROW} (nan)",
     "pair": "loss of rows.jsonl:4 and rows.jsonl:5 (inf)",
     "kto": f"ref_logprobs of {ROW} (-inf)",
     "grpo": f"rewards of {ROW} (nan)",
@@ -54,30 +57,38 @@ KINDS = {  # -> culprit in the message
 LAYOUTS = {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp": 2}}
 
 
+def corrupted(batch: Batch, value: float) -> Batch:
+    """The batch with another reward at the last token of CORRUPT."""
+    assert batch.rewards is not None
+    return batch.with_(rewards=batch.rewards.index_fill(0, batch.last[CORRUPT : CORRUPT + 1], value))
+
+
 def one_step(learners: list[Learner], kind: str, seed: int, corrupt: bool) -> dict[str, float]:
     """An optimizer step on eight samples or pairs; `corrupt`: a number of sample CORRUPT is not finite."""
     learner = learners[0]
-    batch = {"pair": lambda: pack_pairs(pairs(seed)), "kto": lambda: pack_labeled(*labeled(seed))}.get(
-        kind, lambda: random_batch(seed)
-    )()
+    made = {"kto": lambda: pack_labeled(*labeled(seed)), "process": lambda: pack_steps(steps(seed))}
+    made |= dict.fromkeys(("reward", "dpo", "pair"), lambda: pack_pairs(pairs(seed)))
+    batch = made.get(kind, lambda: random_batch(seed))()
     batch = batch.with_(names=tuple(f"rows.jsonl:{i}" for i in range(len(batch))))
     for each in learners:
         each.sizes = PPOConfig().ppo if kind == "ppo" else UpdateConfig(micro_batch_size=3 if kind == "grpo" else 4)
     scores = torch.linspace(-1, 1, 8)
     scores[CORRUPT] = torch.inf if corrupt else scores[CORRUPT]
-    if kind in ("pair", "kto"):
+    if kind in ("dpo", "pair", "kto"):
         sums = torch.full((len(batch),), -20.0)
         if corrupt:
-            sums[CORRUPT] = -torch.inf if kind == "kto" else -3e38
-        batch = with_reference(batch, sums)
-        return kto_step(learner, batch, KTO, 0.1) if kind == "kto" else dpo_step(learner, batch, DPOLoss(kind="ipo"))
+            sums[CORRUPT] = {"dpo": torch.nan, "kto": -torch.inf, "pair": -3e38}[kind]
+        batch, loss = with_reference(batch, sums), DPOLoss(kind="ipo" if kind == "pair" else "dpo")
+        return kto_step(learner, batch, KTO, 0.1) if kind == "kto" else dpo_step(learner, batch, loss)
+    if kind in ("reward", "process"):
+        if corrupt:
+            batch = corrupted(batch, torch.inf if kind == "reward" else torch.nan)
+        return pair_step(learner, batch, 0.05) if kind == "reward" else process_step(learner, batch)
     if kind == "grpo":
         options = grpo_options("dapo", micro_batch_size=3, baseline="none", scale_rewards="none")
         group = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])  # CORRUPT is alone in its group
         batch, _ = with_advantages(batch.with_(scores=scores, group=group), config := GRPOConfig(grpo=options))
-        if corrupt:
-            assert batch.rewards is not None
-            batch = batch.with_(rewards=batch.rewards.index_fill(0, batch.last[CORRUPT : CORRUPT + 1], torch.nan))
+        batch = corrupted(batch, torch.nan) if corrupt else batch
         return grpo_update(Roles(learner), batch.with_(minibatches=draw_minibatches(8, options, seed)), config)
     if kind == "ppo":
         config = PPOConfig()
@@ -109,7 +120,7 @@ def states(learners: list[Learner]) -> list[Tensor]:
 def run(rank: int, world: int, folders: dict[str, Path], kind: str, sizes: dict[str, Any]) -> list[str]:
     """Reasons of a skipped step between two good ones; the run ends as one of the good steps alone."""
     mesh = build_mesh(**sizes)
-    heads: list[Any] = ["lm", "score"] if kind == "ppo" else ["lm"]
+    heads: list[Any] = {"ppo": ["lm", "score"], "reward": ["score"], "process": ["score"]}.get(kind, ["lm"])
     settings = OptimizerConfig(lr=1e-3, on_nonfinite="skip", max_skipped=1)
 
     def learners() -> list[Learner]:
