@@ -39,6 +39,35 @@ def test_functions_may_print_read_and_keep_state(tmp_path, capfd):
     assert captured.out == "" and captured.err.count("hello from reward") == 2
 
 
+def test_large_batches_and_rows_after_a_failure_are_scored(tmp_path):
+    body = "return [0.0 if t is None else 1 / len(c) for t, c in zip(topic, completions)]"
+    with RewardFunction(function(tmp_path, body, "prompts, completions, topic")) as reward:
+        with pytest.raises(ValueError, match="ZeroDivisionError.*a.jsonl:1"):
+            reward.score(PROMPTS, ["", "x"])
+        assert reward.score(PROMPTS * 500, ["x" * 2000] * 1000) == [1 / 2000, 0.0] * 500
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("if 'b' in completions: raise KeyError('x')\nreturn [1.0] * len(completions)", [1, None, 1]),
+        ("return [10 ** (5000 if c == 'b' else 0) for c in completions]", [1, None, 1]),
+        ("for c in completions:\n    yield {'b': 'x'}.get(c, 1.0) + 1.0", [2, None, 2]),
+        ("import os\nif not os.path.exists('{flag}'): open('{flag}', 'w').close(); os._exit(3)\nreturn [1] * 3", None),
+    ],
+    ids=["raises", "a huge integer", "raises in a generator", "dies once"],
+)
+def test_only_rows_that_failed_are_without_a_score(body, expected, tmp_path):
+    """In each call; a process that died is started again."""
+    spec = function(tmp_path, body.replace("{flag}", str(tmp_path / "flag")))
+    with RewardFunction(spec, skip_failures=True) as reward:
+        for number in range(2):
+            scores = reward.score([*PROMPTS, PROMPTS[0]], ["a", "b", "c"])
+            wanted = expected or [[None] * 3, [1] * 3][number]
+            assert [None if score != score else score for score in scores] == wanted
+        assert spec in reward.failures[0]
+
+
 def test_modules_of_the_working_directory_get_prompts_and_columns(tmp_path, monkeypatch):
     (tmp_path / "neighbor.py").write_text("value = 7.0\n")
     body = "import neighbor\nreturn [neighbor.value + len(p) + 10 * a for p, a in zip(prompts, answer)]"
@@ -104,6 +133,11 @@ def test_rewards_are_normalized_then_clipped_then_penalized():
     rewards = shape(scores, [True, False, True, True])
     low = (0 - mean) / deviation
     assert rewards == pytest.approx([low, low - 3.0, low, 1.0])
+
+
+def test_default_shaping_is_the_clip():
+    assert RewardShaper()([3.0, -11.0, 50.0], [True, False, True]) == [3.0, -10.0, 10.0]
+    assert RewardShaper(clip=0)([50.0], [True]) == [50.0]
 
 
 def test_statistics_resume_from_state():

@@ -4,8 +4,11 @@ import http.server
 import json
 import math
 import os
+import re
 import signal
+import socket
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -76,11 +79,21 @@ def test_requests_are_batches_with_columns():
         "finished": [True, True],
         "fields": {"goal": [2, 3]},
     }
+    columns = [{"goal": math.nan, "deep": {"a": [1.5, math.inf]}}, {"goal": 2.0}]  # JSON has no such numbers
+    with serving(lengths) as (url, seen):
+        RewardClient(url).score([Prompt(i, [1], "p", own) for i, own in enumerate(columns)], TEXTS[:2], ENDED[:2])
+    assert seen[0]["fields"] == {"goal": [None, 2.0], "deep": [{"a": [1.5, None]}, None]}
 
 
 INVALID = {
     "wrong count": (lambda r: (200, b'{"scores": [1, 2]}'), "returned 2 scores for 5 completions"),
     "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "returned nan for a.jsonl:3: must be a finite number"),
+    "text": (lambda r: (200, b'{"scores": ["1", 2, 3, 4, 5]}'), "returned '1' for a.jsonl:1: must be a finite number"),
+    "a huge integer": (
+        lambda r: (200, b'{"scores": [1, 2, 3, 4, 1%s]}' % (b"0" * 400)),
+        "for a.jsonl:5: must be a fini",
+    ),
+    "no scores": (lambda r: (200, b"[1, 2, 3, 4, 5]"), 'must be {"scores": [...]}'),
     "brackets": (lambda r: (200, b"[" * 100_000), "response is not JSON, '[[["),
     "refusal": (lambda r: (400, b"no such model"), "answered HTTP 400: 'no such model'"),
 }
@@ -96,18 +109,42 @@ def test_invalid_scores_are_refused_at_once(case):
     assert len(seen) == 1
 
 
-def test_headers_without_end_are_given_up_in_time():
-    """Every part of the header comes in time; then all rows are named, or abstain."""
-    seen = []
+def drip(connection: socket.socket) -> None:
+    """A header without end, every part of it in time."""
+    while True:
+        connection.sendall(b"a")
+        time.sleep(0.02)
+
+
+def reset(connection: socket.socket) -> None:
+    """The end of a connection of a process that is killed."""
+    time.sleep(0.1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+HALF, ERROR = b'HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n{"sco', b"HTTP/1.1 %d X\r\nContent-Length: 999\r\n\r\n"
+BROKEN = {  # sent, what follows, message, attempts
+    "no answer": (b"", lambda c: None, "no connection: ", 2),
+    "half an answer": (HALF, lambda c: None, "IncompleteRead", 2),
+    "a reset": (HALF, reset, "Connection reset", 2),
+    "a header without end": (b"HTTP/1.1 200 X\r\n", drip, "took longer than reward.time_limit=0.4 seconds", 2),
+    "an error without end": (ERROR % 503, drip, "answered HTTP 503: ''", 2),
+    "a refusal that is cut": (ERROR % 400, reset, "answered HTTP 400: ''", 1),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_responses_are_given_up_in_time(case):
+    """All rows are named, or abstain."""
+    (begin, then, message, attempts), seen = BROKEN[case], []
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
             seen.append(self.request.recv(1 << 16))
             with suppress(OSError):
-                self.request.sendall(b"HTTP/1.1 200 X\r\n")
-                while True:
-                    self.request.sendall(b"a")
-                    time.sleep(0.02)
+                self.request.sendall(begin)
+                then(self.request)
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads, block_on_close = True, False
@@ -115,10 +152,9 @@ def test_headers_without_end_are_given_up_in_time():
     with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url, started = f"http://127.0.0.1:{server.server_address[1]}/score", time.monotonic()
-        message = "took longer than reward.time_limit=0.4 seconds"
-        with pytest.raises(ValueError, match=f"{message}.* for 5 rows: a.jsonl:1"):
+        with pytest.raises(ValueError, match=f"{re.escape(message)}.* for 5 rows: a.jsonl:1"):
             RewardClient(url, 0.4, attempts=2, pause=0.01).score(PROMPTS, TEXTS, ENDED)
-        assert len(seen) == 2 and time.monotonic() - started < 1.5
+        assert len(seen) == attempts and time.monotonic() - started < 1.5
         abstaining = RewardClient(url, 0.4, attempts=1, skip_failures=True)
         assert all(score is not None and math.isnan(score) for score in abstaining.score(PROMPTS, TEXTS, ENDED))
         assert len(abstaining.failures) == 1 and message in abstaining.failures[0]
@@ -168,6 +204,7 @@ def test_abstaining_samples_move_no_statistic():
     nan = math.nan
     combined = combine({"a": [1.0, nan, 3.0], "b": [1.0, 2.0, nan]}, [1.0, 0.0])
     assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])
+    assert combine({"a": [1.0, 2.0], "b": [10.0, -10.0]}, (0.5, 2.0)) == [20.5, -19.0]
     shaper, alone = (RewardShaper(0.5, normalize=True) for _ in range(2))
     rewards = shaper([1.0, nan, 3.0, 5.0], [True] * 4)
     assert math.isnan(rewards[1]) and [rewards[i] for i in (0, 2, 3)] == alone([1.0, 3.0, 5.0], [True] * 3)
