@@ -48,6 +48,18 @@ def test_prompts_resume_from_state(tmp_path, probabilities):
     assert again.next(30) == expected
 
 
+@pytest.mark.parametrize("probabilities", [(), (0.7, 0.3)])
+def test_long_prompts_are_dropped_unless_a_source_has_no_others(tmp_path, probabilities):
+    long, short = (write_jsonl(tmp_path / f"{n}.jsonl", [{"prompt": "say " * n}] * 2) for n in (9, 2))
+    write_jsonl(both := tmp_path / "both.jsonl", [{"prompt": "say " * n} for n in (9, 2)])
+    given = {"probabilities": probabilities, "max_prompt_tokens": 5}
+    data = dataset(both, short, **given)
+    assert str(data) == "3 prompts, 1 dropped for more than 5 tokens (11 tokens)"
+    assert {len(prompt.tokens) for prompt in data.next(30)} == {4}
+    with pytest.raises(ValueError, match=r"9.jsonl: all 2 .* data.max_prompt_tokens=5; the shortest has 11 tokens"):
+        dataset(long, *([short] if probabilities else []), **given | {"probabilities": probabilities})
+
+
 def test_prompts_are_mixed_by_probabilities(tmp_path):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"say {name}"}] * 4) for name in "abc"]
     counts = Counter(prompt.text for prompt in dataset(*paths, probabilities=(0.5, 0.4, 0.1)).next(2000))

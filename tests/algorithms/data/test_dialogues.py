@@ -180,13 +180,28 @@ def chat(*turns: tuple[str, object]) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def marked(**given: object) -> dict:
+    """A dialogue whose answer has these marks."""
+    return {"messages": [TWO_TURNS[0], TWO_TURNS[1] | given]}
+
+
+ANSWERED = {"prompt": "a", "response": "b"}
 REFUSED = {
     "no columns": ({"text": "a", "id": 1}, "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt"),
     "empty response": ({"prompt": "a", "response": " \n"}, "'response' is empty"),
     "no assistant turn": (chat(("system", "a"), ("user", "b")), "'messages' has no assistant turn to learn (roles: sy"),
-    "a weight against train": (
-        {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 1, "train": False}]},
-        "'messages'[1] (assistant): weight=1 and train=False: must agree",
+    "a number for a prompt": (ANSWERED | {"prompt": 4}, "'prompt' must be a string or a list of {role, content}"),
+    "a number for a response": (ANSWERED | {"response": 4}, "'response' must be a string, not 4"),
+    "no messages": ({"messages": []}, "'messages' must be a list of {role, content} messages, not []"),
+    "an empty turn": (marked(content=""), "'messages'[1] (assistant) is empty"),
+    "a weight against train": (marked(weight=1, train=False), "[1] (assistant): weight=1 and train=False: must agree"),
+    "a weight of a half": (marked(weight=0.5), "'messages'[1] (assistant): weight=0.5: must be 0 (not learned) or 1"),
+    "train in words": (marked(train="no"), "'messages'[1] (assistant): train='no': must be true or false"),
+    "tools in words": (ANSWERED | {"tools": "clock"}, "'tools' is not valid JSON: Expecting value"),
+    "tools that are none": (ANSWERED | {"tools": {"a": 1}}, "'tools' must be a list of function descriptions"),
+    "calls without results": (
+        ANSWERED | {"prompt": [TWO_TURNS[0], {"role": "assistant", "tool_calls": [{}]}]},
+        "the prompt ends with tool calls of the assistant, whose results must follow",
     ),
     "a user's message to learn": ({"messages": [TWO_TURNS[0] | {"train": True}, TWO_TURNS[1]]}, "'messages'[0] (user)"),
     "the assistant first": (
@@ -199,7 +214,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_invalid_dialogue_rows_are_refused(case, tiny, tmp_path):
     row, message = REFUSED[case]
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}, row])
+    path = write_jsonl(tmp_path / "a.jsonl", [ANSWERED, row])
     with pytest.raises(ValueError) as error:
         dataset(tiny, path)
     assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
