@@ -201,6 +201,8 @@ def test_options_that_do_not_fit_are_refused():
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
             GRPOConfig(**(given | changes)).check(1)
+    with pytest.raises(ValueError, match="rollout_ratio_high=2.0: .*rollout_ratio_low=3.0"):
+        GRPOOptions(rollout_ratio_low=3.0, rollout_ratio_high=2.0)
 
 
 def test_killed_and_resumed_runs_equal_the_whole_run(tmp_path):

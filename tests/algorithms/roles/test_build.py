@@ -66,6 +66,7 @@ def test_roles_are_built_with_their_heads(folders):
     [
         ({"model": {"path": "nowhere"}}, "nowhere: no such folder"),
         ({"model": {"path": "reward"}}, "a causal language model is needed"),
+        ({"reward": {"models": "actor"}}, "a model with a score head is needed"),
         ({"model": {"critic": "other_vocabulary"}}, "vocab_size=128, but the actor's is 260"),
         ({"parallel": {"tp": 5}}, "num_heads=4 cannot be sharded over tp=5 ranks; allowed tp: 1 to 4"),
         ({"parallel": {"pp": 2, "pp_layers": (1, 2)}}, r"parallel.pp_layers=\[1, 2\]"),
