@@ -216,6 +216,15 @@ def test_damaged_checkpoint_is_skipped(tmp_path, alone, capsys, file, damage):
         latest(tmp_path, alone)
 
 
+def test_files_that_nothing_asks_for_are_not_read(tmp_path, alone):
+    path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
+    flip(path / "critic.exp_avg.00000.safetensors")
+    load(path, [entry := small(5.0)[0]], alone)
+    assert entry.tensor.eq(1).all() and Reader(path).read(entry.name).eq(1).all()
+    with pytest.raises(ValueError, match=r"critic\.exp_avg\.00000\.safetensors does not match"):
+        Reader(path).read("critic/exp_avg/b.weight")
+
+
 def test_invalid_values_are_refused(tmp_path, alone):
     path = save(tmp_path, 1, small(), {}, alone, keep=1, assets={})
     entry = small()[0]
