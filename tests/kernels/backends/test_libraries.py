@@ -78,17 +78,25 @@ def flash_attn_varlen_func(q, k, v, **named):
     calls.append(named)
     return torch.empty_like(q)
 """
+# The signatures of transformer-engine 2.20.2 on PyPI.
 TRANSFORMER_ENGINE = """
 import contextlib, torch
 calls = []
 class Linear(torch.nn.Linear):
-    def __init__(self, in_features, out_features, bias=True, params_dtype=None, device="cuda"):
+    def __init__(
+        self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
+        tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True, return_bias=False,
+        params_dtype=None, parallel_mode=None, parameters_split=None, device="cuda", ub_overlap_ag=False,
+        ub_overlap_rs=False, ub_overlap_rs_dgrad=False, ub_bulk_dgrad=False, ub_bulk_wgrad=False, ub_name=None,
+        delay_wgrad_compute=False, symmetric_ar_type=None, save_original_input=False, name=None,
+    ):
         super().__init__(in_features, out_features, bias=bias, dtype=params_dtype, device=device)
-    def forward(self, inp):
+    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
         assert calls and inp.dim() == 2 and inp.shape[0] % 32 == 0
         return super().forward(inp)
 @contextlib.contextmanager
-def autocast(enabled, recipe):
+def autocast(enabled=True, calibrating=False, recipe=None, amax_reduction_group=None, _graph=False):
+    assert enabled and type(recipe).__name__ == "Float8CurrentScaling"
     calls.append(recipe)
     yield
 """
