@@ -1,10 +1,13 @@
 """Profiler of a step's phases."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from trialign.engine.mesh import build_mesh
-from trialign.engine.profiler import Profiler
+from trialign.engine.profiler import Profiler, matmul_peak
 
 
 def test_phases_add_up_within_a_step():
@@ -31,3 +34,12 @@ def test_phases_add_up_within_a_step():
     assert metrics["tokens_per_s"] == pytest.approx(50 / seconds["step"]), "of the trained batch, once"
     assert "mfu/score" not in metrics and metrics["memory_gb/score"] > 0.05
     assert profiler.take() == {}
+
+
+def test_matmul_peak_is_the_fastest_product(monkeypatch):
+    """Products of 4, 2 and 3 seconds by a given clock, after a first one that does not count; FLOPs as torch counts."""
+    clock = iter([0.0, 0.5, 1.0, 1.0, 5.0, 5.0, 5.0, 7.0, 7.0, 7.0, 10.0, 11.0])
+    monkeypatch.setattr("trialign.engine.profiler.time", SimpleNamespace(perf_counter=clock.__next__))
+    with FlopCounterMode(display=False) as counter:
+        peak = matmul_peak(torch.float32, torch.device("cpu"), seconds=10.0)
+    assert peak == counter.get_total_flops() / 4 / 2.0 and next(clock, None) is None
