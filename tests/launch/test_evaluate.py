@@ -129,7 +129,7 @@ def test_unscored_responses_are_left_out_and_counted(setting, tmp_path):
 
 def test_models_are_freed_before_the_next_is_loaded(setting, launched, monkeypatch):
     evaluate, held, heads = launched("evaluate"), weakref.WeakSet(), []
-    build = evaluate.build_decoder
+    build = launched("common.run").build_decoder
 
     def watched(*given, head="lm", **options):
         assert head == "score" or not held
@@ -137,7 +137,7 @@ def test_models_are_freed_before_the_next_is_loaded(setting, launched, monkeypat
         held.add(model := build(*given, head=head, **options))
         return model
 
-    monkeypatch.setattr(evaluate, "build_decoder", watched)
+    monkeypatch.setattr("common.run.build_decoder", watched)
     evaluate.start(EvaluateConfig, evaluate.main, "evaluate", words(setting, "freed")[1:])
     assert heads == ["lm", "score"] * 2
 

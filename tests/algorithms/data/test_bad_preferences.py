@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from samples import write_jsonl
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
-from trialign.algorithms.data.conditional import Scored, bucketed, conditioned
+from trialign.algorithms.data.conditional import bucketed, normalized
 from trialign.algorithms.data.preferences import LabeledStream, PairStream, read_steps
 from trialign.algorithms.data.streams import RowStream
 
@@ -112,7 +112,7 @@ def test_invalid_preference_files_are_refused(case, tiny, tmp_path):
 
 def test_equal_rewards_condition_nothing():
     with pytest.raises(ValueError, match=r"2 rewards are all \[0.5\]"):
-        conditioned([Scored("a", "b", 0.5)] * 2, normalize=True)
+        normalized([0.5, 0.5])
     with pytest.raises(ValueError, match="3 rewards fall into one of condition.buckets=2"):
         bucketed([0.5, 0.5, 0.5], 2)
 

@@ -197,8 +197,8 @@ REFUSED = {
     "a weight against train": (marked(weight=1, train=False), "[1] (assistant): weight=1 and train=False: must agree"),
     "a weight of a half": (marked(weight=0.5), "'messages'[1] (assistant): weight=0.5: must be 0 (not learned) or 1"),
     "train in words": (marked(train="no"), "'messages'[1] (assistant): train='no': must be true or false"),
-    "tools in words": (ANSWERED | {"tools": "clock"}, "'tools' is not valid JSON: Expecting value"),
-    "tools that are none": (ANSWERED | {"tools": {"a": 1}}, "'tools' must be a list of function descriptions"),
+    "tools in words": (ANSWERED | {"tools": "clock"}, "tools='clock': must be a list of function descriptions"),
+    "tools that are none": (ANSWERED | {"tools": {"a": 1}}, "tools={'a': 1}: must be a list of function descriptions"),
     "calls without results": (
         ANSWERED | {"prompt": [TWO_TURNS[0], {"role": "assistant", "tool_calls": [{}]}]},
         "the prompt ends with tool calls of the assistant, whose results must follow",

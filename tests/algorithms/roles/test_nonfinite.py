@@ -78,8 +78,10 @@ def one_step(learners: list[Learner], kind: str, seed: int, corrupt: bool) -> di
         sums = torch.full((len(batch),), -20.0)
         if corrupt:
             sums[CORRUPT] = {"dpo": torch.nan, "kto": -torch.inf, "pair": -3e38}[kind]
-        batch, loss = with_reference(batch, sums), DPOLoss(kind="ipo" if kind == "pair" else "dpo")
-        return kto_step(learner, batch, KTO, 0.1) if kind == "kto" else dpo_step(learner, batch, loss)
+        batch = with_reference(batch, sums)
+        if kind == "kto":
+            return kto_step(learner, batch, KTO, 0.1)
+        return dpo_step(learner, batch, DPOLoss(kind="ipo" if kind == "pair" else "dpo"))
     if kind in ("reward", "process"):
         if corrupt:
             batch = corrupted(batch, torch.inf if kind == "reward" else torch.nan)
