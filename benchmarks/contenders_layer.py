@@ -145,7 +145,7 @@ def quantized(dtype: torch.dtype) -> Case:
         f"[{rows}, {HIDDEN}] x [{outputs}, {HIDDEN}] in NF4",
         (x,),
         (0,),
-        trialign=lambda x: nf4_linear(x, codes, absmax),
+        trialign=lambda x: nf4_linear(x, codes, lambda: absmax),
         eager=eager,
         compile=compiled(eager),
         **peers,

@@ -227,14 +227,10 @@ def _op_backward(grad: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) 
 
 _op.register_fake(lambda x, codes, absmax: x.new_empty(x.shape[0], codes.shape[0]))
 _op_backward.register_fake(lambda grad, codes, absmax: grad.new_empty(grad.shape[0], 2 * codes.shape[1]))
-_op.register_autograd(
-    lambda ctx, grad: (_op_backward(grad, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
-)
 
 
-class _Unpacking(torch.autograd.Function):
-    """The product with scales unpacked in the forward and again in the backward, not kept in between."""
+class _Product(torch.autograd.Function):
+    """The product with scales computed in the forward and again in the backward, not kept in between."""
 
     @staticmethod
     def forward(ctx, x, codes, absmax):
@@ -248,20 +244,14 @@ class _Unpacking(torch.autograd.Function):
         return _op_backward(grad, ctx.saved_tensors[0], ctx.absmax().contiguous()), None, None
 
 
-def nf4_linear(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
+def nf4_linear(x: torch.Tensor, codes: torch.Tensor, absmax: Callable[[], torch.Tensor]) -> torch.Tensor:
     """x [..., k] times the transposed NF4 weight [n, k]: [..., n] in x's dtype, differentiable in x.
 
-    codes [n, k / 2] uint8 and absmax [n, k / 64] fp32 as `quantize_nf4` gives them; a function in place of absmax is
-    called for it in the forward and in the backward, so that the fp32 scales are not kept in between. Raises
-    ValueError when they do not fit x.
+    codes [n, k / 2] uint8 and the result of absmax [n, k / 64] fp32 as `quantize_nf4` gives them; absmax is called in
+    the forward and in the backward, so that the fp32 scales are not kept in between. Raises ValueError when codes do
+    not fit x.
     """
-    scales = absmax if isinstance(absmax, torch.Tensor) else None
-    if x.shape[-1] != 2 * codes.shape[1] or (
-        scales is not None and scales.shape != (codes.shape[0], x.shape[-1] // BLOCK)
-    ):
-        held = "" if scales is None else f" and scales {list(scales.shape)}"
-        raise ValueError(f"x {list(x.shape)} does not fit codes {list(codes.shape)}{held}")
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    codes = codes.contiguous()
-    y = _op(rows, codes, scales.contiguous()) if scales is not None else _Unpacking.apply(rows, codes, absmax)
+    if x.shape[-1] != 2 * codes.shape[1]:
+        raise ValueError(f"x {list(x.shape)} does not fit codes {list(codes.shape)}")
+    y = _Product.apply(x.reshape(-1, x.shape[-1]).contiguous(), codes.contiguous(), absmax)
     return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])

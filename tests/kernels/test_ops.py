@@ -94,7 +94,7 @@ VARIANTS = [
     ("value_loss", {3: 0.2}),
 ]
 DIFFERENTIABLE = {  # op: arguments with a gradient
-    "add_rms_norm": (0, 1, 2), "attention": (0, 1, 2), "grouped_matmul": (0, 1), "nf4_linear": (0,), "permute": (0,),
+    "add_rms_norm": (0, 1, 2), "attention": (0, 1, 2), "grouped_matmul": (0, 1), "permute": (0,),
     "rms_norm": (0, 1), "route": (0,), "swiglu": (0,), "unpermute": (0, 2),
 }  # fmt: skip
 # Arguments that stay fp32 where an op computes in bf16.
@@ -219,7 +219,7 @@ REFUSED = [
     (lambda: sampling.sample(randn(N, V), ones(2), *SETTINGS[1:]), "must be one a row"),
     (lambda: logprob.logprob(randn(N, V), LABELS, 0.0), "positive, got 0"),
     (lambda: linear_logprob.linear_logprob(ROWS[0], randn(V, H), LABELS, -1.0), "positive, got -1"),
-    (lambda: nf4.nf4_linear(randn(3, 128), *nf4.quantize_nf4(zeros(2, 64))), r"x \[3, 128\] .* codes \[2, 32\]"),
+    (lambda: nf4.nf4_linear(randn(3, 128), zeros(2, 32), lambda: zeros(2, 1)), r"x \[3, 128\] .* codes \[2, 32\]"),
     (lambda: gae.gae(rand(4), rand(3), ones(4).bool(), BOUNDS, 1.0, 1.0), "differ in length"),
     (lambda: rope.rope_(randn(5, 3, 16), rand(4, 8), rand(4, 8)), r"sin \[4, 8\] do not fit x \[5, 3, 16\]"),
     (lambda: logprob.logprob(randn(N, V), LABELS[:2]), r"labels \[2\] for 4 rows"),
@@ -247,7 +247,7 @@ def test_public_functions_refuse_invalid_arguments(call, message):
 
 
 ALIKE = (  # public functions named as their ops
-    *(rms_norm.rms_norm, rms_norm.add_rms_norm, gae.gae, swiglu.swiglu, nf4.nf4_linear, sampling.sample),
+    *(rms_norm.rms_norm, rms_norm.add_rms_norm, gae.gae, swiglu.swiglu, sampling.sample),
     *(moe.route, moe.sort_by_expert, moe.permute, moe.grouped_matmul),
     *(paged_attention.paged_attention, paged_attention.write_kv),
 )
@@ -260,6 +260,7 @@ PUBLIC: dict[str, tuple[Any, ...]] = {
     "value_loss": (ppo_loss.clipped_value_loss, *FLAT[:3]),
     "kl_estimate": (ppo_loss.kl_estimate, *FLAT[:2], "k3"),
     "rope_": (rope.rope_, *CALLS["rope_"][:3]),
+    "nf4_linear": (lambda x, codes, absmax: nf4.nf4_linear(x, codes, lambda: absmax), *CALLS["nf4_linear"]),
     "packed_attention": (attention.packed_attention, *CALLS["attention"]),
     "adamw_": (adamw.adamw_, *CALLS["adamw"]),
     "unpermute": (moe.unpermute, *CALLS["unpermute"][:3]),
