@@ -44,6 +44,11 @@ class Prompt:
     source: str = ""
     messages: tuple[dict[str, Any], ...] = ()  # the chat before the response, as the chat template takes it
 
+    @property
+    def where(self) -> str:
+        """Its file and line, or its index, for messages."""
+        return self.source or f"prompt {self.index}"
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -275,8 +280,7 @@ def from_rollouts(rollouts: Sequence[Rollout]) -> Batch:
     versions = torch.tensor([version for turn in turns for version in turn.versions])
     seen: dict[str, int] = {}  # responses to a prompt so far
     names = []
-    for prompt in (rollout.prompt for rollout in rollouts):
-        where = prompt.source or f"prompt {prompt.index}"
+    for where in (rollout.prompt.where for rollout in rollouts):
         seen[where] = seen.get(where, 0) + 1
         names.append(f"{where}, response {seen[where]}")
     return batch.with_(rollout_logprobs=batch.scatter(logprobs), versions=batch.scatter(versions), names=tuple(names))

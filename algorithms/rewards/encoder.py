@@ -41,13 +41,12 @@ def conversation(rollout: Rollout, texts: Sequence[str]) -> list[Message]:
         ValueError: a turn of the environment has no messages; names the prompt's row.
     """
     prompt, written = rollout.prompt, iter(texts)
-    where = prompt.source or f"prompt {prompt.index}"
     chat = list(prompt.messages) or [{"role": "user", "content": prompt.text}]
     for number, turn in enumerate(rollout.turns):
         if turn.logprobs is not None:
-            chat, _ = with_response(where, chat, {"role": "assistant", "content": next(written)})
+            chat, _ = with_response(prompt.where, chat, {"role": "assistant", "content": next(written)})
         elif not turn.messages:
-            raise ValueError(f"{where}: environment turn {number} of its response has no messages")
+            raise ValueError(f"{prompt.where}: environment turn {number} of its response has no messages")
         chat += turn.messages
     return chat
 
@@ -58,10 +57,10 @@ def completion_of(rollout: Rollout, texts: Sequence[str]) -> Completion:
     Args, raises: as in `conversation`.
     """
     prompt = rollout.prompt
-    where, tools = prompt.source or f"prompt {prompt.index}", prompt.fields.get("tools")
+    tools = parse_tools(prompt.where, prompt.fields.get("tools"))
     last = max(i for i, turn in enumerate(rollout.turns) if turn.logprobs is not None)
     messages = conversation(Rollout(prompt, rollout.turns[:last]), texts)
-    return Completion(where, messages, texts[-1], rollout.finish == "stop", parse_tools(where, tools))
+    return Completion(prompt.where, messages, texts[-1], rollout.finish == "stop", tools)
 
 
 class ChatEncoder:

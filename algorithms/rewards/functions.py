@@ -115,7 +115,7 @@ class RewardFunction:
         request = {
             "prompts": [prompt.text for prompt in prompts],
             "completions": list(completions),
-            "sources": [prompt.source or f"prompt {prompt.index}" for prompt in prompts],
+            "sources": [prompt.where for prompt in prompts],
             "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
         }
         sources = request["sources"]

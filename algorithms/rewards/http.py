@@ -97,7 +97,7 @@ class RewardClient:
             "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
         }
         body = json.dumps(as_json(request), default=str, allow_nan=False).encode()
-        sources = [prompt.source or f"prompt {prompt.index}" for prompt in prompts]
+        sources = [prompt.where for prompt in prompts]
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
         about = f"for {len(sources)} rows: {', '.join(sources[:8])}{more}"
         reason = ""

@@ -110,7 +110,7 @@ class Scorer:
             self._check(f"{kind} {name}", own, rollouts, unread.get(name, {}), may_lack_score=kind != "reward model")
         unscored = [r.prompt for r, own in zip(rollouts, zip(*scores, strict=True), strict=True) if set(own) == {None}]
         if unscored and self.mesh.is_main:
-            rows = list(dict.fromkeys(prompt.source or f"prompt {prompt.index}" for prompt in unscored))
+            rows = list(dict.fromkeys(prompt.where for prompt in unscored))
             more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
             self._unscored.append(f"no scorer applies to {len(unscored)} responses, of {', '.join(rows[:8])}{more}")
         return dict(zip(self.config.names, scores, strict=True))
@@ -150,8 +150,7 @@ class Scorer:
         for i, (score, rollout) in enumerate(zip(scores, rollouts, strict=True)):
             if score is None or abs(score) <= LARGEST or (may_lack_score and math.isnan(score)):
                 continue
-            where = rollout.prompt.source or f"prompt {rollout.prompt.index}"
-            why = unread.get(i, f"returned {score} for {where}: must be a finite number of float32")
+            why = unread.get(i, f"returned {score} for {rollout.prompt.where}: must be a finite number of float32")
             reason = f"{scorer}: {why}"
             if self.config.on_failure == "stop":
                 raise ValueError(reason)

@@ -47,9 +47,8 @@ def make_groups(
     for _, group in groupby((rollout.prompt for rollout in rollouts), key=lambda prompt: prompt.index):
         first, *others = group
         if len(others) + 1 != size:
-            where = first.source or f"prompt {first.index}"
             raise ValueError(
-                f"{where}: {len(others) + 1} responses, but rollout.samples_per_prompt={size} in every group"
+                f"{first.where}: {len(others) + 1} responses, but rollout.samples_per_prompt={size} in every group"
             )
     rewards = list(rewards)
     if buffer:
