@@ -125,27 +125,19 @@ def test_kl_in_the_score_precedes_the_baseline_and_in_the_reward_follows_it():
         assert result.advantages[result.mask].tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "first", "others"),
-    [
-        ("grpo", 1.5, -0.5),
-        ("dapo", 1.5, -0.5),
-        ("dr_grpo", 0.75, -0.25),
-        ("rloo", 1.0, -1 / 3),
-        ("reinforce++", math.sqrt(3), -1 / math.sqrt(3)),
-        ("reinforce++_baseline", math.sqrt(3), -1 / math.sqrt(3)),
-    ],
-)
-def test_advantages_of_one_right_response_of_four(algorithm, first, others):
+ADVANTAGES = {"grpo": 1.5, "dapo": 1.5, "dr_grpo": 0.75, "rloo": 1.0}
+ADVANTAGES |= dict.fromkeys(("reinforce++", "reinforce++_baseline"), math.sqrt(3))
+
+
+@pytest.mark.parametrize("algorithm", ADVANTAGES)
+def test_advantages_of_one_right_response_of_four(algorithm):
     """On every target; an unscored response has none and changes no baseline."""
-    for scores, expected in (([1, 0, 0, 0], [first] + [others] * 3), ([1, math.nan, 0, 0, 0], [first] + [others] * 3)):
-        rewards = torch.tensor(scores)
-        batch = without_unscored(pack([[1, 2, 3]] * len(scores)), rewards).with_(scores=rewards)
-        batch = batch.with_(rollout_logprobs=torch.zeros(3 * len(scores)), group=torch.zeros(len(scores)).long())
-        result, _ = with_advantages(batch, config_of(grpo_options(algorithm)))
-        assert result.advantages is not None and not result.advantages[~result.mask].any()
-        each = [advantage for advantage in expected for _ in range(2)]
-        assert result.advantages[result.mask].tolist() == pytest.approx(each, rel=1e-5)
+    scores = torch.tensor([1, math.nan, 0, 0, 0])
+    batch = without_unscored(pack([[1, 2, 3]] * 5), scores).with_(scores=scores, group=torch.zeros(5).long())
+    result, _ = with_advantages(batch.with_(rollout_logprobs=torch.zeros(15)), config_of(grpo_options(algorithm)))
+    assert result.advantages is not None and not result.advantages[~result.mask].any()
+    first = ADVANTAGES[algorithm]
+    assert result.advantages[result.mask].tolist() == pytest.approx([first] * 2 + [-first / 3] * 6, rel=1e-5)
 
 
 def rollouts_of(count: int, start: int = 0) -> list[Rollout]:

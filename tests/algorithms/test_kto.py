@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from samples import write_jsonl
-from tiny import tiny_tokenizer
 from trialign.algorithms.config.preference import DPOModels, KTOConfig, LabelData
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.dialogues import Sample
@@ -18,13 +17,6 @@ from trialign.engine.mesh import build_mesh
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 STOP = (2,)  # </s> of the tiny tokenizer
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def pool(prompts: str) -> list[Sample]:

@@ -116,13 +116,9 @@ def with_ppo(**changes) -> PPOConfig:
     return dataclasses.replace(CONFIG, ppo=dataclasses.replace(CONFIG.ppo, **changes))
 
 
-ODD: dict[str, Any] = {
-    **{"vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
-    "intermediate_size": 67,
-}
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def odd(request, tmp_path_factory):
     """A model with sizes that tp=2 and tp=4 do not divide; under tp=4 ranks share three key/value heads."""
-    return tiny_llama(tmp_path_factory.mktemp("odd"), tied=request.param, **ODD)
+    sizes: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+    sizes |= {"vocab_size": 97, "intermediate_size": 67}
+    return tiny_llama(tmp_path_factory.mktemp("odd"), tied=request.param, **sizes)

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import metrics, options, succeed
-from tiny import tiny_tokenizer
 from tiny_run import tiny_run
 from trialign.algorithms.config.pretrain import TextData
 from trialign.algorithms.data.documents import PackedRow, Passage, TextStream, fill, pack_tokens, passages
@@ -31,13 +30,6 @@ def test_rows_predict_every_later_token_once_within_the_budget(lengths, budget):
     assert sum(2 * pack_tokens(row) <= budget for row in rows) <= 1  # two half-full rows would have been one
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
 def stream(tokenizer, *sources: object, **options) -> TextStream:
     return TextStream(TextData(sources=tuple(map(str, sources)), **options), tokenizer)
 
@@ -46,28 +38,28 @@ def words(rows: list[PackedRow], tokenizer) -> list[str]:
     return sorted(tokenizer.decode(piece.tokens) for row in rows for piece in row)
 
 
-def test_sources_of_every_format_give_their_documents(tokenizer, tmp_path):
+def test_sources_of_every_format_give_their_documents(tiny, tmp_path):
     import datasets
 
     (tmp_path / "a.txt").write_text("one\ntwo")
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"text": " "}\n{"text": "four"}\n')
     datasets.Dataset.from_dict({"text": ["five"]}).save_to_disk(tmp_path / "c")
     datasets.Dataset.from_dict({"text": ["six"]}).to_parquet(tmp_path / "d.parquet")
-    data = stream(tokenizer, *(tmp_path / name for name in ("a.txt", "b.jsonl", "c", "d.parquet")), max_tokens=16)
+    data = stream(tiny, *(tmp_path / name for name in ("a.txt", "b.jsonl", "c", "d.parquet")), max_tokens=16)
     expected = ["one\ntwo</s>", "three</s>", "four</s>", "five</s>", "six</s>"]
-    assert words(list(data.rows()), tokenizer) == sorted(expected)
+    assert words(list(data.rows()), tiny) == sorted(expected)
     assert "out of 5 documents" in str(data) and "1 dropped for fewer than 2 tokens (1 tokens)" in str(data)
     assert len(data) == 2 and "28 tokens" in str(data) and "87.5% full" in str(data)
 
 
-def test_eval_split_holds_whole_documents(tokenizer, tmp_path):
+def test_eval_split_holds_whole_documents(tiny, tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.txt").write_text(f"{i}" * 50)
-    data = stream(tokenizer, *sorted(tmp_path.glob("*.txt")), max_tokens=16, eval_fraction=1 / 3)
+    data = stream(tiny, *sorted(tmp_path.glob("*.txt")), max_tokens=16, eval_fraction=1 / 3)
     seen = {piece.where for row in data.rows() for piece in row}
     unseen = {piece.where for row in data.eval_rows for piece in row}
     assert len(seen) == 4 and len(unseen) == 2 and not seen & unseen
-    named = stream(tokenizer, tmp_path / "0.txt", max_tokens=16, eval_sources=(str(tmp_path / "1.txt"),))
+    named = stream(tiny, tmp_path / "0.txt", max_tokens=16, eval_sources=(str(tmp_path / "1.txt"),))
     assert {piece.where for row in named.eval_rows for piece in row} == {str(tmp_path / "1.txt")}
 
 
@@ -82,10 +74,10 @@ def test_eval_split_holds_whole_documents(tokenizer, tmp_path):
         ('{"text": "ab"}\n', {"eval_fraction": 0.5}, "data.eval_fraction=0.5 of 1 documents leaves none"),
     ],
 )
-def test_invalid_text_is_refused(tokenizer, tmp_path, text, options, message):
+def test_invalid_text_is_refused(tiny, tmp_path, text, options, message):
     (tmp_path / "rows.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
-        stream(tokenizer, tmp_path / "rows.jsonl", **options)
+        stream(tiny, tmp_path / "rows.jsonl", **options)
 
 
 def test_exported_model_has_the_logged_perplexity(tmp_path):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from samples import write_jsonl
+from test_preferences import chat
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.data.conditional import bucketed, normalized
 from trialign.algorithms.data.preferences import LabeledStream, PairStream, read_steps
@@ -27,10 +28,6 @@ def stream(kind: str, tokenizer, *sources, **options) -> RowStream[Any]:
     return RowStream(config, lambda source: read_steps(source, config, tokenizer), lambda row: row.lengths, 0, kind)
 
 
-def chat(*texts: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-
-
 ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, changes to a good row, options, message
     "no chosen": ("pairs", {"chosen": ...}, {}, "no column 'chosen' (data.chosen_key); it has: 'prompt', 'rejected'"),
     "empty chosen": ("pairs", {"chosen": " \n"}, {}, "'chosen' is empty"),
@@ -42,27 +39,17 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # kind, ch
         "'chosen' and 'rejected' are responses to different dialogues",
     ),
     "no prompt anywhere": ("pairs", {"prompt": ...}, {}, "'chosen' is neither a response to a prompt column nor a"),
-    "a dialogue without a template": (
+    "no template": (
         "pairs",
         {"prompt": ..., "chosen": chat(*"abcd")},
         {"chat_template": False},
-        "'chosen' is a dialogue of 4 turns: needs data.chat_template=true",
+        "data.chat_template=true",
     ),
     "a number": ("pairs", {"chosen": 3}, {}, "'chosen' must be a string or a list of {role, content} messages, not 3"),
-    "a response of weight 0": (
-        "labels",
-        {"response": [{"role": "assistant", "content": "b", "weight": 0}]},
-        {},
-        "'response': the response has weight 0",
-    ),
+    "a response of weight 0": ("labels", {"response": [chat("a", "b")[1] | {"weight": 0}]}, {}, "has weight 0"),
     "a dialogue with another prompt": ("labels", {"response": chat("x", "b")}, {}, "that do not begin with 'prompt'"),
     "a dialogue that the user ends": ("labels", {"response": chat("a")}, {}, "must end with the assistant, not with u"),
-    "no user": (
-        "labels",
-        {"prompt": [{"role": "system", "content": "s"}]},
-        {},
-        "'response' has no user turn; give the prompt in 'prompt'",
-    ),
+    "no user": ("labels", {"prompt": [{"role": "system", "content": "s"}]}, {}, "'response' has no user turn"),
     "steps in numbers": ("steps", {"steps": [1]}, {}, "'steps' must be a list of strings, not [1]"),
     "a margin of NaN": ("pairs", {"margin": float("nan")}, {"margin_key": "margin"}, "at least 0, not nan"),
     "a label in words": ("labels", {"label": "good"}, {}, "'label' must be true or false, not 'good'"),
@@ -83,28 +70,22 @@ def test_invalid_preference_rows_are_refused(case, tiny, tmp_path):
     assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value), error.value
 
 
-FILES = {
-    "all equal": ("pairs", b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3, {}, ": in all 3 pairs the chosen"),
-    "all wanted": (
-        "labels",
-        b'{"prompt": "a", "response": "b", "label": true}\n' * 4,
-        {},
-        ": all 4 responses have the label",
-    ),
+FILES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # as above, for all four rows
+    "all equal": ("pairs", {"rejected": "b"}, {}, ": in all 4 pairs the chosen"),
+    "all wanted": ("labels", {}, {}, ": all 4 responses have the label"),
     "all too long": (
         "pairs",
-        b'{"prompt": "a", "chosen": "b", "rejected": "ccc"}\n' * 2,
+        {"rejected": "ccc"},
         {"max_tokens": 20},
-        ": all 2 pairs are longer than data.max_tokens=20; the shortest has 25 tokens",
+        ": all 4 pairs are longer than data.max_tokens=20; the shortest has 25 tokens",
     ),
 }
 
 
 @pytest.mark.parametrize("case", FILES)
 def test_invalid_preference_files_are_refused(case, tiny, tmp_path):
-    kind, content, options, message = FILES[case]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content)
+    kind, changes, options, message = FILES[case]
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD[kind] | changes] * 4)
     with pytest.raises(ValueError) as error:
         stream(kind, tiny, path, **options)
     assert f"{path}{message}" in str(error.value), error.value

@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 from samples import write_jsonl
 from templates import TEMPLATES
+from test_preferences import chat
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 from trialign.models.hf.tokenizer import read_tokenizer
 
 STOP = (2,)  # </s> of the tiny tokenizer
-TWO_TURNS = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "yo"},
-    {"role": "user", "content": "ok"},
-    {"role": "assistant", "content": "bye"},
-]
+TWO_TURNS = chat("hi", "yo", "ok", "bye")
 MARKED = (
     "{% for m in messages %}<s>{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
     "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}\n{% endfor %}"
@@ -27,16 +23,14 @@ UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}",
 
 
 @pytest.fixture
-def with_template(tiny):
+def with_template(tiny, monkeypatch):
     """The tiny tokenizer under another chat template, for one test."""
-    own = tiny.chat_template
 
     def change(template: str):
-        tiny.chat_template = template
+        monkeypatch.setattr(tiny, "chat_template", template)
         return tiny
 
-    yield change
-    tiny.chat_template = own
+    return change
 
 
 def dataset(tokenizer, *sources: Path | str, stop=STOP, seed: int = 0, **options) -> DialogueDataset:
@@ -119,13 +113,12 @@ def test_turns_without_eos_are_refused_or_completed(template, with_template, tmp
 def test_weight_0_messages_are_not_learned(tiny, tmp_path):
     no = [{"weight": 0}, {"weight": 0, "train": False}]
     yes = [{"train": True}, {"weight": None, "train": None}]
-    last = {"role": "assistant", "content": "bye"}
-    user = TWO_TURNS[0] | {"weight": 0}
+    user, last = TWO_TURNS[0] | {"weight": 0}, TWO_TURNS[3]
     rows = [{"messages": [user, TWO_TURNS[1] | a, TWO_TURNS[2], last | b]} for a in no for b in yes]
     for sample in read(tiny, tmp_path, *rows):
         assert learned(tiny, sample) == ["bye</s>"]
         assert tiny.decode(sample.tokens) == "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: bye</s>"
-    rows = [{"messages": [TWO_TURNS[0], TWO_TURNS[1], TWO_TURNS[2], last | own]} for own in no]
+    rows = [{"messages": [*TWO_TURNS[:3], last | own]} for own in no]
     for sample in read(tiny, tmp_path, *rows, system_prompt="be kind"):
         assert learned(tiny, sample) == ["yo</s>"] and str(tiny.decode(sample.tokens)).endswith("yo</s>")
     none = {"messages": [TWO_TURNS[0], TWO_TURNS[1] | no[0]]}
@@ -136,12 +129,8 @@ def test_weight_0_messages_are_not_learned(tiny, tmp_path):
 
 
 QWEN3 = TEMPLATES["Qwen 3"].text.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
-THOUGHTS = [
-    {"role": "user", "content": "2+2?"},
-    {"role": "assistant", "content": "<think>\nadd\n</think>\n\n4"},
-    {"role": "user", "content": "3+3?"},
-    {"role": "assistant", "content": "<think>\nadd\n</think>\n\n6"},
-]
+THOUGHT = "<think>\nadd\n</think>\n\n"
+THOUGHTS = chat("2+2?", f"{THOUGHT}4", "3+3?", f"{THOUGHT}6")
 
 
 def test_rewritten_history_splits_turns_into_samples(with_template, tmp_path):
@@ -150,11 +139,10 @@ def test_rewritten_history_splits_turns_into_samples(with_template, tmp_path):
     data = dataset(tokenizer, write_jsonl(tmp_path / "a.jsonl", rows))
     first, second = sorted(data.rows(), key=len, reverse=True)
     assert [tokenizer.decode(sample.tokens) for sample in first] == [
-        "<s>user\n2+2?</s>\n<s>assistant\n<think>\nadd\n</think>\n\n4</s>",
-        "<s>user\n2+2?</s>\n<s>assistant\n4</s>\n<s>user\n3+3?</s>\n<s>assistant\n<think>\nadd\n</think>\n\n6</s>",
+        f"<s>user\n2+2?</s>\n<s>assistant\n{THOUGHT}4</s>",
+        f"<s>user\n2+2?</s>\n<s>assistant\n4</s>\n<s>user\n3+3?</s>\n<s>assistant\n{THOUGHT}6</s>",
     ]
-    thought = "<think>\nadd\n</think>\n\n"
-    assert [learned(tokenizer, sample) for sample in first] == [[f"{thought}4</s>"], [f"{thought}6</s>"]]
+    assert [learned(tokenizer, sample) for sample in first] == [[f"{THOUGHT}4</s>"], [f"{THOUGHT}6</s>"]]
     assert [sample.where.rpartition(":")[2] for sample in first] == ["1, message 1", "1, message 3"]
     assert [sample.text for sample in first] == ["2+2?", "3+3?"]
     # Without reasoning in the data a response is given empty thoughts, which later turns leave out as well.
@@ -176,20 +164,16 @@ def test_eval_split_is_disjoint_and_seeded(tiny, tmp_path):
     assert len(apart) == 10 and {s.text[0] for s in joined(apart.eval_rows)} == {"b"}
 
 
-def chat(*turns: tuple[str, object]) -> dict:
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
 def marked(**given: object) -> dict:
     """A dialogue whose answer has these marks."""
     return {"messages": [TWO_TURNS[0], TWO_TURNS[1] | given]}
 
 
-ANSWERED = {"prompt": "a", "response": "b"}
+ANSWERED, SYSTEM = {"prompt": "a", "response": "b"}, {"role": "system", "content": "s"}
 REFUSED = {
     "no columns": ({"text": "a", "id": 1}, "neither a column 'messages' (data.messages_key) nor 'prompt' (data.prompt"),
     "empty response": ({"prompt": "a", "response": " \n"}, "'response' is empty"),
-    "no assistant turn": (chat(("system", "a"), ("user", "b")), "'messages' has no assistant turn to learn (roles: sy"),
+    "no assistant turn": ({"messages": [SYSTEM, TWO_TURNS[0]]}, "'messages' has no assistant turn to learn (roles: sy"),
     "a number for a prompt": (ANSWERED | {"prompt": 4}, "'prompt' must be a string or a list of {role, content}"),
     "a number for a response": (ANSWERED | {"response": 4}, "'response' must be a string, not 4"),
     "no messages": ({"messages": []}, "'messages' must be a list of {role, content} messages, not []"),
@@ -204,10 +188,7 @@ REFUSED = {
         "the prompt ends with tool calls of the assistant, whose results must follow",
     ),
     "a user's message to learn": ({"messages": [TWO_TURNS[0] | {"train": True}, TWO_TURNS[1]]}, "'messages'[0] (user)"),
-    "the assistant first": (
-        chat(("system", "s"), ("assistant", "a"), ("user", "b"), ("assistant", "c")),
-        "the first turn is the assistant's: a user turn must come before",
-    ),
+    "the assistant first": ({"messages": [SYSTEM, *TWO_TURNS[1:]]}, "the first turn is the assistant's"),
 }
 
 
@@ -242,10 +223,7 @@ def test_inconsistent_chat_templates_are_refused(with_template, tmp_path):
 def test_templates_that_drop_tools_are_refused(with_template, tmp_path):
     """A call that is left out would be learned as an empty turn."""
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
-    asked = {"role": "user", "content": "hi"}
-    calls = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]}
-    with pytest.raises(ValueError, match=r"a.jsonl:1: .* tool calls of message 1"):
-        dataset(with_template(UNMARKED), write_jsonl(tmp_path / "a.jsonl", [calls]))
-    tools = {"messages": TWO_TURNS, "tools": [{"type": "function", "function": {"name": "weather"}}]}
-    with pytest.raises(ValueError, match=r"b.jsonl:1: .* 'tools'"):
-        dataset(with_template(UNMARKED), write_jsonl(tmp_path / "b.jsonl", [tools]))
+    calls = marked(content="", tool_calls=[call])
+    for row, part in (calls, "tool calls of message 1"), ({"messages": TWO_TURNS, "tools": [call]}, "'tools'"):
+        with pytest.raises(ValueError, match=f"a.jsonl:1: .* {part}"):
+            dataset(with_template(UNMARKED), write_jsonl(tmp_path / "a.jsonl", [row]))

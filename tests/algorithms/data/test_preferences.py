@@ -75,29 +75,22 @@ WITH_TOOLS = (
 BEFORE = "<s>tool clock</s><s>user: when?</s><s>assistant: [clock]</s><s>tool clock: noon</s><s>assistant: "
 
 
-@pytest.fixture
-def with_tools(tiny):
-    """The tiny tokenizer under a template that writes tools and calls."""
-    own, tiny.chat_template = tiny.chat_template, WITH_TOOLS
-    yield tiny
-    tiny.chat_template = own
-
-
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["a list", "JSON"])
-def test_tools_reach_the_template_in_every_format(tools, with_tools, tmp_path):
+def test_tools_reach_the_template_in_every_format(tools, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "chat_template", WITH_TOOLS)
     end, row = {"role": "assistant", "content": "at noon"}, {"prompt": ASKED, "tools": tools}
     sides = {"chosen": [*ASKED, end], "rejected": [*ASKED, end | {"content": "no"}], "tools": tools}
     for given in (row | {"chosen": "at noon", "rejected": "no"}, row | sides, sides):
-        (pair,) = read(with_tools, tmp_path, given)
-        assert [shown(with_tools, side) for side in pair[:2]] == [(BEFORE, "at noon</s>"), (BEFORE, "no</s>")]
+        (pair,) = read(tiny, tmp_path, given)
+        assert [shown(tiny, side) for side in pair[:2]] == [(BEFORE, "at noon</s>"), (BEFORE, "no</s>")]
     rows = write_jsonl(tmp_path / "a.jsonl", [row | {"response": "no", "label": 1, "steps": ["x"], "labels": [1]}])
-    (labeled,) = read_labeled_responses(str(rows), LabelData(), Encoder(LabelData(), with_tools, STOP))
-    (steps,) = read_steps(str(rows), StepData(), with_tools)
-    (prompt,) = PromptDataset(PromptData(sources=(str(rows),)), with_tools).next(1)
-    ((sft,),) = DialogueDataset(SFTData(sources=(str(rows),)), with_tools, STOP).next(1)
-    assert shown(with_tools, labeled.sample) == shown(with_tools, sft) == (BEFORE, "no</s>")
-    assert with_tools.decode(steps.sample.tokens) == BEFORE + "x\n\n"
-    assert with_tools.decode(prompt.tokens) == BEFORE
+    (labeled,) = read_labeled_responses(str(rows), LabelData(), Encoder(LabelData(), tiny, STOP))
+    (steps,) = read_steps(str(rows), StepData(), tiny)
+    (prompt,) = PromptDataset(PromptData(sources=(str(rows),)), tiny).next(1)
+    ((sft,),) = DialogueDataset(SFTData(sources=(str(rows),)), tiny, STOP).next(1)
+    assert shown(tiny, labeled.sample) == shown(tiny, sft) == (BEFORE, "no</s>")
+    assert tiny.decode(steps.sample.tokens) == BEFORE + "x\n\n"
+    assert tiny.decode(prompt.tokens) == BEFORE
     assert [message["role"] for message in prompt.messages] == ["user", "assistant", "tool"]
 
 

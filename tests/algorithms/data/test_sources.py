@@ -32,23 +32,16 @@ AS_JSON = (  # a template that writes all there is, as Hermes' does
 )
 
 
-@pytest.fixture(scope="module")
-def characters(tmp_path_factory):
+@pytest.fixture
+def characters(tiny, monkeypatch):
     """A tokenizer that loses no character, with the template above."""
-    from tiny import tiny_tokenizer
-    from transformers import AutoTokenizer
-
-    made = AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    made.chat_template = AS_JSON
-    return made
+    monkeypatch.setattr(tiny, "chat_template", AS_JSON)
+    return tiny
 
 
 def call(name: str, **arguments: object) -> dict:
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
-    }
+    function = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [function]}
 
 
 def tool(name: str, **properties: object) -> dict:
@@ -78,9 +71,8 @@ def every_form(folder: Path, rows: list[dict]) -> dict[str, str]:
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(folder / "rows.parquet")
     table.save_to_disk(folder / "saved")
-    datasets.concatenate_datasets([table.select([i]) for i in reversed(range(len(rows)))]).select(
-        list(reversed(range(len(rows))))
-    ).save_to_disk(folder / "chosen")  # its rows in another order than its tables have them
+    turned = datasets.concatenate_datasets([table.select([i]) for i in reversed(range(len(rows)))])
+    turned.select(range(len(rows) - 1, -1, -1)).save_to_disk(folder / "chosen")  # in another order than its tables
     (folder / "parts").mkdir()
     table.select(range(1)).to_parquet(folder / "parts" / "0.parquet")
     table.select(range(1, len(rows))).to_parquet(folder / "parts" / "1.parquet")
@@ -181,15 +173,7 @@ def test_csv_columns_are_typed(tmp_path):
     with open(tmp_path / "a.csv", "w", newline="\r\n", encoding="utf-8-sig") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
     (first, one), (second, two), (_, three) = read_rows(str(tmp_path / "a.csv"), LabelData().keys)
-    assert one == {
-        "prompt": 'say "hi",\nplease',
-        "response": "42",
-        "label": True,
-        "reward": 0.5,
-        "id": "007",
-        "note": None,
-        "count": 1,
-    }
+    assert one == dict(zip(rows[0], ['say "hi",\nplease', "42", True, 0.5, "007", None, 1], strict=True))
     assert two["reward"] != two["reward"] and two["note"] == "null" and three["reward"] is None
     assert (two["label"], two["count"], three["prompt"], three["count"]) == (False, -2, "Ääh?", None)
     assert (first, second) == (f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:4")
@@ -206,10 +190,7 @@ KINDS = {
     "ShareGPT with a system column": ({"conversations": CHAT, "system": "be kind"}, [BE, HI, YO]),
     "ShareGPT as JSON": ({"conversations": json.dumps(CHAT)}, [HI, YO]),
     "its messages under another": ({"messages": CHAT}, [HI, YO]),
-    "Alpaca with an input": (
-        {"instruction": "say", "input": "hello", "output": "you"},
-        [{**HI, "content": "say\nhello"}, YO],
-    ),
+    "Alpaca": ({"instruction": "say", "input": "hello", "output": "you"}, [{**HI, "content": "say\nhello"}, YO]),
     "Alpaca with all": (
         {"instruction": "hello", "output": "you", "system": "be kind", "history": [["hello", "you"]]},
         [BE, HI, YO, HI, YO],
@@ -229,9 +210,8 @@ def test_sharegpt_and_alpaca_equal_messages(case, tmp_path):
     if "messages" in row:  # it has no prompt
         return
     (prompt,) = PromptDataset(PromptData(sources=(source,)), words).next(1)
-    (before,) = PromptDataset(
-        PromptData(sources=(str(write_jsonl(tmp_path / "c.jsonl", [{"prompt": chat[:-1]}])),)), words
-    ).next(1)
+    before_path = str(write_jsonl(tmp_path / "c.jsonl", [{"prompt": chat[:-1]}]))
+    (before,) = PromptDataset(PromptData(sources=(before_path,)), words).next(1)
     assert prompt.tokens == before.tokens and row.keys() <= prompt.fields.keys()
     (rewarded, _) = read_rewarded(source, RewardedData(sources=(source,)), False)
     assert rewarded.dialogue.messages == chat and rewarded.dialogue.learned == [len(chat) - 1]
@@ -239,18 +219,11 @@ def test_sharegpt_and_alpaca_equal_messages(case, tmp_path):
 
 def test_sharegpt_preferences_and_tool_calls(tmp_path):
     words = tokenizer()
-    pair = {
-        "conversations": CHAT[:1],
-        "chosen": {"from": "gpt", "value": "a"},
-        "rejected": {"from": "gpt", "value": "b"},
-    }
+    pair = {"conversations": CHAT[:1], "chosen": CHAT[1] | {"value": "a"}, "rejected": CHAT[1] | {"value": "b"}}
     plain = {"prompt": "hello", "chosen": "a", "rejected": "b"}
-    actual, expected = (
-        PairStream(
-            PairData(sources=(str(write_jsonl(tmp_path / "a.jsonl", [row])),), append_eos=True), words, END
-        ).next(1)[0]
-        for row in (pair, plain)
-    )
+    paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", [row])) for i, row in enumerate((pair, plain))]
+    configs = (PairData(sources=(path,), append_eos=True) for path in paths)
+    actual, expected = (PairStream(config, words, END).next(1)[0] for config in configs)
     assert actual.chosen.tokens == expected.chosen.tokens and actual.rejected.tokens == expected.rejected.tokens
     calls = [CHAT[0], {"from": "function_call", "value": '{"name": "add", "arguments": {"a": null}}'}]
     row = {"conversations": [*calls, {"from": "observation", "value": "5"}, CHAT[1]]}

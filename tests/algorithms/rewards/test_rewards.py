@@ -1,7 +1,6 @@
 """Reward functions in their process, and the shaping of scores. Refused functions: test_bad_input.py."""
 
 import json
-import math
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from trialign.algorithms.batch import Prompt
 from trialign.algorithms.rewards.functions import RewardFunction
-from trialign.algorithms.rewards.shaping import RewardShaper, RunningMoments, combine
+from trialign.algorithms.rewards.shaping import RewardShaper, RunningMoments
 
 PROMPTS = [
     Prompt(0, [1], "one", {"answer": 1, "topic": "x"}, "a.jsonl:1"),
@@ -45,27 +44,6 @@ def test_large_batches_and_rows_after_a_failure_are_scored(tmp_path):
         with pytest.raises(ValueError, match="ZeroDivisionError.*a.jsonl:1"):
             reward.score(PROMPTS, ["", "x"])
         assert reward.score(PROMPTS * 500, ["x" * 2000] * 1000) == [1 / 2000, 0.0] * 500
-
-
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        ("if 'b' in completions: raise KeyError('x')\nreturn [1.0] * len(completions)", [1, None, 1]),
-        ("return [10 ** (5000 if c == 'b' else 0) for c in completions]", [1, None, 1]),
-        ("for c in completions:\n    yield {'b': 'x'}.get(c, 1.0) + 1.0", [2, None, 2]),
-        ("import os\nif not os.path.exists('{flag}'): open('{flag}', 'w').close(); os._exit(3)\nreturn [1] * 3", None),
-    ],
-    ids=["raises", "a huge integer", "raises in a generator", "dies once"],
-)
-def test_only_rows_that_failed_are_without_a_score(body, expected, tmp_path):
-    """In each call; a process that died is started again."""
-    spec = function(tmp_path, body.replace("{flag}", str(tmp_path / "flag")))
-    with RewardFunction(spec, skip_failures=True) as reward:
-        for number in range(2):
-            scores = reward.score([*PROMPTS, PROMPTS[0]], ["a", "b", "c"])
-            wanted = expected or [[None] * 3, [1] * 3][number]
-            assert [None if score != score else score for score in scores] == wanted
-        assert spec in reward.failures[0]
 
 
 def test_modules_of_the_working_directory_get_prompts_and_columns(tmp_path, monkeypatch):
@@ -133,9 +111,6 @@ def test_rewards_are_normalized_then_clipped_then_penalized():
     rewards = shape(scores, [True, False, True, True])
     low = (0 - mean) / deviation
     assert rewards == pytest.approx([low, low - 3.0, low, 1.0])
-
-
-def test_default_shaping_is_the_clip():
     assert RewardShaper()([3.0, -11.0, 50.0], [True, False, True]) == [3.0, -10.0, 10.0]
     assert RewardShaper(clip=0)([50.0], [True]) == [50.0]
 
@@ -145,24 +120,3 @@ def test_statistics_resume_from_state():
     shape([1.0, 5.0, 2.0], [True] * 3)
     again.load_state(json.loads(json.dumps(shape.state())))
     assert again([4.0, 0.5], [True] * 2) == shape([4.0, 0.5], [True] * 2)
-
-
-def test_a_row_is_rewarded_by_the_scorers_that_apply_to_it(tmp_path):
-    """None says that a row is not the function's own; NaN that the function failed, and then the row has no reward."""
-    (tmp_path / "multi.py").write_text(
-        "def math_only(prompts, completions, task=None, **f): return [1.0 if t == 'math' else None for t in task]\n"
-        "def code_only(prompts, completions, task=None, **f): return [0.5 if t == 'code' else None for t in task]\n"
-        "def broken(prompts, completions, task, **f): return [float('nan') if t == 'code' else None for t in task]\n"
-    )
-    tasks = ("math", "code", "poetry")
-    prompts = [Prompt(i, [1], "?", {"task": task}, f"multi.jsonl:{i + 1}") for i, task in enumerate(tasks)]
-    scores = {}
-    for name in ("math_only", "code_only", "broken"):
-        with RewardFunction(f"{tmp_path}/multi.py:{name}", skip_failures=True) as reward:
-            scores[name] = reward.score(prompts, ["2", "hello", "roses"])
-            assert len(reward.failures) == (name == "broken")
-    assert scores["math_only"] == [1.0, None, None] and scores["code_only"] == [None, 0.5, None]
-    assert scores["broken"][::2] == [None, None] and math.isnan(scores["broken"][1])
-    assert combine({name: scores[name] for name in ("math_only", "code_only")}, (2.0, 4.0))[:2] == [2.0, 2.0]
-    combined = combine(scores)
-    assert combined[0] == 1.0 and math.isnan(combined[1]) and math.isnan(combined[2])
