@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from tiny_run import prompts, tiny_run
 from trialign.kernels.dispatch import PROBLEM
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 # Every op of a PPO step except the matrix products.
 EXPECTED = {
     "rollout": {"rms_norm", "add_rms_norm", "rope_", "swiglu", "attention", "write_kv", "paged_attention", "sample"},
@@ -83,7 +83,7 @@ def setting(tmp_path_factory) -> Path:
 def ops_of_a_step(setting: Path, **environment: str) -> dict[str, set[str]]:
     """The trialign ops of each phase, and the references called in the whole run."""
     found = setting / "used.json"
-    words = [LAUNCH, found, "--config", setting / "config.toml", "--run.output", setting / "run"]
+    words = [ROOT / "launch", found, "--config", setting / "config.toml", "--run.output", setting / "run"]
     subprocess.run([sys.executable, "-c", PROFILED, *words], env=os.environ | environment, timeout=300, check=True)
     return {name: set(ops) for name, ops in json.loads(found.read_text()).items()}
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft_case import samples
+from peft_case import peer_logits
 from safetensors.torch import load_file
 from samples import write_jsonl
 from scripts import metrics, options, succeed, succeed_in_turn
-from tiny import VOCAB, tiny_chat_model
+from tiny import tiny_chat_model
 from tiny_run import REWARDS
-from torch import Tensor
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.storage.checkpoint import Reader
 from trialign.models.hf.adapter_record import saved_adapter
@@ -58,18 +57,14 @@ def words(setting: Path, script: str, out: Path, given: dict, *arguments: object
     return [script, *options(**values), *arguments]
 
 
-def logits_of(peer: Any) -> Tensor:
-    return torch.cat([peer.eval()(torch.tensor([row])).logits[0].detach() for row in samples(VOCAB)])
-
-
 def assert_adapter_is_merged(folder: Path, base: Path, kind: Any, **given: int) -> None:
     """Asserts that PEFT's model has the logits of the merged export, and other ones than the base."""
     from peft import PeftModel
 
-    merged = logits_of(kind.from_pretrained(folder / "model", dtype=torch.float32))
+    merged = peer_logits(kind.from_pretrained(folder / "model", dtype=torch.float32))
     start = kind.from_pretrained(base, dtype=torch.float32, **given)
-    before = logits_of(start)
-    wrapped = logits_of(PeftModel.from_pretrained(start, folder / "adapter"))
+    before = peer_logits(start)
+    wrapped = peer_logits(PeftModel.from_pretrained(start, folder / "adapter"))
     torch.testing.assert_close(merged, wrapped, rtol=1e-5, atol=2e-5)
     assert (merged - before).abs().max() > 1e-3
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,26 +10,16 @@ from families import peer_class, peer_config, values_of
 from family_run import whole_logits
 from harness import run_ranks
 from layouts import ALONE, TWO_RANKS, Layout
-from torch import Tensor
+from peft_case import build, peer_logits
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trialign.algorithms.batch import pack
-from trialign.models.decoder import Decoder
-from trialign.models.families.registry import from_hf_dict, read_config
+from trialign.models.families.registry import from_hf_dict
 from trialign.models.flops import forward_flops
-from trialign.models.hf.load import load_hf
 
 
 def rank_logits(rank: int, world: int, layout: Layout, folder: Path, prompts: list[list[int]], dtype: torch.dtype):
-    model = Decoder(read_config(folder), layout.mesh(), dtype=dtype)
-    load_hf(model, folder)
-    return whole_logits(model, pack(prompts))
-
-
-def peer_logits(folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> Tensor:
-    peer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    with torch.no_grad():
-        return torch.cat([peer(torch.tensor([prompt])).logits[0].float() for prompt in prompts])
+    return whole_logits(build(folder, layout.mesh(), dtype=dtype), pack(prompts))
 
 
 def test_smollm2_logits_equal_transformers(smollm2):
@@ -40,15 +29,15 @@ def test_smollm2_logits_equal_transformers(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    exact = peer_logits(smollm2, prompts, torch.float32)
+    peers = (AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (peer_logits(peer, prompts) for peer in peers)
     for layout in (ALONE, *TWO_RANKS[:2]):
         results = run_ranks(rank_logits, layout.world, layout, smollm2, prompts, torch.float32, timeout=180)
         got = next(result for result in results if result is not None)
         assert (got - exact).abs().max().item() < 1e-4, layout
     got = rank_logits(0, 1, ALONE, smollm2, prompts, torch.bfloat16)
     assert got is not None
-    error = (got - exact).abs()
-    peer_error = (peer_logits(smollm2, prompts, torch.bfloat16) - exact).abs()
+    error, peer_error = (got - exact).abs(), (rounded - exact).abs()
     assert error.mean() <= 1.5 * peer_error.mean() and error.max() <= 1.5 * peer_error.max()
 
 

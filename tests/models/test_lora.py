@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import run_ranks
 from layouts import ALONE, Layout, assert_close, assert_layouts_agree
-from peft_case import build, learner, logits, peer_logits, peft_model, samples, save_peft, states, take_steps, train
+from peft_case import build, logits, masters, peer_logits, peft_model, samples, save_peft, states, take_steps, train
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
 from trialign.algorithms.batch import pack
@@ -56,12 +56,8 @@ def test_layouts_agree(folder, tmp_path):
     assert_layouts_agree(take_steps, [Layout(2, 2, 2)], folder, some, partial_adapter)
 
 
-def initial(rank: int, world: int, layout: Layout, folder: Path) -> dict[str, Tensor]:
-    return states(learner(build(folder, layout.mesh(), ALL)), "master")
-
-
 def test_initial_adapters_equal_pefts_and_have_no_effect(folder):
-    alone = initial(0, 1, ALONE, folder)
+    alone = masters(0, 1, ALONE, folder, ALL)
     assert {n: tuple(t.shape) for n, t in alone.items()} == adapter_shapes(read_config(folder), ALL)
     for name, tensor in alone.items():
         if ".lora_B." in name:
@@ -73,7 +69,7 @@ def test_initial_adapters_equal_pefts_and_have_no_effect(folder):
     assert len(different) == 4 * len(TARGETS)
     models = [build(folder, build_mesh(), lora) for lora in (ALL, None)]
     assert torch.equal(*map(logits, models))
-    for got in run_ranks(initial, 4, Layout(tp=2, pp=2), folder):
+    for got in run_ranks(masters, 4, Layout(tp=2, pp=2), folder, ALL):
         assert_close(got, alone, 0)
 
 

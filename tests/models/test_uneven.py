@@ -5,20 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from family_run import as_trialign, assert_same
+from family_run import as_trialign, assert_agrees
 from layouts import Layout, assert_layouts_agree
 from peft_case import take_steps
 from tiny import tiny_llama
 from tiny_moe import moe_config
-from trialign.engine.generation.embedded import EmbeddedGenerator
-from trialign.engine.generation.interface import Completion, SamplingParams
 from trialign.engine.mesh import mesh_as
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.shard import split
-from trialign.models.decoder import Decoder, Heads
-from trialign.models.families.registry import read_config
-from trialign.models.hf.load import load_hf
+from trialign.models.decoder import Heads
 from trialign.models.lora import TARGETS
 
 # No tp from 2 to 6 divides the vocabulary or the MLP; 4 and 5 do not divide the heads, 2 not the key/value heads.
@@ -81,18 +76,5 @@ def test_vocabulary_smaller_than_tp(tied, tmp_path):
     folder = tiny_llama(tmp_path, tied=tied, **SMALL)
     prompts = [[3, 4, 1, 2], [4], [0, 3, 3, 1, 4, 2, 3]]
     alone, got = (as_trialign({"small": folder}, tp, 1, prompts=prompts)["small"] for tp in (1, 6))
-    assert got["tokens"] == alone["tokens"]
-    assert_same(got["logits"], alone["logits"], "logits")
-    for name, gradient in alone["gradients"].items():
-        assert_same(got["gradients"][name], gradient, name)
+    assert_agrees(got, name="small", **alone)
     assert_layouts_agree(take_steps, [Layout(tp=6)], folder, None)
-
-
-def sample(rank: int, world: int, layout: Layout, folder: Path) -> list[Completion]:
-    """Completions with a cache of few blocks, of which ranks with more heads need more bytes."""
-    model = Decoder(read_config(folder), layout.mesh(), dtype=torch.float32)
-    load_hf(model, folder)
-    params = SamplingParams(max_new_tokens=12, min_new_tokens=3, stop_ids=(2, 50, 96), top_p=0.95, seed=5)
-    generator = EmbeddedGenerator(model, model.mesh, block_size=4, max_running=3, cache_bytes=40_000)
-    prompts = [[5, 96, 7], [9], [95, 96] * 6, [1, 2, 3, 4, 5]]
-    return generator.generate(prompts, list(range(len(prompts))), params)

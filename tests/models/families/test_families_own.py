@@ -14,15 +14,14 @@ import torch
 from families import OWN, random_folder, tiny_family
 from family_run import LONG, NEW_TOKENS, PROMPTS, as_trialign, assert_agrees, assert_same, rank_scores, room_for
 from harness import run_ranks
+from peft_case import build
 from safetensors.torch import load_file
 from torch import Tensor
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.models.config import ModelConfig
-from trialign.models.decoder import Decoder
 from trialign.models.families.registry import from_hf_dict, read_config, to_hf_dict
-from trialign.models.hf.load import load_hf
 from trialign.models.rope import alibi_slopes
 
 Weights = dict[str, Tensor]
@@ -30,10 +29,6 @@ Weights = dict[str, Tensor]
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + (-x).exp())
 
 
 def rotated(x: Tensor, trained: int | None) -> Tensor:
@@ -44,12 +39,9 @@ def rotated(x: Tensor, trained: int | None) -> Tensor:
     while trained is not None and alpha + 1 < 2 * length / trained:
         alpha = 2 * alpha + 1
     base = 10000 * alpha ** (d / (d - 2))
-    rows = []
-    for position in range(length):
-        angle = torch.tensor([position / base ** (2 * i / d) for i in range(d // 2)], dtype=torch.float64)
-        a, b = x[position, : d // 2], x[position, d // 2 :]
-        rows.append(torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin())))
-    return torch.stack(rows)
+    places, (a, b) = torch.arange(length, dtype=torch.float64), x.chunk(2, 1)
+    angle = torch.stack([places / base ** (2 * i / d) for i in range(d // 2)], 1)
+    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), 1)
 
 
 def attention(
@@ -103,7 +95,7 @@ def reference_logits(weights: Weights, config: dict[str, Any], tokens: list[int]
         x = x + torch.cat(out, -1) @ w[name + "self_attn.o_proj.weight"].T
         y = rms(x, w[name + "post_attention_layernorm.weight"])
         gate, up = (y @ w[f"{name}mlp.{part}_proj.weight"].T for part in ("gate", "up"))
-        x = x + (silu(gate) * up) @ w[name + "mlp.down_proj.weight"].T
+        x = x + (gate / (1 + (-gate).exp()) * up) @ w[name + "mlp.down_proj.weight"].T
     head = w["lm_head.weight"]
     if "z_loss_weight" in config:
         head = head / head.pow(2).sum(1, keepdim=True).sqrt()
@@ -158,23 +150,17 @@ def test_alibi_slopes_equal_the_papers():
         torch.testing.assert_close(alibi_slopes(heads).double(), torch.tensor(paper_slopes(heads)).double())
 
 
-def generator_of(folder: Path) -> tuple[Decoder, EmbeddedGenerator]:
-    model = Decoder(read_config(folder), build_mesh(), dtype=torch.float32)
-    load_hf(model, folder)
-    return model, EmbeddedGenerator(model, model.mesh)
-
-
 def test_dynamic_ntk_sampling_is_bounded_by_trained_length(folders):
     """Rotations depend on the final length, known only in scoring and training."""
-    _, generator = generator_of(folders["qwen"])
+    model = build(folders["qwen"], build_mesh())
     with pytest.raises(ValueError, match="sample 0 has 60 tokens, with max_new_tokens=5"):
-        generator.generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))
+        EmbeddedGenerator(model, model.mesh).generate([[5] * 60], [0], SamplingParams(max_new_tokens=5))
 
 
 def test_normalized_head_is_cached_only_during_generation(folders):
-    model, generator = generator_of(folders["baichuan2-7b"])
+    model = build(folders["baichuan2-7b"], build_mesh())
     assert model.head is not None
-    params = SamplingParams(temperature=0, max_new_tokens=12)
+    generator, params = EmbeddedGenerator(model, model.mesh), SamplingParams(temperature=0, max_new_tokens=12)
     before = generator.generate(PROMPTS, list(range(4)), params)
     with torch.no_grad():
         model.head.weight.mul_(2)  # the same normalized rows, to the bit
@@ -187,7 +173,7 @@ def test_normalized_head_is_cached_only_during_generation(folders):
 
 def test_critic_scores_equal_the_reference(folders):
     """The head is one plain row, also where the language model has a normalized head."""
-    alone, (cut, other) = run_ranks(rank_scores, 1, folders, "normal")[0], run_ranks(rank_scores, 2, folders, "normal")
+    alone, (cut, other) = run_ranks(rank_scores, 1, folders)[0], run_ranks(rank_scores, 2, folders)
     draws = torch.randn(1, 48, generator=torch.Generator().manual_seed(0)) / 49
     for name, folder in folders.items():
         weights = {key: t.double() for key, t in load_file(folder / "model.safetensors").items()}

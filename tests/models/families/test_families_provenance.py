@@ -9,6 +9,7 @@ import torch
 from families import ALL, SPARSE, same_bits, tensors_of, values_of, write_folder
 from harness import run_ranks
 from layouts import Layout
+from peft_case import build
 from safetensors.torch import load_file
 from tiny import weight_pieces
 from torch import Tensor
@@ -51,8 +52,7 @@ def gathered(folder: Path, head: HeadKind, layout: Layout) -> dict[str, Tensor]:
     config = read_config(folder)
     parts = {part: torch.full(shape, torch.nan) for part, shape in part_shapes(config, head).items()}
     for rank in range(layout.world):
-        model = Decoder(config, mesh_as(rank, **layout._asdict()), dtype=torch.float32, head=head)
-        load_hf(model, folder)
+        model = build(folder, mesh_as(rank, **layout._asdict()), head=head)
         for part, piece, view in weight_pieces(model):
             held = parts[part][tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))]
             assert (held.isnan() | (held == view)).all() and piece.global_shape == parts[part].shape, (part, layout)
@@ -113,11 +113,9 @@ def rank_saves(rank: int, world: int, folders: dict[str, Path], root: Path) -> N
     """Loads, copies into the optimizer's masters and saves, as a run does."""
     for name, folder in folders.items():
         mesh = build_mesh(tp=2, ep=2) if name in SPARSE else build_mesh(tp=2, pp=2)
-        config = read_config(folder)
-        model = Decoder(config, mesh, dtype=torch.float32)
-        load_hf(model, folder)
+        model = build(folder, mesh)
         adam = ShardedAdamW(model, mesh, tied=model.tied_parameter())
-        entries = adam.entries("actor", partial(hf_name, config=config, head="lm"))
+        entries = adam.entries("actor", partial(hf_name, config=model.config, head="lm"))
         save(root / name, 1, entries, {}, mesh, keep=1, assets=assets(folder, "actor/"))
 
 

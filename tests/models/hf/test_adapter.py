@@ -16,6 +16,7 @@ from peft_case import (
     build,
     learner,
     logits,
+    masters,
     peer_logits,
     randomize_b,
     resume,
@@ -29,7 +30,6 @@ from peft_case import (
 )
 from tiny import VOCAB, tiny_llama
 from tiny_moe import moe_folder
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
@@ -63,10 +63,6 @@ def peer(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def load(rank: int, world: int, layout: Layout, folder: Path, adapter: Path, lora: LoRA) -> dict[str, Tensor]:
-    return states(learner(build(folder, layout.mesh(), lora, adapter)), "master")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoint_resumes_merges_and_loads_in_peft(case, tmp_path):
     """The merged folder has its own head, also where the base's is tied."""
@@ -98,9 +94,9 @@ def test_checkpoint_resumes_merges_and_loads_in_peft(case, tmp_path):
     plain = dataclasses.replace(lora, quantize=False)
     assert_close(peer_logits(wrapped), logits(build(folder, mesh, plain, tmp_path / "adapter")))
     assert read_peft(tmp_path / "adapter", read_config(folder), quantize=lora.quantize) == lora
-    masters = {n.removeprefix("master/"): t for n, t in first.items() if n.startswith("master/")}
-    for got in run_ranks(load, layout.world, layout, folder, tmp_path / "adapter", lora):
-        assert_close(got, masters, 0)
+    saved_masters = {n.removeprefix("master/"): t for n, t in first.items() if n.startswith("master/")}
+    for got in run_ranks(masters, layout.world, layout, folder, lora, tmp_path / "adapter"):
+        assert_close(got, saved_masters, 0)
 
 
 @pytest.mark.parametrize("family", ["baichuan2-7b", "qwen-logn", "qwen3", "qwen2-moe"])
@@ -175,7 +171,7 @@ def test_adapters_of_experts_saved_by_peft_load(tmp_path, family):
     export_adapter(save_run(trained, tmp_path / "run", folder), tmp_path / "adapter")
     save_peft(PeftModel.from_pretrained(peer(folder), tmp_path / "adapter"), again)
     assert read_peft(again, config) == lora
-    assert_close(load(0, 1, ALONE, folder, again, lora), states(trained, "master"), 0)
+    assert_close(masters(0, 1, ALONE, folder, lora, again), states(trained, "master"), 0)
     for parameters, targets in ((["gate_up_proj", "down_proj"], EXPERTS), (["gate_up_proj"], EXPERTS[:2])):
         options: Any = {"target_modules": ["q_proj"], "target_parameters": [f"mlp.experts.{p}" for p in parameters]}
         wrapped = randomize_b(get_peft_model(peer(folder), LoraConfig(r=4, lora_alpha=8, **options)))

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from families import same_bits, tensors_of
 from harness import run_ranks
+from peft_case import build, load_whole
 from safetensors.torch import load_file
 from scripts import launch, succeed
 from tiny import tiny_llama, tiny_tokenizer, weight_pieces
@@ -25,22 +26,13 @@ from trialign.engine.mesh import build_mesh
 from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.storage.checkpoint import save
 from trialign.models.config import HeadKind
-from trialign.models.decoder import Decoder
 from trialign.models.families.registry import head_of, read_config
 from trialign.models.folder import assets
 from trialign.models.hf.convert import export_checkpoint, import_checkpoint
 from trialign.models.hf.lazy import LazyState
-from trialign.models.hf.load import load_hf
 from trialign.models.hf.save import export_hf
 from trialign.models.hf.table import hf_name
 from trialign.models.hf.tokenizer import read_tokenizer
-
-
-def load_whole(auto: Any, folder: Path) -> Any:
-    """transformers' model of a folder, where no tensor is missing, unexpected or of another shape."""
-    model, info = auto.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +108,9 @@ def save_run(rank: int, world: int, root: Path, actor: Path, critic: Path) -> No
     mesh, entries = build_mesh(tp=2), []
     roles: list[tuple[str, Path, HeadKind]] = [("actor", actor, "lm"), ("critic", critic, "score")]
     for role, folder, head in roles:
-        config = read_config(folder)
-        model = Decoder(config, mesh, dtype=torch.float32, head=head)
-        load_hf(model, folder, new_head="normal")
+        model = build(folder, mesh, head=head)
         adam = ShardedAdamW(model, mesh, tied=model.tied_parameter(), ema_decay=0.5 if role == "actor" else 0.0)
-        entries += adam.entries(role, partial(hf_name, config=config, head=head))
+        entries += adam.entries(role, partial(hf_name, config=model.config, head=head))
     for entry in entries:
         if "/ema/" in entry.name:
             entry.tensor.mul_(3)
@@ -159,10 +149,8 @@ def test_script_exports_roles_and_average_bit_for_bit(folders, checkpoint, tmp_p
 
 def test_reward_model_checkpoint_is_read_as_a_folder(folders, tmp_path):
     """A reward model's run begins at a language model, whose config.json its checkpoints carry."""
-    mesh, config = build_mesh(), read_config(folders["tied"])
-    model = Decoder(config, mesh, dtype=torch.float32, head="score")
-    load_hf(model, folders["tied"], new_head="normal")
-    entries = ShardedAdamW(model, mesh).entries("reward", partial(hf_name, config=config, head="score"))
+    model = build(folders["tied"], mesh := build_mesh(), head="score")
+    entries = ShardedAdamW(model, mesh).entries("reward", partial(hf_name, config=model.config, head="score"))
     save(tmp_path, 3, entries, {}, mesh, keep=1, assets=assets(folders["tied"], "reward/"))
     shape = read_shape(str(tmp_path / "step_3"), ParallelConfig(), RunConfig(output=str(tmp_path / "run")))
     assert head_of(shape) == "score"
@@ -211,8 +199,7 @@ def test_smollm2_is_unchanged_from_gguf_to_folder(smollm2, tmp_path):
     gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     import_checkpoint(gguf, tmp_path / "checkpoint", dtype=torch.bfloat16)
     config, source = read_config(smollm2), tensors_of(smollm2)
-    model = Decoder(config, build_mesh(), dtype=torch.bfloat16)
-    load_hf(model, tmp_path / "checkpoint")
+    model = build(tmp_path / "checkpoint", build_mesh(), dtype=torch.bfloat16)
     export_hf(tmp_path / "out", config, {n: t for n, _, t in weight_pieces(model)}, smollm2, shard_bytes=100 << 20)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
     assert same_bits(tensors_of(tmp_path / "out"), source)

@@ -32,22 +32,15 @@ def write_gguf(
     """
     config = read_config(folder)
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.ffn_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<unk>", "<s>", "</s>", "a", "b", "ab", *(f"t{i}" for i in range(config.vocab_size - 6))])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    facts = {"block_count": config.num_layers, "context_length": config.max_positions, "vocab_size": config.vocab_size}
+    facts |= {"embedding_length": config.hidden_size, "feed_forward_length": config.ffn_size}
+    facts |= {"head_count": config.num_heads, "head_count_kv": config.num_kv_heads}
+    facts |= {name: config.head_dim for name in ("key_length", "value_length")}
+    facts |= {"layer_norm_rms_eps": config.norm_eps, "rope_freq_base": config.rope_theta}
+    facts |= {"tokenizer_model": "gpt2", "token_merges": ["a b"], "bos_token_id": 1, "eos_token_id": 2}
+    facts["token_list"] = ["<unk>", "<s>", "</s>", "a", "b", "ab", *(f"t{i}" for i in range(config.vocab_size - 6))]
+    for name, value in facts.items():
+        getattr(writer, f"add_{name}")(value)
     for key, value in (keys or {}).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(key, value)

@@ -102,13 +102,6 @@ def test_score_head_of_a_causal_model_is_new(tmp_path, tied):
     assert torch.equal(last.weight, other.weight) and 0.5 < last.weight.std() * 33 < 1.5
 
 
-def test_copy_of_a_tied_embedding_is_ignored(tmp_path):
-    tied = tiny_llama(tmp_path)
-    tensors = load_file(tied / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tied / "model.safetensors")
-    build(tied, 1, 1, 0)
-
-
 def test_padding_is_a_token_that_ends_nothing(tmp_path):
     """Of a tokenizer that pads with its end of sequence and has unused special tokens."""
     tokenizer = read_tokenizer(tiny_tokenizer(tmp_path))
@@ -215,13 +208,6 @@ def test_inconsistent_folders_are_refused_before_any_work(case, folder):
 def test_folder_of_another_config_is_refused(folder, key, value):
     config = dataclasses.replace(read_config(folder), **{key: value})
     assert_load_refuses(folder, f"{key}=.*, the model has {value}", config)
-
-
-def test_missing_folders_and_gguf_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"x.gguf: .*launch/import_hf.py"):
-        read_config("x.gguf")
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
-        read_config(tmp_path / "nowhere")
 
 
 def test_nonfinite_tensors_are_refused_by_name(folder):

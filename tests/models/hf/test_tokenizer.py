@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from templates import sentencepiece_model
 from tiktoken import _educational as trainer
-from tiny import tiny_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny import tiny_llama, tiny_tokenizer
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from trialign.algorithms.roles.build import load_tokenizer
 from trialign.models.families.registry import read_config
@@ -152,16 +152,11 @@ def test_corrupt_rank_file_is_refused_by_line(content, message, tmp_path):
 
 @pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
 def test_tokenizer_json_decides_whatever_class_is_named(named, tmp_path):
-    whole = Tokenizer(models.BPE())
-    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    whole.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    whole.train_from_iterator(["the cat sat on the mat"] * 10, trainer)
-    whole.save(str(tmp_path / "tokenizer.json"))
+    whole = Tokenizer.from_file(str(tiny_tokenizer(tmp_path) / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").unlink()
     settings = {"tokenizer_class": named, "bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"}
     write(tmp_path, tokenizer_config=settings, config={"model_type": "llama"})
     tokenizer, text = read_tokenizer(tmp_path), "the cat sat\non the mat"
     assert tokenizer.encode(text, add_special_tokens=False) == whole.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
-    assert tokenizer.eos_token_id == 1 and tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.eos_token_id == 2 and tokenizer.chat_template == "{{ messages }}"

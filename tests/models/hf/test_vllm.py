@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 from families import OWN, random_folder, randomize
-from peft_case import adapted, learner, save_run
+from peft_case import adapted, build, learner, load_whole, save_run
+from samples import write_jsonl
 from scripts import options, succeed
 from tiny import tiny_llama
 from trialign.engine.generation.embedded import EmbeddedGenerator
@@ -18,9 +19,7 @@ from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.lora import LoRA
 from trialign.models.decoder import Decoder
-from trialign.models.families.registry import read_config
 from trialign.models.hf.convert import export_checkpoint, import_checkpoint
-from trialign.models.hf.load import load_hf
 from trialign.models.hf.peft import export_adapter
 from trialign.models.hf.tokenizer import read_tokenizer
 from trialign.models.lora import TARGETS
@@ -81,9 +80,7 @@ def greedy_tokens(model: Decoder, prompts: list[list[int]], count: int) -> list[
 
 def folder_tokens(folder: Path, prompts: list[list[int]] = PROMPTS, count: int = 24) -> list[list[int]]:
     """Greedy tokens of trialign's generator in fp32."""
-    model = Decoder(read_config(folder), build_mesh(), dtype=torch.float32)
-    load_hf(model, folder)
-    return greedy_tokens(model, prompts, count)
+    return greedy_tokens(build(folder, build_mesh()), prompts, count)
 
 
 def peer_folder(folder: Path, name: str) -> Path:
@@ -109,8 +106,7 @@ def tuned_smollm2(source: Path, root: Path) -> dict[str, Any]:
     """The real model as a checkpoint of tp=3 x pp=2, one step of SFT on those six ranks, and the export."""
     start, run, out = root / "smollm2-checkpoint", root / "smollm2-run", root / "smollm2"
     succeed("import_hf", "--model", source, "--output", start, "--tp", 3, "--pp", 2)
-    rows = root / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{i} + {i}?", "response": f"{2 * i}!"}) + "\n" for i in range(4)))
+    rows = write_jsonl(root / "rows.jsonl", [{"prompt": f"{i} + {i}?", "response": f"{2 * i}!"} for i in range(4)])
     layout = options(model_path=start, model_dtype="float32", parallel_tp=3, parallel_pp=2, parallel_device="cpu")
     # The default warm-up would last the whole run.
     recipe = options(data_sources=rows, optimizer_lr=5e-5, optimizer_warmup_ratio=0, update_batch_size=4)
@@ -173,9 +169,7 @@ def test_tuned_smollm2_tokens_agree_in_vllm_and_transformers(smollm2, served):
 
     job = served["smollm2"]
     assert job["got"] == job["expected"], job["got"]
-    loaded: Any = AutoModelForCausalLM.from_pretrained(job["folder"], output_loading_info=True)
-    model, info = loaded
-    assert not any(info.values()), info
+    model = load_whole(AutoModelForCausalLM, job["folder"])
     before = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).state_dict()
     moved = {name: (tensor - before[name]).abs().max().item() for name, tensor in model.state_dict().items()}
     assert 0 < min(moved.values()) and max(moved.values()) < 1e-4, moved  # by one step of 5e-5

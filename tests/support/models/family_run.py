@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from harness import run_ranks
+from peft_case import build
 from torch import Tensor
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.roles.role import shapes, stage_forward
@@ -21,7 +22,6 @@ from trialign.engine.pipeline.stage import Chunk
 from trialign.models.config import ModelConfig
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
-from trialign.models.hf.load import load_hf
 from trialign.models.hf.table import hf_name, parts_by_tensor
 
 NEW_TOKENS = 12
@@ -50,9 +50,7 @@ def whole_logits(model: Decoder, batch: Batch) -> Tensor | None:
 def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int) -> dict[str, Any]:
     """This rank's logits (last stage), tokens, and pieces of the gradient of the mean logprob."""
     mesh = build_mesh(tp=tp, pp=pp, ep=ep)
-    config = read_config(folder)
-    model = Decoder(config, mesh, dtype=torch.float32)
-    load_hf(model, folder)
+    model = build(folder, mesh)
     batch = pack(prompts, [[False] + [True] * (len(prompt) - 1) for prompt in prompts])
 
     def loss(chunk: Chunk, _: int, x: Tensor | None) -> Tensor:
@@ -62,7 +60,7 @@ def run_folder(folder: Path, prompts: list[list[int]], tp: int, pp: int, ep: int
         rows = hidden[batch.response - 1]
         return -parallel_logprob(rows, model.head_weight(), batch.labels, model.vocab)[0].mean()
 
-    logits, short = whole_logits(model, batch), room_for(config, prompts)
+    logits, short = whole_logits(model, batch), room_for(model.config, prompts)
     greedy = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
     generator = EmbeddedGenerator(model, mesh, block_size=4, max_running=3)
     completions = generator.generate(short, list(range(len(short))), greedy)
@@ -133,15 +131,11 @@ def assert_agrees(got: dict[str, Any], logits: Tensor, gradients: Mapping[str, T
     assert got["tokens"][: len(tokens)] == tokens, name
 
 
-def rank_scores(
-    rank: int, world: int, folders: dict[str, Path], new_head: Literal["refuse", "normal"] = "refuse"
-) -> dict[str, Tensor]:
+def rank_scores(rank: int, world: int, folders: dict[str, Path]) -> dict[str, Tensor]:
     """Scores of the prompts' last tokens by each folder's model with a score head, under tp=world."""
     found = {}
     for name, folder in folders.items():
-        model = Decoder(read_config(folder), build_mesh(tp=world), dtype=torch.float32, head="score")
-        load_hf(model, folder, new_head=new_head)
-        batch = pack(PROMPTS)
+        model, batch = build(folder, build_mesh(tp=world), head="score"), pack(PROMPTS)
         with torch.no_grad():
             found[name] = model.scores(stage_forward(model, batch, None)[batch.last])
     return found

@@ -18,7 +18,6 @@ from trialign.engine.optim.adamw import ShardedAdamW
 from trialign.engine.parallel.lora import LoRA
 from trialign.engine.parallel.shard import sinks
 from trialign.engine.storage import checkpoint
-from trialign.models.config import HeadKind
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
 from trialign.models.folder import assets
@@ -71,17 +70,22 @@ def logits(model: Decoder) -> Tensor:
         return model.logits(stage_forward(model, pack(samples(VOCAB)), None))
 
 
-def peer_logits(peer: Any) -> Tensor:
-    """The same by transformers or peft."""
+def peer_logits(peer: Any, rows: list[list[int]] | None = None) -> Tensor:
+    """The same, or those of other rows, by transformers or peft."""
     with torch.no_grad():
-        return torch.cat([peer.eval()(torch.tensor([row])).logits[0] for row in samples(VOCAB)])
+        return torch.cat([peer.eval()(torch.tensor([row])).logits[0] for row in rows or samples(VOCAB)])
 
 
-def build(
-    folder: Path, mesh: Mesh, lora: LoRA | None, adapter: Path | None = None, head: HeadKind = "lm", **options: Any
-) -> Decoder:
-    """The model with the adapters of a PEFT folder, or initial ones."""
-    model = Decoder(read_config(folder), mesh, dtype=torch.float32, head=head, lora=lora, **options)
+def load_whole(auto: Any, folder: Path) -> Any:
+    """transformers' model of a folder, where no tensor is missing, unexpected or of another shape."""
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
+def build(folder: Path, mesh: Mesh, lora: LoRA | None = None, adapter: Path | None = None, **options: Any) -> Decoder:
+    """The model, by default in fp32; with the adapters of a PEFT folder, or initial ones."""
+    model = Decoder(read_config(folder), mesh, lora=lora, **{"dtype": torch.float32} | options)
     load_hf(model, folder, new_head="normal")
     init_adapters(model, seed=5)
     if adapter is not None:
@@ -126,22 +130,20 @@ def states(trained: Learner, kind: str = "") -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.clone() for key, value in found if key.startswith(prefix)}
 
 
-def take_steps(
-    rank: int,
-    world: int,
-    layout: Layout,
-    folder: Path,
-    lora: LoRA | None,
-    adapter: Path | None = None,
-    steps: int = 2,
-    recompute: bool = False,
+def masters(
+    rank: int, world: int, layout: Layout, folder: Path, lora: LoRA, adapter: Path | None = None
 ) -> dict[str, Tensor]:
-    """States after optimizer steps of a PEFT folder's adapters, or of `adapted` ones; of the weights without LoRA."""
+    """Whole masters of a PEFT folder's adapters, or of initial ones."""
+    return states(learner(build(folder, layout.mesh(), lora, adapter)), "master")
+
+
+def take_steps(
+    rank: int, world: int, layout: Layout, folder: Path, lora: LoRA | None, adapter: Path | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """States after two steps of a PEFT folder's adapters, or of `adapted` ones; of the weights without LoRA."""
     if lora is None or adapter is not None:
-        model = build(folder, layout.mesh(), lora, adapter, recompute=recompute)
-    else:
-        model = adapted(folder, lora, layout, recompute=recompute)
-    return states(train(model, steps))
+        return states(train(build(folder, layout.mesh(), lora, adapter, **options), 2))
+    return states(train(adapted(folder, lora, layout, **options), 2))
 
 
 def save_run(trained: Learner, root: Path, base: Path, role: str = "actor") -> Path:

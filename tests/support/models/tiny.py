@@ -18,26 +18,13 @@ def tiny_llama(folder: Path, *, tied: bool = True, seed: int = 0, score: bool = 
     """A random LLaMA with 4 layers, 4 heads and 2 key/value heads as a Hugging Face folder."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "bos_token_id": 1,
-    }
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    sizes |= {"initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    sizes |= {"num_labels": 1} if score else {"tie_word_embeddings": tied}
     torch.manual_seed(seed)
-    if score:
-        config = LlamaConfig(**(sizes | changes), num_labels=1)
-        LlamaForSequenceClassification(config).save_pretrained(folder)
-    else:
-        config = LlamaConfig(**(sizes | changes), tie_word_embeddings=tied)
-        LlamaForCausalLM(config).save_pretrained(folder)
+    kind = LlamaForSequenceClassification if score else LlamaForCausalLM
+    kind(LlamaConfig(**(sizes | changes))).save_pretrained(folder)
     return folder
 
 
