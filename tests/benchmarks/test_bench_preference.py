@@ -1,13 +1,16 @@
-"""Benchmark of preference training beside TRL: its options, every algorithm's side, and its talk with a peer."""
+"""Benchmark of preference training beside TRL: its options, every algorithm's side, and its talk with a peer; PPO's."""
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from scripts import ENVIRONMENT
 from tiny import tiny_chat_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts there import each other by bare names, which tests must not
@@ -94,3 +97,11 @@ def test_ratio_to_a_peer_of_the_same_tokens(folder, tmp_path, monkeypatch, capsy
     assert report["ratio"] > 1 and report["settings"] == {"micro": 1}
     with pytest.raises(ValueError, match="TRL trained on"):
         bench_preference.main(replace(bench, seed=1))
+
+
+def test_ppo_runs_with_a_vocabulary_below_1000(folder):
+    sizes = "--prompts 2 --prompt-tokens 4 --new-tokens 3 --iters 1 --dtype float32".split()
+    command = [sys.executable, ROOT / "benchmarks" / "bench_ppo.py", "--model", folder, *sizes]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["samples_per_s"] > 0

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from accuracy import assert_all_accurate
-from big import untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import by_mode, cpp_only, device, interpreted_only  # noqa: F401 (a fixture)
+from implementations import by_mode, cpp_only, device, interpreted_only, untouched  # noqa: F401 (a fixture)
 from trialign.kernels.gae import gae, gae_ref
 
 

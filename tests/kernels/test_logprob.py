@@ -3,8 +3,7 @@
 import pytest
 import torch
 from accuracy import check_accuracy
-from big import untouched
-from implementations import DTYPES, INTERPRET, by_mode, cpp_only, device  # noqa: F401 (a fixture)
+from implementations import DTYPES, INTERPRET, by_mode, cpp_only, device, untouched  # noqa: F401 (a fixture)
 from trialign.kernels import logprob as L
 from trialign.kernels.logprob import logprob, logprob_ref
 

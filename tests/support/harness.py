@@ -67,13 +67,8 @@ class Worker:
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 60, fresh: bool = False) -> list[Any]:
-    """Runs `fn(rank, world, *args)` on `world` ranks, with one thread each; returns their results by rank.
-
-    Args:
-        fn: a function at the top level of a test file; arguments and results are pickled.
-        timeout: seconds for the whole call, and for each collective.
-        fresh: use new processes, and end them afterwards.
-    """
+    """Runs `fn(rank, world, *args)`, of a test file's top level, on `world` ranks of one thread; their results by rank.
+    timeout: seconds of the call, and of each collective. fresh: in new processes, which end afterwards."""
     if fn.__qualname__ != fn.__name__:
         raise ValueError(f"{fn.__qualname__} must be at the top level of its file: ranks import it by name")
     reusable = [] if fresh else _workers

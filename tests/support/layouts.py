@@ -53,10 +53,7 @@ def whole_states(**learners: Learner) -> dict[str, Tensor]:
 
 def assert_close(got: Any, expected: Any, tolerance: float = 1e-5, name: str = "") -> None:
     """Compares numbers within the relative tolerance, tensors within that of their largest element, containers by item.
-
-    Numbers have an absolute tolerance too, a fifth of the relative one: metrics such as implicit rewards are small
-    differences of sums of tens of nats.
-    """
+    Numbers have an absolute one too, a fifth of it: implicit rewards are small differences of sums of tens of nats."""
     if isinstance(expected, Mapping):
         assert got.keys() == expected.keys(), name
         for key, value in expected.items():
@@ -77,15 +74,8 @@ def assert_close(got: Any, expected: Any, tolerance: float = 1e-5, name: str = "
 def assert_layouts_agree(
     step: Callable[..., Any], layouts: Iterable[Layout], *args: Any, tolerance: float = 1e-5, expected: Any = None
 ) -> Any:
-    """Asserts that `step(rank, world, layout, *args)` returns on all ranks of each layout what one process returns.
-
-    Args:
-        step: a function at the top level of a test file; its results are compared by `assert_close`.
-        expected: the result of one process, if the test has it already.
-
-    Returns:
-        The result of one process.
-    """
+    """Asserts that `step(rank, world, layout, *args)`, a function at the top level of a test file, returns on all ranks
+    of each layout what one process returns: `expected`, if the test has it already. Returns that."""
     expected = step(0, 1, ALONE, *args) if expected is None else expected
     for layout in layouts:
         for rank, got in enumerate(run_ranks(step, layout.world, layout, *args, timeout=120)):

@@ -64,12 +64,7 @@ def two_steps(
     count: int = 8,
     update: UpdateConfig = UPDATE,
 ):
-    """{kind: (metrics of two steps and of an eval split of at most seven rows, whole states)}.
-
-    Args:
-        folders: of the language model, the reference and the reward model.
-        count: rows of a step.
-    """
+    """{kind: (metrics of two steps of `count` rows and of an eval split of at most seven, whole states)}."""
     mesh = layout.mesh()
     # A large eps: Adam's first step turns the rounding of gradients that are all but 0 into whole steps otherwise.
     settings = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=0.5, weight_decay=0.1, warmup_ratio=0.0)

@@ -67,10 +67,7 @@ def compile_kernel(spec, config: dict, arch: str) -> Report:
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of the kernel in a cubin; local memory, where spills go, is on the stack.
-
-    Parsed from the ELF records .nv.info: cuobjdump takes longer than compiling.
-    """
+    """(registers, bytes of stack, where spills go) in a cubin's ELF records .nv.info: cuobjdump would take long."""
     (headers,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<3H", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQII", cubin, headers + i * size) for i in range(count)]
     table = sections[names][4]

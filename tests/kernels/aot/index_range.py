@@ -33,10 +33,7 @@ def combined(op: str, left: Interval, right: Interval) -> tuple[int, int]:
 
 
 def overflows(ttir: str, bounds: dict[str, int]) -> list[str]:
-    """The operations of a kernel that may overflow on the way to an address.
-
-    bounds: the largest values, where they are known better, of program ids ("x", "y", "z") and arguments.
-    """
+    """The operations of a kernel that may overflow on the way to an address; `bounds` of program ids and arguments."""
     axes = {"x": LIMIT - 1, "y": 65535, "z": 65535} | bounds
     known: dict[str, Interval] = {f"%{name}": (0, bound, "") for name, bound in bounds.items()}
     found = []

@@ -1,7 +1,4 @@
-"""flash-attn, apex and Transformer Engine: called where they fit, our kernels elsewhere.
-
-Stand-ins with the published signatures, by the documented rules, equal the references.
-"""
+"""flash-attn, apex and Transformer Engine: called where they fit, our kernels elsewhere; stand-ins by their rules."""
 
 import os
 import subprocess

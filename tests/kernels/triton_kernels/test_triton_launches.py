@@ -6,28 +6,14 @@ import launches
 import pytest
 import torch
 from implementations import DTYPES, INTERPRET, interpreted_only
-from trialign.kernels import (
-    adamw,
-    attention,
-    gae,
-    grouped_matmul,
-    linear_logprob,
-    logprob,
-    moe,
-    nf4,
-    paged_attention,
-    ppo_loss,
-    rms_norm,
-    rope,
-    sampling,
-    swiglu,
-)
+from trialign.kernels import attention, linear_logprob, paged_attention, rms_norm, swiglu
 
 pytestmark = interpreted_only
 
 if INTERPRET:
     from interp_shim import Monitor
 
+op = torch.ops.trialign  # Triton kernels alone, in this mode
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
 HIDDEN = (32, 64, 128, 256, 576, 1024, 2048, 2560, 4096, 5120, 7168, 8192, 14336, 16384)
 EXPERTS = (1, 4, 8, 16, 32, 60, 64, 128, 160, 256, 384, 512)
@@ -37,60 +23,58 @@ LABEL = torch.zeros(1, dtype=torch.long)
 def launch_elementwise():
     x, mask = torch.ones(5), torch.ones(5, dtype=torch.bool)
     for out in (None, x.bfloat16()):
-        adamw.adamw_triton(x, x, x, x, out, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0)
-    gae.gae_triton(x, x, mask, torch.tensor([0, 5]), 0.99, 0.95)
+        op.adamw(x, x, x, x, out, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0)
+    op.gae(x, x, mask, torch.tensor([0, 5]), 0.99, 0.95)
     for bound in (None, 3.0):
-        ppo_loss.clipped_policy_loss_triton(x, x, x, 0.2, 0.2, bound)
-        ppo_loss.clipped_value_loss_triton(x, x, x, bound)
+        op.policy_loss(x, x, x, 0.2, 0.2, bound)
+        op.value_loss(x, x, x, bound)
     for kind in (1, 2, 3):
-        ppo_loss.kl_estimate_triton(x, x, kind)
+        op.kl_estimate(x, x, kind)
 
 
 def launch_rows(dtype):
     for h in HIDDEN:
         x, weight = torch.ones(1, h, dtype=dtype), torch.ones(h, dtype=dtype)
-        rms_norm.rms_norm_triton(x, weight, 1e-5)
-        rms_norm.add_rms_norm_triton(x, x, weight, 1e-5)
+        op.rms_norm(x, weight, 1e-5)
+        op.add_rms_norm(x, x, weight, 1e-5)
         for through in (None, x):
-            rms_norm.rms_norm_backward_triton(x, x, weight, torch.ones(1), through)
-    swiglu.swiglu_triton(x)
-    swiglu.swiglu_backward_triton(x[:, ::2].contiguous(), x)
+            op.rms_norm_backward(x, x, weight, torch.ones(1), through)
+    op.swiglu(x)
+    op.swiglu_backward(x[:, ::2].contiguous(), x)
     one = torch.ones(1)
-    sampling.sample_triton(x, one, one.int(), one, LABEL, LABEL)
-    logprob.logprob_stats_triton(x, LABEL, 1.0, 0)
+    op.sample(x, one, one.int(), one, LABEL, LABEL)
+    op.logprob_stats(x, LABEL, 1.0, 0)
     codes, scales = torch.zeros(3, 32, dtype=torch.uint8), torch.ones(3, 1)
-    nf4.nf4_linear_triton(x[:, :64].contiguous(), codes, scales)
-    nf4.nf4_linear_backward_triton(x[:, :3].contiguous(), codes, scales)
+    op.nf4_linear(x[:, :64].contiguous(), codes, scales)
+    op.nf4_linear_backward(x[:, :3].contiguous(), codes, scales)
     hidden, weight, logits = x[:, :8].contiguous(), torch.ones(9, 8, dtype=dtype), torch.ones(1, 9, dtype=dtype)
-    stats = linear_logprob.linear_logprob_stats(hidden, weight, LABEL, 1.0, 0)
+    stats = op.linear_logprob_stats(hidden, weight, LABEL, 1.0, 0)
     for grads in ((one, None), (None, one), (one, one)):
-        logprob.logprob_backward_triton(logits, LABEL, stats, *grads, 1.0, 0)
-        linear_logprob.linear_logprob_gradient_(logits, hidden, weight, LABEL, stats, *grads, 1.0, 0)
-    linear_logprob.add_product_(torch.zeros(1, 8), logits, weight)
+        op.logprob_backward(logits, LABEL, stats, *grads, 1.0, 0)
+        op.linear_logprob_gradient_(logits, hidden, weight, LABEL, stats, *grads, 1.0, 0)
+    op.add_product_(torch.zeros(1, 8), logits, weight)
 
 
 def launch_heads(dtype):
     cu, length = torch.tensor([0, 1]), torch.ones(1, dtype=torch.int32)
     for d in HEAD_DIMS:
         for interleaved in (False, True):
-            rope.rope_triton(torch.ones(1, 2, d, dtype=dtype), *torch.ones(2, 1, d // 2), interleaved, False)
+            op.rope_(torch.ones(1, 2, d, dtype=dtype), *torch.ones(2, 1, d // 2), interleaved, False)
         for heads, kv_heads in ((1, 1), (8, 2), (71, 1), (112, 112)):
             q, k = torch.ones(1, heads, d, dtype=dtype), torch.ones(1, kv_heads, d, dtype=dtype)
             cache = torch.ones(1, 4, kv_heads, d, dtype=dtype)
             if kv_heads * d <= 16384:
-                paged_attention.write_kv_triton(k, k, cache, cache, LABEL)
+                op.write_kv(k, k, cache, cache, LABEL)
             for slopes in (None, torch.ones(heads)):
                 for window in (None, 3):
-                    paged_attention.paged_attention_triton(
-                        q, cache, cache, LABEL[None].int(), length, 1.0, slopes, window
-                    )
+                    op.paged_attention(q, cache, cache, LABEL[None].int(), length, 1.0, slopes, window)
                     if d <= attention.MAX_HEAD_DIM[dtype]:
-                        out, stats = attention.attention_triton(q, k, k, cu, 1, 1.0, slopes, window)
-                        attention.attention_backward_triton(q, q, k, k, out, stats, cu, 1, 1.0, slopes, window)
+                        out, stats = op.attention(q, k, k, cu, 1, 1.0, slopes, window)
+                        op.attention_backward(q, q, k, k, out, stats, cu, 1, 1.0, slopes, window)
     many = torch.ones(256, 1, 64, dtype=dtype)  # enough sequences that none is split
     tables, lengths = torch.zeros(256, 1, dtype=torch.int32), torch.ones(256, dtype=torch.int32)
     for d in (64, 128, 256):
-        paged_attention.paged_attention_triton(
+        op.paged_attention(
             many.repeat(1, 1, d // 64), *[torch.ones(1, 4, 1, d, dtype=dtype)] * 2, tables, lengths, 1.0, None, None
         )
 
@@ -102,16 +86,16 @@ def launch_experts(dtype):
             logits, chosen = torch.zeros(1, experts, dtype=dtype), torch.zeros(1, k, dtype=torch.long)
             order, weights, rows = torch.arange(k), torch.ones(1, k), x.repeat(k, 1)
             for normalize in (True, False):
-                moe.route_triton(logits, k, normalize)
-                moe.route_backward_triton(weights, logits, weights, chosen, normalize)
-            moe.sort_by_expert_triton(chosen, experts)
-            moe.permute_triton(x, order, k)
+                op.route(logits, k, normalize)
+                op.route_backward(weights, logits, weights, chosen, normalize)
+            op.sort_by_expert(chosen, experts)
+            op.permute(x, order, k)
             for given in (None, weights):
-                moe.unpermute_triton(rows, order, given, k)
-            moe.unpermute_backward_triton(x, rows, order, weights)
+                op.unpermute(rows, order, given, k)
+            op.unpermute_backward(x, rows, order, weights)
         offsets = torch.ones(experts + 1, dtype=torch.long)
-        grouped_matmul.grouped_matmul_triton(x, torch.ones(experts, 16, 8, dtype=dtype), offsets)
-        grouped_matmul.grouped_outer_triton(x, x, offsets)
+        op.grouped_matmul(x, torch.ones(experts, 16, 8, dtype=dtype), offsets)
+        op.grouped_outer(x, x, offsets)
 
 
 @pytest.mark.parametrize("vendor", ["cuda", "hip"])
@@ -149,15 +133,15 @@ def test_launches_outside_the_tables_are_refused(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(swiglu, "_CONFIG", swiglu._CONFIG | option)
             with pytest.raises(ValueError, match="swiglu.forward is launched with values that SPECS does not have"):
-                swiglu.swiglu_triton(x)
+                op.swiglu(x)
 
 
 @pytest.mark.parametrize(
     "launch, message",
     [
-        (lambda: rms_norm.rms_norm_triton(torch.ones(1, 16385), torch.ones(16385), 1e-5), "rows of 16385"),
-        (lambda: moe.route_triton(torch.ones(1, 513), 2, True), "513 experts"),
-        (lambda: moe.route_triton(torch.ones(1, 64), 17, True), "17 of 64 experts"),
+        (lambda: op.rms_norm(torch.ones(1, 16385), torch.ones(16385), 1e-5), "rows of 16385"),
+        (lambda: op.route(torch.ones(1, 513), 2, True), "513 experts"),
+        (lambda: op.route(torch.ones(1, 64), 17, True), "17 of 64 experts"),
         (lambda: paged_attention._write_constants(16385), "16385 numbers of keys"),
         (lambda: paged_attention._decode_constants(1, 257, 16, torch.float32), "head_dim 257"),
     ],

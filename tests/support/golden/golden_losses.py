@@ -98,9 +98,8 @@ def openrlhf_policy(case: Case) -> Outputs:
             old = sampled
         else:
             changes["rollout_correction"] = OPENRLHF_IMPORTANCE[args["vllm_is_correction_type"]]
-            changes |= zip(
-                ("rollout_ratio_low", "rollout_ratio_high"), args["vllm_is_truncated_threshold"], strict=True
-            )
+            low, high = args["vllm_is_truncated_threshold"]
+            changes |= {"rollout_ratio_low": low, "rollout_ratio_high": high}
     options = grpo_options(case, algorithm, **changes)
     losses, _, clipped = group_losses(logp, old, rows.read(case, "advantages"), rows.segments, options)
     losses = corrected(losses, old, sampled, rows.segments, options)[0]
@@ -244,10 +243,8 @@ def entropies(case: Case) -> Outputs:
         outputs["grad_logits"] = torch.autograd.grad(logp.sum() + 0.5 * entropy.sum(), logits)[0]
     if case["framework"] == "verl":
         rows = Rows(tensor(case, "response_mask"))
-        loss = (
-            rows.pack(entropy.view(labels.shape))
-            * verl_weights(rows, case["args"], ppo_config(case).ppo.loss_aggregation)
-        ).sum()
+        weights = verl_weights(rows, case["args"], ppo_config(case).ppo.loss_aggregation)
+        loss = (rows.pack(entropy.view(labels.shape)) * weights).sum()
         outputs |= {"token_entropy": outputs["entropy"], "loss": loss}
         outputs["grad_logits"] = torch.autograd.grad(loss, logits)[0]
     return outputs
@@ -259,9 +256,8 @@ def trl_kto(case: Case) -> Outputs:
     rows, other = Rows(tensor(case, "mask")), Rows(tensor(case, "KL_mask"))
     logp = rows.read(case, "per_token_logps", grad=True)
     ratios = rows.segments.sums(logp - rows.read(case, "ref_per_token_logps"))
-    mismatched = other.segments.sums(
-        other.read(case, "KL_per_token_logps") - other.read(case, "KL_ref_per_token_logps")
-    )
+    d = other.read(case, "KL_per_token_logps") - other.read(case, "KL_ref_per_token_logps")
+    mismatched = other.segments.sums(d)
     desirable = tensor(case, "label").bool()
     kl = kto_reference(mismatched) if args["loss_type"] == "kto" else torch.zeros(())
     losses = kto_loss(ratios, desirable, kl, args["beta"], args["desirable_weight"], args["undesirable_weight"])
@@ -291,9 +287,8 @@ def trl_ppo(case: Case) -> Outputs:
     old, advantages = response.read(case, "mb_logprobs"), response.read(case, "mb_advantage")
     config = ppo_config(case, clip=args["cliprange"])
     how = config.ppo.loss_aggregation
-    policy = (
-        policy_losses(logp, old, advantages, response.segments, config.actor)[0] * loss_weights(response, how)
-    ).sum()
+    losses = policy_losses(logp, old, advantages, response.segments, config.actor)[0]
+    policy = (losses * loss_weights(response, how)).sum()
     before, returns = longer.read(case, "mb_values"), longer.read(case, "mb_return")
     losses = value_loss(value, before, returns, args["cliprange_value"], config.critic.loss_coef)[0]
     critic = (losses * loss_weights(longer, how)).sum()
@@ -354,9 +349,8 @@ def trl_rloo(case: Case) -> Outputs:
     old = rows.pack(tensor(case, "old_logps") / rows.segments.sizes)  # the case has those of whole responses
     options = grpo_options(case, "rloo", **given(args, clip_low="epsilon_low", clip_high="epsilon_high"))
     losses = group_losses(logp, old, rows.read(case, "advantages"), rows.segments, options)[0]
-    return loss_and_gradient(
-        rows, (losses * loss_weights(rows, options.loss_aggregation)).sum(), logp, "grad_per_token_logps"
-    )
+    loss = (losses * loss_weights(rows, options.loss_aggregation)).sum()
+    return loss_and_gradient(rows, loss, logp, "grad_per_token_logps")
 
 
 NEMO_IMPORTANCE = {None: "tis", "tis": "tis", "icepop": "icepop", "seq-mask-tis": "geometric-mask"}
@@ -435,14 +429,12 @@ def slime_tokens(case: Case) -> Outputs:
         logp, old = -tensor(case, "ppo_kl"), torch.zeros_like(advantages)
     else:
         logp, old = tensor(case, "log_probs"), tensor(case, "old_log_probs")
-    options = grpo_options(
-        case, "grpo", **given(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c")
-    )
+    clips = given(args, clip_low="eps_clip", clip_high="eps_clip_high", dual_clip="eps_clip_c")
+    options = grpo_options(case, "grpo", **clips)
     packed = (rows.pack(x.reshape(rows.shape)) for x in (logp, old, advantages))
     losses, _, clipped = group_losses(*packed, rows.segments, options)
-    return {
-        name: rows.unpack(x).reshape(advantages.shape) for name, x in (("pg_losses", losses), ("clipfrac", clipped))
-    }
+    outputs = {"pg_losses": losses, "clipfrac": clipped}
+    return {name: rows.unpack(x).reshape(advantages.shape) for name, x in outputs.items()}
 
 
 def verl_bounds(threshold: float | str) -> dict:
@@ -457,18 +449,14 @@ def verl_bounds(threshold: float | str) -> dict:
 def verl_importance(case: Case) -> Outputs:
     args, rows = case["args"], Rows(tensor(case, "response_mask"))
     old, sampled = rows.read(case, "old_log_prob"), rows.read(case, "rollout_log_prob")
-    result = importance_weights(
-        old, sampled, rows.segments, level=args["rollout_is"], limit=20.0, **verl_bounds(args["rollout_is_threshold"])
-    )
+    bounds = verl_bounds(args["rollout_is_threshold"])
+    result = importance_weights(old, sampled, rows.segments, level=args["rollout_is"], limit=20.0, **bounds)
     return {"weights": rows.unpack(result)}
 
 
 @adapter("OpenRLHF", "DPOTrainer._get_batch_logps")
 def summed(case: Case) -> Outputs:
     logp = tensor(case, "per_token_logps")
-    place = torch.arange(logp.shape[1])[None]
-    mask = tensor(case, "attention_mask")[:, 1:] * (
-        place >= torch.tensor(case["inputs"]["prompt_id_lens"])[:, None] - 1
-    )
-    rows = Rows(mask)
+    starts = torch.tensor(case["inputs"]["prompt_id_lens"])[:, None] - 1
+    rows = Rows(tensor(case, "attention_mask")[:, 1:] * (torch.arange(logp.shape[1])[None] >= starts))
     return {"sums": rows.segments.sums(rows.pack(logp)), "means": rows.segments.means(rows.pack(logp))}

@@ -140,9 +140,8 @@ def experience(rows: Rows, batch: Batch) -> Outputs:
 def cumulative(case: Case) -> Outputs:
     rows = Rows(tensor(case, "action_mask"))
     rewards = rows.pack(tensor(case, "rewards"))
-    returns = discounted_returns(
-        rewards, rows.segments, rows.cu_seqlens, case["args"]["gamma"], grpo_options(case).turn_gaps
-    )
+    how: Any = case["args"]["gamma"], grpo_options(case).turn_gaps
+    returns = discounted_returns(rewards, rows.segments, rows.cu_seqlens, *how)
     return {"returns": rows.unpack(returns)}
 
 
@@ -194,9 +193,7 @@ def nemo_groups(case: Case) -> Outputs:
     options = grpo_options(case) if others else grpo_options(case, baseline="mean", scale_rewards="unbiased")
     if not args["normalize_rewards"]:
         options = replace(options, scale_rewards="none")
-    group = (
-        prompts.unique(return_inverse=True)[1] if prompts.dim() == 1 else prompts.unique(dim=0, return_inverse=True)[1]
-    )
+    group = prompts.unique(dim=0, return_inverse=True)[1]
     return {"advantages": against_group(rewards, group, options)}
 
 

@@ -55,10 +55,7 @@ def check_accuracy(
     fn: Callable, ref: Callable, inputs: Sequence[Tensor], wanted: Sequence[int], floor: float | None = None
 ) -> None:
     """`fn` and `ref` take the inputs, all of the tested dtype where floating; gradients of inputs `wanted` count too.
-
-    The float64 truth is `ref` on the same rounded inputs. floor: as in `assert_accurate`; None: fp32's, relative to the
-    result's own magnitude. Raises AssertionError with both errors.
-    """
+    The truth is `ref` in float64 on the same inputs. floor: as there; None: fp32's, relative to a result."""
     doubles = [x.double() if x.is_floating_point() else x for x in inputs]
     _, upstream = run(ref, doubles, wanted)
     upstream = [g.to(inputs[0].dtype).double() for g in upstream]

@@ -6,6 +6,7 @@ there is a GPU, tests run on it a second time, marked `gpu`.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -50,3 +51,9 @@ def cpp_only(test: Callable) -> Callable:
 def by_mode(compiled: T, interpreted: T) -> T:
     """Sizes for compiled kernels, or smaller ones for the interpreter."""
     return interpreted if INTERPRET else compiled
+
+
+def untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """[elements] of zeros that take address space alone until they are written: more than 2^31 for index arithmetic."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)

@@ -12,23 +12,8 @@ import implementations  # noqa: F401 (installs interp_shim)
 import torch
 from interp_shim import Monitor, Traffic
 from launches import KERNELS
-from trialign.kernels import (
-    adamw,
-    attention,
-    gae,
-    grouped_matmul,
-    linear_logprob,
-    logprob,
-    moe,
-    nf4,
-    paged_attention,
-    ppo_loss,
-    rms_norm,
-    rope,
-    sampling,
-    swiglu,
-)
 
+op = torch.ops.trialign  # Triton kernels alone, in this mode
 BF16 = torch.bfloat16
 HEAD = "| kernel | counted at | per | loaded | stored | each address once | ratio |\n" + "| --- " * 7 + "|"
 
@@ -48,72 +33,72 @@ def cases() -> Iterator[Case]:
     n = 4096
     a, b, c, d = torch.ones(4, n)
     mask, cu, hyper = torch.ones(n, dtype=torch.bool), torch.arange(9) * (n // 8), (1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0)
-    yield Case(f"[{n}], bf16 copy-out", "parameter", n, lambda: adamw.adamw_triton(a, b, c, d, a.to(BF16), *hyper))
-    yield Case(f"8 sequences of {n // 8}", "token", n, lambda: gae.gae_triton(a, b, mask, cu, 0.99, 0.95))
-    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.clipped_policy_loss_triton(a, b, c, 0.2, 0.2, 3.0))
-    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.clipped_value_loss_triton(a, b, c, 0.2))
-    yield Case(f"[{n}]", "token", n, lambda: ppo_loss.kl_estimate_triton(a, b, 3))
+    yield Case(f"[{n}], bf16 copy-out", "parameter", n, lambda: op.adamw(a, b, c, d, a.to(BF16), *hyper))
+    yield Case(f"8 sequences of {n // 8}", "token", n, lambda: op.gae(a, b, mask, cu, 0.99, 0.95))
+    yield Case(f"[{n}]", "token", n, lambda: op.policy_loss(a, b, c, 0.2, 0.2, 3.0))
+    yield Case(f"[{n}]", "token", n, lambda: op.value_loss(a, b, c, 0.2))
+    yield Case(f"[{n}]", "token", n, lambda: op.kl_estimate(a, b, 3))
 
     n, h = 64, 1024
     (x, residual, grad), weight, rstd = torch.ones(3, n, h).to(BF16), torch.ones(h).to(BF16), torch.ones(n)
     size = f"[{n}, {h}] and residual"
-    yield Case(size, "element", n * h, lambda: rms_norm.add_rms_norm_triton(x, residual, weight, 1e-5))
-    yield Case(size, "element", n * h, lambda: rms_norm.rms_norm_backward_triton(grad, x, weight, rstd, residual))
+    yield Case(size, "element", n * h, lambda: op.add_rms_norm(x, residual, weight, 1e-5))
+    yield Case(size, "element", n * h, lambda: op.rms_norm_backward(grad, x, weight, rstd, residual))
     size, half = f"[{n}, 2 x {h // 2}]", grad.view(2, n, h // 2)[0]
-    yield Case(size, "output", half.numel(), lambda: swiglu.swiglu_triton(x))
-    yield Case(size, "output", half.numel(), lambda: swiglu.swiglu_backward_triton(half, x))
+    yield Case(size, "output", half.numel(), lambda: op.swiglu(x))
+    yield Case(size, "output", half.numel(), lambda: op.swiglu_backward(half, x))
 
     n, v, h = 128, 4096, 64
     logits, labels, ones = torch.randn(n, v).to(BF16), torch.randint(v, (n,)), torch.ones(n)
     hidden, head, total = torch.randn(n, h).to(BF16), torch.randn(v, h).to(BF16), torch.zeros(n, h)
-    rest = labels, logprob.logprob_stats_triton(logits, labels, 1.0, 0), ones, ones, 1.0, 0
+    rest = labels, op.logprob_stats(logits, labels, 1.0, 0), ones, ones, 1.0, 0
     size, fused = f"[{n}, {v}]", f"[{n}, {h}] x [{v}, {h}]"
-    yield Case(size, "logit", n * v, lambda: logprob.logprob_stats_triton(logits, labels, 1.0, 0))
-    yield Case(size, "logit", n * v, lambda: logprob.logprob_backward_triton(logits, *rest))
-    yield Case(fused, "logit", n * v, lambda: linear_logprob.linear_logprob_stats(hidden, head, labels, 1.0, 0))
-    yield Case(fused, "logit", n * v, lambda: linear_logprob.linear_logprob_gradient_(logits, hidden, head, *rest))
-    yield Case(fused, "logit", n * v, lambda: linear_logprob.add_product_(total, logits, head))
+    yield Case(size, "logit", n * v, lambda: op.logprob_stats(logits, labels, 1.0, 0))
+    yield Case(size, "logit", n * v, lambda: op.logprob_backward(logits, *rest))
+    yield Case(fused, "logit", n * v, lambda: op.linear_logprob_stats(hidden, head, labels, 1.0, 0))
+    yield Case(fused, "logit", n * v, lambda: op.linear_logprob_gradient_(logits, hidden, head, *rest))
+    yield Case(fused, "logit", n * v, lambda: op.add_product_(total, logits, head))
 
     n, v = 4, 16384
     rows = torch.randn(n, v).to(BF16), torch.full((n,), 0.7), torch.full((n,), 50).int(), torch.full((n,), 0.9)
     keys = torch.arange(2 * n).view(2, n)
-    yield Case(f"[{n}, {v}], top-k 50, top-p 0.9", "logit", n * v, lambda: sampling.sample_triton(*rows, *keys))
+    yield Case(f"[{n}, {v}], top-k 50, top-p 0.9", "logit", n * v, lambda: op.sample(*rows, *keys))
 
     torch.manual_seed(0)
     n, d = 256, 64
     q, k, v = (torch.randn(n, heads, d).to(BF16) for heads in (8, 2, 2))
     angles, size = torch.ones(n, d // 2), "256 tokens, 8 heads of 64 over 2"
-    yield Case("[256, 8, 64]", "element", q.numel(), lambda: rope.rope_triton(q.clone(), angles, angles, False, False))
+    yield Case("[256, 8, 64]", "element", q.numel(), lambda: op.rope_(q.clone(), angles, angles, False, False))
     rest, grad = (torch.tensor([0, n]), n, 0.125, None, None), torch.randn(n, 8, d).to(BF16)
-    out = attention.attention_triton(q, k, v, *rest)
-    yield Case(size, "token", n, lambda: attention.attention_triton(q, k, v, *rest))
-    yield Case(size, "token", n, lambda: attention.attention_backward_triton(grad, q, k, v, *out, *rest))
+    out = op.attention(q, k, v, *rest)
+    yield Case(size, "token", n, lambda: op.attention(q, k, v, *rest))
+    yield Case(size, "token", n, lambda: op.attention_backward(grad, q, k, v, *out, *rest))
     caches, slots = [torch.zeros(64, 16, 2, d, dtype=BF16) for _ in range(2)], torch.randperm(1024)[:n]
-    yield Case("[256, 2, 64]", "token", n, lambda: paged_attention.write_kv_triton(k, v, *caches, slots))
+    yield Case("[256, 2, 64]", "token", n, lambda: op.write_kv(k, v, *caches, slots))
     cache = (*caches, torch.randperm(64).view(4, 16).int(), torch.full((4,), 256).int(), 0.125, None, None)
     size = "4 sequences of 256 keys, 8 heads of 64 over 2"
-    yield Case(size, "key", 4 * 256, lambda: paged_attention.paged_attention_triton(q[:4], *cache))
+    yield Case(size, "key", 4 * 256, lambda: op.paged_attention(q[:4], *cache))
 
     torch.manual_seed(0)
     n, h, f, experts, k = 256, 128, 256, 8, 2
     x, logits = torch.randn(n, h).to(BF16), torch.randn(n, experts).to(BF16)
-    given, chosen = moe.route_triton(logits, k, True)
-    order, offsets = moe.sort_by_expert_triton(chosen, experts)
-    permuted, size = moe.permute_triton(x, order, k), f"{n} tokens, {k} of {experts} experts"
-    yield Case(size, "token", n, lambda: moe.route_triton(logits, k, True))
-    yield Case(size, "token", n, lambda: moe.route_backward_triton(given.clone(), logits, given, chosen, True))
-    yield Case(size, "token", n, lambda: moe.sort_by_expert_triton(chosen, experts))
+    given, chosen = op.route(logits, k, True)
+    order, offsets = op.sort_by_expert(chosen, experts)
+    permuted, size = op.permute(x, order, k), f"{n} tokens, {k} of {experts} experts"
+    yield Case(size, "token", n, lambda: op.route(logits, k, True))
+    yield Case(size, "token", n, lambda: op.route_backward(given.clone(), logits, given, chosen, True))
+    yield Case(size, "token", n, lambda: op.sort_by_expert(chosen, experts))
     size = f"{size}, [{n}, {h}]"
-    yield Case(size, "element", n * h, lambda: moe.permute_triton(x, order, k))
-    yield Case(size, "element", n * h, lambda: moe.unpermute_triton(permuted, order, given, k))
-    yield Case(size, "element", n * h, lambda: moe.unpermute_backward_triton(x, permuted, order, given))
+    yield Case(size, "element", n * h, lambda: op.permute(x, order, k))
+    yield Case(size, "element", n * h, lambda: op.unpermute(permuted, order, given, k))
+    yield Case(size, "element", n * h, lambda: op.unpermute_backward(x, permuted, order, given))
     weight, grad = torch.randn(experts, h, f).to(BF16), torch.randn(n * k, f).to(BF16)
     size = f"[{n * k}, {h}] x [{experts}, {h}, {f}]"
-    yield Case(size, "row", n * k, lambda: grouped_matmul.grouped_matmul_triton(permuted, weight, offsets))
-    yield Case(size, "row", n * k, lambda: grouped_matmul.grouped_outer_triton(permuted, grad, offsets))
+    yield Case(size, "row", n * k, lambda: op.grouped_matmul(permuted, weight, offsets))
+    yield Case(size, "row", n * k, lambda: op.grouped_outer(permuted, grad, offsets))
     codes, size = (torch.zeros(f, h // 2, dtype=torch.uint8), torch.ones(f, h // 64)), f"[{n}, {h}] x [{f}, {h}]"
-    yield Case(size, "weight", f * h, lambda: nf4.nf4_linear_triton(x, *codes))
-    yield Case(size, "weight", f * h, lambda: nf4.nf4_linear_backward_triton(grad[:n], *codes))
+    yield Case(size, "weight", f * h, lambda: op.nf4_linear(x, *codes))
+    yield Case(size, "weight", f * h, lambda: op.nf4_linear_backward(grad[:n], *codes))
 
 
 def all_kernels() -> dict[str, tuple[Case, Traffic]]:
