@@ -85,7 +85,8 @@ def load_whole(auto: Any, folder: Path) -> Any:
 
 def build(folder: Path, mesh: Mesh, lora: LoRA | None = None, adapter: Path | None = None, **options: Any) -> Decoder:
     """The model, by default in fp32; with the adapters of a PEFT folder, or initial ones."""
-    model = Decoder(read_config(folder), mesh, lora=lora, **{"dtype": torch.float32} | options)
+    options.setdefault("dtype", torch.float32)
+    model = Decoder(read_config(folder), mesh, lora=lora, **options)
     load_hf(model, folder, new_head="normal")
     init_adapters(model, seed=5)
     if adapter is not None:
