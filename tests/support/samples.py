@@ -51,3 +51,8 @@ def random_batch(seed: int) -> Batch:
     samples = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     batch = pack(samples, turn_masks(lengths, [max(1, n // 3) for n in lengths]))
     return batch.with_(rollout_logprobs=batch.scatter(-4 + torch.randn(len(batch.response), generator=generator) / 10))
+
+
+def chat(*texts: str) -> list[dict[str, str]]:
+    """A dialogue of user and assistant in turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]

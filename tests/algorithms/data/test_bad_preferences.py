@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-from samples import write_jsonl
-from test_preferences import chat
+from samples import chat, write_jsonl
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.data.conditional import bucketed, normalized
 from trialign.algorithms.data.preferences import LabeledStream, PairStream, read_steps

@@ -5,9 +5,8 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from samples import write_jsonl
+from samples import chat, write_jsonl
 from templates import TEMPLATES
-from test_preferences import chat
 from trialign.algorithms.config.sft import SFTData
 from trialign.algorithms.data.dialogues import DialogueDataset, Sample, joined, pack_samples
 from trialign.models.hf.tokenizer import read_tokenizer

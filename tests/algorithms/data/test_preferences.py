@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from samples import write_jsonl
+from samples import chat, write_jsonl
 from trialign.algorithms.config.data import PromptData
 from trialign.algorithms.config.preference import LabelData, PairData, StepData
 from trialign.algorithms.config.sft import SFTData
@@ -29,10 +29,6 @@ def shown(tokenizer, sample) -> tuple[str, str]:
 
 HELLO = "<s>user: hi</s><s>assistant: "
 TWO_TURNS = "<s>user: hi</s><s>assistant: yo</s><s>user: ok</s><s>assistant: "
-
-
-def chat(*texts: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 TURNS, IN_WORDS = ("hi", "yo", "ok"), "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: ok\n\nAssistant: "
