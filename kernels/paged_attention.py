@@ -71,7 +71,7 @@ def _decode_kernel(
     length = tl.load(lengths_ptr + sequence)
     first = tl.maximum(length - window, 0)
     length_of_split = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
-    # tl.dot wants at least 16 rows, a group is often smaller; larger ones are cut into chunks.
+    # tl.dot takes at least 16 rows, a group is often smaller; larger ones are cut into chunks.
     row, columns = chunk % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + row
     real = (row[:, None] < GROUP) & (columns[None, :] < D)

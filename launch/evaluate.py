@@ -179,12 +179,12 @@ def measured(responses: Completions, config: EvaluateConfig) -> Estimates:
         if passed:
             numbers[f"pass@{k}"] = wilson(math.fsum(passed) / len(passed), len(passed))
         if left_out := len(groups) - len(enough):
-            numbers[f"prompts with fewer than {k} scored answers"] = Estimate(left_out, math.nan, math.nan)
+            numbers[f"prompts with fewer than {k} scored responses"] = Estimate(left_out, math.nan, math.nan)
     if missing := sum(response["reward"] is None for response in responses if config.reward.names):
-        numbers["answers without a score"] = Estimate(missing, math.nan, math.nan)
+        numbers["responses without a score"] = Estimate(missing, math.nan, math.nan)
     lengths = [float(response["tokens"]) for response in responses]
     ended = [float(response["finish"] == "stop") for response in responses]
-    numbers["tokens an answer"] = Estimate(math.fsum(lengths) / len(lengths), math.nan, math.nan)
+    numbers["tokens per response"] = Estimate(math.fsum(lengths) / len(lengths), math.nan, math.nan)
     numbers["ended by themselves"] = Estimate(math.fsum(ended) / len(ended), math.nan, math.nan)
     return numbers
 

@@ -274,7 +274,7 @@ class Decoder(nn.Module):
             self.head = Head(shard, mesh, dtype, normalized=head == "lm" and config.norm_head)
             if tied and self.embedding is not None:
                 self.head.weight = self.embedding.weight
-            if lora is not None and head == "lm" and lora.wants("head"):
+            if lora is not None and head == "lm" and lora.adapts("head"):
                 a = Shard((full_piece((lora.rank, config.hidden_size)),), adapter=True)
                 b = Shard((shard_along(self.vocab, 0, (config.vocab_size, lora.rank)),), "tp", adapter=True)
                 adapter = Adapter(lora, {"": self.vocab.size}, [""], "out", mesh.tp)

@@ -117,7 +117,7 @@ def adapted_weights(config: ModelConfig, lora: LoRA, head: HeadKind = "lm") -> d
             continue
         suffix = part.rpartition(".")[2]  # without the expert's index
         target = cast(Target, _TARGETS[module] + ("" if suffix.isdigit() else suffix))
-        if lora.wants(target) and (target != "head" or head == "lm"):
+        if lora.adapts(target) and (target != "head" or head == "lm"):
             found[target].append(_untied(parameter, weight))
     return {target: weights for target, weights in found.items() if weights}
 

@@ -90,7 +90,7 @@ class Router(AdaptedLinear):
     ):
         super().__init__()
         self.weight = sharded_parameter(replicated(experts, hidden), dtype=dtype, device=mesh.device)
-        if lora is not None and lora.wants(target):
+        if lora is not None and lora.adapts(target):
             adapter = Adapter(lora, {"": experts}, [""], None, mesh.tp)
             a, b = (Shard((full_piece(shape),), adapter=True) for shape in ((lora.rank, hidden), (experts, lora.rank)))
             self.add_adapter(adapter, a, b, mesh, dtype)

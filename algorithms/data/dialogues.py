@@ -208,11 +208,11 @@ class Encoder:
                 mine = [i for i, (a, b) in enumerate(tokens.places) if a < span[1] and b > span[0]]
                 begin, after = (mine[0], mine[-1] + 1) if mine else (0, 0)
             else:
-                begin, after = (self._tokens_before(turn, prompt, tokens, place) for place in span)
+                begin, after = (self._tokens_before(turn, tokens, place) for place in span)
             mask[begin:after] = b"\1" * (after - begin)
         return mask[:end] if end else mask
 
-    def _tokens_before(self, turn: Turn, prompt: list[int], tokens: Tokens, place: int) -> int:
+    def _tokens_before(self, turn: Turn, tokens: Tokens, place: int) -> int:
         """Number of tokens of the turn's first `place` characters, for a tokenizer without offsets."""
         ((_, part),) = encode_responses(self.tokenizer, [(turn.prompt, turn.text[:place])], True)
         if tokens.ids[: len(part.ids)] != part.ids:

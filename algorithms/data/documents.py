@@ -111,7 +111,7 @@ class TextStream(RowStream[PackedRow]):
         unseen = [document for source in config.eval_sources for document in read[source]]
         learned = {source: read[source] for source in config.sources}
         if config.eval_fraction:
-            learned, unseen = hold_out(learned, config, seed)
+            learned, unseen = split_eval(learned, config, seed)
         if not config.probabilities:
             learned = {", ".join(learned): [document for documents in learned.values() for document in documents]}
         self.documents = sum(map(len, learned.values()))
@@ -168,7 +168,7 @@ def tokenize_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokeni
     yield from flush()
 
 
-def hold_out(
+def split_eval(
     documents: Mapping[str, list[Passage]], config: TextData, seed: int
 ) -> tuple[dict[str, list[Passage]], list[Passage]]:
     """(training documents by source, eval documents); at least one eval document, chosen by the seed. Raises: as

@@ -203,7 +203,7 @@ def label_pairs(responses: Sequence[Response], pairs: int) -> LabeledPairs:
         )
     counts = {
         "prompts": len({response.source for response in responses}),
-        "answers": len(responses),
+        "responses": len(responses),
         "without_score": len(responses) - len(scored),
         "pairs": len(rows),
         "ties": sum(min(pairs, len(group) // 2) for group in by_prompt(scored).values()) - len(rows),

@@ -133,12 +133,12 @@ class RowStream(Generic[Row]):
         if not any(pools):
             raise ValueError(f"{section}.sources: all {noun} are longer than {option}")
         if config.eval_fraction:
-            pools = self._hold_out(config, pools, seed)
+            pools = self._split_eval(config, pools, seed)
         self.pools = pools if weights else [[row for pool in pools for row in pool]]
         self.tokens = sum(sum(lengths(row)) for row in self.rows())
         self._draws = Mixture([len(pool) for pool in self.pools], weights, seed, noun)
 
-    def _hold_out(self, config: RowData, pools: list[list[Row]], seed: int) -> list[list[Row]]:
+    def _split_eval(self, config: RowData, pools: list[list[Row]], seed: int) -> list[list[Row]]:
         """The pools without the eval split."""
         places = [(pool, row) for pool, rows in enumerate(pools) for row in range(len(rows))]
         count = max(1, round(config.eval_fraction * len(places)))

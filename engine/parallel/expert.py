@@ -173,7 +173,7 @@ class ExpertLinear(AdaptedLinear):
 
         weight = Shard(pieces({part: (out, in_size) for part, out in out_sizes.items()}, dim), "tp", experts=True)
         self.weight, self.nf4 = linear_weight(weight, mesh, dtype, lora)
-        parts = [part for part in out_sizes if lora is not None and lora.wants(target + part)]
+        parts = [part for part in out_sizes if lora is not None and lora.adapts(target + part)]
         if lora is not None and parts:
             on_a, on_b = (None, 0) if dim == 0 else (1, None)  # the dim that is sharded over tp
             outputs = {part: split(out, mesh.tp).size if dim == 0 else out for part, out in out_sizes.items()}

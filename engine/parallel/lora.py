@@ -59,7 +59,7 @@ class LoRA:
         """s in the formula."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def wants(self, target: str) -> bool:
+    def adapts(self, target: str) -> bool:
         """Whether a weight of this name gets an adapter."""
         return target in self.targets or self.targets == ("all",)
 

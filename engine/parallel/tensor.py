@@ -80,7 +80,7 @@ class ColumnParallelLinear(ParallelLinear):
             return Shard(tuple(shard_along(out, 0, (out.total, *more), part) for part, out in outputs.items()), "tp")
 
         super().__init__(shard(in_size), shard() if bias else None, mesh, dtype, lora)
-        parts = [part for part in outputs if lora is not None and lora.wants(target + part)]
+        parts = [part for part in outputs if lora is not None and lora.adapts(target + part)]
         if lora is not None and parts:
             a = Shard(tuple(full_piece((lora.rank, in_size), part) for part in parts), adapter=True)
             b = tuple(shard_along(outputs[part], 0, (outputs[part].total, lora.rank), part) for part in parts)
@@ -111,7 +111,7 @@ class RowParallelLinear(ParallelLinear):
     ):
         shard = Shard((shard_along(inputs, 1, (out_size, inputs.total)),), "tp")
         super().__init__(shard, replicated(out_size) if bias else None, mesh, dtype, lora)
-        if lora is not None and lora.wants(target):
+        if lora is not None and lora.adapts(target):
             a = Shard((shard_along(inputs, 1, (lora.rank, inputs.total)),), "tp", adapter=True)
             b = Shard((full_piece((out_size, lora.rank)),), adapter=True)
             self.add_adapter(Adapter(lora, {"": out_size}, [""], "in", mesh.tp), a, b, mesh, dtype)

@@ -128,7 +128,7 @@ def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> I
         mesh = build_mesh(**layout)
     try:
         yield mesh
-    except SystemExit:  # all ranks stop; after an error the watchdog goes on, to show that this rank lives
+    except SystemExit:  # all ranks stop; after an error the watchdog goes on, to show that this rank is alive
         watchdog.close()
         raise
     watchdog.close()

@@ -102,7 +102,7 @@ def finish(folder: Path, config: PreferencesConfig, parts: int) -> None:
         counts[side] = labels.counts
         if not labels.rows:
             raise ValueError(
-                f"no preferences: of {labels.counts['answers']} responses to the prompts in {source},"
+                f"no preferences: of {labels.counts['responses']} responses to the prompts in {source},"
                 f" {labels.counts['without_score']} have no score and the others tie"
             )
         write_jsonl(folder / f"{side}.jsonl", labels.rows)

@@ -76,7 +76,7 @@ class RunRecord:
         """
         token, lock = gather_objects(token, self.mesh.world)[0], self.folder / ".lock"
         deadline = time.monotonic() + DISK_WAIT
-        seen = self.mesh.is_main  # which would lose its lock by closing the file
+        seen = self.mesh.is_main  # it would lose its lock by closing the file
         while not seen and time.monotonic() < deadline:
             seen = lock.is_file() and lock.read_text() == token
             time.sleep(0 if seen else 0.2)

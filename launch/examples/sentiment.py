@@ -1,4 +1,4 @@
-"""The demo's reward: how positive an answer sounds, by VADER's lexicon. No model, no network."""
+"""The demo's reward: how positive a response sounds, by VADER's lexicon. No model, no network."""
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 

@@ -238,7 +238,7 @@ def counts(config: RLHFConfig, parts: Stages, root: Path) -> list[tuple[str, ...
     labeled = json.loads((root / "preferences" / "counts.json").read_text(encoding="utf-8"))
     rows = [("prompts", *map(str, sides))]
     for key, name in (
-        ("answers", "responses compared"),
+        ("responses", "responses compared"),
         ("without_score", "of them without a score"),
         ("pairs", "pairs"),
     ):

@@ -141,7 +141,7 @@ def export_checkpoint(
     if saved is not None:
         lora, record = saved
         merged = merged_reader(find_base(record, base), config, head, lora, trained)
-        if head == "lm" and lora.wants("head"):  # with its adapter the head is no longer the embedding
+        if head == "lm" and lora.adapts("head"):  # with its adapter the head is no longer the embedding
             config = replace(config, tie_embeddings=False)
         tensors = LazyState(part_shapes(config, head), merged)
     if family is not None:

@@ -124,7 +124,7 @@ def test_unscored_responses_are_left_out_and_counted(setting, tmp_path):
     assert "not scored: " in printed and sum(line["reward"] is None for line in lines) == 2 * 3
     assert results[str(setting / "model")]["answers without a score"]["value"] == 3
     assert results[str(setting / "model")]["reward"]["value"] == 1.0
-    assert results[str(setting / "model")]["prompts with fewer than 2 scored answers"]["value"] == 1
+    assert results[str(setting / "model")]["prompts with fewer than 2 scored responses"]["value"] == 1
 
 
 def test_models_are_freed_before_the_next_is_loaded(setting, launched, monkeypatch):

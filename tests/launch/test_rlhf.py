@@ -33,7 +33,7 @@ def test_better_response_is_chosen_and_ties_are_counted():
     found = label_pairs(responses, 2)
     pairs = [(row["chosen"], row["rejected"]) for row in found.rows]
     assert pairs == [("a0", "a3"), ("a2", "a1"), ("a10", "a13"), ("a40", "a43")]
-    assert found.counts == {"prompts": 5, "answers": 20, "without_score": 7, "pairs": 4, "ties": 2}
+    assert found.counts == {"prompts": 5, "responses": 20, "without_score": 7, "pairs": 4, "ties": 2}
     assert len(label_pairs(responses, 1).rows) == 3
 
 
@@ -143,7 +143,9 @@ def test_outputs_of_the_stages(whole):
     for side, own in prompts.items():
         pairs = lines(whole / "preferences" / f"{side}.jsonl")
         assert {row["prompt"] for row in pairs} <= own and len(pairs) == counts[side]["pairs"]
-        assert counts[side]["pairs"] + counts[side]["ties"] == 2 * len(own) and counts[side]["answers"] == 4 * len(own)
+        assert counts[side]["pairs"] + counts[side]["ties"] == 2 * len(own) and counts[side]["responses"] == 4 * len(
+            own
+        )
         assert all(row["chosen_reward"] > row["rejected_reward"] for row in pairs)
     steps = metrics(whole / "ppo")
     assert len(steps) == PPO_STEPS and all(step["reward"] == pytest.approx(step["reward/model"]) for step in steps)

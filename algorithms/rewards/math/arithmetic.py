@@ -84,7 +84,7 @@ class _Reader:
             self.place += 1
             try:
                 value += self.product() * (-1 if sign == "-" else 1)
-            except NoValue:  # what follows is another's: the sum ends before the sign
+            except NoValue:  # no term follows: the sum ends before the sign
                 self.place = before
                 break
         self.depth -= 1

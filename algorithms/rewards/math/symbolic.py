@@ -83,7 +83,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that is printed must get between the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that asks
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # which warns about its missing time limit
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about its missing time limit
     for text in _WARM:
         parsed(text)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -9,7 +9,7 @@ UPRIGHT = "\x02"
 """Before a single letter that was set upright, as units are and variables are not: `5 \\mathrm{N}`."""
 
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_BEFORE = (  # what NFKC would change into something else
+_BEFORE = (  # before NFKC, which would change them into something else
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+"), lambda match: f"^{{{match[0].translate(_RAISED)}}}"),
     (re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞])"), " "),
     (re.compile(r"((?:\d[\u0304\u0305\u0307])+)"), lambda m: rf"\overline{{{re.sub(r'[^0-9]', '', m[0])}}}"),

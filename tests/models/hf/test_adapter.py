@@ -85,7 +85,7 @@ def test_checkpoint_resumes_merges_and_loads_in_peft(case, tmp_path):
     assert (expected - logits(build(folder, mesh, None))).abs().max() > 0.01
     export_checkpoint(saved, tmp_path / "merged", dtype=torch.float32)
     assert_close(peer_logits(peer(tmp_path / "merged")), expected)
-    if lora.wants("head"):
+    if lora.adapts("head"):
         assert not read_config(tmp_path / "merged").tie_embeddings
 
     export_adapter(saved, tmp_path / "adapter")
