@@ -234,7 +234,8 @@ def _take(argv: list[str], flag: str, *, several: bool = False) -> tuple[list[st
     if not indices:
         return [], argv
     if len(indices) > 1:
-        raise ValueError(f"{flag} is given twice")
+        more = f"; write {flag} A.toml B.toml" if several else ""
+        raise ValueError(f"{flag} is given twice{more}")
     (i,) = indices
     if argv[i] != flag:
         values, end = [argv[i].removeprefix(f"{flag}=")], i + 1

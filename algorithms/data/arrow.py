@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .text_files import Row, parse_json
+from .text_files import SourceRow, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Restore = Callable[[Any], Any]
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
+def read_parquet(path: Path) -> Iterator[SourceRow]:
     """Rows of a parquet file; ValueError with the file if it is corrupt."""
     import pyarrow  # optional, and slow to import
     import pyarrow.parquet
@@ -32,7 +32,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
         raise ValueError(f"data source {path}: {error.strerror or error}") from None
 
 
-def named(source: str, tables: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Iterator[Row]:
+def named(source: str, tables: Iterable[pyarrow.RecordBatch | pyarrow.Table]) -> Iterator[SourceRow]:
     """The rows of tables with their numbers, from 1."""
     number = 0
     for table in tables:

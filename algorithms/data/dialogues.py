@@ -90,7 +90,7 @@ class Sample(NamedTuple):
         return self.tokens[:begin].tolist(), self.tokens[begin : begin + length].tolist()
 
 
-class Turn(NamedTuple):
+class DialogueTurn(NamedTuple):
     """A message to learn, as text."""
 
     where: str
@@ -158,10 +158,10 @@ class Encoder:
             (sample,) = samples
             yield sample
 
-    def _turn(self, dialogue: Dialogue, number: int) -> Turn:
+    def _turn(self, dialogue: Dialogue, number: int) -> DialogueTurn:
         where, messages, tools = dialogue.where, dialogue.messages, dialogue.tools
         if not self.config.chat_template:
-            return Turn(where, number, messages[number - 1]["content"], messages[number]["content"], None)
+            return DialogueTurn(where, number, messages[number - 1]["content"], messages[number]["content"], None)
         prompt = dialogue.prompt(number, self.tokenizer)
         template = self.tokenizer.get_chat_template(tools=tools)
         if MARKS.search(template):
@@ -176,9 +176,9 @@ class Encoder:
         begin = len(prompt)
         if spans is not None:
             spans = [(max(0, a - begin), b - begin) for a, b in spans if a < b and b > begin]
-        return Turn(where, number, prompt, text[begin:], spans)
+        return DialogueTurn(where, number, prompt, text[begin:], spans)
 
-    def _encode(self, turns: Sequence[Turn]) -> list[Learned]:
+    def _encode(self, turns: Sequence[DialogueTurn]) -> list[Learned]:
         """Tokens of turns. ValueError with the row if one has nothing to learn or no end."""
         fast = any(turn.marked is not None for turn in turns) and bool(self.tokenizer.is_fast)
         pairs = [(turn.prompt, turn.text) for turn in turns]
@@ -198,7 +198,7 @@ class Encoder:
                 results.append(self._ended(turn, prompt, tokens, mask, end))
         return results
 
-    def _mask(self, turn: Turn, prompt: list[int], tokens: Tokens, end: int) -> bytearray:
+    def _mask(self, turn: DialogueTurn, prompt: list[int], tokens: Tokens, end: int) -> bytearray:
         """1 at the tokens of a turn that are learned."""
         if turn.marked is None:
             return bytearray(b"\1" * (end or len(tokens.ids)))
@@ -212,7 +212,7 @@ class Encoder:
             mask[begin:after] = b"\1" * (after - begin)
         return mask[:end] if end else mask
 
-    def _tokens_before(self, turn: Turn, tokens: Tokens, place: int) -> int:
+    def _tokens_before(self, turn: DialogueTurn, tokens: Tokens, place: int) -> int:
         """Number of tokens of the turn's first `place` characters, for a tokenizer without offsets."""
         ((_, part),) = encode_responses(self.tokenizer, [(turn.prompt, turn.text[:place])], True)
         if tokens.ids[: len(part.ids)] != part.ids:
@@ -221,7 +221,7 @@ class Encoder:
             )
         return len(part.ids)
 
-    def _ended(self, turn: Turn, prompt: list[int], tokens: Tokens, mask: bytearray, end: int) -> Learned:
+    def _ended(self, turn: DialogueTurn, prompt: list[int], tokens: Tokens, mask: bytearray, end: int) -> Learned:
         """The turn with its end as a target: the end of the text, or an appended one."""
         assert self.end is not None
         if end:  # the marks stop before it
@@ -234,7 +234,7 @@ class Encoder:
             mask = self._mask(turn, prompt, tokens, 0)
         return Learned(prompt, [*tokens.ids, self.end], bytes(mask) + b"\1")
 
-    def _endless(self, turn: Turn, tokens: Tokens, end: int) -> str:
+    def _endless(self, turn: DialogueTurn, tokens: Tokens, end: int) -> str:
         if end:
             written = self.tokenizer.decode([tokens.ids[end - 1]])
             reason = f"its {{% generation %}} marks stop before {written!r}"

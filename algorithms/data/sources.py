@@ -12,7 +12,7 @@ from typing import Any
 from ..extensions import load_function
 from .arrow import named, read_parquet
 from .columns import own_columns
-from .text_files import Row, read_csv, read_json, read_jsonl, read_text
+from .text_files import SourceRow, read_csv, read_json, read_jsonl, read_text
 
 FORMS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 """File formats; text may be gzipped (.jsonl.gz). A .txt or .md file is one row."""
@@ -24,7 +24,7 @@ Keys = Mapping[str, str]
 
 NO_KEYS: Keys = MappingProxyType({})
 
-Read = Callable[[str, Keys], Iterator[Row]]
+Read = Callable[[str, Keys], Iterator[SourceRow]]
 """Reader of a source: `read_rows`, or a `RowReader`."""
 
 
@@ -41,7 +41,7 @@ class RowReader:
     def __init__(self, function: str = "") -> None:
         self.function, self.digests = function, dict[str, str]()
 
-    def __call__(self, source: str, keys: Keys) -> Iterator[Row]:
+    def __call__(self, source: str, keys: Keys) -> Iterator[SourceRow]:
         digest = sha256()
         for where, row in user_rows(self.function, source, keys) if self.function else read_rows(source, keys):
             digest.update(json.dumps(row, default=str).encode() + b"\n")
@@ -71,7 +71,7 @@ class RowReader:
                 )
 
 
-def user_rows(function: str, source: str, keys: Keys) -> Iterator[Row]:
+def user_rows(function: str, source: str, keys: Keys) -> Iterator[SourceRow]:
     """Rows of a source by a user's function; ValueError with the number of a row that is not a dict."""
     rows = load_function(function)(source)
     if not isinstance(rows, Iterable):
@@ -89,7 +89,7 @@ NUMBERS = ("label_key", "margin_key", "reward_key")
 """Options of columns that are not text."""
 
 
-def read_rows(source: str, keys: Keys = NO_KEYS) -> Iterator[Row]:
+def read_rows(source: str, keys: Keys = NO_KEYS) -> Iterator[SourceRow]:
     """Rows of a file, a folder of files, a saved dataset, or a Hugging Face dataset (name:config:split, name:split).
 
     Columns of ShareGPT and Alpaca become those that `keys` names; see columns.py.
@@ -101,7 +101,7 @@ def read_rows(source: str, keys: Keys = NO_KEYS) -> Iterator[Row]:
         yield where, own_columns(where, row, keys)
 
 
-def _read(source: str, keys: Keys) -> Iterator[Row]:
+def _read(source: str, keys: Keys) -> Iterator[SourceRow]:
     path = Path(source)
     form = form_of(path)
     if path.is_file() or form and not path.is_dir():
@@ -124,7 +124,7 @@ def form_of(path: Path) -> str:
     return "" if form == ".parquet" and name != path.name else form
 
 
-def _read_file(path: Path, form: str, keys: Keys) -> Iterator[Row]:
+def _read_file(path: Path, form: str, keys: Keys) -> Iterator[SourceRow]:
     if form == ".jsonl":
         yield from read_jsonl(path)
     elif form == ".json":
@@ -142,7 +142,7 @@ def _read_file(path: Path, form: str, keys: Keys) -> Iterator[Row]:
         yield str(path), {keys.get("text_key", "text"): read_text(path)}
 
 
-def _read_folder(folder: Path, chosen: str, keys: Keys) -> Iterator[Row]:
+def _read_folder(folder: Path, chosen: str, keys: Keys) -> Iterator[SourceRow]:
     """Rows of a folder of files; `datasets` finds the splits by file names or the configurations in README.md."""
     import datasets  # optional, and slow to import
 
@@ -164,7 +164,7 @@ def _read_folder(folder: Path, chosen: str, keys: Keys) -> Iterator[Row]:
         yield from _read_file(file, form_of(file), keys)
 
 
-def _read_saved(name: str, split: str) -> Iterator[Row]:
+def _read_saved(name: str, split: str) -> Iterator[SourceRow]:
     """Rows of a folder saved by `datasets`."""
     import datasets  # optional, and slow to import
 
@@ -180,7 +180,7 @@ def _read_saved(name: str, split: str) -> Iterator[Row]:
     yield from _table_rows(f"{name}{':' * bool(split)}{split}", loaded)
 
 
-def _read_hub(name: str, chosen: str) -> Iterator[Row]:
+def _read_hub(name: str, chosen: str) -> Iterator[SourceRow]:
     """Rows of a Hugging Face dataset."""
     import datasets  # optional, and slow to import
 
@@ -195,7 +195,7 @@ def _read_hub(name: str, chosen: str) -> Iterator[Row]:
     yield from _table_rows(source, loaded)
 
 
-def _table_rows(source: str, table: Any) -> Iterator[Row]:
+def _table_rows(source: str, table: Any) -> Iterator[SourceRow]:
     """Rows of a dataset, read in blocks."""
     yield from named(source, table.with_format("arrow").iter(1000))
 

@@ -22,7 +22,7 @@ MAX_DEPTH = 100  # nesting: far more than any row has, far less than Python's re
 TOO_DEEP = f"nested more than {MAX_DEPTH} lists or objects deep"
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?|-?inf|nan", re.IGNORECASE)
 
-Row = tuple[str, dict[str, Any]]
+SourceRow = tuple[str, dict[str, Any]]
 """(where it was read, as prompts.jsonl:12, and its columns)."""
 
 
@@ -62,7 +62,7 @@ def _deeper(value: Any, depth: int) -> bool:
     return any(isinstance(v, list | dict) for v in layer)
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
+def read_jsonl(path: Path) -> Iterator[SourceRow]:
     """An object a line; blank lines are skipped."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
@@ -75,7 +75,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 yield where, _row(where, row, line)
 
 
-def read_json(path: Path) -> Iterator[Row]:
+def read_json(path: Path) -> Iterator[SourceRow]:
     """A list of objects, or JSON Lines in a .json file. A row of a list is named by its number."""
     with _opened(path) as file:
         text = file.read()
@@ -116,7 +116,7 @@ def _line(text: str, place: int) -> int:
     return text.count("\n", 0, place) + 1
 
 
-def read_csv(path: Path, separator: str, text: Collection[str]) -> Iterator[Row]:
+def read_csv(path: Path, separator: str, text: Collection[str]) -> Iterator[SourceRow]:
     """Lines of a table whose first line has the column names. An empty cell is None.
 
     A column of numbers only holds numbers, of true and false only booleans, any other text.

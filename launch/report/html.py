@@ -47,7 +47,7 @@ class RewardedResponse(NamedTuple):
     ended: bool
 
 
-class Row(NamedTuple):
+class Measure(NamedTuple):
     """A metric before and after."""
 
     name: str
@@ -172,7 +172,7 @@ def by_prompt(found: Sequence[RewardedResponse], key: str) -> list[list[float]]:
     return list(groups.values())
 
 
-def measures(before: Sequence[RewardedResponse], after: Sequence[RewardedResponse]) -> list[Row]:
+def measures(before: Sequence[RewardedResponse], after: Sequence[RewardedResponse]) -> list[Measure]:
     """Metrics of the same prompts before and after; a change is measured prompt by prompt."""
     rows = []
     for key, name in (("true", "true reward"), ("learned", "learned reward"), ("tokens", "tokens a response")):
@@ -180,14 +180,14 @@ def measures(before: Sequence[RewardedResponse], after: Sequence[RewardedRespons
         change = mean_of_prompts([fmean(b) - fmean(a) for a, b in zip(old, new, strict=True)])
         first, last = (interval(mean_of_prompts([fmean(own) for own in side])) for side in (old, new))
         rows.append(
-            Row(name, first, last, interval(change, sign=True), None if key == "tokens" else verdict(change, 0))
+            Measure(name, first, last, interval(change, sign=True), None if key == "tokens" else verdict(change, 0))
         )
     first, last = (f"{fmean(response.ended for response in side):.0%}" for side in (before, after))
-    rows.append(Row("ended by themselves", first, last, "", None))
+    rows.append(Measure("ended by themselves", first, last, "", None))
     for key, name in (("true", "won by the true reward"), ("learned", "won by the learned reward")):
         won = win_rate(by_prompt(after, key), by_prompt(before, key))
         span = f"{won.low:.0%} to {won.high:.0%}"
-        rows.append(Row(name, f"{1 - won.value:.0%}", f"{won.value:.0%}", span, verdict(won, 0.5)))
+        rows.append(Measure(name, f"{1 - won.value:.0%}", f"{won.value:.0%}", span, verdict(won, 0.5)))
     return rows
 
 
