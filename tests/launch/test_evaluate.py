@@ -122,7 +122,7 @@ def test_unscored_responses_are_left_out_and_counted(setting, tmp_path):
     given = ("--reward.functions", tmp_path / "some.py:some", "--reward.models", "--reward.weights")
     printed, lines, results = run(setting, "skip", *given, "--reward.on_failure", "skip")
     assert "not scored: " in printed and sum(line["reward"] is None for line in lines) == 2 * 3
-    assert results[str(setting / "model")]["answers without a score"]["value"] == 3
+    assert results[str(setting / "model")]["responses without a score"]["value"] == 3
     assert results[str(setting / "model")]["reward"]["value"] == 1.0
     assert results[str(setting / "model")]["prompts with fewer than 2 scored responses"]["value"] == 1
 
