@@ -178,7 +178,7 @@ def check_estimate(
     Raises:
         ValueError: names the function and the first such sample.
     """
-    if optimizer.on_nonfinite == "stop" and all(numbers.isfinite().all() for numbers in given):
+    if optimizer.on_nonfinite == "stop" and all(own.isfinite().all() for own in given):
         sample = batch.target_segments.sample
         check_finite(numbers[batch.response], f"{name} of {spec}", lambda i: batch.name(int(sample[i])))
 

@@ -228,6 +228,14 @@ def suggest(name: str, allowed: Sequence[str]) -> str:
     return f"{hint}allowed: {', '.join(allowed)}"
 
 
+def option_value(argv: Sequence[str], flag: str) -> str:
+    """The value of `flag` on a command line; "" where it is absent, or malformed, which `parse` refuses."""
+    try:
+        return "".join(_take(list(argv), flag)[0])
+    except ValueError:
+        return ""
+
+
 def _take(argv: list[str], flag: str, *, several: bool = False) -> tuple[list[str], list[str]]:
     """The values of `flag VALUE...` or `flag=VALUE` (empty if absent), and the other arguments."""
     indices = [i for i, argument in enumerate(argv) if argument == flag or argument.startswith(f"{flag}=")]

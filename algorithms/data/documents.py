@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from ..config.pretrain import TextData
 from .chat import column, shorten
 from .encoding import encode_documents
 from .sources import Read, RowReader
-from .streams import RowStream, check_left
+from .streams import RowStream, split_eval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +111,9 @@ class TextStream(RowStream[PackedRow]):
         unseen = [document for source in config.eval_sources for document in read[source]]
         learned = {source: read[source] for source in config.sources}
         if config.eval_fraction:
-            learned, unseen = split_eval(learned, config, seed)
+            pools, places = split_eval(config, list(learned.values()), seed, "documents")
+            unseen = [learned[source][i] for source, i in sorted((config.sources[pool], i) for pool, i in places)]
+            learned = dict(zip(learned, pools, strict=True))
         if not config.probabilities:
             learned = {", ".join(learned): [document for documents in learned.values() for document in documents]}
         self.documents = sum(map(len, learned.values()))
@@ -166,20 +168,6 @@ def tokenize_texts(texts: Iterator[tuple[str, str]], tokenizer: PreTrainedTokeni
         if len(waiting) == CHUNK:
             yield from flush()
     yield from flush()
-
-
-def split_eval(
-    documents: Mapping[str, list[Passage]], config: TextData, seed: int
-) -> tuple[dict[str, list[Passage]], list[Passage]]:
-    """(training documents by source, eval documents); at least one eval document, chosen by the seed. Raises: as
-    `check_left`."""
-    places = [(source, i) for source, own in documents.items() for i in range(len(own))]
-    order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
-    chosen = {places[i] for i in order[: max(1, round(config.eval_fraction * len(places)))]}
-    rest = {source: [d for i, d in enumerate(own) if (source, i) not in chosen] for source, own in documents.items()}
-    before, left = ([len(own) for own in side.values()] for side in (documents, rest))
-    check_left(config, before, left, "documents")
-    return rest, [documents[source][i] for source, i in sorted(chosen)]
 
 
 def pack_documents(rows: Sequence[PackedRow]) -> Batch:

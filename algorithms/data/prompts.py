@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..batch import Prompt
 from ..config.data import PromptData
 from ..config.rlhf import PromptsConfig
 from .chat import column, need_template, read_prompt, read_tools, render_prompt, users_words, with_system_prompt
 from .encoding import encode_prompts
 from .sources import Read, RowReader
-from .streams import Mixture
+from .streams import Mixture, eval_indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,12 +120,10 @@ def split_prompts(config: PromptsConfig, seed: int) -> tuple[list[dict[str, Any]
             keys.append(json.dumps(column(where, row, config.prompt_key, "prompts.prompt_key"), sort_keys=True))
             rows.append(row)
     distinct = list(dict.fromkeys(keys))
-    count = max(1, round(config.eval_fraction * len(distinct)))
-    if count >= len(distinct):
+    chosen = {distinct[i] for i in eval_indices(len(distinct), config.eval_fraction, seed)}
+    if len(chosen) == len(distinct):
         raise ValueError(
             f"prompts.eval_fraction={config.eval_fraction} of {len(distinct)} prompts leaves none to learn from"
         )
-    order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(distinct))
-    chosen = {distinct[i] for i in order[:count]}
     sides = [[row for key, row in zip(keys, rows, strict=True) if (key in chosen) == out] for out in (False, True)]
     return sides[0], sides[1]

@@ -66,6 +66,23 @@ class _Order:
         return int(self._permutation[place])
 
 
+def eval_indices(count: int, fraction: float, seed: int) -> set[int]:
+    """Indices below `count` of the eval split: this fraction, at least one, chosen by the seed."""
+    order = np.random.default_rng((seed, 0, 0, 1)).permutation(count)
+    return set(order[: max(1, round(fraction * count))].tolist())
+
+
+def split_eval(
+    config: RowData, pools: Sequence[Sequence[Row]], seed: int, noun: str
+) -> tuple[list[list[Row]], list[tuple[int, int]]]:
+    """(the sources' pools without the eval split, its places (pool, row) in order). Raises: as `check_left`."""
+    places = [(pool, row) for pool, rows in enumerate(pools) for row in range(len(rows))]
+    chosen = {places[i] for i in eval_indices(len(places), config.eval_fraction, seed)}
+    rest = [[r for row, r in enumerate(rows) if (pool, row) not in chosen] for pool, rows in enumerate(pools)]
+    check_left(config, list(map(len, pools)), list(map(len, rest)), noun)
+    return rest, sorted(chosen)
+
+
 def check_left(config: RowData, before: Sequence[int], left: Sequence[int], noun: str) -> None:
     """Refuse an `eval_fraction` that leaves no training rows, or none of a source with a probability.
 
@@ -133,21 +150,11 @@ class RowStream(Generic[Row]):
         if not any(pools):
             raise ValueError(f"{section}.sources: all {noun} are longer than {option}")
         if config.eval_fraction:
-            pools = self._split_eval(config, pools, seed)
+            rest, places = split_eval(config, pools, seed, noun)
+            self.eval_rows, pools = [pools[pool][row] for pool, row in places], rest
         self.pools = pools if weights else [[row for pool in pools for row in pool]]
         self.tokens = sum(sum(lengths(row)) for row in self.rows())
         self._draws = Mixture([len(pool) for pool in self.pools], weights, seed, noun)
-
-    def _split_eval(self, config: RowData, pools: list[list[Row]], seed: int) -> list[list[Row]]:
-        """The pools without the eval split."""
-        places = [(pool, row) for pool, rows in enumerate(pools) for row in range(len(rows))]
-        count = max(1, round(config.eval_fraction * len(places)))
-        order = np.random.default_rng((seed, 0, 0, 1)).permutation(len(places))
-        chosen = {places[i] for i in order[:count]}
-        self.eval_rows = [pools[pool][row] for pool, row in places if (pool, row) in chosen]
-        rest = [[r for row, r in enumerate(rows) if (pool, row) not in chosen] for pool, rows in enumerate(pools)]
-        check_left(config, [len(pool) for pool in pools], [len(pool) for pool in rest], self.noun)
-        return rest
 
     def __len__(self) -> int:
         """Rows of an epoch."""

@@ -46,18 +46,21 @@ def write_text(path: Path, text: str) -> None:
 
 def delete_folder(folder: Path) -> None:
     """Deletes a folder; a kill leaves no incomplete one of its name."""
-    doomed = folder.with_name(f".{folder.name}.deleted")
-    shutil.rmtree(doomed, ignore_errors=True)  # of a process that was killed
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(_rename_deleted(folder))
 
 
-def replace_folder(folder: Path, new: Path) -> None:
-    """Renames the complete folder `new`, which is beside `folder`, to it; an existing `folder` is deleted."""
+def _rename_deleted(folder: Path) -> Path:
+    """Renames a folder, if it exists, to the returned name of one that is being deleted."""
     doomed = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)  # of a process that was killed
     if folder.exists():
         folder.rename(doomed)
+    return doomed
+
+
+def replace_folder(folder: Path, new: Path) -> None:
+    """Renames the complete folder `new`, which is beside `folder`, to it; an existing `folder` is deleted."""
+    doomed = _rename_deleted(folder)
     new.rename(folder)  # before the slow deletion: a kill during it would leave neither
     fsync(folder.parent)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trialign.engine.config import AUTO, NEW, absolute, to_toml
+from trialign.engine.config import AUTO, NEW, absolute, option_value, to_toml
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.storage import checkpoint
@@ -213,10 +212,9 @@ def check_script(folder: Path, record: dict[str, Any] | None, script: str) -> No
 
 def check_resumed(argv: Sequence[str], script: str) -> None:
     """Refuses `--resume RUN` of another script's run, before its config is read."""
-    words = [word for argument in argv for word in argument.split("=", argument.startswith("--"))]
-    for option, folder in pairwise(words):
-        if option in ("--resume", "--run.resume") and folder != AUTO:
-            check_script(Path(folder), read(Path(folder)), script)
+    folder = option_value(argv, "--resume") or option_value(argv, "--run.resume")
+    if folder not in (NEW, AUTO):
+        check_script(Path(folder), read(Path(folder)), script)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
