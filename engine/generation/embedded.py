@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +36,9 @@ from ..parallel.collectives import all_gather, all_reduce, broadcast, exchange
 from ..parallel.shard import Split
 from ..profiler import Profiler
 from ..progress import report_progress
+from ..transfer import HostCopy, to_device
 from .interface import Completion, Generator, Interrupted, Request, SamplingParams
-from .kv_cache import PagedCache
+from .kv_cache import PagedCache, blocks_for, free_memory
 from .lane import Lane, sample_key
 from .scheduler import Scheduler, Sequence, Step
 
@@ -91,6 +93,8 @@ class Model(Protocol):
         ...
 
 
+CACHE_FRACTION = 0.5
+"""Share of the free memory that the cache gets where no size is given."""
 PACK_TOKENS = 10
 """Response tokens from which packing pays: it takes as long as it saves in 8 steps of 32 rows
 (benchmarks/bench_generate.py)."""
@@ -111,7 +115,12 @@ class EmbeddedGenerator(Generator):
         block_size: tokens in a cache block.
         max_running: sequences that run at once.
         prefill_tokens: limit of admitted tokens in a step, which bounds its activations.
-        cache_bytes: limit of the cache on this rank; None gives every running sequence its full length.
+        cache_bytes: size of the cache on this rank; None for `CACHE_FRACTION` of its free memory. No more is allocated
+            than `max_running` sequences of `max_length` tokens need.
+        max_length: of a prompt with its response; None for the model's limit.
+        lag: steps that the host plans ahead of the results it has read; None for 1 on a GPU without pipeline stages,
+            so that planning overlaps with the device's work, else 0. A sequence that ends then runs `lag` steps too
+            many, whose tokens are dropped. With stages it must be 0: their steps are planned ahead anyway.
         profiler: receives the tokens and FLOPs of completions.
 
     Raises:
@@ -128,17 +137,22 @@ class EmbeddedGenerator(Generator):
         max_running: int = 256,
         prefill_tokens: int = 4096,
         cache_bytes: int | None = None,
+        max_length: int | None = None,
+        lag: int | None = None,
         profiler: Profiler | None = None,
     ) -> None:
         sizes = {"block_size": block_size, "max_running": max_running, "prefill_tokens": prefill_tokens}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size}: must be at least 1")
-        self.model, self.mesh, self.version, self.cache_bytes = model, mesh, version, cache_bytes
+        self.model, self.mesh, self.version, self.block_size = model, mesh, version, block_size
+        self.max_running, self.prefill_tokens = max_running, prefill_tokens
+        self.cache_bytes, self.max_length = cache_bytes, max_length
         self.profiler = Profiler(mesh) if profiler is None else profiler
         self.interrupted: Callable[[], bool] = lambda: False
         lanes = mesh.pp.size
-        self.scheduler = Scheduler(block_size, max_running=max_running, prefill_tokens=prefill_tokens, lanes=lanes)
+        self.lag = int(mesh.device.type == "cuda" and lanes == 1) if lag is None else lag
+        assert not self.lag or lanes == 1
         self.lanes = [Lane(-(-max_running // lanes), mesh.device) for _ in range(lanes)]
         self.cache: PagedCache | None = None
         self.tick = 0  # the same on all ranks of tp, pp and ep
@@ -148,6 +162,7 @@ class EmbeddedGenerator(Generator):
         self._steps: dict[int, Step] = {}  # planned and not committed, by number; without empty ones
         # [2, rows + 1] fp64: tokens and logprobs of a step, and an interruption, which all ranks see in the same step.
         self._results: dict[int, Tensor] = {}
+        self._copies: dict[int, HostCopy] = {}  # of results that are not committed
         self._hidden: Tensor | None = None  # [tokens, hidden], received for the next step
         self._ended: deque[tuple[int, Completion]] = deque()  # (step whose planning retired it, completion)
         self._ready: dict[int, Completion] = {}
@@ -158,15 +173,21 @@ class EmbeddedGenerator(Generator):
         return bool(self._open)
 
     @cached_property
-    def _max_blocks(self) -> int | None:
-        """Cache blocks that every stage's budget allows."""
+    def scheduler(self) -> Scheduler:
+        """Made at the first request, when everything else that stays on the device is there: the size of its pool is
+        what the budgets of all stages allow. Collective over tp and pp."""
+        mesh, shape, block = self.mesh, self.model.kv_shape, self.block_size
         if self.cache_bytes is None:
-            return None
-        shape, block = self.model.kv_shape, self.scheduler.block_size
-        allowed = self.cache_bytes // PagedCache.bytes_per_block(shape, block, self.model.dtype)
-        # Numbers of layers and heads may differ by rank, but all must plan with the same number of blocks.
-        blocks = torch.tensor(allowed, device=self.mesh.device)
-        return int(all_reduce(all_reduce(blocks, self.mesh.tp, "min"), self.mesh.pp, "min"))
+            self.cache_bytes = int(CACHE_FRACTION * free_memory(mesh.device, mesh.world.size))
+        limit = self.model.config.longest_rollout
+        needed = self.max_running * blocks_for(min(limit, self.max_length or limit), block)
+        allowed = self.cache_bytes // max(1, PagedCache.bytes_per_block(shape, block, self.model.dtype))
+        # Memory, layers and heads may differ by rank, but all must plan with the same number of blocks.
+        blocks = torch.tensor(min(allowed, needed), device=mesh.device)
+        blocks = int(all_reduce(all_reduce(blocks, mesh.tp, "min"), mesh.pp, "min"))
+        return Scheduler(
+            block, blocks, max_running=self.max_running, prefill_tokens=self.prefill_tokens, lanes=mesh.pp.size
+        )
 
     def add(self, request: Request) -> int:
         self._check(request)
@@ -208,7 +229,7 @@ class EmbeddedGenerator(Generator):
         self._pausing = True
         self._calls.append((self.tick, lambda: setattr(self, "_paused", True)))
         # Until the last step in flight has passed the last stage and its tokens have reached the first.
-        for _ in range(max(1, 2 * self.mesh.pp.size - 2)):
+        for _ in range(max(1, 2 * self.mesh.pp.size - 2) + self.lag):
             self._run_tick()
         assert not self._steps, "a step is in flight after a pause"
         self._thaw()
@@ -242,12 +263,11 @@ class EmbeddedGenerator(Generator):
             raise ValueError(f"{name} holds a token outside the vocabulary of {vocab}")
         if len(prompt) + params.max_new_tokens > positions:
             raise ValueError(f"{size} it passes the model's {positions} positions")
-        self.scheduler.max_blocks = self._max_blocks
-        blocks = self.scheduler.blocks_of(len(prompt), params)
-        if self._max_blocks is not None and blocks > self._max_blocks:
+        blocks, held = self.scheduler.blocks_of(len(prompt), params), self.scheduler.pool.num_blocks
+        if blocks > held:
             raise ValueError(
-                f"{size} it needs {blocks} cache blocks of {self.scheduler.block_size} tokens;"
-                f" cache_bytes={self.cache_bytes} holds {self._max_blocks}"
+                f"{size} it needs {blocks} cache blocks of {self.block_size} tokens; the cache holds {held}:"
+                f" cache_bytes={self.cache_bytes}, max_running={self.max_running}"
             )
 
     def _on_any_rank(self, value: bool) -> bool:
@@ -264,14 +284,16 @@ class EmbeddedGenerator(Generator):
     @torch.inference_mode()
     def _run_tick(self) -> None:
         """Runs this stage's step of the current tick, then exchanges results with the other stages."""
+        _ = self.scheduler  # made here, before stages wait for each other
         pp, number, output = self.mesh.pp, self.tick - self.mesh.pp.rank, None
+        lane = self.lanes[number % len(self.lanes)]
         if pp.rank == 0:
             self._plan(number)
         step = self._steps.get(number)
         if step is not None:
-            output = self._forward(step, self._hidden)
+            output = self._forward(lane, step, self._hidden)
             if pp.rank == pp.size - 1:
-                self._results[number] = self._sample(step, output)
+                self._results[number] = self._sample(lane, step, output)
         elif number >= 0 and self.mesh.ep.size > 1:
             self._idle()
         self._hidden = self._exchange(number, output)
@@ -283,29 +305,30 @@ class EmbeddedGenerator(Generator):
         self.tick += 1
 
     def _plan(self, number: int) -> None:
-        """Commits the lane's last step, runs the calls due by step `number`, then plans that step. Every rank does so
-        for all numbers in order, with the same results."""
-        turn, scheduler = number % len(self.lanes), self.scheduler
-        lane, previous = self.lanes[turn], self._steps.pop(number - len(self.lanes), None)
-        stop = 0.0
+        """Commits the lane's last step but `lag`, runs the calls due by step `number`, then plans that step. Every rank
+        does so for all numbers in order, with the same results."""
+        lanes, scheduler = len(self.lanes), self.scheduler
+        lane, last, stop = self.lanes[number % lanes], self._results.get(number - lanes), 0.0
+        if last is not None:
+            lane.advance(last[0, :-1])
+            self._copies[number - lanes] = HostCopy(last)
+        done = number - (1 + self.lag) * lanes
+        previous = self._steps.pop(done, None)
         if previous is not None:
-            result = self._results.pop(number - len(self.lanes))
-            (*tokens, stop), (*logprobs, _) = result.tolist()
+            del self._results[done]
+            (*tokens, stop), (*logprobs, _) = self._copies.pop(done).tolist()
             scheduler.commit(previous, [int(token) for token in tokens], logprobs, self.version)
             report_progress(scheduler.done, scheduler.total)
-            lane.advance(result[0, :-1])
         while self._calls and self._calls[0][0] <= number:
             self._calls.popleft()[1]()
         if stop:
             scheduler.abort()
-        keep = scheduler.retire(turn)
-        if keep is not None:
-            lane.compact(keep)
+        scheduler.retire(number % lanes)
         self._take_ended(number)
-        if not scheduler.unfinished:
+        if scheduler.idle:
             self._release()
         elif not self._paused:
-            step = scheduler.plan(turn)
+            step = scheduler.plan(number % lanes)
             if step is not None:
                 self._steps[number] = step
                 self._prepare(lane, step)
@@ -325,44 +348,44 @@ class EmbeddedGenerator(Generator):
         self._thaw()
 
     def _prepare(self, lane: Lane, step: Step) -> None:
-        """Makes room in the cache for a planned step, and fills the lane's rows; packs the weights where it pays."""
-        blocks = self.scheduler.pool.num_blocks
+        """Allocates the cache at the first step, fills the lane's rows; packs the weights where it pays."""
         if self.cache is None:
             options = {"dtype": self.model.dtype, "device": self.mesh.device}
-            self.cache = PagedCache(self.model.kv_shape, blocks, self.scheduler.block_size, **options)
-        elif blocks > self.cache.num_blocks:
-            self.cache.grow(blocks)
-        if step.admitted:
-            lane.admit(step, self.scheduler.max_length)
-        pack = self._packed or any(s.params.max_new_tokens >= PACK_TOKENS for s in step.admitted)
+            blocks = self.scheduler.pool.num_blocks
+            self.cache = PagedCache(self.model.kv_shape, blocks, self.block_size, **options)
+        lane.prepare(step, self.scheduler.width)
+        pack = self._packed or any(s.params.max_new_tokens >= PACK_TOKENS for s in step.rows[step.kept :])
         if not self._frozen or pack > self._packed:
             self.model.freeze_weights(pack)
             self._frozen, self._packed = True, pack
 
-    def _forward(self, step: Step, hidden: Tensor | None) -> Tensor:
-        """This stage's hidden states [tokens, hidden] of a step: decoding rows first, then the admitted sequences."""
+    def _forward(self, lane: Lane, step: Step, hidden: Tensor | None) -> Tensor:
+        """This stage's hidden states of a step [rows, hidden]; [tokens, hidden] but on the last stage."""
         assert self.cache is not None
-        lane, cache, decoding, block = self.lanes[step.lane], self.cache, step.decoding, self.scheduler.block_size
+        cache, decoding, block, prefilled = self.cache, step.decoding, self.block_size, step.prefilled
         device = self.mesh.device
-        rows = torch.arange(decoding, device=device)
-        tokens, positions, starts, longest = lane.last[:decoding], lane.length[:decoding] - 1, rows, 0
-        if step.admitted:
-            lengths = [sequence.length for sequence in step.admitted]
-            longest = max(lengths)
-            starts = torch.tensor([0, *lengths], device=device).cumsum(0)  # cu_seqlens of the admitted
-            numbers = torch.arange(len(lengths), device=device)
-            documents = torch.repeat_interleave(numbers, starts.diff(), output_size=sum(lengths))
-            within = torch.arange(sum(lengths), device=device) - starts[documents]
-            admitted = torch.tensor([token for s in step.admitted for token in s.prompt + s.tokens], device=device)
-            rows, tokens = torch.cat((rows, documents + decoding)), torch.cat((tokens, admitted))
-            positions = torch.cat((positions, within))
-        slots = lane.tables[rows, positions // block].long() * block + positions % block  # [tokens]
+        cache.copy(step.copies)
         tables, cached = lane.tables[:decoding], lane.length[:decoding].int()
+        tokens, positions = lane.last[:decoding], lane.length[:decoding] - 1
+        slots = tables.gather(1, (positions // block)[:, None])[:, 0].long() * block + positions % block  # [decoding]
+        starts, longest = positions, 0
+        if prefilled:
+            lengths = [sequence.length for sequence in prefilled]
+            longest = max(lengths)
+            starts = to_device([0, *accumulate(lengths)], device)  # cu_seqlens of the prefilled
+            places = [p for length in lengths for p in range(length)]
+            numbers = [
+                [token for s in prefilled for token in (*s.prompt, *s.tokens)],
+                places,
+                [s.blocks[p // block] * block + p % block for s in prefilled for p in range(s.length)],
+            ]
+            more = to_device(numbers, device)  # [3, tokens]
+            tokens, positions, slots = torch.cat((torch.stack((tokens, positions, slots)), more), 1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values, options = cache.keys[layer], cache.values[layer], self.model.attention_options(layer)
             write_kv(k, v, keys, values, slots)
-            if not step.admitted:
+            if not prefilled:
                 return paged_attention(q, keys, values, tables, cached, **options)
             new = packed_attention(q[decoding:], k[decoding:], v[decoding:], starts, longest, **options)
             if not decoding:
@@ -370,9 +393,9 @@ class EmbeddedGenerator(Generator):
             return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))
 
         output = self.model(tokens if hidden is None else hidden, positions, attend)
-        if step.admitted and self.mesh.pp.rank == self.mesh.pp.size - 1:
-            # Of an admitted sequence only the last token's logits are needed.
-            output = output[torch.cat((torch.arange(decoding, device=device), starts[1:] + (decoding - 1)))]
+        if prefilled and self.mesh.pp.rank == self.mesh.pp.size - 1:
+            # Of a prefilled sequence only the last token's logits are needed.
+            output = torch.cat((output[:decoding], output[decoding:][starts[1:] - 1]))
         return output
 
     def _idle(self) -> None:
@@ -381,14 +404,13 @@ class EmbeddedGenerator(Generator):
         hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.mesh.device)
         self.model(position if self.mesh.pp.rank == 0 else hidden, position, lambda layer, q, k, v: q)
 
-    def _sample(self, step: Step, hidden: Tensor) -> Tensor:
+    def _sample(self, lane: Lane, step: Step, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [2, rows + 1] fp64: next tokens (exact in fp64) and logprobs, and the interruption flag."""
-        rows, lane = slice(step.rows), self.lanes[step.lane]
+        rows = slice(len(step.rows))
         logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
-        running = enumerate(self.scheduler.running[step.lane])
-        early = [(i, stop) for i, s in running if len(s.tokens) < s.params.min_new_tokens for stop in s.params.stop_ids]
-        if early:
-            logits[tuple(torch.tensor(early, device=logits.device).T)] = -torch.inf
+        if any(sequence.params.min_new_tokens for sequence in step.rows):
+            early, stops = lane.position[rows] < lane.min_new[rows], lane.stop_ids[rows]
+            logits.scatter_(1, stops, logits.gather(1, stops).masked_fill(early[:, None], -torch.inf))
         tokens, logprobs = sample(
             logits, lane.temperature[rows], lane.top_k[rows], lane.top_p[rows], lane.key[rows], lane.position[rows]
         )
@@ -414,7 +436,7 @@ class EmbeddedGenerator(Generator):
                 receivers = pp.ranks[:last]
                 operations += [dist.P2POp(dist.isend, self._results[sampled], peer, pp.group) for peer in receivers]
             else:
-                shape = (2, self._steps[sampled].rows + 1)
+                shape = (2, len(self._steps[sampled].rows) + 1)
                 self._results[sampled] = torch.empty(shape, dtype=torch.float64, device=self.mesh.device)
                 operations.append(dist.P2POp(dist.irecv, self._results[sampled], pp.ranks[last], pp.group))
         exchange(operations, pp)

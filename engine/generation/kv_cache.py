@@ -1,15 +1,19 @@
 """Paged KV cache: keys and values of running sequences in blocks of fixed size, allocated from one pool (Kwon et al.
 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention").
 
-Token `p` of a sequence is in row `p % block` of block `table[p // block]`. The pool is plain Python: ranks with the
-same requests allocate the same blocks.
+Token `p` of a sequence is in row `p % block` of block `table[p // block]`. Sequences with the same prompt share its
+blocks, which are counted by their users. The pool is plain Python: ranks with the same requests allocate the same
+blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
+
+from ..transfer import to_device
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -17,38 +21,64 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-class BlockPool:
-    """Free list of block numbers; the last freed is allocated first, as the likeliest to be in a cache."""
+def free_memory(device: torch.device, ranks: int) -> int:
+    """Bytes that this rank may allocate on the device; on a CPU its part of what the system calls available.
 
-    def __init__(self, num_blocks: int = 0) -> None:
+    Args:
+        ranks: that share the CPU's memory.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return kibibytes * 1024 // ranks
+
+
+class BlockPool:
+    """Free list of block numbers, and the users of each block; the last freed is allocated first, as the likeliest to
+    be in a cache."""
+
+    def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._users = [0] * num_blocks
 
     @property
     def free_blocks(self) -> int:
         return len(self._free)
 
-    def grow(self, num_blocks: int) -> None:
-        """Grows the pool to `num_blocks`, if that is more than it has; new blocks are allocated last."""
-        if num_blocks > self.num_blocks:
-            self._free[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)
-            self.num_blocks = num_blocks
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` blocks, which must be free."""
+        assert count <= len(self._free), "more blocks than are free"
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._users[block] = 1
+        return blocks
 
-    def allocate(self, count: int) -> list[int] | None:
-        """Takes `count` blocks, or none at all (None) if fewer are free."""
-        if count > len(self._free):
-            return None
-        return [self._free.pop() for _ in range(count)]
+    def share(self, blocks: Iterable[int]) -> None:
+        """Adds a user to allocated blocks."""
+        for block in blocks:
+            self._users[block] += 1
 
-    def free(self, blocks: Iterable[int]) -> None:
-        self._free.extend(reversed(list(blocks)))
-        assert len(self._free) <= self.num_blocks, "a block was freed twice"
+    def freed_by(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks have no other user."""
+        return sum(self._users[block] == 1 for block in blocks)
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Removes a user from each block; blocks without users are free again."""
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            assert self._users[block] >= 0, "a block was freed twice"
+            if not self._users[block]:
+                self._free.append(block)
 
 
 class PagedCache:
-    """Keys and values of a pipeline stage, a pair of tensors a local layer: `[blocks, block, kv_heads/tp, head_dim]`.
+    """Keys and values of a pipeline stage: two tensors a local layer, `[blocks + 1, block, kv_heads/tp, head_dim]`.
 
-    Rows past a sequence's length are not initialized; paged_attention does not read them.
+    Rows past a sequence's length are not initialized; paged_attention does not read them. The last block belongs to no
+    sequence: padding rows of a captured step write to it.
 
     Args:
         kv_shape: (local layers, kv_heads/tp, head_dim).
@@ -64,19 +94,16 @@ class PagedCache:
         device: torch.device,
     ) -> None:
         layers, kv_heads, head_dim = kv_shape
-        self.block_size, self.num_blocks = block_size, num_blocks
-        shape = (num_blocks, block_size, kv_heads, head_dim)
-        self.keys, self.values = (
-            [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
-        )
-
-    def grow(self, num_blocks: int) -> None:
-        """Grows to `num_blocks`, copying the present ones a layer at a time."""
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_empty((num_blocks, *old.shape[1:]))
-                tensors[layer][: len(old)] = old
         self.num_blocks = num_blocks
+        shape = (2, layers, num_blocks + 1, block_size, kv_heads, head_dim)
+        self._data = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = self._data.unbind()[0].unbind(), self._data.unbind()[1].unbind()
+
+    def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks (source, destination) in all layers; no destination is a source."""
+        if blocks:
+            sources, destinations = to_device(blocks, self._data.device).T
+            self._data.index_copy_(2, destinations, self._data.index_select(2, sources))
 
     @staticmethod
     def bytes_per_block(kv_shape: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> int:

@@ -3,10 +3,12 @@
 Every step decodes one token of each running sequence and prefills, in the same forward, as many waiting ones as fit.
 A finished sequence frees its row and its blocks at once, for the next step.
 
-A sequence is admitted only when blocks for its whole possible length are free, so that none is ever preempted:
-preemption by recomputation would compute keys and values in another batch shape than the first time, and in bf16 tokens
-would change with the size of the pool. Unless it is limited, the pool grows so that none of the `max_running` sequences
-waits for blocks.
+Blocks are allocated as a sequence grows. Where none is free, the youngest running sequence is preempted: it waits at
+the head of the queue and is prefilled again with the tokens it has, none of which is sampled a second time.
+
+A waiting sequence whose prompt is in the cache already shares the prompt's full blocks and gets a copy of the block of
+its last token: it is not prefilled but decodes, from the last token of the prompt on. So the samples of one prompt
+prefill it once; the first one is prefilled, the others follow a step later.
 
 Lanes are groups of sequences that take turns: with `pp` pipeline stages there are `pp` lanes, one at each stage.
 """
@@ -22,123 +24,176 @@ from .interface import SamplingParams
 from .kv_cache import BlockPool, blocks_for
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """A request with its response so far."""
+    """A request with its response so far.
+
+    Attributes:
+        key: of its random numbers.
+        blocks: of the cache, while it runs.
+        planned: response tokens of planned steps, those in flight included.
+        started: number of the plan that admitted it.
+        prompt_id: equal for equal prompts.
+    """
 
     id: int
     prompt: list[int]
     params: SamplingParams
-    key: int = 0  # of its random numbers
+    key: int = 0
     blocks: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     finish: Literal["", "stop", "length", "abort"] = ""
+    planned: int = 0
+    started: int = 0
+    prompt_id: int = 0
 
     @property
     def length(self) -> int:
         """Tokens of the prompt and the response."""
         return len(self.prompt) + len(self.tokens)
 
+    @property
+    def complete(self) -> bool:
+        """Whether it needs no further step: it has ended, or the steps in flight bring its last token."""
+        return bool(self.finish) or self.planned == self.params.max_new_tokens
+
 
 @dataclass(frozen=True)
 class Step:
-    """One forward of a lane: a token of each of the `decoding` sequences, then all tokens of the `admitted` ones."""
+    """One forward of a lane: a token of each of the `decoding` first rows, then all tokens of the other rows.
 
-    lane: int
+    Attributes:
+        rows: sequences; each gets one token.
+        kept: number of first rows that were in the lane's last step too, in the same order.
+        decoding: number of rows that decode: the kept ones, and new ones that share a prompt.
+        copies: cache blocks to copy before the forward, (source, destination).
+        grown: blocks that kept rows got, (row, place in its table, block).
+        tokens: number of tokens of the forward.
+    """
+
+    rows: list[Sequence]
+    kept: int
     decoding: int
-    admitted: list[Sequence]
+    copies: list[tuple[int, int]]
+    grown: list[tuple[int, int, int]]
+    tokens: int
 
     @property
-    def rows(self) -> int:
-        """Number of sequences; each gets one token."""
-        return self.decoding + len(self.admitted)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the forward."""
-        return self.decoding + sum(sequence.length for sequence in self.admitted)
+    def prefilled(self) -> list[Sequence]:
+        """The rows that do not decode."""
+        return self.rows[self.decoding :]
 
 
 class Scheduler:
     """Plans steps and records their results.
 
-    First come, first served, without overtaking. The state depends on the calls and the sampled tokens alone: ranks
-    that make the same calls have the same state.
+    First come, first served; only sequences that wait for a prompt of the step at hand are overtaken, in that step.
+    The state depends on the calls and the sampled tokens alone: ranks that make the same calls have the same state.
 
     Args:
+        num_blocks: of the cache.
         max_running: sequences running at once, over all lanes.
-        prefill_tokens: tokens admitted in one step; a longer sequence is admitted alone.
-        max_blocks: limit of the pool; None for as many as `max_running` sequences need.
+        prefill_tokens: tokens prefilled in one step; a longer sequence is prefilled alone.
 
     Attributes:
-        ended: retired sequences, for the caller to take.
+        ended: sequences that have ended and hold no row, for the caller to take.
+        alive: number of sequences that have not ended.
+        preemptions: number of them since the scheduler was made.
         lane_size: sequences running at once in a lane.
-        max_length: blocks of the longest sequence.
+        width: blocks of the longest sequence.
         done, total: response tokens of all sequences; one that has ended counts max_new_tokens in both.
     """
 
     def __init__(
-        self, block_size: int, *, max_running: int, prefill_tokens: int, lanes: int = 1, max_blocks: int | None = None
+        self, block_size: int, num_blocks: int, *, max_running: int, prefill_tokens: int, lanes: int = 1
     ) -> None:
         self.block_size, self.max_running, self.prefill_tokens = block_size, max_running, prefill_tokens
-        self.max_blocks = max_blocks
-        self.pool = BlockPool()
+        self.pool = BlockPool(num_blocks)
         self.waiting: deque[Sequence] = deque()
         self.running: list[list[Sequence]] = [[] for _ in range(lanes)]
         self.ended: list[Sequence] = []
-        self.lane_size = self.max_length = self.done = self.total = 0
+        self.alive = self.preemptions = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets past sequences. None may wait or hold a row."""
+        assert self.idle and self.pool.free_blocks == self.pool.num_blocks, "blocks leaked"
+        self.alive = self.lane_size = self.width = self.done = self.total = self._plans = 0
+        self._prompt_ids: dict[tuple[int, ...], int] = {}
+        self._cached: dict[int, list[Sequence]] = {}  # prompt id -> running sequences, by admission
+        self._leaving: list[Sequence] = []  # preempted for another lane; the next turn of their own frees their rows
+        self._starving: set[int] = set()  # lanes that wait for blocks: meanwhile no sequence is admitted
 
     @property
-    def unfinished(self) -> int:
-        """Number of sequences that wait or hold a row."""
-        return len(self.waiting) + sum(map(len, self.running))
+    def idle(self) -> bool:
+        """Whether no sequence waits, runs or holds a row."""
+        return not self.alive and not any(self.running)
 
     def blocks_of(self, prompt: int, params: SamplingParams) -> int:
         """Blocks for a prompt of so many tokens and its longest response; the last token is not cached."""
         return blocks_for(prompt + params.max_new_tokens - 1, self.block_size)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence."""
+        """Queues a sequence, which must fit the pool."""
+        sequence.prompt_id = self._prompt_ids.setdefault(tuple(sequence.prompt), len(self._prompt_ids))
         self.waiting.append(sequence)
+        self.alive += 1
         self.total += sequence.params.max_new_tokens
-        self.max_length = max(self.max_length, self.blocks_of(len(sequence.prompt), sequence.params))
+        self.width = max(self.width, self.blocks_of(len(sequence.prompt), sequence.params))
         # Lanes are filled evenly: otherwise one would run everything, and the other stages' turns would be empty.
-        self.lane_size = max(self.lane_size, blocks_for(min(self.max_running, self.unfinished), len(self.running)))
+        self.lane_size = max(self.lane_size, blocks_for(min(self.max_running, self.alive), len(self.running)))
 
     def abort(self, ids: Iterable[int] | None = None) -> None:
         """Ends these sequences, or all (None): waiting ones at once, running ones when their lane is retired."""
         wanted = None if ids is None else set(ids)
         for sequence in [*self.waiting, *(s for lane in self.running for s in lane)]:
-            if not sequence.finish and (wanted is None or sequence.id in wanted):
+            if wanted is None or sequence.id in wanted:
                 self._end(sequence, "abort")
-        self.ended += [s for s in self.waiting if s.finish]
-        self.waiting = deque(s for s in self.waiting if not s.finish)
+
+    def retire(self, lane: int) -> None:
+        """Frees the rows of `lane` that need no further step, and those preempted by other lanes."""
+        kept = []
+        for sequence in self.running[lane]:
+            if sequence.complete:
+                self._free(sequence)
+                self.ended += [sequence] if sequence.finish else []
+            elif sequence in self._leaving:
+                self._leaving.remove(sequence)
+                self._requeue([sequence])
+            else:
+                kept.append(sequence)
+        self.running[lane] = kept
 
     def plan(self, lane: int) -> Step | None:
-        """The next step of `lane`, whose last step must be committed and retired; None if it has no sequences."""
-        running = self.running[lane]
-        decoding, admitted, budget = len(running), [], self.prefill_tokens
-        while self.waiting and len(running) < self.lane_size:
-            sequence = self.waiting[0]
-            if admitted and sequence.length > budget:
-                break
-            blocks = self._allocate(self.blocks_of(len(sequence.prompt), sequence.params))
-            if blocks is None:
-                break
-            self.waiting.popleft()
-            sequence.blocks = blocks
-            budget -= sequence.length
-            admitted.append(sequence)
-            running.append(sequence)
-        return Step(lane, decoding, admitted) if running else None
+        """The next step of `lane`, which must be retired; None if it has no sequences, or waits for blocks."""
+        self._plans += 1
+        running, victims = self.running[lane], self._preempt(lane)
+        if victims is None:
+            self._starving.add(lane)
+            return None
+        self._starving.discard(lane)
+        grown = []
+        for row, sequence in enumerate(running):
+            if self._grows(sequence):
+                grown.append((row, len(sequence.blocks), *self.pool.allocate(1)))
+                sequence.blocks.append(grown[-1][2])
+        kept, admits = len(running), not victims and not self._starving
+        sharing, prefilled, copies = self._admit(lane) if admits else ([], [], [])
+        running += sharing + prefilled
+        if not running:
+            return None
+        for sequence in running:
+            sequence.planned += 1
+        decoding = kept + len(sharing)
+        tokens = decoding + sum(sequence.length for sequence in prefilled)
+        return Step(list(running), kept, decoding, copies, grown, tokens)
 
     def commit(self, step: Step, tokens: list[int], logprobs: list[float], version: int = 0) -> None:
-        """Appends one token to each row of `step`, in order; tokens of aborted sequences are dropped."""
-        running = self.running[step.lane]
-        assert len(tokens) == len(running) == step.rows, "a step's result does not match its rows"
-        for sequence, token, logprob in zip(running, tokens, logprobs, strict=True):
+        """Appends one token to each row of `step`, in order; tokens of sequences that have ended are dropped."""
+        assert len(tokens) == len(step.rows), "a step's result does not match its rows"
+        for sequence, token, logprob in zip(step.rows, tokens, logprobs, strict=True):
             if sequence.finish:
                 continue
             sequence.tokens.append(token)
@@ -150,50 +205,96 @@ class Scheduler:
             elif len(sequence.tokens) == sequence.params.max_new_tokens:
                 self._end(sequence, "length")
 
-    def retire(self, lane: int) -> list[int] | None:
-        """Frees the ended sequences of `lane`, which has no step in flight.
-
-        Returns:
-            The remaining rows, in order, or None if none has ended.
-        """
-        running = self.running[lane]
-        keep = [row for row, sequence in enumerate(running) if not sequence.finish]
-        if len(keep) == len(running):
-            return None
-        for sequence in running:
-            if sequence.finish:
-                self._free(sequence)
-                self.ended.append(sequence)
-        self.running[lane] = [running[row] for row in keep]
-        return keep
-
     def requeue(self) -> None:
-        """Moves the running sequences to the head of the queue, in order of arrival, to be prefilled again with their
-        tokens. No step may be in flight."""
-        running = sorted((s for lane in self.running for s in lane), key=lambda sequence: sequence.id)
-        for sequence in running:
-            self._free(sequence)
-        self.waiting.extendleft(reversed(running))
+        """Moves the running sequences to the head of the queue, to be prefilled again with their tokens. No step may be
+        in flight."""
+        for lane in range(len(self.running)):
+            self.retire(lane)
+        running = [sequence for lane in self.running for sequence in lane]
         self.running = [[] for _ in self.running]
+        self._requeue(running)
 
-    def reset(self) -> None:
-        """Resets the sizes of pool and lanes. No sequence may wait or run."""
-        assert not self.unfinished and self.pool.free_blocks == self.pool.num_blocks, "blocks leaked"
-        self.pool = BlockPool()
-        self.lane_size = self.max_length = self.done = self.total = 0
+    def _grows(self, sequence: Sequence) -> bool:
+        """Whether a running sequence needs another block for its next step, which caches its last planned token."""
+        return blocks_for(len(sequence.prompt) + sequence.planned, self.block_size) > len(sequence.blocks)
 
-    def _allocate(self, count: int) -> list[int] | None:
-        if count > self.pool.free_blocks:
-            # For all present sequences at first; later at least doubled, to limit the copies of the cache.
-            present, most = (self.max_length * min(self.max_running, n) for n in (self.unfinished, self.max_running))
-            size = min(most, max(present, 2 * self.pool.num_blocks))
-            self.pool.grow(size if self.max_blocks is None else min(size, self.max_blocks))
-        return self.pool.allocate(count)
+    def _preempt(self, lane: int) -> list[Sequence] | None:
+        """Preempts the youngest sequences until the rows of `lane` can grow. Returns those of this lane, or None where
+        the lane must wait for blocks that other lanes free in their turns.
+
+        The oldest running sequence is never preempted, so there is always progress.
+        """
+        running, victims = self.running[lane], []
+        while sum(map(self._grows, running)) > self.pool.free_blocks:
+            alive = [s for rows in self.running for s in rows if not s.complete and s not in self._leaving]
+            victim = max(alive, key=lambda sequence: sequence.id)
+            if len(alive) == 1 or victim not in running:
+                # Victims in other lanes have a step in flight; one at a time, since each may free enough.
+                if not self._leaving and len(alive) > 1:
+                    self._leaving.append(victim)
+                    self.preemptions += 1
+                return None
+            running.remove(victim)
+            victims.append(victim)
+            self.preemptions += 1
+            self._requeue([victim])
+        return victims
+
+    def _admit(self, lane: int) -> tuple[list[Sequence], list[Sequence], list[tuple[int, int]]]:
+        """Admits waiting sequences to `lane`: (those that share a cached prompt, those to prefill, blocks to copy)."""
+        sharing: list[Sequence] = []
+        prefilled: list[Sequence] = []
+        copies: list[tuple[int, int]] = []
+        followers: list[Sequence] = []  # of prompts that this step prefills
+        rows, budget = self.lane_size - len(self.running[lane]), self.prefill_tokens
+        spare = self.pool.num_blocks // 100 if any(self.running) else 0  # for the running sequences to grow
+        while self.waiting and len(sharing) + len(prefilled) < rows:
+            sequence = self.waiting[0]
+            cached = [] if sequence.tokens else self._cached.get(sequence.prompt_id, [])
+            source = cached[0] if cached else None
+            if source is not None and source.started == self._plans:
+                followers.append(self.waiting.popleft())
+                continue
+            shared, place = divmod(len(sequence.prompt) - 1, self.block_size)  # of the last token of the prompt
+            count = blocks_for(sequence.length, self.block_size) if source is None else 1
+            if count > self.pool.free_blocks - spare:
+                break
+            if source is None:
+                if prefilled and sequence.length > budget:
+                    break
+                budget -= sequence.length
+                prefilled.append(sequence)
+            else:
+                sequence.blocks = source.blocks[:shared]
+                self.pool.share(sequence.blocks)
+                sharing.append(sequence)
+            self.waiting.popleft()
+            sequence.blocks = sequence.blocks + self.pool.allocate(count)
+            if source is not None and place:
+                copies.append((source.blocks[shared], sequence.blocks[shared]))
+            sequence.planned, sequence.started = len(sequence.tokens), self._plans
+            self._cached.setdefault(sequence.prompt_id, []).append(sequence)
+        self.waiting.extendleft(reversed(followers))
+        return sharing, prefilled, copies
+
+    def _requeue(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._free(sequence)
+            sequence.planned = 0
+        self.waiting.extendleft(sorted(sequences, key=lambda sequence: -sequence.id))
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.free(sequence.blocks)
         sequence.blocks = []
+        self._cached[sequence.prompt_id].remove(sequence)
 
     def _end(self, sequence: Sequence, finish: Literal["stop", "length", "abort"]) -> None:
-        sequence.finish = finish
-        self.done += sequence.params.max_new_tokens - len(sequence.tokens)
+        if not sequence.finish:
+            sequence.finish = finish
+            self.alive -= 1
+            self.done += sequence.params.max_new_tokens - len(sequence.tokens)
+            if sequence.blocks:
+                return  # `retire` ends it
+            if not sequence.planned:
+                self.waiting.remove(sequence)
+            self.ended.append(sequence)

@@ -133,7 +133,8 @@ def test_samples_depend_on_seed_and_id_not_order():
     assert [c.tokens for c in shuffled[::-1]] == [c.tokens for c in base]
     assert [c.tokens for c in generate(max_new_tokens=8, seed=2)] != [c.tokens for c in base]
     same = generate([PROMPTS[5]] * 3, [4, 9, 4], max_new_tokens=8)
-    assert same[0] == same[2] and same[0].tokens != same[1].tokens
+    assert same[0].tokens == same[2].tokens and same[0].tokens != same[1].tokens
+    assert same[0].logprobs == pytest.approx(same[2].logprobs, abs=2e-5)
 
 
 def test_stop_ids_end_a_response_after_min_new_tokens():

@@ -1,4 +1,7 @@
-"""Scheduler, driven without tensors: every prompt ends, blocks are never shared, first come is first served."""
+"""Scheduler, driven without tensors: every prompt ends, blocks are shared by equal prompts only, growing sequences
+preempt younger ones."""
+
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,47 +12,66 @@ from trialign.engine.generation.scheduler import Scheduler, Sequence, Step
 STOP = 7
 
 
-def scheduler_of(lengths, blocks=None, block_size=4, *, max_new_tokens=5, **kwargs) -> Scheduler:
-    """A scheduler with prompts of these lengths, whose ids count from 0."""
-    options = {"max_running": 4, "prefill_tokens": 1000, "max_blocks": blocks, **kwargs}
-    scheduler = Scheduler(block_size, **options)
+def scheduler_of(lengths, blocks=100, block_size=4, *, max_new_tokens=5, **kwargs) -> Scheduler:
+    """A scheduler with distinct prompts of these lengths, whose ids count from 0."""
+    scheduler = Scheduler(block_size, blocks, **{"max_running": 4, "prefill_tokens": 1000, **kwargs})
     params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=(STOP,))
     for number, length in enumerate(lengths):
-        scheduler.add(Sequence(number, [0] * length, params))
+        scheduler.add(Sequence(number, [number] * length, params))
     return scheduler
 
 
 def planned(scheduler, lane=0) -> Step:
+    scheduler.retire(lane)
     step = scheduler.plan(lane)
     assert step is not None
     return step
 
 
-def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None):
+class Cache:
+    """What a cache of blocks would hold: at each slot the token that was written there."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.size, self.slots = scheduler.block_size, {}
+
+    def run(self, step: Step) -> None:
+        """Writes what a forward of the step writes, and checks all that it reads."""
+        for source, destination in step.copies:
+            for place in range(self.size):
+                self.slots[destination, place] = self.slots.get((source, place))
+        for row, s in enumerate(step.rows):
+            known = [*s.prompt, *s.tokens]
+            last = len(s.prompt) + s.planned - 2  # the token before the one that is sampled; it may be in flight
+            for position in range(last if row < step.decoding else 0, last + 1):
+                token = known[position] if position < len(known) else None
+                self.slots[s.blocks[position // self.size], position % self.size] = (s.id, position, token)
+            for position in range(min(last + 1, len(known))):
+                _, at, token = self.slots[s.blocks[position // self.size], position % self.size]
+                assert at == position and token in (known[position], None), "another's or no keys"
+
+
+def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None, lag=0):
     """Runs all lanes in turn to the end, checking invariants; returns the steps, and the ended sequences by id."""
-    steps, turn, idle = [], 0, 0
-    pending = [None] * len(scheduler.running)
+    steps, turn, idle, cache, lanes = [], 0, 0, Cache(scheduler), len(scheduler.running)
+    flying: list[list[Step | None]] = [[] for _ in range(lanes)]
     while True:
-        lane = turn % len(pending)
-        step, rows = pending[lane], list(scheduler.running[lane])
-        if step is not None:
-            tokens = [token(s, len(s.tokens)) for s in rows]
+        lane = turn % lanes
+        if len(flying[lane]) > lag and (step := flying[lane].pop(0)) is not None:
+            tokens = [token(s, len(s.tokens)) for s in step.rows]
             scheduler.commit(step, tokens, [-0.5] * len(tokens))
         between(turn)
-        keep = scheduler.retire(lane)
-        alive = [s for s in rows if not s.finish]
-        assert scheduler.running[lane] == alive
-        assert alive == (rows if keep is None else [rows[row] for row in keep])
-        assert keep is None or len(keep) < len(rows)
-        if not scheduler.unfinished:
+        scheduler.retire(lane)
+        if scheduler.idle:
             between(turn + 100)
-            if not scheduler.unfinished:
+            if scheduler.idle:
                 break
-        pending[lane] = scheduler.plan(lane)
-        if pending[lane] is not None:
-            steps.append(pending[lane])
-        idle = 0 if any(pending) else idle + 1
-        assert idle <= len(pending), "nothing runs although prompts wait"
+        step = scheduler.plan(lane)
+        flying[lane].append(step)
+        if step is not None:
+            cache.run(step)
+            steps.append(step)
+        idle = 0 if any(map(any, flying)) else idle + 1
+        assert idle <= lanes * (lag + 2), "nothing runs although prompts wait"
         assert_invariants(scheduler)
         turn += 1
     assert scheduler.done == scheduler.total
@@ -60,37 +82,67 @@ def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None)
 
 def assert_invariants(scheduler):
     running = [s for lane in scheduler.running for s in lane]
-    blocks = [block for s in running for block in s.blocks]
-    assert len(set(blocks)) == len(blocks), "two sequences share a block"
-    assert len(blocks) + scheduler.pool.free_blocks == scheduler.pool.num_blocks
-    assert scheduler.max_blocks is None or scheduler.pool.num_blocks <= scheduler.max_blocks
-    for lane in scheduler.running:
-        assert len(lane) <= scheduler.lane_size
+    users = Counter(block for s in running for block in s.blocks)
+    assert len(users) + scheduler.pool.free_blocks == scheduler.pool.num_blocks
     for s in running:
-        assert len(s.blocks) * scheduler.block_size >= len(s.prompt) + s.params.max_new_tokens - 1
+        whole = (len(s.prompt) - 1) // scheduler.block_size
+        for place, block in enumerate(s.blocks):
+            sharers = [other for other in running if block in other.blocks]
+            assert len(sharers) == 1 or place < whole, "a block that is written is shared"
+            assert all(other.prompt == s.prompt for other in sharers)
+        assert len(s.blocks) == blocks_for(len(s.prompt) + s.planned - 1, scheduler.block_size)
+    assert all(len(lane) <= scheduler.lane_size for lane in scheduler.running)
 
 
 def test_finished_sequence_is_replaced_in_the_next_step():
     scheduler = scheduler_of([2, 2, 2], max_running=2)
     first = planned(scheduler)
-    assert (first.decoding, [s.id for s in first.admitted], first.tokens) == (0, [0, 1], 4)
+    assert (first.decoding, [s.id for s in first.prefilled], first.tokens) == (0, [0, 1], 4)
     scheduler.commit(first, [STOP, 1], [-1.0, -2.0], version=3)
-    assert scheduler.retire(0) == [1]
     second = planned(scheduler)
-    assert (second.decoding, [s.id for s in second.admitted], second.tokens) == (1, [2], 3)
+    assert (second.kept, second.decoding, [s.id for s in second.prefilled], second.tokens) == (1, 1, [2], 3)
     (done,) = scheduler.ended
     assert (done.tokens, done.logprobs, done.versions, done.finish, done.blocks) == ([STOP], [-1.0], [3], "stop", [])
 
 
 def test_admission_order_and_prefill_budget():
     steps, _ = drive(scheduler_of([6, 3, 9, 20, 1], max_running=5, prefill_tokens=10))
-    admitted = [[len(s.prompt) for s in step.admitted] for step in steps if step.admitted]
+    admitted = [[len(s.prompt) for s in step.prefilled] for step in steps if step.prefilled]
     assert admitted == [[6, 3], [9], [20], [1]], "in order, 10 tokens a step, a longer prompt alone"
-    # Blocks of 4, at most 5 new tokens: 8 + 4 cached tokens take 3 blocks, 1 + 4 take 2.
-    steps, _ = drive(scheduler_of([8, 8, 1], blocks=5, max_running=3))
-    assert [[s.id for s in step.admitted] for step in steps if step.admitted] == [[0], [1, 2]]
+    # Blocks of 4: prompts of 8 take 2 blocks at first, one of 1 takes 1.
+    steps, _ = drive(scheduler_of([8, 8, 1], blocks=4, max_running=3))
+    assert [s.id for s in steps[0].prefilled] == [0, 1]
     scheduler = scheduler_of([1] * 5, max_running=100, lanes=2)
-    assert (planned(scheduler, 0).rows, planned(scheduler, 1).rows) == (3, 2), "lanes are filled evenly"
+    assert (len(planned(scheduler, 0).rows), len(planned(scheduler, 1).rows)) == (3, 2), "lanes are filled evenly"
+
+
+def test_youngest_is_preempted_and_prefilled_again_with_its_tokens():
+    scheduler = scheduler_of([4, 4], blocks=3, max_new_tokens=4, max_running=2)
+    first = planned(scheduler)
+    scheduler.commit(first, [1, 2], [-1.0, -2.0], version=3)
+    second = planned(scheduler)  # both need a second block; one is free
+    assert [s.id for s in second.rows] == [0] and second.grown == [(0, 1, second.rows[0].blocks[1])]
+    assert [s.id for s in scheduler.waiting] == [1]
+    scheduler.commit(second, [STOP], [-1.0])
+    third = planned(scheduler)
+    (again,) = third.prefilled
+    assert (again.id, again.tokens, third.tokens) == (1, [2], 5)
+
+
+def test_samples_of_a_prompt_prefill_it_once():
+    """Two groups of three: leaders first, then the others decode from the last token of the prompt."""
+    scheduler = scheduler_of([], max_running=6)
+    prompts = [[1] * 10, [2] * 9]  # blocks of 4: two full ones, and one of two tokens or of one
+    for number in range(6):
+        scheduler.add(Sequence(number, prompts[number // 3], SamplingParams(max_new_tokens=3)))
+    first = planned(scheduler)
+    assert [s.id for s in first.prefilled] == [0, 3] and first.tokens == 19
+    scheduler.commit(first, [5, 5], [-1.0] * 2)
+    second = planned(scheduler)
+    assert ([s.id for s in second.rows], second.kept, second.decoding, second.tokens) == ([0, 3, 1, 2, 4, 5], 2, 6, 6)
+    blocks = [s.blocks for s in second.rows]
+    assert blocks[0][:2] == blocks[2][:2] == blocks[3][:2] and blocks[1][:2] == blocks[4][:2] == blocks[5][:2]
+    assert second.copies == [(blocks[0][2], blocks[2][2]), (blocks[0][2], blocks[3][2])], "a written block is copied"
 
 
 @settings(deadline=None)
@@ -98,42 +150,45 @@ def test_admission_order_and_prefill_budget():
     late=st.lists(st.integers(0, 8), min_size=12, max_size=12),
     aborts=st.dictionaries(st.integers(0, 11), st.integers(0, 9), max_size=4),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    group=st.integers(1, 4),
     ends=st.lists(st.integers(0, 6), min_size=12, max_size=12),
     block_size=st.integers(1, 5),
     spare=st.integers(0, 20),
     max_running=st.integers(1, 6),
     lanes=st.integers(1, 3),
+    lag=st.integers(0, 1),
     prefill_tokens=st.integers(1, 20),
 )
-def test_every_prompt_ends(lengths, late, aborts, ends, block_size, spare, **options):
+def test_every_prompt_ends(lengths, group, late, aborts, ends, block_size, spare, lag, **options):
     """For any sizes, arrivals and aborts: responses end with their stop id, aborted ones no later, and a second run
     takes the same steps."""
     arrived = [0, *sorted(range(1, len(lengths)), key=lambda i: (late[i], i))]
 
     def run():
         blocks = blocks_for(max(lengths) + 4, block_size) + spare
-        scheduler = scheduler_of(lengths[:1], blocks, block_size, **options)
-        coming = arrived[1:]
+        scheduler = scheduler_of([], blocks, block_size, **options)
+        coming = list(arrived)
 
         def between(turn):
-            while coming and late[coming[0]] <= turn:
+            while coming and (late[coming[0]] <= turn or coming[0] == 0):
                 number = coming.pop(0)
                 params = SamplingParams(max_new_tokens=5, stop_ids=(STOP,))
-                scheduler.add(Sequence(number, [0] * lengths[number], params))
+                prompt = number - number % group
+                scheduler.add(Sequence(number, [prompt] * lengths[prompt], params))
             scheduler.abort(number for number, at in aborts.items() if at == turn)
 
-        steps, ended = drive(scheduler, lambda s, place: STOP if place == ends[s.id] else 1, between)
-        return ended, [(s.lane, s.decoding, [a.id for a in s.admitted], s.tokens) for s in steps]
+        between(-1)
+        steps, ended = drive(scheduler, lambda s, place: STOP if place == ends[s.id] else 1, between, lag)
+        return {i: vars(s) for i, s in ended.items()}, [(s.decoding, [a.id for a in s.rows], s.tokens) for s in steps]
 
     ended, steps = run()
     assert ended.keys() == set(range(len(lengths)))
     for number, sequence in ended.items():
         whole = min(ends[number] + 1, 5)
-        assert len(sequence.tokens) == len(sequence.logprobs) <= whole
-        if sequence.finish == "abort":
+        assert len(sequence["tokens"]) == len(sequence["logprobs"]) <= whole
+        if sequence["finish"] == "abort":
             assert number in aborts
         else:
-            assert (len(sequence.tokens), sequence.finish) == (whole, "stop" if ends[number] < 5 else "length")
-    admitted = [i for _, _, ids, _ in steps for i in ids]
-    assert admitted == [i for i in arrived if i in admitted], "first come, first served"
+            expected = (whole, "stop" if ends[number] < 5 else "length")
+            assert (len(sequence["tokens"]), sequence["finish"]) == expected
     assert run() == (ended, steps)

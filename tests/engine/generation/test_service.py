@@ -12,6 +12,7 @@ from tiny_moe import MIXTRAL, moe_config, moe_decoder, world_of
 from trialign.algorithms.micro_batch import contiguous_part
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.generation.interface import Completion, Interrupted, Request, SamplingParams
+from trialign.engine.generation.kv_cache import PagedCache
 from trialign.engine.mesh import build_mesh
 from trialign.engine.profiler import Profiler
 from trialign.kernels.attention import packed_attention
@@ -57,10 +58,12 @@ def run(function: Any, sizes: dict[str, Any], *args: Any) -> list[Any]:
     return run_ranks(function, world_of(sizes), sizes, *args, timeout=180) if sizes else [function(0, 1, {}, *args)]
 
 
-def serve(rank: int, world: int, sizes: dict[str, Any]) -> dict[int, tuple[int, Completion]]:
+def serve(rank: int, world: int, sizes: dict[str, Any], blocks: int, lag: int) -> dict[int, tuple[int, Completion]]:
     """Request -> (step that returned its completion, completion), for the requests of this DP rank."""
     model = decoder(sizes, moe="ep" in sizes)
-    generator, numbers = EmbeddedGenerator(model, model.mesh, **OPTIONS), {}
+    size = PagedCache.bytes_per_block(model.kv_shape, 4, model.dtype)
+    options = OPTIONS | {"cache_bytes": blocks * size if blocks else None, "lag": lag}
+    generator, numbers = EmbeddedGenerator(model, model.mesh, **options), {}
     collected, dp = {}, model.mesh.dp
     for step in range(30 + 20 * model.mesh.pp.size):
         for number, arrival in enumerate(ARRIVALS):
@@ -70,13 +73,19 @@ def serve(rank: int, world: int, sizes: dict[str, Any]) -> dict[int, tuple[int, 
                 generator.abort(next(i for i, n in numbers.items() if n == number))
         collected |= {numbers[completion.id]: (step, completion) for completion in generator.step()}
     assert not generator.busy and generator.cache is None
-    assert generator.scheduler.pool.num_blocks == 0 and generator.scheduler.unfinished == 0
+    assert bool(generator.scheduler.preemptions) == bool(blocks) or dp.size > 1
+    assert generator.scheduler.idle and generator.scheduler.pool.free_blocks == generator.scheduler.pool.num_blocks
     return collected
 
 
-@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
-def test_tokens_do_not_depend_on_other_requests(sizes):
-    results = run(serve, sizes)
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "lag"),
+    [*((sizes, 0, 0) for sizes in LAYOUTS), *((sizes, 9, 0) for sizes in LAYOUTS), ({}, 0, 1), ({"tp": 2}, 9, 1)],
+    ids=str,
+)
+def test_tokens_do_not_depend_on_other_requests(sizes, blocks, lag):
+    """Nor on the blocks of the cache, 9 of which hold the longest request, or on steps planned ahead."""
+    results = run(serve, sizes, blocks, lag)
     collected = results[0]
     for result in results:
         assert all(collected.setdefault(number, value) == value for number, value in result.items()), "ranks disagree"
