@@ -65,12 +65,18 @@ class RolloutConfig:
     """block size of the paged KV cache in tokens"""
     max_running: int = 256
     """maximum number of sequences decoded at once on a DP rank; others are queued"""
+    cache_gib: float = 0.0
+    """size of the KV cache on a rank in GiB (0: cache_fraction decides); sequences beyond it wait or are preempted"""
+    cache_fraction: float = 0.5
+    """size of the KV cache as a fraction of the memory that is free before the first rollout"""
 
     def __post_init__(self) -> None:
         require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0 (greedy explores nothing)")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require_at_least(self, 0, "top_k")
         require_at_least(self, 1, "max_new_tokens", "samples_per_prompt", "kv_block", "max_running")
+        require_at_least(self, 0, "cache_gib")
+        require(0 < self.cache_fraction < 1, "cache_fraction", self.cache_fraction, "above 0 and below 1")
         limit = self.max_new_tokens
         require(
             0 <= self.min_new_tokens <= limit, "min_new_tokens", self.min_new_tokens, f"0 to max_new_tokens={limit}"

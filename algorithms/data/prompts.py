@@ -69,6 +69,11 @@ class PromptDataset:
         """Source and other columns of each prompt."""
         return ((item.where, item.fields) for pool in self._pools for item in pool)
 
+    def longest(self) -> tuple[str, int]:
+        """File and line of the longest prompt, and its tokens."""
+        item = max((item for pool in self._pools for item in pool), key=lambda item: len(item.tokens))
+        return item.where, len(item.tokens)
+
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
         return [self._draw() for _ in range(count)]

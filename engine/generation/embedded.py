@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -93,8 +92,6 @@ class Model(Protocol):
         ...
 
 
-CACHE_FRACTION = 0.5
-"""Share of the free memory that the cache gets where no size is given."""
 PACK_TOKENS = 10
 """Response tokens from which packing pays: it takes as long as it saves in 8 steps of 32 rows
 (benchmarks/bench_generate.py)."""
@@ -107,17 +104,18 @@ class EmbeddedGenerator(Generator):
     requests run. Weights may be changed in place while no request runs, or between `pause` and `resume` with a `load`
     of the new version.
 
-    All calls but `busy` are collective over tp and pp. Under ep, `step`, `generate`, `pause` and `load` are collective
-    over its group too: its ranks call them equally often, with or without requests of their own.
+    The constructor and all calls but `busy` are collective over tp and pp. Under ep, `step`, `generate`, `pause` and
+    `load` are collective over its group too: its ranks call them equally often, with or without requests of their own.
 
     Args:
         version: of the weights that `model` has now.
         block_size: tokens in a cache block.
         max_running: sequences that run at once.
         prefill_tokens: limit of admitted tokens in a step, which bounds its activations.
-        cache_bytes: size of the cache on this rank; None for `CACHE_FRACTION` of its free memory. No more is allocated
-            than `max_running` sequences of `max_length` tokens need.
-        max_length: of a prompt with its response; None for the model's limit.
+        cache_bytes: size of the cache on this rank; 0 for `cache_fraction`. No more is allocated than `max_running`
+            sequences of `max_length` tokens need.
+        cache_fraction: its share of the memory that is free now, after all that stays on the device is there.
+        max_length: of a prompt with its response; 0 for the model's limit.
         lag: steps that the host plans ahead of the results it has read; None for 1 on a GPU without pipeline stages,
             so that planning overlaps with the device's work, else 0. A sequence that ends then runs `lag` steps too
             many, whose tokens are dropped. With stages it must be 0: their steps are planned ahead anyway.
@@ -136,8 +134,9 @@ class EmbeddedGenerator(Generator):
         block_size: int = 16,
         max_running: int = 256,
         prefill_tokens: int = 4096,
-        cache_bytes: int | None = None,
-        max_length: int | None = None,
+        cache_bytes: int = 0,
+        cache_fraction: float = 0.5,
+        max_length: int = 0,
         lag: int | None = None,
         profiler: Profiler | None = None,
     ) -> None:
@@ -147,12 +146,15 @@ class EmbeddedGenerator(Generator):
                 raise ValueError(f"{name}={size}: must be at least 1")
         self.model, self.mesh, self.version, self.block_size = model, mesh, version, block_size
         self.max_running, self.prefill_tokens = max_running, prefill_tokens
-        self.cache_bytes, self.max_length = cache_bytes, max_length
+        self.cache_bytes = cache_bytes or int(cache_fraction * free_memory(mesh.device, mesh.world.size))
+        self.max_length = max_length
         self.profiler = Profiler(mesh) if profiler is None else profiler
         self.interrupted: Callable[[], bool] = lambda: False
         lanes = mesh.pp.size
         self.lag = int(mesh.device.type == "cuda" and lanes == 1) if lag is None else lag
         assert not self.lag or lanes == 1
+        limits = {"max_running": max_running, "prefill_tokens": prefill_tokens, "lanes": lanes}
+        self.scheduler = Scheduler(block_size, self._cache_blocks(), **limits)
         self.lanes = [Lane(-(-max_running // lanes), mesh.device) for _ in range(lanes)]
         self.cache: PagedCache | None = None
         self.tick = 0  # the same on all ranks of tp, pp and ep
@@ -172,22 +174,14 @@ class EmbeddedGenerator(Generator):
     def busy(self) -> bool:
         return bool(self._open)
 
-    @cached_property
-    def scheduler(self) -> Scheduler:
-        """Made at the first request, when everything else that stays on the device is there: the size of its pool is
-        what the budgets of all stages allow. Collective over tp and pp."""
-        mesh, shape, block = self.mesh, self.model.kv_shape, self.block_size
-        if self.cache_bytes is None:
-            self.cache_bytes = int(CACHE_FRACTION * free_memory(mesh.device, mesh.world.size))
-        limit = self.model.config.longest_rollout
-        needed = self.max_running * blocks_for(min(limit, self.max_length or limit), block)
-        allowed = self.cache_bytes // max(1, PagedCache.bytes_per_block(shape, block, self.model.dtype))
+    def _cache_blocks(self) -> int:
+        """Blocks of the cache: what the budgets of all stages allow, at most what `max_running` sequences need."""
+        mesh, limit = self.mesh, self.model.config.longest_rollout
+        per_block = PagedCache.bytes_per_block(self.model.kv_shape, self.block_size, self.model.dtype)
+        needed = self.max_running * blocks_for(min(limit, self.max_length or limit), self.block_size)
         # Memory, layers and heads may differ by rank, but all must plan with the same number of blocks.
-        blocks = torch.tensor(min(allowed, needed), device=mesh.device)
-        blocks = int(all_reduce(all_reduce(blocks, mesh.tp, "min"), mesh.pp, "min"))
-        return Scheduler(
-            block, blocks, max_running=self.max_running, prefill_tokens=self.prefill_tokens, lanes=mesh.pp.size
-        )
+        blocks = torch.tensor(min(self.cache_bytes // max(1, per_block), needed), device=mesh.device)
+        return int(all_reduce(all_reduce(blocks, mesh.tp, "min"), mesh.pp, "min"))
 
     def add(self, request: Request) -> int:
         self._check(request)
@@ -251,9 +245,7 @@ class EmbeddedGenerator(Generator):
 
     def _check(self, request: Request) -> None:
         prompt, params = request.prompt, request.params
-        vocab, positions = self.model.config.vocab_size, self.model.config.longest_rollout
-        name = f"prompt of sample {request.sample_id}"
-        size = f"{name} has {len(prompt)} tokens, with max_new_tokens={params.max_new_tokens}"
+        vocab, name = self.model.config.vocab_size, f"prompt of sample {request.sample_id}"
         for stop in params.stop_ids:
             if not 0 <= stop < vocab:
                 raise ValueError(f"stop id {stop} is not in the vocabulary of {vocab}")
@@ -261,14 +253,21 @@ class EmbeddedGenerator(Generator):
             raise ValueError(f"{name} is empty: it must have at least one token")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise ValueError(f"{name} holds a token outside the vocabulary of {vocab}")
-        if len(prompt) + params.max_new_tokens > positions:
+        self.check_length(name, len(prompt), params)
+
+    def check_length(self, name: str, length: int, params: SamplingParams) -> None:
+        """Refuses a prompt of so many tokens that can never run, whatever else does.
+
+        Raises:
+            ValueError: the prompt and its longest response pass the model's positions, or the cache.
+        """
+        size = f"{name} has {length} tokens, with max_new_tokens={params.max_new_tokens}"
+        positions, blocks = self.model.config.longest_rollout, self.scheduler.blocks_of(length, params)
+        if length + params.max_new_tokens > positions:
             raise ValueError(f"{size} it passes the model's {positions} positions")
-        blocks, held = self.scheduler.blocks_of(len(prompt), params), self.scheduler.pool.num_blocks
-        if blocks > held:
-            raise ValueError(
-                f"{size} it needs {blocks} cache blocks of {self.block_size} tokens; the cache holds {held}:"
-                f" cache_bytes={self.cache_bytes}, max_running={self.max_running}"
-            )
+        if blocks > self.scheduler.pool.num_blocks:
+            held = f"{self.scheduler.pool.num_blocks} of cache_bytes={self.cache_bytes}, max_running={self.max_running}"
+            raise ValueError(f"{size} it needs {blocks} KV cache blocks of {self.block_size} tokens; there are {held}")
 
     def _on_any_rank(self, value: bool) -> bool:
         """Whether `value` is true on any rank of the ep group."""
@@ -284,7 +283,6 @@ class EmbeddedGenerator(Generator):
     @torch.inference_mode()
     def _run_tick(self) -> None:
         """Runs this stage's step of the current tick, then exchanges results with the other stages."""
-        _ = self.scheduler  # made here, before stages wait for each other
         pp, number, output = self.mesh.pp, self.tick - self.mesh.pp.rank, None
         lane = self.lanes[number % len(self.lanes)]
         if pp.rank == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from report.panels import Panel
 from report.tables import ScoredResponse, response_text, reward_table
@@ -76,9 +76,19 @@ class OnlineRun:
     def attach(self, policy: Role, models: list[Role]) -> None:
         """Adds the policy, from which the generator samples, and the reward models."""
         rollout = self.rollout_config
-        options: dict[str, Any] = {"block_size": rollout.kv_block, "max_running": rollout.max_running}
-        options["profiler"] = self.run.phases
-        self.generator, self.models = EmbeddedGenerator(policy.model, self.mesh, **options), models
+        where, length = self.dataset.longest()
+        self.generator = EmbeddedGenerator(
+            policy.model,
+            self.mesh,
+            block_size=rollout.kv_block,
+            max_running=rollout.max_running,
+            cache_bytes=int(rollout.cache_gib * 2**30),
+            cache_fraction=rollout.cache_fraction,
+            max_length=length + rollout.max_new_tokens,
+            profiler=self.run.phases,
+        )
+        self.run.on_all_ranks(lambda: self.generator.check_length(where, length, self.sampling))
+        self.models = models
         self.generator.interrupted = self.run.interrupted
 
     def begin(self, steps: int, about: str = "", facts: Mapping[str, str] | None = None) -> None:
