@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from .backends.triton_runtime import Spec, jit, tl
-from .dispatch import choose, holds_data, register
+from .dispatch import choose, register
 
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 _END = tl.constexpr(0x7FFFFFFF) if tl else None  # above every key and every index
@@ -258,11 +258,11 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token a row.
 
-    logits [b, v] fp32 or bf16; temperature [b] fp32 (0 = greedy); top_k [b] int32 (0 = off); top_p [b] fp32 (1 = off);
-    keys and counters [b] int64. Returns tokens [b] int64 and logprobs [b] fp32 of the distribution drawn from (after
-    temperature and renormalization; for greedy rows the log-softmax of the raw logits).
-    Raises ValueError when a row holds NaN or +inf, or nothing but -inf, when a temperature is negative, or a setting is
-    not one a row.
+    logits [b, v] fp32 or bf16; temperature [b] fp32, at least 0 (0 = greedy); top_k [b] int32 (0 = off); top_p [b] fp32
+    (1 = off); keys and counters [b] int64. Returns tokens [b] int64 and logprobs [b] fp32 of the distribution drawn
+    from (after temperature and renormalization; for greedy rows the log-softmax of the raw logits).
+    The token of a row that holds NaN or +inf, or nothing but -inf, is -1: nothing here waits for the device, so whoever
+    reads the tokens must check it. Raises ValueError when a setting is not one a row.
     """
     settings = (temperature, top_k, top_p, keys, counters)
     if any(setting.shape != logits.shape[:1] for setting in settings):
@@ -270,15 +270,7 @@ def sample(
         raise ValueError(f"logits {list(logits.shape)} with settings {shapes}: must be one a row")
     draw = torch.ops.trialign.sample if choose("sample", logits) != "reference" else sample_ref
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    tokens, logprobs = draw(logits, *(setting.contiguous() for setting in settings))
-    if holds_data(tokens) and bool((bad := (tokens < 0) | ~(temperature >= 0)).any()):
-        row = int(bad.nonzero()[0])
-        if not temperature[row] >= 0:
-            raise ValueError(f"the temperature of row {row} is {float(temperature[row])}: must be 0 (greedy) or more")
-        raise ValueError(
-            f"row {row} of the logits {list(logits.shape)} holds NaN, +inf or only -inf: no token can be drawn"
-        )
-    return tokens, logprobs
+    return draw(logits, *(setting.contiguous() for setting in settings))
 
 
 register(

@@ -36,6 +36,7 @@ from ..parallel.shard import Split
 from ..profiler import Profiler
 from ..progress import report_progress
 from ..transfer import HostCopy, to_device
+from .graphs import DecodeGraphs, padded
 from .interface import Completion, Generator, Interrupted, Request, SamplingParams
 from .kv_cache import PagedCache, blocks_for, free_memory
 from .lane import Lane, sample_key
@@ -155,14 +156,17 @@ class EmbeddedGenerator(Generator):
         assert not self.lag or lanes == 1
         limits = {"max_running": max_running, "prefill_tokens": prefill_tokens, "lanes": lanes}
         self.scheduler = Scheduler(block_size, self._cache_blocks(), **limits)
-        self.lanes = [Lane(-(-max_running // lanes), mesh.device) for _ in range(lanes)]
+        rows, spare = padded(blocks_for(max_running, lanes)), self.scheduler.pool.num_blocks
+        self.lanes = [Lane(rows, spare, mesh.device) for _ in range(lanes)]
+        # Under ep the sizes of the all-to-alls depend on the tokens.
+        self.graphs = DecodeGraphs(self._decode) if mesh.device.type == "cuda" and mesh.ep.size == 1 else None
         self.cache: PagedCache | None = None
         self.tick = 0  # the same on all ranks of tp, pp and ep
         self._next_id = 0
         self._open: set[int] = set()  # ids of requests that are not collected yet
         self._calls: deque[tuple[int, Callable[[], None]]] = deque()  # (step of effect, call)
         self._steps: dict[int, Step] = {}  # planned and not committed, by number; without empty ones
-        # [2, rows + 1] fp64: tokens and logprobs of a step, and an interruption, which all ranks see in the same step.
+        # [rows + 1, 2] fp64: token and logprob of each row, and an interruption, which all ranks see in the same step.
         self._results: dict[int, Tensor] = {}
         self._copies: dict[int, HostCopy] = {}  # of results that are not committed
         self._hidden: Tensor | None = None  # [tokens, hidden], received for the next step
@@ -173,6 +177,10 @@ class EmbeddedGenerator(Generator):
     @property
     def busy(self) -> bool:
         return bool(self._open)
+
+    @property
+    def _last(self) -> bool:
+        return self.mesh.pp.rank == self.mesh.pp.size - 1
 
     def _cache_blocks(self) -> int:
         """Blocks of the cache: what the budgets of all stages allow, at most what `max_running` sequences need."""
@@ -289,9 +297,10 @@ class EmbeddedGenerator(Generator):
             self._plan(number)
         step = self._steps.get(number)
         if step is not None:
-            output = self._forward(lane, step, self._hidden)
+            output = self._run(lane, step, self._hidden)
             if pp.rank == pp.size - 1:
-                self._results[number] = self._sample(lane, step, output)
+                stop = output.new_full((1, 2), self.interrupted())
+                self._results[number] = broadcast(torch.cat((output, stop)), self.mesh.tp)
         elif number >= 0 and self.mesh.ep.size > 1:
             self._idle()
         self._hidden = self._exchange(number, output)
@@ -308,14 +317,16 @@ class EmbeddedGenerator(Generator):
         lanes, scheduler = len(self.lanes), self.scheduler
         lane, last, stop = self.lanes[number % lanes], self._results.get(number - lanes), 0.0
         if last is not None:
-            lane.advance(last[0, :-1])
+            lane.advance(last[:-1, 0])
             self._copies[number - lanes] = HostCopy(last)
         done = number - (1 + self.lag) * lanes
         previous = self._steps.pop(done, None)
         if previous is not None:
             del self._results[done]
-            (*tokens, stop), (*logprobs, _) = self._copies.pop(done).tolist()
-            scheduler.commit(previous, [int(token) for token in tokens], logprobs, self.version)
+            *rows, (stop, _) = self._copies.pop(done).tolist()
+            if any(token < 0 for token, _ in rows):
+                raise ValueError("logits hold NaN, +inf or only -inf: no token can be sampled")
+            scheduler.commit(previous, [int(token) for token, _ in rows], [p for _, p in rows], self.version)
             report_progress(scheduler.done, scheduler.total)
         while self._calls and self._calls[0][0] <= number:
             self._calls.popleft()[1]()
@@ -343,6 +354,7 @@ class EmbeddedGenerator(Generator):
         """Frees the cache and the packed weights once no request is left."""
         self.scheduler.reset()
         self.cache = None
+        self.graphs = DecodeGraphs(self._decode) if self.graphs is not None else None
         self._thaw()
 
     def _prepare(self, lane: Lane, step: Step) -> None:
@@ -357,12 +369,30 @@ class EmbeddedGenerator(Generator):
             self.model.freeze_weights(pack)
             self._frozen, self._packed = True, pack
 
-    def _forward(self, lane: Lane, step: Step, hidden: Tensor | None) -> Tensor:
-        """This stage's hidden states of a step [rows, hidden]; [tokens, hidden] but on the last stage."""
+    def _run(self, lane: Lane, step: Step, hidden: Tensor | None) -> Tensor:
+        """This stage's output of a step: as `_decode`, with all tokens of the prefilled rows before the last stage."""
         assert self.cache is not None
-        cache, decoding, block, prefilled = self.cache, step.decoding, self.block_size, step.prefilled
-        device = self.mesh.device
-        cache.copy(step.copies)
+        self.cache.copy(step.copies)
+        masked, rows = any(s.params.min_new_tokens for s in step.rows), len(step.rows)
+        if step.prefilled:
+            output = self._forward(lane, step.decoding, step.prefilled, hidden)
+            return self._sample(lane, rows, output, masked) if self._last else output
+        if self.graphs is None:
+            return self._decode(lane, rows, hidden, masked)
+        return self.graphs.run(lane, rows, hidden, masked)
+
+    def _decode(self, lane: Lane, rows: int, hidden: Tensor | None, masked: bool) -> Tensor:
+        """A step without prefilled rows: hidden states [rows, hidden]; on the last stage tokens and logprobs [rows, 2].
+
+        Neither waits for the device nor copies from the host, and its shapes depend on `rows` alone.
+        """
+        output = self._forward(lane, rows, [], hidden)
+        return self._sample(lane, rows, output, masked) if self._last else output
+
+    def _forward(self, lane: Lane, decoding: int, prefilled: list[Sequence], hidden: Tensor | None) -> Tensor:
+        """This stage's hidden states of a step, [tokens, hidden]; [rows, hidden] on the last stage."""
+        assert self.cache is not None
+        cache, block, device = self.cache, self.block_size, self.mesh.device
         tables, cached = lane.tables[:decoding], lane.length[:decoding].int()
         tokens, positions = lane.last[:decoding], lane.length[:decoding] - 1
         slots = tables.gather(1, (positions // block)[:, None])[:, 0].long() * block + positions % block  # [decoding]
@@ -371,10 +401,9 @@ class EmbeddedGenerator(Generator):
             lengths = [sequence.length for sequence in prefilled]
             longest = max(lengths)
             starts = to_device([0, *accumulate(lengths)], device)  # cu_seqlens of the prefilled
-            places = [p for length in lengths for p in range(length)]
             numbers = [
                 [token for s in prefilled for token in (*s.prompt, *s.tokens)],
-                places,
+                [position for length in lengths for position in range(length)],
                 [s.blocks[p // block] * block + p % block for s in prefilled for p in range(s.length)],
             ]
             more = to_device(numbers, device)  # [3, tokens]
@@ -391,29 +420,29 @@ class EmbeddedGenerator(Generator):
             return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))
 
         output = self.model(tokens if hidden is None else hidden, positions, attend)
-        if prefilled and self.mesh.pp.rank == self.mesh.pp.size - 1:
-            # Of a prefilled sequence only the last token's logits are needed.
+        if prefilled and self._last:  # of a prefilled sequence only the last token's logits are needed
             output = torch.cat((output[:decoding], output[decoding:][starts[1:] - 1]))
         return output
+
+    def _sample(self, lane: Lane, rows: int, hidden: Tensor, masked: bool) -> Tensor:
+        """[rows, hidden] -> [rows, 2] fp64: next tokens (exact in fp64) and logprobs.
+
+        Args:
+            masked: whether a row may have a response below its min_new_tokens.
+        """
+        logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
+        if masked:
+            early, stops = lane.position[:rows] < lane.min_new[:rows], lane.stop_ids[:rows]
+            logits.scatter_(1, stops, logits.gather(1, stops).masked_fill(early[:, None], -torch.inf))
+        settings = (lane.temperature, lane.top_k, lane.top_p, lane.key, lane.position)
+        tokens, logprobs = sample(logits, *(setting[:rows] for setting in settings))
+        return torch.stack((tokens.double(), logprobs.double()), 1)
 
     def _idle(self) -> None:
         """Runs one token through this stage, for the other ranks of ep; its output is dropped."""
         position = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
         hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.mesh.device)
         self.model(position if self.mesh.pp.rank == 0 else hidden, position, lambda layer, q, k, v: q)
-
-    def _sample(self, lane: Lane, step: Step, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [2, rows + 1] fp64: next tokens (exact in fp64) and logprobs, and the interruption flag."""
-        rows = slice(len(step.rows))
-        logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
-        if any(sequence.params.min_new_tokens for sequence in step.rows):
-            early, stops = lane.position[rows] < lane.min_new[rows], lane.stop_ids[rows]
-            logits.scatter_(1, stops, logits.gather(1, stops).masked_fill(early[:, None], -torch.inf))
-        tokens, logprobs = sample(
-            logits, lane.temperature[rows], lane.top_k[rows], lane.top_p[rows], lane.key[rows], lane.position[rows]
-        )
-        stop = tokens.new_full((2, 1), self.interrupted(), dtype=torch.float64)
-        return broadcast(torch.cat((torch.stack((tokens.double(), logprobs.double())), stop), 1), self.mesh.tp)
 
     def _exchange(self, number: int, output: Tensor | None) -> Tensor | None:
         """Exchanges results with the other stages after step `number`; returns the next step's hidden states."""
@@ -434,7 +463,7 @@ class EmbeddedGenerator(Generator):
                 receivers = pp.ranks[:last]
                 operations += [dist.P2POp(dist.isend, self._results[sampled], peer, pp.group) for peer in receivers]
             else:
-                shape = (2, len(self._steps[sampled].rows) + 1)
+                shape = (len(self._steps[sampled].rows) + 1, 2)
                 self._results[sampled] = torch.empty(shape, dtype=torch.float64, device=self.mesh.device)
                 operations.append(dist.P2POp(dist.irecv, self._results[sampled], pp.ranks[last], pp.group))
         exchange(operations, pp)

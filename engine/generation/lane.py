@@ -13,6 +13,7 @@ from .scheduler import Sequence, Step
 class Lane:
     """Rows are filled at admission, advance by a token a step, and are compacted when sequences leave.
 
+    A row without a sequence is a token 0 alone, greedy, in the spare block of the cache: a captured step may run it.
     All tensors keep their addresses, so that a captured step finds them; `tables` and `stop_ids` move where a longer
     sequence or one with more stop ids arrives.
 
@@ -23,16 +24,18 @@ class Lane:
         position: [rows], number of response tokens, which counts the random numbers drawn.
         key: [rows], of the random numbers.
         min_new: [rows], number of response tokens before a stop id can be sampled; 0 without stop ids.
-        tables: [rows, blocks] int32, cache blocks.
+        tables: [rows, blocks] int32, cache blocks; the spare one past those of a sequence.
         stop_ids: [rows, ids], filled up with the first one.
         temperature, top_p: [rows] fp32.
         top_k: [rows] int32.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, spare: int, device: torch.device) -> None:
         self.sequences: list[Sequence] = []
+        self.spare = spare
         self.state = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self.last, self.length, self.position, self.key, self.min_new = self.state
+        self.length.fill_(1)
         self.tables = torch.zeros(rows, 0, dtype=torch.int32, device=device)
         self.stop_ids = torch.zeros(rows, 0, dtype=torch.int64, device=device)
         self.temperature, self.top_p = torch.zeros(2, rows, dtype=torch.float32, device=device)
@@ -49,7 +52,7 @@ class Lane:
         if len(kept) < len(self.sequences):
             self._compact(kept)
         if width > self.tables.shape[1]:
-            self.tables = F.pad(self.tables, (0, width - self.tables.shape[1]))
+            self.tables = F.pad(self.tables, (0, width - self.tables.shape[1]), value=self.spare)
         if step.grown:
             rows, places, blocks = to_device(step.grown, self.state.device).T
             self.tables[rows, places] = blocks.int()
@@ -68,9 +71,8 @@ class Lane:
             [sequence.params.min_new_tokens if sequence.params.stop_ids else 0 for sequence in new],
         ]
         self.state[:, rows] = to_device(columns, device)
-        # Entries past a sequence's blocks are never read, but must be valid block numbers.
         width = self.tables.shape[1]
-        tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in new]
+        tables = [sequence.blocks + [self.spare] * (width - len(sequence.blocks)) for sequence in new]
         self.tables[rows] = to_device(tables, device, torch.int32)
         stops = [sequence.params.stop_ids or (0,) for sequence in new]
         count = max(self.stop_ids.shape[1], *map(len, stops))
@@ -87,12 +89,17 @@ class Lane:
         self.state[1:3, : len(tokens)] += 1
 
     def _compact(self, rows: list[int]) -> None:
-        """Moves these rows to the front, in their order."""
+        """Moves these rows to the front, in their order; those behind them hold no sequence any more."""
         if rows:
             kept = to_device(rows, self.state.device)
             self.state[:, : len(rows)] = self.state[:, kept]
             for column in (self.tables, self.stop_ids, self.temperature, self.top_k, self.top_p):
                 column[: len(rows)] = column[kept]
+        left = slice(len(rows), len(self.sequences))
+        self.state[:, left] = 0
+        self.length[left] = 1
+        self.tables[left] = self.spare
+        self.temperature[left] = 0
 
 
 def sample_key(seed: int, sample_id: int) -> int:
