@@ -20,82 +20,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from itertools import accumulate
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...kernels.attention import packed_attention
-from ...kernels.paged_attention import paged_attention, write_kv
-from ...kernels.sampling import sample
 from ..mesh import Mesh
-from ..parallel.collectives import all_gather, all_reduce, broadcast, exchange
-from ..parallel.shard import Split
+from ..parallel.collectives import all_reduce, broadcast, exchange
 from ..profiler import Profiler
 from ..progress import report_progress
-from ..transfer import HostCopy, to_device
-from .graphs import DecodeGraphs, padded
+from ..transfer import HostCopy
 from .interface import Completion, Generator, Interrupted, Request, SamplingParams
 from .kv_cache import PagedCache, blocks_for, free_memory
-from .lane import Lane, sample_key
+from .lane import sample_key
+from .runner import Model, ModelRunner
 from .scheduler import Scheduler, Sequence, Step
-
-
-class ModelSizes(Protocol):
-    """Limits of a model that requests are checked against."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def longest_rollout(self) -> int: ...
-
-
-class Model(Protocol):
-    """Interface of a model's pipeline stage, as the generator runs it."""
-
-    dtype: torch.dtype
-    vocab: Split
-
-    @property
-    def config(self) -> ModelSizes: ...
-
-    @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """(local layers, local key/value heads, head_dim)."""
-        ...
-
-    def __call__(
-        self, x: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor: ...
-
-    def attention_options(self, layer: int) -> dict[str, Any]:
-        """Arguments of attention in a local layer: scale, window, alibi_slopes."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[tokens, hidden] -> [tokens, vocab/tp]; last stage only."""
-        ...
-
-    def freeze_weights(self, pack: bool) -> None:
-        """Caches what depends on the weights alone, which do not change until `thaw_weights`; packs them if `pack`."""
-        ...
-
-    def thaw_weights(self) -> None:
-        """Drops the caches of `freeze_weights`."""
-        ...
-
-    def forward_flops(self, lengths: list[int], logits: int) -> float:
-        """FLOPs of a forward of whole sequences with `logits` tokens' logits, over all ranks of tp and pp."""
-        ...
-
-
-PACK_TOKENS = 10
-"""Response tokens from which packing pays: it takes as long as it saves in 8 steps of 32 rows
-(benchmarks/bench_generate.py)."""
 
 
 class EmbeddedGenerator(Generator):
@@ -145,7 +84,7 @@ class EmbeddedGenerator(Generator):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size}: must be at least 1")
-        self.model, self.mesh, self.version, self.block_size = model, mesh, version, block_size
+        self.mesh, self.version, self.block_size = mesh, version, block_size
         self.max_running, self.prefill_tokens = max_running, prefill_tokens
         self.cache_bytes = cache_bytes or int(cache_fraction * free_memory(mesh.device, mesh.world.size))
         self.max_length = max_length
@@ -155,12 +94,9 @@ class EmbeddedGenerator(Generator):
         self.lag = int(mesh.device.type == "cuda" and lanes == 1) if lag is None else lag
         assert not self.lag or lanes == 1
         limits = {"max_running": max_running, "prefill_tokens": prefill_tokens, "lanes": lanes}
-        self.scheduler = Scheduler(block_size, self._cache_blocks(), **limits)
-        rows, spare = padded(blocks_for(max_running, lanes)), self.scheduler.pool.num_blocks
-        self.lanes = [Lane(rows, spare, mesh.device) for _ in range(lanes)]
-        # Under ep the sizes of the all-to-alls depend on the tokens.
-        self.graphs = DecodeGraphs(self._decode) if mesh.device.type == "cuda" and mesh.ep.size == 1 else None
-        self.cache: PagedCache | None = None
+        self.scheduler = Scheduler(block_size, self._cache_blocks(model), **limits)
+        sizes = {"num_blocks": self.scheduler.pool.num_blocks, "block_size": block_size}
+        self.runner = ModelRunner(model, mesh, **sizes, lane_size=blocks_for(max_running, lanes))
         self.tick = 0  # the same on all ranks of tp, pp and ep
         self._next_id = 0
         self._open: set[int] = set()  # ids of requests that are not collected yet
@@ -172,20 +108,21 @@ class EmbeddedGenerator(Generator):
         self._hidden: Tensor | None = None  # [tokens, hidden], received for the next step
         self._ended: deque[tuple[int, Completion]] = deque()  # (step whose planning retired it, completion)
         self._ready: dict[int, Completion] = {}
-        self._paused = self._pausing = self._frozen = self._packed = False
+        self._paused = self._pausing = False
 
     @property
     def busy(self) -> bool:
         return bool(self._open)
 
     @property
-    def _last(self) -> bool:
-        return self.mesh.pp.rank == self.mesh.pp.size - 1
+    def preemptions(self) -> int:
+        """How often a sequence of this DP rank gave its cache blocks up, to be prefilled again."""
+        return self.scheduler.preemptions
 
-    def _cache_blocks(self) -> int:
+    def _cache_blocks(self, model: Model) -> int:
         """Blocks of the cache: what the budgets of all stages allow, at most what `max_running` sequences need."""
-        mesh, limit = self.mesh, self.model.config.longest_rollout
-        per_block = PagedCache.bytes_per_block(self.model.kv_shape, self.block_size, self.model.dtype)
+        mesh, limit = self.mesh, model.config.longest_rollout
+        per_block = PagedCache.bytes_per_block(model.kv_shape, self.block_size, model.dtype)
         needed = self.max_running * blocks_for(min(limit, self.max_length or limit), self.block_size)
         # Memory, layers and heads may differ by rank, but all must plan with the same number of blocks.
         blocks = torch.tensor(min(self.cache_bytes // max(1, per_block), needed), device=mesh.device)
@@ -234,7 +171,7 @@ class EmbeddedGenerator(Generator):
         for _ in range(max(1, 2 * self.mesh.pp.size - 2) + self.lag):
             self._run_tick()
         assert not self._steps, "a step is in flight after a pause"
-        self._thaw()
+        self.runner.thaw()
 
     def resume(self) -> None:
         self._pausing = False
@@ -248,12 +185,12 @@ class EmbeddedGenerator(Generator):
             self.scheduler.requeue()
         if running:
             self.resume()
-        self._thaw()
-        self.model, self.version = weights, version
+        self.runner.thaw()
+        self.runner.model, self.version = weights, version
 
     def _check(self, request: Request) -> None:
         prompt, params = request.prompt, request.params
-        vocab, name = self.model.config.vocab_size, f"prompt of sample {request.sample_id}"
+        vocab, name = self.runner.model.config.vocab_size, f"prompt of sample {request.sample_id}"
         for stop in params.stop_ids:
             if not 0 <= stop < vocab:
                 raise ValueError(f"stop id {stop} is not in the vocabulary of {vocab}")
@@ -270,7 +207,7 @@ class EmbeddedGenerator(Generator):
             ValueError: the prompt and its longest response pass the model's positions, or the cache.
         """
         size = f"{name} has {length} tokens, with max_new_tokens={params.max_new_tokens}"
-        positions, blocks = self.model.config.longest_rollout, self.scheduler.blocks_of(length, params)
+        positions, blocks = self.runner.model.config.longest_rollout, self.scheduler.blocks_of(length, params)
         if length + params.max_new_tokens > positions:
             raise ValueError(f"{size} it passes the model's {positions} positions")
         if blocks > self.scheduler.pool.num_blocks:
@@ -283,26 +220,21 @@ class EmbeddedGenerator(Generator):
             return value
         return bool(all_reduce(torch.tensor(int(value), device=self.mesh.device), self.mesh.ep, "max").item())
 
-    def _thaw(self) -> None:
-        if self._frozen:
-            self.model.thaw_weights()
-        self._frozen = self._packed = False
-
     @torch.inference_mode()
     def _run_tick(self) -> None:
         """Runs this stage's step of the current tick, then exchanges results with the other stages."""
         pp, number, output = self.mesh.pp, self.tick - self.mesh.pp.rank, None
-        lane = self.lanes[number % len(self.lanes)]
+        lane = self.runner.lanes[number % pp.size]
         if pp.rank == 0:
             self._plan(number)
         step = self._steps.get(number)
         if step is not None:
-            output = self._run(lane, step, self._hidden)
-            if pp.rank == pp.size - 1:
+            output = self.runner.run(lane, step, self._hidden)
+            if self.runner.last:
                 stop = output.new_full((1, 2), self.interrupted())
                 self._results[number] = broadcast(torch.cat((output, stop)), self.mesh.tp)
         elif number >= 0 and self.mesh.ep.size > 1:
-            self._idle()
+            self.runner.idle()
         self._hidden = self._exchange(number, output)
         # The last step that every stage has planned: the first stage this tick's, the last stage pp - 2 before.
         planned = min(self.tick, self.tick - pp.size + 2)
@@ -314,8 +246,8 @@ class EmbeddedGenerator(Generator):
     def _plan(self, number: int) -> None:
         """Commits the lane's last step but `lag`, runs the calls due by step `number`, then plans that step. Every rank
         does so for all numbers in order, with the same results."""
-        lanes, scheduler = len(self.lanes), self.scheduler
-        lane, last, stop = self.lanes[number % lanes], self._results.get(number - lanes), 0.0
+        lanes, scheduler = self.mesh.pp.size, self.scheduler
+        lane, last, stop = self.runner.lanes[number % lanes], self._results.get(number - lanes), 0.0
         if last is not None:
             lane.advance(last[:-1, 0])
             self._copies[number - lanes] = HostCopy(last)
@@ -335,114 +267,21 @@ class EmbeddedGenerator(Generator):
         scheduler.retire(number % lanes)
         self._take_ended(number)
         if scheduler.idle:
-            self._release()
+            scheduler.reset()
+            self.runner.release()
         elif not self._paused:
             step = scheduler.plan(number % lanes)
             if step is not None:
                 self._steps[number] = step
-                self._prepare(lane, step)
+                self.runner.prepare(lane, step, scheduler.width)
 
     def _take_ended(self, number: int) -> None:
         ended, self.scheduler.ended = self.scheduler.ended, []
         for s in ended:
             assert s.finish, "a sequence was retired before its end"
             self._ended.append((number, Completion(s.id, s.tokens, s.logprobs, s.versions, s.finish)))
-            flops = self.model.forward_flops([s.length], len(s.tokens))
+            flops = self.runner.model.forward_flops([s.length], len(s.tokens))
             self.profiler.add(self.mesh, tokens=len(s.tokens), flops=flops)
-
-    def _release(self) -> None:
-        """Frees the cache and the packed weights once no request is left."""
-        self.scheduler.reset()
-        self.cache = None
-        self.graphs = DecodeGraphs(self._decode) if self.graphs is not None else None
-        self._thaw()
-
-    def _prepare(self, lane: Lane, step: Step) -> None:
-        """Allocates the cache at the first step, fills the lane's rows; packs the weights where it pays."""
-        if self.cache is None:
-            options = {"dtype": self.model.dtype, "device": self.mesh.device}
-            blocks = self.scheduler.pool.num_blocks
-            self.cache = PagedCache(self.model.kv_shape, blocks, self.block_size, **options)
-        lane.prepare(step, self.scheduler.width)
-        pack = self._packed or any(s.params.max_new_tokens >= PACK_TOKENS for s in step.rows[step.kept :])
-        if not self._frozen or pack > self._packed:
-            self.model.freeze_weights(pack)
-            self._frozen, self._packed = True, pack
-
-    def _run(self, lane: Lane, step: Step, hidden: Tensor | None) -> Tensor:
-        """This stage's output of a step: as `_decode`, with all tokens of the prefilled rows before the last stage."""
-        assert self.cache is not None
-        self.cache.copy(step.copies)
-        masked, rows = any(s.params.min_new_tokens for s in step.rows), len(step.rows)
-        if step.prefilled:
-            output = self._forward(lane, step.decoding, step.prefilled, hidden)
-            return self._sample(lane, rows, output, masked) if self._last else output
-        if self.graphs is None:
-            return self._decode(lane, rows, hidden, masked)
-        return self.graphs.run(lane, rows, hidden, masked)
-
-    def _decode(self, lane: Lane, rows: int, hidden: Tensor | None, masked: bool) -> Tensor:
-        """A step without prefilled rows: hidden states [rows, hidden]; on the last stage tokens and logprobs [rows, 2].
-
-        Neither waits for the device nor copies from the host, and its shapes depend on `rows` alone.
-        """
-        output = self._forward(lane, rows, [], hidden)
-        return self._sample(lane, rows, output, masked) if self._last else output
-
-    def _forward(self, lane: Lane, decoding: int, prefilled: list[Sequence], hidden: Tensor | None) -> Tensor:
-        """This stage's hidden states of a step, [tokens, hidden]; [rows, hidden] on the last stage."""
-        assert self.cache is not None
-        cache, block, device = self.cache, self.block_size, self.mesh.device
-        tables, cached = lane.tables[:decoding], lane.length[:decoding].int()
-        tokens, positions = lane.last[:decoding], lane.length[:decoding] - 1
-        slots = tables.gather(1, (positions // block)[:, None])[:, 0].long() * block + positions % block  # [decoding]
-        starts, longest = positions, 0
-        if prefilled:
-            lengths = [sequence.length for sequence in prefilled]
-            longest = max(lengths)
-            starts = to_device([0, *accumulate(lengths)], device)  # cu_seqlens of the prefilled
-            numbers = [
-                [token for s in prefilled for token in (*s.prompt, *s.tokens)],
-                [position for length in lengths for position in range(length)],
-                [s.blocks[p // block] * block + p % block for s in prefilled for p in range(s.length)],
-            ]
-            more = to_device(numbers, device)  # [3, tokens]
-            tokens, positions, slots = torch.cat((torch.stack((tokens, positions, slots)), more), 1)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values, options = cache.keys[layer], cache.values[layer], self.model.attention_options(layer)
-            write_kv(k, v, keys, values, slots)
-            if not prefilled:
-                return paged_attention(q, keys, values, tables, cached, **options)
-            new = packed_attention(q[decoding:], k[decoding:], v[decoding:], starts, longest, **options)
-            if not decoding:
-                return new
-            return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))
-
-        output = self.model(tokens if hidden is None else hidden, positions, attend)
-        if prefilled and self._last:  # of a prefilled sequence only the last token's logits are needed
-            output = torch.cat((output[:decoding], output[decoding:][starts[1:] - 1]))
-        return output
-
-    def _sample(self, lane: Lane, rows: int, hidden: Tensor, masked: bool) -> Tensor:
-        """[rows, hidden] -> [rows, 2] fp64: next tokens (exact in fp64) and logprobs.
-
-        Args:
-            masked: whether a row may have a response below its min_new_tokens.
-        """
-        logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
-        if masked:
-            early, stops = lane.position[:rows] < lane.min_new[:rows], lane.stop_ids[:rows]
-            logits.scatter_(1, stops, logits.gather(1, stops).masked_fill(early[:, None], -torch.inf))
-        settings = (lane.temperature, lane.top_k, lane.top_p, lane.key, lane.position)
-        tokens, logprobs = sample(logits, *(setting[:rows] for setting in settings))
-        return torch.stack((tokens.double(), logprobs.double()), 1)
-
-    def _idle(self) -> None:
-        """Runs one token through this stage, for the other ranks of ep; its output is dropped."""
-        position = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
-        hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.mesh.device)
-        self.model(position if self.mesh.pp.rank == 0 else hidden, position, lambda layer, q, k, v: q)
 
     def _exchange(self, number: int, output: Tensor | None) -> Tensor | None:
         """Exchanges results with the other stages after step `number`; returns the next step's hidden states."""
@@ -454,8 +293,8 @@ class EmbeddedGenerator(Generator):
             self._plan(number + 1)
             step = self._steps.get(number + 1)
             if step is not None:
-                shape = (step.tokens, self.model.config.hidden_size)
-                hidden = torch.empty(shape, dtype=self.model.dtype, device=self.mesh.device)
+                shape = (step.tokens, self.runner.model.config.hidden_size)
+                hidden = torch.empty(shape, dtype=self.runner.model.dtype, device=self.mesh.device)
                 operations.append(dist.P2POp(dist.irecv, hidden, pp.ranks[pp.rank - 1], pp.group))
         sampled = number + pp.rank - last  # the step that the last stage has just sampled
         if last and sampled in self._steps:

@@ -61,10 +61,6 @@ class BlockPool:
         for block in blocks:
             self._users[block] += 1
 
-    def freed_by(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks have no other user."""
-        return sum(self._users[block] == 1 for block in blocks)
-
     def free(self, blocks: Sequence[int]) -> None:
         """Removes a user from each block; blocks without users are free again."""
         for block in reversed(blocks):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from report.panels import Panel
 from report.tables import ScoredResponse, response_text, reward_table
 from trialign.algorithms.batch import Prompt, Rollout, Score, from_rollouts, response_texts
@@ -23,6 +24,7 @@ from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.source import OnPolicySource
 from trialign.algorithms.rollout.sync import sample, sampling_params, stop_tokens
 from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.parallel.collectives import all_reduce
 from trialign.models.config import ModelConfig
 from trialign.models.hf.tokenizer import stop_ids
 
@@ -88,7 +90,7 @@ class OnlineRun:
             profiler=self.run.phases,
         )
         self.run.on_all_ranks(lambda: self.generator.check_length(where, length, self.sampling))
-        self.models = models
+        self.models, self._preempted = models, 0
         self.generator.interrupted = self.run.interrupted
 
     def begin(self, steps: int, about: str = "", facts: Mapping[str, str] | None = None) -> None:
@@ -132,8 +134,12 @@ class OnlineRun:
         return self.run.steps()
 
     def end_step(self, metrics: Mapping[str, float]) -> None:
-        """`Run.end_step` with the rewards of the step."""
-        self.run.end_step({**metrics, **self.rewards.take_metrics()})
+        """`Run.end_step` with the rewards of the step and the sequences preempted in it."""
+        count = torch.tensor(self.generator.preemptions, device=self.mesh.device)
+        total = int(all_reduce(count, self.mesh.dp))
+        preempted = {"preempted": total - self._preempted} if total > self._preempted else {}
+        self._preempted = total
+        self.run.end_step({**metrics, **self.rewards.take_metrics(), **preempted})
 
     def sync(self, actor: Learner) -> None:
         """Loads the actor's weights into the generator."""

@@ -66,6 +66,19 @@ def test_table_shows_the_same_prompts_before_and_after(setting, tmp_path):
     assert "run.steps=3 (was 2)" in printed and "run.show=4 (was 2)" in printed
 
 
+def test_a_small_cache_preempts_and_changes_nothing(setting, tmp_path):
+    """The same metrics; a prompt that can never fit is refused by its row."""
+    words, runs = options(run_prompts_per_step=12, run_steps=1, run_show=0, rollout_kv_block=2), {}
+    for name, gib in (("small", 1e-4), ("large", 0.0)):
+        succeed("ppo", *given(setting, tmp_path / name), *words, "--rollout.cache_gib", gib)
+        runs[name] = metrics(tmp_path / name)[0]
+    assert runs["small"].pop("preempted") > 0 and "preempted" not in runs["large"]
+    costs = re.compile("seconds|memory_gb|tokens_per_s|mfu")
+    assert all(runs["small"][key] == value for key, value in runs["large"].items() if not costs.match(key))
+    refused = launch("ppo", *given(setting, tmp_path / "none"), *words, "--rollout.cache_gib", 1e-5)
+    assert refused.returncode == 1 and "rows.jsonl:" in refused.stderr and "KV cache blocks" in refused.stderr
+
+
 def test_nan_reward_stops_the_run_and_keeps_checkpoints(setting, tmp_path):
     out = tmp_path / "run"
     words = given(setting, out, run_steps=9, run_prompts_per_step=12, run_save_every=1)

@@ -72,7 +72,7 @@ def serve(rank: int, world: int, sizes: dict[str, Any], blocks: int, lag: int) -
             if ABORTS.get(number) == step and number % dp.size == dp.rank:
                 generator.abort(next(i for i, n in numbers.items() if n == number))
         collected |= {numbers[completion.id]: (step, completion) for completion in generator.step()}
-    assert not generator.busy and generator.cache is None
+    assert not generator.busy and generator.runner.cache is None
     assert bool(generator.scheduler.preemptions) == bool(blocks) or dp.size > 1
     assert generator.scheduler.idle and generator.scheduler.pool.free_blocks == generator.scheduler.pool.num_blocks
     return collected
@@ -192,7 +192,7 @@ def interrupt(rank: int, world: int, sizes: dict[str, Any]) -> tuple[list[Comple
     prompts, numbers, params = [request(number).prompt for number in range(5)], list(range(5)), PARAMS[0]
     with pytest.raises(Interrupted):
         generator.generate(prompts, numbers, params)
-    assert not generator.busy and generator.cache is None
+    assert not generator.busy and generator.runner.cache is None
     with pytest.raises(ValueError, match="request id 99"):
         generator.abort(99)
     other = generator.add(request(1))

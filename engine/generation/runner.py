@@ -1,0 +1,205 @@
+"""Runs the steps of the embedded generator on this rank's pipeline stage: model, KV cache, rows, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention import packed_attention
+from ...kernels.paged_attention import paged_attention, write_kv
+from ...kernels.sampling import sample
+from ..mesh import Mesh
+from ..parallel.collectives import all_gather
+from ..parallel.shard import Split
+from ..transfer import to_device
+from .graphs import DecodeGraphs, padded
+from .kv_cache import PagedCache
+from .lane import Lane
+from .scheduler import Sequence, Step
+
+
+class ModelSizes(Protocol):
+    """Limits of a model that requests are checked against."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def longest_rollout(self) -> int: ...
+
+
+class Model(Protocol):
+    """Interface of a model's pipeline stage, as the generator runs it."""
+
+    dtype: torch.dtype
+    vocab: Split
+
+    @property
+    def config(self) -> ModelSizes: ...
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(local layers, local key/value heads, head_dim)."""
+        ...
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor: ...
+
+    def attention_options(self, layer: int) -> dict[str, Any]:
+        """Arguments of attention in a local layer: scale, window, alibi_slopes."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] -> [tokens, vocab/tp]; last stage only."""
+        ...
+
+    def freeze_weights(self, pack: bool) -> None:
+        """Caches what depends on the weights alone, which do not change until `thaw_weights`; packs them if `pack`."""
+        ...
+
+    def thaw_weights(self) -> None:
+        """Drops the caches of `freeze_weights`."""
+        ...
+
+    def forward_flops(self, lengths: list[int], logits: int) -> float:
+        """FLOPs of a forward of whole sequences with `logits` tokens' logits, over all ranks of tp and pp."""
+        ...
+
+
+PACK_TOKENS = 10
+"""Response tokens from which packing pays: it takes as long as it saves in 8 steps of 32 rows
+(benchmarks/bench_generate.py)."""
+
+
+class ModelRunner:
+    """Runs planned steps. Cache and packed weights exist from the first step until `release`.
+
+    Args:
+        num_blocks: of the cache.
+        block_size: tokens in a block.
+        lane_size: sequences in a lane at most.
+
+    Attributes:
+        lanes: rows of the running sequences, one lane for each pipeline stage.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, *, num_blocks: int, block_size: int, lane_size: int) -> None:
+        self.model, self.mesh, self.num_blocks, self.block_size = model, mesh, num_blocks, block_size
+        self.lanes = [Lane(padded(lane_size), num_blocks, mesh.device) for _ in range(mesh.pp.size)]
+        self.cache: PagedCache | None = None
+        # Under ep the sizes of the all-to-alls depend on the tokens.
+        self.graphs = DecodeGraphs(self._decode) if mesh.device.type == "cuda" and mesh.ep.size == 1 else None
+        self._frozen = self._packed = False
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last stage."""
+        return self.mesh.pp.rank == self.mesh.pp.size - 1
+
+    def prepare(self, lane: Lane, step: Step, width: int) -> None:
+        """Allocates the cache at the first step, fills the lane's rows; packs the weights where it pays.
+
+        Args:
+            width: cache blocks of the longest possible sequence.
+        """
+        if self.cache is None:
+            options = {"dtype": self.model.dtype, "device": self.mesh.device}
+            self.cache = PagedCache(self.model.kv_shape, self.num_blocks, self.block_size, **options)
+        lane.prepare(step, width)
+        pack = self._packed or any(s.params.max_new_tokens >= PACK_TOKENS for s in step.rows[step.kept :])
+        if not self._frozen or pack > self._packed:
+            self.model.freeze_weights(pack)
+            self._frozen, self._packed = True, pack
+
+    def run(self, lane: Lane, step: Step, hidden: Tensor | None) -> Tensor:
+        """This stage's output of a step: as `_decode`, with all tokens of the prefilled rows before the last stage."""
+        assert self.cache is not None
+        self.cache.copy(step.copies)
+        masked, rows = any(s.params.min_new_tokens for s in step.rows), len(step.rows)
+        if step.prefilled:
+            output = self._forward(lane, step.decoding, step.prefilled, hidden)
+            return self._sample(lane, rows, output, masked) if self.last else output
+        if self.graphs is None:
+            return self._decode(lane, rows, hidden, masked)
+        return self.graphs.run(lane, rows, hidden, masked)
+
+    def _decode(self, lane: Lane, rows: int, hidden: Tensor | None, masked: bool) -> Tensor:
+        """A step without prefilled rows: hidden states [rows, hidden]; on the last stage tokens and logprobs [rows, 2].
+
+        Neither waits for the device nor copies from the host, and its shapes depend on `rows` alone.
+        """
+        output = self._forward(lane, rows, [], hidden)
+        return self._sample(lane, rows, output, masked) if self.last else output
+
+    def _forward(self, lane: Lane, decoding: int, prefilled: list[Sequence], hidden: Tensor | None) -> Tensor:
+        """This stage's hidden states of a step, [tokens, hidden]; [rows, hidden] on the last stage."""
+        assert self.cache is not None
+        cache, block, device = self.cache, self.block_size, self.mesh.device
+        tables, cached = lane.tables[:decoding], lane.length[:decoding].int()
+        tokens, positions = lane.last[:decoding], lane.length[:decoding] - 1
+        slots = tables.gather(1, (positions // block)[:, None])[:, 0].long() * block + positions % block  # [decoding]
+        starts, longest = positions, 0
+        if prefilled:
+            lengths = [sequence.length for sequence in prefilled]
+            longest = max(lengths)
+            starts = to_device([0, *accumulate(lengths)], device)  # cu_seqlens of the prefilled
+            numbers = [
+                [token for s in prefilled for token in (*s.prompt, *s.tokens)],
+                [position for length in lengths for position in range(length)],
+                [s.blocks[p // block] * block + p % block for s in prefilled for p in range(s.length)],
+            ]
+            more = to_device(numbers, device)  # [3, tokens]
+            tokens, positions, slots = torch.cat((torch.stack((tokens, positions, slots)), more), 1)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values, options = cache.keys[layer], cache.values[layer], self.model.attention_options(layer)
+            write_kv(k, v, keys, values, slots)
+            if not prefilled:
+                return paged_attention(q, keys, values, tables, cached, **options)
+            new = packed_attention(q[decoding:], k[decoding:], v[decoding:], starts, longest, **options)
+            if not decoding:
+                return new
+            return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))
+
+        output = self.model(tokens if hidden is None else hidden, positions, attend)
+        if prefilled and self.last:  # of a prefilled sequence only the last token's logits are needed
+            output = torch.cat((output[:decoding], output[decoding:][starts[1:] - 1]))
+        return output
+
+    def _sample(self, lane: Lane, rows: int, hidden: Tensor, masked: bool) -> Tensor:
+        """[rows, hidden] -> [rows, 2] fp64: next tokens (exact in fp64) and logprobs.
+
+        Args:
+            masked: whether a row may have a response below its min_new_tokens.
+        """
+        logits = all_gather(self.model.logits(hidden), self.mesh.tp, -1, self.model.vocab.sizes)  # [rows, vocab]
+        if masked:
+            early, stops = lane.position[:rows] < lane.min_new[:rows], lane.stop_ids[:rows]
+            logits.scatter_(1, stops, logits.gather(1, stops).masked_fill(early[:, None], -torch.inf))
+        settings = (lane.temperature, lane.top_k, lane.top_p, lane.key, lane.position)
+        tokens, logprobs = sample(logits, *(setting[:rows] for setting in settings))
+        return torch.stack((tokens.double(), logprobs.double()), 1)
+
+    def idle(self) -> None:
+        """Runs one token through this stage, for the other ranks of ep; its output is dropped."""
+        position = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
+        hidden = torch.zeros(1, self.model.config.hidden_size, dtype=self.model.dtype, device=self.mesh.device)
+        self.model(position if self.mesh.pp.rank == 0 else hidden, position, lambda layer, q, k, v: q)
+
+    def release(self) -> None:
+        """Frees the cache, the graphs and the packed weights."""
+        self.cache = None
+        self.graphs = DecodeGraphs(self._decode) if self.graphs is not None else None
+        self.thaw()
+
+    def thaw(self) -> None:
+        """Drops what depends on the weights alone, before they change."""
+        if self._frozen:
+            self.model.thaw_weights()
+        self._frozen = self._packed = False
