@@ -29,7 +29,7 @@ def planned(scheduler, lane=0) -> Step:
 
 
 class Cache:
-    """What a cache of blocks would hold: at each slot the token that was written there."""
+    """A model of the cache: at each slot the token that was written there."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.size, self.slots = scheduler.block_size, {}
