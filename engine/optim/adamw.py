@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...kernels.adamw import adamw_
 from ..mesh import Mesh
-from ..parallel.collectives import all_gather_shards
 from ..parallel.data import DataParallel
 from ..parallel.shard import Entry, Slot
 
@@ -107,7 +106,8 @@ class ShardedAdamW:
             )
             if "ema" in state:
                 state["ema"].lerp_(state["master"], 1 - self.ema_decay)
-            all_gather_shards(bucket.weights, weights, bucket.axis)
+            bucket.start_gather()  # meanwhile the next bucket's masters are updated
+        self.data.finish_gather()
         self.zero_grad()
         return norm
 
@@ -150,4 +150,6 @@ class ShardedAdamW:
         """Sets the step count and rebuilds the weights, after a checkpoint has filled the entries."""
         self.steps = steps
         for bucket in self.buckets:
-            bucket.gather_weights()
+            bucket.round_masters()
+            bucket.start_gather()
+        self.data.finish_gather()

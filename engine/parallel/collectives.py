@@ -53,13 +53,17 @@ def all_gather(tensor: Tensor, axis: Axis, dim: int = 0, sizes: Sequence[int] | 
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered, sizes, strict=True)], dim)
 
 
-def all_gather_shards(whole: Tensor, shard: Tensor, axis: Axis) -> None:
-    """Fills the flat `whole` [size * n] from every rank's `shard` [n], which may be a view of it."""
-    if axis.size > 1:
-        # gloo copies the input after it has begun to write the output, so an aliased shard must be cloned.
-        source = shard.clone() if shard.device.type == "cpu" else shard
-        with HEARTBEAT.waiting(f"all_gather over {axis.name}"):
-            _all_gather_single(whole, source, group=axis.group)
+def all_gather_shards(whole: Tensor, shard: Tensor, axis: Axis) -> dist.Work | None:
+    """Starts filling the flat `whole` [size * n] from every rank's `shard` [n], which may be a view of it.
+
+    `wait` for the result. Returns None with one rank, where `shard` must be a view of `whole`.
+    """
+    if axis.size == 1:
+        assert shard.data_ptr() == whole.data_ptr()
+        return None
+    # gloo copies the input after it has begun to write the output, so an aliased shard must be cloned.
+    source = shard.clone() if shard.device.type == "cpu" else shard
+    return _all_gather_single(whole, source, group=axis.group, async_op=True)
 
 
 def reduce_scatter(shard: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None:
@@ -139,10 +143,11 @@ def exchange(operations: list[dist.P2POp], axis: Axis) -> None:
                 work.wait()
 
 
-def wait(work: dist.Work, axis: Axis) -> None:
-    """Waits for a started reduce-scatter."""
-    with HEARTBEAT.waiting(f"reduce_scatter over {axis.name}"):
-        work.wait()
+def wait(work: dist.Work | None, name: str, axis: Axis) -> None:
+    """Waits for a started collective over the axis, if there is one; `name` is for messages."""
+    if work is not None:
+        with HEARTBEAT.waiting(f"{name} over {axis.name}"):
+            work.wait()
 
 
 class _CopyTo(torch.autograd.Function):

@@ -4,6 +4,9 @@ Parameters lie back to back in flat buckets. Gradients are accumulated over micr
 over dp x cp, bucket by bucket while the last backward runs; an optimizer updates this rank's shard of the fp32 masters,
 and the new weights are all-gathered. Buckets of experts do so over edp: the other DP ranks of an ep group hold other
 experts, and the gradients of their tokens have arrived here through the all-to-all.
+
+Gradients exist from an update's first backward until its optimizer step: a rollout, and the update of another model,
+have their memory. Their buffers always have the same sizes, so an allocator finds the blocks it had.
 """
 
 from __future__ import annotations
@@ -32,8 +35,7 @@ class Bucket:
 
     Attributes:
         weights: [size] in the compute dtype; the parameters are views of it.
-        grads: [size] fp32; this rank's shard holds the sum over the axis once reduced.
-        local: this rank's shard of both.
+        local: this rank's shard of weights and gradients.
         states: fp32, of this rank's shard: "master", and an optimizer's moments.
         counted: whether this rank, of those that hold the same numbers, counts them in norms and saves them.
         decayed: whether weight decay applies: to matrices only.
@@ -46,10 +48,12 @@ class Bucket:
         size = max(-(-used // unit), 1) * unit  # at least one unit: a rank's shard of a small vocabulary may be empty
         dtype = named[0][1].dtype
         self.weights = torch.zeros(size, dtype=dtype, device=device)
-        self.grads = torch.zeros(size, dtype=torch.float32, device=device)
+        self._grads: Tensor | None = None
+        self._used = used
         self.starts: list[int] = []
         self.fresh: set[nn.Parameter] = set()  # parameters without a gradient in this step yet
         self.reduction: dist.Work | None = None
+        self.gathering: dist.Work | None = None
         self.reduced, self.waiting = False, len(named)  # waiting: gradients to come in the last backward
         start = 0
         for _, p in named:
@@ -64,30 +68,51 @@ class Bucket:
         # Under fp32 compute the weights are their own masters.
         self.states = {"master": weights if dtype == torch.float32 else weights.float()}
 
-    def grad_views(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every parameter with the view of its gradient."""
-        for (_, p), start in zip(self.named, self.starts, strict=True):
-            yield p, self.grads[start : start + p.numel()].view(p.shape)
+    @property
+    def grads(self) -> Tensor:
+        """[size] fp32, allocated at the first use; this rank's shard holds the sum over the axis once reduced."""
+        if self._grads is None:
+            self._grads = torch.empty(len(self.weights), dtype=torch.float32, device=self.weights.device)
+            self._grads[self._used :].zero_()  # the first gradient of a parameter overwrites the rest
+        return self._grads
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes that the gradients hold now."""
+        return 0 if self._grads is None else self._grads.nbytes
+
+    def grad_of(self, index: int) -> Tensor:
+        """View of the gradient of a parameter."""
+        p, start = self.named[index][1], self.starts[index]
+        return self.grads[start : start + p.numel()].view(p.shape)
 
     def zero_grad(self) -> None:
         """Discards the gradients: the next backward overwrites them."""
         self.fresh = {p for _, p in self.named}
         self.waiting, self.reduced, self.reduction = len(self.named), False, None
 
+    def free_grads(self) -> None:
+        """Frees the gradients, which `zero_grad` has discarded."""
+        assert len(self.fresh) == len(self.named), "gradients of an unfinished step"
+        self._grads = None
+
     def start_reduction(self) -> None:
         """Starts summing the gradients over the axis."""
-        for p, view in self.grad_views():
+        for i, (_, p) in enumerate(self.named):
             if p in self.fresh:  # the loss does not depend on it
-                view.zero_()
+                self.grad_of(i).zero_()
         self.reduction = reduce_scatter(self.grads[self.local], self.grads, self.axis)
         self.reduced = True
 
-    def gather_weights(self) -> None:
-        """Rebuilds the weights from the masters of all ranks."""
+    def round_masters(self) -> None:
+        """Sets this rank's shard of the weights from its masters."""
         weights = self.weights[self.local]
         if weights.dtype != torch.float32:
             weights.copy_(self.states["master"])
-        all_gather_shards(self.weights, weights, self.axis)
+
+    def start_gather(self) -> None:
+        """Starts filling the weights from the shards of all ranks."""
+        self.gathering = all_gather_shards(self.weights, self.weights[self.local], self.axis)
 
     def rectangles(self) -> Iterator[tuple[str, Piece, slice]]:
         """Contents of this rank's shard: (parameter name, rectangle of a whole tensor, its range in the shard)."""
@@ -108,12 +133,16 @@ class DataParallel:
     Args:
         model: its parameters that require gradients move into the buckets; each must carry a shard description.
         tied: the parameter shared with the other end of the pipeline, whose gradients are summed; or None.
+
+    Attributes:
+        keeps_grads: whether the gradients' memory stays allocated between updates. On a CPU, where the page faults of a
+            new buffer take several times as long as writing the gradients once.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, tied: nn.Parameter | None = None):
         self.mesh = mesh
         self.tied = tied if tied is not None and tied.requires_grad else None
-        self._last_backward = False
+        self.keeps_grads, self._last_backward = mesh.device.type == "cpu", False
         kinds: dict[tuple[bool, bool, bool, bool], list[list[Named]]] = {}
         # Gradients arrive from the last layer to the first: buckets fill in that order.
         for name, p in reversed([(name, p) for name, p in model.named_parameters() if p.requires_grad]):
@@ -128,7 +157,7 @@ class DataParallel:
             for (counted, decayed, experts, _), lists in kinds.items()
             for named in lists
         ]
-        self._places = {p: (bucket, view) for bucket in self.buckets for p, view in bucket.grad_views()}
+        self._places = {p: (bucket, i) for bucket in self.buckets for i, (_, p) in enumerate(bucket.named)}
         # Python's collector does not see a parameter's hooks: a hook that held this object would keep both, and the
         # mesh's groups with their threads, until the process ends.
         owner = weakref.ref(self)
@@ -142,8 +171,9 @@ class DataParallel:
         self.zero_grad()
 
     def _accumulate(self, p: nn.Parameter) -> None:
-        bucket, view = self._places[p]
+        bucket, i = self._places[p]
         assert p.grad is not None and not bucket.reduced, "a backward after the gradients were reduced"
+        view = bucket.grad_of(i)
         if p in bucket.fresh:
             view.copy_(p.grad)
             bucket.fresh.discard(p)
@@ -156,10 +186,12 @@ class DataParallel:
                 bucket.start_reduction()
 
     def zero_grad(self) -> None:
-        """Discards the gradients."""
+        """Discards the gradients, and frees their memory unless it is kept."""
         self._last_backward = False
         for bucket in self.buckets:
             bucket.zero_grad()
+            if not self.keeps_grads:
+                bucket.free_grads()
 
     def expect_last_backward(self) -> None:
         """From now on reduces each bucket as soon as all its gradients have arrived."""
@@ -168,7 +200,8 @@ class DataParallel:
     def finish_reduction(self) -> None:
         """Reduces the remaining buckets and waits for all. Collective over the mesh."""
         if self.tied is not None:
-            bucket, view = self._places[self.tied]
+            bucket, i = self._places[self.tied]
+            view = bucket.grad_of(i)
             if self.tied in bucket.fresh:  # without a gradient here; the other end may have one
                 view.zero_()
                 bucket.fresh.discard(self.tied)
@@ -177,8 +210,13 @@ class DataParallel:
             if not bucket.reduced:
                 bucket.start_reduction()
         for bucket in self.buckets:
-            if bucket.reduction is not None:
-                wait(bucket.reduction, bucket.axis)
+            wait(bucket.reduction, "reduce_scatter", bucket.axis)
+
+    def finish_gather(self) -> None:
+        """Waits for the weights of all buckets. Collective over the mesh."""
+        for bucket in self.buckets:
+            wait(bucket.gathering, "all_gather", bucket.axis)
+            bucket.gathering = None
 
     def gradient_norm(self, poison: Tensor | None = None) -> float:
         """L2 norm of the whole reduced gradient, on ranks outside the mesh too. Collective over the job.

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 
 import pytest
@@ -52,12 +53,14 @@ def torch_steps(max_norm: float) -> tuple[nn.Module, dict[str, torch.Tensor], li
     return model, ema, norms
 
 
-def sharded_steps(rank: int, world: int, max_norm: float, micro: int = 1):
+def sharded_steps(rank: int, world: int, max_norm: float, micro: int = 1, keeps_grads: bool = True):
     """Each DP rank trains on its rows, in micro-batches; returns the whole states and the gradient norms."""
     model, mesh = network(), build_mesh(dp=world)
     optimizer = ShardedAdamW(model, mesh, max_grad_norm=max_norm, ema_decay=0.75, **SETTINGS)
+    optimizer.data.keeps_grads = keeps_grads
     norms = []
     for step in range(STEPS):
+        assert keeps_grads or not sum(bucket.grad_bytes for bucket in optimizer.buckets)
         rows = data(step).chunk(world)[rank].chunk(micro)
         for number, part in enumerate(rows):
             if number == len(rows) - 1:
@@ -78,6 +81,40 @@ def test_steps_equal_torch_adamw(world, micro, max_norm):
         for name, parameter in model.named_parameters():
             assert_close(wholes[f"net/master/{name}"], parameter.data)
             assert_close(wholes[f"net/ema/{name}"], ema[name])
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 4), (2, 2)])
+def test_gradients_freed_after_each_step_change_no_bit(world, micro):
+    kept = run_ranks(sharded_steps, world, 0.01, micro)
+    for got, (wholes, norms) in zip(run_ranks(sharded_steps, world, 0.01, micro, False), kept, strict=True):
+        assert got[1] == norms and got[0].keys() == wholes.keys()
+        assert all(torch.equal(got[0][name], whole) for name, whole in wholes.items())
+
+
+def test_only_the_model_in_its_update_holds_gradients():
+    """Actor and critic take turns; a skipped step frees them too. The buffers have the same sizes every time."""
+    models, sizes = [network(), network()], set()
+    optimizers = [ShardedAdamW(model, build_mesh(), **SETTINGS) for model in models]
+    for optimizer in optimizers:
+        optimizer.data.keeps_grads = False
+
+    def held() -> list[int]:
+        return [sum(bucket.grad_bytes for bucket in optimizer.buckets) for optimizer in optimizers]
+
+    for step in range(STEPS):
+        for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            assert held() == [0, 0]
+            loss = loss_of(model, data(step))
+            (loss * math.inf if step == 1 else loss).backward()
+            assert held()[i] > 0 == held()[1 - i]
+            sizes.add(held()[i])
+            if step == 1:
+                with pytest.raises(FloatingPointError, match="gradient norm"):
+                    optimizer.step(0.05)
+                optimizer.zero_grad()
+            else:
+                optimizer.step(0.05)
+    assert held() == [0, 0] and len(sizes) == 1
 
 
 def test_norm_of_a_large_gradient_is_exact():
