@@ -99,12 +99,19 @@ class ParallelConfig:
     """expert parallel size of MoE models: the experts are sharded over this many DP ranks"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device; auto is CUDA if available"""
-    recompute: bool = False
-    """activation (gradient) checkpointing: store each layer's input only and recompute the rest in the backward pass"""
+    recompute: Literal["auto", "none", "full"] = "auto"
+    """activation (gradient) checkpointing: full stores each layer's input only and recomputes the rest in the backward
+    pass; auto is full on CUDA, where memory is short, and none on a CPU"""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "tp", "pp", "ep")
         require_at_least(self, 0, "dp")
+
+    def recompute_on(self, device_type: str) -> Literal["none", "full"]:
+        """The choice of `recompute` on a device: "auto" resolved."""
+        if self.recompute == "auto":
+            return "full" if device_type == "cuda" else "none"
+        return self.recompute
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def build_decoder(
         mesh,
         dtype=getattr(torch, dtype),
         head=head,
-        recompute=trained and parallel.recompute,
+        recompute=trained and parallel.recompute_on(mesh.device.type) == "full",
         lora=adapters,
         stage=stage_of(mesh, shape.num_layers, parallel.pp_layers),
     )

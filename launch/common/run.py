@@ -208,7 +208,9 @@ class Run(Generic[Config]):
         options["enabled"] = self.mesh.is_main
         self.log = self.on_all_ranks(lambda: self.stack.enter_context(MetricLog(self.folder, **options)))
         self.progress.start(steps, done=self.step, formats=facts)
-        self.progress.print(f"{self.folder}: {about}; {self.mesh}; {config.model.dtype}; from step {self.step}")
+        recompute = config.parallel.recompute_on(self.mesh.device.type)
+        layout = f"{self.mesh}; {config.model.dtype}; recompute {recompute}"
+        self.progress.print(f"{self.folder}: {about}; {layout}; from step {self.step}")
         if record.changes:
             self.progress.print(f"resumed with {'; '.join(record.changes)}")
 

@@ -24,7 +24,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
 def test_saved_configs_load_unchanged(tmp_path):
     config = parse(
         PPOConfig,
-        [*GIVEN, "--reward.weights", "0.25", "--parallel.recompute", "True", "--data.system_prompt", 'a "b"\\c\n\té'],
+        [*GIVEN, "--reward.weights", "0.25", "--parallel.recompute", "full", "--data.system_prompt", 'a "b"\\c\n\té'],
     )
     (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     assert load(PPOConfig, tmp_path / "config.toml") == config

@@ -47,6 +47,15 @@ def build(settings: PPOConfig) -> tuple[Learner, Learner, Roles]:
     return roles.actor, roles.critic, roles
 
 
+@pytest.mark.parametrize("recompute", ["auto", "none", "full"])
+def test_trained_models_recompute_where_asked_or_on_cuda(folders, recompute):
+    parallel = ParallelConfig(recompute=recompute)
+    assert parallel.recompute_on("cuda") == ("none" if recompute == "none" else "full")
+    actor, critic, roles = build(config(folders, parallel=parallel))
+    assert actor.model.recompute == critic.model.recompute == (recompute == "full")
+    assert roles.reference is not None and not roles.reference.model.recompute
+
+
 def test_roles_are_built_with_their_heads(folders):
     """The critic starts from a reward model where its folder is one's."""
     critic_folder = str(folders / "reward")
