@@ -1,6 +1,7 @@
-"""launch/common/env.py: the oneDNN cache, and the store of a restarted job."""
+"""Settings of torch's libraries before they start, and the store of a restarted job."""
 
 import os
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,43 @@ weight = torch.ones(64, 64, dtype=torch.bfloat16)
 for rows in [*range(2, 202), 2]:
     torch.nn.functional.linear(torch.ones(rows, 64, dtype=torch.bfloat16), weight)
 """
+
+
+ALLOCATOR = f"""
+import runpy, sys
+sys.argv = [{str(ROOT / "launch" / "ppo.py")!r}, "--help"]
+sys.path.insert(0, {str(ROOT / "launch")!r})
+
+class BeforeTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            import os
+            print("before torch:", os.environ.get("PYTORCH_ALLOC_CONF"))
+
+sys.meta_path.insert(0, BeforeTorch())
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    import torch
+    print("torch:", torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+def test_allocator_segments_are_expandable_before_torch_is_imported():
+    """torch's libraries for CUDA read the variable while they are loaded."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
+    printed = subprocess.check_output([sys.executable, "-c", ALLOCATOR], env=environment, text=True, timeout=300)
+    assert "before torch: expandable_segments:True\n" in printed and "torch: expandable_segments:True\n" in printed
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_allocator_settings_of_the_user_stay(name, monkeypatch):
+    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    runpy.run_path(str(ROOT / "launch" / "common" / "interrupts.py"))
+    found = {key: value for key, value in os.environ.items() if key.endswith("_ALLOC_CONF")}
+    assert found == {name: "max_split_size_mb:64"}
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
