@@ -30,10 +30,10 @@ def token_rewards(scores: Tensor, kl: Tensor, segments: Segments, kl_coef: float
         clip: c; 0 for none.
     """
     rewards = -kl_coef * torch.where(segments.mask, kl, 0)
-    last = segments.last()
-    nonempty = last >= 0
     scores = scores.clamp(-clip, clip) if clip else scores
-    return rewards.index_add(0, last[nonempty], scores[nonempty].to(rewards.dtype))
+    place = torch.arange(len(rewards), device=rewards.device)
+    ends = place == segments.broadcast(segments.last())  # [total]: True at each sample's last counted token
+    return torch.where(ends, rewards + segments.broadcast(scores.to(rewards.dtype)), rewards)
 
 
 def whiten(x: Tensor, segments: Segments, how: Whitening = "population") -> Tensor:
@@ -126,11 +126,11 @@ def group_advantages(
 
 def _members(group: Tensor) -> tuple[Tensor, Tensor]:
     """(members, present): sample numbers of each sample's group, padded; [samples, largest group] each."""
-    sizes = torch.bincount(group)  # [groups]
-    begin, size = (sizes.cumsum(0) - sizes)[group, None], sizes[group, None]  # [samples, 1]
-    step = torch.arange(int(sizes.max()) if len(group) else 1, device=group.device)
-    present = step < size
-    return group.argsort(stable=True)[torch.where(present, begin + step, begin)], present
+    ordered, order = group.sort(stable=True)
+    begin, end = (torch.searchsorted(ordered, group, right=right)[:, None] for right in (False, True))  # [samples, 1]
+    step = torch.arange(int((end - begin).max()) if len(group) else 1, device=group.device)
+    present = begin + step < end
+    return order[torch.where(present, begin + step, begin)], present
 
 
 def _moments(x: Tensor, present: Tensor, correction: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -217,13 +217,13 @@ class Batch:
     @property
     def segments(self) -> Segments:
         """Segments over all tokens, [total]; the targets count."""
-        return Segments.of_lengths(torch.tensor(self.lengths), self.mask)
+        return Segments(self.mask, self.cu_seqlens.long())
 
     @property
     def target_segments(self) -> Segments:
         """Segments over the targets alone, [targets]."""
-        sample = torch.bucketize(self.response, self.cu_seqlens[1:].long(), right=True)
-        return Segments(torch.ones_like(sample, dtype=torch.bool), sample, len(self))
+        mask = torch.ones_like(self.response, dtype=torch.bool)
+        return Segments(mask, torch.searchsorted(self.response, self.cu_seqlens.long()))
 
     @property
     def labels(self) -> Tensor:

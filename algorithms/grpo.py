@@ -10,7 +10,7 @@ The phases of the loop in launch/grpo.py, in its order. i is a response to a pro
     update           −min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A) + β·kl,  ρ = π / π_old     kl_in = "loss"
 
 A group's samples may lie in different micro-batches: advantages come from the whole batch, which every rank holds.
-`policy_step` takes the optimizer step and checks that the first ratio ρ of every update is exactly 1.
+`policy_step` takes the optimizer step and checks that the first ratio ρ of every update is 1.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def update(roles: Roles, batch: Batch, config: GRPOConfig) -> dict[str, float]:
         batch: with advantages.
 
     Raises:
-        RuntimeError: a ratio before the first step of the update is not exactly 1.
+        RuntimeError: a ratio before the first step of the update is not 1 (`policy_step.check_first_ratio`).
     """
     history: list[dict[str, float]] = []
     with roles.profiler("update", tokens=len(batch.tokens), epochs=config.grpo.epochs):
@@ -154,7 +154,7 @@ def actor_step(
     """One step on the policy loss, the KL where it is a loss, and the entropy bonus.
 
     Args:
-        first: this is the first step of the update, so every ratio must be exactly 1.
+        first: this is the first step of the update, so every ratio must be 1.
     """
     stats, options = Stats(), config.grpo
     estimator = options.kl_estimator, options.kl_input_limit, options.kl_output_limit
@@ -185,6 +185,7 @@ def actor_step(
         stats,
         config.rollout,
         first=first,
+        first_ratio_limit=options.first_ratio_limit,
         entropy_coef=options.entropy_coef,
     )
     return metrics | step

@@ -1,4 +1,4 @@
-"""The optimizer step of a policy, shared by PPO and GRPO, with the check that the first ratio is exactly 1."""
+"""The optimizer step of a policy, shared by PPO and GRPO, with the check that the first ratio is 1."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def policy_step(
     rollout: RolloutConfig,
     *,
     first: bool,
+    first_ratio_limit: float,
     entropy_coef: float = 0.0,
     extra_losses: Sequence[tuple[Batch, Readout]] = (),
     counts: Mapping[str, int] | None = None,
@@ -47,7 +48,8 @@ def policy_step(
         batch: with the loss weights of the minibatch (`set_loss_weights`).
         token_losses: (micro-batch, logprobs, old logprobs) -> terms, differentiable in the logprobs.
         stats: further sums that the losses add to.
-        first: this is the first step of the update, so every ratio must be exactly 1.
+        first: this is the first step of the update, so every ratio must be 1 (`check_first_ratio`).
+        first_ratio_limit: largest distance of these ratios from 1 on CUDA; on the CPU it must be 0.
         extra_losses: further batches that join the step, each with its own loss.
         counts: divisors of statistics that are not means over the minibatch's targets.
 
@@ -55,7 +57,7 @@ def policy_step(
         (statistics of the losses, metrics of `Learner.step`).
 
     Raises:
-        RuntimeError: a ratio before the first step of the update is not exactly 1.
+        RuntimeError: a ratio before the first step of the update is further from 1.
     """
     targets = target_count(batch, samples)
 
@@ -85,24 +87,29 @@ def policy_step(
     if "ratio_min" in extremes:
         extremes["ratio_min"] *= -1
     if first and not step.get("skipped"):
-        check_first_ratio(extremes)
+        limit = first_ratio_limit if actor.mesh.device.type == "cuda" else 0.0
+        extremes["first_ratio_error"] = check_first_ratio(extremes, limit)
     return {name: value / (counts or {}).get(name, targets) for name, value in sums.items()} | extremes, step
 
 
-def check_first_ratio(extremes: Mapping[str, float]) -> None:
-    """Refuses ratios before the first step of an update that are not exactly 1.
+def check_first_ratio(extremes: Mapping[str, float], limit: float) -> float:
+    """The largest distance from 1 of the ratios before the first step of an update, at most `limit`.
 
-    Old logprobs come from the micro-batches of the update itself, so the same forward must give the same bits.
+    Old logprobs come from the micro-batches of the update itself. On the CPU the same forward gives the same bits, so
+    the limit there is 0; on CUDA libraries choose their algorithms, for cuBLAS and NCCL even between equal calls.
 
     Raises:
-        RuntimeError: a ratio differs; names the smallest and the largest.
+        RuntimeError: a ratio is further from 1; names the smallest and the largest.
     """
     low, high = extremes.get("ratio_min", 1.0), extremes.get("ratio_max", 1.0)
-    if not low == high == 1.0:
+    error = max(abs(low - 1), abs(high - 1))
+    if not error <= limit:  # NaN too
         raise RuntimeError(
-            f"the ratios before the first step of an update lie in [{low}, {high}], not at exactly 1: old logprobs are"
-            " not those of the actor in the micro-batches of the update"
+            f"the ratios before the first step of an update are up to {error:.3g} from 1 (they lie in [{low}, {high}]);"
+            f" allowed is {limit:g} (first_ratio_limit on CUDA, 0 on the CPU). The old logprobs are not those of the"
+            " actor in the micro-batches of the update: other weights, temperature, samples or kernels computed them"
         )
+    return error
 
 
 def single_update(passes: Passes) -> bool:

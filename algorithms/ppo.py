@@ -13,7 +13,7 @@ before the update:
                      with entropy bonus and pretraining loss where they are on
 
 kl_t estimates log π_old − log π_ref. Every rank holds the whole batch, so its statistics are local sums. `policy_step`
-takes the actor's optimizer step and checks that the first ratio ρ of every update is exactly 1.
+takes the actor's optimizer step and checks that the first ratio ρ of every update is 1.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def update(
         documents: of the pretraining mix, the same on every rank; they join every minibatch.
 
     Raises:
-        RuntimeError: a ratio before the first step of the update is not exactly 1.
+        RuntimeError: a ratio before the first step of the update is not 1 (`policy_step.check_first_ratio`).
     """
     assert roles.critic is not None
     assert batch.values is not None or single_update(config.ppo)
@@ -203,7 +203,7 @@ def actor_step(
     """One step on the clipped policy loss, the entropy bonus and the pretraining mix (PPO-ptx).
 
     Args:
-        first: this is the first step of the update, so every ratio must be exactly 1.
+        first: this is the first step of the update, so every ratio must be 1.
     """
     stats, mix = Stats(), pack(documents).to(actor.mesh.device) if documents else None
 
@@ -229,6 +229,7 @@ def actor_step(
         stats,
         config.rollout,
         first=first,
+        first_ratio_limit=config.ppo.first_ratio_limit,
         entropy_coef=config.actor.entropy_coef,
         extra_losses=[(mix, ptx_loss)] if mix else [],
         counts={"ptx_loss": len(mix.response)} if mix else {},

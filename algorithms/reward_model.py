@@ -15,6 +15,7 @@ from torch import Tensor
 from .batch import Batch
 from .data.dialogues import pack_samples
 from .data.preferences import Pair, Steps
+from .losses.aggregation import Segments
 from .losses.preference import ranked_right, reward_loss
 from .roles.learner import Learner, Stats
 from .roles.nonfinite import check_finite
@@ -82,7 +83,9 @@ def pair_quality(scores: Tensor, margins: Tensor, center_coef: float) -> dict[st
     right = ranked_right(chosen, rejected)
     confidence = torch.sigmoid((chosen - rejected).abs())
     bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.zeros(BINS, dtype=torch.float64, device=scores.device).index_add(0, bins, right - confidence)
+    bins, order = bins.sort(stable=True)
+    ends = torch.searchsorted(bins, torch.arange(BINS + 1, device=bins.device))
+    gaps = Segments(torch.ones_like(bins, dtype=torch.bool), ends).sums((right - confidence)[order])  # [bins]
     return {
         "eval_loss": reward_loss(chosen, rejected, margins.double(), center_coef).mean().item(),
         "eval_accuracy": right.mean().item(),

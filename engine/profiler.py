@@ -41,6 +41,7 @@ class Profiler:
 
     Attributes:
         peak: FLOP/s of one rank; None leaves MFU out.
+        data_sheet: the same as its maker gives it; None leaves that MFU out.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Profiler:
         around: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ):
         self.mesh, self.peak, self.around = mesh, peak, around
+        self.data_sheet: float | None = None
         self._open: Work | None = None
         self._learned = 0  # tokens of the trained batches, each once
         self._seconds: dict[str, float] = {}
@@ -98,8 +100,8 @@ class Profiler:
         """Metrics since the last call. Collective over the world; all ranks must have had the same phases.
 
         For each phase seconds/NAME and memory_gb/NAME (of this rank) and, where counted, tokens_per_s/NAME and mfu/NAME
-        (of all ranks); for all phases together seconds/step, mfu/step, and tokens_per_s, in which a trained batch
-        counts once for all its epochs.
+        (of all ranks); for all phases together seconds/step, mfu/step, mfu_data_sheet/step, and tokens_per_s, in which
+        a trained batch counts once for all its epochs.
         """
         if not self._seconds:
             return {}
@@ -119,6 +121,8 @@ class Profiler:
         metrics["seconds/step"] = whole = sum(self._seconds.values())
         if peak is not None:
             metrics["mfu/step"] = all_flops / whole / peak
+        if self.data_sheet is not None:
+            metrics["mfu_data_sheet/step"] = all_flops / whole / (self.data_sheet * self.mesh.world.size)
         if self._learned:
             metrics["tokens_per_s"] = self._learned / whole
         self._seconds, self._work, self._memory, self._learned = {}, {}, {}, 0
@@ -136,10 +140,13 @@ def memory_high_water(device: torch.device) -> int:
 def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
     """Measured peak FLOP/s of a large square matrix product, the reference of MFU: the best run within `seconds`.
 
-    All ranks should call it at the same time, since those of one machine share its cores.
+    All ranks should call it at the same time, since those of one machine share its cores. The factors are random:
+    products of equal numbers toggle fewer bits, so a GPU at its power limit would run them at a higher clock than any
+    real product.
     """
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, dtype=dtype, device=device, generator=generator) for _ in range(2))
 
     def run() -> float:
         start = time.perf_counter()
@@ -154,3 +161,22 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) 
     while time.perf_counter() < end:
         best = min(best, run())
     return 2 * size**3 / best
+
+
+DATA_SHEETS = {
+    "A10": 125, "A10G": 70, "A30": 165, "A40": 150, "A100": 312, "A800": 312, "L4": 121, "L40": 181, "L40S": 362,
+    "H20": 148, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "H200": 989, "H800": 989, "H800 PCIe": 756,
+    "GH200": 989, "B200": 2250, "GB200": 2500,
+}  # fmt: skip
+"""TFLOP/s of bf16 and fp16 products with fp32 sums, without sparsity, from NVIDIA's data sheets."""
+
+
+def data_sheet_peak(dtype: torch.dtype, name: str) -> float | None:
+    """FLOP/s of a GPU by its data sheet; None for others than those of `DATA_SHEETS`, and for fp32.
+
+    Args:
+        name: of the device, as torch.cuda.get_device_name gives it.
+    """
+    words = f" {name.replace('-', ' ')} "
+    found = max((gpu for gpu in DATA_SHEETS if f" {gpu} " in words), key=len, default=None)
+    return DATA_SHEETS[found] * 1e12 if found and dtype in (torch.bfloat16, torch.float16) else None

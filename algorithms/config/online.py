@@ -81,12 +81,15 @@ class UpdateOptions(MicroBatchConfig):
     """clamp the absolute KL estimate to this (0: off)"""
     loss_aggregation: Aggregation = "token-mean"
     """aggregation of per-token losses (docs/grpo.md); constant: sum / (samples x rollout.max_new_tokens)"""
+    first_ratio_limit: float = 1e-3
+    """on CUDA: maximum distance of a probability ratio from 1 before the first optimizer step of an update, above which
+    the run stops; on the CPU it must be 0"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "epochs", "minibatches")
         require_fraction(self, "gamma")
-        require_at_least(self, 0, "kl_coef", "kl_input_limit", "kl_output_limit")
+        require_at_least(self, 0, "kl_coef", "kl_input_limit", "kl_output_limit", "first_ratio_limit")
 
 
 @dataclass(frozen=True)

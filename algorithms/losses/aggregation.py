@@ -7,12 +7,51 @@ first micro-batch and the loss does not change with micro-batches, packing or la
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Aggregation = Literal["token-mean", "token-sum", "sample-mean", "sample-sum", "constant", "sum-of-sample-means"]
+
+
+class _Sums(torch.autograd.Function):
+    """x [total] -> [samples]: the sum over x[offsets[i]:offsets[i + 1]], in one order on every device."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offsets: Tensor, sample: Tensor) -> Tensor:
+        ctx.save_for_backward(sample)
+        return _segment_sums(x, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (sample,) = ctx.saved_tensors
+        return grads[0][sample], None, None
+
+
+class _Broadcast(torch.autograd.Function):
+    """x [samples] -> [total]: x[sample], whose gradient is summed in one order on every device."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offsets: Tensor, sample: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
+        return x[sample]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (offsets,) = ctx.saved_tensors
+        return _segment_sums(grads[0], offsets), None, None
+
+
+def _segment_sums(x: Tensor, offsets: Tensor) -> Tensor:
+    """On the CPU from the first token to the last; on CUDA by cub::DeviceSegmentedReduce, which gives the same bits on
+    every run. `index_add` and `scatter_add` would add there in the order in which their atomics arrive."""
+    return torch.segment_reduce(x.contiguous(), "sum", offsets=offsets, unsafe=True)  # its checks wait for the device
 
 
 @dataclass(frozen=True)
@@ -20,21 +59,27 @@ class Segments:
     """The counted tokens of a packed batch, and the sample of each token."""
 
     mask: Tensor  # [total] bool
-    sample: Tensor  # [total] int64, ascending: the sample a token belongs to
-    count: int  # samples, including those without a counted token
+    offsets: Tensor  # [samples + 1] int64, from 0 to total: sample i is tokens offsets[i]:offsets[i + 1]
 
     @classmethod
     def of_lengths(cls, lengths: Tensor, mask: Tensor) -> Segments:
         """Samples of these lengths [samples] end to end; mask [total]."""
-        sample = torch.arange(len(lengths), device=mask.device).repeat_interleave(lengths.to(mask.device))
-        return cls(mask.bool(), sample, len(lengths))
+        return cls(mask.bool(), F.pad(lengths.cumsum(0), (1, 0)).to(mask.device))
 
     @property
+    def count(self) -> int:
+        """Samples, including those without a counted token."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """[total] int64, ascending: the sample a token belongs to."""
+        return torch.bucketize(torch.arange(len(self.mask), device=self.mask.device), self.offsets[1:], right=True)
+
+    @cached_property
     def sizes(self) -> Tensor:
         """[samples] int64: counted tokens of each sample."""
-        return torch.zeros(self.count, dtype=torch.int64, device=self.mask.device).index_add_(
-            0, self.sample, self.mask.long()
-        )
+        return F.pad(self.mask.cumsum(0), (1, 0))[self.offsets].diff()
 
     @property
     def filled(self) -> int:
@@ -43,7 +88,7 @@ class Segments:
 
     def sums(self, x: Tensor) -> Tensor:
         """[total] -> [samples]: the sum over each sample's counted tokens. Differentiable."""
-        return x.new_zeros(self.count).index_add(0, self.sample, torch.where(self.mask, x, 0))
+        return _Sums.apply(torch.where(self.mask, x, 0), self.offsets, self.sample)
 
     def means(self, x: Tensor) -> Tensor:
         """[total] -> [samples]: the mean over each sample's counted tokens, 0 where there are none. Differentiable."""
@@ -51,13 +96,13 @@ class Segments:
 
     def broadcast(self, per_sample: Tensor) -> Tensor:
         """[samples] -> [total]: each sample's number on all its tokens. Differentiable."""
-        return per_sample[self.sample]
+        return _Broadcast.apply(per_sample, self.offsets, self.sample)
 
     def last(self) -> Tensor:
         """[samples] int64: place of each sample's last counted token, -1 where there is none."""
         place = torch.arange(len(self.mask), device=self.mask.device)
-        none = torch.full((self.count,), -1, device=self.mask.device)
-        return none.scatter_reduce(0, self.sample, torch.where(self.mask, place, -1), "amax")
+        before = F.pad(torch.where(self.mask, place, -1).cummax(0).values, (1, 0), value=-1)[self.offsets[1:]]
+        return torch.where(before >= self.offsets[:-1], before, -1)
 
 
 def token_weights(

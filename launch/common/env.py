@@ -92,6 +92,17 @@ def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
     return own
 
 
+def fix_precision() -> None:
+    """Sums of matrix products in fp32, on CUDA also for bf16 and fp16 factors, and no TF32.
+
+    By default cuBLAS may add the parts of a bf16 product in bf16, and containers may turn TF32 on.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
 @contextmanager
 def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> Iterator[Mesh]:
     """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh, and leaves the group at the end.
@@ -102,6 +113,7 @@ def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> I
         timeout: seconds that a rank waits for others.
         signals: gets a watchdog where there are other ranks.
     """
+    fix_precision()
     device = pick_device(parallel.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -41,7 +41,7 @@ from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.logging import MetricLog
 from trialign.engine.mesh import Mesh
 from trialign.engine.parallel.collectives import gather_objects, run_on_all_ranks
-from trialign.engine.profiler import Profiler, matmul_peak
+from trialign.engine.profiler import Profiler, data_sheet_peak, matmul_peak
 from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.storage import checkpoint
 from trialign.engine.storage.atomic import replace_folder, write_text
@@ -204,6 +204,8 @@ class Run(Generic[Config]):
         dtype = getattr(torch, config.model.dtype)
         self.safe_points = SafePoints(self.signals, self.mesh, config.run.grace, self._state_of_parts, self._save)
         self.phases.peak = matmul_peak(dtype, self.mesh.device)
+        if self.mesh.device.type == "cuda":
+            self.phases.data_sheet = data_sheet_peak(dtype, torch.cuda.get_device_name(self.mesh.device))
         options = {"backends": config.run.log, "done": self.step, "config": flatten(config)}
         options["enabled"] = self.mesh.is_main
         self.log = self.on_all_ranks(lambda: self.stack.enter_context(MetricLog(self.folder, **options)))

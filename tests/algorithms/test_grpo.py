@@ -22,7 +22,7 @@ from trialign.algorithms.config.online import OnlineRunConfig
 from trialign.algorithms.config.reward import PolicyReward
 from trialign.algorithms.grpo import actor_step, update, with_advantages, with_forward_passes
 from trialign.algorithms.micro_batch import draw_minibatches
-from trialign.algorithms.policy_step import without_unscored
+from trialign.algorithms.policy_step import check_first_ratio, without_unscored
 from trialign.algorithms.rewards.rewards import Scored
 from trialign.algorithms.roles.build import build_decoder, build_learner
 from trialign.algorithms.roles.learner import Roles
@@ -89,6 +89,7 @@ def test_ratios_are_one_in_the_first_step_only(folder, algorithm):
     """`update` raises where the first is not exactly 1."""
     config = config_of(grpo_options(algorithm, minibatches=2, epochs=2, micro_batch_size=2))
     metrics, _ = two_updates(0, 1, ALONE, folder, config)
+    assert metrics["first_ratio_error/0"] == metrics["first_ratio_error/1"] == 0
     assert metrics["ratio_min/0"] < 1 < metrics["ratio_max/0"] and metrics["grad_norm/1"] > 0
     assert ("kl/0" in metrics) == (config.grpo.kl_in != "off")
 
@@ -97,9 +98,19 @@ def test_first_ratios_other_than_one_raise(folder):
     model = build_decoder(str(folder), read_config(folder), build_mesh(), "float32", trained=True)
     batch = random_batch(0)
     batch = batch.with_(logprobs=batch.rollout_logprobs, advantages=batch.scatter(torch.ones(len(batch.response))))
-    actor, config = build_learner(model, OptimizerConfig(), 1), config_of(grpo_options("dapo"))
-    with pytest.raises(RuntimeError, match="not at exactly 1"):
+    actor, config = build_learner(model, OptimizerConfig(), 1), config_of(grpo_options("dapo", first_ratio_limit=100.0))
+    with pytest.raises(RuntimeError, match="allowed is 0 .*first_ratio_limit"):  # the option is CUDA's
         actor_step(actor, batch, range(8), config, first=True)
+
+
+def test_first_ratios_may_differ_from_one_by_the_limit():
+    extremes = {"ratio_min": 1 - 2**-11, "ratio_max": 1 + 2**-12}
+    assert check_first_ratio(extremes, 1e-3) == 2**-11
+    assert check_first_ratio({}, 0.0) == check_first_ratio({"ratio_min": 1.0, "ratio_max": 1.0}, 0.0) == 0
+    with pytest.raises(RuntimeError, match="0.000488 from 1 .*allowed is 0.0001 .*first_ratio_limit"):
+        check_first_ratio(extremes, 1e-4)
+    with pytest.raises(RuntimeError, match="up to nan from 1"):
+        check_first_ratio({"ratio_min": math.nan, "ratio_max": math.nan}, math.inf)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
-"""Settings of torch's libraries before they start, and the store of a restarted job."""
+"""Settings of torch and its libraries, and the store of a restarted job."""
 
 import os
 import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 import torch
 from conftest import ROOT
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from trialign.algorithms.config.common import ParallelConfig
 
 PRODUCTS = f"""
 import sys
@@ -69,6 +71,23 @@ def test_onednn_primitive_cache_is_bounded():
     if not compiled:
         pytest.skip("oneDNN does not multiply bfloat16 on this machine")
     assert len(compiled) == 2
+
+
+def test_products_are_summed_in_fp32_from_the_start_of_a_run(launched):
+    """Whatever a container has set; torch's own defaults allow sums in bf16."""
+    matmul, names = torch.backends.cuda.matmul, ("bf16_reduced_precision_reduction", "fp16_reduced_precision_reduction")
+    flags = [f"allow_{name}" for name in ("tf32", *names, "fp16_accumulation")]
+    before = {flag: getattr(matmul, flag) for flag in flags}
+    try:
+        for flag in flags:
+            setattr(matmul, flag, True)
+        torch.set_float32_matmul_precision("high")
+        with launched("common.env").mesh_of(ParallelConfig(device="cpu"), 60.0, cast(Any, None)):
+            assert [flag for flag in flags if getattr(matmul, flag)] == []
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        for flag, value in before.items():
+            setattr(matmul, flag, value)
 
 
 def test_restarted_job_has_a_store_prefix_of_its_own(launched):
