@@ -10,20 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+Line = tuple[int, ...]  # global ranks, ascending
+Groups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # of tensors, of Python objects
+OBJECT_AXES = ("dp", "pp", "ep")  # besides the world, the axes that Python objects are gathered over
+
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh, seen from one rank. `ranks` are the global ranks along it, in axis order."""
+    """One axis of the mesh, seen from one rank.
+
+    Attributes:
+        ranks: global ranks along the axis, in axis order.
+        group: of tensors on the mesh's device; None where size is 1: a collective over it returns its input.
+        host: of Python objects, always gloo: `group` itself where that is gloo, else None but on `OBJECT_AXES`.
+    """
 
     name: str
     size: int
     rank: int
-    ranks: tuple[int, ...]
-    group: dist.ProcessGroup | None  # None where size is 1: a collective over it returns its input
+    ranks: Line
+    group: dist.ProcessGroup | None
+    host: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,8 @@ def mesh_as(
     """
     world = tp * pp * dp
     check_layout(world, tp=tp, pp=pp, dp=dp, ep=ep)
-    job = Axis("world", world, rank, tuple(range(world)), None)
-    return _build(job, job.ranks, lambda _: None, tp=tp, pp=pp, dp=dp, cp=1, ep=ep, device=device)
+    job = Axis("world", world, rank, tuple(range(world)), None, None)
+    return _build(job, job.ranks, lambda *_: (None, None), tp=tp, pp=pp, dp=dp, cp=1, ep=ep, device=device)
 
 
 def build_mesh(
@@ -119,34 +131,61 @@ def build_mesh(
     rank outside the mesh (`is_member` is False) a model has no layers, a pass runs nothing, and an optimizer and a
     checkpoint have no entries; `collectives.from_mesh` and `object_from_mesh` bring results there.
 
+    All groups have the timeout of the default group. Where that is NCCL, an axis' groups are split from it, and each
+    axis of `OBJECT_AXES` has a gloo group too: an object that waits for a slow rank must not hold up the device.
+
     Args:
         dp: size of the dp axis; None for the ranks that tp x pp leave.
         cp: ranks that share the tokens of one sample; must be 1.
         ep: number of DP ranks that share one set of experts.
-        ranks: global ranks of the mesh, in the order of the layout; None for all.
+        ranks: global ranks of the mesh, ascending, as process groups sort them; None for all.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of ranks; a rank twice, or not in the job.
+        ValueError: the sizes do not multiply to the number of ranks; ranks not ascending, or not in the job.
     """
     initialized = dist.is_initialized()
     size, rank = (dist.get_world_size(), dist.get_rank()) if initialized else (1, 0)
-    world = Axis("world", size, rank, tuple(range(size)), dist.group.WORLD if size > 1 else None)
-    chosen = world.ranks if ranks is None else tuple(ranks)
-    if len(set(chosen)) != len(chosen) or not set(chosen) <= set(world.ranks):
-        raise ValueError(f"ranks={list(chosen)}: must be distinct and below the world size {size}")
+    chosen = tuple(range(size) if ranks is None else ranks)
+    if sorted(set(chosen)) != list(chosen) or not set(chosen) <= set(range(size)):
+        raise ValueError(f"ranks={list(chosen)}: must be ascending and below the world size {size}")
     dp = check_layout(len(chosen), tp=tp, pp=pp, dp=dp, cp=cp, ep=ep)
+    everyone, job = tuple(range(size)), dist.group.WORLD
+    world = Axis("world", size, rank, everyone, None, None)
+    if job is None or size == 1:
+        return _build(world, chosen, lambda *_: (None, None), tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, device=device)
+    timeout, gloo = job._get_backend(torch.device(device)).options._timeout, dist.get_backend() == "gloo"
+    world = replace(world, group=job, host=job if gloo else _gloo_group([everyone], timeout))
 
-    def new_group(line: tuple[int, ...]) -> dist.ProcessGroup | None:
-        group = dist.new_group(list(line)) if len(line) > 1 else None
-        return None if isinstance(group, int) else group  # a number on ranks outside the group
+    def new_groups(name: str, lines: list[Line]) -> Groups:
+        if gloo:
+            group = _gloo_group(lines, timeout)
+            return group, group
+        group = dist.split_group(split_ranks=[list(line) for line in lines], timeout=timeout)
+        return group, _gloo_group(lines, timeout) if name in OBJECT_AXES else None
 
-    return _build(world, chosen, new_group, tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, device=device)
+    return _build(world, chosen, new_groups, tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, device=device)
+
+
+def _gloo_group(lines: list[Line], timeout: timedelta) -> dist.ProcessGroup | None:
+    """Creates a gloo group of each line; this rank's, None where it is in none. Collective over the job."""
+    own, job = None, dist.group.WORLD
+    assert job is not None
+    # With a bound device torch splits the NCCL group too, in the ranks outside the new group alone: they would wait for
+    # those inside (pytorch#145376).
+    device, job.bound_device_id = job.bound_device_id, None
+    try:
+        for line in lines:
+            group = dist.new_group(list(line), backend="gloo", timeout=timeout)
+            own = own if isinstance(group, int) else group  # a number on ranks outside the group
+    finally:
+        job.bound_device_id = device
+    return own
 
 
 def _build(
     world: Axis,
     ranks: tuple[int, ...],
-    new_group: Callable[[tuple[int, ...]], dist.ProcessGroup | None],
+    new_groups: Callable[[str, list[Line]], Groups],
     *,
     tp: int,
     pp: int,
@@ -158,17 +197,16 @@ def _build(
     grid = torch.tensor(ranks).view(pp, dp, cp, tp)
     experts = grid.view(pp, dp * cp // ep, ep, tp)
 
-    def lines(dim: int, grid: torch.Tensor = grid) -> list[tuple[int, ...]]:
+    def lines(dim: int, grid: torch.Tensor = grid) -> list[Line]:
         return [tuple(line) for line in grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist()]
 
-    def axis(name: str, lines: list[tuple[int, ...]]) -> Axis:
-        """Creates all groups, in the same order on every rank of the job; keeps the one with this rank."""
-        own = Axis(name, 1, 0, (world.rank,), None)
-        for line in lines:
-            group = new_group(line)
-            if world.rank in line:
-                own = Axis(name, len(line), line.index(world.rank), line, group)
-        return own
+    def axis(name: str, lines: list[Line]) -> Axis:
+        """Creates the groups of all lines, on every rank of the job; keeps those with this rank."""
+        groups = new_groups(name, lines) if len(lines[0]) > 1 else (None, None)
+        own = next((line for line in lines if world.rank in line), None)
+        if own is None:
+            return Axis(name, 1, 0, (world.rank,), None, None)
+        return Axis(name, len(own), own.index(world.rank), own, *groups)
 
     data = axis("dp", lines(1))
     ends = [tuple(dict.fromkeys((line[0], line[-1]))) for line in lines(0)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...engine.mesh import Mesh
-from ...engine.parallel.collectives import gather_objects, run_on_all_ranks
+from ...engine.parallel.collectives import run_on_first_rank
 from ..batch import Batch, Prompt, Rollout, Score, pack, response_texts, turn_texts
 from ..config.reward import RewardConfig
 from .encoder import ChatEncoder, completion_of, conversation
@@ -184,12 +184,12 @@ class Scorer:
 
         def guarded() -> Any:
             try:
-                return work() if self.mesh.is_main else None
+                return work()
             except Exception as error:
                 self.close()
                 raise error if isinstance(error, ValueError) else ValueError(describe_error(error)) from error
 
-        return gather_objects(run_on_all_ranks(guarded, self.mesh.world), self.mesh.world)[0]
+        return run_on_first_rank(guarded, self.mesh.world)
 
 
 def with_conversations(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -1,8 +1,10 @@
 """Collectives over one axis of the mesh, and the conjugate operators of tensor parallelism.
 
 Over an axis of size 1 every function returns its input. Waits for other ranks are reported through `HEARTBEAT.waiting`,
-for the watchdog. f and g are Megatron-LM's (https://arxiv.org/abs/1909.08053, section 3): f copies forward and
-all-reduces backward, g the other way round.
+for the watchdog. Tensors travel over an axis' `group`, Python objects over its `host`, on the CPU.
+
+f and g are Megatron-LM's (https://arxiv.org/abs/1909.08053, section 3): f copies forward and all-reduces backward, g
+the other way round.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import cause
 from ..heartbeat import HEARTBEAT
 from ..mesh import Axis, Mesh
 
@@ -74,7 +77,8 @@ def reduce_scatter(shard: Tensor, whole: Tensor, axis: Axis) -> dist.Work | None
     if axis.size == 1:
         assert shard.data_ptr() == whole.data_ptr()
         return None
-    return _reduce_scatter_single(shard, whole, group=axis.group, async_op=True)
+    with HEARTBEAT.waiting(f"start of a reduce_scatter over {axis.name}"):  # NCCL's queue may be full
+        return _reduce_scatter_single(shard, whole, group=axis.group, async_op=True)
 
 
 def broadcast(tensor: Tensor, axis: Axis, src: int = 0) -> Tensor:
@@ -91,8 +95,28 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
         return [value]
     values: list[Any] = [None] * axis.size
     with HEARTBEAT.waiting(f"all_gather of objects over {axis.name}"):
-        dist.all_gather_object(values, value, group=axis.group)
+        dist.all_gather_object(values, value, group=axis.host)
     return values
+
+
+def gather_objects_on_first(value: Any, axis: Axis) -> list[Any]:
+    """Every rank's picklable value, in axis order, on the axis' first rank; [] on the others."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size if axis.rank == 0 else []
+    with HEARTBEAT.waiting(f"gather of objects over {axis.name}"):
+        dist.gather_object(value, values or None, group=axis.host, group_dst=0)
+    return values
+
+
+def broadcast_object(value: Any, axis: Axis, src: int = 0) -> Any:
+    """The picklable value of rank `src` of the axis, on every rank."""
+    if axis.size == 1:
+        return value
+    values = [value]
+    with HEARTBEAT.waiting(f"broadcast of an object over {axis.name}"):
+        dist.broadcast_object_list(values, group=axis.host, group_src=src)
+    return value if axis.rank == src else values[0]
 
 
 def from_mesh(tensor: Tensor, mesh: Mesh) -> Tensor:
@@ -105,7 +129,7 @@ def from_mesh(tensor: Tensor, mesh: Mesh) -> Tensor:
 
 def object_from_mesh(value: Any, mesh: Mesh) -> Any:
     """A picklable value that all ranks of a mesh hold, on the ranks outside it too. Collective as `from_mesh` is."""
-    return value if len(mesh.ranks) == mesh.world.size else gather_objects(value, mesh.world)[mesh.ranks[0]]
+    return value if len(mesh.ranks) == mesh.world.size else broadcast_object(value, mesh.world, mesh.ranks[0])
 
 
 def run_on_all_ranks(work: Callable[[], T], axis: Axis, prefix: str = "") -> T:
@@ -126,13 +150,20 @@ def run_on_all_ranks(work: Callable[[], T], axis: Axis, prefix: str = "") -> T:
         result = work()
     except Exception as error:  # raised again below, on every rank
         kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
-        failure, reason = error, (kind, str(error) or repr(error))
+        failure, reason = error, (kind, cause(error))
     for rank, found in enumerate(gather_objects(reason, axis)):
         if found is not None:
             if failure is not None and found[0] is RuntimeError:
                 raise failure
             raise found[0](f"{prefix}{f'rank {rank}: ' if rank else ''}{found[1]}") from failure
     return result
+
+
+def run_on_first_rank(work: Callable[[], T], axis: Axis, prefix: str = "") -> T:
+    """Runs `work` on the axis' first rank and returns its picklable result on every rank; if it fails, every rank
+    raises, as in `run_on_all_ranks`."""
+    result: Any = run_on_all_ranks(lambda: work() if axis.rank == 0 else None, axis, prefix)
+    return broadcast_object(result, axis)
 
 
 def exchange(operations: list[dist.P2POp], axis: Axis) -> None:

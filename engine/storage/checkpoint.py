@@ -29,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..mesh import Mesh
-from ..parallel.collectives import gather_objects, run_on_all_ranks
+from ..parallel.collectives import gather_objects, gather_objects_on_first, run_on_all_ranks, run_on_first_rank
 from ..parallel.shard import Entry
 from .atomic import atomic_folder, delete_folder, fsync, replace_folder
 from .safetensors_io import DTYPES, sha256, write_stream
@@ -65,7 +65,7 @@ def save(
     on_all: Any = partial(run_on_all_ranks, axis=mesh.world, prefix=f"{final}: ")
     try:
         on_all(lambda: _begin_step(root, aside, state, assets) if mesh.is_main else None)
-        parts = gather_objects(on_all(lambda: _write_shard(aside, entries, mesh.world.rank)), mesh.world)
+        parts = gather_objects_on_first(on_all(lambda: _write_shard(aside, entries, mesh.world.rank)), mesh.world)
         on_all(lambda: _finish(aside, final, parts, step) if mesh.is_main else None)
     finally:
         if mesh.is_main:  # renamed after a success
@@ -214,7 +214,7 @@ def latest(root: Path, mesh: Mesh) -> Path:
     Raises:
         ValueError: there is none.
     """
-    paths = gather_objects(list(_steps(root).values()) if mesh.is_main else None, mesh.world)[0]
+    paths = run_on_first_rank(lambda: list(_steps(root).values()), mesh.world)
     for path in paths:
         try:
             _check(path, None, mesh)

@@ -35,7 +35,7 @@ class ChunkStore:
     def __init__(self, run: Run[Any], name: str, options: Iterable[str], files: Iterable[str]):
         self.run, self.folder = run, run.folder / name
         self.facts = chosen(run.record.facts, tuple(options))
-        self.facts["contents"]["files"] = run.on_all_ranks(lambda: {f: content(Path(f)) for f in dict.fromkeys(files)})
+        self.facts["contents"]["files"] = run.on_main_rank(lambda: {f: content(Path(f)) for f in dict.fromkeys(files)})
 
     def check(self) -> None:
         """Refuses chunks of other options or files.

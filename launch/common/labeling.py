@@ -65,7 +65,7 @@ def main(run: Run[Any]) -> None:
             write_responses(run.folder / f"part_{part}.jsonl", make_responses(rollouts, texts, rewards, scores))
             shown = [reward for reward in rewards if reward == reward]
             progress.update(part + 1, {"reward": fmean(shown) if shown else float("nan")})
-    run.on_all_ranks(lambda: finish(run.folder, config, parts) if mesh.is_main else None)
+    run.on_main_rank(lambda: finish(run.folder, config, parts))
 
 
 def finished_parts(folder: Path, config: PreferencesConfig) -> int:

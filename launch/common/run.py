@@ -40,7 +40,7 @@ from trialign.engine.config import absolute, flatten, parse
 from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.logging import MetricLog
 from trialign.engine.mesh import Mesh
-from trialign.engine.parallel.collectives import gather_objects, run_on_all_ranks
+from trialign.engine.parallel.collectives import broadcast_object, gather_objects, run_on_all_ranks
 from trialign.engine.profiler import Profiler, data_sheet_peak, matmul_peak
 from trialign.engine.progress import LINE_EVERY, Progress
 from trialign.engine.storage import checkpoint
@@ -137,7 +137,7 @@ class Run(Generic[Config]):
         self.about = ""
         self.progress = stack.enter_context(Progress(enabled=mesh.is_main))
         self.phases = Profiler(mesh, around=self._phase)
-        self.record = RunRecord(config, name, mesh, self.on_all_ranks)
+        self.record = RunRecord(config, name, mesh, self.on_all_ranks, self.on_main_rank)
         self.learners: Mapping[str, tuple[Learner, str]] = {}
         self.parts: Mapping[str, Stateful] = {}
         self.safe_points: SafePoints | None = None
@@ -158,8 +158,8 @@ class Run(Generic[Config]):
 
     def on_main_rank(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on the main rank and returns its result on every rank; a failure as in `on_all_ranks`."""
-        result = self.on_all_ranks(lambda: work() if self.mesh.is_main else None)
-        return gather_objects(result, self.mesh.world)[0]
+        result: Any = self.on_all_ranks(lambda: work() if self.mesh.is_main else None)
+        return broadcast_object(result, self.mesh.world)
 
     def load_frozen(self, folder: str, shape: ModelConfig, head: HeadKind = "lm") -> Decoder:
         """A model of a folder that is not trained. Collective."""
@@ -252,12 +252,14 @@ class Run(Generic[Config]):
             self._save(self._state_of_parts())
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """`compute()` as JSON, kept in the folder: a resumed run reads it there. Collective."""
+        """`compute()` as JSON, kept in the folder: a resumed run reads it there. Collective, as `compute` may be: the
+        main rank looks for the file, for another rank might not see it yet."""
         path = self.folder / name
-        if self.step and path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        value, main = compute(), self.mesh.is_main
-        self.on_all_ranks(lambda: write_text(path, json.dumps(value, indent=1)) if main else None)
+        kept = self.on_main_rank(lambda: path.read_text(encoding="utf-8") if self.step and path.exists() else None)
+        if kept is not None:
+            return json.loads(kept)
+        value = compute()
+        self.on_main_rank(lambda: write_text(path, json.dumps(value, indent=1)))
         return value
 
     def finish(self, panels: Sequence[Panel], *shown: Any, role: ExportRole = "actor") -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from trialign.engine.config import AUTO, NEW, absolute, option_value, to_toml
 from trialign.engine.mesh import Mesh
-from trialign.engine.parallel.collectives import gather_objects
+from trialign.engine.parallel.collectives import broadcast_object, gather_objects
 from trialign.engine.storage import checkpoint
 from trialign.engine.storage.atomic import write_text
 
@@ -43,19 +43,29 @@ class RunRecord:
     """The run in a folder. Its methods are collective.
 
     Args:
-        on_all_ranks: `Run.on_all_ranks`.
+        on_all_ranks, on_main_rank: of `Run`.
 
     Attributes:
         found: run.json of the resumed run; None in a new run.
         checkpoint: of the resumed run; None where it has none yet.
+        results: kind -> path in the folder; {} where the run has not finished or a file is missing.
         changes: a text for each option that differs from before.
     """
 
-    def __init__(self, config: Any, script: str, mesh: Mesh, on_all_ranks: Callable[..., Any]):
-        self.config, self.script, self.mesh, self.on_all_ranks = config, script, mesh, on_all_ranks
+    def __init__(
+        self,
+        config: Any,
+        script: str,
+        mesh: Mesh,
+        on_all_ranks: Callable[..., Any],
+        on_main_rank: Callable[..., Any],
+    ):
+        self.config, self.script, self.mesh = config, script, mesh
+        self.on_all_ranks, self.on_main_rank = on_all_ranks, on_main_rank
         self.folder = Path(config.run.folder)
         self.found: dict[str, Any] | None = None
         self.checkpoint: Path | None = None
+        self.results: dict[str, str] = {}
         self.changes: list[str] = []
         self._claimed = False
 
@@ -73,7 +83,7 @@ class RunRecord:
         Args:
             token: content of the folder's lock, on the main rank.
         """
-        token, lock = gather_objects(token, self.mesh.world)[0], self.folder / ".lock"
+        token, lock = broadcast_object(token, self.mesh.world), self.folder / ".lock"
         deadline = time.monotonic() + DISK_WAIT
         seen = self.mesh.is_main  # it would lose its lock by closing the file
         while not seen and time.monotonic() < deadline:
@@ -94,26 +104,27 @@ class RunRecord:
         Args:
             prefix: of the options' names in messages.
         """
-        main, root = self.mesh.is_main, self.folder / "checkpoints"
-        found = self.on_all_ranks(lambda: resumed(self.folder, self.script, self.config.run) if main else None)
-        self.found, saved = gather_objects((found, any(root.glob("step_*"))), self.mesh.world)[0]
+        root = self.folder / "checkpoints"
+
+        def look() -> tuple[dict[str, Any] | None, bool, dict[str, str]]:
+            found = resumed(self.folder, self.script, self.config.run)
+            files = found["finished"].get("files", {}) if found else {}
+            complete = all((self.folder / path).exists() for path in files.values())
+            return found, any(root.glob("step_*")), files if complete else {}
+
+        self.found, saved, self.results = self.on_main_rank(look)
         if self.found is None:
             return
         try:
             self.checkpoint = checkpoint.latest(root, self.mesh) if saved else None
             before = self.found["facts"]
             if self.checkpoint is not None:
-                before = checkpoint.read_state(self.checkpoint).get("facts", before)
+                last = self.checkpoint
+                before = self.on_main_rank(lambda: checkpoint.read_state(last).get("facts", before))
             strict = self.checkpoint is not None or self.script in ("evaluate", "rlhf")
             self.changes = changes(before, self.facts, self.script, strict=strict, prefix=prefix)
         except ValueError as error:
             self._refuse(str(error))
-
-    @property
-    def results(self) -> dict[str, str]:
-        """Kind -> path in the folder; {} where the run has not finished or a file is missing."""
-        files = self.found["finished"].get("files", {}) if self.found else {}
-        return files if all((self.folder / path).exists() for path in files.values()) else {}
 
     def is_finished(self) -> bool:
         """Whether all steps are done and no option may add some; prints the results then.
@@ -151,7 +162,7 @@ class RunRecord:
         """Writes the record and the config of a run that begins."""
         if not self._claimed:
             self._claimed, facts = True, self.facts
-            self.on_all_ranks(lambda: self._write_begun(facts) if self.mesh.is_main else None)
+            self.on_main_rank(lambda: self._write_begun(facts))
 
     def _write_begun(self, facts: Facts) -> None:
         config: Any = absolute(self.config)
