@@ -148,7 +148,9 @@ def test_groups_of_nccl_are_split_at_once_and_objects_have_gloo_groups():
 def test_python_objects_and_groups_have_one_place():
     """torch's object collectives would go through NCCL, and groups have its timeout of 10 minutes, elsewhere."""
     banned = {"engine/parallel/collectives.py": r"dist\.\w+_object", "engine/mesh.py": r"\b(new|split)_(sub)?group"}
-    sources = [path for folder in ("engine", "models", "algorithms", "launch") for path in (ROOT / folder).rglob("*.py")]
+    sources = [
+        path for folder in ("engine", "models", "algorithms", "launch") for path in (ROOT / folder).rglob("*.py")
+    ]
     for home, pattern in banned.items():
         found = {str(path.relative_to(ROOT)) for path in sources if re.search(pattern, path.read_text())}
         assert found == {home}

@@ -209,3 +209,27 @@ def test_nodes_with_different_folders_or_models_are_refused(setting, tmp_path):
     (tmp_path / "1" / "model" / "tokenizer_config.json").unlink()
     first, second = run_ranks(refusal, 2, tmp_path, "")
     assert first == second and "model.path=" in first and "tokenizer_config.json" in first
+
+
+def stale(rank: int, world: int, folder: Path) -> tuple[Any, bool, dict[str, str]]:
+    """A rank's view of a finished run's folder; ranks other than the main one see no file that exists there."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    module = importlib.import_module("common.run")
+    if rank:
+        exists = Path.exists
+        setattr(Path, "exists", lambda path: folder not in path.parents and exists(path))  # noqa: B010
+    config = parse(SFTConfig, sft_options(run_output=folder, run_resume="auto"))
+    with ExitStack() as stack:
+        run = module.Run(config, build_mesh(dp=world), stack, "sft", module.StopSignals(Path("nowhere"), rank == 0))
+        run.record.open()
+        run.step = 1
+        return run.remember("before.json", lambda: ["computed"]), run.record.is_finished(), run.record.results
+
+
+def test_a_rank_that_does_not_see_a_file_yet_decides_as_the_main_rank(setting, tmp_path, monkeypatch):
+    """As on NFS, whose clients cache folders: ranks that branched apart would wait for each other."""
+    monkeypatch.chdir(setting)
+    succeed("sft", *sft_options(run_output=tmp_path / "run"))
+    (tmp_path / "run" / "before.json").write_text('["kept"]')
+    first, second = run_ranks(stale, 2, tmp_path / "run", fresh=True)
+    assert first == second and first[:2] == (["kept"], True) and first[2]["model"] == "model"
