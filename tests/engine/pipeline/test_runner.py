@@ -77,7 +77,7 @@ CASES = {
     "interleaved-tp-dp": (Case(interleaved, {"pp": 2, "dp": 2}, (1, 1, 1, 2), 2), 4),
     "chunks-of-one-rank": (Case(partial(interleaved, chunks=3), {}, chunks=3), 1),
     "split-tp-recompute": (Case(split_backward, {"pp": 2, "tp": 2}, recompute=True), 4),
-    "part-of-the-ranks": (Case(one_f_one_b, {"pp": 2, "ranks": (2, 0)}), 3),
+    "part-of-the-ranks": (Case(one_f_one_b, {"pp": 2, "ranks": (0, 2)}), 3),
     "adapters": (Case(split_backward, PP, lora=LoRA(4, 8.0, ("all",))), 2),
 }
 
