@@ -74,6 +74,18 @@ def test_group_advantages_equal_each_group_by_hand(baseline, scale):
         torch.testing.assert_close(result[number], expected)
 
 
+@pytest.mark.parametrize("scored", [0, 1, 4])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_group_advantages_stay_on_the_device_of_their_inputs(baseline, scale, scored):
+    """Also with a single scored response, or none: a tensor on the default device would not meet those of the batch."""
+    rewards = torch.tensor([float(i) if i < scored else torch.nan for i in range(4)])
+    group = torch.tensor([0, 0, 1, 1])
+    expected = group_advantages(rewards, group, baseline, scale)
+    with torch.device("meta"):
+        assert torch.equal(group_advantages(rewards, group, baseline, scale), expected)
+
+
 @pytest.mark.parametrize("hidden", [math.nan, math.inf, -math.inf])
 def test_numbers_outside_the_mask_change_nothing(hidden):
     """Of an environment's tokens, between two turns and at the end of a sample."""

@@ -3,6 +3,8 @@
 tests/test_banned_calls.py finds calls in the sources; a gradient's operators (of `gather`, of indexing) show only here.
 """
 
+from typing import get_args
+
 import pytest
 import torch
 from losses import KINDS, Draw, Models, run
@@ -10,7 +12,9 @@ from test_loss_invariance import folders  # noqa: F401 (a fixture)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trialign.algorithms.advantages import Baseline, Scale, group_advantages
 from trialign.algorithms.losses.aggregation import Segments
+from trialign.algorithms.reward_model import pair_quality
 
 aten = torch.ops.aten
 ALONG_DIM = {aten.scatter_add, aten.scatter_reduce}  # an index for each number
@@ -71,6 +75,24 @@ def test_losses_and_gradients_add_in_one_order(models, kind):
     with UnorderedSums() as sums:
         run(models, kind, draw)
     assert {"aten.mm", "aten.index"} <= sums.seen and not sums.found
+
+
+def test_statistics_add_in_one_order():
+    """Of the eval split's pairs, with several in a bin; the numbers are those of one sum a bin."""
+    generator = torch.Generator().manual_seed(0)
+    scores, margins = torch.randn(400, generator=generator), torch.zeros(200)
+    group = torch.arange(50).repeat(8)
+    with UnorderedSums() as sums:
+        quality = pair_quality(scores, margins, 0.1)
+        for baseline in get_args(Baseline):
+            for scale in get_args(Scale):
+                group_advantages(scores, group, baseline, scale)
+    assert sums.seen and not sums.found
+    chosen, rejected = scores[::2].double(), scores[1::2].double()
+    confidence = (chosen - rejected).abs().sigmoid()
+    bins = ((confidence - 0.5) * 20).long()
+    gaps = [((chosen > rejected).double() - confidence)[bins == i].sum().abs().item() for i in range(10)]
+    assert quality["eval_calibration"] == pytest.approx(sum(gaps) / 200, rel=1e-12) and min(gaps) > 0
 
 
 def test_unordered_sums_are_found():
