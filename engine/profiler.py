@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .memory import MemoryHolders
 from .mesh import Mesh
 from .parallel.collectives import all_reduce
 
@@ -42,6 +43,7 @@ class Profiler:
     Attributes:
         peak: FLOP/s of one rank; None leaves MFU out.
         data_sheet: the same as its maker gives it; None leaves that MFU out.
+        memory: tensors of roles, optimizers and generators, for the report of an allocation that fails in a phase.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Profiler:
     ):
         self.mesh, self.peak, self.around = mesh, peak, around
         self.data_sheet: float | None = None
+        self.memory = MemoryHolders(mesh.device)
         self._open: Work | None = None
         self._learned = 0  # tokens of the trained batches, each once
         self._seconds: dict[str, float] = {}
@@ -78,7 +81,7 @@ class Profiler:
         start = time.perf_counter()
         self._open = work
         try:
-            with self.around(name):
+            with self.around(name), self.memory.explained(lambda: name):
                 yield
         finally:
             self._open = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...engine.memory import allocating
 from ...engine.mesh import Mesh
 from ...engine.optim.adamw import ShardedAdamW
 from ...engine.optim.lr_schedule import lr_at
@@ -150,15 +151,16 @@ def build_decoder(
     """
     adapters = lora.adapters(shape) if trained and lora is not None else None
     parallel = parallel or ParallelConfig()
-    model = Decoder(
-        shape,
-        mesh,
-        dtype=getattr(torch, dtype),
-        head=head,
-        recompute=trained and parallel.recompute_on(mesh.device.type) == "full",
-        lora=adapters,
-        stage=stage_of(mesh, shape.num_layers, parallel.pp_layers),
-    )
+    with allocating("parameters"):
+        model = Decoder(
+            shape,
+            mesh,
+            dtype=getattr(torch, dtype),
+            head=head,
+            recompute=trained and parallel.recompute_on(mesh.device.type) == "full",
+            lora=adapters,
+            stage=stage_of(mesh, shape.num_layers, parallel.pp_layers),
+        )
 
     def fill(model: Decoder, into: Sequence[Slot] | None = None) -> None:
         load_hf(model, folder, new_head="normal" if trained else "refuse", into=into)

@@ -75,6 +75,7 @@ class Learner(Role):
         self.optimizer, self.lr_at, self.max_skipped = optimizer, lr_at, max_skipped
         self.skipped = 0
         self.reasons: list[str] = []
+        self.profiler.memory.add(optimizer, ShardedAdamW.memory)
 
     def step(
         self,

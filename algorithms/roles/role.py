@@ -86,6 +86,7 @@ class Role:
         self.model, self.mesh, self.temperature, self.sizes = model, model.mesh, temperature, sizes
         self.by_length = by_length
         self.profiler = Profiler(model.mesh) if profiler is None else profiler
+        self.profiler.memory.add(model, lambda model: {"parameters": [*model.parameters(), *model.buffers()]})
 
     def count_flops(self, parts: Sequence[Batch], passes: int = 1) -> None:
         """Adds the FLOPs of micro-batches to the profiler; a forward with its backward is three passes."""

@@ -25,13 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..memory import free_memory
 from ..mesh import Mesh
 from ..parallel.collectives import all_reduce, broadcast, exchange
 from ..profiler import Profiler
 from ..progress import report_progress
 from ..transfer import HostCopy
 from .interface import Completion, Generator, Interrupted, Request, SamplingParams
-from .kv_cache import PagedCache, blocks_for, free_memory
+from .kv_cache import PagedCache, blocks_for
 from .lane import sample_key
 from .runner import Model, ModelRunner
 from .scheduler import Scheduler, Sequence, Step
@@ -97,6 +98,7 @@ class EmbeddedGenerator(Generator):
         self.scheduler = Scheduler(block_size, self._cache_blocks(model), **limits)
         sizes = {"num_blocks": self.scheduler.pool.num_blocks, "block_size": block_size}
         self.runner = ModelRunner(model, mesh, **sizes, lane_size=blocks_for(max_running, lanes))
+        self.profiler.memory.add(self.runner, ModelRunner.memory)
         self.tick = 0  # the same on all ranks of tp, pp and ep
         self._next_id = 0
         self._open: set[int] = set()  # ids of requests that are not collected yet

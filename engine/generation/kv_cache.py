@@ -9,7 +9,6 @@ blocks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -19,20 +18,6 @@ from ..transfer import to_device
 def blocks_for(tokens: int, block_size: int) -> int:
     """Number of blocks for `tokens` tokens."""
     return -(-tokens // block_size)
-
-
-def free_memory(device: torch.device, ranks: int) -> int:
-    """Bytes that this rank may allocate on the device; on a CPU its part of what the system calls available.
-
-    Args:
-        ranks: that share the CPU's memory.
-    """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return kibibytes * 1024 // ranks
 
 
 class BlockPool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.attention import packed_attention
 from ...kernels.paged_attention import paged_attention, write_kv
 from ...kernels.sampling import sample
+from ..memory import Holder, allocating
 from ..mesh import Mesh
 from ..parallel.collectives import all_gather
 from ..parallel.shard import Split
@@ -102,6 +103,10 @@ class ModelRunner:
         """Whether this is the last stage."""
         return self.mesh.pp.rank == self.mesh.pp.size - 1
 
+    def memory(self) -> dict[Holder, list[Tensor]]:
+        """Tensors by what they hold, for the report of a failed allocation."""
+        return {"cache": [] if self.cache is None else [*self.cache.keys, *self.cache.values]}
+
     def prepare(self, lane: Lane, step: Step, width: int) -> None:
         """Allocates the cache at the first step, fills the lane's rows; packs the weights where it pays.
 
@@ -110,7 +115,8 @@ class ModelRunner:
         """
         if self.cache is None:
             options = {"dtype": self.model.dtype, "device": self.mesh.device}
-            self.cache = PagedCache(self.model.kv_shape, self.num_blocks, self.block_size, **options)
+            with allocating("cache"):
+                self.cache = PagedCache(self.model.kv_shape, self.num_blocks, self.block_size, **options)
         lane.prepare(step, width)
         pack = self._packed or any(s.params.max_new_tokens >= PACK_TOKENS for s in step.rows[step.kept :])
         if not self._frozen or pack > self._packed:

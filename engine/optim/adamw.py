@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.adamw import adamw_
+from ..memory import Holder, allocating
 from ..mesh import Mesh
 from ..parallel.data import DataParallel
 from ..parallel.shard import Entry, Slot
@@ -61,9 +62,10 @@ class ShardedAdamW:
         self.buckets = self.data.buckets
         for bucket in self.buckets:
             master = bucket.states["master"]
-            bucket.states |= {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-            if ema_decay > 0:
-                bucket.states["ema"] = master.clone()
+            with allocating("optimizer"):
+                bucket.states |= {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+                if ema_decay > 0:
+                    bucket.states["ema"] = master.clone()
 
     def zero_grad(self) -> None:
         """Discards the gradients: the next backward overwrites them."""
@@ -110,6 +112,15 @@ class ShardedAdamW:
         self.data.finish_gather()
         self.zero_grad()
         return norm
+
+    def memory(self) -> dict[Holder, list[Tensor]]:
+        """Tensors by what they hold, for the report of a failed allocation."""
+        states = [state for bucket in self.buckets for state in bucket.states.values()]
+        return {
+            "parameters": [bucket.weights for bucket in self.buckets],
+            "gradients": [bucket.grads for bucket in self.buckets if bucket.grad_bytes],
+            "optimizer": states,
+        }
 
     def entries(self, role: str, hf_name: Callable[[str, str], str]) -> Iterator[Entry]:
         """This rank's masters and moments as rectangles of whole tensors, named `role/kind/hf name`.

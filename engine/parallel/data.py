@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..memory import allocating
 from ..mesh import Axis, Mesh
 from .collectives import all_gather_shards, all_reduce, reduce_scatter, wait
 from .shard import Piece, flat_rectangles, shard_of
@@ -72,7 +73,8 @@ class Bucket:
     def grads(self) -> Tensor:
         """[size] fp32, allocated at the first use; this rank's shard holds the sum over the axis once reduced."""
         if self._grads is None:
-            self._grads = torch.empty(len(self.weights), dtype=torch.float32, device=self.weights.device)
+            with allocating("gradients"):
+                self._grads = torch.empty(len(self.weights), dtype=torch.float32, device=self.weights.device)
             self._grads[self._used :].zero_()  # the first gradient of a parameter overwrites the rest
         return self._grads
 

@@ -22,6 +22,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -30,6 +31,7 @@ from report.curves import plot
 from report.panels import Panel
 from trialign.algorithms.config.common import ModelPaths, ParallelConfig
 from trialign.algorithms.config.data import DataConfig
+from trialign.algorithms.config.memory import memory_options
 from trialign.algorithms.config.reward import check_time_limits
 from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.config.scripts import SCRIPTS
@@ -111,7 +113,8 @@ def start(cls: type[Config], main: Callable[[Run[Config]], None], name: str, arg
             run.record.check_shared_disk(run.on_all_ranks(lambda: stack.enter_context(lock) if mesh.is_main else ""))
             run.record.open()
             if not run.record.is_finished():
-                main(run)
+                with run.phases.memory.explained(lambda: HEARTBEAT.phase):
+                    main(run)
     except Exception as error:
         failures.leave(error, signals.watchdog)
 
@@ -137,6 +140,7 @@ class Run(Generic[Config]):
         self.about = ""
         self.progress = stack.enter_context(Progress(enabled=mesh.is_main))
         self.phases = Profiler(mesh, around=self._phase)
+        self.phases.memory.options = partial(memory_options, flatten(config))
         self.record = RunRecord(config, name, mesh, self.on_all_ranks, self.on_main_rank)
         self.learners: Mapping[str, tuple[Learner, str]] = {}
         self.parts: Mapping[str, Stateful] = {}
@@ -300,7 +304,8 @@ class Run(Generic[Config]):
         check_states({role: learner.optimizer for role, (learner, _) in self.learners.items()}, self.mesh)
         entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
         root, keep = self.folder / "checkpoints", self.config.run.keep
-        with HEARTBEAT.at("checkpoint"), self.progress.task("checkpoint"):
+        explained = self.phases.memory.explained(lambda: HEARTBEAT.phase)
+        with HEARTBEAT.at("checkpoint"), explained, self.progress.task("checkpoint"):
             checkpoint.save(root, self.step, entries, state, self.mesh, keep=keep, assets=files)
         self.saved = self.step
 
