@@ -349,22 +349,22 @@ def packed_attention(
 
     q [total, heads, d], k and v [total, kv_heads, d], cu_seqlens [n + 1] (starts at 0, ends at total), max_seqlen the
     longest document, scale usually d ** -0.5, alibi_slopes [heads] fp32, window the number of keys a query sees (itself
-    included). Returns [total, heads, d]. ValueError where the shapes do not fit each other, or for a window below 1.
+    included). On a GPU, in bf16 and fp16 without ALiBi, a library serves (backends/libraries.py), best with int32
+    cu_seqlens. Returns [total, heads, d]. ValueError where the shapes do not fit each other, or for a window below 1.
     """
     if k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit each other")
     check_heads(q, k.shape[1], k.shape[2], alibi_slopes, window)
+    rows = [token_rows(t) for t in (q, k, v)]
+    served = library("attention", *rows, cu_seqlens, max_seqlen, scale, alibi_slopes, window)
+    if served is not None:
+        return served()
     too_wide = q.is_cuda and q.shape[2] > MAX_HEAD_DIM.get(q.dtype, 0)
-    if choose("attention", q) != "reference" and not too_wide:
-        q, k, v = (token_rows(t) for t in (q, k, v))
-        alibi_slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
-        served = library("attention", q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window)
-        if served is not None:
-            return served()
-        return torch.ops.trialign.attention(
-            q, k, v, cu_seqlens.long().contiguous(), max_seqlen, scale, alibi_slopes, window
-        )[0]
-    return sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
+    if too_wide or choose("attention", q) == "reference":
+        return sdpa_attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
+    alibi_slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
+    bounds = cu_seqlens.long().contiguous()
+    return torch.ops.trialign.attention(*rows, bounds, max_seqlen, scale, alibi_slopes, window)[0]
 
 
 def check_heads(q: torch.Tensor, kv_heads: int, d: int, alibi_slopes: torch.Tensor | None, window: int | None) -> None:

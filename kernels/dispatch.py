@@ -70,6 +70,16 @@ def has_cuda(op: str) -> bool:
     return hasattr(torch.ops.trialign, op) and torch._C._dispatch_has_kernel_for_dispatch_key(name, CUDA_KEY)
 
 
+def capability(tensor: torch.Tensor) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU that holds the tensor; (0, 0) elsewhere."""
+    return _capability(tensor.device.index or 0) if tensor.is_cuda and torch.version.hip is None else (0, 0)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 @functools.cache
 def has_triton() -> bool:
     """True when Triton can be imported."""
@@ -78,8 +88,14 @@ def has_triton() -> bool:
 
 def choose(op: str, tensor: torch.Tensor) -> Implementation:
     """The implementation of torch.ops.trialign.`op` that fits the tensor's device and, if floating point, its dtype."""
-    device = "cuda" if INTERPRET and tensor.device.type == "cpu" else tensor.device.type
-    if device not in COMPILED_DTYPES or (tensor.is_floating_point() and tensor.dtype not in COMPILED_DTYPES[device]):
+    return _choice(op, tensor.device.type, tensor.dtype)
+
+
+@functools.cache  # asked at every call of every op: some two hundred times in a decode step
+def _choice(op: str, device: str, dtype: torch.dtype) -> Implementation:
+    """An op is chosen for after its file has been imported, which registers it: the answer no longer changes."""
+    device = "cuda" if INTERPRET and device == "cpu" else device
+    if device not in COMPILED_DTYPES or (dtype.is_floating_point and dtype not in COMPILED_DTYPES[device]):
         return "reference"
     if device == "meta":  # only shapes, which the op's fake implementation gives
         return "cpp" if has_op(op) else "triton" if hasattr(torch.ops.trialign, op) else "reference"

@@ -1,13 +1,15 @@
 """Rows in expert order times their expert's weight: one launch for all experts.
 
     out[r] = x[r] W_e for rows r of expert e;   dx[r] = dout[r] W_e^T;   dW_e = x_e^T dout_e
-No atomics: sums have one order, so results repeat bit for bit.
+No atomics: sums have one order, so results repeat bit for bit. On Hopper and Blackwell torch's grouped_mm (CUTLASS)
+serves in bf16, where sizes are multiples of 8; the kernels here serve the rest.
 """
 
 from __future__ import annotations
 
 import torch
 
+from .backends.libraries import library
 from .backends.triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl, uses_triton
 
 
@@ -36,8 +38,8 @@ def _matmul_kernel(
 ):  # fmt: skip
     """A tile of out = x W_e. Each tile finds its expert on the device: the host never waits for the counts."""
     tile, expert = tl.program_id(0), tl.arange(0, GROUPS)
-    begin = tl.load(offsets_ptr + expert, mask=expert < experts, other=0)
-    end = tl.load(offsets_ptr + expert + 1, mask=expert < experts, other=0)
+    begin = tl.load(offsets_ptr + expert, mask=expert < experts, other=0).to(tl.int64)
+    end = tl.load(offsets_ptr + expert + 1, mask=expert < experts, other=0).to(tl.int64)
     tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
     upto = tl.cumsum(tiles, 0)
     own = tl.sum((upto <= tile).to(tl.int32), 0)
@@ -67,7 +69,8 @@ def _outer_kernel(
 ):  # fmt: skip
     """A tile [BLOCK_M of h, BLOCK_N of f] of dW_e: a sum over the rows of the expert."""
     expert = tl.program_id(2).to(tl.int64)
-    begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    begin = tl.load(offsets_ptr + expert).to(tl.int64)
+    end = tl.load(offsets_ptr + expert + 1).to(tl.int64)
     left = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     right = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -118,13 +121,13 @@ _STRIDES = dict.fromkeys(("x_stride", "e_stride", "h_stride", "f_stride"), "i64"
 SPECS = {
     "matmul": Spec(
         _matmul_kernel,
-        {"x_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16", "experts": "i32"}
+        {"x_ptr": "*bf16", "weight_ptr": "*bf16", "offsets_ptr": "*i32", "out_ptr": "*bf16", "experts": "i32"}
         | _SIZES | _STRIDES,
         (_BF16 | {"GROUPS": _GROUPS},), fp32_configs=(_FP32 | {"GROUPS": _GROUPS},), dot=True,
         unaligned=("experts", "f_stride"),
     ),
     "outer": Spec(
-        _outer_kernel, {"x_ptr": "*bf16", "grad_ptr": "*bf16", "offsets_ptr": "*i64", "out_ptr": "*bf16"} | _SIZES,
+        _outer_kernel, {"x_ptr": "*bf16", "grad_ptr": "*bf16", "offsets_ptr": "*i32", "out_ptr": "*bf16"} | _SIZES,
         (_BF16,), fp32_configs=(_FP32,), dot=True,
     ),
 }  # fmt: skip
@@ -132,11 +135,17 @@ SPECS = {
 
 @torch.library.custom_op("trialign::grouped_matmul", mutates_args=())
 def _matmul(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    served = library("grouped_matmul", x, weight, offsets)
+    if served is not None:
+        return served()
     return (grouped_matmul_triton if uses_triton(x) else grouped_matmul_ref)(x, weight, offsets)
 
 
 @torch.library.custom_op("trialign::grouped_outer", mutates_args=())
 def _outer(x: torch.Tensor, grad: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    served = library("grouped_outer", x, grad, offsets)
+    if served is not None:
+        return served()
     return (grouped_outer_triton if uses_triton(x) else grouped_outer_ref)(x, grad, offsets)
 
 
@@ -156,8 +165,9 @@ _matmul.register_autograd(_matmul_backward, setup_context=lambda ctx, inputs, ou
 def grouped_matmul(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Rows offsets[e] to offsets[e + 1] of x [m, h] times weight[e] of [experts, h, f]: [m, f]. Differentiable.
 
-    The weight may have any strides. ValueError where the shapes do not fit each other.
+    The weight may have any strides; offsets are best int32, else they are cast. ValueError where the shapes do not fit
+    each other.
     """
     if x.shape[1] != weight.shape[1] or len(offsets) != len(weight) + 1:
         raise ValueError(f"x {list(x.shape)} and {len(offsets)} offsets do not fit weights {list(weight.shape)}")
-    return _matmul(x.contiguous(), weight, offsets.contiguous())
+    return _matmul(x.contiguous(), weight, offsets.int().contiguous())

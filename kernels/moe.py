@@ -1,6 +1,6 @@
-"""Mixture of experts, without the experts' matmuls: top-k routing, sorting tokens by expert, and the weighted sum back.
+"""Mixture of experts, without the experts' matmuls: router, sorting tokens by expert, and the weighted sum back.
 
-    p = softmax(logits),   the k largest are chosen (ties by index),   w_j = p_j  (or p_j / sum_j p_j when normalized)
+    p = softmax(x W^T) in fp32,   the k largest are chosen (ties by index),   w_j = p_j  (normalized: p_j / sum_j p_j)
     dlogit_e = p_e ([e chosen] dw_e - s)  (normalized: w_e (dw_e - s) on the chosen, else 0),   s = sum_j dw_j w_j
     slot s = token * k + choice;   order: slots sorted by expert, stable;   offsets[e]: where expert e's rows start
     rows[r] = x[order[r] // k];   y[t] = sum_j w[t, j] out[position(t, j)],   position the inverse of order
@@ -14,12 +14,13 @@ No float atomics: counts, ranks and sums have one order, so results repeat bit f
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .backends.triton_runtime import Spec, cdiv, jit, tl
 from .dispatch import choose, register
 from .grouped_matmul import grouped_matmul
 
-__all__ = ["grouped_matmul", "permute", "route", "sort_by_expert", "unpermute"]
+__all__ = ["grouped_matmul", "permute", "route", "router_logits", "sort_by_expert", "unpermute"]
 
 
 def route_ref(logits: torch.Tensor, k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -376,6 +377,29 @@ register(
     lambda grad, rows, order, weights: (torch.empty_like(rows), torch.empty_like(weights)),
     triton=unpermute_backward_triton,
 )
+
+
+class _RouterProduct(torch.autograd.Function):
+    """x W^T with an fp32 result; x is kept in its own dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        if x.is_cuda and x.dtype == weight.dtype != torch.float32:  # products of halves are exact in fp32
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return torch.mm(x.float(), weight.float().t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, (grad.t() @ x.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Logits [n, experts] fp32 of tokens x [n, h] by the router's weight [experts, h]. Differentiable in both."""
+    return _RouterProduct.apply(x, weight)
 
 
 def route(logits: torch.Tensor, k: int, normalize: bool = True) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.mesh import Mesh
@@ -28,7 +27,7 @@ from ..engine.parallel.collectives import all_reduce, copy_to_region, from_mesh,
 from ..engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
 from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA
 from ..engine.parallel.shard import Shard, full_piece, replicated, sharded_parameter
-from ..kernels.moe import permute, route, sort_by_expert, unpermute
+from ..kernels.moe import permute, route, router_logits, sort_by_expert, unpermute
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig, MoEConfig
 from .mlp import MLP
@@ -58,14 +57,15 @@ class Routing:
         lengths = self.cu_seqlens.diff()
         sample = torch.arange(len(lengths), device=p.device).repeat_interleave(lengths, output_size=len(p))  # [n]
         chosen = torch.zeros_like(p).scatter_(1, experts, 1.0)  # [n, experts]
-        pairs = sample[:, None] * moe.experts + experts  # [n, k]: index of (sample, expert)
-        counts = torch.bincount(pairs.flatten(), minlength=len(lengths) * moe.experts).view(-1, moe.experts)
+        pairs = (sample[:, None] * moe.experts + experts).flatten()  # [n * k]: index of (sample, expert)
+        counts = pairs.new_zeros(len(lengths) * moe.experts)  # not bincount: it waits for the device to size its result
+        counts = counts.scatter_add_(0, pairs, torch.ones_like(pairs)).view(-1, moe.experts)  # integers: any order
         fractions = counts / lengths[:, None]  # f: [samples, experts]
         balance = moe.experts * (p * fractions[sample]).sum(1)  # [n]: its sum is Σ_s T_s · experts · Σ_e f_se · P_se
         entropy = -(p * logits.log_softmax(1)).sum()
         with torch.no_grad():
             rest = torch.stack((balance.sum(), z.sum(), entropy))
-            rows = torch.stack((lost.new_tensor(len(p)), lost))  # int64: fp32 is not exact past 2^24
+            rows = torch.stack((lost.new_full((), len(p)), lost))  # int64: fp32 is not exact past 2^24
             self.sums[layer] = torch.cat((chosen.sum(0), p.sum(0), rest, rows.double()))
         return self.scale * (moe.aux_coef * balance.sum() + moe.z_coef * z.sum())
 
@@ -96,7 +96,8 @@ class Router(AdaptedLinear):
             self.add_adapter(adapter, a, b, mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.with_adapter(F.linear(x.float(), self.weight.float()), x.float())
+        logits = router_logits(x, self.weight)
+        return logits if self.active is None else self.with_adapter(logits, x.float())
 
 
 class Experts(nn.Module):
@@ -119,7 +120,8 @@ class Experts(nn.Module):
         order, offsets = sort_by_expert(chosen, self.count)
         dispatch = Dispatch(offsets, self.axis)
         rows = to_experts(permute(x, order, chosen.shape[1]), dispatch)  # [rows received, hidden] by expert
-        rows = self.down(swiglu(self.gate_up(rows, dispatch.offsets)), dispatch.offsets)
+        local = dispatch.offsets.int()  # once a layer: as the grouped products take them
+        rows = self.down(swiglu(self.gate_up(rows, local)), local)
         lost = chosen.numel() - sum(dispatch.sent) + sum(dispatch.received) - dispatch.offsets[-1]
         return unpermute(from_experts(rows, dispatch), order, weights), lost
 

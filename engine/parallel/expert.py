@@ -42,17 +42,23 @@ def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], axis:
 
 
 class Dispatch:
-    """Routing of one batch of rows to the ranks of their experts.
+    """Routing of one batch of rows to the ranks of their experts. Over one rank nothing moves and no one waits.
 
     Args:
         offsets: [experts + 1] int64: rows offsets[e] to offsets[e + 1] are for expert e.
 
     Attributes:
         offsets: [local experts + 1] int64: the same for the rows that arrive on this rank.
+        sent, received: rows for each rank and from each; empty over one rank, where the counts stay on the device.
     """
 
+    sent: Sequence[int] = ()
+    received: Sequence[int] = ()
+
     def __init__(self, offsets: Tensor, axis: Axis):
-        self.axis = axis
+        self.axis, self.offsets = axis, offsets
+        if axis.size == 1:
+            return
         counts = offsets.diff().view(axis.size, -1)  # [ep, local experts]: rows for each expert of each rank
         ones = [1] * axis.size
         arriving = all_to_all(counts, ones, ones, axis)  # [ep, local experts]: each rank's rows for each expert here
@@ -89,12 +95,12 @@ class _Send(torch.autograd.Function):
 
 def to_experts(rows: Tensor, dispatch: Dispatch) -> Tensor:
     """Rows [rows, h] sorted by expert to the ranks of their experts: [arriving rows, h]. Collective over the axis."""
-    return _Send.apply(rows, dispatch, False)
+    return rows if dispatch.axis.size == 1 else _Send.apply(rows, dispatch, False)
 
 
 def from_experts(rows: Tensor, dispatch: Dispatch) -> Tensor:
     """The experts' outputs [arriving rows, h] back to the ranks their rows came from: [rows, h]."""
-    return _Send.apply(rows, dispatch, True)
+    return rows if dispatch.axis.size == 1 else _Send.apply(rows, dispatch, True)
 
 
 class _QuantizedProduct(torch.autograd.Function):
