@@ -72,8 +72,6 @@ CALLS = {
     "value_loss": (*FLAT[:3], None),
     "write_kv": (*QKV[1:], *CACHES, torch.arange(N)),
 }
-# Ops of Triton kernels alone, which nothing serves on the CPU: test_linear_logprob.py checks them, interpreted.
-TRITON_ONLY = {"linear_logprob_stats", "linear_logprob_gradient_", "add_product_"}
 # (op, {argument: value}): the other paths of optional arguments.
 VARIANTS = [
     *((op, {}) for op in CALLS),
@@ -120,7 +118,7 @@ def arguments_of(op: str, changes: dict | None = None, dtype: torch.dtype = torc
 def test_every_op_has_a_row():
     list(specs())  # imports every module
     names = {name.removeprefix("trialign::") for name in torch._C._dispatch_get_all_op_names() if "trialign::" in name}
-    assert names == CALLS.keys() | TRITON_ONLY
+    assert names == CALLS.keys()
 
 
 @pytest.mark.parametrize("op, changes", VARIANTS)

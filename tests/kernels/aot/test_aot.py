@@ -17,7 +17,7 @@ from aot_compile import SASS, SHARED_LIMIT, compile_kernel, cuobjdump
 from index_range import DIM, overflows
 from launches import ARCHITECTURES, label, other_types, specs, variants
 from planted import planted
-from trialign.kernels import linear_logprob, ppo_loss, swiglu
+from trialign.kernels import logprob, ppo_loss, swiglu
 
 CASES = [
     pytest.param(name, spec, configs[arch], arch, id=f"{name}-{number}-{arch}")
@@ -84,8 +84,7 @@ def test_cubin_figures_equal_those_of_cuobjdump(arch, monkeypatch):
     [
         (swiglu, "forward", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
         (ppo_loss, "kl", "tl.program_id(0).to(tl.int64) * BLOCK", "tl.program_id(0) * BLOCK"),
-        (linear_logprob, "gradient", "rows = tl.program_id(0).to(tl.int64)", "rows = tl.program_id(0)"),
-        (linear_logprob, "accumulate", "tl.arange(0, BLOCK_K).to(tl.int64)", "tl.arange(0, BLOCK_K)"),
+        (logprob, "gradient", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
     ],
 )
 def test_32_bit_indices_are_detected(module, kernel, old, new, tmp_path, monkeypatch):

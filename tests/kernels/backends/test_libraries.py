@@ -107,7 +107,7 @@ def test_varlen_backward_sums_in_one_order():
 
 
 @pytest.mark.parametrize("counts", [[8, 0, 16], [3, 1, 20]])
-def test_grouped_products_equal_a_loop_by_torch_s_own_function(counts):
+def test_grouped_mm_calls_equal_a_loop(counts):
     """torch has grouped_mm on the CPU too: the calls, with real numbers, on a transposed weight as experts have it."""
     torch.manual_seed(0)
     x, grad = torch.randn(24, 16, dtype=torch.bfloat16), torch.randn(24, 8, dtype=torch.bfloat16)
@@ -327,7 +327,7 @@ def test_attention_is_served_by_the_first_library_that_fits(installed, chip, ser
         ((8, 0), "own own own own own own own own"),
     ],
 )
-def test_grouped_products_are_torch_s_where_they_fit(chip, served, tmp_path):
+def test_grouped_mm_serves_where_it_fits(chip, served, tmp_path):
     assert run(GROUPED, tmp_path, {}, "auto", chip).stdout == f"{served}\n"
 
 
@@ -342,15 +342,15 @@ def test_failing_library_warns_once_and_the_next_serves(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("d", [64, 128, 256])
-def test_library_s_attention_equals_ours_on_a_gpu_and_repeats_bit_for_bit(d, window):
+def test_gpu_library_attention_equals_the_kernels_and_repeats_bit_for_bit(d, window):
     torch.manual_seed(0)
     q, k, v = (torch.randn(700, h, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (8, 2, 2))
     bounds, upstream = torch.tensor([0, 300, 301, 700], device="cuda"), torch.randn_like(q)
     case = bounds, 399, d**-0.5, None, window
-    ours = torch.ops.trialign.attention(q, k, v, *case)[0]
+    kernel = torch.ops.trialign.attention(q, k, v, *case)[0]
     found = library("attention", q, k, v, *case)
     assert found is not None, "no library serves this GPU"
-    expected = ours, *torch.autograd.grad(ours, (q, k, v), upstream)
+    expected = kernel, *torch.autograd.grad(kernel, (q, k, v), upstream)
     (out, *grads), (again, *repeated) = ((o, *torch.autograd.grad(o, (q, k, v), upstream)) for o in (found(), found()))
     torch.testing.assert_close((out, *grads), expected, rtol=0.03, atol=0.03)
     assert all(torch.equal(a, b) for a, b in zip((out, *grads), (again, *repeated), strict=True))
@@ -358,7 +358,7 @@ def test_library_s_attention_equals_ours_on_a_gpu_and_repeats_bit_for_bit(d, win
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_library_s_grouped_products_equal_ours_on_a_gpu():
+def test_gpu_library_grouped_products_equal_the_kernels():
     torch.manual_seed(0)
     on = {"device": "cuda", "dtype": torch.bfloat16}
     x, grad, weight = torch.randn(300, 64, **on), torch.randn(300, 48, **on), torch.randn(5, 64, 48, **on)

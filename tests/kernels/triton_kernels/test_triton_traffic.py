@@ -13,9 +13,9 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "kernels.md").read_text()
 LIMITS = {  # bytes moved over those of each address once: reads again come from L2 or the cache
     15.0: ["sampling.sample"],  # a row in each step of the search for the cut
     4.0: ["attention.dkv"],  # q and grad for each block of keys; below: k and v for each block of queries
-    3.0: ["attention.dq", "attention.forward", "linear_logprob.stats"],
-    2.2: ["linear_logprob.gradient", "nf4.backward", "nf4.forward"],  # tiles of products
-    1.5: ["grouped_matmul.matmul", "grouped_matmul.outer", "linear_logprob.accumulate"],
+    3.0: ["attention.dq", "attention.forward"],
+    2.2: ["nf4.backward", "nf4.forward"],  # tiles of products
+    1.5: ["grouped_matmul.matmul", "grouped_matmul.outer"],
     1.4: ["gae.scan", "moe.permute", "moe.unpermute_backward", "rms_norm.forward"],  # the next token, a row, the weight
 }
 
