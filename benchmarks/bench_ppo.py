@@ -29,7 +29,8 @@ from trialign.algorithms.roles.role import Role
 from trialign.algorithms.rollout.sync import sample, sampling_params
 from trialign.engine.generation.embedded import EmbeddedGenerator
 from trialign.engine.mesh import build_mesh, check_layout
-from trialign.engine.profiler import Profiler, matmul_peak
+from trialign.engine.precision import sum_products_in_fp32
+from trialign.engine.profiler import Profiler, data_sheet_peak, matmul_peak
 from trialign.models.decoder import Decoder
 from trialign.models.hf.load import load_hf
 
@@ -74,6 +75,7 @@ def main(bench: Bench) -> None:
         ppo=PPOOptions(micro_batch_size=bench.micro),
         run=OnlineRunConfig(steps=bench.iters, prompts_per_step=bench.prompts),
     )
+    sum_products_in_fp32()  # as launch/common/env.py
     mesh = build_mesh(tp=bench.tp, pp=bench.pp, device=bench.device)
     shapes = read_shapes(config)
     shape = shapes[bench.model]
@@ -81,6 +83,8 @@ def main(bench: Bench) -> None:
     roles = build_ppo_roles(config, shapes, mesh, phases)
     dtype = roles.actor.model.dtype
     phases.peak = matmul_peak(dtype, mesh.device)
+    if mesh.device.type == "cuda":
+        phases.data_sheet = data_sheet_peak(dtype, torch.cuda.get_device_name(mesh.device))
     reward = Decoder(shape, mesh, dtype=dtype, head="score").requires_grad_(False)
     load_hf(reward, bench.model, new_head="normal")
     roles.rewards.append(Role(reward, sizes=config.ppo, profiler=phases))
@@ -114,6 +118,8 @@ def main(bench: Bench) -> None:
             "phases": {name: round(medians[f"seconds/{name}"], 3) for name in ("rollout", "score", "update", "sync")},
             "mfu": round(medians["mfu/step"], 3),
         }
+        if phases.data_sheet is not None:
+            result["mfu_data_sheet"] = round(medians["mfu_data_sheet/step"], 3)
         print(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from trialign.algorithms.config.common import ParallelConfig
 from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.mesh import Mesh, build_mesh
+from trialign.engine.precision import sum_products_in_fp32
 
 from .signals import StopSignals
 from .watchdog import Watchdog
@@ -25,6 +26,9 @@ from .watchdog import Watchdog
 # oneDNN caches 1024 compiled primitives, one a shape: gigabytes where the number of tokens differs from step to step.
 # It reads the variable once, at its first operation.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# With a fixed workspace cuBLAS gives the same bits on every run, also where several streams multiply ("Results
+# reproducibility" in its documentation). torch reads the variable once, at its first product on CUDA.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def world_size() -> int:
@@ -92,17 +96,6 @@ def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
     return own
 
 
-def fix_precision() -> None:
-    """Sums of matrix products in fp32, on CUDA also for bf16 and fp16 factors, and no TF32.
-
-    By default cuBLAS may add the parts of a bf16 product in bf16, and containers may turn TF32 on.
-    """
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_accumulation = False
-
-
 @contextmanager
 def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> Iterator[Mesh]:
     """Joins the job's process group (gloo on the CPU, NCCL on CUDA), builds the mesh, and leaves the group at the end.
@@ -113,7 +106,7 @@ def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> I
         timeout: seconds that a rank waits for others.
         signals: gets a watchdog where there are other ranks.
     """
-    fix_precision()
+    sum_products_in_fp32()
     device = pick_device(parallel.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
