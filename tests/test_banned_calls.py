@@ -1,7 +1,9 @@
-"""Calls that the product must not make: sums in the order in which a GPU's atomics arrive, so that no two runs agree.
+"""Calls that the product must not make: sums in no order, and tensors without a device.
 
-Sums over samples go through losses/aggregation.py (`Segments`), others through sorted rows. Each exception has its
-reason. tests/algorithms/test_order_of_sums.py looks at the operators that training losses run, gradients included.
+Atomics add in the order in which they arrive, so no two runs on a GPU agree: sums over samples go through
+losses/aggregation.py (`Segments`), others through sorted rows. tests/algorithms/test_order_of_sums.py looks at the
+operators that training losses run, gradients included. A tensor without a device is on the CPU and does not meet those
+of the model. Each exception has its reason.
 """
 
 import ast
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import ROOT
-from test_imports import SOURCES
+from test_imports import PACKAGES, SOURCES
 
 PRODUCT = ("kernels", "engine", "models", "algorithms", "launch", "vllm_plugin")
 ADDS = "adds by float atomics on CUDA"
@@ -27,6 +29,36 @@ ALLOWED = {  # file -> functions, and the reason
     "models/moe.py": (("bincount", "scatter_add_"), "counts, integers"),
     "csrc/cuda/moe_kernel.cu": (("atomicAdd",), "counts, integers"),
 }
+CREATORS = {"zeros", "ones", "empty", "full", "eye", "arange", "linspace", "tensor", "as_tensor", "scalar_tensor"}
+CREATORS |= {"rand", "randn", "randint", "randperm", "tril_indices", "triu_indices", "from_numpy", "frombuffer"}
+ON_THE_CPU = {  # file or folder -> the reason why tensors without a device are on the CPU there
+    "algorithms/batch.py": "a batch is packed on the CPU, and its indices are moved to its device",
+    "algorithms/kto.py": "rows are packed on the CPU",
+    "algorithms/reward_model.py": "rows are packed on the CPU",
+    "algorithms/data/": "rows of files",
+    "algorithms/rollout/": "a batch is packed on the CPU",
+    "algorithms/micro_batch.py": "sample ids",
+    "algorithms/policy_step.py": "lengths, which Segments moves",
+    "algorithms/ppo.py": "scores, which without_unscored moves",
+    "algorithms/roles/nonfinite.py": "culprits are named on the CPU",
+    "engine/mesh.py": "ranks",
+    "engine/transfer.py": "pinned memory",
+    "engine/parallel/lora.py": "sizes",
+    "engine/parallel/nf4.py": "places of scales, moved to the device of the codes",
+    "kernels/nf4.py": "a table, moved to the device of the codes",
+    "models/hf/": "weights of files, copied into parameters",
+    "models/lora.py": "initial weights, copied into parameters",
+    "models/rope.py": "tables, moved by the decoder",
+}
+
+
+def without_device(source: str) -> Iterator[str]:
+    """Calls of torch that create a tensor and do not say where."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and node.func.attr in CREATORS and not any(k.arg in ("device", None) for k in node.keywords):
+                yield f"{node.lineno}: {ast.unparse(node)}"
 
 
 def python_calls(source: str) -> Iterator[str]:
@@ -55,6 +87,16 @@ def test_no_sum_depends_on_the_order_of_atomics():
     banned = [f"{path}: {name} {reason(name)}" for path, name in found - allowed]
     assert not banned, "\n".join(sorted(banned))
     assert ALLOWED.keys() == {path for path, _ in found}, "exceptions that nothing needs"
+
+
+def test_tensors_are_created_on_a_device():
+    """In launch/ scripts read results on the CPU."""
+    packages = {str(path): text for path, text in SOURCES.items() if path.parts[0] in PACKAGES}
+    found = {path: calls for path, text in packages.items() if (calls := list(without_device(text)))}
+    other = {path: calls for path, calls in found.items() if not path.startswith(tuple(ON_THE_CPU))}
+    assert not [f"{path}:{call}" for path, calls in other.items() for call in calls]
+    source = "torch.zeros(2)\ntorch.zeros(2, device=x.device)\nx.new_zeros(2)\ntorch.arange(3, **options)"
+    assert list(without_device(source)) == ["1: torch.zeros(2)"]
 
 
 @pytest.mark.parametrize(
