@@ -87,26 +87,25 @@ def policy_step(
     if "ratio_min" in extremes:
         extremes["ratio_min"] *= -1
     if first and not step.get("skipped"):
-        limit = first_ratio_limit if actor.mesh.device.type == "cuda" else 0.0
-        extremes["first_ratio_error"] = check_first_ratio(extremes, limit)
+        extremes["first_ratio_error"] = check_first_ratio(extremes, first_ratio_limit, actor.mesh.device)
     return {name: value / (counts or {}).get(name, targets) for name, value in sums.items()} | extremes, step
 
 
-def check_first_ratio(extremes: Mapping[str, float], limit: float) -> float:
-    """The largest distance from 1 of the ratios before the first step of an update, at most `limit`.
+def check_first_ratio(extremes: Mapping[str, float], limit: float, device: torch.device) -> float:
+    """The largest distance from 1 of the ratios before the first step of an update: at most `limit` on CUDA, else 0.
 
-    Old logprobs come from the micro-batches of the update itself. On the CPU the same forward gives the same bits, so
-    the limit there is 0; on CUDA libraries choose their algorithms, for cuBLAS and NCCL even between equal calls.
+    Old logprobs come from the micro-batches of the update itself. On the CPU the same forward gives the same bits; on
+    CUDA cuBLAS and NCCL choose their algorithms, perhaps another one for an equal call.
 
     Raises:
         RuntimeError: a ratio is further from 1; names the smallest and the largest.
     """
     low, high = extremes.get("ratio_min", 1.0), extremes.get("ratio_max", 1.0)
-    error = max(abs(low - 1), abs(high - 1))
-    if not error <= limit:  # NaN too
+    error, allowed = max(abs(low - 1), abs(high - 1)), limit if device.type == "cuda" else 0.0
+    if not error <= allowed:  # NaN too
         raise RuntimeError(
             f"the ratios before the first step of an update are up to {error:.3g} from 1 (they lie in [{low}, {high}]);"
-            f" allowed is {limit:g} (first_ratio_limit on CUDA, 0 on the CPU). The old logprobs are not those of the"
+            f" allowed is {allowed:g} (first_ratio_limit on CUDA, 0 on the CPU). The old logprobs are not those of the"
             " actor in the micro-batches of the update: other weights, temperature, samples or kernels computed them"
         )
     return error

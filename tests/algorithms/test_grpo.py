@@ -105,12 +105,15 @@ def test_first_ratios_other_than_one_raise(folder):
 
 def test_first_ratios_may_differ_from_one_by_the_limit():
     extremes = {"ratio_min": 1 - 2**-11, "ratio_max": 1 + 2**-12}
-    assert check_first_ratio(extremes, 1e-3) == 2**-11
-    assert check_first_ratio({}, 0.0) == check_first_ratio({"ratio_min": 1.0, "ratio_max": 1.0}, 0.0) == 0
-    with pytest.raises(RuntimeError, match="0.000488 from 1 .*allowed is 0.0001 .*first_ratio_limit"):
-        check_first_ratio(extremes, 1e-4)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    assert check_first_ratio(extremes, 1e-3, cuda) == 2**-11
+    for device in (cpu, cuda):
+        assert check_first_ratio({}, 0.0, device) == check_first_ratio({"ratio_min": 1, "ratio_max": 1}, 0, device) == 0
+    for device, limit, allowed in ((cuda, 1e-4, "0.0001"), (cpu, 1e-3, "0")):
+        with pytest.raises(RuntimeError, match=rf"0.000488 from 1 .*allowed is {allowed} \(first_ratio_limit"):
+            check_first_ratio(extremes, limit, device)
     with pytest.raises(RuntimeError, match="up to nan from 1"):
-        check_first_ratio({"ratio_min": math.nan, "ratio_max": math.nan}, math.inf)
+        check_first_ratio({"ratio_min": math.nan, "ratio_max": math.nan}, math.inf, cuda)
 
 
 @pytest.mark.parametrize(

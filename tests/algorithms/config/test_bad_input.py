@@ -39,6 +39,7 @@ COMMAND_LINES = {
     "not a number": ("--actor.optimizer.lr fast", "--actor.optimizer.lr"),
     "not a choice": ("--ppo.kl_estimator k4", "invalid choice 'k4'"),
     "below its range": ("--run.steps 0", "run: steps=0: must be 1 or more"),
+    "limit below 0": ("--ppo.first_ratio_limit -1", "ppo: first_ratio_limit=-1.0: must be 0 or more"),
     "min above max": ("--rollout.max_new_tokens 8 --rollout.min_new_tokens 9", "min_new_tokens=9: must be 0 to max_ne"),
     "weights that do not fit": ("--reward.functions a:b --reward.weights 1 2", "2 weights for 1 functions, models and"),
     "probabilities": ("--data.sources a --data.probabilities 0.5 0.5", "probabilities=(0.5, 0.5): 2 numbers for 1 s"),
