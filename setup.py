@@ -1,4 +1,4 @@
-"""Maps the four folders to trialign.* and builds trialign._C out of csrc/ where a C++ compiler and torch are at hand.
+"""Maps the four folders to trialign.*; builds trialign._C and trialign._host out of csrc/ where compiler and torch are.
 
 Where nvcc is found (on PATH or as NVCC) the CUDA kernels of csrc/cuda go into the same module, beside a CPU torch too;
 TRIALIGN_CUDA_ARCHS changes the architectures, TRIALIGN_CUDA=0 leaves them out.
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,16 +107,26 @@ def compile_all(jobs: list[Job]) -> list[Path]:
 
 
 class Build(build_ext):
-    """csrc/*.cpp once, csrc/cpu/*.cpp once per SIMD level, csrc/cuda/*.cu by nvcc, linked into one abi3 module."""
+    """_C: csrc/*.cpp once, csrc/cpu/*.cpp once per SIMD level, csrc/cuda/*.cu by nvcc, linked into one abi3 module.
+    _host: csrc/host/*.cpp, by the pybind11 in torch."""
 
     def build_extension(self, ext: Extension) -> None:
         found, compiler = torch_paths(), os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if found is None or compiler is None:
             missing = "torch" if found is None else "C++ compiler"
-            print(f"trialign: no {missing} here, installing without trialign._C", file=sys.stderr)
+            print(f"trialign: no {missing} here, installing without {ext.name}", file=sys.stderr)
             return
         version, torch = found
-        build, cuda, kernels = Path(self.build_temp).resolve(), Cuda.find(), []
+        build = Path(self.build_temp).resolve()
+        include = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
+        common = [compiler, *FLAGS, *(f"-I{path}" for path in include)]
+        source_hash = runpy.run_path(str(CSRC / "source_hash.py"))["source_hash"](CSRC)
+        facts = [f'-DTRIALIGN_SOURCES="{source_hash}"', f'-DTRIALIGN_TORCH="{version}"']
+        if ext.name == "trialign._host":
+            sources = sorted((CSRC / "host").glob("*.cpp"))
+            self.link(ext, compiler, compile_all([job(build, version, [*common, *facts], cpp) for cpp in sources]))
+            return
+        cuda, kernels = Cuda.find(), []
         if cuda:
             sources = sorted((CSRC / "cuda").glob("*.cu"))
             try:
@@ -123,27 +134,20 @@ class Build(build_ext):
             except CompileError as error:  # an nvcc too old for an architecture, say
                 print(f"trialign: no CUDA kernels in trialign._C: {error}", file=sys.stderr)
                 cuda = None
-        include = [torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
-        common = [
-            compiler,
-            *FLAGS,
-            f"-DTORCH_TARGET_VERSION={ABI}",
-            "-DTORCH_STABLE_ONLY",
-            *(f"-I{p}" for p in include),
-        ]
-        source_hash = runpy.run_path(str(CSRC / "source_hash.py"))["source_hash"](CSRC)
-        facts = [f'-DTRIALIGN_SOURCES="{source_hash}"', f'-DTRIALIGN_TORCH="{version}"', "-DPy_LIMITED_API=0x030b0000"]
-        facts += ["-DTRIALIGN_CUDA"] if cuda else []
+        common += [f"-DTORCH_TARGET_VERSION={ABI}", "-DTORCH_STABLE_ONLY"]
+        facts += ["-DPy_LIMITED_API=0x030b0000", *(["-DTRIALIGN_CUDA"] if cuda else [])]
         jobs: list[Job] = [job(build, version, [*common, *facts], source) for source in CSRC.glob("*.cpp")]
         for number, flags in enumerate(LEVELS.values()):
             command = [*common, *flags, f"-DTRIALIGN_LEVEL={number}"]
             jobs += [job(build, version, command, cpp) for cpp in sorted((CSRC / "cpu").glob("*.cpp"))]
-        objects = [*compile_all(jobs), *kernels]
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *(cuda.link_flags() if cuda else [])]
+        self.link(ext, compiler, [*compile_all(jobs), *kernels], libraries)
+
+    def link(self, ext: Extension, compiler: str, objects: list[Path], libraries: Sequence[str] = ()) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Linked aside and renamed: a process that has the old module open keeps it, and none sees half a file.
         fresh = target.with_suffix(".new")
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *(cuda.link_flags() if cuda else [])]
         subprocess.run([compiler, "-shared", "-o", str(fresh), *map(str, objects), *libraries], check=True)
         os.replace(fresh, target)
 
@@ -151,11 +155,13 @@ class Build(build_ext):
 packages = find_namespace_packages(include=[pattern for f in FOLDERS for pattern in (f, f"{f}.*")])
 setup(
     packages=["trialign", *(f"trialign.{package}" for package in packages)],
-    # The namespace's root holds only _C, beside its sources.
+    # The namespace's root holds only _C and _host, beside their sources.
     package_dir={"trialign": "csrc", **{f"trialign.{f}": f for f in FOLDERS}},
     include_package_data=False,
     # optional: a compiler that fails (no Python.h, too old) costs the extension, not the installation.
-    ext_modules=[Extension("trialign._C", sources=[], py_limited_api=True, optional=True)],
+    ext_modules=[
+        Extension("trialign._C", sources=[], py_limited_api=True, optional=True),
+        Extension("trialign._host", sources=[], optional=True),  # of one Python version: pybind11 has no stable ABI
+    ],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

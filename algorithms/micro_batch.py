@@ -3,6 +3,8 @@
 A minibatch, the samples of one optimizer step, is a list of sample ids that depends only on the seed. Every role deals
 them to the DP ranks of its mesh and cuts each rank's part by its own sizes. A forward pass over a training batch is cut
 exactly as the optimizer steps of the first epoch, so an old logprob equals the new one to the last bit.
+
+The cuts are made by trialign._host where it is built (engine/host.py), and are the same.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from ..engine.host import HOST
 from ..engine.mesh import Axis
 from .batch import Batch, Minibatches
 
@@ -124,6 +127,8 @@ def micro_batches(
     Raises:
         ValueError: a row has more than `max_tokens` tokens.
     """
+    if HOST is not None:
+        return HOST.micro_batches(rows, lengths, size, max_tokens, by_length)
     ordered = sorted(rows, key=lambda i: (-lengths[i], i)) if by_length else rows
     if not max_tokens:
         return [list(ordered[i : i + size]) for i in range(0, len(ordered), size)]
@@ -151,6 +156,8 @@ def deal_micro_batches(
 
     Args, raises: as in `deal` and `micro_batches`.
     """
+    if HOST is not None:
+        return HOST.deal_micro_batches(rows, lengths, dp.size, dp.rank, size, max_tokens)
     dealt = deal([lengths[i] for i in rows], dp.size)
     cuts = [micro_batches([rows[i] for i in part], lengths, size, max_tokens) for part in dealt]
     own = cuts[dp.rank]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of nested lists of numbers on `device`; on CUDA copied from pinned memory, in stream order."""
-    tensor = torch.tensor(values, dtype=dtype)
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """The numbers on `device`: on CUDA copied from pinned memory, in stream order; on the CPU shared."""
+    tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -25,8 +24,8 @@ class HostCopy:
             self._done = torch.cuda.Event()
             self._done.record()
 
-    def tolist(self) -> list[Any]:
+    def numpy(self) -> np.ndarray:
         """The numbers, once the copy has ended."""
         if self._done is not None:
             self._done.synchronize()
-        return self._copy.tolist()
+        return self._copy.numpy()

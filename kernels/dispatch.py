@@ -47,7 +47,7 @@ MODE = _mode()
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA_KEY = "CPU" if INTERPRET else "CUDA"
 """Dispatch key of the GPU implementations; interpreted kernels take CPU tensors."""
-PROBLEM = None if MODE == "reference" else load_extension()
+PROBLEM = None if MODE == "reference" else load_extension("_C")
 EXTENSION = MODE != "reference" and PROBLEM is None
 if PROBLEM and os.environ.get("RANK", "0") == "0":
     warnings.warn(

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..host import HOST
 from ..memory import free_memory
 from ..mesh import Mesh
 from ..parallel.collectives import all_reduce, broadcast, exchange
@@ -35,7 +36,7 @@ from .interface import Completion, Generator, Interrupted, Request, SamplingPara
 from .kv_cache import PagedCache, blocks_for
 from .lane import sample_key
 from .runner import Model, ModelRunner
-from .scheduler import Scheduler, Sequence, Step
+from .scheduler import Scheduler, Step
 
 
 class EmbeddedGenerator(Generator):
@@ -95,7 +96,8 @@ class EmbeddedGenerator(Generator):
         self.lag = int(mesh.device.type == "cuda" and lanes == 1) if lag is None else lag
         assert not self.lag or lanes == 1
         limits = {"max_running": max_running, "prefill_tokens": prefill_tokens, "lanes": lanes}
-        self.scheduler = Scheduler(block_size, self._cache_blocks(model), **limits)
+        scheduler: type[Scheduler] = Scheduler if HOST is None else HOST.Scheduler
+        self.scheduler = scheduler(block_size, self._cache_blocks(model), **limits)
         sizes = {"num_blocks": self.scheduler.pool.num_blocks, "block_size": block_size}
         self.runner = ModelRunner(model, mesh, **sizes, lane_size=blocks_for(max_running, lanes))
         self.profiler.memory.add(self.runner, ModelRunner.memory)
@@ -133,11 +135,11 @@ class EmbeddedGenerator(Generator):
     def add(self, request: Request) -> int:
         self._check(request)
         key = sample_key(request.params.seed, request.sample_id)
-        sequence = Sequence(self._next_id, request.prompt, request.params, key)
-        self._open.add(sequence.id)
+        number = self._next_id
+        self._open.add(number)
         self._next_id += 1
-        self._calls.append((self.tick, lambda: self.scheduler.add(sequence)))
-        return sequence.id
+        self._calls.append((self.tick, lambda: self.scheduler.add(number, request.prompt, request.params, key)))
+        return number
 
     def abort(self, request_id: int) -> None:
         if not 0 <= request_id < self._next_id:
@@ -209,7 +211,10 @@ class EmbeddedGenerator(Generator):
             ValueError: the prompt and its longest response pass the model's positions, or the cache.
         """
         size = f"{name} has {length} tokens, with max_new_tokens={params.max_new_tokens}"
-        positions, blocks = self.runner.model.config.longest_rollout, self.scheduler.blocks_of(length, params)
+        positions, blocks = (
+            self.runner.model.config.longest_rollout,
+            self.scheduler.blocks_of(length, params.max_new_tokens),
+        )
         if length + params.max_new_tokens > positions:
             raise ValueError(f"{size} it passes the model's {positions} positions")
         if blocks > self.scheduler.pool.num_blocks:
@@ -257,10 +262,9 @@ class EmbeddedGenerator(Generator):
         previous = self._steps.pop(done, None)
         if previous is not None:
             del self._results[done]
-            *rows, (stop, _) = self._copies.pop(done).tolist()
-            if any(token < 0 for token, _ in rows):
-                raise ValueError("logits hold NaN, +inf or only -inf: no token can be sampled")
-            scheduler.commit(previous, [int(token) for token, _ in rows], [p for _, p in rows], self.version)
+            results = self._copies.pop(done).numpy()
+            stop = results[-1, 0]
+            scheduler.commit(previous, results[:-1], self.version)
             report_progress(scheduler.done, scheduler.total)
         while self._calls and self._calls[0][0] <= number:
             self._calls.popleft()[1]()
@@ -278,8 +282,7 @@ class EmbeddedGenerator(Generator):
                 self.runner.prepare(lane, step, scheduler.width)
 
     def _take_ended(self, number: int) -> None:
-        ended, self.scheduler.ended = self.scheduler.ended, []
-        for s in ended:
+        for s in self.scheduler.take_ended():
             assert s.finish, "a sequence was retired before its end"
             self._ended.append((number, Completion(s.id, s.tokens, s.logprobs, s.versions, s.finish)))
             flops = self.runner.model.forward_flops([s.length], len(s.tokens))
@@ -304,7 +307,7 @@ class EmbeddedGenerator(Generator):
                 receivers = pp.ranks[:last]
                 operations += [dist.P2POp(dist.isend, self._results[sampled], peer, pp.group) for peer in receivers]
             else:
-                shape = (len(self._steps[sampled].rows) + 1, 2)
+                shape = (self._steps[sampled].size + 1, 2)
                 self._results[sampled] = torch.empty(shape, dtype=torch.float64, device=self.mesh.device)
                 operations.append(dist.P2POp(dist.irecv, self._results[sampled], pp.ranks[last], pp.group))
         exchange(operations, pp)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from ..transfer import to_device
@@ -80,9 +81,9 @@ class PagedCache:
         self._data = torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self._data.unbind()[0].unbind(), self._data.unbind()[1].unbind()
 
-    def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
-        """Copies blocks (source, destination) in all layers; no destination is a source."""
-        if blocks:
+    def copy(self, blocks: np.ndarray) -> None:
+        """Copies blocks in all layers, [blocks, 2] int64: source and destination; no destination is a source."""
+        if len(blocks):
             sources, destinations = to_device(blocks, self._data.device).T
             self._data.index_copy_(2, destinations, self._data.index_select(2, sources))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,7 @@ from ..transfer import to_device
 from .graphs import DecodeGraphs, padded
 from .kv_cache import PagedCache
 from .lane import Lane
-from .scheduler import Sequence, Step
+from .scheduler import Prefill, Step
 
 
 class ModelSizes(Protocol):
@@ -118,7 +117,7 @@ class ModelRunner:
             with allocating("cache"):
                 self.cache = PagedCache(self.model.kv_shape, self.num_blocks, self.block_size, **options)
         lane.prepare(step, width)
-        pack = self._packed or any(s.params.max_new_tokens >= PACK_TOKENS for s in step.rows[step.kept :])
+        pack = self._packed or step.longest_response >= PACK_TOKENS
         if not self._frozen or pack > self._packed:
             self.model.freeze_weights(pack)
             self._frozen, self._packed = True, pack
@@ -127,23 +126,22 @@ class ModelRunner:
         """This stage's output of a step: as `_decode`, with all tokens of the prefilled rows before the last stage."""
         assert self.cache is not None
         self.cache.copy(step.copies)
-        masked, rows = any(s.params.min_new_tokens for s in step.rows), len(step.rows)
-        if step.prefilled:
-            output = self._forward(lane, step.decoding, step.prefilled, hidden)
-            return self._sample(lane, rows, output, masked) if self.last else output
+        if step.decoding < step.size:
+            output = self._forward(lane, step.decoding, step.prefill(), hidden)
+            return self._sample(lane, step.size, output, step.masked) if self.last else output
         if self.graphs is None:
-            return self._decode(lane, rows, hidden, masked)
-        return self.graphs.run(lane, rows, hidden, masked)
+            return self._decode(lane, step.size, hidden, step.masked)
+        return self.graphs.run(lane, step.size, hidden, step.masked)
 
     def _decode(self, lane: Lane, rows: int, hidden: Tensor | None, masked: bool) -> Tensor:
         """A step without prefilled rows: hidden states [rows, hidden]; on the last stage tokens and logprobs [rows, 2].
 
         Neither waits for the device nor copies from the host, and its shapes depend on `rows` alone.
         """
-        output = self._forward(lane, rows, [], hidden)
+        output = self._forward(lane, rows, None, hidden)
         return self._sample(lane, rows, output, masked) if self.last else output
 
-    def _forward(self, lane: Lane, decoding: int, prefilled: list[Sequence], hidden: Tensor | None) -> Tensor:
+    def _forward(self, lane: Lane, decoding: int, prefill: Prefill | None, hidden: Tensor | None) -> Tensor:
         """This stage's hidden states of a step, [tokens, hidden]; [rows, hidden] on the last stage."""
         assert self.cache is not None
         cache, block, device = self.cache, self.block_size, self.mesh.device
@@ -151,22 +149,15 @@ class ModelRunner:
         tokens, positions = lane.last[:decoding], lane.length[:decoding] - 1
         slots = tables.gather(1, (positions // block)[:, None])[:, 0].long() * block + positions % block  # [decoding]
         starts, longest = positions, 0
-        if prefilled:
-            lengths = [sequence.length for sequence in prefilled]
-            longest = max(lengths)
-            starts = to_device([0, *accumulate(lengths)], device)  # cu_seqlens of the prefilled
-            numbers = [
-                [token for s in prefilled for token in (*s.prompt, *s.tokens)],
-                [position for length in lengths for position in range(length)],
-                [s.blocks[p // block] * block + p % block for s in prefilled for p in range(s.length)],
-            ]
-            more = to_device(numbers, device)  # [3, tokens]
+        if prefill is not None:
+            starts, longest = to_device(prefill.starts, device), prefill.longest  # cu_seqlens of the prefilled rows
+            more = to_device(prefill.tokens, device)  # [3, tokens]
             tokens, positions, slots = torch.cat((torch.stack((tokens, positions, slots)), more), 1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values, options = cache.keys[layer], cache.values[layer], self.model.attention_options(layer)
             write_kv(k, v, keys, values, slots)
-            if not prefilled:
+            if prefill is None:
                 return paged_attention(q, keys, values, tables, cached, **options)
             new = packed_attention(q[decoding:], k[decoding:], v[decoding:], starts, longest, **options)
             if not decoding:
@@ -174,7 +165,7 @@ class ModelRunner:
             return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))
 
         output = self.model(tokens if hidden is None else hidden, positions, attend)
-        if prefilled and self.last:  # of a prefilled sequence only the last token's logits are needed
+        if prefill is not None and self.last:  # of a prefilled sequence only the last token's logits are needed
             output = torch.cat((output[:decoding], output[decoding:][starts[1:] - 1]))
         return output
 

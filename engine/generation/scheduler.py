@@ -1,4 +1,5 @@
-"""Scheduler of continuous batching (Yu et al. 2022, "Orca"), in plain Python without tensors.
+"""Scheduler of continuous batching (Yu et al. 2022, "Orca"): the reference in Python of csrc/host/scheduler.cpp, which
+serves where trialign._host is built (engine/host.py). Both take the same steps.
 
 Every step decodes one token of each running sequence and prefills, in the same forward, as many waiting ones as fit.
 A finished sequence frees its row and its blocks at once, for the next step.
@@ -18,7 +19,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
+
+import numpy as np
 
 from .interface import SamplingParams
 from .kv_cache import BlockPool, blocks_for
@@ -34,12 +38,15 @@ class Sequence:
         planned: response tokens of planned steps, those in flight included.
         started: number of the plan that admitted it.
         prompt_id: equal for equal prompts.
+        row: its place in the last step of its lane.
+        leaving: preempted for another lane; the next turn of its own frees its row.
     """
 
     id: int
     prompt: list[int]
     params: SamplingParams
-    key: int = 0
+    key: int
+    prompt_id: int
     blocks: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -47,7 +54,8 @@ class Sequence:
     finish: Literal["", "stop", "length", "abort"] = ""
     planned: int = 0
     started: int = 0
-    prompt_id: int = 0
+    row: int = 0
+    leaving: bool = False
 
     @property
     def length(self) -> int:
@@ -61,29 +69,117 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class NewRows:
+    """Rows that a step adds to its lane, one sequence each.
+
+    Attributes:
+        state: [5, rows] int64: token that is decoded (the last of the prompt), number of tokens, number of response
+            tokens, key, response tokens before a stop id can be sampled.
+        tables: [rows, width] int32, cache blocks, filled up with the spare one.
+        stop_ids: [rows, ids] int64, filled up with the first one; 0 where there is none.
+        sampling: [2, rows] fp32, temperature and top_p.
+        top_k: [rows] int32.
+    """
+
+    state: np.ndarray
+    tables: np.ndarray
+    stop_ids: np.ndarray
+    sampling: np.ndarray
+    top_k: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Tokens of the rows of a step that are prefilled, one row after the other.
+
+    Attributes:
+        tokens: [3, tokens] int64: id, position in its sequence, slot of the cache.
+        starts: [rows + 1] int64, of the rows.
+        longest: tokens of the longest row.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    longest: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One forward of a lane: a token of each of the `decoding` first rows, then all tokens of the other rows.
 
     Attributes:
         rows: sequences; each gets one token.
         kept: number of first rows that were in the lane's last step too, in the same order.
+        moved: [kept] int64, their places in that step; None if they are the first ones.
         decoding: number of rows that decode: the kept ones, and new ones that share a prompt.
-        copies: cache blocks to copy before the forward, (source, destination).
-        grown: blocks that kept rows got, (row, place in its table, block).
+        copies: [blocks, 2] int64, cache blocks to copy before the forward: source, destination.
+        grown: [blocks, 3] int64, blocks that kept rows got: row, place in its table, block.
         tokens: number of tokens of the forward.
     """
 
     rows: list[Sequence]
     kept: int
+    moved: np.ndarray | None
     decoding: int
-    copies: list[tuple[int, int]]
-    grown: list[tuple[int, int, int]]
+    copies: np.ndarray
+    grown: np.ndarray
     tokens: int
+    block_size: int
+    spare: int
 
     @property
-    def prefilled(self) -> list[Sequence]:
-        """The rows that do not decode."""
-        return self.rows[self.decoding :]
+    def size(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    @property
+    def masked(self) -> bool:
+        """Whether a row may have fewer response tokens than must come before a stop id."""
+        return any(sequence.params.min_new_tokens for sequence in self.rows)
+
+    @property
+    def longest_response(self) -> int:
+        """Largest limit of response tokens of the rows after the kept ones; 0 without any."""
+        return max((sequence.params.max_new_tokens for sequence in self.rows[self.kept :]), default=0)
+
+    def new_rows(self, width: int, stop_ids: int) -> NewRows:
+        """The rows after the kept ones, of which there must be one.
+
+        Args:
+            width: blocks of a table.
+            stop_ids: columns of them, at least.
+        """
+        new = self.rows[self.kept :]
+        state = [
+            [sequence.prompt[-1] for sequence in new],
+            [sequence.length for sequence in new],
+            [len(sequence.tokens) for sequence in new],
+            [sequence.key for sequence in new],
+            [sequence.params.min_new_tokens if sequence.params.stop_ids else 0 for sequence in new],
+        ]
+        tables = [sequence.blocks + [self.spare] * (width - len(sequence.blocks)) for sequence in new]
+        stops = [sequence.params.stop_ids or (0,) for sequence in new]
+        count = max(stop_ids, *map(len, stops))
+        sampling = [[s.params.temperature for s in new], [s.params.top_p for s in new]]
+        return NewRows(
+            np.array(state, np.int64),
+            np.array(tables, np.int32),
+            np.array([ids + ids[:1] * (count - len(ids)) for ids in stops], np.int64),
+            np.array(sampling, np.float32),
+            np.array([sequence.params.top_k for sequence in new], np.int32),
+        )
+
+    def prefill(self) -> Prefill:
+        """The rows that do not decode, of which there must be one."""
+        rows, block = self.rows[self.decoding :], self.block_size
+        tokens = [
+            [token for s in rows for token in (*s.prompt, *s.tokens)],
+            [position for s in rows for position in range(s.length)],
+            [s.blocks[p // block] * block + p % block for s in rows for p in range(s.length)],
+        ]
+        lengths = [sequence.length for sequence in rows]
+        starts = np.array([0, *accumulate(lengths)], np.int64)
+        return Prefill(np.array(tokens, np.int64), starts, max(lengths))
 
 
 class Scheduler:
@@ -98,7 +194,6 @@ class Scheduler:
         prefill_tokens: tokens prefilled in one step; a longer sequence is prefilled alone.
 
     Attributes:
-        ended: sequences that have ended and hold no row, for the caller to take.
         alive: number of sequences that have not ended.
         preemptions: number of them since the scheduler was made.
         lane_size: sequences running at once in a lane.
@@ -113,7 +208,7 @@ class Scheduler:
         self.pool = BlockPool(num_blocks)
         self.waiting: deque[Sequence] = deque()
         self.running: list[list[Sequence]] = [[] for _ in range(lanes)]
-        self.ended: list[Sequence] = []
+        self._ended: list[Sequence] = []
         self.alive = self.preemptions = 0
         self.reset()
 
@@ -123,7 +218,6 @@ class Scheduler:
         self.alive = self.lane_size = self.width = self.done = self.total = self._plans = 0
         self._prompt_ids: dict[tuple[int, ...], int] = {}
         self._cached: dict[int, list[Sequence]] = {}  # prompt id -> running sequences, by admission
-        self._leaving: list[Sequence] = []  # preempted for another lane; the next turn of their own frees their rows
         self._starving: set[int] = set()  # lanes that wait for blocks: meanwhile no sequence is admitted
 
     @property
@@ -131,17 +225,17 @@ class Scheduler:
         """Whether no sequence waits, runs or holds a row."""
         return not self.alive and not any(self.running)
 
-    def blocks_of(self, prompt: int, params: SamplingParams) -> int:
+    def blocks_of(self, prompt: int, max_new_tokens: int) -> int:
         """Blocks for a prompt of so many tokens and its longest response; the last token is not cached."""
-        return blocks_for(prompt + params.max_new_tokens - 1, self.block_size)
+        return blocks_for(prompt + max_new_tokens - 1, self.block_size)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a sequence, which must fit the pool."""
-        sequence.prompt_id = self._prompt_ids.setdefault(tuple(sequence.prompt), len(self._prompt_ids))
-        self.waiting.append(sequence)
+    def add(self, id: int, prompt: list[int], params: SamplingParams, key: int) -> None:
+        """Queues a sequence, which must fit the pool; ids grow."""
+        prompt_id = self._prompt_ids.setdefault(tuple(prompt), len(self._prompt_ids))
+        self.waiting.append(Sequence(id, prompt, params, key, prompt_id))
         self.alive += 1
-        self.total += sequence.params.max_new_tokens
-        self.width = max(self.width, self.blocks_of(len(sequence.prompt), sequence.params))
+        self.total += params.max_new_tokens
+        self.width = max(self.width, self.blocks_of(len(prompt), params.max_new_tokens))
         # Lanes are filled evenly: otherwise one would run everything, and the other stages' turns would be empty.
         self.lane_size = max(self.lane_size, blocks_for(min(self.max_running, self.alive), len(self.running)))
 
@@ -158,9 +252,9 @@ class Scheduler:
         for sequence in self.running[lane]:
             if sequence.complete:
                 self._free(sequence)
-                self.ended += [sequence] if sequence.finish else []
-            elif sequence in self._leaving:
-                self._leaving.remove(sequence)
+                self._ended += [sequence] if sequence.finish else []
+            elif sequence.leaving:
+                sequence.leaving = False
                 self._requeue([sequence])
             else:
                 kept.append(sequence)
@@ -174,7 +268,7 @@ class Scheduler:
             self._starving.add(lane)
             return None
         self._starving.discard(lane)
-        grown = []
+        grown: list[tuple[int, int, int]] = []
         for row, sequence in enumerate(running):
             if self._grows(sequence):
                 grown.append((row, len(sequence.blocks), *self.pool.allocate(1)))
@@ -184,18 +278,39 @@ class Scheduler:
         running += sharing + prefilled
         if not running:
             return None
-        for sequence in running:
+        places = [sequence.row for sequence in running[:kept]]
+        for row, sequence in enumerate(running):
+            sequence.row = row
             sequence.planned += 1
         decoding = kept + len(sharing)
-        tokens = decoding + sum(sequence.length for sequence in prefilled)
-        return Step(list(running), kept, decoding, copies, grown, tokens)
+        return Step(
+            list(running),
+            kept,
+            None if places == list(range(kept)) else np.array(places, np.int64),
+            decoding,
+            np.array(copies, np.int64).reshape(-1, 2),
+            np.array(grown, np.int64).reshape(-1, 3),
+            decoding + sum(sequence.length for sequence in prefilled),
+            self.block_size,
+            self.pool.num_blocks,
+        )
 
-    def commit(self, step: Step, tokens: list[int], logprobs: list[float], version: int = 0) -> None:
-        """Appends one token to each row of `step`, in order; tokens of sequences that have ended are dropped."""
-        assert len(tokens) == len(step.rows), "a step's result does not match its rows"
-        for sequence, token, logprob in zip(step.rows, tokens, logprobs, strict=True):
+    def commit(self, step: Step, results: np.ndarray, version: int) -> None:
+        """Appends one token to each row of `step`; tokens of sequences that have ended are dropped.
+
+        Args:
+            results: [rows, 2] fp64, token and logprob.
+
+        Raises:
+            ValueError: a token below 0, which sampling gives where a row's logits allow no token.
+        """
+        assert len(results) == step.size, "a step's result does not match its rows"
+        if (results[:, 0] < 0).any():
+            raise ValueError("logits hold NaN, +inf or only -inf: no token can be sampled")
+        for sequence, (number, logprob) in zip(step.rows, results.tolist(), strict=True):
             if sequence.finish:
                 continue
+            token = int(number)
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             sequence.versions.append(version)
@@ -204,6 +319,11 @@ class Scheduler:
                 self._end(sequence, "stop")
             elif len(sequence.tokens) == sequence.params.max_new_tokens:
                 self._end(sequence, "length")
+
+    def take_ended(self) -> list[Sequence]:
+        """Sequences that have ended and hold no row, since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def requeue(self) -> None:
         """Moves the running sequences to the head of the queue, to be prefilled again with their tokens. No step may be
@@ -226,12 +346,13 @@ class Scheduler:
         """
         running, victims = self.running[lane], []
         while sum(map(self._grows, running)) > self.pool.free_blocks:
-            alive = [s for rows in self.running for s in rows if not s.complete and s not in self._leaving]
+            held = [sequence for rows in self.running for sequence in rows]
+            alive = [sequence for sequence in held if not sequence.complete and not sequence.leaving]
             victim = max(alive, key=lambda sequence: sequence.id)
             if len(alive) == 1 or victim not in running:
                 # Victims in other lanes have a step in flight; one at a time, since each may free enough.
-                if not self._leaving and len(alive) > 1:
-                    self._leaving.append(victim)
+                if len(alive) > 1 and not any(sequence.leaving for sequence in held):
+                    victim.leaving = True
                     self.preemptions += 1
                 return None
             running.remove(victim)
@@ -297,4 +418,4 @@ class Scheduler:
                 return  # `retire` ends it
             if not sequence.planned:
                 self.waiting.remove(sequence)
-            self.ended.append(sequence)
+            self._ended.append(sequence)

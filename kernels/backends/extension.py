@@ -1,4 +1,4 @@
-"""Loading of the compiled extension trialign._C, if it fits the sources and the installed torch."""
+"""Loading of the compiled extensions trialign._C and trialign._host, where they fit the sources and the torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,9 +14,9 @@ from ...source_hash import source_hash  # pyright: ignore[reportMissingImports] 
 
 
 def why_unusable(built_hash: str, built_torch: str, sources: Path) -> str | None:
-    """Reason why a trialign._C built from `built_hash` against `built_torch` does not fit; None if it does.
+    """Reason why an extension built from `built_hash` against `built_torch` does not fit; None if it does.
 
-    The extension uses torch's stable ABI, so another patch release fits; another minor release is rebuilt to be safe.
+    trialign._C uses torch's stable ABI, so another patch release fits; another minor release is rebuilt to be safe.
     """
     here = source_hash(sources)
     if here and here != built_hash:
@@ -25,21 +26,21 @@ def why_unusable(built_hash: str, built_torch: str, sources: Path) -> str | None
     return None
 
 
-def load_extension() -> str | None:
-    """Loads trialign._C, which registers torch.ops.trialign.*. Returns the reason why it cannot be used, or None.
+def load_extension(name: Literal["_C", "_host"]) -> str | None:
+    """Loads trialign.`name`; _C registers torch.ops.trialign.*. Returns the reason why it cannot be used, or None.
 
     Its source hash and torch version are read from the file: a stale one must not register its ops.
     """
-    spec = importlib.util.find_spec("trialign._C")
+    spec = importlib.util.find_spec(f"trialign.{name}")
     if spec is None or spec.origin is None:
         return "is not built"
     module = Path(spec.origin)
-    facts = re.search(rb"trialign\._C built from <(\w+)> for torch <([^>]+)>", module.read_bytes())
+    facts = re.search(rb"trialign\.\w+ built from <(\w+)> for torch <([^>]+)>", module.read_bytes())
     built_hash, built_torch = (fact.decode() for fact in facts.groups()) if facts else ("", torch.__version__)
     problem = why_unusable(built_hash, built_torch, module.parent)
     if problem is None:
         try:
-            importlib.import_module("trialign._C")
+            importlib.import_module(f"trialign.{name}")
         except ImportError as error:
             problem = f"does not load ({error})"
     return problem

@@ -1,8 +1,10 @@
-"""Minibatches and micro-batches: each sample once, balanced over the DP ranks, within the token limit."""
+"""Minibatches and micro-batches: each sample once, balanced over the DP ranks, within the token limit; the same in C++
+and in Python."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trialign.algorithms import micro_batch
 from trialign.algorithms.batch import Batch, pack
 from trialign.algorithms.config.ppo import PPOOptions
 from trialign.algorithms.config.supervised import UpdateConfig
@@ -14,6 +16,12 @@ from trialign.algorithms.micro_batch import (
     update_micro_batches,
 )
 from trialign.engine.mesh import Axis
+
+
+@pytest.fixture(params=["python", "cpp"])
+def implementation(request, monkeypatch) -> None:
+    if request.param == "python":
+        monkeypatch.setattr(micro_batch, "HOST", None)
 
 
 def axis(size: int, rank: int) -> Axis:
@@ -34,6 +42,7 @@ def test_minibatches_depend_on_the_seed_and_hold_every_sample_once_an_epoch():
         assert sorted(sum(minibatches, ())) == list(range(12))
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dp", [1, 2, 3])
 def test_passes_are_cut_as_the_first_epoch(dp):
     batch = batch_of(*(3 + i * 5 % 17 for i in range(12)))
@@ -50,6 +59,7 @@ def test_deal_balances_tokens():
         assert sum(loads) == sum(lengths) and max(loads) - min(loads) <= max(lengths) / 2
 
 
+@pytest.mark.usefixtures("implementation")
 def test_rows_of_several_samples_stay_whole_and_in_order():
     batch = batch_of(3, 4, 9, 9, 2, 2, 5, rows=(2, 2, 1, 2))
     sizes = UpdateConfig(micro_batch_size=2)
@@ -59,13 +69,14 @@ def test_rows_of_several_samples_stay_whole_and_in_order():
     assert batch.select([2, 3, 4]).row_sizes == (2, 1)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_scored_batches_may_have_few_or_long_rows():
     batch, sizes = batch_of(9, 3), UpdateConfig(micro_batch_tokens=4)
     assert [pass_micro_batches(batch, sizes, axis(3, rank)) for rank in range(3)] == [[], [[0]], [[1]]]
     with pytest.raises(ValueError, match="9 tokens .*4 tokens"):
         update_micro_batches(batch, range(2), sizes, axis(1, 0))
     with pytest.raises(ValueError, match="2 .* 3 data-parallel ranks"):
-        deal([4, 5], 3)
+        deal_micro_batches([0, 1], [4, 5], axis(3, 0), 1)
 
 
 @settings(deadline=None)
@@ -74,6 +85,11 @@ def test_ranks_get_equally_many_samples_and_micro_batches(lengths, parts, max_to
     """Or one fewer of both where they do not divide."""
     samples = list(range(len(lengths)))
     ranks = [deal_micro_batches(samples, lengths, axis(parts, rank), 3, max_tokens) for rank in range(parts)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micro_batch, "HOST", None)
+        assert ranks == [
+            deal_micro_batches(samples, lengths, axis(parts, rank), 3, max_tokens) for rank in range(parts)
+        ]
     counts = [sum(map(len, cuts)) for cuts in ranks]
     assert sorted(counts) == sorted(len(range(i, len(lengths), parts)) for i in range(parts))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= (len(lengths) % parts > 0)

@@ -1,24 +1,53 @@
 """Scheduler, driven without tensors: every prompt ends, blocks are shared by equal prompts only, growing sequences
-preempt younger ones."""
+preempt younger ones. In C++ and in Python, which take the same steps."""
 
 from collections import Counter
+from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trialign.engine.generation.interface import SamplingParams
 from trialign.engine.generation.kv_cache import blocks_for
-from trialign.engine.generation.scheduler import Scheduler, Sequence, Step
+from trialign.engine.generation.scheduler import Scheduler, Step
+from trialign.engine.host import HOST
 
 STOP = 7
+IMPLEMENTATIONS: dict[str, Any] = {"python": Scheduler} | ({} if HOST is None else {"cpp": HOST.Scheduler})
 
 
-def scheduler_of(lengths, blocks=100, block_size=4, *, max_new_tokens=5, **kwargs) -> Scheduler:
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request) -> Any:
+    return IMPLEMENTATIONS[request.param]
+
+
+def scheduler_of(implementation, lengths, blocks=100, block_size=4, *, max_new_tokens=5, **kwargs) -> Scheduler:
     """A scheduler with distinct prompts of these lengths, whose ids count from 0."""
-    scheduler = Scheduler(block_size, blocks, **{"max_running": 4, "prefill_tokens": 1000, **kwargs})
+    scheduler = implementation(block_size, blocks, **{"max_running": 4, "prefill_tokens": 1000, **kwargs})
     params = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=(STOP,))
     for number, length in enumerate(lengths):
-        scheduler.add(Sequence(number, [number] * length, params))
+        scheduler.add(number, [number] * length, params, number)
     return scheduler
+
+
+def commit(scheduler, step, tokens, logprobs, version=0):
+    scheduler.commit(step, np.array([tokens, logprobs], np.float64).T.copy(), version)
+
+
+def prefilled(step):
+    return step.rows[step.decoding :]
+
+
+def arrays(step, width) -> list:
+    """All that the device gets of a step."""
+    new = step.new_rows(width, 1) if step.kept < step.size else None
+    prefill = step.prefill() if step.decoding < step.size else None
+    moved = None if step.moved is None else step.moved.tolist()
+    numbers = [step.kept, moved, step.decoding, step.size, step.tokens, step.masked, step.longest_response]
+    numbers += [step.copies.tolist(), step.grown.tolist()]
+    numbers += [getattr(new, name).tolist() for name in ("state", "tables", "stop_ids", "sampling", "top_k") if new]
+    return numbers + ([prefill.tokens.tolist(), prefill.starts.tolist(), prefill.longest] if prefill else [])
 
 
 def planned(scheduler, lane=0) -> Step:
@@ -36,7 +65,7 @@ class Cache:
 
     def run(self, step: Step) -> None:
         """Writes what a forward of the step writes, and checks all that it reads."""
-        for source, destination in step.copies:
+        for source, destination in step.copies.tolist():
             for place in range(self.size):
                 self.slots[destination, place] = self.slots.get((source, place))
         for row, s in enumerate(step.rows):
@@ -51,14 +80,15 @@ class Cache:
 
 
 def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None, lag=0):
-    """Runs all lanes in turn to the end, checking invariants; returns the steps, and the ended sequences by id."""
-    steps, turn, idle, cache, lanes = [], 0, 0, Cache(scheduler), len(scheduler.running)
+    """Runs all lanes in turn to the end, checking invariants; returns the steps as (rows that decode, ids of the rows,
+    `arrays`), and the ended sequences by id."""
+    steps, ended, turn, idle, cache, lanes = [], {}, 0, 0, Cache(scheduler), len(scheduler.running)
     flying: list[list[Step | None]] = [[] for _ in range(lanes)]
     while True:
         lane = turn % lanes
         if len(flying[lane]) > lag and (step := flying[lane].pop(0)) is not None:
             tokens = [token(s, len(s.tokens)) for s in step.rows]
-            scheduler.commit(step, tokens, [-0.5] * len(tokens))
+            commit(scheduler, step, tokens, [-0.5] * len(tokens))
         between(turn)
         scheduler.retire(lane)
         if scheduler.idle:
@@ -69,13 +99,14 @@ def drive(scheduler, token=lambda sequence, place: 1, between=lambda turn: None,
         flying[lane].append(step)
         if step is not None:
             cache.run(step)
-            steps.append(step)
+            steps.append((step.decoding, [s.id for s in step.rows], arrays(step, scheduler.width)))
+        ended |= {s.id: s for s in scheduler.take_ended()}
         idle = 0 if any(map(any, flying)) else idle + 1
         assert idle <= lanes * (lag + 2), "nothing runs although prompts wait"
         assert_invariants(scheduler)
         turn += 1
     assert scheduler.done == scheduler.total
-    ended = {s.id: s for s in scheduler.ended}
+    ended |= {s.id: s for s in scheduler.take_ended()}
     scheduler.reset()  # asserts that all blocks are free
     return steps, ended
 
@@ -94,55 +125,57 @@ def assert_invariants(scheduler):
     assert all(len(lane) <= scheduler.lane_size for lane in scheduler.running)
 
 
-def test_finished_sequence_is_replaced_in_the_next_step():
-    scheduler = scheduler_of([2, 2, 2], max_running=2)
+def test_finished_sequence_is_replaced_in_the_next_step(implementation):
+    scheduler = scheduler_of(implementation, [2, 2, 2], max_running=2)
     first = planned(scheduler)
-    assert (first.decoding, [s.id for s in first.prefilled], first.tokens) == (0, [0, 1], 4)
-    scheduler.commit(first, [STOP, 1], [-1.0, -2.0], version=3)
+    assert (first.decoding, [s.id for s in prefilled(first)], first.tokens) == (0, [0, 1], 4)
+    commit(scheduler, first, [STOP, 1], [-1.0, -2.0], version=3)
     second = planned(scheduler)
-    assert (second.kept, second.decoding, [s.id for s in second.prefilled], second.tokens) == (1, 1, [2], 3)
-    (done,) = scheduler.ended
+    assert second.moved.tolist() == [1]
+    assert (second.kept, second.decoding, [s.id for s in prefilled(second)], second.tokens) == (1, 1, [2], 3)
+    (done,) = scheduler.take_ended()
     assert (done.tokens, done.logprobs, done.versions, done.finish, done.blocks) == ([STOP], [-1.0], [3], "stop", [])
 
 
-def test_admission_order_and_prefill_budget():
-    steps, _ = drive(scheduler_of([6, 3, 9, 20, 1], max_running=5, prefill_tokens=10))
-    admitted = [[len(s.prompt) for s in step.prefilled] for step in steps if step.prefilled]
-    assert admitted == [[6, 3], [9], [20], [1]], "in order, 10 tokens a step, a longer prompt alone"
+def test_admission_order_and_prefill_budget(implementation):
+    steps, _ = drive(scheduler_of(implementation, [6, 3, 9, 20, 1], max_running=5, prefill_tokens=10))
+    admitted = [rows[decoding:] for decoding, rows, _ in steps if decoding < len(rows)]
+    assert admitted == [[0, 1], [2], [3], [4]], "in order, 10 tokens a step, a longer prompt alone"
     # Blocks of 4: prompts of 8 take 2 blocks at first, one of 1 takes 1.
-    steps, _ = drive(scheduler_of([8, 8, 1], blocks=4, max_running=3))
-    assert [s.id for s in steps[0].prefilled] == [0, 1]
-    scheduler = scheduler_of([1] * 5, max_running=100, lanes=2)
+    steps, _ = drive(scheduler_of(implementation, [8, 8, 1], blocks=4, max_running=3))
+    assert steps[0][:2] == (0, [0, 1])
+    scheduler = scheduler_of(implementation, [1] * 5, max_running=100, lanes=2)
     assert (len(planned(scheduler, 0).rows), len(planned(scheduler, 1).rows)) == (3, 2), "lanes are filled evenly"
 
 
-def test_youngest_is_preempted_and_prefilled_again_with_its_tokens():
-    scheduler = scheduler_of([4, 4], blocks=3, max_new_tokens=4, max_running=2)
+def test_youngest_is_preempted_and_prefilled_again_with_its_tokens(implementation):
+    scheduler = scheduler_of(implementation, [4, 4], blocks=3, max_new_tokens=4, max_running=2)
     first = planned(scheduler)
-    scheduler.commit(first, [1, 2], [-1.0, -2.0], version=3)
+    commit(scheduler, first, [1, 2], [-1.0, -2.0], version=3)
     second = planned(scheduler)  # both need a second block; one is free
-    assert [s.id for s in second.rows] == [0] and second.grown == [(0, 1, second.rows[0].blocks[1])]
+    assert [s.id for s in second.rows] == [0] and second.grown.tolist() == [[0, 1, second.rows[0].blocks[1]]]
     assert [s.id for s in scheduler.waiting] == [1]
-    scheduler.commit(second, [STOP], [-1.0])
+    commit(scheduler, second, [STOP], [-1.0])
     third = planned(scheduler)
-    (again,) = third.prefilled
+    (again,) = prefilled(third)
     assert (again.id, again.tokens, third.tokens) == (1, [2], 5)
 
 
-def test_samples_of_a_prompt_prefill_it_once():
+def test_samples_of_a_prompt_prefill_it_once(implementation):
     """Two groups of three: leaders first, then the others decode from the last token of the prompt."""
-    scheduler = scheduler_of([], max_running=6)
+    scheduler = scheduler_of(implementation, [], max_running=6)
     prompts = [[1] * 10, [2] * 9]  # blocks of 4: two full ones, and one of two tokens or of one
     for number in range(6):
-        scheduler.add(Sequence(number, prompts[number // 3], SamplingParams(max_new_tokens=3)))
+        scheduler.add(number, prompts[number // 3], SamplingParams(max_new_tokens=3), 0)
     first = planned(scheduler)
-    assert [s.id for s in first.prefilled] == [0, 3] and first.tokens == 19
-    scheduler.commit(first, [5, 5], [-1.0] * 2)
+    assert [s.id for s in prefilled(first)] == [0, 3] and first.tokens == 19
+    commit(scheduler, first, [5, 5], [-1.0] * 2)
     second = planned(scheduler)
     assert ([s.id for s in second.rows], second.kept, second.decoding, second.tokens) == ([0, 3, 1, 2, 4, 5], 2, 6, 6)
     blocks = [s.blocks for s in second.rows]
     assert blocks[0][:2] == blocks[2][:2] == blocks[3][:2] and blocks[1][:2] == blocks[4][:2] == blocks[5][:2]
-    assert second.copies == [(blocks[0][2], blocks[2][2]), (blocks[0][2], blocks[3][2])], "a written block is copied"
+    last = [blocks[row][2] for row in (0, 2, 3)]
+    assert second.copies.tolist() == [[last[0], last[1]], [last[0], last[2]]], "a written block is copied"
 
 
 @settings(deadline=None)
@@ -160,28 +193,31 @@ def test_samples_of_a_prompt_prefill_it_once():
     prefill_tokens=st.integers(1, 20),
 )
 def test_every_prompt_ends(lengths, group, late, aborts, ends, block_size, spare, lag, **options):
-    """For any sizes, arrivals and aborts: responses end with their stop id, aborted ones no later, and a second run
-    takes the same steps."""
+    """For any sizes, arrivals and aborts: responses end with their stop id, aborted ones no later; C++ and
+    Python take the same steps."""
     arrived = [0, *sorted(range(1, len(lengths)), key=lambda i: (late[i], i))]
 
-    def run():
+    def run(implementation):
         blocks = blocks_for(max(lengths) + 4, block_size) + spare
-        scheduler = scheduler_of([], blocks, block_size, **options)
+        scheduler = scheduler_of(implementation, [], blocks, block_size, **options)
         coming = list(arrived)
 
         def between(turn):
             while coming and (late[coming[0]] <= turn or coming[0] == 0):
                 number = coming.pop(0)
-                params = SamplingParams(max_new_tokens=5, stop_ids=(STOP,))
+                stops = (STOP, 8, 9)[: 1 + number % 3]
+                params = SamplingParams(max_new_tokens=5, stop_ids=stops, min_new_tokens=number % 2, top_p=0.5)
                 prompt = number - number % group
-                scheduler.add(Sequence(number, [prompt] * lengths[prompt], params))
-            scheduler.abort(number for number, at in aborts.items() if at == turn)
+                scheduler.add(number, [prompt] * lengths[prompt], params, -number)
+            scheduler.abort([number for number, at in aborts.items() if at == turn])
 
         between(-1)
         steps, ended = drive(scheduler, lambda s, place: STOP if place == ends[s.id] else 1, between, lag)
-        return {i: vars(s) for i, s in ended.items()}, [(s.decoding, [a.id for a in s.rows], s.tokens) for s in steps]
+        names = ("tokens", "logprobs", "versions", "finish", "length", "blocks")
+        return {i: {name: getattr(s, name) for name in names} for i, s in ended.items()}, steps
 
-    ended, steps = run()
+    runs = [run(implementation) for implementation in IMPLEMENTATIONS.values()]
+    ended, _ = runs[0]
     assert ended.keys() == set(range(len(lengths)))
     for number, sequence in ended.items():
         whole = min(ends[number] + 1, 5)
@@ -191,4 +227,4 @@ def test_every_prompt_ends(lengths, group, late, aborts, ends, block_size, spare
         else:
             expected = (whole, "stop" if ends[number] < 5 else "length")
             assert (len(sequence["tokens"]), sequence["finish"]) == expected
-    assert run() == (ended, steps)
+    assert all(run == runs[0] for run in runs)
