@@ -86,7 +86,7 @@ def main(bench: Bench) -> None:
         raise SystemExit("error: trialign._host is not built here")
     report: dict[str, float] = {}
     lengths = np.random.default_rng(0).integers(100, 4000, 4 * bench.running).tolist()
-    rows, dp = list(range(len(lengths))), Axis("dp", bench.parts, 0, tuple(range(bench.parts)), None)
+    rows, dp = list(range(len(lengths))), Axis("dp", bench.parts, 0, tuple(range(bench.parts)), None, None)
     for name, implementation in {"cpp": HOST.Scheduler, "python": Scheduler}.items():
         blocks = 2 * bench.running * (bench.prompt_tokens + bench.new_tokens) // 16
         limits = {"max_running": bench.running, "prefill_tokens": 4096}

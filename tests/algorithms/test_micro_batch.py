@@ -25,7 +25,7 @@ def implementation(request, monkeypatch) -> None:
 
 
 def axis(size: int, rank: int) -> Axis:
-    return Axis("dp", size, rank, tuple(range(size)), None)
+    return Axis("dp", size, rank, tuple(range(size)), None, None)
 
 
 def batch_of(*lengths: int, rows: tuple[int, ...] = ()) -> Batch:
