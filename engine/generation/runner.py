@@ -93,8 +93,7 @@ class ModelRunner:
         self.model, self.mesh, self.num_blocks, self.block_size = model, mesh, num_blocks, block_size
         self.lanes = [Lane(padded(lane_size), num_blocks, mesh.device) for _ in range(mesh.pp.size)]
         self.cache: PagedCache | None = None
-        # Under ep the sizes of the all-to-alls depend on the tokens.
-        self.graphs = DecodeGraphs(self._decode) if mesh.device.type == "cuda" and mesh.ep.size == 1 else None
+        self.graphs = self._new_graphs()
         self._frozen = self._packed = False
 
     @property
@@ -121,6 +120,7 @@ class ModelRunner:
         if not self._frozen or pack > self._packed:
             self.model.freeze_weights(pack)
             self._frozen, self._packed = True, pack
+            self.graphs = self._new_graphs()
 
     def run(self, lane: Lane, step: Step, hidden: Tensor | None) -> Tensor:
         """This stage's output of a step: as `_decode`, with all tokens of the prefilled rows before the last stage."""
@@ -192,7 +192,6 @@ class ModelRunner:
     def release(self) -> None:
         """Frees the cache, the graphs and the packed weights."""
         self.cache = None
-        self.graphs = DecodeGraphs(self._decode) if self.graphs is not None else None
         self.thaw()
 
     def thaw(self) -> None:
@@ -200,3 +199,9 @@ class ModelRunner:
         if self._frozen:
             self.model.thaw_weights()
         self._frozen = self._packed = False
+        self.graphs = self._new_graphs()
+
+    def _new_graphs(self) -> DecodeGraphs | None:
+        """Graphs of steps with the present cache and weights, whose addresses they hold."""
+        # Under ep the sizes of the all-to-alls depend on the tokens.
+        return DecodeGraphs(self._decode) if self.mesh.device.type == "cuda" and self.mesh.ep.size == 1 else None

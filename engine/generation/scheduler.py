@@ -271,8 +271,9 @@ class Scheduler:
         grown: list[tuple[int, int, int]] = []
         for row, sequence in enumerate(running):
             if self._grows(sequence):
-                grown.append((row, len(sequence.blocks), *self.pool.allocate(1)))
-                sequence.blocks.append(grown[-1][2])
+                (block,) = self.pool.allocate(1)
+                grown.append((row, len(sequence.blocks), block))
+                sequence.blocks.append(block)
         kept, admits = len(running), not victims and not self._starving
         sharing, prefilled, copies = self._admit(lane) if admits else ([], [], [])
         running += sharing + prefilled

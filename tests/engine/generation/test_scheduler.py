@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trialign.engine.generation.interface import SamplingParams
-from trialign.engine.generation.kv_cache import blocks_for
+from trialign.engine.generation.kv_cache import PagedCache, blocks_for
 from trialign.engine.generation.scheduler import Scheduler, Step
 from trialign.engine.host import HOST
 
@@ -131,7 +132,7 @@ def test_finished_sequence_is_replaced_in_the_next_step(implementation):
     assert (first.decoding, [s.id for s in prefilled(first)], first.tokens) == (0, [0, 1], 4)
     commit(scheduler, first, [STOP, 1], [-1.0, -2.0], version=3)
     second = planned(scheduler)
-    assert second.moved.tolist() == [1]
+    assert second.moved is not None and second.moved.tolist() == [1]
     assert (second.kept, second.decoding, [s.id for s in prefilled(second)], second.tokens) == (1, 1, [2], 3)
     (done,) = scheduler.take_ended()
     assert (done.tokens, done.logprobs, done.versions, done.finish, done.blocks) == ([STOP], [-1.0], [3], "stop", [])
@@ -228,3 +229,25 @@ def test_every_prompt_ends(lengths, group, late, aborts, ends, block_size, spare
             expected = (whole, "stop" if ends[number] < 5 else "length")
             assert (len(sequence["tokens"]), sequence["finish"]) == expected
     assert all(run == runs[0] for run in runs)
+
+
+@pytest.mark.skipif(HOST is None, reason="trialign._host is not built")
+def test_256_long_sequences_of_an_8b_run_in_40_gib():
+    """32k tokens each, of which 10 fit at a time; less is prefilled again than is sampled."""
+    per_block = PagedCache.bytes_per_block((32, 8, 128), 16, torch.bfloat16)
+    length, prompt, count = 32 * 1024, 1024, 256
+    scheduler = HOST.Scheduler(16, 40 * 2**30 // per_block, max_running=count, prefill_tokens=4096)
+    for number in range(count):
+        scheduler.add(number, [number] * prompt, SamplingParams(max_new_tokens=length - prompt), number)
+    assert scheduler.pool.num_blocks // (length // 16) == 10
+    ended, again, results = [], -count * prompt, np.ones((count, 2))
+    while True:
+        scheduler.retire(0)
+        ended += scheduler.take_ended()
+        if scheduler.idle:
+            break
+        step = scheduler.plan(0)
+        again += step.tokens - step.decoding
+        scheduler.commit(step, results[: step.size], 0)
+    assert [s.id for s in ended] == list(range(count)) and all(len(s.tokens) == length - prompt for s in ended)
+    assert scheduler.preemptions > count and 0 < again < count * (length - prompt)
