@@ -25,6 +25,14 @@ from scripts import ENVIRONMENT, ROOT
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from trialign.engine.heartbeat import HEARTBEAT
 
+SCRIPTS = ("ppo", "sft", "dpo", "rejection", "evaluate")
+IMPORTED_BY_RUNS = (
+    "transformers.models.auto.tokenization_auto",
+    "matplotlib.pyplot",
+    "torch.fx.experimental.symbolic_shapes",
+)
+"""What a run imports when it first reads a tokenizer, plots, or goes backward: a second or two."""
+
 
 class Ended(NamedTuple):
     """Ends of a run's ranks; a code is negative after a signal, None where the rank had to be killed."""
@@ -35,17 +43,36 @@ class Ended(NamedTuple):
 
 
 class Forked:
-    """The process that forks, until `close`."""
+    """The process that forks, until `close`.
 
-    def __init__(self) -> None:
-        command, environment, pipe = [sys.executable, __file__], os.environ | ENVIRONMENT, subprocess.PIPE
+    Args:
+        command: before this file's name.
+    """
+
+    def __init__(self, *command: str) -> None:
+        command, environment, pipe = (
+            (*(command or [sys.executable]), __file__),
+            os.environ | ENVIRONMENT,
+            subprocess.PIPE,
+        )
         self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def run(
-        self, script: str, *arguments: object, ranks: int = 1, fault: dict[str, Any] | None = None, seconds: float = 180
+        self,
+        script: str,
+        *arguments: object,
+        ranks: int = 1,
+        fault: dict[str, Any] | None = None,
+        seconds: float = 180,
+        ledgers: Path | None = None,
     ) -> Ended:
-        """Runs a script's ranks to their end; kills those that have not ended in time."""
+        """Runs a script's ranks to their end; kills those that have not ended in time.
+
+        Args:
+            ledgers: folder for the ledgers of the ranks' fake CUDA devices; None for a run on the CPU.
+        """
         job = {"script": script, "arguments": list(map(str, arguments)), "ranks": ranks, "fault": fault}
+        job["ledgers"] = None if ledgers is None else str(ledgers)
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(job | {"seconds": seconds}), file=self.process.stdin, flush=True)
         return Ended(*json.loads(self.process.stdout.readline()))
@@ -58,8 +85,8 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT / "launch"))
-    for script in ("ppo", "sft", "dpo", "rejection", "evaluate"):
-        importlib.import_module(script)
+    for module in (*SCRIPTS, *IMPORTED_BY_RUNS):
+        importlib.import_module(module)
     for line in sys.stdin:
         job = json.loads(line)
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -108,6 +135,9 @@ def _fork(job: dict[str, Any], rank: int, port: int, output: Path, error: Path) 
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": str(error)}
         if job["fault"] and rank == job["fault"].get("rank", 0):
             _plant(job["fault"])
+        if job["ledgers"]:
+            sys.path.append(str(Path(__file__).with_name("fake_cuda")))
+            importlib.import_module("fake_device").prepare_script(rank, job["ranks"], Path(job["ledgers"]))
         sys.argv = [str(ROOT / "launch" / f"{job['script']}.py"), *job["arguments"]]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
