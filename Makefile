@@ -17,7 +17,7 @@ ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
 endif
 endif
 
-.PHONY: help install ppo sft rlhf test kernels kernel-report check vllm lint types bench dev clean FORCE
+.PHONY: help install ppo sft rlhf test kernels kernel-report check vllm lint types bench gpu-check dev clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,7 +25,7 @@ help: ## list the targets
 	@echo
 	@echo '  TORCH="torch==2.13.0"  what pip installs as torch; for its CPU build on Linux:'
 	@echo '                         make ppo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
-	@echo '  ARGS="..."             further arguments of the script (make ppo, sft, rlhf) or of pytest (make test)'
+	@echo '  ARGS="..."             further arguments of the script (make ppo, sft, rlhf, gpu-check) or of pytest (make test)'
 
 install: .venv/.package ## .venv with everything in it, trialign._C built where a C++ compiler is found
 
@@ -130,6 +130,9 @@ bench: .venv/.package $(MODEL)/config.json ## tokens/s of the generator and samp
 		--dtype bfloat16
 	.venv/bin/python benchmarks/bench_ppo.py --model $(MODEL) --prompts 16 --prompt-tokens 32 --new-tokens 48 \
 		--iters 4 --dtype bfloat16
+
+gpu-check: .venv/.package $(MODEL)/config.json ## on a GPU: tests, numbers beside the CPU's, timings, in one report
+	.venv/bin/python benchmarks/gpu_check.py --model $(MODEL) $(ARGS)
 
 dev: .dev/trialign ## let editors and pyright find trialign.* in this checkout
 

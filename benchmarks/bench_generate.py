@@ -2,6 +2,7 @@
 
     python benchmarks/bench_generate.py --model DIR --batch 32 --prompt-tokens 16 --new-tokens 64 --dtype bfloat16
 
+With --vllm PYTHON, the interpreter of an environment with vLLM, a process of its own takes turns too.
 Random prompts, sampled at temperature 1, no early stop. The last line printed is one JSON object.
 """
 
@@ -12,10 +13,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peer import Peer
 from ranks import refuse_ranks
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trialign.engine.generation.embedded import EmbeddedGenerator
@@ -36,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, after one warm-up")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face's generate out")
+    parser.add_argument("--vllm", default="", help="Python of an environment with vLLM (default: leave vLLM out)")
     return parser.parse_args()
 
 
@@ -69,25 +74,44 @@ def hugging_face(args: argparse.Namespace, prompts: torch.Tensor) -> Callable[[i
     return run
 
 
+def vllm(args: argparse.Namespace, prompts: torch.Tensor, stack: ExitStack) -> Callable[[int], None]:
+    job = {"model": str(args.model), "dtype": args.dtype, "device": args.device, "new_tokens": args.new_tokens}
+    job |= {"prompts": prompts.tolist(), "threads": torch.get_num_threads()}
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    peer = Peer(args.vllm, Path(__file__).with_name("vllm_side.py"), job, folder)
+    stack.callback(peer.close)
+    print(f"vLLM {peer.read()['version']}", flush=True)
+
+    def run(seed: int) -> None:
+        assert peer.turn()["tokens"] == prompts.shape[0] * args.new_tokens
+
+    return run
+
+
 def main() -> None:
     args = arguments()
     refuse_ranks("bench_generate.py")
     vocab = read_config(args.model).vocab_size
     prompts = torch.randint(vocab, (args.batch, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
-    runs = {"trialign": embedded(args, prompts)} | ({} if args.no_peer else {"hf": hugging_face(args, prompts)})
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(args.repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(repeat)
-            rate = args.batch * args.new_tokens / (time.perf_counter() - start)
-            if repeat:
-                rates[name].append(rate)
-                print(f"run {repeat}  {name:8}  {rate:7.1f} tokens/s", flush=True)
+    rates: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        runs = {"trialign": embedded(args, prompts)} | ({} if args.no_peer else {"hf": hugging_face(args, prompts)})
+        runs |= {"vllm": vllm(args, prompts, stack)} if args.vllm else {}
+        for repeat in range(args.repeats + 1):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run(repeat)
+                rate = args.batch * args.new_tokens / (time.perf_counter() - start)
+                if repeat:
+                    rates.setdefault(name, []).append(rate)
+                    print(f"run {repeat}  {name:8}  {rate:7.1f} tokens/s", flush=True)
     result = {name: statistics.median(values) for name, values in rates.items()}
     report = {"tokens_per_s": round(result["trialign"], 1)}
     if "hf" in result:
         report |= {"hf_tokens_per_s": round(result["hf"], 1), "ratio": round(result["trialign"] / result["hf"], 3)}
+    if "vllm" in result:
+        report |= {"vllm_tokens_per_s": round(result["vllm"], 1)}
+        report |= {"vllm_ratio": round(result["trialign"] / result["vllm"], 3)}
     keys = ("batch", "prompt_tokens", "new_tokens", "dtype", "repeats")
     report |= {key: getattr(args, key) for key in keys} | {"threads": torch.get_num_threads()}
     print(json.dumps(report))
