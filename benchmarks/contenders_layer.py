@@ -13,7 +13,7 @@ from torch import Tensor
 from trialign.kernels.attention import packed_attention, sdpa_attention
 from trialign.kernels.linear import linear, pack
 from trialign.kernels.moe import grouped_matmul, permute, route, sort_by_expert, unpermute
-from trialign.kernels.nf4 import BLOCK, TABLE, nf4_linear, quantize_nf4
+from trialign.kernels.nf4 import BLOCK, TABLE, dequantize_scales, nf4_linear, pack_nf4
 from trialign.kernels.paged_attention import paged_attention, write_kv
 from trialign.kernels.rms_norm import add_rms_norm, rms_norm
 from trialign.kernels.rope import rope_
@@ -128,7 +128,8 @@ def quantized(dtype: torch.dtype) -> Case:
     bitsandbytes, where installed, unpack it again."""
     rows, outputs = 512, 2 * 1536
     x, weight = torch.randn(rows, HIDDEN).to(dtype), (torch.randn(outputs, HIDDEN) / 24).to(dtype)
-    (codes, absmax), table = quantize_nf4(weight), torch.tensor(TABLE)
+    held, table = pack_nf4(weight), torch.tensor(TABLE)
+    codes, absmax = held.codes, dequantize_scales(held.scales, held.groups, held.offsets)
 
     def eager(x):
         values = table[torch.stack((codes >> 4, codes & 15), -1).int()].view(outputs, -1, BLOCK)
@@ -145,7 +146,7 @@ def quantized(dtype: torch.dtype) -> Case:
         f"[{rows}, {HIDDEN}] x [{outputs}, {HIDDEN}] in NF4",
         (x,),
         (0,),
-        trialign=lambda x: nf4_linear(x, codes, lambda: absmax),
+        trialign=lambda x: nf4_linear(x, held),
         eager=eager,
         compile=compiled(eager),
         **peers,

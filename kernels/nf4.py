@@ -1,24 +1,28 @@
-"""NF4 weights (QLoRA, Dettmers et al. 2023): 4-bit codes with an fp32 scale a block, multiplied without unpacking.
+"""NF4 weights (QLoRA, Dettmers et al. 2023): 4-bit codes with a scale a block of 64, themselves in 8 bits.
 
-    W[n, k] = absmax[n, k // block] * TABLE[code[n, k]],   y = x W^T,   dx = dy W       (W itself is frozen)
+    W[n, k] = absmax[n, k // 64] * TABLE[code[n, k]],   y = x W^T,   dx = dy W       (W itself is frozen)
 A byte holds two codes, the even column in the high half. TABLE holds 16 quantiles of a normal distribution, scaled to
 [-1, 1], with an exact zero (appendix E of the paper).
 
 Double quantization (section 3 of the paper) stores the scales in 8 bits, by groups of 256 along the flattened
 weight:   absmax[i] = group[i // 256] * DYNAMIC[scale_code[i]] + offset,   offset the mean of all scales of the weight.
 DYNAMIC is the 8-bit type with a sign, a decimal exponent in unary and a linear fraction in the bits that are left
-(https://arxiv.org/abs/1511.04561). Together 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight.
+(https://arxiv.org/abs/1511.04561). Together 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight, and 8 bytes a row.
+
+A product of many rows unpacks the weight once, in one launch, and is the vendor's matmul; so is its gradient. One of a
+few rows, as in decoding, unpacks in registers and reads the packed weight once.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .backends.triton_runtime import Spec, cdiv, jit, precision, tl, uses_triton
+from .dispatch import HALF
 
 TABLE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -28,6 +32,21 @@ TABLE = (
 BLOCK = 64  # weights of one scale
 GROUP = 256  # scales of one group scale
 CHUNK = 1 << 22  # weights quantized at a time
+
+
+class NF4(NamedTuple):
+    """A rectangle of a weight, or rectangles of several weights of one width stacked."""
+
+    codes: torch.Tensor  # [n, k / 2] uint8
+    scales: torch.Tensor  # [n, k / 64] uint8
+    first: torch.Tensor  # [n] int32: number of a row's first scale among those that `groups` counts, 256 a group
+    groups: torch.Tensor  # [groups] fp32, of the whole weights
+    offsets: torch.Tensor  # [n] fp32: the offset of a row's weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k) of the weight."""
+        return self.codes.shape[0], 2 * self.codes.shape[1]
 
 
 @functools.cache
@@ -100,158 +119,196 @@ def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def dequantize_scales(
-    codes: torch.Tensor, groups: torch.Tensor, offset: torch.Tensor, start: tuple[int, int] = (0, 0), width: int = 0
+    codes: torch.Tensor, groups: torch.Tensor, offset: torch.Tensor, first: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The scales, fp32, from `quantize_scales`'s results, of a rectangle of the whole weight.
+    """The scales [n, k / 64] fp32 from `quantize_scales`'s results, or `NF4`'s fields (offset [n] or one for all).
 
-    Args:
-        codes: [rows, cols] uint8, the rectangle of the scales that begins at `start`.
-        groups: of the whole weight.
-        width: columns of the whole weight's scales (0: those of `codes`).
+    first: None for a whole weight, row after row.
     """
     rows, cols = codes.shape
-    first = (torch.arange(rows, device=codes.device) + start[0]) * (width or cols) + start[1]  # [rows]
-    group = (first[:, None] + torch.arange(cols, device=codes.device)) // GROUP  # [rows, cols]
-    return torch.addcmul(offset, groups[group], _dynamic(codes.device)[codes.int()])
+    if first is None:
+        first = torch.arange(rows, device=codes.device) * cols
+    group = (first[:, None] + torch.arange(cols, device=codes.device)) // GROUP  # [n, k / 64]
+    return torch.addcmul(offset.view(-1, 1), groups[group], _dynamic(codes.device)[codes.int()])
 
 
-def nf4_linear_ref(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def pack_nf4(weight: torch.Tensor) -> NF4:
+    """A whole weight [n, k], quantized. Raises ValueError as `quantize_nf4`."""
+    codes, absmax = quantize_nf4(weight)
+    scales, groups, offset = quantize_scales(absmax)
+    first = torch.arange(len(codes), device=codes.device, dtype=torch.int32) * scales.shape[1]
+    return NF4(codes, scales, first, groups, offset.repeat(len(codes)))
+
+
+def nf4_unpack_ref(weight: NF4, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [n, k] in `dtype`."""
+    absmax = dequantize_scales(weight.scales, weight.groups, weight.offsets, weight.first)
+    return dequantize_nf4(weight.codes, absmax, dtype)
+
+
+def nf4_linear_ref(x: torch.Tensor, weight: NF4) -> torch.Tensor:
     """Unpacks the whole weight, then multiplies. Shapes as in `nf4_linear`."""
-    return x @ dequantize_nf4(codes, absmax, x.dtype).t()
+    return x @ nf4_unpack_ref(weight, x.dtype).t()
 
 
 @jit
-def _weights(codes_ptr, absmax_ptr, table_ptr, rows, k0, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Weights [BLOCK_N, BLOCK_K] fp32 of one block of columns; BLOCK_K is the length of a scale's block."""
-    half = tl.arange(0, BLOCK_K // 2)
-    real = (rows < n)[:, None]
-    packed = tl.load(codes_ptr + rows[:, None] * (k // 2) + k0 // 2 + half[None, :], mask=real, other=0).to(tl.int32)
-    # [BLOCK_N, BLOCK_K / 2, 2]
-    values = tl.join(tl.load(table_ptr + (packed >> 4)), tl.load(table_ptr + (packed & 15)))
-    scale = tl.load(absmax_ptr + rows * (k // BLOCK_K) + k0 // BLOCK_K, mask=rows < n, other=0.0)
-    return tl.reshape(values, [BLOCK_N, BLOCK_K]) * scale[:, None]
+def _weights(
+    codes_ptr, scales_ptr, first_ptr, groups_ptr, offsets_ptr, table_ptr, dynamic_ptr, rows, blocks, per_row, real
+):
+    """Weights fp32 of the `blocks` of 64 columns of `rows`, one of each where `real`: [*blocks, 32, 2]."""
+    number = rows * per_row + blocks  # int64, as the rows are
+    code = tl.load(scales_ptr + number, mask=real, other=0).to(tl.int32)
+    group = (tl.load(first_ptr + rows, mask=real, other=0) + blocks) // 256
+    scale = tl.load(groups_ptr + group, mask=real, other=0.0) * tl.load(dynamic_ptr + code)
+    scale = tl.where(real, scale + tl.load(offsets_ptr + rows, mask=real, other=0.0), 0.0)
+    half = tl.arange(0, 32)
+    place, real = tl.expand_dims(number * 32, -1) + half, tl.expand_dims(real, -1)
+    packed = tl.load(codes_ptr + place, mask=real, other=0).to(tl.int32)
+    high, low = tl.load(table_ptr + (packed >> 4)), tl.load(table_ptr + (packed & 15))
+    scale = tl.expand_dims(scale, -1)
+    return tl.join(high * scale, low * scale)
 
 
 @jit
-def _forward_kernel(
-    x_ptr, codes_ptr, absmax_ptr, table_ptr, y_ptr, m, n, k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+def _unpack_kernel(
+    codes_ptr, scales_ptr, first_ptr, groups_ptr, offsets_ptr, table_ptr, dynamic_ptr, out_ptr, blocks, per_row,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T, a tile of [BLOCK_M, BLOCK_N]."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    outputs = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, k, BLOCK_K):
-        columns = k0 + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + rows[:, None] * k + columns[None, :], mask=(rows < m)[:, None], other=0.0)
-        w = _weights(codes_ptr, absmax_ptr, table_ptr, outputs, k0, n, k, BLOCK_N, BLOCK_K)
-        acc += tl.dot(x, tl.trans(w.to(x.dtype)), input_precision=DOT)
-    mask = (rows < m)[:, None] & (outputs < n)[None, :]
-    tl.store(y_ptr + rows[:, None] * n + outputs[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    """BLOCKS blocks of 64 weights, which lie one after the other in codes, scales and out."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    real = block < blocks
+    row = block // per_row
+    values = _weights(
+        codes_ptr, scales_ptr, first_ptr, groups_ptr, offsets_ptr, table_ptr, dynamic_ptr, row, block - row * per_row,
+        per_row, real,
+    )  # fmt: skip
+    values = tl.reshape(values, [BLOCKS, 64]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (block * 64)[:, None] + tl.arange(0, 64)[None, :], values, mask=real[:, None])
 
 
 @jit
-def _backward_kernel(
-    grad_ptr, codes_ptr, absmax_ptr, table_ptr, dx_ptr, m, n, k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+def _gemv_kernel(
+    x_ptr, codes_ptr, scales_ptr, first_ptr, groups_ptr, offsets_ptr, table_ptr, dynamic_ptr, y_ptr, m, n, k,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy W, a tile of [BLOCK_M, BLOCK_K]."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k0 = tl.program_id(1) * BLOCK_K
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for n0 in range(0, n, BLOCK_N):
-        outputs = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
-        mask = (rows < m)[:, None] & (outputs < n)[None, :]
-        grad = tl.load(grad_ptr + rows[:, None] * n + outputs[None, :], mask=mask, other=0.0)
-        w = _weights(codes_ptr, absmax_ptr, table_ptr, outputs, k0, n, k, BLOCK_N, BLOCK_K)
-        acc += tl.dot(grad, w.to(grad.dtype), input_precision=DOT)
-    columns = k0 + tl.arange(0, BLOCK_K)
-    tl.store(dx_ptr + rows[:, None] * k + columns[None, :], acc.to(dx_ptr.dtype.element_ty), mask=(rows < m)[:, None])
+    """OUTPUTS columns of y = x W^T for up to ROWS rows. BLOCKS blocks of 64 at a time, each by other warps."""
+    output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row, per_row = tl.arange(0, ROWS), k // 64
+    acc = tl.zeros([BLOCKS, OUTPUTS, ROWS], tl.float32)
+    for start in range(0, per_row, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        within = block < per_row
+        real = within[:, None] & (output < n)[None, :]
+        values = _weights(
+            codes_ptr, scales_ptr, first_ptr, groups_ptr, offsets_ptr, table_ptr, dynamic_ptr,
+            output[None, :] + tl.zeros([BLOCKS, 1], tl.int64), block[:, None] + tl.zeros([1, OUTPUTS], tl.int32),
+            per_row, real,
+        )  # fmt: skip
+        column = block[:, None] * 64 + tl.arange(0, 64)[None, :]  # [BLOCKS, 64]
+        mask = within[:, None, None] & (row < m)[None, None, :]
+        x = tl.load(x_ptr + row.to(tl.int64)[None, None, :] * k + column[:, :, None], mask=mask, other=0.0)
+        acc += tl.dot(tl.reshape(values, [BLOCKS, OUTPUTS, 64]).to(x.dtype), x, input_precision=DOT)
+    y = tl.sum(acc, 0)
+    place = y_ptr + row.to(tl.int64)[None, :] * n + output[:, None]
+    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=(row < m)[None, :] & (output < n)[:, None])
 
 
-def _constants(dtype: torch.dtype) -> dict:
-    small = dtype == torch.float32  # no matrix units: the products live in registers
-    return {
-        "BLOCK_M": 32 if small else 64, "BLOCK_N": 32 if small else 64, "BLOCK_K": BLOCK, "DOT": precision(dtype),
-        "num_warps": 8 if small else 4, "num_stages": 2,
-    }  # fmt: skip
+GEMV_ROWS = 16
+"""Rows from which on the weight is unpacked for a matmul: those of the smallest tile of a matrix instruction."""
+_UNPACK = {"BLOCKS": 32, "num_warps": 4, "num_stages": 1}
 
 
-def nf4_linear_triton(x, codes, absmax):
-    """`nf4_linear`'s product on a GPU, x [m, k] contiguous."""
-    (m, k), n, constants = x.shape, codes.shape[0], _constants(x.dtype)
-    y = x.new_empty(m, n)
-    if m:
-        grid = (cdiv(m, constants["BLOCK_M"]), cdiv(n, constants["BLOCK_N"]))
-        _forward_kernel[grid](x, codes, absmax, _table(x.device), y, m, n, k, **constants)
+def _gemv_constants(dtype: torch.dtype) -> dict:
+    blocks = {"ROWS": GEMV_ROWS, "OUTPUTS": 32, "BLOCKS": 4, "DOT": precision(dtype)}
+    return blocks | {"num_warps": 8, "num_stages": 3}
+
+
+def _operands(weight: NF4) -> tuple[torch.Tensor, ...]:
+    device = weight.codes.device
+    return (*weight, _table(device), _dynamic(device))
+
+
+def nf4_unpack_triton(weight: NF4, dtype: torch.dtype) -> torch.Tensor:
+    """`nf4_unpack_ref` on a GPU, in one launch."""
+    (n, k), blocks = weight.shape, weight.scales.numel()
+    out = torch.empty(n, k, dtype=dtype, device=weight.codes.device)
+    if blocks:
+        _unpack_kernel[(cdiv(blocks, _UNPACK["BLOCKS"]),)](*_operands(weight), out, blocks, k // BLOCK, **_UNPACK)
+    return out
+
+
+def nf4_gemv_triton(x: torch.Tensor, weight: NF4) -> torch.Tensor:
+    """`nf4_linear_ref` on a GPU, x [m, k] contiguous with 1 to GEMV_ROWS rows."""
+    (n, k), constants = weight.shape, _gemv_constants(x.dtype)
+    y = x.new_empty(len(x), n)
+    _gemv_kernel[(cdiv(n, constants["OUTPUTS"]),)](x, *_operands(weight), y, len(x), n, k, **constants)
     return y
 
 
-def nf4_linear_backward_triton(grad, codes, absmax):
-    """dx [m, k] of dy [m, n] contiguous, on a GPU."""
-    (m, n), k, constants = grad.shape, 2 * codes.shape[1], _constants(grad.dtype)
-    dx = grad.new_empty(m, k)
-    if m:
-        grid = (cdiv(m, constants["BLOCK_M"]), k // BLOCK)
-        _backward_kernel[grid](grad, codes, absmax, _table(grad.device), dx, m, n, k, **constants)
-    return dx
-
-
-_SIZES = {"m": "i32", "n": "i32", "k": "i32"}
-_OPERANDS = {"codes_ptr": "*u8", "absmax_ptr": "*fp32", "table_ptr": "*fp32"}
+_WEIGHT = {
+    "codes_ptr": "*u8", "scales_ptr": "*u8", "first_ptr": "*i32", "groups_ptr": "*fp32", "offsets_ptr": "*fp32",
+    "table_ptr": "*fp32", "dynamic_ptr": "*fp32",
+}  # fmt: skip
 SPECS = {
-    "forward": Spec(
-        _forward_kernel, {"x_ptr": "*bf16"} | _OPERANDS | {"y_ptr": "*bf16"} | _SIZES, (_constants(torch.bfloat16),),
-        fp32_configs=(_constants(torch.float32),), dot=True,
-        unaligned=("m",),
+    "unpack": Spec(
+        _unpack_kernel, _WEIGHT | {"out_ptr": "*bf16", "blocks": "i64", "per_row": "i32"}, (_UNPACK,),
+        unaligned=("blocks", "per_row"),
     ),
-    "backward": Spec(
-        _backward_kernel, {"grad_ptr": "*bf16"} | _OPERANDS | {"dx_ptr": "*bf16"} | _SIZES,
-        (_constants(torch.bfloat16),), fp32_configs=(_constants(torch.float32),),
-        dot=True, unaligned=("m",),
+    "gemv": Spec(
+        _gemv_kernel, {"x_ptr": "*bf16"} | _WEIGHT | {"y_ptr": "*bf16", "m": "i32", "n": "i32", "k": "i32"},
+        (_gemv_constants(torch.bfloat16),), fp32_configs=(_gemv_constants(torch.float32),), dot=True,
+        unaligned=("m", "n"),
     ),
 }  # fmt: skip
 
-
-@torch.library.custom_op("trialign::nf4_linear", mutates_args=())
-def _op(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    return (nf4_linear_triton if uses_triton(x) else nf4_linear_ref)(x, codes, absmax)
+Tensors = list[torch.Tensor]
 
 
-@torch.library.custom_op("trialign::nf4_linear_backward", mutates_args=())
-def _op_backward(grad: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    if uses_triton(grad):
-        return nf4_linear_backward_triton(grad.contiguous(), codes, absmax)
-    return grad @ dequantize_nf4(codes, absmax, grad.dtype)
+@torch.library.custom_op("trialign::nf4_unpack", mutates_args=())
+def _unpack(weight: Tensors, dtype: torch.dtype) -> torch.Tensor:
+    return (nf4_unpack_triton if uses_triton(weight[0]) else nf4_unpack_ref)(NF4(*weight), dtype)
 
 
-_op.register_fake(lambda x, codes, absmax: x.new_empty(x.shape[0], codes.shape[0]))
-_op_backward.register_fake(lambda grad, codes, absmax: grad.new_empty(grad.shape[0], 2 * codes.shape[1]))
+@torch.library.custom_op("trialign::nf4_gemv", mutates_args=())
+def _gemv(x: torch.Tensor, weight: Tensors) -> torch.Tensor:
+    return (nf4_gemv_triton if uses_triton(x) else nf4_linear_ref)(x, NF4(*weight))
+
+
+_unpack.register_fake(lambda weight, dtype: weight[0].new_empty(NF4(*weight).shape, dtype=dtype))
+_gemv.register_fake(lambda x, weight: x.new_empty(x.shape[0], weight[0].shape[0]))
 
 
 class _Product(torch.autograd.Function):
-    """The product with scales computed in the forward and again in the backward, not kept in between."""
+    """The product; the weight is unpacked in the forward and again in the backward, not kept in between."""
 
     @staticmethod
-    def forward(ctx, x, codes, absmax):
-        ctx.save_for_backward(codes)
-        ctx.absmax = absmax
-        return _op(x, codes, absmax().contiguous())
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(*weight)
+        return x @ nf4_unpack(weight, x.dtype).t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _op_backward(grad, ctx.saved_tensors[0], ctx.absmax().contiguous()), None, None
+        return grad @ nf4_unpack(NF4(*ctx.saved_tensors), grad.dtype), None
 
 
-def nf4_linear(x: torch.Tensor, codes: torch.Tensor, absmax: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """x [..., k] times the transposed NF4 weight [n, k]: [..., n] in x's dtype, differentiable in x.
+def nf4_unpack(weight: NF4, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [n, k] in `dtype`, by the fastest implementation; `weight`'s tensors are packed."""
+    return _unpack([*weight], dtype)
 
-    codes [n, k / 2] uint8 and the result of absmax [n, k / 64] fp32 as `quantize_nf4` gives them; absmax is called in
-    the forward and in the backward, so that the fp32 scales are not kept in between. Raises ValueError when codes do
-    not fit x.
+
+def nf4_linear(x: torch.Tensor, weight: NF4) -> torch.Tensor:
+    """x [..., k] times the transposed weight [n, k]: [..., n] in x's dtype, differentiable in x.
+
+    Raises ValueError when the weight does not fit x.
     """
-    if x.shape[-1] != 2 * codes.shape[1]:
-        raise ValueError(f"x {list(x.shape)} does not fit codes {list(codes.shape)}")
-    y = _Product.apply(x.reshape(-1, x.shape[-1]).contiguous(), codes.contiguous(), absmax)
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x {list(x.shape)} does not fit a weight of {[n, k]}")
+    rows = x.reshape(-1, k).contiguous()
+    few = 0 < len(rows) <= GEMV_ROWS and x.dtype in HALF and uses_triton(x)
+    if few and not (torch.is_grad_enabled() and x.requires_grad):
+        y = _gemv(rows, [*weight])
+    else:
+        y = _Product.apply(rows, weight)
     return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])

@@ -110,12 +110,12 @@ class _QuantizedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: NF4Weight, experts: int, offsets: Tensor) -> Tensor:
         ctx.weight, ctx.experts = weight, experts
         ctx.save_for_backward(offsets)
-        return grouped_matmul(x, weight.dequantized(x.dtype).view(experts, -1, x.shape[1]).transpose(1, 2), offsets)
+        return grouped_matmul(x, weight.unpacked(x.dtype).view(experts, -1, x.shape[1]).transpose(1, 2), offsets)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (offsets,), (grad,) = ctx.saved_tensors, grads
-        weight = ctx.weight.dequantized(grad.dtype).view(ctx.experts, grad.shape[1], -1)  # [local experts, out, in]
+        weight = ctx.weight.unpacked(grad.dtype).view(ctx.experts, grad.shape[1], -1)  # [local experts, out, in]
         return grouped_matmul(grad, weight, offsets), None, None, None
 
 

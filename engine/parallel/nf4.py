@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...kernels.nf4 import BLOCK, GROUP, dequantize_nf4, dequantize_scales, nf4_linear, quantize_nf4, quantize_scales
+from ...kernels.nf4 import BLOCK, GROUP, NF4, nf4_linear, nf4_unpack, quantize_nf4, quantize_scales
 from ..mesh import Axis
 from .collectives import all_reduce
 from .shard import Shard, Sink
@@ -53,15 +53,22 @@ class NF4Weight(nn.Module):
             )
         self.filled: dict[int, Tensor] = {}  # piece -> scales [rows, cols / 64] fp32, until they are quantized
         rows = sum(piece.shape[0] for piece in shard.pieces)
-        self.codes: Tensor  # [rows, cols / 2], two codes a byte
-        self.scales: Tensor  # [rows, cols / 64], 8-bit codes of the scales
+        self.codes: Tensor  # the fields of kernels/nf4.py's NF4
+        self.scales: Tensor
+        self.first: Tensor
+        self.groups: Tensor
+        self.offsets: Tensor
         self.register_buffer("codes", torch.empty(rows, cols // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.empty(rows, cols // BLOCK, dtype=torch.uint8, device=device))
-        for i, piece in enumerate(shard.pieces):
-            whole = piece.global_shape[0] * piece.global_shape[1] // BLOCK
-            # [groups of the whole weight]: 1/16384 of its numbers; and the mean of its scales
-            self.register_buffer(f"groups_{i}", torch.empty(-(-whole // GROUP), device=device))
-            self.register_buffer(f"offset_{i}", torch.empty((), device=device))
+        first, self.bounds = [], [0]  # bounds of each piece's groups: 1/16384 of its whole weight's numbers
+        for piece in shard.pieces:
+            width = piece.global_shape[1] // BLOCK
+            top = torch.arange(piece.offset[0], piece.offset[0] + piece.shape[0])
+            first.append(self.bounds[-1] * GROUP + top * width + piece.offset[1] // BLOCK)
+            self.bounds.append(self.bounds[-1] + -(-piece.global_shape[0] * width // GROUP))
+        self.register_buffer("first", torch.cat(first).int().to(device))
+        self.register_buffer("groups", torch.empty(self.bounds[-1], device=device))
+        self.register_buffer("offsets", torch.empty(rows, device=device))
 
     def sink(self, piece: int) -> Sink:
         return _PieceSink(self, piece)
@@ -83,25 +90,20 @@ class NF4Weight(nn.Module):
                 absmax = all_reduce(whole, self.axis)
             scales, groups, offset = quantize_scales(absmax)
             self.scales[self.rows(index)] = scales[here]
-            self.get_buffer(f"groups_{index}").copy_(groups)
-            self.get_buffer(f"offset_{index}").copy_(offset)
+            self.groups[self.bounds[index] : self.bounds[index + 1]] = groups
+            self.offsets[self.rows(index)] = offset
         self.filled.clear()
 
-    def absmax(self) -> Tensor:
-        """The dequantized scales [rows, cols / 64] fp32. The first call after a fill is collective over the axis."""
+    def packed(self) -> NF4:
+        """The weight [rows, cols] as the kernels take it. The first call after a fill is collective over the axis."""
         if self.filled:
             self._quantize_scales()
-        parts = []
-        for i, piece in enumerate(self.pieces):
-            held = self.get_buffer(f"groups_{i}"), self.get_buffer(f"offset_{i}")
-            start = piece.offset[0], piece.offset[1] // BLOCK
-            parts.append(dequantize_scales(self.scales[self.rows(i)], *held, start, piece.global_shape[1] // BLOCK))
-        return torch.cat(parts)
+        return NF4(self.codes, self.scales, self.first, self.groups, self.offsets)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight [rows, cols]."""
-        return dequantize_nf4(self.codes, self.absmax(), dtype)
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight [rows, cols] in `dtype`; collective as `packed`."""
+        return nf4_unpack(self.packed(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, cols] -> [n, rows]; the dequantized scales are not kept for the backward."""
-        return nf4_linear(x, self.codes, self.absmax)
+        """[n, cols] -> [n, rows]."""
+        return nf4_linear(x, self.packed())

@@ -53,8 +53,8 @@ CALLS = {
     "logprob_backward_": (randn(N, V), LABELS, STATS, *GRADS, 1.0, 0),
     "logprob_stats": (randn(N, V), LABELS, 1.0, 0),
     "logprob_update_": (STATS, randn(N, V), LABELS, 1.0, 0),
-    "nf4_linear": (randn(N, 64), *nf4.quantize_nf4(randn(3, 64))),
-    "nf4_linear_backward": (randn(N, 3), *nf4.quantize_nf4(randn(3, 64))),
+    "nf4_gemv": (randn(N, 64), [*nf4.pack_nf4(randn(3, 64))]),
+    "nf4_unpack": ([*nf4.pack_nf4(randn(3, 64))], torch.bfloat16),
     "paged_attention": (randn(2, 4, 8), *CACHES, TABLES, LENGTHS, 0.5, rand(4), 3),
     "permute": (ROWS[0], ORDER, K),
     "policy_loss": (*FLAT[:3], 0.2, 0.2, None),
@@ -96,7 +96,7 @@ DIFFERENTIABLE = {  # op: arguments with a gradient
 # Arguments that stay fp32 where an op computes in bf16.
 FP32 = {
     "attention": (6,), "attention_backward": (5, 9), "logprob_backward": (2, 3, 4), "logprob_backward_": (2, 3, 4),
-    "logprob_update_": (0,), "nf4_linear": (2,), "nf4_linear_backward": (2,), "paged_attention": (6,), "rope_": (1, 2),
+    "logprob_update_": (0,), "paged_attention": (6,), "rope_": (1, 2),
     "rms_norm_backward": (3,), "route_backward": (0, 2), "sample": (1, 3), "unpermute": (2,),
     "unpermute_backward": (3,),
 }  # fmt: skip
@@ -136,7 +136,7 @@ def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-SLOPES, CODES, ANGLES = rand(4), nf4.quantize_nf4(randn(5, 64)), (rand(N, 4).double(), rand(N, 4).double())
+SLOPES, PACKED, ANGLES = rand(4), nf4.pack_nf4(randn(5, 64)), (rand(N, 4).double(), rand(N, 4).double())
 REFERENCES = {
     "attention": (
         lambda *qkv: attention.packed_attention_ref(*qkv, BOUNDS, 3, 0.5, SLOPES, 3),
@@ -146,7 +146,7 @@ REFERENCES = {
     "kl_estimate": (lambda x, y: tuple(ppo_loss.kl_estimate_ref(x, y, k) for k in ppo_loss.KL_KINDS), [(60,), None]),
     "linear_logprob": (lambda x, w: linear_logprob.linear_logprob(x, w, LABELS, 1.4), [(N, H), (V, H)]),
     "logprob": (lambda x: (*logprob.logprob(x, LABELS, 1.3), *logprob.logprob_ref(x, LABELS, 1.3)), [(N, V)]),
-    "nf4": (lambda x: nf4.nf4_linear_ref(x, *CODES), [(3, 64)]),
+    "nf4": (lambda x: nf4.nf4_linear_ref(x, PACKED), [(3, 64)]),
     "permute": (lambda x: moe.permute_ref(x, ORDER, K), [(N, H)]),
     "policy_loss": (lambda x, y, a: ppo_loss.clipped_policy_loss_ref(x, y, a, 0.2, 0.3, 3.0)[0], [(60,), None, None]),
     "rms_norm": (lambda x, r, w: rms_norm.add_rms_norm_ref(x, r, w, 1e-5), [(N, H), (N, H), (H,)]),
@@ -212,7 +212,7 @@ REFUSED = [
     (lambda: sampling.sample(randn(N, V), ones(2), *SETTINGS[1:]), "must be one a row"),
     (lambda: logprob.logprob(randn(N, V), LABELS, 0.0), "positive, got 0"),
     (lambda: linear_logprob.linear_logprob(ROWS[0], randn(V, H), LABELS, -1.0), "positive, got -1"),
-    (lambda: nf4.nf4_linear(randn(3, 128), zeros(2, 32), lambda: zeros(2, 1)), r"x \[3, 128\] .* codes \[2, 32\]"),
+    (lambda: nf4.nf4_linear(randn(3, 128), PACKED), r"x \[3, 128\] .* weight of \[5, 64\]"),
     (lambda: gae.gae(rand(4), rand(3), ones(4).bool(), BOUNDS, 1.0, 1.0), "differ in length"),
     (lambda: rope.rope_(randn(5, 3, 16), rand(4, 8), rand(4, 8)), r"sin \[4, 8\] do not fit x \[5, 3, 16\]"),
     (lambda: logprob.logprob(randn(N, V), LABELS[:2]), r"labels \[2\] for 4 rows"),
@@ -253,7 +253,7 @@ PUBLIC: dict[str, tuple[Any, ...]] = {
     "value_loss": (ppo_loss.clipped_value_loss, *FLAT[:3]),
     "kl_estimate": (ppo_loss.kl_estimate, *FLAT[:2], "k3"),
     "rope_": (rope.rope_, *CALLS["rope_"][:3]),
-    "nf4_linear": (lambda x, codes, absmax: nf4.nf4_linear(x, codes, lambda: absmax), *CALLS["nf4_linear"]),
+    "nf4_linear": (nf4.nf4_linear, randn(N, 64), PACKED),
     "packed_attention": (attention.packed_attention, *CALLS["attention"]),
     "adamw_": (adamw.adamw_, *CALLS["adamw"]),
     "unpermute": (moe.unpermute, *CALLS["unpermute"][:3]),

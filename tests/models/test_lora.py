@@ -135,8 +135,9 @@ def test_nf4_base_and_backward_hold_no_floats(tmp_path):
     hidden.sum().backward()
     quantized = [m for m in model.modules() if isinstance(m, NF4Weight)]
     stored = sum(b.numel() * b.element_size() for m in quantized for b in m.buffers())
-    groups = sum(4 * (math.ceil(math.prod(p.global_shape) / 64 / 256) + 1) for m in quantized for p in m.pieces)
-    assert stored == weights // 2 + weights // 64 + groups  # 4.125 bits a weight and the groups' scales
+    groups = sum(4 * math.ceil(math.prod(p.global_shape) / 64 / 256) for m in quantized for p in m.pieces)
+    rows = sum(8 * len(m.codes) for m in quantized)
+    assert stored == weights // 2 + weights // 64 + groups + rows  # 4.125 bits a weight, the groups' scales, the rows
     sizes = {n for m in quantized for n in (m.codes.numel() * 8, m.scales.numel() * 4)}
     assert {m.codes.data_ptr() for m in quantized[1:]} <= saved.keys()  # the first one's input needs no gradient
     activations = len(batch.tokens) * 4 * 256 * 2

@@ -134,7 +134,7 @@ def test_quantized_model_equals_its_dequantized_weights(folder):
         for name in names:
             nf4 = model.get_submodule(f"{name}.nf4")
             assert isinstance(nf4, NF4Weight) and model.get_parameter(f"{name}.weight").is_meta
-            floats.get_parameter(f"{name}.weight").copy_(nf4.dequantized(torch.float32))
+            floats.get_parameter(f"{name}.weight").copy_(nf4.unpacked(torch.float32))
     assert_close(logits(model), logits(floats))
     assert (logits(model) - exact).norm() > 0.01 * exact.norm()  # it is quantized
     assert_close(states(train(model, 1)), states(train(floats, 1)))

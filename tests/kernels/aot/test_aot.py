@@ -69,7 +69,7 @@ def test_cubin_figures_equal_those_of_cuobjdump(arch, monkeypatch):
     """Registers and stack as in cuobjdump, matrix instructions in the machine code."""
     cubins = []
     monkeypatch.setattr(aot_compile, "usage", lambda cubin, read=aot_compile.usage: cubins.append(cubin) or read(cubin))
-    spec = dict(specs())["nf4.forward"]
+    spec = dict(specs())["grouped_matmul.outer"]
     for config in (spec.configs[0], spec.configs[0] | GREEDY):
         report = compile_kernel(spec, config, arch)
         listing = cuobjdump(cubins[-1], "-res-usage")

@@ -6,7 +6,7 @@ import launches
 import pytest
 import torch
 from implementations import DTYPES, INTERPRET, interpreted_only
-from trialign.kernels import attention, paged_attention, rms_norm, swiglu
+from trialign.kernels import attention, nf4, paged_attention, rms_norm, swiglu
 
 pytestmark = interpreted_only
 
@@ -44,9 +44,9 @@ def launch_rows(dtype):
     one = torch.ones(1)
     op.sample(x, one, one.int(), one, LABEL, LABEL)
     op.logprob_stats(x, LABEL, 1.0, 0)
-    codes, scales = torch.zeros(3, 32, dtype=torch.uint8), torch.ones(3, 1)
-    op.nf4_linear(x[:, :64].contiguous(), codes, scales)
-    op.nf4_linear_backward(x[:, :3].contiguous(), codes, scales)
+    weight = [*nf4.pack_nf4(torch.ones(3, 64))]
+    op.nf4_unpack(weight, dtype)
+    op.nf4_gemv(x[:, :64].contiguous(), weight)
     for grads in ((one, None), (None, one), (one, one)):
         op.logprob_backward(x, LABEL, torch.ones(4, 1), *grads, 1.0, 0)
 

@@ -14,8 +14,7 @@ LIMITS = {  # bytes moved over those of each address once: reads again come from
     15.0: ["sampling.sample"],  # a row in each step of the search for the cut
     4.0: ["attention.dkv"],  # q and grad for each block of keys; below: k and v for each block of queries
     3.0: ["attention.dq", "attention.forward"],
-    2.2: ["nf4.backward", "nf4.forward"],  # tiles of products
-    1.5: ["grouped_matmul.matmul", "grouped_matmul.outer"],
+    1.5: ["grouped_matmul.matmul", "grouped_matmul.outer", "nf4.gemv"],  # a row of x for each 32 outputs
     1.4: ["gae.scan", "moe.permute", "moe.unpermute_backward", "rms_norm.forward"],  # the next token, a row, the weight
 }
 

@@ -12,6 +12,7 @@ import implementations  # noqa: F401 (installs interp_shim)
 import torch
 from interp_shim import Monitor, Traffic
 from launches import KERNELS
+from trialign.kernels.nf4 import pack_nf4
 
 op = torch.ops.trialign  # Triton kernels alone, in this mode
 BF16 = torch.bfloat16
@@ -93,9 +94,10 @@ def cases() -> Iterator[Case]:
     size = f"[{n * k}, {h}] x [{experts}, {h}, {f}]"
     yield Case(size, "row", n * k, lambda: op.grouped_matmul(permuted, weight, offsets))
     yield Case(size, "row", n * k, lambda: op.grouped_outer(permuted, grad, offsets))
-    codes, size = (torch.zeros(f, h // 2, dtype=torch.uint8), torch.ones(f, h // 64)), f"[{n}, {h}] x [{f}, {h}]"
-    yield Case(size, "weight", f * h, lambda: op.nf4_linear(x, *codes))
-    yield Case(size, "weight", f * h, lambda: op.nf4_linear_backward(grad[:n], *codes))
+    f, h = 128, 1024
+    packed = [*pack_nf4(torch.randn(f, h))]
+    yield Case(f"[{f}, {h}]", "weight", f * h, lambda: op.nf4_unpack(packed, BF16))
+    yield Case(f"[4, {h}] x [{f}, {h}]", "weight", f * h, lambda: op.nf4_gemv(torch.randn(4, h).to(BF16), packed))
 
 
 def all_kernels() -> dict[str, tuple[Case, Traffic]]:
