@@ -48,6 +48,10 @@ class NF4(NamedTuple):
         """(n, k) of the weight."""
         return self.codes.shape[0], 2 * self.codes.shape[1]
 
+    def rows(self, rows: slice) -> NF4:
+        """Some rows of the weight."""
+        return NF4(self.codes[rows], self.scales[rows], self.first[rows], self.groups, self.offsets[rows])
+
 
 @functools.cache
 def _table(device: torch.device) -> torch.Tensor:

@@ -32,7 +32,13 @@ from ..engine.parallel.shard import (
     sharded_parameter,
     split,
 )
-from ..engine.parallel.tensor import ColumnParallelLinear, ParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from ..engine.parallel.tensor import (
+    ColumnParallelLinear,
+    MergeableLinear,
+    ParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from ..engine.pipeline.stage import Chunk, Stage, stage_of
 from ..kernels.linear import linear
 from ..kernels.linear import pack as pack_weight
@@ -185,7 +191,8 @@ class Head(AdaptedLinear):
     """
 
     packed: Tensor | None = None
-    frozen: Tensor | None = None  # cached `rows()` while the generator holds the weight constant
+    frozen: Tensor | None = None  # cached rows while the generator holds the weight constant
+    whole = False  # the frozen rows have the adapter merged, and go with inputs as they are
 
     def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype, normalized: bool = False):
         super().__init__()
@@ -197,17 +204,34 @@ class Head(AdaptedLinear):
         """Whether the rows differ from the weight."""
         return self.normalized or self.active is not None
 
-    def freeze(self, pack: bool) -> None:
-        """Caches computed rows, and packed ones if asked, until `thaw`; the weight must not change meanwhile."""
-        self.frozen = self.rows() if self.computed else None
+    def freeze(self, pack: bool, merge: bool) -> None:
+        """Caches computed rows, with the adapter merged if asked, and packed ones if asked, until `thaw`; the weight
+        must not change meanwhile."""
+        self.thaw()
+        self.frozen = self._merged_rows() if merge and self.active else self.rows() if self.computed else None
+        self.whole = merge
         self.packed = pack_weight(self.rows()) if pack else None
 
     def thaw(self) -> None:
         self.packed = self.frozen = None
+        self.whole = False
+
+    def _merged(self) -> Tensor:
+        """The weight with its adapter, in fp32 or wider."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        if self.active is None:
+            return self.weight.to(dtype)
+        a = copy_to_region(self.lora_a, self.tp).to(dtype)  # norms of this rank's rows: A's gradient is a sum
+        return torch.addmm(self.weight.to(dtype), self.lora_b.to(dtype), a, alpha=self.active.lora.scale)
+
+    @torch.no_grad()
+    def _merged_rows(self) -> Tensor:
+        merged = self._merged()
+        return (_normalized(merged, merged) if self.normalized else merged).to(self.weight.dtype)
 
     def inputs(self, x: Tensor) -> Tensor:
         """[n, hidden] -> [n, hidden], or [n, hidden + r] with an adapter: the factor of `rows` in the logits."""
-        if self.active is None:
+        if self.active is None or self.whole:
             return x
         return torch.cat((x, self.active.lora.scale * F.linear(x, self.lora_a)), 1)
 
@@ -216,15 +240,12 @@ class Head(AdaptedLinear):
         if self.frozen is not None or not self.computed:
             return self.weight if self.frozen is None else self.frozen
         rows = self.weight if self.active is None else torch.cat((self.weight, self.lora_b), 1)
-        if not self.normalized:
-            return rows
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        merged = self.weight.to(dtype)
-        if self.active is not None:
-            a = copy_to_region(self.lora_a, self.tp).to(dtype)  # norms of this rank's rows: A's gradient is a sum
-            merged = torch.addmm(merged, self.lora_b.to(dtype), a, alpha=self.active.lora.scale)
-        norms = torch.linalg.vector_norm(merged, dim=1, keepdim=True)  # [vocab/tp, 1]
-        return (rows / norms.clamp_min(1e-12)).to(self.weight.dtype)
+        return _normalized(rows, self._merged()).to(self.weight.dtype) if self.normalized else rows
+
+
+def _normalized(rows: Tensor, merged: Tensor) -> Tensor:
+    """Rows over the L2 norms of the whole rows `merged` [vocab/tp, hidden]."""
+    return rows / torch.linalg.vector_norm(merged, dim=1, keepdim=True).clamp_min(1e-12)
 
 
 class Decoder(nn.Module):
@@ -306,20 +327,31 @@ class Decoder(nn.Module):
             "alibi_slopes": self.alibi_slopes,
         }
 
-    def freeze_weights(self, pack: bool) -> None:
+    @property
+    def merged_bytes(self) -> int:
+        """Size of a copy of all weights that have an adapter or are in NF4, merged and unpacked, on this rank."""
+        return sum(module.merged_bytes for module in self.modules() if isinstance(module, MergeableLinear))
+
+    def freeze_weights(self, pack: bool, spare: int | None = None) -> None:
         """Caches derived weights for generation, until `thaw_weights`; the weights must not change meanwhile.
 
         Args:
             pack: pack the linears' weights too; it pays from about ten uses on (kernels/linear.py).
+            spare: bytes that copies with adapters merged and NF4 unpacked may take, layer after layer; the same on all
+                ranks of tp. Adapters left over are one product each. None: as training computes, bit for bit.
         """
         for module in self.modules():
-            if isinstance(module, ParallelLinear | Head):
+            if isinstance(module, ParallelLinear):
                 module.freeze(pack)
+            if isinstance(module, Head):
+                module.freeze(pack, merge=spare is not None)
+            if isinstance(module, MergeableLinear) and spare is not None:
+                spare -= module.freeze_adapter(spare)
 
     def thaw_weights(self) -> None:
         """Drops the caches of `freeze_weights`."""
         for module in self.modules():
-            if isinstance(module, ParallelLinear | Head):
+            if isinstance(module, MergeableLinear | Head):
                 module.thaw()
 
     def forward_flops(self, lengths: Sequence[int], logits: int = 0) -> float:

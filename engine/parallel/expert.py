@@ -7,7 +7,7 @@ all-to-all with uneven splits brings each to its expert. There is no capacity li
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from ...kernels.moe import grouped_matmul, sort_by_expert
 from ..heartbeat import HEARTBEAT
 from ..mesh import Axis, Mesh
 from .collectives import copy_to_region
-from .lora import AdaptedLinear, Adapter, LoRA
+from .lora import Adapter, LoRA
 from .nf4 import NF4Weight
 from .shard import Piece, Shard, full_piece, shard_along, split
-from .tensor import linear_weight
+from .tensor import MergeableLinear, linear_weight
 
 
 def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], axis: Axis) -> Tensor:
@@ -126,6 +126,21 @@ class ExpertAdapter(Adapter):
     gradient of the matrix that is replicated over tp is.
     """
 
+    def products(self, a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        rows = sum(self.outputs.values())
+        experts = len(a) // (len(self.parts) * self.lora.rank)
+        for expert, (own_a, own_b) in enumerate(zip(a.chunk(experts), b.chunk(experts), strict=True)):
+            for part, *factors in super().products(own_a, own_b):
+                yield slice(expert * rows + part.start, expert * rows + part.stop), *factors
+
+    def block_diagonal(self, a: Tensor, b: Tensor) -> Tensor | None:
+        if len(self.outputs) == 1:
+            return None
+        experts = len(a) // (len(self.parts) * self.lora.rank)
+        pairs = zip(a.chunk(experts), b.chunk(experts), strict=True)
+        each = [Adapter.block_diagonal(self, own_a, own_b) for own_a, own_b in pairs]
+        return torch.cat([wide for wide in each if wide is not None])
+
     def narrow(self, x: Tensor, a: Tensor, *more: Any) -> Tensor:
         return self._product(x, copy_to_region(a, self.axis) if self.cut == "out" else a, slice(None), *more)
 
@@ -139,7 +154,7 @@ class ExpertAdapter(Adapter):
         return grouped_matmul(x, by_expert.transpose(1, 2), offsets)
 
 
-class ExpertLinear(AdaptedLinear):
+class ExpertLinear(MergeableLinear):
     """One matrix for each expert of this rank: [rows, in] sorted by expert -> [rows, out].
 
     The weight stacks [out, in] of the parts, expert by expert. It is sharded over tp along its output (`dim` 0:
@@ -194,9 +209,10 @@ class ExpertLinear(AdaptedLinear):
             self.add_adapter(adapter, a, b, mesh, dtype)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        if self.nf4 is None:
-            weight = self.weight.view(self.experts, -1, x.shape[1])  # [local experts, out, in]
-            y = grouped_matmul(x, weight.transpose(1, 2), offsets)
+        merged = self.served
+        if self.nf4 is None or merged is not None:
+            weight = self.weight if merged is None else merged
+            y = grouped_matmul(x, weight.view(self.experts, -1, x.shape[1]).transpose(1, 2), offsets)
         else:
             y = _QuantizedProduct.apply(x, self.nf4, self.experts, offsets)
         return self.with_adapter(y, x, offsets)

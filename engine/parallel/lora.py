@@ -11,7 +11,7 @@ experts: expert.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -89,6 +89,25 @@ class Adapter:
         """One part's outputs [n, out/tp or out] plus the adapter's, from its hidden [n, r]."""
         return torch.addmm(old, hidden, b[rows].t().to(hidden.dtype), alpha=self.lora.scale)
 
+    def products(self, a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows of the weight, B [rows, r], A [r, in or in/tp]) of each adapted part: adapted, it is W + s B A."""
+        start = 0
+        for part, size in self.outputs.items():
+            if part in self.rows:
+                first = self.parts.index(part) * self.lora.rank
+                yield slice(start, start + size), b[slice(*self.rows[part])], a[first : first + self.lora.rank]
+            start += size
+
+    def block_diagonal(self, a: Tensor, b: Tensor) -> Tensor | None:
+        """B [out/tp or out, parts * r] of all parts at once, zero elsewhere: one product in place of one for each part
+        and a concatenation. None where B already is."""
+        if len(self.outputs) == 1:
+            return None
+        wide, rank = b.new_zeros(sum(self.outputs.values()), len(self.parts) * self.lora.rank), self.lora.rank
+        for number, (rows, own, _) in enumerate(self.products(a, b)):
+            wide[rows, number * rank : (number + 1) * rank] = own
+        return wide
+
     def __call__(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, *more: Any) -> Tensor:
         """y [n, out/tp or out] plus the adapter's output for x [n, in or in/tp], the linear's input."""
         by_part = dict(zip(self.parts, self.narrow(x, a, *more).split(self.lora.rank, 1), strict=True))
@@ -103,10 +122,16 @@ class AdaptedLinear(nn.Module):
 
     Attributes:
         adapted: False while the adapter is switched off.
+        merged: while the generator holds the weights constant: the weight with its adapter, or NF4 unpacked, in floats
+            of its own. The weight and the adapter are untouched.
+        wide: where there is no room for `merged`: `Adapter.block_diagonal`.
     """
 
     adapter: Adapter | None = None
     adapted = True
+    merged: Tensor | None = None
+    wide: Tensor | None = None
+    weight: nn.Parameter
     lora_a: nn.Parameter
     lora_b: nn.Parameter
 
@@ -122,7 +147,13 @@ class AdaptedLinear(nn.Module):
 
     def with_adapter(self, y: Tensor, x: Tensor, *more: Any) -> Tensor:
         """y plus the active adapter's output for x; `more` are the adapter's other arguments."""
-        return y if self.active is None else self.active(y, x, self.lora_a, self.lora_b, *more)
+        if self.active is None or self.merged is not None:
+            return y
+        if self.wide is None:
+            return self.active(y, x, self.lora_a, self.lora_b, *more)
+        assert not torch.is_grad_enabled(), "a cached B has no gradient"
+        hidden = self.active.narrow(x, self.lora_a, *more)
+        return self.active.widen(y, hidden, self.wide, slice(None), *more)
 
 
 def adapted_linears(model: nn.Module) -> list[AdaptedLinear]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...kernels.linear import layer_linear
 from ...kernels.linear import pack as pack_weight
 from ...kernels.linear_logprob import linear_logprob
+from ...kernels.nf4 import nf4_unpack
 from ..mesh import Mesh
 from .collectives import all_reduce, copy_to_region, reduce_from_region
 from .lora import AdaptedLinear, Adapter, LoRA
@@ -34,7 +35,52 @@ def linear_weight(
     return weight, nf4
 
 
-class ParallelLinear(AdaptedLinear):
+class MergeableLinear(AdaptedLinear):
+    """Base of linears whose weight, a parameter or NF4, the generator may copy with the adapter merged."""
+
+    nf4: NF4Weight | None
+
+    @property
+    def merged_bytes(self) -> int:
+        """Size of `merged`; 0 where there is nothing to merge or unpack."""
+        if self.active is None and self.nf4 is None:
+            return 0
+        return self.weight.numel() * self.weight.element_size()
+
+    def freeze_adapter(self, spare: int) -> int:
+        """Merges adapter and NF4 into a copy of at most `spare` bytes, or makes the adapter one product; until `thaw`,
+        while nothing changes. Collective over tp where NF4's scales are new. Returns the bytes of the copy."""
+        self.merged = self.wide = None
+        if 0 < self.merged_bytes <= spare:
+            self.merged = self._merged()
+            return self.merged_bytes
+        if self.active is not None:
+            self.wide = self.active.block_diagonal(self.lora_a, self.lora_b)
+        return 0
+
+    def thaw(self) -> None:
+        self.merged = self.wide = None
+
+    @torch.no_grad()
+    def _merged(self) -> Tensor:
+        """W + s B A, summed in fp32 a part at a time and rounded once."""
+        dtype, packed = self.weight.dtype, None if self.nf4 is None else self.nf4.packed()
+        wide = torch.promote_types(dtype, torch.float32)
+        merged = self.weight.detach().clone() if packed is None else nf4_unpack(packed, dtype)
+        if self.active is not None:
+            for rows, b, a in self.active.products(self.lora_a, self.lora_b):
+                base = self.weight[rows].to(wide) if packed is None else nf4_unpack(packed.rows(rows), wide)
+                merged[rows] = torch.addmm(base, b.to(wide), a.to(wide), alpha=self.active.lora.scale)
+        return merged
+
+    @property
+    def served(self) -> Tensor | None:
+        """The merged copy, where it stands for the weight: not while the adapter is switched off."""
+        assert self.merged is None or not torch.is_grad_enabled(), "a merged copy has no gradient"
+        return self.merged if self.adapted else None
+
+
+class ParallelLinear(MergeableLinear):
     """Base of the parallel linears: a weight (a parameter, or NF4), an optional bias and an optional adapter."""
 
     packed: Tensor | None = None  # the generator's, while the weight does not change (kernels/linear.py)
@@ -51,11 +97,15 @@ class ParallelLinear(AdaptedLinear):
         self.packed = pack_weight(self.weight) if pack else None
 
     def thaw(self) -> None:
+        super().thaw()
         self.packed = None
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ by this rank's rectangle of W."""
-        return layer_linear(x, self.weight, self.packed) if self.nf4 is None else self.nf4(x)
+        merged = self.served
+        if merged is None and self.nf4 is not None:
+            return self.nf4(x)
+        return layer_linear(x, self.weight if merged is None else merged, self.packed if merged is None else None)
 
 
 class ColumnParallelLinear(ParallelLinear):
