@@ -31,11 +31,12 @@ FOLDERS = ("kernels", "engine", "models", "algorithms")
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 # The order is also the link order, and it matters: of an inline function that several levels emit, the linker keeps the
 # first, so a lower level never runs into a higher level's instructions.
 LEVELS = {
     "baseline": [],
-    **({"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]} if X86 else {}),
+    **({"avx2": ["-march=x86-64-v3"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]} if X86 else {}),
 }
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 ABI = "0x020d000000000000"  # torch 2.13, the oldest this extension loads into

@@ -17,6 +17,7 @@
 #endif
 
 #include "checks.h"
+#include "pool.h"
 #include "simd.h"
 
 namespace trialign {
@@ -68,6 +69,13 @@ void parallel(int64_t n, int64_t cost, const F& fn) {
   constexpr int64_t worth_a_thread = 32768;
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, cost));
   if (n > 0) torch::stable::parallel_for(0, n, grain, fn);
+}
+
+// fn(begin, end) over [0, n) in pieces of at most `grain`, on the threads of pool.h: for ops of a decode step. As many as torch's.
+template <class F>
+void pieces(int64_t n, int64_t grain, const F& fn) {
+  const auto call = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
+  trialign::run_pieces(n, grain, torch::stable::get_num_threads(), call, const_cast<F*>(&fn));
 }
 
 // Runs the lambda with T = float or bf16 (simd.h).

@@ -22,7 +22,7 @@ std::vector<Pending>& pending() {
   return list;
 }
 
-constexpr const char* level_names[] = {"baseline", "avx2", "avx512"};
+constexpr const char* level_names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 int machine_level() {
 #if defined(__x86_64__)
@@ -30,13 +30,13 @@ int machine_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
-  return avx512 ? 2 : avx2 ? 1 : 0;
+  return avx512 && __builtin_cpu_supports("avx512bf16") ? 3 : avx512 ? 2 : avx2 ? 1 : 0;
 #else
   return 0;
 #endif
 }
 
-// TRIALIGN_KERNELS=baseline|avx2 chooses a lower level than the machine's, for tests; see kernels/dispatch.py.
+// TRIALIGN_KERNELS=baseline|avx2|avx512 chooses a lower level than the machine's, for tests; see kernels/dispatch.py.
 int chosen_level() {
   const int best = machine_level();
   const char* asked = std::getenv("TRIALIGN_KERNELS");

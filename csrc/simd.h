@@ -92,6 +92,20 @@ template <int S>
 INLINE vf shift(vf v) {
   return shuffle_by(v, vf{}, [](int i) { return i + S; });
 }
+INLINE vf interleave_low(vf a, vf b) {
+  return shuffle_by(a, b, [](int i) { return i / 2 + (i % 2) * VW; });
+}
+INLINE vf interleave_high(vf a, vf b) {
+  return shuffle_by(a, b, [](int i) { return VW / 2 + i / 2 + (i % 2) * VW; });
+}
+
+// Lane i of the result is the sum of x[i]'s lanes. Each round adds halves and interleaves two vectors into one.
+INLINE vf row_sums(vf* x) {
+  for (int width = VW / 2; width >= 1; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = interleave_low(x[i], x[i + width]) + interleave_high(x[i], x[i + width]);
+  return x[0];
+}
+
 INLINE vf load(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof h);

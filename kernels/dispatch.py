@@ -5,7 +5,7 @@ Two environment variables, read when this module is imported. TRIALIGN_KERNELS:
     own             as auto, without libraries
     fp8             as auto, and decoder layers multiply in FP8 where Transformer Engine is installed: other numbers
     reference       plain torch everywhere
-    avx2, baseline  as own, with the C++ built for that SIMD level, for tests
+    avx512, avx2, baseline  as own, with the C++ built for that SIMD level, for tests
 TRITON_INTERPRET=1 (Triton's own switch): CPU tensors go through the Triton kernels, interpreted, for tests.
 Without a usable trialign._C there is one warning; Triton still runs on CUDA, and the references on the CPU.
 """
@@ -27,7 +27,7 @@ from .backends.schemas import SCHEMAS
 
 Implementation = Literal["cpp", "triton", "reference"]
 
-MODES = ("auto", "own", "fp8", "reference", "avx2", "baseline")
+MODES = ("auto", "own", "fp8", "reference", "avx512", "avx2", "baseline")
 HALF = (torch.bfloat16, torch.float16)
 COMPILED_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),

@@ -1,12 +1,14 @@
-"""y = x Wᵀ: in FP8 on a GPU where asked for, by a packed copy of W for the few rows of a decode step on a CPU.
+"""y = x Wᵀ: in FP8 on a GPU where asked for, by a C++ kernel for the few rows of a decode step on a CPU.
 
 TRIALIGN_KERNELS=fp8 (kernels/dispatch.py): Transformer Engine multiplies in FP8 in the decoder layers, forward and
 backward, with scales of the current tensors; the weights stay in their dtype. Not in the head: training goes through
 linear_logprob.py, which has no FP8, and the sampler's logprobs must come from the same product.
 
-torch multiplies bf16 by oneDNN, which reorders a plain [out, in] weight into blocks in every call. With 32 rows that
-takes as long as the product. A copy packed once is worth it wherever a weight is used some ten times
-before it changes: in a rollout, or in a frozen model.
+torch multiplies bf16 by oneDNN, which reorders a plain [out, in] weight into blocks in every call. With few rows that
+takes longer than the product, whose least time is that of reading W once. csrc/cpu/linear.cpp reads W as it lies: no
+copy, nothing to renew when it changes. It sums in fp32 and rounds once; an output is the same number for any number of
+rows and threads. It has no gradient, and other last bits than oneDNN: only the generator asks for it, as the scoring
+pass must repeat the numbers of training.
 """
 
 from __future__ import annotations
@@ -15,22 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from .backends.libraries import library
-from .dispatch import MODE
+from .dispatch import MODE, choose, register
 
-ROWS = 32
-"""The number of rows the packed order is chosen for; others work too."""
+ROWS = 256
+"""Rows up to which the C++ kernel takes no longer than oneDNN, which must reorder the weight."""
 
-
-def pack(weight: torch.Tensor) -> torch.Tensor | None:
-    """An opaque copy of weight [out, in] for `linear`.
-
-    None where packing does not help: off the CPU, in another dtype than bf16, or where oneDNN has no bf16.
-    """
-    if MODE == "reference" or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not len(weight):
-        return None
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+register("linear_rows", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
 
 
 def _fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
@@ -53,16 +45,21 @@ FP8_ROWS = 32
 """FP8 products sum over rows in the weight's gradient, by blocks of at most this many."""
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., in] times weight [out, in] transposed; by `packed`, if given, which must be `pack(weight)` and has no
-    gradient. Returns [..., out]."""
-    if packed is None:
+def linear(x: torch.Tensor, weight: torch.Tensor, frozen: bool = False) -> torch.Tensor:
+    """x [..., in] times weight [out, in] transposed. Returns [..., out].
+
+    frozen: no gradient is needed; few rows in bf16 on a CPU go through the C++ kernel.
+    """
+    if not frozen or weight.dtype != torch.bfloat16 or choose("linear_rows", x) != "cpp":
         return F.linear(x, weight)
-    assert not torch.is_grad_enabled(), "a packed weight has no gradient"
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    assert not torch.is_grad_enabled(), "a frozen weight has no gradient"
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
+    if len(rows) > ROWS:
+        return F.linear(x, weight)
+    return torch.ops.trialign.linear_rows(rows, weight).view(*x.shape[:-1], len(weight))
 
 
-def layer_linear(x: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
+def layer_linear(x: torch.Tensor, weight: torch.Tensor, frozen: bool = False) -> torch.Tensor:
     """`linear` of a decoder layer, in FP8 with TRIALIGN_KERNELS=fp8 where the library takes the shape."""
-    out = _fp8_linear(x, weight) if MODE == "fp8" and packed is None else None
-    return linear(x, weight, packed) if out is None else out
+    out = _fp8_linear(x, weight) if MODE == "fp8" else None
+    return linear(x, weight, frozen) if out is None else out

@@ -41,7 +41,6 @@ from ..engine.parallel.tensor import (
 )
 from ..engine.pipeline.stage import Chunk, Stage, stage_of
 from ..kernels.linear import linear
-from ..kernels.linear import pack as pack_weight
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope import rope_
 from .config import HeadKind, ModelConfig
@@ -190,9 +189,9 @@ class Head(AdaptedLinear):
         normalized: divide each row by its L2 norm (Baichuan2's NormHead).
     """
 
-    packed: Tensor | None = None
-    frozen: Tensor | None = None  # cached rows while the generator holds the weight constant
-    whole = False  # the frozen rows have the adapter merged, and go with inputs as they are
+    frozen = False  # while the generator holds the weight constant
+    cached: Tensor | None = None  # computed rows meanwhile
+    whole = False  # the cached rows have the adapter merged, and go with inputs as they are
 
     def __init__(self, shard: Shard, mesh: Mesh, dtype: torch.dtype, normalized: bool = False):
         super().__init__()
@@ -204,17 +203,15 @@ class Head(AdaptedLinear):
         """Whether the rows differ from the weight."""
         return self.normalized or self.active is not None
 
-    def freeze(self, pack: bool, merge: bool) -> None:
-        """Caches computed rows, with the adapter merged if asked, and packed ones if asked, until `thaw`; the weight
-        must not change meanwhile."""
+    def freeze(self, merge: bool) -> None:
+        """Caches computed rows, with the adapter merged if asked, until `thaw`, while the weight does not change."""
         self.thaw()
-        self.frozen = self._merged_rows() if merge and self.active else self.rows() if self.computed else None
-        self.whole = merge
-        self.packed = pack_weight(self.rows()) if pack else None
+        self.cached = self._merged_rows() if merge and self.active else self.rows() if self.computed else None
+        self.frozen, self.whole = True, merge
 
     def thaw(self) -> None:
-        self.packed = self.frozen = None
-        self.whole = False
+        self.cached = None
+        self.frozen = self.whole = False
 
     def _merged(self) -> Tensor:
         """The weight with its adapter, in fp32 or wider."""
@@ -237,8 +234,8 @@ class Head(AdaptedLinear):
 
     def rows(self) -> Tensor:
         """Effective weight, differentiable: [vocab/tp, hidden], or [vocab/tp, hidden + r] with an adapter."""
-        if self.frozen is not None or not self.computed:
-            return self.weight if self.frozen is None else self.frozen
+        if self.cached is not None or not self.computed:
+            return self.weight if self.cached is None else self.cached
         rows = self.weight if self.active is None else torch.cat((self.weight, self.lora_b), 1)
         return _normalized(rows, self._merged()).to(self.weight.dtype) if self.normalized else rows
 
@@ -332,19 +329,20 @@ class Decoder(nn.Module):
         """Size of a copy of all weights that have an adapter or are in NF4, merged and unpacked, on this rank."""
         return sum(module.merged_bytes for module in self.modules() if isinstance(module, MergeableLinear))
 
-    def freeze_weights(self, pack: bool, spare: int | None = None) -> None:
-        """Caches derived weights for generation, until `thaw_weights`; the weights must not change meanwhile.
+    def freeze_weights(self, spare: int | None = None) -> None:
+        """Caches derived weights for generation and chooses kernels without gradients, until `thaw_weights`; the
+        weights must not change meanwhile.
 
         Args:
-            pack: pack the linears' weights too; it pays from about ten uses on (kernels/linear.py).
             spare: bytes that copies with adapters merged and NF4 unpacked may take, layer after layer; the same on all
-                ranks of tp. Adapters left over are one product each. None: as training computes, bit for bit.
+                ranks of tp. Adapters left over are one product each. None: as training computes;
+                bit for bit in fp32.
         """
         for module in self.modules():
             if isinstance(module, ParallelLinear):
-                module.freeze(pack)
+                module.freeze()
             if isinstance(module, Head):
-                module.freeze(pack, merge=spare is not None)
+                module.freeze(merge=spare is not None)
             if isinstance(module, MergeableLinear) and spare is not None:
                 spare -= module.freeze_adapter(spare)
 
@@ -450,7 +448,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab/tp]; last stage only."""
         assert self.head is not None and self.kind == "lm"
-        return linear(self.head_inputs(hidden), self.head_weight(), self.head.packed)
+        return linear(self.head_inputs(hidden), self.head_weight(), self.head.frozen)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens] fp32; a "score" head, last stage only."""

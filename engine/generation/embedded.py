@@ -42,7 +42,7 @@ from .scheduler import Scheduler, Step
 class EmbeddedGenerator(Generator):
     """Generator (interface.py) on `model`, this rank's shard of the policy.
 
-    `load` copies nothing: the weights are the policy's own parameters. Cache and packed weights exist only while
+    `load` copies nothing: the weights are the policy's own parameters. The cache exists only while
     requests run. Weights may be changed in place while no request runs, or between `pause` and `resume` with a `load`
     of the new version.
 

@@ -59,8 +59,8 @@ class Model(Protocol):
         """[tokens, hidden] -> [tokens, vocab/tp]; last stage only."""
         ...
 
-    def freeze_weights(self, pack: bool) -> None:
-        """Caches what depends on the weights alone, which do not change until `thaw_weights`; packs them if `pack`."""
+    def freeze_weights(self) -> None:
+        """Caches what depends on the weights alone, which do not change until `thaw_weights`."""
         ...
 
     def thaw_weights(self) -> None:
@@ -72,13 +72,8 @@ class Model(Protocol):
         ...
 
 
-PACK_TOKENS = 10
-"""Response tokens from which packing pays: it takes as long as it saves in 8 steps of 32 rows
-(benchmarks/bench_generate.py)."""
-
-
 class ModelRunner:
-    """Runs planned steps. Cache and packed weights exist from the first step until `release`.
+    """Runs planned steps. The cache exists from the first step until `release`.
 
     Args:
         num_blocks: of the cache.
@@ -94,7 +89,7 @@ class ModelRunner:
         self.lanes = [Lane(padded(lane_size), num_blocks, mesh.device) for _ in range(mesh.pp.size)]
         self.cache: PagedCache | None = None
         self.graphs = self._new_graphs()
-        self._frozen = self._packed = False
+        self._frozen = False
 
     @property
     def last(self) -> bool:
@@ -106,7 +101,7 @@ class ModelRunner:
         return {"cache": [] if self.cache is None else [*self.cache.keys, *self.cache.values]}
 
     def prepare(self, lane: Lane, step: Step, width: int) -> None:
-        """Allocates the cache at the first step, fills the lane's rows; packs the weights where it pays.
+        """Allocates the cache at the first step, fills the lane's rows.
 
         Args:
             width: cache blocks of the longest possible sequence.
@@ -116,10 +111,9 @@ class ModelRunner:
             with allocating("cache"):
                 self.cache = PagedCache(self.model.kv_shape, self.num_blocks, self.block_size, **options)
         lane.prepare(step, width)
-        pack = self._packed or step.longest_response >= PACK_TOKENS
-        if not self._frozen or pack > self._packed:
-            self.model.freeze_weights(pack)
-            self._frozen, self._packed = True, pack
+        if not self._frozen:
+            self.model.freeze_weights()
+            self._frozen = True
             self.graphs = self._new_graphs()
 
     def run(self, lane: Lane, step: Step, hidden: Tensor | None) -> Tensor:
@@ -190,7 +184,7 @@ class ModelRunner:
         self.model(position if self.mesh.pp.rank == 0 else hidden, position, lambda layer, q, k, v: q)
 
     def release(self) -> None:
-        """Frees the cache, the graphs and the packed weights."""
+        """Frees the cache and the graphs."""
         self.cache = None
         self.thaw()
 
@@ -198,7 +192,7 @@ class ModelRunner:
         """Drops what depends on the weights alone, before they change."""
         if self._frozen:
             self.model.thaw_weights()
-        self._frozen = self._packed = False
+        self._frozen = False
         self.graphs = self._new_graphs()
 
     def _new_graphs(self) -> DecodeGraphs | None:

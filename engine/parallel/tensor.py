@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.linear import layer_linear
-from ...kernels.linear import pack as pack_weight
 from ...kernels.linear_logprob import linear_logprob
 from ...kernels.nf4 import nf4_unpack
 from ..mesh import Mesh
@@ -83,7 +82,7 @@ class MergeableLinear(AdaptedLinear):
 class ParallelLinear(MergeableLinear):
     """Base of the parallel linears: a weight (a parameter, or NF4), an optional bias and an optional adapter."""
 
-    packed: Tensor | None = None  # the generator's, while the weight does not change (kernels/linear.py)
+    frozen = False  # while the generator runs, which needs no gradients (kernels/linear.py)
     bias: nn.Parameter | None
 
     def __init__(self, shard: Shard, bias: Shard | None, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None):
@@ -92,20 +91,20 @@ class ParallelLinear(MergeableLinear):
         self.weight, self.nf4 = linear_weight(shard, mesh, dtype, lora)
         self.bias = None if bias is None else sharded_parameter(bias, dtype=dtype, device=mesh.device)
 
-    def freeze(self, pack: bool) -> None:
-        """Packs the weight where `pack`; it must not change until `thaw`."""
-        self.packed = pack_weight(self.weight) if pack else None
+    def freeze(self) -> None:
+        """Chooses the kernel without gradients, until `thaw`."""
+        self.frozen = True
 
     def thaw(self) -> None:
         super().thaw()
-        self.packed = None
+        self.frozen = False
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ by this rank's rectangle of W."""
         merged = self.served
         if merged is None and self.nf4 is not None:
             return self.nf4(x)
-        return layer_linear(x, self.weight if merged is None else merged, self.packed if merged is None else None)
+        return layer_linear(x, self.weight if merged is None else merged, self.frozen)
 
 
 class ColumnParallelLinear(ParallelLinear):

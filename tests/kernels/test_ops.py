@@ -49,6 +49,7 @@ CALLS = {
     "grouped_matmul": (ROWS[0], randn(2, H, 3), BOUNDS),
     "grouped_outer": (*ROWS, BOUNDS),
     "kl_estimate": (*FLAT[:2], 3),
+    "linear_rows": (randn(N, H).bfloat16(), randn(V, H).bfloat16()),
     "logprob_backward": (randn(N, V), LABELS, STATS, *GRADS, 1.0, 0),
     "logprob_backward_": (randn(N, V), LABELS, STATS, *GRADS, 1.0, 0),
     "logprob_stats": (randn(N, V), LABELS, 1.0, 0),
@@ -100,13 +101,13 @@ FP32 = {
     "rms_norm_backward": (3,), "route_backward": (0, 2), "sample": (1, 3), "unpermute": (2,),
     "unpermute_backward": (3,),
 }  # fmt: skip
-ONLY_FP32 = {"adamw", "gae", "kl_estimate", "policy_loss", "value_loss"}
+ONE_DTYPE = {"adamw", "gae", "kl_estimate", "linear_rows", "policy_loss", "value_loss"}
 
 
 def arguments_of(op: str, changes: dict | None = None, dtype: torch.dtype = torch.float32) -> list:
     """New arguments for an op: `changes` by position; in `dtype` where the op takes it."""
     values = [(changes or {}).get(i, value) for i, value in enumerate(CALLS[op])]
-    narrow = set() if op in ONLY_FP32 else {i for i in range(len(values)) if i not in FP32.get(op, ())}
+    narrow = set() if op in ONE_DTYPE else {i for i in range(len(values)) if i not in FP32.get(op, ())}
     return [
         (value.to(dtype) if i in narrow and value.is_floating_point() else value).clone()
         if isinstance(value, Tensor)

@@ -49,7 +49,7 @@ def test_copies_fit_and_leave_logits_and_originals_as_they_were(folders, lora, s
         before, originals, spare = logits(model), held(model), int(share * model.merged_bytes)
         with model.adapter_off():
             base = logits(model)
-        model.freeze_weights(False, spare)
+        model.freeze_weights(spare)
         copies = [module.merged for module in linears(model) if module.merged is not None]
         assert sum(copy.nbytes for copy in copies) <= spare
         assert bool(copies) == (share > 0) and (len(copies) == len(linears(model))) == (share == 1)
@@ -68,14 +68,14 @@ def test_copies_fit_and_leave_logits_and_originals_as_they_were(folders, lora, s
 def test_without_a_budget_nothing_is_merged(folders):
     model = adapted(folders[DENSE], DENSE)
     before = logits(model)
-    model.freeze_weights(False)
+    model.freeze_weights()
     assert torch.equal(logits(model), before)
     assert not any(module.merged is not None or module.wide is not None for module in linears(model))
 
 
 def frozen_logits(rank: int, world: int, layout: Layout, folder: Path, lora: LoRA, share: float) -> Tensor:
     model = adapted(folder, lora, layout)
-    model.freeze_weights(False, int(share * model.merged_bytes))
+    model.freeze_weights(int(share * model.merged_bytes))
     return logits(model)
 
 
@@ -104,7 +104,7 @@ class Launches(TorchDispatchMode):
 def launches(model: Decoder, spare: int | None) -> int:
     """Of a forward of one token, as a decode step has it, with the weights frozen."""
     token = torch.zeros(1, dtype=torch.int64)
-    model.freeze_weights(False, spare)
+    model.freeze_weights(spare)
     with torch.no_grad(), Launches() as seen:
         model(token, token, lambda layer, q, k, v: q.clone())
     model.thaw_weights()
