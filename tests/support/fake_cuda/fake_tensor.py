@@ -77,6 +77,9 @@ class DeviceTensor(Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
     @property
     def data(self) -> Tensor:
         return self.detach()
