@@ -1,4 +1,4 @@
-"""Heartbeat of this process, for the watchdog: phase, current collective, and number of collectives."""
+"""Heartbeat of this process, for the watchdog: phase, current collective, and progress."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ class Heartbeat:
     Attributes:
         phase: of the run, for messages.
         collectives: number of collectives started; constant while the process hangs or computes on its own.
+        progress: number of collectives and of parts of work done (`tick`); constant while the process hangs.
         waits_in: name of the collective that has not returned yet; "" outside. On CUDA they return at once.
         phase_changed: set when the phase changes.
         failed_collective: name of the collective that failed, as happens when another rank exits; "" if none has.
     """
 
     def __init__(self) -> None:
-        self.phase, self.collectives, self.waits_in = "loading", 0, ""
+        self.phase, self.collectives, self.progress, self.waits_in = "loading", 0, 0, ""
         self.failed_collective, self.phase_changed = "", threading.Event()
 
     @contextmanager
@@ -32,10 +33,15 @@ class Heartbeat:
         finally:
             self.phase = before
 
+    def tick(self) -> None:
+        """Counts a part of work, such as a micro-batch, a decode step, a tensor written: the process does not hang."""
+        self.progress += 1
+
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
         """Counts a collective, and records its name until it returns."""
         self.collectives += 1
+        self.progress += 1
         self.waits_in = name
         try:
             yield

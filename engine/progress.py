@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from .heartbeat import HEARTBEAT
+
 REWARD_AND_KL = {"reward": "reward {:+.3f}", "kl": "KL {:.3f}"}
 BAR_AFTER = 1.0  # seconds until a task has a bar: shorter ones would only flicker
 LINE_AFTER = 5.0  # seconds until a task has a line, without a terminal
@@ -30,7 +32,8 @@ _tasks: list[TaskDisplay] = []  # of this process, the innermost last
 
 
 def report_progress(done: int, total: int) -> None:
-    """Updates the innermost task of this process, if any."""
+    """Updates the innermost task of this process, if any, and the heartbeat."""
+    HEARTBEAT.tick()
     if _tasks:
         _tasks[-1].show(done, total)
 

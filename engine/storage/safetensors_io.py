@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..heartbeat import HEARTBEAT
+
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -52,6 +54,7 @@ def write_stream(
             hashed = hasher.submit(digest.update, part)
             file.write(part)
             hashed.result()
+            HEARTBEAT.tick()
             del part, hashed  # or the loop would hold one tensor while it requests the next
         assert file.tell() == total, f"{path}: {file.tell()} bytes written, {total} described"
         file.flush()
@@ -66,4 +69,6 @@ def _numbers(tensor: Tensor) -> memoryview:
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes in hex."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    HEARTBEAT.tick()
+    return digest

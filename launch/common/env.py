@@ -18,9 +18,10 @@ from torch.distributed.rendezvous import rendezvous
 from trialign.algorithms.config.common import ParallelConfig
 from trialign.engine.heartbeat import HEARTBEAT
 from trialign.engine.mesh import Mesh, build_mesh
+from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.precision import sum_products_in_fp32
 
-from .signals import StopSignals
+from .signals import Exit, StopSignals
 from .watchdog import Watchdog
 
 # oneDNN caches 1024 compiled primitives, one a shape: gigabytes where the number of tokens differs from step to step.
@@ -133,8 +134,10 @@ def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> I
         mesh = build_mesh(**layout)
     try:
         yield mesh
-    except SystemExit:  # all ranks stop; after an error the watchdog goes on, to show that this rank is alive
-        watchdog.close()
+    except Exit as end:
+        if not end.failed:  # all ranks stop; after an error the watchdog goes on, to show that this rank is alive
+            watchdog.close()
         raise
+    gather_objects(None, mesh.world)  # NCCL's groups are destroyed by all ranks at once, or wait for each other
     watchdog.close()
     dist.destroy_process_group()

@@ -1,27 +1,65 @@
-"""Exits after errors under a launcher: one rank reports and writes torchrun's error file, the others wait."""
+"""Exits after errors: one rank reports rank, phase and cause, and writes torchrun's error file; the others wait."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from trialign.engine.errors import cause
 from trialign.engine.heartbeat import HEARTBEAT
 
-from .env import is_main
-from .watchdog import WAIT, Watchdog
+from .env import is_main, world_size
+from .signals import Exit, StopSignals
+from .watchdog import WAIT
+
+UNWIND = 5.0  # seconds for files and processes to be closed after an error; a library may wait for other ranks
 
 
-def leave(error: Exception, watchdog: Watchdog | None = None, *, alike: bool = False) -> NoReturn:
-    """Exits this rank after an error: with one line where users can cause it, else with a traceback. The first rank to
-    fail reports.
+@contextmanager
+def reported(signals: StopSignals) -> Iterator[None]:
+    """Reports whatever the block raises, and raises Exit; a SystemExit or KeyboardInterrupt of some function too, which
+    would leave the other ranks waiting."""
+    try:
+        yield
+    except Exit:
+        raise
+    except BaseException as error:
+        leave(error, signals)
+
+
+@contextmanager
+def ended() -> Iterator[None]:
+    """Ends the process where the block raises Exit and Python's own way out might not: after an error with other ranks,
+    whose collectives are left, and on CUDA, where work may be left."""
+    try:
+        yield
+    except Exit as end:
+        if not (end.failed and world_size() > 1 or torch.cuda.is_initialized()):
+            raise
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
+
+
+def leave(error: BaseException, signals: StopSignals | None = None, *, alike: bool = False) -> NoReturn:
+    """Raises Exit after an error is reported: in one line where users can cause it, else with a traceback. The first
+    rank to fail reports.
 
     Args:
-        watchdog: None where there are no other ranks, or they have not joined yet.
+        signals: of the run; None where it has not begun.
         alike: every rank has the same error.
     """
+    watchdog = None if signals is None else signals.watchdog
     if watchdog is not None and HEARTBEAT.failed_collective and isinstance(error, RuntimeError):
         report = watchdog.lost()
         if not report:
@@ -31,26 +69,38 @@ def leave(error: Exception, watchdog: Watchdog | None = None, *, alike: bool = F
         wait()
     try:
         raise error
-    except Exception:  # the handler writes the traceback of the exception being handled
+    except BaseException:  # the handler writes the traceback of the exception being handled
         get_error_handler().record_exception(error)
-    if isinstance(error, ValueError | OSError | ArithmeticError):
-        sys.exit(f"error: {error}")
-    traceback.print_exception(error)
-    sys.exit(1)
+    ordinary = isinstance(error, ValueError | OSError | ArithmeticError)
+    if not ordinary:
+        traceback.print_exception(error)
+    place = "" if alike or (ordinary and watchdog is None) else f"phase {HEARTBEAT.phase}: "
+    place = f"rank {os.environ.get('RANK', '0')}, {place}" if watchdog is not None else place
+    _exit(f"error: {place}{cause(error)}")
 
 
 def leave_together(message: str, main: bool) -> NoReturn:
-    """Exits every rank after an error that all of them have; the main one reports it."""
+    """Raises Exit on every rank after an error that all of them have; the main one reports it."""
     if not main:
         wait()
     try:
         raise RuntimeError(message)
     except RuntimeError as error:
         get_error_handler().record_exception(error)
-    sys.exit(message)
+    _exit(message)
+
+
+def _exit(message: str) -> NoReturn:
+    if world_size() == 1:
+        raise Exit(message, failed=True)
+    print(message, file=sys.stderr, flush=True)
+    timer = threading.Timer(UNWIND, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+    raise Exit(1, failed=True)
 
 
 def wait() -> NoReturn:
-    """Waits until the reporting rank has exited, then exits: the launcher blames the first rank that exits."""
+    """Waits until the reporting rank has exited, then raises Exit: the launcher blames the first rank that exits."""
     time.sleep(WAIT)
-    sys.exit(1)
+    raise Exit(1, failed=True)

@@ -106,17 +106,21 @@ def start(cls: type[Config], main: Callable[[Run[Config]], None], name: str, arg
     except ValueError as error:  # the same on every rank
         failures.leave(error, alike=True)
     signals = StopSignals(Path(config.run.folder), is_main())
-    try:
-        with signals, mesh_of(config.parallel, config.run.timeout, signals) as mesh, ExitStack() as stack:
-            run = Run(config, mesh, stack, name, signals)
-            lock = run_lock(run.folder)
-            run.record.check_shared_disk(run.on_all_ranks(lambda: stack.enter_context(lock) if mesh.is_main else ""))
-            run.record.open()
-            if not run.record.is_finished():
-                with run.phases.memory.explained(lambda: HEARTBEAT.phase):
-                    main(run)
-    except Exception as error:
-        failures.leave(error, signals.watchdog)
+    with (
+        failures.ended(),
+        failures.reported(signals),
+        signals,
+        mesh_of(config.parallel, config.run.timeout, signals) as mesh,
+        ExitStack() as stack,
+        failures.reported(signals),  # before files and processes are closed, which may take long
+    ):
+        run = Run(config, mesh, stack, name, signals)
+        lock = run_lock(run.folder)
+        run.record.check_shared_disk(run.on_all_ranks(lambda: stack.enter_context(lock) if mesh.is_main else ""))
+        run.record.open()
+        if not run.record.is_finished():
+            with run.phases.memory.explained(lambda: HEARTBEAT.phase):
+                main(run)
 
 
 class Run(Generic[Config]):
@@ -268,8 +272,8 @@ class Run(Generic[Config]):
 
     def finish(self, panels: Sequence[Panel], *shown: Any, role: ExportRole = "actor") -> None:
         """Exports the model, draws the plot, prints `shown`, then the paths of model and plot."""
-        HEARTBEAT.phase = "export"
-        if self.mesh.is_main:
+
+        def work() -> None:
             with self.progress.task("export"):
                 exported = self._export(role)
             picture = plot(self.folder / "metrics.jsonl", self.folder / f"{self.name}.png", panels)
@@ -278,6 +282,12 @@ class Run(Generic[Config]):
                 self.progress.print(text)
             self.record.write_finished(self.step, model=exported.name, plot=picture.name)
             self.progress.print(f"model: {exported}\nplot:  {picture}")
+
+        with HEARTBEAT.at("export"):
+            if self.signals.watchdog is not None:
+                self.signals.watchdog.wait_for_main("export", work)
+            elif self.mesh.is_main:
+                work()
 
     def _state_of_parts(self) -> dict[str, Any]:
         return {name: part.state() for name, part in self.parts.items()}

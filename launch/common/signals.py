@@ -34,6 +34,19 @@ NOTED = 0.5  # seconds for the main rank to write STOPPED before the launcher en
 UNWIND = 5.0  # seconds for the main thread to exit; it cannot while it waits in a library
 
 
+class Exit(SystemExit):
+    """An exit that is decided and reported, unlike a SystemExit that some function raises.
+
+    Args:
+        code: of the process, or the message that is printed.
+        failed: after an error, which the other ranks may not have met.
+    """
+
+    def __init__(self, code: int | str, *, failed: bool = False):
+        super().__init__(code)
+        self.failed = failed
+
+
 class StopSignals:
     """Receives requests in a thread of its own, as the main thread may wait in a library. A context manager.
 
@@ -45,6 +58,7 @@ class StopSignals:
         reason: of the first request to stop; "" while there is none.
         failed: the run ends by an error that is reported already; a signal is then the launcher's, which cleans up.
         watchdog: passes requests on to the other ranks; None where there are none.
+        launched: by torchrun, which ends the other ranks where one ends, and holds the job's store.
     """
 
     def __init__(self, folder: Path, main: bool):
@@ -54,7 +68,7 @@ class StopSignals:
         self._code: int | None = None
         self._timers: list[threading.Timer] = []
         self.watchdog: Watchdog | None = None
-        self._launched = "TORCHELASTIC_RUN_ID" in os.environ
+        self.launched = "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> StopSignals:
         self._check_stopped_before()
@@ -66,7 +80,7 @@ class StopSignals:
         self._handlers[END] = signal.signal(END, self._exit_main)
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._exit_again
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        if self._launched:
+        if self.launched:
             signal_at_end_of_parent(LAUNCHER_ENDED)
         self._thread.start()
         return self
@@ -114,10 +128,10 @@ class StopSignals:
         """Exits after the work is saved, so that the same command resumes it."""
         self.reason = self.reason or reason
         self._write_stopped()
-        sys.exit(EXIT_RESUMABLE)
+        raise Exit(EXIT_RESUMABLE)
 
     def end(self, code: int, unwind: float = UNWIND) -> None:
-        """Ends this process from any thread: its main thread leaves by SystemExit, or is killed after `unwind` s."""
+        """Ends this process from any thread: its main thread leaves by Exit, or is killed after `unwind` s."""
         self._code = code
         self._later(unwind, os._exit, code)
         self._signal_main()
@@ -140,10 +154,10 @@ class StopSignals:
         """Raises SystemExit in the main thread: once, so that cleanup is not disturbed."""
         if self._code is not None and not self._left:
             self._left = True
-            raise SystemExit(self._code)
+            raise Exit(self._code)
 
     def _exit_again(self, unraisable: Any) -> None:
-        """Exits again where the first SystemExit was within a finalizer or a callback, where Python drops it."""
+        """Exits again where the first Exit was within a finalizer or a callback, where Python drops it."""
         if self._left and isinstance(unraisable.exc_value, SystemExit):
             self._left = False
             self._later(0.02, self._signal_main)  # not within this hook, which is such a callback too
@@ -180,7 +194,7 @@ class StopSignals:
             elif not self._by_signal:
                 self._by_signal = True
                 self.request(signal.Signals(number).name)
-            elif not self._launched or self.seconds > ONE_REQUEST:
+            elif not self.launched or self.seconds > ONE_REQUEST:
                 self.end(128 + number, unwind=1.0)
 
     def _write_stopped(self) -> None:
@@ -201,7 +215,7 @@ class StopSignals:
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         stopped = self.folder / "STOPPED"
         if restarts and stopped.exists():
-            sys.exit(EXIT_RESUMABLE)
+            raise Exit(EXIT_RESUMABLE)
         if self.main:
             stopped.unlink(missing_ok=True)
 

@@ -1,8 +1,10 @@
 """A watchdog thread on every rank that names the rank all others wait for.
 
-Every rank writes its heartbeat into the job's store: phase, collectives begun, the main thread's Python stack. One
-without progress for run.timeout reads the others' heartbeats and names the late ranks: those without a new heartbeat,
-or not waiting as the others do. The same store passes requests to stop to all ranks, and has a failure reported once.
+Every rank writes its heartbeat into the job's store: phase, collectives begun, seconds without progress, the main
+thread's Python stack. One without progress for run.timeout reads the others' heartbeats and names the late ranks: those
+without a new heartbeat, or without progress either and not waiting as the others do. As long as the rank that the
+others wait for makes progress, they wait. The same store passes requests to stop to all ranks, and has a failure
+reported once.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from trialign.engine.errors import cause
 from trialign.engine.heartbeat import HEARTBEAT
 
 from .signals import StopSignals
@@ -24,7 +28,9 @@ from .signals import StopSignals
 FRAMES = 12  # innermost frames of a stack that are shown
 TICK = 0.2  # seconds between looks at the store
 CONFIRM = 3.0  # seconds in which every living rank confirms a request
-WAIT = 10.0  # seconds in which a launcher ends the ranks that have nothing to report
+WAIT = 5.0  # seconds in which a launcher ends the ranks that have nothing to report
+REPORTED = 2.0  # seconds in which a rank that has failed reports it, before those that lost it do
+STORE_LOST = "rank 0, whose process holds the job's store, has ended, or cannot be reached"
 Beats = dict[int, dict[str, Any]]
 
 
@@ -43,8 +49,8 @@ class Watchdog:
         self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.rank, self.world, self.timeout = rank, world, timeout
         self.signals, self.waits_show = signals, waits_show
-        self.interval = min(5.0, max(0.2, timeout / 10))
-        self._beat, self._closed = 0, threading.Event()
+        self.interval = min(1.0, max(0.2, timeout / 10))
+        self._beat, self._alone, self._moved, self._closed = 0, 0, time.monotonic(), threading.Event()
         self._lock = threading.Lock()  # of the store's connection
         signals.watchdog = self
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -57,24 +63,41 @@ class Watchdog:
         self._thread.join(WAIT)  # it may wait for a store that does not respond
 
     def first(self) -> bool:
-        """Whether this rank is the first to report a failure; without the store, whether it is the main one."""
+        """Whether this rank is the first to report a failure; without the store, whether it is the lowest alive."""
         try:
             self.signals.failed = True
             with self._lock:
                 return self.store.add("reported", 1) == 1
         except RuntimeError:
-            return self.rank == 0
+            return self.rank == (0 if self.signals.launched else 1)
 
     def lost(self) -> str:
         """The report on a failed collective, whose peer has ended; "" where another rank has reported."""
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline and not self.signals.reason:
-            if self._exists("reported"):
+        deadline = time.monotonic() + REPORTED
+        try:
+            while time.monotonic() < deadline and not self.signals.reason:
+                if self._exists("reported"):
+                    return ""
+                time.sleep(TICK)
+            if self.signals.reason:  # the launcher ends this rank, and reports which one failed
                 return ""
-            time.sleep(0.2)
-        if self.signals.reason:  # the launcher ends this rank, and reports which one failed
-            return ""
-        return self._report(self._late() or self._beats(), "a rank has ended, or cannot be reached")
+            return self._report(self._late() or self._beats(), "a rank has ended, or cannot be reached")
+        except RuntimeError:
+            return "" if self.signals.launched else STORE_LOST
+
+    def wait_for_main(self, name: str, work: Callable[[], None]) -> None:
+        """Runs `work` on the main rank; the others wait for its end without a collective, as long as it makes progress:
+        it may take longer than the process groups' timeout, and NCCL has nothing in flight meanwhile. Collective."""
+        self._alone += 1
+        key = f"alone/{self._alone}"
+        if self.rank == 0:
+            work()
+            with self._lock:
+                self.store.set(key, "")
+            return
+        with HEARTBEAT.waiting(f"{name} by rank 0"):
+            while not self._exists(key):
+                time.sleep(TICK)
 
     def broadcast(self, reason: str) -> bool:
         """Passes a request to stop on; whether all ranks have confirmed it in time."""
@@ -92,23 +115,26 @@ class Watchdog:
         return confirmed >= self.world
 
     def _watch(self) -> None:
-        moved, count, published = time.monotonic(), -1, 0.0
-        while not self._closed.is_set():
-            changed = HEARTBEAT.phase_changed.wait(TICK)
-            HEARTBEAT.phase_changed.clear()
-            now = time.monotonic()
-            if HEARTBEAT.collectives != count:
-                moved, count = now, HEARTBEAT.collectives
-            try:
+        progress, published = -1, 0.0
+        try:
+            while not self._closed.is_set():
+                changed = HEARTBEAT.phase_changed.wait(TICK)
+                HEARTBEAT.phase_changed.clear()
+                now = time.monotonic()
+                if HEARTBEAT.progress != progress:
+                    self._moved, progress = now, HEARTBEAT.progress
                 self._listen()
                 if changed or now - published > self.interval:
                     self._publish()
                     published = now
                 waits = HEARTBEAT.waits_in or not self.waits_show
-                if waits and now - moved > self.timeout and (late := self._late()):
-                    self._end(late, now - moved)
-            except RuntimeError:  # the store has ended, with the launcher or at the run's end
-                return
+                if waits and now - self._moved > self.timeout and (late := self._late()):
+                    self._end(late, now - self._moved)
+        except RuntimeError:  # the store has ended: at the run's end, with torchrun, which signals its ranks, or rank 0
+            if not self.signals.launched and not self._closed.wait(WAIT):
+                self._fail(ConnectionError(STORE_LOST))
+        except BaseException as error:  # the ranks must not go on without a watchdog
+            self._fail(error)
 
     def _listen(self) -> None:
         """Receives requests to stop from other ranks, and whether a failure is reported."""
@@ -129,6 +155,7 @@ class Watchdog:
             "beat": self._beat,
             "phase": HEARTBEAT.phase,
             "collectives": HEARTBEAT.collectives,
+            "idle": time.monotonic() - self._moved,
             "waits_in": HEARTBEAT.waits_in,
             "stack": "".join(traceback.format_stack(frame)[-FRAMES:]) if frame else "",
         }
@@ -137,13 +164,13 @@ class Watchdog:
 
     def _late(self) -> Beats:
         """The ranks that the others wait for; none where there is progress."""
-        before, count = self._beats(), HEARTBEAT.collectives
+        before, progress = self._beats(), HEARTBEAT.progress
         deadline = time.monotonic() + 4 * self.interval
         while time.monotonic() < deadline:
             time.sleep(self.interval)
             self._publish()  # the other ranks read this one's heartbeat too
         after = self._beats()
-        if HEARTBEAT.collectives != count:
+        if HEARTBEAT.progress != progress:
             return {}
         silent = {rank: beat for rank, beat in after.items() if beat.get("beat") == before[rank].get("beat")}
         for beat in silent.values():
@@ -152,7 +179,8 @@ class Watchdog:
             return silent
         busy = {rank: beat for rank, beat in after.items() if not beat["waits_in"]} if self.waits_show else {}
         fewest = min(beat["collectives"] for beat in after.values())
-        return busy or {rank: beat for rank, beat in after.items() if beat["collectives"] == fewest}
+        late = busy or {rank: beat for rank, beat in after.items() if beat["collectives"] == fewest}
+        return {rank: beat for rank, beat in late.items() if beat["idle"] > self.timeout - self.interval}
 
     def _beats(self) -> Beats:
         """Every rank's last heartbeat; {} where there is none."""
@@ -177,16 +205,20 @@ class Watchdog:
         return "\n".join(lines)
 
     def _end(self, late: Beats, seconds: float) -> None:
-        """Reports late ranks, unless another rank has, and ends this one, whose main thread cannot continue."""
+        """Reports late ranks."""
         waited = f"for {HEARTBEAT.waits_in or 'a collective'} for {seconds:.0f} s"
         headline = f"rank {self.rank} has waited {waited} in phase {HEARTBEAT.phase} (run.timeout)"
+        self._fail(TimeoutError(self._report(late, headline)))
+
+    def _fail(self, error: BaseException) -> None:
+        """Reports an error, unless another rank has, and ends this one, whose main thread cannot."""
         if self.first():
             try:
-                raise TimeoutError(self._report(late, headline))
-            except TimeoutError as error:
+                raise error
+            except BaseException:  # the handler writes the traceback of the exception being handled
                 get_error_handler().record_exception(error)
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
+            print(f"error: {cause(error)}", file=sys.stderr, flush=True)
+            os._exit(1)
         time.sleep(WAIT)
         os._exit(1)
 
