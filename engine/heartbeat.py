@@ -22,6 +22,11 @@ class Heartbeat:
     def __init__(self) -> None:
         self.phase, self.collectives, self.progress, self.waits_in = "loading", 0, 0, ""
         self.failed_collective, self.phase_changed = "", threading.Event()
+        self._failed, self._failed_in = 0, ""
+
+    def phase_of(self, error: BaseException) -> str:
+        """The innermost phase that an exception has left, or the current one."""
+        return self._failed_in if self._failed == id(error) else self.phase
 
     @contextmanager
     def at(self, phase: str) -> Iterator[None]:
@@ -30,6 +35,10 @@ class Heartbeat:
         self.phase_changed.set()
         try:
             yield
+        except BaseException as error:
+            if self._failed != id(error) and not isinstance(error, GeneratorExit):  # in the innermost phase
+                self._failed, self._failed_in = id(error), phase
+            raise
         finally:
             self.phase = before
 

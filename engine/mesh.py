@@ -154,20 +154,21 @@ def build_mesh(
     if job is None or size == 1:
         return _build(world, chosen, lambda *_: (None, None), tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, device=device)
     timeout, gloo = job._get_backend(torch.device(device)).options._timeout, dist.get_backend() == "gloo"
-    world = replace(world, group=job, host=job if gloo else _gloo_group([everyone], timeout))
+    world = replace(world, group=job, host=job if gloo else _new_group([everyone], timeout, "gloo"))
 
     def new_groups(name: str, lines: list[Line]) -> Groups:
-        if gloo:
-            group = _gloo_group(lines, timeout)
-            return group, group
-        group = dist.split_group(split_ranks=[list(line) for line in lines], timeout=timeout)
-        return group, _gloo_group(lines, timeout) if name in OBJECT_AXES else None
+        if gloo or job.bound_device_id is None:  # NCCL splits groups that are bound to a device
+            group = _new_group(lines, timeout)
+        else:
+            group = dist.split_group(split_ranks=[list(line) for line in lines], timeout=timeout)
+        host = _new_group(lines, timeout, "gloo") if not gloo and name in OBJECT_AXES else None
+        return group, group if gloo else host
 
     return _build(world, chosen, new_groups, tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, device=device)
 
 
-def _gloo_group(lines: list[Line], timeout: timedelta) -> dist.ProcessGroup | None:
-    """Creates a gloo group of each line; this rank's, None where it is in none. Collective over the job."""
+def _new_group(lines: list[Line], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup | None:
+    """Creates a group of each line; this rank's, None where it is in none. Collective over the job."""
     own, job = None, dist.group.WORLD
     assert job is not None
     # With a bound device torch splits the NCCL group too, in the ranks outside the new group alone: they would wait for
@@ -175,7 +176,7 @@ def _gloo_group(lines: list[Line], timeout: timedelta) -> dist.ProcessGroup | No
     device, job.bound_device_id = job.bound_device_id, None
     try:
         for line in lines:
-            group = dist.new_group(list(line), backend="gloo", timeout=timeout)
+            group = dist.new_group(list(line), backend=backend, timeout=timeout)
             own = own if isinstance(group, int) else group  # a number on ranks outside the group
     finally:
         job.bound_device_id = device

@@ -32,6 +32,7 @@ from trialign.algorithms.config.common import ModelPaths, ParallelConfig, requir
 from trialign.algorithms.config.run import RunConfig
 from trialign.algorithms.config.supervised import UpdateConfig
 from trialign.algorithms.data.chat import parse_tools, read_messages
+from trialign.algorithms.data.text_files import refuse_half_pairs
 from trialign.algorithms.rewards.encoder import ChatEncoder, Completion
 from trialign.algorithms.rewards.worker import describe_error
 from trialign.algorithms.roles.build import build_decoder, load_tokenizer, read_shape
@@ -147,6 +148,7 @@ def read_row(where: str, prompt: Any, completion: Any, chat: Any, finished: Any,
     Raises:
         ValueError: a field is malformed; names the row.
     """
+    refuse_half_pairs(where, {"prompt": prompt, "completion": completion, "messages": chat, "tools": tools})
     messages = chat or ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
     if not isinstance(messages, list) or not messages or not isinstance(completion, str):
         raise ValueError(f"{where}: needs a prompt (a string, or messages) and a completion (a string)")

@@ -25,6 +25,8 @@ class RewardConfig:
     """weights of the functions, models and servers, in this order (empty: 1 each)"""
     time_limit: float = 60.0
     """timeout in seconds of a function for one batch, and of one request to a server"""
+    function_gpus: str = ""
+    """CUDA_VISIBLE_DEVICES of the functions' processes, such as 7 (empty: they see no GPU)"""
     server_batch_size: int = 64
     """responses per request to a server"""
     server_max_attempts: int = 3

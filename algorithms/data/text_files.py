@@ -178,11 +178,11 @@ def _row(where: str, row: Any, text: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object such as {{...}}, not {type(row).__name__}")
     if "\\ud" in text.lower():
-        _refuse_half_pairs(where, row)
+        refuse_half_pairs(where, row)
     return row
 
 
-def _refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
+def refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
     """Refuse half of a surrogate pair, which JSON can write but no tokenizer reads."""
     for key, value in row.items():
         try:

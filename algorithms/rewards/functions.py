@@ -35,6 +35,7 @@ class RewardFunction:
     Args:
         spec: path/to/file.py:function or module:function (modules are also searched for in the working directory).
         time_limit: seconds for importing the file, and for each call.
+        gpus: the process's CUDA_VISIBLE_DEVICES; "": it sees no GPU.
         skip_failures: a call that fails leaves rows without a score, NaN, instead of raising. A function that raises
             is called again with each row alone; one that hangs or dies is restarted at the next call.
 
@@ -45,9 +46,9 @@ class RewardFunction:
         ValueError: the file, module or function does not exist or cannot be imported.
     """
 
-    def __init__(self, spec: str, time_limit: float = 60.0, *, skip_failures: bool = False):
+    def __init__(self, spec: str, time_limit: float = 60.0, *, gpus: str = "", skip_failures: bool = False):
         self._name = f"reward.functions={spec}"  # of the option, until it is loaded
-        self.spec, self.time_limit, self.skip_failures = spec, time_limit, skip_failures
+        self.spec, self.time_limit, self.gpus, self.skip_failures = spec, time_limit, gpus, skip_failures
         self.failures: list[str] = []
         self._start()
 
@@ -56,7 +57,7 @@ class RewardFunction:
         mode = ["skip"] if self.skip_failures else []
         self._process = subprocess.Popen(
             # -P: the worker's folder must not shadow modules
-            [sys.executable, "-P", str(worker), self.spec, str(os.getpid()), *mode],
+            [sys.executable, "-P", str(worker), self.spec, str(os.getpid()), self.gpus, *mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # a process group, killed as a whole

@@ -24,7 +24,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from ...engine.heartbeat import HEARTBEAT
 from ..batch import Prompt, Score
+from ..data.text_files import refuse_half_pairs
 
 T = TypeVar("T")
 LONGEST = 1 << 24
@@ -80,6 +82,7 @@ class RewardClient:
             part = slice(start, start + self.batch)
             try:
                 scores += self._request(prompts[part], completions[part], finished[part])
+                HEARTBEAT.tick()  # the other ranks wait
             except ValueError as error:
                 if not self.skip_failures:
                     raise
@@ -96,7 +99,11 @@ class RewardClient:
             "finished": list(finished),
             "fields": {key: [prompt.fields.get(key) for prompt in prompts] for key in columns},
         }
-        body = json.dumps(as_json(request), default=str, allow_nan=False).encode()
+        body = json.dumps(as_json(request), default=str, allow_nan=False)
+        if "\\ud" in body:  # an escape of half a pair, or of a whole one
+            for prompt, completion in zip(prompts, completions, strict=True):
+                texts = {"prompt": prompt.text, "completion": completion, "messages": prompt.messages}
+                refuse_half_pairs(f"reward server {self.url}: {prompt.where}", texts | prompt.fields)
         sources = [prompt.where for prompt in prompts]
         more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
         about = f"for {len(sources)} rows: {', '.join(sources[:8])}{more}"
@@ -105,7 +112,7 @@ class RewardClient:
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                return self._scores(self._post(body, about), sources, about)
+                return self._scores(self._post(body.encode(), about), sources, about)
             except NoResponse as error:
                 reason = str(error)
         count = f"{self.attempts} attempts" if self.attempts > 1 else "1 attempt"

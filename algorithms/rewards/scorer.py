@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ...engine.heartbeat import HEARTBEAT
 from ...engine.mesh import Mesh
 from ...engine.parallel.collectives import run_on_first_rank
 from ..batch import Batch, Prompt, Rollout, Score, pack, response_texts, turn_texts
@@ -58,7 +59,7 @@ class Scorer:
             skip = config.on_failure == "skip"
             sizes = {"batch": config.server_batch_size, "attempts": config.server_max_attempts}
             for spec in config.functions:
-                self.functions.append(RewardFunction(spec, config.time_limit, skip_failures=skip))
+                self.functions.append(RewardFunction(spec, config.time_limit, gpus=config.function_gpus, skip_failures=skip))
             for url in config.servers:
                 self.servers.append(RewardClient(url, config.time_limit, skip_failures=skip, **sizes))
 
@@ -93,7 +94,10 @@ class Scorer:
             prompts = with_conversations(rollouts, self.tokenizer)
             finished = [rollout.finish == "stop" for rollout in rollouts]
             texts = response_texts(rollouts, self.tokenizer)
-            by_function = [function.score(prompts, texts) for function in self.functions]
+            by_function = []
+            for function in self.functions:
+                by_function.append(function.score(prompts, texts))
+                HEARTBEAT.tick()  # the other ranks wait
             return by_function + [server.score(prompts, texts, finished) for server in self.servers]
 
         called = self._on_first_rank(call)

@@ -1,5 +1,7 @@
-"""The process a reward function runs in: `python -P worker.py path/to/file.py:function PARENT [skip]`.
+"""The process a reward function runs in: `python -P worker.py path/to/file.py:function PARENT GPUS [skip]`.
 Standard library only.
+
+GPUS is its CUDA_VISIBLE_DEVICES: with "" no GPU is visible, or every function's memory would be on that of rank 0.
 
 It ends with PARENT, the process that started it, even during a call that holds the interpreter lock.
 
@@ -28,6 +30,12 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+RANK = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
+"""Variables of a rank, besides TORCHELASTIC_*."""
 
 
 def load(spec: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
@@ -205,6 +213,14 @@ def culprit(function: Any, prompts: list, completions: list, sources: list, fiel
     return f"the {len(sources)} rows from {sources[0]} to {sources[-1]}, but for none of them alone"
 
 
+def leave_job(gpus: str) -> None:
+    """Set the visible GPUs, and remove the launcher's variables: this process is no rank, and a library that takes it
+    for one would wait for the others."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    for name in [name for name in os.environ if name in RANK or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+
+
 def end_with_parent(parent: int) -> None:
     """End this process with `parent`, which started it, even during a call."""
     by_kernel = signal_at_end_of_parent(signal.SIGKILL)
@@ -232,6 +248,7 @@ def main() -> None:
     os.dup2(2, 1)  # prints of the function must not mix with responses
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and it must not read requests
     end_with_parent(int(sys.argv[2]))
+    leave_job(sys.argv[3])
 
     def answer(**message: Any) -> None:
         sys.stdout.flush()  # or a later kill would lose the prints
@@ -255,7 +272,7 @@ def main() -> None:
             except ValueError as error:
                 answer(error=str(error))
             continue
-        if sys.argv[3:] == ["skip"]:
+        if sys.argv[4:] == ["skip"]:
             scores, failures = score_or_skip(function, request)
             answer(scores=scores, failures=failures)
             continue

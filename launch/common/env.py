@@ -1,9 +1,10 @@
-"""Environment variables that torchrun sets, and the mesh that is built from them."""
+"""Environment variables that torchrun or srun sets, and the mesh that is built from them."""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from trialign.engine.parallel.collectives import gather_objects
 from trialign.engine.precision import sum_products_in_fp32
 
 from .signals import Exit, StopSignals
+from .slurm import rank_variables
 from .watchdog import Watchdog
 
 # oneDNN caches 1024 compiled primitives, one a shape: gigabytes where the number of tokens differs from step to step.
@@ -30,6 +32,10 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # With a fixed workspace cuBLAS gives the same bits on every run, also where several streams multiply ("Results
 # reproducibility" in its documentation). torch reads the variable once, at its first product on CUDA.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+try:
+    os.environ.update(rank_variables(os.environ))
+except ValueError as error:
+    sys.exit(f"error: {error}")
 
 
 def world_size() -> int:
@@ -62,7 +68,28 @@ def pick_device(wanted: str) -> torch.device:
         raise ValueError("parallel.device=cuda: torch sees no CUDA device here; allowed: cpu, auto")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # One visible device: each rank has its own, as under srun --gpus-per-task or with a CUDA_VISIBLE_DEVICES a rank.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def check_own_device(store: Any, rank: int, world: int, device: str) -> None:
+    """Refuses two ranks on one GPU, which NCCL would answer with an error that names neither. Collective.
+
+    Args:
+        device: host and id of this rank's GPU.
+
+    Raises:
+        ValueError: on the second rank of a GPU; names both, and the GPU.
+    """
+    store.set(f"device/{rank}", device)
+    devices = [found.decode() for found in store.multi_get([f"device/{other}" for other in range(world)])]
+    first = devices.index(device)
+    if first < rank:
+        masks = os.environ.get("CUDA_VISIBLE_DEVICES", "is not set")
+        raise ValueError(
+            f"ranks {first} and {rank} have the same GPU, {device}: start at most as many ranks on a node as it has"
+            f" GPUs, or give each rank its own (CUDA_VISIBLE_DEVICES={masks} here)"
+        )
 
 
 def own_part(store: Any, rank: int, world: int, timeout: float) -> PrefixStore:
@@ -121,6 +148,10 @@ def mesh_of(parallel: ParallelConfig, timeout: float, signals: StopSignals) -> I
     store, rank, world = next(iter(rendezvous("env://", timeout=limit)))
     store = own_part(store, rank, world, timeout)
     watchdog = Watchdog(PrefixStore("watch", store), rank, world, timeout, signals, waits_show=backend == "gloo")
+    gpu = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
+    if gpu is not None:
+        with HEARTBEAT.waiting("the devices of all ranks"):
+            check_own_device(store, rank, world, f"{gpu} on {socket.gethostname()}")
     with HEARTBEAT.waiting("the start of all ranks"):
         dist.init_process_group(
             backend,

@@ -59,9 +59,11 @@ def leave(error: BaseException, signals: StopSignals | None = None, *, alike: bo
         signals: of the run; None where it has not begun.
         alike: every rank has the same error.
     """
-    watchdog = None if signals is None else signals.watchdog
+    watchdog, phase = None if signals is None else signals.watchdog, HEARTBEAT.phase_of(error)
     if watchdog is not None and HEARTBEAT.failed_collective and isinstance(error, RuntimeError):
         report = watchdog.lost()
+        if not report and signals is not None and signals.reason:  # the launcher ends this rank
+            raise Exit(1, failed=True)
         if not report:
             wait()
         error = ConnectionError(f"{report}\nin {HEARTBEAT.failed_collective}: {error}")
@@ -74,9 +76,9 @@ def leave(error: BaseException, signals: StopSignals | None = None, *, alike: bo
     ordinary = isinstance(error, ValueError | OSError | ArithmeticError)
     if not ordinary:
         traceback.print_exception(error)
-    place = "" if alike or (ordinary and watchdog is None) else f"phase {HEARTBEAT.phase}: "
+    place = "" if alike or (ordinary and watchdog is None) else f"phase {phase}: "
     place = f"rank {os.environ.get('RANK', '0')}, {place}" if watchdog is not None else place
-    _exit(f"error: {place}{cause(error)}")
+    _exit(f"error: {place}{cause(error, notes=ordinary)}")  # else they are in the traceback
 
 
 def leave_together(message: str, main: bool) -> NoReturn:

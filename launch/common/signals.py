@@ -31,6 +31,7 @@ LAUNCHER_ENDED = signal.SIGUSR2  # the kernel sends it when torchrun's agent end
 END = signal.SIGURG  # from the signal thread to the main one; ignored by default, so a stray one does no harm
 ONE_REQUEST = 1.0  # seconds: a scheduler signals all processes, and the agent passes it on to its ranks again
 NOTED = 0.5  # seconds for the main rank to write STOPPED before the launcher ends it
+CONFIRM = 3.0  # seconds in which every living rank confirms a request; twice as many within steps
 UNWIND = 5.0  # seconds for the main thread to exit; it cannot while it waits in a library
 
 
@@ -140,21 +141,21 @@ class StopSignals:
         """Ends the process outside of steps; within them the next safe point does."""
         # The launcher also ends this rank where another has died: that is no request, and a dead rank does not confirm.
         # Before the ranks have joined nothing distinguishes the two: then no STOPPED is written.
-        real = self.watchdog is None or self.watchdog.broadcast(self.reason)
+        real = self.watchdog is None or self.watchdog.broadcast(self.reason, CONFIRM * (1 + held))
         distinct = self.watchdog is not None or int(os.environ.get("WORLD_SIZE", "1")) == 1
         if held and real and self.main:
             print(f"{self.reason}: the run stops at its next safe point", file=sys.stderr, flush=True)
         if not held and real and distinct:
             self._write_stopped()
             time.sleep(0.0 if self.main else NOTED)
-        if not held:
+        if not held or not real:
             self.end(EXIT_RESUMABLE if real else 1)
 
     def _exit_main(self, *_: Any) -> None:
         """Raises SystemExit in the main thread: once, so that cleanup is not disturbed."""
         if self._code is not None and not self._left:
             self._left = True
-            raise Exit(self._code)
+            raise Exit(self._code, failed=self._code == 1)
 
     def _exit_again(self, unraisable: Any) -> None:
         """Exits again where the first Exit was within a finalizer or a callback, where Python drops it."""

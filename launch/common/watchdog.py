@@ -27,7 +27,6 @@ from .signals import StopSignals
 
 FRAMES = 12  # innermost frames of a stack that are shown
 TICK = 0.2  # seconds between looks at the store
-CONFIRM = 3.0  # seconds in which every living rank confirms a request
 WAIT = 5.0  # seconds in which a launcher ends the ranks that have nothing to report
 REPORTED = 2.0  # seconds in which a rank that has failed reports it, before those that lost it do
 STORE_LOST = "rank 0, whose process holds the job's store, has ended, or cannot be reached"
@@ -99,9 +98,9 @@ class Watchdog:
             while not self._exists(key):
                 time.sleep(TICK)
 
-    def broadcast(self, reason: str) -> bool:
+    def broadcast(self, reason: str, seconds: float) -> bool:
         """Passes a request to stop on; whether all ranks have confirmed it in time."""
-        deadline = time.monotonic() + CONFIRM
+        deadline = time.monotonic() + seconds
         try:
             with self._lock:
                 self.store.set("stop", reason)
@@ -144,7 +143,8 @@ class Watchdog:
             self.signals.request(reason)
         if not self.signals.failed and self._exists("reported"):
             self.signals.failed = True
-            timer = threading.Timer(WAIT, self.signals.end, (1,))  # where no launcher ends this rank before
+            # A signal was the launcher's then; where none ends this rank, it ends itself.
+            timer = threading.Timer(0 if self.signals.reason else WAIT, self.signals.end, (1,))
             timer.daemon = True
             timer.start()
 

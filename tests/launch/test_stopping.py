@@ -164,15 +164,65 @@ with StopSignals(pathlib.Path({str(tmp_path)!r}), True):
     assert "ignored" not in done.stderr and (tmp_path / "STOPPED").exists()
 
 
-@pytest.mark.parametrize("phase", ["loading", "rollout", "update", "checkpoint"])
-def test_hanging_rank_is_reported_with_phase_and_stack(forked, setting, tmp_path, phase):
-    arguments = begin(setting, tmp_path / "run", "--run.timeout", 3, "--run.save_every", 1)
-    done = forked.run("ppo", *arguments, ranks=2, fault={"phase": phase, "rank": 1, "signal": "SIGSTOP"})
-    assert done.codes == [1, None], done.output
+def short(setting: Path, folder: Path, *more: object) -> list[object]:
+    """Arguments of a run of one step."""
+    return begin(setting, folder, "--run.steps", 1, "--run.save_every", 1, "--run.show", 0, *more)
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank", "fault"),
+    [
+        ("loading", 1, {"hang": True}),
+        ("rollout", 1, {"signal": "SIGSTOP"}),
+        ("score", 1, {"hang": True}),
+        ("update", 1, {"hang": True}),
+        ("checkpoint", 1, {"hang": True}),
+        ("export", 0, {"hang": True}),
+    ],
+)
+def test_hanging_rank_is_reported_with_phase_and_stack(forked, setting, tmp_path, phase, rank, fault):
+    arguments = short(setting, tmp_path / "run", "--run.timeout", 3)
+    done = forked.run("ppo", *arguments, ranks=2, fault={"phase": phase, "rank": rank} | fault)
+    stopped = "signal" in fault
+    assert done.codes == ([1, None] if stopped else [1, 1]), done.output
     assert done.output.count("error:") == 1 and "run.timeout" in done.output, done.output
-    assert f"late: rank 1, phase {phase}, without a sign of life" in done.output, done.output
-    assert "in strike" in done.output and "forked.py" in done.output  # where it sleeps before it stops
-    assert done.errors[1] is None and "late: rank 1" in str(done.errors[0])
+    assert f"late: rank {rank}, phase {phase}{', without a sign of life' * stopped}" in done.output, done.output
+    assert "in strike" in done.output and "forked.py" in done.output  # where it sleeps
+    assert done.errors[rank] is None and f"late: rank {rank}" in str(done.errors[1 - rank])
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank", "error"),
+    [
+        ("rollout", 1, "SystemExit"),
+        ("score", 0, "KeyboardInterrupt"),
+        ("update", 1, "OutOfMemoryError"),
+        ("checkpoint", 0, "MemoryError"),
+        ("export", 0, "AssertionError"),
+    ],
+)
+@pytest.mark.parametrize("killed", [False, True])
+def test_failing_rank_ends_the_job(forked, setting, tmp_path, phase, rank, error, killed):
+    """Any exception, without a text too, and SIGKILL. In the update nothing but the ranks ends them."""
+    fault = {"phase": phase, "rank": rank} | ({"signal": "SIGKILL"} if killed else {"raise": error})
+    alone = phase == "update"
+    done = forked.run("ppo", *short(setting, tmp_path / "run"), ranks=2, fault=fault, launcher=not alone)
+    assert done.codes[rank] == (-signal.SIGKILL if killed else 1) and done.codes[1 - rank] == 1, done.output
+    assert not (tmp_path / "run" / "STOPPED").exists() and "exit code 75" not in done.output
+    if killed:
+        assert done.output.count("error:") == alone, done.output
+        assert not alone or f"late: rank {rank}, phase {phase}" in done.output, done.output
+    else:
+        assert done.output.count("error:") == 1, done.output
+        assert f"error: rank {rank}, phase {phase}: {error}" in done.output, done.output
+        assert error in str(done.errors[rank]) and done.errors[1 - rank] is None
+
+
+def test_hanging_reward_ends_the_job(forked, setting, tmp_path):
+    arguments = short(setting, tmp_path / "run", "--reward.functions", f"{setting}/rewards.py:sleeping")
+    done = forked.run("ppo", *arguments, "--reward.time_limit", 1, ranks=2, launcher=False)
+    assert done.codes == [1, 1] and done.output.count("error:") == 1, done.output
+    assert "reward.time_limit=1" in done.output and "rewards.py:sleeping" in done.output, done.output
 
 
 def test_failure_is_reported_once(forked, setting, tmp_path):

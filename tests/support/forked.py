@@ -2,9 +2,11 @@
 
 As a program: forks the ranks for each line of JSON on stdin, with a store and environment as under torchrun, and writes
 a line to stdout when all have ended or the time is up. A fault is a signal that a rank sends to itself, {"phase":
-"rollout", "nth": 2, "rank": 1, "signal": "SIGSTOP"}, `again` after some seconds; or a file to create, {"touch": PATH}.
+"rollout", "nth": 2, "rank": 1, "signal": "SIGSTOP"}, `again` after some seconds; a file to create, {"touch": PATH}; an
+exception of builtins or torch, {"raise": "MemoryError"}; or {"hang": true}.
 """
 
+import builtins
 import importlib
 import json
 import os
@@ -21,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from scripts import ENVIRONMENT, ROOT
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from trialign.engine.heartbeat import HEARTBEAT
@@ -65,14 +68,16 @@ class Forked:
         fault: dict[str, Any] | None = None,
         seconds: float = 180,
         ledgers: Path | None = None,
+        launcher: bool = True,
     ) -> Ended:
         """Runs a script's ranks to their end; kills those that have not ended in time.
 
         Args:
             ledgers: folder for the ledgers of the ranks' fake CUDA devices; None for a run on the CPU.
+            launcher: ends the other ranks where one fails, as torchrun does.
         """
         job = {"script": script, "arguments": list(map(str, arguments)), "ranks": ranks, "fault": fault}
-        job["ledgers"] = None if ledgers is None else str(ledgers)
+        job |= {"ledgers": None if ledgers is None else str(ledgers), "launcher": launcher}
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(job | {"seconds": seconds}), file=self.process.stdin, flush=True)
         return Ended(*json.loads(self.process.stdout.readline()))
@@ -94,14 +99,14 @@ def _serve() -> None:
             output, files = Path(folder, "output"), [Path(folder, f"{rank}.json") for rank in range(job["ranks"])]
             output.touch()
             pids = [_fork(job, rank, store.port, output, file) for rank, file in enumerate(files)]
-            codes = _wait(pids, time.monotonic() + job["seconds"])
+            codes = _wait(pids, time.monotonic() + job["seconds"], job["launcher"])
             errors = [json.loads(f.read_text())["message"]["message"] if f.exists() else None for f in files]
             print(json.dumps([codes, output.read_text(), errors]), file=replies, flush=True)
 
 
-def _wait(pids: list[int], deadline: float) -> list[int | None]:
+def _wait(pids: list[int], deadline: float, launcher: bool) -> list[int | None]:
     codes: dict[int, int | None] = dict.fromkeys(pids)
-    failed = False
+    failed = not launcher
     while None in codes.values() and time.monotonic() < deadline:
         for pid in pids:
             if codes[pid] is None:
@@ -109,7 +114,7 @@ def _wait(pids: list[int], deadline: float) -> list[int | None]:
                 codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
         if not failed and any(code not in (None, 0) for code in codes.values()):
             # As torchrun's agent ends the other ranks.
-            failed, deadline = True, min(deadline, time.monotonic() + 5)
+            failed, deadline = True, min(deadline, time.monotonic() + 10)
             for pid in (pid for pid, code in codes.items() if code is None):
                 os.kill(pid, signal.SIGTERM)
         time.sleep(0.02)
@@ -160,8 +165,13 @@ def _plant(fault: dict[str, Any]) -> None:
     def strike() -> None:
         if "touch" in fault:
             return Path(fault["touch"]).touch()
+        if "raise" in fault:
+            raise getattr(builtins, fault["raise"], None) or getattr(torch, fault["raise"])
+        if "hang" in fault:
+            time.sleep(1000)
         number = signal.Signals[fault["signal"]]
-        time.sleep(0.5 if number == signal.SIGSTOP else 0)  # the phase is published before the rank stops
+        # The phase is published before the rank ends or stops.
+        time.sleep(0.5 if number in (signal.SIGSTOP, signal.SIGKILL) else 0)
         if "again" in fault:
             threading.Timer(fault["again"], os.kill, (os.getpid(), number)).start()
         os.kill(os.getpid(), number)
