@@ -186,7 +186,7 @@ def refuse_half_pairs(where: str, row: dict[str, Any]) -> None:
     """Refuse half of a surrogate pair, which JSON can write but no tokenizer reads."""
     for key, value in row.items():
         try:
-            json.dumps({key: value}, ensure_ascii=False).encode()
+            json.dumps({key: value}, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise ValueError(f"{where}: {key!r} holds {half!a}, half of a surrogate pair: not valid text") from None

@@ -59,7 +59,9 @@ class Scorer:
             skip = config.on_failure == "skip"
             sizes = {"batch": config.server_batch_size, "attempts": config.server_max_attempts}
             for spec in config.functions:
-                self.functions.append(RewardFunction(spec, config.time_limit, gpus=config.function_gpus, skip_failures=skip))
+                self.functions.append(
+                    RewardFunction(spec, config.time_limit, gpus=config.function_gpus, skip_failures=skip)
+                )
             for url in config.servers:
                 self.servers.append(RewardClient(url, config.time_limit, skip_failures=skip, **sizes))
 

@@ -107,3 +107,21 @@ def test_restarted_job_has_a_store_prefix_of_its_own(launched):
         assert all(part.get("stop") == b"asked" for part in parts)
     with pytest.raises(TimeoutError, match="rank 1, 2"):
         env.own_part(server, 0, 3, 0.1)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"TRITON_CACHE_DIR": "mine"}, {"TRITON_HOME": "mine"}, {"writable": "by others"}]
+)
+def test_triton_cache_is_local_to_the_node(tmp_path, given):
+    """Unless the user names one, or the folder is open to others."""
+    folder = tmp_path / f"trialign-triton-{os.getuid()}"
+    if "writable" in given:
+        folder.mkdir()
+        folder.chmod(0o777)
+    program = f"import sys, os\nsys.path.insert(0, {str(ROOT / 'launch')!r})\nimport common.interrupts, tempfile\n"
+    program += "print(os.environ.get('TRITON_CACHE_DIR', ''))"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
+    environment = kept | {"TMPDIR": str(tmp_path)} | given
+    printed = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).strip()
+    assert printed == (given.get("TRITON_CACHE_DIR", "") if given else str(folder))
+    assert given or folder.stat().st_mode & 0o777 == 0o700

@@ -38,6 +38,19 @@ def test_functions_may_print_read_and_keep_state(tmp_path, capfd):
     assert captured.out == "" and captured.err.count("hello from reward") == 2
 
 
+@pytest.mark.parametrize("gpus", ["", "7,9"])
+def test_reward_process_is_no_rank_and_sees_the_gpus_it_is_given(tmp_path, monkeypatch, gpus):
+    """Else every function would be on the GPU of rank 0, and a library in it would wait for the job's other ranks."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    body = "import os\nleft = [n for n in os.environ if 'RANK' in n or n in ('WORLD_SIZE', 'MASTER_ADDR')]\n"
+    body += "left += [n for n in os.environ if n.startswith('TORCHELASTIC')]\n"
+    body += f"return [len(left), float(os.environ['CUDA_VISIBLE_DEVICES'] == {gpus!r})]"
+    with RewardFunction(function(tmp_path, body), gpus=gpus) as reward:
+        assert reward.score(PROMPTS, ["", ""]) == [0.0, 1.0]
+
+
 def test_large_batches_and_rows_after_a_failure_are_scored(tmp_path):
     body = "return [0.0 if t is None else 1 / len(c) for t, c in zip(topic, completions)]"
     with RewardFunction(function(tmp_path, body, "prompts, completions, topic")) as reward:

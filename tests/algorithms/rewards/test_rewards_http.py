@@ -83,6 +83,18 @@ def test_requests_are_batches_with_columns():
     assert seen[0]["fields"] == {"goal": [None, 2.0], "deep": [{"a": [1.5, None]}, None]}
 
 
+@pytest.mark.parametrize(
+    "row", [Prompt(0, [1], "p", {}, "a.jsonl:1"), Prompt(0, [1], "p", {"id": "\ud83d"}, "a.jsonl:1")]
+)
+def test_half_a_surrogate_pair_is_refused_by_its_row(row):
+    """It is no text: a server would refuse the whole request. A whole pair, an emoji, is text."""
+    with serving(lengths) as (url, seen), pytest.raises(ValueError, match=r"a\.jsonl:1: '\w+' holds '\\ud83d', half"):
+        RewardClient(url).score([row], ["a \U0001f600" if row.fields else "a \ud83d"], [True])
+    assert not seen
+    with serving(lengths) as (url, _):
+        assert RewardClient(url).score([Prompt(0, [1], "p")], ["\U0001f600"], [True]) == [1]
+
+
 INVALID = {
     "wrong count": (lambda r: (200, b'{"scores": [1, 2]}'), "returned 2 scores for 5 completions"),
     "NaN": (lambda r: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "returned nan for a.jsonl:3: must be a finite number"),

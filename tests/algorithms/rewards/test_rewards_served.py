@@ -100,6 +100,11 @@ BAD = {
     ),
     "messages of one": (request(messages=[[]]), "messages: must be a list of 2, one entry a row"),
     "tools in words": (request(fields={"tools": ["look", None]}), "row 0: tools='look': must be a list of function"),
+    "half a pair": (request(completions=["c", "d \ud83d"]), "row 1: 'completion' holds '\\ud83d', half of a surrogate"),
+    "half a pair in a message": (
+        request(prompts=["a", [{"role": "user", "content": "\udc00"}]]),
+        "row 1: 'prompt' holds",
+    ),
     "too long": (request(completions=["c", "d" * 200]), "max_tokens=128"),
 }
 
