@@ -156,7 +156,7 @@ def test_finished_chunks_of_the_reference_pass_are_reused(setting, tmp_path, mon
         return read(role, part, update)
 
     monkeypatch.setattr(dpo, "reference_sums", counted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="phase loading: KeyboardInterrupt"):
         start(sft_options(**DPO, run_output=tmp_path / "run"))
     start(sft_options(**DPO, run_output=tmp_path / "run"))
     assert seen == [5, 5, 5, 2]
