@@ -78,7 +78,7 @@ def vllm(args: argparse.Namespace, prompts: torch.Tensor, stack: ExitStack) -> C
     job = {"model": str(args.model), "dtype": args.dtype, "device": args.device, "new_tokens": args.new_tokens}
     job |= {"prompts": prompts.tolist(), "threads": torch.get_num_threads()}
     folder = Path(stack.enter_context(TemporaryDirectory()))
-    peer = Peer(args.vllm, Path(__file__).with_name("vllm_side.py"), job, folder)
+    peer = Peer(args.vllm, Path(__file__).with_name("vllm_peer.py"), job, folder)
     stack.callback(peer.close)
     print(f"vLLM {peer.read()['version']}", flush=True)
 

@@ -14,10 +14,10 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR"
 
 def main(path: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM prints
+    os.dup2(2, 1)  # output of libraries goes to standard error
     with open(path) as file:
         job = json.load(file)
-    import vllm
+    import vllm  # prints
 
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     engine = vllm.LLM(
