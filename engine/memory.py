@@ -96,14 +96,19 @@ class MemoryHolders:
         return held
 
     @contextmanager
-    def explained(self, phase: Callable[[], str]) -> Iterator[None]:
-        """Adds `report` as a note to an error within the block that says that memory could not be allocated."""
+    def explained(self, phase_of: Callable[[BaseException], str]) -> Iterator[None]:
+        """Adds `report` as a note to an error within the block that says that memory could not be allocated; once,
+        in the innermost block.
+
+        Args:
+            phase_of: the phase that an error was raised in.
+        """
         try:
             yield
         except Exception as error:
             if is_allocation_failure(error) and not hasattr(error, "explained"):
                 error.explained = True  # pyright: ignore[reportAttributeAccessIssue]
-                error.add_note(self.report(error, phase()))
+                error.add_note(self.report(error, phase_of(error)))
             raise
 
     def report(self, error: BaseException, phase: str) -> str:

@@ -81,7 +81,7 @@ class Profiler:
         start = time.perf_counter()
         self._open = work
         try:
-            with self.around(name), self.memory.explained(lambda: name):
+            with self.around(name), self.memory.explained(lambda error: name):
                 yield
         finally:
             self._open = None

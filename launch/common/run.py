@@ -119,7 +119,7 @@ def start(cls: type[Config], main: Callable[[Run[Config]], None], name: str, arg
         run.record.check_shared_disk(run.on_all_ranks(lambda: stack.enter_context(lock) if mesh.is_main else ""))
         run.record.open()
         if not run.record.is_finished():
-            with run.phases.memory.explained(lambda: HEARTBEAT.phase):
+            with run.phases.memory.explained(HEARTBEAT.phase_of):
                 main(run)
 
 
@@ -314,8 +314,7 @@ class Run(Generic[Config]):
         check_states({role: learner.optimizer for role, (learner, _) in self.learners.items()}, self.mesh)
         entries = trained_entries({role: learner for role, (learner, _) in self.learners.items()})
         root, keep = self.folder / "checkpoints", self.config.run.keep
-        explained = self.phases.memory.explained(lambda: HEARTBEAT.phase)
-        with HEARTBEAT.at("checkpoint"), explained, self.progress.task("checkpoint"):
+        with HEARTBEAT.at("checkpoint"), self.progress.task("checkpoint"):
             checkpoint.save(root, self.step, entries, state, self.mesh, keep=keep, assets=files)
         self.saved = self.step
 

@@ -92,8 +92,8 @@ def test_report_of_a_failure():
     memory.options = lambda phase, holder: {"cache": f"cache.size=3 of {phase}", "optimizer": "dp=1"}.get(holder, "")
     with (
         pytest.raises(RuntimeError) as caught,
-        memory.explained(lambda: "outer"),
-        memory.explained(lambda: "rollout"),
+        memory.explained(lambda error: "outer"),
+        memory.explained(lambda error: "rollout"),
         allocating("cache"),
     ):
         torch.empty(2**46)
@@ -105,7 +105,7 @@ def test_report_of_a_failure():
 
 
 def test_other_errors_get_no_report():
-    with pytest.raises(ValueError, match="x") as caught, MemoryHolders(CPU).explained(lambda: "update"):
+    with pytest.raises(ValueError, match="x") as caught, MemoryHolders(CPU).explained(lambda error: "update"):
         raise ValueError("x")
     assert not hasattr(caught.value, "__notes__")
 

@@ -21,17 +21,25 @@ import ppo
 from common import run
 from trialign.engine.profiler import Profiler
 
+def limit(phase):
+    if phase == sys.argv[2]:
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        size += int(sys.argv[3]) * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
 class Limited(Profiler):
     @contextlib.contextmanager
     def __call__(self, name, **options):
         with super().__call__(name, **options):
-            if name == sys.argv[2]:
-                size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-                limit = size + int(sys.argv[3]) * 2**20
-                resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+            limit(name)
             yield
 
 run.Profiler = Limited
+build = ppo.build_ppo_roles
+def build_ppo_roles(*given):
+    limit("loading")
+    return build(*given)
+ppo.build_ppo_roles = build_ppo_roles
 run.start(ppo.PPOConfig, ppo.main, "ppo", sys.argv[4:])
 """
 
@@ -55,11 +63,12 @@ def setting(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("phase", "spare", "options", "asking", "advice"),
     [
+        ("loading", 16, {}, "parameters", "parallel.tp=1, parallel.pp=1, lora.quantize=False"),
         ("rollout", 40, {"rollout.max_new_tokens": 3000}, "cache", "rollout.cache_gib=0.0, rollout.cache_fraction=0.5"),
         ("score", 8, {"rollout.max_new_tokens": 2}, "activations", "ppo.micro_batch_size=8, parallel.recompute=auto"),
         ("update", 8, {"rollout.max_new_tokens": 2}, "activations", "ppo.micro_batch_size=8, parallel.recompute=auto"),
     ],
-    ids=["rollout", "score", "update"],
+    ids=["loading", "rollout", "score", "update"],
 )
 def test_report_names_phase_request_holders_and_options(setting, phase, spare, options, asking, advice):
     words = ["--config", setting / "config.toml", "--run.output", setting / phase]
