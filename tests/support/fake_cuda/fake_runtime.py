@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fake_graphs import CUDAGraph, Graph
-from fake_ledger import LEDGER
+from fake_ledger import LEDGER, where
 from fake_tensor import State, deliver, wait
 from torch.cuda import nccl
 from torch.distributed import distributed_c10d
@@ -155,11 +155,12 @@ def patch_distributed() -> None:
     replaced = {"init_process_group": _init, "new_group": _new_group, "split_group": _split_group}
     for name, value in (replaced | {"get_backend": _group_backend}).items():
         setattr(dist, name, value)
-    distributed_c10d._get_object_coll_device = lambda group=None: (  # pyright: ignore
-        State.device.type if "cuda" in _kinds(group) else "cpu"
-    )
+    distributed_c10d._get_object_coll_device = _object_device  # pyright: ignore
     State.allowed = staticmethod(_allowed)
 
 
-def _kinds(group: Any) -> set[str]:
-    return {"cuda"} if _group_backend(group) == "nccl" else {"cpu"}
+def _object_device(group: Any = None) -> str:
+    """Device of pickled objects on their way. NCCL would take them, through two copies and waits: refused."""
+    if _group_backend(group) == "nccl":
+        raise RuntimeError(f"Python objects in a collective of nccl (at {where()})")
+    return "cpu"
