@@ -51,8 +51,8 @@ class Check:
     """folder of report.md; replaced"""
     config: Path = ROOT / "launch/configs/ppo_smollm2.toml"
     """config of the compared PPO steps"""
-    prompts: int = 8
-    """prompts of a PPO step"""
+    prompts: int = 0
+    """prompts of a compared PPO step (0: 8 on a GPU, 4 on a CPU)"""
     tests: tuple[str, ...] = (str(ROOT / "tests"),)
     """files or folders of the tests"""
     rows: tuple[int, ...] = ()
@@ -97,7 +97,7 @@ def sections(check: Check) -> list[Section]:
     given = ["--model", check.model, "--device", check.device]
     ppo = [*script("ppo_steps"), str(STEPS), str(work / "rollouts"), "--config", str(check.config)]
     ppo += ["--model.path", check.model, "--model.dtype", "float32", "--run.show", "0"]
-    ppo += ["--run.prompts_per_step", str(check.prompts)]
+    ppo += ["--run.prompts_per_step", str(check.prompts or (8 if gpu else 4))]
     on_cpu = [*ppo, "--parallel.device", "cpu", "--run.output", str(work / "cpu")]
     on_device = [*ppo, "--parallel.device", check.device, "--run.output", str(work / "device")]
     compare = lambda _: compared(work / "cpu", work / "device")  # noqa: E731
