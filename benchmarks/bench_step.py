@@ -61,13 +61,13 @@ class Bench:
 
 
 def counts(run: Call, device: torch.device) -> dict[str, int]:
-    """Kernels, launches and host synchronizations of a call; operators on a CPU."""
+    """Kernels, copies, launches and host synchronizations of a call; operators on a CPU."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as seen:
         run()
         wait(device)
     events = seen.events() or []
-    names = [event.name for event in events]
+    names = [event.name for event in events if event.device_type.name == "CPU"]
     if device.type != "cuda":
         operators = [
             e for e in events if e.name.startswith(("aten::", "trialign::", "mkldnn::")) and not e.cpu_children
@@ -75,7 +75,8 @@ def counts(run: Call, device: torch.device) -> dict[str, int]:
         return {"operators": len(operators)}
     on_device = [event for event in events if event.device_type.name == "CUDA"]
     return {
-        "kernels": len(on_device),
+        "kernels": sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device),
+        "copies": sum(event.name.startswith("Memcpy") for event in on_device),
         "launches": sum(name.startswith("cu") and any(word in name for word in LAUNCHES) for name in names),
         "synchronizations": sum(
             name.startswith("cu") and "Async" not in name and any(word in name for word in WAITS) for name in names
