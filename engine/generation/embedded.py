@@ -88,7 +88,8 @@ class EmbeddedGenerator(Generator):
                 raise ValueError(f"{name}={size}: must be at least 1")
         self.mesh, self.version, self.block_size = mesh, version, block_size
         self.max_running, self.prefill_tokens = max_running, prefill_tokens
-        self.cache_bytes = cache_bytes or int(cache_fraction * free_memory(mesh.device, mesh.world.size))
+        free = free_memory(mesh.device, mesh.world.size)
+        self.cache_bytes = cache_bytes or int(cache_fraction * free)
         self.max_length = max_length
         self.profiler = Profiler(mesh) if profiler is None else profiler
         self.interrupted: Callable[[], bool] = lambda: False
@@ -99,7 +100,9 @@ class EmbeddedGenerator(Generator):
         scheduler: type[Scheduler] = Scheduler if HOST is None else HOST.Scheduler
         self.scheduler = scheduler(block_size, self._cache_blocks(model), **limits)
         sizes = {"num_blocks": self.scheduler.pool.num_blocks, "block_size": block_size}
-        self.runner = ModelRunner(model, mesh, **sizes, lane_size=blocks_for(max_running, lanes))
+        # Half of what the cache leaves; the rest is for activations. On a CPU launches cost nothing to speak of.
+        spare = None if mesh.device.type == "cpu" else self._smallest(max(0, free - self.cache_bytes) // 2)
+        self.runner = ModelRunner(model, mesh, **sizes, lane_size=blocks_for(max_running, lanes), spare=spare)
         self.profiler.memory.add(self.runner, ModelRunner.memory)
         self.tick = 0  # the same on all ranks of tp, pp and ep
         self._next_id = 0
@@ -125,12 +128,16 @@ class EmbeddedGenerator(Generator):
 
     def _cache_blocks(self, model: Model) -> int:
         """Blocks of the cache: what the budgets of all stages allow, at most what `max_running` sequences need."""
-        mesh, limit = self.mesh, model.config.longest_rollout
+        limit = model.config.longest_rollout
         per_block = PagedCache.bytes_per_block(model.kv_shape, self.block_size, model.dtype)
         needed = self.max_running * blocks_for(min(limit, self.max_length or limit), self.block_size)
         # Memory, layers and heads may differ by rank, but all must plan with the same number of blocks.
-        blocks = torch.tensor(min(self.cache_bytes // max(1, per_block), needed), device=mesh.device)
-        return int(all_reduce(all_reduce(blocks, mesh.tp, "min"), mesh.pp, "min"))
+        return self._smallest(min(self.cache_bytes // max(1, per_block), needed))
+
+    def _smallest(self, value: int) -> int:
+        """The smallest value on the ranks of tp and pp. Collective."""
+        smallest = torch.tensor(value, device=self.mesh.device)
+        return int(all_reduce(all_reduce(smallest, self.mesh.tp, "min"), self.mesh.pp, "min"))
 
     def add(self, request: Request) -> int:
         self._check(request)

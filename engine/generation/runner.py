@@ -59,8 +59,9 @@ class Model(Protocol):
         """[tokens, hidden] -> [tokens, vocab/tp]; last stage only."""
         ...
 
-    def freeze_weights(self) -> None:
-        """Caches what depends on the weights alone, which do not change until `thaw_weights`."""
+    def freeze_weights(self, spare: int | None) -> None:
+        """Caches what depends on the weights alone, which do not change until `thaw_weights`: with adapters merged and
+        NF4 unpacked in copies of at most `spare` bytes; None: as training computes."""
         ...
 
     def thaw_weights(self) -> None:
@@ -79,13 +80,16 @@ class ModelRunner:
         num_blocks: of the cache.
         block_size: tokens in a block.
         lane_size: sequences in a lane at most.
+        spare: of `freeze_weights`.
 
     Attributes:
         lanes: rows of the running sequences, one lane for each pipeline stage.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, *, num_blocks: int, block_size: int, lane_size: int) -> None:
-        self.model, self.mesh, self.num_blocks, self.block_size = model, mesh, num_blocks, block_size
+    def __init__(
+        self, model: Model, mesh: Mesh, *, num_blocks: int, block_size: int, lane_size: int, spare: int | None = None
+    ) -> None:
+        self.model, self.mesh, self.num_blocks, self.block_size, self.spare = model, mesh, num_blocks, block_size, spare
         self.lanes = [Lane(padded(lane_size), num_blocks, mesh.device) for _ in range(mesh.pp.size)]
         self.cache: PagedCache | None = None
         self.graphs = self._new_graphs()
@@ -112,7 +116,7 @@ class ModelRunner:
                 self.cache = PagedCache(self.model.kv_shape, self.num_blocks, self.block_size, **options)
         lane.prepare(step, width)
         if not self._frozen:
-            self.model.freeze_weights()
+            self.model.freeze_weights(self.spare)
             self._frozen = True
             self.graphs = self._new_graphs()
 
