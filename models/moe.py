@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ..engine.mesh import Mesh
 from ..engine.parallel.collectives import all_reduce, copy_to_region, from_mesh, reduce_from_region
 from ..engine.parallel.expert import Dispatch, ExpertLinear, from_experts, to_experts
-from ..engine.parallel.lora import AdaptedLinear, Adapter, LoRA
+from ..engine.parallel.lora import Adapter, LoRA
 from ..engine.parallel.shard import Shard, full_piece, replicated, sharded_parameter
+from ..engine.parallel.tensor import MergeableLinear
 from ..kernels.moe import permute, route, router_logits, sort_by_expert, unpermute
 from ..kernels.swiglu import swiglu
 from .config import ModelConfig, MoEConfig
@@ -82,20 +83,25 @@ class _WithLoss(torch.autograd.Function):
         return grads[0], torch.ones((), device=grads[0].device)
 
 
-class Router(AdaptedLinear):
+class Router(MergeableLinear):
     """[n, hidden] -> logits [n, experts] fp32; replicated over tp. `target` is its LoRA target."""
+
+    merged_dtype = torch.float32  # rounded to bf16, the generator would choose other experts than training does
 
     def __init__(
         self, hidden: int, experts: int, mesh: Mesh, dtype: torch.dtype, lora: LoRA | None = None, target: str = ""
     ):
         super().__init__()
-        self.weight = sharded_parameter(replicated(experts, hidden), dtype=dtype, device=mesh.device)
+        self.weight, self.nf4 = sharded_parameter(replicated(experts, hidden), dtype=dtype, device=mesh.device), None
         if lora is not None and lora.adapts(target):
             adapter = Adapter(lora, {"": experts}, [""], None, mesh.tp)
             a, b = (Shard((full_piece(shape),), adapter=True) for shape in ((lora.rank, hidden), (experts, lora.rank)))
             self.add_adapter(adapter, a, b, mesh, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        merged = self.served
+        if merged is not None:
+            return x.float() @ merged.t()
         logits = router_logits(x, self.weight)
         return logits if self.active is None else self.with_adapter(logits, x.float())
 

@@ -146,9 +146,10 @@ class ModelRunner:
         tables, cached = lane.tables[:decoding], lane.length[:decoding].int()
         tokens, positions = lane.last[:decoding], lane.length[:decoding] - 1
         slots = tables.gather(1, (positions // block)[:, None])[:, 0].long() * block + positions % block  # [decoding]
-        starts, longest = positions, 0
+        starts, bounds, longest = positions, positions, 0
         if prefill is not None:
             starts, longest = to_device(prefill.starts, device), prefill.longest  # cu_seqlens of the prefilled rows
+            bounds = starts.int()  # as the libraries' attention takes them, once a step
             more = to_device(prefill.tokens, device)  # [3, tokens]
             tokens, positions, slots = torch.cat((torch.stack((tokens, positions, slots)), more), 1)
 
@@ -157,7 +158,7 @@ class ModelRunner:
             write_kv(k, v, keys, values, slots)
             if prefill is None:
                 return paged_attention(q, keys, values, tables, cached, **options)
-            new = packed_attention(q[decoding:], k[decoding:], v[decoding:], starts, longest, **options)
+            new = packed_attention(q[decoding:], k[decoding:], v[decoding:], bounds, longest, **options)
             if not decoding:
                 return new
             return torch.cat((paged_attention(q[:decoding], keys, values, tables, cached, **options), new))

@@ -37,14 +37,19 @@ def linear_weight(
 class MergeableLinear(AdaptedLinear):
     """Base of linears whose weight, a parameter or NF4, the generator may copy with the adapter merged."""
 
-    nf4: NF4Weight | None
+    nf4: NF4Weight | None  # set by the class: a default here would hide the submodule
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """Of `merged`."""
+        return self.weight.dtype
 
     @property
     def merged_bytes(self) -> int:
         """Size of `merged`; 0 where there is nothing to merge or unpack."""
         if self.active is None and self.nf4 is None:
             return 0
-        return self.weight.numel() * self.weight.element_size()
+        return self.weight.numel() * self.merged_dtype.itemsize
 
     def freeze_adapter(self, spare: int) -> int:
         """Merges adapter and NF4 into a copy of at most `spare` bytes, or makes the adapter one product; until `thaw`,
@@ -63,9 +68,9 @@ class MergeableLinear(AdaptedLinear):
     @torch.no_grad()
     def _merged(self) -> Tensor:
         """W + s B A, summed in fp32 a part at a time and rounded once."""
-        dtype, packed = self.weight.dtype, None if self.nf4 is None else self.nf4.packed()
+        dtype, packed = self.merged_dtype, None if self.nf4 is None else self.nf4.packed()
         wide = torch.promote_types(dtype, torch.float32)
-        merged = self.weight.detach().clone() if packed is None else nf4_unpack(packed, dtype)
+        merged = self.weight.to(dtype, copy=True) if packed is None else nf4_unpack(packed, dtype)
         if self.active is not None:
             for rows, b, a in self.active.products(self.lora_a, self.lora_b):
                 base = self.weight[rows].to(wide) if packed is None else nf4_unpack(packed.rows(rows), wide)

@@ -19,7 +19,6 @@ from trialign.engine.parallel.lora import LoRA, adapted_linears
 from trialign.engine.parallel.tensor import MergeableLinear
 from trialign.models.decoder import Decoder
 from trialign.models.lora import EVERY_TARGET, TARGETS
-from trialign.models.moe import Router
 
 DENSE, MOE = (LoRA(4, 8.0, targets) for targets in (TARGETS, EVERY_TARGET))
 QDENSE, QMOE = (LoRA(4, 8.0, targets, quantize=True) for targets in (TARGETS, EVERY_TARGET))
@@ -121,10 +120,10 @@ def test_launches_of_a_decode_step(folders):
 
 
 def test_launches_of_a_decode_step_of_a_mixture(folders):
-    """As above; the adapter of a router stays, and an expert's product is added by a third launch."""
+    """As above; an expert's product is added by a third launch."""
     plain, alone = build(folders[MOE], build_mesh()), adapted(folders[MOE], MOE)
     least, matrices = launches(plain, None), adapted_linears(alone)
-    routers, experts = (sum(isinstance(m, kind) for m in matrices) for kind in (Router, ExpertLinear))
+    experts = sum(isinstance(m, ExpertLinear) for m in matrices)
     for model in (alone, adapted(folders[MOE], QMOE)):
-        assert launches(model, model.merged_bytes) == least + 2 * routers
+        assert launches(model, model.merged_bytes) == least
     assert launches(alone, 0) <= least + 2 * len(matrices) + experts < launches(alone, None)
