@@ -46,14 +46,15 @@ class _LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         hidden, weight, labels, stats = ctx.saved_tensors
-        grads = [None if g is None else g.contiguous() for g in grads]
+        grad_logprob, grad_entropy = (None if g is None else g.contiguous() for g in grads)
         grad_hidden = torch.zeros_like(hidden, dtype=stats.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         chunks, work = _chunks(hidden, weight)
         for start, end in chunks:
             piece = weight[start:end]
+            logits = _logits(hidden, piece, work)
             where = ctx.scale, ctx.vocab_start + start
-            logits = piece_gradient_(_logits(hidden, piece, work), labels, stats, *grads, *where)
+            logits = piece_gradient_(logits, labels, stats, grad_logprob, grad_entropy, *where)
             if grad_hidden is not None:
                 _add_product_(grad_hidden, logits, piece)
             if grad_weight is not None:

@@ -130,8 +130,8 @@ class ExpertAdapter(Adapter):
         rows = sum(self.outputs.values())
         experts = len(a) // (len(self.parts) * self.lora.rank)
         for expert, (own_a, own_b) in enumerate(zip(a.chunk(experts), b.chunk(experts), strict=True)):
-            for part, *factors in super().products(own_a, own_b):
-                yield slice(expert * rows + part.start, expert * rows + part.stop), *factors
+            for part, part_b, part_a in super().products(own_a, own_b):
+                yield slice(expert * rows + part.start, expert * rows + part.stop), part_b, part_a
 
     def block_diagonal(self, a: Tensor, b: Tensor) -> Tensor | None:
         if len(self.outputs) == 1:

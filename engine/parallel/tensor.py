@@ -37,19 +37,15 @@ def linear_weight(
 class MergeableLinear(AdaptedLinear):
     """Base of linears whose weight, a parameter or NF4, the generator may copy with the adapter merged."""
 
+    merged_dtype: torch.dtype | None = None  # of `merged`; None for the weight's
     nf4: NF4Weight | None  # set by the class: a default here would hide the submodule
-
-    @property
-    def merged_dtype(self) -> torch.dtype:
-        """Of `merged`."""
-        return self.weight.dtype
 
     @property
     def merged_bytes(self) -> int:
         """Size of `merged`; 0 where there is nothing to merge or unpack."""
         if self.active is None and self.nf4 is None:
             return 0
-        return self.weight.numel() * self.merged_dtype.itemsize
+        return self.weight.numel() * (self.merged_dtype or self.weight.dtype).itemsize
 
     def freeze_adapter(self, spare: int) -> int:
         """Merges adapter and NF4 into a copy of at most `spare` bytes, or makes the adapter one product; until `thaw`,
@@ -68,7 +64,7 @@ class MergeableLinear(AdaptedLinear):
     @torch.no_grad()
     def _merged(self) -> Tensor:
         """W + s B A, summed in fp32 a part at a time and rounded once."""
-        dtype, packed = self.merged_dtype, None if self.nf4 is None else self.nf4.packed()
+        dtype, packed = self.merged_dtype or self.weight.dtype, None if self.nf4 is None else self.nf4.packed()
         wide = torch.promote_types(dtype, torch.float32)
         merged = self.weight.to(dtype, copy=True) if packed is None else nf4_unpack(packed, dtype)
         if self.active is not None:

@@ -87,20 +87,23 @@ def _varlen(q, k, v, cu_seqlens, max_seqlen, scale, alibi_slopes, window):
     }
 
 
+_DETERMINISTIC: Any = torch.utils.deterministic  # a module with a property
+
+
 def in_order(out: torch.Tensor) -> torch.Tensor:
     """`out` of varlen_attn, whose backward sums d q in one order: torch asks its global switch when that node runs."""
     node, found = out.grad_fn, []
     if node is not None:
 
         def begin(_) -> None:
-            found.append((torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory))
-            torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every buffer with NaN first
+            found.append((torch.get_deterministic_debug_mode(), _DETERMINISTIC.fill_uninitialized_memory))
+            _DETERMINISTIC.fill_uninitialized_memory = False  # it would fill every buffer with NaN first
             torch.set_deterministic_debug_mode("error")
 
         def end(*_) -> None:
             mode, fill = found.pop()
             torch.set_deterministic_debug_mode(mode)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            _DETERMINISTIC.fill_uninitialized_memory = fill
 
         node.register_prehook(begin)
         node.register_hook(end)

@@ -19,7 +19,6 @@ from trialign.models.lora import EVERY_TARGET, TARGETS
 from trialign.models.moe import Routing, moe_layers
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
-BF16 = {"dtype": torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def cuda_mesh(ep: int = 1) -> Mesh:
 def step_waits(folder: Path, recompute: bool, lora: LoRA | None, ep: int) -> tuple[dict[str, int], int, int]:
     """{kind: waits} of a forward and backward with the router losses; MoE layers; sums that are on the device."""
     mesh = cuda_mesh(ep)
-    model = build(folder, mesh, lora, recompute=recompute, **BF16)
+    model = build(folder, mesh, lora, recompute=recompute, dtype=torch.bfloat16)
     batch = pack(samples(VOCAB)).to(mesh.device)
     routing = Routing(batch.cu_seqlens, 1e-3)
     stage_forward(model, batch, None, routing).float().sum().backward()  # scales of NF4 are quantized once
@@ -64,11 +63,11 @@ def test_a_mixture_over_ep_waits_once_a_layer(fake, tmp_path, recompute):
 
 def decode_launches(folder: Path, lora: LoRA | None, share: float | None, rows: int) -> tuple[int, int]:
     """Launches and waits of a decode step's layers, with the weights frozen for a rollout."""
-    model = build(folder, cuda_mesh(), lora, **BF16)
+    model = build(folder, cuda_mesh(), lora, dtype=torch.bfloat16)
     token = torch.zeros(rows, dtype=torch.int64, device=model.mesh.device)
     with torch.no_grad():
         for _ in range(2):
-            model.freeze_weights(False, None if share is None else int(share * model.merged_bytes))
+            model.freeze_weights(None if share is None else int(share * model.merged_bytes))
             LEDGER.clear()
             model(token, token, lambda layer, q, k, v: q.clone())
     return sum(LEDGER.launches.values()), sum(LEDGER.syncs.values())

@@ -1,6 +1,7 @@
 """The generator's copies of weights, adapters merged and NF4 unpacked: same logits and originals, fewer launches."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from trialign.models.lora import EVERY_TARGET, TARGETS
 
 DENSE, MOE = (LoRA(4, 8.0, targets) for targets in (TARGETS, EVERY_TARGET))
 QDENSE, QMOE = (LoRA(4, 8.0, targets, quantize=True) for targets in (TARGETS, EVERY_TARGET))
-WIDE = {"hidden_size": 128, "intermediate_size": 256}  # rows of whole NF4 blocks in two TP ranks
+WIDE: Any = {"hidden_size": 128, "intermediate_size": 256}  # rows of whole NF4 blocks in two TP ranks
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from trialign.kernels import attention, dispatch, grouped_matmul, linear
 from trialign.kernels.backends.libraries import LIBRARIES, in_order, library
 from trialign.models.decoder import Decoder
 from trialign.models.families.registry import read_config
+
+DETERMINISTIC: Any = torch.utils.deterministic  # a module with a property
 
 
 def by_rules(q, k, v, cu_seqlens, scale, window_size, alibi_slopes=None):
@@ -88,22 +91,21 @@ def test_varlen_backward_sums_in_one_order():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "varlen_attn" in str(func):
-                fill = torch.utils.deterministic.fill_uninitialized_memory
+                fill = DETERMINISTIC.fill_uninitialized_memory
                 seen.append((str(func), torch.are_deterministic_algorithms_enabled(), fill))
             return func(*args, **(kwargs or {}))
 
     q, k, v = (torch.empty(12, h, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, 2, 2))
     bounds = torch.empty(3, dtype=torch.int32, device="meta")
     positional, named = LIBRARIES["attention"][2].call(q, k, v, bounds, 7, 0.5, None, None)
-    assert (
-        in_order(varlen.varlen_attn(*(t.detach() for t in positional[:3]), *positional[3:], **named)).shape == q.shape
-    )
-    out = in_order(varlen.varlen_attn(*positional, **named))
+    function: Any = varlen.varlen_attn
+    assert in_order(function(*(t.detach() for t in positional[:3]), *positional[3:], **named)).shape == q.shape
+    out = in_order(function(*positional, **named))
     for _ in range(2):
         with Watch():
             torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
     assert seen == [("torch_attn._varlen_attn_backward.default", True, False)] * 2
-    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled() and DETERMINISTIC.fill_uninitialized_memory
 
 
 @pytest.mark.parametrize("counts", [[8, 0, 16], [3, 1, 20]])
