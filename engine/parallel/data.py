@@ -250,8 +250,8 @@ class DataParallel:
         """
         found = []
         for bucket, name, piece, at in self.rectangles():
-            states = bucket.states | {"grad": bucket.grads[bucket.local]}
             for checked in [kind] if kind else bucket.states:
-                if not states[checked][at].isfinite().all():
+                state = bucket.grads[bucket.local] if checked == "grad" else bucket.states[checked]
+                if not state[at].isfinite().all():
                     found.append(f"{checked} of {name}{'#' * bool(piece.part)}{piece.part}")
         return list(dict.fromkeys(found))

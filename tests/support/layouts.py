@@ -38,16 +38,17 @@ FOUR_RANKS = (Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2))
 
 
 def whole_states(**learners: Learner) -> dict[str, Tensor]:
-    """Whole masters, moments and gradients of the last step, on every rank: `role/kind/weight`. Collective."""
+    """Whole masters, moments and gradients of the last step, if any, on every rank: `role/kind/weight`. Collective."""
     states: dict[str, Tensor] = {}
     for role, learner in learners.items():
         optimizer, model = learner.optimizer, learner.model
         for bucket in optimizer.buckets:
-            bucket.states["grad"] = bucket.grads[bucket.local]
+            if bucket.grad_bytes:
+                bucket.states["grad"] = bucket.grads[bucket.local]
         entries = optimizer.entries(role, partial(trained_name, config=model.config, head=model.kind))
         states |= assemble(entries, learner.mesh.world)
         for bucket in optimizer.buckets:
-            del bucket.states["grad"]
+            bucket.states.pop("grad", None)
     return states
 
 
