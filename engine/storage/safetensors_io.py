@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -19,8 +20,12 @@ import torch
 from torch import Tensor
 
 from ..heartbeat import HEARTBEAT
+from ..transfer import HostCopy
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+PART = 64 << 20
+"""Bytes of a copy from a device; of one size, so that its pinned memory is used again."""
 
 
 def write_stream(
@@ -50,7 +55,7 @@ def write_stream(
 
     # A second thread hashes while this one writes; both release the interpreter's lock.
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
-        for part in chain((len(head).to_bytes(8, "little"), head), map(_numbers, tensors)):
+        for part in chain((len(head).to_bytes(8, "little"), head), chain.from_iterable(map(_numbers, tensors))):
             hashed = hasher.submit(digest.update, part)
             file.write(part)
             hashed.result()
@@ -62,8 +67,18 @@ def write_stream(
     return digest.hexdigest()
 
 
-def _numbers(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+def _numbers(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor; one on a device in parts through pinned memory, the next of which is copied meanwhile."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if not flat.is_cuda:
+        yield flat.numpy().data
+        return
+    copies: deque[HostCopy] = deque()
+    for part in flat.split(PART):
+        copies.append(HostCopy(part))
+        if len(copies) > 1:
+            yield copies.popleft().numpy().data
+    yield copies.popleft().numpy().data
 
 
 def sha256(path: Path) -> str:
