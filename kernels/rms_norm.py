@@ -38,45 +38,51 @@ def rms_norm_backward_ref(grad, x, weight, rstd, grad_total):
 
 
 @jit
-def _forward(x, residual, weight, y, total, rstd, h, eps, add, BLOCK: tl.constexpr):
-    """One row a program. Without a residual, masks leave its memory and the total's untouched."""
-    row = tl.program_id(0).to(tl.int64)
+def _forward(x, residual, weight, y, total, rstd, n, h, eps, add, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """ROWS rows a program, several where they are short (heads of a q or k norm). Without a residual, masks leave its
+    memory and the total's untouched."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = column < h
-    v = tl.load(x + row * h + column, inside, 0.0).to(tl.float32)
-    v += tl.load(residual + row * h + column, inside & add, 0.0).to(tl.float32)
+    inside = (row < n)[:, None] & (column < h)[None, :]
+    place = row[:, None] * h + column[None, :]
+    v = tl.load(x + place, inside, 0.0).to(tl.float32)
+    v += tl.load(residual + place, inside & add, 0.0).to(tl.float32)
     v = v.to(total.dtype.element_ty)  # normalize the rounded sum, which the next layer gets
-    tl.store(total + row * h + column, v, inside & add)
+    tl.store(total + place, v, inside & add)
     v = v.to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / h + eps)
-    tl.store(rstd + row, r)
-    w = tl.load(weight + column, inside, 0.0).to(tl.float32)
-    tl.store(y + row * h + column, v * r * w, inside)
+    r = 1.0 / tl.sqrt(tl.sum(v * v, 1) / h + eps)
+    tl.store(rstd + row, r, row < n)
+    w = tl.load(weight + column, column < h, 0.0).to(tl.float32)
+    tl.store(y + place, v * r[:, None] * w[None, :], inside)
 
 
 @jit
-def _gradient(grad, x, weight, rstd, through, grad_x, partial, n, h, add, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """ROWS rows a program, which writes its part of d weight to partial[program]: no atomics, so sums repeat."""
+def _gradient(
+    grad, x, weight, rstd, through, grad_x, partial, n, h, add, STEPS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """STEPS times ROWS rows a program, which writes its part of d weight to partial[program]: no atomics, so sums
+    repeat."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < h
-    w = tl.load(weight + column, inside, 0.0).to(tl.float32)
-    grad_weight = tl.zeros([BLOCK], tl.float32)
-    for i in range(ROWS):
-        row = program * ROWS + i
-        mask = inside & (row < n)
-        g = tl.load(grad + row * h + column, mask, 0.0).to(tl.float32)
-        v = tl.load(x + row * h + column, mask, 0.0).to(tl.float32)
-        r = tl.load(rstd + row, row < n, 0.0)
+    w = tl.load(weight + column, column < h, 0.0).to(tl.float32)[None, :]
+    grad_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i in range(STEPS):
+        row = (program * STEPS + i) * ROWS + tl.arange(0, ROWS)
+        mask = (row < n)[:, None] & (column < h)[None, :]
+        place = row[:, None] * h + column[None, :]
+        g = tl.load(grad + place, mask, 0.0).to(tl.float32)
+        v = tl.load(x + place, mask, 0.0).to(tl.float32)
+        r = tl.load(rstd + row, row < n, 0.0)[:, None]
         grad_weight += g * v * r
-        d = r * (g * w - v * (r * r / h * tl.sum(g * w * v, 0)))
-        d += tl.load(through + row * h + column, mask & add, 0.0).to(tl.float32)
-        tl.store(grad_x + row * h + column, d, mask)
-    tl.store(partial + program * h + column, grad_weight, inside)
+        d = r * (g * w - v * (r * r / h * tl.sum(g * w * v, 1)[:, None]))
+        d += tl.load(through + place, mask & add, 0.0).to(tl.float32)
+        tl.store(grad_x + place, d, mask)
+    tl.store(partial + program * h + column, tl.sum(grad_weight, 0), column < h)
 
 
-ROWS = 16
-_BLOCKS = (128, 1024, 2048, 4096, 8192, 16384)
+STEPS = 16
+_BLOCKS = (128, 256, 1024, 2048, 4096, 8192, 16384)
 MAX_GRADIENT = 8192
 """The longest rows of the gradient's kernel; one of 16384 would spill on every NVIDIA architecture."""
 
@@ -85,30 +91,37 @@ def _constants(h: int) -> dict:
     block = next((b for b in _BLOCKS if b >= h), 0)
     if not block:
         raise ValueError(f"rows of {h}: the Triton RMSNorm takes up to {_BLOCKS[-1]}")
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), "num_stages": 3}
+    return {
+        "ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": min(16, max(2, block // 512)), "num_stages": 3
+    }  # fmt: skip
 
 
 def _gradient_constants(h: int, gpu: str) -> dict:
     """Twice the warps for long rows, whose fp32 sums would spill; AMD's blocks have no more than 16."""
     constants = _constants(h)
     warps = 32 if constants["BLOCK"] > 4096 and gpu == "cuda" else constants["num_warps"]
-    return constants | {"ROWS": ROWS, "num_warps": warps}
+    return constants | {"STEPS": STEPS, "num_warps": warps}
 
 
 def rms_norm_triton(x, weight, eps):
     """(y, rstd) by Triton; arguments as those of torch.ops.trialign.rms_norm."""
     y, rstd = torch.empty_like(x), _rstd(x)
-    if len(x):
-        _forward[(len(x),)](x, x, weight, y, y, rstd, x.shape[1], eps, False, **_constants(x.shape[1]))
+    _launch_forward(x, x, weight, y, y, rstd, eps, False)
     return y, rstd
 
 
 def add_rms_norm_triton(x, residual, weight, eps):
     """(y, total, rstd) by Triton; arguments as those of torch.ops.trialign.add_rms_norm."""
     y, total, rstd = torch.empty_like(x), torch.empty_like(x), _rstd(x)
-    if len(x):
-        _forward[(len(x),)](x, residual, weight, y, total, rstd, x.shape[1], eps, True, **_constants(x.shape[1]))
+    _launch_forward(x, residual, weight, y, total, rstd, eps, True)
     return y, total, rstd
+
+
+def _launch_forward(x, residual, weight, y, total, rstd, eps, add):
+    (n, h), constants = x.shape, _constants(x.shape[1])
+    if n:
+        grid = (cdiv(n, constants["ROWS"]),)
+        _forward[grid](x, residual, weight, y, total, rstd, n, h, eps, add, **constants)
 
 
 def rms_norm_backward_triton(grad, x, weight, rstd, grad_total):
@@ -116,14 +129,14 @@ def rms_norm_backward_triton(grad, x, weight, rstd, grad_total):
     n, h = x.shape
     if h > MAX_GRADIENT:
         return rms_norm_backward_ref(grad, x, weight, rstd, grad_total)
-    programs = cdiv(n, ROWS)
+    constants = _gradient_constants(h, vendor())
+    programs = cdiv(n, STEPS * constants["ROWS"])
     grad_x, partial = torch.empty_like(x), x.new_empty(programs, h, dtype=torch.float32)
     through = grad if grad_total is None else grad_total
     if n:
         _gradient[(programs,)](
-            grad, x, weight, rstd, through, grad_x, partial, n, h, grad_total is not None,
-            **_gradient_constants(h, vendor()),
-        )  # fmt: skip
+            grad, x, weight, rstd, through, grad_x, partial, n, h, grad_total is not None, **constants
+        )
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
@@ -132,8 +145,9 @@ SPECS = {
     "forward": Spec(
         _forward,
         dict.fromkeys(("x", "residual", "weight", "y", "total"), "*bf16")
-        | {"rstd": "*fp32", "h": "i32", "eps": "fp32", "add": "u1"},
+        | {"rstd": "*fp32", "n": "i32", "h": "i32", "eps": "fp32", "add": "u1"},
         tuple(map(_constants, _BLOCKS)),
+        unaligned=("n",),
     ),
     "gradient": Spec(
         _gradient,

@@ -6,8 +6,9 @@ both modes. Without Triton a kernel stays a plain function that is never called.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class Spec:
     configs: every set of compile-time values, `num_warps` and `num_stages` included, that a launch may use;
     free: the compile-time values that may be anything (sizes of a model or a call, used in addresses, masks and loop
         bounds only); configs has one example;
-    hip_configs: the configs on AMD, fp32_configs: those for fp32 tensors, where they differ;
+    hip_configs: the configs on AMD, sm_configs: those on an architecture of NVIDIA, fp32_configs: those for fp32
+        tensors, where they differ;
     dot: the kernel must use the matrix units;
     unaligned: arguments that need not be multiples of 16.
     """
@@ -47,6 +49,13 @@ class Spec:
     free: tuple[str, ...] = ()
     dot: bool = False
     unaligned: tuple[str, ...] = ()
+    sm_configs: dict[str, tuple[dict[str, Any], ...]] = field(default_factory=dict)
+
+    def on(self, arch: str) -> tuple[dict[str, Any], ...]:
+        """The configs on an architecture, for tensors of 16 bits."""
+        if arch.startswith("gfx"):
+            return self.hip_configs or self.configs
+        return self.sm_configs.get(arch, self.configs)
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
@@ -57,6 +66,24 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 def vendor() -> str:
     """GPU vendor of this torch build: "hip" (AMD) or "cuda"."""
     return "hip" if torch.version.hip else "cuda"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The architecture whose launch tables a device takes: gfx942, sm_90 (Hopper), sm_100 (data centers' Blackwell), or
+    sm_80, whose matrix unit all others have too, and the interpreter."""
+    if vendor() == "hip":
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and torch.cuda.is_available() else 8
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors (SMs, compute units) of a GPU; of the interpreter, a few."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def cdiv(a: int, b: int) -> int:

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from accuracy import FLOOR, check_accuracy, run
-from implementations import DTYPES, INTERPRET, by_mode, cpp_only, device  # noqa: F401 (a fixture)
-from trialign.kernels import attention
+from implementations import DTYPES, INTERPRET, by_mode, cpp_only, device, interpreted_only  # noqa: F401 (a fixture)
+from trialign.kernels import flash_attention
 from trialign.kernels.attention import packed_attention, packed_attention_ref, sdpa_attention
 from trialign.kernels.dispatch import choose
+
+if INTERPRET:
+    import launches
+    from interp_shim import Monitor
 
 # torch's fused backward is less accurate where the softmax has one entry.
 SDPA_FLOOR = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 4e-4}
@@ -50,12 +54,52 @@ def test_error_against_float64(function, dtype, alibi, window, lengths, heads, k
     check_accuracy(fn, ref, qkv, (0, 1, 2), SDPA_FLOOR[dtype] if by_torch else FLOOR[dtype])
 
 
-@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
-def test_error_at_every_head_dim(d):
+@pytest.mark.parametrize("arch", by_mode(["sm_80"], ["sm_80", "sm_90", "sm_100", "gfx942"]))
+@pytest.mark.parametrize("d", [64, 80, 128, 256])
+def test_error_at_every_head_dim(d, arch, monkeypatch):
     """Each set of the GPU kernels' block sizes, at lengths just past them."""
+    if INTERPRET:
+        monkeypatch.setattr(flash_attention, "architecture", lambda device: arch)
+        monkeypatch.setattr(Monitor, "watch", staticmethod(lambda kernel, given: launches.check(kernel, given, arch)))
     qkv, cu = inputs([0, 1, 69, 2], 2, 1, d, torch.bfloat16)
     fn, ref = (lambda *qkv, f=f: f(*qkv, cu, 69, d**-0.5) for f in (packed_attention, packed_attention_ref))
     check_accuracy(fn, ref, qkv, (0, 1, 2), FLOOR[torch.bfloat16])
+
+
+@interpreted_only
+@pytest.mark.parametrize("window", [None, 5, 40, 75])
+@pytest.mark.parametrize("programs, heads", [(1, 4), (64, 4), (64, 2), (9, 2)])
+def test_gradients_for_any_number_of_programs(programs, heads, window, monkeypatch):
+    """Blocks of keys dealt out to several programs, or all query heads of a group taken by one; parts of dq that some
+    split does not have hold NaN."""
+    qkv, cu = inputs([100, 3, 81], heads, 2, 16, torch.float32)
+    planned = []
+    plan = flash_attention._plan
+    monkeypatch.setattr(flash_attention, "_plan", lambda *a: planned.append(plan(*a[:-1], programs)) or planned[-1])
+    new_empty = torch.Tensor.new_empty
+
+    def unwritten(*sizes, **dtype):
+        made = new_empty(*sizes, **dtype)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
+    rest = cu, 100, 0.25, None, window
+    fn, ref = (lambda *qkv, f=f: f(*qkv, *rest) for f in (packed_attention, packed_attention_ref))
+    check_accuracy(fn, ref, qkv, (0, 1, 2), FLOOR[torch.float32])
+    again, _ = run(fn, qkv, (0, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(run(fn, qkv, (0, 1, 2))[0], again, strict=True))
+    share, splits = planned[0]
+    assert (share, splits) == {(1, 4): (2, 1), (64, 4): (1, 6), (64, 2): (1, 7), (9, 2): (1, 2)}[programs, heads]
+
+
+def test_memory_of_the_parts_of_dq_is_limited():
+    """Splits as programs need them, at most one a block of keys, and beyond the first within PARTS."""
+    mib = 1 << 20
+    assert flash_attention._plan(32, 8, 64, 16, 268 * mib, 264) == (4, 1)  # documents enough: whole groups, one part
+    assert flash_attention._plan(32, 8, 4, 32, 64 * mib, 264) == (1, 3)
+    assert flash_attention._plan(32, 8, 1, 256, 512 * mib, 264) == (1, 3)  # 9 are wanted
+    assert flash_attention._plan(4, 4, 1, 2, mib, 264) == (1, 2)
+    assert flash_attention._plan(32, 32, 1, 256, 8 << 30, 264) == (1, 1)
 
 
 def with_grads(qkv, *rest):
@@ -66,7 +110,7 @@ def test_wide_windows_and_many_documents(monkeypatch):
     """A window beyond every document changes nothing, nor do more documents than a grid can hold."""
     qkv, cu = inputs([3, 0, 5, 31, 1], 2, 1, 16, torch.float32)
     whole = with_grads(qkv, cu, 31, 0.25)
-    monkeypatch.setattr(attention, "DOCUMENTS", 2)
+    monkeypatch.setattr(flash_attention, "DOCUMENTS", 2)
     for window in (None, 2**31 - 1, 2**40):
         for actual, expected in zip(with_grads(qkv, cu, 31, 0.25, None, window), whole, strict=True):
             assert torch.equal(actual, expected)

@@ -42,7 +42,7 @@ def triton_report() -> str:
         for name, spec, configs in rows:
             kind = "" if "*bf16" in spec.signature.values() or not spec.dot else "fp32: "
             figures = " | ".join(next(cells) for _ in ARCHITECTURES)
-            lines.append(f"| {name} | {kind}{label(configs[ARCHITECTURES[0]])} | {figures} |")
+            lines.append(f"| {name} | {kind}{label(configs)} | {figures} |")
     return "\n".join(lines)
 
 

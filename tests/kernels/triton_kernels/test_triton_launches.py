@@ -6,7 +6,7 @@ import launches
 import pytest
 import torch
 from implementations import DTYPES, INTERPRET, interpreted_only
-from trialign.kernels import attention, nf4, paged_attention, rms_norm, swiglu
+from trialign.kernels import flash_attention, nf4, paged_attention, rms_norm, swiglu
 
 pytestmark = interpreted_only
 
@@ -64,7 +64,7 @@ def launch_heads(dtype):
             for slopes in (None, torch.ones(heads)):
                 for window in (None, 3):
                     op.paged_attention(q, cache, cache, LABEL[None].int(), length, 1.0, slopes, window)
-                    if d <= attention.MAX_HEAD_DIM[dtype]:
+                    if d <= flash_attention.MAX_HEAD_DIM[dtype]:
                         out, stats = op.attention(q, k, k, cu, 1, 1.0, slopes, window)
                         op.attention_backward(q, q, k, k, out, stats, cu, 1, 1.0, slopes, window)
     many = torch.ones(256, 1, 64, dtype=dtype)  # enough sequences that none is split
@@ -94,27 +94,27 @@ def launch_experts(dtype):
         op.grouped_outer(x, x, offsets)
 
 
-@pytest.mark.parametrize("vendor", ["cuda", "hip"])
-def test_launches_equal_the_tables(vendor, monkeypatch):
+@pytest.mark.parametrize("arch", launches.ARCHITECTURES)
+def test_launches_equal_the_tables(arch, monkeypatch):
     """Nothing is executed. Each launch is in its kernel's table, and each config in a table is launched."""
     launched = defaultdict(set)  # {kernel: {(fp32 or not, compile-time values)}}
 
     def watch(kernel, arguments):
-        launches.check(kernel, arguments, vendor)
+        launches.check(kernel, arguments, arch)
         spec = launches.KERNELS[kernel][1]
         wide = spec.fp32_configs is not None and launches.is_wide(spec, arguments)
         launched[kernel].add((wide, launches.bound(arguments, spec)))
 
     monkeypatch.setattr(Monitor, "execute", False)
     monkeypatch.setattr(Monitor, "watch", staticmethod(watch))
-    for module in (attention, rms_norm):
-        monkeypatch.setattr(module, "vendor", lambda: vendor)
+    monkeypatch.setattr(rms_norm, "vendor", lambda: "hip" if arch.startswith("gfx") else "cuda")
+    monkeypatch.setattr(flash_attention, "architecture", lambda device: arch)
     launch_elementwise()
     for dtype in DTYPES:
         for launch in (launch_rows, launch_heads, launch_experts):
             launch(dtype)
     for kernel, (name, spec) in launches.KERNELS.items():
-        expected = {(False, launches.bound(config, spec)) for config in launches.table(spec, False, vendor)}
+        expected = {(False, launches.bound(config, spec)) for config in launches.table(spec, False, arch)}
         expected |= {(True, launches.bound(config, spec)) for config in spec.fp32_configs or ()}
         assert launched[kernel] == expected, f"{name}: in SPECS, but never launched"
 
@@ -122,9 +122,9 @@ def test_launches_equal_the_tables(vendor, monkeypatch):
 def test_launches_outside_the_tables_are_refused(monkeypatch):
     x, rstd, constants = torch.ones(2, 8), torch.ones(2), rms_norm._constants(8)
     with pytest.raises(ValueError, match="rms_norm.forward is launched with add = 1, where SPECS has u1"):
-        rms_norm._forward[(2,)](x, x, x[0], x, x, rstd, 8, 1e-5, 1, **constants)
+        rms_norm._forward[(2,)](x, x, x[0], x, x, rstd, 2, 8, 1e-5, 1, **constants)
     with pytest.raises(ValueError, match="with rstd = torch.bfloat16, where SPECS has \\*fp32"):
-        rms_norm._forward[(2,)](x, x, x[0], x, x, rstd.bfloat16(), 8, 1e-5, True, **constants)
+        rms_norm._forward[(2,)](x, x, x[0], x, x, rstd.bfloat16(), 2, 8, 1e-5, True, **constants)
     for option in ({"num_warps": 2}, {"num_stages": 7}, {"BLOCK": 512}):
         with monkeypatch.context() as patch:
             patch.setattr(swiglu, "_CONFIG", swiglu._CONFIG | option)

@@ -25,8 +25,8 @@ def specs() -> Iterator[tuple[str, Spec]]:
 
 def variants(spec: Spec) -> Iterator[tuple[Spec, dict[str, dict]]]:
     """(spec, {architecture: config}) of every config, then of the fp32 configs, with a spec whose tensors are fp32."""
-    for nvidia, amd in zip(spec.configs, spec.hip_configs or spec.configs, strict=True):
-        yield spec, {arch: amd if arch.startswith("gfx") else nvidia for arch in ARCHITECTURES}
+    for configs in zip(*(spec.on(arch) for arch in ARCHITECTURES), strict=True):
+        yield spec, dict(zip(ARCHITECTURES, configs, strict=True))
     for config in spec.fp32_configs or ():
         yield of_type(spec, "fp32"), dict.fromkeys(ARCHITECTURES, config)
 
@@ -45,10 +45,19 @@ def other_types(spec: Spec) -> Iterator[tuple[str, Spec, dict[str, dict]]]:
             yield kind, of_type(spec, kind), configs
 
 
-def label(config: dict) -> str:
-    """A config in a table: its compile-time values, warps (w) and stages (s)."""
-    values = [f"{k}={v:d}" if isinstance(v, int) else f"{k}={v}" for k, v in config.items() if not k.startswith("num_")]
-    return ", ".join([*values, f"w{config['num_warps']}", f"s{config['num_stages']}"])
+def values(config: dict) -> list[str]:
+    """A config's compile-time values, warps (w) and stages (s)."""
+    constants = [(k, v) for k, v in config.items() if not k.startswith("num_")]
+    shown = [f"{k}={v:d}" if isinstance(v, int) else f"{k}={v}" for k, v in constants]
+    return [*shown, f"w{config['num_warps']}", f"s{config['num_stages']}"]
+
+
+def label(configs: dict[str, dict]) -> str:
+    """A row's configs in a table: the first architecture's, then what others have in its place."""
+    first, *others = ARCHITECTURES
+    base = values(configs[first])
+    changes = {arch: [v for v in values(configs[arch]) if v not in base] for arch in others}
+    return "; ".join([", ".join(base), *(f"{arch}: {', '.join(change)}" for arch, change in changes.items() if change)])
 
 
 KERNELS = {spec.kernel.fn: (name, spec) for name, spec in specs() if hasattr(spec.kernel, "fn")}
@@ -61,17 +70,15 @@ def bound(config: dict, spec: Spec) -> Values:
     return frozenset((k, v) for k, v in config.items() if k not in spec.free and k not in spec.signature)
 
 
-def table(spec: Spec, wide: bool, vendor: str) -> Iterable[dict]:
-    """The configs that may be launched on a vendor's GPUs; wide: with tensors of fp32."""
-    if wide and spec.fp32_configs is not None:
-        return spec.fp32_configs
-    return spec.hip_configs or spec.configs if vendor == "hip" else spec.configs
+def table(spec: Spec, wide: bool, arch: str) -> Iterable[dict]:
+    """The configs that may be launched on an architecture; wide: with tensors of fp32."""
+    return spec.fp32_configs if wide and spec.fp32_configs is not None else spec.on(arch)
 
 
 def is_wide(spec: Spec, arguments: dict) -> bool:
     """True if a launch's tensors of a variable dtype ('*bf16' in the table) are fp32."""
     tensors = [arguments[name] for name, kind in spec.signature.items() if kind == "*bf16"]
-    return any(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)
+    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
 
 
 def fits(given: object, kind: str) -> bool:
@@ -82,7 +89,7 @@ def fits(given: object, kind: str) -> bool:
     return type(given) is {"u1": bool, "fp32": float}.get(kind, int)
 
 
-def check(kernel: Callable, arguments: dict, vendor: str = "cuda") -> None:
+def check(kernel: Callable, arguments: dict, arch: str = "sm_80") -> None:
     """Raises ValueError for a launch of a kernel of the package with types or values that its table does not have."""
     if kernel not in KERNELS:
         return
@@ -93,5 +100,5 @@ def check(kernel: Callable, arguments: dict, vendor: str = "cuda") -> None:
             actual = given.dtype if isinstance(given, torch.Tensor) else repr(given)
             raise ValueError(f"{name} is launched with {argument} = {actual}, where SPECS has {kind}")
     values = bound(arguments, spec)
-    if values not in {bound(config, spec) for config in table(spec, is_wide(spec, arguments), vendor)}:
+    if values not in {bound(config, spec) for config in table(spec, is_wide(spec, arguments), arch)}:
         raise ValueError(f"{name} is launched with values that SPECS does not have: {sorted(values)}")
