@@ -59,6 +59,11 @@ class Cuda:
         dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
         found = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
         self.home = Path(found[1]).resolve() if found else Path(nvcc).resolve().parent.parent
+        release = re.search(
+            r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        )
+        self.version = release[1] if release else ""
+        self.archs = os.environ.get("TRIALIGN_CUDA_ARCHS", "80;90a;100")
 
     @classmethod
     def find(cls) -> Cuda | None:
@@ -66,14 +71,26 @@ class Cuda:
         return cls(nvcc) if nvcc and os.environ.get("TRIALIGN_CUDA", "1") != "0" else None
 
     def compile_command(self) -> list[str]:
-        archs = os.environ.get("TRIALIGN_CUDA_ARCHS", "80;90a;100").split(";")
+        archs = self.archs.split(";")
         targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         # A kernel that spills registers fails the build.
         return [self.nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-warn-spills,-Werror", *targets]
 
-    def link_flags(self) -> list[str]:
-        return [f"-L{self.home / 'lib64'}", f"-L{self.home / 'lib'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    def link_flags(self, torch_cuda: str) -> list[str]:
+        """torch's own runtime, loaded before trialign._C, where it has nvcc's major version; else a static one, which
+        kernels/backends/cuda_cpp.py refuses to use beside a torch of another."""
+        folders = [f"-L{self.home / 'lib64'}", f"-L{self.home / 'lib'}"]
+        shared = any((self.home / lib / "libcudart.so").exists() for lib in ("lib64", "lib"))
+        if shared and torch_cuda.partition(".")[0] == self.version.partition(".")[0]:
+            return [*folders, "-lcudart"]
+        return [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def torch_cuda(torch: Path) -> str:
+    """The CUDA version that torch was built with, from its version.py; empty for its CPU build."""
+    found = re.search(r"^cuda[^=]*= '([\d.]+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return found[1] if found else ""
 
 
 Job = tuple[list[str], Path, Path]
@@ -136,12 +153,18 @@ class Build(build_ext):
                 print(f"trialign: no CUDA kernels in trialign._C: {error}", file=sys.stderr)
                 cuda = None
         common += [f"-DTORCH_TARGET_VERSION={ABI}", "-DTORCH_STABLE_ONLY"]
-        facts += ["-DPy_LIMITED_API=0x030b0000", *(["-DTRIALIGN_CUDA"] if cuda else [])]
+        facts += ["-DPy_LIMITED_API=0x030b0000"]
+        if cuda:
+            facts += [
+                "-DTRIALIGN_CUDA",
+                f'-DTRIALIGN_CUDA_RUNTIME="{cuda.version}"',
+                f'-DTRIALIGN_CUDA_ARCHS="{cuda.archs}"',
+            ]
         jobs: list[Job] = [job(build, version, [*common, *facts], source) for source in CSRC.glob("*.cpp")]
         for number, flags in enumerate(LEVELS.values()):
             command = [*common, *flags, f"-DTRIALIGN_LEVEL={number}"]
             jobs += [job(build, version, command, cpp) for cpp in sorted((CSRC / "cpu").glob("*.cpp"))]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *(cuda.link_flags() if cuda else [])]
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *(cuda.link_flags(torch_cuda(torch)) if cuda else [])]
         self.link(ext, compiler, [*compile_all(jobs), *kernels], libraries)
 
     def link(self, ext: Extension, compiler: str, objects: list[Path], libraries: Sequence[str] = ()) -> None:

@@ -50,23 +50,3 @@ template <typename T>
 __host__ __device__ inline bool packable(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
-
-__device__ inline float warp_sum(float v) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
-}
-// The sum over the block, whose size is a multiple of 32; every thread gets it. `room` holds 33 floats.
-__device__ inline float block_sum(float v, float* room) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  v = warp_sum(v);
-  __syncthreads();  // the previous call may still read room
-  if (lane == 0) room[warp] = v;
-  __syncthreads();
-  if (warp == 0) {
-    const float total = warp_sum(lane < warps ? room[lane] : 0.f);
-    if (lane == 0) room[32] = total;
-  }
-  __syncthreads();
-  return room[32];
-}

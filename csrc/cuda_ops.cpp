@@ -1,4 +1,5 @@
 // The CUDA side of the ops whose schemas csrc/cpu declares: checks, outputs, stream; the kernels are csrc/cuda/*_kernel.cu.
+// kernels/backends/cuda_cpp.py registers them at the first CUDA tensor, where a probe launch succeeds.
 // Built only with nvcc (TRIALIGN_CUDA); links nothing of torch beyond the CPU part's libraries.
 #if defined(TRIALIGN_CUDA)
 #include <torch/csrc/stable/accelerator.h>
@@ -8,7 +9,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -16,16 +16,12 @@
 #include "checks.h"
 
 extern "C" {
-int launch_rms_norm(int, const void*, const void*, const void*, void*, void*, float*, int64_t, int64_t, float, void*);
-int64_t rms_norm_blocks(int64_t);
-int launch_rms_norm_backward(int, const void*, const void*, const void*, const float*, const void*, void*, float*, int64_t, int64_t, void*);
-int launch_gae(const float*, const float*, const uint8_t*, const int64_t*, float*, float*, int64_t, float, float, void*);
 int launch_logprob_update(int, float*, const void*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, void*);
 int launch_logprob_backward(int, const void*, void*, const int64_t*, const float*, const float*, const float*, int64_t, int64_t, int64_t, int64_t,
                             float, void*);
 int64_t sort_by_expert_room(int64_t, int);
 int launch_sort_by_expert(const int64_t*, int*, int64_t*, int64_t*, int64_t, int, void*);
-int launch_adamw(int, float*, float*, float*, const float*, void*, int64_t, float, float, float, float, float, float, float, void*);
+const char* launch_probe();
 }
 
 namespace {
@@ -55,63 +51,6 @@ void need(bool satisfied, const char* message) { STD_TORCH_CHECK(satisfied, "tri
 void launched(int status) { STD_TORCH_CHECK(status == 0, "trialign: CUDA error ", status, " at launch"); }
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 const float* floats(const std::optional<Tensor>& tensor) { return tensor ? floats(*tensor) : nullptr; }
-
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  CHECK_CONTIGUOUS(x);
-  const int64_t n = x.size(0), h = x.size(1);
-  CHECK_PACKED(weight, x.scalar_type(), h);
-  Tensor y = fresh(x, {n, h}, x.scalar_type()), rstd = fresh(x, {n}, ScalarType::Float);
-  const Place place(x);
-  if (n) launched(launch_rms_norm(number(x), x.data_ptr(), nullptr, weight.data_ptr(), y.data_ptr(), nullptr, floats(rstd), n, h, float(eps), place.stream()));
-  return {y, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  CHECK_CONTIGUOUS(x);
-  const int64_t n = x.size(0), h = x.size(1);
-  CHECK_PACKED(residual, x.scalar_type(), n, h);
-  CHECK_PACKED(weight, x.scalar_type(), h);
-  Tensor y = fresh(x, {n, h}, x.scalar_type()), total = fresh(x, {n, h}, x.scalar_type()), rstd = fresh(x, {n}, ScalarType::Float);
-  const Place place(x);
-  if (n)
-    launched(launch_rms_norm(number(x), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), y.data_ptr(), total.data_ptr(), floats(rstd), n, h,
-                             float(eps), place.stream()));
-  return {y, total, rstd};
-}
-
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                                             std::optional<Tensor> grad_total) {
-  CHECK_CONTIGUOUS(x);
-  const int64_t n = x.size(0), h = x.size(1), blocks = rms_norm_blocks(n);
-  CHECK_PACKED(grad, x.scalar_type(), n, h);
-  CHECK_PACKED(weight, x.scalar_type(), h);
-  CHECK_PACKED(rstd, ScalarType::Float, n);
-  CHECK_PACKED(grad_total, x.scalar_type(), n, h);
-  Tensor grad_x = fresh(x, {n, h}, x.scalar_type()), partial = fresh(x, {blocks, h}, ScalarType::Float);
-  const Place place(x);
-  if (n)
-    launched(launch_rms_norm_backward(number(x), grad.data_ptr(), x.data_ptr(), weight.data_ptr(), floats(rstd),
-                                      grad_total ? grad_total->data_ptr() : nullptr, grad_x.data_ptr(), floats(partial), n, h, place.stream()));
-  const int64_t rows[] = {0};
-  Tensor sum = torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(rows, 1));
-  return {grad_x, torch::stable::to(sum, x.scalar_type())};
-}
-
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens, double gamma, double lam) {
-  const int64_t total = rewards.numel(), sequences = cu_seqlens.numel() - 1;
-  CHECK_PACKED(rewards, ScalarType::Float, total);
-  CHECK_PACKED(values, ScalarType::Float, total);
-  CHECK_PACKED(mask, ScalarType::Bool, total);
-  CHECK_PACKED(cu_seqlens, ScalarType::Long, sequences + 1);
-  Tensor advantages = fresh(rewards, {total}, ScalarType::Float), returns = fresh(rewards, {total}, ScalarType::Float);
-  torch::stable::zero_(advantages);  // tokens outside every sequence
-  torch::stable::zero_(returns);
-  const Place place(rewards);
-  if (sequences > 0)
-    launched(launch_gae(floats(rewards), floats(values), static_cast<const uint8_t*>(mask.data_ptr()), static_cast<const int64_t*>(cu_seqlens.data_ptr()),
-                        floats(advantages), floats(returns), sequences, float(gamma), float(lam), place.stream()));
-  return {advantages, returns};
-}
 
 void logprob_update_(const Tensor& stats, const Tensor& logits, const Tensor& labels, double scale, int64_t vocab_start) {
   CHECK_PACKED(stats, ScalarType::Float, 4, logits.size(0));
@@ -172,32 +111,21 @@ std::tuple<Tensor, Tensor> sort_by_expert(const Tensor& experts, int64_t num_exp
   return {order, offsets};
 }
 
-void adamw(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, const Tensor& grad, const std::optional<Tensor>& param_out, double lr, double beta1,
-           double beta2, double eps, double weight_decay, int64_t step, double grad_scale) {
-  for (const Tensor* buffer : std::initializer_list<const Tensor*>{&master, &exp_avg, &exp_avg_sq, &grad})
-    need(buffer->is_contiguous() && buffer->scalar_type() == ScalarType::Float && buffer->numel() == master.numel(),
-         "adamw takes packed float32 tensors of one size");
-  need(!param_out || (param_out->is_contiguous() && param_out->numel() == master.numel()), "adamw copies out to a packed tensor of the same size");
-  const Place place(master);
-  if (master.numel())
-    launched(launch_adamw(param_out ? number(*param_out) : 0, floats(master), floats(exp_avg), floats(exp_avg_sq), floats(grad),
-                          param_out ? param_out->data_ptr() : nullptr, master.numel(), float(beta1), float(beta2), float(1 - lr * weight_decay),
-                          float(lr / (1 - std::pow(beta1, double(step)))), float(1 / std::sqrt(1 - std::pow(beta2, double(step)))), float(eps),
-                          float(grad_scale), place.stream()));
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(trialign, CUDA, ops) {
-  ops.impl("rms_norm", TORCH_BOX(&rms_norm));
-  ops.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
-  ops.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
-  ops.impl("gae", TORCH_BOX(&gae));
+namespace trialign {
+
+const char* cuda_problem() { return launch_probe(); }
+
+void register_cuda() {
+  static torch::stable::detail::StableLibrary ops{
+      torch::stable::detail::StableLibrary::Kind::IMPL, "trialign", "CUDA", __FILE__, __LINE__};
   ops.impl("logprob_stats", TORCH_BOX(&logprob_stats));
   ops.impl("logprob_update_", TORCH_BOX(&logprob_update_));
   ops.impl("logprob_backward", TORCH_BOX(&logprob_backward));
   ops.impl("logprob_backward_", TORCH_BOX(&logprob_backward_));
   ops.impl("sort_by_expert", TORCH_BOX(&sort_by_expert));
-  ops.impl("adamw", TORCH_BOX(&adamw));
 }
+
+}  // namespace trialign
 #endif

@@ -66,8 +66,39 @@ void Ops::add(const char* schema, void (*boxed)(StableIValue*, uint64_t, uint64_
 extern "C" __attribute__((visibility("default"), used)) const char trialign_facts[] =
     "trialign._C built from <" TRIALIGN_SOURCES "> for torch <" TRIALIGN_TORCH ">";
 
+#if defined(TRIALIGN_CUDA)
+namespace trialign {
+const char* cuda_problem();  // cuda_ops.cpp
+void register_cuda();
+}  // namespace trialign
+
+namespace {
+
+PyObject* cuda_problem(PyObject*, PyObject*) {
+  const char* problem = trialign::cuda_problem();
+  return problem ? PyUnicode_FromString(problem) : Py_NewRef(Py_None);
+}
+
+PyObject* register_cuda(PyObject*, PyObject*) {
+  trialign::register_cuda();
+  return Py_NewRef(Py_None);
+}
+
+PyMethodDef methods[] = {
+    {"cuda_problem", cuda_problem, METH_NOARGS, "Launches a kernel on the current device: None, or why it does not run."},
+    {"register_cuda", register_cuda, METH_NOARGS, "Registers the CUDA C++ implementations."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+#else
+namespace {
+PyMethodDef methods[] = {{nullptr, nullptr, 0, nullptr}};
+}
+#endif
+
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "The compiled ops of trialign.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "The compiled ops of trialign.", -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (!module) return nullptr;
   const int level = trialign::chosen_level();
@@ -80,5 +111,9 @@ PyMODINIT_FUNC PyInit__C() {
     return nullptr;
   }
   PyModule_AddStringConstant(module, "simd_level", trialign::level_names[level]);
+#if defined(TRIALIGN_CUDA)
+  PyModule_AddStringConstant(module, "cuda_runtime", TRIALIGN_CUDA_RUNTIME);
+  PyModule_AddStringConstant(module, "cuda_archs", TRIALIGN_CUDA_ARCHS);
+#endif
   return module;
 }

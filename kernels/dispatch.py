@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .backends.cuda_cpp import cuda_cpp_problem, register_cuda_cpp
 from .backends.extension import load_extension
 from .backends.schemas import SCHEMAS
 
@@ -101,7 +102,28 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> Implementation:
         return "cpp" if has_op(op) else "triton" if hasattr(torch.ops.trialign, op) else "reference"
     if device == "cpu":
         return "cpp" if has_op(op) else "reference"
+    _choose_cuda_cpp()
     return "triton" if has_cuda(op) else "reference"
+
+
+CUDA_CPP = ("logprob_stats", "logprob_update_", "logprob_backward", "logprob_backward_", "sort_by_expert")
+"""Ops that CUDA C++ serves better than Triton: one pass with a thread's own statistics, a sort by warps' votes."""
+_beside_cuda_cpp: dict[str, Callable] = {}
+"""Their Triton launchers, registered where CUDA C++ does not run."""
+
+
+@functools.cache
+def _choose_cuda_cpp() -> None:
+    """Registers CUDA C++ if a probe launch succeeds on this process's device, else Triton with one warning. Once."""
+    problem = cuda_cpp_problem() if EXTENSION and torch.cuda.is_available() else "no GPU"
+    if problem is None:
+        register_cuda_cpp()
+        return
+    for op, triton in _beside_cuda_cpp.items():
+        torch.library.impl(f"trialign::{op}", CUDA_KEY)(triton)
+    if EXTENSION and torch.version.cuda and torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+        ops = ", ".join(CUDA_CPP)
+        warnings.warn(f"CUDA C++ of trialign._C ({problem}): Triton serves {ops}", RuntimeWarning, stacklevel=2)
 
 
 def holds_data(tensor: torch.Tensor) -> bool:
@@ -121,7 +143,7 @@ def register(
 ) -> None:
     """Registers for torch.ops.trialign.`op` its fake (shapes only), its gradient and its Triton launcher.
 
-    The schema, the CPU implementation and, where nvcc was found, a CUDA C++ one (preferred to Triton) come from csrc/.
+    The schema, the CPU implementation and, where nvcc was found, CUDA C++ for CUDA_CPP come from csrc/.
     Without a usable trialign._C the schema is that of SCHEMAS, and Triton the only implementation.
     """
     if not has_op(op):
@@ -129,7 +151,10 @@ def register(
             return
         _definitions.define(op + SCHEMAS[op])
     torch.library.register_fake(f"trialign::{op}", fake)
-    if triton is not None and has_triton() and (INTERPRET or not has_cuda(op)):
-        torch.library.impl(f"trialign::{op}", CUDA_KEY)(triton)
+    if triton is not None and has_triton():
+        if op in CUDA_CPP and not INTERPRET:
+            _beside_cuda_cpp[op] = triton
+        else:
+            torch.library.impl(f"trialign::{op}", CUDA_KEY)(triton)
     if backward is not None:
         torch.library.register_autograd(f"trialign::{op}", backward, setup_context=setup_context)

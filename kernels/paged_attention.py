@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .attention import check_heads, token_rows
-from .backends.triton_runtime import Spec, cdiv, jit, power_of_2, precision, tl
+from .backends.triton_runtime import Spec, cdiv, jit, multiprocessors, power_of_2, precision, tl
 from .dispatch import choose, register
 
 
@@ -62,7 +62,7 @@ def _decode_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, lengths_ptr, slopes_ptr, part_ptr, peaks_ptr, totals_ptr,
     scale, q_stride, table_stride, kv_heads, window, alibi,
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SPLITS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One split of a sequence's keys for up to ROWS query heads of one key/value head: sum, maximum, total."""
     sequence, chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -70,10 +70,15 @@ def _decode_kernel(
     kv_head = chunk // chunks
     length = tl.load(lengths_ptr + sequence)
     first = tl.maximum(length - window, 0)
-    length_of_split = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    length_of_split = tl.maximum(tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N, LEAST)
+    begin, end = first + split * length_of_split, tl.minimum(length, first + (split + 1) * length_of_split)
     # tl.dot takes at least 16 rows, a group is often smaller; larger ones are cut into chunks.
     row, columns = chunk % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + row
+    place = (sequence * kv_heads * GROUP + head) * SPLITS + split
+    if begin >= end:  # a shorter sequence than the table has room for
+        tl.store(peaks_ptr + place, float("-inf"), mask=row < GROUP)
+        return
     real = (row[:, None] < GROUP) & (columns[None, :] < D)
     q = tl.load(q_ptr + sequence * q_stride + head[:, None] * D + columns[None, :], mask=real, other=0.0)
     # Without ALiBi the slopes are 0: memory reads, not one multiplication a score, decide the time.
@@ -81,7 +86,7 @@ def _decode_kernel(
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for n in range(first + split * length_of_split, tl.minimum(length, first + (split + 1) * length_of_split), BLOCK_N):
+    for n in range(begin, end, BLOCK_N):
         position = n + tl.arange(0, BLOCK_N)
         there = position < length
         page = tl.load(tables_ptr + sequence * table_stride + position // PAGE, mask=there, other=0).to(tl.int64)
@@ -98,7 +103,6 @@ def _decode_kernel(
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=DOT)
         peak = risen
-    place = (sequence * kv_heads * GROUP + head) * SPLITS + split
     tl.store(part_ptr + place[:, None] * D + columns[None, :], acc, mask=real)
     tl.store(peaks_ptr + place, peak, mask=row < GROUP)
     tl.store(totals_ptr + place, total, mask=row < GROUP)
@@ -108,13 +112,13 @@ def _decode_kernel(
 def _combine_kernel(
     part_ptr, peaks_ptr, totals_ptr, out_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr
 ):
-    """The splits of one query head into its output. Splits without keys have maximum -inf and total 0."""
+    """The splits of one query head into its output. Splits without keys have maximum -inf and nothing else."""
     head, split, columns = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     peaks = tl.load(peaks_ptr + head * SPLITS + split)
-    weights = tl.exp(peaks - tl.max(peaks, 0))
-    total = tl.sum(weights * tl.load(totals_ptr + head * SPLITS + split), 0)
+    weights, has = tl.exp(peaks - tl.max(peaks, 0)), peaks != float("-inf")
+    total = tl.sum(weights * tl.load(totals_ptr + head * SPLITS + split, mask=has, other=0.0), 0)
     place = (head * SPLITS + split)[:, None] * D + columns[None, :]
-    part = tl.load(part_ptr + place, mask=columns[None, :] < D, other=0.0)
+    part = tl.load(part_ptr + place, mask=has[:, None] & (columns[None, :] < D), other=0.0)
     out = tl.sum(part * weights[:, None], 0) / total
     tl.store(out_ptr + head * D + columns, out.to(out_ptr.dtype.element_ty), mask=columns < D)
 
@@ -141,7 +145,7 @@ def _decode_constants(group: int, d: int, page: int, dtype: torch.dtype) -> dict
     if block_d > MAX_HEAD_DIM:
         raise ValueError(f"head_dim {d}: the Triton decode kernel takes up to {MAX_HEAD_DIM}")
     return {
-        "GROUP": group, "ROWS": 16, "D": d, "BLOCK_D": block_d, "PAGE": page,
+        "GROUP": group, "ROWS": 16, "D": d, "BLOCK_D": block_d, "PAGE": page, "LEAST": LEAST,
         "BLOCK_N": 16 if fp32 and block_d > 128 else 32, "DOT": precision(dtype),
         "num_warps": 8 if fp32 and block_d > 64 else 4,  # fp32 spills at 4 under Triton 3.7
         "num_stages": 2,
@@ -149,26 +153,47 @@ def _decode_constants(group: int, d: int, page: int, dtype: torch.dtype) -> dict
 
 
 def _combine_constants(d: int, splits: int) -> dict:
-    return {"D": d, "BLOCK_D": power_of_2(d, 64), "SPLITS": splits, "num_warps": 2, "num_stages": 1}
+    return {
+        "D": d,
+        "BLOCK_D": power_of_2(d, 64),
+        "SPLITS": splits,
+        "num_warps": 2 if splits < 16 else 8,
+        "num_stages": 1,
+    }
 
 
-SPLITS = 8  # splits of a sequence's keys run in parallel where batch and heads alone do not fill a GPU
+LEAST = 256
+"""Keys that a split has at least, where its sequence has them: below, joining costs more than it brings."""
+LONGEST = 4096
+"""Keys that a split has at most: one long sequence among short ones must not run alone at the end."""
+MAX_SPLITS = 64
+
+
+def splits_of(programs: int, span: int, multiprocessors: int) -> int:
+    """Splits of each sequence's keys, a power of two, for `programs` programs without any and at most `span` keys.
+
+    Enough for four programs a multiprocessor, and for no split beyond LONGEST. It depends on sizes that the host knows
+    (the rows of a padded step, the width of its table) and on no length, so that a captured graph fits every step.
+    """
+    wanted = max(cdiv(4 * multiprocessors, programs), cdiv(span, LONGEST))
+    return min(power_of_2(min(wanted, cdiv(span, LEAST)), 1), MAX_SPLITS)
 
 
 def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, alibi_slopes, window):
     """torch.ops.trialign.paged_attention on a GPU."""
     batch, heads, d = q.shape
     page, kv_heads = k_cache.shape[1:3]
-    splits = 1 if batch * kv_heads >= 256 else SPLITS
     constants = _decode_constants(heads // kv_heads, d, page, q.dtype)
     alibi = alibi_slopes is not None
     span = block_tables.shape[1] * page
     reach = span if window is None else min(window, span)  # an argument of 32 bits
+    chunks = kv_heads * cdiv(heads // kv_heads, constants["ROWS"])
+    splits = splits_of(max(batch * chunks, 1), reach, multiprocessors(q.device))
     part = q.new_empty(batch, heads, splits, d, dtype=torch.float32)
     peaks, totals = (q.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(q.shape)
     if batch:
-        _decode_kernel[(batch, kv_heads * cdiv(heads // kv_heads, constants["ROWS"]), splits)](
+        _decode_kernel[(batch, chunks, splits)](
             q, k_cache, v_cache, block_tables, lengths, alibi_slopes if alibi else peaks, part, peaks, totals, scale,
             q.stride(0), block_tables.stride(0), kv_heads, reach, alibi, SPLITS=splits, **constants,
         )  # fmt: skip
@@ -176,11 +201,11 @@ def paged_attention_triton(q, k_cache, v_cache, block_tables, lengths, scale, al
     return out
 
 
-_HEAD_DIMS = (64, 128, 256)
+_HEAD_DIMS, _SPLITS = (64, 128, 256), (1, 2, 4, 8, 16, 32, MAX_SPLITS)
 
 
 def _decode_configs(dtype: torch.dtype) -> tuple[dict, ...]:
-    return tuple(_decode_constants(8, d, 16, dtype) | {"SPLITS": SPLITS} for d in _HEAD_DIMS)
+    return tuple(_decode_constants(8, d, 16, dtype) | {"SPLITS": MAX_SPLITS} for d in _HEAD_DIMS)
 
 
 SPECS = {
@@ -199,14 +224,14 @@ SPECS = {
         | {"q_stride": "i64", "table_stride": "i64", "kv_heads": "i32", "window": "i32", "alibi": "u1"},
         _decode_configs(torch.bfloat16),
         fp32_configs=_decode_configs(torch.float32),
-        free=("GROUP", "D", "PAGE", "SPLITS"),
+        free=("GROUP", "D", "PAGE", "LEAST", "SPLITS"),
         dot=True,
         unaligned=("kv_heads", "table_stride", "window"),
     ),
     "combine": Spec(
         _combine_kernel,
         {"part_ptr": "*fp32", "peaks_ptr": "*fp32", "totals_ptr": "*fp32", "out_ptr": "*bf16"},
-        tuple(_combine_constants(d, splits) for d in _HEAD_DIMS for splits in (1, SPLITS)),
+        tuple(_combine_constants(d, splits) for d in _HEAD_DIMS for splits in _SPLITS),
         free=("D",),
     ),
 }

@@ -42,9 +42,26 @@ def check(q, k_cache, v_cache, *rest):
     + [([9], 4, 4, 20, 4), ([3], 2, 2, 8, 1)],
 )
 def test_error_against_float64(dtype, splits, alibi, window, lengths, heads, kv_heads, d, block, monkeypatch):
-    monkeypatch.setattr(module, "SPLITS", splits)
+    monkeypatch.setattr(module, "splits_of", lambda *_: splits)
+    monkeypatch.setattr(module, "LEAST", 32)
     slopes = 2.0 ** -torch.arange(1.0, heads + 1) if alibi else None
     check(*cache(lengths, heads, kv_heads, d, block, dtype), d**-0.5, slopes, window)
+
+
+@pytest.mark.parametrize(
+    "batch, kv_heads, span, multiprocessors, splits",
+    [
+        (1, 8, 32768, 132, 64),  # a lone sequence fills the GPU
+        (1, 8, 512, 132, 2),  # but no split has fewer keys than LEAST
+        (32, 8, 4096, 132, 4),
+        (256, 8, 4096, 132, 1),
+        (256, 1, 4096, 132, 4),  # tensor parallelism leaves one head
+        (256, 8, 32768, 132, 8),  # no split beyond LONGEST
+        (256, 8, 32768, 108, 8),
+    ],
+)
+def test_splits_by_multiprocessors_and_length(batch, kv_heads, span, multiprocessors, splits):
+    assert module.splits_of(batch * kv_heads, span, multiprocessors) == splits
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])

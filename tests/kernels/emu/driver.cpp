@@ -7,21 +7,16 @@
 #include <vector>
 
 extern "C" {
-int launch_rms_norm(int, const void*, const void*, const void*, void*, void*, float*, int64_t, int64_t, float, void*);
-int64_t rms_norm_blocks(int64_t);
-int launch_rms_norm_backward(int, const void*, const void*, const void*, const float*, const void*, void*, float*, int64_t, int64_t, void*);
-int launch_gae(const float*, const float*, const uint8_t*, const int64_t*, float*, float*, int64_t, float, float, void*);
 int launch_logprob_update(int, float*, const void*, const int64_t*, int64_t, int64_t, int64_t, int64_t, float, void*);
 int launch_logprob_backward(int, const void*, void*, const int64_t*, const float*, const float*, const float*, int64_t, int64_t, int64_t, int64_t,
                             float, void*);
 int64_t sort_by_expert_room(int64_t, int);
 int launch_sort_by_expert(const int64_t*, int*, int64_t*, int64_t*, int64_t, int, void*);
-int launch_adamw(int, float*, float*, float*, const float*, void*, int64_t, float, float, float, float, float, float, float, void*);
 }
 
 namespace {
 
-constexpr int FLOAT = 0, HALF = 2;
+constexpr int HALF = 2;
 std::mt19937 engine(0);
 
 // n random fp32 numbers; as 2-byte numbers the same memory holds 2 n, all small.
@@ -36,23 +31,6 @@ std::vector<uint16_t> halves(int64_t n) {
   std::vector<uint16_t> values(n);
   for (uint16_t& value : values) value = uint16_t(0x3c00 | (engine() & 0x3ff));
   return values;
-}
-
-void rms_norm() {
-  const int64_t n = 17, h = 70;
-  std::vector<float> x = random(n * h), residual = random(n * h), weight = random(h), y(n * h), total(n * h), rstd(n), grad = random(n * h), grad_x(n * h);
-  std::vector<float> partial(rms_norm_blocks(n) * h);
-  launch_rms_norm(FLOAT, x.data(), nullptr, weight.data(), y.data(), nullptr, rstd.data(), n, h, 1e-5f, nullptr);
-  launch_rms_norm(FLOAT, x.data(), residual.data(), weight.data(), y.data(), total.data(), rstd.data(), n, h, 1e-5f, nullptr);
-  launch_rms_norm_backward(FLOAT, grad.data(), total.data(), weight.data(), rstd.data(), residual.data(), grad_x.data(), partial.data(), n, h, nullptr);
-}
-
-void gae() {
-  const std::vector<int64_t> bounds = {0, 5, 5, 6, 46, 78};
-  std::vector<float> rewards = random(78), values = random(78), advantages(78), returns(78);
-  std::vector<uint8_t> mask(78);
-  for (uint8_t& kept : mask) kept = engine() & 1;
-  launch_gae(rewards.data(), values.data(), mask.data(), bounds.data(), advantages.data(), returns.data(), 5, 0.99f, 0.95f, nullptr);
 }
 
 void logprob() {
@@ -83,21 +61,11 @@ void moe() {
   }
 }
 
-void adamw() {
-  const int64_t n = 1030;
-  for (int64_t offset : {0, 1}) {  // the gradient alone is not aligned: a view into a bigger buffer
-    std::vector<float> master = random(n), mean = random(n), square(n, 0.5f), grad = random(n + offset);
-    std::vector<uint16_t> out(n);
-    launch_adamw(HALF, master.data(), mean.data(), square.data(), grad.data() + offset, out.data(), n, 0.9f, 0.95f, 1.f, 1e-3f, 1.f, 1e-8f, 0.5f, nullptr);
-    launch_adamw(FLOAT, master.data(), mean.data(), square.data(), grad.data() + offset, nullptr, n, 0.9f, 0.95f, 1.f, 1e-3f, 1.f, 1e-8f, 0.5f, nullptr);
-  }
-}
-
 struct Run {
   const char* name;
   void (*run)();
 };
-constexpr Run runs[] = {{"rms_norm", rms_norm}, {"gae", gae}, {"logprob", logprob}, {"moe", moe}, {"adamw", adamw}};
+constexpr Run runs[] = {{"logprob", logprob}, {"moe", moe}};
 
 }  // namespace
 

@@ -67,12 +67,11 @@ def launch_heads(dtype):
                     if d <= flash_attention.MAX_HEAD_DIM[dtype]:
                         out, stats = op.attention(q, k, k, cu, 1, 1.0, slopes, window)
                         op.attention_backward(q, q, k, k, out, stats, cu, 1, 1.0, slopes, window)
-    many = torch.ones(256, 1, 64, dtype=dtype)  # enough sequences that none is split
-    tables, lengths = torch.zeros(256, 1, dtype=torch.int32), torch.ones(256, dtype=torch.int32)
     for d in (64, 128, 256):
-        op.paged_attention(
-            many.repeat(1, 1, d // 64), *[torch.ones(1, 4, 1, d, dtype=dtype)] * 2, tables, lengths, 1.0, None, None
-        )
+        q, cache = torch.ones(1, 1, d, dtype=dtype), torch.ones(1, 4, 1, d, dtype=dtype)
+        for splits in paged_attention._SPLITS:
+            keys = splits * (paged_attention.LEAST if splits <= 16 else paged_attention.LONGEST)
+            op.paged_attention(q, cache, cache, LABEL.int().expand(1, keys // 4), length, 1.0, None, None)
 
 
 def launch_experts(dtype):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import implementations  # noqa: F401 (installs interp_shim)
+import roofline
 import torch
 from interp_shim import Monitor, Traffic
 from launches import KERNELS
@@ -17,6 +18,12 @@ from trialign.kernels.nf4 import pack_nf4
 op = torch.ops.trialign  # Triton kernels alone, in this mode
 BF16 = torch.bfloat16
 HEAD = "| kernel | counted at | per | loaded | stored | each address once | ratio |\n" + "| --- " * 7 + "|"
+
+
+ROOFLINE = """Bounds, not times, at the sizes of Llama-3-8B (mixtures: Mixtral-8x7B), in microseconds: the FLOPs or the
+bytes, whichever take longer, over the data sheet's rates (A100 SXM 80 GB: 312 TFLOP/s in bf16, 2.0 TB/s; H100 SXM: 989
+TFLOP/s, 3.35 TB/s). Moved: what the programs ask for; caches serve what is asked for again, so that a kernel of blocks
+lies between the two. Least: each address once."""
 
 
 class Case(NamedTuple):
@@ -127,4 +134,5 @@ def table(kernels: dict[str, tuple[Case, Traffic]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join([HEAD, *table(all_kernels())]))
+    found = all_kernels()
+    print("\n".join([HEAD, *table(found), "", ROOFLINE, "", roofline.HEAD, *roofline.table(found)]))
