@@ -154,7 +154,7 @@ def _rows_kernel(
     grad_ptr, out_ptr, stats_ptr, level_ptr, delta_ptr, bounds_ptr, slopes_ptr, alibi, blocks, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """What backward needs of each row of a block, [heads, blocks, BLOCK_M]: its level, the logarithm of the sum of its
+    """Inputs of backward for each row of a block, [heads, blocks, BLOCK_M]: its level, the logarithm of the sum of its
     exponentials, lifted, and delta = rowsum(do * o). Rows past the document get infinity, so that their weights are 0.
     """
     block, head, document = tl.program_id(0), tl.program_id(1), tl.program_id(2)

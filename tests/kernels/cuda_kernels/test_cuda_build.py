@@ -120,7 +120,7 @@ def test_triton_serves_where_the_probe_fails():
 
 @needs_cuda_ops
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_probe_reports_what_cuda_says():
+def test_probe_reports_the_error_of_cuda():
     module = importlib.import_module("trialign._C")
     assert re.search("driver|device", module.cuda_problem())
     assert re.fullmatch(r"\d+\.\d+", module.cuda_runtime) and module.cuda_archs
