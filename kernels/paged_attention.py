@@ -75,8 +75,8 @@ def _decode_kernel(
     # tl.dot takes at least 16 rows, a group is often smaller; larger ones are cut into chunks.
     row, columns = chunk % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + row
-    place = (sequence * kv_heads * GROUP + head) * SPLITS + split
     if begin >= end:  # a shorter sequence than the table has room for
+        place = (sequence * kv_heads * GROUP + head) * SPLITS + split
         tl.store(peaks_ptr + place, float("-inf"), mask=row < GROUP)
         return
     real = (row[:, None] < GROUP) & (columns[None, :] < D)
@@ -103,6 +103,7 @@ def _decode_kernel(
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=DOT)
         peak = risen
+    place = (sequence * kv_heads * GROUP + head) * SPLITS + split
     tl.store(part_ptr + place[:, None] * D + columns[None, :], acc, mask=real)
     tl.store(peaks_ptr + place, peak, mask=row < GROUP)
     tl.store(totals_ptr + place, total, mask=row < GROUP)

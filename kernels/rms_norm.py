@@ -75,7 +75,7 @@ def _gradient(
         v = tl.load(x + place, mask, 0.0).to(tl.float32)
         r = tl.load(rstd + row, row < n, 0.0)[:, None]
         grad_weight += g * v * r
-        d = r * (g * w - v * (r * r / h * tl.sum(g * w * v, 1)[:, None]))
+        d = r * (g * w - v * (r * r / h * tl.sum(g * w * v, 1, keep_dims=True)))
         d += tl.load(through + place, mask & add, 0.0).to(tl.float32)
         tl.store(grad_x + place, d, mask)
     tl.store(partial + program * h + column, tl.sum(grad_weight, 0), column < h)
