@@ -139,7 +139,6 @@ PYBIND11_MODULE(_host, module) {
       .def_readonly("tokens", &Step::tokens)
       .def_property_readonly("size", &Step::size)
       .def_property_readonly("masked", &Step::masked)
-      .def_property_readonly("longest_response", &Step::longest_response)
       .def_property_readonly(
           "moved",
           [](const Step& s) -> py::object {

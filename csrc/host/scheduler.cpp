@@ -21,12 +21,6 @@ bool Step::masked() const {
   return std::any_of(rows.begin(), rows.end(), [](const auto& s) { return s->params.min_new_tokens > 0; });
 }
 
-int64_t Step::longest_response() const {
-  int64_t longest = 0;
-  for (int64_t row = kept; row < size(); ++row) longest = std::max(longest, rows[row]->params.max_new_tokens);
-  return longest;
-}
-
 BlockPool::BlockPool(int64_t num_blocks) : num_blocks(num_blocks), free_(num_blocks), users_(num_blocks, 0) {
   std::iota(free_.rbegin(), free_.rend(), 0);
 }

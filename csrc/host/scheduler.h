@@ -51,7 +51,6 @@ struct Step {
 
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
   bool masked() const;
-  int64_t longest_response() const;
 };
 
 // Free list of block numbers, and the users of each block.

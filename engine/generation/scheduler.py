@@ -137,11 +137,6 @@ class Step:
         """Whether a row may have fewer response tokens than must come before a stop id."""
         return any(sequence.params.min_new_tokens for sequence in self.rows)
 
-    @property
-    def longest_response(self) -> int:
-        """Largest limit of response tokens of the rows after the kept ones; 0 without any."""
-        return max((sequence.params.max_new_tokens for sequence in self.rows[self.kept :]), default=0)
-
     def new_rows(self, width: int, stop_ids: int) -> NewRows:
         """The rows after the kept ones, of which there must be one.
 

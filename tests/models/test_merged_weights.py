@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from trialign.algorithms.batch import pack
 from trialign.algorithms.roles.role import stage_forward
+from trialign.engine.generation.embedded import EmbeddedGenerator
+from trialign.engine.generation.interface import Request, SamplingParams
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.expert import ExpertLinear
 from trialign.engine.parallel.lora import LoRA, adapted_linears
@@ -128,3 +130,19 @@ def test_launches_of_a_decode_step_of_a_mixture(folders):
     for model in (alone, adapted(folders[MOE], QMOE)):
         assert launches(model, model.merged_bytes) == least
     assert launches(alone, 0) <= least + 2 * len(matrices) + experts < launches(alone, None)
+
+
+@pytest.mark.parametrize("lora", [DENSE, QMOE], ids=["dense", "mixture-nf4"])
+def test_generator_samples_from_the_copies_and_drops_them(folders, lora):
+    model, params = adapted(folders[lora], lora), SamplingParams(max_new_tokens=6, temperature=0.0)
+    prompts = [[5, 6, 7], [8, 9]]
+    plain = EmbeddedGenerator(model, model.mesh).generate(prompts, [0, 1], params)
+    generator = EmbeddedGenerator(model, model.mesh)
+    generator.runner.spare = model.merged_bytes  # as a GPU has
+    ids = [generator.add(Request(prompt, number, params)) for number, prompt in enumerate(prompts)]
+    found = {completion.id: completion for completion in generator.step()}
+    assert all(module.merged is not None for module in linears(model))
+    while generator.busy:
+        found |= {completion.id: completion for completion in generator.step()}
+    assert [found[number].tokens for number in ids] == [completion.tokens for completion in plain]
+    assert not any(module.merged is not None for module in linears(model))

@@ -45,7 +45,7 @@ def arrays(step, width) -> list:
     new = step.new_rows(width, 1) if step.kept < step.size else None
     prefill = step.prefill() if step.decoding < step.size else None
     moved = None if step.moved is None else step.moved.tolist()
-    numbers = [step.kept, moved, step.decoding, step.size, step.tokens, step.masked, step.longest_response]
+    numbers = [step.kept, moved, step.decoding, step.size, step.tokens, step.masked]
     numbers += [step.copies.tolist(), step.grown.tolist()]
     numbers += [getattr(new, name).tolist() for name in ("state", "tables", "stop_ids", "sampling", "top_k") if new]
     return numbers + ([prefill.tokens.tolist(), prefill.starts.tolist(), prefill.longest] if prefill else [])
