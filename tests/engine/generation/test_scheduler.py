@@ -236,7 +236,7 @@ def test_256_long_sequences_of_an_8b_run_in_40_gib():
     """32k tokens each, of which 10 fit at a time; less is prefilled again than is sampled."""
     per_block = PagedCache.bytes_per_block((32, 8, 128), 16, torch.bfloat16)
     length, prompt, count = 32 * 1024, 1024, 256
-    scheduler = HOST.Scheduler(16, 40 * 2**30 // per_block, max_running=count, prefill_tokens=4096)
+    scheduler = IMPLEMENTATIONS["cpp"](16, 40 * 2**30 // per_block, max_running=count, prefill_tokens=4096)
     for number in range(count):
         scheduler.add(number, [number] * prompt, SamplingParams(max_new_tokens=length - prompt), number)
     assert scheduler.pool.num_blocks // (length // 16) == 10

@@ -24,7 +24,7 @@ def written(path: Path, waits: bool) -> list[str]:
     """Writes tensors of the fake device in parts of 64 bytes; how the host waited for the device."""
     safetensors_io.PART = 64
     if not waits:
-        HostCopy.numpy = lambda copy: copy._copy.numpy()
+        HostCopy.numpy = lambda self: self._copy.numpy()
     own = [tensor.cuda() for tensor in tensors()]
     LEDGER.clear()
     described = {str(i): (tensor.dtype, tuple(tensor.shape)) for i, tensor in enumerate(own)}
