@@ -30,12 +30,15 @@ SASS = {"sm_80": r"\bHMMA", "sm_90": r"\b[HQ]G?MMA", "sm_100": r"\b(?:UTC\w*MMA|
 
 @dataclass(frozen=True)
 class Report:
-    """Registers a thread; bytes of stack (0: nothing spilled); bytes of shared memory; the matrix instruction seen."""
+    """Registers a thread; bytes of stack (0: nothing spilled); bytes of shared memory; the first matrix instruction,
+    and all; whether loads are copied into shared memory ahead of their use."""
 
     registers: int
     spilled: int
     shared: int
     matrix: str
+    matrices: frozenset[str]
+    pipelined: bool
     ttir: str
 
 
@@ -62,8 +65,10 @@ def compile_kernel(spec, config: dict, arch: str) -> Report:
     else:
         registers, spilled = usage(built.asm["cubin"])
         text = built.asm["ptx"]
-    found = re.search(MATRIX_UNIT[arch], text)
-    return Report(registers, spilled, built.metadata.shared, found[0] if found else "", built.asm["ttir"])
+    found = re.findall(MATRIX_UNIT[arch], text)
+    pipelined = "cp.async.c" in text
+    first, ttir = next(iter(found), ""), built.asm["ttir"]
+    return Report(registers, spilled, built.metadata.shared, first, frozenset(found), pipelined, ttir)
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

@@ -54,6 +54,16 @@ def test_compiles_clean(name, spec, config, arch):
     assert not overflows(report.ttir, bounds(name))
 
 
+@pytest.mark.parametrize("place", [0, 1])  # head dims to 64, to 128
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_attention_on_hopper_multiplies_by_warp_groups_and_pipelines(kernel, place):
+    """No product falls back to the older unit; q and do, or k and v, are copied while others are multiplied."""
+    spec = dict(specs())[f"flash_attention.{kernel}"]
+    report = compile_kernel(spec, spec.on("sm_90")[place], "sm_90")
+    assert report.matrices == {"wgmma.mma_async"} and report.pipelined
+    assert compile_kernel(spec, spec.on("sm_80")[place], "sm_80").pipelined
+
+
 def test_docs_list_every_kernel_and_config():
     page = (Path(__file__).resolve().parents[3] / "docs" / "kernels.md").read_text()
     rows = re.findall(r"^\| (\w+\.\w+) \| (?:fp32: )?([^|]*=[^|]*) \| [\d /]+", page, re.M)
