@@ -352,6 +352,14 @@ class Decoder(nn.Module):
             if isinstance(module, MergeableLinear | Head):
                 module.thaw()
 
+    @property
+    def frozen_copies(self) -> list[Tensor]:
+        """What `freeze_weights` holds."""
+        linears = [module for module in self.modules() if isinstance(module, MergeableLinear)]
+        copies = [copy for linear in linears for copy in (linear.merged, linear.wide)]
+        copies.append(None if self.head is None else self.head.cached)
+        return [copy for copy in copies if copy is not None]
+
     def forward_flops(self, lengths: Sequence[int], logits: int = 0) -> float:
         """FLOPs of a forward of the whole model, over all ranks (models/flops.py)."""
         return forward_flops(self.config, lengths, logits)

@@ -64,6 +64,11 @@ class Model(Protocol):
         NF4 unpacked in copies of at most `spare` bytes; None: as training computes."""
         ...
 
+    @property
+    def frozen_copies(self) -> list[Tensor]:
+        """What `freeze_weights` holds."""
+        ...
+
     def thaw_weights(self) -> None:
         """Drops the caches of `freeze_weights`."""
         ...
@@ -102,7 +107,8 @@ class ModelRunner:
 
     def memory(self) -> dict[Holder, list[Tensor]]:
         """Tensors by what they hold, for the report of a failed allocation."""
-        return {"cache": [] if self.cache is None else [*self.cache.keys, *self.cache.values]}
+        cache = [] if self.cache is None else [*self.cache.keys, *self.cache.values]
+        return {"cache": cache, "parameters": self.model.frozen_copies}
 
     def prepare(self, lane: Lane, step: Step, width: int) -> None:
         """Allocates the cache at the first step, fills the lane's rows.

@@ -142,7 +142,9 @@ def test_generator_samples_from_the_copies_and_drops_them(folders, lora):
     ids = [generator.add(Request(prompt, number, params)) for number, prompt in enumerate(prompts)]
     found = {completion.id: completion for completion in generator.step()}
     assert all(module.merged is not None for module in linears(model))
+    copies = sum(copy.nbytes for copy in generator.runner.memory()["parameters"])
+    assert copies >= model.merged_bytes, "a report of memory leaves them out"
     while generator.busy:
         found |= {completion.id: completion for completion in generator.step()}
     assert [found[number].tokens for number in ids] == [completion.tokens for completion in plain]
-    assert not any(module.merged is not None for module in linears(model))
+    assert not generator.runner.memory()["parameters"]
