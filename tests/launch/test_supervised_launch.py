@@ -126,10 +126,17 @@ def test_exported_reward_model_scores_alike_by_the_code_of_the_docs(setting, who
     assert (scores[::2] > scores[1::2]).float().mean() >= 0.75 and len(set(batch.lengths)) > 2
 
 
-def test_reward_server_survives_unexpected_errors(whole, launched):
-    with server.served(launched("serve_reward"), whole["reward"] / "model") as url:
-        status, response = server.post(url, server.request(completions=["c", "\ud800"]))  # tokenizers refuse it
-        assert status == 500 and response["error"].startswith("TypeError: ")
+def test_reward_server_survives_unexpected_errors(whole, launched, monkeypatch):
+    module = launched("serve_reward")
+
+    def fail(body: bytes) -> None:
+        raise TypeError("planted")
+
+    with server.served(module, whole["reward"] / "model") as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "read_request", fail)
+            status, response = server.post(url, server.request())
+            assert status == 500 and response["error"].startswith("TypeError: planted")
         assert server.post(url, server.request())[0] == 200
 
 
