@@ -354,7 +354,7 @@ class Decoder(nn.Module):
 
     @property
     def frozen_copies(self) -> list[Tensor]:
-        """What `freeze_weights` holds."""
+        """Tensors that `freeze_weights` holds."""
         linears = [module for module in self.modules() if isinstance(module, MergeableLinear)]
         copies = [copy for linear in linears for copy in (linear.merged, linear.wide)]
         copies.append(None if self.head is None else self.head.cached)

@@ -66,7 +66,7 @@ class Model(Protocol):
 
     @property
     def frozen_copies(self) -> list[Tensor]:
-        """What `freeze_weights` holds."""
+        """Tensors that `freeze_weights` holds."""
         ...
 
     def thaw_weights(self) -> None:
