@@ -63,19 +63,22 @@ namespace {
   return made;
 }
 
-// fn(begin, end) over [0, n) on torch's own threads; `cost` is the work of one item in elements touched.
-template <class F>
-void parallel(int64_t n, int64_t cost, const F& fn) {
-  constexpr int64_t worth_a_thread = 32768;
-  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, cost));
-  if (n > 0) torch::stable::parallel_for(0, n, grain, fn);
-}
-
 // fn(begin, end) over [0, n) in pieces of at most `grain`, on the threads of pool.h: for ops of a decode step. As many as torch's.
 template <class F>
 void pieces(int64_t n, int64_t grain, const F& fn) {
   const auto call = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
   trialign::run_pieces(n, grain, torch::stable::get_num_threads(), call, const_cast<F*>(&fn));
+}
+
+// fn(begin, end) over [0, n); `cost` is the work of one item in elements touched. Short jobs, as those of a decode step, run on the threads
+// of pool.h, long ones on torch's own, which the matrix products around them use.
+template <class F>
+void parallel(int64_t n, int64_t cost, const F& fn) {
+  constexpr int64_t worth_a_thread = 32768;
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, cost));
+  if (n <= 0) return;
+  if (n * cost <= 8 * worth_a_thread) return pieces(n, std::max<int64_t>(1, grain / 2), fn);
+  torch::stable::parallel_for(0, n, grain, fn);
 }
 
 // Runs the lambda with T = float or bf16 (simd.h).

@@ -130,15 +130,20 @@ void decode_batch(const Paged& a, const T* q, int64_t q_stride, const T* k_cache
                   const int32_t* lengths, int64_t batch, T* out) {
   int64_t positions = 0;
   for (int64_t b = 0; b < batch; ++b) positions += std::min<int64_t>(lengths[b], a.window);
-  parallel(batch * a.kv_heads, batch ? 2 * positions / batch * a.d : 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, 16384 * batch / std::max<int64_t>(1, positions * a.d));
+  pieces(batch * a.kv_heads, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch;
     std::vector<int64_t> rows;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / a.kv_heads, kv = task % a.kv_heads;
       const int64_t seen = std::min<int64_t>(lengths[b], a.window), first = lengths[b] - seen;
-      rows.resize(seen);
-      for (int64_t p = first; p < lengths[b]; ++p)
-        rows[p - first] = ((tables[b * table_stride + p / a.block] * a.block + p % a.block) * a.kv_heads + kv) * a.d;
+      rows.clear();
+      rows.reserve(seen);
+      for (int64_t i = first / a.block; i * a.block < lengths[b]; ++i) {
+        const int64_t start = i * a.block, page = tables[b * table_stride + i] * a.block;
+        for (int64_t p = std::max(start, first); p < std::min<int64_t>(start + a.block, lengths[b]); ++p)
+          rows.push_back(((page + p - start) * a.kv_heads + kv) * a.d);
+      }
       decode_group(a, q + b * q_stride, k_cache, v_cache, rows.data(), seen, kv * (a.heads / a.kv_heads), out + b * a.heads * a.d, scratch);
     }
   });

@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
   float* logprob = logprobs.mutable_data_ptr<float>();
   BY_DTYPE(logits, T, [&] {
     const T* x = in<T>(logits);
-    parallel(batch, v, [&](int64_t begin, int64_t end) {
+    pieces(batch, 1, [&](int64_t begin, int64_t end) {
       Workspace scratch;
       for (int64_t b = begin; b < end; ++b) draw(x + b * stride, v, t[b], k[b], double(p[b]), key[b], counter[b], scratch, token + b, logprob + b);
     });
