@@ -44,6 +44,18 @@ def tiny(tmp_path_factory):
     return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
+@pytest.fixture(scope="module")
+def fake():
+    """A fake CUDA device in processes of its own (support/fake_cuda)."""
+    from fake_run import COMPILER, FakeCuda
+
+    if not COMPILER:
+        pytest.skip("no C++ compiler")
+    fake = FakeCuda()
+    yield fake
+    fake.close()
+
+
 @pytest.fixture
 def launched(monkeypatch) -> Callable[[str], Any]:
     """Imports a module of launch/ by its name there."""

@@ -5,11 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from fake_ledger import LEDGER
-from fake_run import COMPILER, FakeCuda
 from plant import line_of, plant
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -17,15 +15,6 @@ from trialign.engine.generation.lane import Lane
 from trialign.engine.mesh import build_mesh
 from trialign.engine.parallel.collectives import all_gather, all_reduce
 from trialign.engine.transfer import HostCopy, to_device
-
-pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def fake():
-    fake = FakeCuda()
-    yield fake
-    fake.close()
 
 
 def ones(*shape: Any, **options: Any) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_ledger import LEDGER
-from fake_run import COMPILER, FakeCuda
+from fake_run import FakeCuda
 from peft_case import build, samples
 from tiny import VOCAB, tiny_llama
 from tiny_moe import moe_folder
@@ -17,15 +17,6 @@ from trialign.engine.mesh import Mesh, build_mesh
 from trialign.engine.parallel.lora import LoRA
 from trialign.models.lora import EVERY_TARGET, TARGETS
 from trialign.models.moe import Routing, moe_layers
-
-pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def fake():
-    fake = FakeCuda()
-    yield fake
-    fake.close()
 
 
 def cuda_mesh(ep: int = 1) -> Mesh:

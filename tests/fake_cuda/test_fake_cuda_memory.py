@@ -5,17 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_run import COMPILER, FakeCuda
 from tiny import tiny_llama
-
-pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def fake():
-    fake = FakeCuda()
-    yield fake
-    fake.close()
 
 
 @pytest.fixture(scope="module")

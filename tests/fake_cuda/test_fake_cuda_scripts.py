@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import COMPILER, FakeCuda
 from samples import write_jsonl
 from scripts import metrics, options
 from tiny import tiny_chat_model, tiny_llama, tiny_tokenizer
 from tiny_moe import tiny_mixtral
 from tiny_run import REWARDS, write_config
-
-pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 
 PROMPTS = {"data_max_prompt_tokens": 96, "rollout_max_new_tokens": 6, "reward_functions": "spread", "run_show": 1}
 GROUPS = PROMPTS | {"rollout_samples_per_prompt": 2, "optimizer_lr": 1e-2}
@@ -51,13 +48,6 @@ SCRIPTS["rlhf"] = {
     **{"preferences_rollout.samples_per_prompt": 4, "preferences_reward.functions": "spread"},
     **{"ppo_run.steps": 1, "ppo_run.prompts_per_step": 4, "ppo_run.show": 0},
 }
-
-
-@pytest.fixture(scope="module")
-def fake():
-    fake = FakeCuda()
-    yield fake
-    fake.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +12,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import conftest  # noqa: F401 (finds the helpers)
 
-from fake_run import COMPILER, FakeCuda
+from fake_run import FakeCuda
 from plant import line_of
 from probes import Decoding, Work, decode, faulty, train
 from tiny import tiny_llama
 from tiny_moe import tiny_mixtral
 from trialign.engine.generation.runner import ModelRunner
 
-pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 KINDS = {"dense": 1, "LoRA": 1, "QLoRA": 1, "mixture": 1, "mixture, ep=2": 2}
 
@@ -62,13 +60,6 @@ def counted(fake: FakeCuda, folder: Path, kind: str) -> Counts:
         found.train[layers] = fake.call(train, str(path), name, ep, ranks=ep)[0]
         found.eager[layers] = fake.call(decode, str(path), name, ep, False, ranks=ep)[0]
     return found._replace(captured=fake.call(decode, str(folder / "4"), name, ep, True, ranks=ep)[0])
-
-
-@pytest.fixture(scope="module")
-def fake() -> Iterator[FakeCuda]:
-    fake = FakeCuda()
-    yield fake
-    fake.close()
 
 
 @pytest.fixture(scope="module")

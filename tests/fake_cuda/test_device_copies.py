@@ -3,15 +3,12 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from fake_ledger import LEDGER
-from fake_run import COMPILER, FakeCuda
 from safetensors.torch import load_file
 from trialign.engine.storage import safetensors_io
 from trialign.engine.transfer import HostCopy
 
-pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 SHAPES = [(3, 7), (64,), (1,), (0, 4), (5, 33)]
 
 
@@ -33,14 +30,10 @@ def written(path: Path, waits: bool) -> list[str]:
     return [kind for _, kind, _ in LEDGER.syncs]
 
 
-def test_tensors_of_a_device_are_written_through_pinned_memory(tmp_path):
-    fake = FakeCuda()
-    try:
-        for waits in (True, False):
-            (kinds,) = fake.call(written, tmp_path / "file", waits)
-            found = load_file(tmp_path / "file")
-            equal = [torch.equal(found[str(i)], tensor) for i, tensor in enumerate(tensors())]
-            assert all(equal) == waits, "a copy is read before the host has waited for it"
-            assert not [kind for kind in kinds if re.search("copy|cpu", kind)], kinds
-    finally:
-        fake.close()
+def test_tensors_of_a_device_are_written_through_pinned_memory(fake, tmp_path):
+    for waits in (True, False):
+        (kinds,) = fake.call(written, tmp_path / "file", waits)
+        found = load_file(tmp_path / "file")
+        equal = [torch.equal(found[str(i)], tensor) for i, tensor in enumerate(tensors())]
+        assert all(equal) == waits, "a copy is read before the host has waited for it"
+        assert not [kind for kind in kinds if re.search("copy|cpu", kind)], kinds
